@@ -1,0 +1,54 @@
+"""distillbench: compare methods that distil diffusion models on one frozen teacher, one budget and one evaluator.
+
+What a plugin author needs is importable from here. The names load on first use, so that ``distillbench --help`` does
+not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from distillbench.datasets import Dataset, DatasetConfig
+    from distillbench.denoiser import Denoiser
+    from distillbench.errors import DivergedError, Unavailable, UserError
+    from distillbench.hookspecs import hookimpl
+    from distillbench.method import Batch, Method, MethodConfig, Phase, option
+    from distillbench.metrics import Metric, Samples
+    from distillbench.noise import Noise
+    from distillbench.pairs import PairStore, Workspace
+    from distillbench.teachers import Teacher, TeacherConfig, TeacherSource
+
+_HOME = {
+    "Batch": "method",
+    "Dataset": "datasets",
+    "DatasetConfig": "datasets",
+    "Denoiser": "denoiser",
+    "DivergedError": "errors",
+    "Method": "method",
+    "MethodConfig": "method",
+    "Metric": "metrics",
+    "Noise": "noise",
+    "PairStore": "pairs",
+    "Phase": "method",
+    "Samples": "metrics",
+    "Teacher": "teachers",
+    "TeacherConfig": "teachers",
+    "TeacherSource": "teachers",
+    "Unavailable": "errors",
+    "UserError": "errors",
+    "Workspace": "pairs",
+    "hookimpl": "hookspecs",
+    "option": "options",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'distillbench' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"distillbench.{_HOME[name]}"), name)
