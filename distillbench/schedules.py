@@ -1,0 +1,147 @@
+"""Noise schedules: the one place that owns alpha, sigma and lambda.
+
+    x_t = alpha_t x_0 + sigma_t eps,     t in [t_min, t_max], larger t = noisier
+
+| symbol  | meaning                              | shape and type                                        |
+|---------|--------------------------------------|-------------------------------------------------------|
+| t, s    | times, s < t                         | (B,1,1,1) float64                                     |
+| alpha_t | signal coefficient                   | (B,1,1,1), computed in float64, in the default dtype  |
+| sigma_t | noise coefficient                    | (B,1,1,1), computed in float64, in the default dtype  |
+| lam_t   | log(sigma_t / alpha_t), grows with t | (B,1,1,1) float64                                     |
+
+Three sign and factor conventions for lambda meet in this field. Here it is BOOT's with the sign of EDM's noise level:
+``lam = log(sigma/alpha)``, so ``exp(lam)`` is EDM's sigma, log SNR is ``-2 lam``, and DPM-Solver's lambda is ``-lam``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+
+class NoiseSchedule(ABC):
+    """A schedule is its ``lam(t)``, the inverse ``t_of_lam``, and how alpha and sigma share a given lambda."""
+
+    t_min: float
+    t_max: float
+
+    @abstractmethod
+    def lam(self, t: Tensor) -> Tensor:
+        """log(sigma_t / alpha_t), float64, shape of t."""
+
+    @abstractmethod
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        """The time at which lam(t) equals `lam`, float64, clamped to [t_min, t_max]."""
+
+    @abstractmethod
+    def _log_alpha(self, lam: Tensor) -> Tensor:
+        """log alpha as a function of lambda, float64."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Signal coefficient, shape of t, default dtype."""
+        return self._log_alpha(self.lam(t)).exp().to(torch.get_default_dtype())
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise coefficient, shape of t, default dtype."""
+        lam = self.lam(t)
+        return (lam + self._log_alpha(lam)).exp().to(torch.get_default_dtype())
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """sigma_t / alpha_t (EDM's sigma), float64."""
+        return self.lam(t).exp()
+
+    def signal_ratio(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """(r, 1 - r) with r = (alpha_t sigma_s) / (alpha_s sigma_t) = exp(lam_s - lam_t), in the default dtype."""
+        difference = self.lam(s) - self.lam(t)
+        dtype = torch.get_default_dtype()
+        return difference.exp().to(dtype), (-torch.expm1(difference)).to(dtype)
+
+
+class _VariancePreserving(NoiseSchedule):
+    """alpha^2 + sigma^2 = 1, hence log alpha = -softplus(2 lam) / 2."""
+
+    def _log_alpha(self, lam: Tensor) -> Tensor:
+        return -0.5 * softplus(2 * lam)
+
+
+class VPCosine(_VariancePreserving):
+    """alpha = cos(theta), sigma = sin(theta), theta affine in t (Salimans & Ho 2022, appendix; used by TRACT).
+
+    log SNR runs from `logsnr_max` at t = 0 to `logsnr_min` at t = 1.
+    """
+
+    def __init__(self, logsnr_min: float = -20.0, logsnr_max: float = 20.0) -> None:
+        self.t_min, self.t_max = 0.0, 1.0
+        self.theta_0 = math.atan(math.exp(-0.5 * logsnr_max))
+        self.theta_1 = math.atan(math.exp(-0.5 * logsnr_min))
+
+    def lam(self, t: Tensor) -> Tensor:
+        theta = self.theta_0 + (self.theta_1 - self.theta_0) * t.double()
+        return torch.log(torch.tan(theta))
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        theta = torch.atan(torch.exp(lam.double()))
+        return ((theta - self.theta_0) / (self.theta_1 - self.theta_0)).clamp(self.t_min, self.t_max)
+
+
+class VPLinear(_VariancePreserving):
+    """log alpha = -t^2 (b1 - b0) / 4 - t b0 / 2 (Song et al. 2021, eq. 33 with beta linear in t)."""
+
+    def __init__(self, beta_0: float = 0.1, beta_1: float = 20.0, t_min: float = 1e-5) -> None:
+        self.t_min, self.t_max = t_min, 1.0
+        self.beta_0, self.beta_1 = beta_0, beta_1
+
+    def lam(self, t: Tensor) -> Tensor:
+        t = t.double()
+        log_alpha = -0.25 * t**2 * (self.beta_1 - self.beta_0) - 0.5 * t * self.beta_0
+        return 0.5 * torch.log(-torch.expm1(2 * log_alpha)) - log_alpha
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        c = softplus(2 * lam.double())  # -2 log alpha = t^2 (b1 - b0) / 2 + t b0
+        slope = self.beta_1 - self.beta_0
+        t = 2 * c / (self.beta_0 + torch.sqrt(self.beta_0**2 + 2 * slope * c))
+        return t.clamp(self.t_min, self.t_max)
+
+
+class VE(NoiseSchedule):
+    """alpha = 1, sigma = t (EDM: t is the noise level; Karras et al. 2022)."""
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
+        self.t_min, self.t_max = sigma_min, sigma_max
+
+    def lam(self, t: Tensor) -> Tensor:
+        return torch.log(t.double())
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        return torch.exp(lam.double()).clamp(self.t_min, self.t_max)
+
+    def _log_alpha(self, lam: Tensor) -> Tensor:
+        return torch.zeros_like(lam)
+
+
+class FlowMatching(NoiseSchedule):
+    """alpha = 1 - t, sigma = t (rectified flow), kept off the two ends where lambda is infinite."""
+
+    def __init__(self, t_min: float = 1e-4, t_max: float = 1 - 1e-4) -> None:
+        self.t_min, self.t_max = t_min, t_max
+
+    def lam(self, t: Tensor) -> Tensor:
+        return torch.logit(t.double())
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        return torch.sigmoid(lam.double()).clamp(self.t_min, self.t_max)
+
+    def _log_alpha(self, lam: Tensor) -> Tensor:
+        return -softplus(lam)
+
+
+SCHEDULES: dict[str, type[NoiseSchedule]] = {
+    "vp_cosine": VPCosine,
+    "vp_linear": VPLinear,
+    "ve": VE,
+    "flow_matching": FlowMatching,
+}
