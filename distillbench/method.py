@@ -1,0 +1,168 @@
+"""The contract of a distillation method: everything that a method writes, on one screen.
+
+A method owns its networks and its mathematics. The harness owns optimisers, averaging, precision, budget, devices,
+checkpoints, counting and evaluation.
+
+| symbol | meaning                                | shape                     |
+|--------|----------------------------------------|---------------------------|
+| x_0    | real images                            | (B,C,H,W) in [-1, 1]      |
+| eps    | standard normal noise                  | (B,C,H,W)                 |
+| t, s   | times, s < t                           | (B,1,1,1) float64         |
+| nfe    | network evaluations for one image      | int                       |
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distillbench.options import option, require_between, require_one_of, require_positive
+
+if TYPE_CHECKING:
+    from distillbench.pairs import Workspace
+    from distillbench.teachers import Teacher
+
+
+@dataclass
+class OptimizerConfig:
+    """How the harness optimises and averages a network."""
+
+    lr: float = option(1e-3, "peak learning rate of Adam")
+    lr_warmup: float = option(0.05, "share of a phase over which the learning rate rises from 0")
+    lr_decay: str = option("cosine", "then: constant, linear or cosine, to 0 at the end of the phase")
+    beta1: float = option(0.9, "Adam's first decay rate")
+    beta2: float = option(0.999, "Adam's second decay rate")
+    weight_decay: float = option(0.0, "decoupled weight decay (AdamW)")
+    grad_clip: float = option(1.0, "largest gradient norm")
+    ema_halflife_kimg: float = option(10.0, "half-life of the weights' average in 1000 images; 0: no average")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "lr", "grad_clip")
+        require_between(self, 0, 1, "lr_warmup", "beta1", "beta2")
+        require_between(self, 0, float("inf"), "weight_decay", "ema_halflife_kimg")
+        require_one_of(self, "lr_decay", ("constant", "linear", "cosine"))
+
+
+@dataclass
+class MethodConfig(OptimizerConfig):
+    """Settings that every method has. A method's own Config derives from this one and may change the defaults."""
+
+    kind: str = option("", "the registered method (set by the choice of methods=...)")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stage of training: `share` of the budget (relative to the other phases).
+
+    With `fresh`, optimisers, their learning-rate schedule and the average start anew; otherwise they go on.
+    """
+
+    label: str = "training"
+    share: float = 1.0
+    fresh: bool = True
+
+
+class Batch:
+    """What one training step draws from: every random number comes from the harness's generator.
+
+    Real images are read when, and only when, ``x_0`` is asked for.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        shape: tuple[int, int, int],
+        generator: torch.Generator,
+        device: str,
+        read: Callable[[int], Tensor] | None,
+    ) -> None:
+        self.size, self.shape, self.device = size, shape, device
+        self._generator, self._read = generator, read
+        self._x_0: Tensor | None = None
+
+    @property
+    def x_0(self) -> Tensor:
+        """Real images (B,C,H,W) in [-1, 1]. A method that asks for them must declare ``needs_data = True``."""
+        if self._read is None:
+            raise RuntimeError("the method declares needs_data = False but asks for real images")
+        if self._x_0 is None:
+            self._x_0 = self._read(self.size)
+        return self._x_0
+
+    def noise(self) -> Tensor:
+        """Standard normal noise (B,C,H,W)."""
+        eps = torch.randn(self.size, *self.shape, generator=self._generator, dtype=torch.get_default_dtype())
+        return eps.to(self.device)
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Uniform numbers in [low, high), (B,1,1,1) float64."""
+        u = torch.rand(self.size, 1, 1, 1, generator=self._generator, dtype=torch.float64)
+        return (low + (high - low) * u).to(self.device)
+
+    def integers(self, low: int, high: int) -> Tensor:
+        """Integers in low, ..., high - 1, (B,1,1,1) int64."""
+        return torch.randint(low, high, (self.size, 1, 1, 1), generator=self._generator).to(self.device)
+
+
+class Method(nn.Module, ABC):
+    """A distillation method. The harness calls, in this order:
+
+    ``prepare``, then for each of ``phases()``: ``start_phase``, ``train_step`` and ``after_step`` many times,
+    ``end_phase``; at the end the average is put into ``student`` and ``sample`` is called.
+
+    Networks that are attributes belong to the method's state and are saved. The teacher is not.
+    """
+
+    name: ClassVar[str]  # as on the command line: lower-case letters, digits, underscores
+    Config: ClassVar[type[MethodConfig]]
+    paper: ClassVar[str]  # authors, year, arXiv number
+    needs_data: ClassVar[bool]  # False: may not read real images
+    student: nn.Module  # what is trained, averaged and sampled
+
+    def __init__(self, config: Any, teacher: Teacher) -> None:
+        super().__init__()
+        self.config = config
+        self.__dict__["teacher"] = teacher  # not a submodule: it is neither trained nor saved
+        self.student = teacher.student()
+
+    teacher: Teacher
+
+    def phases(self) -> list[Phase]:
+        """The stages of training."""
+        return [Phase()]
+
+    def prepare(self, workspace: Workspace) -> None:
+        """Once before training: what is made ahead, such as noise-image pairs. Its price is charged to the method."""
+
+    def start_phase(self, index: int) -> None:
+        """Before the first step of phase `index`."""
+
+    @abstractmethod
+    def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
+        """Yield (network, loss) for each "update" line of the algorithm box; the harness updates, then goes on.
+
+        Must have no other effect: what happens once an optimiser step belongs into ``after_step``.
+        """
+
+    def after_step(self) -> None:
+        """After the updates of one step, such as the moving average of a target network."""
+
+    def end_phase(self, index: int, average: nn.Module) -> None:
+        """After the last step of phase `index`; `average` is the averaged student (the student itself without one)."""
+
+    def supports(self, nfe: int) -> bool:
+        """Whether ``sample`` can work with exactly `nfe` network evaluations an image."""
+        return nfe == 1
+
+    def keeps_noise(self, nfe: int) -> bool:
+        """Whether a sample is meant as the teacher's answer to the same noise (False: a sample of the same law)."""
+        return True
+
+    @abstractmethod
+    def sample(self, noise: Callable[[int], Tensor], nfe: int) -> Tensor:
+        """Images x_0 (B,C,H,W) from ``noise(0)``, with `nfe` network evaluations; fresh noise is ``noise(k)``."""

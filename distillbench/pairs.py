@@ -1,0 +1,118 @@
+"""Noise-image pairs made ahead by the teacher: kept as seeds and targets, with a manifest that says how they were made.
+
+The noise of pair i is the i-th of a stream (:mod:`distillbench.noise`), so a pair costs one image on disk. Targets are
+float32 and are never quantised. Whoever uses pairs pays for them, whether they were made now or found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distillbench.budget import Meter
+from distillbench.files import canonical_json, sha256_file, write_atomically
+from distillbench.noise import Noise, stream_key
+from distillbench.progress import Progress
+from distillbench.teachers import Teacher
+
+BATCH = 1024
+FORMAT = 1
+
+
+class PairStore:
+    """`count` pairs (eps, x_0): the noise is made from its seed when it is asked for."""
+
+    def __init__(self, stream: int, targets: Tensor, device: str) -> None:
+        self.stream, self.targets, self.device = stream, targets, device
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The pairs at `indices` (any shape with B elements): eps and x_0, each (B,C,H,W)."""
+        indices = indices.flatten().cpu()
+        eps = Noise(self.stream, indices.tolist(), tuple(self.targets.shape[1:]), self.device)(0)
+        return eps, self.targets[indices].to(eps)
+
+
+class Workspace:
+    """What a method may use while it prepares: the teacher, and pairs made by a solver."""
+
+    def __init__(
+        self, teacher: Teacher, meter: Meter, cache: Path, device: str, seed: int, progress: Progress, dry: bool = False
+    ) -> None:
+        self.teacher, self.meter, self.cache, self.device = teacher, meter, cache, device
+        self.seed, self.progress, self.dry = seed, progress, dry
+
+    def pairs(self, solve: Callable[[Tensor], Tensor], count: int, recipe: dict[str, Any]) -> PairStore:
+        """`count` pairs eps -> solve(eps), found in the cache or made now and kept there.
+
+        `recipe` says in plain values how `solve` works (solver, steps, ...); with the teacher's hash, the seed and the
+        count it names the pairs. The price is charged to the method's meter either way.
+        """
+        stream = stream_key("pairs", self.seed)
+        if self.dry:
+            return self._priced_only(solve, count, stream)
+        recipe = {"format": FORMAT, "teacher_sha256": self.teacher.sha256, "seed": self.seed, "count": count} | recipe
+        folder = self.cache / hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
+        targets = self._find(folder, recipe)
+        if targets is None:
+            targets = self._make(solve, count, stream)
+            self._keep(folder, recipe, targets)
+        return PairStore(stream, targets, self.device)
+
+    def _priced_only(self, solve: Callable[[Tensor], Tensor], count: int, stream: int) -> PairStore:
+        before = self.meter.teacher_nfe
+        with torch.no_grad():
+            targets = solve(Noise(stream, range(2), self.teacher.shape, self.device)(0)).cpu()
+        spent = self.meter.teacher_nfe - before
+        self.meter.charge(0.0, spent * count // 2 - spent)
+        return PairStore(stream, targets.expand(2, *self.teacher.shape), self.device)
+
+    def _make(self, solve: Callable[[Tensor], Tensor], count: int, stream: int) -> Tensor:
+        start, before = time.perf_counter(), self.meter.teacher_nfe
+        chunks = []
+        with torch.no_grad(), self.progress.step("making noise-image pairs") as step:
+            for first in range(0, count, BATCH):
+                indices: Sequence[int] = range(first, min(first + BATCH, count))
+                chunks.append(solve(Noise(stream, indices, self.teacher.shape, self.device)(0)).float().cpu())
+                step.advance((first + len(indices)) / count)
+        self._made = time.perf_counter() - start, self.meter.teacher_nfe - before
+        return torch.cat(chunks)
+
+    def _keep(self, folder: Path, recipe: dict[str, Any], targets: Tensor) -> None:
+        seconds, teacher_nfe = self._made
+        write_atomically(folder / "targets.safetensors", lambda path: save_file({"x_0": targets}, path))
+        manifest = {
+            "recipe": recipe,
+            "targets_sha256": sha256_file(folder / "targets.safetensors"),
+            "seconds": seconds,
+            "teacher_nfe": teacher_nfe,
+        }
+        text = json.dumps(manifest, indent=2)
+        write_atomically(folder / "manifest.json", lambda path: Path(path).write_text(text))
+
+    def _find(self, folder: Path, recipe: dict[str, Any]) -> Tensor | None:
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            if manifest["recipe"] != recipe:
+                return None
+            if manifest["targets_sha256"] != sha256_file(folder / "targets.safetensors"):
+                raise ValueError("checksum")
+            targets = load_file(folder / "targets.safetensors")["x_0"]
+            self.meter.charge(float(manifest["seconds"]), int(manifest["teacher_nfe"]))
+            return targets
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
+            self.progress.say(f"the pairs in {folder} are damaged ({error}); they are made again")
+            return None

@@ -1,0 +1,187 @@
+"""The one training loop: every method, and every teacher that the harness trains, goes through it.
+
+Fairness is this file: who gets how many images, which optimiser, which average, and when training stops.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillbench.budget import Meter, Price
+from distillbench.datasets import Dataset, from_uint8
+from distillbench.errors import DivergedError
+from distillbench.method import Batch, Method, OptimizerConfig
+from distillbench.pairs import Workspace
+from distillbench.progress import Step
+
+STEPS_BETWEEN_CHECKS = 50  # the loss is read, and with it the device waited for, this often
+
+
+@dataclass(frozen=True)
+class LossPoint:
+    """A point of the training curve: the mean loss of the steps since the point before."""
+
+    images: int
+    seconds: float
+    loss: float
+
+
+class Average:
+    """Exponential moving average of a network's weights, by half-life in images.
+
+    At the start the half-life is at most 5 % of the images seen, so the initial weights are forgotten (Karras et al.
+    2022, `ema_rampup_ratio`). With half-life 0 the average is the network itself.
+    """
+
+    def __init__(self, network: nn.Module, halflife_kimg: float) -> None:
+        self.network, self.halflife = network, 1000 * halflife_kimg
+        self.module = copy.deepcopy(network).eval().requires_grad_(False) if self.halflife else network
+        self.images = 0
+
+    def update(self, images: int) -> None:
+        self.images += images
+        if self.module is self.network:
+            return
+        halflife = min(self.halflife, 0.05 * self.images)
+        weight = 1 - 0.5 ** (images / halflife)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.module.parameters()), list(self.network.parameters()), weight)
+            for mine, theirs in zip(self.module.buffers(), self.network.buffers(), strict=True):
+                mine.copy_(theirs)
+
+
+def learning_rate_factor(config: OptimizerConfig, progress: float) -> float:
+    """Warm-up, then the decay, as a share of the peak learning rate; `progress` of the phase is in [0, 1]."""
+    warmup = min(1.0, progress / config.lr_warmup) if config.lr_warmup else 1.0
+    past = max(0.0, (progress - config.lr_warmup) / max(1 - config.lr_warmup, 1e-12))
+    decay = {"constant": 1.0, "linear": 1 - past, "cosine": 0.5 * (1 + math.cos(math.pi * past))}
+    return warmup * decay[config.lr_decay]
+
+
+class Optimizers:
+    """One Adam for each network that a method yields, all at the learning rate of the same schedule."""
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        self.config = config
+        self.by_network: dict[nn.Module, torch.optim.Optimizer] = {}
+
+    def _make(self, network: nn.Module) -> torch.optim.Optimizer:
+        betas, decay = (self.config.beta1, self.config.beta2), self.config.weight_decay
+        return torch.optim.AdamW(network.parameters(), lr=self.config.lr, betas=betas, weight_decay=decay, foreach=True)
+
+    def update(self, network: nn.Module, loss: Tensor, factor: float) -> None:
+        """One step down the gradient of `loss` in the weights of `network`."""
+        if network not in self.by_network:
+            self.by_network[network] = self._make(network)
+        optimizer = self.by_network[network]
+        for group in optimizer.param_groups:
+            group["lr"] = self.config.lr * factor
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), self.config.grad_clip, foreach=True)
+        optimizer.step()
+
+
+class DataStream:
+    """Random batches of a dataset, drawn with replacement by a generator of their own: the same order for all."""
+
+    def __init__(self, dataset: Dataset, seed: int, device: str) -> None:
+        self.dataset, self.device = dataset, device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def read(self, size: int) -> Tensor:
+        """`size` images in [-1, 1] on the device."""
+        indices = torch.randint(len(self.dataset), (size,), generator=self.generator)
+        return from_uint8(self.dataset.read(indices).to(self.device))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training left: its price and its curve. The weights are in the method."""
+
+    price: Price
+    curve: list[LossPoint]
+
+
+def train(
+    method: Method,
+    config: OptimizerConfig,
+    workspace: Workspace,
+    read: Callable[[int], Tensor] | None,
+    batch_size: int,
+    step: Step,
+) -> Trained:
+    """Train `method` until its meter says that the budget is used, and put the averaged weights into its student.
+
+    `read(n)` gives n real images; None for a method that may not see any. Raises DivergedError when a loss is not
+    finite.
+    """
+    meter, device, shape = workspace.meter, workspace.device, workspace.teacher.shape
+    generator = torch.Generator().manual_seed(workspace.seed)
+    method.prepare(workspace)
+    curve = _Curve(meter, step)
+    phases = method.phases()
+    shares = [phase.share for phase in phases]
+    begin = 0.0
+    optimizers: Optimizers | None = None
+    average: Average | None = None
+    for index, phase in enumerate(phases):
+        end = sum(shares[: index + 1]) / sum(shares)
+        method.start_phase(index)
+        if optimizers is None or average is None or phase.fresh:
+            optimizers, average = Optimizers(config), Average(method.student, config.ema_halflife_kimg)
+            begin, finish = meter.progress() if index else 0.0, _end_of_schedule(phases, index)
+        while (progress := meter.progress()) < min(end, 1.0) - 1e-12:
+            batch = Batch(meter.next_batch(batch_size), shape, generator, device, read)
+            factor = learning_rate_factor(config, (progress - begin) / max(finish - begin, 1e-12))
+            for network, loss in method.train_step(batch):
+                optimizers.update(network, loss, factor)
+                curve.add(loss)
+            method.after_step()
+            meter.images += batch.size
+            average.update(batch.size)
+            curve.log(phase.label)
+        method.end_phase(index, average.module)
+    curve.log(phases[-1].label, last=True)
+    assert average is not None
+    method.student.load_state_dict(average.module.state_dict())
+    return Trained(meter.price(), curve.points)
+
+
+def _end_of_schedule(phases: list[Any], index: int) -> float:
+    """Progress at which the learning-rate schedule that starts with phase `index` ends: before the next fresh one."""
+    last = index
+    while last + 1 < len(phases) and not phases[last + 1].fresh:
+        last += 1
+    return sum(p.share for p in phases[: last + 1]) / sum(p.share for p in phases)
+
+
+class _Curve:
+    """Gathers losses without waiting for the device, reads them every so many steps, and stops at a NaN."""
+
+    def __init__(self, meter: Meter, step: Step) -> None:
+        self.meter, self.step = meter, step
+        self.losses: list[Tensor] = []
+        self.steps = 0
+        self.points: list[LossPoint] = []
+
+    def add(self, loss: Tensor) -> None:
+        self.losses.append(loss.detach())
+
+    def log(self, label: str, last: bool = False) -> None:
+        self.steps += 1
+        if not self.losses or (self.steps % STEPS_BETWEEN_CHECKS and not last and self.steps > 1):
+            return
+        mean = torch.stack(self.losses).double().mean().item()
+        self.losses.clear()
+        if not math.isfinite(mean):
+            raise DivergedError(f"the loss is {mean} after {self.meter.images} images ({label})")
+        self.points.append(LossPoint(self.meter.images, self.meter.price().seconds, mean))
+        self.step.advance(self.meter.progress(), f"{label}, loss {mean:.4g}")
