@@ -1,0 +1,210 @@
+"""Teachers that the harness trains itself, on the dataset of the run, and keeps by content.
+
+The recipe (dataset's hash, network, schedule, training) names the weights. Weights of a recipe are looked for among
+those that ship with distillbench, then in the cache of the results folder; only if neither has them is the teacher
+trained, once. ``teacher.path=FILE`` takes a given file instead.
+
+Training is denoising score matching: minimise E |target(x_0, eps, t) - network(x_t, t)|^2 over t uniform in
+[t_min, t_max], with the target of the network's parameterisation (v: Salimans & Ho 2022, appendix D).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from distillbench import Batch, Denoiser, Method, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
+from distillbench.budget import BudgetConfig, Meter
+from distillbench.denoiser import TARGETS
+from distillbench.files import key_of, sha256_tensors, write_atomically
+from distillbench.method import OptimizerConfig
+from distillbench.networks import NETWORKS
+from distillbench.options import require_one_of, require_positive
+from distillbench.pairs import Workspace
+from distillbench.progress import Progress
+from distillbench.schedules import SCHEDULES
+from distillbench.teachers import TeacherPlan
+from distillbench.train import DataStream, train
+
+SHIPPED = Path(__file__).resolve().parent.parent / "weights"
+METADATA = "distillbench_teacher"
+FORMAT = 1
+MLP_UP_TO = 16  # pixels a side
+
+
+@dataclass
+class TeacherTraining(OptimizerConfig):
+    """How a teacher is optimised."""
+
+    ema_halflife_kimg: float = option(50.0, "half-life of the weights' average in 1000 images; 0: no average")
+
+
+class DenoisingTraining(Method):
+    """Denoising score matching: how the teacher itself comes about, in the same loop as the methods."""
+
+    name = "denoising"
+    Config = TeacherTraining
+    paper = "Ho et al. 2020, arXiv:2006.11239; v-prediction: Salimans & Ho 2022, arXiv:2202.00512"
+    needs_data = True
+
+    def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
+        student, schedule = self.student, self.teacher.schedule
+        x_0, eps = batch.x_0, batch.noise()
+        t = batch.uniform(schedule.t_min, schedule.t_max)
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        target = TARGETS[student.prediction](x_0, eps, alpha, sigma)
+        yield student, (student.output(alpha * x_0 + sigma * eps, t) - target).square().mean()
+
+    def sample(self, noise, nfe: int) -> Tensor:
+        raise NotImplementedError("a teacher is sampled by the harness's own samplers")
+
+
+class Trained(TeacherSource):
+    """A network trained on the dataset by this harness, found by its recipe or trained once."""
+
+    name = "trained"
+
+    @dataclass
+    class Config(TeacherConfig):
+        path: str = option("", "safetensors file written by `distillbench teacher train`; empty: by recipe")
+        network: str = option("auto", f"mlp, unet, or auto: mlp for images up to {MLP_UP_TO} pixels a side")
+        width: int = option(0, "channels; 0: the network's default (mlp 256, unet 64)")
+        depth: int = option(0, "blocks; 0: the network's default (mlp 4, unet 2 a level)")
+        prediction: str = option("v", "what the network predicts: eps, x0, v or flow")
+        schedule: str = option("vp_cosine", f"noise schedule: {', '.join(SCHEDULES)}")
+        seed: int = option(0, "seed of the teacher's training")
+        batch_size: int = option(256, "images in a training step")
+        budget: BudgetConfig = dataclasses.field(
+            default_factory=lambda: BudgetConfig(images=2_000_000), metadata={"help": "how long the teacher trains"}
+        )
+        optimizer: TeacherTraining = option(TeacherTraining, "how the teacher is optimised")
+
+        def __post_init__(self) -> None:
+            require_one_of(self, "network", ("auto", *NETWORKS))
+            require_one_of(self, "prediction", TARGETS)
+            require_one_of(self, "schedule", SCHEDULES)
+            require_positive(self, "batch_size")
+
+    def plan(self) -> TeacherPlan:
+        file = self._file()
+        if file is not None:
+            _read_recipe(file, self.dataset.shape)
+            return TeacherPlan(str(file.name))
+        images = self.config.budget.images
+        return TeacherPlan("to be trained", images, images)
+
+    def untrained(self) -> Teacher:
+        file = self._file()
+        recipe = self.recipe() if file is None else _read_recipe(file, self.dataset.shape)
+        return Teacher(self.name, _denoiser(recipe).to(self.device), self.dataset.shape, "untrained", recipe)
+
+    def load(self, progress: Progress) -> Teacher:
+        file = self._file()
+        if file is None:
+            file = self.train(None, progress)
+        return read_teacher(file, self.dataset.shape, self.device)
+
+    def recipe(self) -> dict[str, Any]:
+        """Everything that the weights follow from, as plain values."""
+        plain = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        for name in ("kind", "path", "network", "width", "depth"):
+            del plain[name]
+        name = self.config.network
+        if name == "auto":
+            name = "mlp" if max(self.dataset.shape[1:]) <= MLP_UP_TO else "unet"
+        size = {k: v for k, v in (("width", self.config.width), ("depth", self.config.depth)) if v}
+        return plain | {
+            "format": FORMAT,
+            "network": {"name": name, **size},
+            "shape": list(self.dataset.shape),
+            "dataset": self.dataset.name,
+            "dataset_sha256": self.dataset.sha256,
+        }
+
+    def _key(self) -> str:
+        return key_of(self.recipe())
+
+    def _file(self) -> Path | None:
+        if self.config.path:
+            if not Path(self.config.path).is_file():
+                raise UserError(f"teacher.path: no file {self.config.path!r}")
+            return Path(self.config.path)
+        for folder in (SHIPPED, self.cache):
+            file = folder / f"{self._key()}.safetensors"
+            if file.is_file():
+                return file
+        return None
+
+    def train(self, output: Path | None, progress: Progress) -> Path:
+        file = output or self.cache / f"{self._key()}.safetensors"
+        recipe, config = self.recipe(), self.config
+        progress.say(f"training the teacher on {self.dataset.name}")
+        torch.manual_seed(config.seed)  # the initial weights
+        fresh = Teacher(self.name, _denoiser(recipe).to(self.device), self.dataset.shape, "untrained", recipe)
+        method = DenoisingTraining(config.optimizer, fresh).to(self.device)
+        workspace = Workspace(
+            fresh, Meter(config.budget, fresh, self.device), self.cache, self.device, config.seed, progress
+        )
+        data = DataStream(self.dataset, config.seed, self.device)
+        with progress.step(f"teacher on {self.dataset.name}") as step:
+            trained = train(method, config.optimizer, workspace, data.read, config.batch_size, step)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in method.student.network.state_dict().items()}
+        price = {"images": trained.price.images, "seconds": round(trained.price.seconds, 1)}
+        metadata = {METADATA: json.dumps({"recipe": recipe, "price": price, "final_loss": trained.curve[-1].loss})}
+        write_atomically(file, lambda path: save_file(tensors, path, metadata=metadata))
+        progress.say(f"teacher trained: {price['images']} images, {price['seconds']} s")
+        return file
+
+
+def read_teacher(file: Path, shape: tuple[int, int, int], device: str) -> Teacher:
+    """The frozen teacher in `file`; raises UserError if the file is damaged or made for images of another shape."""
+    recipe = _read_recipe(file, shape)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        denoiser = _denoiser(recipe)
+        denoiser.network.load_state_dict(weights)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise UserError(f"the teacher's weights in {file.name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return Teacher(Trained.name, denoiser.to(device), shape, sha256_tensors(weights), recipe)
+
+
+def _read_recipe(file: Path, shape: tuple[int, int, int]) -> dict[str, Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            recipe = json.loads((tensors.metadata() or {})[METADATA])["recipe"]
+        theirs = tuple(recipe["shape"])
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"teacher.path: {file.name!r} is not a readable safetensors file: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        message = f"teacher.path: {file.name!r} was not written by `distillbench teacher train`: it has no recipe"
+        raise UserError(message) from error
+    if theirs != tuple(shape):
+        raise UserError(
+            f"the teacher does not fit the dataset: it makes images of (C,H,W) = {theirs}, the dataset's are {shape}"
+        )
+    return recipe
+
+
+def _denoiser(recipe: dict[str, Any]) -> Denoiser:
+    """The architecture of a recipe with fresh weights; raises UserError where it asks for what does not exist."""
+    try:
+        network = dict(recipe["network"])
+        build = NETWORKS[network.pop("name")]
+        return Denoiser(build(tuple(recipe["shape"]), **network), SCHEDULES[recipe["schedule"]](), recipe["prediction"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the teacher's recipe cannot be built: {error}") from error
+
+
+@hookimpl
+def register_teachers(register) -> None:
+    register(Trained)
