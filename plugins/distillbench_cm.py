@@ -1,0 +1,139 @@
+"""Consistency distillation: every point of a teacher's trajectory is mapped to the trajectory's end.
+
+Song, Dhariwal, Chen & Sutskever 2023, "Consistency Models", arXiv:2303.01469, algorithm 2. Noise levels are EDM's,
+tau = sigma_t / alpha_t, so it works on any schedule: x^ = x_t / alpha_t = x_0 + tau eps.
+
+    F(x_t, t)  = c_skip(tau) x^ + c_out(tau) NN,   c_skip = sd^2 / ((tau - e)^2 + sd^2),
+                                                   c_out  = (tau - e) sd / sqrt(tau^2 + sd^2)       (eq. 5 and app. C)
+    x_t = alpha_t x_0 + sigma_t eps;   x_s = one step of a solver with the teacher, t -> s            (eq. 6)
+    L   = d( F(x_t, t), sg[F^-(x_s, s)] )                                                           (eq. 7)
+    weights of F^- <- mu weights of F^- + (1 - mu) weights of F                                     (eq. 8)
+
+| symbol     | meaning                                                               | shape            |
+|------------|-----------------------------------------------------------------------|------------------|
+| t, s       | neighbouring times of a Karras grid of N levels, s < t                 | (B,1,1,1)        |
+| tau        | noise level sigma_t / alpha_t                                          | (B,1,1,1)        |
+| e, sd      | smallest noise level, standard deviation of the data                   | float            |
+| D          | student as a denoiser, E[x_0 given x_t] at the start                   | (B,C,H,W)        |
+| F, F^-     | consistency function of the student and of the target network          | (B,C,H,W)        |
+
+NN is read off the denoiser D = k_skip x^ + k_out NN, with EDM's k_skip, k_out, so that any parameterisation serves:
+F = (c_skip - (1 - e/tau) k_skip) x^ + (1 - e/tau) D. For an EDM teacher this is the paper's network unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distillbench import Batch, Denoiser, Method, MethodConfig, Teacher, UserError, hookimpl, option
+from distillbench.options import require_between, require_one_of, require_positive
+from distillbench.samplers import ddim_step, heun_step, karras_times, time_like
+
+
+class ConsistencyFunction(nn.Module):
+    """F(x_t, t), with F(x_t, t) = x^ exactly at tau = e."""
+
+    def __init__(self, denoiser: Denoiser, e: float, sd: float) -> None:
+        super().__init__()
+        self.denoiser, self.e, self.sd = denoiser, e, sd
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        e, sd, schedule = self.e, self.sd, self.denoiser.schedule
+        tau = schedule.noise_level(t)  # float64: at tau = 80 the two terms nearly cancel
+        c_skip, k_skip, ratio = sd**2 / ((tau - e) ** 2 + sd**2), sd**2 / (tau**2 + sd**2), 1 - e / tau
+        skip = (c_skip - ratio * k_skip).to(x_t.dtype)
+        return skip * x_t / schedule.alpha(t) + ratio.to(x_t.dtype) * self.denoiser(x_t, t)
+
+
+class ConsistencyDistillation(Method):
+    name = "cm"
+    paper = "Song et al. 2023, arXiv:2303.01469"
+    needs_data = True
+
+    @dataclass
+    class Config(MethodConfig):
+        lr: float = option(1e-3, "peak learning rate of Adam")
+        steps: int = option(18, "N, noise levels of the grid")
+        solver: str = option("heun", "teacher step: heun (two evaluations) or ddim (Euler, one evaluation)")
+        mu: float = option(0.0, "decay of the target network; 0: the student itself, stop-gradient")
+        metric: str = option("l2", "d: l2 (squared) or pseudo_huber, sqrt(|.|^2 + c^2) - c with c = .00054 sqrt(pixels)")
+        sigma_min: float = option(0.002, "e, smallest noise level")
+        sigma_max: float = option(80.0, "largest noise level")
+        sigma_data: float = option(0.5, "sd, standard deviation of the data")
+        rho: float = option(7.0, "curvature of the grid")
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require_positive(self, "sigma_min", "sigma_max", "sigma_data", "rho")
+            require_between(self, 2, float("inf"), "steps")
+            require_between(self, 0, 1, "mu")
+            require_one_of(self, "solver", ("heun", "ddim"))
+            require_one_of(self, "metric", ("l2", "pseudo_huber"))
+            if self.sigma_min >= self.sigma_max:
+                raise UserError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
+
+    def __init__(self, config: Config, teacher: Teacher) -> None:
+        super().__init__(config, teacher)
+        schedule = teacher.schedule
+        self.grid = karras_times(schedule, config.steps, config.sigma_min, config.sigma_max, config.rho)
+        e = schedule.noise_level(self.grid[:1]).item()  # the schedule may not reach down to sigma_min
+        self.student = ConsistencyFunction(teacher.student(), e, config.sigma_data)
+        self.target = ConsistencyFunction(teacher.student(), e, config.sigma_data) if config.mu else self.student
+        if config.mu:
+            self.target.requires_grad_(False)
+
+    def solver_step(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """x_s: one step of the teacher's probability-flow ODE."""
+        schedule, f = self.teacher.schedule, self.teacher.denoise
+        if self.config.solver == "heun":
+            return heun_step(schedule, f, x_t, t, s)
+        return ddim_step(schedule, x_t, f(x_t, t), t, s)
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.config.metric == "l2":
+            return (a - b).square().mean()
+        c = 0.00054 * a[0].numel() ** 0.5
+        return ((a - b).square().sum(dim=(1, 2, 3)) + c**2).sqrt().sub(c).mean()
+
+    def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
+        schedule, grid = self.teacher.schedule, self.grid.to(batch.device)
+        x_0, eps = batch.x_0, batch.noise()
+        n = batch.integers(0, len(grid) - 1)
+        t, s = grid[n + 1], grid[n]
+        x_t = schedule.alpha(t) * x_0 + schedule.sigma(t) * eps
+        with torch.no_grad():
+            target = self.target(self.solver_step(x_t, t, s), s)
+        yield self.student, self.distance(self.student(x_t, t), target)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self.config.mu:
+            weights, targets = list(self.student.parameters()), list(self.target.parameters())
+            torch._foreach_lerp_(targets, weights, 1 - self.config.mu)  # (eq. 8)
+
+    def supports(self, nfe: int) -> bool:
+        return 1 <= nfe < self.config.steps
+
+    def keeps_noise(self, nfe: int) -> bool:
+        return nfe == 1
+
+    def sample(self, noise: Callable[[int], Tensor], nfe: int) -> Tensor:
+        """Algorithm 1: jump to the end, noise again to a lower level of the grid, jump again."""
+        schedule, F = self.teacher.schedule, self.student
+        levels = torch.linspace(len(self.grid) - 1, 0, nfe + 1)[:-1].round().long()
+        T = time_like(noise(0), self.grid[-1])
+        x = F(schedule.sigma(T) * noise(0), T)
+        for k in range(1, nfe):
+            t = time_like(x, self.grid[levels[k]])
+            tau = schedule.noise_level(t).to(x.dtype)
+            x = F(schedule.alpha(t) * (x + (tau**2 - F.e**2).sqrt() * noise(k)), t)
+        return x
+
+
+@hookimpl
+def register_methods(register) -> None:
+    register(ConsistencyDistillation)

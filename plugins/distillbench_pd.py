@@ -1,0 +1,110 @@
+"""Progressive distillation: a student learns to do in one DDIM step what its teacher does in two, again and again.
+
+Salimans & Ho 2022, arXiv:2202.00512, algorithm 2. In the phase with n student steps, with i ~ U{1..n}:
+
+    t = i/n, t' = t - 1/(2n), t'' = t - 1/n;   z_t = alpha_t x_0 + sigma_t eps
+    z_t'  = DDIM(z_t, x^(z_t, t), t -> t');    z_t'' = DDIM(z_t', x^(z_t', t'), t' -> t'')     (teacher x^)
+    x~    = (z_t'' - (sigma_t''/sigma_t) z_t) / (alpha_t'' - (sigma_t''/sigma_t) alpha_t)      (algorithm 2)
+    L     = w | x~ - x^_student(z_t, t) |^2,   w = max(SNR, 1) or SNR + 1                      (eq. 9 and 10)
+
+then the student becomes the teacher, n is halved, and the optimiser starts anew.
+
+| symbol         | meaning                                                       | shape     |
+|----------------|---------------------------------------------------------------|-----------|
+| z_t            | noisy image (the paper's letter for x_t)                      | (B,C,H,W) |
+| t > t' > t''   | times on the grid; [0, 1] is stretched over the schedule's    | (B,1,1,1) |
+| x^             | data prediction, of the phase's teacher or of the student     | (B,C,H,W) |
+| x~             | target: the x_0 from which one DDIM step lands on z_t''       | (B,C,H,W) |
+| SNR            | alpha_t^2 / sigma_t^2                                         | (B,1,1,1) |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distillbench import Batch, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
+from distillbench.options import require_one_of, require_positive
+from distillbench.samplers import ddim, ddim_step, uniform_times
+
+
+class ProgressiveDistillation(Method):
+    name = "pd"
+    paper = "Salimans & Ho 2022, arXiv:2202.00512"
+    needs_data = True
+
+    @dataclass
+    class Config(MethodConfig):
+        lr: float = option(2e-3, "peak learning rate of Adam, in every phase")
+        lr_decay: str = option("linear", "within a phase: constant, linear or cosine")
+        ema_halflife_kimg: float = option(0.0, "half-life of the weights' average in 1000 images; 0: none, as released")
+        steps: int = option(16, "N, DDIM steps of the first teacher: a power of two; log2 N phases end at one step")
+        weight: str = option("truncated_snr", "w: truncated_snr, max(SNR, 1), or snr_plus_one, SNR + 1")
+        last_share: float = option(2.0, "budget of the phases with 2 and 1 steps, relative to that of the others")
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require_positive(self, "last_share")
+            require_one_of(self, "weight", ("truncated_snr", "snr_plus_one"))
+            if self.steps < 2 or self.steps & (self.steps - 1):
+                raise UserError(f"steps must be a power of two, at least 2, got {self.steps}")
+
+    def __init__(self, config: Config, teacher: Teacher) -> None:
+        super().__init__(config, teacher)
+        if teacher.denoiser.prediction == "eps":
+            raise UserError("pd: a one-step student cannot predict eps (1/alpha at t_max); take an x0 or v teacher")
+        self.halvings = [config.steps >> k for k in range(1, config.steps.bit_length())]  # n: N/2, ..., 2, 1
+        self.phase_teacher = teacher.deputy()
+        self.students = nn.ModuleDict({str(n): teacher.student().freeze() for n in self.halvings})
+
+    def phases(self) -> list[Phase]:
+        shares = {1: self.config.last_share, 2: self.config.last_share}
+        return [Phase(f"{2 * n} to {n} steps", shares.get(n, 1.0)) for n in self.halvings]
+
+    def start_phase(self, index: int) -> None:
+        self.n = self.halvings[index]
+        self.grid = uniform_times(self.teacher.schedule, 2 * self.n)  # t_j = j/(2n), j = 0, ..., 2n
+
+    def target(self, z_t: Tensor, i: Tensor) -> Tensor:
+        """x~ for z_t at t = i/n."""
+        schedule, x_hat = self.teacher.schedule, self.phase_teacher
+        grid = self.grid.to(z_t.device)
+        t, t_1, t_2 = grid[2 * i], grid[2 * i - 1], grid[2 * i - 2]
+        z_1 = ddim_step(schedule, z_t, x_hat(z_t, t), t, t_1)
+        x_1 = x_hat(z_1, t_1)
+        z_2 = ddim_step(schedule, z_1, x_1, t_1, t_2)
+        ratio = schedule.sigma(t_2) / schedule.sigma(t)
+        x_tilde = (z_2 - ratio * z_t) / (schedule.alpha(t_2) - ratio * schedule.alpha(t))
+        return torch.where(i == 1, x_1, x_tilde)  # the last step ends on the data prediction
+
+    def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
+        schedule = self.teacher.schedule
+        x_0, eps = batch.x_0, batch.noise()
+        i = batch.integers(1, self.n + 1)
+        t = self.grid.to(batch.device)[2 * i]
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        z_t = alpha * x_0 + sigma * eps
+        with torch.no_grad():
+            x_tilde = self.target(z_t, i)
+        snr = (alpha / sigma) ** 2
+        w = snr.clamp(min=1) if self.config.weight == "truncated_snr" else snr + 1
+        yield self.student, (w * (x_tilde - self.student(z_t, t)).square()).mean()
+
+    def end_phase(self, index: int, average: nn.Module) -> None:
+        for network in (self.phase_teacher, self.student, self.students[str(self.n)]):
+            network.load_state_dict(average.state_dict())
+
+    def supports(self, nfe: int) -> bool:
+        return nfe in self.halvings
+
+    def sample(self, noise: Callable[[int], Tensor], nfe: int) -> Tensor:
+        schedule = self.teacher.schedule
+        return ddim(self.students[str(nfe)], schedule, noise(0), uniform_times(schedule, nfe))
+
+
+@hookimpl
+def register_methods(register) -> None:
+    register(ProgressiveDistillation)
