@@ -1,10 +1,10 @@
-"""The budget: one limit for every method, in images, seconds or network evaluations, and the meter that is held to it."""
+"""The budget: one limit for every method, in images, seconds or network evaluations, and the meter that holds to it."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import torch
 
@@ -12,7 +12,7 @@ from distillbench.options import option, require_positive
 from distillbench.teachers import Teacher
 
 
-class Limit(str, Enum):
+class Limit(StrEnum):
     """What a budget is counted in."""
 
     images = "images"

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from distillbench.schedules import NoiseSchedule
 
-# From the network's output to f. The v row keeps its denominator, which is 1 only where alpha^2 + sigma^2 = 1.
+# From the network's output to f. The row of v = alpha eps - sigma x_0 keeps its denominator, which is 1 only where
+# alpha^2 + sigma^2 = 1.
 PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "eps": lambda out, x_t, alpha, sigma: (x_t - sigma * out) / alpha,
     "x0": lambda out, x_t, alpha, sigma: out,
-    "v": lambda out, x_t, alpha, sigma: (alpha * x_t - sigma * out) / (alpha**2 + sigma**2),  # v = alpha eps - sigma x_0
+    "v": lambda out, x_t, alpha, sigma: (alpha * x_t - sigma * out) / (alpha**2 + sigma**2),
     "flow": lambda out, x_t, alpha, sigma: (x_t - sigma * out) / (alpha + sigma),  # u = eps - x_0
 }
 

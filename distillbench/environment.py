@@ -15,7 +15,7 @@ import torch
 
 import distillbench
 
-PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "pandas", "scikit-learn", "torch-fidelity", "clean-fid")
+PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "pandas", "scikit-learn", "torch-fidelity")
 
 
 @cache

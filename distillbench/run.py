@@ -311,14 +311,14 @@ def _train(
     about["environment"] = environment(scene.device, config.threads)
     cache = Path(config.results_dir) / "cache" / "pairs"
     try:
-        with progress.step(f"{cell.label}: training") as step:
-            with peak_rss_mib() as rss, peak_gpu_mib(scene.device) as gpu:
-                method = _build(cell, teacher)
-                meter = Meter(config.budget, teacher, scene.device)
-                workspace = Workspace(teacher, meter, cache, scene.device, cell.seed, progress)
-                data = DataStream(scene.dataset, cell.seed, scene.device)
-                read = data.read if cell.entry.cls.needs_data else None
-                trained = train(method, cell.method_config, workspace, read, config.batch_size, step)
+        label = f"{cell.label}: training"
+        with progress.step(label) as step, peak_rss_mib() as rss, peak_gpu_mib(scene.device) as gpu:
+            method = _build(cell, teacher)
+            meter = Meter(config.budget, teacher, scene.device)
+            workspace = Workspace(teacher, meter, cache, scene.device, cell.seed, progress)
+            data = DataStream(scene.dataset, cell.seed, scene.device)
+            read = data.read if cell.entry.cls.needs_data else None
+            trained = train(method, cell.method_config, workspace, read, config.batch_size, step)
     except DivergedError as error:
         return _keep(folder, TrainRecord(**about, status="diverged", reason=str(error)))
     except UserError:
@@ -467,7 +467,8 @@ def _run_folder(cells: list[Cell], config: RunConfig, progress: Progress) -> Pat
     """The folder of a run: its given name, or one made from what decides the table, so that it is found again."""
     name = config.run_name
     if not name:
-        keys = [key_of(_evaluation_inputs(cell, key_of(_train_inputs(cell, cell.scene.loaded(progress))))) for cell in cells]
+        train_keys = [key_of(_train_inputs(cell, cell.scene.loaded(progress))) for cell in cells]
+        keys = [key_of(_evaluation_inputs(cell, key)) for cell, key in zip(cells, train_keys, strict=True)]
         name = f"{config.dataset.kind}-{key_of(sorted(keys))[:8]}"
     return Path(config.results_dir) / name
 

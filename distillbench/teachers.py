@@ -96,5 +96,5 @@ class TeacherSource(ABC):
         """The frozen teacher on `device`, made first if need be."""
 
     def train(self, output: Path | None, progress: Progress) -> Path:
-        """Train the teacher anew and write it to `output`, or into the cache; the file. Raises UserError if it cannot."""
+        """Train anew, write to `output` or into the cache, return the file. Raises UserError where there is no training."""
         raise UserError(f"teacher={self.name} is not trained by distillbench")

@@ -1,8 +1,8 @@
 """BOOT: data-free distillation of denoising diffusion models with bootstrapping.
 
-Gu, Zhai, Zhang, Liu & Susskind 2023, arXiv:2306.05544. The student reads the same noise eps at every time t and predicts
-the signal y_t = (x_t - sigma_t eps) / alpha_t of the teacher's trajectory that starts at eps. It is bootstrapped along
-the Signal-ODE, dy/dt = -lam'_t (f(x_t, t) - y_t), from t_max, where it is tied to the teacher, to t_min.
+Gu, Zhai, Zhang, Liu & Susskind 2023, arXiv:2306.05544. The student reads the same noise eps at every time t and
+predicts the signal y_t = (x_t - sigma_t eps) / alpha_t of the teacher's trajectory that starts at eps. It is
+bootstrapped along the Signal-ODE, dy/dt = -lam'_t (f(x_t, t) - y_t), from t_max, where it is tied to the teacher, to t_min.
 
     x_t  = alpha_t y_t + sigma_t eps                                            (definition of y_t)
     y_s  = r y_t + (1 - r) f(x_t, t),   r = alpha_t sigma_s / (alpha_s sigma_t)  (DDIM in y: the exact step)

@@ -60,7 +60,7 @@ class ConsistencyDistillation(Method):
         steps: int = option(18, "N, noise levels of the grid")
         solver: str = option("heun", "teacher step: heun (two evaluations) or ddim (Euler, one evaluation)")
         mu: float = option(0.0, "decay of the target network; 0: the student itself, stop-gradient")
-        metric: str = option("l2", "d: l2 (squared) or pseudo_huber, sqrt(|.|^2 + c^2) - c with c = .00054 sqrt(pixels)")
+        metric: str = option("l2", "d: l2 (squared) or pseudo_huber, sqrt(|.|^2 + c^2) - c, c = .00054 sqrt(pixels)")
         sigma_min: float = option(0.002, "e, smallest noise level")
         sigma_max: float = option(80.0, "largest noise level")
         sigma_data: float = option(0.5, "sd, standard deviation of the data")

@@ -74,7 +74,8 @@ class FdEfficientNetLite0(Metric):
     def score(self, samples: Samples) -> float:
         if len(samples.x_0) < 2:
             raise Unavailable("a covariance needs at least two images")
-        return frechet_distance(self.reference, GaussianStatistics.of(self._features(samples.uint8)), self.reference_root)
+        theirs = GaussianStatistics.of(self._features(samples.uint8))
+        return frechet_distance(self.reference, theirs, self.reference_root)
 
 
 @hookimpl

@@ -130,8 +130,9 @@ class Trained(TeacherSource):
             "dataset_sha256": self.dataset.sha256,
         }
 
-    def _key(self) -> str:
-        return key_of(self.recipe())
+    def _name(self) -> str:
+        """What a file with the weights of this recipe is called."""
+        return f"{self.dataset.name}-{key_of(self.recipe())}.safetensors"
 
     def _file(self) -> Path | None:
         if self.config.path:
@@ -139,13 +140,13 @@ class Trained(TeacherSource):
                 raise UserError(f"teacher.path: no file {self.config.path!r}")
             return Path(self.config.path)
         for folder in (SHIPPED, self.cache):
-            file = folder / f"{self._key()}.safetensors"
+            file = folder / self._name()
             if file.is_file():
                 return file
         return None
 
     def train(self, output: Path | None, progress: Progress) -> Path:
-        file = output or self.cache / f"{self._key()}.safetensors"
+        file = output or self.cache / self._name()
         recipe, config = self.recipe(), self.config
         progress.say(f"training the teacher on {self.dataset.name}")
         torch.manual_seed(config.seed)  # the initial weights
@@ -174,7 +175,8 @@ def read_teacher(file: Path, shape: tuple[int, int, int], device: str) -> Teache
         denoiser = _denoiser(recipe)
         denoiser.network.load_state_dict(weights)
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise UserError(f"the teacher's weights in {file.name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0]
+        raise UserError(f"the teacher's weights in {file.name!r} cannot be used: {why}") from error
     return Teacher(Trained.name, denoiser.to(device), shape, sha256_tensors(weights), recipe)
 
 
