@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distillbench.datasets import Dataset, to_uint8
-from distillbench.errors import DivergedError, Unavailable, unknown
+from distillbench.errors import DivergedError, Unavailable, UserError, unknown
 from distillbench.memory import peak_gpu_mib
 from distillbench.metrics import Metric, Samples
 from distillbench.noise import FixedNoise, Noise, stream_key
@@ -41,8 +42,6 @@ class EvaluationConfig:
         for name in ("nfe", "teacher_nfe"):
             values = getattr(self, name)
             if not values or min(values) < 1 or len(set(values)) != len(values):
-                from distillbench.errors import UserError
-
                 raise UserError(f"evaluation.{name} must list different positive numbers, got {values}")
 
     def check_metrics(self, registry: Registry) -> None:
@@ -129,8 +128,7 @@ class Evaluator:
 
     def _seconds(self, sampler: Sampler, nfe: int, size: int) -> float:
         """Median seconds of one call on `size` images, warmed up and synchronised by torch.utils.benchmark."""
-        from torch.utils.benchmark import Timer
-
+        Timer = _timer()
         indices = range(size)
         drawn = Noise(stream_key("timing", 0), indices, self.teacher.shape, self.device)
         noise = FixedNoise([drawn(k) for k in range(nfe)])
@@ -138,6 +136,18 @@ class Evaluator:
             sampler(noise, nfe)
             timer = Timer("sampler(noise, nfe)", globals=locals(), num_threads=torch.get_num_threads())
             return timer.blocked_autorange(min_run_time=self.config.timing_seconds).median
+
+
+def _timer() -> type:
+    """torch's Timer, imported without the warning that no CUDA runtime was found to compile C++ for."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from torch.utils.benchmark import Timer
+    finally:
+        logger.setLevel(level)
+    return Timer
 
 
 def _score(metric: Metric, samples: Samples) -> tuple[float | None, str]:

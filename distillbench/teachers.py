@@ -38,6 +38,11 @@ class Teacher:
         self.denoiser.freeze()
 
     @property
+    def label(self) -> str:
+        """What the table calls it: the family's name and the first digits of its weights' hash."""
+        return f"{self.name}-{self.sha256[:8]}"
+
+    @property
     def teacher_rows(self) -> Counter:
         return self.denoiser.counted.counter
 
@@ -96,5 +101,5 @@ class TeacherSource(ABC):
         """The frozen teacher on `device`, made first if need be."""
 
     def train(self, output: Path | None, progress: Progress) -> Path:
-        """Train anew, write to `output` or into the cache, return the file. Raises UserError where there is no training."""
+        """Train anew, write to `output` or into the cache, return the file. UserError where nothing is trained."""
         raise UserError(f"teacher={self.name} is not trained by distillbench")

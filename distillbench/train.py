@@ -126,10 +126,11 @@ def train(
     meter, device, shape = workspace.meter, workspace.device, workspace.teacher.shape
     generator = torch.Generator().manual_seed(workspace.seed)
     method.prepare(workspace)
+    if meter.progress() >= 1:
+        raise RuntimeError(f"what is made ahead used up the budget of {meter.budget.amount:g} {meter.budget.limit}")
     curve = _Curve(meter, step)
     phases = method.phases()
     shares = [phase.share for phase in phases]
-    begin = 0.0
     optimizers: Optimizers | None = None
     average: Average | None = None
     for index, phase in enumerate(phases):
@@ -137,7 +138,7 @@ def train(
         method.start_phase(index)
         if optimizers is None or average is None or phase.fresh:
             optimizers, average = Optimizers(config), Average(method.student, config.ema_halflife_kimg)
-            begin, finish = meter.progress() if index else 0.0, _end_of_schedule(phases, index)
+            begin, finish = meter.progress(), _end_of_schedule(phases, index)
         while (progress := meter.progress()) < min(end, 1.0) - 1e-12:
             batch = Batch(meter.next_batch(batch_size), shape, generator, device, read)
             factor = learning_rate_factor(config, (progress - begin) / max(finish - begin, 1e-12))

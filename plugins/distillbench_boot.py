@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from distillbench import Batch, Denoiser, Method, MethodConfig, Teacher, hookimpl, option
 from distillbench.networks import TimeEmbedding
 from distillbench.options import require_between, require_one_of, require_positive
-from distillbench.samplers import time_like
+from distillbench.samplers import time_like, uniform_times
 
 
 class SignalNetwork(nn.Module):
@@ -82,14 +82,15 @@ class Boot(Method):
         self.student = SignalNetwork(teacher.student())
         self.t_min, self.t_max = teacher.schedule.t_min, teacher.schedule.t_max
         self.delta = (self.t_max - self.t_min) / config.steps
+        self.grid = uniform_times(teacher.schedule, config.steps)
 
     def time_pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """t and s = t - delta, each (B,1,1,1)."""
         if self.config.times == "uniform":
             t = batch.uniform(self.t_min + self.delta, self.t_max)
             return t, (t - self.delta).clamp(min=self.t_min)
-        k = batch.integers(1, self.config.steps + 1).double()
-        return self.t_min + k * self.delta, self.t_min + (k - 1) * self.delta
+        k, grid = batch.integers(1, self.config.steps + 1), self.grid.to(batch.device)
+        return grid[k], grid[k - 1]
 
     def target(self, eps: Tensor, y_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """y_s from y_t along the teacher's Signal-ODE."""

@@ -1,0 +1,219 @@
+"""The plan: cells made from settings, checked as far as can be without training, each with its price foreseen.
+
+A cell is one training of one method (or the teacher itself) and its evaluation. Planning writes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distillbench.budget import Limit, Meter, Price
+from distillbench.config import RunConfig
+from distillbench.datasets import Dataset
+from distillbench.errors import UserError
+from distillbench.evaluate import Evaluator
+from distillbench.files import key_of
+from distillbench.method import Batch, Method, MethodConfig
+from distillbench.pairs import Workspace
+from distillbench.progress import Progress
+from distillbench.registry import Entry, Registry
+from distillbench.teachers import Teacher, TeacherPlan, TeacherSource
+from distillbench.train import DataStream
+
+TEACHER_ROW = "teacher:ddim"
+
+
+@dataclass
+class Scene:
+    """What cells share: the settings, the dataset, the family of the teacher, and the teacher once it is needed."""
+
+    config: RunConfig
+    registry: Registry
+    device: str
+    dataset: Dataset
+    source: TeacherSource
+    teacher: Teacher | None = None
+    evaluator: Evaluator | None = None
+
+    def loaded(self, progress: Progress) -> Teacher:
+        if self.teacher is None:
+            self.teacher = self.source.load(progress)
+            if tuple(self.teacher.shape) != tuple(self.dataset.shape):
+                raise UserError(
+                    f"the teacher does not fit the dataset: it makes images of (C,H,W) = {tuple(self.teacher.shape)}, "
+                    f"the dataset's are {tuple(self.dataset.shape)}"
+                )
+        return self.teacher
+
+    def evaluation(self, progress: Progress) -> Evaluator:
+        if self.evaluator is None:
+            teacher = self.loaded(progress)
+            parts = self.config.evaluation, self.dataset, teacher, self.registry, self.device, progress
+            self.evaluator = Evaluator(*parts)
+        return self.evaluator
+
+
+@dataclass
+class Cell:
+    """One method with its settings and a seed, or the teacher itself (`entry` None)."""
+
+    scene: Scene
+    name: str
+    entry: Entry | None = None
+    method_config: MethodConfig | None = None
+    seed: int | None = None
+    price: Price = field(default_factory=Price)  # foreseen
+    nfe: list[int] = field(default_factory=list)  # of its rows
+
+    @property
+    def label(self) -> str:
+        return self.name if self.seed is None else f"{self.name} (seed {self.seed})"
+
+
+def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
+    """The cells of all settings, checked as far as can be without training, each with its price. Writes nothing."""
+    cells: list[Cell] = []
+    scenes: dict[str, Scene] = {}
+    seen: set[str] = set()
+    for config in configs:
+        scene = _scene(config, registry, scenes)
+        todo = [Cell(scene, TEACHER_ROW, nfe=sorted(config.evaluation.teacher_nfe))]
+        for name, method_config in config.methods.items():
+            todo.append(Cell(scene, name, registry.get("methods", method_config.kind), method_config, config.seed))
+        for cell in todo:
+            identity = _identity(cell, config)
+            if identity not in seen:
+                seen.add(identity)
+                _foresee(cell)
+                cells.append(cell)
+    return cells
+
+
+def _identity(cell: Cell, config: RunConfig) -> str:
+    """Equal for cells that a grid names twice, such as the teacher's rows at several budgets."""
+    settings = plain_settings(config)
+    irrelevant = ["methods", "seed", "run_name"] + ([] if cell.entry else ["budget", "batch_size"])
+    for name in irrelevant:
+        del settings[name]
+    return key_of([settings, cell.name, plain_settings(cell.method_config), cell.seed])
+
+
+def _scene(config: RunConfig, registry: Registry, scenes: dict[str, Scene]) -> Scene:
+    """The scene of these settings, shared by all that differ in methods and seed only."""
+    shared = plain_settings(config)
+    for name in ("methods", "seed"):
+        del shared[name]
+    identity = key_of(shared)
+    if identity not in scenes:
+        device = choose_device(config.device)
+        check_writable(Path(config.results_dir))
+        config.evaluation.check_metrics(registry)
+        dataset = registry.get("datasets", config.dataset.kind).cls(config.dataset)
+        family = registry.get("teachers", config.teacher.kind).cls
+        source = family(config.teacher, dataset, Path(config.results_dir) / "cache" / "teachers", device)
+        source.plan()
+        scenes[identity] = Scene(config, registry, device, dataset, source)
+    return scenes[identity]
+
+
+def _foresee(cell: Cell) -> None:
+    """Build the method and let it take one step of two images in each phase: what it counts is the price."""
+    if cell.entry is None or cell.method_config is None:
+        return
+    scene, config = cell.scene, cell.scene.config
+    torch.set_num_threads(config.threads)
+    teacher = scene.source.untrained()
+    meter = Meter(config.budget, teacher, scene.device)
+    method = build(cell, teacher)
+    cell.nfe = [n for n in sorted(config.evaluation.nfe) if method.supports(n)]
+    if not cell.nfe:
+        raise UserError(f"{cell.name} supports none of evaluation.nfe={config.evaluation.nfe}")
+    workspace = Workspace(teacher, meter, Path(), scene.device, 0, Progress(None), dry=True)
+    method.prepare(workspace)
+    ahead = meter.teacher_nfe
+    if config.budget.limit == Limit.nfe and ahead >= config.budget.nfe:
+        raise UserError(
+            f"{cell.name}: what it makes ahead costs {ahead:,} evaluations, budget.nfe allows {config.budget.nfe:,}"
+        )
+    phases = method.phases()
+    per_image = [0.0, 0.0]
+    data = DataStream(scene.dataset, 0, scene.device)
+    for index, phase in enumerate(phases):
+        method.start_phase(index)
+        before = meter.teacher_nfe, meter.student_nfe
+        for _ in method.train_step(_batch(cell, data)):
+            pass
+        share = phase.share / sum(p.share for p in phases)
+        per_image[0] += share * (meter.teacher_nfe - before[0]) / 2
+        per_image[1] += share * (meter.student_nfe - before[1]) / 2
+        method.end_phase(index, method.student)
+    images = config.budget.images if config.budget.limit == Limit.images else 0
+    if config.budget.limit == Limit.nfe:
+        images = int(max(0, config.budget.nfe - ahead) / sum(per_image))
+    cell.price = Price(images, 0.0, ahead + round(images * per_image[0]), round(images * per_image[1]))
+
+
+def _batch(cell: Cell, data: DataStream) -> Batch:
+    assert cell.entry is not None
+    read = data.read if cell.entry.cls.needs_data else None
+    return Batch(2, cell.scene.dataset.shape, torch.Generator().manual_seed(0), cell.scene.device, read)
+
+
+def build(cell: Cell, teacher: Teacher) -> Method:
+    """The method of a cell with its networks on the device, as they are before training."""
+    assert cell.entry is not None
+    torch.manual_seed(cell.seed or 0)  # what a method adds to the teacher's network starts from this
+    return cell.entry.cls(cell.method_config, teacher).to(cell.scene.device)
+
+
+def choose_device(name: str) -> str:
+    """Turn "auto" into cuda where there is one, else cpu; raise UserError for a device that does not exist here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return name
+    if name != "cuda" and not name.startswith("cuda:"):
+        raise UserError(f"no device {name!r}. Possible: auto, cpu, cuda, cuda:N")
+    if not torch.cuda.is_available():
+        raise UserError(f"device={name}: torch finds no CUDA device here. Possible: auto, cpu")
+    count = torch.cuda.device_count()
+    index = name.removeprefix("cuda").removeprefix(":") or "0"
+    if not (index.isdigit() and int(index) < count):
+        raise UserError(f"no device {name!r}. Possible: {', '.join(f'cuda:{i}' for i in range(count))}")
+    return name
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless files can be made in `folder`, or in the closest parent that exists. Leaves nothing."""
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        if not parent.is_dir():
+            raise NotADirectoryError(f"{parent} is not a folder")
+        tempfile.TemporaryFile(dir=parent).close()
+        if not os.access(parent, os.W_OK):
+            raise PermissionError(f"{parent} is read-only")
+    except OSError as error:
+        raise UserError(f"results_dir: cannot write to {str(folder)!r}: {error.strerror or error}") from error
+
+
+def teacher_plan(cells: list[Cell]) -> list[tuple[str, str, TeacherPlan]]:
+    """(dataset, teacher, plan) of every scene among the cells."""
+    scenes = {id(cell.scene): cell.scene for cell in cells}.values()
+    return [(scene.dataset.name, scene.source.name, scene.source.plan()) for scene in scenes]
+
+
+def plain_settings(value: Any) -> Any:
+    """A settings dataclass as plain values."""
+    if value is None:
+        return None
+    return json.loads(json.dumps(dataclasses.asdict(value)))
