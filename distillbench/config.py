@@ -40,7 +40,7 @@ class RunConfig:
     teacher: Any = option(None, "the frozen teacher: teacher=trained")
     budget: BudgetConfig = option(BudgetConfig, "how long every method trains")
     evaluation: EvaluationConfig = option(EvaluationConfig, "what is sampled and scored")
-    batch_size: int = option(256, "images in a training step, for every method")
+    batch_size: int = option(128, "images in a training step, for every method")
     seed: int = option(0, "seed of training: noise, times and the order of the data")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(1, "CPU threads; small networks are fastest, and undisturbed, on one")

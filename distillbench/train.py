@@ -74,7 +74,7 @@ class Optimizers:
 
     def _make(self, network: nn.Module) -> torch.optim.Optimizer:
         betas, decay = (self.config.beta1, self.config.beta2), self.config.weight_decay
-        return torch.optim.AdamW(network.parameters(), lr=self.config.lr, betas=betas, weight_decay=decay, foreach=True)
+        return torch.optim.AdamW(network.parameters(), lr=self.config.lr, betas=betas, weight_decay=decay, fused=True)
 
     def update(self, network: nn.Module, loss: Tensor, factor: float) -> None:
         """One step down the gradient of `loss` in the weights of `network`."""

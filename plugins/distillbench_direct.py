@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Method, MethodConfig, PairStore, Workspace, hookimpl, option
-from distillbench.options import require_positive
+from distillbench.options import require_one_of, require_positive
 from distillbench.samplers import ddim, time_like, uniform_times
 
 
@@ -38,12 +38,14 @@ class Direct(Method):
     class Config(MethodConfig):
         lr: float = option(3e-3, "peak learning rate of Adam")
         steps: int = option(64, "N, DDIM steps of the teacher's answer")
+        loss: str = option("l2", "l2 (squared) or l1 (the paper's choice for CIFAR-10)")
         online: bool = option(False, "solve for every batch instead of making pairs ahead")
         pairs: int = option(16_384, "noise-image pairs made ahead (offline)")
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require_positive(self, "steps", "pairs")
+            require_one_of(self, "loss", ("l1", "l2"))
 
     def solve(self, eps: Tensor) -> Tensor:
         """ODE-Solver(f, eps, T -> 0): the teacher's DDIM with N steps."""
@@ -68,7 +70,8 @@ class Direct(Method):
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         eps, x_0 = self.pair(batch)
-        yield self.student, (self.g(eps) - x_0).square().mean()  # (BOOT paper, eq. 2)
+        difference = self.g(eps) - x_0  # (BOOT paper, eq. 2)
+        yield self.student, (difference.abs() if self.config.loss == "l1" else difference.square()).mean()
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int) -> Tensor:
         return self.g(noise(0))

@@ -45,7 +45,7 @@ MLP_UP_TO = 16  # pixels a side
 class TeacherTraining(OptimizerConfig):
     """How a teacher is optimised."""
 
-    ema_halflife_kimg: float = option(50.0, "half-life of the weights' average in 1000 images; 0: no average")
+    ema_halflife_kimg: float = option(300.0, "half-life of the weights' average in 1000 images; 0: no average")
 
 
 class DenoisingTraining(Method):
