@@ -60,7 +60,7 @@ class Meter:
 
     def _now(self) -> float:
         if self.device != "cpu":
-            torch.accelerator.synchronize()
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def charge(self, seconds: float, teacher_nfe: int) -> None:

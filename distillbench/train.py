@@ -43,6 +43,8 @@ class Average:
     def __init__(self, network: nn.Module, halflife_kimg: float) -> None:
         self.network, self.halflife = network, 1000 * halflife_kimg
         self.module = copy.deepcopy(network).eval().requires_grad_(False) if self.halflife else network
+        self.mine, self.theirs = list(self.module.parameters()), list(network.parameters())
+        self.buffers = list(zip(self.module.buffers(), network.buffers(), strict=True))
         self.images = 0
 
     def update(self, images: int) -> None:
@@ -52,8 +54,8 @@ class Average:
         halflife = min(self.halflife, 0.05 * self.images)
         weight = 1 - 0.5 ** (images / halflife)
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.module.parameters()), list(self.network.parameters()), weight)
-            for mine, theirs in zip(self.module.buffers(), self.network.buffers(), strict=True):
+            torch._foreach_lerp_(self.mine, self.theirs, weight)
+            for mine, theirs in self.buffers:
                 mine.copy_(theirs)
 
 
@@ -85,7 +87,7 @@ class Optimizers:
             group["lr"] = self.config.lr * factor
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), self.config.grad_clip, foreach=True)
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.config.grad_clip, foreach=True)
         optimizer.step()
 
 

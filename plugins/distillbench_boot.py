@@ -63,9 +63,9 @@ class Boot(Method):
     @dataclass
     class Config(MethodConfig):
         lr: float = option(2e-3, "peak learning rate of Adam")
-        steps: int = option(16, "N: the step is delta = (t_max - t_min) / N")
+        steps: int = option(8, "N: the step is delta = (t_max - t_min) / N")
         times: str = option("grid", "t on the grid t_min + k delta, or uniform in [t_min + delta, t_max]")
-        target: str = option("euler", "y_s by one euler step (exact DDIM) or by exponential heun (one evaluation more)")
+        target: str = option("heun", "y_s by exponential heun, or by one euler step (exact DDIM, one evaluation less)")
         weight: str = option("uniform", "w: uniform (1), inv_delta2 (1/delta^2) or inv_dlam2 (1/(1-r)^2)")
         beta: float = option(1.0, "weight of the boundary loss, to be read together with w")
 

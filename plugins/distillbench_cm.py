@@ -59,12 +59,13 @@ class ConsistencyDistillation(Method):
         lr: float = option(1e-3, "peak learning rate of Adam")
         steps: int = option(18, "N, noise levels of the grid")
         solver: str = option("heun", "teacher step: heun (two evaluations) or ddim (Euler, one evaluation)")
-        mu: float = option(0.0, "decay of the target network; 0: the student itself, stop-gradient")
+        mu: float = option(0.95, "decay of the target network; 0: the student itself, stop-gradient")
         metric: str = option("l2", "d: l2 (squared) or pseudo_huber, sqrt(|.|^2 + c^2) - c, c = .00054 sqrt(pixels)")
         sigma_min: float = option(0.002, "e, smallest noise level")
         sigma_max: float = option(80.0, "largest noise level")
         sigma_data: float = option(0.5, "sd, standard deviation of the data")
-        rho: float = option(7.0, "curvature of the grid")
+        grid: str = option("karras", "levels by Karras et al. with rho, or uniform in the schedule's time (with ddim)")
+        rho: float = option(7.0, "curvature of the Karras grid")
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -72,6 +73,7 @@ class ConsistencyDistillation(Method):
             require_between(self, 2, float("inf"), "steps")
             require_between(self, 0, 1, "mu")
             require_one_of(self, "solver", ("heun", "ddim"))
+            require_one_of(self, "grid", ("karras", "uniform"))
             require_one_of(self, "metric", ("l2", "pseudo_huber"))
             if self.sigma_min >= self.sigma_max:
                 raise UserError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
@@ -80,6 +82,8 @@ class ConsistencyDistillation(Method):
         super().__init__(config, teacher)
         schedule = teacher.schedule
         self.grid = karras_times(schedule, config.steps, config.sigma_min, config.sigma_max, config.rho)
+        if config.grid == "uniform":
+            self.grid = torch.linspace(*self.grid[[0, -1]].tolist(), config.steps, dtype=torch.float64)
         e = schedule.noise_level(self.grid[:1]).item()  # the schedule may not reach down to sigma_min
         self.student = ConsistencyFunction(teacher.student(), e, config.sigma_data)
         self.target = ConsistencyFunction(teacher.student(), e, config.sigma_data) if config.mu else self.student

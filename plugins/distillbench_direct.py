@@ -36,11 +36,11 @@ class Direct(Method):
 
     @dataclass
     class Config(MethodConfig):
-        lr: float = option(3e-3, "peak learning rate of Adam")
+        lr: float = option(2e-3, "peak learning rate of Adam")
         steps: int = option(64, "N, DDIM steps of the teacher's answer")
         loss: str = option("l2", "l2 (squared) or l1 (the paper's choice for CIFAR-10)")
         online: bool = option(False, "solve for every batch instead of making pairs ahead")
-        pairs: int = option(16_384, "noise-image pairs made ahead (offline)")
+        pairs: int = option(32_768, "noise-image pairs made ahead (offline)")
 
         def __post_init__(self) -> None:
             super().__post_init__()

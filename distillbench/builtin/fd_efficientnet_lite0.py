@@ -6,6 +6,8 @@ number of images, and with nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -63,18 +65,23 @@ class FdEfficientNetLite0(Metric):
     def __init__(self, dataset: Dataset, device: str) -> None:
         super().__init__(dataset, device)
         self.network = load_network().to(device, memory_format=torch.channels_last)
-        self.reference = GaussianStatistics.of(self._features(dataset.read(torch.arange(len(dataset)))))
+        real = map(dataset.read, torch.arange(len(dataset)).split(BATCH))
+        self.reference = GaussianStatistics.of(self._features(real))
         self.reference_root = self.reference.root()
 
-    def _features(self, images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            batches = [network_input(batch.to(self.device)) for batch in images.split(BATCH)]
-            return torch.cat([self.network(x.to(memory_format=torch.channels_last)).cpu() for x in batches])
+    @torch.inference_mode()
+    def _features(self, batches: Iterable[Tensor]) -> Tensor:
+        """Features (N,1280) of uint8 images, which come in batches of BATCH: always computed at one size."""
+        features = []
+        for batch in batches:
+            x = network_input(batch.to(self.device)).to(memory_format=torch.channels_last)
+            features.append(self.network(x).cpu())
+        return torch.cat(features)
 
     def score(self, samples: Samples) -> float:
         if len(samples.x_0) < 2:
             raise Unavailable("a covariance needs at least two images")
-        theirs = GaussianStatistics.of(self._features(samples.uint8))
+        theirs = GaussianStatistics.of(self._features(samples.uint8.split(BATCH)))
         return frechet_distance(self.reference, theirs, self.reference_root)
 
 
