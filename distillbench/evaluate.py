@@ -18,7 +18,7 @@ from distillbench.noise import FixedNoise, Noise, stream_key
 from distillbench.options import option, require_positive
 from distillbench.progress import Progress, Step
 from distillbench.registry import Registry
-from distillbench.samplers import ddim, uniform_times
+from distillbench.samplers import ddim, uniform_times, x_at_t_max
 from distillbench.teachers import Teacher
 
 Sampler = Callable[[Callable[[int], Tensor], int], Tensor]  # (noise, nfe) -> x_0 (B,C,H,W)
@@ -160,8 +160,9 @@ def _score(metric: Metric, samples: Samples) -> tuple[float | None, str]:
 
 def teacher_sampler(teacher: Teacher) -> Sampler:
     """The teacher's own DDIM with `nfe` steps, uniform in time."""
+    schedule = teacher.schedule
 
     def sample(noise: Callable[[int], Tensor], nfe: int) -> Tensor:
-        return ddim(teacher.denoise, teacher.schedule, noise(0), uniform_times(teacher.schedule, nfe))
+        return ddim(teacher.denoise, schedule, x_at_t_max(schedule, noise(0)), uniform_times(schedule, nfe))
 
     return sample

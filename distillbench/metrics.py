@@ -57,7 +57,7 @@ class GaussianStatistics:
     def of(features: Tensor) -> GaussianStatistics:
         """Statistics of features (N,D); the covariance is divided by N - 1, as in the original FID code."""
         features = features.double()
-        return GaussianStatistics(features.mean(dim=0), torch.cov(features.T))
+        return GaussianStatistics(features.mean(dim=0), torch.cov(features.T).reshape(features.shape[1], -1))
 
     def root(self) -> Tensor:
         values, vectors = torch.linalg.eigh(self.covariance)

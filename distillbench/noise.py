@@ -32,7 +32,8 @@ class Noise:
     def __call__(self, k: int) -> Tensor:
         rows = np.empty((len(self.indices), *self.shape), dtype=np.float32)
         for row, index in zip(rows, self.indices, strict=True):
-            generator = np.random.Generator(np.random.Philox(key=[self.stream, index], counter=[0, 0, 0, k]))
+            name, draw = np.array([self.stream, index], np.uint64), np.array([0, 0, 0, k], np.uint64)
+            generator = np.random.Generator(np.random.Philox(key=name, counter=draw))
             generator.standard_normal(out=row, dtype=np.float32)
         return torch.from_numpy(rows).to(self.device, torch.get_default_dtype())
 

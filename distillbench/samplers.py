@@ -25,6 +25,11 @@ def time_like(x: Tensor, value: float | Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64, device=x.device).expand(len(x), 1, 1, 1)
 
 
+def x_at_t_max(schedule: NoiseSchedule, eps: Tensor) -> Tensor:
+    """Where sampling starts: x_T = sigma_T eps, which is eps itself where sigma_T = 1 (VP) and 80 eps for EDM's VE."""
+    return schedule.sigma(time_like(eps, schedule.t_max)) * eps
+
+
 def uniform_times(schedule: NoiseSchedule, steps: int) -> Tensor:
     """t_0 < ... < t_N, uniform in t from t_min to t_max, shape (N+1,) float64 (the grid t = i/N of Salimans & Ho)."""
     return torch.linspace(schedule.t_min, schedule.t_max, steps + 1, dtype=torch.float64)

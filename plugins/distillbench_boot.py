@@ -2,12 +2,12 @@
 
 Gu, Zhai, Zhang, Liu & Susskind 2023, arXiv:2306.05544. The student reads the same noise eps at every time t and
 predicts the signal y_t = (x_t - sigma_t eps) / alpha_t of the teacher's trajectory that starts at eps. It is
-bootstrapped along the Signal-ODE, dy/dt = -lam'_t (f(x_t, t) - y_t), from t_max, where it is tied to the teacher, to t_min.
+bootstrapped along the Signal-ODE, dy/dt = -lam'_t (f(x_t, t) - y_t), from t_max, where it is tied to the teacher.
 
     x_t  = alpha_t y_t + sigma_t eps                                            (definition of y_t)
     y_s  = r y_t + (1 - r) f(x_t, t),   r = alpha_t sigma_s / (alpha_s sigma_t)  (DDIM in y: the exact step)
     L_BS = E w | g(eps, s) - sg[y_s] |^2                                        (bootstrapping)
-    L_BC = E | g(eps, t_max) - f(x_T, t_max) |^2                                (boundary)
+    L_BC = E | g(eps, t_max) - f(x_T, t_max) |^2,   x_T = sigma_T eps           (boundary)
     L    = L_BS + beta L_BC
 
 | symbol   | meaning                                                             | shape            |
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from distillbench import Batch, Denoiser, Method, MethodConfig, Teacher, hookimpl, option
 from distillbench.networks import TimeEmbedding
 from distillbench.options import require_between, require_one_of, require_positive
-from distillbench.samplers import time_like, uniform_times
+from distillbench.samplers import time_like, uniform_times, x_at_t_max
 
 
 class SignalNetwork(nn.Module):
@@ -52,7 +52,7 @@ class SignalNetwork(nn.Module):
         schedule = self.denoiser.schedule
         u = (t - schedule.t_min) / (schedule.t_max - schedule.t_min)
         embedding = self.target_time(u.flatten().to(eps.dtype))
-        return self.denoiser(eps, time_like(eps, schedule.t_max), embedding)
+        return self.denoiser(x_at_t_max(schedule, eps), time_like(eps, schedule.t_max), embedding)
 
 
 class Boot(Method):
@@ -114,7 +114,7 @@ class Boot(Method):
         t_max = time_like(eps, self.t_max)
         with torch.no_grad():
             y_s = self.target(eps, g(eps, t), t, s)
-            y_T = self.teacher.denoise(eps, t_max)
+            y_T = self.teacher.denoise(x_at_t_max(self.teacher.schedule, eps), t_max)
         loss_bs = (self.weight(t, s) * (g(eps, s) - y_s).square()).mean()
         loss_bc = (g(eps, t_max) - y_T).square().mean()
         yield g, loss_bs + self.config.beta * loss_bc

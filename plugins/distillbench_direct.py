@@ -7,7 +7,7 @@ arXiv:2101.02388. Data-free: it learns from noise-image pairs that the teacher m
 
 | symbol | meaning                                              | shape     |
 |--------|------------------------------------------------------|-----------|
-| eps    | noise, x_T                                           | (B,C,H,W) |
+| eps    | noise; x_T = sigma_T eps                             | (B,C,H,W) |
 | x_0    | the teacher's answer to eps                          | (B,C,H,W) |
 | f      | teacher, f(x_t, t) = E[x_0 given x_t]                | (B,C,H,W) |
 | g      | student: the teacher's network at the fixed time T   | (B,C,H,W) |
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Method, MethodConfig, PairStore, Workspace, hookimpl, option
 from distillbench.options import require_one_of, require_positive
-from distillbench.samplers import ddim, time_like, uniform_times
+from distillbench.samplers import ddim, time_like, uniform_times, x_at_t_max
 
 
 class Direct(Method):
@@ -50,10 +50,12 @@ class Direct(Method):
     def solve(self, eps: Tensor) -> Tensor:
         """ODE-Solver(f, eps, T -> 0): the teacher's DDIM with N steps."""
         schedule = self.teacher.schedule
-        return ddim(self.teacher.denoise, schedule, eps, uniform_times(schedule, self.config.steps))
+        times = uniform_times(schedule, self.config.steps)
+        return ddim(self.teacher.denoise, schedule, x_at_t_max(schedule, eps), times)
 
     def g(self, eps: Tensor) -> Tensor:
-        return self.student(eps, time_like(eps, self.teacher.schedule.t_max))
+        schedule = self.teacher.schedule
+        return self.student(x_at_t_max(schedule, eps), time_like(eps, schedule.t_max))
 
     def prepare(self, workspace: Workspace) -> None:
         self.store: PairStore | None = None

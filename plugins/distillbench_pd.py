@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
 from distillbench.options import require_one_of, require_positive
-from distillbench.samplers import ddim, ddim_step, uniform_times
+from distillbench.samplers import ddim, ddim_step, uniform_times, x_at_t_max
 
 
 class ProgressiveDistillation(Method):
@@ -102,7 +102,8 @@ class ProgressiveDistillation(Method):
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int) -> Tensor:
         schedule = self.teacher.schedule
-        return ddim(self.students[str(nfe)], schedule, noise(0), uniform_times(schedule, nfe))
+        z_T = x_at_t_max(schedule, noise(0))
+        return ddim(self.students[str(nfe)], schedule, z_T, uniform_times(schedule, nfe))
 
 
 @hookimpl
