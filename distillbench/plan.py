@@ -212,6 +212,18 @@ def teacher_plan(cells: list[Cell]) -> list[tuple[str, str, TeacherPlan]]:
     return [(scene.dataset.name, scene.source.name, scene.source.plan()) for scene in scenes]
 
 
+def changed_settings(config: MethodConfig | None) -> str:
+    """The settings of a method that differ from its defaults, as "name=value, ...": what tells rows of a grid apart."""
+    if config is None:
+        return ""
+    changed = []
+    for f in dataclasses.fields(config):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if f.name != "kind" and getattr(config, f.name) != default:
+            changed.append(f"{f.name}={getattr(config, f.name)}")
+    return ", ".join(changed)
+
+
 def plain_settings(value: Any) -> Any:
     """A settings dataclass as plain values."""
     if value is None:

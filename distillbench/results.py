@@ -1,10 +1,10 @@
 """Records and tables. A record is one JSON file, whole or absent; a table is what pandas makes of records.
 
-    results_dir/
-      cells/<train key>/train.json, student.safetensors        price and weights of one training
-      cells/<train key>/evaluation-<key>.json, .safetensors    rows of one evaluation, and its first samples
-      cache/                                                   teachers and noise-image pairs, by content
-      <run>/table.csv, table.parquet, samples.png, config.yaml, environment.json, weights/
+results_dir/
+  cells/<train key>/train.json, student.safetensors        price and weights of one training
+  cells/<train key>/evaluation-<key>.json, .safetensors    rows of one evaluation, and its first samples
+  cache/                                                   teachers and noise-image pairs, by content
+  <run>/table.csv, table.parquet, samples.png, config.yaml, environment.json, weights/
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import pandas as pd
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from distillbench.files import write_atomically
+from distillbench.files import key_of, write_atomically
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = 1
 Status = Literal["ok", "failed", "diverged"]
@@ -103,15 +105,15 @@ def write_record(path: Path, record: BaseModel) -> None:
 def read_record(path: Path, kind: type[AnyRecord], inputs: dict[str, Any]) -> AnyRecord | None:
     """The record at `path`, or None if there is none. Raises ValueError if it is damaged or belongs to other inputs."""
     try:
-        text = path.read_text()
+        record = kind.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    try:
-        record = kind.model_validate_json(text)
-    except (ValidationError, UnicodeDecodeError) as error:
+    except (ValidationError, OSError) as error:
         raise ValueError(f"the record {path.name} is damaged") from error
     if record.inputs != json.loads(json.dumps(inputs)):
         raise ValueError(f"the record {path.name} belongs to other inputs")
+    if record.key != key_of(inputs):
+        raise ValueError(f"the record {path.name} is damaged: its key is not that of its inputs")
     return record
 
 
@@ -127,6 +129,7 @@ LAST: dict[str, str] = {  # column: pandas type
     "sample_images_per_second": "Float64",
     "sample_peak_gpu_mib": "Float64",
     "parameters": "Int64",
+    "settings": "string",
     "device": "string",
     "key": "string",
 }
@@ -136,7 +139,7 @@ def table_row(
     names: dict[str, Any], row: RowRecord, training: TrainRecord | None, key: str, device: str, metrics: Sequence[str],
     parameters: int | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """One row of the table. `names` are dataset, teacher, method and seed; no training means the teacher itself."""
+    """One row of the table. `names`: dataset, teacher, method, seed and settings; no training: the teacher itself."""
     missing = dict(row.missing)
     cost: dict[str, Any] = dict.fromkeys(c for c in LAST if c.startswith("train_"))
     if training is None:
@@ -164,7 +167,9 @@ def table_row(
 
 
 def make_table(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFrame:
-    """The table: one row for each (dataset, teacher, method, seed, nfe), the same columns and types whatever happened."""
+    """The table, one row for each of `rows`: the same columns and types whatever happened."""
+    import pandas as pd  # not above: the registry needs the columns' names, and listing plugins needs no tables
+
     types = dict.fromkeys(FIRST, "string") | {"seed": "Int64", "nfe": "Int64"}
     types |= dict.fromkeys(metrics, "Float64") | LAST
     return pd.DataFrame(rows, columns=list(types)).astype(types)

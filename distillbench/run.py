@@ -15,7 +15,7 @@ from distillbench.cell import Finished, evaluation_inputs, run_cell, train_input
 from distillbench.config import RunConfig, to_yaml
 from distillbench.environment import environment
 from distillbench.files import key_of, write_atomically
-from distillbench.plan import Cell, check_writable, choose_device, plan, teacher_plan
+from distillbench.plan import Cell, changed_settings, choose_device
 from distillbench.progress import Progress
 from distillbench.registry import Registry
 from distillbench.results import link_or_copy, make_table, sample_grid, table_row, write_table
@@ -53,6 +53,7 @@ def _table_rows(done: Finished, metrics: list[str]) -> list[dict[str, Any]]:
     cell, teacher = done.cell, done.cell.scene.teacher
     assert teacher is not None
     names = {"dataset": cell.scene.dataset.name, "teacher": teacher.label, "method": cell.name, "seed": cell.seed}
+    names["settings"] = changed_settings(cell.method_config)
     count = sum(p.numel() for p in teacher.denoiser.parameters())
     parameters = count if done.training is None else done.training.parameters
     key, device = done.evaluation.key, done.evaluation.device

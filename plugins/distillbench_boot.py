@@ -25,6 +25,7 @@ y'(eps, t) = y(eps + C(eps), t) + sigma_t / alpha_t C(eps) has zero L_BS as well
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -68,11 +69,13 @@ class Boot(Method):
         target: str = option("heun", "y_s by exponential heun, or by one euler step (exact DDIM, one evaluation less)")
         weight: str = option("uniform", "w: uniform (1), inv_delta2 (1/delta^2) or inv_dlam2 (1/(1-r)^2)")
         beta: float = option(1.0, "weight of the boundary loss, to be read together with w")
+        boundary_share: float = option(0.25, "share of a batch on which the boundary loss is estimated")
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require_positive(self, "steps")
             require_between(self, 0, float("inf"), "beta")
+            require_between(self, 1e-6, 1, "boundary_share")
             require_one_of(self, "times", ("grid", "uniform"))
             require_one_of(self, "target", ("euler", "heun"))
             require_one_of(self, "weight", ("uniform", "inv_delta2", "inv_dlam2"))
@@ -111,12 +114,13 @@ class Boot(Method):
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         g, eps = self.student, batch.noise()
         t, s = self.time_pair(batch)
-        t_max = time_like(eps, self.t_max)
+        eps_T = eps[: math.ceil(self.config.boundary_share * batch.size)]
+        t_max = time_like(eps_T, self.t_max)
         with torch.no_grad():
             y_s = self.target(eps, g(eps, t), t, s)
-            y_T = self.teacher.denoise(x_at_t_max(self.teacher.schedule, eps), t_max)
+            y_T = self.teacher.denoise(x_at_t_max(self.teacher.schedule, eps_T), t_max)
         loss_bs = (self.weight(t, s) * (g(eps, s) - y_s).square()).mean()
-        loss_bc = (g(eps, t_max) - y_T).square().mean()
+        loss_bc = (g(eps_T, t_max) - y_T).square().mean()
         yield g, loss_bs + self.config.beta * loss_bc
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int) -> Tensor:

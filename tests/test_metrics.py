@@ -1,0 +1,248 @@
+"""The Frechet distance against closed forms and torch_fidelity; and what evaluation guarantees to every row."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from torch import Tensor
+
+from analytic import ddim_chain, gaussian_teacher, time
+from distillbench.builtin.teacher_rmse import TeacherRmse
+from distillbench.datasets import to_uint8
+from distillbench.errors import DivergedError, Unavailable, UserError
+from distillbench.evaluate import EvaluationConfig, Evaluator, teacher_sampler
+from distillbench.metrics import GaussianStatistics, Metric, Samples, frechet_distance
+from distillbench.noise import Noise, stream_key
+from distillbench.progress import Progress
+from distillbench.registry import Entry, Plugin, Registry
+from distillbench.samplers import uniform_times
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rotation(n: int, seed: int = 0) -> Tensor:
+    return torch.linalg.qr(torch.randn(n, n, generator=generator(seed)))[0]
+
+
+def statistics(n: int, features: int, seed: int) -> GaussianStatistics:
+    mixing = torch.randn(features, features, generator=generator(seed + 100))
+    return GaussianStatistics.of(torch.randn(n, features, generator=generator(seed)) @ mixing + seed)
+
+
+# --- the Frechet distance --------------------------------------------------------------------------------------------
+
+
+def test_frechet_distance_of_commuting_covariances():
+    """|m_a - m_b|^2 + sum (sqrt a_i - sqrt b_i)^2 where both have the same eigenvectors."""
+    Q = rotation(5)
+    a, b = torch.tensor([4.0, 1.0, 0.25, 9.0, 2.0]), torch.tensor([1.0, 1.0, 16.0, 0.5, 0.0])
+    mean = torch.tensor([0.5, -1.0, 0.0, 2.0, 0.0])
+    distance = frechet_distance(
+        GaussianStatistics(mean, Q @ a.diag() @ Q.T), GaussianStatistics(torch.zeros(5), Q @ b.diag() @ Q.T)
+    )
+    expected = mean.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    assert distance == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("features", [3, 24])
+def test_frechet_distance_agrees_with_torch_fidelity_and_with_a_matrix_root(features):
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+
+    a, b = statistics(200, features, 0), statistics(300, features, 1)
+    sigma_a, sigma_b = a.covariance.numpy(), b.covariance.numpy()
+    theirs = fid_statistics_to_metric(
+        {"mu": a.mean.numpy(), "sigma": sigma_a}, {"mu": b.mean.numpy(), "sigma": sigma_b}, False
+    )
+    distance = frechet_distance(a, b)
+    assert distance == pytest.approx(next(iter(theirs.values())), rel=1e-8)
+    trace = np.trace(sigma_a + sigma_b - 2 * sqrtm(sigma_a @ sigma_b)).real
+    assert distance == pytest.approx((a.mean - b.mean).square().sum().item() + trace, rel=1e-8)
+
+
+def test_frechet_distance_of_a_single_feature():
+    """(m_a - m_b)^2 + (s_a - s_b)^2 in one dimension."""
+    x, y = torch.randn(50, 1, generator=generator()), 3 * torch.randn(50, 1, generator=generator(1)) + 1
+    expected = (x.mean() - y.mean()) ** 2 + (x.std() - y.std()) ** 2
+    distance = frechet_distance(GaussianStatistics.of(x), GaussianStatistics.of(y))
+    assert distance == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_frechet_distance_of_fewer_images_than_features():
+    """An isometry into 60 dimensions changes no distance: the rank-deficient case has the value of the small one."""
+    Q = rotation(60)[:, :4]
+    x, y = torch.randn(30, 4, generator=generator()), 2 * torch.randn(30, 4, generator=generator(1)) + 1
+    small = frechet_distance(GaussianStatistics.of(x), GaussianStatistics.of(y))
+    large = frechet_distance(GaussianStatistics.of(x @ Q.T), GaussianStatistics.of(y @ Q.T))
+    assert large == pytest.approx(small, rel=1e-6) and small > 1
+
+
+def test_frechet_distance_is_symmetric_zero_at_home_and_takes_a_root_made_before():
+    a, b = statistics(100, 6, 0), statistics(100, 6, 1)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-10)
+    assert frechet_distance(a, b, a.root()) == frechet_distance(a, b)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    root = a.root()
+    assert torch.allclose(root @ root, a.covariance) and torch.allclose(root, root.T)
+
+
+def test_statistics_are_computed_in_float64_with_n_minus_1():
+    """float32 features with a large mean, against numpy in float64."""
+    features = (1000 + torch.randn(50, 3, generator=generator())).float()
+    ours = GaussianStatistics.of(features)
+    np.testing.assert_allclose(ours.mean, features.numpy().astype(np.float64).mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(ours.covariance, np.cov(features.numpy().astype(np.float64).T), rtol=1e-9)
+
+
+# --- 8 bits and the distance to the teacher --------------------------------------------------------------------------
+
+
+def test_images_are_rounded_to_the_nearest_of_256_levels():
+    levels = torch.arange(256) / 127.5 - 1
+    assert to_uint8(levels).tolist() == list(range(256))
+    assert to_uint8(levels + 0.49 / 127.5).tolist() == list(range(256))  # truncation would do as well here ...
+    assert to_uint8(levels - 0.49 / 127.5).tolist() == list(range(256))  # ... but not here
+    assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+def test_teacher_rmse_is_a_root_mean_square_and_not_for_samples_with_noise_of_their_own():
+    x = torch.zeros(3, 2, 1, 1)
+    y = x.clone()
+    y[0, 0], y[2, 1] = 0.3, -0.4
+    metric = TeacherRmse(None, "cpu")
+    assert metric.score(Samples(x, y, True)) == pytest.approx(math.sqrt((0.09 + 0.16) / 6), rel=1e-12)
+    with pytest.raises(Unavailable):
+        metric.score(Samples(x, y, False))
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+class Broken(Metric):
+    name, unit, direction, protocol = "broken", "", "lower", "broken/1"
+
+    def score(self, samples):
+        return math.nan
+
+
+def evaluator(**changes) -> Evaluator:
+    plain = {"images": 10, "batch_size": 4, "teacher_nfe": [1, 8], "metrics": ["teacher_rmse"], "timing_seconds": 1e-4}
+    registry = Registry(metrics={cls.name: Entry(cls, Plugin(cls.name, "tests", "0")) for cls in (TeacherRmse, Broken)})
+    teacher = changes.pop("teacher", None) or gaussian_teacher()
+    return Evaluator(EvaluationConfig(**plain | changes), None, teacher, registry, "cpu", Progress(None))
+
+
+class Sampler:
+    """One evaluation of the teacher a step; remembers the noise of images (not of timing) that it was given."""
+
+    def __init__(self, teacher, evaluations=None, result=lambda x: x) -> None:
+        self.teacher, self.evaluations, self.result, self.seen = teacher, evaluations, result, []
+
+    def __call__(self, noise, nfe):
+        x = noise(0)
+        if isinstance(noise, Noise):
+            self.seen.append((noise.stream, x))
+        for _ in range(nfe if self.evaluations is None else self.evaluations):
+            self.teacher.denoise(x, time([0.5]).expand(len(x), 1, 1, 1))
+        return self.result(x)
+
+
+def test_every_sampler_answers_the_same_noise_in_batches_of_any_size():
+    seen = []
+    for batch_size in (3, 4, 10):
+        judge = evaluator(batch_size=batch_size)
+        for nfe in (1, 2):
+            sampler = Sampler(judge.teacher)
+            judge.measure(sampler, nfe, True, "test")
+            seen.append(torch.cat([x for _, x in sampler.seen]))
+            assert {stream for stream, _ in sampler.seen} == {stream_key("evaluation", 0)}
+    assert all(torch.equal(x, seen[0]) for x in seen) and seen[0].shape == (10, 2, 1, 1)
+    other = evaluator(seed=1)
+    sampler = Sampler(other.teacher)
+    other.measure(sampler, 1, True, "test")
+    assert not torch.equal(torch.cat([x for _, x in sampler.seen]), seen[0])
+
+
+def test_the_reference_is_the_teacher_with_most_steps_on_that_noise():
+    """Closed-form DDIM with 8 steps, clipped; a sampler that gives just that has distance 0."""
+    judge = evaluator(teacher_nfe=[8, 1])
+    eps = Noise(stream_key("evaluation", 0), range(10), (2, 1, 1))(0)
+    expected = ddim_chain(judge.teacher.schedule, eps, uniform_times(judge.teacher.schedule, 8)).clamp(-1, 1)
+    assert torch.allclose(judge.teacher_x_0, expected, rtol=0, atol=1e-8)
+    assert judge.measure(teacher_sampler(judge.teacher), 8, True, "test").scores == {"teacher_rmse": 0.0}
+    assert judge.measure(teacher_sampler(judge.teacher), 1, True, "test").scores["teacher_rmse"] > 0.1
+
+
+@pytest.mark.parametrize("evaluations", [0, 1, 3])
+def test_a_wrong_number_of_evaluations_is_refused(evaluations):
+    judge = evaluator()
+    with pytest.raises(RuntimeError, match=f"asked for 2 evaluations an image, counted {evaluations}"):
+        judge.measure(Sampler(judge.teacher, evaluations), 2, True, "test")
+
+
+def test_evaluations_of_students_count_too():
+    judge = evaluator()
+    student = judge.teacher.student()
+
+    def sampler(noise, nfe):
+        x = noise(0)
+        return student(x, time([0.5]).expand(len(x), 1, 1, 1)).detach()
+
+    judge.measure(sampler, 1, True, "test")
+    with pytest.raises(RuntimeError, match="counted 1"):
+        judge.measure(sampler, 2, True, "test")
+
+
+@pytest.mark.parametrize("result", [lambda x: x[:-1], lambda x: x.flatten(1), lambda x: torch.cat([x, x], dim=1)])
+def test_samples_of_the_wrong_shape_are_refused(result):
+    judge = evaluator()
+    with pytest.raises(RuntimeError, match="shape"):
+        judge.measure(Sampler(judge.teacher, result=result), 1, True, "test")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_samples_that_are_not_finite_have_diverged(bad):
+    def spoil(x):
+        x = x.clone()
+        x[-1, -1] = bad
+        return x
+
+    judge = evaluator()
+    with pytest.raises(DivergedError):
+        judge.measure(Sampler(judge.teacher, result=spoil), 1, True, "test")
+
+
+def test_samples_are_clipped_and_scores_without_a_value_have_a_reason():
+    judge = evaluator(metrics=["teacher_rmse", "broken"])
+    measured = judge.measure(Sampler(judge.teacher, result=lambda x: torch.full_like(x, 5.0)), 1, True, "test")
+    expected = (1 - judge.teacher_x_0).square().mean().sqrt().item()
+    assert measured.scores["teacher_rmse"] == pytest.approx(expected, rel=1e-12)
+    assert measured.scores["broken"] is None and "nan" in measured.missing["broken"]
+    assert (measured.shown == 255).all() and measured.shown.dtype is torch.uint8
+    fresh = judge.measure(Sampler(judge.teacher), 1, False, "test")
+    assert fresh.scores["teacher_rmse"] is None and fresh.missing["teacher_rmse"]
+
+
+def test_timing_is_plausible():
+    """A sampler that sleeps 20 ms has a latency of at least that, and of less than ten times that."""
+    from time import sleep
+
+    judge = evaluator()
+    slow = Sampler(judge.teacher, result=lambda x: sleep(0.02) or x)
+    measured = judge.measure(slow, 1, True, "test")
+    assert 20 <= measured.sample_latency_ms < 200
+    assert 20 < measured.sample_images_per_second <= 4 / 0.02
+
+
+@pytest.mark.parametrize("values", [[], [0], [1, 1], [2, -1]])
+@pytest.mark.parametrize("name", ["nfe", "teacher_nfe"])
+def test_lists_of_evaluations_must_be_positive_and_different(name, values):
+    with pytest.raises(UserError, match=name):
+        EvaluationConfig(**{name: values})

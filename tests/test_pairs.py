@@ -1,0 +1,174 @@
+"""Noise-image pairs: the same from the seed, found again, charged the same, made again when damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from analytic import gaussian_teacher, make_workspace
+from distillbench.budget import Meter
+from distillbench.noise import Noise, stream_key
+from distillbench.pairs import BATCH, PairStore, Workspace
+from distillbench.progress import Progress
+
+RECIPE = {"solver": "test", "steps": 3}
+
+
+class Solver:
+    """Three evaluations of the teacher an image; knows how many images it solved."""
+
+    def __init__(self, teacher) -> None:
+        self.teacher, self.solved = teacher, 0
+
+    def __call__(self, eps: torch.Tensor) -> torch.Tensor:
+        self.solved += len(eps)
+        x = eps
+        for _ in range(3):
+            x = self.teacher.denoise(x, torch.full((len(x), 1, 1, 1), 0.5, dtype=torch.float64))
+        return x
+
+
+class Said(Progress):
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def make(folder: Path, count: int = 12, seed: int = 0, recipe=RECIPE, sha256: str = "gaussian", dry: bool = False):
+    """(pairs, images solved, meter, lines said) of one request."""
+    teacher = gaussian_teacher()
+    teacher.sha256 = sha256
+    workspace = make_workspace(teacher, folder, seed=seed, dry=dry)
+    workspace.progress = Said()
+    solver = Solver(teacher)
+    return workspace.pairs(solver, count, recipe), solver.solved, workspace.meter, workspace.progress.lines
+
+
+def all_of(pairs: PairStore) -> tuple[torch.Tensor, torch.Tensor]:
+    return pairs.read(torch.arange(len(pairs)))
+
+
+def same(a: PairStore, b: PairStore) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(all_of(a), all_of(b), strict=True))
+
+
+def test_pairs_are_the_solver_at_the_noise_of_the_stream(tmp_path):
+    """Bit for bit: eps is the i-th noise of the stream, x_0 what the solver makes of it, in float32, not quantised."""
+    pairs, solved, meter, _ = make(tmp_path)
+    teacher = gaussian_teacher()
+    eps = Noise(stream_key("pairs", 0), range(12), teacher.shape)(0)
+    read_eps, read_x_0 = all_of(pairs)
+    assert torch.equal(read_eps, eps)
+    assert torch.equal(read_x_0, Solver(teacher)(eps).float())
+    assert solved == len(pairs) == 12 and read_x_0.dtype is torch.float32
+    assert meter.teacher_nfe == 36
+
+
+def test_reading_follows_the_indices_of_any_shape(tmp_path):
+    pairs, *_ = make(tmp_path)
+    eps, x_0 = all_of(pairs)
+    some_eps, some_x_0 = pairs.read(torch.tensor([5, 0, 5]).view(3, 1, 1, 1))
+    assert torch.equal(some_eps, eps[[5, 0, 5]]) and torch.equal(some_x_0, x_0[[5, 0, 5]])
+
+
+def test_pairs_are_found_again_and_charged_the_same(tmp_path):
+    made, solved, meter, _ = make(tmp_path)
+    manifest = json.loads(next(tmp_path.glob("*/manifest.json")).read_text())
+    found, solved_again, meter_again, lines = make(tmp_path)
+    assert (solved, solved_again) == (12, 0) and not lines
+    assert same(made, found)
+    assert meter.teacher_nfe == meter_again.teacher_nfe == manifest["teacher_nfe"] == 36
+    assert meter_again.charged_seconds == manifest["seconds"] > 0
+    assert meter_again.price().seconds >= manifest["seconds"]
+    assert manifest["seconds"] <= meter.price().seconds
+
+
+def test_pairs_do_not_depend_on_the_chunks_they_are_made_in(tmp_path):
+    pairs, solved, meter, _ = make(tmp_path, count=BATCH + 5)
+    teacher = gaussian_teacher()
+    tail = Noise(stream_key("pairs", 0), range(BATCH, BATCH + 5), teacher.shape)(0)
+    eps, x_0 = pairs.read(torch.arange(BATCH, BATCH + 5))
+    assert torch.equal(eps, tail) and torch.equal(x_0, Solver(teacher)(tail).float())
+    assert solved == len(pairs) == BATCH + 5 and meter.teacher_nfe == 3 * (BATCH + 5)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"count": 13}, {"recipe": {**RECIPE, "steps": 4}}, {"sha256": "other"}]
+)
+def test_other_pairs_are_not_mistaken_for_these(tmp_path, change):
+    make(tmp_path)
+    _, solved, *_ = make(tmp_path, **change)
+    assert solved == change.get("count", 12)
+    assert make(tmp_path)[1] == 0  # and these are still there
+    assert make(tmp_path, **change)[1] == 0
+
+
+def test_pairs_of_different_seeds_differ_and_are_not_the_evaluation_noise(tmp_path):
+    eps, _ = all_of(make(tmp_path)[0])
+    assert not torch.equal(eps, all_of(make(tmp_path, seed=1)[0])[0])
+    assert not torch.equal(eps, Noise(stream_key("evaluation", 0), range(12), (2, 1, 1))(0))
+
+
+def flip_a_byte(folder: Path) -> None:
+    data = bytearray((folder / "targets.safetensors").read_bytes())
+    data[-3] ^= 1
+    (folder / "targets.safetensors").write_bytes(data)
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / "targets.safetensors", 40)
+
+
+def edit_manifest(**values):
+    def edit(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps(manifest | values))
+
+    return edit
+
+
+DAMAGES = {
+    "a byte of the targets": flip_a_byte,
+    "half a file": cut,
+    "no targets": lambda folder: (folder / "targets.safetensors").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "half a manifest": lambda folder: os.truncate(folder / "manifest.json", 25),
+    "a manifest of another kind": lambda folder: (folder / "manifest.json").write_text("[]"),
+    "a manifest of other pairs": edit_manifest(recipe={}),
+    "a price that is no number": edit_manifest(seconds="long"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_pairs_are_made_again(tmp_path, damage):
+    good, *_ = make(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    DAMAGES[damage](folder)
+    again, solved, meter, lines = make(tmp_path)
+    assert solved == 12 and same(again, good)
+    assert meter.teacher_nfe == 36 and meter.charged_seconds == 0
+    if damage not in ("no targets", "no manifest", "a manifest of other pairs"):
+        assert len(lines) == 1 and "made again" in lines[0]
+    assert make(tmp_path)[1] == 0  # whole again
+
+
+def test_a_dry_run_has_the_price_without_the_work(tmp_path):
+    _, solved, meter, _ = make(tmp_path, count=1000, dry=True)
+    assert meter.teacher_nfe == 3000 and solved < 10
+    assert not list(tmp_path.iterdir())
+
+
+def test_making_pairs_leaves_no_gradients(tmp_path):
+    teacher = gaussian_teacher()
+    workspace = Workspace(teacher, Meter(make_workspace(teacher, tmp_path).meter.budget, teacher, "cpu"), tmp_path,
+                          "cpu", 0, Progress(None))  # fmt: skip
+    seen = []
+    workspace.pairs(lambda eps: seen.append(torch.is_grad_enabled()) or eps, 3, RECIPE)
+    assert seen == [False]
