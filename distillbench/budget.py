@@ -25,7 +25,7 @@ class BudgetConfig:
     """How long every method may train. Only the amount that `limit` names counts."""
 
     limit: Limit = option(Limit.images, "what stops training: images, seconds or nfe")
-    images: int = option(400_000, "training images, each time it is used")
+    images: int = option(300_000, "training images, each time it is used")
     seconds: float = option(60.0, "wall-clock seconds, what is made ahead included")
     nfe: int = option(2_000_000, "network evaluations of teacher and student, forward, one image each")
 

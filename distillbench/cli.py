@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from distillbench import __version__
+from distillbench.errors import DivergedError, UserError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
+    from rich.table import Table
 
-    from distillbench.registry import Registry
-    from distillbench.run import Cell
+    from distillbench.plan import Cell
+    from distillbench.progress import Progress
+    from distillbench.registry import Plugin, Registry
 
 BAD_INPUT, SOMETHING_FAILED, INTERRUPTED = 2, 1, 130
 KINDS = ("methods", "teachers", "datasets", "metrics")
+WIDEST_TEXT = 120
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,31 +49,31 @@ def run(settings: tuple[str, ...], dry_run: bool, show_config: bool, debug: bool
     SETTINGS are Hydra overrides; comma sweeps make a grid. Quote brackets for your shell.
 
     \b
-      methods=[boot,cm]        which methods        dataset=digits       on which images
+      'methods=[boot,cm]'      which methods        dataset=digits       on which images
       methods.boot.lr=3e-4     their settings       teacher=trained      from which teacher
       budget.images=400000     how long each        seed=0,1,2           one training a seed
       device=auto              cpu, cuda, cuda:N    results_dir=results  where results go
       experiment=smoke         a prepared set of settings (configs/experiment)
     """
     from distillbench.config import compose_runs, to_yaml
+    from distillbench.plan import plan
     from distillbench.progress import Progress
-    from distillbench.run import plan
     from distillbench.run import run as run_cells
 
-    console = _console()
     registry = _registry(debug)
     configs = compose_runs(list(settings), registry)
     if show_config:
         click.echo("---\n".join(to_yaml(config) for config in configs), nl=False)
         return
-    progress = Progress(console)
+    console = _console()
     cells = plan(configs, registry)
     if dry_run:
         _print_plan(console, cells)
         return
+    progress = Progress(console)
     outcome = run_cells(cells, configs, progress, lambda rows: _print_rows(progress, rows))
     _print_table(console, outcome.table)
-    progress.say(f"table, samples and weights: {outcome.folder}")
+    progress.say(f"every column, samples and weights: {outcome.folder}")
     if outcome.failed:
         progress.say(f"not ok: {', '.join(outcome.failed)}")
         raise SystemExit(SOMETHING_FAILED)
@@ -77,64 +83,48 @@ def run(settings: tuple[str, ...], dry_run: bool, show_config: bool, debug: bool
 @click.argument("kind", type=click.Choice(KINDS))
 def list_(kind: str) -> None:
     """List what can be named: methods, teachers, datasets or metrics."""
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for heading in ("name", "what it is", "plugin"):
-        table.add_column(heading, overflow="fold")
-    for name, entry in sorted(_registry().of_kind(kind).items()):
-        plugin = entry.plugin
-        table.add_row(name, _summary(entry.cls), f"{plugin.name} ({plugin.distribution} {plugin.version})")
-    _console().print(table)
+    entries = sorted(_registry().of_kind(kind).items())
+    _print_definitions((name, f"{_summary(entry.cls)} [{_version(entry.plugin)}]") for name, entry in entries)
 
 
 @cli.command()
 @click.argument("name")
 def describe(name: str) -> None:
     """Show what NAME is, where it comes from and its settings with their defaults."""
-    from rich.table import Table
-
-    from distillbench.config import describe_options
-    from distillbench.errors import unknown
-
-    registry, console = _registry(), _console()
-    found = [(kind, registry.of_kind(kind)[name]) for kind in KINDS if name in registry.of_kind(kind)]
+    registry = _registry()
+    found = [kind for kind in KINDS if name in registry.of_kind(kind)]
     if not found:
-        raise unknown("plugin class", name, [n for kind in KINDS for n in registry.of_kind(kind)])
-    for kind, entry in found:
-        cls, plugin = entry.cls, entry.plugin
-        say = lambda text: console.print(text, markup=False, highlight=False)
-        say(f"{name}: {kind.removesuffix('s')}, from plugin {plugin.name} ({plugin.distribution} {plugin.version})")
-        say(_documentation(cls))
-        for fact in ("paper", "needs_data", "licence", "unit", "direction", "protocol"):
-            if fact in dir(cls):
-                say(f"{fact.replace('_', ' ')}: {getattr(cls, fact)}")
-        if kind == "metrics":
-            continue
-        prefix = f"methods.{name}." if kind == "methods" else f"{kind.removesuffix('s')}."
-        table = Table(box=None, header_style="bold")
-        for heading in ("setting", "type", "default", "meaning"):
-            table.add_column(heading, overflow="fold")
-        for option, kind_of_value, default, text in describe_options(cls.Config):
-            table.add_row(prefix + option, kind_of_value, default, text)
-        console.print(table)
+        raise unknown("method, teacher, dataset or metric", name, [n for k in KINDS for n in registry.of_kind(k)])
+    for kind in found:
+        _describe(registry, kind, name)
+
+
+def _describe(registry: Registry, kind: str, name: str) -> None:
+    from distillbench import registry as rules
+    from distillbench.config import describe_options
+
+    entry = registry.get(kind, name)
+    click.echo(f"{name}: {kind.removesuffix('s')} from plugin {_origin(entry.plugin)}")
+    click.echo(click.wrap_text(_documentation(entry.cls), _width(), preserve_paragraphs=True))
+    facts = [(fact.replace("_", " "), getattr(entry.cls, fact)) for fact in rules.KINDS[kind].declares]
+    _print_definitions((fact, {True: "yes", False: "no"}.get(value, value)) for fact, value in facts)
+    if rules.KINDS[kind].config is None:
+        return
+    prefix = f"methods.{name}" if kind == "methods" else kind.removesuffix("s")
+    options = describe_options(entry.cls.Config)
+    click.echo("\nsettings and their defaults:" if options else "\nno settings")
+    _print_definitions((f"{prefix}.{option}={default}", text) for option, default, text in options)
 
 
 @cli.command()
 @click.option("--debug", is_flag=True, help="Show the traceback of a plugin that failed to load.")
 def plugins(debug: bool) -> None:
     """Show every plugin: its distribution, what it brings, or why it was left out."""
-    from rich.table import Table
-    from rich.text import Text
-
     registry = _registry(report=False)
-    table = Table(box=None, header_style="bold")
-    for heading in ("plugin", "distribution", "brings"):
-        table.add_column(heading, overflow="fold")
-    for plugin in registry.plugins:
-        brings = Text(f"left out: {plugin.error}", style="red") if plugin.error else Text(", ".join(plugin.brings))
-        table.add_row(plugin.name, f"{plugin.distribution} {plugin.version}", brings)
-    _console().print(table)
+    _print_definitions(
+        (_origin(plugin), f"left out: {plugin.error}" if plugin.error else ", ".join(plugin.brings) or "nothing")
+        for plugin in registry.plugins
+    )
     for plugin in registry.broken if debug else []:
         click.echo(f"\n{plugin.name}:\n{plugin.traceback}", err=True)
 
@@ -157,53 +147,44 @@ def train_teacher(settings: tuple[str, ...], output: str | None, debug: bool) ->
     """
     from pathlib import Path
 
-    from distillbench.errors import UserError
-    from distillbench.progress import Progress
-    from distillbench.run import check_writable, train_teacher_of
-
-    progress = Progress(_console())
-    registry = _registry(debug)
     from distillbench.config import compose_runs
+    from distillbench.plan import check_writable
+    from distillbench.progress import Progress
+    from distillbench.run import train_teacher_of
 
-    for config in compose_runs(list(settings), registry, need_methods=False):
-        if output is not None and len(settings) and Path(output).suffix != ".safetensors":
-            raise UserError(f"--output must end in .safetensors, got {output!r}")
-        check_writable(Path(output).parent if output else Path(config.results_dir))
-        progress.say(f"written: {train_teacher_of(config, registry, Path(output) if output else None, progress)}")
+    registry = _registry(debug)
+    configs = compose_runs(list(settings), registry, need_methods=False)
+    file = Path(output) if output is not None else None
+    if file is not None and file.suffix != ".safetensors":
+        raise UserError(f"--output must name a .safetensors file, got {output!r}")
+    if file is not None and len(configs) > 1:
+        raise UserError(f"--output takes one teacher, the settings span {len(configs)}")
+    for config in configs:
+        check_writable(file.parent if file is not None else Path(config.results_dir))
+    progress = Progress(_console())
+    for config in configs:
+        progress.say(f"written: {train_teacher_of(config, registry, file, progress)}")
 
 
-def main() -> None:
-    """Entry point: errors of the user become one message and exit code 2."""
-    from distillbench.errors import UserError
-
-    debug = "--debug" in sys.argv
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: what the user can mend becomes one message and exit code 2."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Abort:
+        cli.main(words, prog_name="distillbench", standalone_mode=False)
+    except click.Abort:
+        click.echo("interrupted. Finished cells are kept: the same command goes on from there", err=True)
         raise SystemExit(INTERRUPTED) from None
     except click.ClickException as error:
         error.show()
         raise SystemExit(error.exit_code) from None
-    except UserError as error:
-        if debug:
-            raise
+    except (UserError, OSError, DivergedError) as error:
+        if "--debug" in words:
+            sys.excepthook(*sys.exc_info())
         click.echo(f"error: {error}", err=True)
-        raise SystemExit(BAD_INPUT) from None
-    except KeyboardInterrupt:
-        click.echo("interrupted; finished cells are kept, the same command goes on", err=True)
-        raise SystemExit(INTERRUPTED) from None
-    except OSError as error:
-        if debug:
-            raise
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(BAD_INPUT) from None
+        raise SystemExit(SOMETHING_FAILED if isinstance(error, DivergedError) else BAD_INPUT) from None
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=200, soft_wrap=True)
+# --- plugins ---------------------------------------------------------------------------------------------------------
 
 
 def _registry(debug: bool = False, report: bool = True) -> Registry:
@@ -211,10 +192,18 @@ def _registry(debug: bool = False, report: bool = True) -> Registry:
 
     registry = load_registry()
     for plugin in registry.broken if report else []:
-        click.echo(f"warning: plugin {plugin.name} ({plugin.distribution}) is left out: {plugin.error}", err=True)
+        click.echo(f"warning: plugin {_origin(plugin)} is left out: {plugin.error}", err=True)
         if debug:
             click.echo(plugin.traceback, err=True)
     return registry
+
+
+def _origin(plugin: Plugin) -> str:
+    return f"{plugin.name} ({_version(plugin)})"
+
+
+def _version(plugin: Plugin) -> str:
+    return f"{plugin.distribution} {plugin.version}"
 
 
 def _summary(cls: type) -> str:
@@ -222,65 +211,135 @@ def _summary(cls: type) -> str:
 
 
 def _documentation(cls: type) -> str:
-    """The class's own docstring, or the first paragraph of its module's."""
-    import inspect
-
-    own = cls.__doc__ if "__doc__" in vars(cls) else None
-    text = own or sys.modules[cls.__module__].__doc__ or ""
+    """The first paragraph of the class's own docstring, or of its module's."""
+    text = vars(cls)["__doc__"] or sys.modules[cls.__module__].__doc__ or ""
     return inspect.cleandoc(text).split("\n\n")[0]
 
 
-def _print_plan(console: Console, cells: list[Cell]) -> None:
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    """As wide as the terminal; elsewhere COLUMNS wide, or 80."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _width() -> int:
+    return click.HelpFormatter(max_width=WIDEST_TEXT).width
+
+
+def _print_definitions(rows: Iterable[tuple[str, str]]) -> None:
+    """Names with their meanings beside them, as --help prints options."""
+    lines = [(name, " ".join(meaning.split())) for name, meaning in rows]
+    formatter = click.HelpFormatter(max_width=WIDEST_TEXT)
+    formatter.indent()
+    if lines:
+        formatter.write_dl(lines, col_max=36)
+    click.echo(formatter.getvalue(), nl=False)
+
+
+def _new_table(columns: Iterable[str], text: Sequence[str], footer: Sequence[str] | None = None) -> Table:
+    """An empty table as narrow as its values. The columns in `text` are flush left, the others are numbers."""
+    from rich import box
     from rich.table import Table
 
-    from distillbench.run import teacher_plan
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.show_footer = footer is not None
+    for k, name in enumerate(columns):
+        heading, end = "\n".join(name.split("_")), footer[k] if footer else ""
+        table.add_column(heading, end, vertical="bottom", no_wrap=True, justify="left" if name in text else "right")
+    return table
 
-    for dataset, name, origin in teacher_plan(cells):
-        price = f", {origin.images:,} images" if origin.images else ""
-        console.print(f"dataset {dataset}, teacher {name}: {origin.origin}{price}", markup=False, highlight=False)
-    table = Table(box=None, header_style="bold")
-    for heading in ("cell", "rows at NFE", "train images", "train teacher NFE", "train student NFE", "sampling NFE"):
-        table.add_column(heading, justify="left" if heading in ("cell", "rows at NFE") else "right")
+
+def _print_plan(console: Console, cells: list[Cell]) -> None:
+    """What would be run: for each dataset and teacher its cells with their prices, and the sum."""
+    from distillbench.plan import teacher_plan
+
+    by_scene: dict[int, list[Cell]] = {}
     for cell in cells:
-        sampling = sum(cell.nfe) * cell.scene.config.evaluation.images
-        price = cell.price
-        by_time = cell.scene.config.budget.limit == "seconds" and cell.entry is not None
-        seconds = f"{cell.scene.config.budget.seconds:g} s"
-        training = [seconds] * 3 if by_time else [f"{n:,}" for n in (price.images, price.teacher_nfe, price.student_nfe)]
-        table.add_row(cell.label, ", ".join(map(str, cell.nfe)), *training, f"{sampling:,}")
-    console.print(table)
-    console.print("dry run: nothing was run or written", markup=False)
+        by_scene.setdefault(id(cell.scene), []).append(cell)
+    for group, (dataset, name, origin) in zip(by_scene.values(), teacher_plan(cells), strict=True):
+        price = f", {origin.images:,} images" if origin.images else ""
+        console.print(f"dataset {dataset}, teacher {name}: {origin.origin}{price}", markup=False, soft_wrap=True)
+        columns = ["cell", "rows at NFE", "train_images", "train_teacher_NFE", "train_student_NFE", "sampling_NFE"]
+        prices = [_price(cell) for cell in group]
+        footer = ["sum", "", *(_number(sum(column)) for column in zip(*prices, strict=True))]
+        table = _new_table(columns, text=columns[:2], footer=footer)
+        for cell, numbers in zip(group, prices, strict=True):
+            table.add_row(cell.label, ", ".join(map(str, cell.nfe)), *map(_number, numbers))
+        console.print(table)
+        for cell in group:
+            if cell.trouble:
+                console.print(f"{cell.label} would fail: {cell.trouble}", markup=False, soft_wrap=True)
+        budget = group[0].scene.config.budget
+        if budget.limit == "seconds":
+            console.print(f"Each method trains {budget.seconds:g} s; its images and evaluations are not foreseen.")
+    console.print("dry run: nothing was run or written")
 
 
-def _print_rows(progress, rows: pd.DataFrame) -> None:
+def _price(cell: Cell) -> tuple[int, int, int, int]:
+    """Foreseen: images, teacher and student evaluations of training, evaluations of sampling."""
+    sampling = sum(cell.nfe) * cell.scene.config.evaluation.images
+    return cell.price.images, cell.price.teacher_nfe, cell.price.student_nfe, sampling
+
+
+def _print_rows(progress: Progress, rows: pd.DataFrame) -> None:
     """A line for each new row, as the table grows."""
     for row in rows.to_dict("records"):
-        scores = [f"{name} {_number(row[name])}" for name in rows.columns[7:] if name in rows.columns[7 : _scores_end(rows)]]
-        seed = "" if row["seed"] is None or row["seed"] != row["seed"] else f" seed {row['seed']}"
-        state = "" if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
-        progress.say(f"  {row['method']}{seed}, {row['nfe']} NFE: {state or ', '.join(scores)}")
-
-
-def _scores_end(table: pd.DataFrame) -> int:
-    return list(table.columns).index("train_seconds")
+        values = ", ".join(f"{name} {_number(row[name])}" for name in _scores(rows))
+        progress.say(f"  {_row_name(row)}: {values if row['status'] == 'ok' else _why(row)}")
 
 
 def _print_table(console: Console, table: pd.DataFrame) -> None:
-    from rich.table import Table
+    """The table, with as many columns as fit; every column is in table.csv."""
+    same = [name for name in ("dataset", "teacher", "device") if table[name].nunique() == 1]
+    console.print(", ".join(f"{name} {table[name].iloc[0]}" for name in same), markup=False, soft_wrap=True)
+    names = [name for name in ("dataset", "teacher") if name not in same]
+    names += ["method", "seed", "nfe"]
+    for telling_apart in ("settings", "key"):
+        names += [telling_apart] if table.duplicated(names).any() else []
+    names += ["status"] if (table["status"] != "ok").any() else []
+    names += _scores(table)
+    optional = ["sample_latency_ms", "train_seconds", "sample_images_per_second"]
+    optional += ["train_teacher_nfe", "train_student_nfe", "train_images"]
+    unlimited = console.options.update(max_width=10_000)
+    while optional and console.measure(_drawn(table, names + optional), options=unlimited).maximum > console.width:
+        optional.pop()
+    console.print(_drawn(table, names + optional))
+    for row in table[table["status"] != "ok"].to_dict("records"):
+        console.print(f"{_row_name(row)}: {_why(row)}", markup=False, soft_wrap=True)
 
-    shown = Table(header_style="bold", title=f"dataset {', '.join(table['dataset'].unique())}")
-    names = ["method", "seed", "nfe", "status", *table.columns[7 : _scores_end(table)], "train_seconds", "train_images"]
-    names += ["train_teacher_nfe", "train_student_nfe", "sample_latency_ms", "sample_images_per_second"]
-    for name in names:
-        shown.add_column(name.replace("_", " "), justify="left" if name in ("method", "status") else "right")
+
+def _drawn(table: pd.DataFrame, names: list[str]) -> Table:
+    drawn = _new_table(names, text=("dataset", "teacher", "method", "settings", "key", "status"))
     for row in table.to_dict("records"):
-        shown.add_row(*(_number(row[name]) for name in names))
-    console.print(shown)
+        drawn.add_row(*(_number(row[name]) for name in names))
+    return drawn
+
+
+def _scores(table: pd.DataFrame) -> list[str]:
+    """The columns between those that name a row and those that say what it cost."""
+    from distillbench.results import FIRST, LAST
+
+    return [name for name in table.columns if name not in FIRST and name not in LAST]
+
+
+def _row_name(row: dict) -> str:
+    seed = _number(row["seed"])
+    return f"{row['method']}{'' if seed == '-' else f' seed {seed}'}, {row['nfe']} NFE"
+
+
+def _why(row: dict) -> str:
+    return f"{row['status']}: {row['reason']}"
 
 
 def _number(value: object) -> str:
     import pandas as pd
 
-    if value is None or value is pd.NA or value != value:
+    if pd.isna(value):
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -2,33 +2,49 @@
 
 Hydra's Compose API reads the overrides. Every registered method, teacher and dataset is a config node made from its own
 ``Config`` dataclass, so ``methods=[boot,cm]`` and ``methods.boot.lr=3e-4`` are typed like everything else. Comma sweeps
-(``seed=0,1,2``) become a grid of settings.
+(``seed=0,1,2``) become a grid of settings. Whatever does not fit is a :class:`UserError` that names the full setting.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from distillbench.budget import BudgetConfig
-from distillbench.errors import UserError, nearest, unknown
+from distillbench.errors import UserError, nearest, quoted, unknown
 from distillbench.evaluate import EvaluationConfig
 from distillbench.options import option, require_between, require_positive
 from distillbench.registry import Registry
 
 HERE = Path(__file__).resolve().parent
 GROUPS = {"methods": "methods", "dataset": "datasets", "teacher": "teachers"}  # config group: kind in the registry
+CHOICES = (*GROUPS, "experiment")
+NAME = re.compile(r"[A-Za-z_][\w/]*(\.\w+)*", re.ASCII)
+MOST_RUNS = 1000  # points of a grid
+KEPT_NAMES = (".", "..", "cells", "cache")  # below results_dir, used by the harness itself
+LONGEST_NAME = 200  # bytes; file systems allow 255, and files being written have longer names for a moment
+LARGEST_INTEGER = 2**63 - 1
 
 
 @dataclass
@@ -48,10 +64,19 @@ class RunConfig:
     run_name: str = option("", "folder of this run below results_dir; empty: made from the dataset and what is run")
 
     def __post_init__(self) -> None:
-        require_positive(self, "batch_size", "threads")
-        require_between(self, 0, 2**63 - 1, "seed")
-        if self.run_name and (Path(self.run_name).name != self.run_name or self.run_name in (".", "..")):
-            raise UserError(f"run_name must be a plain folder name, got {self.run_name!r}")
+        require_positive(self, "batch_size")
+        require_between(self, 0, LARGEST_INTEGER, "seed")
+        require_between(self, 1, os.cpu_count() or 1, "threads")
+        if not self.results_dir.strip():
+            raise UserError("results_dir must name a folder, got ''")
+        if self.run_name and not _is_folder_name(self.run_name):
+            wanted = "a plain folder name other than cells and cache"
+            raise UserError(f"run_name must be {wanted}, got {quoted(self.run_name)}")
+
+
+def _is_folder_name(name: str) -> bool:
+    plain = Path(name).name == name and name.isprintable() and len(name.encode()) <= LONGEST_NAME
+    return plain and name not in KEPT_NAMES
 
 
 def config_folder() -> Path:
@@ -59,16 +84,19 @@ def config_folder() -> Path:
     for folder in (HERE / "configs", HERE.parent / "configs"):
         if (folder / "config.yaml").is_file():
             return folder
-    raise UserError(f"the configuration files are missing: no config.yaml in {HERE / 'configs'}; reinstall distillbench")
+    raise UserError(f"no config.yaml in {HERE / 'configs'}: distillbench is not completely installed")
 
 
-def compose_runs(overrides: list[str], registry: Registry, need_methods: bool = True) -> list[RunConfig]:
-    """One RunConfig for each point of the grid that `overrides` span. Raises UserError for whatever does not fit."""
+def compose_runs(words: list[str], registry: Registry, need_methods: bool = True) -> list[RunConfig]:
+    """One RunConfig for each point of the grid that the overrides `words` span.
+
+    Raises UserError for whatever does not fit.
+    """
     _store_nodes(registry)
     with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-        parsed = _parse(overrides)
-        _check_choices(parsed, registry)
-        runs = [_compose(list(point), registry) for point in itertools.product(*map(_alternatives, parsed))]
+        points = _grid([_read(word, registry) for word in words], registry)
+        bases: dict[tuple[str, ...], DictConfig] = {}
+        runs = [_compose(point, bases, registry) for point in points]
     if need_methods and not all(run.methods for run in runs):
         raise UserError(f"no method given. Write methods=[NAME,...]; possible: {', '.join(sorted(registry.methods))}")
     return runs
@@ -80,130 +108,301 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _store_nodes(registry: Registry) -> None:
+    """Put the Config of everything in `registry`, and of nothing else, where Hydra looks for config groups."""
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
     for group, kind in GROUPS.items():
+        store.repo.pop(group, None)
         for name, entry in registry.of_kind(kind).items():
             package = f"methods.{name}" if group == "methods" else group
             store.store(group=group, name=name, package=package, node=_default(entry.cls.Config, name))
 
 
-def _default(config: type, name: str) -> Any:
+def _default(config: type, name: str) -> DictConfig:
     # Checks of a plugin's defaults run when they are composed, not here: here only the kind is filled in.
-    return OmegaConf.merge(OmegaConf.structured(config), {"kind": name})
+    return typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(config), {"kind": name}))
 
 
-def _parse(overrides: list[str]) -> list[Override]:
+# --- words to points of the grid -------------------------------------------------------------------------------------
+
+
+def _read(word: str, registry: Registry) -> Override:
+    """One word of the command line as Hydra's Override, if it has the form name=value and chooses what exists."""
+    if not word.strip():
+        raise UserError("an empty setting. A setting reads name=value")
+    if word[0] in "+~":
+        raise UserError(f"cannot use {quoted(word)}: settings are changed with name=value, none is added or deleted")
+    if "=" not in word:
+        raise UserError(f"{quoted(word)} is not a setting. A setting reads name=value{_meant(word, registry)}")
     try:
-        return OverridesParser.create().parse_overrides(overrides)
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        (setting,) = parser.parse_overrides([word])
     except HydraException as error:
-        raise UserError(f"cannot read the settings {' '.join(overrides)!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot read the setting {quoted(word)}: {_advice(word)}") from error
+    except (ValueError, RecursionError) as error:  # more digits or levels than Python reads
+        raise UserError(f"cannot read the setting {quoted(word)}: {_first_line(error)}") from error
+    if setting.package is not None:
+        raise UserError(f"no setting {quoted(word.partition('=')[0])}: '@' has no meaning here")
+    return setting
 
 
-def _alternatives(override: Override) -> list[str]:
-    if not override.is_sweep_override():
-        return [override.input_line or ""]
-    key = override.get_key_element()
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+def _meant(word: str, registry: Registry) -> str:
+    for group, kind in GROUPS.items():
+        if word in registry.of_kind(kind):
+            return f". Did you mean {group}={f'[{word}]' if group == 'methods' else word}?"
+    return ", such as budget.images=400000"
 
 
-def _check_choices(parsed: list[Override], registry: Registry) -> None:
-    for override in parsed:
-        key = override.key_or_group
-        if key in GROUPS:
-            possible = _options(key)
-        elif key == "experiment":
-            possible = [*_options(key), "null"]
-        else:
-            continue
-        for name in _names(override):
-            if name not in possible:
-                raise unknown(key.removesuffix("s"), name, possible)
-    if not any(o.key_or_group == "dataset" for o in parsed):
-        raise UserError(f"no dataset given. Write dataset=NAME; possible: {', '.join(_options('dataset'))}")
+def _advice(word: str) -> str:
+    """How to write what Hydra's grammar cannot read."""
+    name, _, value = word.partition("=")
+    for opening, closing in ("[]", "{}", "()"):
+        if value.count(opening) != value.count(closing):
+            return f"{opening} and {closing} do not match. Quote what the shell would split: 'methods=[NAME,NAME]'"
+    if not NAME.fullmatch(name):
+        return "a setting reads name=value, such as budget.images=400000"
+    return f"a value with unusual characters needs quotes of its own, inside the shell's: '{name}=\"VALUE\"'"
 
 
-def _names(override: Override) -> list[str]:
-    if override.is_sweep_override():
-        values = [value.strip() for value in override.sweep_string_iterator()]
-        return [name.strip() for value in values for name in value.strip("[]").split(",")]
-    value = override.value()
-    return [str(item) for item in value] if isinstance(value, list) else ["null" if value is None else str(value)]
+def _grid(settings: list[Override], registry: Registry) -> list[list[Override]]:
+    """Every combination of the values that the settings are swept over."""
+    axes = [_values(setting, registry) for setting in settings]
+    if math.prod(map(len, axes)) > MOST_RUNS:
+        raise UserError(f"the sweeps span more than {MOST_RUNS:,} runs")
+    points = [list(point) for point in itertools.product(*axes)]
+    for setting in itertools.chain.from_iterable(axes):
+        _check_choice(setting)
+    return points
 
 
-def _options(group: str) -> list[str]:
-    from hydra.core.global_hydra import GlobalHydra
-
-    return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
-
-
-def _compose(overrides: list[str], registry: Registry) -> RunConfig:
-    shown = " ".join(overrides)
-    choices = [o for o in overrides if o.split("=")[0].lstrip("+~") in (*GROUPS, "experiment")]
+def _values(setting: Override, registry: Registry) -> list[Override]:
+    word = str(setting.input_line)
+    if not setting.is_sweep_override():
+        return [setting]
     try:
-        _check_keys(overrides, compose("config", choices))
-        config = compose("config", overrides)
-        _check_kinds(config, registry)
-        run = OmegaConf.to_object(config)
-    except UserError:
-        raise
+        values = list(itertools.islice(setting.sweep_string_iterator(), MOST_RUNS + 1))
+    except HydraException as error:
+        raise UserError(f"cannot sweep {quoted(word)}. List the values, or use range(START,STOP)") from error
+    if not values:
+        raise UserError(f"{quoted(word)} spans no value")
+    return [_read(f"{setting.get_key_element()}={value}", registry) for value in values]
+
+
+def _check_choice(setting: Override) -> None:
+    key = setting.key_or_group
+    if key not in CHOICES:
+        return
+    value = setting.value()
+    names = value if isinstance(value, list) else [value]
+    possible = GlobalHydra.instance().config_loader().get_group_options(key)
+    for name in names:
+        if name not in possible:
+            raise unknown(key.removesuffix("s"), "null" if name is None else str(name), possible)
+    if key != "methods" and len(names) != 1:
+        every = ",".join(map(str, names))
+        raise UserError(f"{key} takes one name, got [{every}]. For one after the other write {key}={every or 'NAME'}")
+
+
+# --- one point to typed settings -------------------------------------------------------------------------------------
+
+
+def _compose(point: list[Override], bases: dict[tuple[str, ...], DictConfig], registry: Registry) -> RunConfig:
+    """The settings at one point of the grid. `bases` keeps what the choices alone give: the same for many points."""
+    choices = tuple(str(s.input_line) for s in point if s.key_or_group in CHOICES)
+    values = [s for s in point if s.key_or_group not in CHOICES]
+    base: DictConfig | None = None
+    try:
+        if choices not in bases:
+            bases[choices] = _keep_chosen(compose("config", list(choices)), registry)
+        base = bases[choices]
+        _check_dataset(base, registry)
+        config = copy.deepcopy(base)
+        for setting in values:
+            _check_name(setting.key_or_group, base)
+            OmegaConf.update(config, setting.key_or_group, setting.value(), merge=True)
+        _check_groups(config, base, values)
+        return _instantiate(config)
+    except YAMLError as error:
+        raise UserError(f"an experiment is not YAML: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-        raise UserError(f"cannot use the settings {shown!r}: {_first_line(cause)}{_setting(cause)}") from error
+        raise _explained(error, values, base) from error
+
+
+def _keep_chosen(config: DictConfig, registry: Registry) -> DictConfig:
+    """`config` without what an experiment sets for methods that are not chosen; that is checked all the same."""
+    for name, node in list(config.methods.items()):
+        if dataclasses.is_dataclass(OmegaConf.get_type(node)):
+            continue
+        if name not in registry.methods and not registry.broken:  # otherwise it may be of a plugin that was left out
+            raise unknown("method", name, registry.methods, " in an experiment")
+        try:
+            if name in registry.methods:
+                OmegaConf.merge(_default(registry.methods[name].cls.Config, name), node)
+        except (OmegaConfBaseException, ValueError) as error:
+            raise UserError(f"an experiment sets methods.{name} to what it cannot be: {_first_line(error)}") from error
+        with open_dict(config):
+            del config.methods[name]
+    return config
+
+
+def _check_dataset(base: DictConfig, registry: Registry) -> None:
+    if base.dataset is None:
+        raise UserError(f"no dataset given. Write dataset=NAME; possible: {', '.join(sorted(registry.datasets))}")
+
+
+def _check_name(path: str, base: DictConfig) -> None:
+    """Refuse a setting that does not exist, with its nearest neighbour on the same level."""
+    if path in CHOICES:
+        return
+    node: Any = base
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[:depth])
+        if not isinstance(node, DictConfig):
+            raise UserError(f"no setting {quoted(path)}: '{where}' is a value, it has no settings below it")
+        if part not in list(node):  # not `in node`: that leaves out what has no default
+            raise UserError(_no_setting(path, part, where, node))
+        node = None if OmegaConf.is_missing(node, part) else node[part]
+
+
+def _no_setting(path: str, part: str, where: str, node: DictConfig) -> str:
+    names = sorted(str(name) for name in node if name != "kind") + ([] if where else ["experiment"])
+    near, possible = nearest(part, names), f"Possible: {', '.join(names) or 'none'}"
+    if where == "methods":
+        return f"no setting {quoted(path)}: {quoted(part)} is not among methods=[{','.join(names)}]{near and '.'}{near}"
+    kind = f" ({where}={node.kind})" if where in GROUPS else ""
+    level = f" in '{where}'{kind}" if where else ""
+    return f"no setting {quoted(part)}{level}.{near} {possible}"
+
+
+def _check_groups(config: DictConfig, base: DictConfig, values: list[Override]) -> None:
+    """Refuse a value in the place of a whole group of settings, and a changed kind."""
+    for path in ("dataset", "teacher", *(f"methods.{name}" for name in base.methods)):
+        node, expected = OmegaConf.select(config, path), OmegaConf.select(base, path)
+        if OmegaConf.get_type(node) is not OmegaConf.get_type(expected):
+            raise UserError(f"{path} must be {_wanted_group(path, expected)}, got {_given(path, values)}")
+        if node.kind != expected.kind:
+            raise UserError(f"{path}.kind is {expected.kind!r} by choice and cannot be changed, got {node.kind!r}")
+
+
+def _instantiate(config: DictConfig) -> RunConfig:
+    """The dataclasses of `config`, innermost first, so that an error can name the group that it is in."""
+    for path, node in _groups(config):
+        try:
+            OmegaConf.to_object(node)
+        except UserError as error:
+            raise UserError(_located(path, node, str(error))) from error
+        except OmegaConfBaseException:
+            raise
+        except Exception as error:  # the checks of a stranger's Config may fail in any way
+            raise UserError(f"{path or 'settings'}: {type(error).__name__}: {_first_line(error)}") from error
+        _check_numbers(path, node)
+    run = OmegaConf.to_object(config)
     assert isinstance(run, RunConfig)
     return run
 
 
-def _check_keys(overrides: list[str], base: DictConfig) -> None:
-    """Refuse a setting that does not exist, with its nearest neighbour on the same level."""
-    for override in overrides:
-        node: Any = base
-        path = override.split("=")[0].lstrip("+~")
-        for depth, part in enumerate(parts := path.split(".")):
-            if not isinstance(node, DictConfig) or part not in node:
-                where = ".".join(parts[:depth])
-                if not isinstance(node, DictConfig):
-                    raise UserError(f"no setting '{path}': '{where}' is a value, it has no settings below it")
-                if where == "methods":
-                    raise UserError(f"no setting '{path}': '{part}' is not among methods=[{','.join(map(str, node))}]")
-                level = f" in '{where}'" if where else ""
-                if not where and part == "experiment":
-                    break
-                names = sorted(str(name) for name in node)
-                raise UserError(f"no setting '{part}'{level}.{nearest(part, names)} Possible: {', '.join(names)}")
-            node = node[part]
+def _groups(node: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """(path, node) of every dataclass in `node`, innermost first."""
+    for name in node:
+        if not OmegaConf.is_interpolation(node, str(name)) and isinstance(node[name], DictConfig):
+            yield from _groups(node[name], _join(path, str(name)))
+    if dataclasses.is_dataclass(OmegaConf.get_type(node)):
+        yield path, node
 
 
-def _check_kinds(config: DictConfig, registry: Registry) -> None:
-    for group, kind in GROUPS.items():
-        nodes = config.methods.items() if group == "methods" else [(group, config[group])]
-        for name, node in nodes:
-            expected = registry.get(kind, node.kind).cls.Config
-            if OmegaConf.get_type(node) is not expected:
-                raise UserError(f"{name}.kind is set by the choice of {group}; it cannot be changed to {node.kind!r}")
+def _check_numbers(path: str, node: DictConfig) -> None:
+    """Refuse numbers that records cannot hold."""
+    for name in node:
+        for value in node[name] if isinstance(node[name], ListConfig) else [node[name]]:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{_join(path, str(name))} must be finite, got {value}")
+            if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+                raise UserError(f"{_join(path, str(name))} must be below 2^63, got {quoted(str(value))}")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+# --- what errors say -------------------------------------------------------------------------------------------------
 
 
-def _setting(error: BaseException) -> str:
-    key = getattr(error, "full_key", None)
-    return f" (setting {key})" if key else ""
+def _located(path: str, node: DictConfig, message: str) -> str:
+    """`message` of the dataclass at `path`, with the full name of the setting."""
+    if not path or message.startswith(f"{path}."):
+        return message
+    return f"{path}.{message}" if message.split(" ")[0] in list(node) else f"{path}: {message}"
 
 
-def describe_options(config: Any) -> list[tuple[str, str, str, str]]:
-    """(name, type, default, help) of every setting of a Config dataclass, nested ones as `outer.inner`."""
-    rows = []
+def _explained(error: Exception, values: list[Override], base: DictConfig | None) -> UserError:
+    """What Hydra and OmegaConf found, in the words of the command line."""
+    if base is None or not isinstance(error, OmegaConfBaseException) or not error.full_key:
+        return UserError(f"cannot use the settings: {_first_line(error, 2)}")
+    path = error.full_key.partition("[")[0]
+    parent, _, name = path.rpartition(".")
+    node = OmegaConf.select(base, parent) if parent else base
+    hints = typing.get_type_hints(OmegaConf.get_type(node))
+    if name not in list(node):
+        return UserError(_no_setting(path, name, parent, node))
+    if name not in hints:
+        return UserError(f"cannot use {path}={_given(path, values)}: {_first_line(error)}")
+    wanted = _wanted_group(path, node[name]) if dataclasses.is_dataclass(hints[name]) else type_in_words(hints[name])
+    given = _given(path, values)
+    if isinstance(error, MissingMandatoryValue):
+        return UserError(f"{path} must be given: {wanted}")
+    if not given or isinstance(error, InterpolationResolutionError):
+        return UserError(f"{path} must be {wanted}: {_first_line(error)}")
+    near = nearest(given.strip("'"), [member.name for member in hints[name]]) if _is_enum(hints[name]) else ""
+    return UserError(f"{path} must be {wanted}, got {given}{near and '.'}{near}")
+
+
+def _given(path: str, values: list[Override]) -> str:
+    """The value on the command line that decides the setting at `path`, in quotes, or nothing."""
+    deciding = [s for s in values if path == s.key_or_group or path.startswith(f"{s.key_or_group}.")]
+    return quoted(str(deciding[-1].input_line).partition("=")[2]) if deciding else ""
+
+
+def _wanted_group(path: str, node: DictConfig) -> str:
+    names = [str(name) for name in node if name != "kind"]
+    return f"a group of settings, to be changed one by one ({path}.{names[0] if names else 'NAME'}=...)"
+
+
+def type_in_words(hint: Any) -> str:
+    """A type as people say it, such as "a whole number", "a list of numbers" or "one of images, seconds, nfe"."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    plural = {int: "whole numbers", float: "numbers", str: "names"}
+    if _is_enum(hint):
+        return f"one of {', '.join(member.name for member in hint)}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(type_in_words(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        return f"a list of {plural.get(item, item)}"
+    return words.get(hint, str(hint))
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Enum)
+
+
+def _first_line(error: BaseException, count: int = 1) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:count]) if lines else type(error).__name__
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def describe_options(config: type) -> list[tuple[str, str, str]]:
+    """(name, default, help) of every setting of a Config dataclass, nested ones as `outer.inner`."""
+    return list(_described(OmegaConf.structured(config)))
+
+
+def _described(node: DictConfig) -> Iterator[tuple[str, str, str]]:
+    defaults: Any = OmegaConf.to_container(node, enum_to_str=True)
+    config: Any = OmegaConf.get_type(node)
     for f in dataclasses.fields(config):
-        if f.name == "kind":
-            continue
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
-        if dataclasses.is_dataclass(default):
-            inner = describe_options(type(default))
-            rows += [(f"{f.name}.{name}", kind, value, text) for name, kind, value, text in inner]
-        else:
-            shown = getattr(default, "value", default)
-            rows.append((f.name, str(f.type), str(shown), f.metadata.get("help", "")))
-    return rows
+        inner = OmegaConf.get_type(node, f.name)
+        if dataclasses.is_dataclass(inner):
+            yield from ((f"{f.name}.{name}", default, text) for name, default, text in _described(node[f.name]))
+        elif f.name != "kind":
+            default = defaults[f.name]
+            yield f.name, "null" if default is None else str(default), f.metadata.get("help", "")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONGEST_QUOTE = 60
+
 
 class UserError(Exception):
     """Something the user gave cannot be used. Shown as one message, without a traceback; exit code 2."""
@@ -26,10 +28,20 @@ def unknown(kind: str, got: str, possible: Iterable[str], where: str = "") -> Us
     """
     names = sorted(possible)
     listed = ", ".join(names) if names else "none is installed"
-    return UserError(f"no {kind} '{got}'{where}.{nearest(got, names)} Possible: {listed}")
+    return UserError(f"no {kind} {quoted(got)}{where}.{nearest(got, names)} Possible: {listed}")
 
 
 def nearest(got: str, possible: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for the closest of `possible`, or nothing."""
-    near = get_close_matches(got, list(possible), n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    """`` Did you mean 'x'?`` for the closest of `possible`, upper or lower case, or nothing."""
+    by_lower_case = {name.lower(): name for name in possible}
+    near = get_close_matches(got[:LONGEST_QUOTE].lower(), by_lower_case, n=1)
+    return f" Did you mean '{by_lower_case[near[0]]}'?" if near else ""
+
+
+def quoted(got: str) -> str:
+    """What the user gave, in quotes, on one line and not too long for a message.
+
+    >>> quoted("9" * 5000)
+    "'999999999999999999999999999999999999999999999999999999999999...'"
+    """
+    return repr(got if len(got) <= LONGEST_QUOTE else got[:LONGEST_QUOTE] + "...")

@@ -1,13 +1,18 @@
-"""Settings: dataclass fields that carry their own help text, and checks that name the setting at fault."""
+"""Settings: dataclass fields that carry their own help text, and checks that name the setting at fault.
+
+A check names the setting as its dataclass knows it (``lr``); :mod:`distillbench.config` puts the way to it before that
+(``methods.boot.lr must be positive, got -1.0``).
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
-from distillbench.errors import UserError
+from distillbench.errors import UserError, nearest
 
 
 def option(default: Any, help: str) -> Any:
@@ -33,13 +38,22 @@ def require_between(config: Any, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not low <= value <= high:
-            raise UserError(f"{name} must lie between {low} and {high}, got {value}")
+            wanted = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
+            raise UserError(f"{name} must {wanted}, got {value}")
 
 
-def require_one_of(config: Any, name: str, possible: Any) -> None:
+def require_fraction(config: Any, *names: str) -> None:
+    """Raise :class:`UserError` unless each named setting lies in [0, 1): a decay rate, for example."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise UserError(f"{name} must be at least 0 and below 1, got {value}")
+
+
+def require_one_of(config: Any, name: str, possible: Iterable[Any]) -> None:
     """Raise :class:`UserError` unless the named setting is one of `possible`."""
-    from distillbench.errors import unknown
-
-    value = getattr(config, name)
+    value, possible = getattr(config, name), list(possible)
     if value not in possible:
-        raise unknown(name, str(value), [str(p) for p in possible])
+        names = [str(p) for p in possible]
+        near = nearest(str(value), names)
+        raise UserError(f"{name} must be one of {', '.join(names)}, got {value!r}{near and '.'}{near}")

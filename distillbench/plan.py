@@ -29,6 +29,7 @@ from distillbench.teachers import Teacher, TeacherPlan, TeacherSource
 from distillbench.train import DataStream
 
 TEACHER_ROW = "teacher:ddim"
+PRICED_IMAGES = 8  # of the step that tells the price
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Cell:
     seed: int | None = None
     price: Price = field(default_factory=Price)  # foreseen
     nfe: list[int] = field(default_factory=list)  # of its rows
+    trouble: str = ""  # why no price could be foreseen
 
     @property
     def label(self) -> str:
@@ -92,7 +94,9 @@ def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
             identity = _identity(cell, config)
             if identity not in seen:
                 seen.add(identity)
-                _foresee(cell)
+                if cell.entry is not None:
+                    cell.nfe = sorted(config.evaluation.nfe)
+                    _foresee(cell)
                 cells.append(cell)
     return cells
 
@@ -125,9 +129,17 @@ def _scene(config: RunConfig, registry: Registry, scenes: dict[str, Scene]) -> S
 
 
 def _foresee(cell: Cell) -> None:
-    """Build the method and let it take one step of two images in each phase: what it counts is the price."""
-    if cell.entry is None or cell.method_config is None:
-        return
+    """Find the cell's rows and its price; an error of the method itself is left for its row to tell."""
+    try:
+        _price(cell)
+    except UserError:
+        raise
+    except Exception as error:  # a method is a stranger's code; the other cells go on
+        cell.trouble = f"{type(error).__name__}: {error}"
+
+
+def _price(cell: Cell) -> None:
+    """Build the method and let it take one step of a few images in each phase: what it counts is the price."""
     scene, config = cell.scene, cell.scene.config
     torch.set_num_threads(config.threads)
     teacher = scene.source.untrained()
@@ -152,8 +164,8 @@ def _foresee(cell: Cell) -> None:
         for _ in method.train_step(_batch(cell, data)):
             pass
         share = phase.share / sum(p.share for p in phases)
-        per_image[0] += share * (meter.teacher_nfe - before[0]) / 2
-        per_image[1] += share * (meter.student_nfe - before[1]) / 2
+        per_image[0] += share * (meter.teacher_nfe - before[0]) / PRICED_IMAGES
+        per_image[1] += share * (meter.student_nfe - before[1]) / PRICED_IMAGES
         method.end_phase(index, method.student)
     images = config.budget.images if config.budget.limit == Limit.images else 0
     if config.budget.limit == Limit.nfe:
@@ -164,7 +176,7 @@ def _foresee(cell: Cell) -> None:
 def _batch(cell: Cell, data: DataStream) -> Batch:
     assert cell.entry is not None
     read = data.read if cell.entry.cls.needs_data else None
-    return Batch(2, cell.scene.dataset.shape, torch.Generator().manual_seed(0), cell.scene.device, read)
+    return Batch(PRICED_IMAGES, cell.scene.dataset.shape, torch.Generator().manual_seed(0), cell.scene.device, read)
 
 
 def build(cell: Cell, teacher: Teacher) -> Method:

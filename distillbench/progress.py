@@ -1,21 +1,23 @@
-"""Progress of long steps: a bar with the time left in a terminal, plain lines elsewhere."""
+"""Progress of long steps: bars with the time left in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bars, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 SECONDS_BETWEEN_LINES = 10.0
+REFRESHES_PER_SECOND = 2  # drawing takes time from what is measured
 
 
 class Step:
     """A running step: ``advance(fraction, note)`` says how far it is."""
 
-    def __init__(self, show) -> None:
+    def __init__(self, show: Callable[[float, str], None]) -> None:
         self._show = show
 
     def advance(self, fraction: float, note: str = "") -> None:
@@ -27,6 +29,7 @@ class Progress:
 
     def __init__(self, console: Console | None) -> None:
         self.console = console
+        self._bars: Bars | None = None  # drawn while steps run; a step within a step is a second line
 
     def say(self, line: str) -> None:
         """One line that stays."""
@@ -38,30 +41,42 @@ class Progress:
         """A step from 0 to 1."""
         if self.console is None:
             yield Step(lambda fraction, note: None)
-        elif self.console.is_terminal:
-            with self._bar(label) as step:
+        elif not self.console.is_terminal:
+            yield self._lines(label)
+        elif self._bars is not None:
+            with self._bar(self._bars, label) as step:
                 yield step
         else:
-            yield self._lines(label)
+            columns = [TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()]
+            columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+            columns += [TextColumn("{task.fields[note]}", markup=False)]
+            bars = Bars(*columns, console=self.console, transient=True, refresh_per_second=REFRESHES_PER_SECOND)
+            try:
+                with bars as self._bars, self._bar(bars, label) as step:
+                    yield step
+            finally:
+                self._bars = None
 
     @contextmanager
-    def _bar(self, label: str) -> Iterator[Step]:
-        columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")]
-        columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
-        with Bars(*columns, console=self.console, transient=True) as bars:
-            task = bars.add_task(label, total=1.0, note="")
-            yield Step(lambda fraction, note: bars.update(task, completed=fraction, note=note))
+    def _bar(self, bars: Bars, label: str) -> Iterator[Step]:
+        task = bars.add_task(label, total=None, note="")  # a pulse until the first report
+        try:
+            yield Step(lambda fraction, note: bars.update(task, total=1.0, completed=fraction, note=note))
+        finally:
+            bars.remove_task(task)
 
     def _lines(self, label: str) -> Step:
         start = last = time.perf_counter()
+        first: tuple[float, float] | None = None  # time and fraction of the first report: what was before is no pace
 
         def show(fraction: float, note: str) -> None:
-            nonlocal last
+            nonlocal first, last
             now = time.perf_counter()
-            if now - last < SECONDS_BETWEEN_LINES or fraction <= 0:
+            first = first or (now, fraction)
+            if now - last < SECONDS_BETWEEN_LINES or fraction <= first[1]:
                 return
             last = now
-            left = (now - start) * (1 - fraction) / fraction
-            self.say(f"{label}: {fraction:4.0%}, {now - start:.0f} s, about {left:.0f} s left  {note}".rstrip())
+            left = (now - first[0]) * (1 - fraction) / (fraction - first[1])
+            self.say(f"{label}: {fraction:.0%}, {now - start:.0f} s, about {left:.0f} s left  {note}".rstrip())
 
         return Step(show)

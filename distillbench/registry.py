@@ -1,12 +1,11 @@
-"""Finding plugins: each entry point of the group ``distillbench`` is loaded by itself, and one that is broken is left out.
+"""Finding plugins: each entry point of the group ``distillbench`` is loaded by itself.
 
 A plugin is broken if its import fails, if it implements a hook that does not exist, or if what it registers is
-incomplete or has a name that another plugin has. It is reported by name, and everything else works.
+incomplete or has a name that another plugin has. It is left out and reported by name, and everything else works.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import inspect
@@ -19,22 +18,37 @@ from types import ModuleType
 from typing import Any
 
 import pluggy
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from distillbench import hookspecs
 from distillbench.datasets import Dataset, DatasetConfig
 from distillbench.errors import nearest, unknown
 from distillbench.method import Method, MethodConfig
 from distillbench.metrics import Metric
+from distillbench.results import FIRST, LAST
 from distillbench.teachers import TeacherConfig, TeacherSource
 
 GROUP = "distillbench"
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
-KINDS: dict[str, tuple[type, type | None, tuple[str, ...]]] = {  # base, base of its Config, what it must declare
-    "methods": (Method, MethodConfig, ("name", "paper", "needs_data")),
-    "teachers": (TeacherSource, TeacherConfig, ("name",)),
-    "datasets": (Dataset, DatasetConfig, ("name", "licence")),
-    "metrics": (Metric, None, ("name", "unit", "direction", "protocol")),
+RESERVED = ("null", "true", "false", "inf", "nan")  # words that the command line reads as values
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a class must be to be registered."""
+
+    base: type
+    config: type | None  # base of its Config
+    declares: dict[str, type]  # class attributes beside `name`
+
+
+KINDS = {
+    "methods": Kind(Method, MethodConfig, {"paper": str, "needs_data": bool}),
+    "teachers": Kind(TeacherSource, TeacherConfig, {}),
+    "datasets": Kind(Dataset, DatasetConfig, {"licence": str}),
+    "metrics": Kind(Metric, None, {"unit": str, "direction": str, "protocol": str}),
 }
 
 
@@ -64,7 +78,7 @@ class Plugin:
 class Entry:
     """A registered class and the plugin that it came from."""
 
-    cls: type
+    cls: Any  # a subclass of its kind's base
     plugin: Plugin
 
     def identity(self) -> dict[str, str]:
@@ -117,15 +131,16 @@ def installed() -> list[Source]:
 def load_registry(sources: Iterable[Source] | None = None) -> Registry:
     """Load every plugin (of `sources`, or of this environment)."""
     registry = Registry()
-    manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(hookspecs)
     for source in installed() if sources is None else sources:
         plugin = Plugin(source.name, source.distribution, source.version)
         registry.plugins.append(plugin)
         try:
-            _add(registry, manager, plugin, source.load())
-        except Exception as error:  # a stranger's code may fail in any way
-            plugin.error = f"{type(error).__name__}: {error}" if not isinstance(error, PluginError) else str(error)
+            for kind, entry in _brought(plugin, source.load(), registry):
+                registry.of_kind(kind)[entry.cls.name] = entry
+                plugin.brings.append(f"{kind}: {entry.cls.name}")
+        except (Exception, SystemExit) as error:  # a stranger's code may fail in any way
+            name = "" if isinstance(error, PluginError) else f"{type(error).__name__}: "
+            plugin.error = " ".join(f"{name}{error}".split())
             plugin.traceback = traceback.format_exc()
     return registry
 
@@ -134,50 +149,71 @@ class PluginError(Exception):
     """What a plugin registers cannot be used."""
 
 
-def _add(registry: Registry, manager: pluggy.PluginManager, plugin: Plugin, module: ModuleType) -> None:
-    known = [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("register_")]
-    for name, _function in _hooks_of(manager, module):
-        if name not in known:
-            raise PluginError(f"there is no hook '{name}'.{nearest(name, known)} Possible: {', '.join(sorted(known))}")
-    manager.register(module, name=f"{plugin.distribution}:{plugin.name}")
-    try:
-        brought: list[tuple[str, type]] = []
-        for kind in KINDS:
-            others = [other for other in manager.get_plugins() if other is not module]
-            caller = manager.subset_hook_caller(f"register_{kind}", others)
-            caller(register=lambda cls, kind=kind: brought.append((kind, cls)))
-        for kind, cls in brought:
-            _check(registry, kind, cls)
-    except Exception:
-        manager.unregister(module)
-        raise
+def _brought(plugin: Plugin, module: ModuleType, registry: Registry) -> list[tuple[str, Entry]]:
+    """(kind, entry) of all that the hooks of `module` register, checked; the registry is not changed."""
+    manager = pluggy.PluginManager(GROUP)  # of its own, so that a broken plugin leaves nothing behind
+    manager.add_hookspecs(hookspecs)
+    _check_hooks(manager, module)
+    manager.register(module, name=plugin.name)
+    brought: list[tuple[str, Any]] = []
+    for kind in KINDS:
+        getattr(manager.hook, f"register_{kind}")(register=lambda cls, kind=kind: brought.append((kind, cls)))
+    owners = {(kind, name): entry.plugin for kind in KINDS for name, entry in registry.of_kind(kind).items()}
     for kind, cls in brought:
-        registry.of_kind(kind)[cls.name] = Entry(cls, plugin)
-        plugin.brings.append(f"{kind}: {cls.name}")
+        _check(kind, cls)
+        if (kind, cls.name) in owners:
+            owner = owners[kind, cls.name]
+            raise PluginError(f"the name '{cls.name}' of {kind} is taken by plugin {owner.name} ({owner.distribution})")
+        owners[kind, cls.name] = plugin
+    entries = [(kind, Entry(cls, plugin)) for kind, cls in brought]
+    for _, entry in entries:
+        entry.identity()  # raises if there is no source file
+    return entries
 
 
-def _hooks_of(manager: pluggy.PluginManager, module: ModuleType) -> list[tuple[str, Any]]:
-    return [(name, f) for name, f in inspect.getmembers(module) if manager.parse_hookimpl_opts(module, name)]
+def _check_hooks(manager: pluggy.PluginManager, module: ModuleType) -> None:
+    known = [f"register_{kind}" for kind in KINDS]
+    hooks = [name for name, _ in inspect.getmembers(module) if manager.parse_hookimpl_opts(module, name) is not None]
+    for name in hooks:
+        if name not in known:
+            raise PluginError(f"there is no hook '{name}'.{nearest(name, known)} Possible: {', '.join(known)}")
+    if not hooks:
+        raise PluginError(f"no function is marked with @hookimpl. Possible: {', '.join(known)}")
 
 
-def _check(registry: Registry, kind: str, cls: Any) -> None:
-    base, config_base, declared = KINDS[kind]
-    if not (isinstance(cls, type) and issubclass(cls, base)):
+def _check(kind: str, cls: Any) -> None:
+    """Raise PluginError unless `cls` is complete."""
+    base = KINDS[kind].base
+    is_subclass = isinstance(cls, type) and issubclass(cls, base)
+    if not is_subclass:
         raise PluginError(f"register_{kind} takes subclasses of {base.__name__}, got {cls!r}")
-    missing = [name for name in declared if not hasattr(cls, name)]
-    if missing:
-        raise PluginError(f"{cls.__name__} does not declare {', '.join(missing)}")
-    if not NAME.fullmatch(cls.name):
+    for name, type_ in {"name": str, **KINDS[kind].declares}.items():
+        if not isinstance(getattr(cls, name, None), type_):
+            raise PluginError(f"{cls.__name__} does not declare {name} ({type_.__name__})")
+    if not NAME.fullmatch(cls.name) or cls.name in RESERVED:
         raise PluginError(f"{cls.__name__}.name must be lower-case letters, digits and underscores, got {cls.name!r}")
     if inspect.isabstract(cls):
         raise PluginError(f"{cls.__name__} does not define {', '.join(sorted(cls.__abstractmethods__))}")
-    if config_base is not None:
-        config = getattr(cls, "Config", None)
-        if not (isinstance(config, type) and issubclass(config, config_base) and dataclasses.is_dataclass(config)):
-            raise PluginError(f"{cls.__name__}.Config must be a dataclass derived from {config_base.__name__}")
-    if kind == "metrics" and cls.direction not in ("lower", "higher"):
+    config = KINDS[kind].config
+    if config is not None:
+        _check_config(cls, config)
+    if kind == "metrics":
+        _check_metric(cls)
+
+
+def _check_config(cls: Any, base: type) -> None:
+    config = getattr(cls, "Config", None)
+    if not (isinstance(config, type) and issubclass(config, base) and "__dataclass_fields__" in vars(config)):
+        raise PluginError(f"{cls.__name__}.Config must be a @dataclass derived from {base.__name__}")
+    try:
+        OmegaConf.structured(config)
+    except (OmegaConfBaseException, TypeError) as error:
+        why = str(error).splitlines()[0]
+        raise PluginError(f"{cls.__name__}.Config has a setting that cannot be read from text: {why}") from error
+
+
+def _check_metric(cls: Any) -> None:
+    if cls.direction not in ("lower", "higher"):
         raise PluginError(f"{cls.__name__}.direction must be 'lower' or 'higher', got {cls.direction!r}")
-    taken = registry.of_kind(kind).get(cls.name)
-    if taken is not None:
-        owner = f"{taken.plugin.name} ({taken.plugin.distribution})"
-        raise PluginError(f"the name '{cls.name}' of {kind} is taken by plugin {owner}")
+    if cls.name in (*FIRST, *LAST):
+        raise PluginError(f"the name '{cls.name}' of metrics is taken by a column of every table")

@@ -26,7 +26,7 @@ from distillbench.files import key_of, write_atomically
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 Status = Literal["ok", "failed", "diverged"]
 FINAL: tuple[Status, ...] = ("ok", "diverged")  # a failed cell is tried again by the next run
 

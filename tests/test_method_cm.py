@@ -37,7 +37,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def cm(teacher=None, **settings) -> ConsistencyDistillation:
-    return ConsistencyDistillation(ConsistencyDistillation.Config(**settings), teacher or gaussian_teacher())
+    plain = {"steps": 18, "mu": 0.0, "weight": "uniform"}
+    return ConsistencyDistillation(ConsistencyDistillation.Config(**plain | settings), teacher or gaussian_teacher())
 
 
 def batch_of(method, size: int = 32, seed: int = 0) -> Batch:
@@ -246,13 +247,30 @@ def test_distances():
     a, b = torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2)
     a[0] += 0.5  # |d| = .5 sqrt 12
     b[1, 0, 0, 0] = 1e-5  # far below c
-    assert cm(metric="l2").distance(a, b).item() == pytest.approx((0.25 * 12 + 1e-10) / 24, rel=1e-12)
+    assert cm(metric="l2").distance(a, b).mean().item() == pytest.approx((0.25 * 12 + 1e-10) / 24, rel=1e-12)
     c = 0.00054 * math.sqrt(12)
     expected = (math.sqrt(3 + c**2) - c + math.sqrt(1e-10 + c**2) - c) / 2
     huber = cm(metric="pseudo_huber")
-    assert huber.distance(a, b).item() == pytest.approx(expected, rel=1e-12)
+    assert huber.distance(a, b).mean().item() == pytest.approx(expected, rel=1e-12)
     assert huber.distance(a[1:], b[1:]).item() == pytest.approx(1e-10 / (2 * c), rel=1e-4)  # quadratic near 0
     assert huber.distance(a[:1], b[:1]).item() == pytest.approx(math.sqrt(3) - c, rel=1e-5)  # linear far away
+
+
+def test_weight_is_one_over_the_step_in_noise_level():
+    """The same loss times lambda = 1 / (tau_t - tau_s), with the levels from equation 5 of Karras et al."""
+    tau = (0.002 ** (1 / 7) + torch.arange(18) / 17 * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+    seen = set()
+    for seed in range(20):  # one image, hence one pair of levels, a batch
+        uniform, inv_step = (
+            loss_of(method, batch_of(method, 1, seed)).item()
+            for method in (cm(mlp_teacher()), cm(mlp_teacher(), weight="inv_step"))
+        )
+        batch = batch_of(cm(), 1, seed)
+        batch.noise()
+        n = batch.integers(0, 17).item()
+        seen.add(n)
+        assert inv_step == pytest.approx(uniform / (tau[n + 1] - tau[n]).item(), rel=1e-8)
+    assert len(seen) > 8
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------

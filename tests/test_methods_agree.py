@@ -138,12 +138,12 @@ def test_trained_students_reach_the_closed_form_chain(tmp_path, cls, settings, s
     check(trained(method, tmp_path, steps), chain, tolerance)
 
 
-@pytest.mark.parametrize("mu", [0.0, 0.9])
-def test_trained_cm_reaches_the_same_chain_on_the_same_grid(tmp_path, mu):
-    """Consistency distillation with DDIM, its levels moved onto the grid of the others."""
+@pytest.mark.parametrize(("mu", "weight"), [(0.0, "uniform"), (0.9, "inv_step")])
+def test_trained_cm_reaches_the_same_chain_on_the_same_grid(tmp_path, mu, weight):
+    """Consistency distillation with DDIM, its levels moved onto the grid of the others; no weight moves the optimum."""
     schedule = VPCosine()
     grid = uniform_times(schedule, STEPS)
-    settings = ADAM | {"steps": STEPS + 1, "solver": "ddim", "mu": mu}
+    settings = ADAM | {"steps": STEPS + 1, "solver": "ddim", "mu": mu, "weight": weight}
     method = ConsistencyDistillation(ConsistencyDistillation.Config(**settings), table_teacher(grid))
     method.grid = grid
     method.student.e = method.target.e = schedule.noise_level(time(grid[0])).item()
@@ -155,7 +155,7 @@ def test_trained_cm_reaches_its_own_chain_on_a_karras_grid(tmp_path, solver):
     """Euler's and Heun's factors for dx^/dtau = tau (x^ - m) / (v + tau^2), from 80 eps down to e."""
     schedule = VPCosine()
     grid = karras_times(schedule, 10, 0.002, 80.0)
-    settings = ADAM | {"steps": 10, "solver": solver}
+    settings = ADAM | {"steps": 10, "solver": solver, "mu": 0.9, "weight": "uniform"}
     method = ConsistencyDistillation(ConsistencyDistillation.Config(**settings), table_teacher(grid))
     tau, gain = schedule.noise_level(grid), torch.ones(2, 1, 1)
     rate = lambda level: level / (column(VARIANCE) + level**2)

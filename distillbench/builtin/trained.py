@@ -97,7 +97,7 @@ class Trained(TeacherSource):
     def plan(self) -> TeacherPlan:
         file = self._file()
         if file is not None:
-            _read_recipe(file, self.dataset.shape)
+            read_teacher(file, self.dataset.shape, "cpu")
             return TeacherPlan(str(file.name))
         images = self.config.budget.images
         return TeacherPlan("to be trained", images, images)
@@ -141,9 +141,17 @@ class Trained(TeacherSource):
             return Path(self.config.path)
         for folder in (SHIPPED, self.cache):
             file = folder / self._name()
-            if file.is_file():
+            if file.is_file() and self._readable(file):
                 return file
         return None
+
+    def _readable(self, file: Path) -> bool:
+        """Whether `file`, found by its name, holds a teacher; if not it counts as missing and is made again."""
+        try:
+            read_teacher(file, self.dataset.shape, "cpu")
+        except UserError:
+            return False
+        return True
 
     def train(self, output: Path | None, progress: Progress) -> Path:
         file = output or self.cache / self._name()

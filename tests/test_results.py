@@ -1,0 +1,251 @@
+"""Records come back as they were written or not at all; tables have the same columns and types whatever happened."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from distillbench.files import key_of
+from distillbench.results import (
+    FIRST,
+    LAST,
+    CurvePoint,
+    EvaluationRecord,
+    RowRecord,
+    TrainRecord,
+    link_or_copy,
+    make_table,
+    read_record,
+    sample_grid,
+    stack_shown,
+    table_row,
+    unstack_shown,
+    write_record,
+    write_table,
+)
+
+INPUTS = {"seed": 3, "config": {"lr": 1e-3, "steps": 8}, "method": None, "list": [1, 2]}
+NAMES = {"dataset": "digits", "teacher": "trained-01234567", "method": "boot", "seed": 0, "settings": ""}
+
+
+def train_record(**changes):
+    fields = {
+        "key": key_of(INPUTS),
+        "inputs": INPUTS,
+        "status": "ok",
+        "images": 1000,
+        "seconds": 1.5,
+        "teacher_nfe": 2000,
+        "student_nfe": 3000,
+        "peak_rss_mib": 700.25,
+        "parameters": 12,
+        "weights_sha256": "ab",
+        "curve": [CurvePoint(images=500, seconds=0.5, loss=0.25)],
+        "missing": {"peak_gpu_mib": "no GPU in use"},
+        "device": "cpu (a model)",
+        "environment": {"python": "3.11"},
+    }
+    return TrainRecord(**(fields | changes))
+
+
+def row_record(**changes):
+    fields = {
+        "nfe": 1,
+        "scores": {"fid": 12.5, "rmse": None},
+        "sample_latency_ms": 0.5,
+        "sample_images_per_second": 1234.5,
+        "missing": {"rmse": "fresh noise", "sample_peak_gpu_mib": "no GPU in use"},
+    }
+    return RowRecord(**(fields | changes))
+
+
+def row(training=None, **changes):
+    return table_row(NAMES, row_record(**changes), training, "key", "cpu", ["fid", "rmse"], 12)
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path):
+    record = train_record()
+    write_record(tmp_path / "train.json", record)
+    assert read_record(tmp_path / "train.json", TrainRecord, INPUTS) == record
+
+
+def test_a_record_can_be_read_by_anything_that_reads_json(tmp_path):
+    write_record(tmp_path / "train.json", train_record())
+    plain = json.loads((tmp_path / "train.json").read_text())
+    assert (plain["inputs"], plain["schema_version"]) == (INPUTS, 1)
+    assert plain["key"] == key_of(plain["inputs"])
+
+
+def test_no_record_is_none(tmp_path):
+    assert read_record(tmp_path / "train.json", TrainRecord, INPUTS) is None
+
+
+def damages():
+    whole = train_record().model_dump_json()
+    fields = json.loads(whole)
+    return {
+        "empty": b"",
+        "truncated": whole[: len(whole) // 2].encode(),
+        "not text": b"\xff\xfe\x00\x81",
+        "not a record": b"[]",
+        "a field is missing": json.dumps({k: v for k, v in fields.items() if k != "status"}).encode(),
+        "a field too many": json.dumps(fields | {"extra": 1}).encode(),
+        "another type": json.dumps(fields | {"images": "many"}).encode(),
+        "another status": json.dumps(fields | {"status": "fine"}).encode(),
+        "a later schema": json.dumps(fields | {"schema_version": 2}).encode(),
+        "a key of other inputs": json.dumps(fields | {"key": "0" * 16}).encode(),
+    }
+
+
+@pytest.mark.parametrize("damage", damages())
+def test_a_damaged_record_is_said_to_be_damaged(tmp_path, damage):
+    (tmp_path / "train.json").write_bytes(damages()[damage])
+    with pytest.raises(ValueError, match=r"train\.json is damaged"):
+        read_record(tmp_path / "train.json", TrainRecord, INPUTS)
+
+
+def test_a_folder_in_the_place_of_a_record_is_damage(tmp_path):
+    (tmp_path / "train.json").mkdir()
+    with pytest.raises(ValueError, match="damaged"):
+        read_record(tmp_path / "train.json", TrainRecord, INPUTS)
+
+
+def test_a_record_of_other_inputs_is_not_taken(tmp_path):
+    write_record(tmp_path / "train.json", train_record())
+    with pytest.raises(ValueError, match="other inputs"):
+        read_record(tmp_path / "train.json", TrainRecord, INPUTS | {"seed": 4})
+
+
+@pytest.mark.parametrize(
+    ("statuses", "whole"),
+    [(["ok", "ok"], "ok"), (["ok", "diverged"], "ok"), (["ok", "failed"], "failed"), ([], "ok")],
+)
+def test_an_evaluation_is_final_unless_a_row_failed(statuses, whole):
+    """Failed rows are tried again by the next run; a divergence is a result."""
+    rows = [row_record(status=status) for status in statuses]
+    assert EvaluationRecord(key="", inputs={}, rows=rows, device="cpu", environment={}).status == whole
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_of_a_student_says_what_its_training_cost():
+    cells = row(train_record())
+    assert {name: cells[name] for name in ("train_images", "train_seconds", "train_peak_rss_mib")} == {
+        "train_images": 1000,
+        "train_seconds": 1.5,
+        "train_peak_rss_mib": 700.25,
+    }
+    assert (cells["train_teacher_nfe"], cells["train_student_nfe"]) == (2000, 3000)
+    assert (cells["fid"], cells["rmse"], cells["nfe"], cells["status"]) == (12.5, None, 1, "ok")
+
+
+def test_the_reason_names_every_empty_value():
+    reason = row(train_record())["reason"]
+    assert "rmse empty: fresh noise" in reason
+    assert "sample_peak_gpu_mib, train_peak_gpu_mib empty: no GPU in use" in reason
+
+
+def test_the_reason_of_a_failure_comes_first():
+    assert row(train_record(), status="failed", reason="ValueError: no")["reason"].startswith("ValueError: no; ")
+
+
+def test_a_row_of_the_teacher_has_no_training_and_says_so():
+    cells = row(None)
+    assert all(cells[name] is None for name in LAST if name.startswith("train_"))
+    assert "nothing is distilled" in cells["reason"]
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_columns_and_types_do_not_depend_on_the_rows():
+    empty, full = make_table([], ["fid", "rmse"]), make_table([row(train_record()), row(None)], ["fid", "rmse"])
+    assert list(full.columns) == [*FIRST, "fid", "rmse", *LAST]
+    assert (empty.dtypes == full.dtypes).all()
+    assert str(full["seed"].dtype) == str(full["train_images"].dtype) == "Int64"
+
+
+def test_csv_and_parquet_hold_the_same_table(tmp_path):
+    teacher = row(None) | {"method": "teacher:ddim", "seed": None}
+    table = make_table(
+        [row(train_record()), row(train_record(), reason='a "quoted", reason\nof two lines'), teacher], ["fid", "rmse"]
+    )
+    write_table(table, tmp_path)
+    types = {name: dtype for name, dtype in table.dtypes.items()}
+    from_csv = pd.read_csv(
+        tmp_path / "table.csv", dtype=types, keep_default_na=False, na_values={n: [""] for n in numbers(table)}
+    )
+    pd.testing.assert_frame_equal(from_csv, table)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "table.parquet"), table)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["table.csv", "table.parquet"]
+
+
+def numbers(table):
+    return [name for name in table.columns if str(table[name].dtype) in ("Int64", "Float64")]
+
+
+# --- weights and pictures --------------------------------------------------------------------------------------------
+
+
+def test_a_link_replaces_what_was_there(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "new" / "target"
+    source.write_text("first")
+    link_or_copy(source, target)
+    other = tmp_path / "other"
+    other.write_text("second")
+    link_or_copy(other, target)
+    assert (target.read_text(), source.read_text()) == ("second", "first")
+
+
+def test_where_files_cannot_be_linked_they_are_copied(tmp_path, monkeypatch):
+    def fail(*paths):
+        raise OSError("no links here")
+
+    monkeypatch.setattr("os.link", fail)
+    (tmp_path / "source").write_text("text")
+    link_or_copy(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "target").read_text() == "text"
+
+
+def test_samples_come_back_in_order():
+    shown = [torch.full((2, 1, 4, 4), k, dtype=torch.uint8) for k in range(12)]
+    restored = unstack_shown(dict(reversed(list(stack_shown(shown).items()))))
+    assert all(torch.equal(a, b) for a, b in zip(restored, shown, strict=True))
+    assert unstack_shown(stack_shown([])) == []
+
+
+def columns_of(picture, line, count, side=48):
+    """The images of a line, cut out from the right edge."""
+    pixels = np.asarray(picture)
+    top = 4 + line * (side + 4)
+    lefts = [picture.width - (count - k) * (side + 4) for k in range(count)]
+    return [pixels[top : top + side, left : left + side] for left in lefts]
+
+
+def test_the_picture_has_a_line_for_each_row_and_the_same_noise_in_each_column():
+    grey = torch.arange(3 * 64, dtype=torch.uint8).view(3, 1, 8, 8)
+    picture = sample_grid([("boot, 1 NFE", grey), ("a much longer label", 255 - grey)])
+    assert picture.height == 4 + 2 * (48 + 4)
+    for line, images in enumerate((grey, 255 - grey)):
+        for image, seen in zip(images, columns_of(picture, line, 3), strict=True):
+            expected = image[0].repeat_interleave(6, 0).repeat_interleave(6, 1)[..., None].expand(-1, -1, 3)
+            assert np.array_equal(seen, expected.numpy())
+
+
+def test_the_picture_keeps_colour_and_large_images_as_they_are(tmp_path):
+    colour = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    sample_grid([("colour", colour)]).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        for image, seen in zip(colour, columns_of(picture, 0, 2, side=64), strict=True):
+            assert np.array_equal(seen, image.permute(1, 2, 0).numpy())
+
+
+def test_a_picture_of_nothing_is_a_picture():
+    assert sample_grid([]).size == (48, 48)
