@@ -183,9 +183,11 @@ def _evaluated(cell: Cell, training: TrainRecord | None, train_key: str, folder:
     path = folder / f"evaluation-{key}.json"
     record = _known(path, EvaluationRecord, inputs, progress)
     shown = _read_shown(path.with_suffix(".safetensors"))
-    if record is not None and record.status in FINAL and shown is not None:
+    weights_sha256 = training.weights_sha256 if training is not None else ""
+    stale = record is not None and record.weights_sha256 != weights_sha256  # the student was trained again
+    if record is not None and record.status in FINAL and shown is not None and not stale:
         return Finished(cell, training, record, folder, shown)
-    about = {"key": key, "inputs": inputs, "device": device_name(scene.device)}
+    about = {"key": key, "inputs": inputs, "weights_sha256": weights_sha256, "device": device_name(scene.device)}
     about["environment"] = environment(scene.device, scene.config.threads)
     if training is not None and training.status != "ok":
         rows = [RowRecord(nfe=nfe, status=training.status, reason=training.reason) for nfe in cell.nfe]
@@ -220,8 +222,8 @@ def _rows(cell: Cell, folder: Path, progress: Progress) -> tuple[list[RowRecord]
         return [RowRecord(nfe=nfe, status="failed", reason=reason) for nfe in cell.nfe], []
     for nfe in cell.nfe:
         sampler: Sampler = teacher_sampler(teacher) if method is None else method.sample
-        keeps_noise = True if method is None else method.keeps_noise(nfe)
         try:
+            keeps_noise = True if method is None else method.keeps_noise(nfe)
             measured = evaluator.measure(sampler, nfe, keeps_noise, cell.label)
         except DivergedError as error:
             rows.append(RowRecord(nfe=nfe, status="diverged", reason=str(error)))

@@ -69,7 +69,7 @@ def run(settings: tuple[str, ...], dry_run: bool, show_config: bool, debug: bool
     cells = plan(configs, registry)
     if dry_run:
         _print_plan(console, cells)
-        return
+        raise SystemExit(SOMETHING_FAILED if any(cell.trouble for cell in cells) else 0)
     progress = Progress(console)
     outcome = run_cells(cells, configs, progress, lambda rows: _print_rows(progress, rows))
     _print_table(console, outcome.table)

@@ -62,7 +62,15 @@ class Workspace:
         stream = stream_key("pairs", self.seed)
         if self.dry:
             return self._priced_only(solve, count, stream)
-        recipe = {"format": FORMAT, "teacher_sha256": self.teacher.sha256, "seed": self.seed, "count": count} | recipe
+        device = self.device.split(":")[0]  # the price in seconds is that of this kind of device
+        ours = {
+            "format": FORMAT,
+            "teacher_sha256": self.teacher.sha256,
+            "seed": self.seed,
+            "count": count,
+            "device": device,
+        }
+        recipe = ours | recipe
         folder = self.cache / hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
         targets = self._find(folder, recipe)
         if targets is None:

@@ -85,6 +85,7 @@ class EvaluationRecord(_Record):
     key: str
     inputs: dict[str, Any]
     rows: list[RowRecord]
+    weights_sha256: str = ""  # of the student that was evaluated; empty for the teacher
     device: str
     environment: dict[str, Any]
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Teacher:
     """A frozen denoiser and who it is.
 
-    `sha256` identifies its weights. Its evaluations, and those of its copies, are counted in `teacher_rows`; those
-    of students made from it in `student_rows`.
+    `sha256` identifies its weights and how they are read (network, schedule, parameterisation). Its evaluations, and
+    those of its copies, are counted in `teacher_rows`; those of students made from it in `student_rows`.
     """
 
     name: str

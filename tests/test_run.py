@@ -412,7 +412,7 @@ class Raises(Stranger):
     name = "raises"
 
     def train_step(self, batch):
-        if batch.size > 2:  # a plan tries two images
+        if batch.size > 32:  # a plan tries a few images
             raise ValueError("no luck\nin two lines")
         yield from super().train_step(batch)
 
@@ -437,7 +437,7 @@ class BecomesNan(Stranger):
 
     def train_step(self, batch):
         for network, loss in super().train_step(batch):
-            yield network, loss * (float("nan") if batch.size > 2 else 1.0)
+            yield network, loss * (float("nan") if batch.size > 32 else 1.0)
 
 
 class SamplesNan(Stranger):
@@ -559,6 +559,16 @@ def test_what_fails_when_it_is_planned_fails_alone(tmp_path, cls, reason):
     row = ran.row(cls.name)
     assert (row["status"], row["reason"][: len(reason)]) == ("failed", reason)
     assert ran.row("boot")["status"] == "ok"
+
+
+def test_a_dry_run_says_what_would_fail(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("distillbench.registry.load_registry", lambda: with_strangers(RaisesAtOnce))
+    with pytest.raises(SystemExit) as done:
+        cli.main(["run", "methods=[raises_at_once,boot]", *SMALLER, f"results_dir={tmp_path}", "--dry-run"])
+    out, err = capsys.readouterr()
+    assert (done.value.code, err) == (1, "")
+    assert "raises_at_once (seed 0) would fail: ValueError: no luck at all\n" in out
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("methods", "code"), [("boot", 0), ("boot,becomes_nan", 1), ("raises", 1)])

@@ -11,6 +11,7 @@ Training is denoising score matching: minimise E |target(x_0, eps, t) - network(
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from distillbench import Batch, Denoiser, Method, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
 from distillbench.budget import BudgetConfig, Meter
 from distillbench.denoiser import TARGETS
-from distillbench.files import key_of, sha256_tensors, write_atomically
+from distillbench.files import canonical_json, key_of, sha256_tensors, write_atomically
 from distillbench.method import OptimizerConfig
 from distillbench.networks import NETWORKS
 from distillbench.options import require_one_of, require_positive
@@ -185,7 +186,9 @@ def read_teacher(file: Path, shape: tuple[int, int, int], device: str) -> Teache
     except (SafetensorError, RuntimeError, OSError) as error:
         why = str(error).splitlines()[0]
         raise UserError(f"the teacher's weights in {file.name!r} cannot be used: {why}") from error
-    return Teacher(Trained.name, denoiser.to(device), shape, sha256_tensors(weights), recipe)
+    reading = {name: recipe[name] for name in ("network", "shape", "schedule", "prediction")}
+    sha256 = hashlib.sha256(f"{sha256_tensors(weights)} {canonical_json(reading)}".encode()).hexdigest()
+    return Teacher(Trained.name, denoiser.to(device), shape, sha256, recipe)
 
 
 def _read_recipe(file: Path, shape: tuple[int, int, int]) -> dict[str, Any]:
