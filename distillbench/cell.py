@@ -36,7 +36,7 @@ from distillbench.results import (
     write_record,
 )
 from distillbench.teachers import Teacher
-from distillbench.train import DataStream, train
+from distillbench.train import DataStream, train, warm_up
 
 TRAIN_PROTOCOL = 1  # raise when the loop, the samplers or the networks change what a training gives
 EVALUATION_PROTOCOL = 1  # raise when evaluation changes a number that no metric's protocol names
@@ -129,6 +129,7 @@ def _train(
     about = {"key": key, "inputs": inputs, "device": device_name(scene.device)}
     about["environment"] = environment(scene.device, config.threads)
     cache = Path(config.results_dir) / "cache" / "pairs"
+    warm_up(scene.device)
     try:
         label = f"{cell.label}: training"
         with progress.step(label) as step, peak_rss_mib() as rss, peak_gpu_mib(scene.device) as gpu:
@@ -140,8 +141,6 @@ def _train(
             trained = train(method, cell.method_config, workspace, read, config.batch_size, step)
     except DivergedError as error:
         return _keep(folder, TrainRecord(**about, status="diverged", reason=str(error)))
-    except UserError:
-        raise
     except Exception as error:  # a method is a stranger's code; the other cells go on
         return _keep(folder, TrainRecord(**about, status="failed", reason=_reason(error, folder, progress)))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in method.state_dict().items()}

@@ -72,8 +72,14 @@ class Evaluator:
         progress: Progress,
     ) -> None:  # fmt: skip
         self.config, self.teacher, self.device, self.progress = config, teacher, device, progress
+        self.metrics: list[Metric] = []
+        self.unavailable: dict[str, str] = {}  # metric: reason
         with progress.step("features of the real images"):
-            self.metrics: list[Metric] = [registry.get("metrics", m).cls(dataset, device) for m in config.metrics]
+            for name in config.metrics:
+                try:
+                    self.metrics.append(registry.get("metrics", name).cls(dataset, device))
+                except Unavailable as reason:
+                    self.unavailable[name] = str(reason)
         with progress.step("the teacher's many-step answers") as step:
             self.teacher_x_0 = self._sample(teacher_sampler(teacher), max(config.teacher_nfe), step)
 
@@ -108,13 +114,13 @@ class Evaluator:
 
     def measure(self, sampler: Sampler, nfe: int, keeps_noise: bool, label: str) -> Measured:
         """One row: scores, speed and memory of `sampler` at `nfe` evaluations an image."""
-        missing: dict[str, str] = {}
+        missing = dict(self.unavailable)
         with self.progress.step(f"{label}: sampling with {nfe} NFE") as step, peak_gpu_mib(self.device) as gpu:
             x_0 = self._sample(sampler, nfe, step)
         if gpu.reason:
             missing["sample_peak_gpu_mib"] = gpu.reason
         samples = Samples(x_0, self.teacher_x_0, keeps_noise)
-        scores: dict[str, float | None] = {}
+        scores: dict[str, float | None] = dict.fromkeys(self.unavailable)
         for metric in self.metrics:
             scores[metric.name], reason = _score(metric, samples)
             if reason:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from distillbench.options import option, require_between, require_one_of, require_positive
+from distillbench.options import option, require_between, require_fraction, require_one_of, require_positive
 
 if TYPE_CHECKING:
     from distillbench.pairs import Workspace
@@ -43,7 +43,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "grad_clip")
-        require_between(self, 0, 1, "lr_warmup", "beta1", "beta2")
+        require_between(self, 0, 1, "lr_warmup")
+        require_fraction(self, "beta1", "beta2")
         require_between(self, 0, float("inf"), "weight_decay", "ema_halflife_kimg")
         require_one_of(self, "lr_decay", ("constant", "linear", "cosine"))
 

@@ -135,7 +135,7 @@ def _foresee(cell: Cell) -> None:
     except UserError:
         raise
     except Exception as error:  # a method is a stranger's code; the other cells go on
-        cell.trouble = f"{type(error).__name__}: {error}"
+        cell.trouble = " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _price(cell: Cell) -> None:
@@ -206,9 +206,9 @@ def choose_device(name: str) -> str:
 def check_writable(folder: Path) -> None:
     """Raise UserError unless files can be made in `folder`, or in the closest parent that exists. Leaves nothing."""
     parent = folder.absolute()
-    while not parent.exists():
-        parent = parent.parent
     try:
+        while not parent.exists():
+            parent = parent.parent
         if not parent.is_dir():
             raise NotADirectoryError(f"{parent} is not a folder")
         tempfile.TemporaryFile(dir=parent).close()

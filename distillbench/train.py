@@ -6,6 +6,7 @@ Fairness is this file: who gets how many images, which optimiser, which average,
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +90,13 @@ class Optimizers:
         loss.backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.config.grad_clip, foreach=True)
         optimizer.step()
+
+
+@functools.cache
+def warm_up(device: str) -> None:
+    """Update one number: what torch loads for its first optimiser step, seconds of imports, is charged to nobody."""
+    network = nn.ParameterList([torch.zeros(1, device=device)])
+    Optimizers(OptimizerConfig()).update(network, network[0].square().sum(), 1.0)
 
 
 class DataStream:

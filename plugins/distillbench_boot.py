@@ -19,8 +19,8 @@ bootstrapped along the Signal-ODE, dy/dt = -lam'_t (f(x_t, t) - y_t), from t_max
 | f        | teacher, E[x_0 given x_t]                                           | (B,C,H,W)        |
 | g        | student: teacher's network at t_max plus an embedding of the time   | (B,C,H,W)        |
 
-Ours where the full text could not be read (weights, Heun's form, grid): see docs. L_BC is needed: without it every
-y'(eps, t) = y(eps + C(eps), t) + sigma_t / alpha_t C(eps) has zero L_BS as well.
+Ours, where the full text could not be read (weights, Heun's form, grid), is in docs/methods.md. L_BC is needed: without
+it every y'(eps, t) = y(eps + C(eps), t) + sigma_t / alpha_t C(eps) has zero L_BS as well.
 """
 
 from __future__ import annotations

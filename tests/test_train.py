@@ -134,8 +134,9 @@ def test_a_budget_in_seconds_stops_with_the_step_that_reaches_it(tmp_path, monke
         def prepare(self, workspace):
             clock.now += 2
 
-        def after_step(self):
+        def train_step(self, batch):
             clock.now += 3
+            yield from super().train_step(batch)
 
     method = Slow()
     trained = run(method, tmp_path, budget=BudgetConfig(limit=Limit.seconds, seconds=10.0))

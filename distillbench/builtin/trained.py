@@ -29,7 +29,7 @@ from distillbench.denoiser import TARGETS
 from distillbench.files import canonical_json, key_of, sha256_tensors, write_atomically
 from distillbench.method import OptimizerConfig
 from distillbench.networks import NETWORKS
-from distillbench.options import require_one_of, require_positive
+from distillbench.options import require_between, require_one_of, require_positive
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress
 from distillbench.schedules import SCHEDULES
@@ -94,6 +94,8 @@ class Trained(TeacherSource):
             require_one_of(self, "prediction", TARGETS)
             require_one_of(self, "schedule", SCHEDULES)
             require_positive(self, "batch_size")
+            require_between(self, 0, 65536, "width", "depth")
+            require_between(self, 0, 2**63 - 1, "seed")
 
     def plan(self) -> TeacherPlan:
         file = self._file()
