@@ -290,13 +290,17 @@ def test_uniform_times_stay_in_range_and_fill_it(name):
 # --- network, accounting, sampling -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction", ["x0", "v", "eps", "flow"])
-def test_the_student_starts_as_the_teacher_at_t_max_for_every_t(prediction):
-    teacher = mlp_teacher(prediction=prediction)
+@pytest.mark.parametrize(
+    ("name", "prediction"), [*((name, "x0") for name in schedules()), *(("vp_cosine", p) for p in ("v", "eps", "flow"))]
+)
+def test_the_student_starts_as_the_teacher_at_t_max_for_every_t(name, prediction):
+    """g(eps, t) = f(sigma_T eps, t_max), so L_BC = 0 at first."""
+    teacher = mlp_teacher(SCHEDULES[name](), prediction)
+    schedule = teacher.schedule
     method = boot(teacher)
-    eps = make_batch(11).noise()
-    y_T = teacher.denoise(eps, time_like(eps, 1.0))
-    for t in (time(torch.linspace(0, 1, 11, dtype=torch.float64)), time([1.0]).expand(11, 1, 1, 1)):
+    eps, T = make_batch(11).noise(), time(schedule.t_max).expand(11, 1, 1, 1)
+    y_T = teacher.denoise(schedule.sigma(T) * eps, T)
+    for t in (time(torch.linspace(schedule.t_min, schedule.t_max, 11, dtype=torch.float64)), T):
         assert torch.equal(method.student(eps, t), y_T)
     method.config.beta = 1e12
     method.target = lambda eps, y_t, t, s: y_t  # L_BS = 0 at the start, so only L_BC is left

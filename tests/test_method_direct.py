@@ -157,13 +157,16 @@ def test_offline_all_pairs_are_drawn(tmp_path):
     assert index.unique().tolist() == list(range(10))
 
 
-def test_sample_is_the_student_at_t_max_with_one_evaluation(tmp_path):
-    method = direct(mlp_teacher())
-    meter = make_workspace(method.teacher, tmp_path).meter
+@pytest.mark.parametrize("name", schedules())
+def test_sample_is_the_student_at_t_max_with_one_evaluation(tmp_path, name):
+    """At first f(sigma_T eps, t_max), the teacher's answer to pure noise."""
+    method = direct(mlp_teacher(SCHEDULES[name](), "x0"))
+    meter, schedule = make_workspace(method.teacher, tmp_path).meter, method.teacher.schedule
     eps = make_batch(5).noise()
     x_0 = method.sample(FixedNoise([eps]), 1)
     assert (meter.teacher_nfe, meter.student_nfe) == (0, 5)
-    assert torch.equal(x_0, method.teacher.denoise(eps, time_like(eps, 1.0)))  # where it starts from
+    T = time_like(eps, schedule.t_max)
+    assert torch.equal(x_0, method.teacher.denoise(schedule.sigma(T) * eps, T))
     assert method.supports(1) and not method.supports(2) and method.keeps_noise(1)
 
 
