@@ -1,23 +1,34 @@
-"""Samplers of the probability-flow ODE as pure functions over one denoiser type ``f(x_t, t) -> x_0``.
+"""Samplers as pure functions over one denoiser type ``f(x_t, t) -> x_0``, and the time grids that they go down.
 
-| symbol | meaning                              | shape     |
-|--------|--------------------------------------|-----------|
-| x_t    | noisy image                          | (B,C,H,W) |
-| t > s  | times, float64                       | (B,1,1,1) |
-| f      | denoiser, E[x_0 given x_t]           | (B,C,H,W) |
+| symbol   | meaning                                             | shape     |
+|----------|-----------------------------------------------------|-----------|
+| x_t      | noisy image                                         | (B,C,H,W) |
+| t > s    | times, float64                                      | (B,1,1,1) |
+| times    | a grid for N steps, t_0 <= t_1 < ... < t_N, float64 | (N+1,)    |
+| f        | denoiser, E[x_0 given x_t]                          | (B,C,H,W) |
+| noise(k) | fresh standard normal noise, k = 1, 2, ...          | (B,C,H,W) |
+
+Every sampler starts at times[-1] and returns its last data prediction, the one at times[1], as every step to sigma = 0
+does (EDM's Heun, DPM-Solver++ with first order at the end and the DDPM posterior mean agree on that). times[0] is only
+where that last step would end; nothing is evaluated there, and it may equal times[1].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distillbench.denoiser import implied_eps
+from distillbench.errors import UserError, unknown
 from distillbench.schedules import NoiseSchedule
 
 DenoiseFunction = Callable[[Tensor, Tensor], Tensor]
+NoiseFunction = Callable[[int], Tensor]
 
 
 def time_like(x: Tensor, value: float | Tensor) -> Tensor:
@@ -30,19 +41,88 @@ def x_at_t_max(schedule: NoiseSchedule, eps: Tensor) -> Tensor:
     return schedule.sigma(time_like(eps, schedule.t_max)) * eps
 
 
+# --- time grids: (schedule, N) -> t_0 <= t_1 < ... < t_N, (N+1,) float64 ---------------------------------------------
+
+
 def uniform_times(schedule: NoiseSchedule, steps: int) -> Tensor:
     """t_0 < ... < t_N, uniform in t from t_min to t_max, shape (N+1,) float64 (the grid t = i/N of Salimans & Ho)."""
     return torch.linspace(schedule.t_min, schedule.t_max, steps + 1, dtype=torch.float64)
 
 
+def uniform_lambda_times(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """t_0 < ... < t_N, uniform in lam from t_min to t_max, shape (N+1,) float64 (Lu et al. 2022, DPM-Solver)."""
+    low, high = schedule.lam(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).tolist()
+    times = schedule.t_of_lam(torch.linspace(low, high, steps + 1, dtype=torch.float64))
+    times[0], times[-1] = schedule.t_min, schedule.t_max  # free of rounding
+    return times
+
+
 def karras_times(schedule: NoiseSchedule, points: int, low: float, high: float, rho: float = 7.0) -> Tensor:
     """Karras et al. (2022) eq. 5: `points` noise levels from `low` to `high`, ascending, as times of `schedule`.
 
-    Shape (points,) float64. Levels outside the schedule's own range are moved to its ends.
+    Shape (points,) float64. `low` and `high` are first moved into the schedule's own range of noise levels, so that
+    the points are distinct. A single point is the highest level.
     """
-    ramp = torch.linspace(0, 1, points, dtype=torch.float64)
-    levels = (low ** (1 / rho) + ramp * (high ** (1 / rho) - low ** (1 / rho))) ** rho
+    ends = schedule.noise_level(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).tolist()
+    bottom, top = max(low, ends[0]), min(high, ends[1])
+    if not bottom < top:
+        raise UserError(
+            f"noise levels must rise from a lower to a higher one within the schedule's range, {ends[0]:g} to "
+            f"{ends[1]:g}, got {low:g} to {high:g}"
+        )
+    ramp = torch.linspace(1, 0, points, dtype=torch.float64).flip(0)
+    levels = (bottom ** (1 / rho) + ramp * (top ** (1 / rho) - bottom ** (1 / rho))) ** rho
     return schedule.t_of_lam(levels.log())
+
+
+def karras_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """t_min, then N of Karras et al.'s noise levels between .002 and 80 (EDM's defaults); shape (N+1,) float64."""
+    return torch.cat([torch.tensor([schedule.t_min], dtype=torch.float64), karras_times(schedule, steps, 0.002, 80.0)])
+
+
+POINTS = 1000  # diffusers' indices 0, ..., 999
+
+
+def diffusers_grid(schedule: NoiseSchedule, steps: int, spacing: Callable[[int], Tensor]) -> Tensor:
+    """t_min, then the N indices i of `spacing` as t_min + i/999 (t_max - t_min): (i+1)/1000 for diffusers' schedules.
+
+    Shape (N+1,) float64. A single step starts at t_max; in diffusers one of "leading" or "linspace" starts at index 0,
+    where there is no noise to remove.
+    """
+    if steps > POINTS:
+        raise UserError(f"diffusers' time grids have {POINTS} points: between 1 and {POINTS} steps, got {steps}")
+    index = spacing(steps).double() if steps > 1 else torch.tensor([POINTS - 1], dtype=torch.float64)
+    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
+    return torch.cat([ends[:1], torch.lerp(ends[0], ends[1], index / (POINTS - 1))])
+
+
+def _leading(steps: int) -> Tensor:
+    """0, q, 2q, ..., (N-1) q with q = 1000 // N: does not start at t_max (999) but at (N-1) q, 980 for N = 50."""
+    return torch.arange(steps) * (POINTS // steps)
+
+
+def _linspace(steps: int) -> Tensor:
+    """0, ..., 999, rounded."""
+    return (torch.arange(steps, dtype=torch.float64) * ((POINTS - 1) / (steps - 1))).round()
+
+
+def _trailing(steps: int) -> Tensor:
+    """999, 999 - 1000/N, ... (rounded), ascending. For some N (61, 103, ...) diffusers has one more, of index -1."""
+    index = np.arange(POINTS, 0, -POINTS / steps)[:steps].round() - 1  # numpy's own rounding decides at halves
+    return torch.from_numpy(index).flip(0)
+
+
+TIME_GRIDS: dict[str, Callable[[NoiseSchedule, int], Tensor]] = {
+    "uniform": uniform_times,
+    "uniform_lambda": uniform_lambda_times,
+    "karras": karras_grid,
+    "leading": partial(diffusers_grid, spacing=_leading),
+    "linspace": partial(diffusers_grid, spacing=_linspace),
+    "trailing": partial(diffusers_grid, spacing=_trailing),
+}
+
+
+# --- single steps ----------------------------------------------------------------------------------------------------
 
 
 def ddim_step(schedule: NoiseSchedule, x_t: Tensor, x_0: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -66,6 +146,33 @@ def heun_step(schedule: NoiseSchedule, f: DenoiseFunction, x_t: Tensor, t: Tenso
     return alpha_s * (x_hat + (level_s - level_t) * (d_t + d_s) / 2)
 
 
+def ddim_ode_step(schedule: NoiseSchedule, f: DenoiseFunction, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """:func:`ddim_step` on f's own data prediction: one evaluation of f."""
+    return ddim_step(schedule, x_t, f(x_t, t), t, s)
+
+
+def ancestral_step(schedule: NoiseSchedule, x_t: Tensor, x_0: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """x_s ~ q(x_s given x_t, x_0) with standard normal z (Ho et al. 2020, eq. 6 and 7, on any schedule).
+
+    With r = alpha_t sigma_s / (alpha_s sigma_t): mean r sigma_s/sigma_t x_t + alpha_s (1 - r^2) x_0, variance
+    sigma_s^2 (1 - r^2), which is sigma_s^2/sigma_t^2 (sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2) ("fixed small").
+    """
+    r, one_minus_r = schedule.signal_ratio(t, s)
+    fresh = one_minus_r * (1 + r)
+    mean = r * schedule.sigma(s) / schedule.sigma(t) * x_t + schedule.alpha(s) * fresh * x_0
+    return mean + schedule.sigma(s) * fresh.sqrt() * z
+
+
+# One step of the probability-flow ODE: (schedule, f, x_t, t, s) -> x_s.
+ONE_STEP: dict[str, Callable[[NoiseSchedule, DenoiseFunction, Tensor, Tensor, Tensor], Tensor]] = {
+    "ddim": ddim_ode_step,
+    "heun": heun_step,
+}
+
+
+# --- samplers --------------------------------------------------------------------------------------------------------
+
+
 def ddim(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor) -> Tensor:
     """DDIM down the grid `times` (N+1 ascending values): N evaluations, the last of which is the returned x_0.
 
@@ -78,3 +185,132 @@ def ddim(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor
         if k > 1:
             x_t = ddim_step(schedule, x_t, x_0, t, s)
     return x_0
+
+
+def heun(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor) -> Tensor:
+    """Karras et al. (2022) algorithm 1 in x^ = x_t / alpha_t: 2N - 1 evaluations, the last step Euler's to 0."""
+    x_t = x_T
+    for k in range(len(times) - 1, 1, -1):
+        x_t = heun_step(schedule, f, x_t, time_like(x_t, times[k]), time_like(x_t, times[k - 1]))
+    return f(x_t, time_like(x_t, times[1]))
+
+
+def dpmpp_2m(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor) -> Tensor:
+    """DPM-Solver++(2M), Lu et al. (2022, arXiv:2211.01095) algorithm 2: N evaluations, first order at both ends.
+
+    x_s = sigma_s/sigma_t x_t + alpha_s (1 - e^-h) D with h = lam_t - lam_s and D = f_t + h / (2 h_prev) (f_t - f_prev).
+    """
+    x_t = x_T
+    previous: tuple[Tensor, Tensor] | None = None
+    for k in range(len(times) - 1, 1, -1):
+        t, s = time_like(x_t, times[k]), time_like(x_t, times[k - 1])
+        h = schedule.lam(t) - schedule.lam(s)
+        f_t = D = f(x_t, t)
+        if previous is not None:
+            f_prev, h_prev = previous
+            D = f_t + (h / (2 * h_prev)).to(x_t.dtype) * (f_t - f_prev)
+        _, one_minus_r = schedule.signal_ratio(t, s)
+        x_t = schedule.sigma(s) / schedule.sigma(t) * x_t + schedule.alpha(s) * one_minus_r * D
+        previous = f_t, h
+    return f(x_t, time_like(x_t, times[1]))
+
+
+def ancestral(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor, noise: NoiseFunction) -> Tensor:
+    """Ho et al. (2020) algorithm 2 on a grid: N evaluations and noise(1), ..., noise(N-1), none in the last step."""
+    x_t = x_T
+    for k in range(len(times) - 1, 1, -1):
+        t, s = time_like(x_t, times[k]), time_like(x_t, times[k - 1])
+        x_t = ancestral_step(schedule, x_t, f(x_t, t), noise(len(times) - k), t, s)
+    return f(x_t, time_like(x_t, times[1]))
+
+
+# --- a sampler on a grid, by name ------------------------------------------------------------------------------------
+
+
+SampleFunction = Callable[[DenoiseFunction, NoiseSchedule, Tensor, Tensor, NoiseFunction], Tensor]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What there is to know of a sampler: N steps make `per_step` (N - 1) + 1 evaluations of f."""
+
+    run: SampleFunction
+    grid: str  # default, a name of TIME_GRIDS
+    per_step: int = 1  # evaluations of f by every step but the last, which makes one
+    deterministic: bool = True
+
+
+def _without_noise(sampler: Callable[[DenoiseFunction, NoiseSchedule, Tensor, Tensor], Tensor]) -> SampleFunction:
+    return lambda f, schedule, x_T, times, noise: sampler(f, schedule, x_T, times)
+
+
+def _no_noise(k: int) -> Tensor:
+    raise ValueError("this sampler draws fresh noise on its way: give solve() its noise")
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": Sampler(_without_noise(ddim), "uniform"),
+    "heun": Sampler(_without_noise(heun), "karras", per_step=2),
+    "dpmpp_2m": Sampler(_without_noise(dpmpp_2m), "karras"),
+    "ddpm": Sampler(ancestral, "uniform", deterministic=False),
+}
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A sampler on a time grid: ``ddim``, ``heun/uniform``, ``dpmpp_2m/uniform_lambda``, ``ddpm/leading``, ..."""
+
+    sampler: str
+    grid: str
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise unknown("sampler", self.sampler, SAMPLERS)
+        if self.grid not in TIME_GRIDS:
+            raise unknown("time grid", self.grid, TIME_GRIDS, f" for sampler {self.sampler}")
+
+    @classmethod
+    def parse(cls, text: str) -> Solver:
+        """The solver named ``sampler`` (on its default grid) or ``sampler/grid``."""
+        sampler, slash, grid = text.partition("/")
+        if sampler not in SAMPLERS:
+            raise unknown("sampler", sampler, SAMPLERS)
+        return cls(sampler, grid if slash else SAMPLERS[sampler].grid)
+
+    @property
+    def name(self) -> str:
+        """``sampler``, with ``/grid`` where the grid is not its default: two names differ if the solvers do."""
+        return self.sampler if self.grid == SAMPLERS[self.sampler].grid else f"{self.sampler}/{self.grid}"
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether x_0 is a function of eps alone."""
+        return SAMPLERS[self.sampler].deterministic
+
+    def evaluations(self, steps: int) -> int:
+        """Evaluations of f that `steps` steps make."""
+        return SAMPLERS[self.sampler].per_step * (steps - 1) + 1
+
+    def steps(self, evaluations: int) -> int | None:
+        """Steps that make exactly this many evaluations of f; None where no number of steps does."""
+        steps, rest = divmod(evaluations - 1, SAMPLERS[self.sampler].per_step)
+        return steps + 1 if evaluations >= 1 and not rest else None
+
+    def times(self, schedule: NoiseSchedule, steps: int) -> Tensor:
+        """t_0 <= t_1 < ... < t_N, shape (N+1,) float64."""
+        if steps < 1:
+            raise UserError(f"{self.name} makes at least 1 step, got {steps}")
+        return TIME_GRIDS[self.grid](schedule, steps)
+
+    def solve(
+        self, f: DenoiseFunction, schedule: NoiseSchedule, eps: Tensor, steps: int, noise: NoiseFunction | None = None
+    ) -> Tensor:
+        """x_0 from eps ~ N(0, I), (B,C,H,W).
+
+        Starts from sigma_t eps at t = times[-1], which is below t_max on some grids ("leading"; "karras" where the
+        schedule reaches beyond 80); diffusers starts from eps there, a difference below .001 on its schedules. `noise`
+        is for the samplers that are not deterministic; the others ignore it.
+        """
+        times = self.times(schedule, steps)
+        x_T = schedule.sigma(time_like(eps, times[-1])) * eps
+        return SAMPLERS[self.sampler].run(f, schedule, x_T, times, noise or _no_noise)

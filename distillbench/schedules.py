@@ -15,12 +15,18 @@ Three sign and factor conventions for lambda meet in this field. Here it is BOOT
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+
+from distillbench.errors import UserError, unknown
 
 
 class NoiseSchedule(ABC):
@@ -59,6 +65,21 @@ class NoiseSchedule(ABC):
         difference = self.lam(s) - self.lam(t)
         dtype = torch.get_default_dtype()
         return difference.exp().to(dtype), (-torch.expm1(difference)).to(dtype)
+
+    def restricted(self, lam_low: float, lam_high: float) -> Self:
+        """A copy whose [t_min, t_max] is narrowed, never widened, to where lam lies in [lam_low, lam_high]."""
+        low, high = self.lam(torch.tensor([self.t_min, self.t_max], dtype=torch.float64)).tolist()
+        if not (lam_low < lam_high and lam_low < high and low < lam_high):
+            raise UserError(
+                f"lambda between {lam_low:g} and {lam_high:g} leaves nothing of {type(self).__name__}, whose "
+                f"log(sigma/alpha) runs from {low:g} to {high:g}"
+            )
+        narrow = copy.copy(self)
+        if lam_low > low:
+            narrow.t_min = self.t_of_lam(torch.tensor(lam_low, dtype=torch.float64)).item()
+        if lam_high < high:
+            narrow.t_max = self.t_of_lam(torch.tensor(lam_high, dtype=torch.float64)).item()
+        return narrow
 
 
 class _VariancePreserving(NoiseSchedule):
@@ -139,9 +160,54 @@ class FlowMatching(NoiseSchedule):
         return -softplus(lam)
 
 
-SCHEDULES: dict[str, type[NoiseSchedule]] = {
+def _squared_cosine(steps: int) -> Tensor:
+    """beta_i = min(1 - f((i+1)/T) / f(i/T), .999), f(u) = cos^2((u + .008)/1.008 pi/2) (Nichol & Dhariwal 2021)."""
+    u = torch.arange(steps + 1, dtype=torch.float64) / steps
+    f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+# beta_0, ..., beta_{T-1} for T steps, (T,) float64, under diffusers' names.
+BETAS: dict[str, Callable[[int], Tensor]] = {
+    "linear": lambda steps: torch.linspace(1e-4, 0.02, steps, dtype=torch.float64),
+    "scaled_linear": lambda steps: torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64) ** 2,
+    "squaredcos_cap_v2": _squared_cosine,
+}
+
+
+class DiscreteBetas(_VariancePreserving):
+    """diffusers' discrete schedules in continuous time (Ho et al. 2020: alpha_i^2 = abar_i = prod_{j<=i} (1 - beta_j)).
+
+    Index i is t = (i + 1) / steps; between these points, and down to abar = 1 at t = 0, log abar is linear in t.
+    `betas` is "linear" (DDPM), "scaled_linear" (Stable Diffusion) or "squaredcos_cap_v2" (DeepFloyd IF).
+    """
+
+    def __init__(self, betas: str, steps: int = 1000) -> None:
+        if betas not in BETAS:
+            raise unknown("beta schedule", betas, BETAS)
+        self.t_min, self.t_max = 1 / steps, 1.0
+        self.steps = steps
+        # -log abar at t = k / steps, k = 0, ..., steps: 0 and growing
+        self.decay = torch.cat([torch.zeros(1).double(), -torch.log1p(-BETAS[betas](steps)).cumsum(0)])
+
+    def lam(self, t: Tensor) -> Tensor:
+        decay, u = self.decay.to(t.device), t.double() * self.steps
+        k = u.detach().long().clamp(0, self.steps - 1)
+        return 0.5 * torch.log(torch.expm1(decay[k] + (u - k) * (decay[k + 1] - decay[k])))
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        decay, c = self.decay.to(lam.device), softplus(2 * lam.double())  # -log abar
+        k = (torch.searchsorted(decay, c.detach(), right=True) - 1).clamp(0, self.steps - 1)
+        u = k + (c - decay[k]) / (decay[k + 1] - decay[k])
+        return (u / self.steps).clamp(self.t_min, self.t_max)
+
+
+SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
     "vp_cosine": VPCosine,
     "vp_linear": VPLinear,
     "ve": VE,
     "flow_matching": FlowMatching,
+    "ddpm_linear": partial(DiscreteBetas, "linear"),
+    "ddpm_scaled_linear": partial(DiscreteBetas, "scaled_linear"),
+    "ddpm_cosine": partial(DiscreteBetas, "squaredcos_cap_v2"),
 }
