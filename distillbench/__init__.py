@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from distillbench.conditions import Condition
     from distillbench.datasets import Dataset, DatasetConfig
     from distillbench.denoiser import Denoiser
     from distillbench.errors import DivergedError, Unavailable, UserError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Batch": "method",
+    "Condition": "conditions",
     "Dataset": "datasets",
     "DatasetConfig": "datasets",
     "Denoiser": "denoiser",

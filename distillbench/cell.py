@@ -38,8 +38,8 @@ from distillbench.results import (
 from distillbench.teachers import Teacher
 from distillbench.train import DataStream, train, warm_up
 
-TRAIN_PROTOCOL = 1  # raise when the loop, the samplers or the networks change what a training gives
-EVALUATION_PROTOCOL = 1  # raise when evaluation changes a number that no metric's protocol names
+TRAIN_PROTOCOL = 2  # raise when the loop, the samplers or the networks change what a training gives
+EVALUATION_PROTOCOL = 2  # raise when evaluation changes a number that no metric's protocol names
 
 
 @dataclass
@@ -86,6 +86,7 @@ def train_inputs(cell: Cell, teacher: Teacher) -> dict[str, Any]:
         "teacher_sha256": teacher.sha256,
         "dataset": cell.scene.dataset.name,
         "dataset_sha256": cell.scene.dataset.sha256,
+        **(cell.scene.conditioning.plain() if cell.entry is not None else {}),
         "device": cell.scene.device.split(":")[0],
         "threads": config.threads,
     }
@@ -105,8 +106,12 @@ def evaluation_inputs(cell: Cell, train_key: str) -> dict[str, Any]:
     names = cell.scene.config.evaluation.metrics
     protocols = {name: cell.scene.registry.get("metrics", name).cls.protocol for name in names}
     config = plain_settings(cell.scene.config.evaluation) | {"metrics": protocols, "nfe": cell.nfe}
-    reference = max(config.pop("teacher_nfe"))
-    return {"protocol": EVALUATION_PROTOCOL, "train_key": train_key, "reference_nfe": reference, **config}
+    reference = {"sampler": config.pop("teacher_samplers")[0], "steps": max(config.pop("teacher_steps"))}
+    if cell.solver is not None:
+        config["sampler"] = cell.solver.name
+    if cell.scene.config.conditional:
+        config["guidance"] = cell.scene.config.guidance
+    return {"protocol": EVALUATION_PROTOCOL, "train_key": train_key, "reference": reference, **config}
 
 
 def _known(path: Path, kind: Any, inputs: dict[str, Any], progress: Progress) -> Any:
@@ -135,9 +140,9 @@ def _train(
         with progress.step(label) as step, peak_rss_mib() as rss, peak_gpu_mib(scene.device) as gpu:
             method = build(cell, teacher)
             meter = Meter(config.budget, teacher, scene.device)
-            workspace = Workspace(teacher, meter, cache, scene.device, cell.seed, progress)
+            workspace = Workspace(method.teacher, meter, cache, scene.device, cell.seed, progress)
             data = DataStream(scene.dataset, cell.seed, scene.device)
-            read = data.read if cell.entry.cls.needs_data else None
+            read = data.read if method.needs_data else None
             trained = train(method, cell.method_config, workspace, read, config.batch_size, step)
     except DivergedError as error:
         return _keep(folder, TrainRecord(**about, status="diverged", reason=str(error)))
@@ -220,7 +225,7 @@ def _rows(cell: Cell, folder: Path, progress: Progress) -> tuple[list[RowRecord]
         reason = _reason(error, folder, progress)
         return [RowRecord(nfe=nfe, status="failed", reason=reason) for nfe in cell.nfe], []
     for nfe in cell.nfe:
-        sampler: Sampler = teacher_sampler(teacher) if method is None else method.sample
+        sampler: Sampler = method.sample if method is not None else teacher_sampler(teacher, cell.sampler())
         try:
             keeps_noise = True if method is None else method.keeps_noise(nfe)
             measured = evaluator.measure(sampler, nfe, keeps_noise, cell.label)

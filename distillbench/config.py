@@ -54,6 +54,9 @@ class RunConfig:
     methods: dict[str, Any] = option({}, "the methods and their settings: methods=[boot,cm] methods.boot.lr=3e-4")
     dataset: Any = option(None, "the real images: dataset=digits")
     teacher: Any = option(None, "the frozen teacher: teacher=trained")
+    conditional: bool = option(False, "class-conditional teacher and students, for a dataset with labels")
+    guidance: float = option(1.0, "w of the teacher's classifier-free guidance, f_0 + w (f_c - f_0); 1: none")
+    guidance_range: list[float] = option([], "[LOW,HIGH]: students learn every w in it, and are sampled at guidance")
     budget: BudgetConfig = option(BudgetConfig, "how long every method trains")
     evaluation: EvaluationConfig = option(EvaluationConfig, "what is sampled and scored")
     batch_size: int = option(128, "images in a training step, for every method")
@@ -67,11 +70,22 @@ class RunConfig:
         require_positive(self, "batch_size")
         require_between(self, 0, LARGEST_INTEGER, "seed")
         require_between(self, 1, os.cpu_count() or 1, "threads")
+        self._check_guidance()
         if not self.results_dir.strip():
             raise UserError("results_dir must name a folder, got ''")
         if self.run_name and not _is_folder_name(self.run_name):
             wanted = "a plain folder name other than cells and cache"
             raise UserError(f"run_name must be {wanted}, got {quoted(self.run_name)}")
+
+    def _check_guidance(self) -> None:
+        require_between(self, 0, float("inf"), "guidance")
+        asked = "guidance_range" if self.guidance_range else f"guidance={self.guidance:g}"
+        if not self.conditional and (self.guidance_range or self.guidance != 1):
+            raise UserError(f"{asked} needs conditional=true: an unconditional teacher has no class to be guided to")
+        if self.guidance_range:
+            if len(self.guidance_range) != 2 or not 0 <= self.guidance_range[0] < self.guidance_range[1]:
+                raise UserError(f"guidance_range must be [LOW,HIGH] with 0 <= LOW < HIGH, got {self.guidance_range}")
+            require_between(self, *self.guidance_range, "guidance")
 
 
 def _is_folder_name(name: str) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from distillbench.options import option
+
+if TYPE_CHECKING:
+    from distillbench.laws import Law
 
 
 @dataclass
@@ -27,6 +30,8 @@ class Dataset(ABC):
     licence: ClassVar[str]
     shape: tuple[int, int, int]  # C,H,W
     sha256: str  # of the pixels: identifies the data, wherever they were read from
+    classes: int = 0  # number of classes; 0: the images have no labels
+    law: Law | None = None  # what the images are drawn from, where that is known exactly
 
     @abstractmethod
     def __init__(self, config: Any) -> None:
@@ -34,18 +39,25 @@ class Dataset(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of images."""
+        """Number of images; 0 where there are none, which serves data-free methods only."""
 
     @abstractmethod
     def read(self, indices: Tensor) -> Tensor:
-        """The images at `indices`, (B,C,H,W) uint8."""
+        """The images at `indices`, (B,C,H,W): uint8, or floating point in [-1, 1] where they were never rounded."""
+
+    def labels(self, indices: Tensor) -> Tensor:
+        """The classes of the images at `indices`, (B,) int64. Datasets with ``classes`` define it."""
+        raise NotImplementedError(f"{self.name} declares {self.classes} classes but no labels")
 
 
-def from_uint8(images: Tensor) -> Tensor:
-    """uint8 to [-1, 1] in the default dtype."""
-    return images.to(torch.get_default_dtype()) / 127.5 - 1
+def to_float(images: Tensor) -> Tensor:
+    """Images as they were read, uint8 or floating point, to [-1, 1] in the default dtype."""
+    x_0 = images.to(torch.get_default_dtype())
+    return x_0 / 127.5 - 1 if images.dtype == torch.uint8 else x_0
 
 
 def to_uint8(x_0: Tensor) -> Tensor:
-    """[-1, 1] to uint8, clipped and rounded to the nearest level."""
+    """[-1, 1] to uint8, clipped and rounded to the nearest level; uint8 stays as it is."""
+    if x_0.dtype == torch.uint8:
+        return x_0
     return ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,12 +1,15 @@
-"""One type of model for everything downstream: ``f(x_t, t) = E[x_0 | x_t]``.
+"""One type of model for everything downstream: ``f(x_t, t, c) = E[x_0 | x_t, c]``.
 
-A network may predict eps, x_0, v or a flow velocity; :class:`Denoiser` turns each into the data prediction, once.
+A network may predict eps, x_0, v, a flow velocity or EDM's F; :class:`Denoiser` turns each into the data prediction,
+once, and lets a network that was trained on one noise schedule be used on another, at equal signal-to-noise ratio.
 
-| symbol | meaning                                        | shape      |
-|--------|------------------------------------------------|------------|
-| x_t    | noisy image, alpha_t x_0 + sigma_t eps         | (B,C,H,W)  |
-| t      | time, float64                                  | (B,1,1,1)  |
-| f, eps | data and noise prediction, x_t = alpha f + sigma eps | (B,C,H,W) |
+| symbol   | meaning                                              | shape      |
+|----------|------------------------------------------------------|------------|
+| x_t      | noisy image, alpha_t x_0 + sigma_t eps               | (B,C,H,W)  |
+| t        | time, float64                                        | (B,1,1,1)  |
+| c        | condition                                            | of a batch |
+| f, eps   | data and noise prediction, x_t = alpha f + sigma eps | (B,C,H,W)  |
+| x^, tau  | EDM's x_t / alpha_t = x_0 + tau eps, noise level     |            |
 """
 
 from __future__ import annotations
@@ -14,9 +17,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
+from distillbench.conditions import UNCONDITIONAL, Condition
+from distillbench.networks import GuidanceEmbedding
 from distillbench.schedules import NoiseSchedule
+
+SIGMA_DATA = 0.5  # EDM's standard deviation of the data, of every network that predicts F (Karras et al. 2022, table 1)
+
+
+def _edm_x_0(out: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """c_skip x^ + c_out F: c_skip x^ = alpha sd^2 x_t / n^2, c_out = sigma sd / n, n^2 = sigma^2 + alpha^2 sd^2."""
+    square = sigma**2 + (alpha * SIGMA_DATA) ** 2
+    return alpha * SIGMA_DATA**2 / square * x_t + sigma * SIGMA_DATA / square.sqrt() * out
+
+
+def _edm_target(x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """F for which f = x_0: (sigma x_0 - alpha sd^2 eps) / (sd n)."""
+    n = (sigma**2 + (alpha * SIGMA_DATA) ** 2).sqrt()
+    return (sigma * x_0 - alpha * SIGMA_DATA**2 * eps) / (SIGMA_DATA * n)
+
 
 # From the network's output to f. The row of v = alpha eps - sigma x_0 keeps its denominator, which is 1 only where
 # alpha^2 + sigma^2 = 1.
@@ -25,6 +46,7 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "x0": lambda out, x_t, alpha, sigma: out,
     "v": lambda out, x_t, alpha, sigma: (alpha * x_t - sigma * out) / (alpha**2 + sigma**2),
     "flow": lambda out, x_t, alpha, sigma: (x_t - sigma * out) / (alpha + sigma),  # u = eps - x_0
+    "edm": _edm_x_0,
 }
 
 # What each of these networks is trained to output, from x_0 and eps.
@@ -33,7 +55,22 @@ TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "x0": lambda x_0, eps, alpha, sigma: x_0,
     "v": lambda x_0, eps, alpha, sigma: alpha * eps - sigma * x_0,
     "flow": lambda x_0, eps, alpha, sigma: eps - x_0,
+    "edm": _edm_target,
 }
+
+# What the network itself is given for x_t and t: (x_t, t, schedule) -> (input (B,C,H,W), time (B,)).
+INPUTS: dict[str, Callable[[Tensor, Tensor, NoiseSchedule], tuple[Tensor, Tensor]]] = dict.fromkeys(
+    ("eps", "x0", "v", "flow"), lambda x_t, t, schedule: (x_t, t.flatten())
+)
+
+
+def _edm_input(x_t: Tensor, t: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """c_in x^ = x_t / n and c_noise = log(tau) / 4 (Karras et al. 2022, table 1)."""
+    n = (schedule.sigma(t) ** 2 + (schedule.alpha(t) * SIGMA_DATA) ** 2).sqrt()
+    return x_t / n, schedule.lam(t).flatten() / 4
+
+
+INPUTS["edm"] = _edm_input
 
 
 class Counter:
@@ -54,37 +91,62 @@ class CountedNetwork(nn.Module):
         self.network = network
         self.counter = counter
 
-    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None, labels: Tensor | None) -> Tensor:
         self.counter.rows += len(x)
-        return self.network(x, time, embedding)
+        return self.network(x, time, embedding, labels)
 
 
 class Denoiser(nn.Module):
-    """A network, its schedule and its parameterisation, read as f(x_t, t) = E[x_0 | x_t].
+    """A network, its schedule and its parameterisation, read as f(x_t, t, c) = E[x_0 | x_t, c].
 
-    The network is called as ``network(x, time, embedding)`` with x (B,C,H,W), time (B,) and an optional embedding
-    (B, network.embedding_channels) that is added to its embedding of time.
+    The network is called as ``network(x, time, embedding, labels)`` with x (B,C,H,W), time (B,), an optional embedding
+    (B, network.embedding_channels) that is added to its embedding of time, and labels (B,) or None.
+
+    `schedule` is the one that x_t and t are of; `native` is the one that the network knows. They differ after
+    :meth:`on`. A student that is told its guidance weight has an embedding of it in `guidance`.
     """
 
     def __init__(self, network: nn.Module, schedule: NoiseSchedule, prediction: str, counter: Counter | None = None):
         super().__init__()
         self.counted = CountedNetwork(network, counter or Counter())
-        self.schedule = schedule
+        self.native = self.schedule = schedule
         self.prediction = prediction
+        self.guidance: GuidanceEmbedding | None = None
 
     @property
     def network(self) -> nn.Module:
         return self.counted.network
 
-    def forward(self, x_t: Tensor, t: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """f(x_t, t), shape (B,C,H,W)."""
-        output = self.output(x_t, t, embedding)
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+    def forward(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL, embedding: Tensor | None = None) -> Tensor:
+        """f(x_t, t, c), shape (B,C,H,W)."""
+        if self.schedule is not self.native:
+            x_t, t = self._at_equal_snr(x_t, t)
+        output = self.output(x_t, t, c, embedding)
+        alpha, sigma = self.native.alpha(t), self.native.sigma(t)
         return PREDICTIONS[self.prediction](output, x_t, alpha, sigma)
 
-    def output(self, x_t: Tensor, t: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """What the network itself predicts (eps, x_0, v, ...), shape (B,C,H,W)."""
-        return self.counted(x_t, t.flatten().to(x_t.dtype), embedding)
+    def _at_equal_snr(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The same x^ at the same noise level, as the native schedule writes it."""
+        s = self.native.t_of_lam(self.schedule.lam(t))
+        return x_t * (self.native.alpha(s) / self.schedule.alpha(t)), s
+
+    def output(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL, embedding: Tensor | None = None) -> Tensor:
+        """What the network itself predicts (eps, x_0, v, ...) on its native schedule, shape (B,C,H,W)."""
+        if self.guidance is not None:
+            e = self.guidance(c.w)
+            embedding = e if embedding is None else embedding + e
+        x, time = INPUTS[self.prediction](x_t, t, self.native)
+        return self.counted(x, time.to(x_t.dtype), embedding, c.labels)
+
+    def on(self, schedule: NoiseSchedule) -> Denoiser:
+        """The same network, read on another schedule at equal signal-to-noise ratio (it is not copied).
+
+        The schedule is cut to the range of noise levels that the network knows.
+        """
+        low, high = (self.native.lam(torch.tensor(t)).item() for t in (self.native.t_min, self.native.t_max))
+        twin = copy.copy(self)
+        twin.schedule = schedule.restricted(low, high)
+        return twin
 
     def copy(self, counter: Counter) -> Denoiser:
         """An independent copy with its own weights, counted by `counter`."""
@@ -95,6 +157,15 @@ class Denoiser(nn.Module):
     def freeze(self) -> Denoiser:
         """In evaluation mode and without gradients to its weights (gradients to its input still flow)."""
         return self.eval().requires_grad_(False)
+
+
+def guided(denoiser: Denoiser, classes: int, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+    """f_w = f_0 + w (f_c - f_0), both evaluated in one batch; f itself where `c` has no w. Shape (B,C,H,W)."""
+    if c.w is None or c.labels is None:
+        return denoiser(x_t, t, c)
+    both = Condition(torch.cat([c.labels, torch.full_like(c.labels, classes)]))
+    f_c, f_0 = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return f_0 + c.w * (f_c - f_0)
 
 
 def implied_eps(x_t: Tensor, x_0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -6,10 +6,12 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from distillbench.conditions import Condition
 from distillbench.datasets import Dataset, to_uint8
 from distillbench.errors import DivergedError, Unavailable, UserError, unknown
 from distillbench.memory import peak_gpu_mib
@@ -18,31 +20,46 @@ from distillbench.noise import FixedNoise, Noise, stream_key
 from distillbench.options import option, require_positive
 from distillbench.progress import Progress, Step
 from distillbench.registry import Registry
-from distillbench.samplers import ddim, uniform_times, x_at_t_max
+from distillbench.samplers import SAMPLERS, Solver
 from distillbench.teachers import Teacher
 
-Sampler = Callable[[Callable[[int], Tensor], int], Tensor]  # (noise, nfe) -> x_0 (B,C,H,W)
+Sampler = Callable[[Callable[[int], Tensor], int, Condition], Tensor]  # (noise, nfe, c) -> x_0 (B,C,H,W)
 SHOWN = 64  # images of every row that are kept to be looked at
 
 
 @dataclass
 class EvaluationConfig:
-    """What is sampled and scored. The teacher's row with the most evaluations is the reference of teacher_rmse."""
+    """What is sampled and scored. The teacher's row with its first sampler and the most steps is the reference."""
 
     images: int = option(2048, "images of every row")
     batch_size: int = option(256, "images sampled at once, also when images per second are timed")
-    nfe: list[int] = option([1, 2, 4], "network evaluations an image; a method gets rows where it supports them")
-    teacher_nfe: list[int] = option([1, 2, 4, 8, 64], "steps of the teacher's own DDIM rows")
+    nfe: list[int] = option([], "network evaluations an image; empty: those of 1, 2 and 4 that a method can do")
+    teacher_samplers: list[str] = option(["ddim"], f"of the teacher's own rows: {', '.join(SAMPLERS)}, or SAMPLER/GRID")
+    teacher_steps: list[int] = option(
+        [1, 2, 4, 8, 64], "steps of each of them; the first with the most is the reference"
+    )
     seed: int = option(0, "seed of the noise; the noise of an image depends on this and on its index alone")
     metrics: list[str] = option(["fd_efficientnet_lite0", "teacher_rmse"], "scores, by name")
     timing_seconds: float = option(0.5, "how long each timing measures, after its warm-up")
 
     def __post_init__(self) -> None:
         require_positive(self, "images", "batch_size", "timing_seconds")
-        for name in ("nfe", "teacher_nfe"):
+        for name in ("nfe", "teacher_steps"):
             values = getattr(self, name)
-            if not values or min(values) < 1 or len(set(values)) != len(values):
+            if (not values and name != "nfe") or min(values, default=1) < 1 or len(set(values)) != len(values):
                 raise UserError(f"evaluation.{name} must list different positive numbers, got {values}")
+        solvers = self.solvers()
+        if not solvers or len({solver.name for solver in solvers}) != len(solvers):
+            raise UserError(f"evaluation.teacher_samplers must list different samplers, got {self.teacher_samplers}")
+        if not solvers[0].deterministic:
+            raise UserError(
+                f"evaluation.teacher_samplers: the first gives the answers that others are compared with, and "
+                f"{solvers[0].name} adds noise. Put another before it, such as ddim"
+            )
+
+    def solvers(self) -> list[Solver]:
+        """The teacher's samplers; raises UserError for one that does not exist."""
+        return [Solver.parse(name) for name in self.teacher_samplers]
 
     def check_metrics(self, registry: Registry) -> None:
         """Raise UserError for a metric that is not registered."""
@@ -81,7 +98,9 @@ class Evaluator:
                 except Unavailable as reason:
                     self.unavailable[name] = str(reason)
         with progress.step("the teacher's many-step answers") as step:
-            self.teacher_x_0 = self._sample(teacher_sampler(teacher), max(config.teacher_nfe), step)
+            solver = config.solvers()[0]
+            nfe = solver.evaluations(max(config.teacher_steps)) * teacher.conditioning.evaluations
+            self.teacher_x_0 = self._sample(teacher_sampler(teacher, solver), nfe, step)
 
     def _noise(self, first: int) -> Noise:
         indices = range(first, min(first + self.config.batch_size, self.config.images))
@@ -99,7 +118,7 @@ class Evaluator:
     def _checked(self, sampler: Sampler, noise: Noise, size: int, nfe: int) -> Tensor:
         """A batch of samples, held to the number of evaluations, the shape and the finiteness that a row promises."""
         before = self._rows()
-        x_0 = sampler(noise, nfe)
+        x_0 = sampler(noise, nfe, self.teacher.conditioning.of_images(noise.indices, self.device))
         counted = self._rows() - before
         if counted != nfe * size:
             raise RuntimeError(f"asked for {nfe} evaluations an image, counted {counted / size:g}")
@@ -138,9 +157,10 @@ class Evaluator:
         indices = range(size)
         drawn = Noise(stream_key("timing", 0), indices, self.teacher.shape, self.device)
         noise = FixedNoise([drawn(k) for k in range(nfe)])
+        c = self.teacher.conditioning.of_images(indices, self.device)
         with torch.no_grad():
-            sampler(noise, nfe)
-            timer = Timer("sampler(noise, nfe)", globals=locals(), num_threads=torch.get_num_threads())
+            sampler(noise, nfe, c)
+            timer = Timer("sampler(noise, nfe, c)", globals=locals(), num_threads=torch.get_num_threads())
             return timer.blocked_autorange(min_run_time=self.config.timing_seconds).median
 
 
@@ -164,11 +184,14 @@ def _score(metric: Metric, samples: Samples) -> tuple[float | None, str]:
     return (value, "") if math.isfinite(value) else (None, f"the score is {value}")
 
 
-def teacher_sampler(teacher: Teacher) -> Sampler:
-    """The teacher's own DDIM with `nfe` steps, uniform in time."""
-    schedule = teacher.schedule
+def teacher_sampler(teacher: Teacher, solver: Solver) -> Sampler:
+    """The teacher's own sampler: as many steps as `nfe` evaluations of its network allow."""
+    evaluations = teacher.conditioning.evaluations
 
-    def sample(noise: Callable[[int], Tensor], nfe: int) -> Tensor:
-        return ddim(teacher.denoise, schedule, x_at_t_max(schedule, noise(0)), uniform_times(schedule, nfe))
+    def sample(noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        steps = solver.steps(nfe // evaluations)
+        if steps is None or nfe % evaluations:
+            raise ValueError(f"{solver.name} cannot use exactly {nfe} evaluations, {evaluations} of them an answer")
+        return solver.solve(partial(teacher.denoise, c=c), teacher.schedule, noise(0), steps, noise)
 
     return sample

@@ -8,11 +8,13 @@ checkpoints, counting and evaluation.
 | x_0    | real images                            | (B,C,H,W) in [-1, 1]      |
 | eps    | standard normal noise                  | (B,C,H,W)                 |
 | t, s   | times, s < t                           | (B,1,1,1) float64         |
+| c      | condition: class and guidance weight   | of a batch                |
 | nfe    | network evaluations for one image      | int                       |
 """
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from distillbench.conditions import WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.options import option, require_between, require_fraction, require_one_of, require_positive
+from distillbench.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from distillbench.pairs import Workspace
@@ -54,6 +58,11 @@ class MethodConfig(OptimizerConfig):
     """Settings that every method has. A method's own Config derives from this one and may change the defaults."""
 
     kind: str = option("", "the registered method (set by the choice of methods=...)")
+    schedule: str = option("", "noise schedule that it works on, at the teacher's SNR; empty: the teacher's own")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_of(self, "schedule", ("", *SCHEDULES))
 
 
 @dataclass(frozen=True)
@@ -68,10 +77,13 @@ class Phase:
     fresh: bool = True
 
 
+Read = Callable[[int], tuple[Tensor, Tensor | None]]  # n -> n real images and their labels
+
+
 class Batch:
     """What one training step draws from: every random number comes from the harness's generator.
 
-    Real images are read when, and only when, ``x_0`` is asked for.
+    Real images are read when, and only when, ``x_0`` (or, for a method that needs data, ``c``) is asked for.
     """
 
     def __init__(
@@ -80,20 +92,28 @@ class Batch:
         shape: tuple[int, int, int],
         generator: torch.Generator,
         device: str,
-        read: Callable[[int], Tensor] | None,
+        read: Read | None,
+        conditioning: Conditioning = WITHOUT_CLASSES,
     ) -> None:
         self.size, self.shape, self.device = size, shape, device
-        self._generator, self._read = generator, read
-        self._x_0: Tensor | None = None
+        self._generator, self._read, self._conditioning = generator, read, conditioning
+
+    @functools.cached_property
+    def _data(self) -> tuple[Tensor, Tensor | None]:
+        if self._read is None:
+            raise RuntimeError("the method declares needs_data = False but asks for real images")
+        return self._read(self.size)
 
     @property
     def x_0(self) -> Tensor:
         """Real images (B,C,H,W) in [-1, 1]. A method that asks for them must declare ``needs_data = True``."""
-        if self._read is None:
-            raise RuntimeError("the method declares needs_data = False but asks for real images")
-        if self._x_0 is None:
-            self._x_0 = self._read(self.size)
-        return self._x_0
+        return self._data[0]
+
+    @functools.cached_property
+    def c(self) -> Condition:
+        """What the images are asked to be: the classes of ``x_0``, or random ones for a method without data."""
+        labels = self._data[1] if self._read is not None and self._conditioning.classes else None
+        return self._conditioning.draw(self.size, self._generator, self.device, labels)
 
     def noise(self) -> Tensor:
         """Standard normal noise (B,C,H,W)."""
@@ -165,5 +185,5 @@ class Method(nn.Module, ABC):
         return True
 
     @abstractmethod
-    def sample(self, noise: Callable[[int], Tensor], nfe: int) -> Tensor:
-        """Images x_0 (B,C,H,W) from ``noise(0)``, with `nfe` network evaluations; fresh noise is ``noise(k)``."""
+    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        """Images x_0 (B,C,H,W) of `c` from ``noise(0)`` with `nfe` network evaluations; fresh noise is ``noise(k)``."""

@@ -1,10 +1,11 @@
-"""Networks that the ``trained`` teachers are made of. Each is called as ``network(x, time, embedding)``.
+"""Networks that teachers and students are made of. Each is called as ``network(x, time, embedding, labels)``.
 
 | argument  | meaning                                                        | shape                         |
 |-----------|----------------------------------------------------------------|-------------------------------|
 | x         | noisy image                                                    | (B,C,H,W)                     |
 | time      | time of the schedule                                           | (B,)                          |
 | embedding | optional, added to the embedding of time (a second time, ...)  | (B, embedding_channels)       |
+| labels    | classes 0, ..., classes - 1; `classes` stands for none         | (B,) int64                    |
 """
 
 from __future__ import annotations
@@ -41,6 +42,18 @@ class TimeEmbedding(nn.Sequential):
         return self
 
 
+class GuidanceEmbedding(TimeEmbedding):
+    """Of a guidance weight w in [low, high]: (B,1,1,1) -> (B, channels). Zero until it is trained."""
+
+    def __init__(self, channels: int, low: float, high: float) -> None:
+        super().__init__(channels)
+        self.low, self.high = low, high
+        self.zero_output()
+
+    def forward(self, w: Tensor) -> Tensor:
+        return super().forward((w.flatten() - self.low) / (self.high - self.low))
+
+
 class _ResidualBlock(nn.Module):
     def __init__(self, channels: int, embedding_channels: int) -> None:
         super().__init__()
@@ -59,7 +72,7 @@ class _ResidualBlock(nn.Module):
 class ResidualMLP(nn.Module):
     """A residual perceptron over flattened pixels, modulated by time: the cheap network for very small images."""
 
-    def __init__(self, shape: tuple[int, int, int], width: int = 256, depth: int = 4) -> None:
+    def __init__(self, shape: tuple[int, int, int], width: int = 256, depth: int = 4, classes: int = 0) -> None:
         super().__init__()
         pixels = math.prod(shape)
         self.embedding_channels = 128
@@ -69,9 +82,12 @@ class ResidualMLP(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.exit = nn.Linear(width, pixels)
         nn.init.zeros_(self.exit.weight)
+        self.classes = nn.Embedding(classes + 1, self.embedding_channels) if classes else None
 
-    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         e = self.time(time)
+        if self.classes is not None:
+            e = e + self.classes(labels)
         e = silu(e if embedding is None else e + embedding)
         h = self.entry(x.flatten(1))
         for block in self.blocks:
@@ -82,7 +98,7 @@ class ResidualMLP(nn.Module):
 class UNet(nn.Module):
     """diffusers' ``UNet2DModel``: `width`, 2 `width`, 2 `width` channels, `depth` blocks a level, attention at 1/4."""
 
-    def __init__(self, shape: tuple[int, int, int], width: int = 64, depth: int = 2) -> None:
+    def __init__(self, shape: tuple[int, int, int], width: int = 64, depth: int = 2, classes: int = 0) -> None:
         from diffusers import UNet2DModel  # seconds to import, and most runs on small images never need it
 
         super().__init__()
@@ -102,10 +118,13 @@ class UNet(nn.Module):
             class_embed_type="identity",
         )
         self.embedding_channels = 4 * width
+        self.classes = nn.Embedding(classes + 1, self.embedding_channels) if classes else None
 
-    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         if embedding is None:
             embedding = x.new_zeros(len(x), self.embedding_channels)
+        if self.classes is not None:
+            embedding = embedding + self.classes(labels)
         return self.unet(x, 1000 * time, class_labels=embedding).sample
 
 

@@ -19,6 +19,13 @@ def stream_key(purpose: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{purpose}/{seed}".encode()).digest()[:8], "little")
 
 
+def uniform(stream: int, indices: Sequence[int]) -> np.ndarray:
+    """A number in [0, 1) for each of the images `indices` of a stream, (N,) float64, independent of their noise."""
+    names = (np.array([stream, index], np.uint64) for index in indices)
+    counter = np.array([0, 0, 1, 0], np.uint64)
+    return np.array([np.random.Generator(np.random.Philox(key=name, counter=counter)).random() for name in names])
+
+
 class Noise:
     """Standard normal noise for the images `indices` of a stream; calling it with k gives the k-th draw, (B,C,H,W).
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distillbench.budget import Meter
+from distillbench.conditions import WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.files import canonical_json, sha256_file, write_atomically
 from distillbench.noise import Noise, stream_key
 from distillbench.progress import Progress
@@ -26,22 +27,24 @@ from distillbench.teachers import Teacher
 
 BATCH = 1024
 FORMAT = 1
+Solve = Callable[[Tensor, Condition], Tensor]  # (eps, c) -> x_0
 
 
 class PairStore:
-    """`count` pairs (eps, x_0): the noise is made from its seed when it is asked for."""
+    """`count` pairs (eps, x_0): noise and condition are made from their seed when they are asked for."""
 
-    def __init__(self, stream: int, targets: Tensor, device: str) -> None:
-        self.stream, self.targets, self.device = stream, targets, device
+    def __init__(self, stream: int, targets: Tensor, device: str, conditioning: Conditioning = WITHOUT_CLASSES) -> None:
+        self.stream, self.targets, self.device, self.conditioning = stream, targets, device, conditioning
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The pairs at `indices` (any shape with B elements): eps and x_0, each (B,C,H,W)."""
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor, Condition]:
+        """The pairs at `indices` (any shape with B elements): eps and x_0, each (B,C,H,W), and what was asked for."""
         indices = indices.flatten().cpu()
-        eps = Noise(self.stream, indices.tolist(), tuple(self.targets.shape[1:]), self.device)(0)
-        return eps, self.targets[indices].to(eps)
+        names = indices.tolist()
+        eps = Noise(self.stream, names, tuple(self.targets.shape[1:]), self.device)(0)
+        return eps, self.targets[indices].to(eps), self.conditioning.of_pairs(self.stream, names, self.device)
 
 
 class Workspace:
@@ -53,8 +56,8 @@ class Workspace:
         self.teacher, self.meter, self.cache, self.device = teacher, meter, cache, device
         self.seed, self.progress, self.dry = seed, progress, dry
 
-    def pairs(self, solve: Callable[[Tensor], Tensor], count: int, recipe: dict[str, Any]) -> PairStore:
-        """`count` pairs eps -> solve(eps), found in the cache or made now and kept there.
+    def pairs(self, solve: Solve, count: int, recipe: dict[str, Any]) -> PairStore:
+        """`count` pairs eps -> solve(eps, c), found in the cache or made now and kept there.
 
         `recipe` says in plain values how `solve` works (solver, steps, ...); with the teacher's hash, the seed and the
         count it names the pairs. The price is charged to the method's meter either way.
@@ -70,29 +73,34 @@ class Workspace:
             "count": count,
             "device": device,
         }
-        recipe = ours | recipe
+        recipe = ours | self.teacher.conditioning.plain() | recipe
         folder = self.cache / hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
         targets = self._find(folder, recipe)
         if targets is None:
             targets = self._make(solve, count, stream)
             self._keep(folder, recipe, targets)
-        return PairStore(stream, targets, self.device)
+        return PairStore(stream, targets, self.device, self.teacher.conditioning)
 
-    def _priced_only(self, solve: Callable[[Tensor], Tensor], count: int, stream: int) -> PairStore:
+    def _answers(self, solve: Solve, stream: int, indices: Sequence[int]) -> Tensor:
+        c = self.teacher.conditioning.of_pairs(stream, indices, self.device)
+        return solve(Noise(stream, indices, self.teacher.shape, self.device)(0), c).float().cpu()
+
+    def _priced_only(self, solve: Solve, count: int, stream: int) -> PairStore:
         before = self.meter.teacher_nfe
         with torch.no_grad():
-            targets = solve(Noise(stream, range(2), self.teacher.shape, self.device)(0)).cpu()
+            targets = self._answers(solve, stream, range(2))
         spent = self.meter.teacher_nfe - before
         self.meter.charge(0.0, spent * count // 2 - spent)
-        return PairStore(stream, targets.expand(2, *self.teacher.shape), self.device)
+        targets = targets.expand(2, *self.teacher.shape)
+        return PairStore(stream, targets, self.device, self.teacher.conditioning)
 
-    def _make(self, solve: Callable[[Tensor], Tensor], count: int, stream: int) -> Tensor:
+    def _make(self, solve: Solve, count: int, stream: int) -> Tensor:
         start, before = time.perf_counter(), self.meter.teacher_nfe
         chunks = []
         with torch.no_grad(), self.progress.step("making noise-image pairs") as step:
             for first in range(0, count, BATCH):
-                indices: Sequence[int] = range(first, min(first + BATCH, count))
-                chunks.append(solve(Noise(stream, indices, self.teacher.shape, self.device)(0)).float().cpu())
+                indices = range(first, min(first + BATCH, count))
+                chunks.append(self._answers(solve, stream, indices))
                 step.advance((first + len(indices)) / count)
         self._made = time.perf_counter() - start, self.meter.teacher_nfe - before
         return torch.cat(chunks)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from distillbench.budget import Limit, Meter, Price
+from distillbench.conditions import WITHOUT_CLASSES, Conditioning
 from distillbench.config import RunConfig
 from distillbench.datasets import Dataset
 from distillbench.errors import UserError
@@ -25,10 +26,12 @@ from distillbench.method import Batch, Method, MethodConfig
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress
 from distillbench.registry import Entry, Registry
+from distillbench.samplers import Solver
+from distillbench.schedules import SCHEDULES
 from distillbench.teachers import Teacher, TeacherPlan, TeacherSource
 from distillbench.train import DataStream
 
-TEACHER_ROW = "teacher:ddim"
+USUAL_NFE = (1, 2, 4)  # of the rows of a run that names none
 PRICED_IMAGES = 8  # of the step that tells the price
 
 
@@ -41,12 +44,13 @@ class Scene:
     device: str
     dataset: Dataset
     source: TeacherSource
+    conditioning: Conditioning
     teacher: Teacher | None = None
     evaluator: Evaluator | None = None
 
     def loaded(self, progress: Progress) -> Teacher:
         if self.teacher is None:
-            self.teacher = self.source.load(progress)
+            self.teacher = dataclasses.replace(self.source.load(progress), conditioning=self.conditioning)
             if tuple(self.teacher.shape) != tuple(self.dataset.shape):
                 raise UserError(
                     f"the teacher does not fit the dataset: it makes images of (C,H,W) = {tuple(self.teacher.shape)}, "
@@ -71,6 +75,7 @@ class Cell:
     entry: Entry | None = None
     method_config: MethodConfig | None = None
     seed: int | None = None
+    solver: Solver | None = None  # of the teacher itself
     price: Price = field(default_factory=Price)  # foreseen
     nfe: list[int] = field(default_factory=list)  # of its rows
     trouble: str = ""  # why no price could be foreseen
@@ -78,6 +83,11 @@ class Cell:
     @property
     def label(self) -> str:
         return self.name if self.seed is None else f"{self.name} (seed {self.seed})"
+
+    def sampler(self) -> Solver:
+        """Of the teacher's rows."""
+        assert self.solver is not None
+        return self.solver
 
 
 def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
@@ -87,7 +97,7 @@ def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
     seen: set[str] = set()
     for config in configs:
         scene = _scene(config, registry, scenes)
-        todo = [Cell(scene, TEACHER_ROW, nfe=sorted(config.evaluation.teacher_nfe))]
+        todo = [_teacher_cell(scene, config, solver) for solver in config.evaluation.solvers()]
         for name, method_config in config.methods.items():
             todo.append(Cell(scene, name, registry.get("methods", method_config.kind), method_config, config.seed))
         for cell in todo:
@@ -95,10 +105,37 @@ def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
             if identity not in seen:
                 seen.add(identity)
                 if cell.entry is not None:
-                    cell.nfe = sorted(config.evaluation.nfe)
+                    _check_data(cell)
+                    cell.nfe = sorted(config.evaluation.nfe or USUAL_NFE)
                     _foresee(cell)
                 cells.append(cell)
+        _check_nfe(config, todo)
     return cells
+
+
+def _teacher_cell(scene: Scene, config: RunConfig, solver: Solver) -> Cell:
+    nfe = [solver.evaluations(steps) * scene.conditioning.evaluations for steps in config.evaluation.teacher_steps]
+    return Cell(scene, f"teacher:{solver.name}", nfe=sorted(nfe), solver=solver)
+
+
+def _check_data(cell: Cell) -> None:
+    """Refuse a method that needs real images where there are none."""
+    assert cell.entry is not None
+    if not cell.entry.cls.needs_data or len(cell.scene.dataset):
+        return
+    methods = cell.scene.registry.methods
+    free = ", ".join(sorted(name for name, entry in methods.items() if not entry.cls.needs_data))
+    dataset = cell.scene.dataset.name
+    raise UserError(f"{cell.name} needs real images, and dataset={dataset} comes without. Possible without: {free}")
+
+
+def _check_nfe(config: RunConfig, cells: list[Cell]) -> None:
+    """Refuse a number of evaluations that was asked for and that no method of the run can do."""
+    students = [cell for cell in cells if cell.entry is not None and not cell.trouble]
+    for nfe in config.evaluation.nfe:
+        if students and len(students) == len(config.methods) and not any(nfe in cell.nfe for cell in students):
+            able = "; ".join(f"{cell.name}: {', '.join(map(str, cell.nfe))}" for cell in students)
+            raise UserError(f"evaluation.nfe: no method of this run samples with {nfe} evaluations. Possible: {able}")
 
 
 def _identity(cell: Cell, config: RunConfig) -> str:
@@ -120,12 +157,24 @@ def _scene(config: RunConfig, registry: Registry, scenes: dict[str, Scene]) -> S
         device = choose_device(config.device)
         check_writable(Path(config.results_dir))
         config.evaluation.check_metrics(registry)
-        dataset = registry.get("datasets", config.dataset.kind).cls(config.dataset)
-        family = registry.get("teachers", config.teacher.kind).cls
-        source = family(config.teacher, dataset, Path(config.results_dir) / "cache" / "teachers", device)
+        dataset, source, conditioning = make_source(config, registry, device)
         source.plan()
-        scenes[identity] = Scene(config, registry, device, dataset, source)
+        scenes[identity] = Scene(config, registry, device, dataset, source, conditioning)
     return scenes[identity]
+
+
+def make_source(config: RunConfig, registry: Registry, device: str) -> tuple[Dataset, TeacherSource, Conditioning]:
+    """The dataset and the family of teachers that the settings name, and how both are conditioned."""
+    dataset = registry.get("datasets", config.dataset.kind).cls(config.dataset)
+    if config.conditional and not dataset.classes:
+        raise UserError(f"conditional=true needs class labels, and dataset={dataset.name} has none")
+    drawn = tuple(config.guidance_range)
+    conditioning = WITHOUT_CLASSES
+    if config.conditional:
+        conditioning = Conditioning(dataset.classes, config.guidance, (drawn[0], drawn[1]) if drawn else None)
+    family = registry.get("teachers", config.teacher.kind).cls
+    cache = Path(config.results_dir) / "cache" / "teachers"
+    return dataset, family(config.teacher, dataset, cache, device, conditioning), conditioning
 
 
 def _foresee(cell: Cell) -> None:
@@ -142,13 +191,15 @@ def _price(cell: Cell) -> None:
     """Build the method and let it take one step of a few images in each phase: what it counts is the price."""
     scene, config = cell.scene, cell.scene.config
     torch.set_num_threads(config.threads)
-    teacher = scene.source.untrained()
+    teacher = dataclasses.replace(scene.source.untrained(), conditioning=scene.conditioning)
     meter = Meter(config.budget, teacher, scene.device)
     method = build(cell, teacher)
-    cell.nfe = [n for n in sorted(config.evaluation.nfe) if method.supports(n)]
+    wanted = sorted(config.evaluation.nfe or USUAL_NFE)
+    cell.nfe = [n for n in wanted if method.supports(n)]
     if not cell.nfe:
-        raise UserError(f"{cell.name} supports none of evaluation.nfe={config.evaluation.nfe}")
-    workspace = Workspace(teacher, meter, Path(), scene.device, 0, Progress(None), dry=True)
+        able = ", ".join(str(n) for n in range(1, 1025) if method.supports(n)) or "none up to 1024"
+        raise UserError(f"{cell.name} cannot sample with evaluation.nfe={wanted}. Possible: {able}")
+    workspace = Workspace(method.teacher, meter, Path(), scene.device, 0, Progress(None), dry=True)
     method.prepare(workspace)
     ahead = meter.teacher_nfe
     if config.budget.limit == Limit.nfe and ahead >= config.budget.nfe:
@@ -161,7 +212,7 @@ def _price(cell: Cell) -> None:
     for index, phase in enumerate(phases):
         method.start_phase(index)
         before = meter.teacher_nfe, meter.student_nfe
-        for _ in method.train_step(_batch(cell, data)):
+        for _ in method.train_step(_batch(cell, method, data)):
             pass
         share = phase.share / sum(p.share for p in phases)
         per_image[0] += share * (meter.teacher_nfe - before[0]) / PRICED_IMAGES
@@ -173,17 +224,19 @@ def _price(cell: Cell) -> None:
     cell.price = Price(images, 0.0, ahead + round(images * per_image[0]), round(images * per_image[1]))
 
 
-def _batch(cell: Cell, data: DataStream) -> Batch:
-    assert cell.entry is not None
-    read = data.read if cell.entry.cls.needs_data else None
-    return Batch(PRICED_IMAGES, cell.scene.dataset.shape, torch.Generator().manual_seed(0), cell.scene.device, read)
+def _batch(cell: Cell, method: Method, data: DataStream) -> Batch:
+    read = data.read if method.needs_data else None
+    teacher, generator = method.teacher, torch.Generator().manual_seed(0)
+    return Batch(PRICED_IMAGES, teacher.shape, generator, cell.scene.device, read, teacher.conditioning)
 
 
 def build(cell: Cell, teacher: Teacher) -> Method:
     """The method of a cell with its networks on the device, as they are before training."""
-    assert cell.entry is not None
+    assert cell.entry is not None and cell.method_config is not None
     torch.manual_seed(cell.seed or 0)  # what a method adds to the teacher's network starts from this
-    return cell.entry.cls(cell.method_config, teacher).to(cell.scene.device)
+    schedule = cell.method_config.schedule
+    seen = teacher.on(SCHEDULES[schedule]()) if schedule else teacher
+    return cell.entry.cls(cell.method_config, seen).to(cell.scene.device)
 
 
 def choose_device(name: str) -> str:

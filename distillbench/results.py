@@ -118,7 +118,7 @@ def read_record(path: Path, kind: type[AnyRecord], inputs: dict[str, Any]) -> An
     return record
 
 
-FIRST = ["dataset", "teacher", "method", "seed", "nfe", "status", "reason"]
+FIRST = ["dataset", "teacher", "guidance", "method", "seed", "nfe", "status", "reason"]
 LAST: dict[str, str] = {  # column: pandas type
     "train_seconds": "Float64",
     "train_images": "Int64",
@@ -140,7 +140,7 @@ def table_row(
     names: dict[str, Any], row: RowRecord, training: TrainRecord | None, key: str, device: str, metrics: Sequence[str],
     parameters: int | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """One row of the table. `names`: dataset, teacher, method, seed and settings; no training: the teacher itself."""
+    """One row of the table. `names`: what it is a row of. No training: the teacher itself."""
     missing = dict(row.missing)
     cost: dict[str, Any] = dict.fromkeys(c for c in LAST if c.startswith("train_"))
     if training is None:
@@ -171,7 +171,7 @@ def make_table(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFra
     """The table, one row for each of `rows`: the same columns and types whatever happened."""
     import pandas as pd  # not above: the registry needs the columns' names, and listing plugins needs no tables
 
-    types = dict.fromkeys(FIRST, "string") | {"seed": "Int64", "nfe": "Int64"}
+    types = dict.fromkeys(FIRST, "string") | {"guidance": "Float64", "seed": "Int64", "nfe": "Int64"}
     types |= dict.fromkeys(metrics, "Float64") | LAST
     return pd.DataFrame(rows, columns=list(types)).astype(types)
 
@@ -206,10 +206,17 @@ def sample_grid(rows: list[tuple[str, Tensor]], columns: int = 16, cell: int = 4
         top = 4 + j * (side + 4)
         draw.text((10, top + side / 2), text, fill="black", font=font, anchor="lm")
         for k in range(count):
-            pixels = images[k].expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy().astype("uint8")
-            image = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+            image = Image.fromarray(_rgb(images[k]).permute(1, 2, 0).contiguous().numpy().astype("uint8"))
+            image = image.resize((side, side), Image.Resampling.NEAREST)
             picture.paste(image, (label + k * (side + 4), top))
     return picture
+
+
+def _rgb(image: Tensor) -> Tensor:
+    """(C,H,W) to (3,H,W): grey is repeated, two channels are red and green, of more the first three are shown."""
+    if len(image) == 1:
+        return image.expand(3, -1, -1)
+    return torch.cat([image, torch.zeros_like(image[:1])])[:3]
 
 
 def stack_shown(shown: list[Tensor]) -> dict[str, Tensor]:

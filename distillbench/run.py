@@ -15,7 +15,7 @@ from distillbench.cell import Finished, evaluation_inputs, run_cell, train_input
 from distillbench.config import RunConfig, to_yaml
 from distillbench.environment import environment
 from distillbench.files import key_of, write_atomically
-from distillbench.plan import Cell, changed_settings, choose_device
+from distillbench.plan import Cell, changed_settings, choose_device, make_source
 from distillbench.progress import Progress
 from distillbench.registry import Registry
 from distillbench.results import link_or_copy, make_table, sample_grid, table_row, write_table
@@ -53,6 +53,7 @@ def _table_rows(done: Finished, metrics: list[str]) -> list[dict[str, Any]]:
     cell, teacher = done.cell, done.cell.scene.teacher
     assert teacher is not None
     names = {"dataset": cell.scene.dataset.name, "teacher": teacher.label, "method": cell.name, "seed": cell.seed}
+    names["guidance"] = cell.scene.config.guidance if cell.scene.config.conditional else None
     names["settings"] = changed_settings(cell.method_config)
     count = sum(p.numel() for p in teacher.denoiser.parameters())
     parameters = count if done.training is None else done.training.parameters
@@ -99,7 +100,5 @@ def train_teacher_of(config: RunConfig, registry: Registry, output: Path | None,
     """Train the teacher of `config` anew; write it to `output`, or to where a run looks for it. Returns the file."""
     torch.set_num_threads(config.threads)
     device = choose_device(config.device)
-    dataset = registry.get("datasets", config.dataset.kind).cls(config.dataset)
-    family = registry.get("teachers", config.teacher.kind).cls
-    source = family(config.teacher, dataset, Path(config.results_dir) / "cache" / "teachers", device)
+    _, source, _ = make_source(config, registry, device)
     return source.train(output, progress)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from distillbench.denoiser import Counter, Denoiser
+from distillbench.conditions import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
+from distillbench.denoiser import Counter, Denoiser, guided
 from distillbench.errors import UserError
+from distillbench.networks import GuidanceEmbedding
 from distillbench.options import option
 from distillbench.schedules import NoiseSchedule
 
@@ -24,7 +28,10 @@ class Teacher:
     """A frozen denoiser and who it is.
 
     `sha256` identifies its weights and how they are read (network, schedule, parameterisation). Its evaluations, and
-    those of its copies, are counted in `teacher_rows`; those of students made from it in `student_rows`.
+    those of its deputies, are counted in `teacher_rows`; those of students made from it in `student_rows`.
+
+    Students start as copies of `start`, which is the teacher's own denoiser unless that cannot be trained (a closed
+    form has no weights). `blank` makes a network of the same architecture with fresh weights, from torch's generator.
     """
 
     name: str
@@ -32,6 +39,9 @@ class Teacher:
     shape: tuple[int, int, int]  # C,H,W of the images it makes
     sha256: str
     provenance: dict[str, Any] = field(default_factory=dict)
+    conditioning: Conditioning = WITHOUT_CLASSES
+    start: Denoiser | None = None
+    blank: Callable[[], nn.Module] | None = None
     student_rows: Counter = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -50,17 +60,37 @@ class Teacher:
     def schedule(self) -> NoiseSchedule:
         return self.denoiser.schedule
 
-    def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """f(x_t, t) = E[x_0 | x_t], (B,C,H,W). Gradients flow to x_t, not to the weights."""
-        return self.denoiser(x_t, t)
+    def denoise(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
+        """f(x_t, t, c) = E[x_0 | x_t, c], guided where `c` says so (two evaluations), (B,C,H,W).
 
-    def student(self) -> Denoiser:
-        """A trainable copy: the teacher's architecture, starting from its weights."""
-        return self.denoiser.copy(self.student_rows).train().requires_grad_(True)
+        Gradients flow to x_t, not to the weights.
+        """
+        return guided(self.denoiser, self.conditioning.classes, x_t, t, c)
+
+    def student(self, fresh: bool = False) -> Denoiser:
+        """A trainable network that starts from the teacher's weights; with `fresh`, from none.
+
+        Where w is drawn it is told its guidance weight, by an embedding that starts at zero.
+        """
+        student = (self.start or self.denoiser).copy(self.student_rows)
+        if fresh:
+            if self.blank is None:
+                raise UserError(f"teacher={self.name} cannot build its architecture anew: no student can start fresh")
+            device = next(student.parameters()).device
+            student.counted.network = self.blank().to(device)
+        if self.conditioning.w_range is not None:
+            channels = student.network.embedding_channels
+            student.guidance = GuidanceEmbedding(channels, *self.conditioning.w_range)
+        return student.train().requires_grad_(True)
 
     def deputy(self) -> Denoiser:
-        """A frozen copy that is still counted as teacher: what later phases put a student's weights into."""
-        return self.denoiser.copy(self.teacher_rows).freeze()
+        """A frozen network like a student's, but counted as teacher: later phases put a student's weights into it."""
+        return self.student().copy(self.teacher_rows).freeze()
+
+    def on(self, schedule: NoiseSchedule) -> Teacher:
+        """The same teacher, with the same counters, read on another schedule at equal signal-to-noise ratio."""
+        start = None if self.start is None else self.start.on(schedule)
+        return dataclasses.replace(self, denoiser=self.denoiser.on(schedule), start=start)
 
 
 @dataclass
@@ -80,13 +110,19 @@ class TeacherPlan:
 
 
 class TeacherSource(ABC):
-    """A family of teachers, such as one format of checkpoints. Constructed with its Config and the dataset."""
+    """A family of teachers, such as one format of checkpoints. Constructed with its Config and the dataset.
+
+    `conditioning.classes` is not 0 where the run asks for a class-conditional teacher.
+    """
 
     name: ClassVar[str]
     Config: ClassVar[type[TeacherConfig]]
 
-    def __init__(self, config: Any, dataset: Dataset, cache: Path, device: str) -> None:
+    def __init__(
+        self, config: Any, dataset: Dataset, cache: Path, device: str, conditioning: Conditioning = WITHOUT_CLASSES
+    ) -> None:
         self.config, self.dataset, self.cache, self.device = config, dataset, cache, device
+        self.conditioning = conditioning
 
     @abstractmethod
     def plan(self) -> TeacherPlan:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.budget import Meter, Price
-from distillbench.datasets import Dataset, from_uint8
+from distillbench.datasets import Dataset, to_float
 from distillbench.errors import DivergedError
-from distillbench.method import Batch, Method, OptimizerConfig
+from distillbench.method import Batch, Method, OptimizerConfig, Read
 from distillbench.pairs import Workspace
 from distillbench.progress import Step
 
@@ -106,10 +105,11 @@ class DataStream:
         self.dataset, self.device = dataset, device
         self.generator = torch.Generator().manual_seed(seed)
 
-    def read(self, size: int) -> Tensor:
-        """`size` images in [-1, 1] on the device."""
+    def read(self, size: int) -> tuple[Tensor, Tensor | None]:
+        """`size` images in [-1, 1] on the device, and their classes where the dataset has some."""
         indices = torch.randint(len(self.dataset), (size,), generator=self.generator)
-        return from_uint8(self.dataset.read(indices).to(self.device))
+        labels = self.dataset.labels(indices) if self.dataset.classes else None
+        return to_float(self.dataset.read(indices).to(self.device)), labels
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,16 @@ def train(
     method: Method,
     config: OptimizerConfig,
     workspace: Workspace,
-    read: Callable[[int], Tensor] | None,
+    read: Read | None,
     batch_size: int,
     step: Step,
 ) -> Trained:
     """Train `method` until its meter says that the budget is used, and put the averaged weights into its student.
 
-    `read(n)` gives n real images; None for a method that may not see any. Raises DivergedError when a loss is not
-    finite.
+    `read(n)` gives n real images and their labels; None for a method that may not see any. Raises
+    DivergedError when a loss is not finite.
     """
-    meter, device, shape = workspace.meter, workspace.device, workspace.teacher.shape
+    meter, device, teacher = workspace.meter, workspace.device, workspace.teacher
     generator = torch.Generator().manual_seed(workspace.seed)
     method.prepare(workspace)
     if meter.progress() >= 1:
@@ -150,7 +150,8 @@ def train(
             optimizers, average = Optimizers(config), Average(method.student, config.ema_halflife_kimg)
             begin, finish = meter.progress(), _end_of_schedule(phases, index)
         while (progress := meter.progress()) < min(end, 1.0) - 1e-12:
-            batch = Batch(meter.next_batch(batch_size), shape, generator, device, read)
+            size = meter.next_batch(batch_size)
+            batch = Batch(size, teacher.shape, generator, device, read, teacher.conditioning)
             factor = learning_rate_factor(config, (progress - begin) / max(finish - begin, 1e-12))
             for network, loss in method.train_step(batch):
                 optimizers.update(network, loss, factor)

@@ -16,8 +16,9 @@ bootstrapped along the Signal-ODE, dy/dt = -lam'_t (f(x_t, t) - y_t), from t_max
 | t, s     | times, s < t                                                        | (B,1,1,1)        |
 | y_t, y_s | signal at t and s                                                   | (B,C,H,W)        |
 | r        | signal ratio, exp(lam_s - lam_t) in (0, 1)                          | (B,1,1,1)        |
-| f        | teacher, E[x_0 given x_t]                                           | (B,C,H,W)        |
+| f        | teacher, E[x_0 given x_t, c], guided where c says so                | (B,C,H,W)        |
 | g        | student: teacher's network at t_max plus an embedding of the time   | (B,C,H,W)        |
+| c        | condition: class and guidance of the teacher                        | of a batch       |
 
 Ours, where the full text could not be read (weights, Heun's form, grid), is in docs/methods.md. L_BC is needed: without
 it every y'(eps, t) = y(eps + C(eps), t) + sigma_t / alpha_t C(eps) has zero L_BS as well.
@@ -28,14 +29,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Denoiser, Method, MethodConfig, Teacher, hookimpl, option
+from distillbench import Batch, Condition, Denoiser, Method, MethodConfig, Teacher, hookimpl, option
+from distillbench.conditions import UNCONDITIONAL
 from distillbench.networks import TimeEmbedding
 from distillbench.options import require_between, require_one_of, require_positive
-from distillbench.samplers import time_like, uniform_times, x_at_t_max
+from distillbench.samplers import TIME_GRIDS, ddim, time_like, x_at_t_max
 
 
 class SignalNetwork(nn.Module):
@@ -49,11 +52,11 @@ class SignalNetwork(nn.Module):
         self.denoiser = denoiser
         self.target_time = TimeEmbedding(denoiser.network.embedding_channels).zero_output()
 
-    def forward(self, eps: Tensor, t: Tensor) -> Tensor:
+    def forward(self, eps: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
         schedule = self.denoiser.schedule
         u = (t - schedule.t_min) / (schedule.t_max - schedule.t_min)
         embedding = self.target_time(u.flatten().to(eps.dtype))
-        return self.denoiser(x_at_t_max(schedule, eps), time_like(eps, schedule.t_max), embedding)
+        return self.denoiser(x_at_t_max(schedule, eps), time_like(eps, schedule.t_max), c, embedding)
 
 
 class Boot(Method):
@@ -64,19 +67,21 @@ class Boot(Method):
     @dataclass
     class Config(MethodConfig):
         lr: float = option(2e-3, "peak learning rate of Adam")
-        steps: int = option(8, "N: the step is delta = (t_max - t_min) / N")
-        times: str = option("grid", "t on the grid t_min + k delta, or uniform in [t_min + delta, t_max]")
+        steps: int = option(8, "N, steps from t_max to t_min")
+        times: str = option("uniform", f"their grid ({', '.join(TIME_GRIDS)}), or continuous: any t, steps of delta")
         target: str = option("heun", "y_s by exponential heun, or by one euler step (exact DDIM, one evaluation less)")
         weight: str = option("uniform", "w: uniform (1), inv_delta2 (1/delta^2) or inv_dlam2 (1/(1-r)^2)")
         beta: float = option(1.0, "weight of the boundary loss, to be read together with w")
         boundary_share: float = option(0.25, "share of a batch on which the boundary loss is estimated")
+        handover: float = option(0.0, "ours: nfe > 1 goes on with the teacher's DDIM from this share of the times")
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require_positive(self, "steps")
             require_between(self, 0, float("inf"), "beta")
             require_between(self, 1e-6, 1, "boundary_share")
-            require_one_of(self, "times", ("grid", "uniform"))
+            require_between(self, 0, 1, "handover")
+            require_one_of(self, "times", (*TIME_GRIDS, "continuous"))
             require_one_of(self, "target", ("euler", "heun"))
             require_one_of(self, "weight", ("uniform", "inv_delta2", "inv_dlam2"))
 
@@ -84,20 +89,22 @@ class Boot(Method):
         super().__init__(config, teacher)
         self.student = SignalNetwork(teacher.student())
         self.t_min, self.t_max = teacher.schedule.t_min, teacher.schedule.t_max
+        self.evaluations = teacher.conditioning.evaluations
         self.delta = (self.t_max - self.t_min) / config.steps
-        self.grid = uniform_times(teacher.schedule, config.steps)
+        if config.times != "continuous":
+            self.grid = TIME_GRIDS[config.times](teacher.schedule, config.steps)
 
     def time_pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """t and s = t - delta, each (B,1,1,1)."""
-        if self.config.times == "uniform":
+        """t and the time s one step below, each (B,1,1,1)."""
+        if self.config.times == "continuous":
             t = batch.uniform(self.t_min + self.delta, self.t_max)
             return t, (t - self.delta).clamp(min=self.t_min)
         k, grid = batch.integers(1, self.config.steps + 1), self.grid.to(batch.device)
         return grid[k], grid[k - 1]
 
-    def target(self, eps: Tensor, y_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    def target(self, eps: Tensor, y_t: Tensor, t: Tensor, s: Tensor, c: Condition) -> Tensor:
         """y_s from y_t along the teacher's Signal-ODE."""
-        schedule, f = self.teacher.schedule, self.teacher.denoise
+        schedule, f = self.teacher.schedule, partial(self.teacher.denoise, c=c)
         r, one_minus_r = schedule.signal_ratio(t, s)
         f_t = f(schedule.alpha(t) * y_t + schedule.sigma(t) * eps, t)
         y_s = r * y_t + one_minus_r * f_t
@@ -112,20 +119,30 @@ class Boot(Method):
         return self.delta**-2 if self.config.weight == "inv_delta2" else 1.0
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        g, eps = self.student, batch.noise()
+        g, eps, c = self.student, batch.noise(), batch.c
         t, s = self.time_pair(batch)
-        eps_T = eps[: math.ceil(self.config.boundary_share * batch.size)]
+        share = slice(math.ceil(self.config.boundary_share * batch.size))
+        eps_T, c_T = eps[share], c[share]
         t_max = time_like(eps_T, self.t_max)
         with torch.no_grad():
-            y_s = self.target(eps, g(eps, t), t, s)
-            y_T = self.teacher.denoise(x_at_t_max(self.teacher.schedule, eps_T), t_max)
-        loss_bs = (self.weight(t, s) * (g(eps, s) - y_s).square()).mean()
-        loss_bc = (g(eps_T, t_max) - y_T).square().mean()
+            y_s = self.target(eps, g(eps, t, c), t, s, c)
+            y_T = self.teacher.denoise(x_at_t_max(self.teacher.schedule, eps_T), t_max, c_T)
+        loss_bs = (self.weight(t, s) * (g(eps, s, c) - y_s).square()).mean()
+        loss_bc = (g(eps_T, t_max, c_T) - y_T).square().mean()
         yield g, loss_bs + self.config.beta * loss_bc
 
-    def sample(self, noise: Callable[[int], Tensor], nfe: int) -> Tensor:
-        eps = noise(0)
-        return self.student(eps, time_like(eps, self.t_min))  # y at t_min is an image already
+    def supports(self, nfe: int) -> bool:
+        return nfe == 1 or (self.config.handover > 0 and nfe > 1 and (nfe - 1) % self.evaluations == 0)
+
+    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        eps, schedule = noise(0), self.teacher.schedule
+        if nfe == 1:
+            return self.student(eps, time_like(eps, self.t_min), c)  # y at t_min is an image already
+        tau = self.t_min + self.config.handover * (self.t_max - self.t_min)
+        t = time_like(eps, tau)
+        x_tau = schedule.alpha(t) * self.student(eps, t, c) + schedule.sigma(t) * eps
+        times = torch.linspace(self.t_min, tau, (nfe - 1) // self.evaluations + 1, dtype=torch.float64)
+        return ddim(partial(self.teacher.denoise, c=c), schedule, x_tau, times)
 
 
 @hookimpl

@@ -3,50 +3,36 @@
 Song, Dhariwal, Chen & Sutskever 2023, "Consistency Models", arXiv:2303.01469, algorithm 2. Noise levels are EDM's,
 tau = sigma_t / alpha_t, so it works on any schedule: x^ = x_t / alpha_t = x_0 + tau eps.
 
-    F(x_t, t)  = c_skip(tau) x^ + c_out(tau) NN,   c_skip = sd^2 / ((tau - e)^2 + sd^2),
-                                                   c_out  = (tau - e) sd / sqrt(tau^2 + sd^2)       (eq. 5 and app. C)
+    F(x_t, t) = c_skip(tau) x^ + c_out(tau) NN,   F = x^ at tau = e    (eq. 5; distillbench/consistency.py)
     x_t = alpha_t x_0 + sigma_t eps;   x_s = one step of a solver with the teacher, t -> s            (eq. 6)
     L   = lambda d( F(x_t, t), sg[F^-(x_s, s)] )                                                    (eq. 7)
     weights of F^- <- mu weights of F^- + (1 - mu) weights of F                                     (eq. 8)
 
 | symbol     | meaning                                                               | shape            |
 |------------|-----------------------------------------------------------------------|------------------|
-| t, s       | neighbouring times of a Karras grid of N levels, s < t                 | (B,1,1,1)        |
+| t, s       | neighbouring times of a grid of N levels, s < t                        | (B,1,1,1)        |
 | tau        | noise level sigma_t / alpha_t                                          | (B,1,1,1)        |
 | e, sd      | smallest noise level, standard deviation of the data                   | float            |
-| D          | student as a denoiser, E[x_0 given x_t] at the start                   | (B,C,H,W)        |
+| c          | condition: class and guidance of the teacher                           | of a batch       |
 | F, F^-     | consistency function of the student and of the target network          | (B,C,H,W)        |
-
-NN is read off the denoiser D = k_skip x^ + k_out NN, with EDM's k_skip, k_out, so that any parameterisation serves:
-F = (c_skip - (1 - e/tau) k_skip) x^ + (1 - e/tau) D. For an EDM teacher this is the paper's network unchanged.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Denoiser, Method, MethodConfig, Teacher, UserError, hookimpl, option
-from distillbench.options import require_between, require_one_of, require_positive
-from distillbench.samplers import ddim_step, heun_step, karras_times, time_like
-
-
-class ConsistencyFunction(nn.Module):
-    """F(x_t, t), with F(x_t, t) = x^ exactly at tau = e."""
-
-    def __init__(self, denoiser: Denoiser, e: float, sd: float) -> None:
-        super().__init__()
-        self.denoiser, self.e, self.sd = denoiser, e, sd
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        e, sd, schedule = self.e, self.sd, self.denoiser.schedule
-        tau = schedule.noise_level(t)  # float64: at tau = 80 the two terms nearly cancel
-        c_skip, k_skip, ratio = sd**2 / ((tau - e) ** 2 + sd**2), sd**2 / (tau**2 + sd**2), 1 - e / tau
-        skip = (c_skip - ratio * k_skip).to(x_t.dtype)
-        return skip * x_t / schedule.alpha(t) + ratio.to(x_t.dtype) * self.denoiser(x_t, t)
+from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, hookimpl, option
+from distillbench.consistency import ConsistencyFunction, multistep
+from distillbench.options import require_between, require_fraction, require_one_of, require_positive
+from distillbench.samplers import ONE_STEP, TIME_GRIDS, karras_times
+from distillbench.schedules import NoiseSchedule
 
 
 class ConsistencyDistillation(Method):
@@ -59,6 +45,7 @@ class ConsistencyDistillation(Method):
         lr: float = option(2e-3, "peak learning rate of Adam")
         steps: int = option(12, "N, noise levels of the grid (the paper: 18 for CIFAR-10, 40 for ImageNet)")
         solver: str = option("heun", "teacher step: heun (two evaluations) or ddim (Euler, one evaluation)")
+        times: str = option("karras", "grid of the levels: karras, uniform (in t) or uniform_lambda")
         mu: float = option(0.95, "decay of the target network; 0: the student itself, stop-gradient")
         metric: str = option("l2", "d: l2 (squared) or pseudo_huber, sqrt(|.|^2 + c^2) - c, c = .00054 sqrt(pixels)")
         weight: str = option("inv_step", "lambda: uniform (1), or inv_step, 1/(tau_t - tau_s) of arXiv:2310.14189")
@@ -71,8 +58,9 @@ class ConsistencyDistillation(Method):
             super().__post_init__()
             require_positive(self, "sigma_min", "sigma_max", "sigma_data", "rho")
             require_between(self, 2, float("inf"), "steps")
-            require_between(self, 0, 1, "mu")
-            require_one_of(self, "solver", ("heun", "ddim"))
+            require_fraction(self, "mu")  # with 1 the target network would never learn
+            require_one_of(self, "solver", ONE_STEP)
+            require_one_of(self, "times", ("karras", "uniform", "uniform_lambda"))
             require_one_of(self, "weight", ("uniform", "inv_step"))
             require_one_of(self, "metric", ("l2", "pseudo_huber"))
             if self.sigma_min >= self.sigma_max:
@@ -80,20 +68,18 @@ class ConsistencyDistillation(Method):
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        schedule = teacher.schedule
-        self.grid = karras_times(schedule, config.steps, config.sigma_min, config.sigma_max, config.rho)
-        e = schedule.noise_level(self.grid[:1]).item()  # the schedule may not reach down to sigma_min
+        self.grid = self.levels(config, teacher.schedule)
+        e = teacher.schedule.noise_level(self.grid[:1]).item()  # the schedule may not reach down to sigma_min
         self.student = ConsistencyFunction(teacher.student(), e, config.sigma_data)
-        self.target = ConsistencyFunction(teacher.student(), e, config.sigma_data) if config.mu else self.student
-        if config.mu:
-            self.target.requires_grad_(False)
+        self.target = copy.deepcopy(self.student).requires_grad_(False) if config.mu else self.student
 
-    def solver_step(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """x_s: one step of the teacher's probability-flow ODE."""
-        schedule, f = self.teacher.schedule, self.teacher.denoise
-        if self.config.solver == "heun":
-            return heun_step(schedule, f, x_t, t, s)
-        return ddim_step(schedule, x_t, f(x_t, t), t, s)
+    @staticmethod
+    def levels(config: Config, schedule: NoiseSchedule) -> Tensor:
+        """The times of N noise levels from sigma_min to sigma_max, as far as the schedule has them."""
+        if config.times == "karras":
+            return karras_times(schedule, config.steps, config.sigma_min, config.sigma_max, config.rho)
+        within = schedule.restricted(math.log(config.sigma_min), math.log(config.sigma_max))
+        return TIME_GRIDS[config.times](within, config.steps - 1)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """d(a, b) of each image, (B,1,1,1)."""
@@ -111,12 +97,14 @@ class ConsistencyDistillation(Method):
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         schedule, grid = self.teacher.schedule, self.grid.to(batch.device)
         x_0, eps = batch.x_0, batch.noise()
+        c = batch.c
         n = batch.integers(0, len(grid) - 1)
         t, s = grid[n + 1], grid[n]
         x_t = schedule.alpha(t) * x_0 + schedule.sigma(t) * eps
         with torch.no_grad():
-            target = self.target(self.solver_step(x_t, t, s), s)
-        yield self.student, (self.weight(t, s) * self.distance(self.student(x_t, t), target)).mean()
+            x_s = ONE_STEP[self.config.solver](schedule, partial(self.teacher.denoise, c=c), x_t, t, s)
+            target = self.target(x_s, s, c)
+        yield self.student, (self.weight(t, s) * self.distance(self.student(x_t, t, c), target)).mean()
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -130,17 +118,8 @@ class ConsistencyDistillation(Method):
     def keeps_noise(self, nfe: int) -> bool:
         return nfe == 1
 
-    def sample(self, noise: Callable[[int], Tensor], nfe: int) -> Tensor:
-        """Algorithm 1: jump to the end, noise again to a lower level of the grid, jump again."""
-        schedule, F = self.teacher.schedule, self.student
-        levels = torch.linspace(len(self.grid) - 1, 0, nfe + 1)[:-1].round().long()
-        T = time_like(noise(0), self.grid[-1])
-        x = F(schedule.sigma(T) * noise(0), T)
-        for k in range(1, nfe):
-            t = time_like(x, self.grid[levels[k]])
-            tau = schedule.noise_level(t).to(x.dtype)
-            x = F(schedule.alpha(t) * (x + (tau**2 - F.e**2).sqrt() * noise(k)), t)
-        return x
+    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        return multistep(self.student, self.grid, noise, nfe, c)
 
 
 @hookimpl

@@ -11,6 +11,7 @@ arXiv:2101.02388. Data-free: it learns from noise-image pairs that the teacher m
 | x_0    | the teacher's answer to eps                          | (B,C,H,W) |
 | f      | teacher, f(x_t, t) = E[x_0 given x_t]                | (B,C,H,W) |
 | g      | student: the teacher's network at the fixed time T   | (B,C,H,W) |
+| c      | condition: class and guidance of the teacher         | of a batch|
 
 Online, every batch is solved anew (N teacher evaluations an image). Offline (the paper), `pairs` are made ahead and
 used again and again. Unlike the released code, targets are not stored as truncated 8-bit values.
@@ -20,13 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Method, MethodConfig, PairStore, Workspace, hookimpl, option
+from distillbench import Batch, Condition, Method, MethodConfig, PairStore, UserError, Workspace, hookimpl, option
 from distillbench.options import require_one_of, require_positive
-from distillbench.samplers import ddim, time_like, uniform_times, x_at_t_max
+from distillbench.samplers import SAMPLERS, Solver, time_like, x_at_t_max
 
 
 class Direct(Method):
@@ -37,7 +39,8 @@ class Direct(Method):
     @dataclass
     class Config(MethodConfig):
         lr: float = option(2e-3, "peak learning rate of Adam")
-        steps: int = option(64, "N, DDIM steps of the teacher's answer")
+        steps: int = option(64, "N, steps of the teacher's answer")
+        solver: str = option("ddim", f"sampler of the answer, SAMPLER or SAMPLER/GRID: {', '.join(SAMPLERS)}")
         loss: str = option("l2", "l2 (squared) or l1 (the paper's choice for CIFAR-10)")
         online: bool = option(False, "solve for every batch instead of making pairs ahead")
         pairs: int = option(32_768, "noise-image pairs made ahead (offline)")
@@ -46,37 +49,39 @@ class Direct(Method):
             super().__post_init__()
             require_positive(self, "steps", "pairs")
             require_one_of(self, "loss", ("l1", "l2"))
+            if not Solver.parse(self.solver).deterministic:
+                raise UserError(f"solver must give one answer to each noise, {self.solver!r} adds noise of its own")
 
-    def solve(self, eps: Tensor) -> Tensor:
-        """ODE-Solver(f, eps, T -> 0): the teacher's DDIM with N steps."""
-        schedule = self.teacher.schedule
-        times = uniform_times(schedule, self.config.steps)
-        return ddim(self.teacher.denoise, schedule, x_at_t_max(schedule, eps), times)
+    def solve(self, eps: Tensor, c: Condition) -> Tensor:
+        """ODE-Solver(f, eps, T -> 0): the teacher's answer in N steps."""
+        solver = Solver.parse(self.config.solver)
+        return solver.solve(partial(self.teacher.denoise, c=c), self.teacher.schedule, eps, self.config.steps)
 
-    def g(self, eps: Tensor) -> Tensor:
+    def g(self, eps: Tensor, c: Condition) -> Tensor:
         schedule = self.teacher.schedule
-        return self.student(x_at_t_max(schedule, eps), time_like(eps, schedule.t_max))
+        return self.student(x_at_t_max(schedule, eps), time_like(eps, schedule.t_max), c)
 
     def prepare(self, workspace: Workspace) -> None:
         self.store: PairStore | None = None
         if not self.config.online:
-            recipe = {"solver": "ddim", "grid": "uniform", "steps": self.config.steps}
+            solver = Solver.parse(self.config.solver).name
+            recipe = {"solver": solver, "steps": self.config.steps, "schedule": self.config.schedule}
             self.store = workspace.pairs(self.solve, self.config.pairs, recipe)
 
-    def pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def pair(self, batch: Batch) -> tuple[Tensor, Tensor, Condition]:
         if self.store is not None:
             return self.store.read(batch.integers(0, len(self.store)))
-        eps = batch.noise()
+        eps, c = batch.noise(), batch.c
         with torch.no_grad():
-            return eps, self.solve(eps)
+            return eps, self.solve(eps, c), c
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        eps, x_0 = self.pair(batch)
-        difference = self.g(eps) - x_0  # (BOOT paper, eq. 2)
+        eps, x_0, c = self.pair(batch)
+        difference = self.g(eps, c) - x_0  # (BOOT paper, eq. 2)
         yield self.student, (difference.abs() if self.config.loss == "l1" else difference.square()).mean()
 
-    def sample(self, noise: Callable[[int], Tensor], nfe: int) -> Tensor:
-        return self.g(noise(0))
+    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        return self.g(noise(0), c)
 
 
 @hookimpl

@@ -16,19 +16,21 @@ then the student becomes the teacher, n is halved, and the optimiser starts anew
 | x^             | data prediction, of the phase's teacher or of the student     | (B,C,H,W) |
 | x~             | target: the x_0 from which one DDIM step lands on z_t''       | (B,C,H,W) |
 | SNR            | alpha_t^2 / sigma_t^2                                         | (B,1,1,1) |
+| c              | condition; only the first teacher is guided                   | of a batch|
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
+from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
 from distillbench.options import require_one_of, require_positive
-from distillbench.samplers import ddim, ddim_step, uniform_times, x_at_t_max
+from distillbench.samplers import TIME_GRIDS, ddim, ddim_step, x_at_t_max
 
 
 class ProgressiveDistillation(Method):
@@ -43,21 +45,24 @@ class ProgressiveDistillation(Method):
         ema_halflife_kimg: float = option(0.0, "half-life of the weights' average in 1000 images; 0: none, as released")
         steps: int = option(16, "N, DDIM steps of the first teacher: a power of two; log2 N phases end at one step")
         weight: str = option("truncated_snr", "w: truncated_snr, max(SNR, 1), or snr_plus_one, SNR + 1")
+        times: str = option("uniform", f"grid of the first teacher's steps: {', '.join(TIME_GRIDS)}")
         last_share: float = option(2.0, "budget of the phases with 2 and 1 steps, relative to that of the others")
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require_positive(self, "last_share")
             require_one_of(self, "weight", ("truncated_snr", "snr_plus_one"))
+            require_one_of(self, "times", TIME_GRIDS)
             if self.steps < 2 or self.steps & (self.steps - 1):
                 raise UserError(f"steps must be a power of two, at least 2, got {self.steps}")
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        if teacher.denoiser.prediction == "eps":
+        if self.student.prediction == "eps":
             raise UserError("pd: a one-step student cannot predict eps (1/alpha at t_max); take an x0 or v teacher")
+        self.times = TIME_GRIDS[config.times](teacher.schedule, config.steps)
         self.halvings = [config.steps >> k for k in range(1, config.steps.bit_length())]  # n: N/2, ..., 2, 1
-        self.phase_teacher = teacher.deputy()
+        self.deputy = teacher.deputy()  # stands for the teacher once a student has become it
         self.students = nn.ModuleDict({str(n): teacher.student().freeze() for n in self.halvings})
 
     def phases(self) -> list[Phase]:
@@ -66,15 +71,20 @@ class ProgressiveDistillation(Method):
 
     def start_phase(self, index: int) -> None:
         self.n = self.halvings[index]
-        self.grid = uniform_times(self.teacher.schedule, 2 * self.n)  # t_j = j/(2n), j = 0, ..., 2n
+        self.grid = self.grid_of(2 * self.n)  # t_j = j/(2n), j = 0, ..., 2n
+        self.taught_by = self.teacher.denoise if index == 0 else self.deputy.forward
 
-    def target(self, z_t: Tensor, i: Tensor) -> Tensor:
+    def grid_of(self, n: int) -> Tensor:
+        """Every (N/n)-th time of the first teacher's grid: n steps."""
+        return self.times[:: self.config.steps // n]
+
+    def target(self, z_t: Tensor, i: Tensor, c: Condition) -> Tensor:
         """x~ for z_t at t = i/n."""
-        schedule, x_hat = self.teacher.schedule, self.phase_teacher
+        schedule, x_hat = self.teacher.schedule, self.taught_by
         grid = self.grid.to(z_t.device)
         t, t_1, t_2 = grid[2 * i], grid[2 * i - 1], grid[2 * i - 2]
-        z_1 = ddim_step(schedule, z_t, x_hat(z_t, t), t, t_1)
-        x_1 = x_hat(z_1, t_1)
+        z_1 = ddim_step(schedule, z_t, x_hat(z_t, t, c), t, t_1)
+        x_1 = x_hat(z_1, t_1, c)
         z_2 = ddim_step(schedule, z_1, x_1, t_1, t_2)
         ratio = schedule.sigma(t_2) / schedule.sigma(t)
         x_tilde = (z_2 - ratio * z_t) / (schedule.alpha(t_2) - ratio * schedule.alpha(t))
@@ -82,28 +92,27 @@ class ProgressiveDistillation(Method):
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         schedule = self.teacher.schedule
-        x_0, eps = batch.x_0, batch.noise()
+        x_0, eps, c = batch.x_0, batch.noise(), batch.c
         i = batch.integers(1, self.n + 1)
         t = self.grid.to(batch.device)[2 * i]
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         z_t = alpha * x_0 + sigma * eps
         with torch.no_grad():
-            x_tilde = self.target(z_t, i)
+            x_tilde = self.target(z_t, i, c)
         snr = (alpha / sigma) ** 2
         w = snr.clamp(min=1) if self.config.weight == "truncated_snr" else snr + 1
-        yield self.student, (w * (x_tilde - self.student(z_t, t)).square()).mean()
+        yield self.student, (w * (x_tilde - self.student(z_t, t, c)).square()).mean()
 
     def end_phase(self, index: int, average: nn.Module) -> None:
-        for network in (self.phase_teacher, self.student, self.students[str(self.n)]):
+        for network in (self.deputy, self.student, self.students[str(self.n)]):
             network.load_state_dict(average.state_dict())
 
     def supports(self, nfe: int) -> bool:
         return nfe in self.halvings
 
-    def sample(self, noise: Callable[[int], Tensor], nfe: int) -> Tensor:
-        schedule = self.teacher.schedule
-        z_T = x_at_t_max(schedule, noise(0))
-        return ddim(self.students[str(nfe)], schedule, z_T, uniform_times(schedule, nfe))
+    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        schedule, student = self.teacher.schedule, partial(self.students[str(nfe)], c=c)
+        return ddim(student, schedule, x_at_t_max(schedule, noise(0)), self.grid_of(nfe))
 
 
 @hookimpl

@@ -11,15 +11,13 @@ With V = alpha^2 v + sigma^2:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distillbench.budget import BudgetConfig, Meter
 from distillbench.denoiser import Denoiser
-from distillbench.method import Batch
+from distillbench.method import Batch, Read
 from distillbench.networks import ResidualMLP
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress
@@ -90,7 +88,7 @@ class GaussianNetwork(nn.Module):
         super().__init__()
         self.schedule, self.mean, self.variance = schedule, column(mean), column(variance)
 
-    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         alpha, sigma = self.schedule.alpha(time(t)), self.schedule.sigma(time(t))
         gain = alpha * self.variance / (alpha**2 * self.variance + sigma**2)
         out = self.mean + gain * (x - alpha * self.mean)
@@ -112,7 +110,7 @@ class MixtureNetwork(nn.Module):
         self.centres = torch.tensor(centres, dtype=torch.float64).view(len(weights), -1)
         self.spreads = torch.tensor(spreads, dtype=torch.float64)
 
-    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         alpha, sigma = self.schedule.alpha(t)[:, None], self.schedule.sigma(t)[:, None]  # (B,1)
         V = alpha**2 * self.spreads**2 + sigma**2  # (B,K)
         away = x.flatten(1)[:, None] - alpha[..., None] * self.centres  # (B,K,D)
@@ -175,7 +173,7 @@ class AffineTable(nn.Module):
         self.gain, self.bias = nn.Parameter(gain.clone()), nn.Parameter(bias.clone())  # (K,D)
         self.mix = nn.Linear(self.embedding_channels, 2 * gain.shape[1], bias=False)
 
-    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         k = (self.times - t.double()[:, None]).abs().argmin(dim=1)
         gain, bias = self.gain[k], self.bias[k]
         if embedding is not None:
@@ -198,12 +196,13 @@ def table_teacher(times: Tensor, schedule: NoiseSchedule | None = None) -> Teach
 # --- what a method is given ------------------------------------------------------------------------------------------
 
 
-def gaussian_images(seed: int = 0, mean=MEAN, variance=VARIANCE) -> Callable[[int], Tensor]:
-    """read(n): n images of the Gaussian law."""
+def gaussian_images(seed: int = 0, mean=MEAN, variance=VARIANCE) -> Read:
+    """read(n): n images of the Gaussian law, without labels."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(mean), 1, 1)
     deviation = column(variance).sqrt()
-    return lambda n: column(mean) + deviation * torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+    draw = lambda n: torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+    return lambda n: (column(mean) + deviation * draw(n), None)
 
 
 def make_batch(size: int, shape=(2, 1, 1), seed: int = 0, read=None) -> Batch:

@@ -127,9 +127,10 @@ def test_one_registry_leaves_nothing_for_the_next(registry):
 
 # --- what is not -----------------------------------------------------------------------------------------------------
 
-METHODS = "Possible: boot, cm, direct, pd"
+METHODS = "Possible: boot, cm, ct, direct, pd, sid, tract"
 TOP = (
-    "Possible: batch_size, budget, dataset, device, evaluation, methods, results_dir, run_name, seed, teacher, threads"
+    "Possible: batch_size, budget, conditional, dataset, device, evaluation, guidance, guidance_range, methods, "
+    "results_dir, run_name, seed, teacher, threads"
 )
 NAMES = {
     "methods=[bot]": f"no method 'bot'. Did you mean 'boot'? {METHODS}",
@@ -137,12 +138,12 @@ NAMES = {
     "methods=[Boot]": f"no method 'Boot'. Did you mean 'boot'? {METHODS}",
     "methods=null": f"no method 'null'. {METHODS}",
     "methods=": f"no method ''. {METHODS}",
-    "methods=[]": "no method given. Write methods=[NAME,...]; possible: boot, cm, direct, pd",
+    "methods=[]": "no method given. Write methods=[NAME,...]; possible: boot, cm, ct, direct, pd, sid, tract",
     "methods=[[boot]]": "no method \"['boot']\". Did you mean 'boot'? Possible: ",
     "dataset=digit": "no dataset 'digit'. Did you mean 'digits'? Possible: digits, folder",
     "dataset=null": "no dataset 'null'. Possible: digits, folder",
     "dataset=[digits,folder]": "dataset takes one name, got [digits,folder]. For one after the other write dataset=",
-    "teacher=traned": "no teacher 'traned'. Did you mean 'trained'? Possible: trained",
+    "teacher=traned": "no teacher 'traned'. Did you mean 'trained'? Possible: gaussian, gmm, trained",
     "experiment=smoek": "no experiment 'smoek'. Did you mean 'smoke'? Possible: smoke",
     "experiment=null": "no experiment 'null'. Possible: smoke",
     "experiment=../config": "no experiment '../config'. Possible: smoke",
@@ -198,7 +199,6 @@ VALUES = {
     "evaluation.nfe=[a]": "evaluation.nfe must be a list of whole numbers, got '[a]'",
     "evaluation.nfe=[1.5]": "evaluation.nfe must be a list of whole numbers, got '[1.5]'",
     "evaluation.nfe=null": "evaluation.nfe must be a list of whole numbers, got 'null'",
-    "evaluation.nfe=[]": "evaluation.nfe must list different positive numbers, got []",
     "evaluation.nfe=[0]": "evaluation.nfe must list different positive numbers, got [0]",
     "evaluation.nfe=[1,1]": "evaluation.nfe must list different positive numbers, got [1, 1]",
     "evaluation.images=0": "evaluation.images must be positive, got 0",
@@ -215,7 +215,7 @@ VALUES = {
     "methods.boot=${methods}": "cannot use methods.boot='${methods}': ",
     "methods.boot.kind=cm": "methods.boot.kind is 'boot' by choice and cannot be changed, got 'cm'",
     "methods.boot.ema_halflife_kimg=inf": "methods.boot.ema_halflife_kimg must be finite, got inf",
-    "teacher.prediction=epsi": "teacher.prediction must be one of eps, x0, v, flow, got 'epsi'. Did you mean 'eps'?",
+    "teacher.prediction=epsi": "teacher.prediction must be one of eps, x0, v, flow, edm, got 'epsi'. Did you mean 'eps'?",
     "dataset.kind=folder": "dataset.kind is 'digits' by choice and cannot be changed, got 'folder'",
     "teacher.budget.images=0": "teacher.budget.images must be positive, got 0",
     "teacher.optimizer.lr=-1": "teacher.optimizer.lr must be positive, got -1.0",
@@ -355,7 +355,7 @@ def test_settings_are_described_with_the_defaults_that_hold(registry):
     described = {name: (default, text) for name, default, text in describe_options(Trained.Config)}
     assert "kind" not in described
     assert ("some", "null", "how many") in describe_options(Fussy)
-    assert described["prediction"] == ("v", "what the network predicts: eps, x0, v or flow")
+    assert described["prediction"] == ("v", "what the network predicts: eps, x0, v, flow, edm")
     assert described["budget.limit"][0] == "images"
     assert described["budget.images"][0] == str(Trained.Config().budget.images)  # not the default of BudgetConfig
     for kind in ("methods", "teachers", "datasets"):

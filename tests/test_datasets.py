@@ -9,7 +9,7 @@ from PIL import Image
 
 from distillbench.builtin.digits import Digits
 from distillbench.builtin.folder import Folder
-from distillbench.datasets import from_uint8, to_uint8
+from distillbench.datasets import to_float, to_uint8
 from distillbench.errors import UserError
 
 
@@ -36,7 +36,7 @@ def digits():
 
 def test_every_grey_level_survives_the_way_to_the_networks_and_back():
     levels = torch.arange(256, dtype=torch.uint8)
-    x = from_uint8(levels)
+    x = to_float(levels)
     assert (x.min(), x.max()) == (-1, 1)
     assert torch.equal(to_uint8(x), levels)
 

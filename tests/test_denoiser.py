@@ -12,8 +12,10 @@ from scipy.integrate import quad
 from torch import Tensor, nn
 
 from analytic import CENTRES, SPREADS, WEIGHTS, close, gaussian_teacher, mixture_teacher, mlp_teacher, schedules, time
+from distillbench.conditions import Condition, Conditioning
 from distillbench.denoiser import PREDICTIONS, TARGETS, Counter, Denoiser, implied_eps
-from distillbench.schedules import SCHEDULES, FlowMatching, VPCosine, VPLinear
+from distillbench.schedules import SCHEDULES, VE, FlowMatching, VPCosine, VPLinear
+from distillbench.teachers import Teacher
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -25,8 +27,8 @@ class Says(nn.Module):
         super().__init__()
         self.answer = answer
 
-    def forward(self, x, t, embedding=None):
-        self.asked = x, t, embedding
+    def forward(self, x, t, embedding, labels):
+        self.asked = x, t, embedding, labels
         return self.answer
 
 
@@ -47,7 +49,7 @@ def test_round_trip(name, prediction):
 
 
 def test_every_prediction_has_a_target():
-    assert set(PREDICTIONS) == set(TARGETS) == {"eps", "x0", "v", "flow"}
+    assert set(PREDICTIONS) == set(TARGETS) == {"eps", "x0", "v", "flow", "edm"}
 
 
 def test_targets_are_velocities_of_the_forward_process():
@@ -70,11 +72,120 @@ def test_targets_are_velocities_of_the_forward_process():
 def test_network_gets_one_time_an_image_in_the_image_dtype():
     network = Says(torch.zeros(3, 2, 1, 1))
     x, t, embedding = torch.randn(3, 2, 1, 1).float(), time([0.1, 0.2, 0.3]), torch.randn(3, 4)
-    Denoiser(network, VPCosine(), "x0")(x, t, embedding)
-    asked_x, asked_t, asked_embedding = network.asked
+    labels = torch.tensor([2, 0, 1])
+    Denoiser(network, VPCosine(), "x0")(x, t, Condition(labels), embedding)
+    asked_x, asked_t, asked_embedding, asked_labels = network.asked
+    assert asked_labels is labels
     assert asked_x is x and asked_embedding is embedding
     assert asked_t.shape == (3,) and asked_t.dtype is torch.float32
     assert torch.equal(asked_t, t.flatten().float())
+
+
+def test_edm_s_network_is_read_as_in_its_paper():
+    """Karras et al. (2022), table 1: D = c_skip x + c_out F(c_in x, ln(sigma) / 4), on VE and, in x^, on any schedule."""
+    F = lambda x, time: torch.sin(3 * x + time.view(-1, 1, 1, 1))
+
+    class Network(nn.Module):
+        def forward(self, x, time, embedding, labels):
+            return F(x, time)
+
+    x = torch.randn(5, 2, 1, 1)
+    s = time([0.003, 0.1, 1.0, 7.0, 70.0])
+    D = 0.25 / (s**2 + 0.25) * x + s * 0.5 / (s**2 + 0.25).sqrt() * F(x / (s**2 + 0.25).sqrt(), s.log() / 4)
+    close(Denoiser(Network(), VE(), "edm")(x, s), D, rtol=1e-12)
+    for schedule in (VPCosine(), VPLinear()):
+        t = schedule.t_of_lam(s.log().clamp(min=-4))
+        level = schedule.noise_level(t)
+        again = Denoiser(Network(), VE(), "edm")(x, level)
+        close(Denoiser(Network(), schedule, "edm")(schedule.alpha(t) * x, t), again, rtol=1e-9)
+
+
+@pytest.mark.parametrize("ours", schedules())
+@pytest.mark.parametrize("theirs", schedules())
+def test_a_teacher_of_one_schedule_serves_another_at_equal_snr(ours, theirs):
+    """The exact denoiser of a Gaussian, read on another schedule, is the exact denoiser written for that schedule."""
+    schedule = SCHEDULES[ours]()
+    read = gaussian_teacher(SCHEDULES[theirs]()).on(schedule)
+    low, high = (read.schedule.lam(time(t)) for t in (read.schedule.t_min, read.schedule.t_max))
+    native = read.denoiser.native
+    assert native.lam(time(native.t_min)) <= low + 1e-9 and high - 1e-9 <= native.lam(time(native.t_max))
+    t = time(torch.linspace(read.schedule.t_min, read.schedule.t_max, 7, dtype=torch.float64))
+    x_t = schedule.alpha(t) * 0.3 + schedule.sigma(t) * torch.randn(7, 2, 1, 1)
+    close(read.denoise(x_t, t), gaussian_teacher(schedule).denoise(x_t, t), rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_read_on_another_schedule_is_the_same_network_and_account():
+    teacher = mlp_teacher()
+    read = teacher.on(VE())
+    x, t = torch.randn(4, 2, 1, 1), time([0.01, 0.5, 3.0, 80.0])
+    read.denoise(x, t)
+    assert read.denoiser.network is teacher.denoiser.network and teacher.teacher_rows.rows == 4
+    student = read.student()
+    assert torch.equal(student(x, t), read.denoise(x, t)) and read.student_rows is teacher.student_rows
+    assert student.schedule.t_max == 80.0 and student.network is not teacher.denoiser.network
+    native = teacher.schedule
+    s = native.t_of_lam(t.log())
+    close(read.denoise(x, t), teacher.denoise(native.alpha(s) * x, s), rtol=1e-10)
+
+
+# --- guidance --------------------------------------------------------------------------------------------------------
+
+
+class ClassMeans(nn.Module):
+    """f for x_0 ~ N(m_label, v): three classes, and their mixture, broadened, for no class."""
+
+    embedding_channels = 8
+    means = torch.tensor([-1.0, 0.2, 1.5, 0.4], dtype=torch.float64)
+
+    def forward(self, x, t, embedding=None, labels=None):
+        alpha, sigma = VPCosine().alpha(time(t)), VPCosine().sigma(time(t))
+        m, v = self.means[labels].view(-1, 1, 1, 1), torch.where(labels == 3, 2.0, 0.25).view(-1, 1, 1, 1)
+        return m + alpha * v / (alpha**2 * v + sigma**2) * (x - alpha * m)
+
+
+def conditional_teacher(**conditioning) -> Teacher:
+    conditioning = Conditioning(3, **conditioning)
+    return Teacher("classes", Denoiser(ClassMeans(), VPCosine(), "x0"), (1, 1, 1), "x", conditioning=conditioning)
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 3.0])
+def test_guidance_in_imagen_s_convention(w):
+    """f_0 + w (f_c - f_0): w = 0 is unconditional, w = 1 conditional; with Ho & Salimans' w' = w - 1 the same number."""
+    teacher = conditional_teacher(w=w)
+    labels, x, t = torch.tensor([0, 1, 2, 2]), torch.randn(4, 1, 1, 1), time([0.2, 0.5, 0.8, 1.0])
+    f_c = teacher.denoiser(x, t, Condition(labels))
+    f_0 = teacher.denoiser(x, t, Condition(torch.full((4,), 3)))
+    before = teacher.teacher_rows.rows
+    f_w = teacher.denoise(x, t, Condition(labels, torch.full((4, 1, 1, 1), w)))
+    assert teacher.teacher_rows.rows - before == 8  # two evaluations an image
+    close(f_w, f_c + (w - 1) * (f_c - f_0), atol=1e-14)
+    close(teacher.denoise(x, t, Condition(labels)), f_c)  # no w, no guidance: one evaluation
+    assert teacher.teacher_rows.rows - before == 12
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow", "edm"])
+def test_guidance_commutes_with_the_parameterisation(prediction):
+    """Guiding f is guiding the network's own output, for each of its affine parameterisations (specification 1.6)."""
+    schedule, x, t = VPCosine(), torch.randn(3, 1, 1, 1), time([0.2, 0.5, 0.9])
+    out_c, out_0, w = torch.randn(3, 1, 1, 1), torch.randn(3, 1, 1, 1), torch.tensor([1.0, 3.0, 7.5]).view(-1, 1, 1, 1)
+    f = lambda out: PREDICTIONS[prediction](out, x, schedule.alpha(t), schedule.sigma(t))
+    close(f(out_0) + w * (f(out_c) - f(out_0)), f(out_0 + w * (out_c - out_0)), rtol=1e-9, atol=1e-10)
+
+
+def test_a_student_of_a_drawn_w_is_told_it_and_starts_as_if_it_were_not():
+    teacher = mlp_teacher()
+    teacher.conditioning = Conditioning(3, w_range=(1.0, 5.0))
+    student, x, t = teacher.student(), torch.randn(4, 2, 1, 1), time([0.5] * 4)
+    w = torch.tensor([1.0, 2.0, 3.0, 5.0]).view(-1, 1, 1, 1)
+    c = Condition(torch.tensor([0, 1, 2, 0]), w)
+    close(student(x, t, c), teacher.denoiser(x, t))
+    student(x, t, c).square().sum().backward()
+    assert student.guidance[-1].weight.grad.abs().max() > 0
+    with torch.no_grad():
+        nn.init.normal_(student.guidance[-1].weight)
+    assert not torch.allclose(student(x, t, c), student(x, t, Condition(c.labels, w.flip(0))))
+    conditional_teacher(w=3.0).student()  # a fixed w is not fed
+    assert conditional_teacher(w=3.0).student().guidance is None
 
 
 # --- copies and counters ---------------------------------------------------------------------------------------------

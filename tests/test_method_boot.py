@@ -20,6 +20,7 @@ from analytic import (
     slope,
     time,
 )
+from distillbench.conditions import UNCONDITIONAL
 from distillbench.denoiser import implied_eps
 from distillbench.errors import UserError
 from distillbench.noise import FixedNoise
@@ -65,7 +66,7 @@ class Oracle(nn.Module):
         super().__init__()
         self.__dict__["teacher"], self.steps = teacher, steps
 
-    def forward(self, eps: Tensor, t: Tensor) -> Tensor:
+    def forward(self, eps: Tensor, t: Tensor, c=UNCONDITIONAL) -> Tensor:
         schedule, f = self.teacher.schedule, self.teacher.denoise
         grid = torch.linspace(schedule.t_min, schedule.t_max, self.steps + 1, dtype=torch.float64)
         x = start(schedule, self.teacher, eps)
@@ -94,7 +95,7 @@ def test_euler_target_is_ddim_in_y(name):
     f = teacher.denoise(x_t, t)
     eps_hat = implied_eps(x_t, f, schedule.alpha(t), schedule.sigma(t))
     x_s = schedule.alpha(s) * f + schedule.sigma(s) * eps_hat
-    close(method.target(eps, y_t, t, s), signal(schedule, x_s, eps, s), rtol=1e-10, atol=1e-10)
+    close(method.target(eps, y_t, t, s, UNCONDITIONAL), signal(schedule, x_s, eps, s), rtol=1e-10, atol=1e-10)
 
 
 def test_small_steps_follow_the_signal_ode():
@@ -105,7 +106,7 @@ def test_small_steps_follow_the_signal_ode():
     y_t, eps = make_batch(3, (1, 1, 1)).noise(), make_batch(3, (1, 1, 1), seed=1).noise()
     rate = (schedule.lam(t + h) - schedule.lam(t - h)) / (2 * h)
     f = method.teacher.denoise(schedule.alpha(t) * y_t + schedule.sigma(t) * eps, t)
-    close((y_t - method.target(eps, y_t, t, t - h)) / h, -rate * (f - y_t), rtol=1e-4)
+    close((y_t - method.target(eps, y_t, t, t - h, UNCONDITIONAL)) / h, -rate * (f - y_t), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("target", "order"), [("euler", 1), ("heun", 2)])
@@ -126,7 +127,7 @@ def test_order_of_the_oracle_chain(target, order, law):
         method = boot(teacher, steps=steps, target=target)
         y = first(schedule, teacher, eps)
         for k in range(steps, 0, -1):
-            y = method.target(eps, y, time_like(eps, method.grid[k]), time_like(eps, method.grid[k - 1]))
+            y = method.target(eps, y, time_like(eps, method.grid[k]), time_like(eps, method.grid[k - 1]), UNCONDITIONAL)
         errors.append((y - exact).square().mean().sqrt().item())
     assert slope(errors) == pytest.approx(order, abs=0.2)
     assert errors[-1] < {1: 0.03, 2: 5e-4}[order]
@@ -156,11 +157,11 @@ def test_a_heun_oracle_is_the_optimum_of_heun_alone(target):
     heun = boot(teacher, steps=8, target="heun")
 
     class HeunOracle(nn.Module):
-        def forward(self, eps: Tensor, t: Tensor) -> Tensor:
+        def forward(self, eps: Tensor, t: Tensor, c=UNCONDITIONAL) -> Tensor:
             y = first(schedule, teacher, eps)
             for k in range(8, 0, -1):
                 here, below = time_like(eps, heun.grid[k]), time_like(eps, heun.grid[k - 1])
-                y = torch.where(t < (here + below) / 2, heun.target(eps, y, here, below), y)
+                y = torch.where(t < (here + below) / 2, heun.target(eps, y, here, below, UNCONDITIONAL), y)
             return y
 
     method.student = HeunOracle()
@@ -175,7 +176,7 @@ class Shifted(nn.Module):
         super().__init__()
         self.oracle, self.shift = oracle, shift
 
-    def forward(self, eps: Tensor, t: Tensor) -> Tensor:
+    def forward(self, eps: Tensor, t: Tensor, c=UNCONDITIONAL) -> Tensor:
         C = self.shift(eps)
         return self.oracle(eps + C, t) + self.oracle.teacher.schedule.noise_level(t) * C
 
@@ -191,7 +192,7 @@ def test_bootstrapping_alone_has_a_null_space_that_the_boundary_closes(shift, le
         losses[beta] = loss_of(method, make_batch(256, (1, 1, 1))).item()
     assert losses[0.0] < 1e-20
     assert losses[1.0] > least
-    collapsed = method.sample(FixedNoise([make_batch(256, (1, 1, 1)).noise()]), 1).std()
+    collapsed = method.sample(FixedNoise([make_batch(256, (1, 1, 1)).noise()]), 1, UNCONDITIONAL).std()
     full = Oracle(teacher, 16)(make_batch(256, (1, 1, 1)).noise(), time_like(torch.zeros(256), 0.01)).std()
     assert collapsed < 0.95 * full  # so the null space is of students that are worse
 
@@ -206,7 +207,7 @@ class Table(nn.Module):
         super().__init__()
         self.grid, self.w = grid, nn.Parameter(torch.linspace(0.1, 0.9, len(grid)))
 
-    def forward(self, eps: Tensor, t: Tensor) -> Tensor:
+    def forward(self, eps: Tensor, t: Tensor, c=UNCONDITIONAL) -> Tensor:
         return self.w[(t.flatten()[:, None] - self.grid).abs().argmin(dim=1)].view(-1, 1, 1, 1) * eps
 
 
@@ -220,13 +221,13 @@ def test_gradients_reach_the_student_at_s_and_at_t_max_only(target):
     method.time_pair = lambda batch: (grid[3].expand(5, 1, 1, 1), grid[2].expand(5, 1, 1, 1))
     seen = []
     denoise = teacher.denoise
-    teacher.denoise = lambda x, t: seen.append(torch.is_grad_enabled()) or denoise(x, t)
+    teacher.denoise = lambda x, t, c=UNCONDITIONAL: seen.append(torch.is_grad_enabled()) or denoise(x, t, c)
     loss_of(method, make_batch(5)).backward()
     eps = make_batch(5).noise()
     t, s, T = time_like(eps, grid[3]), time_like(eps, grid[2]), time_like(eps, grid[6])
     w = method.student.w.detach()
     with torch.no_grad():
-        y_s, y_T = method.target(eps, w[3] * eps, t, s), denoise(eps, T)
+        y_s, y_T = method.target(eps, w[3] * eps, t, s, UNCONDITIONAL), denoise(eps, T)
     expected = torch.zeros(7)
     expected[2] = (2 * (w[2] * eps - y_s) * eps).mean()
     expected[6] = 0.5 * (2 * (w[6] * eps - y_T) * eps).mean()
@@ -266,7 +267,7 @@ def test_weights_relate_as_stated():
 @pytest.mark.parametrize("name", schedules())
 def test_grid_times_are_neighbours_of_the_grid_and_cover_it(name):
     schedule = SCHEDULES[name]()
-    method = boot(gaussian_teacher(schedule), steps=7, times="grid")
+    method = boot(gaussian_teacher(schedule), steps=7, times="uniform")
     t, s = method.time_pair(make_batch(2000))
     grid = [schedule.t_min + k / 7 * (schedule.t_max - schedule.t_min) for k in range(8)]
     assert sorted(set(t.flatten().tolist())) == pytest.approx(grid[1:], rel=1e-12)
@@ -278,7 +279,7 @@ def test_grid_times_are_neighbours_of_the_grid_and_cover_it(name):
 @pytest.mark.parametrize("name", schedules())
 def test_uniform_times_stay_in_range_and_fill_it(name):
     schedule = SCHEDULES[name]()
-    method = boot(gaussian_teacher(schedule), steps=7, times="uniform")
+    method = boot(gaussian_teacher(schedule), steps=7, times="continuous")
     t, s = method.time_pair(make_batch(4000))
     width = schedule.t_max - schedule.t_min
     assert t.max() <= schedule.t_max and s.min() >= schedule.t_min
@@ -303,7 +304,7 @@ def test_the_student_starts_as_the_teacher_at_t_max_for_every_t(name, prediction
     for t in (time(torch.linspace(schedule.t_min, schedule.t_max, 11, dtype=torch.float64)), T):
         assert torch.equal(method.student(eps, t), y_T)
     method.config.beta = 1e12
-    method.target = lambda eps, y_t, t, s: y_t  # L_BS = 0 at the start, so only L_BC is left
+    method.target = lambda eps, y_t, t, s, c: y_t  # L_BS = 0 at the start, so only L_BC is left
     assert loss_of(method, make_batch(11)) == 0
 
 
@@ -339,13 +340,13 @@ def test_sample_is_the_student_at_t_min_with_one_evaluation(tmp_path):
     method = boot(teacher, steps=64)
     method.student = Oracle(teacher, 64)
     eps = make_batch(64, (1, 1, 1)).noise().clamp(-2, 2)
-    x_0 = method.sample(FixedNoise([eps]), 1)
+    x_0 = method.sample(FixedNoise([eps]), 1, UNCONDITIONAL)
     x_end = mixture_map(teacher.schedule, start(teacher.schedule, teacher, eps), 0.99, 0.01)
     exact = signal(teacher.schedule, x_end, eps, time_like(eps, 0.01))
     assert (x_0 - exact).square().mean().sqrt() < 0.06
     method = boot(mlp_teacher())
     meter = make_workspace(method.teacher, tmp_path).meter
-    method.sample(FixedNoise([make_batch(5).noise()]), 1)
+    method.sample(FixedNoise([make_batch(5).noise()]), 1, UNCONDITIONAL)
     assert (meter.teacher_nfe, meter.student_nfe) == (0, 5)
     assert method.supports(1) and not method.supports(2) and method.keeps_noise(1)
 
@@ -358,7 +359,7 @@ def test_the_boundary_is_the_teacher_at_the_noise_scaled_to_the_schedule(name):
     method = boot(teacher, beta=1.0)
     method.student = Table(method.grid)
     method.student.w.data.zero_()
-    method.target = lambda eps, y_t, t, s: y_t  # L_BS = 0
+    method.target = lambda eps, y_t, t, s, c: y_t  # L_BS = 0
     alpha, sigma = schedule.alpha(time(schedule.t_max)), schedule.sigma(time(schedule.t_max))
     f = 6400 * alpha / (6400 * alpha**2 + sigma**2) * sigma * make_batch(50, (1, 1, 1)).noise()
     loss = loss_of(method, make_batch(50, (1, 1, 1)))

@@ -19,6 +19,7 @@ from analytic import (
     schedules,
     time,
 )
+from distillbench.conditions import UNCONDITIONAL
 from distillbench.errors import UserError
 from distillbench.noise import FixedNoise, Noise, stream_key
 from distillbench.samplers import time_like, uniform_times
@@ -41,7 +42,7 @@ def prepared(folder, teacher=None, seed: int = 0, **settings):
 
 
 def all_pairs(method: Direct) -> tuple[Tensor, Tensor]:
-    return method.store.read(torch.arange(len(method.store)))
+    return method.store.read(torch.arange(len(method.store)))[:2]
 
 
 def test_pairs_are_noise_and_the_closed_form_ddim_of_it(tmp_path):
@@ -60,7 +61,7 @@ def test_the_answer_is_to_the_noise_scaled_to_the_schedule(name):
     eps = make_batch(5, (1, 1, 1)).noise()
     x_T = schedule.sigma(time(schedule.t_max)) * eps
     expected = ddim_chain(schedule, x_T, uniform_times(schedule, 4), (0.0,), (6400.0,))
-    close(direct(teacher, steps=4).solve(eps), expected, rtol=1e-3)
+    close(direct(teacher, steps=4).solve(eps, UNCONDITIONAL), expected, rtol=1e-3)
 
 
 def test_pairs_are_reproduced_found_again_and_charged_the_same(tmp_path):
@@ -102,7 +103,7 @@ class Lookup(nn.Module):
         super().__init__()
         self.times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
 
-    def forward(self, eps: Tensor, t: Tensor) -> Tensor:
+    def forward(self, eps: Tensor, t: Tensor, c=UNCONDITIONAL) -> Tensor:
         assert (t == 1).all()
         return ddim_chain(VPCosine(), eps, self.times)
 
@@ -121,8 +122,8 @@ def test_losses_are_the_mean_square_and_the_mean_absolute_difference(tmp_path):
     """A student that is off by -.3 everywhere: .09 and .3."""
 
     class Off(Lookup):
-        def forward(self, eps, t):
-            return super().forward(eps, t) - 0.3
+        def forward(self, eps, t, c):
+            return super().forward(eps, t, c) - 0.3
 
     for loss, expected in {"l2": 0.09, "l1": 0.3}.items():
         method, _ = prepared(tmp_path, steps=8, online=True, loss=loss)
@@ -135,7 +136,7 @@ def test_online_every_batch_is_solved_anew(tmp_path):
     assert method.store is None and meter.teacher_nfe == 0 and not list(tmp_path.iterdir())
     loss_of(method, make_batch(7)).backward()
     assert (meter.teacher_nfe, meter.student_nfe) == (7 * 6, 7)
-    eps, _ = method.pair(make_batch(7))
+    eps, *_ = method.pair(make_batch(7))
     assert torch.equal(eps, make_batch(7).noise())
     assert all(p.grad is None for p in method.teacher.denoiser.parameters())
 
@@ -150,7 +151,7 @@ def test_offline_a_step_costs_one_evaluation_of_the_student(tmp_path):
 
 def test_offline_all_pairs_are_drawn(tmp_path):
     method, _ = prepared(tmp_path, steps=2, pairs=10)
-    eps, x_0 = method.pair(make_batch(500))
+    eps, x_0, _ = method.pair(make_batch(500))
     all_eps, all_x_0 = all_pairs(method)
     index = (eps[:, None] - all_eps).abs().sum(dim=(2, 3, 4)).argmin(dim=1)
     assert torch.equal(eps, all_eps[index]) and torch.equal(x_0, all_x_0[index])
@@ -163,7 +164,7 @@ def test_sample_is_the_student_at_t_max_with_one_evaluation(tmp_path, name):
     method = direct(mlp_teacher(SCHEDULES[name](), "x0"))
     meter, schedule = make_workspace(method.teacher, tmp_path).meter, method.teacher.schedule
     eps = make_batch(5).noise()
-    x_0 = method.sample(FixedNoise([eps]), 1)
+    x_0 = method.sample(FixedNoise([eps]), 1, UNCONDITIONAL)
     assert (meter.teacher_nfe, meter.student_nfe) == (0, 5)
     T = time_like(eps, schedule.t_max)
     assert torch.equal(x_0, method.teacher.denoise(schedule.sigma(T) * eps, T))

@@ -25,6 +25,7 @@ from analytic import (
     time,
     weights_of,
 )
+from distillbench.conditions import UNCONDITIONAL
 from distillbench.budget import BudgetConfig
 from distillbench.denoiser import implied_eps
 from distillbench.errors import UserError
@@ -68,7 +69,7 @@ def test_one_step_with_the_target_lands_where_two_steps_of_the_teacher_do(name):
     z_t = schedule.alpha(t) * 0.3 + schedule.sigma(t) * make_batch(7, (1, 1, 1)).noise()
     z_1 = ddim_to(schedule, z_t, method.teacher.denoise(z_t, t), t, t_1)
     z_2 = ddim_to(schedule, z_1, method.teacher.denoise(z_1, t_1), t_1, t_2)
-    close(ddim_to(schedule, z_t, method.target(z_t, i), t, t_2), z_2, rtol=1e-11, atol=1e-12)
+    close(ddim_to(schedule, z_t, method.target(z_t, i, UNCONDITIONAL), t, t_2), z_2, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["vp_cosine", "vp_linear", "flow_matching"])
@@ -80,7 +81,7 @@ def test_the_last_step_ends_on_the_teacher_s_second_data_prediction(name):
     z_t = schedule.alpha(t) * 0.3 + schedule.sigma(t) * make_batch(5, (1, 1, 1)).noise()
     z_1 = ddim_to(schedule, z_t, method.teacher.denoise(z_t, t), t.expand(5, 1, 1, 1), t_1)
     x_1 = method.teacher.denoise(z_1, t_1.expand(5, 1, 1, 1))
-    close(method.target(z_t, torch.ones(5, 1, 1, 1, dtype=torch.int64)), x_1, rtol=1e-14)
+    close(method.target(z_t, torch.ones(5, 1, 1, 1, dtype=torch.int64), UNCONDITIONAL), x_1, rtol=1e-14)
 
 
 class Oracle(nn.Module):
@@ -90,11 +91,11 @@ class Oracle(nn.Module):
         super().__init__()
         self.__dict__["method"] = method
 
-    def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
+    def forward(self, z_t: Tensor, t: Tensor, c=UNCONDITIONAL) -> Tensor:
         schedule = self.method.teacher.schedule
         i = (t - schedule.t_min) / (schedule.t_max - schedule.t_min) * self.method.n
         assert torch.allclose(i, i.round(), atol=1e-9)  # a student meets no other times
-        return self.method.target(z_t, i.round().long().expand(len(z_t), 1, 1, 1))
+        return self.method.target(z_t, i.round().long().expand(len(z_t), 1, 1, 1), UNCONDITIONAL)
 
 
 @pytest.mark.parametrize("steps", [2, 4, 16])
@@ -106,7 +107,7 @@ def test_nested_phases_with_oracle_students_are_ddim(name, steps):
     for phase in range(phases):
         method = pd(teacher, phase=phase, steps=steps)
         if student is not None:
-            method.phase_teacher = student
+            method.taught_by = student
         student = Oracle(method)
     assert method.n == 1
     z = make_batch(6).noise()
@@ -133,8 +134,8 @@ def test_weights(weight):
     schedule = VPCosine()
 
     class Off(Oracle):
-        def forward(self, z_t, t):
-            return super().forward(z_t, t) + 0.1
+        def forward(self, z_t, t, c):
+            return super().forward(z_t, t, c) + 0.1
 
     seen = set()
     for seed in range(30):  # one image, hence one t, a batch
@@ -161,18 +162,18 @@ def test_a_v_loss_is_an_x_loss_weighted_with_snr_plus_one():
     t = i.double() / 4
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     z_t = alpha * x_0 + sigma * eps
-    x_tilde = method.target(z_t, i)
+    x_tilde = method.target(z_t, i, UNCONDITIONAL)
     v_tilde = alpha * implied_eps(z_t, x_tilde, alpha, sigma) - sigma * x_tilde
     close(loss, (v_tilde - method.student.output(z_t, t)).square().mean(), rtol=1e-7)
 
 
 def test_a_step_draws_all_of_its_grid_and_noises_real_images():
     """What the phase's teacher is asked first: z_t = alpha x_0 + sigma eps at t in {1/n, ..., 1}."""
-    method = pd(phase=1, steps=16)  # n = 4
+    method = pd(phase=0, steps=8)  # n = 4
     asked = []
-    method.phase_teacher.register_forward_pre_hook(lambda module, inputs: asked.append(inputs))
+    method.teacher.denoiser.register_forward_pre_hook(lambda module, inputs: asked.append(inputs))
     loss_of(method, make_batch(300, read=gaussian_images()))
-    (z_t, t), (_, t_1) = asked
+    (z_t, t, _), (_, t_1, _) = asked
     batch = make_batch(300, read=gaussian_images())
     x_0, eps = batch.x_0, batch.noise()
     close(z_t, VPCosine().alpha(t) * x_0 + VPCosine().sigma(t) * eps, rtol=1e-12)
@@ -199,15 +200,15 @@ def test_at_the_end_of_a_phase_the_average_becomes_teacher_student_and_snapshot(
     average = mlp_teacher(seed=7).student()
     before = weights_of(method.students["4"])
     method.end_phase(1, average)
-    for network in (method.phase_teacher, method.student, method.students["2"]):
+    for network in (method.deputy, method.student, method.students["2"]):
         assert same_weights(weights_of(network), weights_of(average))
     for n in ("4", "1"):
         assert same_weights(weights_of(method.students[n]), before)
     assert same_weights(weights_of(method.teacher.denoiser), before)  # the teacher that all methods share
     with torch.no_grad():
         next(method.student.parameters()).add_(1.0)  # they are copies
-    assert same_weights(weights_of(method.phase_teacher), weights_of(average))
-    assert not any(p.requires_grad for p in [*method.phase_teacher.parameters(), *method.students.parameters()])
+    assert same_weights(weights_of(method.deputy), weights_of(average))
+    assert not any(p.requires_grad for p in [*method.deputy.parameters(), *method.students.parameters()])
     assert all(p.requires_grad for p in method.student.parameters())
 
 
@@ -219,7 +220,7 @@ def test_training_hands_the_average_from_phase_to_phase(tmp_path, halflife):
     class Watched(ProgressiveDistillation):
         def start_phase(self, index):
             super().start_phase(index)
-            starts.append((weights_of(self.phase_teacher), weights_of(self.student)))
+            starts.append((weights_of(self.deputy), weights_of(self.student)))
 
     teacher = mlp_teacher()
     method = Watched(Watched.Config(steps=8, ema_halflife_kimg=halflife), teacher)
@@ -251,7 +252,7 @@ def test_gradients_reach_the_student_only():
     method = pd(mlp_teacher(), phase=0, steps=8)
     loss_of(method, make_batch(16, read=gaussian_images())).backward()
     assert all(p.grad is not None for p in method.student.parameters())
-    others = [method.phase_teacher, method.students, method.teacher.denoiser]
+    others = [method.deputy, method.students, method.teacher.denoiser]
     assert all(p.grad is None for network in others for p in network.parameters())
 
 
@@ -262,12 +263,12 @@ def test_sample_is_ddim_with_the_student_of_that_many_steps(nfe, tmp_path):
     eps = make_batch(5).noise()
     times = torch.arange(nfe + 1, dtype=torch.float64) / nfe
     meter = make_workspace(method.teacher, tmp_path).meter
-    close(method.sample(FixedNoise([eps]), nfe), ddim_chain(VPCosine(), eps, times), rtol=1e-9, atol=1e-9)
+    close(method.sample(FixedNoise([eps]), nfe, UNCONDITIONAL), ddim_chain(VPCosine(), eps, times), rtol=1e-9, atol=1e-9)
     assert (meter.teacher_nfe, meter.student_nfe) == (0, 5 * nfe)
     used = []
     for n, student in method.students.items():
         student.register_forward_pre_hook(lambda module, inputs, n=n: used.append(n))
-    method.sample(FixedNoise([eps]), nfe)
+    method.sample(FixedNoise([eps]), nfe, UNCONDITIONAL)
     assert set(used) == {str(nfe)}
     assert [n for n in range(10) if method.supports(n)] == [1, 2, 4] and method.keeps_noise(nfe)
 
@@ -281,7 +282,7 @@ def test_sample_answers_the_noise_scaled_to_the_schedule(name):
     times = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
     x_T = schedule.sigma(time(schedule.t_max)) * eps
     expected = ddim_chain(schedule, x_T, times, (0.0,), (6400.0,))
-    close(pd(teacher, steps=2).sample(FixedNoise([eps]), 1), expected, rtol=1e-3)
+    close(pd(teacher, steps=2).sample(FixedNoise([eps]), 1, UNCONDITIONAL), expected, rtol=1e-3)
 
 
 def test_a_long_chain_approaches_the_exact_flow_with_order_1():
@@ -292,7 +293,7 @@ def test_a_long_chain_approaches_the_exact_flow_with_order_1():
         student = None
         for phase in range(int(math.log2(steps))):
             method = pd(teacher, phase=phase, steps=steps)
-            method.phase_teacher = student or method.phase_teacher
+            method.taught_by = student or method.taught_by
             student = Oracle(method)
         errors.append((student(z, time_like(z, 1.0)) - limit).square().mean().sqrt().item())
     assert slope(errors) == pytest.approx(1, abs=0.15)

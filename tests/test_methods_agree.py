@@ -24,10 +24,11 @@ from analytic import (
     table_teacher,
     time,
 )
+from distillbench.conditions import UNCONDITIONAL
 from distillbench.budget import BudgetConfig
 from distillbench.noise import FixedNoise
 from distillbench.progress import Step
-from distillbench.samplers import karras_times, time_like, uniform_times
+from distillbench.samplers import ONE_STEP, karras_times, time_like, uniform_times
 from distillbench.schedules import VPCosine
 from distillbench.train import train
 from distillbench_boot import Boot
@@ -44,20 +45,19 @@ STEPS, BATCH = 8, 128
 
 
 def direct_answer(teacher, eps: Tensor, steps: int) -> Tensor:
-    return Direct(Direct.Config(steps=steps), teacher).solve(eps)
+    return Direct(Direct.Config(steps=steps), teacher).solve(eps, UNCONDITIONAL)
 
 
 def pd_answer(teacher, eps: Tensor, steps: int) -> Tensor:
     """Nested two-step targets, one method for each phase."""
 
     def student(method, x_hat):
-        method.phase_teacher = x_hat
-        return lambda z, t: method.target(z, (t * method.n).round().long())
+        method.taught_by = x_hat
+        return lambda z, t, c=UNCONDITIONAL: method.target(z, (t * method.n).round().long(), UNCONDITIONAL)
 
     x_hat, index = teacher.denoise, 0
     while True:
         method = ProgressiveDistillation(ProgressiveDistillation.Config(steps=steps), teacher)
-        del method.phase_teacher
         method.start_phase(index)
         x_hat, index = student(method, x_hat), index + 1
         if method.n == 1:
@@ -66,10 +66,9 @@ def pd_answer(teacher, eps: Tensor, steps: int) -> Tensor:
 
 def cm_answer(teacher, eps: Tensor, steps: int) -> Tensor:
     """The solver's chain along the given grid, in units of x^."""
-    method = ConsistencyDistillation(ConsistencyDistillation.Config(solver="ddim"), teacher)
     x, grid = eps, uniform_times(teacher.schedule, steps)
     for k in range(steps, 0, -1):
-        x = method.solver_step(x, time_like(x, grid[k]), time_like(x, grid[k - 1]))
+        x = ONE_STEP["ddim"](teacher.schedule, teacher.denoise, x, time_like(x, grid[k]), time_like(x, grid[k - 1]))
     return x / teacher.schedule.alpha(time_like(x, grid[0]))
 
 
@@ -77,7 +76,7 @@ def boot_answer(teacher, eps: Tensor, steps: int) -> Tensor:
     method = Boot(Boot.Config(steps=steps, target="euler"), teacher)
     y = teacher.denoise(eps, time_like(eps, 1.0))
     for k in range(steps, 0, -1):
-        y = method.target(eps, y, time_like(eps, method.grid[k]), time_like(eps, method.grid[k - 1]))
+        y = method.target(eps, y, time_like(eps, method.grid[k]), time_like(eps, method.grid[k - 1]), UNCONDITIONAL)
     return y
 
 
@@ -113,7 +112,7 @@ def check(method, expected, tolerance: float) -> None:
     """Root mean square distance to the closed form on fresh noise, where the untrained student is far from it."""
     eps = make_batch(1000, seed=99).noise()
     with torch.no_grad():
-        error = (method.sample(FixedNoise([eps]), 1) - expected(eps)).square().mean().sqrt().item()
+        error = (method.sample(FixedNoise([eps]), 1, UNCONDITIONAL) - expected(eps)).square().mean().sqrt().item()
     untrained = column(MEAN).expand_as(eps)  # E[x_0] is what every student says of pure noise at first
     assert error < tolerance < 0.01 * (untrained - expected(eps)).square().mean().sqrt()
 

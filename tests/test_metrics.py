@@ -172,7 +172,7 @@ def test_every_sampler_answers_the_same_noise_in_batches_of_any_size():
 
 def test_the_reference_is_the_teacher_with_most_steps_on_that_noise():
     """Closed-form DDIM with 8 steps, clipped; a sampler that gives just that has distance 0."""
-    judge = evaluator(teacher_nfe=[1, 8, 4])
+    judge = evaluator(teacher_steps=[1, 8, 4])
     eps = Noise(stream_key("evaluation", 0), range(10), (2, 1, 1))(0)
     expected = ddim_chain(judge.teacher.schedule, eps, uniform_times(judge.teacher.schedule, 8)).clamp(-1, 1)
     assert torch.allclose(judge.teacher_x_0, expected, rtol=0, atol=1e-8)

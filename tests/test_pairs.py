@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from analytic import gaussian_teacher, make_workspace
+from distillbench.conditions import UNCONDITIONAL, Condition
 from distillbench.budget import Meter
 from distillbench.noise import Noise, stream_key
 from distillbench.pairs import BATCH, PairStore, Workspace
@@ -24,7 +25,7 @@ class Solver:
     def __init__(self, teacher) -> None:
         self.teacher, self.solved = teacher, 0
 
-    def __call__(self, eps: torch.Tensor) -> torch.Tensor:
+    def __call__(self, eps: torch.Tensor, c: Condition) -> torch.Tensor:
         self.solved += len(eps)
         x = eps
         for _ in range(3):
@@ -52,7 +53,7 @@ def make(folder: Path, count: int = 12, seed: int = 0, recipe=RECIPE, sha256: st
 
 
 def all_of(pairs: PairStore) -> tuple[torch.Tensor, torch.Tensor]:
-    return pairs.read(torch.arange(len(pairs)))
+    return pairs.read(torch.arange(len(pairs)))[:2]
 
 
 def same(a: PairStore, b: PairStore) -> bool:
@@ -66,7 +67,7 @@ def test_pairs_are_the_solver_at_the_noise_of_the_stream(tmp_path):
     eps = Noise(stream_key("pairs", 0), range(12), teacher.shape)(0)
     read_eps, read_x_0 = all_of(pairs)
     assert torch.equal(read_eps, eps)
-    assert torch.equal(read_x_0, Solver(teacher)(eps).float())
+    assert torch.equal(read_x_0, Solver(teacher)(eps, UNCONDITIONAL).float())
     assert solved == len(pairs) == 12 and read_x_0.dtype is torch.float32
     assert meter.teacher_nfe == 36
 
@@ -74,7 +75,7 @@ def test_pairs_are_the_solver_at_the_noise_of_the_stream(tmp_path):
 def test_reading_follows_the_indices_of_any_shape(tmp_path):
     pairs, *_ = make(tmp_path)
     eps, x_0 = all_of(pairs)
-    some_eps, some_x_0 = pairs.read(torch.tensor([5, 0, 5]).view(3, 1, 1, 1))
+    some_eps, some_x_0 = pairs.read(torch.tensor([5, 0, 5]).view(3, 1, 1, 1))[:2]
     assert torch.equal(some_eps, eps[[5, 0, 5]]) and torch.equal(some_x_0, x_0[[5, 0, 5]])
 
 
@@ -94,8 +95,8 @@ def test_pairs_do_not_depend_on_the_chunks_they_are_made_in(tmp_path):
     pairs, solved, meter, _ = make(tmp_path, count=BATCH + 5)
     teacher = gaussian_teacher()
     tail = Noise(stream_key("pairs", 0), range(BATCH, BATCH + 5), teacher.shape)(0)
-    eps, x_0 = pairs.read(torch.arange(BATCH, BATCH + 5))
-    assert torch.equal(eps, tail) and torch.equal(x_0, Solver(teacher)(tail).float())
+    eps, x_0 = pairs.read(torch.arange(BATCH, BATCH + 5))[:2]
+    assert torch.equal(eps, tail) and torch.equal(x_0, Solver(teacher)(tail, UNCONDITIONAL).float())
     assert solved == len(pairs) == BATCH + 5 and meter.teacher_nfe == 3 * (BATCH + 5)
 
 
@@ -170,5 +171,5 @@ def test_making_pairs_leaves_no_gradients(tmp_path):
     workspace = Workspace(teacher, Meter(make_workspace(teacher, tmp_path).meter.budget, teacher, "cpu"), tmp_path,
                           "cpu", 0, Progress(None))  # fmt: skip
     seen = []
-    workspace.pairs(lambda eps: seen.append(torch.is_grad_enabled()) or eps, 3, RECIPE)
+    workspace.pairs(lambda eps, c: seen.append(torch.is_grad_enabled()) or eps, 3, RECIPE)
     assert seen == [False]

@@ -30,7 +30,7 @@ class Mine(Method):
     def train_step(self, batch):
         yield self.student, batch.noise().mean()
 
-    def sample(self, noise, nfe):
+    def sample(self, noise, nfe, c):
         return noise(0)
 
 @hookimpl
@@ -97,7 +97,7 @@ def test_an_entry_says_what_makes_results_of_another_version_others(source):
 
 
 def test_an_unknown_name_is_an_error_with_the_nearest_one():
-    with pytest.raises(UserError, match=r"no method 'bot'\. Did you mean 'boot'\? Possible: boot, cm, direct, pd"):
+    with pytest.raises(UserError, match=r"no method 'bot'\. Did you mean 'boot'\? Possible: boot, cm, ct, direct, pd, sid, tract"):
         load_registry().get("methods", "bot")
 
 

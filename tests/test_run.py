@@ -26,7 +26,7 @@ from distillbench.registry import Entry, Plugin, load_registry
 from distillbench.run import run
 
 COLUMNS = """
-dataset teacher method seed nfe status reason fd_efficientnet_lite0 teacher_rmse train_seconds train_images
+dataset teacher guidance method seed nfe status reason fd_efficientnet_lite0 teacher_rmse train_seconds train_images
 train_teacher_nfe train_student_nfe train_peak_gpu_mib train_peak_rss_mib sample_latency_ms sample_images_per_second
 sample_peak_gpu_mib parameters settings device key
 """
@@ -39,7 +39,7 @@ SMALL = [
     "evaluation.images=24",
     "evaluation.batch_size=16",
     "evaluation.timing_seconds=0.001",
-    "evaluation.teacher_nfe=[1,4]",
+    "evaluation.teacher_steps=[1,4]",
     "device=cpu",
 ]
 SMALLER = [*SMALL, "dataset=digits", "evaluation.metrics=[teacher_rmse]", "run_name=here"]
@@ -403,7 +403,7 @@ class Stranger(Method):
     def supports(self, nfe):
         return nfe <= 2
 
-    def sample(self, noise, nfe):
+    def sample(self, noise, nfe, c):
         x_0 = self.student(noise(0), self.at_T(noise(0)))
         return x_0 if nfe == 1 else self.student(noise(1), self.at_T(noise(1)))
 
@@ -443,22 +443,22 @@ class BecomesNan(Stranger):
 class SamplesNan(Stranger):
     name = "samples_nan"
 
-    def sample(self, noise, nfe):
-        return super().sample(noise, nfe) * (float("nan") if nfe == 2 else 1.0)
+    def sample(self, noise, nfe, c):
+        return super().sample(noise, nfe, c) * (float("nan") if nfe == 2 else 1.0)
 
 
 class SamplesNothing(Stranger):
     name = "samples_nothing"
 
-    def sample(self, noise, nfe):
-        return super().sample(noise, nfe)[:, :, :4] if nfe == 2 else super().sample(noise, nfe)
+    def sample(self, noise, nfe, c):
+        return super().sample(noise, nfe, c)[:, :, :4] if nfe == 2 else super().sample(noise, nfe, c)
 
 
 class CountsWrong(Stranger):
     name = "counts_wrong"
 
-    def sample(self, noise, nfe):
-        return super().sample(noise, 1)
+    def sample(self, noise, nfe, c):
+        return super().sample(noise, 1, c)
 
 
 class Peeks(Stranger):

@@ -28,7 +28,7 @@ from analytic import (
     weights_of,
 )
 from distillbench.budget import BudgetConfig, Limit
-from distillbench.datasets import Dataset, from_uint8
+from distillbench.datasets import Dataset, to_float
 from distillbench.errors import DivergedError
 from distillbench.method import Method, MethodConfig, OptimizerConfig, Phase
 from distillbench.progress import Step
@@ -81,7 +81,7 @@ class Ramp(Method):
         self.diary.append(f"end {index}")
         self.averages.append((average is self.student, average.w.item()))
 
-    def sample(self, noise, nfe):
+    def sample(self, noise, nfe, c):
         raise NotImplementedError
 
     @property
@@ -406,7 +406,7 @@ def test_one_seed_gives_the_same_weights_bit_for_bit(tmp_path, name):
         torch.manual_seed(seed)  # new layers, such as BOOT's embedding, start from the global generator
         method = cls(cls.Config(**settings), teacher)
         images = gaussian_images(seed)
-        read = (lambda n: images(n).float()) if cls.needs_data else None
+        read = (lambda n: (images(n)[0].float(), None)) if cls.needs_data else None
         workspace = make_workspace(teacher, tmp_path / folder, BudgetConfig(images=300), seed)
         train(method, method.config, workspace, read, 32, SILENT)
         assert same_weights(weights_of(teacher.denoiser), teachers_weights)  # the teacher stays as it is
@@ -436,7 +436,7 @@ def test_real_images_are_read_when_asked_for_and_once():
 
     def read(size):
         reads.append(size)
-        return torch.zeros(size, 2, 1, 1)
+        return torch.zeros(size, 2, 1, 1), None
 
     batch = make_batch(5, read=read)
     batch.noise()
@@ -468,14 +468,14 @@ class Numbers(Dataset):
 
 def test_data_stream_draws_uniformly_and_the_same_for_everybody():
     stream = DataStream(Numbers(), 0, "cpu")
-    images = torch.cat([stream.read(size) for size in (30, 70)])
+    images = torch.cat([stream.read(size)[0] for size in (30, 70)])
     again = DataStream(Numbers(), 0, "cpu")
-    assert torch.equal(images[:30], again.read(30)) and torch.equal(images[30:], again.read(70))
-    assert not torch.equal(images[:30], DataStream(Numbers(), 1, "cpu").read(30))
-    values = DataStream(Numbers(), 0, "cpu").read(20_000)[:, 0, 0, 0]
+    assert torch.equal(images[:30], again.read(30)[0]) and torch.equal(images[30:], again.read(70)[0])
+    assert not torch.equal(images[:30], DataStream(Numbers(), 1, "cpu").read(30)[0])
+    values = DataStream(Numbers(), 0, "cpu").read(20_000)[0][:, 0, 0, 0]
     counts = torch.bincount(((values + 1) * 127.5).round().long(), minlength=200)
     assert len(counts) == 200 and (counts - 100).abs().max() < 5.5 * 10
 
 
 def test_uint8_becomes_minus_one_to_one():
-    assert from_uint8(torch.tensor([0, 255, 51], dtype=torch.uint8)).tolist() == pytest.approx([-1, 1, -0.6])
+    assert to_float(torch.tensor([0, 255, 51], dtype=torch.uint8)).tolist() == pytest.approx([-1, 1, -0.6])

@@ -20,6 +20,7 @@ class Digits(Dataset):
     name = "digits"
     licence = "CC BY 4.0 (UCI Machine Learning Repository)"
     shape = (1, 8, 8)
+    classes = 10
 
     @dataclass
     class Config(DatasetConfig):
@@ -28,7 +29,9 @@ class Digits(Dataset):
     def __init__(self, config: Config) -> None:
         from sklearn.datasets import load_digits
 
-        levels = torch.from_numpy(load_digits().images)
+        digits = load_digits()
+        levels = torch.from_numpy(digits.images)
+        self.targets = torch.from_numpy(digits.target).long()
         self.images = (levels * (255 / 16)).round().to(torch.uint8)[:, None]
         self.sha256 = hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
 
@@ -37,6 +40,9 @@ class Digits(Dataset):
 
     def read(self, indices: Tensor) -> Tensor:
         return self.images[indices]
+
+    def labels(self, indices: Tensor) -> Tensor:
+        return self.targets[indices]
 
 
 @hookimpl

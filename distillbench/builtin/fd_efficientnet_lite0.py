@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from distillbench import Dataset, Metric, Samples, Unavailable, hookimpl
+from distillbench.datasets import to_uint8
 from distillbench.metrics import GaussianStatistics, frechet_distance
 
 STRIDE, SMALLEST, LARGEST = 32, 64, 224  # of the network; its input at training was 224
@@ -64,8 +65,12 @@ class FdEfficientNetLite0(Metric):
 
     def __init__(self, dataset: Dataset, device: str) -> None:
         super().__init__(dataset, device)
+        if dataset.shape[0] not in (1, 3):
+            raise Unavailable(f"the network sees grey or colour images, not {dataset.shape[0]} channels")
+        if len(dataset) < 2:
+            raise Unavailable("there are no real images to compare with")
         self.network = load_network().to(device, memory_format=torch.channels_last)
-        real = map(dataset.read, torch.arange(len(dataset)).split(BATCH))
+        real = (to_uint8(dataset.read(indices)) for indices in torch.arange(len(dataset)).split(BATCH))
         self.reference = GaussianStatistics.of(self._features(real))
         self.reference_root = self.reference.root()
 

@@ -4,8 +4,9 @@ The recipe (dataset's hash, network, schedule, training) names the weights. Weig
 those that ship with distillbench, then in the cache of the results folder; only if neither has them is the teacher
 trained, once. ``teacher.path=FILE`` takes a given file instead.
 
-Training is denoising score matching: minimise E |target(x_0, eps, t) - network(x_t, t)|^2 over t uniform in
-[t_min, t_max], with the target of the network's parameterisation (v: Salimans & Ho 2022, appendix D).
+Training is denoising score matching: minimise E |target(x_0, eps, t) - network(x_t, t, c)|^2 over t uniform in
+[t_min, t_max], with the target of the network's parameterisation (v: Salimans & Ho 2022, appendix D). A conditional
+teacher forgets one label in ten, so that it can be guided (Ho & Salimans 2021, algorithm 1).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Denoiser, Method, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
 from distillbench.budget import BudgetConfig, Meter
+from distillbench.conditions import Condition, Conditioning
 from distillbench.denoiser import TARGETS
 from distillbench.files import canonical_json, key_of, sha256_tensors, write_atomically
 from distillbench.method import OptimizerConfig
@@ -40,6 +42,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 METADATA = "distillbench_teacher"
 FORMAT = 1
 MLP_UP_TO = 16  # pixels a side
+FORGOTTEN = 0.1  # share of labels
 
 
 @dataclass
@@ -63,9 +66,18 @@ class DenoisingTraining(Method):
         t = batch.uniform(schedule.t_min, schedule.t_max)
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         target = TARGETS[student.prediction](x_0, eps, alpha, sigma)
-        yield student, (student.output(alpha * x_0 + sigma * eps, t) - target).square().mean()
+        output = student.output(alpha * x_0 + sigma * eps, t, self.forget_some(batch))
+        yield student, (output - target).square().mean()
 
-    def sample(self, noise, nfe: int) -> Tensor:
+    def forget_some(self, batch: Batch) -> Condition:
+        """The classes of a batch, some of them replaced by the one that stands for none."""
+        labels = batch.c.labels
+        if labels is None:
+            return batch.c
+        forgotten = batch.uniform().flatten() < FORGOTTEN
+        return Condition(labels.masked_fill(forgotten, self.teacher.conditioning.classes))
+
+    def sample(self, noise, nfe: int, c: Condition) -> Tensor:
         raise NotImplementedError("a teacher is sampled by the harness's own samplers")
 
 
@@ -80,7 +92,7 @@ class Trained(TeacherSource):
         network: str = option("auto", f"mlp, unet, or auto: mlp for images up to {MLP_UP_TO} pixels a side")
         width: int = option(0, "channels; 0: the network's default (mlp 256, unet 64)")
         depth: int = option(0, "blocks; 0: the network's default (mlp 4, unet 2 a level)")
-        prediction: str = option("v", "what the network predicts: eps, x0, v or flow")
+        prediction: str = option("v", f"what the network predicts: {', '.join(TARGETS)}")
         schedule: str = option("vp_cosine", f"noise schedule: {', '.join(SCHEDULES)}")
         seed: int = option(0, "seed of the teacher's training")
         batch_size: int = option(256, "images in a training step")
@@ -100,31 +112,44 @@ class Trained(TeacherSource):
     def plan(self) -> TeacherPlan:
         file = self._file()
         if file is not None:
-            read_teacher(file, self.dataset.shape, "cpu")
+            self._read(file, "cpu")
             return TeacherPlan(str(file.name))
         images = self.config.budget.images
         return TeacherPlan("to be trained", images, images)
 
     def untrained(self) -> Teacher:
         file = self._file()
-        recipe = self.recipe() if file is None else _read_recipe(file, self.dataset.shape)
-        return Teacher(self.name, _denoiser(recipe).to(self.device), self.dataset.shape, "untrained", recipe)
+        recipe = self.recipe() if file is None else _read_recipe(file, self.dataset.shape, self.conditioning.classes)
+        return self._untrained(recipe)
+
+    def _untrained(self, recipe: dict[str, Any]) -> Teacher:
+        return Teacher(
+            self.name,
+            _denoiser(recipe).to(self.device),
+            self.dataset.shape,
+            "untrained",
+            recipe,
+            Conditioning(self.conditioning.classes),
+            blank=lambda: _network(recipe),
+        )
+
+    def _read(self, file: Path, device: str) -> Teacher:
+        return read_teacher(file, self.dataset.shape, self.conditioning.classes, device)
 
     def load(self, progress: Progress) -> Teacher:
         file = self._file()
         if file is None:
             file = self.train(None, progress)
-        return read_teacher(file, self.dataset.shape, self.device)
+        return self._read(file, self.device)
 
     def recipe(self) -> dict[str, Any]:
         """Everything that the weights follow from, as plain values."""
         plain = json.loads(json.dumps(dataclasses.asdict(self.config)))
         for name in ("kind", "path", "network", "width", "depth"):
             del plain[name]
-        name = self.config.network
-        if name == "auto":
-            name = "mlp" if max(self.dataset.shape[1:]) <= MLP_UP_TO else "unet"
-        size = {k: v for k, v in (("width", self.config.width), ("depth", self.config.depth)) if v}
+        name, size = network_of_size(self.config.network, self.config.width, self.config.depth, self.dataset.shape)
+        if self.conditioning.classes:
+            plain |= {"classes": self.conditioning.classes, "forgotten": FORGOTTEN}
         return plain | {
             "format": FORMAT,
             "network": {"name": name, **size},
@@ -151,7 +176,7 @@ class Trained(TeacherSource):
     def _readable(self, file: Path) -> bool:
         """Whether `file`, found by its name, holds a teacher; if not it counts as missing and is made again."""
         try:
-            read_teacher(file, self.dataset.shape, "cpu")
+            self._read(file, "cpu")
         except UserError:
             return False
         return True
@@ -161,7 +186,7 @@ class Trained(TeacherSource):
         recipe, config = self.recipe(), self.config
         progress.say(f"training the teacher on {self.dataset.name}")
         torch.manual_seed(config.seed)  # the initial weights
-        fresh = Teacher(self.name, _denoiser(recipe).to(self.device), self.dataset.shape, "untrained", recipe)
+        fresh = self._untrained(recipe)
         method = DenoisingTraining(config.optimizer, fresh).to(self.device)
         workspace = Workspace(
             fresh, Meter(config.budget, fresh, self.device), self.cache, self.device, config.seed, progress
@@ -177,9 +202,16 @@ class Trained(TeacherSource):
         return file
 
 
-def read_teacher(file: Path, shape: tuple[int, int, int], device: str) -> Teacher:
-    """The frozen teacher in `file`; raises UserError if the file is damaged or made for images of another shape."""
-    recipe = _read_recipe(file, shape)
+def network_of_size(name: str, width: int, depth: int, shape: tuple[int, int, int]) -> tuple[str, dict[str, int]]:
+    """The network that settings name, and those of its sizes that they set."""
+    if name == "auto":
+        name = "mlp" if max(shape[1:]) <= MLP_UP_TO else "unet"
+    return name, {k: v for k, v in (("width", width), ("depth", depth)) if v}
+
+
+def read_teacher(file: Path, shape: tuple[int, int, int], classes: int, device: str) -> Teacher:
+    """The frozen teacher in `file`; raises UserError if the file is damaged or made for other images or classes."""
+    recipe = _read_recipe(file, shape, classes)
     try:
         with safe_open(file, framework="pt") as tensors:
             weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
@@ -190,14 +222,15 @@ def read_teacher(file: Path, shape: tuple[int, int, int], device: str) -> Teache
         raise UserError(f"the teacher's weights in {file.name!r} cannot be used: {why}") from error
     reading = {name: recipe[name] for name in ("network", "shape", "schedule", "prediction")}
     sha256 = hashlib.sha256(f"{sha256_tensors(weights)} {canonical_json(reading)}".encode()).hexdigest()
-    return Teacher(Trained.name, denoiser.to(device), shape, sha256, recipe)
+    blank = lambda: _network(recipe)
+    return Teacher(Trained.name, denoiser.to(device), shape, sha256, recipe, Conditioning(classes), blank=blank)
 
 
-def _read_recipe(file: Path, shape: tuple[int, int, int]) -> dict[str, Any]:
+def _read_recipe(file: Path, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
     try:
         with safe_open(file, framework="pt") as tensors:
             recipe = json.loads((tensors.metadata() or {})[METADATA])["recipe"]
-        theirs = tuple(recipe["shape"])
+        theirs, known = tuple(recipe["shape"]), int(recipe.get("classes", 0))
     except (SafetensorError, OSError) as error:
         raise UserError(f"teacher.path: {file.name!r} is not a readable safetensors file: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -207,15 +240,23 @@ def _read_recipe(file: Path, shape: tuple[int, int, int]) -> dict[str, Any]:
         raise UserError(
             f"the teacher does not fit the dataset: it makes images of (C,H,W) = {theirs}, the dataset's are {shape}"
         )
+    if known != classes:
+        wanted = f"conditional=true with {classes} classes" if classes else "conditional=false"
+        raise UserError(f"the teacher in {file.name!r} knows {known or 'no'} classes and cannot serve {wanted}")
     return recipe
 
 
+def _network(recipe: dict[str, Any]) -> nn.Module:
+    """The architecture of a recipe with fresh weights."""
+    network = dict(recipe["network"])
+    build = NETWORKS[network.pop("name")]
+    return build(tuple(recipe["shape"]), classes=int(recipe.get("classes", 0)), **network)
+
+
 def _denoiser(recipe: dict[str, Any]) -> Denoiser:
-    """The architecture of a recipe with fresh weights; raises UserError where it asks for what does not exist."""
+    """The same, as a denoiser; raises UserError where the recipe asks for what does not exist."""
     try:
-        network = dict(recipe["network"])
-        build = NETWORKS[network.pop("name")]
-        return Denoiser(build(tuple(recipe["shape"]), **network), SCHEDULES[recipe["schedule"]](), recipe["prediction"])
+        return Denoiser(_network(recipe), SCHEDULES[recipe["schedule"]](), recipe["prediction"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the teacher's recipe cannot be built: {error}") from error
 

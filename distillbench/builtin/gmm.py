@@ -1,0 +1,59 @@
+"""A Gaussian mixture as a dataset: its law is known, so the teacher of the same law is exact (``teacher=gmm``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distillbench import Dataset, DatasetConfig, UserError, hookimpl, option
+from distillbench.files import key_of
+from distillbench.laws import mixture
+from distillbench.options import require_between
+
+
+class Gmm(Dataset):
+    """Draws of sum_k w_k N(m_k, diag(s_k^2)), not rounded to 8 bits; an image's class is its component.
+
+    The default is a mixture of three components in two dimensions, five standard deviations inside [-1, 1].
+    """
+
+    name = "gmm"
+    licence = "none needed: drawn from a formula"
+
+    @dataclass
+    class Config(DatasetConfig):
+        weights: list[float] = option([0.3, 0.5, 0.2], "w_k, K numbers with sum 1")
+        means: list[list[float]] = option([[-0.5, 0.1], [0.13, -0.27], [0.4, 0.37]], "m_k, K rows of D = C H W numbers")
+        stds: list[list[float]] = option([[0.083], [0.117], [0.067]], "s_k, K rows of D numbers, or of 1 for all")
+        shape: list[int] = option([], "C,H,W of the images; empty: D,1,1")
+        count: int = option(10_000, "images that are drawn; 0: only the law is known, for data-free methods")
+        seed: int = option(0, "seed of the draws")
+
+        def __post_init__(self) -> None:
+            require_between(self, 0, 10_000_000, "count")
+            require_between(self, 0, 2**63 - 1, "seed")
+
+    def __init__(self, config: Config) -> None:
+        try:
+            law = mixture(config.weights, config.means, config.stds, config.shape or None)
+        except UserError as error:
+            raise UserError(f"dataset.{error}") from error
+        self.law, self.shape, self.classes = law, law.shape, law.components
+        self.images, self.components = law.draw(config.count, torch.Generator().manual_seed(config.seed))
+        self.sha256 = key_of([law.plain(), config.count, config.seed])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Tensor) -> Tensor:
+        return self.images[indices]
+
+    def labels(self, indices: Tensor) -> Tensor:
+        return self.components[indices]
+
+
+@hookimpl
+def register_datasets(register) -> None:
+    register(Gmm)

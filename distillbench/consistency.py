@@ -1,0 +1,82 @@
+"""What consistency models share: a function exact at the end of a trajectory, distances, and a multi-step sampler.
+
+Song, Dhariwal, Chen & Sutskever 2023, arXiv:2303.01469. Noise levels are EDM's, tau = sigma_t / alpha_t, so it works on
+any schedule: x^ = x_t / alpha_t = x_0 + tau eps.
+
+    F(x_t, t, c) = c_skip(tau) x^ + c_out(tau) NN,   c_skip = sd^2 / ((tau - e)^2 + sd^2),
+                                                     c_out  = (tau - e) sd / sqrt(tau^2 + sd^2)       (eq. 5 and app. C)
+
+NN is read off the denoiser D = k_skip x^ + k_out NN, with EDM's k_skip and k_out, so that any parameterisation serves:
+F = (c_skip - (1 - e/tau) k_skip) x^ + (1 - e/tau) D. For an EDM network this is the paper's, unchanged.
+
+| symbol | meaning                                          | shape     |
+|--------|--------------------------------------------------|-----------|
+| e, sd  | smallest noise level, standard deviation of x_0  | float     |
+| tau    | noise level sigma_t / alpha_t                    | (B,1,1,1) |
+| D      | student as a denoiser                            | (B,C,H,W) |
+| a, b   | images that are compared                         | (B,C,H,W) |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from distillbench.conditions import UNCONDITIONAL, Condition
+from distillbench.denoiser import Denoiser
+from distillbench.samplers import time_like
+from distillbench.schedules import NoiseSchedule
+
+
+class ConsistencyFunction(nn.Module):
+    """F(x_t, t, c), with F = x^ exactly at tau = e; (B,C,H,W)."""
+
+    def __init__(self, denoiser: Denoiser, e: float, sd: float) -> None:
+        super().__init__()
+        self.denoiser, self.e, self.sd = denoiser, e, sd
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.denoiser.schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
+        e, sd, schedule = self.e, self.sd, self.schedule
+        tau = schedule.noise_level(t)  # float64: at tau = 80 the two terms nearly cancel
+        c_skip, k_skip, ratio = sd**2 / ((tau - e) ** 2 + sd**2), sd**2 / (tau**2 + sd**2), 1 - e / tau
+        skip = (c_skip - ratio * k_skip).to(x_t.dtype)
+        return skip * x_t / schedule.alpha(t) + ratio.to(x_t.dtype) * self.denoiser(x_t, t, c)
+
+
+def mean_square(a: Tensor, b: Tensor) -> Tensor:
+    """The mean of (a - b)^2 over each image's pixels, (B,1,1,1)."""
+    return (a - b).square().mean(dim=(1, 2, 3), keepdim=True)
+
+
+def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
+    """sqrt(|a - b|^2 + c^2) - c with c = .00054 sqrt(pixels), (B,1,1,1) (Song & Dhariwal 2023, arXiv:2310.14189)."""
+    c = 0.00054 * a[0].numel() ** 0.5
+    return ((a - b).square().sum(dim=(1, 2, 3), keepdim=True) + c**2).sqrt() - c
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": mean_square, "pseudo_huber": pseudo_huber}
+
+
+def multistep(
+    F: ConsistencyFunction, grid: Tensor, noise: Callable[[int], Tensor], nfe: int, c: Condition = UNCONDITIONAL
+) -> Tensor:
+    """Algorithm 1: jump to the end, noise again to a lower level of the ascending `grid` (N,), jump again.
+
+    The levels are spread evenly over the grid's indices. A result has variance e^2 of noise left, so tau^2 - e^2 is
+    added to it. Shape (B,C,H,W).
+    """
+    schedule = F.schedule
+    levels = torch.linspace(len(grid) - 1, 0, nfe + 1)[:-1].round().long()
+    T = time_like(noise(0), grid[-1])
+    x = F(schedule.sigma(T) * noise(0), T, c)
+    for k in range(1, nfe):
+        t = time_like(x, grid[levels[k]])
+        tau = schedule.noise_level(t).to(x.dtype)
+        x = F(schedule.alpha(t) * (x + (tau**2 - F.e**2).sqrt() * noise(k)), t, c)
+    return x
