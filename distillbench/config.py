@@ -381,7 +381,7 @@ def _wanted_group(path: str, node: DictConfig) -> str:
 def type_in_words(hint: Any) -> str:
     """A type as people say it, such as "a whole number", "a list of numbers" or "one of images, seconds, nfe"."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    plural = {int: "whole numbers", float: "numbers", str: "names"}
+    plural = {int: "whole numbers", float: "numbers", str: "names", Any: "values"}
     if _is_enum(hint):
         return f"one of {', '.join(member.name for member in hint)}"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

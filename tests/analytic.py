@@ -11,6 +11,7 @@ With V = alpha^2 v + sigma^2:
 from __future__ import annotations
 
 import copy
+
 import numpy as np
 import torch
 from torch import Tensor, nn

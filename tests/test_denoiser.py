@@ -82,7 +82,7 @@ def test_network_gets_one_time_an_image_in_the_image_dtype():
 
 
 def test_edm_s_network_is_read_as_in_its_paper():
-    """Karras et al. (2022), table 1: D = c_skip x + c_out F(c_in x, ln(sigma) / 4), on VE and, in x^, on any schedule."""
+    """Karras et al. (2022), table 1: D = c_skip x + c_out F(c_in x, ln(sigma) / 4); on any schedule in x^."""
     F = lambda x, time: torch.sin(3 * x + time.view(-1, 1, 1, 1))
 
     class Network(nn.Module):
@@ -150,7 +150,7 @@ def conditional_teacher(**conditioning) -> Teacher:
 
 @pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 3.0])
 def test_guidance_in_imagen_s_convention(w):
-    """f_0 + w (f_c - f_0): w = 0 is unconditional, w = 1 conditional; with Ho & Salimans' w' = w - 1 the same number."""
+    """f_0 + w (f_c - f_0): w = 0 is unconditional, w = 1 conditional; the same as Ho & Salimans with w - 1."""
     teacher = conditional_teacher(w=w)
     labels, x, t = torch.tensor([0, 1, 2, 2]), torch.randn(4, 1, 1, 1), time([0.2, 0.5, 0.8, 1.0])
     f_c = teacher.denoiser(x, t, Condition(labels))

@@ -25,8 +25,8 @@ from analytic import (
     time,
     weights_of,
 )
-from distillbench.conditions import UNCONDITIONAL
 from distillbench.budget import BudgetConfig
+from distillbench.conditions import UNCONDITIONAL
 from distillbench.denoiser import implied_eps
 from distillbench.errors import UserError
 from distillbench.noise import FixedNoise
@@ -263,7 +263,9 @@ def test_sample_is_ddim_with_the_student_of_that_many_steps(nfe, tmp_path):
     eps = make_batch(5).noise()
     times = torch.arange(nfe + 1, dtype=torch.float64) / nfe
     meter = make_workspace(method.teacher, tmp_path).meter
-    close(method.sample(FixedNoise([eps]), nfe, UNCONDITIONAL), ddim_chain(VPCosine(), eps, times), rtol=1e-9, atol=1e-9)
+    close(
+        method.sample(FixedNoise([eps]), nfe, UNCONDITIONAL), ddim_chain(VPCosine(), eps, times), rtol=1e-9, atol=1e-9
+    )
     assert (meter.teacher_nfe, meter.student_nfe) == (0, 5 * nfe)
     used = []
     for n, student in method.students.items():

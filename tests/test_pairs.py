@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from analytic import gaussian_teacher, make_workspace
-from distillbench.conditions import UNCONDITIONAL, Condition
 from distillbench.budget import Meter
+from distillbench.conditions import UNCONDITIONAL, Condition
 from distillbench.noise import Noise, stream_key
 from distillbench.pairs import BATCH, PairStore, Workspace
 from distillbench.progress import Progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ class Gmm(Dataset):
     @dataclass
     class Config(DatasetConfig):
         weights: list[float] = option([0.3, 0.5, 0.2], "w_k, K numbers with sum 1")
-        means: list[list[float]] = option([[-0.5, 0.1], [0.13, -0.27], [0.4, 0.37]], "m_k, K rows of D = C H W numbers")
-        stds: list[list[float]] = option([[0.083], [0.117], [0.067]], "s_k, K rows of D numbers, or of 1 for all")
+        means: list[Any] = option([[-0.5, 0.1], [0.13, -0.27], [0.4, 0.37]], "m_k, K rows of D = C H W numbers")
+        stds: list[Any] = option([[0.083], [0.117], [0.067]], "s_k, K rows of D numbers, or of 1 for all")
         shape: list[int] = option([], "C,H,W of the images; empty: D,1,1")
         count: int = option(10_000, "images that are drawn; 0: only the law is known, for data-free methods")
         seed: int = option(0, "seed of the draws")
