@@ -1,0 +1,149 @@
+"""TRACT: from anywhere in a group of the teacher's steps, a student learns to jump to the group's end in one.
+
+Berthelot et al. 2023, arXiv:2303.04248, as released (apple/ml-tract), but nothing is clipped. In the phase from T_p to
+T_p+1 steps a group is S = T_p / T_p+1 steps of the teacher's grid. With t uniform on that grid, t' the next time down
+and t'' the end of t's group (t > t' >= t''):
+
+    x_t   = alpha_t x_0 + sigma_t eps;          x_t' = DDIM(x_t, f(x_t, t), t -> t')               (teacher f)
+    x_t'' = DDIM(x_t', g(x_t', t'), t' -> t'')  if t' > t'',  x_t' otherwise                  (self-teacher g)
+    x~    = (sigma_t'' x_t - sigma_t x_t'') / (alpha_t sigma_t'' - alpha_t'' sigma_t)
+    L     = w | x~ - x^(x_t, t) |^2,   w = max(SNR, 1) or SNR + 1;      student x^
+    weights of g += (weights of x^ - weights of g) (1 - mu) / (1 - mu^k)               after the k-th update
+
+x~, the x_0 from which one DDIM step lands on x_t'', needs neither x_t nor x_t'' and so loses no digits to them:
+
+    x~ = a f + (1 - a) g,   a = tau'' (tau - tau') / (tau' (tau - tau'')),   tau = sigma_t / alpha_t
+
+The grid's end stands for tau'' = 0: the last step ends on the data prediction, nothing is evaluated there. Heun's step
+(the EDM variant) is DDIM's with f + tau / (2 tau') (f(x_t', t') - f) for f, and DDIM's own where it ends at tau' = 0.
+After a phase the student's average becomes the teacher; the student, its optimiser, g and k go on.
+
+| symbol         | meaning                                                       | shape     |
+|----------------|---------------------------------------------------------------|-----------|
+| t > t' >= t''  | times t_j, t_j-1, t_e of the phase's grid; j > e, S divides e | (B,1,1,1) |
+| tau            | noise level, float64                                          | (B,1,1,1) |
+| f, g, x^       | data predictions: teacher, self-teacher, student              | (B,C,H,W) |
+| x~             | target                                                        | (B,C,H,W) |
+| SNR            | 1 / tau^2                                                     | (B,1,1,1) |
+| k              | updates of the self-teacher, over all phases                  | () int64  |
+| c              | condition; only the first teacher is guided                   | of a batch|
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
+from distillbench.options import require_fraction, require_one_of
+from distillbench.samplers import TIME_GRIDS, ddim, ddim_step, x_at_t_max
+
+
+class Tract(Method):
+    name = "tract"
+    paper = "Berthelot et al. 2023, arXiv:2303.04248"
+    needs_data = True
+    k: Tensor
+
+    @dataclass
+    class Config(MethodConfig):
+        lr: float = option(2e-3, "peak learning rate of Adam")
+        lr_decay: str = option("linear", "over all phases together: constant (as released), linear or cosine")
+        steps: list[int] = option([16, 4, 1], "T_0, T_1, ...: steps of the first teacher, then of each phase's student")
+        times: str = option("uniform", f"grid of the first teacher's steps: {', '.join(TIME_GRIDS)}")
+        teacher_step: str = option("ddim", "the first teacher's: ddim, or heun (two evaluations; on times: karras)")
+        mu: float = option(0.5, "decay of the self-teacher; 0: the student itself")
+        weight: str = option("truncated_snr", "w: truncated_snr, max(SNR, 1), or snr_plus_one, SNR + 1")
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require_fraction(self, "mu")
+            require_one_of(self, "weight", ("truncated_snr", "snr_plus_one"))
+            require_one_of(self, "times", TIME_GRIDS)
+            require_one_of(self, "teacher_step", ("ddim", "heun"))
+            chain = all(a > b > 0 and a % b == 0 for a, b in pairwise(self.steps))
+            if len(self.steps) < 2 or not chain:
+                raise UserError(f"steps must fall, each a divisor of the one before, such as 16,4,1, got {self.steps}")
+
+    def __init__(self, config: Config, teacher: Teacher) -> None:
+        super().__init__(config, teacher)
+        if self.student.prediction == "eps":
+            raise UserError("tract: a one-step student cannot predict eps (1/alpha at t_max); take an x0 or v teacher")
+        self.times = TIME_GRIDS[config.times](teacher.schedule, config.steps[0])
+        self.self_teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+        self.register_buffer("k", torch.zeros((), dtype=torch.int64))
+        self.deputy = teacher.deputy()  # stands for the teacher once an average has become it
+        self.students = nn.ModuleDict({str(n): teacher.student().freeze() for n in config.steps[1:]})
+
+    def phases(self) -> list[Phase]:
+        steps = self.config.steps
+        return [Phase(f"{a} to {b} steps", fresh=a == steps[0]) for a, b in pairwise(steps)]
+
+    def start_phase(self, index: int) -> None:
+        before, self.n = self.config.steps[index : index + 2]
+        self.grid, self.group = self.grid_of(before), before // self.n
+        self.taught_by = self.teacher.denoise if index == 0 else self.deputy.forward
+        self.heun = index == 0 and self.config.teacher_step == "heun"  # later teachers have learnt DDIM's jumps
+
+    def grid_of(self, n: int) -> Tensor:
+        """The first teacher's grid, thinned to n steps."""
+        return self.times[:: self.config.steps[0] // n]
+
+    def target(self, x_t: Tensor, j: Tensor, c: Condition) -> Tensor:
+        """x~ for x_t at t_j."""
+        schedule, grid = self.teacher.schedule, self.grid.to(x_t.device)
+        e = (j - 1) // self.group * self.group
+        t, t_1 = grid[j], grid[(j - 1).clamp(min=1)]  # t itself for the grid's end: there x~ is f
+        tau, tau_1 = schedule.noise_level(t), schedule.noise_level(t_1)
+        tau_2 = torch.where(e == 0, 0.0, schedule.noise_level(grid[e]))
+        f = self.taught_by(x_t, t, c)
+        if self.heun:
+            f_1 = self.taught_by(ddim_step(schedule, x_t, f, t, t_1), t_1, c)
+            f = f + (tau / (2 * tau_1)).to(f.dtype) * (f_1 - f)
+        g = self.self_teacher(ddim_step(schedule, x_t, f, t, t_1), t_1, c)
+        a = (tau_2 * (tau - tau_1) / (tau_1 * (tau - tau_2))).to(f.dtype)
+        return torch.where(j - 1 == e, f, a * f + (1 - a) * g)
+
+    def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
+        schedule = self.teacher.schedule
+        x_0, eps, c = batch.x_0, batch.noise(), batch.c
+        j = batch.integers(1, len(self.grid))
+        t = self.grid.to(batch.device)[j]
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        x_t = alpha * x_0 + sigma * eps
+        with torch.no_grad():
+            x_tilde = self.target(x_t, j, c)
+        snr = (alpha / sigma) ** 2
+        w = snr.clamp(min=1) if self.config.weight == "truncated_snr" else snr + 1
+        yield self.student, (w * (x_tilde - self.student(x_t, t, c)).square()).mean()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.k += 1
+        share = (1 - self.config.mu) / (1 - self.config.mu ** self.k.double())  # 1 after the first update
+        for mine, theirs in zip(self.self_teacher.parameters(), self.student.parameters(), strict=True):
+            mine.lerp_(theirs, share.to(mine.dtype))
+        for buffer, new in zip(self.self_teacher.buffers(), self.student.buffers(), strict=True):
+            buffer.copy_(new)
+
+    def end_phase(self, index: int, average: nn.Module) -> None:
+        for network in (self.deputy, self.students[str(self.n)]):
+            network.load_state_dict(average.state_dict())
+
+    def supports(self, nfe: int) -> bool:
+        return nfe in self.config.steps[1:]
+
+    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        schedule, student = self.teacher.schedule, partial(self.students[str(nfe)], c=c)
+        return ddim(student, schedule, x_at_t_max(schedule, noise(0)), self.grid_of(nfe))
+
+
+@hookimpl
+def register_methods(register) -> None:
+    register(Tract)
