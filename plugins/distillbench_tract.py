@@ -55,7 +55,7 @@ class Tract(Method):
     class Config(MethodConfig):
         lr: float = option(2e-3, "peak learning rate of Adam")
         lr_decay: str = option("linear", "over all phases together: constant (as released), linear or cosine")
-        steps: list[int] = option([16, 4, 1], "T_0, T_1, ...: steps of the first teacher, then of each phase's student")
+        steps: list[int] = option([16, 2, 1], "T_0, T_1, ...: steps of the first teacher, then of each phase's student")
         times: str = option("uniform", f"grid of the first teacher's steps: {', '.join(TIME_GRIDS)}")
         teacher_step: str = option("ddim", "the first teacher's: ddim, or heun (two evaluations; on times: karras)")
         mu: float = option(0.5, "decay of the self-teacher; 0: the student itself")

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def tract(teacher=None, phase: int | None = None, **settings) -> Tract:
-    method = Tract(Tract.Config(**settings), teacher or gaussian_teacher())
+    method = Tract(Tract.Config(**{"steps": [16, 4, 1]} | settings), teacher or gaussian_teacher())
     if phase is not None:
         method.start_phase(phase)
     return method
