@@ -106,7 +106,9 @@ def evaluation_inputs(cell: Cell, train_key: str) -> dict[str, Any]:
     names = cell.scene.config.evaluation.metrics
     protocols = {name: cell.scene.registry.get("metrics", name).cls.protocol for name in names}
     config = plain_settings(cell.scene.config.evaluation) | {"metrics": protocols, "nfe": cell.nfe}
-    reference = {"sampler": config.pop("teacher_samplers")[0], "steps": max(config.pop("teacher_steps"))}
+    sampler = cell.scene.config.evaluation.solvers()[0].name
+    reference = {"sampler": sampler, "steps": max(config.pop("teacher_steps"))}
+    del config["teacher_samplers"]
     if cell.solver is not None:
         config["sampler"] = cell.solver.name
     if cell.scene.config.conditional:
@@ -227,7 +229,7 @@ def _rows(cell: Cell, folder: Path, progress: Progress) -> tuple[list[RowRecord]
     for nfe in cell.nfe:
         sampler: Sampler = method.sample if method is not None else teacher_sampler(teacher, cell.sampler())
         try:
-            keeps_noise = True if method is None else method.keeps_noise(nfe)
+            keeps_noise = _keeps_noise(cell, nfe) if method is None else method.keeps_noise(nfe)
             measured = evaluator.measure(sampler, nfe, keeps_noise, cell.label)
         except DivergedError as error:
             rows.append(RowRecord(nfe=nfe, status="diverged", reason=str(error)))
@@ -238,6 +240,11 @@ def _rows(cell: Cell, folder: Path, progress: Progress) -> tuple[list[RowRecord]
             rows.append(RowRecord(**plain))
             shown.append(measured.shown)
     return rows, shown
+
+
+def _keeps_noise(cell: Cell, nfe: int) -> bool:
+    """Whether the teacher's row is an answer to its noise: with an ancestral sampler only its single step is."""
+    return cell.sampler().deterministic or nfe == cell.scene.conditioning.evaluations
 
 
 def _restored(cell: Cell, teacher: Teacher, folder: Path) -> Method:

@@ -31,11 +31,12 @@ class Condition:
 
     labels: Tensor | None = None  # None: unconditional
     w: Tensor | None = None  # None: not guided
+    guides: bool = True  # False: w is 1 throughout; a student is told it, the teacher needs no second evaluation
 
     def __getitem__(self, rows: slice) -> Condition:
         """The condition of some images of the batch, such as ``c[:10]``."""
         labels = None if self.labels is None else self.labels[rows]
-        return Condition(labels, None if self.w is None else self.w[rows])
+        return Condition(labels, None if self.w is None else self.w[rows], self.guides)
 
 
 UNCONDITIONAL = Condition()
@@ -55,8 +56,8 @@ class Conditioning:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of one teacher's answer to one image."""
-        return 2 if self.guided else 1
+        """Network evaluations of the teacher's answer to one image of an evaluation, which is guided by `w`."""
+        return 1 if self.w == 1 else 2
 
     def draw(self, size: int, generator: torch.Generator, device: str, labels: Tensor | None) -> Condition:
         """The condition of a training batch: of its real images' `labels`, or of random classes where there are none.
@@ -91,17 +92,18 @@ class Conditioning:
         return torch.tensor([index % self.classes for index in indices], dtype=torch.int64)
 
     def _condition(self, labels: Tensor, w: Tensor | None, device: str) -> Condition:
-        if self.guided:
-            w = torch.full((len(labels),), self.w) if w is None else w
-            return Condition(labels.to(device), w.view(-1, 1, 1, 1).to(device, torch.get_default_dtype()))
-        return Condition(labels.to(device))
+        if not self.guided:
+            return Condition(labels.to(device))
+        guides = w is not None or self.w != 1
+        w = torch.full((len(labels),), self.w) if w is None else w
+        return Condition(labels.to(device), w.view(-1, 1, 1, 1).to(device, torch.get_default_dtype()), guides)
 
     def plain(self) -> dict[str, Any]:
         """What decides a training, as plain values; where w is drawn, the w of evaluation is not part of it."""
         if not self.classes:
             return {}
         drawn = self.w_range is not None
-        return {"classes": self.classes, "guidance_range" if drawn else "guidance": self.w_range or self.w}
+        return {"classes": self.classes, "guidance_range" if drawn else "guidance": list(self.w_range or [self.w])}
 
 
 WITHOUT_CLASSES = Conditioning()

@@ -143,7 +143,8 @@ class Denoiser(nn.Module):
 
         The schedule is cut to the range of noise levels that the network knows.
         """
-        low, high = (self.native.lam(torch.tensor(t)).item() for t in (self.native.t_min, self.native.t_max))
+        ends = torch.tensor([self.native.t_min, self.native.t_max], dtype=torch.float64)
+        low, high = self.native.lam(ends).tolist()
         twin = copy.copy(self)
         twin.schedule = schedule.restricted(low, high)
         return twin
@@ -161,7 +162,7 @@ class Denoiser(nn.Module):
 
 def guided(denoiser: Denoiser, classes: int, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
     """f_w = f_0 + w (f_c - f_0), both evaluated in one batch; f itself where `c` has no w. Shape (B,C,H,W)."""
-    if c.w is None or c.labels is None:
+    if c.w is None or c.labels is None or not c.guides:
         return denoiser(x_t, t, c)
     both = Condition(torch.cat([c.labels, torch.full_like(c.labels, classes)]))
     f_c, f_0 = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)

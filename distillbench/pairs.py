@@ -72,6 +72,7 @@ class Workspace:
             "seed": self.seed,
             "count": count,
             "device": device,
+            "threads": torch.get_num_threads(),
         }
         recipe = ours | self.teacher.conditioning.plain() | recipe
         folder = self.cache / hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]

@@ -114,6 +114,9 @@ def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
 
 
 def _teacher_cell(scene: Scene, config: RunConfig, solver: Solver) -> Cell:
+    schedule = scene.source.untrained().schedule
+    for steps in config.evaluation.teacher_steps:
+        solver.times(schedule, steps)  # raises where the grid has no such steps
     nfe = [solver.evaluations(steps) * scene.conditioning.evaluations for steps in config.evaluation.teacher_steps]
     return Cell(scene, f"teacher:{solver.name}", nfe=sorted(nfe), solver=solver)
 
@@ -141,7 +144,7 @@ def _check_nfe(config: RunConfig, cells: list[Cell]) -> None:
 def _identity(cell: Cell, config: RunConfig) -> str:
     """Equal for cells that a grid names twice, such as the teacher's rows at several budgets."""
     settings = plain_settings(config)
-    irrelevant = ["methods", "seed", "run_name"] + ([] if cell.entry else ["budget", "batch_size"])
+    irrelevant = ["methods", "seed", "run_name"] + ([] if cell.entry else ["budget", "batch_size", "guidance_range"])
     for name in irrelevant:
         del settings[name]
     return key_of([settings, cell.name, plain_settings(cell.method_config), cell.seed])

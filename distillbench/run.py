@@ -55,6 +55,9 @@ def _table_rows(done: Finished, metrics: list[str]) -> list[dict[str, Any]]:
     names = {"dataset": cell.scene.dataset.name, "teacher": teacher.label, "method": cell.name, "seed": cell.seed}
     names["guidance"] = cell.scene.config.guidance if cell.scene.config.conditional else None
     names["settings"] = changed_settings(cell.method_config)
+    if cell.entry is not None and cell.scene.config.guidance_range:
+        drawn = f"guidance_range={cell.scene.config.guidance_range}"
+        names["settings"] = ", ".join(filter(None, (drawn, names["settings"])))
     count = sum(p.numel() for p in teacher.denoiser.parameters())
     parameters = count if done.training is None else done.training.parameters
     key, device = done.evaluation.key, done.evaluation.device
@@ -92,7 +95,9 @@ def _write_grids(folder: Path, finished: list[Finished]) -> None:
     for done in finished:
         good = [row for row in done.evaluation.rows if row.status == "ok"]
         for row, images in zip(good, done.shown, strict=True):
-            lines.append((f"{done.cell.label}, {row.nfe} NFE", images))
+            config = done.cell.scene.config
+            guidance = f", w = {config.guidance:g}" if config.conditional else ""
+            lines.append((f"{done.cell.label}{guidance}, {row.nfe} NFE", images))
     write_atomically(folder / "samples.png", lambda path: sample_grid(lines).save(path, format="png"))
 
 

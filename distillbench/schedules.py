@@ -187,16 +187,22 @@ class DiscreteBetas(_VariancePreserving):
             raise unknown("beta schedule", betas, BETAS)
         self.t_min, self.t_max = 1 / steps, 1.0
         self.steps = steps
+        self._kept: dict[torch.device, Tensor] = {}  # the table on each device that asked: a copy would be waited for
         # -log abar at t = k / steps, k = 0, ..., steps: 0 and growing
         self.decay = torch.cat([torch.zeros(1).double(), -torch.log1p(-BETAS[betas](steps)).cumsum(0)])
 
+    def _decay(self, device: torch.device) -> Tensor:
+        if device not in self._kept:
+            self._kept[device] = self.decay.to(device)
+        return self._kept[device]
+
     def lam(self, t: Tensor) -> Tensor:
-        decay, u = self.decay.to(t.device), t.double() * self.steps
+        decay, u = self._decay(t.device), t.double() * self.steps
         k = u.detach().long().clamp(0, self.steps - 1)
         return 0.5 * torch.log(torch.expm1(decay[k] + (u - k) * (decay[k + 1] - decay[k])))
 
     def t_of_lam(self, lam: Tensor) -> Tensor:
-        decay, c = self.decay.to(lam.device), softplus(2 * lam.double())  # -log abar
+        decay, c = self._decay(lam.device), softplus(2 * lam.double())  # -log abar
         k = (torch.searchsorted(decay, c.detach(), right=True) - 1).clamp(0, self.steps - 1)
         u = k + (c - decay[k]) / (decay[k + 1] - decay[k])
         return (u / self.steps).clamp(self.t_min, self.t_max)

@@ -38,7 +38,7 @@ from distillbench import Batch, Condition, Denoiser, Method, MethodConfig, Teach
 from distillbench.conditions import UNCONDITIONAL
 from distillbench.networks import TimeEmbedding
 from distillbench.options import require_between, require_one_of, require_positive
-from distillbench.samplers import TIME_GRIDS, ddim, time_like, x_at_t_max
+from distillbench.samplers import TIME_GRIDS, ddim, time_like, whole_grid, x_at_t_max
 
 
 class SignalNetwork(nn.Module):
@@ -92,7 +92,7 @@ class Boot(Method):
         self.evaluations = teacher.conditioning.evaluations
         self.delta = (self.t_max - self.t_min) / config.steps
         if config.times != "continuous":
-            self.grid = TIME_GRIDS[config.times](teacher.schedule, config.steps)
+            self.grid = whole_grid(config.times, teacher.schedule, config.steps)
 
     def time_pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """t and the time s one step below, each (B,1,1,1)."""

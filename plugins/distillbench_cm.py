@@ -28,10 +28,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, hookimpl, option
+from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, Workspace, hookimpl, option
 from distillbench.consistency import ConsistencyFunction, multistep
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
-from distillbench.samplers import ONE_STEP, TIME_GRIDS, karras_times
+from distillbench.samplers import ONE_STEP, TIME_GRIDS, check_heun, karras_times
 from distillbench.schedules import NoiseSchedule
 
 
@@ -80,6 +80,10 @@ class ConsistencyDistillation(Method):
             return karras_times(schedule, config.steps, config.sigma_min, config.sigma_max, config.rho)
         within = schedule.restricted(math.log(config.sigma_min), math.log(config.sigma_max))
         return TIME_GRIDS[config.times](within, config.steps - 1)
+
+    def prepare(self, workspace: Workspace) -> None:
+        if self.config.solver == "heun":
+            check_heun(self.teacher.schedule, self.grid)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """d(a, b) of each image, (B,1,1,1)."""

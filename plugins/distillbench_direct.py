@@ -62,6 +62,7 @@ class Direct(Method):
         return self.student(x_at_t_max(schedule, eps), time_like(eps, schedule.t_max), c)
 
     def prepare(self, workspace: Workspace) -> None:
+        Solver.parse(self.config.solver).check(self.teacher.schedule, self.config.steps)
         self.store: PairStore | None = None
         if not self.config.online:
             solver = Solver.parse(self.config.solver).name

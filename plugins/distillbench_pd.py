@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
 from distillbench.options import require_one_of, require_positive
-from distillbench.samplers import TIME_GRIDS, ddim, ddim_step, x_at_t_max
+from distillbench.samplers import TIME_GRIDS, ddim, ddim_step, time_like
 
 
 class ProgressiveDistillation(Method):
@@ -111,8 +111,9 @@ class ProgressiveDistillation(Method):
         return nfe in self.halvings
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        schedule, student = self.teacher.schedule, partial(self.students[str(nfe)], c=c)
-        return ddim(student, schedule, x_at_t_max(schedule, noise(0)), self.grid_of(nfe))
+        schedule, grid = self.teacher.schedule, self.grid_of(nfe)
+        z_T = schedule.sigma(time_like(noise(0), grid[-1])) * noise(0)
+        return ddim(partial(self.students[str(nfe)], c=c), schedule, z_T, grid)
 
 
 @hookimpl

@@ -7,7 +7,7 @@ and t'' the end of t's group (t > t' >= t''):
     x_t   = alpha_t x_0 + sigma_t eps;          x_t' = DDIM(x_t, f(x_t, t), t -> t')               (teacher f)
     x_t'' = DDIM(x_t', g(x_t', t'), t' -> t'')  if t' > t'',  x_t' otherwise                  (self-teacher g)
     x~    = (sigma_t'' x_t - sigma_t x_t'') / (alpha_t sigma_t'' - alpha_t'' sigma_t)
-    L     = w | x~ - x^(x_t, t) |^2,   w = max(SNR, 1) or SNR + 1;      student x^
+    L     = w | x~ - x^(x_t, t) |^2,   w = max(SNR, 1) or SNR + 1, SNR = 1 / tau^2;      student x^
     weights of g += (weights of x^ - weights of g) (1 - mu) / (1 - mu^k)               after the k-th update
 
 x~, the x_0 from which one DDIM step lands on x_t'', needs neither x_t nor x_t'' and so loses no digits to them:
@@ -24,7 +24,6 @@ After a phase the student's average becomes the teacher; the student, its optimi
 | tau            | noise level, float64                                          | (B,1,1,1) |
 | f, g, x^       | data predictions: teacher, self-teacher, student              | (B,C,H,W) |
 | x~             | target                                                        | (B,C,H,W) |
-| SNR            | 1 / tau^2                                                     | (B,1,1,1) |
 | k              | updates of the self-teacher, over all phases                  | () int64  |
 | c              | condition; only the first teacher is guided                   | of a batch|
 """
@@ -40,9 +39,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
+from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, Workspace, hookimpl, option
 from distillbench.options import require_fraction, require_one_of
-from distillbench.samplers import TIME_GRIDS, ddim, ddim_step, x_at_t_max
+from distillbench.samplers import TIME_GRIDS, check_heun, ddim, ddim_step, time_like
 
 
 class Tract(Method):
@@ -67,8 +66,7 @@ class Tract(Method):
             require_one_of(self, "weight", ("truncated_snr", "snr_plus_one"))
             require_one_of(self, "times", TIME_GRIDS)
             require_one_of(self, "teacher_step", ("ddim", "heun"))
-            chain = all(a > b > 0 and a % b == 0 for a, b in pairwise(self.steps))
-            if len(self.steps) < 2 or not chain:
+            if len(self.steps) < 2 or not all(a > b > 0 and a % b == 0 for a, b in pairwise(self.steps)):
                 raise UserError(f"steps must fall, each a divisor of the one before, such as 16,4,1, got {self.steps}")
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
@@ -81,9 +79,12 @@ class Tract(Method):
         self.deputy = teacher.deputy()  # stands for the teacher once an average has become it
         self.students = nn.ModuleDict({str(n): teacher.student().freeze() for n in config.steps[1:]})
 
+    def prepare(self, workspace: Workspace) -> None:
+        if self.config.teacher_step == "heun":
+            check_heun(self.teacher.schedule, self.times[1:])
+
     def phases(self) -> list[Phase]:
-        steps = self.config.steps
-        return [Phase(f"{a} to {b} steps", fresh=a == steps[0]) for a, b in pairwise(steps)]
+        return [Phase(f"{a} to {b} steps", fresh=a == self.config.steps[0]) for a, b in pairwise(self.config.steps)]
 
     def start_phase(self, index: int) -> None:
         before, self.n = self.config.steps[index : index + 2]
@@ -112,8 +113,7 @@ class Tract(Method):
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         schedule = self.teacher.schedule
-        x_0, eps, c = batch.x_0, batch.noise(), batch.c
-        j = batch.integers(1, len(self.grid))
+        x_0, eps, c, j = batch.x_0, batch.noise(), batch.c, batch.integers(1, len(self.grid))
         t = self.grid.to(batch.device)[j]
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         x_t = alpha * x_0 + sigma * eps
@@ -140,8 +140,9 @@ class Tract(Method):
         return nfe in self.config.steps[1:]
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        schedule, student = self.teacher.schedule, partial(self.students[str(nfe)], c=c)
-        return ddim(student, schedule, x_at_t_max(schedule, noise(0)), self.grid_of(nfe))
+        schedule, grid = self.teacher.schedule, self.grid_of(nfe)
+        x_T = schedule.sigma(time_like(noise(0), grid[-1])) * noise(0)
+        return ddim(partial(self.students[str(nfe)], c=c), schedule, x_T, grid)
 
 
 @hookimpl

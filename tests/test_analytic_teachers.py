@@ -22,7 +22,7 @@ from distillbench.samplers import Solver, time_like
 from distillbench.schedules import SCHEDULES
 from distillbench.teachers import Teacher
 
-IMAGES = "dataset.means=[[-0.5,0.1,0.3,0.2],[0.4,-0.3,0,0.6]]", "dataset.stds=[[0.1],[0.2]]", "dataset.weights=[.4,.6]"
+IMAGES = "dataset.means=[[-0.5,0.1,0.3,0.2],[0.4,-0.3,0,0.6]]", "dataset.stds=[[0.1],[0.13]]", "dataset.weights=[.4,.6]"
 ONE = "dataset.means=[[-0.5],[0.13],[0.4]]", "dataset.shape=[1,1,1]"
 SILENT = Progress(None)
 
@@ -75,7 +75,7 @@ def test_the_gaussian_teacher_is_the_best_linear_denoiser_of_any_images(registry
 
 
 def test_the_exact_map_of_a_gaussian_is_where_many_steps_end(registry, tmp_path):
-    words = "dataset.means=[[0.2,-0.1]]", "dataset.stds=[[0.4,0.1]]", "dataset.weights=[1]"
+    words = "dataset.means=[[0.2,-0.1]]", "dataset.stds=[[0.26,0.1]]", "dataset.weights=[1]"
     teacher = teacher_of(registry, tmp_path, "dataset=gmm", "teacher=gaussian", *words)
     law = teacher.denoiser.network.law
     eps = Noise(stream_key("test", 0), range(200), teacher.shape)(0)

@@ -140,8 +140,8 @@ NAMES = {
     "methods=": f"no method ''. {METHODS}",
     "methods=[]": "no method given. Write methods=[NAME,...]; possible: boot, cm, ct, direct, pd, sid, tract",
     "methods=[[boot]]": "no method \"['boot']\". Did you mean 'boot'? Possible: ",
-    "dataset=digit": "no dataset 'digit'. Did you mean 'digits'? Possible: digits, folder",
-    "dataset=null": "no dataset 'null'. Possible: digits, folder",
+    "dataset=digit": "no dataset 'digit'. Did you mean 'digits'? Possible: digits, folder, gmm",
+    "dataset=null": "no dataset 'null'. Possible: digits, folder, gmm",
     "dataset=[digits,folder]": "dataset takes one name, got [digits,folder]. For one after the other write dataset=",
     "teacher=traned": "no teacher 'traned'. Did you mean 'trained'? Possible: gaussian, gmm, trained",
     "experiment=smoek": "no experiment 'smoek'. Did you mean 'smoke'? Possible: smoke",
@@ -215,7 +215,8 @@ VALUES = {
     "methods.boot=${methods}": "cannot use methods.boot='${methods}': ",
     "methods.boot.kind=cm": "methods.boot.kind is 'boot' by choice and cannot be changed, got 'cm'",
     "methods.boot.ema_halflife_kimg=inf": "methods.boot.ema_halflife_kimg must be finite, got inf",
-    "teacher.prediction=epsi": "teacher.prediction must be one of eps, x0, v, flow, edm, got 'epsi'. Did you mean 'eps'?",
+    "teacher.prediction=epsi": "teacher.prediction must be one of eps, x0, v, flow, edm, got 'epsi'. Did you mean "
+    "'eps'?",
     "dataset.kind=folder": "dataset.kind is 'digits' by choice and cannot be changed, got 'folder'",
     "teacher.budget.images=0": "teacher.budget.images must be positive, got 0",
     "teacher.optimizer.lr=-1": "teacher.optimizer.lr must be positive, got -1.0",
@@ -267,7 +268,7 @@ def test_what_does_not_fit_is_one_message(registry, word, composed_once, monkeyp
 
 def test_what_must_be_given(registry):
     assert message(registry, "dataset=digits") == f"no method given. Write methods=[NAME,...]; {METHODS.lower()}"
-    expected = "no dataset given. Write dataset=NAME; possible: digits, folder"
+    expected = "no dataset given. Write dataset=NAME; possible: digits, folder, gmm"
     assert message(registry) == message(registry, "methods=[boot]") == expected
 
 

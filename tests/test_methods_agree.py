@@ -1,4 +1,4 @@
-"""The deterministic methods, one truth: with DDIM on one grid, direct = PD = CM = BOOT (up to its start) = the teacher's chain.
+"""The deterministic methods, one truth: with DDIM on one grid, direct = PD = CM = BOOT (up to its start) = the chain.
 
 First with oracles on a mixture, then trained: affine students on a Gaussian, through the real training loop
 (specification 9.1 to 9.3).

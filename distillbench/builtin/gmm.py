@@ -41,6 +41,9 @@ class Gmm(Dataset):
             law = mixture(config.weights, config.means, config.stds, config.shape or None)
         except UserError as error:
             raise UserError(f"dataset.{error}") from error
+        reach = (law.means.abs() + 3 * law.stds).max().item()
+        if reach > 1:
+            raise UserError(f"dataset.means: images lie in [-1, 1], and |mean| + 3 std reaches {reach:.3g}: scale both down")
         self.law, self.shape, self.classes = law, law.shape, law.components
         self.images, self.components = law.draw(config.count, torch.Generator().manual_seed(config.seed))
         self.sha256 = key_of([law.plain(), config.count, config.seed])
