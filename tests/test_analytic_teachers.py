@@ -11,6 +11,7 @@ import torch
 from scipy.stats import ks_2samp
 
 from analytic import close
+from distillbench.conditions import UNCONDITIONAL
 from distillbench.config import compose_runs
 from distillbench.errors import UserError
 from distillbench.noise import Noise, stream_key
@@ -129,6 +130,7 @@ def test_students_start_fresh_or_fitted_and_the_fit_is_found_again(registry, tmp
         (["dataset=gmm", "teacher=gmm", "dataset.weights=[1,1,1]"], "dataset.weights"),
         (["dataset=gmm", "teacher=gmm", "dataset.shape=[1,2,2]"], "dataset.shape"),
         (["dataset=gmm", "teacher=gmm", "teacher.network=unet"], "multiples of 4"),
+        (["dataset=gmm", "dataset.means=[[-1.5,0.3],[0.4,-0.8],[1,1]]"], r"images lie in .* reaches 1.7"),
     ],
 )
 def test_what_does_not_fit_is_refused(registry, tmp_path, words, message):
@@ -196,6 +198,9 @@ def test_a_drawn_w_is_trained_once_for_all_that_it_is_sampled_at(registry, tmp_p
     assert students["guidance"].tolist() == [1.0, 3.0]
     assert len(list((tmp_path / "cells").glob("*/student.safetensors"))) == 1
     assert students["teacher_rmse"].nunique() == 2
+    assert (students["settings"] == "guidance_range=[1.0, 3.0]").all()
+    teacher = table[table["method"] == "teacher:ddim"].groupby("guidance")["nfe"].apply(list)
+    assert teacher[1.0] == [1, 4] and teacher[3.0] == [2, 8]  # at w = 1 the class alone is asked for
 
 
 def test_boot_hands_over_to_the_teacher_where_that_is_asked_for(registry, tmp_path):
@@ -213,9 +218,64 @@ def test_the_teacher_has_rows_of_every_sampler(registry, tmp_path):
     assert set(teacher.index) == {"teacher:ddim", "teacher:heun", "teacher:dpmpp_2m/uniform", "teacher:ddpm"}
     rmse = table.set_index(["method", "nfe"])["teacher_rmse"]
     assert rmse["teacher:ddim", 4] == 0 and rmse["teacher:heun", 7] > 0
+    assert rmse.isna().tolist() == [name == ("teacher:ddpm", 4) for name in rmse.index]  # it adds fresh noise
 
 
 def test_a_method_works_on_another_schedule_at_equal_snr(registry, tmp_path):
     words = ["dataset=gmm", "teacher=gmm", *NARROW, "methods.cm.schedule=ve", "methods.pd.schedule=flow_matching"]
     table = table_of(registry, tmp_path, "methods=[cm,pd]", *words)
     assert table["settings"].str.contains("schedule=ve").any()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["methods=[boot]", "methods.boot.times=leading"], "times=leading does not lead from t_max to t_min"),
+        (["methods=[boot]", "methods.boot.times=linspace"], "times=linspace does not lead from t_max to t_min"),
+        (["methods=[tract]", "methods.tract.teacher_step=heun"], "second slope has weight 1085"),
+        (["methods=[cm]", "methods.cm.times=uniform"], "heun needs noise levels close together"),
+        (["methods=[direct]", "methods.direct.solver=heun/uniform"], "heun needs noise levels close together"),
+        (["methods=[direct]", "methods.direct.solver=ddim/leading", "methods.direct.steps=1001"], "1000"),
+        (["methods=[direct]", "methods.direct.solver=ddpm"], "adds noise of its own"),
+        (["methods=[sid]", "methods.sid.sigma_init=1e9"], "sigma_init must be a noise level of the schedule"),
+        (["methods=[pd]", "evaluation.teacher_samplers=[ddim/trailing]", "evaluation.teacher_steps=[1,2000]"], "1000"),
+        (["methods=[pd]", "evaluation.nfe=[3]"], "pd cannot sample with evaluation.nfe=.3.. Possible: 1, 2, 4, 8"),
+        (["methods=[pd]", "teacher.prediction=eps"], "cannot predict eps"),
+    ],
+)
+def test_what_a_method_cannot_do_is_refused_before_anything_runs(registry, tmp_path, words, message):
+    words = [*words, "dataset=gmm", "teacher=gmm", *NARROW, f"results_dir={tmp_path}"]
+    with pytest.raises(UserError, match=message):
+        plan(compose_runs(words, registry), registry)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["pd", "tract"])
+@pytest.mark.parametrize("times", ["leading", "karras"])
+def test_phases_start_from_the_top_of_their_own_grid(registry, tmp_path, name, times):
+    """Untrained students are the teacher's start: what they are first asked is sigma_t eps at the grid's highest t."""
+    teacher = teacher_of(registry, tmp_path, "dataset=gmm", "teacher=gmm", *NARROW, "teacher.schedule=ve")
+    cls = registry.get("methods", name).cls
+    method = cls(cls.Config(times=times), teacher)
+    asked = []
+    for student in method.students.values():
+        student.register_forward_pre_hook(lambda module, inputs: asked.append(inputs[:2]))
+    eps = Noise(stream_key("test", 0), range(4), teacher.shape)
+    for nfe in (1, 2):
+        asked.clear()
+        method.sample(eps, nfe, UNCONDITIONAL)
+        x, t = asked[0]
+        close(x, t.float() * eps(0), rtol=1e-6)
+
+
+def test_pairs_of_a_drawn_w_are_found_again(registry, tmp_path):
+    words = ["methods=[direct]", "dataset=gmm", "teacher=gmm", *NARROW, *SMALL, "conditional=true", "guidance=2"]
+    for lr in (1e-3, 2e-3):
+        more = [f"methods.direct.lr={lr}", "methods.direct.pairs=64", "guidance_range=[1,3]"]
+        configs = compose_runs([*words, *more, f"results_dir={tmp_path}"], registry)
+        run(plan(configs, registry), configs, SILENT, lambda rows: None)
+    (manifest,) = (tmp_path / "cache" / "pairs").glob("*/manifest.json")
+    before = manifest.stat().st_mtime_ns
+    configs = compose_runs([*words, *more, "methods.direct.beta1=0.8", f"results_dir={tmp_path}"], registry)
+    run(plan(configs, registry), configs, SILENT, lambda rows: None)
+    assert manifest.stat().st_mtime_ns == before

@@ -17,6 +17,7 @@ from distillbench.errors import DivergedError, Unavailable, UserError
 from distillbench.evaluate import EvaluationConfig, Evaluator, teacher_sampler
 from distillbench.metrics import GaussianStatistics, Metric, Samples, frechet_distance
 from distillbench.noise import Noise, stream_key
+from distillbench.samplers import Solver
 from distillbench.progress import Progress
 from distillbench.registry import Entry, Plugin, Registry
 from distillbench.samplers import uniform_times
@@ -133,7 +134,7 @@ class Broken(Metric):
 
 
 def evaluator(**changes) -> Evaluator:
-    plain = {"images": 10, "batch_size": 4, "teacher_nfe": [1, 8], "metrics": ["teacher_rmse"], "timing_seconds": 1e-4}
+    plain = {"images": 10, "batch_size": 4, "teacher_steps": [1, 8], "metrics": ["teacher_rmse"], "timing_seconds": 1e-4}
     registry = Registry(metrics={cls.name: Entry(cls, Plugin(cls.name, "tests", "0")) for cls in (TeacherRmse, Broken)})
     teacher = changes.pop("teacher", None) or gaussian_teacher()
     return Evaluator(EvaluationConfig(**plain | changes), None, teacher, registry, "cpu", Progress(None))
@@ -145,7 +146,7 @@ class Sampler:
     def __init__(self, teacher, evaluations=None, result=lambda x: x) -> None:
         self.teacher, self.evaluations, self.result, self.seen = teacher, evaluations, result, []
 
-    def __call__(self, noise, nfe):
+    def __call__(self, noise, nfe, c):
         x = noise(0)
         if isinstance(noise, Noise):
             self.seen.append((noise.stream, x))
@@ -176,8 +177,8 @@ def test_the_reference_is_the_teacher_with_most_steps_on_that_noise():
     eps = Noise(stream_key("evaluation", 0), range(10), (2, 1, 1))(0)
     expected = ddim_chain(judge.teacher.schedule, eps, uniform_times(judge.teacher.schedule, 8)).clamp(-1, 1)
     assert torch.allclose(judge.teacher_x_0, expected, rtol=0, atol=1e-8)
-    assert judge.measure(teacher_sampler(judge.teacher), 8, True, "test").scores == {"teacher_rmse": 0.0}
-    assert judge.measure(teacher_sampler(judge.teacher), 1, True, "test").scores["teacher_rmse"] > 0.1
+    assert judge.measure(teacher_sampler(judge.teacher, Solver.parse("ddim")), 8, True, "test").scores == {"teacher_rmse": 0.0}
+    assert judge.measure(teacher_sampler(judge.teacher, Solver.parse("ddim")), 1, True, "test").scores["teacher_rmse"] > 0.1
 
 
 @pytest.mark.parametrize("evaluations", [0, 1, 3])
@@ -191,7 +192,7 @@ def test_evaluations_of_students_count_too():
     judge = evaluator()
     student = judge.teacher.student()
 
-    def sampler(noise, nfe):
+    def sampler(noise, nfe, c):
         x = noise(0)
         return student(x, time([0.5]).expand(len(x), 1, 1, 1)).detach()
 
@@ -241,8 +242,14 @@ def test_timing_is_plausible():
     assert 20 < measured.sample_images_per_second <= 4 / 0.02
 
 
-@pytest.mark.parametrize("values", [[], [0], [1, 1], [2, -1]])
-@pytest.mark.parametrize("name", ["nfe", "teacher_nfe"])
+def test_no_nfe_asks_for_the_usual_ones_but_the_teacher_needs_steps():
+    assert EvaluationConfig(nfe=[]).nfe == []
+    with pytest.raises(UserError, match="teacher_steps"):
+        EvaluationConfig(teacher_steps=[])
+
+
+@pytest.mark.parametrize("values", [[0], [1, 1], [2, -1]])
+@pytest.mark.parametrize("name", ["nfe", "teacher_steps"])
 def test_lists_of_evaluations_must_be_positive_and_different(name, values):
     with pytest.raises(UserError, match=name):
         EvaluationConfig(**{name: values})

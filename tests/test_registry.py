@@ -97,9 +97,7 @@ def test_an_entry_says_what_makes_results_of_another_version_others(source):
 
 
 def test_an_unknown_name_is_an_error_with_the_nearest_one():
-    with pytest.raises(
-        UserError, match=r"no method 'bot'\. Did you mean 'boot'\? Possible: boot, cm, ct, dir"
-    ):
+    with pytest.raises(UserError, match=r"no method 'bot'\. Did you mean 'boot'\? Possible: boot, cm, ct, dir"):
         load_registry().get("methods", "bot")
 
 

@@ -43,7 +43,7 @@ class Gmm(Dataset):
             raise UserError(f"dataset.{error}") from error
         reach = (law.means.abs() + 3 * law.stds).max().item()
         if reach > 1:
-            raise UserError(f"dataset.means: images lie in [-1, 1], and |mean| + 3 std reaches {reach:.3g}: scale both down")
+            raise UserError(f"dataset.means: images lie in [-1, 1], |m| + 3 s reaches {reach:.3g}: scale them down")
         self.law, self.shape, self.classes = law, law.shape, law.components
         self.images, self.components = law.draw(config.count, torch.Generator().manual_seed(config.seed))
         self.sha256 = key_of([law.plain(), config.count, config.seed])
