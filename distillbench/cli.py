@@ -117,6 +117,44 @@ def _describe(registry: Registry, kind: str, name: str) -> None:
 
 
 @cli.command()
+@click.argument("name")
+@click.argument("settings", nargs=-1)
+@click.option("--quick", is_flag=True, help="Leave out the training on an exact teacher: seconds instead of a minute.")
+@click.option("--thorough", is_flag=True, help="Train five times as long on the exact teacher.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def check(name: str, settings: tuple[str, ...], quick: bool, thorough: bool, debug: bool) -> None:
+    """Hold method NAME against the contract of a method, one line for each check.
+
+    SETTINGS are of the method only. The exit code is 1 if a check fails.
+
+    \b
+    distillbench check boot methods.boot.steps=4
+    """
+    from distillbench.config import compose_runs
+    from distillbench.testing import LAW_IMAGES, findings
+
+    if quick and thorough:
+        raise UserError("--quick and --thorough exclude each other")
+    registry = _registry(debug)
+    entry = registry.get("methods", name)
+    foreign = [word for word in settings if not word.startswith(f"methods.{name}.")]
+    if foreign:
+        raise UserError(f"check takes settings of the method only, methods.{name}.SETTING=VALUE, got {foreign[0]!r}")
+    configs = compose_runs([f"methods=[{name}]", "dataset=gmm", "teacher=gmm", *settings], registry)
+    if len(configs) > 1:
+        raise UserError(f"check takes one value of each setting, the settings span {len(configs)}")
+    counts = {True: 0, False: 0, None: 0}
+    for finding in findings(entry.cls, configs[0].methods[name], 0 if quick else LAW_IMAGES * (5 if thorough else 1)):
+        counts[finding.ok] += 1
+        word = {True: "ok", False: "FAIL", None: "-"}[finding.ok]
+        heading = f"{word:<4}  {finding.check:<17}  "
+        click.echo(click.wrap_text(finding.message, _width(), heading, " " * len(heading)))
+    click.echo(f"{name}: {counts[True]} ok, {counts[False]} failed, {counts[None]} not applicable")
+    if counts[False]:
+        raise SystemExit(SOMETHING_FAILED)
+
+
+@cli.command()
 @click.option("--debug", is_flag=True, help="Show the traceback of a plugin that failed to load.")
 def plugins(debug: bool) -> None:
     """Show every plugin: its distribution, what it brings, or why it was left out."""

@@ -7,6 +7,7 @@ with those that N draws of the law taught it by denoising score matching (what a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -18,48 +19,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distillbench import Condition, Denoiser, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
+from distillbench import Denoiser, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
 from distillbench.budget import BudgetConfig, Meter
 from distillbench.builtin.trained import DenoisingTraining, TeacherTraining, network_of_size
-from distillbench.conditions import UNCONDITIONAL, Conditioning
+from distillbench.conditions import Conditioning
 from distillbench.datasets import to_float
 from distillbench.denoiser import TARGETS
+from distillbench.exact import ExactDenoiser
 from distillbench.files import canonical_json, key_of, sha256_tensors, write_atomically
 from distillbench.laws import Gaussian, Law
 from distillbench.networks import NETWORKS
 from distillbench.options import require_between, require_one_of
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress
-from distillbench.schedules import SCHEDULES, NoiseSchedule
+from distillbench.schedules import SCHEDULES
 from distillbench.teachers import TeacherPlan
 from distillbench.train import train
 
 FIT_BATCH = 256
 LARGEST_COVARIANCE = 4096  # values of an image
-
-
-class LawNetwork(nn.Module):
-    """E[x_0 | x_t, component] of a law, on a schedule; it has no weights."""
-
-    embedding_channels = 0
-
-    def __init__(self, law: Law, schedule: NoiseSchedule) -> None:
-        super().__init__()
-        self.law, self.schedule = law, schedule
-
-    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None, labels: Tensor | None) -> Tensor:
-        t = time.view(-1, 1, 1, 1)
-        return self.law.denoise(x, self.schedule.alpha(t), self.schedule.sigma(t), labels)
-
-
-class ExactDenoiser(Denoiser):
-    """The denoiser of a law. Its network is given the time in float64: rounding it would not be exact."""
-
-    def __init__(self, law: Law, schedule: NoiseSchedule) -> None:
-        super().__init__(LawNetwork(law, schedule), schedule, "x0")
-
-    def output(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL, embedding: Tensor | None = None) -> Tensor:
-        return self.counted(x_t, t.flatten(), embedding, c.labels)
 
 
 class Analytic(TeacherSource):
@@ -82,13 +60,13 @@ class Analytic(TeacherSource):
             require_between(self, 0, 65536, "width", "depth")
             require_between(self, 0, 2**63 - 1, "fit_images", "seed")
 
+    @functools.cached_property
     @abstractmethod
     def law(self) -> Law:
         """The law of x_0; raises UserError where the dataset has none of this kind."""
 
     def plan(self) -> TeacherPlan:
-        self.law()
-        self._first()
+        self.untrained()
         return TeacherPlan("in closed form", self.config.fit_images, self.config.fit_images)
 
     def untrained(self) -> Teacher:
@@ -104,7 +82,7 @@ class Analytic(TeacherSource):
     def _recipe(self) -> dict[str, Any]:
         plain = dataclasses.asdict(self.config)
         plain.pop("kind")
-        return plain | {"classes": self.conditioning.classes, "law": self.law().plain()}
+        return plain | {"fit_batch": FIT_BATCH, "classes": self.conditioning.classes, "law": self.law.plain()}
 
     def _first(self) -> nn.Module:
         """What students start from, before any fitting."""
@@ -123,7 +101,7 @@ class Analytic(TeacherSource):
         schedule = SCHEDULES[self.config.schedule]()
         return Teacher(
             self.name,
-            ExactDenoiser(self.law(), schedule).to(self.device),
+            ExactDenoiser(self.law, schedule).to(self.device),
             self.dataset.shape,
             sha256,
             self._recipe(),
@@ -146,7 +124,7 @@ class Analytic(TeacherSource):
         method = DenoisingTraining(training, teacher).to(self.device)
         meter = Meter(BudgetConfig(images=self.config.fit_images), teacher, self.device)
         workspace = Workspace(teacher, meter, self.cache, self.device, self.config.seed, progress)
-        generator, law = torch.Generator().manual_seed(self.config.seed), self.law()
+        generator, law = torch.Generator().manual_seed(self.config.seed), self.law
 
         def read(size: int) -> tuple[Tensor, Tensor]:
             x_0, component = law.draw(size, generator)
@@ -168,6 +146,7 @@ class GaussianTeacher(Analytic):
     name = "gaussian"
     Config = Analytic.Config
 
+    @functools.cached_property
     def law(self) -> Law:
         size = torch.Size(self.dataset.shape).numel()
         if self.conditioning.classes:
@@ -190,6 +169,7 @@ class GmmTeacher(Analytic):
     name = "gmm"
     Config = Analytic.Config
 
+    @functools.cached_property
     def law(self) -> Law:
         if self.dataset.law is None:
             raise UserError(f"teacher=gmm needs a dataset whose law is known (dataset=gmm), got {self.dataset.name}")

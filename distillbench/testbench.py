@@ -1,0 +1,391 @@
+"""What methods are tried on: small teachers with random weights, and a law whose denoiser and map are exact.
+
+A bench is one way of conditioning. Its networks keep a log of every evaluation of themselves and of their copies, and
+its batches know whether real images were asked for: :mod:`distillbench.conformance` reads both.
+
+| symbol | meaning                                     | shape                |
+|--------|---------------------------------------------|----------------------|
+| x_0    | images                                      | (B,C,H,W) in [-1, 1] |
+| t      | time                                        | (B,1,1,1) float64    |
+| f      | exact denoiser, E[x_0 given x_t]            | (B,C,H,W)            |
+| c      | condition: class and guidance               | of a batch           |
+| n      | network evaluations for one image           | int                  |
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distillbench.budget import BudgetConfig, Meter
+from distillbench.conditions import WITHOUT_CLASSES, Condition, Conditioning
+from distillbench.denoiser import TARGETS, Denoiser, implied_eps
+from distillbench.exact import ExactDenoiser
+from distillbench.laws import GaussianMixture, mixture
+from distillbench.method import Batch, Method, MethodConfig, Read
+from distillbench.networks import ResidualMLP
+from distillbench.noise import FixedNoise, Noise, stream_key
+from distillbench.pairs import Workspace
+from distillbench.progress import Progress, Step
+from distillbench.schedules import SCHEDULES, VPCosine
+from distillbench.teachers import Teacher
+from distillbench.train import Optimizers, train
+
+SHAPE = (2, 4, 4)  # of a bench's images
+CLASSES, GUIDANCE, GUIDANCE_RANGE = 3, 2.0, (1.0, 3.0)
+IMAGES = 8  # of a step, and of a sample
+STEPS = 16  # of a training
+WALKED_PHASES = 6  # phases of which one step is taken in a walk
+USUAL_NFE, MOST_NFE = (*range(1, 9), 16), 1024  # tried; searched where none of those is supported
+FIT_IMAGES, FIT_BATCH = 75_000, 256  # of the weights that students of the exact teacher start from
+SILENT = Step(lambda fraction, note: None)
+
+CONDITIONINGS = {
+    "unconditional": WITHOUT_CLASSES,
+    "classes": Conditioning(CLASSES),
+    "guided": Conditioning(CLASSES, GUIDANCE),
+    "guidance drawn": Conditioning(CLASSES, GUIDANCE, GUIDANCE_RANGE),
+}
+
+
+class Fault(Exception):
+    """What is wrong with a method, in words for its author: what was expected, what was seen, what to do."""
+
+
+# --- networks, batches and noise that are watched --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """One evaluation of a network on `rows` images."""
+
+    network: nn.Module
+    rows: int
+    labels: Tensor | None
+    with_gradient: bool
+
+
+class Log(list[Call]):
+    """The evaluations of a network and of all its copies: a copy keeps the same log."""
+
+    def __deepcopy__(self, memo: dict) -> Log:
+        return self
+
+
+class LoggedNetwork(ResidualMLP):
+    """The package's own network, small, with random weights none of which is zero."""
+
+    def __init__(self, classes: int, log: Log) -> None:
+        super().__init__(SHAPE, width=16, depth=1, classes=classes)
+        self.log = log
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.2)
+
+    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        if self.classes is not None and labels is None:
+            raise Fault("a network that knows classes was evaluated without one: hand batch.c, or sample's c, on to it")
+        out = super().forward(x, time, embedding, labels)
+        self.log.append(Call(self, len(x), labels, out.requires_grad))
+        return out
+
+
+class WatchedBatch(Batch):
+    """A batch that knows whether its real images were asked for."""
+
+    asked = False
+
+    @functools.cached_property
+    def _data(self) -> tuple[Tensor, Tensor | None]:
+        self.asked = True
+        return super()._data
+
+
+class WatchedNoise(FixedNoise):
+    """Noise that is already there, and knows which of its draws were asked for."""
+
+    def __init__(self, draws: list[Tensor]) -> None:
+        super().__init__(draws)
+        self.asked: set[int] = set()
+
+    def __call__(self, k: int) -> Tensor:
+        if not 0 <= k < len(self.draws):
+            raise Fault(f"sample asks for noise({k}), and there are noise(0) to noise(NFE - 1): {len(self.draws)} here")
+        self.asked.add(k)
+        return super().__call__(k)
+
+
+# --- the bench -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point of a walk. `what` says which:
+
+    "begin": the step comes next; "yielded": `item` came out of it and is not yet updated; "updated"; "stepped": the
+    step is over; "ended": so are after_step and end_phase.
+    """
+
+    what: str
+    phase: int
+    method: Method
+    batch: WatchedBatch
+    item: Any = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training."""
+
+    method: Method
+    images: int
+    averages: list[list[dict[str, Tensor]]]  # weights of the networks in each phase's average, at its end
+    evaluations: int  # of teacher and students
+    disturbed: list[str]  # global random generators that training has moved
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One way of conditioning, and all that is needed to try a method there. What it returns is made anew each time."""
+
+    label: str
+    cls: type[Method]
+    given: MethodConfig | None
+    conditioning: Conditioning
+    law_images: int  # of the training on the exact teacher
+
+    def config(self) -> MethodConfig:
+        return self.cls.Config() if self.given is None else copy.deepcopy(self.given)
+
+    def teacher(self) -> Teacher:
+        log, classes = Log(), self.conditioning.classes
+        torch.manual_seed(0)
+        blank = lambda: LoggedNetwork(classes, log)
+        denoiser = Denoiser(blank(), VPCosine(), "v")
+        return Teacher("random", denoiser, SHAPE, "random", conditioning=self.conditioning, blank=blank)
+
+    def method(self, teacher: Teacher | None = None) -> Method:
+        """As the harness builds it before training."""
+        teacher, config = teacher or self.teacher(), self.config()
+        torch.manual_seed(0)
+        return self.cls(config, teacher.on(SCHEDULES[config.schedule]()) if config.schedule else teacher)
+
+    def read(self) -> Read | None:
+        """Real images: uniform in [-1, 1], with random labels. None for a method that may not see any."""
+        generator = torch.Generator().manual_seed(1)
+
+        def images(size: int) -> tuple[Tensor, Tensor | None]:
+            labels = torch.randint(0, self.conditioning.classes or 1, (size,), generator=generator)
+            return 2 * torch.rand(size, *SHAPE, generator=generator) - 1, labels
+
+        return images if self.cls.needs_data else None
+
+    def walk(self) -> Iterator[Moment]:
+        """One step of each of the first phases, as the harness makes it. Of what is made ahead there are two pairs."""
+        method, read, generator = self.method(), self.read(), torch.Generator().manual_seed(0)
+        method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True))
+        optimizers = Optimizers(method.config)
+        for phase in range(len(method.phases()))[:WALKED_PHASES]:
+            method.start_phase(phase)
+            batch = WatchedBatch(IMAGES, SHAPE, generator, "cpu", read, self.conditioning)
+            yield Moment("begin", phase, method, batch)
+            for item in method.train_step(batch):
+                yield Moment("yielded", phase, method, batch, item)
+                network, loss = item
+                optimizers.update(network, loss, 1.0)
+                yield Moment("updated", phase, method, batch, item)
+            yield Moment("stepped", phase, method, batch)
+            method.after_step()
+            method.end_phase(phase, method.student)
+            yield Moment("ended", phase, method, batch)
+
+    def train(self, seed: int = 0, global_seed: int = 0) -> Run:
+        """A short training by the harness's own loop, again with two pairs for all that are made ahead.
+
+        Weights at the start are always the same; `seed` is that of training, and `global_seed` what the random
+        generators that belong to nobody start from.
+        """
+        method = self.method()
+        averages: list[list[dict[str, Tensor]]] = []
+        end_phase = method.end_phase
+
+        def remember(index: int, average: nn.Module) -> None:
+            averages.append([weights_of(network) for network in logged(average)])
+            end_phase(index, average)
+
+        method.__dict__["end_phase"] = remember
+        images = IMAGES * max(STEPS, len(method.phases()))
+        workspace = workspace_of(method, Path(), BudgetConfig(images=images), seed, dry=True)
+        torch.manual_seed(global_seed)
+        np.random.seed(global_seed)
+        random.seed(global_seed)
+        before = _global_generators()
+        train(method, method.config, workspace, self.read(), IMAGES, SILENT)
+        disturbed = [name for name, state in _global_generators().items() if state != before[name]]
+        del method.__dict__["end_phase"]
+        return Run(method.eval(), images, averages, rows_of(method), disturbed)
+
+    @functools.cached_property
+    def run(self) -> Run:
+        """One training for all checks of what comes after it. They leave it as it is."""
+        return self.train()
+
+    def noise(self, indices: Iterable[int] = range(IMAGES), seed: int = 0) -> Noise:
+        return Noise(stream_key("conformance", seed), list(indices), SHAPE)
+
+    def c(self, indices: Iterable[int] = range(IMAGES)) -> Condition:
+        return self.conditioning.of_images(list(indices), "cpu")
+
+    def sample(self, n: int, method: Method | None = None) -> Tensor:
+        """Images of a trained method (None: that of `run`), always from the same noise."""
+        with torch.no_grad():
+            return (method or self.run.method).sample(self.noise(), n, self.c())
+
+    def nfe(self) -> list[int]:
+        """The numbers of evaluations to be tried: the usual ones that the method supports, or else its smallest."""
+        method = self.run.method
+        usual = [n for n in USUAL_NFE if method.supports(n)]
+        return usual or [n for n in range(1, MOST_NFE + 1) if method.supports(n)][:1]
+
+
+def workspace_of(method: Method, folder: Path, budget: BudgetConfig, seed: int = 0, dry: bool = False) -> Workspace:
+    return Workspace(method.teacher, Meter(budget, method.teacher, "cpu"), folder, "cpu", seed, Progress(None), dry)
+
+
+# --- what can be read off a method -----------------------------------------------------------------------------------
+
+
+def logged(module: nn.Module) -> list[LoggedNetwork]:
+    """The copies of the bench's network in `module`."""
+    return [part for part in module.modules() if isinstance(part, LoggedNetwork)]
+
+
+def teachers_network(method: Method) -> nn.Module:
+    return method.teacher.denoiser.network
+
+
+def calls_of(method: Method) -> Log:
+    """Every evaluation so far of the teacher of `method` and of its copies."""
+    (network,) = logged(method.teacher.denoiser)
+    return network.log
+
+
+def rows_of(method: Method) -> int:
+    """Evaluations that were counted, of teacher and students, in images."""
+    return method.teacher.teacher_rows.rows + method.teacher.student_rows.rows
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of all tensors of its state."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    """The names of the tensors that differ, or that are in one of the two only."""
+    alike = [name for name in before.keys() & after.keys() if not differ(before[name], after[name])]
+    return sorted((before.keys() | after.keys()) - set(alike))
+
+
+def differ(a: Tensor, b: Tensor) -> bool:
+    return a.shape != b.shape or not torch.equal(a, b)
+
+
+# --- the law ---------------------------------------------------------------------------------------------------------
+
+
+class Fit(Method):
+    """Teaches a student the exact denoiser, as v: the weights that a trained teacher would have given it.
+
+    L = E | v(x_t, t) - (alpha_t eps_f - sigma_t f) |^2,   eps_f = (x_t - alpha_t f) / sigma_t
+    """
+
+    name, paper, needs_data = "fit", "none: regression on the exact denoiser", True
+    Config = MethodConfig
+
+    def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
+        student, schedule, t = self.student, self.teacher.schedule, batch.uniform()
+        assert isinstance(student, Denoiser)
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        x_t = alpha * batch.x_0 + sigma * batch.noise()
+        f = self.teacher.denoise(x_t, t)
+        target = TARGETS["v"](f, implied_eps(x_t, f, alpha, sigma), alpha, sigma)
+        yield student, (student.output(x_t, t) - target).square().mean()
+
+    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        raise NotImplementedError("it is there to make weights")
+
+
+@functools.cache
+def exact_law() -> GaussianMixture:
+    """Two modes in one dimension, where the noise-to-data map is known. Its std is .51, and 99 % lie in [-1, 1]."""
+    return mixture([0.35, 0.65], [[-0.55], [0.4]], [[0.2], [0.25]])
+
+
+def draws(seed: int) -> Read:
+    """read(n): n images of the law, without labels."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda size: (exact_law().draw(size, generator)[0].to(torch.get_default_dtype()), None)
+
+
+def exact_teacher() -> Teacher:
+    """The law's own denoiser; students start from a network that has been fitted to it."""
+    teacher = _unfitted_teacher()
+    assert teacher.start is not None
+    teacher.start.load_state_dict(_fitted_weights())
+    return teacher
+
+
+def _unfitted_teacher() -> Teacher:
+    law, schedule = exact_law(), VPCosine()
+    torch.manual_seed(0)
+    blank = lambda: ResidualMLP(law.shape, width=64, depth=1)
+    start = Denoiser(blank(), schedule, "v")
+    return Teacher("exact", ExactDenoiser(law, schedule), law.shape, "exact", start=start, blank=blank)
+
+
+@functools.cache
+def _fitted_weights() -> dict[str, Tensor]:
+    fit = Fit(MethodConfig(lr=2e-3, ema_halflife_kimg=1.0), _unfitted_teacher())
+    train(fit, fit.config, workspace_of(fit, Path(), BudgetConfig(images=FIT_IMAGES)), draws(0), FIT_BATCH, SILENT)
+    return weights_of(fit.student)
+
+
+# --- global state ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """One thread, float32 and gradients inside; afterwards all global state is as it was."""
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    dtype, threads, gradients = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+    try:
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(True)
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+def _global_generators() -> dict[str, Any]:
+    """The states of the random generators that belong to nobody."""
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": pickle.dumps(np.random.get_state()),
+        "Python's random": random.getstate(),
+    }

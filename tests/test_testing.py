@@ -1,0 +1,791 @@
+"""The conformance suite: every method that ships passes, and each fault is found by the one check that is for it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distillbench import (
+    Batch,
+    Method,
+    MethodConfig,
+    Phase,
+    UserError,
+    cli,
+    hookimpl,
+    option,
+    registry,
+    testbench,
+    testing,
+)
+from distillbench.conditions import UNCONDITIONAL
+from distillbench.noise import Noise
+from distillbench.registry import Source, installed, load_registry
+from distillbench.samplers import ddim, time_like, uniform_times, x_at_t_max
+from distillbench.testing import CHECKS, Finding, assert_conforms, check_method
+
+METHODS = load_registry().methods
+
+
+def failed(found: list[Finding]) -> dict[str, str]:
+    return {finding.check: finding.message for finding in found if finding.ok is False}
+
+
+# --- what ships ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_that_ships_conforms(name):
+    found = check_method(METHODS[name].cls, law_images=0)
+    assert not failed(found)
+    assert [finding.check for finding in found] == [check.name for check in CHECKS]
+    assert [finding.check for finding in found if finding.ok is None] == ["matches"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_that_ships_matches_an_exact_teacher(name):
+    (found,) = law_findings(METHODS[name].cls)
+    assert found.ok, found.message
+
+
+def law_findings(cls, config=None, images=testing.LAW_IMAGES) -> list[Finding]:
+    """What the check on the law finds, without those before it."""
+    check = next(check for check in CHECKS if check.name == "matches")
+    bench = testbench.Bench("unconditional", cls, config, testbench.WITHOUT_CLASSES, images)
+    return [check.on([bench], {need: {} for need in check.needs}).finding(check)]
+
+
+# --- a small method that does everything right -----------------------------------------------------------------------
+
+
+class Good(Method):
+    """The teacher's answer in a few steps, regressed; a target network holds the student back a little."""
+
+    name, paper, needs_data = "good", "none: a test", False
+
+    @dataclass
+    class Config(MethodConfig):
+        lr: float = option(5e-3, "peak learning rate of Adam")
+        pull: float = option(0.01, "weight of the target network")
+        steps: int = option(4, "of the teacher's answer")
+
+    def __init__(self, config, teacher) -> None:
+        super().__init__(config, teacher)
+        self.target = copy.deepcopy(self.student).requires_grad_(False)
+
+    def g(self, eps: Tensor, c=UNCONDITIONAL, network: nn.Module | None = None) -> Tensor:
+        schedule = self.teacher.schedule
+        return (network or self.student)(x_at_t_max(schedule, eps), time_like(eps, schedule.t_max), c)
+
+    def solved(self, f, eps: Tensor) -> Tensor:
+        schedule = self.teacher.schedule
+        return ddim(f, schedule, x_at_t_max(schedule, eps), uniform_times(schedule, self.config.steps))
+
+    def answer(self, eps: Tensor, c) -> Tensor:
+        return self.solved(lambda x_t, t: self.teacher.denoise(x_t, t, c), eps)
+
+    def pulled(self, eps: Tensor, c) -> Tensor:
+        with torch.no_grad():
+            return self.g(eps, c, self.target)
+
+    def loss(self, eps: Tensor, c) -> Tensor:
+        x_0, g = self.answer(eps, c), self.g(eps, c)
+        return (g - x_0).square().mean() + self.config.pull * (g - self.pulled(eps, c)).square().mean()
+
+    def train_step(self, batch: Batch) -> Iterator:
+        yield self.student, self.loss(batch.noise(), batch.c)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        torch._foreach_lerp_(list(self.target.parameters()), list(self.student.parameters()), 0.1)
+
+    def sample(self, noise, nfe, c) -> Tensor:
+        return self.g(noise(0), c)
+
+
+def test_a_good_method_has_nothing_against_it():
+    found = check_method(Good, law_images=20_000)
+    assert {finding.ok for finding in found} == {True}
+    told = {finding.check: finding.message for finding in found}
+    assert "students 1 with gradient and 1 without, teacher 4 without" in told["gradients"]
+    assert "RMSE to the exact map 0." in told["matches"]
+    assert_conforms(Good, law_images=0)
+
+
+# --- one fault each --------------------------------------------------------------------------------------------------
+
+FAULTS: list[tuple[type[Method], str, str]] = []
+
+
+def fault(check: str, message: str):
+    """The class is a method with one fault, which `check` and no other finds, in these words."""
+
+    def add(cls: type[Method]) -> type[Method]:
+        FAULTS.append((cls, check, message))
+        return cls
+
+    return add
+
+
+@fault("declared", "settings without a help text: k")
+class SilentSetting(Good):
+    @dataclass
+    class Config(MethodConfig):
+        k: int = 3
+
+
+@fault("declared", "lower-case letters")
+class Capitals(Good):
+    name = "Capitals"
+
+
+@fault("declared", "paper is empty")
+class NoPaper(Good):
+    paper = " "
+
+
+@fault("declared", "must be positive")
+class BadDefault(Good):
+    @dataclass
+    class Config(MethodConfig):
+        lr: float = option(-1.0, "peak learning rate of Adam")
+
+
+@fault("builds", "ZeroDivisionError: division by zero (line")
+class Crashes(Good):
+    def __init__(self, config, teacher) -> None:
+        super().__init__(config, teacher)
+        1 / 0  # noqa: B018
+
+
+@fault("builds", "refused (not today)")
+class RefusesAll(Good):
+    def __init__(self, config, teacher) -> None:
+        raise UserError("not today")
+
+
+@fault("phases", "at least one, got []")
+class NoPhases(Good):
+    def phases(self):
+        return []
+
+
+@fault("phases", "a positive share")
+class NoShare(Good):
+    def phases(self):
+        return [Phase("a"), Phase("b", share=0.0)]
+
+
+@fault("data", "needs_data = False and asks for real images")
+class ReadsData(Good):
+    def train_step(self, batch):
+        yield self.student, self.loss(batch.noise(), batch.c) + batch.x_0.mean()
+
+
+@fault("data", "needs_data = True and no step reads")
+class ReadsNothing(Good):
+    needs_data = True
+
+    def train_step(self, batch):
+        yield self.student, self.loss(batch.noise(), self.teacher.conditioning.of_images(range(batch.size), "cpu"))
+
+
+@fault("steps", "yields nothing")
+class YieldsNothing(Good):
+    def train_step(self, batch):
+        self.loss(batch.noise(), batch.c)
+        return iter(())
+
+
+@fault("steps", "pairs (network, loss), got Tensor")
+class YieldsLossOnly(Good):
+    def train_step(self, batch):
+        yield self.loss(batch.noise(), batch.c)
+
+
+@fault("steps", "got shape (8, 1, 1, 1)")
+class LossOfEachImage(Good):
+    def train_step(self, batch):
+        eps, c = batch.noise(), batch.c
+        yield self.student, (self.g(eps, c) - self.answer(eps, c)).square().mean(dim=(1, 2, 3), keepdim=True)
+
+
+@fault("steps", "a loss has no gradient")
+class Detached(Good):
+    def train_step(self, batch):
+        yield self.student, self.loss(batch.noise(), batch.c).detach()
+
+
+@fault("steps", "yielded with self.student does not depend on its weights")
+class LossOfAnother(Good):
+    def __init__(self, config, teacher) -> None:
+        super().__init__(config, teacher)
+        self.fake = teacher.student()
+
+    def train_step(self, batch):
+        eps, c = batch.noise(), batch.c
+        yield self.student, (self.g(eps, c, self.fake) - self.answer(eps, c)).square().mean()
+
+
+@fault("steps", "self.student is never yielded")
+class TrainsAnother(LossOfAnother):
+    def train_step(self, batch):
+        eps, c = batch.noise(), batch.c
+        yield self.fake, (self.g(eps, c, self.fake) - self.answer(eps, c)).square().mean()
+
+
+@fault("steps", "without weights to train")
+class TrainsTheFrozen(Good):
+    def train_step(self, batch):
+        yield self.target, self.loss(batch.noise(), batch.c)
+
+
+@fault("steps", "RuntimeError: what a pity (line")
+class StepCrashes(Good):
+    def train_step(self, batch):
+        raise RuntimeError("what a\npity")
+
+
+@fault("steps", "SystemExit")
+class StepExits(Good):
+    def train_step(self, batch):
+        sys.exit("enough")
+
+
+@fault("condition", "evaluated without one: hand batch.c")
+class DropsTheClass(Good):
+    def train_step(self, batch):
+        yield self.student, self.loss(batch.noise(), UNCONDITIONAL)
+
+
+@fault("condition", "without its guidance: ask self.teacher.denoise")
+class DropsTheGuidance(Good):
+    def answer(self, eps, c):
+        return self.solved(lambda x_t, t: self.teacher.denoiser(x_t, t, c), eps)
+
+
+@fault("losses", "is nan")
+class NanLoss(Good):
+    def loss(self, eps, c):
+        return super().loss(eps, c) * float("nan")
+
+
+@fault("gradients", "never yielded gets a gradient (self.target)")
+class ForgetsNoGrad(Good):
+    def __init__(self, config, teacher) -> None:
+        super().__init__(config, teacher)
+        self.target.requires_grad_(True)
+
+    def pulled(self, eps, c):
+        return self.g(eps, c, self.target)
+
+
+@fault("only_yielded", "itself changes self.target:")
+class ChangesItsTarget(Good):
+    def train_step(self, batch):
+        yield self.student, self.loss(batch.noise(), batch.c)
+        super().after_step()
+
+    def after_step(self):
+        pass
+
+
+@fault("teacher_untouched", "take gradients in phase 0")
+class TrainsTheTeacher(Good):
+    def train_step(self, batch):
+        eps, c = batch.noise(), batch.c
+        self.teacher.denoiser.requires_grad_(True)
+        yield self.teacher.denoiser, self.answer(eps, c).square().mean()
+        with torch.no_grad():
+            x_0 = self.answer(eps, c)
+        yield self.student, (self.g(eps, c) - x_0).square().mean()
+
+
+@fault("teacher_untouched", "the teacher's weights change in phase 0")
+class MovesTheTeacher(Good):
+    @torch.no_grad()
+    def after_step(self):
+        super().after_step()
+        for mine, theirs in zip(self.teacher.denoiser.parameters(), self.student.parameters(), strict=False):
+            mine.lerp_(theirs, 0.5)
+
+
+@fault("teacher_untouched", "in training mode")
+class WakesTheTeacher(Good):
+    def start_phase(self, index):
+        self.teacher.denoiser.train()
+
+
+@fault("trains", "DivergedError: the loss is nan")
+class DivergesLater(Good):
+    steps = 0
+
+    def after_step(self):
+        super().after_step()
+        self.steps += 1
+
+    def loss(self, eps, c):
+        return super().loss(eps, c) / (0 if self.steps > 1 else 1) - (float("inf") if self.steps > 1 else 0)
+
+
+@fault("trains", "the weights that it started with")
+class FreshStudentAtTheEnd(Good):
+    def end_phase(self, index, average):
+        average.load_state_dict(self.teacher.student().state_dict())
+
+
+@fault("randomness", "global generator of torch:")
+class GlobalTorch(Good):
+    def train_step(self, batch):
+        yield self.student, self.loss(batch.noise() + torch.rand(()), batch.c)
+
+
+@fault("randomness", "global generator of numpy and Python's random:")
+class GlobalOthers(Good):
+    def train_step(self, batch):
+        yield self.student, self.loss(batch.noise() + np.random.rand() + random.random(), batch.c)
+
+
+@fault("deterministic", "two trainings from one seed differ (self.student, self.target)")
+class TrulyRandom(Good):
+    def train_step(self, batch):
+        yield self.student, self.loss(batch.noise(), batch.c) * (1 + os.urandom(1)[0] / 256)
+
+
+@fault("deterministic", "two trainings from one seed differ")
+class HidesGlobalRandomness(Good):
+    def train_step(self, batch):
+        with torch.random.fork_rng(devices=[]):
+            eps = torch.randn(batch.size, *batch.shape)
+        yield self.student, self.loss(eps, batch.c)
+
+
+@fault("deterministic", "two seeds give the same weights")
+class IgnoresTheSeed(Good):
+    def train_step(self, batch):
+        eps = torch.randn(batch.size, *batch.shape, generator=torch.Generator().manual_seed(0))
+        yield self.student, self.loss(eps, self.teacher.conditioning.of_images(range(batch.size), "cpu"))
+
+
+@fault("price", "foresees 192 evaluations, training made 288")
+class GrowsDearer(Good):
+    steps = 0
+
+    def after_step(self):
+        super().after_step()
+        self.steps += 1
+
+    def answer(self, eps, c):
+        return (super().answer(eps, c) + super().answer(eps, c)) / 2 if self.steps else super().answer(eps, c)
+
+
+@fault("supports", "must be True or False, got None")
+class SupportsNone(Good):
+    def supports(self, nfe):
+        return True if nfe == 1 else None
+
+
+@fault("supports", "False for all n up to 1024")
+class SupportsNothing(Good):
+    def supports(self, nfe):
+        return False
+
+
+@fault("supports", "supports(2) is False before training and True after it")
+class SupportsMoreLater(Good):
+    most = 1
+
+    def end_phase(self, index, average):
+        self.most = 2
+
+    def supports(self, nfe):
+        return nfe <= self.most
+
+
+@fault("samples", "must have the noise's shape (8, 2, 4, 4), got (8, 32)")
+class FlatSamples(Good):
+    def sample(self, noise, nfe, c):
+        return super().sample(noise, nfe, c).flatten(1)
+
+
+@fault("samples", "must be torch.float32, got torch.float64")
+class DoubleSamples(Good):
+    def sample(self, noise, nfe, c):
+        return super().sample(noise, nfe, c).double()
+
+
+@fault("samples", "not finite")
+class InfiniteSamples(Good):
+    def sample(self, noise, nfe, c):
+        return super().sample(noise, nfe, c) / 0
+
+
+@fault("samples", "AttributeError")
+class SampleCrashes(Good):
+    def sample(self, noise, nfe, c):
+        return self.nowhere(noise(0))
+
+
+@fault("condition_sampled", "evaluated without one: hand batch.c, or sample's c, on")
+class SamplesWithoutClass(Good):
+    def sample(self, noise, nfe, c):
+        return self.g(noise(0))
+
+
+@fault("condition_sampled", "other classes give the same images")
+class SamplesOneClass(Good):
+    def sample(self, noise, nfe, c):
+        eps = noise(0)
+        return self.g(eps, self.teacher.conditioning.of_images([0] * len(eps), "cpu"))
+
+
+@fault("nfe", "asked for 1 evaluations an image, counted 2")
+class EvaluatesTwice(Good):
+    def sample(self, noise, nfe, c):
+        return self.g(self.g(noise(0), c), c)
+
+
+@fault("nfe", "asked for 2 evaluations an image, counted 1")
+class EvaluatesOnce(Good):
+    def supports(self, nfe):
+        return nfe in (1, 2)
+
+
+@fault("uncounted", "call denoisers or their .output(), never their .network")
+class AroundTheCounter(Good):
+    def sample(self, noise, nfe, c):
+        eps = noise(0)
+        hidden = self.student.network(eps, torch.ones(len(eps)), None, c.labels)
+        return self.g(eps + hidden, c)
+
+
+@fault("noise", "other noise gives the same images")
+class IgnoresNoise(Good):
+    def sample(self, noise, nfe, c):
+        return self.g(torch.ones_like(noise(0)), c)
+
+
+@fault("noise", "the same noise gives other images")
+class DrawsItsOwnNoise(Good):
+    def sample(self, noise, nfe, c):
+        return self.g(noise(0) + torch.randn(noise(0).shape), c)
+
+
+@fault("noise", "asks for noise(1)")
+class AsksForMoreNoise(Good):
+    def sample(self, noise, nfe, c):
+        return self.g(noise(0) + noise(1), c)
+
+
+@fault("noise", "never asks for noise(0)")
+class NeverAsks(Good):
+    def supports(self, nfe):
+        return nfe == 2
+
+    def sample(self, noise, nfe, c):
+        return self.g(self.g(noise(1), c), c)
+
+
+@fault("noise", "overwrites the noise")
+class OverwritesNoise(Good):
+    def sample(self, noise, nfe, c):
+        return self.g(noise(0).mul_(2), c)
+
+
+@fault("noise", "let keeps_noise(2) be False")
+class AddsFreshNoise(Good):
+    def supports(self, nfe):
+        return nfe in (1, 2)
+
+    def sample(self, noise, nfe, c):
+        x_0 = self.g(noise(0), c)
+        return x_0 if nfe == 1 else self.g(x_0 + noise(1), c)
+
+
+@fault("batch_independent", "with those beside them in the batch")
+class CentresTheBatch(Good):
+    def sample(self, noise, nfe, c):
+        x_0 = super().sample(noise, nfe, c)
+        return x_0 - x_0.mean(dim=0)
+
+
+@fault("average", "weights that are no phase's average")
+class SamplesItsTarget(Good):
+    def sample(self, noise, nfe, c):
+        return self.g(noise(0), c, self.target)
+
+
+@fault("average", "nothing but the teacher is sampled")
+class SamplesTheTeacher(Good):
+    def supports(self, nfe):
+        return nfe == self.teacher.conditioning.evaluations
+
+    def sample(self, noise, nfe, c):
+        eps, schedule = noise(0), self.teacher.schedule
+        return self.teacher.denoise(x_at_t_max(schedule, eps), time_like(eps, schedule.t_max), c)
+
+
+@fault("save_load", "plain tensors, which are lost: self.shift")
+class KeepsAPlainTensor(Good):
+    def __init__(self, config, teacher) -> None:
+        super().__init__(config, teacher)
+        self.shift = torch.zeros(())
+
+    def after_step(self):
+        super().after_step()
+        self.shift = self.shift + 0.1
+
+    def sample(self, noise, nfe, c):
+        return super().sample(noise, nfe, c) + self.shift
+
+
+@fault("save_load", "cannot be sampled: AttributeError")
+class SetsUpInTraining(Good):
+    def start_phase(self, index):
+        self.scale = 2.0
+
+    def sample(self, noise, nfe, c):
+        return super().sample(noise, nfe, c) * self.scale
+
+
+@fault("save_load", "not what a new one has (self.final)")
+class GrowsANetwork(Good):
+    def end_phase(self, index, average):
+        self.final = copy.deepcopy(average)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Two benches and few steps: enough for what is found on all of them."""
+    two = {label: testing.CONDITIONINGS[label] for label in ("unconditional", "guided")}
+    monkeypatch.setattr(testing, "CONDITIONINGS", two)
+    monkeypatch.setattr(testbench, "STEPS", 4)
+
+
+@pytest.mark.parametrize(("cls", "check", "message"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_fault_is_found_by_its_own_check(small, cls, check, message):
+    found = check_method(cls, law_images=0)
+    assert list(failed(found)) == [check]
+    assert message in failed(found)[check]
+    assert "\n" not in failed(found)[check]
+
+
+def test_there_is_a_fault_for_every_check():
+    assert {check for _, check, _ in FAULTS} == {check.name for check in CHECKS} - {"matches"}
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+# --- the law ---------------------------------------------------------------------------------------------------------
+
+
+class OtherNoise(Good):
+    """A sample of the right law, but the answer to another noise."""
+
+    def sample(self, noise, nfe, c):
+        return self.g(-noise(0), c)
+
+
+class OtherNoiseDeclared(OtherNoise):
+    def keeps_noise(self, nfe):
+        return False
+
+
+class TooNarrow(OtherNoiseDeclared):
+    def sample(self, noise, nfe, c):
+        return self.g(0.5 * noise(0), c)
+
+
+class NeverFinite(Good):
+    def loss(self, eps, c):
+        return super().loss(eps, c) * float("inf")
+
+
+@pytest.mark.parametrize(
+    ("cls", "ok", "message"),
+    [
+        (OtherNoise, False, "not the teacher's answers to the same noise: RMSE to the exact map"),
+        (OtherNoiseDeclared, True, "KS distance to the law"),
+        (TooNarrow, False, "do not have the teacher's law: KS distance"),
+        (NeverFinite, False, "DivergedError"),
+    ],
+)
+def test_the_law_and_the_map_are_told_apart(cls, ok, message):
+    (found,) = law_findings(cls, cls.Config(steps=8), images=20_000)
+    assert found.ok is ok and message in found.message
+
+
+def test_ks_is_the_greatest_distance():
+    """Against N draws of the law it is of the order 1/sqrt(N); a shift by 3 leaves nothing in common."""
+    from distillbench.conformance import _kolmogorov_smirnov
+
+    x_0, _ = testbench.exact_law().draw(10_000, torch.Generator().manual_seed(0))
+    assert 0 < _kolmogorov_smirnov(x_0) < 1.63 / 100
+    assert _kolmogorov_smirnov(x_0 + 3) == pytest.approx(1, abs=0.01)
+    assert _kolmogorov_smirnov(torch.full((4, 1), -10.0)) == pytest.approx(1, abs=1e-9)
+
+
+# --- findings --------------------------------------------------------------------------------------------------------
+
+
+def test_what_waits_for_a_fault_says_so(small):
+    found = {finding.check: finding for finding in check_method(NanLoss, law_images=0)}
+    assert found["steps"].ok is True
+    assert found["trains"].ok is None and found["trains"].message == "not looked at before losses is ok"
+    assert found["save_load"].message == "not looked at before losses is ok"
+
+
+def test_a_refusal_is_no_fault_and_is_told(small):
+    class Unguided(Good):
+        def __init__(self, config, teacher):
+            super().__init__(config, teacher)
+            if teacher.conditioning.guided:
+                raise UserError("no guidance")
+
+    found = check_method(Unguided, law_images=0)
+    assert not failed(found)
+    assert found[1] == Finding("builds", True, "a student is built; guided: refused (no guidance)")
+    assert found[5] == Finding("condition", None, "not looked at before builds is ok")
+
+
+def test_a_fault_names_the_benches_that_it_is_on(small):
+    class Forgetful(Good):
+        def sample(self, noise, nfe, c):
+            x_0 = super().sample(noise, nfe, c)
+            return x_0 if c.labels is None else x_0 - x_0.mean(dim=0)
+
+    (message,) = failed(check_method(Forgetful, law_images=0)).values()
+    assert message.startswith("guided: at NFE 1 images change")
+
+
+def test_settings_are_used_and_not_touched(small):
+    class Careless(Good):
+        def __init__(self, config, teacher):
+            super().__init__(config, teacher)
+            config.pull = config.pull * 2
+
+    config = Careless.Config(pull=float("inf"))
+    assert "nan" in failed(check_method(Careless, config, law_images=0))["losses"]
+    assert check_method(Careless, config, law_images=0)[3].ok and config == Careless.Config(pull=float("inf"))
+
+
+def test_the_schedule_of_the_settings_is_used(small):
+    seen = []
+
+    class Curious(Good):
+        def g(self, eps, c=UNCONDITIONAL, network=None):
+            seen.append(type(self.teacher.schedule).__name__)
+            return super().g(eps, c, network)
+
+    assert not failed(check_method(Curious, Curious.Config(schedule="ve"), law_images=0))
+    assert set(seen) == {"VE"}
+
+
+def test_what_is_no_method_is_told():
+    found = check_method(Noise, law_images=0)
+    assert "takes subclasses of Method" in failed(found)["declared"]
+    assert {finding.ok for finding in found[1:]} == {None}
+
+
+def test_an_assertion_tells_all_failures(small):
+    class Twofold(IgnoresNoise):
+        def sample(self, noise, nfe, c):
+            return super().sample(lambda k: self.g(noise(k), c), nfe, c)
+
+    with pytest.raises(AssertionError) as error:
+        assert_conforms(Twofold, law_images=0)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "Twofold breaks the contract of a method" and [line.split(":")[0] for line in lines[1:]] == [
+        "nfe",
+        "noise",
+    ]
+
+
+def test_nothing_global_changes(small):
+    torch.set_default_dtype(torch.float64)
+    states = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
+    try:
+        with torch.no_grad():
+            assert not failed(check_method(Good, law_images=2000)[:-1])
+            assert not torch.is_grad_enabled()
+        assert "losses" in failed(check_method(NanLoss, law_images=0))
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.equal(states[0], torch.get_rng_state())
+        assert states[1:] == (str(np.random.get_state()), random.getstate())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_same_findings_again(small):
+    assert check_method(Good, law_images=2000) == check_method(Good, law_images=2000)
+
+
+# --- on the command line ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capfd, small):
+    """``call(*words)``: exit code, output and errors of distillbench, with methods of this file beside the others."""
+    plugin = types.ModuleType("strangers")
+    plugin.register_methods = hookimpl(lambda register: [register(Good), register(Bad)])
+    sources = [*installed(), Source("strangers", "strangers", "1", lambda: plugin)]
+    monkeypatch.setattr(registry, "installed", lambda: sources)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*words):
+        try:
+            cli.main(words)
+            code = 0
+        except SystemExit as done:
+            code = done.code
+        assert not list(tmp_path.iterdir())
+        return code, *capfd.readouterr()
+
+    return run
+
+
+class Bad(IgnoresNoise):
+    name = "bad"
+
+
+def test_the_command_prints_a_line_for_each_check(call):
+    code, out, err = call("check", "good", "methods.good.pull=0.02", "--quick")
+    assert code == 0 and not err
+    assert [line.split()[1] for line in out.splitlines() if line.startswith(("ok ", "- "))] == [c.name for c in CHECKS]
+    assert out.splitlines()[-1] == f"good: {len(CHECKS) - 1} ok, 0 failed, 1 not applicable"
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_the_command_fails_where_a_check_does(call):
+    code, out, _ = call("check", "bad", "--quick")
+    assert code == 1
+    assert "\nFAIL  noise              at NFE 1 other noise gives the same images" in out
+    assert out.splitlines()[-1].startswith("bad: 19 ok, 1 failed")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["goood"], "no method 'goood'. Did you mean 'good'? Possible: bad, boot"),
+        (["good", "methods.good.pul=1"], "Did you mean 'pull'?"),
+        (["good", "methods.good.lr=fast"], "methods.good.lr must be a number, got 'fast'"),
+        (["good", "seed=3"], "check takes settings of the method only, methods.good.SETTING=VALUE, got 'seed=3'"),
+        (["good", "methods.good.lr=1,2"], "one value of each setting, the settings span 2"),
+        (["good", "--quick", "--thorough"], "exclude each other"),
+    ],
+)
+def test_what_cannot_be_checked_is_one_message(call, words, message):
+    code, out, err = call("check", *words)
+    assert code == 2 and not out
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
