@@ -17,10 +17,9 @@ from distillbench.errors import DivergedError, Unavailable, UserError
 from distillbench.evaluate import EvaluationConfig, Evaluator, teacher_sampler
 from distillbench.metrics import GaussianStatistics, Metric, Samples, frechet_distance
 from distillbench.noise import Noise, stream_key
-from distillbench.samplers import Solver
 from distillbench.progress import Progress
 from distillbench.registry import Entry, Plugin, Registry
-from distillbench.samplers import uniform_times
+from distillbench.samplers import Solver, uniform_times
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -134,7 +133,8 @@ class Broken(Metric):
 
 
 def evaluator(**changes) -> Evaluator:
-    plain = {"images": 10, "batch_size": 4, "teacher_steps": [1, 8], "metrics": ["teacher_rmse"], "timing_seconds": 1e-4}
+    plain = {"images": 10, "batch_size": 4, "teacher_steps": [1, 8], "timing_seconds": 1e-4}
+    plain["metrics"] = ["teacher_rmse"]
     registry = Registry(metrics={cls.name: Entry(cls, Plugin(cls.name, "tests", "0")) for cls in (TeacherRmse, Broken)})
     teacher = changes.pop("teacher", None) or gaussian_teacher()
     return Evaluator(EvaluationConfig(**plain | changes), None, teacher, registry, "cpu", Progress(None))
@@ -177,8 +177,9 @@ def test_the_reference_is_the_teacher_with_most_steps_on_that_noise():
     eps = Noise(stream_key("evaluation", 0), range(10), (2, 1, 1))(0)
     expected = ddim_chain(judge.teacher.schedule, eps, uniform_times(judge.teacher.schedule, 8)).clamp(-1, 1)
     assert torch.allclose(judge.teacher_x_0, expected, rtol=0, atol=1e-8)
-    assert judge.measure(teacher_sampler(judge.teacher, Solver.parse("ddim")), 8, True, "test").scores == {"teacher_rmse": 0.0}
-    assert judge.measure(teacher_sampler(judge.teacher, Solver.parse("ddim")), 1, True, "test").scores["teacher_rmse"] > 0.1
+    sampler = teacher_sampler(judge.teacher, Solver.parse("ddim"))
+    assert judge.measure(sampler, 8, True, "test").scores == {"teacher_rmse": 0.0}
+    assert judge.measure(sampler, 1, True, "test").scores["teacher_rmse"] > 0.1
 
 
 @pytest.mark.parametrize("evaluations", [0, 1, 3])

@@ -15,8 +15,11 @@ from torch import nn
 import distillbench.budget
 import distillbench_boot
 import distillbench_cm
+import distillbench_ct
 import distillbench_direct
 import distillbench_pd
+import distillbench_sid
+import distillbench_tract
 from analytic import (
     gaussian_images,
     gaussian_teacher,
@@ -389,9 +392,12 @@ def test_the_harness_updates_before_the_method_goes_on(tmp_path):
 
 METHODS = {
     "boot": (distillbench_boot.Boot, {"steps": 4}),
-    "cm": (distillbench_cm.ConsistencyDistillation, {"steps": 6, "mu": 0.5}),
+    "cm": (distillbench_cm.ConsistencyDistillation, {"steps": 9, "mu": 0.5}),
+    "ct": (distillbench_ct.ConsistencyTraining, {"start": "teacher"}),
     "pd": (distillbench_pd.ProgressiveDistillation, {"steps": 4}),
     "direct": (distillbench_direct.Direct, {"steps": 4, "pairs": 50}),
+    "sid": (distillbench_sid.ScoreIdentityDistillation, {}),
+    "tract": (distillbench_tract.Tract, {"steps": [4, 2, 1]}),
 }
 
 
