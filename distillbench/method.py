@@ -62,7 +62,8 @@ class MethodConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_one_of(self, "schedule", ("", *SCHEDULES))
+        if self.schedule:
+            require_one_of(self, "schedule", SCHEDULES)
 
 
 @dataclass(frozen=True)

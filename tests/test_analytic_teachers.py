@@ -125,6 +125,8 @@ def test_students_start_fresh_or_fitted_and_the_fit_is_found_again(registry, tmp
     ("words", "message"),
     [
         (["dataset=digits", "teacher=gmm"], "teacher=gmm needs a dataset whose law is known"),
+        (["dataset=gmm", "dataset.count=0"], "teacher=trained must be trained first, and dataset=gmm has no images"),
+        (["dataset=gmm", "methods.direct.schedule=vee"], "schedule must be one of vp_cosine, .* Did you mean 've'"),
         (["dataset=gmm", "teacher=gaussian", "conditional=true"], "knows no classes"),
         (["dataset=gmm", "teacher=gmm", "dataset.stds=[[0.1],[0.1]]"], "dataset.stds"),
         (["dataset=gmm", "teacher=gmm", "dataset.weights=[1,1,1]"], "dataset.weights"),

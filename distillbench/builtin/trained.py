@@ -114,6 +114,8 @@ class Trained(TeacherSource):
         if file is not None:
             self._read(file, "cpu")
             return TeacherPlan(str(file.name))
+        if not len(self.dataset):
+            raise UserError(f"teacher=trained must be trained first, and dataset={self.dataset.name} has no images")
         images = self.config.budget.images
         return TeacherPlan("to be trained", images, images)
 
