@@ -79,7 +79,7 @@ class NotApplicable(Exception):
 def declared(bench: Bench) -> str:
     """The class is one that the registry takes, and every setting says what it is."""
     try:
-        registry._check("methods", bench.cls)
+        registry.check_class("methods", bench.cls)
     except registry.PluginError as error:
         raise Fault(f"as a plugin it would be left out: {error}") from error
     if not bench.cls.paper.strip():

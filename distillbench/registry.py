@@ -160,7 +160,7 @@ def _brought(plugin: Plugin, module: ModuleType, registry: Registry) -> list[tup
         getattr(manager.hook, f"register_{kind}")(register=lambda cls, kind=kind: brought.append((kind, cls)))
     owners = {(kind, name): entry.plugin for kind in KINDS for name, entry in registry.of_kind(kind).items()}
     for kind, cls in brought:
-        _check(kind, cls)
+        check_class(kind, cls)
         if (kind, cls.name) in owners:
             owner = owners[kind, cls.name]
             raise PluginError(f"the name '{cls.name}' of {kind} is taken by plugin {owner.name} ({owner.distribution})")
@@ -181,7 +181,7 @@ def _check_hooks(manager: pluggy.PluginManager, module: ModuleType) -> None:
         raise PluginError(f"no function is marked with @hookimpl. Possible: {', '.join(known)}")
 
 
-def _check(kind: str, cls: Any) -> None:
+def check_class(kind: str, cls: Any) -> None:
     """Raise PluginError unless `cls` is complete."""
     base = KINDS[kind].base
     is_subclass = isinstance(cls, type) and issubclass(cls, base)
