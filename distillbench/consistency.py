@@ -1,4 +1,4 @@
-"""What consistency models share: a function exact at the end of a trajectory, distances, and a multi-step sampler.
+"""What consistency models share: a function exact at a trajectory's end, distances, weights, a multi-step sampler.
 
 Song, Dhariwal, Chen & Sutskever 2023, arXiv:2303.01469. Noise levels are EDM's, tau = sigma_t / alpha_t, so it works on
 any schedule: x^ = x_t / alpha_t = x_0 + tau eps.
@@ -61,6 +61,18 @@ def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
 
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": mean_square, "pseudo_huber": pseudo_huber}
+
+
+def inverse_step(schedule: NoiseSchedule, t: Tensor, s: Tensor) -> Tensor:
+    """1 / (tau_t - tau_s), (B,1,1,1) (Song & Dhariwal 2023, arXiv:2310.14189)."""
+    return 1 / (schedule.noise_level(t) - schedule.noise_level(s)).to(torch.get_default_dtype())
+
+
+# lambda, the weight of a step from t to s.
+STEP_WEIGHTS: dict[str, Callable[[NoiseSchedule, Tensor, Tensor], Tensor | float]] = {
+    "uniform": lambda schedule, t, s: 1.0,
+    "inv_step": inverse_step,
+}
 
 
 def multistep(

@@ -114,9 +114,6 @@ def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
 
 
 def _teacher_cell(scene: Scene, config: RunConfig, solver: Solver) -> Cell:
-    schedule = scene.source.untrained().schedule
-    for steps in config.evaluation.teacher_steps:
-        solver.times(schedule, steps)  # raises where the grid has no such steps
     nfe = [solver.evaluations(steps) * scene.conditioning.evaluations for steps in config.evaluation.teacher_steps]
     return Cell(scene, f"teacher:{solver.name}", nfe=sorted(nfe), solver=solver)
 
@@ -162,6 +159,10 @@ def _scene(config: RunConfig, registry: Registry, scenes: dict[str, Scene]) -> S
         config.evaluation.check_metrics(registry)
         dataset, source, conditioning = make_source(config, registry, device)
         source.plan()
+        schedule = source.untrained().schedule
+        for solver in config.evaluation.solvers():
+            for steps in config.evaluation.teacher_steps:
+                solver.times(schedule, steps)  # raises where the grid has no such steps
         scenes[identity] = Scene(config, registry, device, dataset, source, conditioning)
     return scenes[identity]
 
@@ -197,7 +198,7 @@ def _price(cell: Cell) -> None:
     teacher = dataclasses.replace(scene.source.untrained(), conditioning=scene.conditioning)
     meter = Meter(config.budget, teacher, scene.device)
     method = build(cell, teacher)
-    wanted = sorted(config.evaluation.nfe or USUAL_NFE)
+    wanted = cell.nfe
     cell.nfe = [n for n in wanted if method.supports(n)]
     if not cell.nfe:
         able = ", ".join(str(n) for n in range(1, 1025) if method.supports(n)) or "none up to 1024"

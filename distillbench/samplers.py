@@ -42,6 +42,11 @@ def x_at_t_max(schedule: NoiseSchedule, eps: Tensor) -> Tensor:
     return schedule.sigma(time_like(eps, schedule.t_max)) * eps
 
 
+def x_at_top(schedule: NoiseSchedule, eps: Tensor, times: Tensor) -> Tensor:
+    """Where sampling on an ascending grid starts: sigma_t eps at t = times[-1], which may lie below t_max."""
+    return schedule.sigma(time_like(eps, times[-1])) * eps
+
+
 # --- time grids: (schedule, N) -> t_0 <= t_1 < ... < t_N, (N+1,) float64 ---------------------------------------------
 
 
@@ -339,5 +344,4 @@ class Solver:
         deterministic; the others ignore it.
         """
         times = self.times(schedule, steps)
-        x_T = schedule.sigma(time_like(eps, times[-1])) * eps
-        return SAMPLERS[self.sampler].run(f, schedule, x_T, times, noise or _no_noise)
+        return SAMPLERS[self.sampler].run(f, schedule, x_at_top(schedule, eps, times), times, noise or _no_noise)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, Workspace, hookimpl, option
-from distillbench.consistency import ConsistencyFunction, multistep
+from distillbench.consistency import DISTANCES, STEP_WEIGHTS, ConsistencyFunction, multistep
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 from distillbench.samplers import ONE_STEP, TIME_GRIDS, check_heun, karras_times
 from distillbench.schedules import NoiseSchedule
@@ -61,8 +61,8 @@ class ConsistencyDistillation(Method):
             require_fraction(self, "mu")  # with 1 the target network would never learn
             require_one_of(self, "solver", ONE_STEP)
             require_one_of(self, "times", ("karras", "uniform", "uniform_lambda"))
-            require_one_of(self, "weight", ("uniform", "inv_step"))
-            require_one_of(self, "metric", ("l2", "pseudo_huber"))
+            require_one_of(self, "weight", STEP_WEIGHTS)
+            require_one_of(self, "metric", DISTANCES)
             if self.sigma_min >= self.sigma_max:
                 raise UserError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
 
@@ -85,19 +85,6 @@ class ConsistencyDistillation(Method):
         if self.config.solver == "heun":
             check_heun(self.teacher.schedule, self.grid)
 
-    def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """d(a, b) of each image, (B,1,1,1)."""
-        if self.config.metric == "l2":
-            return (a - b).square().mean(dim=(1, 2, 3), keepdim=True)
-        c = 0.00054 * a[0].numel() ** 0.5
-        return ((a - b).square().sum(dim=(1, 2, 3), keepdim=True) + c**2).sqrt() - c
-
-    def weight(self, t: Tensor, s: Tensor) -> Tensor | float:
-        if self.config.weight == "uniform":
-            return 1.0
-        level = self.teacher.schedule.noise_level
-        return 1 / (level(t) - level(s)).to(torch.get_default_dtype())
-
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         schedule, grid = self.teacher.schedule, self.grid.to(batch.device)
         x_0, eps = batch.x_0, batch.noise()
@@ -108,7 +95,8 @@ class ConsistencyDistillation(Method):
         with torch.no_grad():
             x_s = ONE_STEP[self.config.solver](schedule, partial(self.teacher.denoise, c=c), x_t, t, s)
             target = self.target(x_s, s, c)
-        yield self.student, (self.weight(t, s) * self.distance(self.student(x_t, t, c), target)).mean()
+        distance = DISTANCES[self.config.metric](self.student(x_t, t, c), target)
+        yield self.student, (STEP_WEIGHTS[self.config.weight](schedule, t, s) * distance).mean()
 
     @torch.no_grad()
     def after_step(self) -> None:

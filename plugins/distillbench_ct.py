@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
-from distillbench.consistency import DISTANCES, ConsistencyFunction, multistep
+from distillbench.consistency import DISTANCES, STEP_WEIGHTS, ConsistencyFunction, multistep
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 from distillbench.samplers import karras_times
 
@@ -72,7 +72,7 @@ class ConsistencyTraining(Method):
             require_one_of(self, "start", ("fresh", "teacher"))
             require_one_of(self, "curriculum", ("doubling", "sqrt"))
             require_one_of(self, "metric", DISTANCES)
-            require_one_of(self, "weight", ("uniform", "inv_step"))
+            require_one_of(self, "weight", STEP_WEIGHTS)
             require_one_of(self, "levels", ("uniform", "lognormal"))
             if self.sigma_min >= self.sigma_max:
                 raise UserError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
@@ -114,10 +114,6 @@ class ConsistencyTraining(Method):
             raise UserError("the log-normal of p_mean and p_std gives no weight to levels from sigma_min to sigma_max")
         self.cumulative = total / total[-1]
 
-    def weight(self, t: Tensor, s: Tensor) -> Tensor | float:
-        level = self.teacher.schedule.noise_level
-        return 1.0 if self.config.weight == "uniform" else 1 / (level(t) - level(s)).to(torch.get_default_dtype())
-
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         schedule, grid = self.teacher.schedule, self.grid.to(batch.device)
         x_0, eps, c = batch.x_0, batch.noise(), batch.c
@@ -127,7 +123,7 @@ class ConsistencyTraining(Method):
         with torch.no_grad():
             target = self.target(x_s, s, c)
         distance = DISTANCES[self.config.metric](self.student(x_t, t, c), target)
-        yield self.student, (self.weight(t, s) * distance).mean()
+        yield self.student, (STEP_WEIGHTS[self.config.weight](schedule, t, s) * distance).mean()
 
     @torch.no_grad()
     def after_step(self) -> None:

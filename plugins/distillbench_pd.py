@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
 from distillbench.options import require_one_of, require_positive
-from distillbench.samplers import TIME_GRIDS, ddim, ddim_step, time_like
+from distillbench.samplers import TIME_GRIDS, ddim, ddim_step, x_at_top
 
 
 class ProgressiveDistillation(Method):
@@ -112,8 +112,7 @@ class ProgressiveDistillation(Method):
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         schedule, grid = self.teacher.schedule, self.grid_of(nfe)
-        z_T = schedule.sigma(time_like(noise(0), grid[-1])) * noise(0)
-        return ddim(partial(self.students[str(nfe)], c=c), schedule, z_T, grid)
+        return ddim(partial(self.students[str(nfe)], c=c), schedule, x_at_top(schedule, noise(0), grid), grid)
 
 
 @hookimpl

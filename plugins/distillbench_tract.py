@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, Workspace, hookimpl, option
 from distillbench.options import require_fraction, require_one_of
-from distillbench.samplers import TIME_GRIDS, check_heun, ddim, ddim_step, time_like
+from distillbench.samplers import TIME_GRIDS, check_heun, ddim, ddim_step, x_at_top
 
 
 class Tract(Method):
@@ -141,8 +141,7 @@ class Tract(Method):
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         schedule, grid = self.teacher.schedule, self.grid_of(nfe)
-        x_T = schedule.sigma(time_like(noise(0), grid[-1])) * noise(0)
-        return ddim(partial(self.students[str(nfe)], c=c), schedule, x_T, grid)
+        return ddim(partial(self.students[str(nfe)], c=c), schedule, x_at_top(schedule, noise(0), grid), grid)
 
 
 @hookimpl

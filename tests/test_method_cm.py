@@ -27,7 +27,7 @@ from analytic import (
     weights_of,
 )
 from distillbench.conditions import UNCONDITIONAL, Condition, Conditioning
-from distillbench.consistency import ConsistencyFunction
+from distillbench.consistency import DISTANCES, ConsistencyFunction
 from distillbench.denoiser import Denoiser
 from distillbench.errors import UserError
 from distillbench.method import Batch
@@ -262,13 +262,13 @@ def test_distances():
     a, b = torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2)
     a[0] += 0.5  # |d| = .5 sqrt 12
     b[1, 0, 0, 0] = 1e-5  # far below c
-    assert cm(metric="l2").distance(a, b).mean().item() == pytest.approx((0.25 * 12 + 1e-10) / 24, rel=1e-12)
+    assert DISTANCES["l2"](a, b).mean().item() == pytest.approx((0.25 * 12 + 1e-10) / 24, rel=1e-12)
     c = 0.00054 * math.sqrt(12)
     expected = (math.sqrt(3 + c**2) - c + math.sqrt(1e-10 + c**2) - c) / 2
-    huber = cm(metric="pseudo_huber")
-    assert huber.distance(a, b).mean().item() == pytest.approx(expected, rel=1e-12)
-    assert huber.distance(a[1:], b[1:]).item() == pytest.approx(1e-10 / (2 * c), rel=1e-4)  # quadratic near 0
-    assert huber.distance(a[:1], b[:1]).item() == pytest.approx(math.sqrt(3) - c, rel=1e-5)  # linear far away
+    huber = DISTANCES["pseudo_huber"]
+    assert huber(a, b).mean().item() == pytest.approx(expected, rel=1e-12)
+    assert huber(a[1:], b[1:]).item() == pytest.approx(1e-10 / (2 * c), rel=1e-4)  # quadratic near 0
+    assert huber(a[:1], b[:1]).item() == pytest.approx(math.sqrt(3) - c, rel=1e-5)  # linear far away
 
 
 def test_weight_is_one_over_the_step_in_noise_level():

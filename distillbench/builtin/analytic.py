@@ -75,7 +75,7 @@ class Analytic(TeacherSource):
     def load(self, progress: Progress) -> Teacher:
         start = self._first()
         if self.config.fit_images:
-            start.load_state_dict(self._fitted(start, progress))
+            self._fit(start, progress)
         identity = canonical_json([self._recipe(), sha256_tensors(start.state_dict())])
         return self._teacher(start, hashlib.sha256(identity.encode()).hexdigest())
 
@@ -110,13 +110,12 @@ class Analytic(TeacherSource):
             blank=self._blank,
         )
 
-    def _fitted(self, start: nn.Module, progress: Progress) -> dict[str, Tensor]:
-        """The weights after fitting, from the cache or made now."""
+    def _fit(self, start: nn.Module, progress: Progress) -> None:
+        """Give `start` the weights after fitting, from the cache or made now."""
         file = self.cache / f"{self.name}-{key_of(self._recipe())}.safetensors"
         try:
-            weights = load_file(file)
-            start.load_state_dict(weights)
-            return weights
+            start.load_state_dict(load_file(file))
+            return
         except (OSError, SafetensorError, RuntimeError):
             pass  # not there, or damaged: it is made (again)
         teacher = self._teacher(start, "untrained")
@@ -134,7 +133,7 @@ class Analytic(TeacherSource):
             train(method, training, workspace, read, FIT_BATCH, step)
         tensors = {k: v.detach().cpu().contiguous() for k, v in method.student.network.state_dict().items()}
         write_atomically(Path(file), lambda path: save_file(tensors, path))
-        return tensors
+        start.load_state_dict(tensors)
 
 
 class GaussianTeacher(Analytic):
