@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from distillbench.datasets import Dataset, DatasetConfig
     from distillbench.denoiser import Denoiser
     from distillbench.errors import DivergedError, Unavailable, UserError
+    from distillbench.features import FeatureNetwork
     from distillbench.hookspecs import hookimpl
     from distillbench.method import Batch, Method, MethodConfig, Phase, option
-    from distillbench.metrics import Metric, Samples
+    from distillbench.metrics import Metric, Need, Samples
     from distillbench.noise import Noise
     from distillbench.pairs import PairStore, Workspace
+    from distillbench.pretrained import WeightsFile
     from distillbench.teachers import Teacher, TeacherConfig, TeacherSource
 
 _HOME = {
@@ -30,9 +32,11 @@ _HOME = {
     "DatasetConfig": "datasets",
     "Denoiser": "denoiser",
     "DivergedError": "errors",
+    "FeatureNetwork": "features",
     "Method": "method",
     "MethodConfig": "method",
     "Metric": "metrics",
+    "Need": "metrics",
     "Noise": "noise",
     "PairStore": "pairs",
     "Phase": "method",
@@ -42,6 +46,7 @@ _HOME = {
     "TeacherSource": "teachers",
     "Unavailable": "errors",
     "UserError": "errors",
+    "WeightsFile": "pretrained",
     "Workspace": "pairs",
     "hookimpl": "hookspecs",
     "option": "options",

@@ -30,6 +30,8 @@ class Dataset(ABC):
     licence: ClassVar[str]
     shape: tuple[int, int, int]  # C,H,W
     sha256: str  # of the pixels: identifies the data, wherever they were read from
+    split: str = "all"  # which part of the dataset, as its authors cut it
+    resizer: str = "none"  # how images came to their shape: it moves every score
     classes: int = 0  # number of classes; 0: the images have no labels
     law: Law | None = None  # what the images are drawn from, where that is known exactly
 

@@ -24,8 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from distillbench import hookspecs
 from distillbench.datasets import Dataset, DatasetConfig
 from distillbench.errors import nearest, unknown
+from distillbench.features import FeatureNetwork
 from distillbench.method import Method, MethodConfig
-from distillbench.metrics import Metric
+from distillbench.metrics import DIRECTIONS, Metric, Need
 from distillbench.results import FIRST, LAST
 from distillbench.teachers import TeacherConfig, TeacherSource
 
@@ -213,7 +214,12 @@ def _check_config(cls: Any, base: type) -> None:
 
 
 def _check_metric(cls: Any) -> None:
-    if cls.direction not in ("lower", "higher"):
-        raise PluginError(f"{cls.__name__}.direction must be 'lower' or 'higher', got {cls.direction!r}")
-    if cls.name in (*FIRST, *LAST):
+    if cls.direction not in DIRECTIONS:
+        raise PluginError(f"{cls.__name__}.direction must be one of {', '.join(DIRECTIONS)}, got {cls.direction!r}")
+    if cls.name in (*FIRST, *LAST, "fraction"):
         raise PluginError(f"the name '{cls.name}' of metrics is taken by a column of every table")
+    if cls.network is not None and not (isinstance(cls.network, type) and issubclass(cls.network, FeatureNetwork)):
+        raise PluginError(f"{cls.__name__}.network must be a subclass of FeatureNetwork or None, got {cls.network!r}")
+    unknown_needs = sorted(str(need) for need in cls.needs if need not in list(Need))
+    if unknown_needs:
+        raise PluginError(f"{cls.__name__}.needs: no need {unknown_needs[0]!r}. Possible: {', '.join(Need)}")

@@ -22,6 +22,7 @@ class Folder(Dataset):
 
     name = "folder"
     licence = "that of the images"
+    resizer = "centre crop, Pillow bicubic, 8 bits"
 
     @dataclass
     class Config(DatasetConfig):

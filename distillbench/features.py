@@ -1,0 +1,173 @@
+"""Feature networks, and sets of images seen through them.
+
+A network always sees blocks of its own size, whatever sizes images come in: convolutions of another batch size give
+other last digits, and a score must not depend on how images were batched.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillbench.errors import Unavailable
+from distillbench.frechet import GaussianStatistics, Moments
+from distillbench.pretrained import WeightsFile, locate
+
+
+class FeatureNetwork(ABC):
+    """A pretrained network whose features scores are made of, with its preprocessing.
+
+    Constructed with the file of its weights, which is whole and unchanged, and the device.
+    """
+
+    name: ClassVar[str]
+    protocol: ClassVar[str]  # everything that decides the features, with a version
+    width: ClassVar[int]  # D
+    weights: ClassVar[WeightsFile]
+    also: ClassVar[tuple[WeightsFile, ...]] = ()  # further files, by the same rules: a vocabulary
+    batch: ClassVar[int] = 128  # images of a block
+
+    @classmethod
+    def locate(cls, folder: Path) -> Path:
+        """The file of its weights, looked for in `folder` too; raises Unavailable if a file is missing or another."""
+        for file in cls.also:
+            locate(cls.name, file, folder)
+        return locate(cls.name, cls.weights, folder)
+
+    @abstractmethod
+    def __init__(self, file: Path, device: str) -> None: ...
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (B,D) float32 of colour images (B,3,H,W) uint8, both on the network's device."""
+
+    @classmethod
+    def identity(cls, folder: Path) -> dict[str, Any]:
+        """What decides its features, as plain values; without weights, their hash is None."""
+        try:
+            cls.locate(folder)
+        except Unavailable:
+            return {"network": cls.name, "protocol": cls.protocol, "weights_sha256": None}
+        return {"network": cls.name, "protocol": cls.protocol, "weights_sha256": cls.weights.sha256}
+
+
+class Networks:
+    """The feature networks of a run on one device, each loaded when it is first needed."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder, self.device = folder, device
+        self._loaded: dict[type[FeatureNetwork], FeatureNetwork] = {}
+
+    def get(self, network: type[FeatureNetwork]) -> FeatureNetwork:
+        """Raises Unavailable where its weights are missing."""
+        if network not in self._loaded:
+            self._loaded[network] = network(network.locate(self.folder), self.device)
+        return self._loaded[network]
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 throughout: no TF32, no autocast, whatever the run trains with."""
+    before, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    torch.set_float32_matmul_precision("highest")
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.set_default_dtype(dtype)
+
+
+def resized(images: Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    """resize(picture (H,W,3) uint8) of each of `images` (B,3,H,W) uint8, as float32 (B,3,h,w) on their device.
+
+    For networks that are defined on the resizing of another library, which works on one picture at a time.
+    """
+    pictures = [resize(picture) for picture in images.permute(0, 2, 3, 1).cpu().numpy()]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().to(images.device)
+
+
+def look(network: FeatureNetwork, images: Iterable[Tensor], device: str) -> Iterator[Tensor]:
+    """Features of uint8 images (b,C,H,W) that come in batches of any size, in blocks (at most network.batch, D).
+
+    Grey images are repeated to three channels. The last block is filled up with copies of its last image.
+    """
+    with torch.inference_mode(), full_precision():
+        for block in _blocks(images, network.batch):
+            count = len(block)
+            x = block.to(device)
+            if count < network.batch:
+                x = torch.cat([x, x[-1:].expand(network.batch - count, -1, -1, -1)])
+            yield network(x.expand(-1, 3, -1, -1))[:count].float()
+
+
+def _blocks(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    held: list[Tensor] = []
+    count = 0
+    for batch in images:
+        for part in batch.split(size):
+            held.append(part)
+            count += len(part)
+            if count >= size:
+                joined = torch.cat(held) if len(held) > 1 else held[0]
+                yield joined[:size]
+                held, count = [joined[size:]] if count > size else [], count - size
+    if count:
+        yield torch.cat(held)
+
+
+class ImageSet:
+    """Images, uint8 (N,C,H,W), seen through networks: each network looks once.
+
+    `read` gives the images in batches, anew at each call. Of the networks in `kept` all features stay in memory,
+    because a score asks for them; of others only their moments.
+    """
+
+    def __init__(
+        self, read: Callable[[], Iterable[Tensor]], count: int, shape: tuple[int, int, int], networks: Networks,
+        kept: frozenset[type[FeatureNetwork]] = frozenset(),
+    ) -> None:  # fmt: skip
+        self.read, self.count, self.shape, self.networks, self._kept = read, count, shape, networks, kept
+        self._features: dict[type[FeatureNetwork], Tensor] = {}
+        self._statistics: dict[type[FeatureNetwork], GaussianStatistics] = {}
+        self._results: dict[Any, Any] = {}
+
+    def statistics(self, network: type[FeatureNetwork]) -> GaussianStatistics:
+        """Mean and covariance of the features; raises Unavailable without weights or with fewer than two images."""
+        if network not in self._statistics:
+            self._see(network, network in self._kept)
+        return self._statistics[network]
+
+    def features(self, network: type[FeatureNetwork]) -> Tensor:
+        """All features (N,D) float32, on the CPU; raises Unavailable like :meth:`statistics`."""
+        if network not in self._features:
+            self._see(network, True)
+        return self._features[network]
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """compute(), or what it gave the first time: for several scores that share work."""
+        if name not in self._results:
+            self._results[name] = compute()
+        return self._results[name]
+
+    def _see(self, network: type[FeatureNetwork], keep: bool) -> None:
+        if self.shape[0] not in (1, 3):
+            raise Unavailable(f"{network.name} sees grey or colour images, not {self.shape[0]} channels")
+        if self.count < 2:
+            raise Unavailable(f"a covariance needs at least two images, here {'is one' if self.count else 'are none'}")
+        moments, blocks = Moments(), []
+        for block in look(self.networks.get(network), self.read(), self.networks.device):
+            moments.add(block)
+            if keep:
+                blocks.append(block.cpu())
+        self._statistics[network] = moments.statistics()
+        if keep:
+            self._features[network] = torch.cat(blocks)

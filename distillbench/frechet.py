@@ -1,0 +1,160 @@
+"""The Fréchet distance between Gaussians fitted to features, and the moments that it needs, gathered in one pass.
+
+    d^2 = |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)     Dowson & Landau 1982; Heusel et al. 2017
+
+| symbol | meaning                                             | shape        |
+|--------|-----------------------------------------------------|--------------|
+| m, S   | mean and covariance (divided by n - 1) of n features | (D,), (D,D) |
+| R      | a factor of the covariance, S = R^T R               | (r,D)        |
+
+With any factor R of S_a the last trace is the sum of the roots of the eigenvalues of R S_b R^T, a symmetric matrix:
+no complex number enters, and where n < D, R has n rows and the matrix is n x n.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianStatistics:
+    """Mean and covariance of `n` features, float64. Few features (n <= D) are kept as `rows` instead.
+
+    `rows` are the centred features over sqrt(n - 1), (n,D), so that S = rows^T rows; otherwise `covariance` is given.
+    """
+
+    n: int
+    mean: Tensor  # (D,)
+    given: Tensor | None = None  # (D,D)
+    rows: Tensor | None = None  # (n,D)
+
+    @staticmethod
+    def of(features: Tensor) -> GaussianStatistics:
+        """Statistics of features (n,D), n >= 2."""
+        moments = Moments()
+        moments.add(features)
+        return moments.statistics()
+
+    @functools.cached_property
+    def covariance(self) -> Tensor:
+        """(D,D)."""
+        if self.given is not None:
+            return self.given
+        assert self.rows is not None
+        return self.rows.T @ self.rows
+
+    @property
+    def variance(self) -> float:
+        """Trace of the covariance: the mean squared distance to the mean, times n / (n - 1)."""
+        return self.covariance.trace().item() if self.rows is None else self.rows.square().sum().item()
+
+    def dense(self) -> GaussianStatistics:
+        """The same with its covariance as a matrix: what a file holds."""
+        return GaussianStatistics(self.n, self.mean, given=self.covariance)
+
+    @functools.cached_property
+    def cholesky(self) -> Tensor | None:
+        """R (D,D), upper triangular; None where S is singular."""
+        upper, info = torch.linalg.cholesky_ex(self.covariance, upper=True)
+        return upper if info == 0 else None
+
+    @functools.cached_property
+    def root(self) -> Tensor:
+        """R (D,D) from the eigenvectors of S, which may be singular."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return (vectors * values.clamp(min=0).sqrt()).T
+
+
+def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
+    """The squared Fréchet distance d^2 (what is called FID is this square); a rounding error below 0 is 0."""
+    R, other = _factor(a, b)
+    if other.rows is not None:
+        half = R @ other.rows.T
+        product = half @ half.T
+    else:
+        product = R @ other.covariance @ R.T
+    roots = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt()
+    distance = (a.mean - b.mean).square().sum().item() + a.variance + b.variance - 2 * roots.sum().item()
+    return max(0.0, distance) if math.isfinite(distance) else distance
+
+
+def _factor(a: GaussianStatistics, b: GaussianStatistics) -> tuple[Tensor, GaussianStatistics]:
+    """The factor of one of them that is cheapest to have, and the other one: few rows, else Cholesky, else a root."""
+    few = [s for s in (a, b) if s.rows is not None]
+    if few:
+        first = min(few, key=lambda s: s.n)
+        assert first.rows is not None
+        return first.rows, b if first is a else a
+    for first, other in ((a, b), (b, a)):
+        if first.cholesky is not None:
+            return first.cholesky, other
+    return a.root, b
+
+
+class Moments:
+    """Mean and covariance of features that come in blocks: one pass, float64, memory of D x D whatever their number.
+
+    Blocks, and whole Moments of other processes, are merged by the update of Chan, Golub & LeVeque (1983), which loses
+    no digits to a large mean.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._mean: Tensor | None = None  # (D,)
+        self._scatter: Tensor | None = None  # (D,D), sum of squared deviations; None while all features are kept
+        self._kept: list[Tensor] = []  # features, as long as there are at most D
+
+    def add(self, features: Tensor) -> None:
+        """Add a block (b,D)."""
+        x = features.double()
+        if self._scatter is None and self.n + len(x) <= x.shape[1]:
+            self._kept.append(x)
+            self.n += len(x)
+            return
+        self._fold()
+        self._fold_in(x)
+
+    def merge(self, other: Moments) -> None:
+        """Add what another one gathered of other features."""
+        for block in other._kept:
+            self.add(block)
+        if other._scatter is not None:
+            assert other._mean is not None
+            self._fold()
+            self._update(other.n, other._mean, other._scatter)
+
+    def statistics(self) -> GaussianStatistics:
+        """Raises ValueError for fewer than two features, which have no covariance."""
+        if self.n < 2:
+            raise ValueError(f"a covariance needs at least two features, got {self.n}")
+        if self._scatter is not None and self._mean is not None:
+            return GaussianStatistics(self.n, self._mean, given=self._scatter / (self.n - 1))
+        x = torch.cat(self._kept)
+        mean = x.mean(dim=0)
+        return GaussianStatistics(self.n, mean, rows=(x - mean) / (self.n - 1) ** 0.5)
+
+    def _fold(self) -> None:
+        kept, self._kept = self._kept, []
+        if kept:
+            self.n = 0
+            self._fold_in(torch.cat(kept))
+
+    def _fold_in(self, x: Tensor) -> None:
+        mean = x.mean(dim=0)
+        centred = x - mean
+        self._update(len(x), mean, centred.T @ centred)
+
+    def _update(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        if self._scatter is None or self._mean is None:
+            self.n, self._mean, self._scatter = n, mean.clone(), scatter.clone()
+            return
+        total, shift = self.n + n, mean - self._mean
+        self._scatter += scatter
+        self._scatter.addr_(shift, shift, alpha=self.n * n / total)
+        self._mean += shift * (n / total)
+        self.n = total

@@ -1,0 +1,188 @@
+"""Reference statistics: the real images through a network, computed once, kept, exported and imported.
+
+A file is an .npz in the layout of pytorch-fid and EDM: `mu` (D,) and `sigma` (D,D), and beside them `provenance`, JSON
+that says of which images, through which network and preprocessing they are. What says otherwise than the run is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distillbench.datasets import Dataset, to_uint8
+from distillbench.errors import Unavailable, UserError
+from distillbench.features import FeatureNetwork, ImageSet, Networks
+from distillbench.files import key_of, sha256_file, write_atomically
+from distillbench.frechet import GaussianStatistics
+
+BATCH = 256  # images read at a time
+PIXELS = ("dataset", "dataset_sha256", "split", "shape", "resizer")  # what provenance says of the images
+EYES = ("network", "protocol", "weights_sha256")  # and of the network
+
+
+@dataclass(frozen=True)
+class ReferenceFile:
+    """Statistics that were read from a file."""
+
+    path: Path
+    statistics: GaussianStatistics
+    provenance: dict[str, Any]  # empty for a file of another tool
+    sha256: str
+
+
+def write_reference(path: Path, statistics: GaussianStatistics, provenance: dict[str, Any]) -> None:
+    """Write an .npz; float64."""
+    arrays = {
+        "mu": statistics.mean.cpu().numpy(),
+        "sigma": statistics.covariance.cpu().numpy(),
+        "provenance": np.array(json.dumps(provenance | {"images": statistics.n}, sort_keys=True)),
+    }
+
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as file:  # given a name, numpy would append .npz to it
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)
+
+
+def read_reference(path: Path) -> ReferenceFile:
+    """Read an .npz of ours, of pytorch-fid or of EDM. Raises UserError for what is not one."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = [name for name in ("mu", "sigma") if name not in arrays]
+            if missing:
+                raise UserError(f"{path.name}: no array {missing[0]!r}; a reference holds mu and sigma")
+            mu, sigma = np.asarray(arrays["mu"]), np.asarray(arrays["sigma"])
+            provenance = json.loads(str(arrays["provenance"])) if "provenance" in arrays else {}
+    except FileNotFoundError:
+        raise UserError(f"no reference file {str(path)!r}") from None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path.name} cannot be read as a reference (.npz with mu and sigma): {error}") from error
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not len(mu):
+        raise UserError(f"{path.name}: mu (D,) and sigma (D,D) do not fit, got {mu.shape} and {sigma.shape}")
+    if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
+        raise UserError(f"{path.name}: mu and sigma must be floating point, got {mu.dtype} and {sigma.dtype}")
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all() and np.allclose(sigma, sigma.T, atol=1e-4)):
+        raise UserError(f"{path.name}: mu and sigma must be finite, and sigma symmetric")
+    if not isinstance(provenance, dict):
+        raise UserError(f"{path.name}: provenance is not a JSON object")
+    n = provenance.get("images", 0)
+    statistics = GaussianStatistics(int(n), torch.from_numpy(mu), given=torch.from_numpy(sigma))
+    return ReferenceFile(path, statistics, provenance, sha256_file(path))
+
+
+def provenance_of(dataset: Dataset, network: dict[str, Any]) -> dict[str, Any]:
+    """What a reference of `dataset` through a network (its identity) says of itself."""
+    return {
+        "dataset": dataset.name,
+        "dataset_sha256": dataset.sha256 if len(dataset) else None,
+        "split": dataset.split,
+        "shape": list(dataset.shape),
+        "resizer": dataset.resizer,
+        **network,
+    }
+
+
+def check_reference(file: ReferenceFile, wanted: dict[str, Any], width: int) -> None:
+    """Raise UserError unless `file` is of the images and the network that `wanted` (:func:`provenance_of`) names."""
+    name = file.path.name
+    if not file.provenance:
+        raise UserError(f"{name} does not say what it is of. Declare it once: distillbench reference import {name} ...")
+    for fact in (*PIXELS, *EYES):
+        theirs, ours = file.provenance.get(fact), wanted[fact]
+        if theirs != ours and not (fact == "dataset_sha256" and None in (theirs, ours)):
+            raise UserError(f"{name} is a reference of another {fact}: {theirs!r}, this run has {ours!r}")
+    if len(file.statistics.mean) != width:
+        raise UserError(f"{name} holds {len(file.statistics.mean)} features, {wanted['network']} has {width}")
+    if not isinstance(file.provenance.get("images"), int) or file.statistics.n < 2:
+        raise UserError(f"{name} does not say of how many images it is")
+
+
+def declared(
+    file: ReferenceFile, wanted: dict[str, Any], width: int, images: int
+) -> tuple[GaussianStatistics, dict[str, Any]]:
+    """Statistics of another tool, and their provenance as the user declares it. Raises UserError for what is known."""
+    if file.provenance:
+        raise UserError(f"{file.path.name} says what it is of already, it needs no import")
+    if len(file.statistics.mean) != width:
+        raise UserError(f"{file.path.name} holds {len(file.statistics.mean)} features, {wanted['network']} has {width}")
+    statistics = GaussianStatistics(images, file.statistics.mean, given=file.statistics.covariance)
+    origin = f"{file.path.name}, sha256 {file.sha256}, as its user declared"
+    return statistics, wanted | {"dataset_sha256": None, "origin": origin}
+
+
+class RealImages(ImageSet):
+    """The real images of a dataset. What networks see of them is kept on disk, under a key of all that decides it."""
+
+    def __init__(
+        self, dataset: Dataset, networks: Networks, cache: Path, files: Iterable[ReferenceFile] = (),
+        kept: frozenset[type[FeatureNetwork]] = frozenset(),
+    ) -> None:  # fmt: skip
+        super().__init__(lambda: _batches(dataset), len(dataset), dataset.shape, networks, kept)
+        self.dataset, self.cache = dataset, cache
+        self.files = {file.provenance.get("network", ""): file for file in files}
+
+    def describe(self, network: type[FeatureNetwork]) -> str:
+        """Which reference a score through `network` has, in words."""
+        file = self.files.get(network.name)
+        if file is None:
+            return f"{self.count} images"
+        return f"{file.statistics.n} images, {file.path.name} {file.sha256[:8]}"
+
+    def features(self, network: type[FeatureNetwork]) -> Tensor:
+        if network.name in self.files and not self.count:
+            raise Unavailable(f"{self.files[network.name].path.name} holds no features, only their mean and covariance")
+        return super().features(network)
+
+    def statistics(self, network: type[FeatureNetwork]) -> GaussianStatistics:
+        if network.name in self.files:
+            return self.files[network.name].statistics
+        return super().statistics(network)
+
+    def _see(self, network: type[FeatureNetwork], keep: bool) -> None:
+        wanted = provenance_of(self.dataset, network.identity(self.networks.folder))
+        path = self.cache / f"{network.name}-{key_of(wanted)}.npz"
+        if self._found(network, path, wanted, keep):
+            return
+        super()._see(network, keep)
+        self._statistics[network] = self._statistics[network].dense()  # as the file has it: the same numbers next time
+        write_reference(path, self._statistics[network], wanted)
+        if keep:
+            tensors = {"features": self._features[network].contiguous()}
+            write_atomically(_beside(path), lambda temporary: save_file(tensors, temporary))
+
+    def _found(self, network: type[FeatureNetwork], path: Path, wanted: dict[str, Any], keep: bool) -> bool:
+        """Read what is kept; False if it is not there, not whole or lacks the features that are asked for."""
+        try:
+            file = read_reference(path)
+            check_reference(file, wanted, network.width)
+            features = load_file(_beside(path))["features"] if keep else None
+        except (UserError, OSError, SafetensorError, KeyError):
+            return False
+        if features is not None:
+            if features.shape != (self.count, network.width):
+                return False
+            self._features[network] = features
+        self._statistics[network] = file.statistics
+        return True
+
+
+def _batches(dataset: Dataset) -> Iterator[Tensor]:
+    for indices in torch.arange(len(dataset)).split(BATCH):
+        yield to_uint8(dataset.read(indices))
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".features.safetensors")

@@ -1,0 +1,237 @@
+"""Scores made of features against their definitions written out, and against Gaussians whose distance is known."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from distillbench import Unavailable, scores
+from distillbench.features import FeatureNetwork, ImageSet, Networks
+from distillbench.frechet import GaussianStatistics
+from distillbench.metrics import Samples
+from distillbench.scores import nearest
+
+
+class Given(FeatureNetwork):
+    """Stands for a network; the features are given."""
+
+    name, protocol, width = "given", "given/1", 0
+
+    def __init__(self, file: Path, device: str) -> None: ...
+
+    def __call__(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Known(ImageSet):
+    """Images of which the features (N,D) are known."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__(lambda: [], len(features), (3, 1, 1), Networks(Path(), "cpu"))
+        self.known = features
+
+    def features(self, network: type[FeatureNetwork]) -> Tensor:
+        return self.known.float()
+
+    def statistics(self, network: type[FeatureNetwork]) -> GaussianStatistics:
+        return GaussianStatistics.of(self.known)
+
+
+def on(score: type[scores.FeatureMetric]) -> scores.FeatureMetric:
+    return type(score.__name__, (score,), {"name": "test", "network": Given})()
+
+
+def samples(ours: Tensor, real: Tensor, teacher: Tensor | None = None, labels: Tensor | None = None) -> Samples:
+    x = torch.zeros(len(ours), 3, 1, 1)
+    return Samples(x, x, Known(ours), Known(ours if teacher is None else teacher), Known(real), True, labels)
+
+
+def normal(n: int, width: int, seed: int) -> Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- neighbours ------------------------------------------------------------------------------------------------------
+
+OURS, REAL = 1.3 * normal(30, 6, 0) + 0.9, normal(40, 6, 1)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float(np.sqrt(np.square(a.numpy() - b.numpy()).sum()))
+
+
+def radius(points: Tensor, i: int, k: int) -> float:
+    """From point i to its k-th neighbour among the others."""
+    return sorted(distance(points[i], points[j]) for j in range(len(points)) if j != i)[k - 1]
+
+
+def inside(centres: Tensor, others: Tensor, k: int) -> np.ndarray:
+    """(centre, other): whether the other lies in the ball of the centre that reaches to its k-th neighbour."""
+    found = np.zeros((len(centres), len(others)), dtype=bool)
+    for i, j in product(range(len(centres)), range(len(others))):
+        found[i, j] = distance(centres[i], others[j]) <= radius(centres, i, k)
+    return found
+
+
+def test_precision_and_recall_are_the_shares_in_balls_to_the_third_neighbour():
+    found = [on(score).score(samples(OURS, REAL)) for score in (scores.Precision, scores.Recall)]
+    expected = [inside(REAL, OURS, 3).any(axis=0).mean(), inside(OURS, REAL, 3).any(axis=0).mean()]
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert min(found) > 0.1 and max(found) < 0.95 and found[0] != found[1]
+
+
+def test_density_and_coverage_count_balls_to_the_fifth_neighbour():
+    found = [on(score).score(samples(OURS, REAL)) for score in (scores.Density, scores.Coverage)]
+    balls = inside(REAL, OURS, 5)
+    assert found == pytest.approx([balls.sum() / (5 * len(OURS)), balls.any(axis=1).mean()], rel=1e-6)
+    assert min(found) > 0.1 and max(found) < 0.95
+
+
+def test_density_and_coverage_of_many_images_are_put_together_of_blocks(monkeypatch):
+    whole = [on(score).score(samples(OURS, REAL)) for score in (scores.Density, scores.Coverage)]
+    monkeypatch.setattr(scores, "ROWS", 7)
+    assert [on(score).score(samples(OURS, REAL)) for score in (scores.Density, scores.Coverage)] == whole
+
+
+def test_two_scores_of_one_computation_compute_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(scores, "_precision_and_recall", lambda *_: calls.append(1) or (0.25, 0.75))
+    both = samples(OURS, REAL)
+    assert on(scores.Precision).score(both) == 0.25 and on(scores.Recall).score(both) == 0.75 and calls == [1]
+
+
+@pytest.mark.parametrize("score", [scores.Precision, scores.Recall, scores.Density, scores.Coverage])
+def test_neighbours_need_images(score):
+    with pytest.raises(Unavailable, match="neighbour"):
+        on(score).score(samples(OURS, REAL[:3]))
+
+
+def test_nearest_real_is_a_ratio_of_medians():
+    ours = [min(distance(a, b) for b in REAL) for a in OURS]
+    real = [radius(REAL, i, 1) for i in range(len(REAL))]
+    ratio = torch.tensor(ours).median() / torch.tensor(real).median()  # torch takes the lower of two middle ones
+    assert on(scores.NearestReal).score(samples(OURS, REAL)) == pytest.approx(ratio.item(), rel=1e-5)
+
+
+def test_copies_of_real_images_have_distance_zero():
+    """Also far from the origin, where the distances of torch.cdist keep few digits."""
+    real = normal(60, 500, 3) + 3
+    assert on(scores.NearestReal).score(samples(real[:20], real)) == 0
+    close = real[:20] + 1e-3 * normal(20, 500, 4)
+    expected = (close - real[:20]).norm(dim=1)
+    torch.testing.assert_close(nearest(close.float(), real.float()).double(), expected, rtol=1e-3, atol=0)
+    with pytest.raises(Unavailable, match="twice"):
+        on(scores.NearestReal).score(samples(real[:20], torch.cat([real, real])))
+
+
+# --- kernel distance -------------------------------------------------------------------------------------------------
+
+
+def test_kernel_distance_is_the_unbiased_mmd():
+    """Subsets of all images, so that each of the hundred is the whole."""
+
+    class Whole(scores.KernelDistance):
+        subset = 30
+
+    a, b = OURS.numpy(), REAL[:30].numpy()
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return (float(x @ y) / 6 + 1) ** 3
+
+    pairs = [(i, j) for i, j in product(range(30), range(30)) if i != j]
+    within = np.mean([kernel(a[i], a[j]) for i, j in pairs]) + np.mean([kernel(b[i], b[j]) for i, j in pairs])
+    across = np.mean([kernel(x, y) for x in a for y in b])
+    assert on(Whole).score(samples(OURS, REAL[:30])) == pytest.approx(within - 2 * across, rel=1e-5)
+
+
+def test_kernel_distance_of_one_law_is_zero_on_average():
+    """Of another it is E k(x,x') + E k(y,y') - 2 E k(x,y): with D = 1 and means 0 and 1, of moments of normals."""
+
+    class Small(scores.KernelDistance):
+        subset = 200
+
+    same = on(Small).score(samples(normal(4000, 1, 5), normal(4000, 1, 6)))
+    other = on(Small).score(samples(normal(4000, 1, 5) + 1, normal(4000, 1, 6)))
+    # (u + 1)^3 = u^3 + 3 u^2 + 3 u + 1 with u = x y; E x^k E y^k of N(1,1): 1, 2, 4; of N(0,1): 0, 1, 0
+    expected = (16 + 3 * 4 + 3 * 1 + 1) + (0 + 3 * 1 + 0 + 1) - 2 * (0 + 3 * 2 + 0 + 1)
+    assert abs(same) < 0.1 and other == pytest.approx(expected, rel=0.1)
+
+
+def test_kernel_distance_needs_a_subset_of_images():
+    with pytest.raises(Unavailable, match="1000"):
+        on(scores.KernelDistance).score(samples(OURS, REAL))
+
+
+# --- Frechet distances -----------------------------------------------------------------------------------------------
+
+
+def whitened(n: int, width: int, seed: int) -> Tensor:
+    """Points (n,width) with mean 0 and covariance 1 over n - 1, exactly."""
+    x = normal(n, width, seed)
+    q = torch.linalg.qr(x - x.mean(dim=0))[0]
+    return q * (n - 1) ** 0.5
+
+
+def test_frechet_distance_of_fitted_gaussians_is_the_closed_form():
+    """|m|^2 + sum (s - 1)^2 for covariances 1 and diag(s^2)."""
+    s, m = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64), torch.tensor([1.0, 0, -2, 0.5], dtype=torch.float64)
+    ours = whitened(50, 4, 0) * s + m
+    expected = m.square().sum() + (s - 1).square().sum()
+    both = samples(ours, whitened(80, 4, 1), teacher=whitened(60, 4, 2))
+    assert on(scores.FrechetDistance).score(both) == pytest.approx(expected.item(), rel=1e-9)
+    assert on(scores.FrechetDistanceToTeacher).score(both) == pytest.approx(expected.item(), rel=1e-9)
+    assert on(scores.FrechetDistanceToTeacher).score(samples(ours, REAL)) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("decay", [0, 1])
+@pytest.mark.parametrize("multiple", [4, 8])
+def test_extrapolation_takes_away_most_of_the_bias(decay, multiple, seed):
+    """Independent normal features of which 4 D or 8 D are seen; all real ones are (their covariance is exact)."""
+    width, shift, scale = 64, 0.03, 1.1
+    s = torch.arange(1, width + 1, dtype=torch.float64) ** (-decay / 2)
+    s = s * (width / s.square().sum()).sqrt()
+    true = width * shift**2 + ((scale - 1) * s).square().sum().item()
+    ours = normal(multiple * width, width, seed) * s * scale + shift
+    both = samples(ours, whitened(width + 1, width, 9) * s)
+    plain = on(scores.FrechetDistance).score(both) - true
+    extrapolated = on(scores.FrechetDistanceExtrapolated).score(both) - true
+    assert plain > 1 and abs(extrapolated) < 0.35 * plain
+
+
+def test_extrapolation_is_refused_where_the_bias_is_no_line():
+    score = on(scores.FrechetDistanceExtrapolated)
+    assert score.score(samples(normal(24, 6, 0), REAL)) is not None
+    with pytest.raises(Unavailable, match="takes 24 samples, here are 23"):
+        score.score(samples(normal(23, 6, 0), REAL))
+
+
+# --- the teacher's answers -------------------------------------------------------------------------------------------
+
+
+def test_feature_distance_to_teacher_is_a_mean_over_pairs():
+    teacher = normal(30, 6, 7)
+    expected = np.mean([distance(a, b) for a, b in zip(OURS, teacher, strict=True)])
+    found = on(scores.FeatureDistanceToTeacher).score(samples(OURS, REAL, teacher))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_spread_is_that_of_the_teacher_times_the_scale_whatever_the_mean():
+    assert on(scores.FeatureSpread).score(samples(0.4 * OURS + 7, REAL, OURS)) == pytest.approx(0.4, rel=1e-6)
+
+
+def test_spread_within_classes_does_not_see_the_distance_between_them():
+    labels = torch.arange(30) % 3
+    apart = 100.0 * labels[:, None].double()
+    score = on(scores.FeatureSpread)
+    assert score.score(samples(2 * OURS + apart, REAL, OURS, labels)) == pytest.approx(2, rel=1e-5)
+    assert score.score(samples(2 * OURS + apart, REAL, OURS)) > 20
+
+
+def test_there_is_no_spread_relative_to_a_constant_teacher():
+    with pytest.raises(Unavailable, match="do not differ"):
+        on(scores.FeatureSpread).score(samples(OURS, REAL, torch.ones(30, 6)))
