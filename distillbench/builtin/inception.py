@@ -1,0 +1,168 @@
+"""The Inception network of 2015, which FID, KID and the Inception Score are defined on, and the scores made of it.
+
+The network is torch-fidelity's, a port of TensorFlow's graph ``inception-2015-12-05``; its weights are one file, known
+by its SHA-256. Without that file these columns are empty, with the reason: no other weights give a value their names.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distillbench import Samples, Unavailable, hookimpl, scores
+from distillbench.features import FeatureNetwork, resized
+from distillbench.metrics import Need
+from distillbench.pretrained import WeightsFile
+
+
+class InceptionV3(FeatureNetwork):
+    """torch-fidelity's ``inception-v3-compat``: 2048 pooled features (Heusel et al. 2017, arXiv:1706.08500)."""
+
+    name = "inception"
+    protocol = (
+        "inception/1: 8-bit images; grey repeated to 3 channels; bilinear resize to 299 as TensorFlow 1 does it; "
+        "(x - 128) / 128; torch-fidelity 0.4 inception-v3-compat, float32; 2048 pooled features"
+    )
+    width = 2048
+    weights = WeightsFile(
+        file="weights-inception-2015-12-05-6726825d.pth",
+        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        licence="Apache-2.0",
+        mib=91,
+        others=("pt_inception-2015-12-05-6726825d.pth",),  # pytorch-fid's name
+    )
+    batch = 64
+
+    def __init__(self, file: Path, device: str) -> None:
+        """torch-fidelity would unpickle whatever is in the file; here only tensors are read, and it gets a copy."""
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        tensors = io.BytesIO()
+        torch.save(torch.load(file, map_location="cpu", weights_only=True), tensors)
+        tensors.seek(0)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=tensors)
+        self.network = network.to(device)
+        children = [child for name, child in network.named_children() if name != "fc"]
+        self.body = nn.Sequential(*children, nn.Flatten())  # (B,3,299,299) to (B,2048): what forward does in this order
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.network(images)[0]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (N,1008) of features (N,2048) without their bias, as the Inception Score takes them; on the CPU."""
+        return features.cpu() @ self.network.fc.weight.T.cpu()
+
+
+class InceptionV3Clean(InceptionV3):
+    """The same network behind clean-fid's resizing (Parmar et al. 2022, arXiv:2104.11222): antialiased, not rounded."""
+
+    name = "inception_clean"
+    protocol = (
+        "inception_clean/1: 8-bit images; grey repeated to 3 channels; clean-fid 0.1.35's resize to 299 (mode clean: "
+        "PIL bicubic in float, each channel by itself, clipped to [0, 255]); (x - 128) / 128; the body of "
+        "torch-fidelity 0.4 inception-v3-compat, float32; 2048 pooled features"
+    )
+
+    @classmethod
+    def locate(cls, folder: Path) -> Path:
+        """That of :class:`InceptionV3`: one file to fetch."""
+        return InceptionV3.locate(folder)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        from cleanfid.resize import build_resizer
+
+        return self.body((resized(images, build_resizer("clean")) - 128) / 128)
+
+
+class Fid(scores.FrechetDistance):
+    name, network = "fid", InceptionV3
+
+
+class FidInfinity(scores.FrechetDistanceExtrapolated):
+    name, network = "fid_infinity", InceptionV3
+
+
+class FidClean(scores.FrechetDistance):
+    name, network = "fid_clean", InceptionV3Clean
+
+
+class FdTeacherInception(scores.FrechetDistanceToTeacher):
+    name, network = "fd_teacher_inception", InceptionV3
+
+
+class Kid(scores.KernelDistance):
+    name, network = "kid", InceptionV3
+
+
+class InceptionScore(scores.FeatureMetric):
+    """exp of the mean KL divergence of an image's classes from those of all (Salimans et al. 2016, arXiv:1606.03498).
+
+    The real images play no part. It grows with the number of images of a split: compare at equal numbers only.
+    """
+
+    name, network = "inception_score", InceptionV3
+    unit = "effective number of classes"
+    direction = "higher"
+    protocol = f"inception_score/1: torch-fidelity, unbiased logits, mean over 10 splits, shuffled, seed {scores.SEED}"
+    needs = frozenset({Need.features})
+    splits, fewest = 10, 1000  # a tenth of `fewest` is a split of 100 images
+
+    def score(self, samples: Samples) -> float:
+        from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+
+        features = samples.images.features(self.network)
+        if len(features) < self.fewest:
+            raise Unavailable(f"an Inception Score takes {self.fewest} images, here are {len(features)}")
+        network = samples.images.networks.get(self.network)
+        assert isinstance(network, InceptionV3)
+        logits = network.logits(features)
+        return isc_features_to_metric(logits, self.splits, shuffle=True, rng_seed=scores.SEED)[KEY_METRIC_ISC_MEAN]
+
+
+class PrecisionInception(scores.Precision):
+    name, network = "precision_inception", InceptionV3
+
+
+class RecallInception(scores.Recall):
+    name, network = "recall_inception", InceptionV3
+
+
+class DensityInception(scores.Density):
+    name, network = "density_inception", InceptionV3
+
+
+class CoverageInception(scores.Coverage):
+    name, network = "coverage_inception", InceptionV3
+
+
+class TeacherDistanceInception(scores.FeatureDistanceToTeacher):
+    name, network = "teacher_distance_inception", InceptionV3
+
+
+class SpreadInception(scores.FeatureSpread):
+    name, network = "spread_inception", InceptionV3
+
+
+class NearestRealInception(scores.NearestReal):
+    name, network = "nearest_real_inception", InceptionV3
+
+
+@hookimpl
+def register_metrics(register) -> None:
+    register(Fid)
+    register(FidInfinity)
+    register(FidClean)
+    register(FdTeacherInception)
+    register(Kid)
+    register(InceptionScore)
+    register(PrecisionInception)
+    register(RecallInception)
+    register(DensityInception)
+    register(CoverageInception)
+    register(TeacherDistanceInception)
+    register(SpreadInception)
+    register(NearestRealInception)

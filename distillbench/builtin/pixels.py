@@ -1,0 +1,68 @@
+"""Scores made of pixels: distance to the teacher's answers, spread, and distance to the real images. No network."""
+
+from __future__ import annotations
+
+import torch
+
+from distillbench import Metric, Samples, Unavailable, hookimpl
+from distillbench.datasets import to_float
+from distillbench.metrics import Need
+from distillbench.scores import nearest, spread_ratio
+
+CHUNK = 1024  # images at a time
+
+
+class TeacherRmse(Metric):
+    """Root mean square difference to the teacher's many-step answers to the same noise, images clipped to [-1, 1]."""
+
+    name = "teacher_rmse"
+    unit = "pixel values in [-1, 1]"
+    direction = "lower"
+    protocol = "teacher_rmse/1: root mean square over images and pixels, both clipped to [-1, 1], not quantised"
+    needs = frozenset({Need.same_noise})
+
+    def score(self, samples: Samples) -> float:
+        pairs = zip(samples.x_0.split(CHUNK), samples.teacher_x_0.split(CHUNK), strict=True)
+        total = sum((x_0 - teacher).double().square().sum().item() for x_0, teacher in pairs)
+        return (total / samples.x_0.numel()) ** 0.5
+
+
+class Spread(Metric):
+    """Standard deviation of the samples' pixels over noise, relative to the teacher's answers: 1 is as diverse.
+
+    Of a conditional run it is that within each class.
+    """
+
+    name = "spread"
+    unit = "ratio to the teacher's"
+    direction = "none"
+    protocol = "spread/1: root of the summed pixel variances within each class, over that of the teacher's answers"
+
+    def score(self, samples: Samples) -> float:
+        return spread_ratio(samples.x_0.flatten(1), samples.teacher_x_0.flatten(1), samples.labels)
+
+
+class NearestRealRmse(Metric):
+    """Median root mean square difference of a sample to the nearest real image: near 0, samples are copies."""
+
+    name = "nearest_real_rmse"
+    unit = "pixel values in [-1, 1]"
+    direction = "none"
+    protocol = "nearest_real_rmse/1: median over samples, all real images, both clipped to [-1, 1]"
+    needs = frozenset({Need.real_images})
+
+    def score(self, samples: Samples) -> float:
+        if tuple(samples.x_0.shape[1:]) != samples.real.shape:
+            raise Unavailable("samples and real images have different shapes")
+        best = torch.full((len(samples.x_0),), torch.inf)
+        for batch in samples.real.read():
+            real = to_float(batch).flatten(1).float()
+            best = torch.minimum(best, nearest(samples.x_0.flatten(1).float(), real))
+        return (best.median() / samples.x_0[0].numel() ** 0.5).item()
+
+
+@hookimpl
+def register_metrics(register) -> None:
+    register(TeacherRmse)
+    register(Spread)
+    register(NearestRealRmse)
