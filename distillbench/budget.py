@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
+from typing import Protocol
 
-import torch
-
+from distillbench.energy import NO_ENERGY, Energy, EnergyWatch
 from distillbench.options import option, require_positive
+from distillbench.stopwatch import Account, Stopwatch
 from distillbench.teachers import Teacher
 
 
@@ -36,49 +39,153 @@ class BudgetConfig:
     def amount(self) -> float:
         return {Limit.images: self.images, Limit.seconds: self.seconds, Limit.nfe: self.nfe}[self.limit]
 
+    @property
+    def in_words(self) -> str:
+        """Such as "300000 images"."""
+        return f"{self.amount:g} s" if self.limit is Limit.seconds else f"{self.amount} {self.limit.value}"
+
 
 @dataclass(frozen=True)
 class Price:
-    """What training has cost so far."""
+    """What training has cost so far. teacher_seconds + student_seconds + other_seconds are all seconds.
+
+    Evaluations are images (rows) that went forward through a network; `_backward` says for how many of them a gradient
+    was needed. Where the students' architecture is not the teacher's own (a closed form has none), what deputies of the
+    students' kind evaluated in the teacher's stead is named apart: it costs another number of FLOPs.
+    """
 
     images: int = 0
     seconds: float = 0.0
     teacher_nfe: int = 0
     student_nfe: int = 0
+    teacher_backward: int = 0  # to the input: the teacher's weights are frozen
+    student_backward: int = 0
+    student_backward_input: int = 0  # of student_backward: to the input only, through weights that are held
+    stand_in_nfe: int = 0  # of teacher_nfe: by networks of another kind than the teacher's
+    stand_in_backward: int = 0  # of teacher_backward
+    teacher_seconds: float = 0.0  # forwards of the teacher, and of its deputies
+    student_seconds: float = 0.0  # forwards of the student and its copies, all backward passes, optimiser steps
+    other_seconds: float = 0.0
+
+
+class Watch(Protocol):
+    """What is measured round a training and can leave out a stretch of it: energy, peaks of memory."""
+
+    def paused(self) -> AbstractContextManager[None]: ...
 
 
 class Meter:
-    """Reads the counters of a teacher's family of networks, and the clock, from the moment it is made."""
+    """Reads the counters of a teacher's family of networks, and the clock, from the moment it is made.
 
-    def __init__(self, budget: BudgetConfig, teacher: Teacher, device: str) -> None:
+    It also has their forwards timed, until :meth:`stop`; a newer meter of the family takes that over. `watches` and
+    `energy`, measured round the training, are paused when the meter is.
+    """
+
+    def __init__(
+        self,
+        budget: BudgetConfig,
+        teacher: Teacher,
+        device: str,
+        watches: Sequence[Watch] = (),
+        energy: EnergyWatch | None = None,
+    ) -> None:
         self.budget, self.teacher, self.device = budget, teacher, device
+        self._watches, self._energy = [*watches, *([energy] if energy else [])], energy
         self.images = 0
-        self.charged_seconds = 0.0
+        self.charged_seconds = self.charged_teacher_seconds = 0.0
         self.charged_teacher_nfe = 0
-        self._start_rows = teacher.teacher_rows.rows, teacher.student_rows.rows
-        self._start = self._now()
+        self.charged_energy = NO_ENERGY
+        self.stopwatch = Stopwatch.of(device)
+        accounts = {Account.teacher: teacher.teacher_rows, Account.student: teacher.student_rows}
+        self._timed = {counter: partial(self.stopwatch.charging, account) for account, counter in accounts.items()}
+        for counter, timed in self._timed.items():
+            counter.timed = timed
+        self._uncharged_rows = self._rows()
+        self.stopwatch.wait()
+        self._start = self.stopwatch.now()
 
-    def _now(self) -> float:
-        if self.device != "cpu":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def stop(self) -> None:
+        """Time no more forwards: they are not part of the training."""
+        for counter, timed in self._timed.items():
+            if counter.timed is timed:
+                counter.timed = nullcontext
 
-    def charge(self, seconds: float, teacher_nfe: int) -> None:
-        """Add work of this method that was done before and is used again, such as pairs found in the cache."""
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Nothing that the block does is charged: no seconds, no evaluations, no energy, no peaks of memory."""
+        self.stopwatch.wait()
+        begin, before = self.stopwatch.now(), self._rows()
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(self.stopwatch.paused())
+                for watch in self._watches:
+                    stack.enter_context(watch.paused())
+                yield
+        finally:
+            for name, rows in self._rows().items():
+                self._uncharged_rows[name] += rows - before[name]
+            self.stopwatch.wait()
+            self._start += self.stopwatch.now() - begin
+
+    def charge(
+        self, seconds: float, teacher_nfe: int, teacher_seconds: float = 0.0, energy: Energy = NO_ENERGY
+    ) -> None:
+        """Add work of this method that was done before and is used again, such as pairs found in the cache.
+
+        `teacher_seconds` are those of `seconds` that the teacher took.
+        """
         self.charged_seconds += seconds
         self.charged_teacher_nfe += teacher_nfe
+        self.charged_teacher_seconds += teacher_seconds
+        self.charged_energy += energy
+
+    def _rows(self) -> dict[str, int]:
+        """What the counters hold, by the name that it has in a price."""
+        teacher, student = self.teacher.teacher_rows, self.teacher.student_rows
+        own = type(self.teacher.denoiser.network)
+        others = [rows for kind, rows in teacher.kinds.items() if kind is not own]
+        return {
+            "teacher_nfe": teacher.rows,
+            "student_nfe": student.rows,
+            "teacher_backward": teacher.rows_with_gradient,
+            "student_backward": student.rows_with_gradient,
+            "student_backward_input": student.rows_to_input,
+            "stand_in_nfe": sum(forward for forward, _ in others),
+            "stand_in_backward": sum(backward for _, backward in others),
+        }
 
     @property
     def teacher_nfe(self) -> int:
-        return self.teacher.teacher_rows.rows - self._start_rows[0] + self.charged_teacher_nfe
+        return self.teacher.teacher_rows.rows - self._uncharged_rows["teacher_nfe"] + self.charged_teacher_nfe
 
     @property
     def student_nfe(self) -> int:
-        return self.teacher.student_rows.rows - self._start_rows[1]
+        return self.teacher.student_rows.rows - self._uncharged_rows["student_nfe"]
+
+    def energy(self) -> Energy:
+        """Joules so far, what was charged included; waits for the device."""
+        own = Energy(None, "not measured") if self._energy is None else self._energy.used
+        return own + self.charged_energy
+
+    def _seconds(self) -> float:
+        return self.stopwatch.now() - self._start + self.charged_seconds
 
     def price(self) -> Price:
         """The price now; waits for the device."""
-        return Price(self.images, self._now() - self._start + self.charged_seconds, self.teacher_nfe, self.student_nfe)
+        accounts = self.stopwatch.read()
+        seconds = self._seconds()
+        teacher = accounts[Account.teacher] + self.charged_teacher_seconds
+        student = accounts[Account.student]
+        rows = {name: rows - self._uncharged_rows[name] for name, rows in self._rows().items()}
+        rows["teacher_nfe"] += self.charged_teacher_nfe
+        return Price(
+            images=self.images,
+            seconds=seconds,
+            **rows,
+            teacher_seconds=teacher,
+            student_seconds=student,
+            other_seconds=seconds - teacher - student,
+        )
 
     def spent(self) -> float:
         """How much of the limited quantity is used (without waiting for the device)."""
@@ -86,7 +193,7 @@ class Meter:
             return self.images
         if self.budget.limit is Limit.nfe:
             return self.teacher_nfe + self.student_nfe
-        return time.perf_counter() - self._start + self.charged_seconds
+        return self._seconds()
 
     def progress(self) -> float:
         """Used share of the budget; 1 and above: stop."""

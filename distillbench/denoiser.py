@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +79,23 @@ class Counter:
 
     def __init__(self) -> None:
         self.rows = 0
+        self.rows_with_gradient = 0  # whose output needs a gradient, so that a backward pass is to be expected
+        self.rows_to_input = 0  # of these, those of networks whose weights need none: it flows through, to the input
+        self.kinds: dict[type[nn.Module], tuple[int, int]] = {}  # class of network: its rows, and with gradient
+        self.timed: Callable[[], AbstractContextManager[None]] = nullcontext  # what a meter has every forward timed by
 
     def __deepcopy__(self, memo: dict) -> Counter:
         return self
+
+    def add(self, network: nn.Module, rows: int, with_gradient: bool, to_input: bool) -> None:
+        """Note that `network` has evaluated `rows` images, and whether its output, and its input, need a gradient."""
+        gradient = rows if with_gradient else 0
+        self.rows += rows
+        self.rows_with_gradient += gradient
+        if with_gradient and to_input and not any(weight.requires_grad for weight in network.parameters()):
+            self.rows_to_input += rows
+        before = self.kinds.get(type(network), (0, 0))
+        self.kinds[type(network)] = before[0] + rows, before[1] + gradient
 
 
 class CountedNetwork(nn.Module):
@@ -92,8 +107,11 @@ class CountedNetwork(nn.Module):
         self.counter = counter
 
     def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None, labels: Tensor | None) -> Tensor:
-        self.counter.rows += len(x)
-        return self.network(x, time, embedding, labels)
+        with self.counter.timed():
+            out = self.network(x, time, embedding, labels)
+        to_input = x.requires_grad or (embedding is not None and embedding.requires_grad)
+        self.counter.add(self.network, len(x), out.requires_grad, to_input)
+        return out
 
 
 class Denoiser(nn.Module):

@@ -181,6 +181,10 @@ class Method(nn.Module, ABC):
         """Whether ``sample`` can work with exactly `nfe` network evaluations an image."""
         return nfe == 1
 
+    def ready(self, nfe: int, phase: int) -> bool:
+        """Whether training has come far enough, in phase `phase`, to sample with `nfe` evaluations; asked meanwhile."""
+        return self.supports(nfe)
+
     def keeps_noise(self, nfe: int) -> bool:
         """Whether a sample is meant as the teacher's answer to the same noise (False: a sample of the same law)."""
         return True

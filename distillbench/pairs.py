@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from torch import Tensor
 
 from distillbench.budget import Meter
 from distillbench.conditions import WITHOUT_CLASSES, Condition, Conditioning
+from distillbench.energy import Energy, energy
 from distillbench.files import canonical_json, sha256_file, write_atomically
 from distillbench.noise import Noise, stream_key
 from distillbench.progress import Progress
 from distillbench.teachers import Teacher
 
 BATCH = 1024
-FORMAT = 1
+FORMAT = 2
 Solve = Callable[[Tensor, Condition], Tensor]  # (eps, c) -> x_0
 
 
@@ -48,13 +48,24 @@ class PairStore:
 
 
 class Workspace:
-    """What a method may use while it prepares: the teacher, and pairs made by a solver."""
+    """What a method may use while it prepares: the teacher, and pairs made by a solver.
+
+    The energy that making pairs takes is read from `energy_source`, so that whoever finds them later can be charged.
+    """
 
     def __init__(
-        self, teacher: Teacher, meter: Meter, cache: Path, device: str, seed: int, progress: Progress, dry: bool = False
+        self,
+        teacher: Teacher,
+        meter: Meter,
+        cache: Path,
+        device: str,
+        seed: int,
+        progress: Progress,
+        dry: bool = False,
+        energy_source: str = "nvml",
     ) -> None:
         self.teacher, self.meter, self.cache, self.device = teacher, meter, cache, device
-        self.seed, self.progress, self.dry = seed, progress, dry
+        self.seed, self.progress, self.dry, self.energy_source = seed, progress, dry, energy_source
 
     def pairs(self, solve: Solve, count: int, recipe: dict[str, Any]) -> PairStore:
         """`count` pairs eps -> solve(eps, c), found in the cache or made now and kept there.
@@ -96,24 +107,29 @@ class Workspace:
         return PairStore(stream, targets, self.device, self.teacher.conditioning)
 
     def _make(self, solve: Solve, count: int, stream: int) -> Tensor:
-        start, before = time.perf_counter(), self.meter.teacher_nfe
-        chunks = []
-        with torch.no_grad(), self.progress.step("making noise-image pairs") as step:
+        before, chunks = self.meter.price(), []
+        measured = energy(self.device, self.energy_source)
+        with measured as watch, torch.no_grad(), self.progress.step("making noise-image pairs") as step:
             for first in range(0, count, BATCH):
                 indices = range(first, min(first + BATCH, count))
                 chunks.append(self._answers(solve, stream, indices))
                 step.advance((first + len(indices)) / count)
-        self._made = time.perf_counter() - start, self.meter.teacher_nfe - before
+        after, used = self.meter.price(), watch.used
+        self._made = {
+            "seconds": after.seconds - before.seconds,
+            "teacher_seconds": after.teacher_seconds - before.teacher_seconds,
+            "teacher_nfe": after.teacher_nfe - before.teacher_nfe,
+            "joules": used.joules,
+            "no_joules": used.reason,
+        }
         return torch.cat(chunks)
 
     def _keep(self, folder: Path, recipe: dict[str, Any], targets: Tensor) -> None:
-        seconds, teacher_nfe = self._made
         write_atomically(folder / "targets.safetensors", lambda path: save_file({"x_0": targets}, path))
         manifest = {
             "recipe": recipe,
             "targets_sha256": sha256_file(folder / "targets.safetensors"),
-            "seconds": seconds,
-            "teacher_nfe": teacher_nfe,
+            **self._made,
         }
         text = json.dumps(manifest, indent=2)
         write_atomically(folder / "manifest.json", lambda path: Path(path).write_text(text))
@@ -126,7 +142,10 @@ class Workspace:
             if manifest["targets_sha256"] != sha256_file(folder / "targets.safetensors"):
                 raise ValueError("checksum")
             targets = load_file(folder / "targets.safetensors")["x_0"]
-            self.meter.charge(float(manifest["seconds"]), int(manifest["teacher_nfe"]))
+            seconds, teacher_seconds = float(manifest["seconds"]), float(manifest["teacher_seconds"])
+            joules = None if manifest["joules"] is None else float(manifest["joules"])
+            used = Energy(joules, f"the pairs that were found: {manifest['no_joules']}" if joules is None else "")
+            self.meter.charge(seconds, int(manifest["teacher_nfe"]), teacher_seconds, used)
             return targets
         except FileNotFoundError:
             return None

@@ -8,18 +8,25 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distillbench.budget import Meter, Price
 from distillbench.datasets import Dataset, to_float
-from distillbench.errors import DivergedError
+from distillbench.energy import Energy
+from distillbench.errors import DivergedError, UserError
+from distillbench.files import sha256_file, write_atomically
 from distillbench.method import Batch, Method, OptimizerConfig, Read
 from distillbench.pairs import Workspace
 from distillbench.progress import Step
+from distillbench.stopwatch import Account
 
 STEPS_BETWEEN_CHECKS = 50  # the loss is read, and with it the device waited for, this often
 
@@ -113,11 +120,61 @@ class DataStream:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """The method as it was on the way, with the averaged weights in its student."""
+
+    fraction: float  # of the budget, that had just been reached
+    images: int
+    price: Price
+    energy: Energy  # joules until then
+    ready: list[int]  # numbers of evaluations that it could sample with
+    file: str  # safetensors, in the folder of checkpoints
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """When checkpoints are to be written, and where. They cost the method nothing."""
+
+    fractions: Sequence[float]  # of the budget, rising, each in (0, 1): the end is none of them
+    folder: Path
+    nfe: Sequence[int] = ()  # numbers of evaluations for which a checkpoint says whether it is ready
+
+    def __post_init__(self) -> None:
+        if not all(a < b for a, b in pairwise([0.0, *self.fractions, 1.0])):
+            raise UserError(f"checkpoints must be rising shares of the budget between 0 and 1, got {self.fractions}")
+
+    def write(self, number: int, method: Method, average: nn.Module, phase: int, meter: Meter) -> Checkpoint:
+        """Checkpoint `number` = 0, 1, ... of `method`, which stays as it is; nothing of it is charged."""
+        price, used = meter.price(), meter.energy()
+        with meter.pause():
+            return self._write(number, method, average, phase, price, used)
+
+    def _write(
+        self, number: int, method: Method, average: nn.Module, phase: int, price: Price, used: Energy
+    ) -> Checkpoint:
+        path = self.folder / f"checkpoint-{number + 1}.safetensors"
+        write_atomically(path, lambda temporary: save_file(_averaged_state(method, average), temporary))
+        ready = [n for n in self.nfe if method.ready(n, phase)]
+        return Checkpoint(self.fractions[number], price.images, price, used, ready, path.name, sha256_file(path))
+
+
+def _averaged_state(method: Method, average: nn.Module) -> dict[str, Tensor]:
+    """Copies of all tensors of `method`, with those of `average` wherever one of its student stands."""
+    averaged = average.state_dict()
+    students = {id(tensor): averaged[name] for name, tensor in method.student.state_dict(keep_vars=True).items()}
+    state = method.state_dict(keep_vars=True)  # the tensors themselves: a student may stand there under two names
+    tensors = {name: students.get(id(tensor), tensor) for name, tensor in state.items()}
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
 class Trained:
-    """What training left: its price and its curve. The weights are in the method."""
+    """What training left: its price, its curve and the way there. The weights are in the method."""
 
     price: Price
     curve: list[LossPoint]
+    checkpoints: list[Checkpoint] = field(default_factory=list)
 
 
 def train(
@@ -127,18 +184,36 @@ def train(
     read: Read | None,
     batch_size: int,
     step: Step,
+    checkpoints: Checkpoints | None = None,
 ) -> Trained:
     """Train `method` until its meter says that the budget is used, and put the averaged weights into its student.
 
-    `read(n)` gives n real images and their labels; None for a method that may not see any. Raises
-    DivergedError when a loss is not finite.
+    `read(n)` gives n real images and their labels; None for a method that may not see any. A checkpoint is written
+    before the first step after its fraction is reached; a fraction that only the last step reaches is the end, and has
+    none. Raises DivergedError when a loss is not finite.
     """
+    try:
+        return _train(method, config, workspace, read, batch_size, step, checkpoints)
+    finally:
+        workspace.meter.stop()
+
+
+def _train(
+    method: Method,
+    config: OptimizerConfig,
+    workspace: Workspace,
+    read: Read | None,
+    batch_size: int,
+    step: Step,
+    checkpoints: Checkpoints | None,
+) -> Trained:
     meter, device, teacher = workspace.meter, workspace.device, workspace.teacher
     generator = torch.Generator().manual_seed(workspace.seed)
     method.prepare(workspace)
     if meter.progress() >= 1:
         raise RuntimeError(f"what is made ahead used up the budget of {meter.budget.amount:g} {meter.budget.limit}")
     curve = _Curve(meter, step)
+    written: list[Checkpoint] = []
     phases = method.phases()
     shares = [phase.share for phase in phases]
     optimizers: Optimizers | None = None
@@ -150,11 +225,14 @@ def train(
             optimizers, average = Optimizers(config), Average(method.student, config.ema_halflife_kimg)
             begin, finish = meter.progress(), _end_of_schedule(phases, index)
         while (progress := meter.progress()) < min(end, 1.0) - 1e-12:
+            while checkpoints and meter.images and progress >= next(iter(checkpoints.fractions[len(written) :]), 2.0):
+                written.append(checkpoints.write(len(written), method, average.module, index, meter))
             size = meter.next_batch(batch_size)
             batch = Batch(size, teacher.shape, generator, device, read, teacher.conditioning)
             factor = learning_rate_factor(config, (progress - begin) / max(finish - begin, 1e-12))
             for network, loss in method.train_step(batch):
-                optimizers.update(network, loss, factor)
+                with meter.stopwatch.charging(Account.student):
+                    optimizers.update(network, loss, factor)
                 curve.add(loss)
             method.after_step()
             meter.images += batch.size
@@ -164,7 +242,7 @@ def train(
     curve.log(phases[-1].label, last=True)
     assert average is not None
     method.student.load_state_dict(average.module.state_dict())
-    return Trained(meter.price(), curve.points)
+    return Trained(meter.price(), curve.points, written)
 
 
 def _end_of_schedule(phases: list[Any], index: int) -> float:

@@ -110,6 +110,9 @@ class ProgressiveDistillation(Method):
     def supports(self, nfe: int) -> bool:
         return nfe in self.halvings
 
+    def ready(self, nfe: int, phase: int) -> bool:
+        return nfe in self.halvings[:phase]  # a phase's student is kept when it ends
+
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         schedule, grid = self.teacher.schedule, self.grid_of(nfe)
         return ddim(partial(self.students[str(nfe)], c=c), schedule, x_at_top(schedule, noise(0), grid), grid)

@@ -1,8 +1,7 @@
 """TRACT: from anywhere in a group of the teacher's steps, a student learns to jump to the group's end in one.
 
-Berthelot et al. 2023, arXiv:2303.04248, as released (apple/ml-tract), but nothing is clipped. In the phase from T_p to
-T_p+1 steps a group is S = T_p / T_p+1 steps of the teacher's grid. With t uniform on that grid, t' the next time down
-and t'' the end of t's group (t > t' >= t''):
+Berthelot et al. 2023, arXiv:2303.04248, as released (apple/ml-tract), unclipped. In the phase from T_p to T_p+1 steps a
+group is S = T_p / T_p+1 steps of the grid. t is uniform on the grid, t' the next time down, t'' the end of t's group:
 
     x_t   = alpha_t x_0 + sigma_t eps;          x_t' = DDIM(x_t, f(x_t, t), t -> t')               (teacher f)
     x_t'' = DDIM(x_t', g(x_t', t'), t' -> t'')  if t' > t'',  x_t' otherwise                  (self-teacher g)
@@ -112,10 +111,9 @@ class Tract(Method):
         return torch.where(j - 1 == e, f, a * f + (1 - a) * g)
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        schedule = self.teacher.schedule
         x_0, eps, c, j = batch.x_0, batch.noise(), batch.c, batch.integers(1, len(self.grid))
         t = self.grid.to(batch.device)[j]
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        alpha, sigma = self.teacher.schedule.alpha(t), self.teacher.schedule.sigma(t)
         x_t = alpha * x_0 + sigma * eps
         with torch.no_grad():
             x_tilde = self.target(x_t, j, c)
@@ -138,6 +136,9 @@ class Tract(Method):
 
     def supports(self, nfe: int) -> bool:
         return nfe in self.config.steps[1:]
+
+    def ready(self, nfe: int, phase: int) -> bool:
+        return nfe in self.config.steps[1 : phase + 1]  # a phase's student is kept when it ends
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         schedule, grid = self.teacher.schedule, self.grid_of(nfe)

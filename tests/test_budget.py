@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import distillbench.budget
-from analytic import gaussian_teacher, time
+import distillbench.stopwatch
+from analytic import gaussian_teacher, mlp_teacher, time
 from distillbench.budget import BudgetConfig, Limit, Meter
+from distillbench.energy import Energy
 from distillbench.errors import UserError
+from distillbench.stopwatch import MOST_MARKS, Account, Stopwatch
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still until it is moved."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(distillbench.budget, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(distillbench.stopwatch, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 
@@ -95,3 +98,224 @@ def test_only_a_budget_in_images_cuts_the_last_batch():
 def test_a_budget_must_be_positive_and_finite(name, value):
     with pytest.raises(UserError, match=name):
         BudgetConfig(**{name: value})
+
+
+# --- rows that are differentiated ------------------------------------------------------------------------------------
+
+
+def test_rows_with_gradient_are_told_by_what_needs_it():
+    """Weights, or only the input of a network that is held."""
+    teacher = mlp_teacher()
+    student, t = teacher.student(), time([0.5] * 4)
+    meter = Meter(BudgetConfig(), teacher, "cpu")
+    x = torch.zeros(4, 2, 1, 1)
+    with torch.no_grad():
+        student(x, t)
+    student(x, t)
+    teacher.denoise(x, t)
+    teacher.denoise(x.clone().requires_grad_(), t)
+    teacher.deputy()(x.clone().requires_grad_(), t)
+    student.requires_grad_(False)(x.clone().requires_grad_(), t)
+    price = meter.price()
+    assert (price.student_nfe, price.student_backward, price.student_backward_input) == (12, 8, 4)
+    assert (price.teacher_nfe, price.teacher_backward, price.stand_in_nfe) == (12, 8, 0)
+
+
+# --- whose seconds ---------------------------------------------------------------------------------------------------
+
+
+class Slow(torch.nn.Module):
+    """A network that takes `seconds` of a clock, and fails when it is told to."""
+
+    def __init__(self, clock, seconds: float, inner=None) -> None:
+        super().__init__()
+        self.clock, self.seconds, self.inner, self.fails = clock, seconds, inner, False
+
+    def forward(self, x, time, embedding=None, labels=None):
+        self.clock.now += self.seconds
+        if self.inner is not None:
+            self.inner()
+        if self.fails:
+            raise ValueError("no")
+        return x
+
+
+def slow_family(clock):
+    teacher = gaussian_teacher()
+    student = teacher.student()
+    teacher.denoiser.counted.network, student.counted.network = Slow(clock, 2.0), Slow(clock, 3.0)
+    return teacher, student
+
+
+def split(price) -> tuple[float, float, float]:
+    assert price.teacher_seconds + price.student_seconds + price.other_seconds == pytest.approx(price.seconds, abs=1e-9)
+    return price.teacher_seconds, price.student_seconds, price.other_seconds
+
+
+def test_seconds_are_split_into_teacher_student_and_the_rest(clock):
+    teacher, student = slow_family(clock)
+    evaluate(teacher.denoise, 1)  # before training
+    meter = Meter(BudgetConfig(), teacher, "cpu")
+    evaluate(teacher.denoise, 1)
+    clock.now += 0.25
+    with torch.no_grad():
+        evaluate(student, 1)
+    with meter.stopwatch.charging(Account.student):
+        clock.now += 5
+    meter.charge(10.0, 7, teacher_seconds=9.0)
+    assert split(meter.price()) == pytest.approx((11.0, 8.0, 1.25))
+    meter.stop()
+    evaluate(teacher.denoise, 1)  # after it
+    assert split(meter.price()) == pytest.approx((11.0, 8.0, 3.25))
+    assert teacher.teacher_rows.timed is teacher.student_rows.timed is nullcontext
+
+
+def test_a_network_within_a_network_takes_its_time_out_of_the_others(clock):
+    teacher, student = slow_family(clock)
+    meter = Meter(BudgetConfig(), teacher, "cpu")
+    student.network.inner = lambda: evaluate(teacher.denoise, 1)
+    evaluate(student, 1)
+    assert split(meter.price()) == pytest.approx((2.0, 3.0, 0.0))
+
+
+def test_a_network_that_fails_leaves_the_account_as_it_was(clock):
+    teacher, student = slow_family(clock)
+    meter = Meter(BudgetConfig(), teacher, "cpu")
+    student.network.inner = lambda: evaluate(teacher.denoise, 1)
+    teacher.denoiser.network.fails = True
+    with pytest.raises(ValueError):
+        evaluate(student, 1)
+    clock.now += 1
+    assert split(meter.price()) == pytest.approx((2.0, 3.0, 1.0))
+
+
+class Watch:
+    """Notes when it is paused."""
+
+    def __init__(self, diary: list[str]) -> None:
+        self.diary = diary
+
+    @contextmanager
+    def paused(self):
+        self.diary.append("off")
+        yield
+        self.diary.append("on")
+
+
+def test_a_pause_is_not_charged(clock):
+    teacher, student = slow_family(clock)
+    diary: list[str] = []
+    budget = BudgetConfig(limit=Limit.seconds, seconds=8.0)
+    meter = Meter(budget, teacher, "cpu", watches=[Watch(diary)])
+    evaluate(teacher.denoise, 3)
+    with pytest.raises(KeyError), meter.pause():
+        assert diary == ["off"]
+        clock.now += 100
+        evaluate(teacher.denoise, 3)
+        evaluate(student, 5)
+        raise KeyError
+    with meter.pause():
+        clock.now += 100
+        evaluate(teacher.denoise, 3)
+        assert diary == ["off", "off"]
+    evaluate(student, 1)
+    price = meter.price()
+    assert split(price) == pytest.approx((2.0, 3.0, 0.0))
+    assert (price.teacher_nfe, price.student_nfe, meter.progress()) == (3, 1, 5 / 8)
+
+
+def test_energy_is_the_watchs_and_what_was_charged():
+    teacher = gaussian_teacher()
+    assert Meter(BudgetConfig(), teacher, "cpu").energy() == Energy(None, "not measured")
+    watch = Watch([])
+    watch.used = Energy(100.0)
+    meter = Meter(BudgetConfig(), teacher, "cpu", energy=watch)
+    meter.charge(1.0, 0, energy=Energy(11.0))
+    assert meter.energy() == Energy(111.0)
+    meter.charge(1.0, 0, energy=Energy(None, "too short"))
+    assert meter.energy() == Energy(None, "too short")
+    with meter.pause():
+        assert watch.diary == ["off"]
+
+
+# --- the same on a GPU, which a test must imagine --------------------------------------------------------------------
+
+
+class Gpu:
+    """Work is queued at once and done later; events pass when the work before them is done."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.host, self.device, self.waits, self.made = 0.0, 0.0, 0, 0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+                gpu.made += 1
+
+            def record(self, stream) -> None:
+                assert stream == "stream of cuda:1"
+                self.at = gpu.device = max(gpu.device, gpu.host)
+
+            def query(self) -> bool:
+                return gpu.host >= self.at
+
+            def elapsed_time(self, other) -> float:
+                return 1000 * (other.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        clock = SimpleNamespace(perf_counter=lambda: self.host)
+        monkeypatch.setattr(distillbench.stopwatch, "time", clock)
+
+    def synchronize(self, device) -> None:
+        assert device == "cuda:1"
+        self.waits += 1
+        self.host = max(self.host, self.device)
+
+    def work(self, seconds: float, launching: float = 0.0) -> None:
+        self.host += launching
+        self.device = max(self.device, self.host) + seconds
+
+
+def test_a_gpus_time_is_charged_to_who_asked_for_it_and_nobody_waits(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    meter = Meter(BudgetConfig(), gaussian_teacher(), "cuda:1")
+    waits = gpu.waits
+    for _ in range(3):
+        with meter.stopwatch.charging(Account.teacher):
+            gpu.work(2.0, launching=0.125)
+        gpu.work(0.5)
+        with meter.stopwatch.charging(Account.student):
+            gpu.work(3.0)
+            with meter.stopwatch.charging(Account.teacher):
+                gpu.work(1.0)
+    assert gpu.waits == waits and gpu.host == 0.375
+    teacher, student, other = split(meter.price())
+    assert (teacher, student, other) == pytest.approx((9.125, 9.0, 1.5))  # the first launch found the GPU idle
+    assert meter.price().seconds == gpu.device == pytest.approx(19.625)
+
+
+def test_a_gpus_pause(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    meter = Meter(BudgetConfig(), gaussian_teacher(), "cuda:1")
+    with meter.stopwatch.charging(Account.teacher):
+        gpu.work(2.0)
+        with meter.pause():
+            with meter.stopwatch.charging(Account.student):
+                gpu.work(50.0)
+            gpu.host += 70
+        gpu.work(4.0)
+    assert split(meter.price()) == pytest.approx((6.0, 0.0, 0.0))
+
+
+def test_events_are_read_when_they_have_passed_and_used_again(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    watch = Stopwatch.of("cuda:1")
+    for _ in range(5 * MOST_MARKS):
+        with watch.charging(Account.teacher):
+            gpu.work(0.25)
+        gpu.host = gpu.device - 0.25  # the GPU is one piece of work behind
+    assert gpu.waits == 0 and gpu.made < MOST_MARKS + 10
+    assert watch.read()[Account.teacher] == pytest.approx(5 * MOST_MARKS / 4)

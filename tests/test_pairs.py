@@ -12,6 +12,7 @@ import torch
 from analytic import gaussian_teacher, make_workspace
 from distillbench.budget import Meter
 from distillbench.conditions import UNCONDITIONAL, Condition
+from distillbench.energy import Energy
 from distillbench.noise import Noise, stream_key
 from distillbench.pairs import BATCH, PairStore, Workspace
 from distillbench.progress import Progress
@@ -91,6 +92,21 @@ def test_pairs_are_found_again_and_charged_the_same(tmp_path):
     assert manifest["seconds"] <= meter.price().seconds
 
 
+def test_whose_seconds_they_were_and_their_energy_are_kept(tmp_path):
+    """Making them is the teacher's work but for the noise; on a CPU no energy is known, and so not to the finder."""
+    _, _, meter, _ = make(tmp_path)
+    file = next(tmp_path.glob("*/manifest.json"))
+    manifest = json.loads(file.read_text())
+    assert 0 < manifest["teacher_seconds"] < manifest["seconds"]
+    assert meter.price().teacher_seconds == pytest.approx(manifest["teacher_seconds"], abs=1e-9)
+    assert (manifest["joules"], manifest["no_joules"]) == (None, "no GPU in use")
+    price = make(tmp_path)[2].price()
+    assert price.teacher_seconds == manifest["teacher_seconds"] and price.student_seconds == 0
+    assert make(tmp_path)[2].charged_energy == Energy(None, "the pairs that were found: no GPU in use")
+    file.write_text(json.dumps(manifest | {"joules": 12.5}))
+    assert make(tmp_path)[2].charged_energy == Energy(12.5)
+
+
 def test_pairs_do_not_depend_on_the_chunks_they_are_made_in(tmp_path):
     pairs, solved, meter, _ = make(tmp_path, count=BATCH + 5)
     teacher = gaussian_teacher()
@@ -144,6 +160,7 @@ DAMAGES = {
     "a manifest of another kind": lambda folder: (folder / "manifest.json").write_text("[]"),
     "a manifest of other pairs": edit_manifest(recipe={}),
     "a price that is no number": edit_manifest(seconds="long"),
+    "energy that is no number": edit_manifest(joules="much"),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-import distillbench.budget
+import distillbench.stopwatch
 import distillbench_boot
 import distillbench_cm
 import distillbench_ct
@@ -131,7 +131,7 @@ def test_a_budget_in_evaluations_stops_with_the_step_that_reaches_it(tmp_path):
 
 def test_a_budget_in_seconds_stops_with_the_step_that_reaches_it(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(distillbench.budget, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(distillbench.stopwatch, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
     class Slow(Ramp):
         def prepare(self, workspace):

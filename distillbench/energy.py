@@ -1,0 +1,190 @@
+"""Energy that a GPU uses while a block runs, in joules: of the whole board, whoever works on it.
+
+NVML's counter is in millijoules but moves only every 20 to 100 ms, so each edge of a measurement is off by up to 0.1 s:
+what is shorter than MIN_SECONDS gets no number. Every pause adds two edges.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from distillbench.errors import Unavailable, UserError, unknown
+from distillbench.nvml import Gpu, gpu_of
+
+MIN_SECONDS = 2.0  # of a measurement
+NO_GPU = "no GPU in use"
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Joules; None with the reason where there are none."""
+
+    joules: float | None = None
+    reason: str = ""
+
+    def __add__(self, more: Energy) -> Energy:
+        if self.joules is None or more.joules is None:
+            return Energy(None, self.reason or more.reason)
+        return Energy(self.joules + more.joules)
+
+
+NO_ENERGY = Energy(0.0)
+
+
+class JouleMeter(Protocol):
+    """Where joules are read: `begin`, then `end` gives those used since. Either may raise Unavailable."""
+
+    def begin(self) -> None: ...
+
+    def end(self) -> float: ...
+
+
+class NvmlMeter:
+    """The counter in the GPU (nvmlDeviceGetTotalEnergyConsumption): Volta and later, no MIG slices."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+
+    def begin(self) -> None:
+        self.start = self.gpu.joules()
+
+    def end(self) -> float:
+        return self.gpu.joules() - self.start
+
+
+class ZeusMeter:
+    """The package zeus (ml-energy/zeus), which also serves GPUs without a counter: it adds up their power."""
+
+    def __init__(self, monitor: Any) -> None:
+        self.monitor = monitor
+
+    def begin(self) -> None:
+        with _excused():
+            self.monitor.begin_window("distillbench")
+
+    def end(self) -> float:
+        with _excused():
+            return float(sum(self.monitor.end_window("distillbench").gpu_energy.values()))
+
+
+@contextmanager
+def _excused() -> Iterator[None]:
+    """Any error of zeus, which has classes of its own for each vendor's, is a reason: no training may fail for it."""
+    try:
+        yield
+    except Exception as error:
+        raise Unavailable(f"zeus: {error}") from error
+
+
+@contextmanager
+def _nvml(device: str) -> Iterator[JouleMeter]:
+    with gpu_of(device) as gpu:
+        yield NvmlMeter(gpu)
+
+
+@contextmanager
+def _zeus(device: str) -> Iterator[JouleMeter]:
+    monitor = _zeus_monitor()
+    index = torch.device(device).index
+    index = torch.cuda.current_device() if index is None else index  # as CUDA_VISIBLE_DEVICES leaves them, as in torch
+    with _excused():
+        meter = ZeusMeter(monitor(gpu_indices=[index], cpu_indices=[]))
+    yield meter
+
+
+def _zeus_monitor() -> Any:
+    try:
+        from zeus.monitor import ZeusMonitor
+    except ImportError as error:
+        raise UserError("energy by zeus needs the package zeus: pip install distillbench[zeus]") from error
+    return ZeusMonitor
+
+
+SOURCES: dict[str, Callable[[str], AbstractContextManager[JouleMeter]]] = {"nvml": _nvml, "zeus": _zeus}
+
+
+def check_source(source: str) -> None:
+    """Raise UserError for a source of energy that does not exist, or whose package is missing."""
+    if source not in SOURCES:
+        raise unknown("source of energy", source, SOURCES)
+    if source == "zeus":
+        _zeus_monitor()
+
+
+class EnergyWatch:
+    """The energy of a block, in `used`: so far while it runs, all of it when it has ended."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.reason = device, ""
+        self.meter: JouleMeter | None = None
+        self._running = False
+        self._joules = self._seconds = 0.0
+
+    @property
+    def used(self) -> Energy:
+        if self._running:
+            with self.paused():
+                pass  # reads the counter
+        if self.reason:
+            return Energy(None, self.reason)
+        if self._seconds < MIN_SECONDS:
+            return Energy(None, f"{self._seconds:.2g} s are too short for the GPU's counter of energy")
+        return Energy(self._joules)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is used in the block is not counted."""
+        self.end()
+        try:
+            yield
+        finally:
+            self.begin()
+
+    def begin(self) -> None:
+        """Wait for the device and count from here."""
+        if self.meter is None or self.reason:
+            return
+        torch.cuda.synchronize(self.device)
+        self._since, self._running = time.perf_counter(), True
+        try:
+            self.meter.begin()
+        except Unavailable as reason:
+            self.reason, self._running = str(reason), False
+
+    def end(self) -> None:
+        """Wait for the device and count no further."""
+        if self.meter is None or not self._running:
+            return
+        torch.cuda.synchronize(self.device)
+        self._seconds += time.perf_counter() - self._since
+        self._running = False
+        try:
+            self._joules += self.meter.end()
+        except Unavailable as reason:
+            self.reason = str(reason)
+
+
+@contextmanager
+def energy(device: str, source: str = "nvml") -> Iterator[EnergyWatch]:
+    """Energy of the GPU `device` while the block runs, read from `source`; the device is waited for at both edges."""
+    check_source(source)
+    watch = EnergyWatch(device)
+    with ExitStack() as stack:
+        if device == "cpu":
+            watch.reason = NO_GPU
+        else:
+            try:
+                watch.meter = stack.enter_context(SOURCES[source](device))
+            except Unavailable as reason:
+                watch.reason = str(reason)
+        watch.begin()
+        try:
+            yield watch
+        finally:
+            watch.end()

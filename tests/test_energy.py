@@ -1,0 +1,297 @@
+"""Energy and memory of a GPU that a test imagines: which GPU, which edges, and what is not measured."""
+
+from __future__ import annotations
+
+import sys
+import time as clock
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+import distillbench.energy
+from distillbench.energy import Energy, check_source, energy
+from distillbench.errors import UserError
+from distillbench.memory import MIB, peak_gpu_mib, peak_rss_mib
+
+UUID = "d2f0c1a4-0000-0000-0000-00000000beef"
+
+
+class NVMLError(Exception):
+    pass
+
+
+class Machine:
+    """One GPU with a counter of energy and memory in use; `now` is the time in seconds."""
+
+    def __init__(self) -> None:
+        self.now, self.millijoules, self.used, self.waits, self.open = 0.0, 5_000_000, 100 * MIB, 0, 0
+        self.allocated = self.peak = 10 * MIB
+        self.uuid, self.errors = f"GPU-{UUID}", set()
+
+    def run(self, seconds: float, watts: float) -> None:
+        self.now += seconds
+        self.millijoules += round(1000 * seconds * watts)
+
+    def ask(self, name: str, answer):
+        if name in self.errors:
+            raise NVMLError("Not Supported")
+        return answer
+
+    def handle(self, uuid: str) -> str:
+        if uuid != self.uuid:
+            raise NVMLError("Not Found")
+        return "handle"
+
+    def init(self, by: int) -> None:
+        self.ask("init", None)
+        self.open += by
+
+    def hold(self, size: int) -> None:
+        self.allocated = size
+        self.peak = max(self.peak, size)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    machine = Machine()
+    nvml = ModuleType("pynvml")
+    nvml.NVMLError = NVMLError
+    nvml.nvmlInit, nvml.nvmlShutdown = lambda: machine.init(1), lambda: machine.init(-1)
+    nvml.nvmlDeviceGetHandleByUUID = machine.handle
+    nvml.nvmlDeviceGetTotalEnergyConsumption = lambda handle: machine.ask("energy", machine.millijoules)
+    nvml.nvmlDeviceGetMemoryInfo = lambda handle: machine.ask("memory", SimpleNamespace(used=machine.used))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+
+    def wait(device) -> None:
+        machine.waits += 1
+
+    def reset(device) -> None:
+        machine.peak = machine.allocated
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=UUID))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: machine.peak)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2 * machine.peak)
+    monkeypatch.setattr(distillbench.energy, "time", SimpleNamespace(perf_counter=lambda: machine.now))
+    return machine
+
+
+# --- energy ----------------------------------------------------------------------------------------------------------
+
+
+def test_joules_of_the_block_and_of_nothing_else(machine):
+    machine.run(50, 300)
+    with energy("cuda") as watch:
+        machine.run(10, 200)
+        assert watch.used == Energy(2000.0)  # so far
+        machine.run(5, 100)
+    machine.run(50, 300)
+    assert watch.used == Energy(2500.0)
+    assert machine.waits >= 2 and machine.open == 0
+
+
+def test_what_is_used_in_a_pause_is_not_counted(machine):
+    with energy("cuda") as watch:
+        machine.run(10, 200)
+        with watch.paused():
+            machine.run(100, 400)
+            assert watch.used == Energy(2000.0)
+        machine.run(10, 100)
+    assert watch.used == Energy(3000.0)
+
+
+def test_a_short_measurement_has_no_number(machine):
+    """The counter moves every 20 to 100 ms; a pause does not make the measurement longer."""
+    with energy("cuda") as watch:
+        machine.run(1.0, 300)
+        with watch.paused():
+            machine.run(60, 300)
+        machine.run(0.5, 300)
+    assert watch.used == Energy(None, "1.5 s are too short for the GPU's counter of energy")
+
+
+@pytest.mark.parametrize("error", ["init", "energy"])
+def test_what_nvml_cannot_tell_is_named(machine, error):
+    machine.errors.add(error)
+    with energy("cuda") as watch:
+        machine.run(10, 300)
+        with watch.paused():
+            machine.run(10, 300)
+    assert watch.used == Energy(None, "NVML: Not Supported") and machine.open == 0
+
+
+def test_a_counter_that_fails_on_the_way_gives_no_number(machine):
+    with energy("cuda") as watch:
+        machine.run(10, 300)
+        machine.errors.add("energy")
+    assert watch.used == Energy(None, "NVML: Not Supported")
+
+
+def test_the_gpu_is_found_by_its_uuid(machine):
+    machine.uuid = f"MIG-{UUID}"  # a slice: found, but its GPU's counter is not its own
+    machine.errors.add("energy")
+    with energy("cuda:0") as watch:
+        machine.run(10, 300)
+    assert watch.used.reason == "NVML: Not Supported"
+    machine.uuid = "GPU-another"
+    with energy("cuda:0") as watch:
+        machine.run(10, 300)
+    assert watch.used.reason == "NVML: Not Found" and machine.open == 0
+
+
+def test_without_nvml(machine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with energy("cuda") as watch:
+        machine.run(10, 300)
+    assert watch.used == Energy(None, "NVML: the package nvidia-ml-py is not installed")
+
+
+def test_on_the_cpu_there_is_no_gpus_energy():
+    with energy("cpu") as watch, watch.paused():
+        pass
+    assert watch.used == Energy(None, "no GPU in use")
+
+
+def test_an_error_in_the_block_is_not_swallowed(machine):
+    with pytest.raises(KeyError), energy("cuda") as watch:
+        machine.run(10, 200)
+        raise KeyError
+    assert watch.used == Energy(2000.0) and machine.open == 0
+
+
+def test_sums_are_known_where_both_parts_are():
+    assert Energy(1.0) + Energy(2.0) == Energy(3.0)
+    assert Energy(None, "a") + Energy(2.0) == Energy(2.0) + Energy(None, "a") == Energy(None, "a")
+
+
+class Monitor:
+    """What distillbench uses of zeus.monitor.ZeusMonitor."""
+
+    machine: Machine
+
+    def __init__(self, gpu_indices, cpu_indices) -> None:
+        assert cpu_indices == []
+        (self.index,), self.windows = gpu_indices, {}
+
+    def begin_window(self, key: str) -> None:
+        assert key not in self.windows
+        self.windows[key] = self.machine.millijoules
+
+    def end_window(self, key: str):
+        return SimpleNamespace(gpu_energy={self.index: (self.machine.millijoules - self.windows.pop(key)) / 1000})
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 3), ("cuda:1", 1)])
+def test_zeus_measures_the_same(machine, monkeypatch, device, index):
+    Monitor.machine = machine
+    package, module = ModuleType("zeus"), ModuleType("zeus.monitor")
+    module.ZeusMonitor = Monitor
+    monkeypatch.setitem(sys.modules, "zeus", package)
+    monkeypatch.setitem(sys.modules, "zeus.monitor", module)
+    check_source("zeus")
+    with energy(device, "zeus") as watch:
+        assert watch.meter.monitor.index == index
+        machine.run(10, 200)
+        with watch.paused():
+            machine.run(100, 400)
+        machine.run(10, 100)
+    assert watch.used == Energy(3000.0)
+    with energy("cpu", "zeus") as watch:
+        pass
+    assert watch.used == Energy(None, "no GPU in use")
+
+
+def test_zeus_that_cannot_measure_is_named(machine, monkeypatch):
+    def broken(**settings):
+        raise RuntimeError("no permission")
+
+    module = ModuleType("zeus.monitor")
+    module.ZeusMonitor = broken
+    monkeypatch.setitem(sys.modules, "zeus", ModuleType("zeus"))
+    monkeypatch.setitem(sys.modules, "zeus.monitor", module)
+    with energy("cuda", "zeus") as watch:
+        machine.run(10, 200)
+    assert watch.used == Energy(None, "zeus: no permission")
+
+
+def test_zeus_that_fails_on_the_way_gives_no_number(machine, monkeypatch):
+    Monitor.machine = machine
+    module = ModuleType("zeus.monitor")
+    module.ZeusMonitor = Monitor
+    monkeypatch.setitem(sys.modules, "zeus", ModuleType("zeus"))
+    monkeypatch.setitem(sys.modules, "zeus.monitor", module)
+    with energy("cuda", "zeus") as watch:
+        machine.run(10, 200)
+        watch.meter.monitor.windows.clear()
+    assert watch.used.joules is None and watch.used.reason.startswith("zeus:")
+
+
+def test_a_missing_package_and_an_unknown_source_are_the_users_errors(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zeus", None)
+    with pytest.raises(UserError, match=r"pip install distillbench\[zeus\]"):
+        check_source("zeus")
+    with pytest.raises(UserError, match=r"pip install distillbench\[zeus\]"), energy("cpu", "zeus"):
+        pass
+    with pytest.raises(UserError, match=r"nvmll.*Did you mean 'nvml'"):
+        check_source("nvmll")
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def wait_for(condition) -> None:
+    end = clock.perf_counter() + 10
+    while not condition():
+        assert clock.perf_counter() < end
+        clock.sleep(0.005)
+
+
+def test_peaks_of_a_gpu(machine):
+    machine.hold(500 * MIB)
+    machine.hold(20 * MIB)
+    with peak_gpu_mib("cuda") as peak:
+        machine.hold(70 * MIB)
+        machine.used = 900 * MIB
+        wait_for(lambda: peak.device.mib == 900)
+        machine.hold(30 * MIB)
+        machine.used = 300 * MIB
+        with peak.paused():
+            machine.hold(800 * MIB)
+            machine.used = 5000 * MIB
+            clock.sleep(0.06)
+            machine.hold(30 * MIB)
+            machine.used = 300 * MIB
+    assert (peak.mib, peak.reserved.mib, peak.device.mib) == (70, 140, 900)
+    assert peak.reason == peak.reserved.reason == peak.device.reason == "" and machine.open == 0
+
+
+@pytest.mark.parametrize("error", ["init", "memory"])
+def test_memory_that_nvml_cannot_tell_is_named(machine, error):
+    machine.errors.add(error)
+    with peak_gpu_mib("cuda") as peak, peak.paused():
+        pass
+    assert peak.mib == 10 and (peak.device.mib, peak.device.reason) == (None, "NVML: Not Supported")
+
+
+def test_on_the_cpu_there_is_no_gpus_memory():
+    with peak_gpu_mib("cpu") as peak, peak.paused():
+        pass
+    for each in (peak, peak.reserved, peak.device):
+        assert (each.mib, each.reason) == (None, "no GPU in use")
+
+
+def test_resident_memory_of_the_process():
+    with peak_rss_mib() as peak:
+        first = peak.mib
+        with peak.paused():
+            unseen = torch.ones(40 * MIB // 4).double()  # 80 MiB
+            clock.sleep(0.06)
+            del unseen
+        assert peak.mib < first + 40
+        seen = torch.ones(20 * MIB)  # 80 MiB
+        wait_for(lambda: peak.mib > first + 60)
+        del seen
+    assert peak.mib > first + 60 and peak.reason == ""
