@@ -32,6 +32,8 @@ class Teacher:
 
     Students start as copies of `start`, which is the teacher's own denoiser unless that cannot be trained (a closed
     form has no weights). `blank` makes a network of the same architecture with fresh weights, from torch's generator.
+
+    `encode` and `decode` stand before and after sampling and are timed apart from it; nothing else uses them.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Teacher:
     conditioning: Conditioning = WITHOUT_CLASSES
     start: Denoiser | None = None
     blank: Callable[[], nn.Module] | None = None
+    decode: Callable[[Tensor], Tensor] | None = None  # latents (B,c,h,w) to images (B,C,H,W); None: works on pixels
+    encode: Callable[[list[str]], Any] | None = None  # texts to what conditions the network; None: knows no texts
     student_rows: Counter = field(default_factory=Counter)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,122 @@
+"""Calls in a process of their own, started for them and killed where it takes too long.
+
+The process is spawned and not forked: it has none of the caller's memory, threads or CUDA context. It imports what the
+call needs, but not the script that started the caller: one that is not guarded would start it again, and one that came
+by standard input is not there to be read. What it prints is shown to nobody; where it dies, its last line is part of
+the reason.
+
+A process and a pipe, and no executor: its worker can be killed, its exit code is known, and it ends by itself when the
+caller is killed, where the worker of a ProcessPoolExecutor waits forever and holds its memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from distillbench.errors import Unavailable, UserError
+
+SECONDS_TO_EXIT = 5.0  # after the answer was given
+
+Argument = TypeVar("Argument")
+Answer = TypeVar("Answer")
+
+
+class ProcessError(Exception):
+    """A call in a fresh process gave no answer. The message is one line; a traceback, if there is one, is a note."""
+
+
+def call_in_fresh_process(function: Callable[[Argument], Answer], argument: Argument, limit_seconds: float) -> Answer:
+    """``function(argument)``, computed by a process that is started for it and has `limit_seconds` for all it does.
+
+    Raises ProcessError if the two cannot be pickled, if the call raises, if the process dies, or if time is up.
+    """
+    try:
+        pickled = pickle.dumps((function, argument))
+    except Exception as error:  # whatever a stranger's class raises
+        raise ProcessError(f"cannot be handed to a fresh process: {in_words(error)}") from error
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        printed = Path(folder) / "printed.txt"
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(target=_answer, args=(pickled, writer, str(printed)), daemon=True)
+        with _without_main_script():
+            process.start()
+        writer.close()
+        try:
+            answer, failure, told = _received(reader, process, printed, limit_seconds)
+        finally:
+            process.kill()
+            process.join()
+            process.close()
+            reader.close()
+    if failure:
+        failed = ProcessError(failure)
+        if told:
+            failed.add_note(told)
+        raise failed
+    return answer
+
+
+def in_words(error: BaseException) -> str:
+    """One line for a table: the message, after the error's kind unless the message was written to be read alone."""
+    line = (str(error).strip() or "no message").splitlines()[0]
+    return line if isinstance(error, UserError | Unavailable) else f"{type(error).__name__}: {line}"
+
+
+def _received(reader: Connection, process: BaseProcess, printed: Path, limit_seconds: float) -> tuple[Any, str, str]:
+    """What `_answer` sent: the answer, or one line and the traceback that say why there is none."""
+    if not reader.poll(limit_seconds):
+        return None, f"the process was killed: it was not done after {limit_seconds:g} s", ""
+    try:
+        received = reader.recv()
+    except EOFError:
+        process.join()
+        return None, _end(process.exitcode or 0, printed), ""
+    process.join(SECONDS_TO_EXIT)
+    return received
+
+
+def _end(code: int, printed: Path) -> str:
+    """How a process ended that gave no answer."""
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    lines = printed.read_text(errors="replace").split("\n") if printed.is_file() else []
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f"the process died ({how}){last and '; its last words: '}{last}"
+
+
+def _answer(pickled: bytes, writer: Connection, printed: str) -> None:
+    """What the fresh process does."""
+    with open(printed, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    answer, failure, told = None, "", ""
+    try:
+        function, argument = pickle.loads(pickled)
+        answer = function(argument)
+    except (Exception, SystemExit) as error:
+        failure, told = in_words(error), traceback.format_exc()
+    writer.send((answer, failure, told))
+
+
+@contextmanager
+def _without_main_script() -> Iterator[None]:
+    """A block in which multiprocessing finds no script to import anew, only an empty module."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
