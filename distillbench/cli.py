@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING
 import click
 
 from distillbench import __version__
-from distillbench.errors import DivergedError, UserError, unknown
+from distillbench.errors import DivergedError, Unavailable, UserError, unknown
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
     from rich.console import Console
     from rich.table import Table
 
+    from distillbench.features import FeatureNetwork
     from distillbench.plan import Cell
     from distillbench.progress import Progress
+    from distillbench.references import RealImages
     from distillbench.registry import Plugin, Registry
 
 BAD_INPUT, SOMETHING_FAILED, INTERRUPTED = 2, 1, 130
@@ -72,7 +76,8 @@ def run(settings: tuple[str, ...], dry_run: bool, show_config: bool, debug: bool
         raise SystemExit(SOMETHING_FAILED if any(cell.trouble for cell in cells) else 0)
     progress = Progress(console)
     outcome = run_cells(cells, configs, progress, lambda rows: _print_rows(progress, rows))
-    _print_table(console, outcome.table)
+    directions = {name: told["direction"] for name, told in outcome.columns.items()}
+    _print_table(console, outcome.table, outcome.summary, directions)
     progress.say(f"every column, samples and weights: {outcome.folder}")
     if outcome.failed:
         progress.say(f"not ok: {', '.join(outcome.failed)}")
@@ -106,6 +111,9 @@ def _describe(registry: Registry, kind: str, name: str) -> None:
     entry = registry.get(kind, name)
     click.echo(f"{name}: {kind.removesuffix('s')} from plugin {_origin(entry.plugin)}")
     click.echo(click.wrap_text(_documentation(entry.cls), _width(), preserve_paragraphs=True))
+    if kind == "metrics":
+        _print_definitions((fact, text or "none") for fact, text in entry.cls.describe().items())
+        return
     facts = [(fact.replace("_", " "), getattr(entry.cls, fact)) for fact in rules.KINDS[kind].declares]
     _print_definitions((fact, {True: "yes", False: "no"}.get(value, value)) for fact, value in facts)
     if rules.KINDS[kind].config is None:
@@ -204,6 +212,104 @@ def train_teacher(settings: tuple[str, ...], output: str | None, debug: bool) ->
         progress.say(f"written: {train_teacher_of(config, registry, file, progress)}")
 
 
+@cli.command()
+@click.argument("network", required=False)
+@click.option("--from", "source", type=click.Path(), help="Copy this file, or from this folder.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def fetch(network: str | None, source: str | None, debug: bool) -> None:
+    """Fetch the weights of the feature network NETWORK, such as inception for FID. Without a name: list them.
+
+    Nothing else in distillbench downloads. The file is checked by its SHA-256, wherever it comes from, and is kept in
+    $DISTILLBENCH_WEIGHTS or the user's cache.
+
+    \b
+    distillbench fetch inception
+    distillbench fetch inception --from weights-inception-2015-12-05-6726825d.pth
+    """
+    from pathlib import Path
+
+    from distillbench.pretrained import fetch as fetch_weights
+    from distillbench.pretrained import weights_folder
+
+    networks = _networks(_registry(debug))
+    folder = weights_folder()
+    if network is None:
+        click.echo(f"weights are kept in {folder}")
+        _print_definitions((name, _weights_in_words(cls, folder)) for name, cls in sorted(networks.items()))
+        return
+    if network not in networks:
+        raise unknown("feature network", network, networks)
+    cls = networks[network]
+    if not cls.weights.url and source is None:
+        raise UserError(f"the weights of {network} come with an installed package: there is nothing to fetch")
+    for weights in (cls.weights, *cls.also):
+        path = fetch_weights(network, weights, folder, Path(source) if source is not None else None)
+        click.echo(f"written: {path} ({weights.licence})")
+
+
+@cli.group()
+def reference() -> None:
+    """Reference statistics (.npz with mu and sigma) of real images."""
+
+
+@reference.command("export")
+@click.argument("settings", nargs=-1)
+@click.option("--network", required=True, help="Feature network, such as inception.")
+@click.option("--output", "-o", required=True, type=click.Path(dir_okay=False), help="File to write (.npz).")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def export_reference(settings: tuple[str, ...], network: str, output: str, debug: bool) -> None:
+    """Compute the statistics of a dataset and write them in the layout of pytorch-fid and EDM, with provenance.
+
+    \b
+    distillbench reference export dataset=digits --network efficientnet_lite0 -o digits.npz
+    distillbench run 'methods=[boot]' dataset=digits 'evaluation.references=[digits.npz]'
+    """
+    from distillbench.references import provenance_of, write_reference
+
+    real, cls = _real_images(settings, network, output, debug)
+    write_reference(_npz(output), real.statistics(cls), provenance_of(real.dataset, cls.identity(real.networks.folder)))
+    click.echo(f"written: {output}, {real.count} images of {real.dataset.name} through {network}")
+
+
+@reference.command("import")
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.argument("settings", nargs=-1)
+@click.option("--network", required=True, help="The network and preprocessing that FILE was made with.")
+@click.option("--images", required=True, type=click.IntRange(min=2), help="How many images FILE is of.")
+@click.option("--output", "-o", required=True, type=click.Path(dir_okay=False), help="File to write (.npz).")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def import_reference(file: str, settings: tuple[str, ...], network: str, images: int, output: str, debug: bool) -> None:
+    """Take statistics of another tool (pytorch-fid, EDM) and write down what they are of: that is your word.
+
+    \b
+    distillbench reference import cifar10-32x32.npz dataset=cifar10 --network inception --images 50000 -o cifar10.npz
+    """
+    from pathlib import Path
+
+    from distillbench.references import declared, provenance_of, read_reference, write_reference
+
+    real, cls = _real_images(settings, network, output, debug)
+    wanted = provenance_of(real.dataset, cls.identity(real.networks.folder))
+    statistics, provenance = declared(read_reference(Path(file)), wanted, cls.width, images)
+    write_reference(_npz(output), statistics, provenance)
+    click.echo(f"written: {output}, declared to be {images} images of {real.dataset.name} through {network}")
+
+
+@reference.command("show")
+@click.argument("file", type=click.Path(dir_okay=False))
+def show_reference(file: str) -> None:
+    """Show what a reference file says of itself."""
+    from pathlib import Path
+
+    from distillbench.references import read_reference
+
+    found = read_reference(Path(file))
+    click.echo(f"{found.path.name}: {len(found.statistics.mean)} features, sha256 {found.sha256}")
+    _print_definitions((name, str(value)) for name, value in sorted(found.provenance.items()))
+    if not found.provenance:
+        click.echo("it does not say what it is of: see distillbench reference import --help")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: what the user can mend becomes one message and exit code 2."""
     words = sys.argv[1:] if arguments is None else list(arguments)
@@ -215,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         raise SystemExit(error.exit_code) from None
-    except (UserError, OSError, DivergedError) as error:
+    except (UserError, Unavailable, OSError, DivergedError) as error:
         if "--debug" in words:
             sys.excepthook(*sys.exc_info())
         click.echo(f"error: {error}", err=True)
@@ -250,8 +356,66 @@ def _summary(cls: type) -> str:
 
 def _documentation(cls: type) -> str:
     """The first paragraph of the class's own docstring, or of its module's."""
-    text = vars(cls)["__doc__"] or sys.modules[cls.__module__].__doc__ or ""
+    above = [base for base in cls.__mro__[1:] if base.__module__.startswith("distillbench.scores")]
+    texts = (vars(base)["__doc__"] for base in (cls, *above))
+    text = next((text for text in texts if text), sys.modules[cls.__module__].__doc__ or "")
     return inspect.cleandoc(text).split("\n\n")[0]
+
+
+# --- feature networks ------------------------------------------------------------------------------------------------
+
+
+def _networks(registry: Registry) -> dict[str, type[FeatureNetwork]]:
+    """The feature networks that some metric looks through, by name."""
+    found = [entry.cls.network for entry in registry.metrics.values() if entry.cls.network is not None]
+    return {cls.name: cls for cls in found}
+
+
+def _weights_in_words(cls: type[FeatureNetwork], folder: Path) -> str:
+    try:
+        cls.locate(folder)
+        state = "there"
+    except Unavailable as reason:
+        state = str(reason)
+    source = cls.weights.url or "comes with an installed package"
+    return f"{state}; {cls.weights.mib} MiB, {cls.weights.licence}, {source}"
+
+
+def _npz(output: str) -> Path:
+    from pathlib import Path
+
+    from distillbench.plan import check_writable
+
+    path = Path(output)
+    if path.suffix != ".npz":
+        raise UserError(f"--output must name a .npz file, got {output!r}")
+    check_writable(path.parent)
+    return path
+
+
+def _real_images(
+    settings: Sequence[str], network: str, output: str, debug: bool
+) -> tuple[RealImages, type[FeatureNetwork]]:
+    """The real images of the dataset in `settings`, and the network to see them through."""
+    from pathlib import Path
+
+    from distillbench.config import compose_runs
+    from distillbench.features import Networks
+    from distillbench.plan import choose_device
+    from distillbench.pretrained import weights_folder
+    from distillbench.references import RealImages
+
+    registry = _registry(debug)
+    networks = _networks(registry)
+    if network not in networks:
+        raise unknown("feature network", network, networks)
+    _npz(output)
+    configs = compose_runs(list(settings), registry, need_methods=False)
+    if len(configs) > 1:
+        raise UserError(f"a reference is of one dataset, the settings span {len(configs)}")
+    dataset = registry.get("datasets", configs[0].dataset.kind).cls(configs[0].dataset)
+    seen = Networks(weights_folder(), choose_device(configs[0].device))
+    return RealImages(dataset, seen, Path(configs[0].results_dir) / "cache" / "references"), networks[network]
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------
@@ -308,6 +472,8 @@ def _print_plan(console: Console, cells: list[Cell]) -> None:
         for cell, numbers in zip(group, prices, strict=True):
             table.add_row(cell.label, ", ".join(map(str, cell.nfe)), *map(_number, numbers))
         console.print(table)
+        for name, why in group[0].scene.missing().items():
+            console.print(f"{name} would be empty: {why}", markup=False, soft_wrap=True)
         for cell in group:
             if cell.trouble:
                 console.print(f"{cell.label} would fail: {cell.trouble}", markup=False, soft_wrap=True)
@@ -319,7 +485,8 @@ def _print_plan(console: Console, cells: list[Cell]) -> None:
 
 def _price(cell: Cell) -> tuple[int, int, int, int]:
     """Foreseen: images, teacher and student evaluations of training, evaluations of sampling."""
-    sampling = sum(cell.nfe) * cell.scene.config.evaluation.images
+    evaluation = cell.scene.config.evaluation
+    sampling = sum(cell.nfe) * evaluation.images * len(evaluation.seeds)
     return cell.price.images, cell.price.teacher_nfe, cell.price.student_nfe, sampling
 
 
@@ -330,31 +497,94 @@ def _print_rows(progress: Progress, rows: pd.DataFrame) -> None:
         progress.say(f"  {_row_name(row)}: {values if row['status'] == 'ok' else _why(row)}")
 
 
-def _print_table(console: Console, table: pd.DataFrame) -> None:
-    """The table, with as many columns as fit; every column is in table.csv."""
-    same = [name for name in ("dataset", "teacher", "device") if table[name].nunique() == 1]
-    console.print(", ".join(f"{name} {table[name].iloc[0]}" for name in same), markup=False, soft_wrap=True)
+def _print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, directions: dict[str, str]) -> None:
+    """Means over seeds with their intervals, with as many columns as fit; every column is in table.csv."""
+    from distillbench.statistics import KEYS
+
+    same = [name for name in ("dataset", "teacher", "budget", "device") if table[name].nunique() == 1]
+    console.print(", ".join(f"{name} {table[name].dropna().iloc[0]}" for name in same), markup=False, soft_wrap=True)
+    summary = table[KEYS].drop_duplicates().merge(summary, on=KEYS, how="left")  # in the order of the run
     names = [name for name in ("dataset", "teacher") if name not in same]
-    names += ["method", "seed", "nfe"]
-    for telling_apart in ("settings", "key"):
-        names += [telling_apart] if table.duplicated(names).any() else []
-    names += ["status"] if (table["status"] != "ok").any() else []
-    names += _scores(table)
-    optional = ["sample_latency_ms", "train_seconds", "sample_images_per_second"]
-    optional += ["train_teacher_nfe", "train_student_nfe", "train_images"]
+    names += ["method", "nfe"]
+    for telling_apart in ("settings", "guidance", "budget", "protocol"):
+        names += [telling_apart] if summary.duplicated(names).any() else []
+    names += [name for name in ("training_seeds", "sampling_seeds") if (summary[name] > 1).any()]
+    names += ["status"] if (summary["status"] != "ok").any() else []
+    first = len(names)
+    names += list(directions)
+    optional = ["sample_latency_p50_ms", "train_seconds", "sample_images_per_second"]
+    optional += ["train_teacher_nfe", "train_student_nfe", "train_images", "train_tflops", "train_joules"]
+    optional = [name for name in optional if summary[name].notna().any()]
     unlimited = console.options.update(max_width=10_000)
-    while optional and console.measure(_drawn(table, names + optional), options=unlimited).maximum > console.width:
-        optional.pop()
-    console.print(_drawn(table, names + optional))
+
+    def fits(shown: list[str]) -> bool:
+        return console.measure(_drawn(summary, shown, directions), options=unlimited).maximum <= console.width
+
+    shown = names + optional
+    while len(shown) > first + 1 and not fits(shown):  # the first score is always there
+        shown.pop()
+    console.print(_drawn(summary, shown, directions))
+    cut = [name for name in directions if name not in shown]
+    told = [f"not shown: {', '.join(cut)} (summary.csv)"] if cut else []
+    for source in ("training", "sampling"):
+        if any(summary[f"{name}_{source}_low"].notna().any() for name in directions):
+            told.append(f"{source[0]}[...]: 95 % interval of the mean over {source} seeds")
+    for line in told:
+        console.print(line, markup=False, soft_wrap=True)
+    for line in _verdicts(summary, directions):
+        console.print(line, markup=False, soft_wrap=True)
     for row in table[table["status"] != "ok"].to_dict("records"):
         console.print(f"{_row_name(row)}: {_why(row)}", markup=False, soft_wrap=True)
+    for name in directions:
+        reasons = table.loc[table[name].isna() & (table["status"] == "ok"), "reason"]
+        if table[name].isna().all() and len(reasons):
+            console.print(f"{name} is empty: {_reason_of(name, reasons.iloc[0])}", markup=False, soft_wrap=True)
 
 
-def _drawn(table: pd.DataFrame, names: list[str]) -> Table:
-    drawn = _new_table(names, text=("dataset", "teacher", "method", "settings", "key", "status"))
-    for row in table.to_dict("records"):
-        drawn.add_row(*(_number(row[name]) for name in names))
+def _reason_of(name: str, reasons: str) -> str:
+    """Why the column `name` is empty, out of a row's reasons."""
+    told = [part.partition(" empty: ") for part in reasons.split("; ")]
+    return next((why for names, _, why in told if name in names.split(", ")), reasons)
+
+
+def _drawn(summary: pd.DataFrame, names: list[str], directions: dict[str, str]) -> Table:
+    from distillbench.statistics import arrow, leaders
+
+    headings = [f"{name}_{arrow(directions[name])}".rstrip("_") if name in directions else name for name in names]
+    texts = ("dataset", "teacher", "method", "settings", "budget", "protocol", "status")
+    drawn = _new_table(headings, text=texts)
+    best = {name: leaders(summary, name, directions[name]).tolist() for name in names if name in directions}
+    for index, row in enumerate(summary.to_dict("records")):
+        drawn.add_row(*(_cell(row, name, best.get(name, {}) and best[name][index]) for name in names))
     return drawn
+
+
+def _cell(row: dict, name: str, best: bool) -> str:
+    """A value; of a score with its interval, and a star where it leads beyond doubt."""
+    import pandas as pd
+
+    text = _number(row[name])
+    for source in ("training", "sampling"):
+        low, high = row.get(f"{name}_{source}_low"), row.get(f"{name}_{source}_high")
+        if low is not None and not pd.isna(low):
+            return f"{text} {source[0]}[{_number(low)}, {_number(high)}]{'*' if best else ''}"
+    return text
+
+
+def _verdicts(summary: pd.DataFrame, directions: dict[str, str]) -> list[str]:
+    """For each score and number of evaluations: who leads, or why nobody is marked; not where methods have one seed."""
+    from distillbench.statistics import COMPARABLE, verdict
+
+    if not (summary["training_seeds"] > 1).any():
+        students = summary[summary["training_seeds"] > 0]
+        return ["one training seed: no method is marked as best (seed=0,1,2 trains three)"] if len(students) > 1 else []
+    lines = []
+    students = summary[~summary["method"].str.startswith("teacher:")]
+    for name, direction in directions.items():
+        for _, group in students.groupby(COMPARABLE, dropna=False, sort=False) if direction != "none" else []:
+            if len(group) > 1:
+                lines.append(f"{name}, {group['nfe'].iloc[0]} NFE: {verdict(group, name, direction)}")
+    return lines
 
 
 def _scores(table: pd.DataFrame) -> list[str]:
@@ -365,8 +595,8 @@ def _scores(table: pd.DataFrame) -> list[str]:
 
 
 def _row_name(row: dict) -> str:
-    seed = _number(row["seed"])
-    return f"{row['method']}{'' if seed == '-' else f' seed {seed}'}, {row['nfe']} NFE"
+    seed = _number(row["training_seed"])
+    return f"{row['method']}{'' if seed == '-' else f' seed {seed}'}, {row['nfe']} NFE, noise {row['sampling_seed']}"
 
 
 def _why(row: dict) -> str:

@@ -34,7 +34,7 @@ from yaml import YAMLError
 from distillbench.budget import BudgetConfig
 from distillbench.errors import UserError, nearest, quoted, unknown
 from distillbench.evaluate import EvaluationConfig
-from distillbench.options import option, require_between, require_positive
+from distillbench.options import option, require_between, require_one_of, require_positive
 from distillbench.registry import Registry
 
 HERE = Path(__file__).resolve().parent
@@ -63,6 +63,7 @@ class RunConfig:
     seed: int = option(0, "seed of training: noise, times and the order of the data")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(1, "CPU threads; small networks are fastest, and undisturbed, on one")
+    energy: str = option("nvml", "how joules are counted: nvml (the GPU's counter) or zeus (an extra)")
     results_dir: str = option("results", "where records and tables go")
     run_name: str = option("", "folder of this run below results_dir; empty: made from the dataset and what is run")
 
@@ -70,6 +71,7 @@ class RunConfig:
         require_positive(self, "batch_size")
         require_between(self, 0, LARGEST_INTEGER, "seed")
         require_between(self, 1, os.cpu_count() or 1, "threads")
+        require_one_of(self, "energy", ("nvml", "zeus"))
         self._check_guidance()
         if not self.results_dir.strip():
             raise UserError("results_dir must name a folder, got ''")

@@ -1,12 +1,13 @@
-"""Evaluation: the same noise for every method and the teacher, the same scores, and the speed of sampling."""
+"""Evaluation: the same noise for every method and the teacher, and the same scores."""
 
 from __future__ import annotations
 
-import logging
+import fnmatch
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,17 +15,20 @@ from torch import Tensor
 from distillbench.conditions import Condition
 from distillbench.datasets import Dataset, to_uint8
 from distillbench.errors import DivergedError, Unavailable, UserError, unknown
-from distillbench.memory import peak_gpu_mib
-from distillbench.metrics import Metric, Samples
-from distillbench.noise import FixedNoise, Noise, stream_key
-from distillbench.options import option, require_positive
+from distillbench.features import ImageSet
+from distillbench.metrics import Metric, Need, Samples, check_needs
+from distillbench.noise import Noise, stream_key
+from distillbench.options import option, require_between, require_one_of, require_positive
 from distillbench.progress import Progress, Step
+from distillbench.references import RealImages, ReferenceFile, check_reference, provenance_of, read_reference
 from distillbench.registry import Registry
 from distillbench.samplers import SAMPLERS, Solver
 from distillbench.teachers import Teacher
 
 Sampler = Callable[[Callable[[int], Tensor], int, Condition], Tensor]  # (noise, nfe, c) -> x_0 (B,C,H,W)
 SHOWN = 64  # images of every row that are kept to be looked at
+READ = 1024  # images handed to feature networks at a time
+TIMINGS = ("process", "inline", "off")
 
 
 @dataclass
@@ -32,22 +36,30 @@ class EvaluationConfig:
     """What is sampled and scored. The teacher's row with its first sampler and the most steps is the reference."""
 
     images: int = option(2048, "images of every row")
-    batch_size: int = option(256, "images sampled at once, also when images per second are timed")
+    batch_size: int = option(256, "images sampled at once, also when the memory of sampling is measured")
     nfe: list[int] = option([], "network evaluations an image; empty: those of 1, 2 and 4 that a method can do")
     teacher_samplers: list[str] = option(["ddim"], f"of the teacher's own rows: {', '.join(SAMPLERS)}, or SAMPLER/GRID")
     teacher_steps: list[int] = option(
         [1, 2, 4, 8, 64], "steps of each of them; the first with the most is the reference"
     )
-    seed: int = option(0, "seed of the noise; the noise of an image depends on this and on its index alone")
-    metrics: list[str] = option(["fd_efficientnet_lite0", "teacher_rmse"], "scores, by name")
-    timing_seconds: float = option(0.5, "how long each timing measures, after its warm-up")
+    seeds: list[int] = option([0], "sampling seeds: rows for each; an image's noise depends on it and its index alone")
+    metrics: list[str] = option(["fd_efficientnet_lite0", "teacher_rmse"], "scores, by name or pattern: '*_inception'")
+    references: list[str] = option([], "files of reference statistics (.npz) to use instead of the dataset's images")
+    checkpoints: int = option(0, "points along training, between its start and end, at which students are scored too")
+    timing: str = option("process", "speed is measured in a fresh process, inline (in this one), or off")
+    timing_seconds: float = option(0.25, "how long each timing measures at least, after its warm-up")
+    largest_timed_batch: int = option(256, "largest batch that is tried for the most images per second")
 
     def __post_init__(self) -> None:
-        require_positive(self, "images", "batch_size", "timing_seconds")
+        require_positive(self, "images", "batch_size", "timing_seconds", "largest_timed_batch")
+        require_between(self, 0, 1000, "checkpoints")
+        require_one_of(self, "timing", TIMINGS)
         for name in ("nfe", "teacher_steps"):
             values = getattr(self, name)
             if (not values and name != "nfe") or min(values, default=1) < 1 or len(set(values)) != len(values):
                 raise UserError(f"evaluation.{name} must list different positive numbers, got {values}")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) != len(self.seeds):
+            raise UserError(f"evaluation.seeds must list different numbers, none negative, got {self.seeds}")
         solvers = self.solvers()
         if not solvers or len({solver.name for solver in solvers}) != len(solvers):
             raise UserError(f"evaluation.teacher_samplers must list different samplers, got {self.teacher_samplers}")
@@ -61,22 +73,40 @@ class EvaluationConfig:
         """The teacher's samplers; raises UserError for one that does not exist."""
         return [Solver.parse(name) for name in self.teacher_samplers]
 
-    def check_metrics(self, registry: Registry) -> None:
-        """Raise UserError for a metric that is not registered."""
+    def chosen(self, registry: Registry) -> dict[str, type[Metric]]:
+        """The metrics by name, patterns filled in. Raises UserError for what is not registered."""
+        names: dict[str, None] = {}
         for name in self.metrics:
-            if name not in registry.metrics:
+            found = [name] if name in registry.metrics else sorted(fnmatch.filter(registry.metrics, name))
+            if not found:
                 raise unknown("metric", name, registry.metrics, " in evaluation.metrics")
+            names |= dict.fromkeys(found)
+        return {name: registry.metrics[name].cls for name in names}
+
+    def read_references(self, registry: Registry, dataset: Dataset, weights: Path) -> list[ReferenceFile]:
+        """The reference files, each of which some metric uses. Raises UserError for one that does not fit the run."""
+        networks = {cls.network.name: cls.network for cls in self.chosen(registry).values() if cls.network}
+        files: dict[str, ReferenceFile] = {}
+        for word in self.references:
+            file = read_reference(Path(word))
+            name = str(file.provenance.get("network", ""))
+            if file.provenance and name not in networks:
+                asked = ", ".join(sorted(networks)) or "none"
+                raise UserError(f"{word}: a reference of network {name!r}, and this run's metrics use: {asked}")
+            network = networks.get(name)
+            identity = network.identity(weights) if network else {}
+            check_reference(file, provenance_of(dataset, identity), network.width if network else 0)
+            if name in files:
+                raise UserError(f"{word} and {files[name].path.name} are both references of network {name!r}")
+            files[name] = file
+        return list(files.values())
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What evaluation found for one number of evaluations; None where `missing` gives the reason."""
+    """The scores of one row; None where `missing` gives the reason."""
 
-    nfe: int
     scores: dict[str, float | None]
-    sample_latency_ms: float
-    sample_images_per_second: float
-    sample_peak_gpu_mib: float | None
     missing: dict[str, str]
     shown: Tensor  # the first images, uint8
 
@@ -85,38 +115,64 @@ class Evaluator:
     """Scores samplers on one dataset against one teacher. Made once for all of them, so that all meet the same."""
 
     def __init__(
-        self, config: EvaluationConfig, dataset: Dataset, teacher: Teacher, registry: Registry, device: str,
+        self, config: EvaluationConfig, metrics: dict[str, type[Metric]], real: RealImages, teacher: Teacher,
         progress: Progress,
     ) -> None:  # fmt: skip
-        self.config, self.teacher, self.device, self.progress = config, teacher, device, progress
-        self.metrics: list[Metric] = []
-        self.unavailable: dict[str, str] = {}  # metric: reason
-        with progress.step("features of the real images"):
-            for name in config.metrics:
-                try:
-                    self.metrics.append(registry.get("metrics", name).cls(dataset, device))
-                except Unavailable as reason:
-                    self.unavailable[name] = str(reason)
-        with progress.step("the teacher's many-step answers") as step:
-            solver = config.solvers()[0]
-            nfe = solver.evaluations(max(config.teacher_steps)) * teacher.conditioning.evaluations
-            self.teacher_x_0 = self._sample(teacher_sampler(teacher, solver), nfe, step)
+        self.config, self.teacher, self.real, self.progress = config, teacher, real, progress
+        self.networks, self.device = real.networks, real.networks.device
+        self.metrics = [cls() for cls in metrics.values()]
+        self.kept = features_kept(metrics)
+        self._answers: dict[int, tuple[Tensor, ImageSet]] = {}  # by sampling seed
 
-    def _noise(self, first: int) -> Noise:
+    def answers(self, seed: int) -> tuple[Tensor, ImageSet]:
+        """The teacher's many-step answers to the noise of `seed`: (N,C,H,W), and as 8-bit images."""
+        if seed not in self._answers:
+            with self.progress.step("the teacher's many-step answers") as step:
+                solver = self.config.solvers()[0]
+                nfe = solver.evaluations(max(self.config.teacher_steps)) * self.teacher.conditioning.evaluations
+                x_0 = self._sample(teacher_sampler(self.teacher, solver), nfe, seed, step)
+            self._answers[seed] = x_0, self._images(x_0)
+        return self._answers[seed]
+
+    def measure(self, sampler: Sampler, nfe: int, seed: int, keeps_noise: bool, label: str) -> Measured:
+        """The scores of `sampler` at `nfe` evaluations an image, on the noise of sampling seed `seed`."""
+        teacher_x_0, teacher = self.answers(seed)
+        with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:
+            x_0 = self._sample(sampler, nfe, seed, step)
+        labels = self.teacher.conditioning.of_images(range(len(x_0)), "cpu").labels
+        samples = Samples(x_0, teacher_x_0, self._images(x_0), teacher, self.real, keeps_noise, labels)
+        scores: dict[str, float | None] = {}
+        missing: dict[str, str] = {}
+        with self.progress.step(f"{label}: scoring {nfe} NFE") as step:
+            for index, metric in enumerate(self.metrics):
+                scores[metric.name], reason = _score(metric, samples)
+                if reason:
+                    missing[metric.name] = reason
+                step.advance((index + 1) / len(self.metrics), metric.name)
+        return Measured(scores, missing, to_uint8(x_0[:SHOWN]))
+
+    def _images(self, x_0: Tensor) -> ImageSet:
+        shape = (x_0.shape[1], x_0.shape[2], x_0.shape[3])
+        return ImageSet(lambda: map(to_uint8, x_0.split(READ)), len(x_0), shape, self.networks, self.kept)
+
+    def _noise(self, first: int, seed: int) -> Noise:
         indices = range(first, min(first + self.config.batch_size, self.config.images))
-        return Noise(stream_key("evaluation", self.config.seed), indices, self.teacher.shape, self.device)
+        return Noise(stream_key("evaluation", seed), indices, self.teacher.shape, self.device)
 
-    def _sample(self, sampler: Sampler, nfe: int, step: Step) -> Tensor:
+    def _sample(self, sampler: Sampler, nfe: int, seed: int, step: Step) -> Tensor:
         images = []
         with torch.no_grad():
             for first in range(0, self.config.images, self.config.batch_size):
-                noise = self._noise(first)
+                noise = self._noise(first, seed)
                 images.append(self._checked(sampler, noise, len(noise.indices), nfe).cpu())
                 step.advance((first + len(noise.indices)) / self.config.images)
-        return torch.cat(images).clamp(-1, 1)
+        return torch.cat(images)
 
     def _checked(self, sampler: Sampler, noise: Noise, size: int, nfe: int) -> Tensor:
-        """A batch of samples, held to the number of evaluations, the shape and the finiteness that a row promises."""
+        """A batch of samples, held to the number of evaluations, the shape and the finiteness that a row promises.
+
+        Latents are decoded; images are clipped to [-1, 1].
+        """
         before = self._rows()
         x_0 = sampler(noise, nfe, self.teacher.conditioning.of_images(noise.indices, self.device))
         counted = self._rows() - before
@@ -126,58 +182,20 @@ class Evaluator:
             raise RuntimeError(f"samples must have shape {(size, *self.teacher.shape)}, got {tuple(x_0.shape)}")
         if not torch.isfinite(x_0).all():
             raise DivergedError(f"samples with {nfe} evaluations are not finite")
-        return x_0
+        return (x_0 if self.teacher.decode is None else self.teacher.decode(x_0)).clamp(-1, 1)
 
     def _rows(self) -> int:
         return self.teacher.teacher_rows.rows + self.teacher.student_rows.rows
 
-    def measure(self, sampler: Sampler, nfe: int, keeps_noise: bool, label: str) -> Measured:
-        """One row: scores, speed and memory of `sampler` at `nfe` evaluations an image."""
-        missing = dict(self.unavailable)
-        with self.progress.step(f"{label}: sampling with {nfe} NFE") as step, peak_gpu_mib(self.device) as gpu:
-            x_0 = self._sample(sampler, nfe, step)
-        if gpu.reason:
-            missing["sample_peak_gpu_mib"] = gpu.reason
-        samples = Samples(x_0, self.teacher_x_0, keeps_noise)
-        scores: dict[str, float | None] = dict.fromkeys(self.unavailable)
-        for metric in self.metrics:
-            scores[metric.name], reason = _score(metric, samples)
-            if reason:
-                missing[metric.name] = reason
-        one, batch = 1, min(self.config.batch_size, self.config.images)
-        latency = self._seconds(sampler, nfe, one)
-        throughput = batch / self._seconds(sampler, nfe, batch)
-        return Measured(
-            nfe, scores, 1000 * latency, throughput, gpu.mib, missing, to_uint8(x_0[:SHOWN]),
-        )  # fmt: skip
 
-    def _seconds(self, sampler: Sampler, nfe: int, size: int) -> float:
-        """Median seconds of one call on `size` images, warmed up and synchronised by torch.utils.benchmark."""
-        Timer = _timer()
-        indices = range(size)
-        drawn = Noise(stream_key("timing", 0), indices, self.teacher.shape, self.device)
-        noise = FixedNoise([drawn(k) for k in range(nfe)])
-        c = self.teacher.conditioning.of_images(indices, self.device)
-        with torch.no_grad():
-            sampler(noise, nfe, c)
-            timer = Timer("sampler(noise, nfe, c)", globals=locals(), num_threads=torch.get_num_threads())
-            return timer.blocked_autorange(min_run_time=self.config.timing_seconds).median
-
-
-def _timer() -> type:
-    """torch's Timer, imported without the warning that no CUDA runtime was found to compile C++ for."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        from torch.utils.benchmark import Timer
-    finally:
-        logger.setLevel(level)
-    return Timer
+def features_kept(metrics: dict[str, type[Metric]]) -> frozenset:
+    """The networks of which some metric needs every feature, and not the moments alone."""
+    return frozenset(cls.network for cls in metrics.values() if cls.network and Need.features in cls.needs)
 
 
 def _score(metric: Metric, samples: Samples) -> tuple[float | None, str]:
     try:
+        check_needs(type(metric), samples)
         value = metric.score(samples)
     except Unavailable as reason:
         return None, str(reason)

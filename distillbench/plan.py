@@ -19,12 +19,17 @@ from distillbench.budget import Limit, Meter, Price
 from distillbench.conditions import WITHOUT_CLASSES, Conditioning
 from distillbench.config import RunConfig
 from distillbench.datasets import Dataset
-from distillbench.errors import UserError
-from distillbench.evaluate import Evaluator
+from distillbench.energy import check_source
+from distillbench.errors import Unavailable, UserError
+from distillbench.evaluate import Evaluator, features_kept
+from distillbench.features import Networks
 from distillbench.files import key_of
 from distillbench.method import Batch, Method, MethodConfig
+from distillbench.metrics import Metric, Need
 from distillbench.pairs import Workspace
+from distillbench.pretrained import weights_folder
 from distillbench.progress import Progress
+from distillbench.references import RealImages, ReferenceFile
 from distillbench.registry import Entry, Registry
 from distillbench.samplers import Solver
 from distillbench.schedules import SCHEDULES
@@ -45,6 +50,9 @@ class Scene:
     dataset: Dataset
     source: TeacherSource
     conditioning: Conditioning
+    metrics: dict[str, type[Metric]]
+    weights: Path  # folder of feature networks' weights
+    references: list[ReferenceFile]
     teacher: Teacher | None = None
     evaluator: Evaluator | None = None
 
@@ -60,10 +68,29 @@ class Scene:
 
     def evaluation(self, progress: Progress) -> Evaluator:
         if self.evaluator is None:
-            teacher = self.loaded(progress)
-            parts = self.config.evaluation, self.dataset, teacher, self.registry, self.device, progress
-            self.evaluator = Evaluator(*parts)
+            networks = Networks(self.weights, self.device)
+            cache = Path(self.config.results_dir) / "cache" / "references"
+            real = RealImages(self.dataset, networks, cache, self.references, features_kept(self.metrics))
+            self.evaluator = Evaluator(self.config.evaluation, self.metrics, real, self.loaded(progress), progress)
         return self.evaluator
+
+    def describe_references(self, progress: Progress) -> dict[str, str]:
+        """By network: which real images the scores compare with."""
+        compared = [cls for cls in self.metrics.values() if cls.needs & {Need.real, Need.real_images}]
+        networks = {cls.network for cls in compared if cls.network is not None}
+        real = self.evaluation(progress).real
+        return {network.name: real.describe(network) for network in sorted(networks, key=lambda n: n.name)}
+
+    def missing(self) -> dict[str, str]:
+        """Metrics that will be empty for want of weights, with the reason."""
+        reasons = {}
+        for name, cls in self.metrics.items():
+            try:
+                if cls.network is not None:
+                    cls.network.locate(self.weights)
+            except Unavailable as reason:
+                reasons[name] = str(reason)
+        return reasons
 
 
 @dataclass
@@ -156,14 +183,18 @@ def _scene(config: RunConfig, registry: Registry, scenes: dict[str, Scene]) -> S
     if identity not in scenes:
         device = choose_device(config.device)
         check_writable(Path(config.results_dir))
-        config.evaluation.check_metrics(registry)
+        metrics = config.evaluation.chosen(registry)
+        check_source(config.energy)
         dataset, source, conditioning = make_source(config, registry, device)
         source.plan()
         schedule = source.untrained().schedule
         for solver in config.evaluation.solvers():
             for steps in config.evaluation.teacher_steps:
                 solver.times(schedule, steps)  # raises where the grid has no such steps
-        scenes[identity] = Scene(config, registry, device, dataset, source, conditioning)
+        weights = weights_folder()
+        references = config.evaluation.read_references(registry, dataset, weights)
+        parts = config, registry, device, dataset, source, conditioning, metrics, weights, references
+        scenes[identity] = Scene(*parts)
     return scenes[identity]
 
 

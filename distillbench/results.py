@@ -2,9 +2,11 @@
 
 results_dir/
   cells/<train key>/train.json, student.safetensors        price and weights of one training
+  cells/<train key>/checkpoint-*.safetensors               students on the way, to be scored
   cells/<train key>/evaluation-<key>.json, .safetensors    rows of one evaluation, and its first samples
-  cache/                                                   teachers and noise-image pairs, by content
-  <run>/table.csv, table.parquet, samples.png, config.yaml, environment.json, weights/
+  cells/<train key>/speed-<key>.json                       the cost of sampling
+  cache/                                                   teachers, noise-image pairs, reference statistics, by content
+  <run>/table.*, summary.*, along.*, columns.json, samples.png, config.yaml, environment.json, weights/
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from distillbench.files import key_of, write_atomically
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA: Literal[1] = 1
+SCHEMA: Literal[2] = 2
 Status = Literal["ok", "failed", "diverged"]
 FINAL: tuple[Status, ...] = ("ok", "diverged")  # a failed cell is tried again by the next run
 
@@ -43,58 +45,132 @@ class CurvePoint(_Record):
     loss: float
 
 
+class Cost(_Record):
+    """What training has cost: all of it, or up to a checkpoint. `teacher_*` + `student_*` + `other_*` seconds are all.
+
+    `backward` counts images whose evaluation was differentiated. FLOPs are those that torch has formulas for.
+    """
+
+    images: int
+    seconds: float
+    teacher_seconds: float
+    student_seconds: float
+    other_seconds: float
+    teacher_nfe: int
+    student_nfe: int
+    teacher_backward: int
+    student_backward: int
+    student_backward_input: int = 0  # of student_backward: to the input alone, through weights that are held
+    stand_in_nfe: int = 0  # of teacher_nfe: by networks of another kind than the teacher's
+    stand_in_backward: int = 0  # of teacher_backward
+    tflops: float | None = None
+    joules: float | None = None
+
+
+class CheckpointRecord(_Record):
+    """A student as it was at `fraction` of the budget; it could sample with the numbers of evaluations in `ready`."""
+
+    fraction: float
+    file: str
+    sha256: str
+    ready: list[int]
+    cost: Cost
+
+
 class TrainRecord(_Record):
     """What one training cost. `inputs` is what `key` is the hash of."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[2] = SCHEMA
     key: str
     inputs: dict[str, Any]
     status: Status
     reason: str = ""
-    images: int | None = None
-    seconds: float | None = None
-    teacher_nfe: int | None = None
-    student_nfe: int | None = None
+    cost: Cost | None = None
     peak_gpu_mib: float | None = None
+    peak_gpu_reserved_mib: float | None = None
+    peak_device_mib: float | None = None
     peak_rss_mib: float | None = None
     parameters: int | None = None
     weights_sha256: str = ""
     curve: list[CurvePoint] = []
+    checkpoints: list[CheckpointRecord] = []
+    flops_not_counted: list[str] = []
     missing: dict[str, str] = {}
     device: str
     environment: dict[str, Any]
 
 
 class RowRecord(_Record):
-    """One row of an evaluation."""
+    """The scores at one number of evaluations, on the noise of one sampling seed."""
 
     nfe: int
+    sampling_seed: int
     status: Status = "ok"
     reason: str = ""
     scores: dict[str, float | None] = {}
-    sample_latency_ms: float | None = None
-    sample_images_per_second: float | None = None
-    sample_peak_gpu_mib: float | None = None
     missing: dict[str, str] = {}
+
+
+class CheckpointScores(RowRecord):
+    """The scores of a student as it was at `fraction` of its training."""
+
+    fraction: float
 
 
 class EvaluationRecord(_Record):
     """The rows of one evaluation of one training (or of the teacher)."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[2] = SCHEMA
     key: str
     inputs: dict[str, Any]
     rows: list[RowRecord]
+    along: list[CheckpointScores] = []
+    references: dict[str, str] = {}  # by network: which real images
     weights_sha256: str = ""  # of the student that was evaluated; empty for the teacher
     device: str
     environment: dict[str, Any]
 
     @property
     def status(self) -> Status:
-        return next((row.status for row in self.rows if row.status not in FINAL), "ok")
+        return next((row.status for row in [*self.rows, *self.along] if row.status not in FINAL), "ok")
 
 
-AnyRecord = TypeVar("AnyRecord", TrainRecord, EvaluationRecord)
+class SpeedRow(_Record):
+    """What sampling with `nfe` evaluations costs; a value that is None has its reason in `missing`."""
+
+    nfe: int
+    latency_p50_ms: float | None = None
+    latency_p95_ms: float | None = None
+    images_per_second: float | None = None
+    best_batch: int | None = None
+    gflops: float | None = None
+    decoder_latency_ms: float | None = None
+    text_encoder_latency_ms: float | None = None
+    peak_gpu_mib: float | None = None
+    peak_gpu_reserved_mib: float | None = None
+    peak_device_mib: float | None = None
+    peak_rss_mib: float | None = None
+    parameters: int | None = None
+    flops_not_counted: list[str] = []
+    missing: dict[str, str] = {}
+    notes: dict[str, str] = {}
+
+
+class SpeedRecord(_Record):
+    """The cost of sampling from one training (or from the teacher), measured apart."""
+
+    schema_version: Literal[2] = SCHEMA
+    key: str
+    inputs: dict[str, Any]
+    status: Status = "ok"
+    reason: str = ""
+    rows: list[SpeedRow] = []
+    weights_sha256: str = ""
+    device: str
+    environment: dict[str, Any]
+
+
+AnyRecord = TypeVar("AnyRecord", TrainRecord, EvaluationRecord, SpeedRecord)
 
 
 def write_record(path: Path, record: BaseModel) -> None:
@@ -118,68 +194,118 @@ def read_record(path: Path, kind: type[AnyRecord], inputs: dict[str, Any]) -> An
     return record
 
 
-FIRST = ["dataset", "teacher", "guidance", "method", "seed", "nfe", "status", "reason"]
-LAST: dict[str, str] = {  # column: pandas type
-    "train_seconds": "Float64",
+FIRST: dict[str, str] = {  # column: pandas type
+    "dataset": "string",
+    "teacher": "string",
+    "guidance": "Float64",
+    "method": "string",
+    "training_seed": "Int64",
+    "sampling_seed": "Int64",
+    "nfe": "Int64",
+    "images": "Int64",
+    "budget": "string",
+    "protocol": "string",
+    "status": "string",
+    "reason": "string",
+}
+COST: dict[str, str] = {
     "train_images": "Int64",
+    "train_seconds": "Float64",
+    "train_teacher_seconds": "Float64",
+    "train_student_seconds": "Float64",
+    "train_other_seconds": "Float64",
     "train_teacher_nfe": "Int64",
     "train_student_nfe": "Int64",
+    "train_tflops": "Float64",
+    "train_joules": "Float64",
+}
+LAST: dict[str, str] = {
+    **COST,
     "train_peak_gpu_mib": "Float64",
+    "train_peak_gpu_reserved_mib": "Float64",
+    "train_peak_device_mib": "Float64",
     "train_peak_rss_mib": "Float64",
-    "sample_latency_ms": "Float64",
+    "sample_latency_p50_ms": "Float64",
+    "sample_latency_p95_ms": "Float64",
     "sample_images_per_second": "Float64",
+    "sample_best_batch": "Int64",
+    "sample_gflops": "Float64",
+    "sample_decoder_latency_ms": "Float64",
+    "sample_text_encoder_latency_ms": "Float64",
     "sample_peak_gpu_mib": "Float64",
+    "sample_peak_gpu_reserved_mib": "Float64",
+    "sample_peak_device_mib": "Float64",
+    "sample_peak_rss_mib": "Float64",
     "parameters": "Int64",
     "settings": "string",
+    "reference": "string",
     "device": "string",
     "key": "string",
 }
 
 
 def table_row(
-    names: dict[str, Any], row: RowRecord, training: TrainRecord | None, key: str, device: str, metrics: Sequence[str],
-    parameters: int | None,
-) -> dict[str, Any]:  # fmt: skip
+    names: dict[str, Any], row: RowRecord, training: TrainRecord | None, speed: SpeedRecord, metrics: Sequence[str]
+) -> dict[str, Any]:
     """One row of the table. `names`: what it is a row of. No training: the teacher itself."""
     missing = dict(row.missing)
-    cost: dict[str, Any] = dict.fromkeys(c for c in LAST if c.startswith("train_"))
     if training is None:
         missing["train_*"] = "the teacher is the baseline, nothing is distilled"
     else:
-        cost = {column: getattr(training, column.removeprefix("train_")) for column in cost}
         missing |= {f"train_{name}": why for name, why in training.missing.items()}
+    timed = next((found for found in speed.rows if found.nfe == row.nfe), SpeedRow(nfe=row.nfe))
+    missing |= {f"sample_{name}": why for name, why in timed.missing.items()}
+    if speed.reason:
+        missing["sample_*"] = speed.reason
     reasons = [row.reason] if row.reason else []
     for why in dict.fromkeys(missing.values()):
         reasons.append(f"{', '.join(c for c in missing if missing[c] == why)} empty: {why}")
+    measured = {f"sample_{name}": value for name, value in timed if f"sample_{name}" in LAST}
     return {
         **names,
+        "sampling_seed": row.sampling_seed,
         "nfe": row.nfe,
         "status": row.status,
         "reason": "; ".join(reasons),
         **{metric: row.scores.get(metric) for metric in metrics},
-        **cost,
-        "sample_latency_ms": row.sample_latency_ms,
-        "sample_images_per_second": row.sample_images_per_second,
-        "sample_peak_gpu_mib": row.sample_peak_gpu_mib,
-        "parameters": parameters,
-        "device": device,
-        "key": key,
+        **(_train_columns(training) if training is not None else {}),
+        **measured,
+        "parameters": timed.parameters,
     }
+
+
+def _train_columns(training: TrainRecord) -> dict[str, Any]:
+    peaks = {f"train_{name}": value for name, value in training if f"train_{name}" in LAST}
+    return peaks | (cost_columns(training.cost) if training.cost is not None else {})
+
+
+def cost_columns(cost: Cost) -> dict[str, Any]:
+    """What training cost, by column."""
+    return {f"train_{name}": value for name, value in cost if f"train_{name}" in COST}
 
 
 def make_table(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFrame:
     """The table, one row for each of `rows`: the same columns and types whatever happened."""
+    return _typed(rows, FIRST | dict.fromkeys(metrics, "Float64") | LAST)
+
+
+def make_along(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFrame:
+    """The table of scores along training: `fraction` of the budget, what it had cost by then, and the scores."""
+    return _typed(
+        rows, FIRST | {"fraction": "Float64"} | COST | dict.fromkeys(metrics, "Float64") | {"settings": "string"}
+    )
+
+
+def _typed(rows: list[dict[str, Any]], types: dict[str, str]) -> pd.DataFrame:
     import pandas as pd  # not above: the registry needs the columns' names, and listing plugins needs no tables
 
-    types = dict.fromkeys(FIRST, "string") | {"guidance": "Float64", "seed": "Int64", "nfe": "Int64"}
-    types |= dict.fromkeys(metrics, "Float64") | LAST
     return pd.DataFrame(rows, columns=list(types)).astype(types)
 
 
-def write_table(table: pd.DataFrame, folder: Path) -> None:
-    """table.csv and table.parquet."""
-    write_atomically(folder / "table.csv", lambda path: table.to_csv(path, index=False))
-    write_atomically(folder / "table.parquet", lambda path: table.to_parquet(path, index=False))
+def write_table(table: pd.DataFrame, folder: Path, name: str = "table") -> None:
+    """<name>.csv and <name>.parquet."""
+    write_atomically(folder / f"{name}.csv", lambda path: table.to_csv(path, index=False))
+    write_atomically(folder / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
 
 
 def link_or_copy(source: Path, target: Path) -> None:
