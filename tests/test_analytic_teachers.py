@@ -159,7 +159,7 @@ def test_every_method_runs_on_a_closed_form(registry, tmp_path):
     """On small images, so that every score has a value; a Gaussian mixture's samples are no digits, but they count."""
     words = "dataset=gmm", "teacher=gmm", *IMAGES, "dataset.shape=[1,2,2]", "dataset.count=256", *NARROW
     table = table_of(registry, tmp_path, ALL, *words)
-    students = table[table["seed"].notna()]
+    students = table[table["training_seed"].notna()]
     assert set(students["method"]) == {"boot", "cm", "ct", "direct", "pd", "sid", "tract"}
     assert students["fd_efficientnet_lite0"].notna().all()
     assert (students.loc[students["method"] == "ct", "train_teacher_nfe"] == 0).all()
@@ -182,7 +182,7 @@ def test_every_method_that_has_a_teacher_distils_a_guided_one(registry, tmp_path
     words += ["conditional=true", "evaluation.metrics=[teacher_rmse]", "methods.direct.pairs=64"]
     table = table_of(registry, tmp_path, ALL.replace(",ct,", ","), *words, *guidance)
     assert table["guidance"].eq(2).all()
-    teacher = table[table["seed"].isna()]
+    teacher = table[table["training_seed"].isna()]
     assert teacher["nfe"].tolist() == [2, 8]  # 1 and 4 steps
     nfe = table.drop_duplicates("method").set_index("method")["train_teacher_nfe"] / 512
     assert nfe["cm"] == 4 and nfe["sid"] == 2  # Heun: two answers; one answer
@@ -215,7 +215,7 @@ def test_boot_hands_over_to_the_teacher_where_that_is_asked_for(registry, tmp_pa
 def test_the_teacher_has_rows_of_every_sampler(registry, tmp_path):
     words = ["dataset=gmm", "teacher=gmm", *NARROW, "evaluation.teacher_samplers=[ddim,heun,dpmpp_2m/uniform,ddpm]"]
     table = table_of(registry, tmp_path, "methods=[direct]", *words)
-    teacher = table[table["seed"].isna()].groupby("method")["nfe"].apply(list)
+    teacher = table[table["training_seed"].isna()].groupby("method")["nfe"].apply(list)
     assert teacher["teacher:heun"] == [1, 7] and teacher["teacher:ddim"] == [1, 4]
     assert set(teacher.index) == {"teacher:ddim", "teacher:heun", "teacher:dpmpp_2m/uniform", "teacher:ddpm"}
     rmse = table.set_index(["method", "nfe"])["teacher_rmse"]

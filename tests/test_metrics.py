@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +13,16 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from analytic import ddim_chain, gaussian_teacher, time
-from distillbench.builtin.teacher_rmse import TeacherRmse
-from distillbench.datasets import to_uint8
+from distillbench.builtin.pixels import NearestRealRmse, Spread, TeacherRmse
+from distillbench.datasets import Dataset, to_float, to_uint8
 from distillbench.errors import DivergedError, Unavailable, UserError
 from distillbench.evaluate import EvaluationConfig, Evaluator, teacher_sampler
-from distillbench.metrics import GaussianStatistics, Metric, Samples, frechet_distance
+from distillbench.features import Networks
+from distillbench.frechet import GaussianStatistics, Moments, frechet_distance
+from distillbench.metrics import Metric, Samples, check_needs
 from distillbench.noise import Noise, stream_key
 from distillbench.progress import Progress
-from distillbench.registry import Entry, Plugin, Registry
+from distillbench.references import RealImages
 from distillbench.samplers import Solver, uniform_times
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -46,7 +50,7 @@ def test_frechet_distance_of_commuting_covariances():
     a, b = torch.tensor([4.0, 1.0, 0.25, 9.0, 2.0]), torch.tensor([1.0, 1.0, 16.0, 0.5, 0.0])
     mean = torch.tensor([0.5, -1.0, 0.0, 2.0, 0.0])
     distance = frechet_distance(
-        GaussianStatistics(mean, Q @ a.diag() @ Q.T), GaussianStatistics(torch.zeros(5), Q @ b.diag() @ Q.T)
+        GaussianStatistics(9, mean, Q @ a.diag() @ Q.T), GaussianStatistics(9, torch.zeros(5), Q @ b.diag() @ Q.T)
     )
     expected = mean.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
     assert distance == pytest.approx(expected.item(), abs=1e-6)
@@ -84,13 +88,60 @@ def test_frechet_distance_of_fewer_images_than_features():
     assert large == pytest.approx(small, rel=1e-6) and small > 1
 
 
-def test_frechet_distance_is_symmetric_zero_at_home_and_takes_a_root_made_before():
+def test_frechet_distance_is_symmetric_and_zero_at_home():
     a, b = statistics(100, 6, 0), statistics(100, 6, 1)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-10)
-    assert frechet_distance(a, b, a.root()) == frechet_distance(a, b)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    root = a.root()
-    assert torch.allclose(root @ root, a.covariance) and torch.allclose(root, root.T)
+    assert torch.allclose(a.root.T @ a.root, a.covariance) and torch.allclose(a.cholesky.T @ a.cholesky, a.covariance)
+
+
+def test_frechet_distance_where_both_covariances_are_singular():
+    """Dead features: a matrix root of the others alone is the truth. No Cholesky factor exists."""
+
+    def dead(s):
+        return GaussianStatistics(
+            s.n, torch.cat([s.mean, s.mean.new_zeros(3)]), given=torch.block_diag(s.covariance, torch.zeros(3, 3))
+        )
+
+    a, b = statistics(200, 6, 0), statistics(300, 6, 1)
+    assert dead(a).cholesky is None
+    assert frechet_distance(dead(a), dead(b)) == pytest.approx(frechet_distance(a, b), rel=1e-7)
+
+
+@pytest.mark.parametrize("cuts", [[50], [1] * 50, [3, 30, 17], [20, 30]])
+def test_moments_do_not_depend_on_how_features_came(cuts):
+    """Few features (n <= D) are kept as rows, more are folded: both against numpy, with a large mean."""
+    x = 1e3 + torch.randn(50, 20, generator=generator())
+    moments = Moments()
+    for part in x.split(cuts):
+        moments.add(part)
+    found = moments.statistics()
+    assert found.n == 50 and found.rows is None
+    np.testing.assert_allclose(found.mean, x.numpy().mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(found.covariance, np.cov(x.numpy().T), rtol=1e-9)
+    few = GaussianStatistics.of(x[:20])
+    assert few.rows is not None
+    np.testing.assert_allclose(few.covariance, np.cov(x[:20].numpy().T), rtol=1e-9, atol=1e-12)
+
+
+def test_moments_of_several_processes_are_merged():
+    x = 5 + torch.randn(90, 20, generator=generator())
+    whole, merged = Moments(), Moments()
+    whole.add(x)
+    for part in x.split([10, 5, 40, 35]):
+        one = Moments()
+        one.add(part)
+        merged.merge(one)
+    a, b = whole.statistics(), merged.statistics()
+    assert a.n == b.n == 90
+    assert torch.allclose(a.mean, b.mean, rtol=1e-13) and torch.allclose(a.covariance, b.covariance, rtol=1e-11)
+
+
+def test_one_feature_vector_has_no_covariance():
+    moments = Moments()
+    moments.add(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="at least two"):
+        moments.statistics()
 
 
 def test_statistics_are_computed_in_float64_with_n_minus_1():
@@ -112,14 +163,57 @@ def test_images_are_rounded_to_the_nearest_of_256_levels():
     assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
 
+def samples(x, y, keeps_noise=True, labels=None):
+    return Samples(x, y, None, None, None, keeps_noise, labels)
+
+
 def test_teacher_rmse_is_a_root_mean_square_and_not_for_samples_with_noise_of_their_own():
     x = torch.zeros(3, 2, 1, 1)
     y = x.clone()
     y[0, 0], y[2, 1] = 0.3, -0.4
-    metric = TeacherRmse(None, "cpu")
-    assert metric.score(Samples(x, y, True)) == pytest.approx(math.sqrt((0.09 + 0.16) / 6), rel=1e-12)
+    assert TeacherRmse().score(samples(x, y)) == pytest.approx(math.sqrt((0.09 + 0.16) / 6), rel=1e-12)
     with pytest.raises(Unavailable):
-        metric.score(Samples(x, y, False))
+        check_needs(TeacherRmse, samples(x, y, False))
+
+
+def test_spread_is_relative_to_the_teacher_and_within_classes():
+    """Halved about the mean: 0.5. Two classes that collapsed to a point each: 0, though they differ."""
+    y = torch.randn(64, 1, 4, 4, generator=generator())
+    assert Spread().score(samples(y / 2, y)) == pytest.approx(0.5, rel=1e-12)
+    labels = torch.arange(64) % 2
+    collapsed = labels.double().view(-1, 1, 1, 1).expand_as(y)
+    assert Spread().score(samples(collapsed, y, labels=labels)) == pytest.approx(0, abs=1e-12)
+    assert Spread().score(samples(collapsed, y)) > 0.1
+    with pytest.raises(Unavailable):
+        Spread().score(samples(y, torch.zeros_like(y)))
+
+
+class Three(Dataset):
+    """Three grey images of one level each."""
+
+    name, licence, sha256, shape = "three", "none", "0" * 64, (1, 2, 2)
+    levels = torch.tensor([0, 128, 255], dtype=torch.uint8)
+
+    def __init__(self, config=None):
+        pass
+
+    def __len__(self):
+        return 3
+
+    def read(self, indices):
+        return self.levels[indices].view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+
+
+def real_images(tmp_path=Path("nowhere"), dataset=None):
+    return RealImages(dataset or Three(), Networks(Path("nowhere"), "cpu"), tmp_path)
+
+
+def test_nearest_real_rmse_finds_copies():
+    copies = to_float(Three().read(torch.tensor([0, 1, 2, 1])))
+    near = Samples(copies, copies, None, None, real_images(), True)
+    assert NearestRealRmse().score(near) == pytest.approx(0, abs=1e-6)
+    off = Samples(copies - 0.25, copies, None, None, real_images(), True)
+    assert NearestRealRmse().score(off) == pytest.approx(0.25, rel=1e-5)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -133,11 +227,10 @@ class Broken(Metric):
 
 
 def evaluator(**changes) -> Evaluator:
-    plain = {"images": 10, "batch_size": 4, "teacher_steps": [1, 8], "timing_seconds": 1e-4}
-    plain["metrics"] = ["teacher_rmse"]
-    registry = Registry(metrics={cls.name: Entry(cls, Plugin(cls.name, "tests", "0")) for cls in (TeacherRmse, Broken)})
+    plain = {"images": 10, "batch_size": 4, "teacher_steps": [1, 8]}
+    metrics = {cls.name: cls for cls in changes.pop("metrics", (TeacherRmse,))}
     teacher = changes.pop("teacher", None) or gaussian_teacher()
-    return Evaluator(EvaluationConfig(**plain | changes), None, teacher, registry, "cpu", Progress(None))
+    return Evaluator(EvaluationConfig(**plain | changes), metrics, real_images(), teacher, Progress(None))
 
 
 class Sampler:
@@ -161,13 +254,13 @@ def test_every_sampler_answers_the_same_noise_in_batches_of_any_size():
         judge = evaluator(batch_size=batch_size)
         for nfe in (1, 2):
             sampler = Sampler(judge.teacher)
-            judge.measure(sampler, nfe, True, "test")
+            judge.measure(sampler, nfe, 0, True, "test")
             seen.append(torch.cat([x for _, x in sampler.seen]))
             assert {stream for stream, _ in sampler.seen} == {stream_key("evaluation", 0)}
     assert all(torch.equal(x, seen[0]) for x in seen) and seen[0].shape == (10, 2, 1, 1)
-    other = evaluator(seed=1)
+    other = evaluator()
     sampler = Sampler(other.teacher)
-    other.measure(sampler, 1, True, "test")
+    other.measure(sampler, 1, 1, True, "test")
     assert not torch.equal(torch.cat([x for _, x in sampler.seen]), seen[0])
 
 
@@ -176,17 +269,17 @@ def test_the_reference_is_the_teacher_with_most_steps_on_that_noise():
     judge = evaluator(teacher_steps=[1, 8, 4])
     eps = Noise(stream_key("evaluation", 0), range(10), (2, 1, 1))(0)
     expected = ddim_chain(judge.teacher.schedule, eps, uniform_times(judge.teacher.schedule, 8)).clamp(-1, 1)
-    assert torch.allclose(judge.teacher_x_0, expected, rtol=0, atol=1e-8)
+    assert torch.allclose(judge.answers(0)[0], expected, rtol=0, atol=1e-8)
     sampler = teacher_sampler(judge.teacher, Solver.parse("ddim"))
-    assert judge.measure(sampler, 8, True, "test").scores == {"teacher_rmse": 0.0}
-    assert judge.measure(sampler, 1, True, "test").scores["teacher_rmse"] > 0.1
+    assert judge.measure(sampler, 8, 0, True, "test").scores == {"teacher_rmse": 0.0}
+    assert judge.measure(sampler, 1, 0, True, "test").scores["teacher_rmse"] > 0.1
 
 
 @pytest.mark.parametrize("evaluations", [0, 1, 3])
 def test_a_wrong_number_of_evaluations_is_refused(evaluations):
     judge = evaluator()
     with pytest.raises(RuntimeError, match=f"asked for 2 evaluations an image, counted {evaluations}"):
-        judge.measure(Sampler(judge.teacher, evaluations), 2, True, "test")
+        judge.measure(Sampler(judge.teacher, evaluations), 2, 0, True, "test")
 
 
 def test_evaluations_of_students_count_too():
@@ -197,16 +290,16 @@ def test_evaluations_of_students_count_too():
         x = noise(0)
         return student(x, time([0.5]).expand(len(x), 1, 1, 1)).detach()
 
-    judge.measure(sampler, 1, True, "test")
+    judge.measure(sampler, 1, 0, True, "test")
     with pytest.raises(RuntimeError, match="counted 1"):
-        judge.measure(sampler, 2, True, "test")
+        judge.measure(sampler, 2, 0, True, "test")
 
 
 @pytest.mark.parametrize("result", [lambda x: x[:-1], lambda x: x.flatten(1), lambda x: torch.cat([x, x], dim=1)])
 def test_samples_of_the_wrong_shape_are_refused(result):
     judge = evaluator()
     with pytest.raises(RuntimeError, match="shape"):
-        judge.measure(Sampler(judge.teacher, result=result), 1, True, "test")
+        judge.measure(Sampler(judge.teacher, result=result), 1, 0, True, "test")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -218,35 +311,37 @@ def test_samples_that_are_not_finite_have_diverged(bad):
 
     judge = evaluator()
     with pytest.raises(DivergedError):
-        judge.measure(Sampler(judge.teacher, result=spoil), 1, True, "test")
+        judge.measure(Sampler(judge.teacher, result=spoil), 1, 0, True, "test")
 
 
 def test_samples_are_clipped_and_scores_without_a_value_have_a_reason():
-    judge = evaluator(metrics=["teacher_rmse", "broken"])
-    measured = judge.measure(Sampler(judge.teacher, result=lambda x: torch.full_like(x, 5.0)), 1, True, "test")
-    expected = (1 - judge.teacher_x_0).square().mean().sqrt().item()
+    judge = evaluator(metrics=(TeacherRmse, Broken))
+    measured = judge.measure(Sampler(judge.teacher, result=lambda x: torch.full_like(x, 5.0)), 1, 0, True, "test")
+    expected = (1 - judge.answers(0)[0]).square().mean().sqrt().item()
     assert measured.scores["teacher_rmse"] == pytest.approx(expected, rel=1e-12)
     assert measured.scores["broken"] is None and "nan" in measured.missing["broken"]
     assert (measured.shown == 255).all() and measured.shown.dtype is torch.uint8
-    fresh = judge.measure(Sampler(judge.teacher), 1, False, "test")
+    fresh = judge.measure(Sampler(judge.teacher), 1, 0, False, "test")
     assert fresh.scores["teacher_rmse"] is None and fresh.missing["teacher_rmse"]
-
-
-def test_timing_is_plausible():
-    """A sampler that sleeps 20 ms has a latency of at least that, and of less than ten times that."""
-    from time import sleep
-
-    judge = evaluator()
-    slow = Sampler(judge.teacher, result=lambda x: sleep(0.02) or x)
-    measured = judge.measure(slow, 1, True, "test")
-    assert 20 <= measured.sample_latency_ms < 200
-    assert 20 < measured.sample_images_per_second <= 4 / 0.02
 
 
 def test_no_nfe_asks_for_the_usual_ones_but_the_teacher_needs_steps():
     assert EvaluationConfig(nfe=[]).nfe == []
     with pytest.raises(UserError, match="teacher_steps"):
         EvaluationConfig(teacher_steps=[])
+
+
+def test_latents_are_decoded_before_they_are_scored():
+    teacher = dataclasses.replace(gaussian_teacher(), decode=lambda z: z[:, :1].repeat(1, 3, 2, 2))
+    judge = evaluator(teacher=teacher)
+    measured = judge.measure(Sampler(teacher), 1, 0, True, "test")
+    assert measured.shown.shape == (10, 3, 2, 2) and judge.answers(0)[0].shape == (10, 3, 2, 2)
+
+
+@pytest.mark.parametrize("values", [[], [1, 1], [-1]])
+def test_sampling_seeds_must_be_different_and_not_negative(values):
+    with pytest.raises(UserError, match=r"evaluation\.seeds"):
+        EvaluationConfig(seeds=values)
 
 
 @pytest.mark.parametrize("values", [[0], [1, 1], [2, -1]])

@@ -14,7 +14,7 @@ SHIPPED = {
     "methods": {"boot", "cm", "direct", "pd"},
     "teachers": {"trained"},
     "datasets": {"digits", "folder"},
-    "metrics": {"fd_efficientnet_lite0", "teacher_rmse"},
+    "metrics": {"fd_efficientnet_lite0", "teacher_rmse", "fid", "fid_clean", "kid", "fd_dinov2", "clip_score_vit_l14"},
 }
 IMPORTS = """
 from dataclasses import dataclass

@@ -12,9 +12,12 @@ from distillbench.files import key_of
 from distillbench.results import (
     FIRST,
     LAST,
+    Cost,
     CurvePoint,
     EvaluationRecord,
     RowRecord,
+    SpeedRecord,
+    SpeedRow,
     TrainRecord,
     link_or_copy,
     make_table,
@@ -28,7 +31,26 @@ from distillbench.results import (
 )
 
 INPUTS = {"seed": 3, "config": {"lr": 1e-3, "steps": 8}, "method": None, "list": [1, 2]}
-NAMES = {"dataset": "digits", "teacher": "trained-01234567", "method": "boot", "seed": 0, "settings": ""}
+NAMES = {
+    "dataset": "digits",
+    "teacher": "trained-01234567",
+    "method": "boot",
+    "training_seed": 0,
+    "settings": "",
+    "budget": "",
+    "protocol": "",
+    "reference": "",
+    "device": "cpu",
+    "key": "k",
+}
+COST = Cost(
+    images=1000, seconds=1.5, teacher_seconds=0.5, student_seconds=0.75, other_seconds=0.25, teacher_nfe=2000,
+    student_nfe=3000, teacher_backward=0, student_backward=1000, tflops=0.125,
+)  # fmt: skip
+SPEED = SpeedRecord(
+    key="", inputs={}, device="cpu", environment={},
+    rows=[SpeedRow(nfe=1, latency_p50_ms=0.5, images_per_second=1234.5, missing={"peak_gpu_mib": "no GPU in use"})],
+)  # fmt: skip
 
 
 def train_record(**changes):
@@ -36,10 +58,7 @@ def train_record(**changes):
         "key": key_of(INPUTS),
         "inputs": INPUTS,
         "status": "ok",
-        "images": 1000,
-        "seconds": 1.5,
-        "teacher_nfe": 2000,
-        "student_nfe": 3000,
+        "cost": COST,
         "peak_rss_mib": 700.25,
         "parameters": 12,
         "weights_sha256": "ab",
@@ -54,16 +73,15 @@ def train_record(**changes):
 def row_record(**changes):
     fields = {
         "nfe": 1,
+        "sampling_seed": 7,
         "scores": {"fid": 12.5, "rmse": None},
-        "sample_latency_ms": 0.5,
-        "sample_images_per_second": 1234.5,
-        "missing": {"rmse": "fresh noise", "sample_peak_gpu_mib": "no GPU in use"},
+        "missing": {"rmse": "fresh noise"},
     }
     return RowRecord(**(fields | changes))
 
 
-def row(training=None, **changes):
-    return table_row(NAMES, row_record(**changes), training, "key", "cpu", ["fid", "rmse"], 12)
+def row(training=None, speed=SPEED, **changes):
+    return table_row(NAMES, row_record(**changes), training, speed, ["fid", "rmse"])
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -78,7 +96,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
 def test_a_record_can_be_read_by_anything_that_reads_json(tmp_path):
     write_record(tmp_path / "train.json", train_record())
     plain = json.loads((tmp_path / "train.json").read_text())
-    assert (plain["inputs"], plain["schema_version"]) == (INPUTS, 1)
+    assert (plain["inputs"], plain["schema_version"]) == (INPUTS, 2)
     assert plain["key"] == key_of(plain["inputs"])
 
 
@@ -96,9 +114,9 @@ def damages():
         "not a record": b"[]",
         "a field is missing": json.dumps({k: v for k, v in fields.items() if k != "status"}).encode(),
         "a field too many": json.dumps(fields | {"extra": 1}).encode(),
-        "another type": json.dumps(fields | {"images": "many"}).encode(),
+        "another type": json.dumps(fields | {"parameters": "many"}).encode(),
         "another status": json.dumps(fields | {"status": "fine"}).encode(),
-        "a later schema": json.dumps(fields | {"schema_version": 2}).encode(),
+        "a later schema": json.dumps(fields | {"schema_version": 3}).encode(),
         "a key of other inputs": json.dumps(fields | {"key": "0" * 16}).encode(),
     }
 
@@ -144,12 +162,20 @@ def test_a_row_of_a_student_says_what_its_training_cost():
     }
     assert (cells["train_teacher_nfe"], cells["train_student_nfe"]) == (2000, 3000)
     assert (cells["fid"], cells["rmse"], cells["nfe"], cells["status"]) == (12.5, None, 1, "ok")
+    assert (cells["sampling_seed"], cells["sample_latency_p50_ms"], cells["train_tflops"]) == (7, 0.5, 0.125)
+
+
+def test_a_row_takes_the_speed_of_its_own_number_of_evaluations():
+    """And has none, with the reason, where speed was not measured."""
+    assert row(train_record(), nfe=2).get("sample_latency_p50_ms") is None
+    without = row(train_record(), SPEED.model_copy(update={"rows": [], "reason": "killed"}))
+    assert without["sample_latency_p50_ms"] is None and "sample_* empty: killed" in without["reason"]
 
 
 def test_the_reason_names_every_empty_value():
     reason = row(train_record())["reason"]
     assert "rmse empty: fresh noise" in reason
-    assert "sample_peak_gpu_mib, train_peak_gpu_mib empty: no GPU in use" in reason
+    assert "train_peak_gpu_mib, sample_peak_gpu_mib empty: no GPU in use" in reason
 
 
 def test_the_reason_of_a_failure_comes_first():
@@ -158,7 +184,7 @@ def test_the_reason_of_a_failure_comes_first():
 
 def test_a_row_of_the_teacher_has_no_training_and_says_so():
     cells = row(None)
-    assert all(cells[name] is None for name in LAST if name.startswith("train_"))
+    assert all(cells.get(name) is None for name in LAST if name.startswith("train_"))
     assert "nothing is distilled" in cells["reason"]
 
 
@@ -169,11 +195,11 @@ def test_columns_and_types_do_not_depend_on_the_rows():
     empty, full = make_table([], ["fid", "rmse"]), make_table([row(train_record()), row(None)], ["fid", "rmse"])
     assert list(full.columns) == [*FIRST, "fid", "rmse", *LAST]
     assert (empty.dtypes == full.dtypes).all()
-    assert str(full["seed"].dtype) == str(full["train_images"].dtype) == "Int64"
+    assert str(full["training_seed"].dtype) == str(full["train_images"].dtype) == "Int64"
 
 
 def test_csv_and_parquet_hold_the_same_table(tmp_path):
-    teacher = row(None) | {"method": "teacher:ddim", "seed": None}
+    teacher = row(None) | {"method": "teacher:ddim", "training_seed": None}
     table = make_table(
         [row(train_record()), row(train_record(), reason='a "quoted", reason\nof two lines'), teacher], ["fid", "rmse"]
     )

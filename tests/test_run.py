@@ -26,9 +26,13 @@ from distillbench.registry import Entry, Plugin, load_registry
 from distillbench.run import run
 
 COLUMNS = """
-dataset teacher guidance method seed nfe status reason fd_efficientnet_lite0 teacher_rmse train_seconds train_images
-train_teacher_nfe train_student_nfe train_peak_gpu_mib train_peak_rss_mib sample_latency_ms sample_images_per_second
-sample_peak_gpu_mib parameters settings device key
+dataset teacher guidance method training_seed sampling_seed nfe images budget protocol status reason
+fd_efficientnet_lite0 teacher_rmse
+train_images train_seconds train_teacher_seconds train_student_seconds train_other_seconds train_teacher_nfe
+train_student_nfe train_tflops train_joules train_peak_gpu_mib train_peak_gpu_reserved_mib train_peak_device_mib
+train_peak_rss_mib sample_latency_p50_ms sample_latency_p95_ms sample_images_per_second sample_best_batch sample_gflops
+sample_decoder_latency_ms sample_text_encoder_latency_ms sample_peak_gpu_mib sample_peak_gpu_reserved_mib
+sample_peak_device_mib sample_peak_rss_mib parameters settings reference device key
 """
 SCORES = ["fd_efficientnet_lite0", "teacher_rmse"]
 BUDGET = 400  # not a multiple of the batch
@@ -39,6 +43,7 @@ SMALL = [
     "evaluation.images=24",
     "evaluation.batch_size=16",
     "evaluation.timing_seconds=0.001",
+    "evaluation.timing=inline",
     "evaluation.teacher_steps=[1,4]",
     "device=cpu",
 ]
@@ -59,7 +64,7 @@ class Ran:
 
     def row(self, method, nfe=1, seed=0):
         rows = self.table[(self.table["method"] == method) & (self.table["nfe"] == nfe)]
-        (row,) = rows[rows["seed"] == seed].to_dict("records")
+        (row,) = rows[rows["training_seed"] == seed].to_dict("records")
         return row
 
     def cell(self, method, seed=0):
@@ -86,7 +91,7 @@ def state(folder):
 
 
 def scores(table):
-    return table[["method", "seed", "nfe", "status", *[name for name in SCORES if name in table]]]
+    return table[["method", "training_seed", "nfe", "status", *[name for name in SCORES if name in table]]]
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +145,7 @@ def test_the_columns_are_those_of_the_issue_in_that_order(first):
 
 
 def test_there_is_one_row_for_each_dataset_teacher_method_seed_and_nfe(first):
-    names = ["dataset", "teacher", "method", "seed", "nfe"]
+    names = ["dataset", "teacher", "method", "training_seed", "nfe"]
     rows = {tuple(row) for row in first.table[names[2:]].fillna(-1).itertuples(index=False)}
     expected = {("teacher:ddim", -1, 1), ("teacher:ddim", -1, 4)}
     expected |= {
@@ -160,7 +165,9 @@ def test_everything_went_well_and_empty_values_have_reasons(first):
     assert (first.table["status"] == "ok").all()
     assert first.table["sample_peak_gpu_mib"].isna().all()
     assert first.table["reason"].str.contains("sample_peak_gpu_mib.* empty: no GPU in use").all()
-    full = ["fd_efficientnet_lite0", "sample_latency_ms", "sample_images_per_second", "parameters", "device", "key"]
+    full = ["fd_efficientnet_lite0", "sample_latency_p50_ms", "sample_latency_p95_ms", "sample_images_per_second"]
+    full += ["sample_best_batch", "sample_gflops", "sample_peak_rss_mib", "images", "protocol"]
+    full += ["parameters", "device", "key", "reference"]
     assert first.table[full].notna().all(axis=None)
     assert (first.table["device"].str.startswith("cpu (")).all()
 
@@ -173,11 +180,13 @@ def test_the_teacher_with_most_steps_is_the_reference(first):
 
 
 def test_every_method_trained_on_the_same_number_of_images(first):
-    students = first.table[first.table["seed"].notna()]
+    students = first.table[first.table["training_seed"].notna()]
     assert (students["train_images"] == BUDGET).all()
-    assert (students[["train_seconds", "train_teacher_nfe", "train_student_nfe", "train_peak_rss_mib"]] > 0).all(
-        axis=None
-    )
+    positive = ["train_seconds", "train_teacher_nfe", "train_student_nfe", "train_peak_rss_mib", "train_tflops"]
+    assert (students[positive] > 0).all(axis=None)
+    parts = students[["train_teacher_seconds", "train_student_seconds", "train_other_seconds"]]
+    assert (parts > 0).all(axis=None)
+    assert np.allclose(parts.sum(axis=1).astype(float), students["train_seconds"].astype(float), rtol=1e-9)
 
 
 def test_the_plan_foresaw_the_price(first, words):
@@ -199,7 +208,8 @@ def test_rows_came_one_after_the_other(first):
 
 def test_the_folder_has_what_the_readme_says(first):
     names = {path.name for path in first.folder.iterdir()}
-    assert names == {"table.csv", "table.parquet", "samples.png", "weights", "config.yaml", "environment.json"}
+    tables = {f"{name}.{kind}" for name in ("table", "summary") for kind in ("csv", "parquet")}
+    assert names == tables | {"columns.json", "samples.png", "weights", "config.yaml", "environment.json"}
     assert first.folder.parent == first.results
 
 
@@ -283,7 +293,12 @@ def refuse_work(monkeypatch):
     def refuse(*arguments, **more):
         raise AssertionError("a finished cell is run again")
 
-    for name in ("distillbench.cell.train", "distillbench.builtin.trained.train", "distillbench.plan.Evaluator"):
+    for name in (
+        "distillbench.cell.train",
+        "distillbench.builtin.trained.train",
+        "distillbench.plan.Evaluator",
+        "distillbench.cell.measure",
+    ):
         monkeypatch.setattr(name, refuse)
 
 
