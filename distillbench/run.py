@@ -75,7 +75,7 @@ def _names(done: Finished) -> dict[str, Any]:
         "method": cell.name,
         "training_seed": cell.seed,
         "images": config.evaluation.images,
-        "budget": f"{config.budget.in_words}, batch {config.batch_size}" if cell.entry is not None else None,
+        "budget": f"{config.budget.in_words}, batch {config.batch_size}" if cell.entry is not None else "",
         "protocol": protocol_key(cell.scene, teacher),
         "settings": settings,
     }

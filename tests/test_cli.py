@@ -18,6 +18,7 @@ from distillbench.builtin.trained import METADATA, Trained
 from distillbench.errors import DivergedError
 from distillbench.progress import Progress
 from distillbench.results import make_table
+from distillbench.statistics import summarise
 
 GIVEN = ["methods=[boot]", "dataset=digits"]
 HEAVY = (
@@ -93,7 +94,7 @@ def test_help_shows_the_commands(call):
         ("methods", ["boot", "cm", "direct", "pd"]),
         ("teachers", ["trained"]),
         ("datasets", ["digits", "folder"]),
-        ("metrics", ["fd_efficientnet_lite0", "teacher_rmse"]),
+        ("metrics", ["fd_efficientnet_lite0", "teacher_rmse", "fid", "kid", "fd_dinov2"]),
     ],
 )
 def test_list(call, kind, names):
@@ -272,8 +273,8 @@ def test_results_that_cannot_be_written(refused, tmp_path, place):
         ("device=gpu", "no device 'gpu'. Possible: auto, cpu, cuda, cuda:N"),
         ("device=CPU", "no device 'CPU'. Possible: auto, cpu, cuda, cuda:N"),
         (
-            "evaluation.metrics=[fid]",
-            "no metric 'fid' in evaluation.metrics. Possible: fd_efficientnet_lite0, teacher_rmse",
+            "evaluation.metrics=[fidd]",
+            "no metric 'fidd' in evaluation.metrics. Did you mean 'fid'? Possible: clip_score_vit_l14, coverage_dinov2",
         ),
         ("evaluation.nfe=[3]", "boot cannot sample with evaluation.nfe=[3]. Possible: 1"),
         ("methods=[bot]", "no method 'bot'. Did you mean 'boot'? Possible: boot, cm, ct, direct, pd, sid, tract"),
@@ -357,7 +358,7 @@ COSTS = {
     "train_images": 400_000,
     "train_teacher_nfe": 1_048_576,
     "train_student_nfe": 1_200_000,
-    "sample_latency_ms": 0.987,
+    "sample_latency_p50_ms": 0.987,
     "sample_images_per_second": 123_456.7,
     "parameters": 12,
     "device": "cpu (a model)",
@@ -365,7 +366,8 @@ COSTS = {
 
 
 def table(*changes):
-    row = {"dataset": "digits", "teacher": "trained-0354d7c4", "method": "boot", "seed": 0, "nfe": 1, "status": "ok"}
+    row = {"dataset": "digits", "teacher": "trained-0354d7c4", "method": "boot", "nfe": 1, "status": "ok"}
+    row |= {"training_seed": 0, "sampling_seed": 0, "images": 64, "budget": "b", "protocol": "p"}
     row |= {
         "reason": "",
         "settings": "",
@@ -378,40 +380,55 @@ def table(*changes):
 
 def printed(content, width):
     console = Console(width=width, record=True, file=io.StringIO())
-    cli._print_table(console, content)
+    directions = dict.fromkeys(METRICS, "lower")
+    cli._print_table(console, content, summarise(content, directions), directions)
     return console.export_text()
 
 
-TEACHER = {"method": "teacher:ddim", "seed": None, "train_images": None, "train_seconds": None, "nfe": 64}
+TEACHER = {"method": "teacher:ddim", "training_seed": None, "train_images": None, "train_seconds": None, "nfe": 64}
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_fits_the_terminal(width):
-    text = printed(table(TEACHER, {}, {"seed": 1}, {"method": "cm", "nfe": 2, "teacher_rmse": None}), width)
-    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    text = printed(table(TEACHER, {}, {"method": "cm", "nfe": 2, "teacher_rmse": None}), width)
+    assert max(len(line.rstrip()) for line in text.splitlines()[1:]) <= width
     assert "…" not in text
     boot = next(line for line in text.splitlines() if line.startswith("boot"))
-    assert boot.split()[:5] == ["boot", "0", "1", "640.8", "0.1235"]
+    assert boot.split()[:4] == ["boot", "1", "640.8", "0.1235"]
     assert ("1,048,576" in boot) == (width == 120)
-    assert "dataset digits, teacher trained-0354d7c4, device cpu (a model)" in text
-    assert "status" not in text
+    assert "dataset digits, teacher trained-0354d7c4, budget b, device cpu (a model)" in text
+    assert "status" not in text and "no method is marked as best" in text
+
+
+def test_scores_have_arrows_intervals_and_a_star_only_beyond_doubt():
+    """Three training seeds each: boot is far better on one score, and no different on the other."""
+    rows = []
+    for seed in range(3):
+        rows.append({"training_seed": seed, "fd_efficientnet_lite0": 100 + seed, "teacher_rmse": 0.1 + seed})
+        rows.append(rows[-1] | {"method": "cm", "fd_efficientnet_lite0": 300 + seed, "teacher_rmse": 0.2 + seed})
+    text = printed(table(*rows), 120)
+    boot = next(line for line in text.splitlines() if line.startswith("boot"))
+    cm = next(line for line in text.splitlines() if line.startswith("cm "))
+    assert "101 t[98.52, 103.5]*" in boot and boot.count("*") == 1 and "*" not in cm
+    assert "lite0_↓".replace("_", "") not in text and "↓" in text
+    assert "t[...]: 95 % interval of the mean over training seeds" in text
+    assert "teacher_rmse, 1 NFE: intervals overlap" in text
 
 
 def test_what_differs_is_shown():
     text = printed(table({}, {"dataset": "folder"}), 120)
     assert re.search(r"^dataset +method", text, re.MULTILINE)
-    text = printed(table({}, {"settings": "lr=0.5", "key": "fedcba9876543210"}), 120)
-    assert re.search(r"^boot +0 +1 +lr=0\.5 ", text, re.MULTILINE)
-    assert "fedcba9876543210" not in text
-    assert "fedcba9876543210" in printed(table({}, {"key": "fedcba9876543210"}), 120)
-    assert "settings" not in printed(table({"settings": "lr=0.5"}, {"seed": 1}), 120)
+    text = printed(table({}, {"settings": "lr=0.5"}), 120)
+    assert re.search(r"^boot +1 +lr=0\.5 ", text, re.MULTILINE)
+    text = printed(table({}, {"budget": "other"}), 120)
+    assert re.search(r"^boot +1 +other ", text, re.MULTILINE)
 
 
 def test_what_failed_is_shown_with_its_reason():
     failed = {"status": "failed", "reason": "ValueError: a [b] c", "teacher_rmse": None, "fd_efficientnet_lite0": None}
-    text = printed(table({}, failed | {"seed": 1}), 80)
-    assert "boot seed 1, 1 NFE: failed: ValueError: a [b] c" in text
-    assert re.search(r"^boot +1 +1 +failed +- +- ", text, re.MULTILINE)
+    text = printed(table({}, failed | {"training_seed": 1}), 80)
+    assert "boot seed 1, 1 NFE, noise 0: failed: ValueError: a [b] c" in text
+    assert "1 of 2 ok" in text
 
 
 def test_numbers_are_short():
