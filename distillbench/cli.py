@@ -507,7 +507,8 @@ def _print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, d
     names = [name for name in ("dataset", "teacher") if name not in same]
     names += ["method", "nfe"]
     for telling_apart in ("settings", "guidance", "budget", "protocol"):
-        names += [telling_apart] if summary.duplicated(names).any() else []
+        differs = summary[telling_apart].nunique(dropna=False) > 1
+        names += [telling_apart] if differs and summary.duplicated(names).any() else []
     names += [name for name in ("training_seeds", "sampling_seeds") if (summary[name] > 1).any()]
     names += ["status"] if (summary["status"] != "ok").any() else []
     first = len(names)
