@@ -1,0 +1,290 @@
+"""Reference statistics: kept under all that decides them, in the layout of others, and refused where they are of
+something else. And features: the same whatever batches, threads and processes they came in."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distillbench import cli
+from distillbench.builtin.efficientnet_lite0 import EfficientNetLite0
+from distillbench.datasets import Dataset
+from distillbench.errors import Unavailable, UserError
+from distillbench.features import FeatureNetwork, ImageSet, Networks, look
+from distillbench.frechet import Moments, frechet_distance
+from distillbench.pretrained import WeightsFile
+from distillbench.references import RealImages, check_reference, provenance_of, read_reference, write_reference
+
+IDENTITY = {"network": "toy", "protocol": "toy/1", "weights_sha256": "ab"}
+
+
+class Toy(FeatureNetwork):
+    """Five linear features of 2x2 images; counts the blocks that it saw."""
+
+    name, protocol, width, batch = "toy", "toy/1", 5, 4
+    weights = WeightsFile("toy", "ab", "", "none", 0)
+    blocks: list[int] = []
+
+    @classmethod
+    def locate(cls, folder):
+        return folder
+
+    def __init__(self, file, device):
+        self.matrix = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+
+    def __call__(self, images):
+        self.blocks.append(len(images))
+        return images.float().flatten(1) @ self.matrix
+
+
+class Numbers(Dataset):
+    """Twenty random colour images of 2x2."""
+
+    name, licence, shape, sha256 = "numbers", "none", (3, 2, 2), "01"
+
+    def __init__(self, config=None, count=20):
+        self.images = torch.randint(0, 256, (count, 3, 2, 2), generator=torch.Generator().manual_seed(1)).to(
+            torch.uint8
+        )
+
+    def __len__(self):
+        return len(self.images)
+
+    def read(self, indices):
+        return self.images[indices]
+
+
+def real(cache, dataset=None, files=(), kept=frozenset()):
+    return RealImages(Numbers() if dataset is None else dataset, Networks(Path("weights"), "cpu"), cache, files, kept)
+
+
+@pytest.fixture(autouse=True)
+def no_blocks():
+    Toy.blocks.clear()
+
+
+# --- kept ------------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_computed_once_and_then_read(tmp_path):
+    first = real(tmp_path).statistics(Toy)
+    assert Toy.blocks == [4] * 5
+    again = real(tmp_path).statistics(Toy)
+    assert Toy.blocks == [4] * 5
+    assert torch.equal(first.mean, again.mean) and torch.equal(first.covariance, again.covariance) and again.n == 20
+    features = Numbers().images.float().flatten(1) @ Toy(None, "cpu").matrix
+    np.testing.assert_allclose(again.covariance, np.cov(features.double().numpy().T), rtol=1e-10)
+
+
+def test_a_score_is_the_same_number_whether_the_reference_was_computed_or_read(tmp_path):
+    """Also with fewer images than features, whose covariance is singular."""
+    dataset = Numbers(count=4)
+    samples = ImageSet(lambda: [255 - Numbers(count=4).images], 4, (3, 2, 2), Networks(Path("weights"), "cpu"))
+    values = [frechet_distance(real(tmp_path, dataset).statistics(Toy), samples.statistics(Toy)) for _ in range(2)]
+    assert values[0] == values[1] > 0
+
+
+def test_features_are_kept_too_where_a_score_needs_them(tmp_path):
+    first = real(tmp_path, kept=frozenset({Toy})).features(Toy)
+    Toy.blocks.clear()
+    again = real(tmp_path, kept=frozenset({Toy}))
+    assert torch.equal(again.features(Toy), first) and again.statistics(Toy).n == 20 and not Toy.blocks
+
+
+@pytest.mark.parametrize("change", ["dataset", "resizer", "split", "network"])
+def test_whatever_decides_them_is_in_the_key(tmp_path, monkeypatch, change):
+    real(tmp_path).statistics(Toy)
+    if change == "network":
+        monkeypatch.setattr(Toy, "protocol", "toy/2")
+    else:
+        monkeypatch.setattr(Numbers, "sha256" if change == "dataset" else change, "other")
+    real(tmp_path).statistics(Toy)
+    assert len(Toy.blocks) == 10 and len(list(tmp_path.glob("*.npz"))) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip", b"\x93NUMPY"])
+def test_a_damaged_one_is_computed_again(tmp_path, content):
+    whole = real(tmp_path).statistics(Toy)
+    (path,) = tmp_path.glob("*.npz")
+    path.write_bytes(content)
+    assert torch.equal(real(tmp_path).statistics(Toy).mean, whole.mean) and len(Toy.blocks) == 10
+    assert read_reference(path).statistics.n == 20
+
+
+def test_no_images_and_strange_channels_have_no_statistics(tmp_path):
+    with pytest.raises(Unavailable, match="none"):
+        real(tmp_path, Numbers(count=0)).statistics(Toy)
+    five = ImageSet(lambda: [], 9, (5, 2, 2), Networks(Path("w"), "cpu"))
+    with pytest.raises(Unavailable, match="not 5 channels"):
+        five.statistics(Toy)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_layout_is_that_of_pytorch_fid_and_edm(tmp_path):
+    statistics = real(tmp_path).statistics(Toy)
+    write_reference(tmp_path / "out.npz", statistics, provenance_of(Numbers(), IDENTITY))
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as arrays:
+        assert arrays["mu"].shape == (5,) and arrays["sigma"].shape == (5, 5)
+        assert arrays["mu"].dtype == arrays["sigma"].dtype == np.float64
+        told = json.loads(str(arrays["provenance"]))
+    assert told["images"] == 20 and told["dataset"] == "numbers" and told["network"] == "toy"
+    check_reference(read_reference(tmp_path / "out.npz"), provenance_of(Numbers(), IDENTITY), 5)
+
+
+@pytest.mark.parametrize(
+    "fact", ["dataset", "dataset_sha256", "split", "shape", "resizer", "network", "protocol", "weights_sha256"]
+)
+def test_a_reference_of_something_else_is_refused(tmp_path, fact):
+    told = provenance_of(Numbers(), IDENTITY)
+    write_reference(tmp_path / "out.npz", real(tmp_path).statistics(Toy), told | {fact: "another"})
+    with pytest.raises(UserError, match=f"of another {fact}: 'another'"):
+        check_reference(read_reference(tmp_path / "out.npz"), told, 5)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(3)}, "no array 'sigma'"),
+        ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, "do not fit"),
+        ({"mu": np.zeros(3, np.int64), "sigma": np.zeros((3, 3))}, "floating point"),
+        ({"mu": np.full(3, np.nan), "sigma": np.zeros((3, 3))}, "finite"),
+        ({"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}, "symmetric"),
+        ({"mu": np.array([None, 1]), "sigma": np.zeros((2, 2))}, "cannot be read"),  # would need a pickle
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "provenance": np.array("{")}, "cannot be read"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "provenance": np.array("[]")}, "not a JSON object"),
+    ],
+)
+def test_what_is_no_reference_is_refused_in_words(tmp_path, arrays, message):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        read_reference(tmp_path / "bad.npz")
+
+
+def test_float32_of_another_tool_is_taken_as_float64(tmp_path):
+    np.savez(tmp_path / "theirs.npz", mu=np.ones(3, np.float32), sigma=np.eye(3, dtype=np.float32))
+    found = read_reference(tmp_path / "theirs.npz")
+    assert found.statistics.mean.dtype is torch.float64 and found.provenance == {}
+    with pytest.raises(UserError, match="distillbench reference import"):
+        check_reference(found, provenance_of(Numbers(), IDENTITY), 3)
+
+
+# --- on the command line ---------------------------------------------------------------------------------------------
+
+
+def call(*words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+        raise SystemExit(0)
+    return stop.value.code or 0
+
+
+def test_export_import_and_use(tmp_path, capsys):
+    """What is exported gives the score that the dataset gives; what another tool wrote is used as it is declared."""
+    where = f'results_dir="{tmp_path / "results"}"'
+    exported, theirs, declared = (str(tmp_path / name) for name in ("digits.npz", "theirs.npz", "declared.npz"))
+    network = ["--network", "efficientnet_lite0"]
+    assert call("reference", "export", "dataset=digits", where, *network, "-o", exported) == 0
+    assert call("reference", "show", exported) == 0
+    assert "1797" in capsys.readouterr().out
+    with np.load(exported) as arrays:
+        np.savez(theirs, mu=arrays["mu"], sigma=arrays["sigma"])
+    run = ["run", "methods=[cm]", "dataset=digits", "experiment=smoke", where, "budget.images=200"]
+    run += ["evaluation.images=32", "evaluation.teacher_steps=[2]", "evaluation.nfe=[1]", "evaluation.timing=off"]
+    run += ["evaluation.metrics=[fd_efficientnet_lite0]"]
+    assert call(*run, f'evaluation.references=["{theirs}"]') == 2
+    assert "does not say what it is of" in capsys.readouterr().err
+    assert call("reference", "import", theirs, "dataset=digits", *network, "--images", "1797", "-o", declared) == 0
+    assert (
+        call("reference", "import", theirs, "dataset=digits", "--network", "inception", "--images", "9", "-o", "x.npz")
+        == 2
+    )
+    assert "1280 features" in capsys.readouterr().err
+    values = []
+    for name, words in {"a": [], "b": [exported], "c": [declared]}.items():
+        files = [f'evaluation.references=["{word}"]' for word in words]
+        assert call(*run, *files, f"run_name={name}") == 0
+        table = (tmp_path / "results" / name / "table.csv").read_text()
+        assert ("digits.npz" in table, "declared.npz" in table) == (name == "b", name == "c")
+        line = next(one for one in table.splitlines() if ",cm," in one)
+        values.append(line.split(",")[table.splitlines()[0].split(",").index("fd_efficientnet_lite0")])
+    assert values[0] == values[1] == values[2] != ""
+    assert call(*run, f'evaluation.references=["{exported}","{declared}"]') == 2
+    assert "both references" in capsys.readouterr().err
+    assert call(*run, f'evaluation.references=["{exported}"]', "evaluation.metrics=[teacher_rmse]") == 2
+    assert "this run's metrics use: none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fetch", "inseption"], "Did you mean 'inception'?"),
+        (["fetch", "efficientnet_lite0"], "nothing to fetch"),
+        (["fetch", "inception", "--from", "nowhere.pth"], "no file 'nowhere.pth'"),
+        (["reference", "show", "nowhere.npz"], "no reference file"),
+        (["reference", "export", "dataset=digits", "--network", "toy", "-o", "a.npz"], "no feature network 'toy'"),
+        (["reference", "export", "dataset=digits", "--network", "inception", "-o", "a.txt"], "must name a .npz file"),
+    ],
+)
+def test_what_cannot_be_done_is_said(words, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("DISTILLBENCH_WEIGHTS", str(tmp_path))
+    assert call(*words) == 2
+    assert message in capsys.readouterr().err
+
+
+# --- independent of how images came ----------------------------------------------------------------------------------
+
+
+def images(count=150):
+    return torch.randint(0, 256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+
+
+def seen(batches):
+    networks = Networks(Path("."), "cpu")
+    return torch.cat(list(look(networks.get(EfficientNetLite0), batches, "cpu")))
+
+
+def test_features_do_not_depend_on_batches():
+    """To the last bit: the network sees blocks of its own size, the last one filled up."""
+    whole = seen([images()])
+    assert whole.shape == (150, 1280)
+    for size in (1, 7, 128, 149):
+        assert torch.equal(seen(images().split(size)), whole)
+    assert torch.equal(seen([images()[:128]]), whole[:128])
+
+
+def test_scores_do_not_depend_on_threads():
+    one = seen([images()])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        two = seen([images()])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.allclose(one, two, rtol=0, atol=1e-5)
+
+
+def part_of(bounds):
+    torch.set_num_threads(1)
+    moments = Moments()
+    for block in look(EfficientNetLite0(EfficientNetLite0.locate(Path(".")), "cpu"), [images()[slice(*bounds)]], "cpu"):
+        moments.add(block)
+    return moments
+
+
+@pytest.mark.slow
+def test_scores_do_not_depend_on_the_number_of_processes():
+    """Two processes that see a block each and merge their moments give the statistics of one."""
+    whole = part_of((0, 150)).statistics()
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        parts = pool.map(part_of, [(0, 128), (128, 150)])
+    merged = Moments()
+    for part in parts:
+        merged.merge(part)
+    other = merged.statistics()
+    assert torch.allclose(whole.mean, other.mean, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(whole.covariance, other.covariance, rtol=1e-9, atol=1e-10)
