@@ -129,7 +129,7 @@ def test_one_registry_leaves_nothing_for_the_next(registry):
 
 METHODS = "Possible: boot, cm, ct, direct, pd, sid, tract"
 TOP = (
-    "Possible: batch_size, budget, conditional, dataset, device, evaluation, guidance, guidance_range, methods, "
+    "Possible: batch_size, budget, conditional, dataset, device, energy, evaluation, guidance, guidance_range, methods, "
     "results_dir, run_name, seed, teacher, threads"
 )
 NAMES = {
