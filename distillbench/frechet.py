@@ -106,55 +106,55 @@ class Moments:
     def __init__(self) -> None:
         self.n = 0
         self._mean: Tensor | None = None  # (D,)
-        self._scatter: Tensor | None = None  # (D,D), sum of squared deviations; None while all features are kept
-        self._kept: list[Tensor] = []  # features, as long as there are at most D
+        self._scatter: Tensor | None = None  # (D,D), sum of squared deviations of the features folded in
+        self._folded = 0  # how many those are
+        self._kept: list[Tensor] = []  # the other features, at most D of them: one large product beats many small ones
 
     def add(self, features: Tensor) -> None:
         """Add a block (b,D)."""
         x = features.double()
-        if self._scatter is None and self.n + len(x) <= x.shape[1]:
-            self._kept.append(x)
-            self.n += len(x)
-            return
-        self._fold()
-        self._fold_in(x)
+        if self.n - self._folded + len(x) > x.shape[1]:
+            self._fold()
+        self._kept.append(x)
+        self.n += len(x)
+        if len(x) > x.shape[1]:
+            self._fold()
 
     def merge(self, other: Moments) -> None:
         """Add what another one gathered of other features."""
         for block in other._kept:
             self.add(block)
-        if other._scatter is not None:
-            assert other._mean is not None
+        if other._scatter is not None and other._mean is not None:
             self._fold()
-            self._update(other.n, other._mean, other._scatter)
+            self._update(other._folded, other._mean, other._scatter)
+            self.n += other._folded
 
     def statistics(self) -> GaussianStatistics:
         """Raises ValueError for fewer than two features, which have no covariance."""
         if self.n < 2:
             raise ValueError(f"a covariance needs at least two features, got {self.n}")
-        if self._scatter is not None and self._mean is not None:
-            return GaussianStatistics(self.n, self._mean, given=self._scatter / (self.n - 1))
-        x = torch.cat(self._kept)
-        mean = x.mean(dim=0)
-        return GaussianStatistics(self.n, mean, rows=(x - mean) / (self.n - 1) ** 0.5)
+        if self._scatter is None and self.n <= self._kept[0].shape[1]:
+            x = torch.cat(self._kept)
+            mean = x.mean(dim=0)
+            return GaussianStatistics(self.n, mean, rows=(x - mean) / (self.n - 1) ** 0.5)
+        self._fold()
+        assert self._mean is not None and self._scatter is not None
+        return GaussianStatistics(self.n, self._mean, given=self._scatter / (self.n - 1))
 
     def _fold(self) -> None:
-        kept, self._kept = self._kept, []
-        if kept:
-            self.n = 0
-            self._fold_in(torch.cat(kept))
-
-    def _fold_in(self, x: Tensor) -> None:
-        mean = x.mean(dim=0)
-        centred = x - mean
-        self._update(len(x), mean, centred.T @ centred)
+        if self._kept:
+            x = torch.cat(self._kept)
+            mean = x.mean(dim=0)
+            centred = x - mean
+            self._kept = []
+            self._update(len(x), mean, centred.T @ centred)
 
     def _update(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        total = self._folded + n
         if self._scatter is None or self._mean is None:
-            self.n, self._mean, self._scatter = n, mean.clone(), scatter.clone()
-            return
-        total, shift = self.n + n, mean - self._mean
-        self._scatter += scatter
-        self._scatter.addr_(shift, shift, alpha=self.n * n / total)
-        self._mean += shift * (n / total)
-        self.n = total
+            self._mean, self._scatter = mean, scatter
+        else:
+            shift = mean - self._mean
+            self._scatter = (self._scatter + scatter).addr(shift, shift, alpha=self._folded * n / total)
+            self._mean = self._mean + shift * (n / total)
+        self._folded = total

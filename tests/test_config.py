@@ -129,8 +129,8 @@ def test_one_registry_leaves_nothing_for_the_next(registry):
 
 METHODS = "Possible: boot, cm, ct, direct, pd, sid, tract"
 TOP = (
-    "Possible: batch_size, budget, conditional, dataset, device, energy, evaluation, guidance, guidance_range, methods, "
-    "results_dir, run_name, seed, teacher, threads"
+    "Possible: batch_size, budget, conditional, dataset, device, energy, evaluation, guidance, guidance_range, "
+    "methods, results_dir, run_name, seed, teacher, threads"
 )
 NAMES = {
     "methods=[bot]": f"no method 'bot'. Did you mean 'boot'? {METHODS}",

