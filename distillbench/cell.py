@@ -191,6 +191,7 @@ def _train(
     about["environment"] = environment(scene.device, config.threads)
     cache = Path(config.results_dir) / "cache" / "pairs"
     warm_up(scene.device)
+    data = DataStream(scene.trained_on(progress), cell.seed, scene.device) if cell.entry.cls.needs_data else None
     try:
         with (
             progress.step(f"{cell.label}: training") as step,
@@ -202,8 +203,7 @@ def _train(
             meter = Meter(config.budget, teacher, scene.device, watches=(rss, gpu), energy=joules)
             parts = method.teacher, meter, cache, scene.device, cell.seed, progress
             workspace = Workspace(*parts, energy_source=config.energy)
-            data = DataStream(scene.dataset, cell.seed, scene.device)
-            read = data.read if method.needs_data else None
+            read = None if data is None else data.read
             points = config.evaluation.checkpoints
             fractions = tuple((k + 1) / (points + 1) for k in range(points))
             checkpoints = Checkpoints(fractions, folder, tuple(cell.nfe))

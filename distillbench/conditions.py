@@ -1,4 +1,4 @@
-"""What images are asked for: a class, and how strongly the teacher is guided towards it.
+"""What images are asked for: a class or a text, and how strongly the teacher is guided towards it.
 
 Classifier-free guidance (Ho & Salimans 2021, arXiv:2207.12598) in the one convention of this project, Imagen's:
 
@@ -8,21 +8,25 @@ Classifier-free guidance (Ho & Salimans 2021, arXiv:2207.12598) in the one conve
 |--------|--------------------------------------------------------|-------------------|
 | c      | condition: labels and w                                | of a batch        |
 | labels | classes 0, ..., classes - 1; `classes` stands for none | (B,) int64        |
+| text   | texts as the teacher's text encoder gives them         | (B,L,D)           |
+| image  | images that an upscaler enlarges                       | (B,C,h,w)         |
 | w      | guidance weight                                        | (B,1,1,1)         |
 | f_c    | denoiser given the class                               | (B,C,H,W)         |
 | f_0    | denoiser given no class                                | (B,C,H,W)         |
+
+Texts are classes with a table: label i is prompt i of the dataset, and the label for none is the empty text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from distillbench.noise import uniform
+from distillbench.noise import Noise, stream_key, uniform
 
 
 @dataclass(frozen=True)
@@ -32,23 +36,48 @@ class Condition:
     labels: Tensor | None = None  # None: unconditional
     w: Tensor | None = None  # None: not guided
     guides: bool = True  # False: w is 1 throughout; a student is told it, the teacher needs no second evaluation
+    text: Tensor | None = None
+    image: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> Condition:
         """The condition of some images of the batch, such as ``c[:10]``."""
-        labels = None if self.labels is None else self.labels[rows]
-        return Condition(labels, None if self.w is None else self.w[rows], self.guides)
+        parts = (None if part is None else part[rows] for part in (self.labels, self.w, self.text, self.image))
+        labels, w, text, image = parts
+        return Condition(labels, w, self.guides, text, image)
 
 
 UNCONDITIONAL = Condition()
 
 
+class Texts(Protocol):
+    """Encoded prompts by label, as a run needs them again and again."""
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        """(B,L,D) on the device of `labels` (B,); the label after the last prompt is the empty text."""
+
+
+class SmallImages(Protocol):
+    """What an upscaler enlarges: the base model's answer to noise of its own."""
+
+    shape: tuple[int, int, int]  # of its noise, and of its images
+
+    def __call__(self, eps: Tensor, c: Condition) -> Tensor:
+        """Images in [-1, 1] for `eps` (B,C,h,w) and what is asked for; without gradients."""
+
+
 @dataclass(frozen=True)
 class Conditioning:
-    """How a run conditions: on one of `classes` (0: not at all), and guided by w, or by w drawn from `w_range`."""
+    """How a run conditions: on one of `classes` (0: not at all), and guided by w, or by w drawn from `w_range`.
+
+    Training asks for the classes below those of `evaluated`, evaluation for these; where it is None, both for all.
+    """
 
     classes: int = 0
     w: float = 1.0
     w_range: tuple[float, float] | None = None  # training draws w uniformly and feeds it to the student
+    evaluated: range | None = None
+    texts: Texts | None = field(default=None, compare=False)
+    small: SmallImages | None = field(default=None, compare=False)
 
     @property
     def guided(self) -> bool:
@@ -59,6 +88,11 @@ class Conditioning:
         """Network evaluations of the teacher's answer to one image of an evaluation, which is guided by `w`."""
         return 1 if self.w == 1 else 2
 
+    @property
+    def trained(self) -> int:
+        """How many classes training asks for: 0, ..., trained - 1."""
+        return self.classes if self.evaluated is None else self.evaluated.start
+
     def draw(self, size: int, generator: torch.Generator, device: str, labels: Tensor | None) -> Condition:
         """The condition of a training batch: of its real images' `labels`, or of random classes where there are none.
 
@@ -67,36 +101,58 @@ class Conditioning:
         if not self.classes:
             return UNCONDITIONAL
         if labels is None:
-            labels = torch.randint(0, self.classes, (size,), generator=generator)
+            labels = torch.randint(0, self.trained, (size,), generator=generator)
         w = None
         if self.w_range is not None:
             low, high = self.w_range
             w = low + (high - low) * torch.rand(size, generator=generator, dtype=torch.float64)
-        return self._condition(labels, w, device)
+        eps = None
+        if self.small is not None:
+            eps = torch.randn(size, *self.small.shape, generator=generator, dtype=torch.get_default_dtype())
+        return self._condition(labels, w, eps, device)
 
     def of_images(self, indices: Sequence[int], device: str) -> Condition:
-        """The condition of the images `indices` of an evaluation: class i mod `classes`, guided by `w`."""
-        return self._condition(self._labels(indices), None, device) if self.classes else UNCONDITIONAL
+        """The condition of the images `indices` of an evaluation: class i mod their number, guided by `w`."""
+        if not self.classes:
+            return UNCONDITIONAL
+        labels = self.labels_of_images(indices)
+        return self._condition(labels, None, self._small_noise(stream_key("small images", 0), indices), device)
+
+    def labels_of_images(self, indices: Sequence[int]) -> Tensor:
+        """(N,) int64: the classes that evaluation asks for."""
+        asked = self.evaluated or range(self.classes)
+        return torch.tensor([asked[index % len(asked)] for index in indices], dtype=torch.int64)
 
     def of_pairs(self, stream: int, indices: Sequence[int], device: str) -> Condition:
-        """The condition of noise-image pairs: class i mod `classes`, w from the pair's own name where it is drawn."""
+        """The condition of noise-image pairs: class i mod their number; w, where drawn, from the pair's own name."""
         if not self.classes:
             return UNCONDITIONAL
         w = None
         if self.w_range is not None:
             low, high = self.w_range
             w = low + (high - low) * torch.from_numpy(uniform(stream, indices))
-        return self._condition(self._labels(indices), w, device)
+        labels = torch.tensor([index % self.trained for index in indices], dtype=torch.int64)
+        return self._condition(labels, w, self._small_noise(stream, indices), device)
 
-    def _labels(self, indices: Sequence[int]) -> Tensor:
-        return torch.tensor([index % self.classes for index in indices], dtype=torch.int64)
+    def none(self, c: Condition) -> Condition:
+        """The same images, asked for without a class or text and not guided."""
+        assert c.labels is not None
+        labels = torch.full_like(c.labels, self.classes)
+        return Condition(labels, text=None if self.texts is None else self.texts(labels), image=c.image)
 
-    def _condition(self, labels: Tensor, w: Tensor | None, device: str) -> Condition:
+    def _small_noise(self, stream: int, indices: Sequence[int]) -> Tensor | None:
+        return None if self.small is None else Noise(stream, indices, self.small.shape)(0)
+
+    def _condition(self, labels: Tensor, w: Tensor | None, eps: Tensor | None, device: str) -> Condition:
+        labels = labels.to(device)
+        c = Condition(labels, text=None if self.texts is None else self.texts(labels))
+        if self.small is not None and eps is not None:
+            c = replace(c, image=self.small(eps.to(device), c))
         if not self.guided:
-            return Condition(labels.to(device))
+            return c
         guides = w is not None or self.w != 1
         w = torch.full((len(labels),), self.w) if w is None else w
-        return Condition(labels.to(device), w.view(-1, 1, 1, 1).to(device, torch.get_default_dtype()), guides)
+        return replace(c, w=w.view(-1, 1, 1, 1).to(device, torch.get_default_dtype()), guides=guides)
 
     def plain(self) -> dict[str, Any]:
         """What decides a training, as plain values; where w is drawn, the w of evaluation is not part of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,6 +34,8 @@ class Dataset(ABC):
     split: str = "all"  # which part of the dataset, as its authors cut it
     resizer: str = "none"  # how images came to their shape: it moves every score
     classes: int = 0  # number of classes; 0: the images have no labels
+    prompts: Sequence[str] | None = None  # texts, one for each class: the caption of image i is prompt i
+    evaluated: range | None = None  # the classes that evaluation asks for, after those of training; None: all
     law: Law | None = None  # what the images are drawn from, where that is known exactly
 
     @abstractmethod

@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from distillbench.conditions import UNCONDITIONAL, Condition
+from distillbench.conditions import UNCONDITIONAL, Condition, Conditioning
 from distillbench.networks import GuidanceEmbedding
 from distillbench.schedules import NoiseSchedule
 
@@ -106,9 +106,9 @@ class CountedNetwork(nn.Module):
         self.network = network
         self.counter = counter
 
-    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None, labels: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
         with self.counter.timed():
-            out = self.network(x, time, embedding, labels)
+            out = self.network(x, time, embedding, c)
         to_input = x.requires_grad or (embedding is not None and embedding.requires_grad)
         self.counter.add(self.network, len(x), out.requires_grad, to_input)
         return out
@@ -117,8 +117,8 @@ class CountedNetwork(nn.Module):
 class Denoiser(nn.Module):
     """A network, its schedule and its parameterisation, read as f(x_t, t, c) = E[x_0 | x_t, c].
 
-    The network is called as ``network(x, time, embedding, labels)`` with x (B,C,H,W), time (B,), an optional embedding
-    (B, network.embedding_channels) that is added to its embedding of time, and labels (B,) or None.
+    The network is called as ``network(x, time, embedding, c)`` with x (B,C,H,W), time (B,), an optional embedding
+    (B, network.embedding_channels) that is added to its embedding of time, and what is asked for.
 
     `schedule` is the one that x_t and t are of; `native` is the one that the network knows. They differ after
     :meth:`on`. A student that is told its guidance weight has an embedding of it in `guidance`.
@@ -154,7 +154,7 @@ class Denoiser(nn.Module):
             e = self.guidance(c.w)
             embedding = e if embedding is None else embedding + e
         x, time = INPUTS[self.prediction](x_t, t, self.native)
-        return self.counted(x, time.to(x_t.dtype), embedding, c.labels)
+        return self.counted(x, time.to(x_t.dtype), embedding, c)
 
     def on(self, schedule: NoiseSchedule) -> Denoiser:
         """The same network, read on another schedule at equal signal-to-noise ratio (it is not copied).
@@ -178,13 +178,20 @@ class Denoiser(nn.Module):
         return self.eval().requires_grad_(False)
 
 
-def guided(denoiser: Denoiser, classes: int, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+def guided(denoiser: Denoiser, conditioning: Conditioning, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
     """f_w = f_0 + w (f_c - f_0), both evaluated in one batch; f itself where `c` has no w. Shape (B,C,H,W)."""
     if c.w is None or c.labels is None or not c.guides:
         return denoiser(x_t, t, c)
-    both = Condition(torch.cat([c.labels, torch.full_like(c.labels, classes)]))
+    both = joined(c, conditioning.none(c))
     f_c, f_0 = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     return f_0 + c.w * (f_c - f_0)
+
+
+def joined(a: Condition, b: Condition) -> Condition:
+    """The conditions of two batches as one of both, without guidance."""
+    pairs = ((a.labels, b.labels), (a.text, b.text), (a.image, b.image))
+    labels, text, image = (None if x is None or y is None else torch.cat([x, y]) for x, y in pairs)
+    return Condition(labels, text=text, image=image)
 
 
 def implied_eps(x_t: Tensor, x_0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

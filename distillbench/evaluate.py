@@ -139,8 +139,11 @@ class Evaluator:
         teacher_x_0, teacher = self.answers(seed)
         with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:
             x_0 = self._sample(sampler, nfe, seed, step)
-        labels = self.teacher.conditioning.of_images(range(len(x_0)), "cpu").labels
-        samples = Samples(x_0, teacher_x_0, self._images(x_0), teacher, self.real, keeps_noise, labels)
+        asked = self.teacher.conditioning
+        labels = asked.labels_of_images(range(len(x_0))) if asked.classes else None
+        texts = self.real.dataset.prompts
+        prompts = [texts[label] for label in labels.tolist()] if texts is not None and labels is not None else None
+        samples = Samples(x_0, teacher_x_0, self._images(x_0), teacher, self.real, keeps_noise, labels, prompts)
         scores: dict[str, float | None] = {}
         missing: dict[str, str] = {}
         with self.progress.step(f"{label}: scoring {nfe} NFE") as step:

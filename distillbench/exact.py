@@ -19,9 +19,9 @@ class LawNetwork(nn.Module):
         super().__init__()
         self.law, self.schedule = law, schedule
 
-    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None, labels: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
         t = time.view(-1, 1, 1, 1)
-        return self.law.denoise(x, self.schedule.alpha(t), self.schedule.sigma(t), labels)
+        return self.law.denoise(x, self.schedule.alpha(t), self.schedule.sigma(t), c.labels)
 
 
 class ExactDenoiser(Denoiser):
@@ -31,4 +31,4 @@ class ExactDenoiser(Denoiser):
         super().__init__(LawNetwork(law, schedule), schedule, "x0")
 
     def output(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL, embedding: Tensor | None = None) -> Tensor:
-        return self.counted(x_t, t.flatten(), embedding, c.labels)
+        return self.counted(x_t, t.flatten(), embedding, c)

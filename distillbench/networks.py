@@ -1,11 +1,11 @@
-"""Networks that teachers and students are made of. Each is called as ``network(x, time, embedding, labels)``.
+"""Networks that teachers and students are made of. Each is called as ``network(x, time, embedding, c)``.
 
 | argument  | meaning                                                        | shape                         |
 |-----------|----------------------------------------------------------------|-------------------------------|
 | x         | noisy image                                                    | (B,C,H,W)                     |
 | time      | time of the schedule                                           | (B,)                          |
 | embedding | optional, added to the embedding of time (a second time, ...)  | (B, embedding_channels)       |
-| labels    | classes 0, ..., classes - 1; `classes` stands for none         | (B,) int64                    |
+| c         | what is asked for: classes, texts                              | of a batch                    |
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+
+from distillbench.conditions import UNCONDITIONAL, Condition
 
 
 class TimeFeatures(nn.Module):
@@ -84,10 +86,10 @@ class ResidualMLP(nn.Module):
         nn.init.zeros_(self.exit.weight)
         self.classes = nn.Embedding(classes + 1, self.embedding_channels) if classes else None
 
-    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
         e = self.time(time)
         if self.classes is not None:
-            e = e + self.classes(labels)
+            e = e + self.classes(c.labels)
         e = silu(e if embedding is None else e + embedding)
         h = self.entry(x.flatten(1))
         for block in self.blocks:
@@ -120,11 +122,11 @@ class UNet(nn.Module):
         self.embedding_channels = 4 * width
         self.classes = nn.Embedding(classes + 1, self.embedding_channels) if classes else None
 
-    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
         if embedding is None:
             embedding = x.new_zeros(len(x), self.embedding_channels)
         if self.classes is not None:
-            embedding = embedding + self.classes(labels)
+            embedding = embedding + self.classes(c.labels)
         return self.unet(x, 1000 * time, class_labels=embedding).sample
 
 

@@ -24,6 +24,7 @@ from distillbench.errors import Unavailable, UserError
 from distillbench.evaluate import Evaluator, features_kept
 from distillbench.features import Networks
 from distillbench.files import key_of
+from distillbench.latents import as_trained_on, placeholder
 from distillbench.method import Batch, Method, MethodConfig
 from distillbench.metrics import Metric, Need
 from distillbench.pairs import Workspace
@@ -58,13 +59,19 @@ class Scene:
 
     def loaded(self, progress: Progress) -> Teacher:
         if self.teacher is None:
-            self.teacher = dataclasses.replace(self.source.load(progress), conditioning=self.conditioning)
-            if tuple(self.teacher.shape) != tuple(self.dataset.shape):
+            self.teacher = self.source.load(progress).asked(self.conditioning)
+            if tuple(self.teacher.image_shape) != tuple(self.dataset.shape):
+                shape = tuple(self.teacher.image_shape)
                 raise UserError(
-                    f"the teacher does not fit the dataset: it makes images of (C,H,W) = {tuple(self.teacher.shape)}, "
-                    f"the dataset's are {tuple(self.dataset.shape)}"
+                    f"the teacher does not fit the dataset: it makes images of (C,H,W) = {shape}, the dataset's are "
+                    f"{tuple(self.dataset.shape)}"
                 )
         return self.teacher
+
+    def trained_on(self, progress: Progress) -> Dataset:
+        """The images of the dataset, or their latents where the teacher knows nothing else."""
+        cache = Path(self.config.results_dir) / "cache" / "latents"
+        return as_trained_on(self.dataset, self.loaded(progress), cache, self.device, progress)
 
     def evaluation(self, progress: Progress) -> Evaluator:
         if self.evaluator is None:
@@ -204,12 +211,24 @@ def make_source(config: RunConfig, registry: Registry, device: str) -> tuple[Dat
     if config.conditional and not dataset.classes:
         raise UserError(f"conditional=true needs class labels, and dataset={dataset.name} has none")
     drawn = tuple(config.guidance_range)
+    family = registry.get("teachers", config.teacher.kind).cls
+    _check_reads(config, dataset, family)
     conditioning = WITHOUT_CLASSES
     if config.conditional:
-        conditioning = Conditioning(dataset.classes, config.guidance, (drawn[0], drawn[1]) if drawn else None)
-    family = registry.get("teachers", config.teacher.kind).cls
+        w_range = (drawn[0], drawn[1]) if drawn else None
+        conditioning = Conditioning(dataset.classes, config.guidance, w_range, dataset.evaluated)
     cache = Path(config.results_dir) / "cache" / "teachers"
     return dataset, family(config.teacher, dataset, cache, device, conditioning), conditioning
+
+
+def _check_reads(config: RunConfig, dataset: Dataset, family: type[TeacherSource]) -> None:
+    """Refuse a teacher of texts without texts, and one of classes where there are texts alone."""
+    name = config.teacher.kind
+    if family.reads == "prompts" and not (config.conditional and dataset.prompts):
+        missing = "conditional=true" if dataset.prompts else "a dataset with texts, such as dataset=prompts"
+        raise UserError(f"teacher={name} makes images of texts and needs {missing}")
+    if family.reads != "prompts" and config.conditional and dataset.prompts:
+        raise UserError(f"conditional=true: teacher={name} knows classes, and dataset={dataset.name} has texts")
 
 
 def _foresee(cell: Cell) -> None:
@@ -226,7 +245,7 @@ def _price(cell: Cell) -> None:
     """Build the method and let it take one step of a few images in each phase: what it counts is the price."""
     scene, config = cell.scene, cell.scene.config
     torch.set_num_threads(config.threads)
-    teacher = dataclasses.replace(scene.source.untrained(), conditioning=scene.conditioning)
+    teacher = scene.source.untrained().asked(scene.conditioning)
     meter = Meter(config.budget, teacher, scene.device)
     method = build(cell, teacher)
     wanted = cell.nfe
@@ -243,7 +262,7 @@ def _price(cell: Cell) -> None:
         )
     phases = method.phases()
     per_image = [0.0, 0.0]
-    data = DataStream(scene.dataset, 0, scene.device)
+    data = DataStream(placeholder(scene.dataset, teacher), 0, scene.device)
     for index, phase in enumerate(phases):
         method.start_phase(index)
         before = meter.teacher_nfe, meter.student_nfe

@@ -27,7 +27,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -250,7 +250,7 @@ def make_subject(job: SpeedJob) -> Subject:
     """The student of `job` as training left it, or the teacher with its solver."""
     device = job.measurement.device
     source = job.source(job.teacher_config, job.dataset, job.cache, device, job.conditioning)
-    teacher = dataclasses.replace(source.load(Progress(None)), conditioning=job.conditioning)
+    teacher = source.load(Progress(None)).asked(job.conditioning)
     if job.method is None or job.weights is None:
         from distillbench.evaluate import teacher_sampler  # half a second that students do not need
         from distillbench.samplers import Solver
@@ -457,7 +457,10 @@ def _apart(subject: Subject, measurement: Measurement, timer: Timer) -> _Row:
     }
     for (name, call), reason in zip(calls.items(), ("no latents", "no texts"), strict=True):
         with found.attempt(name):
-            seconds = [] if call is None else warmed_up(call, timer, LEAST_CALLS, measurement.timing_seconds)
+            with ExitStack() as awake:  # moving a module to the device is not part of its latency
+                for module in teacher.parked:
+                    awake.enter_context(module.awake())
+                seconds = [] if call is None else warmed_up(call, timer, LEAST_CALLS, measurement.timing_seconds)
             found.put(name, 1000 * statistics.median(seconds) if seconds else None, reason)
     return found
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from distillbench.conditions import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
@@ -16,11 +17,28 @@ from distillbench.denoiser import Counter, Denoiser, guided
 from distillbench.errors import UserError
 from distillbench.networks import GuidanceEmbedding
 from distillbench.options import option
+from distillbench.parked import Parked
 from distillbench.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
     from distillbench.datasets import Dataset
     from distillbench.progress import Progress
+
+
+THRESHOLD_QUANTILE = 0.995  # of Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3)
+
+
+def _dynamic_threshold(f: Tensor) -> Tensor:
+    """Each image is clipped to [-q, q] and divided by q, its .995-quantile of |f|, where that is above 1."""
+    q = torch.quantile(f.abs().flatten(1).float(), THRESHOLD_QUANTILE, dim=1).clamp(min=1).view(-1, 1, 1, 1).to(f)
+    return f.clamp(-q, q) / q
+
+
+CLIPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda f: f,
+    "static": lambda f: f.clamp(-1, 1),
+    "dynamic": _dynamic_threshold,
+}
 
 
 @dataclass
@@ -33,23 +51,33 @@ class Teacher:
     Students start as copies of `start`, which is the teacher's own denoiser unless that cannot be trained (a closed
     form has no weights). `blank` makes a network of the same architecture with fresh weights, from torch's generator.
 
-    `encode` and `decode` stand before and after sampling and are timed apart from it; nothing else uses them.
+    A teacher of latents has a `shape` of its own, and decodes them to images of `image_shape`. `encode` and `decode`
+    stand before and after sampling and are timed apart from it. With `clip` its answers stay in the range of images.
     """
 
     name: str
     denoiser: Denoiser
-    shape: tuple[int, int, int]  # C,H,W of the images it makes
+    shape: tuple[int, int, int]  # C,H,W of what it denoises
     sha256: str
     provenance: dict[str, Any] = field(default_factory=dict)
     conditioning: Conditioning = WITHOUT_CLASSES
     start: Denoiser | None = None
     blank: Callable[[], nn.Module] | None = None
     decode: Callable[[Tensor], Tensor] | None = None  # latents (B,c,h,w) to images (B,C,H,W); None: works on pixels
-    encode: Callable[[list[str]], Any] | None = None  # texts to what conditions the network; None: knows no texts
+    to_latents: Callable[[Tensor], Tensor] | None = None  # images (B,C,H,W) to latents (B,c,h,w)
+    decoded: tuple[int, int, int] | None = None  # C,H,W of the images that `decode` makes
+    encode: Callable[[list[str]], Tensor] | None = None  # texts to (B,L,D); None: knows no texts
+    parked: tuple[Parked, ...] = ()  # what encodes and decodes: on the device only while it does
+    clip: str = ""  # of CLIPS: what is done to guided answers that leave [-1, 1]
     student_rows: Counter = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.denoiser.freeze()
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C,H,W of the images it makes."""
+        return self.decoded or self.shape
 
     @property
     def label(self) -> str:
@@ -64,12 +92,19 @@ class Teacher:
     def schedule(self) -> NoiseSchedule:
         return self.denoiser.schedule
 
+    def asked(self, conditioning: Conditioning) -> Teacher:
+        """The same teacher, conditioned as a run asks; what turns labels into texts or small images stays its own."""
+        own = self.conditioning
+        return dataclasses.replace(
+            self, conditioning=dataclasses.replace(conditioning, texts=own.texts, small=own.small)
+        )
+
     def denoise(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
         """f(x_t, t, c) = E[x_0 | x_t, c], guided where `c` says so (two evaluations), (B,C,H,W).
 
         Gradients flow to x_t, not to the weights.
         """
-        return guided(self.denoiser, self.conditioning.classes, x_t, t, c)
+        return CLIPS[self.clip](guided(self.denoiser, self.conditioning, x_t, t, c))
 
     def student(self, fresh: bool = False) -> Denoiser:
         """A trainable network that starts from the teacher's weights; with `fresh`, from none.
@@ -121,6 +156,7 @@ class TeacherSource(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[TeacherConfig]]
+    reads: ClassVar[str] = "classes"  # what conditions it: classes, or prompts
 
     def __init__(
         self, config: Any, dataset: Dataset, cache: Path, device: str, conditioning: Conditioning = WITHOUT_CLASSES

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.budget import BudgetConfig, Meter
-from distillbench.conditions import WITHOUT_CLASSES, Condition, Conditioning
+from distillbench.conditions import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.denoiser import TARGETS, Denoiser, implied_eps
 from distillbench.exact import ExactDenoiser
 from distillbench.laws import GaussianMixture, mixture
@@ -92,11 +92,11 @@ class LoggedNetwork(ResidualMLP):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.2)
 
-    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        if self.classes is not None and labels is None:
+    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
+        if self.classes is not None and c.labels is None:
             raise Fault("a network that knows classes was evaluated without one: hand batch.c, or sample's c, on to it")
-        out = super().forward(x, time, embedding, labels)
-        self.log.append(Call(self, len(x), labels, out.requires_grad))
+        out = super().forward(x, time, embedding, c)
+        self.log.append(Call(self, len(x), c.labels, out.requires_grad))
         return out
 
 

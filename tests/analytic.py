@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.budget import BudgetConfig, Meter
+from distillbench.conditions import Condition
 from distillbench.denoiser import Denoiser
 from distillbench.method import Batch, Read
 from distillbench.networks import ResidualMLP
@@ -89,7 +90,7 @@ class GaussianNetwork(nn.Module):
         super().__init__()
         self.schedule, self.mean, self.variance = schedule, column(mean), column(variance)
 
-    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, c: Condition | None = None) -> Tensor:
         alpha, sigma = self.schedule.alpha(time(t)), self.schedule.sigma(time(t))
         gain = alpha * self.variance / (alpha**2 * self.variance + sigma**2)
         out = self.mean + gain * (x - alpha * self.mean)
@@ -111,7 +112,7 @@ class MixtureNetwork(nn.Module):
         self.centres = torch.tensor(centres, dtype=torch.float64).view(len(weights), -1)
         self.spreads = torch.tensor(spreads, dtype=torch.float64)
 
-    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, c: Condition | None = None) -> Tensor:
         alpha, sigma = self.schedule.alpha(t)[:, None], self.schedule.sigma(t)[:, None]  # (B,1)
         V = alpha**2 * self.spreads**2 + sigma**2  # (B,K)
         away = x.flatten(1)[:, None] - alpha[..., None] * self.centres  # (B,K,D)
@@ -174,7 +175,7 @@ class AffineTable(nn.Module):
         self.gain, self.bias = nn.Parameter(gain.clone()), nn.Parameter(bias.clone())  # (K,D)
         self.mix = nn.Linear(self.embedding_channels, 2 * gain.shape[1], bias=False)
 
-    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, c: Condition | None = None) -> Tensor:
         k = (self.times - t.double()[:, None]).abs().argmin(dim=1)
         gain, bias = self.gain[k], self.bias[k]
         if embedding is not None:

@@ -131,7 +131,7 @@ class Slow(torch.nn.Module):
         super().__init__()
         self.clock, self.seconds, self.inner, self.fails = clock, seconds, inner, False
 
-    def forward(self, x, time, embedding=None, labels=None):
+    def forward(self, x, time, embedding=None, c=None):
         self.clock.now += self.seconds
         if self.inner is not None:
             self.inner()

@@ -27,8 +27,8 @@ class Says(nn.Module):
         super().__init__()
         self.answer = answer
 
-    def forward(self, x, t, embedding, labels):
-        self.asked = x, t, embedding, labels
+    def forward(self, x, t, embedding, c):
+        self.asked = x, t, embedding, c.labels
         return self.answer
 
 
@@ -86,7 +86,7 @@ def test_edm_s_network_is_read_as_in_its_paper():
     F = lambda x, time: torch.sin(3 * x + time.view(-1, 1, 1, 1))
 
     class Network(nn.Module):
-        def forward(self, x, time, embedding, labels):
+        def forward(self, x, time, embedding, c):
             return F(x, time)
 
     x = torch.randn(5, 2, 1, 1)
@@ -137,7 +137,8 @@ class ClassMeans(nn.Module):
     embedding_channels = 8
     means = torch.tensor([-1.0, 0.2, 1.5, 0.4], dtype=torch.float64)
 
-    def forward(self, x, t, embedding=None, labels=None):
+    def forward(self, x, t, embedding, c):
+        labels = c.labels
         alpha, sigma = VPCosine().alpha(time(t)), VPCosine().sigma(time(t))
         m, v = self.means[labels].view(-1, 1, 1, 1), torch.where(labels == 3, 2.0, 0.25).view(-1, 1, 1, 1)
         return m + alpha * v / (alpha**2 * v + sigma**2) * (x - alpha * m)

@@ -86,7 +86,7 @@ class Noisy(nn.Module):
         super().__init__()
         self.layer, self.norm, self.drop = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.5)
 
-    def forward(self, x, time, embedding=None, labels=None):
+    def forward(self, x, time, embedding=None, c=None):
         return self.drop(self.norm(self.layer(x)))
 
 

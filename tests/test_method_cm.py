@@ -83,7 +83,7 @@ class EdmNetwork(nn.Module):
         k_in = 1 / (sigma**2 + self.sd**2).sqrt()
         return self.inner(torch.cat([k_in * x, sigma.log() / 4], dim=1))
 
-    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, labels=None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, c=None) -> Tensor:
         sigma, flat = t[:, None], x.flatten(1)
         k_skip = self.sd**2 / (sigma**2 + self.sd**2)
         k_out = sigma * self.sd / (sigma**2 + self.sd**2).sqrt()

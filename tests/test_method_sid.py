@@ -266,7 +266,7 @@ class LearnableGaussian(nn.Module):
         self.schedule = schedule
         self.m, self.l = nn.Parameter(torch.tensor([mean])), nn.Parameter(torch.tensor([math.log(variance)]))
 
-    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, c: Condition | None = None) -> Tensor:
         alpha, sigma, v = self.schedule.alpha(time(t)), self.schedule.sigma(time(t)), self.l.exp()
         return self.m + alpha * v / (alpha**2 * v + sigma**2) * (x - alpha * self.m)
 

@@ -504,9 +504,9 @@ class ClassGaussian(nn.Module):
     embedding_channels = 4
     MEANS = torch.tensor([[0.5, -0.3], [-1.0, 0.2], [0.1, 0.1]], dtype=torch.float64)
 
-    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, c: Condition | None = None) -> Tensor:
         alpha, sigma = VPCosine().alpha(time(t)), VPCosine().sigma(time(t))
-        mean = self.MEANS[labels].view(-1, 2, 1, 1)
+        mean = self.MEANS[c.labels].view(-1, 2, 1, 1)
         return mean + alpha * column(VARIANCE) / (alpha**2 * column(VARIANCE) + sigma**2) * (x - alpha * mean)
 
 

@@ -303,7 +303,7 @@ class OneLayer(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 4, bias=False)
 
-    def forward(self, x, time, embedding=None, labels=None):
+    def forward(self, x, time, embedding=None, c=None):
         return self.layer(x.flatten(1)).view(x.shape)
 
 

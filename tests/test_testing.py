@@ -466,7 +466,7 @@ class EvaluatesOnce(Good):
 class AroundTheCounter(Good):
     def sample(self, noise, nfe, c):
         eps = noise(0)
-        hidden = self.student.network(eps, torch.ones(len(eps)), None, c.labels)
+        hidden = self.student.network(eps, torch.ones(len(eps)), None, c)
         return self.g(eps + hidden, c)
 
 

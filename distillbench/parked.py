@@ -1,0 +1,30 @@
+"""Modules that wait on the CPU and are on the device only while they work: text encoders, decoders of latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+class Parked:
+    """A frozen module that is on `device` only inside :meth:`awake`; copies of what holds it share it."""
+
+    def __init__(self, module: nn.Module, device: str) -> None:
+        self.module, self.device = module.eval().requires_grad_(False).to("cpu"), device
+        self._users = 0
+
+    def __deepcopy__(self, memo: dict) -> Parked:
+        return self
+
+    @contextmanager
+    def awake(self) -> Iterator[nn.Module]:
+        """The module on the device; it goes back when the outermost block ends."""
+        self._users += 1
+        try:
+            yield self.module.to(self.device)
+        finally:
+            self._users -= 1
+            if not self._users:
+                self.module.to("cpu")

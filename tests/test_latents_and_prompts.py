@@ -1,0 +1,182 @@
+"""What is made once of the data: latents of images, encoded prompts."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from rich.console import Console
+
+from distillbench import Dataset, Denoiser, Teacher
+from distillbench.conditions import Condition, Conditioning
+from distillbench.denoiser import guided
+from distillbench.latents import as_trained_on, placeholder
+from distillbench.networks import ResidualMLP
+from distillbench.progress import Progress
+from distillbench.prompts import PlaceholderPrompts, encode_prompts
+from distillbench.schedules import VPCosine
+
+SILENT = Progress(Console(file=io.StringIO()))
+PROMPTS = ["a cat", "two dogs", "seven seas"]
+
+
+class Pictures(Dataset):
+    name, licence, shape, sha256, classes = "pictures", "none", (1, 8, 8), "0" * 64, 3
+
+    def __init__(self, count=40):
+        self.images = torch.randint(
+            0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
+
+    def __len__(self):
+        return len(self.images)
+
+    def read(self, indices):
+        return self.images[indices]
+
+    def labels(self, indices):
+        return indices % 3
+
+
+def latent_teacher(calls):
+    def to_latents(x):
+        calls.append(len(x))
+        return torch.nn.functional.avg_pool2d(x, 2)
+
+    denoiser = Denoiser(ResidualMLP((1, 4, 4), 8, 1), VPCosine(), "v")
+    decode = lambda z: torch.nn.functional.interpolate(z, scale_factor=2)
+    return Teacher("toy", denoiser, (1, 4, 4), "1" * 64, to_latents=to_latents, decode=decode, decoded=(1, 8, 8))
+
+
+def test_latents_are_made_once_and_read_by_row(tmp_path):
+    calls, pictures = [], Pictures()
+    teacher = latent_teacher(calls)
+    latents = as_trained_on(pictures, teacher, tmp_path, "cpu", SILENT)
+    assert sum(calls) == len(pictures) == len(latents) and latents.shape == (1, 4, 4)
+    indices = torch.tensor([3, 39, 0])
+    expected = torch.nn.functional.avg_pool2d(pictures.images[indices] / 127.5 - 1, 2)
+    torch.testing.assert_close(latents.read(indices), expected.float())
+    assert torch.equal(latents.labels(indices), indices % 3)
+    again = as_trained_on(pictures, teacher, tmp_path, "cpu", SILENT)
+    assert sum(calls) == 40 and torch.equal(again.read(indices), latents.read(indices))
+
+
+def test_damaged_latents_are_made_again(tmp_path):
+    calls = []
+    teacher = latent_teacher(calls)
+    as_trained_on(Pictures(), teacher, tmp_path, "cpu", SILENT)
+    (file,) = tmp_path.glob("*.npy")
+    file.write_bytes(file.read_bytes()[:100])
+    assert len(as_trained_on(Pictures(), teacher, tmp_path, "cpu", SILENT)) == 40 and sum(calls) == 80
+
+
+def test_pixels_stay_as_they_are_and_a_dry_run_encodes_nothing(tmp_path):
+    pictures, calls = Pictures(), []
+    plain = Teacher("toy", Denoiser(ResidualMLP((1, 8, 8), 8, 1), VPCosine(), "v"), (1, 8, 8), "2" * 64)
+    assert as_trained_on(pictures, plain, tmp_path, "cpu", SILENT) is pictures is placeholder(pictures, plain)
+    assert placeholder(pictures, latent_teacher(calls)).read(torch.tensor([1, 2])).shape == (2, 1, 4, 4) and not calls
+
+
+def encode(calls):
+    """Texts to (B,2,3): their lengths, and twice that."""
+
+    def of(texts):
+        calls.append(list(texts))
+        return torch.tensor([[[len(t)] * 3, [2 * len(t)] * 3] for t in texts]).float()
+
+    return of
+
+
+def test_prompts_are_encoded_once_and_found_by_label(tmp_path):
+    calls = []
+    table = encode_prompts(PROMPTS, encode(calls), "e", tmp_path, SILENT)
+    assert calls == [[""], PROMPTS]
+    assert table(torch.tensor([2, 0, 3]))[:, 0, 0].tolist() == [10, 5, 0]  # the last label: the empty text
+    again = encode_prompts(PROMPTS, encode(calls), "e", tmp_path, SILENT)
+    assert len(calls) == 2
+    for other in (again, pickle.loads(pickle.dumps(table)), copy.deepcopy(table)):
+        assert torch.equal(other(torch.tensor([1])), table(torch.tensor([1])))
+
+
+@pytest.mark.parametrize("change", ["texts", "encoder", "damage"])
+def test_other_prompts_another_encoder_and_damage_are_encoded_anew(tmp_path, change):
+    calls = []
+    encode_prompts(PROMPTS, encode(calls), "e", tmp_path, SILENT)
+    if change == "damage":
+        (file,) = tmp_path.glob("*.npy")
+        file.write_bytes(b"nothing")
+    texts = [*PROMPTS, "more"] if change == "texts" else PROMPTS
+    encode_prompts(texts, encode(calls), "f" if change == "encoder" else "e", tmp_path, SILENT)
+    assert len(calls) == 4
+
+
+class Reads(torch.nn.Module):
+    """x_0 = the sum of the text's numbers, plus the image that is enlarged."""
+
+    embedding_channels = 1
+
+    def forward(self, x, time, embedding, c):
+        out = x * 0 + c.text.sum(dim=(1, 2)).view(-1, 1, 1, 1)
+        return out if c.image is None else out + c.image
+
+
+def test_guidance_leads_away_from_the_empty_text(tmp_path):
+    """f_w = f_0 + w (f_c - f_0) with the empty text at 0: w times the text's numbers; the small image stays."""
+    table = encode_prompts(PROMPTS, encode([]), "e", tmp_path, SILENT)
+    asked = Conditioning(3, 2.5, texts=table)
+    c = asked.of_images(range(4), "cpu")
+    assert c.labels.tolist() == [0, 1, 2, 0]
+    denoiser, x = Denoiser(Reads(), VPCosine(), "x0"), torch.randn(4, 1, 2, 2)
+    f = guided(denoiser, asked, x, torch.full((4, 1, 1, 1), 0.5).double(), c)
+    numbers = torch.tensor([len(PROMPTS[i]) * 9.0 for i in c.labels])
+    torch.testing.assert_close(f, (2.5 * numbers).view(-1, 1, 1, 1).expand(4, 1, 2, 2))
+    assert denoiser.counted.counter.rows == 8
+    small = Condition(c.labels, c.w, True, c.text, torch.ones(4, 1, 2, 2))
+    torch.testing.assert_close(guided(denoiser, asked, x, torch.full((4, 1, 1, 1), 0.5).double(), small), f + 1)
+    assert torch.equal(small[1:3].text, c.text[1:3]) and small[1:3].image.shape == (2, 1, 2, 2)
+
+
+def test_training_and_evaluation_ask_for_their_own_prompts():
+    asked = Conditioning(10, evaluated=range(7, 10), texts=PlaceholderPrompts(2, 3))
+    assert asked.of_images(range(5), "cpu").labels.tolist() == [7, 8, 9, 7, 8]
+    drawn = asked.draw(500, torch.Generator().manual_seed(0), "cpu", None)
+    assert set(drawn.labels.tolist()) == set(range(7)) and drawn.text.shape == (500, 2, 3)
+    assert asked.of_pairs(0, range(8), "cpu").labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 0]
+
+
+class Doubled:
+    """A base model whose answer to its noise is twice that noise."""
+
+    shape = (1, 2, 2)
+
+    def __call__(self, eps, c):
+        return 2 * eps
+
+
+def test_small_images_belong_to_the_image_and_are_drawn_anew_in_training():
+    asked = Conditioning(3, small=Doubled())
+    of = asked.of_images(range(6), "cpu").image
+    torch.testing.assert_close(asked.of_images([4, 1], "cpu").image, of[[4, 1]])
+    generator = torch.Generator().manual_seed(0)
+    a, b = (asked.draw(6, generator, "cpu", None).image for _ in range(2))
+    assert a.shape == (6, 1, 2, 2) and not torch.equal(a, b)
+
+
+def test_answers_stay_in_the_range_of_images_where_that_is_asked_for():
+    class Far(torch.nn.Module):
+        embedding_channels = 1
+
+        def forward(self, x, time, embedding, c):
+            return 4 * x
+
+    x, t = torch.linspace(-1, 1, 400).view(1, 1, 20, 20), torch.full((1, 1, 1, 1), 0.5).double()
+    answers = {
+        clip: Teacher("far", Denoiser(Far(), VPCosine(), "x0"), (1, 20, 20), "3" * 64, clip=clip)
+        for clip in ("", "static", "dynamic")
+    }
+    f = {clip: teacher.denoise(x, t) for clip, teacher in answers.items()}
+    torch.testing.assert_close(f[""], 4 * x)
+    torch.testing.assert_close(f["static"], (4 * x).clamp(-1, 1))
+    q = torch.quantile((4 * x).abs(), 0.995)
+    torch.testing.assert_close(f["dynamic"], (4 * x).clamp(-q, q) / q)
