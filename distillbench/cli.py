@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Iterable, Sequence
@@ -59,13 +60,40 @@ def run(settings: tuple[str, ...], dry_run: bool, show_config: bool, debug: bool
       device=auto              cpu, cuda, cuda:N    results_dir=results  where results go
       experiment=smoke         a prepared set of settings (configs/experiment)
     """
+    _run(settings, dry_run, show_config, debug)
+
+
+@cli.command()
+@click.argument("settings", nargs=-1)
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, run nothing.")
+@click.option("--show-config", is_flag=True, help="Print the settings as YAML, run nothing.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def score(settings: tuple[str, ...], dry_run: bool, show_config: bool, debug: bool) -> None:
+    """Sample and score the teacher alone: a checkpoint, or a released student, as it is. Nothing is trained.
+
+    SETTINGS are those of `distillbench run`, without methods.
+
+    \b
+    distillbench score dataset=digits 'evaluation.teacher_samplers=[ddim,heun,dpmpp_2m]'
+    distillbench score dataset=imagenet64 dataset.path=FILES teacher=consistency teacher.path=FOLDER \\
+      'evaluation.teacher_samplers=[ddim,renoise]' 'evaluation.teacher_steps=[1,2]' conditional=true
+    """
+    given = [word for word in settings if word.partition("=")[0].split(".")[0] == "methods"]
+    if given:
+        raise UserError(f"score takes no method, got {given[0]!r}. To train methods use: distillbench run")
+    _run(settings, dry_run, show_config, debug, need_methods=False)
+
+
+def _run(settings: Sequence[str], dry_run: bool, show_config: bool, debug: bool, need_methods: bool = True) -> None:
     from distillbench.config import compose_runs, to_yaml
     from distillbench.plan import plan
     from distillbench.progress import Progress
     from distillbench.run import run as run_cells
 
     registry = _registry(debug)
-    configs = compose_runs(list(settings), registry)
+    configs = compose_runs(list(settings), registry, need_methods)
+    if not need_methods:  # an experiment may name some
+        configs = [dataclasses.replace(config, methods={}) for config in configs]
     if show_config:
         click.echo("---\n".join(to_yaml(config) for config in configs), nl=False)
         return
@@ -502,7 +530,8 @@ def _print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, d
     from distillbench.statistics import KEYS
 
     same = [name for name in ("dataset", "teacher", "budget", "device") if table[name].nunique() == 1]
-    console.print(", ".join(f"{name} {table[name].dropna().iloc[0]}" for name in same), markup=False, soft_wrap=True)
+    told = {name: table[name].dropna().iloc[0] for name in same}
+    console.print(", ".join(f"{name} {value}" for name, value in told.items() if value), markup=False, soft_wrap=True)
     summary = table[KEYS].drop_duplicates().merge(summary, on=KEYS, how="left")  # in the order of the run
     names = [name for name in ("dataset", "teacher") if name not in same]
     names += ["method", "nfe"]
@@ -526,11 +555,11 @@ def _print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, d
         shown.pop()
     console.print(_drawn(summary, shown, directions))
     cut = [name for name in directions if name not in shown]
-    told = [f"not shown: {', '.join(cut)} (summary.csv)"] if cut else []
+    notes = [f"not shown: {', '.join(cut)} (summary.csv)"] if cut else []
     for source in ("training", "sampling"):
         if any(summary[f"{name}_{source}_low"].notna().any() for name in directions):
-            told.append(f"{source[0]}[...]: 95 % interval of the mean over {source} seeds")
-    for line in told:
+            notes.append(f"{source[0]}[...]: 95 % interval of the mean over {source} seeds")
+    for line in notes:
         console.print(line, markup=False, soft_wrap=True)
     for line in _verdicts(summary, directions):
         console.print(line, markup=False, soft_wrap=True)

@@ -176,8 +176,9 @@ class Evaluator:
 
         Latents are decoded; images are clipped to [-1, 1].
         """
+        c = self.teacher.conditioning.of_images(noise.indices, self.device)  # an upscaler's base is not of the row
         before = self._rows()
-        x_0 = sampler(noise, nfe, self.teacher.conditioning.of_images(noise.indices, self.device))
+        x_0 = sampler(noise, nfe, c)
         counted = self._rows() - before
         if counted != nfe * size:
             raise RuntimeError(f"asked for {nfe} evaluations an image, counted {counted / size:g}")

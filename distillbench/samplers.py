@@ -86,6 +86,19 @@ def karras_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
     return torch.cat([torch.tensor([schedule.t_min], dtype=torch.float64), karras_times(schedule, steps, 0.002, 80.0)])
 
 
+def consistency_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """t_min, then N of 40 Karras levels, evenly spread over their indices from the top; shape (N+1,) float64.
+
+    Where a consistency function is evaluated (Song et al. 2023, algorithm 1; 40 levels are the paper's for ImageNet). More
+    than 39 steps have a level each.
+    """
+    count = max(LEVELS, steps + 1)
+    levels = karras_times(schedule, count, 0.002, 80.0)
+    index = torch.linspace(count - 1, 0, steps + 1)[:-1].round().long().flip(0)
+    return torch.cat([torch.tensor([schedule.t_min], dtype=torch.float64), levels[index]])
+
+
+LEVELS = 40  # of a consistency model
 POINTS = 1000  # diffusers' indices 0, ..., 999
 
 
@@ -122,6 +135,7 @@ TIME_GRIDS: dict[str, Callable[[NoiseSchedule, int], Tensor]] = {
     "uniform": uniform_times,
     "uniform_lambda": uniform_lambda_times,
     "karras": karras_grid,
+    "consistency": consistency_grid,
     "leading": partial(diffusers_grid, spacing=_leading),
     "linspace": partial(diffusers_grid, spacing=_linspace),
     "trailing": partial(diffusers_grid, spacing=_trailing),
@@ -249,6 +263,21 @@ def ancestral(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: T
     return f(x_t, time_like(x_t, times[1]))
 
 
+def renoise(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor, noise: NoiseFunction) -> Tensor:
+    """Song et al. (2023) algorithm 1: jump to the end, noise again to the next lower level, jump again.
+
+    For an f that is a consistency function, such as a released one-step student. What it gives has variance e^2 of
+    noise left, e the level at times[0], so tau^2 - e^2 is added. N evaluations and noise(1), ..., noise(N-1).
+    """
+    x_t, e = x_T, schedule.noise_level(times[:1]).item()
+    for k in range(len(times) - 1, 1, -1):
+        s = time_like(x_t, times[k - 1])
+        tau = schedule.noise_level(s)
+        added = (tau**2 - e**2).clamp(min=0).sqrt().to(x_t.dtype)
+        x_t = schedule.alpha(s) * (f(x_t, time_like(x_t, times[k])) + added * noise(len(times) - k))
+    return f(x_t, time_like(x_t, times[1]))
+
+
 # --- a sampler on a grid, by name ------------------------------------------------------------------------------------
 
 
@@ -278,6 +307,7 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": Sampler(_without_noise(heun), "karras", per_step=2),
     "dpmpp_2m": Sampler(_without_noise(dpmpp_2m), "karras"),
     "ddpm": Sampler(ancestral, "uniform", deterministic=False),
+    "renoise": Sampler(renoise, "consistency", deterministic=False),
 }
 
 

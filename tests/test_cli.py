@@ -471,3 +471,21 @@ def test_no_console_is_silence(capsys):
         step.advance(0.5)
         Progress(None).say("a line")
     assert capsys.readouterr().out == ""
+
+
+SCORED = ["dataset=digits", "experiment=smoke", "evaluation.images=16", "evaluation.metrics=[teacher_rmse]"]
+
+
+def test_score_samples_the_teacher_alone(tmp_path, capsys):
+    words = [*SCORED, "evaluation.timing=off", "run_name=here", f"results_dir={tmp_path}"]
+    cli.main(["score", *words, "evaluation.teacher_samplers=[ddim,renoise]"])
+    table = pd.read_csv(tmp_path / "here" / "table.csv")
+    assert set(table["method"]) == {"teacher:ddim", "teacher:renoise"} and (table["status"] == "ok").all()
+    assert table["train_images"].isna().all() and "budget" not in capsys.readouterr().out
+
+
+def test_score_takes_no_method(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["score", *SCORED, "methods=[boot]"])
+    assert done.value.code == 2
+    assert capsys.readouterr().err.startswith("error: score takes no method, got 'methods=[boot]'")

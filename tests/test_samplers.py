@@ -25,6 +25,7 @@ from analytic import (
     slope,
     time,
 )
+from distillbench.consistency import multistep
 from distillbench.denoiser import implied_eps
 from distillbench.errors import UserError
 from distillbench.samplers import (
@@ -463,8 +464,8 @@ def test_a_grid_ascends_from_t_min_through_distinct_times(name, grid, steps):
     assert times.shape == (steps + 1,) and times.dtype is torch.float64
     assert times[0] == schedule.t_min and times[1] >= times[0] and (times[1:].diff() > 0).all()
     assert times[-1] <= schedule.t_max
-    if steps == 1 or grid not in ("leading", "karras"):
-        top = min(schedule.noise_level(torch.tensor(schedule.t_max)).item(), 80.0 if grid == "karras" else math.inf)
+    if steps == 1 or grid not in ("leading", "karras", "consistency"):
+        top = min(schedule.noise_level(torch.tensor(schedule.t_max)).item(), 80.0 if grid in ("karras", "consistency") else math.inf)
         assert schedule.noise_level(times[-1]).item() == pytest.approx(top, rel=1e-9)
 
 
@@ -547,13 +548,14 @@ def test_evaluations_and_steps():
         ("dpmpp_2m/uniform_lambda", "dpmpp_2m/uniform_lambda", "uniform_lambda"),
         ("dpmpp_2m/karras", "dpmpp_2m", "karras"),
         ("ddpm", "ddpm", "uniform"),
+        ("renoise", "renoise", "consistency"),
     ],
 )
 def test_a_solver_has_one_name(text, name, grid):
     solver = Solver.parse(text)
     assert (solver.name, solver.grid) == (name, grid)
     assert Solver.parse(solver.name) == solver
-    assert solver.deterministic is (not text.startswith("ddpm"))
+    assert solver.deterministic is (not text.startswith(("ddpm", "renoise")))
 
 
 @pytest.mark.parametrize(
@@ -562,7 +564,7 @@ def test_a_solver_has_one_name(text, name, grid):
         ("dim", r"no sampler 'dim'\. Did you mean 'ddim'\? Possible: ddim, ddpm, dpmpp_2m, heun"),
         ("DDIM/karras", "no sampler 'DDIM'. Did you mean 'ddim'"),
         ("", "no sampler ''"),
-        ("ddim/karas", "no time grid 'karas' for sampler ddim. Did you mean 'karras'. Possible: karras, leading"),
+        ("ddim/karas", "no time grid 'karas' for sampler ddim. Did you mean 'karras'. Possible: consistency, karras, leading"),
         ("ddim/", "no time grid ''"),
         ("ddim/karras/karras", "no time grid 'karras/karras'"),
     ],
@@ -592,3 +594,24 @@ def test_samplers_keep_the_type_of_the_images(text):
     seen = Recorded(lambda x, t: 0.5 * x)
     x_0 = Solver.parse(text).solve(seen, schedule, draw(0), 4, draw)
     assert {x.dtype for x in [x_0, *seen.x]} == {torch.float32}
+
+
+@pytest.mark.parametrize("schedule", [VE(), VPCosine()], ids=["ve", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_renoise_is_the_multistep_sampling_of_consistency_models(schedule, steps):
+    """Against the other implementation, of distillbench/consistency.py, on the same 40 levels and noise."""
+
+    class F:
+        e = 0.002
+
+        def __init__(self):
+            self.schedule = schedule
+
+        def __call__(self, x, t, c=None):
+            return torch.tanh(x / schedule.alpha(t) / (1 + schedule.noise_level(t)))
+
+    draws = [torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(k)) for k in range(8)]
+    grid = karras_times(schedule, 40, 0.002, 80.0)
+    F.e = schedule.noise_level(torch.tensor([schedule.t_min])).item()
+    ours = Solver.parse("renoise").solve(F(), schedule, draws[0], steps, draws.__getitem__)
+    close(ours, multistep(F(), grid, draws.__getitem__, steps), rtol=1e-5, atol=1e-6)
