@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,4 +131,74 @@ class UNet(nn.Module):
         return self.unet(x, 1000 * time, class_labels=embedding).sample
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"mlp": ResidualMLP, "unet": UNet}
+class OfDiffusers(nn.Module):
+    """Any UNet2DModel or DiTTransformer2DModel: `config` is what its config.json holds, with `_class_name`.
+
+    The config's sizes must be those of the images, and it needs a row of its table for each class and one for none.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], config: dict[str, Any], classes: int = 0) -> None:
+        import diffusers
+
+        from distillbench.diffusers_networks import NETWORKS, check_classes
+        from distillbench.diffusers_schedules import Call
+
+        super().__init__()
+        name = str(config.get("_class_name"))
+        if name not in TRAINABLE:
+            raise ValueError(f"_class_name must be one of {', '.join(TRAINABLE)}, got {name!r}")
+        channels, height, width = shape
+        size = config.get("sample_size")
+        sides = (size, size) if isinstance(size, int) else tuple(size or ())
+        if config.get("in_channels") != channels or config.get("out_channels") != channels or sides != (height, width):
+            theirs = f"{config.get('in_channels')} to {config.get('out_channels')} channels, {size}"
+            raise ValueError(f"an architecture of {theirs} does not fit images of (C,H,W) = {shape}")
+        check_classes(NETWORKS[name].serves(config), classes, classes > 0, "teacher.architecture")
+        module = getattr(diffusers, name).from_config(config)
+        self.inner = NETWORKS[name](module, Call(scale=1000.0))
+        self.embedding_channels = self.inner.embedding_channels
+
+    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
+        return self.inner(x, time, embedding, c)
+
+
+TRAINABLE = ("UNet2DModel", "DiTTransformer2DModel")  # architectures of diffusers
+
+
+class DiT(nn.Module):
+    """diffusers' ``DiTTransformer2DModel``: `depth` blocks of `width` channels on patches of 2x2 pixels."""
+
+    def __init__(self, shape: tuple[int, int, int], width: int = 384, depth: int = 8, classes: int = 0) -> None:
+        from diffusers import DiTTransformer2DModel
+
+        from distillbench.diffusers_networks import DiT as Wrapped
+        from distillbench.diffusers_schedules import Call
+
+        super().__init__()
+        channels, height, image_width = shape
+        if height != image_width or height % 2:
+            raise ValueError(f"a DiT needs squares with an even side, got {height}x{image_width}")
+        heads = max(1, width // 64)
+        transformer = DiTTransformer2DModel(
+            sample_size=height,
+            in_channels=channels,
+            out_channels=channels,
+            patch_size=2,
+            num_attention_heads=heads,
+            attention_head_dim=width // heads,
+            num_layers=depth,
+            num_embeds_ada_norm=max(classes, 1),
+            norm_num_groups=1,
+        )
+        self.inner = Wrapped(transformer, Call(scale=1000.0))
+        self.embedding_channels = self.inner.embedding_channels
+        self.conditional = classes > 0
+
+    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
+        if not self.conditional:  # its table has a single class
+            c = Condition(torch.zeros(len(x), dtype=torch.int64, device=x.device))
+        return self.inner(x, time, embedding, c)
+
+
+SIZED = ("mlp", "unet", "dit")  # those of a width and a depth
+NETWORKS: dict[str, type[nn.Module]] = {"mlp": ResidualMLP, "unet": UNet, "dit": DiT, "diffusers": OfDiffusers}

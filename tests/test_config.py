@@ -222,7 +222,7 @@ VALUES = {
     "teacher.optimizer.lr=-1": "teacher.optimizer.lr must be positive, got -1.0",
     "teacher.optimizer={lr:-1}": "teacher.optimizer.lr must be positive, got -1.0",
     "teacher.optimizer.lr=abc": "teacher.optimizer.lr must be a number, got 'abc'",
-    "teacher.network=cnn": "teacher.network must be one of auto, mlp, unet, got 'cnn'",
+    "teacher.network=cnn": "teacher.network must be one of auto, mlp, unet, dit, got 'cnn'",
     "teacher.kind=x": "teacher.kind is 'trained' by choice and cannot be changed, got 'x'",
 }
 QUOTES = "a value with unusual characters needs quotes of its own, inside the shell's: "

@@ -28,7 +28,7 @@ from distillbench.denoiser import TARGETS
 from distillbench.exact import ExactDenoiser
 from distillbench.files import canonical_json, key_of, sha256_tensors, write_atomically
 from distillbench.laws import Gaussian, Law
-from distillbench.networks import NETWORKS
+from distillbench.networks import NETWORKS, SIZED
 from distillbench.options import require_between, require_one_of
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress
@@ -46,7 +46,7 @@ class Analytic(TeacherSource):
     @dataclass
     class Config(TeacherConfig):
         schedule: str = option("vp_cosine", f"noise schedule: {', '.join(SCHEDULES)}")
-        network: str = option("auto", "architecture of the students: mlp, unet, or auto, as for teacher=trained")
+        network: str = option("auto", "architecture of the students: mlp, unet, dit, or auto, as for teacher=trained")
         width: int = option(0, "channels; 0: the network's default (mlp 256, unet 64)")
         depth: int = option(0, "blocks; 0: the network's default (mlp 4, unet 2 a level)")
         prediction: str = option("v", f"what students predict: {', '.join(TARGETS)}")
@@ -55,7 +55,7 @@ class Analytic(TeacherSource):
 
         def __post_init__(self) -> None:
             require_one_of(self, "schedule", SCHEDULES)
-            require_one_of(self, "network", ("auto", *NETWORKS))
+            require_one_of(self, "network", ("auto", *SIZED))
             require_one_of(self, "prediction", TARGETS)
             require_between(self, 0, 65536, "width", "depth")
             require_between(self, 0, 2**63 - 1, "fit_images", "seed")

@@ -30,7 +30,7 @@ from distillbench.conditions import Condition, Conditioning
 from distillbench.denoiser import TARGETS
 from distillbench.files import canonical_json, key_of, sha256_tensors, write_atomically
 from distillbench.method import OptimizerConfig
-from distillbench.networks import NETWORKS
+from distillbench.networks import NETWORKS, SIZED
 from distillbench.options import require_between, require_one_of, require_positive
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress
@@ -89,9 +89,10 @@ class Trained(TeacherSource):
     @dataclass
     class Config(TeacherConfig):
         path: str = option("", "safetensors file written by `distillbench teacher train`; empty: by recipe")
-        network: str = option("auto", f"mlp, unet, or auto: mlp for images up to {MLP_UP_TO} pixels a side")
-        width: int = option(0, "channels; 0: the network's default (mlp 256, unet 64)")
-        depth: int = option(0, "blocks; 0: the network's default (mlp 4, unet 2 a level)")
+        network: str = option("auto", f"mlp, unet, dit, or auto: mlp up to {MLP_UP_TO} pixels a side, else unet")
+        width: int = option(0, "channels; 0: the network's default (mlp 256, unet 64, dit 384)")
+        depth: int = option(0, "blocks; 0: the network's default (mlp 4, unet 2 a level, dit 8)")
+        architecture: str = option("", "config.json of a UNet2DModel or DiTTransformer2DModel of diffusers, instead")
         prediction: str = option("v", f"what the network predicts: {', '.join(TARGETS)}")
         schedule: str = option("vp_cosine", f"noise schedule: {', '.join(SCHEDULES)}")
         seed: int = option(0, "seed of the teacher's training")
@@ -102,7 +103,9 @@ class Trained(TeacherSource):
         optimizer: TeacherTraining = option(TeacherTraining, "how the teacher is optimised")
 
         def __post_init__(self) -> None:
-            require_one_of(self, "network", ("auto", *NETWORKS))
+            require_one_of(self, "network", ("auto", *SIZED))
+            if self.architecture and (self.network != "auto" or self.width or self.depth):
+                raise UserError("architecture is the whole network: leave network, width and depth at their defaults")
             require_one_of(self, "prediction", TARGETS)
             require_one_of(self, "schedule", SCHEDULES)
             require_positive(self, "batch_size")
@@ -147,18 +150,25 @@ class Trained(TeacherSource):
     def recipe(self) -> dict[str, Any]:
         """Everything that the weights follow from, as plain values."""
         plain = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        for name in ("kind", "path", "network", "width", "depth"):
+        for name in ("kind", "path", "network", "width", "depth", "architecture"):
             del plain[name]
-        name, size = network_of_size(self.config.network, self.config.width, self.config.depth, self.dataset.shape)
         if self.conditioning.classes:
             plain |= {"classes": self.conditioning.classes, "forgotten": FORGOTTEN}
         return plain | {
             "format": FORMAT,
-            "network": {"name": name, **size},
+            "network": self._architecture(),
             "shape": list(self.dataset.shape),
             "dataset": self.dataset.name,
             "dataset_sha256": self.dataset.sha256,
         }
+
+    def _architecture(self) -> dict[str, Any]:
+        """The network's name and sizes, as plain values."""
+        config = self.config
+        if config.architecture:
+            return {"name": "diffusers", "config": _read_architecture(Path(config.architecture))}
+        name, size = network_of_size(config.network, config.width, config.depth, self.dataset.shape)
+        return {"name": name, **size}
 
     def _name(self) -> str:
         """What a file with the weights of this recipe is called."""
@@ -202,6 +212,17 @@ class Trained(TeacherSource):
         write_atomically(file, lambda path: save_file(tensors, path, metadata=metadata))
         progress.say(f"teacher trained: {price['images']} images, {price['seconds']} s")
         return file
+
+
+def _read_architecture(file: Path) -> dict[str, Any]:
+    """The settings in a config.json of diffusers, without what the file says of where it comes from."""
+    try:
+        config = json.loads(file.read_text())
+        return {name: value for name, value in config.items() if name == "_class_name" or name[:1] != "_"}
+    except OSError as error:
+        raise UserError(f"teacher.architecture: cannot read {str(file)!r}: {error.strerror}") from error
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"teacher.architecture: {file.name!r} is not a config.json of diffusers") from error
 
 
 def network_of_size(name: str, width: int, depth: int, shape: tuple[int, int, int]) -> tuple[str, dict[str, int]]:
