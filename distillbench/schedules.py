@@ -175,21 +175,30 @@ BETAS: dict[str, Callable[[int], Tensor]] = {
 }
 
 
+def _named_betas(name: str, steps: int) -> Tensor:
+    if name not in BETAS:
+        raise unknown("beta schedule", name, BETAS)
+    return BETAS[name](steps)
+
+
 class DiscreteBetas(_VariancePreserving):
     """diffusers' discrete schedules in continuous time (Ho et al. 2020: alpha_i^2 = abar_i = prod_{j<=i} (1 - beta_j)).
 
     Index i is t = (i + 1) / steps; between these points, and down to abar = 1 at t = 0, log abar is linear in t.
-    `betas` is "linear" (DDPM), "scaled_linear" (Stable Diffusion) or "squaredcos_cap_v2" (DeepFloyd IF).
+    `betas` is "linear" (DDPM), "scaled_linear" (Stable Diffusion) or "squaredcos_cap_v2" (DeepFloyd IF), all with the
+    ends that these models have; or beta_0, ..., beta_{steps-1} themselves, (steps,), each between 0 and 1.
     """
 
-    def __init__(self, betas: str, steps: int = 1000) -> None:
-        if betas not in BETAS:
-            raise unknown("beta schedule", betas, BETAS)
+    def __init__(self, betas: str | Tensor, steps: int = 1000) -> None:
+        table = _named_betas(betas, steps) if isinstance(betas, str) else betas.double().cpu()
+        if table.ndim != 1 or not len(table) or not bool(((table > 0) & (table < 1)).all()):
+            raise UserError("betas must be a list of values above 0 and below 1")
+        steps = len(table)
         self.t_min, self.t_max = 1 / steps, 1.0
         self.steps = steps
         self._kept: dict[torch.device, Tensor] = {}  # the table on each device that asked: a copy would be waited for
         # -log abar at t = k / steps, k = 0, ..., steps: 0 and growing
-        self.decay = torch.cat([torch.zeros(1).double(), -torch.log1p(-BETAS[betas](steps)).cumsum(0)])
+        self.decay = torch.cat([torch.zeros(1).double(), -torch.log1p(-table).cumsum(0)])
 
     def _decay(self, device: torch.device) -> Tensor:
         if device not in self._kept:

@@ -1,0 +1,414 @@
+"""Images that are stored as arrays of pixels: npz, idx (MNIST) and the batches of CIFAR and Downsampled ImageNet.
+
+Uncompressed npz arrays are mapped into memory; everything else is loaded once, as uint8. Batches are pickles: they are
+read by an unpickler that can build plain containers and numeric arrays, and executes nothing from the file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import pickle
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from distillbench.errors import UserError, quoted
+from distillbench.readers import Reader, of_split, split_named, trouble
+
+BATCH = re.compile(r"((train_)?data_batch(_\d+)?|test_batch|val_data)")  # file names of pickled batches
+CHUNK = 1024  # images hashed at a time
+MAP = "map_clsloc.txt"  # of Downsampled ImageNet: "n02119789 1 kit_fox" for each class
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images of one array, and their labels."""
+
+    name: str
+    images: np.ndarray  # (N,H,W,C) uint8
+    labels: np.ndarray | None = None  # (N,) int64
+
+
+class ArrayReader(Reader):
+    """Images of one or more arrays."""
+
+    encoded = False
+
+    def __init__(self, kind: str, parts: Sequence[Part]) -> None:
+        self.kind, self.parts = kind, list(parts)
+        self._ends = np.array(list(accumulate(len(part.images) for part in self.parts)), dtype=np.int64)
+        if not len(self):
+            raise trouble(f"no image in {', '.join(part.name for part in parts)}")
+        labels = [part.labels for part in self.parts if part.labels is not None]
+        if labels and len(labels) < len(self.parts):
+            bare = next(part.name for part in self.parts if part.labels is None)
+            raise trouble(f"{bare} has no labels, while other arrays have theirs")
+        self.labels = np.concatenate(labels) if labels else None
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _place(self, index: int) -> tuple[Part, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self.parts[number], index - (int(self._ends[number - 1]) if number else 0)
+
+    def open(self, index: int) -> np.ndarray:
+        part, row = self._place(index)
+        return part.images[row]
+
+    def name(self, index: int) -> str:
+        part, row = self._place(index)
+        return f"{part.name}[{row}]"
+
+    def checksum(self, index: int) -> tuple[int, int]:
+        data = self.open(index).tobytes()
+        return zlib.crc32(data), len(data)
+
+    def fingerprint(self, workers: int = 1) -> str:
+        """SHA-256 of the pixels, (N,H,W,C): the same for all formats of arrays."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            for start in range(0, len(part.images), CHUNK):
+                digest.update(part.images[start : start + CHUNK].tobytes())
+        return digest.hexdigest()
+
+
+def _pixels(array: np.ndarray, name: str) -> np.ndarray:
+    """Images as (N,H,W,C), a view: channels may come first or last, or be absent where images are grey."""
+    if array.dtype != np.uint8:
+        raise trouble(f"{name} must hold 8-bit values (uint8), got {array.dtype}")
+    if array.ndim == 3:
+        return array[..., None]
+    if array.ndim == 4 and array.shape[3] in (1, 3):
+        return array
+    if array.ndim == 4 and array.shape[1] in (1, 3):
+        return array.transpose(0, 2, 3, 1)
+    raise trouble(f"{name} must be images (N,H,W,C), (N,C,H,W) or (N,H,W) of 1 or 3 channels, got {array.shape}")
+
+
+def _flat_pixels(array: np.ndarray, name: str) -> np.ndarray:
+    """CIFAR's rows (N, 3*S*S), red first, as (N,S,S,3), a view."""
+    side = round((array.shape[1] / 3) ** 0.5) if array.ndim == 2 else 0
+    if array.ndim != 2 or array.shape[1] != 3 * side * side:
+        return _pixels(array, name)
+    return _pixels(array.reshape(len(array), 3, side, side), name)
+
+
+def _numbers(labels: Any, images: np.ndarray, name: str) -> np.ndarray:
+    array = np.asarray(labels)
+    if array.size != len(images) or array.dtype.kind not in "iu":
+        raise trouble(f"{name} must be {len(images)} whole numbers, got {array.dtype} {array.shape}")
+    array = array.reshape(-1).astype(np.int64)
+    if len(array) and array.min() < 0:
+        raise trouble(f"{name} must be classes 0, 1, ..., got {array.min()}")
+    return array
+
+
+# --- npz -------------------------------------------------------------------------------------------------------------
+
+
+def open_npz(files: Sequence[Path], split: str) -> ArrayReader:
+    """Arrays `images` and `labels` (or arr_0, arr_1), NAME_images and NAME_labels, x_train and y_train, or `data`.
+
+    The last is Downsampled ImageNet's, (N, 3*S*S): its labels count from 1.
+    """
+    files = [Path(name) for name in _batches(map(str, files), split, quoted(str(files[0].parent)))]
+    flat: list[Part] = []
+    parts: list[Part] = []
+    for path in files:
+        arrays = _Npz(path)
+        if "data" in arrays.names:
+            flat.append(arrays.part("data", "labels", _flat_pixels))
+            continue
+        pairs = _pairs(arrays.names)
+        if not pairs:
+            wanted = "images, arr_0, NAME_images, x_train or data"
+            raise trouble(f"{path.name!r} has no array {wanted}; it has {', '.join(arrays.names[:10]) or 'none'}")
+        parts += [arrays.part(key, pairs[key], _pixels) for key in _batches(pairs, split, path.name)]
+    return ArrayReader("npz arrays", [*parts, *_from_one(flat, files[0].parent)])
+
+
+def _pairs(names: Sequence[str]) -> dict[str, str]:
+    """The arrays of images among `names`, each with the name that its labels would have."""
+    fixed = {"images": "labels", "arr_0": "arr_1"}
+    found = next(({images: labels} for images, labels in fixed.items() if images in names), {})
+    found |= {name: f"{name.removesuffix('_images')}_labels" for name in names if name.endswith("_images")}
+    return found | {f"x_{part}": f"y_{part}" for part in ("train", "test") if f"x_{part}" in names}
+
+
+def _batches(names: Iterable[str], split: str, what: str) -> list[str]:
+    """Names of a split, batch 10 after batch 9 and test after train."""
+
+    def key(name: str) -> tuple[bool, list[Any]]:
+        stem = PurePath(name).name
+        words = re.split(r"(\d+)", stem)
+        return _split_in(stem) == "test", [int(word) if word.isdigit() else word for word in words]
+
+    return of_split(sorted(names, key=key), split, lambda name: [_split_in(PurePath(name).name)], what)
+
+
+def _split_in(name: str) -> str:
+    return split_named(name.removeprefix("x_"))
+
+
+class _Npz:
+    """The arrays of an npz by name, those that are stored without compression mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                infos = archive.infolist()
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise trouble(f"{str(path)!r} is an npz that is damaged or cut off: {error}") from error
+        self.infos = {info.filename.removesuffix(".npy"): info for info in infos}
+        self.names = list(self.infos)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        try:
+            info = self.infos[name]
+            if info.compress_type == zipfile.ZIP_STORED and info.file_size > 2**20:
+                return self._mapped(info)
+            with np.load(self.path, allow_pickle=False) as arrays:
+                return arrays[name]
+        except (zipfile.BadZipFile, OSError, ValueError, EOFError, KeyError, zlib.error) as error:
+            raise trouble(f"cannot read {name!r} of {self.path.name!r}: {error}") from error
+
+    def _mapped(self, info: zipfile.ZipInfo) -> np.ndarray:
+        with open(self.path, "rb") as file:
+            file.seek(info.header_offset + 26)  # of a local header: lengths of the name and of the extra field
+            name, extra = np.frombuffer(file.read(4), dtype="<u2").tolist()
+            file.seek(info.header_offset + 30 + name + extra)
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = header(file)
+            if dtype.hasobject:
+                raise ValueError("it holds Python objects")
+            return np.memmap(self.path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+
+    def part(self, images: str, labels: str, view: Callable[[np.ndarray, str], np.ndarray]) -> Part:
+        where = f"{self.path.name}:{images}"
+        pixels = view(self[images], where)
+        if labels not in self.infos:
+            return Part(where, pixels)
+        return Part(where, pixels, _numbers(self[labels], pixels, f"{self.path.name}:{labels}"))
+
+
+def _from_one(parts: Sequence[Part], folder: Path) -> list[Part]:
+    """Downsampled ImageNet: labels from 1, renumbered by WordNet id where its map of classes lies beside the files.
+
+    The field's class-conditional checkpoints count the 1,000 classes in the order of their WordNet ids.
+    """
+    labels = [part.labels for part in parts if part.labels is not None]
+    if not labels or min(part.min() for part in labels if len(part)) == 0:
+        return list(parts)
+    order = _wordnet_order(folder / MAP)
+    most = max(part.max() for part in labels if len(part))
+    if order is not None and most > len(order):
+        raise trouble(f"{MAP} knows {len(order)} classes, the files have {most}")
+    return [
+        Part(part.name, part.images, None if part.labels is None else _renumbered(part.labels - 1, order))
+        for part in parts
+    ]
+
+
+def _renumbered(labels: np.ndarray, order: np.ndarray | None) -> np.ndarray:
+    return labels if order is None else order[labels]
+
+
+def _wordnet_order(path: Path) -> np.ndarray | None:
+    """(K,) place among the sorted WordNet ids of the class that a file calls k + 1; None without the map."""
+    if not path.is_file():
+        return None
+    try:
+        rows = [line.split()[:2] for line in path.read_text().splitlines() if line.strip()]
+        numbers = {int(number): name for name, number in rows}
+    except (ValueError, OSError) as error:
+        raise trouble(f"{path.name} must have lines such as 'n02119789 1 kit_fox': {error}") from error
+    if sorted(numbers) != list(range(1, len(numbers) + 1)):
+        raise trouble(f"{path.name} must number its classes 1, 2, ...")
+    places = {name: place for place, name in enumerate(sorted(numbers.values()))}
+    return np.array([places[numbers[number]] for number in sorted(numbers)], dtype=np.int64)
+
+
+# --- idx -------------------------------------------------------------------------------------------------------------
+
+
+def is_idx(start: bytes) -> bool:
+    """Whether a file that starts so is an idx file of 8-bit images: two zeros, type 8, three dimensions."""
+    return start[:4] == b"\0\0\x08\x03"
+
+
+def open_idx(files: Sequence[Path], split: str) -> ArrayReader:
+    """The idx files of MNIST and its kin, each plain or gzipped; labels lie in a file beside them."""
+    images = [Path(name) for name in _batches([str(f) for f in files if "images" in f.name or len(files) == 1], split,
+                                              quoted(str(files[0].parent)))]  # fmt: skip
+    parts = []
+    for path in images:
+        pixels = _pixels(_idx(path), path.name)
+        labels = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
+        other = labels.with_name(labels.name.removesuffix(".gz") + ("" if labels.suffix == ".gz" else ".gz"))
+        found = next((p for p in (labels, other) if p.is_file() and p != path), None)
+        parts.append(Part(path.name, pixels, None if found is None else _numbers(_idx(found), pixels, found.name)))
+    return ArrayReader("idx files", parts)
+
+
+def _idx(path: Path) -> np.ndarray:
+    try:
+        with open_plain(path) as file:
+            start = file.read(4)
+            if len(start) < 4 or start[:3] != b"\0\0\x08":
+                raise trouble(f"{path.name!r} is no idx file of 8-bit values")
+            shape = np.frombuffer(file.read(4 * start[3]), dtype=">u4").tolist()
+            data = file.read()
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise trouble(f"cannot read {path.name!r} as idx: {error}") from error
+    if len(shape) != start[3] or len(data) != int(np.prod(shape, dtype=np.float64)):
+        raise trouble(f"{path.name!r} is cut off: its header says {shape}, it has {len(data):,} values")
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """A file, decompressed where it is gzipped."""
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if zipped else open(path, "rb")  # type: ignore[return-value]
+
+
+# --- batches of CIFAR ------------------------------------------------------------------------------------------------
+
+
+def open_batches(folder: Path, split: str) -> ArrayReader | None:
+    """CIFAR's or Downsampled ImageNet's python batches in a folder, or one below it; None where there are none."""
+    found = [f for f in [*folder.glob("*"), *folder.glob("*/*")] if BATCH.fullmatch(f.name) and f.is_file()]
+    if not found:
+        return None
+    parts = []
+    for name in _batches(map(str, found), split, quoted(str(folder))):
+        path = Path(name)
+        with open(path, "rb") as file:
+            parts.append(_batch(file, path.name))
+    if any(not path.name.startswith(("data_batch", "test_batch")) for path in found):
+        parts = _from_one(parts, found[0].parent)
+    return ArrayReader("CIFAR's python batches", parts)
+
+
+def open_batch_archive(path: Path, split: str) -> ArrayReader:
+    """The same in a tar, read without unpacking it."""
+    parts: dict[str, Part | None] = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = PurePath(member.name).name
+                if member.isfile() and BATCH.fullmatch(name) and (file := archive.extractfile(member)) is not None:
+                    if split != "all" and _split_in(name) != split:
+                        parts.setdefault(name, None)
+                    else:
+                        parts[name] = _batch(io.BytesIO(file.read()), name)
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise trouble(f"{path.name!r} is a tar that is damaged or cut off: {error}") from error
+    if not parts:
+        raise trouble(f"{path.name!r} holds none of CIFAR's batches (data_batch_1, ..., test_batch). Unpack other tars")
+    chosen = [parts[name] for name in _batches(list(parts), split, path.name)]
+    return ArrayReader("CIFAR's python batches", [part for part in chosen if part is not None])
+
+
+def _batch(file: BinaryIO, name: str) -> Part:
+    content = _PlainUnpickler(file, name).read()
+    if isinstance(content, dict):
+        content = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
+    if not isinstance(content, dict) or not isinstance(content.get("data"), _Array):
+        raise trouble(f"{name!r} is no batch of CIFAR: it must hold a dictionary with an array 'data'")
+    images = _flat_pixels(content["data"].value(name), name)
+    labels = content.get("labels")
+    labels = labels.value(name) if isinstance(labels, _Array) else labels
+    try:
+        return Part(name, images, None if labels is None else _numbers(labels, images, f"labels of {name}"))
+    except ValueError as error:  # a list that is no vector
+        raise trouble(f"labels of {name} must be whole numbers: {error}") from error
+
+
+class _Type:
+    """Stands for numpy's dtype while a pickle is read: a letter and a size, nothing else."""
+
+    def __init__(self, code: Any = "", *flags: Any) -> None:
+        code = code.decode("latin1") if isinstance(code, bytes) else code
+        if not (isinstance(code, str) and re.fullmatch(r"[|<>=]?[biuf][1248]", code)):
+            raise pickle.UnpicklingError(f"an array of {quoted(str(code))}")
+        self.code = code.lstrip("|<>=")
+        self.order = ""
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1]
+        self.order = {"|": "|", "<": "<", ">": ">", "=": "="}[order.decode() if isinstance(order, bytes) else order]
+
+
+class _Array:
+    """Stands for numpy's ndarray while a pickle is read."""
+
+    def __init__(self, *ignored: Any) -> None:
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def value(self, name: str) -> np.ndarray:
+        """The array. Raises UserError unless its parts fit together."""
+        try:
+            _, shape, kind, fortran, data = self.state
+            if not isinstance(kind, _Type):
+                raise ValueError("it has no type")
+            data = data.encode("latin1") if isinstance(data, str) else data
+            flat = np.frombuffer(data, dtype=np.dtype(kind.order + kind.code))
+            return flat.reshape(tuple(shape), order="F" if fortran else "C")
+        except (TypeError, ValueError, AttributeError) as error:
+            raise trouble(f"{name!r} holds a damaged array: {error}") from error
+
+
+class _Ndarray:
+    """Stands for the class numpy.ndarray where a pickle only names it."""
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads plain containers and numeric arrays. A pickle that names anything else is refused before it is called."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        super().__init__(file, encoding="bytes")
+        self.name = name
+
+    def read(self) -> Any:
+        try:
+            return self.load()
+        except UserError:
+            raise
+        except Exception as error:  # a file that was made to do harm may fail in any way
+            raise trouble(f"{self.name!r} is no batch of CIFAR: {error}") from error
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):  # bytes, in a pickle that Python 3 wrote for Python 2
+            return lambda text, encoding: text.encode("latin1")
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return lambda *arguments: _Array()
+        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
+            return _from_buffer
+        if module == "numpy" and name in ("dtype", "ndarray"):
+            return {"dtype": _Type, "ndarray": _Ndarray}[name]
+        raise trouble(f"{self.name!r} asks for {module}.{name} and may do harm: refused, nothing of it was executed")
+
+
+def _from_buffer(data: Any, kind: Any, shape: Any, order: Any) -> _Array:
+    array = _Array()
+    if not isinstance(data, bytes | bytearray | pickle.PickleBuffer):
+        raise pickle.UnpicklingError(f"an array of {type(data).__name__}")
+    array.state = (1, shape, kind, order == "F", bytes(data))
+    return array

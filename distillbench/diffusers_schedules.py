@@ -1,0 +1,296 @@
+"""How a checkpoint of diffusers is read: its scheduler's config as our schedule, parameterisation and time.
+
+A scheduler of diffusers is a training process and a sampler in one. Only the process is read here: which beta, which
+noise levels, what the network predicts and by what number it is told the time. How it would be sampled (spacing, order,
+Karras's levels, the shift of a flow's grid) is the business of our samplers; whether data predictions are clipped is
+kept, as it changes what the teacher answers.
+
+| family      | schedule, and our t                               | network's time           | prediction      |
+|-------------|---------------------------------------------------|--------------------------|-----------------|
+| discrete    | DiscreteBetas, t = (i + 1) / T for index i        | i = T t - 1, or between  | eps, x0, v      |
+| flow        | FlowMatching, x_t = (1 - t) x_0 + t eps           | T t                      | flow (eps - x0) |
+| score       | VE, t = 2 s, s the noise level of images in [0,1] | s = t / 2                | eps (from score)|
+| edm         | VE, t the noise level                             | log(t) / 4               | edm             |
+| consistency | VE, t the noise level                             | 250 log(t)               | edm             |
+
+T is `num_train_timesteps`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distillbench.denoiser import SIGMA_DATA
+from distillbench.errors import UserError, unknown
+from distillbench.files import key_of
+from distillbench.schedules import BETAS, VE, DiscreteBetas, FlowMatching, NoiseSchedule
+
+FINAL_SIGNAL = 2.0**-40  # abar_T where the config says 0: alpha = 1e-6, log(sigma/alpha) = 13.9 and not infinite
+
+
+# --- how a network is called -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """From our x and time to what a network of diffusers takes, and from what it gives to what our prediction says.
+
+    | symbol | meaning                                                  | shape     |
+    |--------|----------------------------------------------------------|-----------|
+    | x      | what our network is given (EDM's c_in x^ for "edm")      | (B,C,H,W) |
+    | time   | what our network is given: t, or log(t) / 4 for "edm"    | (B,)      |
+    | out    | what the network of diffusers gives                      | (B,C,H,W) |
+    """
+
+    scale: float
+    offset: float = 0.0
+    sign: float = 1.0
+
+    def argument(self, time: Tensor) -> Tensor:
+        """The network's own time, scale time + offset, (B,)."""
+        return self.scale * time + self.offset
+
+    def input(self, x: Tensor) -> Tensor:
+        """The network's own x, (B,C,H,W)."""
+        return x
+
+    def output(self, out: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        """What our prediction says, (B,C,H,W)."""
+        return out if self.sign == 1 else self.sign * out
+
+
+@dataclass(frozen=True)
+class ScoreCall(Call):
+    """A score network of images in [0, 1] at noise level s (Song et al. 2021, NCSN++), read as eps of ours in [-1, 1].
+
+    y = (x + 1) / 2 has the noise level s = t / 2, and the network gives the score -eps / s. (diffusers samples from
+    y = s eps, which is x = 2 s eps - 1, where we start from x = 2 s eps: of no account at s = 1348.)
+    """
+
+    def input(self, x: Tensor) -> Tensor:
+        return (x + 1) / 2
+
+    def output(self, out: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        return -self.argument(time).view(-1, 1, 1, 1).to(out.dtype) * out
+
+
+@dataclass(frozen=True)
+class ConsistencyCall(Call):
+    """A consistency function c_skip x^ + c_out F (Song et al. 2023, appendix C), read as an EDM network F'.
+
+    With tau the noise level, e the smallest, sd = SIGMA_DATA and n^2 = tau^2 + sd^2, of EDM's k_skip x^ + k_out F':
+
+        F' = (1 - e/tau) F + sd (2 e - e^2/tau) / ((tau - e)^2 + sd^2) x,     x = x^ / n
+
+    so that the denoiser is the consistency function itself, and one step of DDIM its one-step sample.
+    """
+
+    e: float = 0.002
+
+    def output(self, out: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        tau = (4 * time.double()).exp().view(-1, 1, 1, 1)
+        inner = 1 - self.e / tau
+        skip = SIGMA_DATA * (2 * self.e - self.e**2 / tau) / ((tau - self.e) ** 2 + SIGMA_DATA**2)
+        return inner.to(out.dtype) * out + skip.to(out.dtype) * x
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a checkpoint is read. `plain` says the same in plain values, for its identity and provenance."""
+
+    family: str  # discrete, flow, score, edm or consistency
+    schedule: NoiseSchedule
+    prediction: str
+    call: Call
+    clip: str  # of distillbench.teachers.CLIPS
+    plain: dict[str, Any]
+
+
+# --- discrete betas --------------------------------------------------------------------------------------------------
+
+
+def _sigmoid(start: float, end: float, steps: int) -> Tensor:
+    return torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
+
+
+# (beta_start, beta_end, T) -> beta_0, ..., beta_{T-1}, (T,) float64, under diffusers' names.
+BETA_SCHEDULES: dict[str, Callable[[float, float, int], Tensor]] = {
+    "linear": lambda start, end, steps: torch.linspace(start, end, steps, dtype=torch.float64),
+    "scaled_linear": lambda start, end, steps: torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2,
+    "squaredcos_cap_v2": lambda start, end, steps: BETAS["squaredcos_cap_v2"](steps),
+    "sigmoid": _sigmoid,
+}
+
+PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+
+
+def betas(config: Mapping[str, Any]) -> Tensor:
+    """beta_0, ..., beta_{T-1} of a scheduler's full config, (T,) float64.
+
+    Where `rescale_betas_zero_snr` asks for a last abar of 0 it is 2^-40: log(sigma/alpha) must be finite, and x_T still
+    differs from pure noise by no more than 1e-6.
+    """
+    if config.get("trained_betas") is not None:
+        table = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+    else:
+        name = config["beta_schedule"]
+        if name not in BETA_SCHEDULES:
+            raise unknown("beta_schedule", str(name), BETA_SCHEDULES, " in the scheduler's config")
+        table = BETA_SCHEDULES[name](config["beta_start"], config["beta_end"], config["num_train_timesteps"])
+    return _zero_terminal_snr(table) if config.get("rescale_betas_zero_snr") else table
+
+
+def _zero_terminal_snr(table: Tensor) -> Tensor:
+    """Lin et al. 2023, arXiv:2305.08891, algorithm 1: sqrt(abar) shifted to end at 0 and scaled to keep its start."""
+    root = (1 - table).cumprod(0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    abar = torch.cat([torch.ones(1).double(), root[:-1] ** 2, torch.tensor([FINAL_SIGNAL]).double()])
+    return 1 - abar[1:] / abar[:-1]
+
+
+# --- families of schedulers ------------------------------------------------------------------------------------------
+
+
+def _discrete(config: Mapping[str, Any]) -> Reading:
+    if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
+        return _flow(config)
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise unknown("timestep_type", str(config["timestep_type"]), ["discrete"], " in the scheduler's config")
+    prediction = _prediction(config, PREDICTION_TYPES)
+    if prediction == "eps" and config.get("rescale_betas_zero_snr"):
+        raise UserError(
+            "the scheduler's config has rescale_betas_zero_snr with prediction_type 'epsilon': without any signal "
+            "the noise says nothing of the data. Possible: v_prediction, sample"
+        )
+    schedule = DiscreteBetas(betas(config))
+    plain = {name: config[name] for name in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")}
+    if config.get("trained_betas") is not None:
+        plain = {"trained_betas": key_of([float(beta) for beta in config["trained_betas"]])}
+    plain["rescale_betas_zero_snr"] = bool(config.get("rescale_betas_zero_snr"))
+    return _reading("discrete", schedule, prediction, Call(schedule.steps, -1.0), config, plain)
+
+
+def _flow(config: Mapping[str, Any]) -> Reading:
+    if config.get("prediction_type", "flow_prediction") != "flow_prediction":
+        _prediction(config, {"flow_prediction": "flow"})
+    if config.get("invert_sigmas"):
+        raise UserError("the scheduler's config has invert_sigmas=true, time from noise to data. Possible: false")
+    steps = config["num_train_timesteps"]
+    return _reading("flow", FlowMatching(), "flow", Call(float(steps)), config, {"num_train_timesteps": steps})
+
+
+def _score(config: Mapping[str, Any]) -> Reading:
+    low, high = config["sigma_min"], config["sigma_max"]
+    plain = {"sigma_min": low, "sigma_max": high}
+    return _reading("score", VE(2 * low, 2 * high), "eps", ScoreCall(0.5), config, plain)
+
+
+def _edm(config: Mapping[str, Any]) -> Reading:
+    sign = _prediction(config, {"epsilon": "1", "v_prediction": "-1"})  # of diffusers' c_out
+    return _reading("edm", _levels(config), "edm", Call(1.0, sign=float(sign)), config, _levels_plain(config))
+
+
+def _consistency(config: Mapping[str, Any]) -> Reading:
+    call = ConsistencyCall(1000.0, e=config["sigma_min"])
+    return _reading("consistency", _levels(config), "edm", call, config, _levels_plain(config))
+
+
+def _levels(config: Mapping[str, Any]) -> VE:
+    if config["sigma_data"] != SIGMA_DATA:
+        raise UserError(f"the scheduler's config has sigma_data={config['sigma_data']}. Possible: {SIGMA_DATA}")
+    return VE(config["sigma_min"], config["sigma_max"])
+
+
+def _levels_plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: config[name] for name in ("sigma_min", "sigma_max", "sigma_data")}
+
+
+def _prediction(config: Mapping[str, Any], possible: Mapping[str, str]) -> str:
+    got = config.get("prediction_type", "epsilon")
+    if got not in possible:
+        raise unknown("prediction_type", str(got), possible, " in the scheduler's config")
+    return possible[got]
+
+
+def _reading(
+    family: str, schedule: NoiseSchedule, prediction: str, call: Call, config: Mapping[str, Any], plain: dict[str, Any]
+) -> Reading:
+    clip = _clip(config)
+    plain = {"schedule": family, **plain, "prediction": prediction, "sign": call.sign, "clip": clip}
+    return Reading(family, schedule, prediction, call, clip, plain)
+
+
+def _clip(config: Mapping[str, Any]) -> str:
+    """What is done to data predictions. diffusers' thresholding with a largest value of 1 is clipping."""
+    if config.get("thresholding"):
+        return "static" if config["sample_max_value"] <= 1 else "dynamic"
+    if not (config.get("clip_sample") or config.get("clip_denoised")):
+        return ""
+    if config.get("clip_sample_range", 1.0) != 1:
+        raise UserError(
+            f"the scheduler's config clips data predictions to {config['clip_sample_range']}. Possible: 1, or "
+            "clip_sample=false"
+        )
+    return "static"
+
+
+DISCRETE = (
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDIMInverseScheduler",
+    "PNDMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+
+# diffusers' schedulers, by class, and how the full config of each is read.
+SCHEDULERS: dict[str, Callable[[Mapping[str, Any]], Reading]] = {
+    **dict.fromkeys(DISCRETE, _discrete),
+    "FlowMatchEulerDiscreteScheduler": _flow,
+    "FlowMatchHeunDiscreteScheduler": _flow,
+    "ScoreSdeVeScheduler": _score,
+    "EDMEulerScheduler": _edm,
+    "EDMDPMSolverMultistepScheduler": _edm,
+    "CMStochasticIterativeScheduler": _consistency,
+}
+
+
+def read_config(config: Mapping[str, Any]) -> Reading:
+    """A scheduler's config, as its file has it, read; what it leaves out is as diffusers fills it in.
+
+    Raises UserError for a scheduler, a schedule or a prediction that is not supported, with those that are.
+    """
+    name = str(config.get("_class_name"))
+    if name not in SCHEDULERS:
+        raise unknown("scheduler", name, SCHEDULERS)
+    try:
+        return SCHEDULERS[name](with_defaults(name, config))
+    except (TypeError, ValueError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"the config of {name} cannot be read: {why}") from error
+
+
+def with_defaults(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of diffusers' class `name`, with its defaults where the file leaves something out."""
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, name)).parameters.items()
+    defaults = {key: parameter.default for key, parameter in parameters if parameter.default is not parameter.empty}
+    return {**defaults, **config}
