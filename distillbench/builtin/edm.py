@@ -1,0 +1,257 @@
+"""Teachers from the network pickles of NVIDIA's EDM release (Karras et al. 2022, arXiv:2206.00364).
+
+The files are read without executing anything that they hold (:mod:`distillbench.safe_pickle`), into this package's own
+networks of the same architecture (:mod:`distillbench.edm_networks`). Those named "vp" and "ve" hold the two
+architectures of Song et al.; both are preconditioned as EDM's, so that here they are teachers of one kind: they predict
+F at noise levels between .002 and 80. Networks that were released in half precision compute in float32 here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillbench import Denoiser, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
+from distillbench.conditions import Conditioning
+from distillbench.denoiser import SIGMA_DATA
+from distillbench.edm_networks import NETWORKS
+from distillbench.errors import quoted
+from distillbench.files import canonical_json, sha256_tensors
+from distillbench.options import require_fraction
+from distillbench.progress import Progress
+from distillbench.safe_pickle import PersistentObject, read_pickle
+from distillbench.schedules import VE
+from distillbench.teachers import TeacherPlan
+
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # noise levels that EDM samples between (table 1)
+PUBLISHED = {  # by dataset
+    "cifar10": "edm-cifar10-32x32-uncond-vp.pkl",
+    "ffhq": "edm-ffhq-64x64-uncond-vp.pkl",
+    "afhqv2": "edm-afhqv2-64x64-uncond-vp.pkl",
+    "imagenet64": "edm-imagenet-64x64-cond-adm.pkl",
+}
+LARGEST = 65536  # of the numbers that describe a network
+LONGEST = 64  # of its lists, and most of its blocks
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file says of its network, as plain values."""
+
+    network: str
+    settings: dict[str, Any]  # what the network is built with
+    sigma_min: float
+    sigma_max: float
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C,H,W of its images."""
+        side = self.settings["img_resolution"]
+        return self.settings["in_channels"], side, side
+
+    @property
+    def classes(self) -> int:
+        return self.settings.get("label_dim", 0)
+
+    def with_dropout(self, share: float) -> Description:
+        return dataclasses.replace(self, settings=self.settings | {"dropout": share})
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights."""
+        return NETWORKS[self.network](**self.settings)
+
+
+class Edm(TeacherSource):
+    """A network pickle of NVIDIA's EDM release, or a snapshot of its training script."""
+
+    name = "edm"
+
+    @dataclass
+    class Config(TeacherConfig):
+        path: str = option("", f"the file (required), such as {PUBLISHED['ffhq']}")
+        dropout: float = option(0.0, "share of features that students forget in training (EDM trains with .05 to .25)")
+
+        def __post_init__(self) -> None:
+            require_fraction(self, "dropout")
+
+    def plan(self) -> TeacherPlan:
+        self._check()
+        return TeacherPlan(self._file.name)
+
+    def untrained(self) -> Teacher:
+        self._check()
+        return self._teacher(self._description.build(), "untrained")
+
+    def load(self, progress: Progress) -> Teacher:
+        self._check()
+        network, weights = self._description.build(), _weights(self._file, _model(self._file, tensors=True)[1])
+        _check_shapes(self._file, network, weights)
+        network.load_state_dict(weights)
+        reading = canonical_json(dataclasses.asdict(self._description))
+        identity = f"{sha256_tensors(network.state_dict())} {reading}"
+        return self._teacher(network, hashlib.sha256(identity.encode()).hexdigest())
+
+    def _teacher(self, network: nn.Module, sha256: str) -> Teacher:
+        described = self._description
+        return Teacher(
+            self.name,
+            Denoiser(network, VE(described.sigma_min, described.sigma_max), "edm").to(self.device),
+            described.shape,
+            sha256,
+            {"file": self._file.name} | dataclasses.asdict(described),
+            Conditioning(described.classes),
+            blank=described.build,
+        )
+
+    @functools.cached_property
+    def _file(self) -> Path:
+        example = PUBLISHED.get(self.dataset.name, PUBLISHED["ffhq"])
+        accepted = (
+            f"Possible: a network of NVIDIA's EDM release ({', '.join(PUBLISHED.values())} and their variants), which "
+            f"the README of NVlabs/edm on GitHub says where to get, or a snapshot of its training: distillbench run "
+            f"'methods=[boot,cm]' dataset={self.dataset.name} teacher=edm teacher.path=FOLDER/{example}"
+        )
+        if not self.config.path:
+            raise UserError(f"teacher=edm needs teacher.path=FILE. {accepted}")
+        if not Path(self.config.path).is_file():
+            raise UserError(f"teacher.path: no file {self.config.path!r}. {accepted}")
+        return Path(self.config.path)
+
+    @functools.cached_property
+    def _description(self) -> Description:
+        """What the file says of its network, once its weights are known to be those of such a network."""
+        described, model = _model(self._file, tensors=False)
+        try:
+            with torch.device("meta"):
+                network = described.build()
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise _unfit(self._file, f"its {described.network} cannot be built: {error}") from error
+        _check_shapes(self._file, network, _weights(self._file, model))
+        return described.with_dropout(self.config.dropout)
+
+    def _check(self) -> None:
+        """Raise UserError unless the file is there, and fits the dataset and what the run asks for."""
+        theirs, classes, asked = self._description.shape, self._description.classes, self.conditioning
+        if theirs != tuple(self.dataset.shape):
+            raise UserError(
+                f"the teacher does not fit the dataset: it makes images of (C,H,W) = {theirs}, the dataset's are "
+                f"{tuple(self.dataset.shape)}"
+            )
+        if classes != asked.classes:
+            wanted = f"conditional=true with {asked.classes} classes" if asked.classes else "conditional=false"
+            raise UserError(
+                f"the teacher in {self._file.name!r} knows {classes or 'no'} classes and cannot serve {wanted}"
+            )
+        if asked.guided and not self._description.settings.get("label_dropout", 0):
+            raise UserError(
+                f"the teacher in {self._file.name!r} was trained with every label (label_dropout=0): without one its "
+                "answer means nothing, and there is nothing to guide away from. Possible: guidance=1"
+            )
+
+
+# --- from the pickle to a description and weights --------------------------------------------------------------------
+
+
+def _unfit(file: Path, why: str) -> UserError:
+    return UserError(f"teacher.path: {file.name!r} is not a network of EDM's: {why}")
+
+
+def _model(file: Path, tensors: bool) -> tuple[Description, PersistentObject]:
+    """The network in `file`: what is said of it, and itself as its attributes."""
+    content = read_pickle(file, tensors)
+    wrapper = content.get("ema") if isinstance(content, dict) else None
+    if not isinstance(wrapper, PersistentObject):
+        raise _unfit(file, "it is no dict with a network as 'ema'")
+    if wrapper.class_name != "EDMPrecond":
+        raise _unfit(file, f"it is preconditioned by {quoted(wrapper.class_name)}. Possible: EDMPrecond")
+    modules = wrapper.state.get("_modules")
+    model = modules.get("model") if isinstance(modules, dict) else None
+    if not isinstance(model, PersistentObject) or model.class_name not in NETWORKS:
+        got = quoted(model.class_name) if isinstance(model, PersistentObject) else "none"
+        raise _unfit(file, f"its architecture is {got}. Possible: {', '.join(NETWORKS)}")
+    sigma_data = _number(file, wrapper, "sigma_data", SIGMA_DATA)
+    if sigma_data != SIGMA_DATA:
+        raise _unfit(file, f"its sigma_data is {sigma_data:g}. Possible: {SIGMA_DATA:g}")
+    low = max(SIGMA_MIN, _number(file, wrapper, "sigma_min", 0.0))
+    high = min(SIGMA_MAX, _number(file, wrapper, "sigma_max", math.inf))
+    if not low < high:
+        raise _unfit(file, f"it knows no noise levels between {SIGMA_MIN:g} and {SIGMA_MAX:g}")
+    return Description(model.class_name, _settings(file, model), low, high), model
+
+
+def _number(file: Path, record: PersistentObject, name: str, default: float) -> float:
+    value = record.state.get(name, default)
+    if type(value) not in (int, float) or math.isnan(value):
+        raise _unfit(file, f"its {name} is no number")
+    return float(value)
+
+
+def _settings(file: Path, model: PersistentObject) -> dict[str, Any]:
+    """What the network was built with, by name, without surprises."""
+    args, kwargs = model.state.get("_init_args", ()), model.state.get("_init_kwargs", {})
+    if not (isinstance(args, tuple | list) and isinstance(kwargs, dict) and all(isinstance(k, str) for k in kwargs)):
+        raise _unfit(file, "it does not say what it was built with")
+    try:
+        settings = inspect.signature(NETWORKS[model.class_name]).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise _unfit(file, f"{model.class_name}: {error}") from error
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    for name, value in settings.items():
+        for part in value if isinstance(value, list) else [value]:
+            plain = type(part) is str or (type(part) in (int, float) and 0 <= part <= LARGEST)
+            if not plain or (isinstance(value, list) and len(value) > LONGEST):
+                raise _unfit(file, f"its {name} is {quoted(str(value))}")
+    if settings["in_channels"] != settings["out_channels"]:
+        raise _unfit(file, f"it makes {settings['out_channels']} channels of {settings['in_channels']}")
+    if settings.get("num_blocks", 0) not in range(LONGEST):
+        raise _unfit(file, f"its num_blocks is {settings['num_blocks']}")
+    return settings
+
+
+def _weights(file: Path, model: PersistentObject) -> dict[str, Tensor]:
+    try:
+        return dict(_named_tensors(model, "", set()))
+    except (AttributeError, RecursionError, TypeError) as error:
+        raise _unfit(file, "its modules are not made of modules, parameters and buffers") from error
+
+
+def _named_tensors(module: PersistentObject, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a module's parameters and buffers and of all below it, as its state_dict would name them."""
+    if id(module) in seen:
+        raise TypeError("a module is in two places")
+    seen.add(id(module))
+    unsaved = module.state.get("_non_persistent_buffers_set", ())
+    for group in ("_parameters", "_buffers"):
+        for name, tensor in module.state.get(group, {}).items():
+            if isinstance(tensor, Tensor) and name not in unsaved:
+                yield f"{prefix}{name}", tensor
+    for name, child in module.state.get("_modules", {}).items():
+        if isinstance(child, PersistentObject):
+            yield from _named_tensors(child, f"{prefix}{name}.", seen)
+
+
+def _check_shapes(file: Path, network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raise UserError unless `weights` are those of `network`, name by name and shape by shape."""
+    theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    ours = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    for name in sorted(theirs.keys() ^ ours.keys()):
+        lacks = "has no" if name in ours else "has a tensor"
+        raise _unfit(file, f"it {lacks} {quoted(name)}, unlike the {type(network).__name__} that it describes")
+    for name, shape in ours.items():
+        if theirs[name] != shape:
+            raise _unfit(file, f"its {name} has shape {theirs[name]}, not {shape}")
+
+
+@hookimpl
+def register_teachers(register) -> None:
+    register(Edm)
