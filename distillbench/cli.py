@@ -276,6 +276,53 @@ def fetch(network: str | None, source: str | None, debug: bool) -> None:
 
 
 @cli.group()
+def data() -> None:
+    """Datasets."""
+
+
+@data.command("check")
+@click.argument("settings", nargs=-1)
+@click.option("--grid", type=click.Path(dir_okay=False), help="Write a picture of the first 64 images (.png).")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def check_data(settings: tuple[str, ...], grid: str | None, debug: bool) -> None:
+    """Read every image of a dataset: what is there, counts, classes, hash, damaged and double images.
+
+    The exit code is 1 if images are damaged.
+
+    \b
+    distillbench data check dataset=ffhq dataset.path=ffhq-64x64.zip --grid ffhq.png
+    """
+    from pathlib import Path
+
+    from distillbench.data_check import command
+
+    raise SystemExit(command(settings, _registry(debug), None if grid is None else Path(grid), _console()))
+
+
+@cli.command()
+@click.argument("run_folder", type=click.Path())
+@click.option("--method", required=True, help="Which student of the run.")
+@click.option("--seed", type=click.IntRange(min=0), help="Its training seed, where the run has several.")
+@click.option("--output", "-o", required=True, type=click.Path(), help="Folder to write; must not be there yet.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def export(run_folder: str, method: str, seed: int | None, output: str, debug: bool) -> None:
+    """Write a one-step student of RUN_FOLDER as a pipeline that diffusers loads without distillbench.
+
+    \b
+    distillbench run 'methods=[boot]' dataset=digits run_name=digits
+    distillbench export results/digits --method boot --output boot-digits
+    """
+    from pathlib import Path
+
+    from distillbench.export import export as write_pipeline
+    from distillbench.progress import Progress
+
+    progress = Progress(_console())
+    write_pipeline(Path(run_folder), method, seed, Path(output), _registry(debug), progress)
+    progress.say(f"written: {output}")
+
+
+@cli.group()
 def reference() -> None:
     """Reference statistics (.npz with mu and sigma) of real images."""
 

@@ -204,12 +204,12 @@ class Fit:
             raise trouble(f"{name!r} is not square ({width}x{height}): set dataset.crop=center, or crop it")
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
-        if self.resize == "none":
-            if side != self.side:
-                raise trouble(
-                    f"{name!r} is {width}x{height}, and dataset.resolution={self.side}: choose how it is resized "
-                    f"(dataset.resize={'|'.join(name for name in RESIZES if name != 'none')}) or set the resolution"
-                )
+        if self.resize == "none" and side != self.side:
+            choices = "|".join(name for name in RESIZES if name != "none")
+            raise trouble(
+                f"{name!r} is {width}x{height}, and dataset.resolution={self.side}: choose how it is resized "
+                f"(dataset.resize={choices}) or set the resolution"
+            )
         if self.resize == ADM:
             return self._resized_as_adm(image)
         if width != height:  # cut first: a resize of Pillow's `box` would see pixels beyond it

@@ -1,0 +1,424 @@
+"""Teachers in diffusers' own format: a folder with model_index.json, or one on the hub where downloads are allowed.
+
+Of a pipeline only data is read: its configs and its safetensors. Its network and its autoencoder are built by
+diffusers' own classes, chosen from a list; code that comes with a pipeline is never run, and pickled weights (.bin) are
+refused. What the scheduler's config says becomes a schedule and a parameterisation (:mod:`..diffusers_schedules`).
+
+| pipeline                                     | network               | autoencoder             | classes |
+|----------------------------------------------|-----------------------|-------------------------|---------|
+| DDPMPipeline, DDIMPipeline, ScoreSdeVe, ...  | UNet2DModel           |                         | maybe   |
+| LDMPipeline                                  | UNet2DModel           | VQModel, AutoencoderKL  | maybe   |
+| DiTPipeline                                  | DiTTransformer2DModel | AutoencoderKL           | yes     |
+| ConsistencyModelPipeline, of ``consistency`` | UNet2DModel           |                         | maybe   |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from distillbench import Denoiser, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
+from distillbench.conditions import Conditioning
+from distillbench.diffusers_networks import AUTOENCODERS, NETWORKS, DiffusersNetwork, check_classes
+from distillbench.diffusers_schedules import Reading, read_config, with_defaults
+from distillbench.errors import unknown
+from distillbench.files import canonical_json, sha256_file
+from distillbench.options import require_one_of
+from distillbench.progress import Progress
+from distillbench.teachers import CLIPS, TeacherPlan
+
+INDEX = "model_index.json"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+VARIANT = re.compile(r"[\w-]*")
+
+# What the weights of a component of each library are called, less ".safetensors".
+LIBRARIES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+
+# The classes that components may have, and the library of each.
+COMPONENTS = {
+    **dict.fromkeys((*NETWORKS, *AUTOENCODERS), "diffusers"),
+    "CLIPTextModel": "transformers",
+    "CLIPTextModelWithProjection": "transformers",
+    "T5EncoderModel": "transformers",
+}
+DENOISERS = ("unet", "transformer")  # what pipelines call their network
+DECODERS = ("vae", "vqvae")  # and their autoencoder
+
+
+# --- a pipeline's folder ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Index:
+    """What model_index.json says: the pipeline's class and the class of each of its components."""
+
+    folder: Path
+    name: str  # the folder's own name or that on the hub, for messages and records
+    pipeline: str
+    components: dict[str, str]
+
+    def component(self, names: tuple[str, ...], possible: list[str] | None = None) -> str:
+        """The first of `names` that the pipeline has; raises UserError where it has none, or of another class."""
+        for name in names:
+            if name in self.components:
+                if possible is not None and self.components[name] not in possible:
+                    where = f" as {name} of the {self.pipeline} in {self.name!r}"
+                    raise unknown("class", self.components[name], possible, where)
+                return name
+        raise UserError(f"the {self.pipeline} in {self.name!r} has no {' or '.join(names)}")
+
+    def place(self, component: str) -> Path:
+        """The folder of a component: its own, or in old pipelines the pipeline's."""
+        own = self.folder / component
+        return own if own.is_dir() else self.folder
+
+    def config(self, component: str) -> dict[str, Any]:
+        """A component's config, as its file has it."""
+        return read_json(self.place(component) / "config.json", self.name)
+
+    def full_config(self, component: str) -> dict[str, Any]:
+        """The config of a component of diffusers, with its class's defaults."""
+        return with_defaults(self.components[component], self.config(component))
+
+
+def read_index(folder: Path, name: str = "") -> Index:
+    """The index of the pipeline in `folder`; raises UserError where there is none."""
+    name = name or folder.name
+    if not (folder / INDEX).is_file():
+        raise UserError(f"teacher.path: {name!r} is not a pipeline of diffusers: it has no {INDEX}")
+    plain = read_json(folder / INDEX, name)
+    components = {
+        key: str(value[1])
+        for key, value in plain.items()
+        if isinstance(value, list) and len(value) == 2 and value[1] is not None
+    }
+    return Index(folder, name, str(plain.get("_class_name")), components)
+
+
+def read_json(file: Path, name: str) -> dict[str, Any]:
+    """A JSON object; raises UserError, in the name of the pipeline, if the file is missing or holds something else."""
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"teacher.path: cannot read {file.name} of {name!r}: {error}") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"teacher.path: {file.name} of {name!r} is not a JSON object")
+    return plain
+
+
+def read_schedule(index: Index) -> tuple[Reading, dict[str, Any]]:
+    """How the pipeline's network is read, and the scheduler's config that says so."""
+    config = read_json(index.place("scheduler") / "scheduler_config.json", index.name)
+    return read_config(config), config
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def weights_files(index: Index, component: str, variant: str = "") -> list[Path]:
+    """The safetensors of a component, all its parts; raises UserError where they are missing, or only pickled."""
+    place = index.place(component)
+    base, suffix = LIBRARIES[library(index, component)], f".{variant}" if variant else ""
+    whole = place / f"{base}{suffix}.safetensors"
+    if whole.is_file():
+        return [whole]
+    parts = place / f"{base}.safetensors.index{suffix}.json"
+    if parts.is_file():
+        names = sorted(set(read_json(parts, index.name).get("weight_map", {}).values()))
+        files = [place / Path(name).name for name in names]
+        missing = [file.name for file in files if not file.is_file()]
+        if files and not missing:
+            return files
+        raise UserError(f"teacher.path: {component} of {index.name!r} lacks {', '.join(missing) or 'all its weights'}")
+    raise UserError(f"teacher.path: {component} of {index.name!r} has no weights {whole.name}{_instead(place, base)}")
+
+
+def _instead(place: Path, base: str) -> str:
+    """What a folder without the wanted safetensors has in their place, as the end of a message."""
+    found = sorted(place.glob(f"{base}*.safetensors"))
+    if found:
+        names = ", ".join(file.name for file in found)
+        return f". Found: {names} (teacher.variant names what stands before .safetensors)"
+    if list(place.glob(f"{base}*.bin")):
+        return (
+            ". Its .bin is a pickle, which can run code, and is not read; convert it where you trust it: "
+            "DiffusionPipeline.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW)"
+        )
+    return ""
+
+
+def library(index: Index, component: str) -> str:
+    """The library of a component's class; raises UserError for a class that is not built here."""
+    name = index.components[component]
+    if name not in COMPONENTS:
+        raise unknown("class", name, COMPONENTS, f" as {component} of the {index.pipeline} in {index.name!r}")
+    return COMPONENTS[name]
+
+
+def _class(index: Index, component: str) -> Any:
+    import diffusers
+
+    name = index.components[component]
+    if library(index, component) == "diffusers":
+        return getattr(diffusers, name)
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"{name} needs the library transformers: pip install 'distillbench[text]'") from error
+    return getattr(transformers, name)
+
+
+def load_component(index: Index, component: str, variant: str = "") -> Any:
+    """A component with its weights, on the CPU in the default dtype; raises UserError where they do not fit it."""
+    from diffusers.utils import is_accelerate_available
+
+    weights_files(index, component, variant)
+    settings: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    if variant:
+        settings["variant"] = variant
+    ours = library(index, component) == "diffusers"
+    if ours:
+        settings |= {"low_cpu_mem_usage": is_accelerate_available(), "torch_dtype": torch.get_default_dtype()}
+    try:
+        module, info = _class(index, component).from_pretrained(str(index.place(component)), **settings)
+    except (ImportError, OSError, ValueError, RuntimeError, TypeError) as error:
+        raise _unusable(index, component, first_line(error)) from error
+    if lost := [*info["missing_keys"], *info["mismatched_keys"]]:
+        raise _unusable(index, component, f"{len(lost)} tensors are missing or of another shape, such as {lost[0]}")
+    return module if ours else module.to(torch.get_default_dtype())
+
+
+def blank_component(index: Index, component: str) -> Any:
+    """A component with fresh weights, from torch's generator."""
+    config = index.config(component)
+    try:
+        cls = _class(index, component)
+        ours = library(index, component) == "diffusers"
+        return cls.from_config(config) if ours else cls(cls.config_class.from_dict(config))
+    except (ImportError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+        raise _unusable(index, component, first_line(error)) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, on one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _unusable(index: Index, component: str, why: str) -> UserError:
+    return UserError(f"teacher.path: {component} of {index.name!r} cannot be used: {why}")
+
+
+def identity(index: Index, components: list[str], variant: str, reading: Reading) -> str:
+    """SHA-256 over how the teacher is read, the configs of its components and the bytes of their weights' files."""
+    configs = {name: index.config(name) for name in components}
+    plain = {name: _plain({k: v for k, v in config.items() if k[:1] != "_"}) for name, config in configs.items()}
+    hashes = [sha256_file(file) for name in components for file in weights_files(index, name, variant)]
+    return hashlib.sha256(canonical_json([reading.plain, plain, hashes]).encode()).hexdigest()
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def hub_folder(name: str, repository: str, revision: str, download: bool, patterns: list[str]) -> Path:
+    """The folder of a repository of the hub with the files that match `patterns`, fetched first if `download`.
+
+    `name` is the teacher's. Without `download`, what is in the hub's cache on this machine serves.
+    """
+    if not HUB_ID.fullmatch(repository):
+        raise UserError(f"teacher.path: no folder {repository!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                repository, revision=revision or None, local_files_only=not download, allow_patterns=patterns
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        if download:
+            raise UserError(f"teacher.path: cannot fetch {repository!r} from the hub: {first_line(error)}") from error
+        raise UserError(
+            f"teacher.path: no folder {repository!r}. If it is a repository of the hub, allow its download: "
+            f"teacher={name} teacher.path={repository} teacher.download=true"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"teacher.path: cannot fetch {repository!r} from the hub: {first_line(error)}") from error
+
+
+def patterns_of(components: tuple[str, ...], variant: str) -> list[str]:
+    """The files of a repository that hold the weights of `components`, where it has them."""
+    suffix = f".{variant}" if variant else ""
+    return [
+        f"{place}{base}{part}.safetensors"
+        for place in ("", *(f"{component}/" for component in components))
+        for base in LIBRARIES.values()
+        for part in (suffix, f"{suffix}-?????-of-?????")
+    ]
+
+
+# --- teachers --------------------------------------------------------------------------------------------------------
+
+
+class Diffusers(TeacherSource):
+    """A pipeline of diffusers, on pixels or latents, unconditional or class-conditional."""
+
+    name = "diffusers"
+    families: ClassVar[tuple[str, ...]] = ("discrete", "flow", "score", "edm")  # of readings
+
+    @dataclass
+    class Config(TeacherConfig):
+        path: str = option("", "a pipeline's folder (with model_index.json), or its name on the hub (required)")
+        download: bool = option(False, "may the hub be asked for what is not on this machine")
+        revision: str = option("", "branch, tag or commit on the hub; empty: its main branch")
+        variant: str = option("", "which weights, as in diffusion_pytorch_model.VARIANT.safetensors: fp16, ...")
+        clip: str = option("auto", "of data predictions: none, static, dynamic; auto: as the scheduler's config says")
+
+        def __post_init__(self) -> None:
+            require_one_of(self, "clip", ("auto", "none", *(clip for clip in CLIPS if clip)))
+            if not VARIANT.fullmatch(self.variant):
+                raise UserError(f"variant must be letters, digits, - and _, got {self.variant!r}")
+
+    def plan(self) -> TeacherPlan:
+        index = self._index(weights=False)
+        self._check(index)
+        if not self._on_hub():
+            for component in self._components(index):
+                weights_files(index, component, self.config.variant)
+        return TeacherPlan(index.name)
+
+    def untrained(self) -> Teacher:
+        index = self._index(weights=False)
+        modules = {name: blank_component(index, name) for name in self._components(index)}
+        return self._teacher(index, modules, "untrained")
+
+    def load(self, progress: Progress) -> Teacher:
+        index = self._index(weights=True)
+        reading = self._check(index)
+        components = self._components(index)
+        modules = {name: load_component(index, name, self.config.variant) for name in components}
+        return self._teacher(index, modules, identity(index, components, self.config.variant, reading))
+
+    def _on_hub(self) -> bool:
+        return not Path(self.config.path).is_dir()
+
+    def _index(self, weights: bool) -> Index:
+        """The pipeline's index; of one on the hub, `weights` says whether its weights are wanted too."""
+        config = self.config
+        if not config.path:
+            raise UserError(f"teacher={self.name} needs teacher.path=FOLDER, a folder with {INDEX}")
+        if not self._on_hub():
+            return read_index(Path(config.path), Path(config.path).resolve().name)
+        patterns = ["*.json", *(patterns_of((*DENOISERS, *DECODERS), config.variant) if weights else ())]
+        folder = hub_folder(self.name, config.path, config.revision, config.download, patterns)
+        return read_index(folder, config.path)
+
+    def _denoiser(self, index: Index) -> str:
+        return index.component(DENOISERS, ["UNet2DModel", "DiTTransformer2DModel"])
+
+    def _components(self, index: Index) -> list[str]:
+        """The network, and the autoencoder where there is one."""
+        decoders = [name for name in DECODERS if name in index.components]
+        for name in decoders:
+            index.component((name,), list(AUTOENCODERS))
+        return [self._denoiser(index), *decoders[:1]]
+
+    def _check(self, index: Index) -> Reading:
+        """How the pipeline is read; raises UserError unless it fits the family, the dataset and what is asked."""
+        if texts := [name for name in index.components if name.startswith("text_encoder")]:
+            raise UserError(
+                f"the {index.pipeline} in {index.name!r} reads prompts (it has {texts[0]}), teacher={self.name} classes"
+            )
+        reading, _ = read_schedule(index)
+        if reading.family not in self.families:
+            raise UserError(
+                f"the scheduler of the {index.pipeline} in {index.name!r} is of the {reading.family} family, which "
+                f"teacher={self.name} does not read. Possible: {', '.join(self.families)}"
+            )
+        component = self._denoiser(index)
+        serves = NETWORKS[index.components[component]].serves(index.full_config(component))
+        check_classes(serves, self.conditioning.classes, self.conditioning.guided, index.name)
+        if self.config.clip != "auto":
+            clip = "" if self.config.clip == "none" else self.config.clip
+            reading = dataclasses.replace(reading, clip=clip, plain={**reading.plain, "clip": clip})
+        _, made = self._shapes(index)
+        if made != tuple(self.dataset.shape):
+            raise UserError(
+                f"the teacher does not fit the dataset: it makes images of (C,H,W) = {made}, the dataset's are "
+                f"{self.dataset.shape}"
+            )
+        return reading
+
+    def _shapes(self, index: Index) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """C,H,W of what the network denoises, and of the images that it becomes."""
+        component, *decoders = self._components(index)
+        config = index.full_config(component)
+        size = config["sample_size"] or self.dataset.shape[1:]  # one that does not say its size has the dataset's
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (config["in_channels"], height, width)
+        if not decoders:
+            return shape, shape
+        decoder = decoders[0]
+        return shape, AUTOENCODERS[index.components[decoder]].image_shape(index.full_config(decoder), shape)
+
+    def _teacher(self, index: Index, modules: dict[str, Any], sha256: str) -> Teacher:
+        reading = self._check(index)
+        _, scheduler = read_schedule(index)
+        component, *decoders = modules
+        network = self._wrapped(index, component, modules[component], reading)
+        autoencoder = None
+        if decoders:
+            autoencoder = AUTOENCODERS[index.components[decoders[0]]](modules[decoders[0]], self.device)
+        shape, made = self._shapes(index)
+        return Teacher(
+            self.name,
+            Denoiser(network, reading.schedule, reading.prediction).to(self.device),
+            shape,
+            sha256,
+            {
+                "pipeline": index.pipeline,
+                "path": index.name,
+                "revision": self.config.revision,
+                "variant": self.config.variant,
+                "reading": reading.plain,
+                "scheduler": _plain(scheduler),
+            },
+            Conditioning(self.conditioning.classes),
+            blank=lambda: self._wrapped(index, component, blank_component(index, component), reading),
+            decode=autoencoder.decode if autoencoder else None,
+            to_latents=autoencoder.encode if autoencoder else None,
+            decoded=made if autoencoder else None,
+            parked=(autoencoder.parked,) if autoencoder else (),
+            clip=reading.clip,
+        )
+
+    @staticmethod
+    def _wrapped(index: Index, component: str, module: Any, reading: Reading) -> DiffusersNetwork:
+        return NETWORKS[index.components[component]](module, reading.call)
+
+
+class Consistency(Diffusers):
+    """A released consistency model, a ConsistencyModelPipeline, as it stands: one step of its DDIM is its answer."""
+
+    name = "consistency"
+    families = ("consistency",)
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A config for records: without infinities, which JSON does not have."""
+    finite = lambda value: not isinstance(value, float) or math.isfinite(value)
+    return {name: value if finite(value) else str(value) for name, value in config.items()}
+
+
+@hookimpl
+def register_teachers(register) -> None:
+    register(Diffusers)
+    register(Consistency)

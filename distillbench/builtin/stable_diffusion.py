@@ -1,0 +1,424 @@
+"""Teachers that make images of texts, and the first of them: Stable Diffusion 1.5, 2.1 and pipelines of their layout.
+
+Read from a folder of diffusers (:mod:`.diffusers_pipelines` says how little of a folder is believed). Texts are encoded
+once, into a table on disk; the text encoder is read only if the table is missing, or a text comes that is not of it.
+
+| part         | class                | where it is while students train |
+|--------------|----------------------|----------------------------------|
+| unet         | UNet2DConditionModel | on the device                    |
+| vae          | AutoencoderKL        | on the CPU                       |
+| text_encoder | CLIPTextModel        | nowhere                          |
+| tokenizer    | CLIPTokenizer        | nowhere                          |
+
+Guidance is that of diffusers' StableDiffusionPipeline, f_0 + w (f_c - f_0) with the empty text as the one for none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distillbench import Denoiser, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
+from distillbench.builtin.diffusers_pipelines import (
+    INDEX,
+    VARIANT,
+    Index,
+    blank_component,
+    hub_folder,
+    identity,
+    load_component,
+    patterns_of,
+    read_index,
+    read_json,
+    read_schedule,
+    weights_files,
+)
+from distillbench.conditions import Conditioning, Texts
+from distillbench.diffusers_networks import Autoencoder, TextUNet
+from distillbench.diffusers_schedules import Reading
+from distillbench.errors import unknown
+from distillbench.files import canonical_json, sha256_file
+from distillbench.options import require_positive
+from distillbench.parked import Parked
+from distillbench.progress import Progress
+from distillbench.prompts import EncodedPrompts, PlaceholderPrompts, encode_prompts
+from distillbench.teachers import TeacherPlan
+
+TEXT_EXTRA = "reading texts needs the library transformers: pip install 'distillbench[text]'"
+LOWER = 512  # D of a text encoder whose config leaves it out, as transformers fills it in
+
+TOKENIZERS = (
+    "CLIPTokenizer",
+    "CLIPTokenizerFast",
+    "PreTrainedTokenizerFast",
+    "T5Tokenizer",
+    "T5TokenizerFast",
+    "TokenizersBackend",
+)
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """How pipelines use a class of text encoders."""
+
+    width: str  # the setting of its config that is D
+    length: Callable[[Mapping[str, Any], Mapping[str, Any]], int]  # of the configs of tokenizer and encoder
+    masked: Callable[[Mapping[str, Any]], bool]  # is the encoder told, by its config, which tokens are padding
+    prepare: Callable[[str], str]  # what is done to a text before
+
+
+def _clip_length(tokenizer: Mapping[str, Any], encoder: Mapping[str, Any]) -> int:
+    most = int(encoder.get("max_position_embeddings", 77))
+    return min(int(tokenizer.get("model_max_length") or most), most)
+
+
+T5_LENGTH = 77  # of DeepFloyd IF, whatever the tokenizer's own
+
+TEXT_MODELS = {
+    "CLIPTextModel": TextModel(
+        "hidden_size", _clip_length, lambda config: bool(config.get("use_attention_mask")), lambda text: text
+    ),
+    # IF also offers to clean captions of web pages (clean_caption); that is left to who writes the prompts.
+    "T5EncoderModel": TextModel(
+        "d_model", lambda tokenizer, encoder: T5_LENGTH, lambda config: True, lambda text: text.lower().strip()
+    ),
+}
+
+
+class ParkedOnDemand(Parked):
+    """A module that is read when it is first wanted, waits on the CPU from then on, and can be let go."""
+
+    def __init__(self, read: Callable[[], nn.Module], device: str) -> None:
+        self.read, self.device = read, device
+        self._users = 0
+        self._kept: nn.Module | None = None
+
+    @property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        if self._kept is None:
+            self._kept = self.read().eval().requires_grad_(False).to("cpu")
+        return self._kept
+
+    def let_go(self) -> None:
+        """Give its memory back; it is read again if it is wanted again."""
+        self._kept = None
+
+
+class TextEncoder:
+    """A pipeline's tokenizer and text encoder: texts to (B,L,D), the encoder's last hidden state after its last norm.
+
+    Each text is cut or padded to L tokens. Nothing is read before a text comes.
+    """
+
+    def __init__(self, index: Index, variant: str, device: str, possible: tuple[str, ...]) -> None:
+        index.component(("text_encoder",), list(possible))
+        index.component(("tokenizer",), list(TOKENIZERS))
+        self.index, self.variant = index, variant
+        self.parked = ParkedOnDemand(lambda: load_component(index, "text_encoder", variant), device)
+        self.kind = TEXT_MODELS[index.components["text_encoder"]]
+        self.config = index.config("text_encoder")
+        self.width = int(self.config.get(self.kind.width, LOWER))
+        self.length = self.kind.length(self._tokenizer_config(), self.config)
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> Tensor:
+        texts = [self.kind.prepare(text) for text in texts]
+        tokens = self._tokenizer(
+            texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        device = self.parked.device
+        mask = tokens.attention_mask.to(device) if self.kind.masked(self.config) else None
+        with self.parked.awake() as encoder:
+            return encoder(tokens.input_ids.to(device), attention_mask=mask).last_hidden_state
+
+    def check(self) -> None:
+        """Raise UserError where a file of weights, or what reads texts, is missing."""
+        if importlib.util.find_spec("transformers") is None:
+            raise UserError(TEXT_EXTRA)
+        weights_files(self.index, "text_encoder", self.variant)
+        if not self._tokenizer_files():
+            raise UserError(f"teacher.path: tokenizer of {self.index.name!r} has no files")
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of all that turns a text into numbers."""
+        how = {
+            "encoder": self.index.components["text_encoder"],
+            "config": {name: value for name, value in self.config.items() if name[0] != "_"},
+            "tokenizer": self.index.components["tokenizer"],
+            "length": self.length,
+            "output": "last_hidden_state",
+        }
+        files = [*weights_files(self.index, "text_encoder", self.variant), *self._tokenizer_files()]
+        hashes = {file.name: sha256_file(file) for file in files}
+        return hashlib.sha256(canonical_json([how, hashes]).encode()).hexdigest()
+
+    def let_go(self) -> None:
+        """Give the encoder's memory back."""
+        self.parked.let_go()
+
+    def _tokenizer_files(self) -> list[Path]:
+        folder = self.index.folder / "tokenizer"
+        return sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+
+    def _tokenizer_config(self) -> dict[str, Any]:
+        file = self.index.folder / "tokenizer" / "tokenizer_config.json"
+        return read_json(file, self.index.name) if file.is_file() else {}
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        try:
+            import transformers
+        except ImportError as error:
+            raise UserError(TEXT_EXTRA) from error
+        cls = getattr(transformers, self.index.components["tokenizer"])
+        try:
+            return cls.from_pretrained(str(self.index.folder / "tokenizer"), local_files_only=True)
+        except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"teacher.path: tokenizer of {self.index.name!r} cannot be used: {why}") from error
+
+
+# --- pipelines that read texts ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class TextPipelineConfig(TeacherConfig):
+    """Settings of all teachers that read texts."""
+
+    path: str = option("", "a pipeline's folder (with model_index.json), or its name on the hub (required)")
+    download: bool = option(False, "may the hub be asked for what is not on this machine")
+    revision: str = option("", "branch, tag or commit on the hub; empty: its main branch")
+    variant: str = option("", "which weights, as in diffusion_pytorch_model.VARIANT.safetensors: fp16, ...")
+
+    def __post_init__(self) -> None:
+        if not VARIANT.fullmatch(self.variant):
+            raise UserError(f"variant must be letters, digits, - and _, got {self.variant!r}")
+
+
+class TextPipeline(TeacherSource):
+    """A pipeline of diffusers with a UNet2DConditionModel that attends to texts."""
+
+    reads = "prompts"
+    encoders: ClassVar[tuple[str, ...]]  # classes that its text encoder may be of
+    families: ClassVar[tuple[str, ...]] = ("discrete", "flow")  # of readings
+
+    def _index(self, path: str, wanted: tuple[str, ...] = ()) -> Index:
+        """The index of the pipeline at `path`; of one on the hub, with the weights of its components `wanted`."""
+        config = self.config
+        if not path:
+            raise UserError(f"teacher={self.name} needs teacher.path=FOLDER, a folder with {INDEX}")
+        if Path(path).is_dir():
+            return read_index(Path(path), Path(path).resolve().name)
+        patterns = ["*.json", "tokenizer/*.txt", "tokenizer/*.model"]
+        patterns += patterns_of(wanted, config.variant) if wanted else ()
+        return read_index(hub_folder(self.name, path, config.revision, config.download, patterns), path)
+
+    def _prompts(self) -> list[str]:
+        if not self.dataset.prompts:
+            raise UserError(
+                f"teacher={self.name} makes images of texts, and dataset={self.dataset.name} has none. Possible: "
+                "dataset=prompts, or images with captions"
+            )
+        return list(self.dataset.prompts)
+
+    def _encoded(self, encoder: TextEncoder, progress: Progress) -> EncodedPrompts:
+        """The table of the dataset's prompts, found or made now; the encoder is let go after that."""
+        cache = self.cache.parent / "prompts"
+        table = encode_prompts(self._prompts(), encoder, encoder.sha256, cache, progress)
+        encoder.let_go()
+        return table
+
+    def _reading(self, index: Index) -> Reading:
+        """How the network is read; raises UserError where a part of the pipeline is of another kind than is read."""
+        index.component(("unet",), ["UNet2DConditionModel"])
+        if more := [name for name in index.components if name.startswith("text_encoder_")]:
+            raise UserError(
+                f"the {index.pipeline} in {index.name!r} has a {more[0]}, and teacher={self.name} reads one text "
+                "encoder. Possible: pipelines of the layout of Stable Diffusion 1.5 and 2.1, or DeepFloyd IF"
+            )
+        if index.full_config("unet")["time_cond_proj_dim"] is not None:
+            raise UserError(
+                f"the {index.pipeline} in {index.name!r} is told its guidance weight (time_cond_proj_dim): it is a "
+                "student already, not a teacher"
+            )
+        reading, _ = read_schedule(index)
+        if reading.family not in self.families:
+            raise unknown("family of schedulers", reading.family, self.families, f" for teacher={self.name}")
+        return reading
+
+    def _check_width(self, index: Index, width: int) -> None:
+        """Raise UserError unless the network takes texts of `width` numbers a token."""
+        config = index.full_config("unet")
+        wanted = config["encoder_hid_dim"] or config["cross_attention_dim"]
+        if isinstance(wanted, int) and wanted != width:
+            raise UserError(
+                f"teacher.path: the network in {index.name!r} takes texts of {wanted} numbers a token, its text "
+                f"encoder gives {width}"
+            )
+
+    @abstractmethod
+    def plan(self) -> TeacherPlan: ...
+
+    def _provenance(self, index: Index, reading: Reading) -> dict[str, Any]:
+        size = index.full_config("unet")["sample_size"]
+        return {
+            "pipeline": index.pipeline,
+            "path": index.name,
+            "revision": self.config.revision,
+            "variant": self.config.variant,
+            "reading": reading.plain,
+            "sample_size": size,
+            "resolution": list(self.dataset.shape[1:]),
+        }
+
+
+# --- Stable Diffusion ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Latents:
+    """What a pipeline's configs say of its latents and texts."""
+
+    reading: Reading
+    encoder: TextEncoder
+    shape: tuple[int, int, int]  # C,h,w
+
+
+class StableDiffusion(TextPipeline):
+    """A latent text-to-image pipeline of the layout of Stable Diffusion 1.5 and 2.1."""
+
+    name = "stable_diffusion"
+    encoders = ("CLIPTextModel",)
+
+    @dataclass
+    class Config(TextPipelineConfig):
+        decode_batch: int = option(4, "images that the autoencoder decodes or encodes at once")
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require_positive(self, "decode_batch")
+
+    def plan(self) -> TeacherPlan:
+        index = self._index(self.config.path)
+        latents = self._latents(index)
+        if Path(self.config.path).is_dir():
+            for component in ("unet", "vae"):
+                weights_files(index, component, self.config.variant)
+            latents.encoder.check()
+        return TeacherPlan(index.name)
+
+    def untrained(self) -> Teacher:
+        """Of the network's architecture; decoding gives grey images, and no text is read."""
+        index = self._index(self.config.path)
+        latents = self._latents(index)
+        shape = latents.shape
+        return self._teacher(
+            index,
+            latents,
+            blank_component(index, "unet"),
+            "untrained",
+            PlaceholderPrompts(latents.encoder.length, latents.encoder.width),
+            decode=lambda z: z.new_zeros(len(z), *self.dataset.shape),
+            to_latents=lambda x: x.new_zeros(len(x), *shape),
+        )
+
+    def load(self, progress: Progress) -> Teacher:
+        index = self._index(self.config.path, ("unet", "vae", "text_encoder"))
+        latents, variant = self._latents(index), self.config.variant
+        encoder, reading = latents.encoder, latents.reading
+        texts = self._encoded(encoder, progress)
+        autoencoder = Autoencoder(load_component(index, "vae", variant), self.device)
+        weights = identity(index, ["unet", "vae"], variant, reading)
+        teacher = self._teacher(
+            index,
+            latents,
+            load_component(index, "unet", variant),
+            hashlib.sha256(f"{weights} {encoder.sha256}".encode()).hexdigest(),
+            texts,
+            decode=self._in_slices(autoencoder, autoencoder.decode),
+            to_latents=self._in_slices(autoencoder, autoencoder.encode),
+        )
+        return dataclasses.replace(teacher, encode=encoder, parked=(autoencoder.parked, encoder.parked))
+
+    def _in_slices(self, autoencoder: Autoencoder, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """`call` on a few images at a time: at 512 pixels a side an image takes gigabytes."""
+        size = self.config.decode_batch
+
+        def sliced(x: Tensor) -> Tensor:
+            with autoencoder.parked.awake():
+                return torch.cat([call(part) for part in x.split(size)])
+
+        return sliced
+
+    def _latents(self, index: Index) -> _Latents:
+        """What the configs say; raises UserError where they do not fit each other, or the dataset."""
+        self._prompts()
+        reading, encoder = self._reading(index), TextEncoder(index, self.config.variant, self.device, self.encoders)
+        index.component(("vae",), ["AutoencoderKL"])
+        unet, vae = index.full_config("unet"), index.full_config("vae")
+        self._check_width(index, encoder.width)
+        channels = vae["latent_channels"]
+        if (unet["in_channels"], unet["out_channels"]) != (channels, channels):
+            raise UserError(
+                f"teacher.path: the network in {index.name!r} takes {unet['in_channels']} channels and gives "
+                f"{unet['out_channels']}, its latents have {channels}: it edits or enlarges images and does not make "
+                "them of texts alone"
+            )
+        _, *factors = Autoencoder.image_shape(vae, (channels, 1, 1))
+        _, height, width = self.dataset.shape
+        if height % factors[0] or width % factors[1]:
+            raise UserError(
+                f"dataset.resolution: the autoencoder of {index.name!r} makes images of sides that are multiples of "
+                f"{factors[0]}, got {height}x{width}"
+            )
+        shape = (channels, height // factors[0], width // factors[1])
+        if (made := Autoencoder.image_shape(vae, shape)) != tuple(self.dataset.shape):
+            raise UserError(
+                f"the teacher does not fit the dataset: it makes images of (C,H,W) = {made}, the dataset's are "
+                f"{tuple(self.dataset.shape)}"
+            )
+        return _Latents(reading, encoder, shape)
+
+    def _teacher(
+        self,
+        index: Index,
+        latents: _Latents,
+        unet: Any,
+        sha256: str,
+        texts: Texts,
+        decode: Callable[[Tensor], Tensor],
+        to_latents: Callable[[Tensor], Tensor],
+    ) -> Teacher:
+        reading = latents.reading
+        return Teacher(
+            self.name,
+            Denoiser(TextUNet(unet, reading.call), reading.schedule, reading.prediction).to(self.device),
+            latents.shape,
+            sha256,
+            self._provenance(index, reading) | {"latents": list(latents.shape)},
+            Conditioning(self.conditioning.classes, texts=texts),
+            blank=lambda: TextUNet(blank_component(index, "unet"), reading.call),
+            decode=decode,
+            to_latents=to_latents,
+            decoded=self.dataset.shape,
+            clip=reading.clip,
+        )
+
+
+@hookimpl
+def register_teachers(register) -> None:
+    register(StableDiffusion)
