@@ -224,10 +224,10 @@ def make_source(config: RunConfig, registry: Registry, device: str) -> tuple[Dat
 def _check_reads(config: RunConfig, dataset: Dataset, family: type[TeacherSource]) -> None:
     """Refuse a teacher of texts without texts, and one of classes where there are texts alone."""
     name = config.teacher.kind
-    if family.reads == "prompts" and not (config.conditional and dataset.prompts):
+    if family.reads == "texts" and not (config.conditional and dataset.prompts):
         missing = "conditional=true" if dataset.prompts else "a dataset with texts, such as dataset=prompts"
         raise UserError(f"teacher={name} makes images of texts and needs {missing}")
-    if family.reads != "prompts" and config.conditional and dataset.prompts:
+    if family.reads != "texts" and config.conditional and dataset.prompts:
         raise UserError(f"conditional=true: teacher={name} knows classes, and dataset={dataset.name} has texts")
 
 

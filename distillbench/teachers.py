@@ -156,7 +156,7 @@ class TeacherSource(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[TeacherConfig]]
-    reads: ClassVar[str] = "classes"  # what conditions it: classes, or prompts
+    reads: ClassVar[str] = "classes"  # what conditions it: classes, or texts
 
     def __init__(
         self, config: Any, dataset: Dataset, cache: Path, device: str, conditioning: Conditioning = WITHOUT_CLASSES

@@ -98,6 +98,14 @@ TEXT_MODELS = {
 }
 
 
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(TEXT_EXTRA) from error
+    return transformers
+
+
 class ParkedOnDemand(Parked):
     """A module that is read when it is first wanted, waits on the CPU from then on, and can be let go."""
 
@@ -127,7 +135,7 @@ class TextEncoder:
         index.component(("text_encoder",), list(possible))
         index.component(("tokenizer",), list(TOKENIZERS))
         self.index, self.variant = index, variant
-        self.parked = ParkedOnDemand(lambda: load_component(index, "text_encoder", variant), device)
+        self.parked = ParkedOnDemand(self._encoder, device)
         self.kind = TEXT_MODELS[index.components["text_encoder"]]
         self.config = index.config("text_encoder")
         self.width = int(self.config.get(self.kind.width, LOWER))
@@ -178,13 +186,20 @@ class TextEncoder:
         file = self.index.folder / "tokenizer" / "tokenizer_config.json"
         return read_json(file, self.index.name) if file.is_file() else {}
 
+    def _encoder(self) -> Any:
+        """The encoder with its weights, without transformers' bar of progress: ours is shown."""
+        logging = _transformers().utils.logging
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            return load_component(self.index, "text_encoder", self.variant)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        try:
-            import transformers
-        except ImportError as error:
-            raise UserError(TEXT_EXTRA) from error
-        cls = getattr(transformers, self.index.components["tokenizer"])
+        cls = getattr(_transformers(), self.index.components["tokenizer"])
         try:
             return cls.from_pretrained(str(self.index.folder / "tokenizer"), local_files_only=True)
         except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
@@ -212,7 +227,7 @@ class TextPipelineConfig(TeacherConfig):
 class TextPipeline(TeacherSource):
     """A pipeline of diffusers with a UNet2DConditionModel that attends to texts."""
 
-    reads = "prompts"
+    reads = "texts"
     encoders: ClassVar[tuple[str, ...]]  # classes that its text encoder may be of
     families: ClassVar[tuple[str, ...]] = ("discrete", "flow")  # of readings
 
