@@ -1,0 +1,351 @@
+"""DeepFloyd IF, a cascade in pixels: a base of 64x64 images from texts, and an upscaler to 256x256 that is given them.
+
+    stage 1:  f(x_t, t, text)                           text: T5's, 77 tokens
+    stage 2:  f(x_t, t, text, y),   y = a B(base(eps, text)) + b n
+
+| symbol | meaning                                                                        | shape     |
+|--------|--------------------------------------------------------------------------------|-----------|
+| base   | stage 1 itself, or its student, from noise of its own                          | (B,C,h,w) |
+| B      | enlargement, bilinear, corners on corners                                      | (B,C,H,W) |
+| n      | noise against the base's errors, of the same draw as eps                       | (B,C,H,W) |
+| a, b   | of the upscaler's `image_noising_scheduler` at the index `noise_level`         |           |
+| y      | ``c.image``                                                                    | (B,C,H,W) |
+
+The stages are distilled one after the other: stage 1, its export, then stage 2 with ``teacher.base=`` the export. What
+the base evaluates is counted as the teacher's (it is frozen), and stands before sampling: no row's nfe contains it.
+
+The variance that both networks predict is dropped. Data predictions are thresholded as the scheduler's config says
+(Saharia et al. 2022, section 2.3, with the largest divisor that diffusers adds).
+
+At t = 1 the schedule of IF has alpha = 5e-5: data predicted from a predicted noise has errors 20,000 times its errors,
+which no student of one step can live with. ``t_max=.981`` ends the schedule where diffusers' own 50 steps begin, at
+1 / alpha = 34; a method's own ``schedule`` can end it too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from distillbench import Denoiser, Teacher, UserError, hookimpl, option
+from distillbench.builtin.diffusers_pipelines import (
+    Index,
+    blank_component,
+    identity,
+    load_component,
+    read_json,
+    read_schedule,
+    weights_files,
+)
+from distillbench.builtin.stable_diffusion import TextEncoder, TextPipeline, TextPipelineConfig
+from distillbench.conditions import UNCONDITIONAL, Condition, Conditioning, Texts
+from distillbench.denoiser import Counter
+from distillbench.diffusers_networks import TextUNet
+from distillbench.diffusers_schedules import Reading, read_config, with_defaults
+from distillbench.files import canonical_json
+from distillbench.options import require_between, require_one_of
+from distillbench.progress import Progress
+from distillbench.prompts import PlaceholderPrompts
+from distillbench.samplers import TIME_GRIDS, ddim
+from distillbench.schedules import NoiseSchedule
+from distillbench.teachers import TeacherPlan
+
+STUDENT_TIMES = 2  # a scheduler of so few is that of an exported one-step student, which is asked at the last of them
+NOISING = "image_noising_scheduler"
+GRID = "leading"  # of a base that takes several steps
+AT_ONCE = 64  # images that the base makes at once
+
+
+# --- dynamic thresholding --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Each image is clipped to [-q, q] and divided by q, its `quantile` of |f|, held between 1 and `largest`."""
+
+    quantile: float
+    largest: float
+
+    def __call__(self, f: Tensor) -> Tensor:
+        q = torch.quantile(f.abs().flatten(1).float(), self.quantile, dim=1).clamp(1, self.largest)
+        q = q.view(-1, 1, 1, 1).to(f.dtype)
+        return f.clamp(-q, q) / q
+
+
+@dataclass
+class ThresholdedTeacher(Teacher):
+    """A teacher whose guided answers are thresholded, where it has a threshold."""
+
+    threshold: Threshold | None = None
+
+    def denoise(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
+        f = super().denoise(x_t, t, c)
+        return f if self.threshold is None else self.threshold(f)
+
+
+# --- the base --------------------------------------------------------------------------------------------------------
+
+
+class BaseImages:
+    """What the upscaler enlarges, by `base`, for noise that names all of it: C channels of eps, then n, reshaped.
+
+    The base starts from eps as diffusers does, not from sigma_t eps. `noising` is the schedule of n and its time.
+    """
+
+    def __init__(
+        self,
+        base: Teacher,
+        times: Tensor,
+        w: float,
+        side: tuple[int, int],
+        noising: tuple[NoiseSchedule, float],
+    ) -> None:
+        channels, height, width = base.shape
+        self.base, self.times, self.w, self.side, self.noising = base, times, w, side, noising
+        self.shape = (channels * (1 + side[0] * side[1] // (height * width)), height, width)
+
+    def __deepcopy__(self, memo: dict) -> BaseImages:
+        return self
+
+    @torch.no_grad()
+    def __call__(self, eps: Tensor, c: Condition) -> Tensor:
+        channels = self.base.shape[0]
+        parts = [
+            self._small(eps[first : first + AT_ONCE, :channels], c[first : first + AT_ONCE])
+            for first in range(0, len(eps), AT_ONCE)
+        ]
+        small = torch.cat(parts)
+        large = interpolate(small, self.side, mode="bilinear", align_corners=True)
+        n = eps[:, channels:].reshape(large.shape)
+        schedule, time = self.noising
+        t = torch.full((len(eps), 1, 1, 1), time, dtype=torch.float64, device=eps.device)
+        return schedule.alpha(t) * large + schedule.sigma(t) * n
+
+    def _small(self, eps: Tensor, c: Condition) -> Tensor:
+        """The base's images of what `c` asks for, (B,C,h,w) in [-1, 1]."""
+        w = None if self.w == 1 else eps.new_full((len(eps), 1, 1, 1), self.w)
+        asked = Condition(c.labels, w, text=c.text)
+        return ddim(partial(self.base.denoise, c=asked), self.base.schedule, eps, self.times).clamp(-1, 1)
+
+
+# --- the teacher -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A pipeline of the cascade, as its configs say."""
+
+    index: Index
+    reading: Reading
+    threshold: Threshold | None
+    shape: tuple[int, int, int]  # C,H,W of what it makes
+    variant: str
+    local: bool  # a folder, not of the hub
+    student: bool  # of one step
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """How it is read, as plain values."""
+        return self.reading.plain | {"threshold": self.threshold and dataclasses.asdict(self.threshold)}
+
+
+class DeepFloyd(TextPipeline):
+    """A stage of a cascade of DeepFloyd IF's layout; the upscaler is conditioned on what a base makes."""
+
+    name = "deepfloyd"
+    encoders = ("T5EncoderModel",)
+    families = ("discrete",)
+
+    @dataclass
+    class Config(TextPipelineConfig):
+        stage: int = option(1, "1: the base, images from texts; 2: the upscaler")
+        base: str = option("", "of stage 2: folder of an exported one-step student of stage 1, or of stage 1 itself")
+        base_steps: int = option(50, "DDIM steps of a base that is stage 1 itself; a student makes one")
+        base_guidance: float = option(7.0, "w of a base that is stage 1 itself; a student answers guided by itself")
+        t_max: float = option(
+            1.0, "largest time that is used; below 1 spares students of one step a division by 20,000"
+        )
+        noise_level: int = option(250, f"noise added to what is enlarged, an index of the {NOISING}")
+        text: str = option("", "folder whose tokenizer and text encoder are used; empty: those of path, or of base")
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require_one_of(self, "stage", (1, 2))
+            require_between(self, 1, 1000, "base_steps")
+            require_between(self, 0.01, 1, "t_max")
+            require_between(self, 0, float("inf"), "base_guidance", "noise_level")
+            if (self.stage == 2) != bool(self.base):
+                wanted = "stage=2 needs base=FOLDER, what makes the images that are enlarged"
+                raise UserError(wanted if self.stage == 2 else f"base is of stage=2, got stage={self.stage}")
+
+    def plan(self) -> TeacherPlan:
+        stages = self._stages(weights=False)
+        encoder = self._encoder(stages, weights=False)
+        for stage in stages:
+            if stage.local:
+                weights_files(stage.index, "unet", stage.variant)
+        if encoder.index.folder.is_dir() and all(stage.local for stage in stages):
+            encoder.check()
+        return TeacherPlan(" on ".join(stage.index.name for stage in stages))
+
+    def untrained(self) -> Teacher:
+        stages = self._stages(weights=False)
+        encoder = self._encoder(stages, weights=False)
+        texts = PlaceholderPrompts(encoder.length, encoder.width)
+        return self._cascade(stages, texts, lambda stage: blank_component(stage.index, "unet"), "untrained")
+
+    def load(self, progress: Progress) -> Teacher:
+        stages = self._stages(weights=True)
+        encoder = self._encoder(stages, weights=True)
+        texts = self._encoded(encoder, progress)
+        known = [[identity(stage.index, ["unet"], stage.variant, stage.reading), stage.plain] for stage in stages]
+        recipe = [known, encoder.sha256, self._settings(stages)]
+        sha256 = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
+        read = lambda stage: load_component(stage.index, "unet", stage.variant)
+        teacher = self._cascade(stages, texts, read, sha256)
+        return dataclasses.replace(teacher, encode=encoder, parked=(encoder.parked,))
+
+    # --- what the folders say ---
+
+    def _stages(self, weights: bool) -> list[_Stage]:
+        """The stage that is the teacher and, where it enlarges, its base; UserError where they do not fit."""
+        self._prompts()
+        config = self.config
+        _, height, width = self.dataset.shape
+        wanted: tuple[str, ...] = ("unet",) if config.text else ("unet", "text_encoder")
+        wanted = wanted if weights else ()
+        stage = self._stage(config.path, config.variant, self.dataset.shape, wanted)
+        schedule = stage.reading.schedule
+        top = schedule.lam(torch.tensor(config.t_max, dtype=torch.float64)).item()
+        reading = dataclasses.replace(stage.reading, schedule=schedule.restricted(-math.inf, top))
+        stage = dataclasses.replace(stage, reading=reading)
+        self._check_channels(stage, "stage", enlarges=config.stage == 2)
+        if config.stage == 1:
+            return [stage]
+        base = self._stage(config.base, "", None, wanted)
+        self._check_channels(base, "base", enlarges=False)
+        _, low, across = base.shape
+        if height % low or width % across or (height, width) == (low, across):
+            raise UserError(
+                f"dataset.resolution: the base {base.index.name!r} makes {low}x{across} images, which are enlarged to "
+                f"a multiple of that, got {height}x{width}"
+            )
+        self._noising(stage.index)
+        return [stage, base]
+
+    def _stage(self, path: str, variant: str, shape: tuple[int, int, int] | None, wanted: tuple[str, ...]) -> _Stage:
+        """The pipeline at `path`, which makes images of `shape`, or of its network's own size."""
+        index = self._index(path, wanted)
+        reading = self._reading(index)
+        unet = index.full_config("unet")
+        size = unet["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        _, plain = read_schedule(index)
+        scheduler = with_defaults(str(plain["_class_name"]), plain)
+        threshold = None
+        if scheduler.get("thresholding"):
+            threshold = Threshold(scheduler["dynamic_thresholding_ratio"], scheduler["sample_max_value"])
+            reading = dataclasses.replace(reading, clip="")
+        made = shape or (self.dataset.shape[0], height, width)
+        student = scheduler["num_train_timesteps"] <= STUDENT_TIMES
+        return _Stage(index, reading, threshold, made, variant, Path(path).is_dir(), student)
+
+    def _check_channels(self, stage: _Stage, setting: str, enlarges: bool) -> None:
+        unet, channels = stage.index.full_config("unet"), self.dataset.shape[0]
+        name, got = stage.index.name, (unet["in_channels"], unet["out_channels"])
+        wanted, told_noise = 2 * channels if enlarges else channels, unet["class_embed_type"] is not None
+        if got[0] != wanted or got[1] not in (channels, 2 * channels) or told_noise != enlarges:
+            kind = "enlarges images (stage 2)" if enlarges else "makes images of texts alone (stage 1)"
+            raise UserError(
+                f"teacher.{setting}: the network in {name!r} takes {got[0]} channels and gives {got[1]}; one "
+                f"that {kind} takes {wanted} and gives {channels}, or {2 * channels} with a variance"
+            )
+
+    def _noising(self, index: Index) -> tuple[NoiseSchedule, float]:
+        """The schedule of the noise that is added to what is enlarged, and its time."""
+        index.component((NOISING,))
+        schedule = read_config(read_json(index.folder / NOISING / "scheduler_config.json", index.name)).schedule
+        level, steps = self.config.noise_level, round(1 / schedule.t_min)
+        if level >= steps:
+            raise UserError(f"teacher.noise_level must lie between 0 and {steps - 1}, got {level}")
+        return schedule, (level + 1) / steps
+
+    def _encoder(self, stages: list[_Stage], weights: bool) -> TextEncoder:
+        """The text encoder of the first pipeline that has one; UserError where none has, or it does not fit."""
+        places = [(stage.index, stage.variant) for stage in stages]
+        if self.config.text:
+            places = [(self._index(self.config.text, ("text_encoder",) if weights else ()), self.config.variant)]
+        with_one = [place for place in places if "text_encoder" in place[0].components]
+        if not with_one:
+            names = " and ".join(repr(index.name) for index, _ in places)
+            raise UserError(f"no text encoder in {names}: name a pipeline that has one with teacher.text=FOLDER")
+        encoder = TextEncoder(*with_one[0], self.device, self.encoders)
+        for stage in stages:
+            self._check_width(stage.index, encoder.width)
+        return encoder
+
+    def _settings(self, stages: list[_Stage]) -> dict[str, Any]:
+        """What else decides the teacher's answers, as plain values."""
+        plain: dict[str, Any] = {"t_max": self.config.t_max}
+        for base in stages[1:]:
+            steps, w = self._base_sampling(base)
+            plain |= {"base_steps": steps, "base_guidance": w, "noise_level": self.config.noise_level}
+        return plain
+
+    def _base_sampling(self, base: _Stage) -> tuple[int, float]:
+        """Steps of the base and its w."""
+        return (1, 1.0) if base.student else (self.config.base_steps, self.config.base_guidance)
+
+    # --- what is made of them ---
+
+    def _cascade(
+        self, stages: list[_Stage], texts: Texts, unet: Callable[[_Stage], Any], sha256: str
+    ) -> ThresholdedTeacher:
+        stage, *bases = stages
+        teacher = self._teacher(stage, texts, unet, sha256, Counter())
+        teacher.provenance.update(self._provenance(stage.index, stage.reading) | {"stage": self.config.stage})
+        teacher.provenance.update(self._settings(stages))
+        for base in bases:
+            counter = teacher.denoiser.counted.counter  # the base is frozen too: evaluations of the teacher's
+            steps, w = self._base_sampling(base)
+            small = BaseImages(
+                self._teacher(base, texts, unet, "base", counter),
+                TIME_GRIDS[GRID](base.reading.schedule, steps),
+                w,
+                (stage.shape[1], stage.shape[2]),
+                self._noising(stage.index),
+            )
+            teacher.provenance["base"] = {"path": base.index.name, "reading": base.plain}
+            teacher.conditioning = dataclasses.replace(teacher.conditioning, small=small)
+        return teacher
+
+    def _teacher(
+        self, stage: _Stage, texts: Texts, unet: Callable[[_Stage], Any], sha256: str, counter: Counter
+    ) -> ThresholdedTeacher:
+        reading, level = stage.reading, self.config.noise_level
+        network = TextUNet(unet(stage), reading.call, level)
+        return ThresholdedTeacher(
+            self.name,
+            Denoiser(network, reading.schedule, reading.prediction, counter).to(self.device),
+            stage.shape,
+            sha256,
+            conditioning=Conditioning(self.conditioning.classes, texts=texts),
+            blank=lambda: TextUNet(blank_component(stage.index, "unet"), reading.call, level),
+            clip=reading.clip,
+            threshold=stage.threshold,
+        )
+
+
+@hookimpl
+def register_teachers(register) -> None:
+    register(DeepFloyd)
