@@ -17,7 +17,7 @@ import distillbench
 from distillbench.budget import Meter, Price
 from distillbench.energy import Energy, energy
 from distillbench.environment import device_name, environment
-from distillbench.errors import DivergedError, UserError
+from distillbench.errors import DivergedError, Unavailable, UserError
 from distillbench.evaluate import Sampler, teacher_sampler
 from distillbench.files import key_of, sha256_file, write_atomically
 from distillbench.flops import NetworkFlops, family_flops, training_flops
@@ -219,8 +219,13 @@ def _train(
     missing = {name: peak.reason for name, peak in peaks.items() if peak.reason}
     missing |= {"joules": used.reason} if used.reason else {}
     try:
+        if method.teacher.conditioning.small is not None:
+            raise Unavailable("the evaluations of an upscaler's base model are not told apart from its own")
         flops = family_flops(method.teacher, scene.device)
         not_counted = sorted({name for counted in flops for name in counted.not_counted})
+    except Unavailable as reason:
+        flops, not_counted = None, []
+        missing["tflops"] = str(reason)
     except Exception as error:  # a network is a stranger's code
         flops, not_counted = None, []
         missing["tflops"] = f"its FLOPs cannot be counted: {type(error).__name__}"

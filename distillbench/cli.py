@@ -317,9 +317,7 @@ def export(run_folder: str, method: str, seed: int | None, output: str, debug: b
     from distillbench.export import export as write_pipeline
     from distillbench.progress import Progress
 
-    progress = Progress(_console())
-    write_pipeline(Path(run_folder), method, seed, Path(output), _registry(debug), progress)
-    progress.say(f"written: {output}")
+    write_pipeline(Path(run_folder), method, seed, Path(output), _registry(debug), Progress(_console()))
 
 
 @cli.group()

@@ -59,10 +59,10 @@ class Texts(Protocol):
 class SmallImages(Protocol):
     """What an upscaler enlarges: the base model's answer to noise of its own."""
 
-    shape: tuple[int, int, int]  # of its noise, and of its images
+    shape: tuple[int, int, int]  # of the noise that names an image
 
     def __call__(self, eps: Tensor, c: Condition) -> Tensor:
-        """Images in [-1, 1] for `eps` (B,C,h,w) and what is asked for; without gradients."""
+        """Images for `eps`, (B, *shape), and what is asked for, as the upscaler is shown them; without gradients."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from distillbench.denoiser import SIGMA_DATA
 from distillbench.errors import UserError, unknown
 from distillbench.files import key_of
 from distillbench.schedules import BETAS, VE, DiscreteBetas, FlowMatching, NoiseSchedule
+from distillbench.teachers import Clip
 
 FINAL_SIGNAL = 2.0**-40  # abar_T where the config says 0: alpha = 1e-6, log(sigma/alpha) = 13.9 and not infinite
 
@@ -108,7 +109,7 @@ class Reading:
     schedule: NoiseSchedule
     prediction: str
     call: Call
-    clip: str  # of distillbench.teachers.CLIPS
+    clip: Clip
     plain: dict[str, Any]
 
 
@@ -222,22 +223,23 @@ def _reading(
     family: str, schedule: NoiseSchedule, prediction: str, call: Call, config: Mapping[str, Any], plain: dict[str, Any]
 ) -> Reading:
     clip = _clip(config)
-    plain = {"schedule": family, **plain, "prediction": prediction, "sign": call.sign, "clip": clip}
+    plain = {"schedule": family, **plain, "prediction": prediction, "sign": call.sign, "clip": clip.plain()}
     return Reading(family, schedule, prediction, call, clip, plain)
 
 
-def _clip(config: Mapping[str, Any]) -> str:
+def _clip(config: Mapping[str, Any]) -> Clip:
     """What is done to data predictions. diffusers' thresholding with a largest value of 1 is clipping."""
     if config.get("thresholding"):
-        return "static" if config["sample_max_value"] <= 1 else "dynamic"
+        largest = config["sample_max_value"]
+        return Clip("static") if largest <= 1 else Clip("dynamic", config["dynamic_thresholding_ratio"], largest)
     if not (config.get("clip_sample") or config.get("clip_denoised")):
-        return ""
+        return Clip()
     if config.get("clip_sample_range", 1.0) != 1:
         raise UserError(
             f"the scheduler's config clips data predictions to {config['clip_sample_range']}. Possible: 1, or "
             "clip_sample=false"
         )
-    return "static"
+    return Clip("static")
 
 
 DISCRETE = (

@@ -153,14 +153,17 @@ def _teacher_cell(scene: Scene, config: RunConfig, solver: Solver) -> Cell:
 
 
 def _check_data(cell: Cell) -> None:
-    """Refuse a method that needs real images where there are none."""
+    """Refuse a method that needs real images where there are none, or none that go with what is asked for."""
     assert cell.entry is not None
-    if not cell.entry.cls.needs_data or len(cell.scene.dataset):
+    scene = cell.scene
+    if not cell.entry.cls.needs_data or (len(scene.dataset) and scene.source.fits_data):
         return
-    methods = cell.scene.registry.methods
+    methods = scene.registry.methods
     free = ", ".join(sorted(name for name, entry in methods.items() if not entry.cls.needs_data))
-    dataset = cell.scene.dataset.name
-    raise UserError(f"{cell.name} needs real images, and dataset={dataset} comes without. Possible without: {free}")
+    why = f"dataset={scene.dataset.name} comes without"
+    if len(scene.dataset):
+        why = f"teacher={scene.source.name} enlarges images of its own base, with which real ones do not go"
+    raise UserError(f"{cell.name} needs real images, and {why}. Possible without: {free}")
 
 
 def _check_nfe(config: RunConfig, cells: list[Cell]) -> None:

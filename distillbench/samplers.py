@@ -89,8 +89,8 @@ def karras_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
 def consistency_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
     """t_min, then N of 40 Karras levels, evenly spread over their indices from the top; shape (N+1,) float64.
 
-    Where a consistency function is evaluated (Song et al. 2023, algorithm 1; 40 levels are the paper's for ImageNet). More
-    than 39 steps have a level each.
+    Where a consistency function is evaluated (Song et al. 2023, algorithm 1; 40 levels are the paper's for ImageNet).
+    More than 39 steps have a level each.
     """
     count = max(LEVELS, steps + 1)
     levels = karras_times(schedule, count, 0.002, 80.0)

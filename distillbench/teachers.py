@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,19 +26,36 @@ if TYPE_CHECKING:
     from distillbench.progress import Progress
 
 
-THRESHOLD_QUANTILE = 0.995  # of Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3)
+@dataclass(frozen=True)
+class Clip:
+    """What is done to guided answers that leave [-1, 1].
+
+    "static" cuts them there. "dynamic" (Saharia et al. 2022, section 2.3) clips each image to [-q, q] and divides it by
+    q, its `quantile` of |f|, held between 1 and `largest`.
+    """
+
+    kind: str = ""
+    quantile: float = 0.995
+    largest: float = math.inf
+
+    def __call__(self, f: Tensor) -> Tensor:
+        return CLIPS[self.kind](self, f)
+
+    def plain(self) -> Any:
+        """What it is, as plain values."""
+        return [self.kind, self.quantile, self.largest] if self.kind == "dynamic" else self.kind
 
 
-def _dynamic_threshold(f: Tensor) -> Tensor:
-    """Each image is clipped to [-q, q] and divided by q, its .995-quantile of |f|, where that is above 1."""
-    q = torch.quantile(f.abs().flatten(1).float(), THRESHOLD_QUANTILE, dim=1).clamp(min=1).view(-1, 1, 1, 1).to(f)
+def _dynamic(clip: Clip, f: Tensor) -> Tensor:
+    q = torch.quantile(f.abs().flatten(1).float(), clip.quantile, dim=1).clamp(1, clip.largest)
+    q = q.view(-1, 1, 1, 1).to(f.dtype)
     return f.clamp(-q, q) / q
 
 
-CLIPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "": lambda f: f,
-    "static": lambda f: f.clamp(-1, 1),
-    "dynamic": _dynamic_threshold,
+CLIPS: dict[str, Callable[[Clip, Tensor], Tensor]] = {
+    "": lambda clip, f: f,
+    "static": lambda clip, f: f.clamp(-1, 1),
+    "dynamic": _dynamic,
 }
 
 
@@ -68,7 +86,7 @@ class Teacher:
     decoded: tuple[int, int, int] | None = None  # C,H,W of the images that `decode` makes
     encode: Callable[[list[str]], Tensor] | None = None  # texts to (B,L,D); None: knows no texts
     parked: tuple[Parked, ...] = ()  # what encodes and decodes: on the device only while it does
-    clip: str = ""  # of CLIPS: what is done to guided answers that leave [-1, 1]
+    clip: Clip = Clip()
     student_rows: Counter = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -104,7 +122,7 @@ class Teacher:
 
         Gradients flow to x_t, not to the weights.
         """
-        return CLIPS[self.clip](guided(self.denoiser, self.conditioning, x_t, t, c))
+        return self.clip(guided(self.denoiser, self.conditioning, x_t, t, c))
 
     def student(self, fresh: bool = False) -> Denoiser:
         """A trainable network that starts from the teacher's weights; with `fresh`, from none.
@@ -148,6 +166,14 @@ class TeacherPlan:
     nfe: int = 0
 
 
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A pipeline of diffusers on this machine, and which of its weights are meant ("" or as "fp16")."""
+
+    folder: Path
+    variant: str
+
+
 class TeacherSource(ABC):
     """A family of teachers, such as one format of checkpoints. Constructed with its Config and the dataset.
 
@@ -163,6 +189,15 @@ class TeacherSource(ABC):
     ) -> None:
         self.config, self.dataset, self.cache, self.device = config, dataset, cache, device
         self.conditioning = conditioning
+
+    @property
+    def fits_data(self) -> bool:
+        """Whether real images go with what it is conditioned on: they do not with the small images of an upscaler."""
+        return True
+
+    def pipeline(self) -> PipelineFolder | None:
+        """The pipeline that the teacher is read from, whose other parts its students are exported with; None: none."""
+        return None
 
     @abstractmethod
     def plan(self) -> TeacherPlan:

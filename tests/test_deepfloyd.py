@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import pandas as pd
 import torch
 from diffusers import DDIMScheduler, IFPipeline, IFSuperResolutionPipeline
 from rich.console import Console
@@ -16,10 +17,16 @@ from safetensors.torch import save_file
 
 import text_pipelines
 from distillbench import UserError
-from distillbench.builtin.deepfloyd import DeepFloyd, Threshold
+from distillbench.builtin.deepfloyd import DeepFloyd
 from distillbench.conditions import Conditioning
+from distillbench.config import compose_runs
+from distillbench.export import export
+from distillbench.plan import plan
 from distillbench.progress import Progress
+from distillbench.registry import load_registry
+from distillbench.run import run
 from distillbench.samplers import Solver, time_like
+from distillbench.teachers import Clip
 from text_pipelines import PROMPTS, WIDTH, Captions, run_here
 
 SILENT = Progress(Console(file=io.StringIO()))
@@ -108,13 +115,13 @@ def test_the_threshold_is_that_of_diffusers(quantile, largest):
         5, 1, 1, 1
     )
     scheduler = DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=quantile, sample_max_value=largest)
-    assert torch.equal(Threshold(quantile, largest)(f), scheduler._threshold_sample(f))
+    assert torch.equal(Clip("dynamic", quantile, largest)(f), scheduler._threshold_sample(f))
 
 
 def test_answers_are_thresholded_as_the_scheduler_says(stages, cache):
     """Against diffusers' own step, with eps recomputed from the thresholded answer as ours is."""
     teacher = loaded(stages["I"], cache, w=7.0)
-    assert teacher.threshold == Threshold(0.95, 1.5) and teacher.clip == ""
+    assert teacher.clip == Clip("dynamic", 0.95, 1.5)
     scheduler = ddim(**THRESHOLD)
     scheduler.set_timesteps(5)
     eps = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(1))
@@ -321,3 +328,30 @@ def test_boot_distils_the_upscaler_and_the_base_is_charged(stages, tmp_path):
     assert (table["status"] == "ok").all() and student["teacher_rmse"] > 0
     assert student["train_teacher_nfe"] == 3 * 2 * (8 * 2 + 2 + 8 * 2)
     assert student["nfe"] == 1
+
+
+def test_a_student_of_stage_1_goes_home_as_a_pipeline_and_is_the_base_of_stage_2(stages, tmp_path):
+    """The whole cascade: stage 1 distilled, its student exported, read by diffusers, and enlarged."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\ntwo birds\n")
+    common = ["methods=[boot]", "conditional=true", "dataset=prompts", f'dataset.path="{tmp_path}/prompts.txt"']
+    common += ["experiment=smoke", "budget.images=8", "batch_size=4", "evaluation.images=8", "device=cpu"]
+    common += ["evaluation.metrics=[teacher_rmse]", "evaluation.timing=off"]
+    common += [f'results_dir="{tmp_path}/results"', "teacher=deepfloyd"]
+    registry = load_registry()
+
+    def trained(name, *words):
+        configs = compose_runs([*common, f"run_name={name}", *words], registry)
+        return run(plan(configs, registry), configs, Progress(None), lambda rows: None)
+
+    first = trained("I", f'teacher.path="{stages["I"]}"', "dataset.resolution=8", "guidance=2")
+    assert (first.table["status"] == "ok").all()
+    export(first.folder, "boot", None, tmp_path / "student", registry, Progress(None))  # compares the images itself
+    index = json.loads((tmp_path / "student" / "model_index.json").read_text())
+    assert index["_class_name"] == "IFPipeline"
+    words = [f'teacher.path="{stages["II"]}"', "teacher.stage=2", f'teacher.base="{tmp_path}/student"']
+    second = trained("II", *words, "dataset.resolution=16", "guidance=1", "teacher.noise_level=5")
+    student = second.table[second.table["method"] == "boot"].iloc[0]
+    assert student["status"] == "ok" and pd.isna(student["train_tflops"]) and "base model" in student["reason"]
+    assert second.table[second.table["method"] == "teacher:ddim"]["status"].eq("ok").all()
+    with pytest.raises(UserError, match="cm needs real images"):
+        trained("III", *words, "methods=[cm]", "dataset.resolution=16")

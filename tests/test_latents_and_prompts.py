@@ -16,6 +16,7 @@ from distillbench.networks import ResidualMLP
 from distillbench.progress import Progress
 from distillbench.prompts import PlaceholderPrompts, encode_prompts
 from distillbench.schedules import VPCosine
+from distillbench.teachers import Clip
 
 SILENT = Progress(Console(file=io.StringIO()))
 PROMPTS = ["a cat", "two dogs", "seven seas"]
@@ -172,7 +173,7 @@ def test_answers_stay_in_the_range_of_images_where_that_is_asked_for():
 
     x, t = torch.linspace(-1, 1, 400).view(1, 1, 20, 20), torch.full((1, 1, 1, 1), 0.5).double()
     answers = {
-        clip: Teacher("far", Denoiser(Far(), VPCosine(), "x0"), (1, 20, 20), "3" * 64, clip=clip)
+        clip: Teacher("far", Denoiser(Far(), VPCosine(), "x0"), (1, 20, 20), "3" * 64, clip=Clip(clip))
         for clip in ("", "static", "dynamic")
     }
     f = {clip: teacher.denoise(x, t) for clip, teacher in answers.items()}

@@ -48,7 +48,7 @@ from distillbench.builtin.diffusers_pipelines import (
     weights_files,
 )
 from distillbench.builtin.stable_diffusion import TextEncoder, TextPipeline, TextPipelineConfig
-from distillbench.conditions import UNCONDITIONAL, Condition, Conditioning, Texts
+from distillbench.conditions import Condition, Conditioning, Texts
 from distillbench.denoiser import Counter
 from distillbench.diffusers_networks import TextUNet
 from distillbench.diffusers_schedules import Reading, read_config, with_defaults
@@ -64,33 +64,6 @@ STUDENT_TIMES = 2  # a scheduler of so few is that of an exported one-step stude
 NOISING = "image_noising_scheduler"
 GRID = "leading"  # of a base that takes several steps
 AT_ONCE = 64  # images that the base makes at once
-
-
-# --- dynamic thresholding --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """Each image is clipped to [-q, q] and divided by q, its `quantile` of |f|, held between 1 and `largest`."""
-
-    quantile: float
-    largest: float
-
-    def __call__(self, f: Tensor) -> Tensor:
-        q = torch.quantile(f.abs().flatten(1).float(), self.quantile, dim=1).clamp(1, self.largest)
-        q = q.view(-1, 1, 1, 1).to(f.dtype)
-        return f.clamp(-q, q) / q
-
-
-@dataclass
-class ThresholdedTeacher(Teacher):
-    """A teacher whose guided answers are thresholded, where it has a threshold."""
-
-    threshold: Threshold | None = None
-
-    def denoise(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
-        f = super().denoise(x_t, t, c)
-        return f if self.threshold is None else self.threshold(f)
 
 
 # --- the base --------------------------------------------------------------------------------------------------------
@@ -147,16 +120,10 @@ class _Stage:
 
     index: Index
     reading: Reading
-    threshold: Threshold | None
     shape: tuple[int, int, int]  # C,H,W of what it makes
     variant: str
     local: bool  # a folder, not of the hub
     student: bool  # of one step
-
-    @property
-    def plain(self) -> dict[str, Any]:
-        """How it is read, as plain values."""
-        return self.reading.plain | {"threshold": self.threshold and dataclasses.asdict(self.threshold)}
 
 
 class DeepFloyd(TextPipeline):
@@ -188,6 +155,10 @@ class DeepFloyd(TextPipeline):
                 wanted = "stage=2 needs base=FOLDER, what makes the images that are enlarged"
                 raise UserError(wanted if self.stage == 2 else f"base is of stage=2, got stage={self.stage}")
 
+    @property
+    def fits_data(self) -> bool:
+        return self.config.stage == 1
+
     def plan(self) -> TeacherPlan:
         stages = self._stages(weights=False)
         encoder = self._encoder(stages, weights=False)
@@ -208,7 +179,7 @@ class DeepFloyd(TextPipeline):
         stages = self._stages(weights=True)
         encoder = self._encoder(stages, weights=True)
         texts = self._encoded(encoder, progress)
-        known = [[identity(stage.index, ["unet"], stage.variant, stage.reading), stage.plain] for stage in stages]
+        known = [[identity(s.index, ["unet"], s.variant, s.reading), s.reading.plain] for s in stages]
         recipe = [known, encoder.sha256, self._settings(stages)]
         sha256 = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
         read = lambda stage: load_component(stage.index, "unet", stage.variant)
@@ -252,13 +223,9 @@ class DeepFloyd(TextPipeline):
         height, width = (size, size) if isinstance(size, int) else size
         _, plain = read_schedule(index)
         scheduler = with_defaults(str(plain["_class_name"]), plain)
-        threshold = None
-        if scheduler.get("thresholding"):
-            threshold = Threshold(scheduler["dynamic_thresholding_ratio"], scheduler["sample_max_value"])
-            reading = dataclasses.replace(reading, clip="")
         made = shape or (self.dataset.shape[0], height, width)
         student = scheduler["num_train_timesteps"] <= STUDENT_TIMES
-        return _Stage(index, reading, threshold, made, variant, Path(path).is_dir(), student)
+        return _Stage(index, reading, made, variant, Path(path).is_dir(), student)
 
     def _check_channels(self, stage: _Stage, setting: str, enlarges: bool) -> None:
         unet, channels = stage.index.full_config("unet"), self.dataset.shape[0]
@@ -308,9 +275,7 @@ class DeepFloyd(TextPipeline):
 
     # --- what is made of them ---
 
-    def _cascade(
-        self, stages: list[_Stage], texts: Texts, unet: Callable[[_Stage], Any], sha256: str
-    ) -> ThresholdedTeacher:
+    def _cascade(self, stages: list[_Stage], texts: Texts, unet: Callable[[_Stage], Any], sha256: str) -> Teacher:
         stage, *bases = stages
         teacher = self._teacher(stage, texts, unet, sha256, Counter())
         teacher.provenance.update(self._provenance(stage.index, stage.reading) | {"stage": self.config.stage})
@@ -325,16 +290,16 @@ class DeepFloyd(TextPipeline):
                 (stage.shape[1], stage.shape[2]),
                 self._noising(stage.index),
             )
-            teacher.provenance["base"] = {"path": base.index.name, "reading": base.plain}
+            teacher.provenance["base"] = {"path": base.index.name, "reading": base.reading.plain}
             teacher.conditioning = dataclasses.replace(teacher.conditioning, small=small)
         return teacher
 
     def _teacher(
         self, stage: _Stage, texts: Texts, unet: Callable[[_Stage], Any], sha256: str, counter: Counter
-    ) -> ThresholdedTeacher:
+    ) -> Teacher:
         reading, level = stage.reading, self.config.noise_level
         network = TextUNet(unet(stage), reading.call, level)
-        return ThresholdedTeacher(
+        return Teacher(
             self.name,
             Denoiser(network, reading.schedule, reading.prediction, counter).to(self.device),
             stage.shape,
@@ -342,7 +307,6 @@ class DeepFloyd(TextPipeline):
             conditioning=Conditioning(self.conditioning.classes, texts=texts),
             blank=lambda: TextUNet(blank_component(stage.index, "unet"), reading.call, level),
             clip=reading.clip,
-            threshold=stage.threshold,
         )
 
 

@@ -33,7 +33,7 @@ from distillbench.errors import unknown
 from distillbench.files import canonical_json, sha256_file
 from distillbench.options import require_one_of
 from distillbench.progress import Progress
-from distillbench.teachers import CLIPS, TeacherPlan
+from distillbench.teachers import CLIPS, Clip, PipelineFolder, TeacherPlan
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -307,6 +307,9 @@ class Diffusers(TeacherSource):
         modules = {name: load_component(index, name, self.config.variant) for name in components}
         return self._teacher(index, modules, identity(index, components, self.config.variant, reading))
 
+    def pipeline(self) -> PipelineFolder:
+        return PipelineFolder(self._index(weights=True).folder, self.config.variant)
+
     def _on_hub(self) -> bool:
         return not Path(self.config.path).is_dir()
 
@@ -347,8 +350,8 @@ class Diffusers(TeacherSource):
         serves = NETWORKS[index.components[component]].serves(index.full_config(component))
         check_classes(serves, self.conditioning.classes, self.conditioning.guided, index.name)
         if self.config.clip != "auto":
-            clip = "" if self.config.clip == "none" else self.config.clip
-            reading = dataclasses.replace(reading, clip=clip, plain={**reading.plain, "clip": clip})
+            clip = Clip("" if self.config.clip == "none" else self.config.clip)
+            reading = dataclasses.replace(reading, clip=clip, plain={**reading.plain, "clip": clip.plain()})
         _, made = self._shapes(index)
         if made != tuple(self.dataset.shape):
             raise UserError(

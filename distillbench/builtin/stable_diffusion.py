@@ -52,7 +52,7 @@ from distillbench.options import require_positive
 from distillbench.parked import Parked
 from distillbench.progress import Progress
 from distillbench.prompts import EncodedPrompts, PlaceholderPrompts, encode_prompts
-from distillbench.teachers import TeacherPlan
+from distillbench.teachers import PipelineFolder, TeacherPlan
 
 TEXT_EXTRA = "reading texts needs the library transformers: pip install 'distillbench[text]'"
 LOWER = 512  # D of a text encoder whose config leaves it out, as transformers fills it in
@@ -230,6 +230,9 @@ class TextPipeline(TeacherSource):
     reads = "texts"
     encoders: ClassVar[tuple[str, ...]]  # classes that its text encoder may be of
     families: ClassVar[tuple[str, ...]] = ("discrete", "flow")  # of readings
+
+    def pipeline(self) -> PipelineFolder:
+        return PipelineFolder(self._index(self.config.path).folder, self.config.variant)
 
     def _index(self, path: str, wanted: tuple[str, ...] = ()) -> Index:
         """The index of the pipeline at `path`; of one on the hub, with the weights of its components `wanted`."""

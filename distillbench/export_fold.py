@@ -1,0 +1,412 @@
+"""A student's one step, found by watching it, and folded into the network of diffusers that takes it.
+
+Whatever the method, a one-step student is a map x_0 = sample(eps, c) around one evaluation of its network. Watched on
+some noise it turns out to be
+
+    x = k eps,     out = network(x, time, embedding, c),     x_0 = a eps + b out
+
+with the same time and the same embedding for every image. Then the embedding of time is one vector, which becomes the
+bias of the layer that makes it, and what is left is what one step of DDIM computes with a suitable alpha:
+
+    epsilon:       x_0 = (eps - sigma out') / alpha = a eps + b out    for alpha = 1/a, out' = -(b alpha / sigma) out
+    v_prediction:  x_0 = alpha eps - sigma out'     = a eps + b out    for alpha = a,   out' = -(b / sigma) out
+
+| symbol     | meaning                                                      | shape         |
+|------------|--------------------------------------------------------------|---------------|
+| eps        | noise                                                        | (B,C,H,W)     |
+| x, out     | what our network is given and gives                          | (B,C,H,W)     |
+| F          | the folded network of diffusers, whose input is k eps + q    | (B,C,H,W)     |
+| time       | what our network is told of the noise level                  | (1,)          |
+| embedding  | what it is told besides: a second time, guidance             | (1,D) or None |
+| v          | the embedding of both                                        | (D,)          |
+| a, b, k, q | x_0 = a eps + b F(k eps + q)                                 | float         |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distillbench.bundled_pipeline import TIMESTEP
+from distillbench.conditions import Condition
+from distillbench.denoiser import CountedNetwork
+from distillbench.diffusers_networks import DiffusersNetwork, PixelUNet, TextUNet
+from distillbench.diffusers_networks import DiT as WrappedDiT
+from distillbench.edm_networks import DhariwalUNet, SongUNet
+from distillbench.errors import UserError
+from distillbench.method import Method
+from distillbench.networks import DiT, OfDiffusers, ResidualMLP, UNet
+
+ALLOWED = 1e-5  # what may be left of a fit, relative to its terms
+NOTHING = 1e-6  # below this a coefficient of numbers of size 1 is 0
+UNIT = 2.0**-24  # 1 - beta of a float32 beta is a multiple of this
+CANDIDATES = 4096  # pairs of betas that are tried
+LEAST_BETA = 2.0**-20  # 1 - alpha^2 where alpha is 1: 5e-7 away from it
+
+
+# --- watching --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One step of a student, seen on some noise."""
+
+    network: nn.Module
+    eps: Tensor
+    x: Tensor
+    time: Tensor
+    embedding: Tensor | None
+    c: Condition
+    out: Tensor
+    x_0: Tensor
+
+
+def watch(method: Method, eps: Tensor, c: Condition) -> Seen:
+    """The student's one step from `eps`. Raises UserError unless it is one evaluation at one time for all images."""
+    calls: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []
+
+    def noise(k: int) -> Tensor:
+        if k:
+            raise _foreign("it draws further noise")
+        return eps
+
+    def record(network: nn.Module, given: tuple[Any, ...], out: Tensor) -> None:
+        calls.append((network, given, out))
+
+    networks = {id(m.network): m.network for m in method.modules() if isinstance(m, CountedNetwork)}
+    with ExitStack() as hooks, torch.no_grad():
+        for network in networks.values():
+            hooks.callback(network.register_forward_hook(record).remove)
+        x_0 = method.sample(noise, 1, c)
+    if len(calls) != 1:
+        raise _foreign(f"it evaluates its network {len(calls)} times")
+    network, (x, time, embedding, told), out = calls[0]
+    if x.shape != eps.shape or out.shape != eps.shape or x_0.shape != eps.shape:
+        raise _foreign(f"noise of shape {tuple(eps.shape)} becomes x of {tuple(x.shape)}, x_0 of {tuple(x_0.shape)}")
+    if not torch.isfinite(x_0).all():
+        raise UserError("the student's samples are not finite: it cannot be exported")
+    if bool((time != time[0]).any()):
+        raise _foreign("the time differs from image to image")
+    if embedding is not None and (embedding - embedding[:1]).abs().max() > ALLOWED * embedding.abs().max():
+        raise _foreign("what it is told beside the time differs from image to image")
+    return Seen(network, eps, x, time[:1], None if embedding is None else embedding[:1], told, out, x_0)
+
+
+def _foreign(why: str) -> UserError:
+    return UserError(
+        f"the student's one step is not of the form x_0 = a eps + b network(k eps), which is what is exported: {why}"
+    )
+
+
+# --- fitting ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """x_0 = a eps + b F(k eps + q)."""
+
+    a: float
+    b: float
+    k: float
+    q: float
+
+
+def fit(seen: Seen, core: Core) -> OneStep:
+    """The coefficients of the step with `core` as F, by least squares. Raises UserError if it is of another form."""
+    x = core.input(seen.x)
+    with torch.no_grad():
+        out = core(x, seen.c)
+    k, q = _coefficients(x, seen.eps, torch.ones_like(x), "the network's input is not k eps")
+    a, b = _coefficients(seen.x_0, seen.eps, out, "x_0 is not a eps + b network(k eps)")
+    return OneStep(a, b, k, 0.0 if abs(q) < NOTHING * max(1.0, abs(k)) else q)
+
+
+def _coefficients(y: Tensor, u: Tensor, v: Tensor, otherwise: str) -> tuple[float, float]:
+    """(p, r) of y = p u + r v."""
+    wanted, terms = y.double().flatten(), torch.stack([u.double().flatten(), v.double().flatten()], dim=1)
+    sizes = terms.norm(dim=0)
+    columns = terms / sizes.clamp(min=torch.finfo(torch.float64).tiny)
+    solution = torch.linalg.lstsq(columns.cpu(), wanted.cpu()[:, None], driver="gelsd").solution[:, 0]
+    left = (wanted.cpu() - columns.cpu() @ solution).norm() / solution.abs().sum().clamp(min=wanted.norm().cpu())
+    if not left <= ALLOWED:  # also if it is not a number
+        raise _foreign(f"{otherwise}, up to {float(left):.1e} of it")
+    p, r = (float(s) / float(size) if size else 0.0 for s, size in zip(solution, sizes, strict=True))
+    return p, r
+
+
+# --- one step of DDIM ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ddim:
+    """The step as one of diffusers' DDIMScheduler: what the network must be multiplied by, and the settings."""
+
+    gain: float
+    settings: dict[str, Any]
+
+
+def ddim_of(step: OneStep) -> Ddim | None:
+    """The step with k = 1 and q = 0 as one of DDIM; None where a is negative, which DDIM's cannot be.
+
+    abar = (1 - beta_0)(1 - beta_1) is found among pairs of float32 numbers, as a single one is too coarse for a small
+    abar: 1 - beta is a multiple of 6e-8.
+    """
+    a = 0.0 if abs(step.a) < NOTHING else step.a
+    if a < 0:
+        return None
+    prediction = "v_prediction" if a <= 1 else "epsilon"
+    betas, abar = _betas(min(a**2 if a <= 1 else a**-2, 1 - LEAST_BETA))
+    sigma = math.sqrt(1 - abar)
+    gain = -step.b / sigma if a <= 1 else -step.b * math.sqrt(abar) / sigma
+    settings = {
+        "num_train_timesteps": len(betas),
+        "trained_betas": betas,
+        "steps_offset": 1,  # so that the timestep of one step is 1, and more steps find no beta
+        "timestep_spacing": "leading",
+        "prediction_type": prediction,
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+    }
+    return Ddim(gain, settings)
+
+
+def _betas(abar: float) -> tuple[list[float], float]:
+    """(beta_0, beta_1) with (1 - beta_0)(1 - beta_1) close to `abar` as float32 multiplies, and that product."""
+    first = round(math.sqrt(abar) / UNIT) + np.arange(CANDIDATES) - CANDIDATES // 2
+    first = first[(first >= 1) & (first * UNIT <= 1) & (first * UNIT >= abar)].astype(np.float64)
+    if not len(first):
+        first = np.array([1.0])
+    second = np.round(abar / (first * UNIT) / UNIT).clip(0, 1 / UNIT)
+    products = ((first * UNIT).astype(np.float32) * (second * UNIT).astype(np.float32)).astype(np.float64)
+    best = int(np.abs(products - abar).argmin())
+    return [float(1 - first[best] * UNIT), float(1 - second[best] * UNIT)], float(products[best])
+
+
+# --- folding ---------------------------------------------------------------------------------------------------------
+
+
+class Core(ABC):
+    """F: a network that knows its one time and what else the student was told. `channels` are those of the images."""
+
+    def __init__(self, module: Any, input: Callable[[Tensor], Tensor], channels: int) -> None:
+        self.module, self.input, self.channels = module.eval(), input, channels
+
+    @abstractmethod
+    def __call__(self, x: Tensor, c: Condition) -> Tensor:
+        """F(x, c), (B,C,H,W)."""
+
+    def scale(self, k: float, q: float, gain: float) -> bool:
+        """Make it gain F(k x + q), within its first and last layer; False where these cannot do it."""
+        return False
+
+
+class OwnCore(Core):
+    """A network of this package, told the time and the embedding at every call."""
+
+    def __init__(self, seen: Seen) -> None:
+        super().__init__(seen.network, lambda x: x, seen.eps.shape[1])
+        self.time = seen.time
+        nothing = seen.x.new_zeros(1, self.module.embedding_channels)
+        self.embedding = nothing if seen.embedding is None else seen.embedding
+
+    def __call__(self, x: Tensor, c: Condition) -> Tensor:
+        size = len(x)
+        return self.module(x, self.time.expand(size), self.embedding.expand(size, -1), c)
+
+
+class UNetCore(Core):
+    """A UNet2DModel; where it has skip paths of pixels, its first and last layers see only a part."""
+
+    def __call__(self, x: Tensor, c: Condition) -> Tensor:
+        labels = c.labels if self.module.config.num_class_embeds else None
+        return self.module(x, TIMESTEP, class_labels=labels).sample
+
+    def scale(self, k: float, q: float, gain: float) -> bool:
+        config = self.module.config
+        if config.center_input_sample:  # the module itself takes 2 x - 1
+            k, q = 2 * k, 2 * q - 1
+        skips = any("Skip" in kind for kind in (*config.down_block_types, *config.up_block_types))
+        if skips or abs(q) > NOTHING * max(1.0, abs(k)):
+            return False
+        self.module.register_to_config(center_input_sample=False)
+        _scale_convolutions(self.module, self.channels, k, gain)
+        return True
+
+
+class TextCore(Core):
+    """A UNet2DConditionModel that attends to texts."""
+
+    def __call__(self, x: Tensor, c: Condition) -> Tensor:
+        text = None if c.text is None else c.text.to(x.dtype)
+        return self.module(x, TIMESTEP, encoder_hidden_states=text).sample
+
+    def scale(self, k: float, q: float, gain: float) -> bool:
+        if q or self.module.config.center_input_sample:
+            return False
+        _scale_convolutions(self.module, self.channels, k, gain)
+        return True
+
+
+class TransformerCore(Core):
+    """A DiTTransformer2DModel, which is told the first class where no class is asked for.
+
+    Channels of a variance stay: DiTPipeline drops them itself.
+    """
+
+    def __call__(self, x: Tensor, c: Condition) -> Tensor:
+        timestep = torch.full((len(x),), TIMESTEP, device=x.device)
+        labels = torch.zeros_like(timestep) if c.labels is None else c.labels
+        return self.module(x, timestep=timestep, class_labels=labels).sample[:, : self.channels]
+
+    def scale(self, k: float, q: float, gain: float) -> bool:
+        if q:
+            return False
+        last, channels = self.module.proj_out_2, self.module.out_channels
+        answers = torch.arange(last.out_features) % channels < self.channels  # rows are (p, q, channel) of a patch
+        _multiply(self.module.pos_embed.proj.weight, k)
+        _multiply(last.weight, gain, answers)
+        _multiply(last.bias, gain, answers)
+        return True
+
+
+def _scale_convolutions(unet: Any, channels: int, k: float, gain: float) -> None:
+    """The first convolution sees k times the noise, and any other channels as they are; the last gives gain times."""
+    weight = unet.conv_in.weight
+    noise = torch.arange(weight.shape[1]) < channels
+    _multiply(weight, k, (slice(None), noise))
+    _multiply(unet.conv_out.weight, gain)
+    _multiply(unet.conv_out.bias, gain)
+
+
+@torch.no_grad()
+def _multiply(weight: Tensor, factor: float, where: Any = ...) -> None:
+    """`weight` times `factor`, rounded once."""
+    weight[where] = (weight[where].double() * factor).to(weight.dtype)
+
+
+def _rebuilt(unet: Any, channels: int, more: dict[str, Any], weights: dict[str, Tensor]) -> Any:
+    """A UNet2D(Condition)Model with the same weights and `channels` channels out; `more` changes its config."""
+    config = {name: value for name, value in unet.config.items() if name[0] != "_"}
+    fresh = type(unet).from_config(config | more | {"out_channels": channels})
+    kept = {name: tensor.detach().cpu() for name, tensor in unet.state_dict().items()} | weights
+    for name in ("conv_out.weight", "conv_out.bias"):
+        kept[name] = kept[name][:channels]
+    fresh.load_state_dict(kept)
+    return fresh.to(unet.dtype)
+
+
+def _size(shape: torch.Size) -> int | list[int]:
+    """`sample_size` of a network of images (B,C,H,W)."""
+    height, width = shape[-2:]
+    return height if height == width else [height, width]
+
+
+@torch.no_grad()
+def _tell_once(made_of: Any, features: Tensor, embedding: Tensor | None, told: Any) -> None:
+    """Make `told`, a copy of `made_of`, answer alike to every time: as that answers `features`, plus `embedding`."""
+    v = made_of(features)
+    v = v[0] if embedding is None else v[0] + embedding[0]
+    last = told.linear_2
+    if told.post_act is not None or last.bias is None:
+        raise UserError("the network's embedding of time ends in no linear layer with a bias: it cannot be folded")
+    for layer in (told.linear_1, last):
+        layer.weight.zero_()
+    told.linear_1.bias.zero_()
+    last.bias.copy_(v)
+
+
+def _features(unet: Any, argument: Tensor) -> Tensor:
+    with torch.no_grad():
+        return unet.time_proj(argument).to(unet.dtype)
+
+
+def _fold_own(seen: Seen) -> Core:
+    return OwnCore(seen)
+
+
+def _fold_unet(seen: Seen) -> Core:
+    """Our UNet: what it adds as class labels becomes part of the one embedding, its classes diffusers' own."""
+    network: Any = seen.network
+    channels = seen.eps.shape[1]
+    more: dict[str, Any] = {"class_embed_type": None, "sample_size": _size(seen.eps.shape)}
+    weights = {}
+    if network.classes is not None:
+        weights["class_embedding.weight"] = network.classes.weight.detach().cpu()
+        more["num_class_embeds"] = network.classes.num_embeddings
+    unet = _rebuilt(network.unet, channels, more, weights)
+    features = _features(network.unet, 1000 * seen.time)
+    _tell_once(network.unet.time_embedding, features, seen.embedding, unet.time_embedding)
+    return UNetCore(unet, lambda x: x, channels)
+
+
+def _fold_pixel_unet(seen: Seen) -> Core:
+    return _fold_wrapped(seen, UNetCore)
+
+
+def _fold_text_unet(seen: Seen) -> Core:
+    if seen.c.image is not None:
+        raise UserError("a student that enlarges images is not exported. Possible: the base stage of a cascade")
+    return _fold_wrapped(seen, TextCore)
+
+
+def _fold_wrapped(seen: Seen, core: type[Core]) -> Core:
+    network, channels = _wrapped(seen), seen.eps.shape[1]
+    unet = _rebuilt(network.wrapped, channels, {"sample_size": _size(seen.eps.shape)}, {})
+    features = _features(network.wrapped, network.call.argument(seen.time).to(seen.x.dtype))
+    _tell_once(network.wrapped.time_embedding, features, seen.embedding, unet.time_embedding)
+    return core(unet, network.call.input, channels)
+
+
+def _fold_transformer(seen: Seen) -> Core:
+    network = _wrapped(seen)
+    whole = network.wrapped
+    fresh = type(whole).from_config({name: value for name, value in whole.config.items() if name[0] != "_"})
+    fresh.load_state_dict(whole.state_dict())
+    fresh = fresh.to(whole.dtype)
+    argument = network.call.argument(seen.time).to(seen.x.dtype)
+    for old, new in zip(whole.transformer_blocks, fresh.transformer_blocks, strict=True):
+        features = old.norm1.emb.time_proj(argument).to(whole.dtype)
+        _tell_once(old.norm1.emb.timestep_embedder, features, seen.embedding, new.norm1.emb.timestep_embedder)
+    return TransformerCore(fresh, network.call.input, seen.eps.shape[1])
+
+
+def _fold_inner(seen: Seen) -> Core:
+    """A network around one that is known, told the same."""
+    network: Any = seen.network
+    return fold(dataclasses.replace(seen, network=network.inner))
+
+
+def _wrapped(seen: Seen) -> DiffusersNetwork:
+    assert isinstance(seen.network, DiffusersNetwork)
+    return seen.network
+
+
+FOLDS: dict[type[nn.Module], Callable[[Seen], Core]] = {
+    UNet: _fold_unet,
+    PixelUNet: _fold_pixel_unet,
+    TextUNet: _fold_text_unet,
+    WrappedDiT: _fold_transformer,
+    OfDiffusers: _fold_inner,
+    DiT: _fold_inner,
+    ResidualMLP: _fold_own,
+    SongUNet: _fold_own,
+    DhariwalUNet: _fold_own,
+}
+
+
+def fold(seen: Seen) -> Core:
+    """The network of a step, folded. Raises UserError for a network that is not known."""
+    network = type(seen.network)
+    if network not in FOLDS:
+        names = ", ".join(sorted({cls.__name__ for cls in FOLDS}))
+        raise UserError(f"no way to export a student with a network of class {network.__name__}. Possible: {names}")
+    return FOLDS[network](seen)
