@@ -33,7 +33,7 @@ from distillbench.progress import Progress
 from distillbench.references import RealImages, ReferenceFile
 from distillbench.registry import Entry, Registry
 from distillbench.samplers import Solver
-from distillbench.schedules import SCHEDULES
+from distillbench.speed import build_method
 from distillbench.teachers import Teacher, TeacherPlan, TeacherSource
 from distillbench.train import DataStream
 
@@ -290,10 +290,7 @@ def _batch(cell: Cell, method: Method, data: DataStream) -> Batch:
 def build(cell: Cell, teacher: Teacher) -> Method:
     """The method of a cell with its networks on the device, as they are before training."""
     assert cell.entry is not None and cell.method_config is not None
-    torch.manual_seed(cell.seed or 0)  # what a method adds to the teacher's network starts from this
-    schedule = cell.method_config.schedule
-    seen = teacher.on(SCHEDULES[schedule]()) if schedule else teacher
-    return cell.entry.cls(cell.method_config, seen).to(cell.scene.device)
+    return build_method(cell.entry.cls, cell.method_config, teacher, cell.seed or 0, cell.scene.device)
 
 
 def choose_device(name: str) -> str:

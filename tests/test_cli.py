@@ -294,7 +294,7 @@ def test_no_cuda_here(refused, device):
 
 
 def test_a_name_that_does_not_exist(refused):
-    expected = "no method, teacher, dataset or metric 'digit'. Did you mean 'digits'? Possible: boot, "
+    expected = "no method, teacher, dataset or metric 'digit'. Did you mean 'digits'? Possible: afhqv2, boot, "
     assert refused("describe", "digit").startswith(expected)
 
 
