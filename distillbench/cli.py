@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -318,6 +318,88 @@ def export(run_folder: str, method: str, seed: int | None, output: str, debug: b
     from distillbench.progress import Progress
 
     write_pipeline(Path(run_folder), method, seed, Path(output), _registry(debug), Progress(_console()))
+
+
+FORMS = ("html", "markdown", "latex", "csv", "figures")
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path())
+@click.option("--as", "forms", multiple=True, type=click.Choice(FORMS), help="What to write; several allowed. [html]")
+@click.option("--output", "-o", type=click.Path(file_okay=False), help="Folder to write to. [the first run's]")
+@click.option("--columns", multiple=True, help="Of tables for papers: names, joined by commas.")
+@click.option("--precision", multiple=True, help="Decimals of a column: NAME=DECIMALS. [as the interval allows]")
+@click.option("--sort", help="Column to sort tables for papers by; with - before it, the other way round.")
+@click.option("--watch", is_flag=True, help="Write anew whenever a run has changed, until interrupted.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def report(
+    runs: tuple[str, ...], forms: tuple[str, ...], output: str | None, columns: tuple[str, ...],
+    precision: tuple[str, ...], sort: str | None, watch: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Make reports of RUNS from their records alone: one HTML file, or tables and figures for papers.
+
+    \b
+    distillbench report results/digits
+    distillbench report results/digits --as latex --as figures -o paper --columns method,nfe,fid,train_seconds
+    """
+    from distillbench.reports.write import report_runs
+
+    report_runs(runs, forms or ("html",), output, columns, precision, sort, watch, _console())
+
+
+@cli.command()
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option("--tolerance", default=0.1, show_default=True, help="Change of a cost that is still none, as a share.")
+@click.option("--all-costs", is_flag=True, help="Show costs that changed less, too.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def compare(a: str, b: str, tolerance: float, all_costs: bool, debug: bool) -> None:
+    """Say how run B differs from run A, and whether beyond noise. Exit code 1: something is worse.
+
+    \b
+    distillbench compare results/before results/after
+    """
+    from distillbench.reports.commands import compare_runs
+
+    raise SystemExit(compare_runs(a, b, tolerance, all_costs, _console()))
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path())
+@click.option("--output", "-o", required=True, type=click.Path(), help="Folder to write; must not be there yet.")
+@click.option("--keep", type=click.Choice(["first", "last"]), help="Which of rows that contradict each other.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def merge(runs: tuple[str, ...], output: str, keep: Literal["first", "last"] | None, debug: bool) -> None:
+    """Put RUNS of several machines into one.
+
+    \b
+    distillbench merge machine1/results/mine machine2/results/mine --output results/all
+    """
+    from distillbench.reports.commands import merge_runs
+
+    raise SystemExit(merge_runs(runs, output, keep, _console()))
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path())
+@click.option("--columns", multiple=True, help="Names, joined by commas.")
+@click.option("--sort", multiple=True, help="Columns to sort by.")
+@click.option("--where", multiple=True, help="Comparisons that rows must meet: 'nfe<=2', method=boot,cm.")
+@click.option("--rows", type=click.Choice(["summary", "all"]), default="summary", help="Means over seeds, or each row.")
+@click.option("--csv", is_flag=True, help="Print CSV.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def show(
+    runs: tuple[str, ...], columns: tuple[str, ...], sort: tuple[str, ...], where: tuple[str, ...],
+    rows: Literal["summary", "all"], csv: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Show the table of RUNS, filtered and sorted.
+
+    \b
+    distillbench show results/digits --where 'nfe<=2' --sort fd_efficientnet_lite0
+    """
+    from distillbench.reports.commands import show_runs
+
+    raise SystemExit(show_runs(runs, columns, sort, where, rows, csv, _console()))
 
 
 @cli.group()

@@ -1,0 +1,1 @@
+"""Reports of finished, unfinished and damaged runs, made from their records alone."""

@@ -1,0 +1,76 @@
+"""What `distillbench compare`, `merge` and `show` do, each an exit code. Bad input is a UserError: exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from distillbench.errors import UserError
+from distillbench.reports.compare import compare, print_comparison
+from distillbench.reports.merge import Keep, left_out, merge, write
+from distillbench.reports.runs import RunData, read_run
+from distillbench.reports.show import Rows, plain, print_csv, print_rows, run_names, say, select
+
+
+def compare_runs(a: str, b: str, tolerance: float, all_costs: bool, console: Console) -> int:
+    """Print how run `b` differs from run `a`.
+
+    0: nothing is worse beyond noise. 1: a score is worse beyond noise or has no value any more, a cost is worse by more
+    than `tolerance` (0.1 is 10 %), or a row that was ok failed or vanished. 2: nothing can be compared.
+    """
+    if not tolerance >= 0:
+        raise UserError(f"--tolerance must not be negative, got {tolerance:g}")
+    runs = _read([a, b])
+    found = compare(runs[0], runs[1], tolerance)
+    print_comparison(console, found, all_costs)
+    return found.code
+
+
+def merge_runs(folders: Sequence[str], output: str, keep: Keep | None, console: Console) -> int:
+    """Write the runs as one into `output`, which must not be there yet; print what was kept and what was left out."""
+    if len(folders) < 2:
+        raise UserError(f"merge takes two runs or more, got {len(folders)}")
+    runs = _read(folders)
+    merged = merge(runs, keep)
+    write(merged, Path(output))
+    for line in [*merged.notes, *left_out(runs, Path(output))]:
+        say(console, line)
+    say(console, f"written: {output}, {len(merged.table):,} rows of {len(runs)} runs")
+    return 0
+
+
+def show_runs(
+    folders: Sequence[str], columns: Sequence[str], sort: Sequence[str], where: Sequence[str], rows: Rows, csv: bool,
+    console: Console,
+) -> int:  # fmt: skip
+    """Print the rows of the runs. `columns` and `sort`: names, or some joined by commas; `where`: comparisons."""
+    if not folders:
+        raise UserError("show takes one run or more")
+    runs = _read(folders)
+    shown = select(runs, _split(columns), _split(sort), where, rows)
+    if csv:
+        print_csv(console, shown)
+    else:
+        print_rows(console, shown, rows)
+    return 0
+
+
+def _read(folders: Sequence[str]) -> list[RunData]:
+    """The runs; what is missing or damaged in them is said on stderr."""
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(read_run(Path(folder)))
+        except ValueError as error:  # two different rows for one measurement
+            raise UserError(f"{plain(folder)}: {plain(error)}") from None
+    for run, name in zip(runs, run_names(runs), strict=True):
+        for problem in run.problems:
+            click.echo(f"{plain(name)}: {plain(problem)}", err=True)
+    return runs
+
+
+def _split(names: Sequence[str]) -> list[str]:
+    return [name.strip() for text in names for name in text.split(",") if name.strip()]

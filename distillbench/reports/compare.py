@@ -1,0 +1,512 @@
+"""Two runs against each other: what differs in them, and which scores and costs changed beyond noise."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.text import Text
+from scipy import stats
+
+from distillbench.reports.merge import MERGED, SAME, records
+from distillbench.reports.runs import RunData
+from distillbench.reports.show import fits, new_table, number, plain, run_names, say
+from distillbench.results import LAST
+from distillbench.statistics import ARROWS, TEACHER
+
+MATCH = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol"]
+COUNTED = ("train_images", "train_teacher_nfe", "train_student_nfe", "train_tflops", "sample_gflops", "parameters")
+HIGHER = ("sample_images_per_second",)  # costs of which more is better
+NO_COST = ("sample_best_batch",)  # found, not paid
+COSTS = [name for name, kind in LAST.items() if kind != "string" and name not in NO_COST]
+IGNORED = ("results_dir", "run_name")  # settings that decide no number
+LEVEL = 0.95
+NOTHING_WORSE, SOMETHING_WORSE, BAD_INPUT = 0, 1, 2  # exit codes
+
+SAME_VALUE, WITHIN, ONE_SEED, CHANGED = "same", "within noise", "one seed: not known", "changed"
+BETTER, WORSE, GONE, NEW = "better", "worse", "no value any more", "new"
+
+Row = tuple[Any, ...]  # the values of MATCH, None where there is none
+Rows = list[dict[str, Any]]  # rows of the table, None where a value is empty
+
+
+@dataclass(frozen=True)
+class Change:
+    """One score or cost of one row in both runs."""
+
+    row: Row
+    name: str
+    before: float
+    after: float
+    verdict: str
+    low: float | None = None  # interval of after - before
+    high: float | None = None
+    seeds: tuple[int, int] = (1, 1)
+    device: str = ""  # of a cost that depends on it
+
+    @property
+    def relative(self) -> float | None:
+        """The change over what was before; None where that is zero or not finite."""
+        if not (math.isfinite(self.before) and math.isfinite(self.after)) or self.before == 0:
+            return None
+        return (self.after - self.before) / abs(self.before)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two runs have in common and what not. Texts are ready to be printed, except for control characters."""
+
+    runs: tuple[str, str]
+    tolerance: float
+    settings: list[str]
+    environment: list[str]
+    rows: list[str]  # that appeared, vanished, failed, or cannot be compared
+    lost: list[str]  # rows that were ok and are not any more
+    scores: list[Change]
+    costs: list[Change]
+    directions: dict[str, str]
+    matched: int  # rows that are in both
+    protocols: bool  # differ for some row
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether there is anything to conclude from: a row in both, or one that is lost."""
+        return bool(self.matched or self.lost)
+
+    @property
+    def code(self) -> int:
+        """The exit code: 0 nothing is worse, 1 something is, 2 nothing can be compared."""
+        if not self.comparable:
+            return BAD_INPUT
+        return SOMETHING_WORSE if self.worse or self.lost else NOTHING_WORSE
+
+    @property
+    def worse(self) -> list[Change]:
+        """Scores worse beyond noise or without a value, and costs worse beyond the tolerance."""
+        return [one for one in self.scores if one.verdict in (WORSE, GONE)] + [
+            one for one in self.costs if one.verdict == WORSE
+        ]
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def compare(a: RunData, b: RunData, tolerance: float = 0.1) -> Comparison:
+    """How run `b` differs from run `a`. Rows are the same that are equal in MATCH; devices may differ.
+
+    A score is compared by the means of its training seeds over their sampling seeds (the teacher, which is not trained,
+    by its sampling seeds): Welch's t-test, and its 95 % interval of the difference of the two means. It is beyond noise
+    where that interval does not hold zero. With fewer than two seeds a side nothing is known but whether values are
+    equal. Costs have no interval: they are flagged where their mean changed by more than `tolerance` of what it was.
+    Those that depend on the device are compared on equal devices only.
+    """
+    left, right = _groups(a.table), _groups(b.table)
+    shared = [row for row in left if row in right]
+    name = _Namer([*left, *right])
+    rows, lost, protocols = _unmatched(left, right, name)
+    notes: list[str] = []
+    directions = _same_scores(a, b, notes)
+    scores, costs = [], []
+    for row in shared:
+        old, new = left[row], right[row]
+        told, is_lost = _statuses(old, new)
+        rows += [f"{name(row)}: {line}" for line in told]
+        lost += [f"{name(row)}: {line}" for line in is_lost]
+        old, new = _ok(old), _ok(new)
+        if len(old) and len(new):
+            found = [_score(row, old, new, score, direction) for score, direction in directions.items()]
+            scores += [one for one in found if one is not None]
+            costs += _costs(row, old, new, tolerance)
+            if not _on_devices(old) & _on_devices(new):
+                notes.append(f"{_devices(old)} in A, {_devices(new)} in B: speed and memory are not compared")
+    notes = list(dict.fromkeys(notes))
+    return Comparison(
+        (_heading("A", run_names([a, b])[0], a), _heading("B", run_names([a, b])[1], b)), tolerance,
+        _settings(a, b), _environment(a, b), rows, lost, scores, costs, directions, len(shared), protocols, notes,
+    )  # fmt: skip
+
+
+def welch(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of `after` minus that of `before`, at least two values each (Welch 1947)."""
+    a, b = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if np.ptp(a) == 0 and np.ptp(b) == 0:
+        return float(b[0] - a[0]), float(b[0] - a[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of nearly equal values
+        interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(LEVEL)
+    return float(interval.low), float(interval.high)
+
+
+def _groups(table: pd.DataFrame) -> dict[Row, Rows]:
+    """The rows of a table by their values of MATCH, in the order of the table."""
+    found: dict[Row, Rows] = {}
+    for row in records(table):
+        found.setdefault(tuple(None if row[name] == "" else row[name] for name in MATCH), []).append(row)
+    return found
+
+
+def _ok(rows: Rows) -> Rows:
+    return [row for row in rows if row["status"] == "ok"]
+
+
+def _on_devices(rows: Rows) -> set[str]:
+    return {row["device"] for row in rows if row["device"]}
+
+
+def _per_seed(rows: Rows, name: str) -> dict[Any, float]:
+    """The mean of a column for each training seed; for the teacher, for each sampling seed. Without empty values."""
+    by = "sampling_seed" if str(rows[0]["method"]).startswith(TEACHER) else "training_seed"
+    values: dict[Any, list[float]] = {}
+    for row in rows:
+        if row.get(name) is not None:
+            values.setdefault(row[by], []).append(float(row[name]))
+    return {seed: sum(several) / len(several) for seed, several in values.items()}
+
+
+def _close(a: float, b: float) -> bool:
+    return bool(np.isclose(a, b, rtol=SAME, atol=0, equal_nan=True))
+
+
+def _score(row: Row, old: Rows, new: Rows, name: str, direction: str) -> Change | None:
+    """How a score changed; None where neither side has it."""
+    a, b = _per_seed(old, name), _per_seed(new, name)
+    if not a and not b:
+        return None
+    x, y = list(a.values()), list(b.values())
+    with np.errstate(invalid="ignore"):
+        before, after = (float(np.mean(values)) if values else math.nan for values in (x, y))
+    seeds = len(x), len(y)
+    if not a or not b:
+        return Change(row, name, before, after, NEW if not a else GONE, seeds=seeds)
+    equal = a.keys() == b.keys() and all(_close(a[seed], b[seed]) for seed in a)
+    if equal or (seeds == (1, 1) and _close(before, after)):
+        return Change(row, name, before, after, SAME_VALUE, seeds=seeds)
+    if min(seeds) < 2:
+        return Change(row, name, before, after, ONE_SEED, seeds=seeds)
+    if not np.isfinite([*x, *y]).all():
+        return Change(row, name, before, after, "not finite: not known", seeds=seeds)
+    low, high = welch(x, y)
+    verdict = WITHIN
+    if low > 0 or high < 0:
+        verdict = CHANGED if direction == "none" else BETTER if (high < 0) == (direction == "lower") else WORSE
+    return Change(row, name, before, after, verdict, low, high, seeds)
+
+
+def _costs(row: Row, old: Rows, new: Rows, tolerance: float) -> list[Change]:
+    """How costs changed: counted ones over all devices, measured ones on each device that both sides have."""
+    places = [("", old, new, COUNTED)]
+    measured = tuple(name for name in COSTS if name not in COUNTED)
+    for device in sorted(_on_devices(old) & _on_devices(new)):
+        places.append((device, *([row for row in rows if row["device"] == device] for rows in (old, new)), measured))
+    found = []
+    for device, a, b, names in places:
+        for name in names:
+            x, y = (list(_per_seed(rows, name).values()) for rows in (a, b))
+            if not x and not y:
+                continue
+            before, after = (float(np.mean(values)) if values else math.nan for values in (x, y))
+            verdict = GONE if not y else NEW if not x else _judged(name, before, after, tolerance)
+            found.append(Change(row, name, before, after, verdict, seeds=(len(x), len(y)), device=device))
+    return found
+
+
+def _judged(name: str, before: float, after: float, tolerance: float) -> str:
+    if _close(before, after):
+        return SAME_VALUE
+    if not abs(after - before) > tolerance * abs(before):
+        return "within tolerance"
+    return BETTER if (after > before) == (name in HIGHER) else WORSE
+
+
+def _statuses(old: Rows, new: Rows) -> tuple[list[str], list[str]]:
+    """What failed, recovered or has other seeds, in words; and what of it was ok before and is not any more."""
+    a, b = _seeds(old), _seeds(new)
+    reasons: dict[str, list[str]] = {}
+    lost: dict[str, list[str]] = {}
+    for seeds, (status, reason) in b.items():
+        before = a.get(seeds, ("ok" if len(_ok(old)) else "", ""))[0]
+        if status != "ok":
+            target = lost if before == "ok" else reasons
+            target.setdefault(f"{status}: {reason or 'no reason is recorded'}", []).append(_seeds_in_words(seeds))
+    told = [f"{why} ({', '.join(seeds)}), as before" for why, seeds in reasons.items()]
+    recovered = [seeds for seeds, (status, _) in a.items() if status != "ok" and b.get(seeds, ("", ""))[0] == "ok"]
+    again = [_seeds_in_words(seeds) for seeds in recovered]
+    told += [f"ok now ({', '.join(again)})"] if again else []
+    return told, [f"was ok, {why} ({', '.join(seeds)})" for why, seeds in lost.items()]
+
+
+def _seeds(rows: Rows) -> dict[tuple[Any, Any], tuple[str, str]]:
+    """Status and reason by training and sampling seed; of several devices, one that is not ok."""
+    found: dict[tuple[Any, Any], tuple[str, str]] = {}
+    for row in rows:
+        seeds = row["training_seed"], row["sampling_seed"]
+        if found.get(seeds, ("ok", ""))[0] == "ok":
+            found[seeds] = str(row["status"] or "unknown status"), row["reason"] or ""
+    return found
+
+
+def _seeds_in_words(seeds: tuple[Any, Any]) -> str:
+    training, sampling = seeds
+    return (f"seed {training}, " if training is not None else "") + f"noise {sampling}"
+
+
+def _unmatched(left: Mapping[Row, Rows], right: Mapping[Row, Rows], name: _Namer) -> tuple[list[str], list[str], bool]:
+    """Rows of one run only, in words; those of A that were ok and vanished; whether protocols differ.
+
+    A row of A is paired with that row of B, of the same data, method and number of evaluations, that differs in fewest
+    of MATCH: where the protocol is among them, it has not vanished, it cannot be compared.
+    """
+    rest = [row for row in right if row not in left]
+    told: list[str] = []
+    lost: list[str] = []
+    fixed = [MATCH.index(column) for column in ("dataset", "method", "nfe")]
+    protocols: dict[str, list[str]] = {}
+    for row in (row for row in left if row not in right):
+        others = [other for other in rest if all(other[k] == row[k] for k in fixed)]
+        other = min(others, key=lambda other: sum(x != y for x, y in zip(row, other, strict=True)), default=None)
+        how = _how(row, other) if other is not None else {}
+        if other is not None:
+            rest.remove(other)
+        if "protocol" in how:
+            texts = "; ".join(f"{column} {change}" for column, change in how.items())
+            protocols.setdefault(texts, []).append(name(row, without=how))
+            continue
+        hint = "; ".join(f"{column} {change}" for column, change in how.items())
+        hint = f" (B has it with {hint})" if hint else ""
+        if len(_ok(left[row])):
+            lost.append(f"{name(row)}: was ok, vanished{hint}")
+        else:
+            told.append(f"{name(row)}: was not ok, vanished{hint}")
+        if other is not None:
+            told.append(f"{name(other)}: appeared")
+    told += [f"{name(row)}: appeared" for row in rest]
+    told += [f"{', '.join(names)}: cannot be compared, {texts}" for texts, names in protocols.items()]
+    return told, lost, bool(protocols)
+
+
+def _how(row: Row, other: Row) -> dict[str, str]:
+    pairs = zip(MATCH, row, other, strict=True)
+    return {column: f"{_value(x)} → {_value(y)}" for column, x, y in pairs if x != y}
+
+
+class _Namer:
+    """Names rows: the method, its evaluations, and of the rest of MATCH what it takes to tell `rows` apart."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.columns: list[str] = []
+        told = {(row[MATCH.index("method")], row[MATCH.index("nfe")]) for row in rows}
+        for column in ("settings", "dataset", "guidance", "budget", "images", "teacher", "protocol"):
+            places = [MATCH.index(name) for name in ("method", "nfe", *self.columns, column)]
+            finer = {tuple(row[k] for k in places) for row in rows}
+            if len(finer) > len(told):
+                self.columns.append(column)
+                told = finer
+
+    def __call__(self, row: Row, without: Container[str] = ()) -> str:
+        told = dict(zip(MATCH, row, strict=True))
+        more = [
+            f"{column} {_value(told[column])}"
+            for column in self.columns
+            if told[column] is not None and column not in without
+        ]
+        return ", ".join([str(told["method"]), f"{_value(told['nfe'])} NFE", *more])
+
+
+def _devices(rows: Rows) -> str:
+    return ", ".join(dict.fromkeys(row["device"] or "an unknown device" for row in rows))
+
+
+def _same_scores(a: RunData, b: RunData, notes: list[str]) -> dict[str, str]:
+    """Direction by score, of those that are declared alike wherever they are declared; the others go to `notes`."""
+    found = {}
+    for name in dict.fromkeys([*a.columns, *b.columns]):
+        x, y = a.columns.get(name), b.columns.get(name)
+        differs = [fact for fact in dict.fromkeys([*(x or {}), *(y or {})]) if x and y and x.get(fact) != y.get(fact)]
+        if differs:
+            notes.append(f"{name} is not compared: the runs declare another {', '.join(differs)}")
+        else:
+            found[name] = (x or y or {})["direction"]
+    return found
+
+
+# --- settings and environment ----------------------------------------------------------------------------------------
+
+
+def _settings(a: RunData, b: RunData) -> list[str]:
+    if not a.configs or not b.configs:
+        return [f"settings of {', '.join('AB'[k] for k, run in enumerate((a, b)) if not run.configs)} are not known"]
+    return _differences(_facts(a.configs, IGNORED), _facts(b.configs, IGNORED))
+
+
+def _environment(a: RunData, b: RunData) -> list[str]:
+    if not a.environment or not b.environment:
+        lacking = ", ".join("AB"[k] for k, run in enumerate((a, b)) if not run.environment)
+        return [f"the environment of {lacking} is not known"]
+    return _differences(_facts(_environments(a), ("run",)), _facts(_environments(b), ("run",)))
+
+
+def _environments(run: RunData) -> list[dict[str, Any]]:
+    merged = run.environment.get(MERGED)
+    return [one for one in merged if isinstance(one, dict)] if isinstance(merged, list) else [run.environment]
+
+
+def _facts(documents: Iterable[Mapping[str, Any]], ignored: Sequence[str]) -> dict[str, list[str]]:
+    """Dotted names of all values of the documents, each with its different values in words, in order."""
+    found: dict[str, list[str]] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for name, inner in value.items():
+                walk(f"{prefix}.{name}" if prefix else str(name), inner)
+            return
+        values = found.setdefault(prefix, [])
+        text = _value(value)
+        if text not in values:
+            values.append(text)
+
+    for document in documents:
+        walk("", {name: value for name, value in document.items() if name not in ignored})
+    return found
+
+
+def _differences(a: Mapping[str, list[str]], b: Mapping[str, list[str]]) -> list[str]:
+    """What differs: a value, or the shortest name that only one side has."""
+    lines: dict[str, None] = {}
+    for name in dict.fromkeys([*a, *b]):
+        if name in a and name in b:
+            if set(a[name]) != set(b[name]):
+                lines[f"{name}: {', '.join(a[name])} → {', '.join(b[name])}"] = None
+            continue
+        here, there, side = (a, b, "A") if name in a else (b, a, "B")
+        parts = name.split(".")
+        prefixes = [".".join(parts[:k]) for k in range(1, len(parts) + 1)]
+        whole = next(p for p in prefixes if not any(other == p or other.startswith(f"{p}.") for other in there))
+        value = f" ({', '.join(here[name])})" if whole == name else ""
+        lines[f"{whole}: only in {side}{value}"] = None
+    return list(lines)
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool | list | dict):
+        return json.dumps(value, default=str)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if value != "" else "''"
+
+
+def _heading(letter: str, name: str, run: RunData) -> str:
+    words = [f"{letter}: {name}"]
+    versions = []
+    for one in _environments(run):
+        git = one.get("git")
+        if isinstance(git, dict):
+            versions.append(f"commit {str(git.get('commit'))[:8]}" + (" and changes" if git.get("dirty") else ""))
+        elif one.get("distillbench"):
+            versions.append(f"distillbench {one['distillbench']}")
+    words += dict.fromkeys(versions)
+    count = len(run.table)
+    return ", ".join([*words, f"{count:,} row{'s' * (count != 1)}"])
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def print_comparison(console: Console, found: Comparison, all_costs: bool = False) -> None:
+    """What differs, the tables, and the conclusion in words. Costs within the tolerance only with `all_costs`."""
+    for heading in found.runs:
+        say(console, heading)
+    for title, lines in (("settings", found.settings), ("environment", found.environment)):
+        say(console, f"{title}: {'' if lines else 'no difference'}".rstrip())
+        for line in lines:
+            say(console, f"  {line}")
+    lines = found.lost + found.rows
+    say(console, f"rows: {found.matched} in both{', and' if lines else ''}")
+    for line in lines:
+        say(console, f"  {line}")
+    for line in found.notes:
+        say(console, line)
+    name = _Namer([one.row for one in found.scores + found.costs])
+    if found.scores:
+        _print_changes(console, found.scores, name, found.directions)
+    costs = [one for one in found.costs if all_costs or one.verdict not in (SAME_VALUE, "within tolerance")]
+    if costs:
+        _print_changes(console, costs, name, {cost: "higher" if cost in HIGHER else "lower" for cost in COSTS})
+    for line in conclusion(found):
+        say(console, line)
+
+
+def _print_changes(console: Console, changes: list[Change], name: _Namer, directions: Mapping[str, str]) -> None:
+    """One line for each change. The columns that every line lacks are left out."""
+    intervals = any(one.low is not None for one in changes)
+    devices, seeds = len({one.device for one in changes if one.device}) > 1, any(one.seeds != (1, 1) for one in changes)
+    headings = ["row", "what", *["seeds"] * seeds, "A", "B", "change"]
+    text = [True, True, *[False] * seeds, False, False, False]
+    headings += [*["95 % interval of B - A"] * intervals, *["device"] * devices, ""]
+    text += [True] * (len(headings) - len(text))
+    for fold in (False, True):
+        table = new_table(headings, text, fold)
+        for one in changes:
+            width = abs(one.after - one.before) if one.low is None or one.high is None else (one.high - one.low) / 2
+            cells = [name(one.row), f"{one.name} {ARROWS[directions[one.name]]}".rstrip()]
+            cells += ["{}, {}".format(*one.seeds)] * seeds
+            cells += [number(one.before, width), number(one.after, width), _change(one, width)]
+            between = "" if one.low is None else f"{number(one.low, width)} to {number(one.high, width)}"
+            cells += [between] * intervals + [one.device] * devices + [one.verdict]
+            table.add_row(*(Text(plain(cell)) for cell in cells))
+        if fold or fits(console, table):
+            console.print(table)
+            return
+
+
+def _change(one: Change, width: float) -> str:
+    """In per cent of what was before, or absolute where that is zero."""
+    if one.verdict in (SAME_VALUE, GONE, NEW):
+        return "-"
+    if one.relative is None:
+        return f"{'+' if one.after > one.before else ''}{number(one.after - one.before, width)}"
+    return f"{one.relative:+.1%}" if abs(one.relative) >= 0.0005 else f"{one.relative:+.1e}"
+
+
+def conclusion(found: Comparison) -> list[str]:
+    """What follows, in words."""
+    if not found.comparable:
+        why = "protocols differ" if found.protocols else "the runs have no row in common"
+        return [f"Nothing can be compared: {why}."]
+    lines = []
+    if found.protocols:
+        lines.append("Protocols differ: scores of the rows named above cannot be compared, and are not.")
+    name = _Namer([one.row for one in found.scores + found.costs])
+    worse = found.worse
+    for one in worse:
+        beyond = "without a value" if one.verdict == GONE else "worse"
+        limit = f" by {_change(one, abs(one.after - one.before))}" if one.verdict == WORSE else ""
+        lines.append(f"{beyond}: {one.name} of {name(one.row)}{limit}")
+    counts = Counter(one.verdict for one in found.scores)
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    lines += [f"{len(found.scores)} scores compared: {told}."] if found.scores else []
+    counts = Counter(one.verdict for one in found.costs)
+    told = f"{counts[WORSE]} worse and {counts[BETTER]} better by more than {found.tolerance:.0%}"
+    lines += [f"{len(found.costs)} costs compared: {told}."] if found.costs else []
+    tests = sum(one.low is not None for one in found.scores)
+    if tests > 1:
+        lines.append(
+            f"{tests} tests at 95 %: where nothing changed, {number(tests * (1 - LEVEL))} of them are expected beyond "
+            "noise."
+        )
+    if found.lost or worse:
+        parts = [f"{len(found.lost)} rows lost"] * bool(found.lost) + [f"{len(worse)} values worse"] * bool(worse)
+        return [*lines, f"Worse in B: {', '.join(parts)}."]
+    unknown = sum(one.verdict.endswith("not known") for one in found.scores)
+    aside = f" Of {unknown} scores it is not known: train several seeds (seed=0,1,2)." if unknown else ""
+    return [*lines, f"Nothing in B is worse beyond noise.{aside}"]

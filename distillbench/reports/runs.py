@@ -1,0 +1,166 @@
+"""A run's folder as it is read for reports: whatever is missing or damaged is said, and the rest is used."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distillbench.errors import UserError, nearest
+from distillbench.results import FIRST, LAST, make_along, make_table, unstack_shown
+from distillbench.statistics import summarise
+
+NOT_RUNS = ("cells", "cache")  # folders beside runs that are none
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run left. Frames are empty where it left nothing; `problems` says what is missing or damaged, in words."""
+
+    folder: Path
+    table: pd.DataFrame  # docs/columns.md
+    summary: pd.DataFrame  # over seeds, computed anew from the table
+    along: pd.DataFrame  # scores along training
+    columns: dict[str, dict[str, str]]  # what each score declares: unit, direction, network, needs, protocol
+    configs: list[dict[str, Any]]  # resolved settings, one for each point of the grid
+    environment: dict[str, Any]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def directions(self) -> dict[str, str]:
+        """By score: lower, higher or none."""
+        return {name: told["direction"] for name, told in self.columns.items()}
+
+    def shown(self, key: str) -> list[tuple[int, int, Tensor]]:
+        """(nfe, sampling seed, images (N,C,H,W) uint8) that were kept of the evaluation `key`; [] if they are gone.
+
+        They are of the rows that are ok, of the first sampling seed, in the order of their nfe, from the same noise in
+        every evaluation.
+        """
+        for record in (self.folder.parent / "cells").glob(f"*/evaluation-{key}.json"):
+            try:
+                rows = json.loads(record.read_text(encoding="utf-8"))["rows"]
+                first = rows[0]["sampling_seed"] if rows else 0
+                good = [row for row in rows if row["status"] == "ok" and row["sampling_seed"] == first]
+                images = unstack_shown(load_file(record.with_suffix(".safetensors")))
+                return [(row["nfe"], first, x) for row, x in zip(good, images, strict=True)]
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+                return []
+        return []
+
+
+def read_run(folder: Path) -> RunData:
+    """The run in `folder`. Raises UserError only where there is no such folder, or it holds nothing of a run."""
+    if not folder.is_dir():
+        beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        runs = [name for name in beside if name not in NOT_RUNS]
+        raise UserError(
+            f"no run {str(folder)!r}.{nearest(folder.name, runs)} Possible: {', '.join(sorted(runs)) or 'none'}"
+        )
+    names = ("table.parquet", "table.csv", "config.yaml", "columns.json")
+    if not any((folder / name).is_file() for name in names):
+        raise UserError(f"{str(folder)!r} is not a run: it has none of {', '.join(names)}")
+    problems: list[str] = []
+    columns = _columns(folder, problems)
+    table = _frame(folder, "table", problems)
+    table = make_table([], list(columns)) if table is None else _known(table, columns, problems)
+    along = _frame(folder, "along", problems, needed=False)
+    if along is not None and not {"method", "training_seed", "nfe", "fraction", "status", *columns} <= set(along):
+        problems.append("along is damaged, or written by another version: it is left out")
+        along = None
+    configs = _configs(folder, problems)
+    missing = _unfinished(table, configs)
+    problems += [f"not finished: no rows of {', '.join(missing)}"] if missing else []
+    summary = summarise(table, {name: told["direction"] for name, told in columns.items()}) if len(table) else table
+    return RunData(
+        folder, table, summary, make_along([], list(columns)) if along is None else along, columns, configs,
+        _json(folder / "environment.json", problems), problems,
+    )  # fmt: skip
+
+
+def _columns(folder: Path, problems: list[str]) -> dict[str, dict[str, str]]:
+    declared = _json(folder / "columns.json", problems)
+    good = {
+        name: told
+        for name, told in declared.items()
+        if isinstance(told, dict) and told.get("direction") in ("lower", "higher", "none")
+    }
+    if len(good) != len(declared):
+        problems.append("columns.json is damaged: some scores have no direction and are left out")
+    return good
+
+
+def _known(table: pd.DataFrame, columns: dict[str, dict[str, str]], problems: list[str]) -> pd.DataFrame:
+    """The table with the columns and types of this version; what it lacks is empty, and said."""
+    lacking = [name for name in [*FIRST, *LAST] if name not in table]
+    if lacking:
+        problems.append(f"written by another version: without {', '.join(lacking)}")
+    undeclared = [name for name in table if name not in {*FIRST, *LAST, *columns}]
+    if undeclared:
+        problems.append(f"columns that nothing declares are left out: {', '.join(map(str, undeclared))}")
+    try:
+        rows: list[dict[str, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")  # type: ignore[assignment]
+        return make_table(rows, list(columns))
+    except (TypeError, ValueError) as error:
+        problems.append(f"the table is damaged: {error}")
+        return make_table([], list(columns))
+
+
+def _frame(folder: Path, name: str, problems: list[str], needed: bool = True) -> pd.DataFrame | None:
+    """<name>.parquet, or <name>.csv where that is missing or damaged."""
+    readers = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
+    found = False
+    for suffix, read in readers.items():
+        file = folder / f"{name}{suffix}"
+        if not file.is_file():
+            continue
+        found = True
+        try:
+            return read(file)
+        except Exception as error:  # pandas and pyarrow raise much for a damaged file
+            problems.append(f"{file.name} is damaged: {' '.join(str(error).split())[:100]}")
+    if needed and not found:
+        problems.append(f"there is no {name}: the run has finished no cell")
+    return None
+
+
+def _configs(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
+    try:
+        documents = list(yaml.safe_load_all((folder / "config.yaml").read_text(encoding="utf-8")))
+        return [document for document in documents if isinstance(document, dict)]
+    except FileNotFoundError:
+        problems.append("config.yaml is missing: settings are not known")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problems.append(f"config.yaml is damaged: {' '.join(str(error).split())[:100]}")
+    return []
+
+
+def _json(file: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        problems.append(f"{file.name} is damaged")
+    except FileNotFoundError:
+        problems.append(f"{file.name} is missing")
+    except (OSError, ValueError):
+        problems.append(f"{file.name} is damaged")
+    return {}
+
+
+def _unfinished(table: pd.DataFrame, configs: list[dict[str, Any]]) -> list[str]:
+    """Methods and seeds that the settings name and that have no row."""
+    there = {(row.method, row.training_seed) for row in table[["method", "training_seed"]].itertuples()}
+    wanted = [(name, config.get("seed")) for config in configs for name in config.get("methods") or {}]
+    return [f"{name} (seed {seed})" for name, seed in dict.fromkeys(wanted) if (name, seed) not in there]

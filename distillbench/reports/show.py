@@ -1,0 +1,313 @@
+"""The table of runs in the terminal or as CSV: columns chosen, rows filtered and sorted; what failed stays visible."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from distillbench.errors import UserError, nearest, quoted, unknown
+from distillbench.reports.runs import RunData
+from distillbench.statistics import ARROWS, KEYS, SEEDS, leaders
+
+Rows = Literal["summary", "all"]
+RUN = "run"  # the column that tells runs apart where several are shown
+STAR = " best"  # ends the name of a column, of no run, that is true where a method leads in a score
+COSTS = ("sample_latency_p50_ms", "train_seconds", "sample_images_per_second", "train_teacher_nfe", "train_student_nfe")
+WIDEST = 10_000
+IDENTITY = [*KEYS, *SEEDS]  # of a measurement: columns that a failed row has as well
+
+_FILTER = re.compile(r"\s*(?P<column>[^<>=!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.*?)\s*", re.DOTALL)
+_SIGNS: dict[str, Callable[[pd.Series, float], pd.Series]] = {
+    "<": lambda column, value: column < value,
+    "<=": lambda column, value: column <= value,
+    ">": lambda column, value: column > value,
+    ">=": lambda column, value: column >= value,
+}
+
+
+# --- words and numbers -----------------------------------------------------------------------------------------------
+
+
+def plain(text: object) -> str:
+    """Text that does nothing to a terminal: what cannot be printed is shown as in Python (line ends as \\n).
+
+    >>> plain("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def say(console: Console, line: str) -> None:
+    """A line as it is: no markup, no control characters, not broken."""
+    console.print(Text(plain(line)), soft_wrap=True)
+
+
+def number(value: object, width: object = None) -> str:
+    """A value with as many digits as `width`, half its interval, allows: two of its own. No width: four digits.
+
+    >>> number(176.84304, 7.7658), number(1870.512704), number(0.1561677, 0.0003), number(1797), number(None)
+    ('176.8', '1,871', '0.15617', '1,797', '-')
+    """
+    if value is None or value is pd.NA:
+        return "-"
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    x = float(value)  # type: ignore[arg-type]
+    if not math.isfinite(x):
+        return "-" if math.isnan(x) else f"{x:g}"
+    w = 0.0 if width is None or width is pd.NA else abs(float(width))  # type: ignore[arg-type]
+    if 0 < w < math.inf and w > abs(x) * 1e-12:
+        decimals = max(0, 1 - math.floor(math.log10(w)))
+        return f"{x:,.{decimals}f}" if decimals <= 8 else f"{x:.4g}"
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+
+
+def row_name(row: dict[str, object]) -> str:
+    """Which row of the table this is, in words."""
+    seed = row.get("training_seed")
+    words = [str(row["method"]) + (f" [{row['settings']}]" if _there(row["settings"]) else "")]
+    words += [f"seed {seed}"] if _there(seed) else []
+    words += [f"{number(row['nfe'])} NFE", f"noise {number(row['sampling_seed'])}"]
+    return ", ".join(words)
+
+
+def _there(value: object) -> bool:
+    return not pd.isna(value) and value != ""  # type: ignore[call-overload]
+
+
+def new_table(headings: Sequence[str], text: Sequence[bool], fold: bool = False) -> Table:
+    """An empty table in the look of `distillbench run`. Columns with `text` are flush left; `fold` breaks long ones."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for heading, left in zip(headings, text, strict=True):
+        lines = Text("\n".join(plain(part) for part in heading.split("_")))
+        justify: Literal["left", "right"] = "left" if left else "right"
+        table.add_column(lines, vertical="bottom", no_wrap=not fold, overflow="fold", justify=justify)
+    return table
+
+
+def fits(console: Console, table: Table) -> bool:
+    """Whether no value of the table would be broken."""
+    return console.measure(table, options=console.options.update(max_width=WIDEST)).maximum <= console.width
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Rows that were asked for, of one run or several."""
+
+    frame: pd.DataFrame
+    directions: dict[str, str]  # by score
+    several: bool  # runs: the frame has a column RUN
+    columns: list[str]  # that were asked for; empty: all
+    failed: pd.DataFrame  # rows of the table that are not ok and that the filters let through
+
+
+def select(
+    runs: Sequence[RunData], columns: Sequence[str], sort: Sequence[str], where: Sequence[str], rows: Rows
+) -> Shown:
+    """The rows of `runs` that the filters let through, sorted. A name in `sort` that begins with - is descending.
+
+    A summary has one row for each of KEYS. Raises UserError for names, filters and values that do not exist.
+    """
+    names = run_names(runs)
+    directions = {score: direction for run in runs for score, direction in run.directions.items()}
+    parts = [_rows_of(run, rows) for run in runs]
+    if len(runs) > 1:
+        told = [pd.array([name] * len(part), dtype="string") for part, name in zip(parts, names, strict=True)]
+        parts = [part.assign(**{RUN: name}) for part, name in zip(parts, told, strict=True)]
+    filled = [part for part in parts if len(part)] or parts[:1]
+    order = list(dict.fromkeys(name for part in parts for name in part.columns))
+    frame = pd.concat(filled, ignore_index=True).reindex(columns=order)
+    possible = [name for name in order if not name.endswith(STAR)]
+    for name in columns:
+        _check_column(name, possible, rows)
+    keys = [(name.removeprefix("-"), not name.startswith("-")) for name in sort]
+    for name, _ in keys:
+        _check_column(name, possible, rows)
+    tables = [run.table.assign(**{RUN: name}) for run, name in zip(runs, names, strict=True) if len(run.table)]
+    failed = pd.concat([table[~_is_ok(table)] for table in tables], ignore_index=True) if tables else None
+    masks = [_passes(frame, text, possible, rows, strict=True) for text in where]
+    for mask in masks:
+        frame = frame[mask.reindex(frame.index)]
+    for text in where if failed is not None else []:
+        failed = failed[_passes(failed, text, [*IDENTITY, RUN], rows, strict=False)]
+    for name, ascending in reversed(keys):  # the first decides; what has no value comes last
+        frame = frame.sort_values(name, ascending=ascending, kind="stable", na_position="last")
+    failed = pd.DataFrame() if failed is None else failed
+    return Shown(frame.reset_index(drop=True), directions, len(runs) > 1, list(columns), failed)
+
+
+def run_names(runs: Sequence[RunData]) -> list[str]:
+    """What tells the runs apart: the folders' names, or their paths where names are equal."""
+    names = [run.name for run in runs]
+    return [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
+
+
+def _rows_of(run: RunData, rows: Rows) -> pd.DataFrame:
+    """The table, or its summary in the order of the run, with what leads there."""
+    if rows == "all" or not len(run.table):
+        return run.table.copy()
+    summary = run.summary
+    stars = {name + STAR: leaders(summary, name, direction) for name, direction in run.directions.items()}
+    marked = pd.concat([summary, pd.DataFrame(stars, index=summary.index)], axis=1)
+    order = run.table[KEYS].assign(settings=run.table["settings"].fillna("")).drop_duplicates()
+    found = order.merge(marked.drop_duplicates(KEYS), on=KEYS, how="left")
+    return found[list(marked.columns)][found["status"].notna()]
+
+
+def _is_ok(table: pd.DataFrame) -> pd.Series:
+    return table["status"].eq("ok").fillna(False).astype(bool)
+
+
+def _check_column(name: str, possible: Sequence[str], rows: Rows) -> None:
+    if name not in possible:
+        kind = "column of the summary" if rows == "summary" else "column"
+        raise unknown(kind, name, map(plain, possible), " (--rows all has others)" if rows == "summary" else "")
+
+
+def _passes(frame: pd.DataFrame, text: str, possible: Sequence[str], rows: Rows, strict: bool) -> pd.Series:
+    """True where a row meets the comparison in `text`. Not `strict`: columns and values that are not there let pass."""
+    found = _FILTER.fullmatch(text)
+    if not found:
+        raise UserError(f"--where takes COLUMN, one of = != < <= > >=, and a value, as in 'nfe<=2', got {quoted(text)}")
+    name, sign, value = found["column"], found["sign"], found["value"]
+    if name not in possible:
+        if strict:
+            _check_column(name, possible, rows)
+        return pd.Series(True, index=frame.index)
+    column = frame[name]
+    if pd.api.types.is_numeric_dtype(column):
+        return _passes_number(column, name, sign, value, text)
+    if sign in _SIGNS:
+        raise UserError(f"{name} holds text, which takes = and != only, got {quoted(text)}")
+    column = column.astype("string").fillna("")
+    there = set(column)
+    wanted = [value] if value in there else [part.strip() for part in value.split(",")]
+    for part in wanted:
+        if strict and sign == "=" and part and part not in there and len(frame):
+            values = sorted(there - {""})
+            listed = ", ".join(plain(one) for one in values[:20]) or "none"
+            raise UserError(f"no row has {name} {quoted(part)}.{plain(nearest(part, values))} Possible: {listed}")
+    inside = column.isin(wanted)
+    return (inside if sign == "=" else ~inside).astype(bool)
+
+
+def _passes_number(column: pd.Series, name: str, sign: str, value: str, text: str) -> pd.Series:
+    column = column.astype("Float64")
+    parts = [part.strip() for part in value.split(",")] if sign in ("=", "!=") else [value]
+    wanted = [_float(part, name, text) for part in parts]
+    if sign in _SIGNS:
+        limit = wanted[0]
+        if limit is None:
+            raise UserError(f"{name} is compared with nothing in {quoted(text)}")
+        return _SIGNS[sign](column, limit).fillna(False).astype(bool)
+    inside = column.isin([x for x in wanted if x is not None]).fillna(False).astype(bool)
+    if None in wanted:
+        inside |= column.isna()
+    return inside if sign == "=" else ~inside
+
+
+def _float(part: str, name: str, text: str) -> float | None:
+    """A number, or None for no value."""
+    if not part:
+        return None
+    try:
+        x = float(part)
+    except ValueError:
+        x = math.nan
+    if math.isnan(x):
+        raise UserError(f"{name} holds numbers, got {quoted(part)} in {quoted(text)}")
+    return x
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def print_csv(console: Console, shown: Shown) -> None:
+    """The rows as CSV, every digit, as they are."""
+    names = shown.columns or [name for name in shown.frame.columns if not name.endswith(STAR)]
+    if shown.several and not shown.columns:
+        names = [RUN, *(name for name in names if name != RUN)]
+    console.file.write(shown.frame[names].to_csv(index=False))
+
+
+def print_rows(console: Console, shown: Shown, rows: Rows) -> None:
+    """The rows as a table with as many columns as fit, or with those that were asked for; below it what failed."""
+    frame = shown.frame
+    if not len(frame):
+        say(console, "no rows")
+    elif shown.columns:
+        drawn = _drawn(shown, shown.columns)
+        console.print(drawn if fits(console, drawn) else _drawn(shown, shown.columns, fold=True))
+    else:
+        _print_what_fits(console, shown, rows)
+    for row in shown.failed.to_dict("records"):
+        where = f"{row[RUN]}: " if shown.several else ""
+        reason = row["reason"] if _there(row["reason"]) else "no reason is recorded"
+        say(console, f"{where}{row_name(row)}: {number(row['status'])}: {reason}")
+
+
+def _print_what_fits(console: Console, shown: Shown, rows: Rows) -> None:
+    frame = shown.frame
+    told = {
+        name: frame[name].replace("", pd.NA).dropna().unique() for name in ("dataset", "teacher", "budget", "device")
+    }
+    say(console, ", ".join(f"{name} {values[0]}" for name, values in told.items() if len(values) == 1))
+    names = [RUN] * shown.several + [name for name in ("dataset", "teacher") if len(told[name]) > 1] + ["method", "nfe"]
+    seeds = SEEDS if rows == "all" else []
+    for telling_apart in ("settings", "guidance", "budget", "images", "device", "protocol"):
+        differs = frame[telling_apart].nunique(dropna=False) > 1
+        names += [telling_apart] if differs and frame.duplicated([*names, *seeds]).any() else []
+    names += seeds or [name for name in ("training_seeds", "sampling_seeds") if (frame[name] > 1).any()]
+    names += ["status"] if (frame["status"] != "ok").any() else []
+    first = len(names)
+    scores = [name for name in shown.directions if name in frame]
+    names += scores + [name for name in COSTS if frame[name].notna().any()]
+    cut = []
+    while len(names) > first + 1 and not fits(console, _drawn(shown, names)):  # the first score is always there
+        cut.append(names.pop())
+    drawn = _drawn(shown, names)
+    console.print(drawn if fits(console, drawn) else _drawn(shown, names, fold=True))
+    hidden = [name for name in scores if name in cut]
+    notes = [f"not shown, it is too wide: {', '.join(hidden)} (--columns, --csv)"] if hidden else []
+    for source in ("training", "sampling"):
+        ends = [f"{name}_{source}_low" for name in scores]
+        if any(end in frame and frame[end].notna().any() for end in ends):
+            notes.append(f"{source[0]}[...]: 95 % interval of the mean over {source} seeds")
+    if any(frame[name + STAR].eq(True).any() for name in scores if name + STAR in frame):
+        notes.append("*: leads beyond its interval" + (", in its own run" if shown.several else ""))
+    for line in notes:
+        say(console, line)
+
+
+def _drawn(shown: Shown, names: Sequence[str], fold: bool = False) -> Table:
+    frame, directions = shown.frame, shown.directions
+    headings = [f"{name}_{ARROWS[directions[name]]}".rstrip("_") if name in directions else name for name in names]
+    table = new_table(headings, [not pd.api.types.is_numeric_dtype(frame[name]) for name in names], fold)
+    for row in frame.to_dict("records"):
+        table.add_row(*(Text(_cell(row, name)) for name in names))
+    return table
+
+
+def _cell(row: dict, name: str) -> str:
+    """A value; of a score with its interval, and a star where it leads beyond doubt."""
+    for source in ("training", "sampling"):
+        low, high = row.get(f"{name}_{source}_low"), row.get(f"{name}_{source}_high")
+        if low is not None and high is not None and not pd.isna(low) and not pd.isna(high):
+            half = (high - low) / 2
+            ends = f"{source[0]}[{number(low, half)}, {number(high, half)}]"
+            return f"{number(row[name], half)} {ends}{'*' if row.get(name + STAR) is True else ''}"
+    return number(row[name])

@@ -1,0 +1,101 @@
+"""What `distillbench report` does: read runs and write reports, with --watch anew whenever a run has changed."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from distillbench.errors import UserError
+from distillbench.files import write_atomically
+from distillbench.plan import check_writable
+from distillbench.reports.figures import write_figures
+from distillbench.reports.html import write_html
+from distillbench.reports.papers import Form, paper_table
+from distillbench.reports.runs import RunData, read_run
+
+TABLES: dict[str, tuple[str, Form]] = {
+    "markdown": ("table.md", "markdown"),
+    "latex": ("table.tex", "latex"),
+    "csv": ("paper.csv", "csv"),  # table.csv is the run's own
+}
+LOOKED_AT_EVERY = 5.0  # seconds
+SETTING = re.compile(r"(\w+)=(\d+)")
+
+
+def report_runs(
+    folders: Sequence[str], forms: Sequence[str], output: str | None, columns: Sequence[str],
+    precision: Sequence[str], sort: str | None, watch: bool, console: Console,
+) -> None:  # fmt: skip
+    """Write the reports of the runs in `folders` to `output`, or beside the first run's table.
+
+    `forms` are of html, markdown, latex, csv and figures. Raises UserError for what does not fit.
+    """
+    target = Path(output) if output is not None else Path(folders[0])
+    if output is not None:
+        check_writable(target)
+    names = [name.strip() for text in columns for name in text.split(",") if name.strip()] or None
+    decimals = _decimals(precision)
+
+    def write() -> None:
+        runs = [read_run(Path(folder)) for folder in folders]
+        for run in runs:
+            for problem in run.problems:
+                click.echo(f"{run.name}: {problem}", err=True)
+        for path in _write(runs, forms, target, names, decimals, sort):
+            console.print(f"written: {path}", markup=False, soft_wrap=True)
+
+    write()
+    if watch:
+        _watch([Path(folder) for folder in folders], write)
+
+
+def _write(
+    runs: Sequence[RunData], forms: Sequence[str], target: Path, columns: Sequence[str] | None,
+    precision: dict[str, int], sort: str | None,
+) -> list[Path]:  # fmt: skip
+    written: list[Path] = []
+    for form in dict.fromkeys(forms):
+        if form == "html":
+            write_html(runs, target / "report.html")
+            written.append(target / "report.html")
+        elif form == "figures":
+            written += write_figures(runs, target / "figures")
+        else:
+            file, kind = TABLES[form]
+            text = paper_table(runs, columns, precision, sort, kind)
+            write_atomically(target / file, lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))
+            written.append(target / file)
+    return written
+
+
+def _decimals(words: Sequence[str]) -> dict[str, int]:
+    found = {}
+    for word in words:
+        match = SETTING.fullmatch(word)
+        if match is None:
+            raise UserError(f"--precision reads NAME=DECIMALS, such as fid=2, got {word!r}")
+        found[match[1]] = int(match[2])
+    return found
+
+
+def _watch(folders: Sequence[Path], write: Callable[[], None]) -> None:
+    """Call `write` whenever a run's files have changed, until interrupted."""
+    before = _state(folders)
+    while True:
+        time.sleep(LOOKED_AT_EVERY)
+        now = _state(folders)
+        if now != before:
+            write()
+            before = now
+
+
+def _state(folders: Sequence[Path]) -> list[tuple[str, int]]:
+    """When the files that reports are made of were written."""
+    names = ("table.parquet", "along.parquet", "columns.json", "config.yaml", "environment.json")
+    files = [folder / name for folder in folders for name in names]
+    return [(str(file), file.stat().st_mtime_ns) for file in files if file.is_file()]
