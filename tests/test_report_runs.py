@@ -106,6 +106,13 @@ def test_scores_along_training_that_lack_columns_are_left_out_and_said(folder):
     assert run.along.empty and run.problems == ["along is damaged, or written by another version: it is left out"]
 
 
+def test_a_table_that_measures_something_twice_is_used_and_said(folder):
+    write_table(make_table([*rows(0, 1), *rows(1, fd_toy=99.0)], ["fd_toy"]), folder)
+    run = read_run(folder)
+    assert run.summary["fd_toy"].item() == 10.5 and len(run.table) == 3
+    assert run.problems[0].startswith("rows of one measurement differ, of which the first count: ")
+
+
 def test_what_is_no_run_is_refused(folder):
     with pytest.raises(UserError, match=r"no run .*min'\. Did you mean 'mine'\? Possible: mine"):
         read_run(folder.parent / "min")

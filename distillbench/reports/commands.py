@@ -11,7 +11,7 @@ from rich.console import Console
 from distillbench.errors import UserError
 from distillbench.reports.compare import compare, print_comparison
 from distillbench.reports.merge import Keep, left_out, merge, write
-from distillbench.reports.runs import RunData, read_run
+from distillbench.reports.runs import TWICE, RunData, read_run
 from distillbench.reports.show import Rows, plain, print_csv, print_rows, run_names, say, select
 
 
@@ -60,12 +60,11 @@ def show_runs(
 
 def _read(folders: Sequence[str]) -> list[RunData]:
     """The runs; what is missing or damaged in them is said on stderr."""
-    runs = []
-    for folder in folders:
-        try:
-            runs.append(read_run(Path(folder)))
-        except ValueError as error:  # two different rows for one measurement
-            raise UserError(f"{plain(folder)}: {plain(error)}") from None
+    runs = [read_run(Path(folder)) for folder in folders]
+    for run in runs:
+        for problem in run.problems:
+            if problem.startswith(TWICE):
+                raise UserError(f"{plain(run.folder)}: {plain(problem)}")
     for run, name in zip(runs, run_names(runs), strict=True):
         for problem in run.problems:
             click.echo(f"{plain(name)}: {plain(problem)}", err=True)

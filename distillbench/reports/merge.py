@@ -228,15 +228,15 @@ def _once(
     group = table.groupby(identity, dropna=False, sort=False).ngroup()
     repeated = group[group.duplicated(keep=False)]
     conflicts, equal = [], 0
-    for places in repeated.index.groupby(repeated).values():
-        rows = records(table.loc[places])
-        for place, row in zip(places[1:], rows[1:], strict=True):
-            why = _difference(rows[0], row, scores)
+    rows = records(table) if len(repeated) else []
+    for first, *others in repeated.index.groupby(repeated).values():
+        for place in others:
+            row, why = rows[place], _difference(rows[first], rows[place], scores)
             if why is None:
                 equal += 1
                 continue
             what, before, after = why
-            told = f"{what} {number(before)} in {origin[places[0]]}, {number(after)} in {origin[place]}"
+            told = f"{what} {number(before)} in {origin[first]}, {number(after)} in {origin[place]}"
             conflicts.append(plain(f"{row_name(row)} on {row['device'] or 'an unknown device'}: {told}"))
     listed = "; ".join(conflicts[:MOST_NAMED])
     listed += f"; and {len(conflicts) - MOST_NAMED} more" if len(conflicts) > MOST_NAMED else ""

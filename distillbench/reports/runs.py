@@ -15,8 +15,9 @@ from torch import Tensor
 
 from distillbench.errors import UserError, nearest
 from distillbench.results import FIRST, LAST, make_along, make_table, unstack_shown
-from distillbench.statistics import summarise
+from distillbench.statistics import KEYS, SEEDS, summarise
 
+TWICE = "rows of one measurement differ, of which the first count"
 NOT_RUNS = ("cells", "cache")  # folders beside runs that are none
 
 
@@ -82,11 +83,23 @@ def read_run(folder: Path) -> RunData:
     configs = _configs(folder, problems)
     missing = _unfinished(table, configs)
     problems += [f"not finished: no rows of {', '.join(missing)}"] if missing else []
-    summary = summarise(table, {name: told["direction"] for name, told in columns.items()}) if len(table) else table
+    summary = _summary(table, columns, problems)
     return RunData(
         folder, table, summary, make_along([], list(columns)) if along is None else along, columns, configs,
         _json(folder / "environment.json", problems), problems,
     )  # fmt: skip
+
+
+def _summary(table: pd.DataFrame, columns: dict[str, dict[str, str]], problems: list[str]) -> pd.DataFrame:
+    """Over seeds; of a table that measures something twice the first rows count, and that is said."""
+    directions = {name: told["direction"] for name, told in columns.items()}
+    if not len(table):
+        return table
+    try:
+        return summarise(table, directions)
+    except ValueError as error:
+        problems.append(f"{TWICE}: {error}")
+        return summarise(table.drop_duplicates([*KEYS, *SEEDS]), directions)
 
 
 def _columns(folder: Path, problems: list[str]) -> dict[str, dict[str, str]]:
