@@ -705,6 +705,8 @@ def _reason_of(name: str, reasons: str) -> str:
 
 
 def _drawn(summary: pd.DataFrame, names: list[str], directions: dict[str, str]) -> Table:
+    from rich.markup import escape
+
     from distillbench.statistics import arrow, leaders
 
     headings = [f"{name}_{arrow(directions[name])}".rstrip("_") if name in directions else name for name in names]
@@ -712,7 +714,8 @@ def _drawn(summary: pd.DataFrame, names: list[str], directions: dict[str, str]) 
     drawn = _new_table(headings, text=texts)
     best = {name: leaders(summary, name, directions[name]).tolist() for name in names if name in directions}
     for index, row in enumerate(summary.to_dict("records")):
-        drawn.add_row(*(_cell(row, name, best.get(name, {}) and best[name][index]) for name in names))
+        cells = (_cell(row, name, best.get(name, {}) and best[name][index]) for name in names)
+        drawn.add_row(*map(escape, cells))
     return drawn
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from distillbench.reports import charts, pictures, words
 from distillbench.reports.html import _commands, html_report, write_html
+from distillbench.reports.published import LABEL, published
 from distillbench.reports.runs import RunData, read_run
 from distillbench.results import make_along, make_table
 from distillbench.statistics import summarise
@@ -488,3 +489,16 @@ def test_tables_sort_plots_are_there_and_pictures_enlarge(tmp_path, size):
     assert said["plots"] and all(count > 0 for count in said["drawn"]) and len(said["drawn"]) >= 5
     assert said["title"] == "fd_pixels ↓" and said["retitled"] == "recall ↑"
     assert said["wide"] == 0, "the page itself does not scroll sideways"
+
+
+def test_published_numbers_stand_apart_and_only_of_the_same_data():
+    """CIFAR-10 at its resolution has some, digits have none; what is in the file is escaped like everything else."""
+
+    def of(kind, resolution):
+        config = {"dataset": {"kind": kind, "resolution": resolution}, "methods": {"boot": {}}, "seed": 0}
+        return html_report([replace(good_run(), configs=[config])])
+
+    some = of("cifar10", 32)
+    apart = some[some.index('id="published"') : some.index('id="protocol"')]
+    assert LABEL[1:] in apart and apart.count("<tr>") == len(published("cifar10", 32)) + 1
+    assert 'id="published"' not in of("digits", 8) and 'id="published"' not in of("cifar10", 64)

@@ -20,6 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from distillbench.files import write_atomically
 from distillbench.reports import charts, pictures, words
+from distillbench.reports.published import LABEL, published_section
 from distillbench.reports.runs import RunData
 from distillbench.reports.words import heading, is_known, number
 from distillbench.results import LAST
@@ -126,6 +127,7 @@ def html_report(runs: Sequence[RunData]) -> str:
             (name, arrow(told["direction"]), words.better(told["direction"]), told) for name, told in columns.items()
         ],
         about=[(name, *words.ABOUT[name]) for name in COSTS],
+        published={"rows": _rows(published_section(runs)), "label": LABEL},
         runs=[_provenance(name, run) for name, run in zip(names, runs, strict=True)],
         several=len(runs) > 1,
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
