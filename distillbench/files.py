@@ -8,9 +8,12 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from distillbench.errors import UserError
+
+if TYPE_CHECKING:  # reports need files and no tensors
+    from torch import Tensor
 
 
 def canonical_json(value: Any) -> str:
@@ -59,3 +62,18 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless files can be made in `folder`, or in the closest parent that exists. Leaves nothing."""
+    parent = folder.absolute()
+    try:
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise NotADirectoryError(f"{parent} is not a folder")
+        tempfile.TemporaryFile(dir=parent).close()
+        if not os.access(parent, os.W_OK):
+            raise PermissionError(f"{parent} is read-only")
+    except OSError as error:
+        raise UserError(f"results_dir: cannot write to {str(folder)!r}: {error.strerror or error}") from error

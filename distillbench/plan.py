@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from distillbench.energy import check_source
 from distillbench.errors import Unavailable, UserError
 from distillbench.evaluate import Evaluator, features_kept
 from distillbench.features import Networks
-from distillbench.files import key_of
+from distillbench.files import check_writable, key_of
 from distillbench.latents import as_trained_on, placeholder
 from distillbench.method import Batch, Method, MethodConfig
 from distillbench.metrics import Metric, Need
@@ -308,21 +306,6 @@ def choose_device(name: str) -> str:
     if not (index.isdigit() and int(index) < count):
         raise UserError(f"no device {name!r}. Possible: {', '.join(f'cuda:{i}' for i in range(count))}")
     return name
-
-
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless files can be made in `folder`, or in the closest parent that exists. Leaves nothing."""
-    parent = folder.absolute()
-    try:
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir():
-            raise NotADirectoryError(f"{parent} is not a folder")
-        tempfile.TemporaryFile(dir=parent).close()
-        if not os.access(parent, os.W_OK):
-            raise PermissionError(f"{parent} is read-only")
-    except OSError as error:
-        raise UserError(f"results_dir: cannot write to {str(folder)!r}: {error.strerror or error}") from error
 
 
 def teacher_plan(cells: list[Cell]) -> list[tuple[str, str, TeacherPlan]]:

@@ -18,15 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
 
 from distillbench.files import key_of, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
 SCHEMA: Literal[2] = 2
 Status = Literal["ok", "failed", "diverged"]
@@ -342,6 +341,8 @@ def _rgb(image: Tensor) -> Tensor:
     """(C,H,W) to (3,H,W): grey is repeated, two channels are red and green, of more the first three are shown."""
     if len(image) == 1:
         return image.expand(3, -1, -1)
+    import torch  # not above: reports read records and need no torch, which takes seconds to import
+
     return torch.cat([image, torch.zeros_like(image[:1])])[:3]
 
 
@@ -352,4 +353,6 @@ def stack_shown(shown: list[Tensor]) -> dict[str, Tensor]:
 
 def unstack_shown(tensors: dict[str, Tensor]) -> list[Tensor]:
     """The inverse of :func:`stack_shown`."""
+    import torch
+
     return [tensors[str(index)].to(torch.uint8) for index in range(len(tensors))]

@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -14,9 +13,6 @@ from PIL import Image
 
 from distillbench.reports.runs import RunData
 from distillbench.reports.words import counted, is_known, number, other_reasons
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MOST_ROWS = 200
 MOST_COLUMNS = 16
@@ -66,8 +62,8 @@ def grid(rows: Sequence[tuple[RunData, str, pd.Series]]) -> Grid | None:
         notes.append(f"Of several training seeds one is shown: {', '.join(map(str, sorted(seeds)))}.")
     if len(chosen) > MOST_ROWS:
         notes.append(f"The first {MOST_ROWS} of {len(chosen):,} rows are shown.")
-    kept: dict[tuple[str, str], dict[int, Tensor]] = {}
-    found: list[tuple[str, RunData, pd.Series, Tensor | None]] = []
+    kept: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    found: list[tuple[str, RunData, pd.Series, np.ndarray | None]] = []
     for (label, _), (run, row) in list(chosen.items())[:MOST_ROWS]:
         key = str(row["key"]) if is_known(row["key"]) else ""
         place = (str(run.folder), key)
@@ -87,13 +83,13 @@ def grid(rows: Sequence[tuple[RunData, str, pd.Series]]) -> Grid | None:
     return Grid(strips, notes)
 
 
-def _strip(label: str, row: pd.Series, images: Tensor | None, columns: int) -> Strip:
+def _strip(label: str, row: pd.Series, images: np.ndarray | None, columns: int) -> Strip:
     nfe, key = number(row["nfe"]), str(row["key"]) if is_known(row["key"]) else ""
     if images is None or not len(images):
         gone = "its samples are not kept here: the records in cells/ are gone or damaged"
         bad = f"{row['status']}: {other_reasons(row['reason']) or 'no reason given'}"
         return Strip(label, nfe, key, note=gone if row["status"] == "ok" else bad)
-    x = images[:columns].permute(0, 2, 3, 1).numpy()
+    x = images[:columns].transpose(0, 2, 3, 1)
     count, height, width, channels = x.shape
     picture = np.concatenate(list(x), axis=1)
     buffer = io.BytesIO()

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.numpy import load_file  # without torch, which takes seconds to import
 
 from distillbench.errors import UserError, nearest
-from distillbench.results import FIRST, LAST, make_along, make_table, unstack_shown
+from distillbench.results import FIRST, LAST, make_along, make_table
 from distillbench.statistics import KEYS, SEEDS, summarise
 
 TWICE = "rows of one measurement differ, of which the first count"
@@ -43,7 +43,7 @@ class RunData:
         """By score: lower, higher or none."""
         return {name: told["direction"] for name, told in self.columns.items()}
 
-    def shown(self, key: str) -> list[tuple[int, int, Tensor]]:
+    def shown(self, key: str) -> list[tuple[int, int, np.ndarray]]:
         """(nfe, sampling seed, images (N,C,H,W) uint8) that were kept of the evaluation `key`; [] if they are gone.
 
         They are of the rows that are ok, of the first sampling seed, in the order of their nfe, from the same noise in
@@ -54,7 +54,8 @@ class RunData:
                 rows = json.loads(record.read_text(encoding="utf-8"))["rows"]
                 first = rows[0]["sampling_seed"] if rows else 0
                 good = [row for row in rows if row["status"] == "ok" and row["sampling_seed"] == first]
-                images = unstack_shown(load_file(record.with_suffix(".safetensors")))
+                tensors = load_file(record.with_suffix(".safetensors"))
+                images = [tensors[str(index)].astype(np.uint8) for index in range(len(tensors))]
                 return [(row["nfe"], first, x) for row, x in zip(good, images, strict=True)]
             except (OSError, ValueError, KeyError, TypeError, SafetensorError):
                 return []

@@ -6,19 +6,16 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import click
 from rich.console import Console
 
 from distillbench.errors import UserError
-from distillbench.files import write_atomically
-from distillbench.plan import check_writable
-from distillbench.reports.figures import write_figures
-from distillbench.reports.html import write_html
-from distillbench.reports.papers import Form, paper_table
+from distillbench.files import check_writable, write_atomically
 from distillbench.reports.runs import RunData, read_run
 
-TABLES: dict[str, tuple[str, Form]] = {
+TABLES: dict[str, tuple[str, Literal["markdown", "latex", "csv"]]] = {
     "markdown": ("table.md", "markdown"),
     "latex": ("table.tex", "latex"),
     "csv": ("paper.csv", "csv"),  # table.csv is the run's own
@@ -61,11 +58,17 @@ def _write(
     written: list[Path] = []
     for form in dict.fromkeys(forms):
         if form == "html":
+            from distillbench.reports.html import write_html
+
             write_html(runs, target / "report.html")
             written.append(target / "report.html")
         elif form == "figures":
+            from distillbench.reports.figures import write_figures
+
             written += write_figures(runs, target / "figures")
         else:
+            from distillbench.reports.papers import paper_table
+
             file, kind = TABLES[form]
             text = paper_table(runs, columns, precision, sort, kind)
             write_atomically(target / file, lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))
