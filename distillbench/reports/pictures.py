@@ -89,7 +89,7 @@ def _strip(label: str, row: pd.Series, images: np.ndarray | None, columns: int) 
         gone = "its samples are not kept here: the records in cells/ are gone or damaged"
         bad = f"{row['status']}: {other_reasons(row['reason']) or 'no reason given'}"
         return Strip(label, nfe, key, note=gone if row["status"] == "ok" else bad)
-    x = images[:columns].transpose(0, 2, 3, 1)
+    x = np.asarray(images[:columns]).transpose(0, 2, 3, 1)
     count, height, width, channels = x.shape
     picture = np.concatenate(list(x), axis=1)
     buffer = io.BytesIO()
