@@ -169,6 +169,7 @@ class SpeedRecord(_Record):
     environment: dict[str, Any]
 
 
+T = TypeVar("T")
 AnyRecord = TypeVar("AnyRecord", TrainRecord, EvaluationRecord, SpeedRecord)
 
 
@@ -351,8 +352,6 @@ def stack_shown(shown: list[Tensor]) -> dict[str, Tensor]:
     return {str(index): images.contiguous() for index, images in enumerate(shown)}
 
 
-def unstack_shown(tensors: dict[str, Tensor]) -> list[Tensor]:
-    """The inverse of :func:`stack_shown`."""
-    import torch
-
-    return [tensors[str(index)].to(torch.uint8) for index in range(len(tensors))]
+def unstack_shown(tensors: dict[str, T]) -> list[T]:
+    """The inverse of :func:`stack_shown`, of tensors or of arrays."""
+    return [tensors[str(index)] for index in range(len(tensors))]

@@ -40,6 +40,7 @@ from torch.nn.functional import interpolate
 from distillbench import Denoiser, Teacher, UserError, hookimpl, option
 from distillbench.builtin.diffusers_pipelines import (
     Index,
+    PipelineConfig,
     blank_component,
     identity,
     load_component,
@@ -47,7 +48,7 @@ from distillbench.builtin.diffusers_pipelines import (
     read_schedule,
     weights_files,
 )
-from distillbench.builtin.stable_diffusion import TextEncoder, TextPipeline, TextPipelineConfig
+from distillbench.builtin.stable_diffusion import TextEncoder, TextPipeline
 from distillbench.conditions import Condition, Conditioning, Texts
 from distillbench.denoiser import Counter
 from distillbench.diffusers_networks import TextUNet
@@ -134,7 +135,7 @@ class DeepFloyd(TextPipeline):
     families = ("discrete",)
 
     @dataclass
-    class Config(TextPipelineConfig):
+    class Config(PipelineConfig):
         stage: int = option(1, "1: the base, images from texts; 2: the upscaler")
         base: str = option("", "of stage 2: folder of an exported one-step student of stage 1, or of stage 1 itself")
         base_steps: int = option(50, "DDIM steps of a base that is stage 1 itself; a student makes one")

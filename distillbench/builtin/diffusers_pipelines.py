@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -268,6 +269,29 @@ def patterns_of(components: tuple[str, ...], variant: str) -> list[str]:
 # --- teachers --------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class PipelineConfig(TeacherConfig):
+    """Settings of all teachers that are read from a pipeline."""
+
+    path: str = option("", "a pipeline's folder (with model_index.json), or its name on the hub (required)")
+    download: bool = option(False, "may the hub be asked for what is not on this machine")
+    revision: str = option("", "branch, tag or commit on the hub; empty: its main branch")
+    variant: str = option("", "which weights, as in diffusion_pytorch_model.VARIANT.safetensors: fp16, ...")
+
+    def __post_init__(self) -> None:
+        if not VARIANT.fullmatch(self.variant):
+            raise UserError(f"variant must be letters, digits, - and _, got {self.variant!r}")
+
+
+def find_index(teacher: str, config: PipelineConfig, path: str, patterns: Sequence[str]) -> Index:
+    """The index of the pipeline at `path`; of one on the hub, with the files of `patterns` beside it."""
+    if not path:
+        raise UserError(f"teacher={teacher} needs teacher.path=FOLDER, a folder with {INDEX}")
+    if Path(path).is_dir():
+        return read_index(Path(path), Path(path).resolve().name)
+    return read_index(hub_folder(teacher, path, config.revision, config.download, list(patterns)), path)
+
+
 class Diffusers(TeacherSource):
     """A pipeline of diffusers, on pixels or latents, unconditional or class-conditional."""
 
@@ -275,17 +299,12 @@ class Diffusers(TeacherSource):
     families: ClassVar[tuple[str, ...]] = ("discrete", "flow", "score", "edm")  # of readings
 
     @dataclass
-    class Config(TeacherConfig):
-        path: str = option("", "a pipeline's folder (with model_index.json), or its name on the hub (required)")
-        download: bool = option(False, "may the hub be asked for what is not on this machine")
-        revision: str = option("", "branch, tag or commit on the hub; empty: its main branch")
-        variant: str = option("", "which weights, as in diffusion_pytorch_model.VARIANT.safetensors: fp16, ...")
+    class Config(PipelineConfig):
         clip: str = option("auto", "of data predictions: none, static, dynamic; auto: as the scheduler's config says")
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             require_one_of(self, "clip", ("auto", "none", *(clip for clip in CLIPS if clip)))
-            if not VARIANT.fullmatch(self.variant):
-                raise UserError(f"variant must be letters, digits, - and _, got {self.variant!r}")
 
     def plan(self) -> TeacherPlan:
         index = self._index(weights=False)
@@ -315,14 +334,8 @@ class Diffusers(TeacherSource):
 
     def _index(self, weights: bool) -> Index:
         """The pipeline's index; of one on the hub, `weights` says whether its weights are wanted too."""
-        config = self.config
-        if not config.path:
-            raise UserError(f"teacher={self.name} needs teacher.path=FOLDER, a folder with {INDEX}")
-        if not self._on_hub():
-            return read_index(Path(config.path), Path(config.path).resolve().name)
-        patterns = ["*.json", *(patterns_of((*DENOISERS, *DECODERS), config.variant) if weights else ())]
-        folder = hub_folder(self.name, config.path, config.revision, config.download, patterns)
-        return read_index(folder, config.path)
+        patterns = ["*.json", *(patterns_of((*DENOISERS, *DECODERS), self.config.variant) if weights else ())]
+        return find_index(self.name, self.config, self.config.path, patterns)
 
     def _denoiser(self, index: Index) -> str:
         return index.component(DENOISERS, ["UNet2DModel", "DiTTransformer2DModel"])

@@ -28,17 +28,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from distillbench import Denoiser, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
+from distillbench import Denoiser, Teacher, TeacherSource, UserError, hookimpl, option
 from distillbench.builtin.diffusers_pipelines import (
-    INDEX,
-    VARIANT,
     Index,
+    PipelineConfig,
     blank_component,
-    hub_folder,
+    find_index,
     identity,
     load_component,
     patterns_of,
-    read_index,
     read_json,
     read_schedule,
     weights_files,
@@ -210,20 +208,6 @@ class TextEncoder:
 # --- pipelines that read texts ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class TextPipelineConfig(TeacherConfig):
-    """Settings of all teachers that read texts."""
-
-    path: str = option("", "a pipeline's folder (with model_index.json), or its name on the hub (required)")
-    download: bool = option(False, "may the hub be asked for what is not on this machine")
-    revision: str = option("", "branch, tag or commit on the hub; empty: its main branch")
-    variant: str = option("", "which weights, as in diffusion_pytorch_model.VARIANT.safetensors: fp16, ...")
-
-    def __post_init__(self) -> None:
-        if not VARIANT.fullmatch(self.variant):
-            raise UserError(f"variant must be letters, digits, - and _, got {self.variant!r}")
-
-
 class TextPipeline(TeacherSource):
     """A pipeline of diffusers with a UNet2DConditionModel that attends to texts."""
 
@@ -236,14 +220,9 @@ class TextPipeline(TeacherSource):
 
     def _index(self, path: str, wanted: tuple[str, ...] = ()) -> Index:
         """The index of the pipeline at `path`; of one on the hub, with the weights of its components `wanted`."""
-        config = self.config
-        if not path:
-            raise UserError(f"teacher={self.name} needs teacher.path=FOLDER, a folder with {INDEX}")
-        if Path(path).is_dir():
-            return read_index(Path(path), Path(path).resolve().name)
         patterns = ["*.json", "tokenizer/*.txt", "tokenizer/*.model"]
-        patterns += patterns_of(wanted, config.variant) if wanted else ()
-        return read_index(hub_folder(self.name, path, config.revision, config.download, patterns), path)
+        patterns += patterns_of(wanted, self.config.variant) if wanted else ()
+        return find_index(self.name, self.config, path, patterns)
 
     def _prompts(self) -> list[str]:
         if not self.dataset.prompts:
@@ -323,7 +302,7 @@ class StableDiffusion(TextPipeline):
     encoders = ("CLIPTextModel",)
 
     @dataclass
-    class Config(TextPipelineConfig):
+    class Config(PipelineConfig):
         decode_batch: int = option(4, "images that the autoencoder decodes or encodes at once")
 
         def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file  # without torch, which takes seconds to import
 
 from distillbench.errors import UserError, nearest
-from distillbench.results import FIRST, LAST, make_along, make_table
+from distillbench.results import FIRST, LAST, make_along, make_table, unstack_shown
 from distillbench.statistics import KEYS, SEEDS, summarise
 
 TWICE = "rows of one measurement differ, of which the first count"
@@ -54,8 +54,7 @@ class RunData:
                 rows = json.loads(record.read_text(encoding="utf-8"))["rows"]
                 first = rows[0]["sampling_seed"] if rows else 0
                 good = [row for row in rows if row["status"] == "ok" and row["sampling_seed"] == first]
-                tensors = load_file(record.with_suffix(".safetensors"))
-                images = [tensors[str(index)].astype(np.uint8) for index in range(len(tensors))]
+                images = unstack_shown(load_file(record.with_suffix(".safetensors")))
                 return [(row["nfe"], first, x) for row, x in zip(good, images, strict=True)]
             except (OSError, ValueError, KeyError, TypeError, SafetensorError):
                 return []
