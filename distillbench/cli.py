@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import os
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from distillbench import __version__
 from distillbench.errors import DivergedError, Unavailable, UserError, unknown
+from distillbench.terminal import new_console, print_definitions, print_plan, print_rows, print_table, width
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pandas as pd
-    from rich.console import Console
-    from rich.table import Table
-
     from distillbench.features import FeatureNetwork
-    from distillbench.plan import Cell
-    from distillbench.progress import Progress
     from distillbench.references import RealImages
     from distillbench.registry import Plugin, Registry
 
 BAD_INPUT, SOMETHING_FAILED, INTERRUPTED = 2, 1, 130
 KINDS = ("methods", "teachers", "datasets", "metrics")
-WIDEST_TEXT = 120
+
+
+def plugin_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a command that loads plugins."""
+    folders = click.option(
+        "--plugins-dir", "folders", multiple=True, type=click.Path(file_okay=False), envvar="DISTILLBENCH_PLUGINS_DIR",
+        help="Folder whose files are plugins too; several allowed. [$DISTILLBENCH_PLUGINS_DIR]",
+    )  # fmt: skip
+    return folders(click.option("--debug", is_flag=True, help="Show tracebacks.")(command))
+
+
+def with_plugins(command: Callable[..., None]) -> Callable[..., None]:
+    """Load the plugins and hand the registry to `command` as ``registry``; what failed to load is a warning."""
+
+    @plugin_options
+    @functools.wraps(command)
+    def loaded(*arguments: Any, folders: Sequence[str], debug: bool, **options: Any) -> None:
+        registry = _registry(folders)
+        for plugin in registry.broken:
+            click.echo(f"warning: plugin {_origin(plugin)} is left out: {plugin.error}", err=True)
+            if debug:
+                click.echo(plugin.traceback, err=True)
+        command(*arguments, registry=registry, **options)
+
+    return loaded
+
+
+debuggable = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,8 +71,8 @@ def cli() -> None:
 @click.argument("settings", nargs=-1)
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan with its price, run nothing.")
 @click.option("--show-config", is_flag=True, help="Print the settings as YAML, run nothing.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def run(settings: tuple[str, ...], dry_run: bool, show_config: bool, debug: bool) -> None:
+@with_plugins
+def run(registry: Registry, settings: tuple[str, ...], dry_run: bool, show_config: bool) -> None:
     """Train, sample and score methods; print and keep the table.
 
     SETTINGS are Hydra overrides; comma sweeps make a grid. Quote brackets for your shell.
@@ -60,15 +84,15 @@ def run(settings: tuple[str, ...], dry_run: bool, show_config: bool, debug: bool
       device=auto              cpu, cuda, cuda:N    results_dir=results  where results go
       experiment=smoke         a prepared set of settings (configs/experiment)
     """
-    _run(settings, dry_run, show_config, debug)
+    _run(registry, settings, dry_run, show_config)
 
 
 @cli.command()
 @click.argument("settings", nargs=-1)
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, run nothing.")
 @click.option("--show-config", is_flag=True, help="Print the settings as YAML, run nothing.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def score(settings: tuple[str, ...], dry_run: bool, show_config: bool, debug: bool) -> None:
+@with_plugins
+def score(registry: Registry, settings: tuple[str, ...], dry_run: bool, show_config: bool) -> None:
     """Sample and score the teacher alone: a checkpoint, or a released student, as it is. Nothing is trained.
 
     SETTINGS are those of `distillbench run`, without methods.
@@ -81,31 +105,32 @@ def score(settings: tuple[str, ...], dry_run: bool, show_config: bool, debug: bo
     given = [word for word in settings if word.partition("=")[0].split(".")[0] == "methods"]
     if given:
         raise UserError(f"score takes no method, got {given[0]!r}. To train methods use: distillbench run")
-    _run(settings, dry_run, show_config, debug, need_methods=False)
+    _run(registry, settings, dry_run, show_config, need_methods=False)
 
 
-def _run(settings: Sequence[str], dry_run: bool, show_config: bool, debug: bool, need_methods: bool = True) -> None:
+def _run(
+    registry: Registry, settings: Sequence[str], dry_run: bool, show_config: bool, need_methods: bool = True
+) -> None:
     from distillbench.config import compose_runs, to_yaml
     from distillbench.plan import plan
     from distillbench.progress import Progress
     from distillbench.run import run as run_cells
 
-    registry = _registry(debug)
     configs = compose_runs(list(settings), registry, need_methods)
     if not need_methods:  # an experiment may name some
         configs = [dataclasses.replace(config, methods={}) for config in configs]
     if show_config:
         click.echo("---\n".join(to_yaml(config) for config in configs), nl=False)
         return
-    console = _console()
+    console = new_console()
     cells = plan(configs, registry)
     if dry_run:
-        _print_plan(console, cells)
+        print_plan(console, cells)
         raise SystemExit(SOMETHING_FAILED if any(cell.trouble for cell in cells) else 0)
     progress = Progress(console)
-    outcome = run_cells(cells, configs, progress, lambda rows: _print_rows(progress, rows))
+    outcome = run_cells(cells, configs, progress, lambda rows: print_rows(progress, rows))
     directions = {name: told["direction"] for name, told in outcome.columns.items()}
-    _print_table(console, outcome.table, outcome.summary, directions)
+    print_table(console, outcome.table, outcome.summary, directions)
     progress.say(f"every column, samples and weights: {outcome.folder}")
     if outcome.failed:
         progress.say(f"not ok: {', '.join(outcome.failed)}")
@@ -114,17 +139,18 @@ def _run(settings: Sequence[str], dry_run: bool, show_config: bool, debug: bool,
 
 @cli.command("list")
 @click.argument("kind", type=click.Choice(KINDS))
-def list_(kind: str) -> None:
+@with_plugins
+def list_(registry: Registry, kind: str) -> None:
     """List what can be named: methods, teachers, datasets or metrics."""
-    entries = sorted(_registry().of_kind(kind).items())
-    _print_definitions((name, f"{_summary(entry.cls)} [{_version(entry.plugin)}]") for name, entry in entries)
+    entries = sorted(registry.of_kind(kind).items())
+    print_definitions((name, f"{_summary(entry.cls)} [{_version(entry.plugin)}]") for name, entry in entries)
 
 
 @cli.command()
 @click.argument("name")
-def describe(name: str) -> None:
+@with_plugins
+def describe(registry: Registry, name: str) -> None:
     """Show what NAME is, where it comes from and its settings with their defaults."""
-    registry = _registry()
     found = [kind for kind in KINDS if name in registry.of_kind(kind)]
     if not found:
         raise unknown("method, teacher, dataset or metric", name, [n for k in KINDS for n in registry.of_kind(k)])
@@ -138,18 +164,18 @@ def _describe(registry: Registry, kind: str, name: str) -> None:
 
     entry = registry.get(kind, name)
     click.echo(f"{name}: {kind.removesuffix('s')} from plugin {_origin(entry.plugin)}")
-    click.echo(click.wrap_text(_documentation(entry.cls), _width(), preserve_paragraphs=True))
+    click.echo(click.wrap_text(_documentation(entry.cls), width(), preserve_paragraphs=True))
     if kind == "metrics":
-        _print_definitions((fact, text or "none") for fact, text in entry.cls.describe().items())
+        print_definitions((fact, text or "none") for fact, text in entry.cls.describe().items())
         return
     facts = [(fact.replace("_", " "), getattr(entry.cls, fact)) for fact in rules.KINDS[kind].declares]
-    _print_definitions((fact, {True: "yes", False: "no"}.get(value, value)) for fact, value in facts)
+    print_definitions((fact, {True: "yes", False: "no"}.get(value, value)) for fact, value in facts)
     if rules.KINDS[kind].config is None:
         return
     prefix = f"methods.{name}" if kind == "methods" else kind.removesuffix("s")
     options = describe_options(entry.cls.Config)
     click.echo("\nsettings and their defaults:" if options else "\nno settings")
-    _print_definitions((f"{prefix}.{option}={default}", text) for option, default, text in options)
+    print_definitions((f"{prefix}.{option}={default}", text) for option, default, text in options)
 
 
 @cli.command()
@@ -157,8 +183,8 @@ def _describe(registry: Registry, kind: str, name: str) -> None:
 @click.argument("settings", nargs=-1)
 @click.option("--quick", is_flag=True, help="Leave out the training on an exact teacher: seconds instead of a minute.")
 @click.option("--thorough", is_flag=True, help="Train five times as long on the exact teacher.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def check(name: str, settings: tuple[str, ...], quick: bool, thorough: bool, debug: bool) -> None:
+@with_plugins
+def check(registry: Registry, name: str, settings: tuple[str, ...], quick: bool, thorough: bool) -> None:
     """Hold method NAME against the contract of a method, one line for each check.
 
     SETTINGS are of the method only. The exit code is 1 if a check fails.
@@ -171,7 +197,6 @@ def check(name: str, settings: tuple[str, ...], quick: bool, thorough: bool, deb
 
     if quick and thorough:
         raise UserError("--quick and --thorough exclude each other")
-    registry = _registry(debug)
     entry = registry.get("methods", name)
     foreign = [word for word in settings if not word.startswith(f"methods.{name}.")]
     if foreign:
@@ -184,21 +209,24 @@ def check(name: str, settings: tuple[str, ...], quick: bool, thorough: bool, deb
         counts[finding.ok] += 1
         word = {True: "ok", False: "FAIL", None: "-"}[finding.ok]
         heading = f"{word:<4}  {finding.check:<17}  "
-        click.echo(click.wrap_text(finding.message, _width(), heading, " " * len(heading)))
+        click.echo(click.wrap_text(finding.message, width(), heading, " " * len(heading)))
     click.echo(f"{name}: {counts[True]} ok, {counts[False]} failed, {counts[None]} not applicable")
     if counts[False]:
         raise SystemExit(SOMETHING_FAILED)
 
 
 @cli.command()
-@click.option("--debug", is_flag=True, help="Show the traceback of a plugin that failed to load.")
-def plugins(debug: bool) -> None:
-    """Show every plugin: its distribution, what it brings, or why it was left out."""
-    registry = _registry(report=False)
-    _print_definitions(
-        (_origin(plugin), f"left out: {plugin.error}" if plugin.error else ", ".join(plugin.brings) or "nothing")
-        for plugin in registry.plugins
-    )
+@plugin_options
+def plugins(folders: tuple[str, ...], debug: bool) -> None:
+    """Show every plugin: its distribution and version, its hooks and what they bring, its file, or why it is left out.
+
+    DISTILLBENCH_PLUGINS limits what loads to the plugins or distributions that its patterns name, separated by commas.
+
+    \b
+    DISTILLBENCH_PLUGINS='distillbench,my_*' distillbench plugins --plugins-dir my_plugins
+    """
+    registry = _registry(folders)
+    print_definitions((plugin.name, _plugin_in_words(plugin)) for plugin in registry.plugins)
     for plugin in registry.broken if debug else []:
         click.echo(f"\n{plugin.name}:\n{plugin.traceback}", err=True)
 
@@ -211,8 +239,8 @@ def teacher() -> None:
 @teacher.command("train")
 @click.argument("settings", nargs=-1)
 @click.option("--output", "-o", type=click.Path(dir_okay=False), help="File to write; default: the results' cache.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def train_teacher(settings: tuple[str, ...], output: str | None, debug: bool) -> None:
+@with_plugins
+def train_teacher(registry: Registry, settings: tuple[str, ...], output: str | None) -> None:
     """Train the teacher of a dataset anew and write its weights (safetensors).
 
     \b
@@ -226,7 +254,6 @@ def train_teacher(settings: tuple[str, ...], output: str | None, debug: bool) ->
     from distillbench.progress import Progress
     from distillbench.run import train_teacher_of
 
-    registry = _registry(debug)
     configs = compose_runs(list(settings), registry, need_methods=False)
     file = Path(output) if output is not None else None
     if file is not None and file.suffix != ".safetensors":
@@ -235,7 +262,7 @@ def train_teacher(settings: tuple[str, ...], output: str | None, debug: bool) ->
         raise UserError(f"--output takes one teacher, the settings span {len(configs)}")
     for config in configs:
         check_writable(file.parent if file is not None else Path(config.results_dir))
-    progress = Progress(_console())
+    progress = Progress(new_console())
     for config in configs:
         progress.say(f"written: {train_teacher_of(config, registry, file, progress)}")
 
@@ -243,8 +270,8 @@ def train_teacher(settings: tuple[str, ...], output: str | None, debug: bool) ->
 @cli.command()
 @click.argument("network", required=False)
 @click.option("--from", "source", type=click.Path(), help="Copy this file, or from this folder.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def fetch(network: str | None, source: str | None, debug: bool) -> None:
+@with_plugins
+def fetch(registry: Registry, network: str | None, source: str | None) -> None:
     """Fetch the weights of the feature network NETWORK, such as inception for FID. Without a name: list them.
 
     Nothing else in distillbench downloads. The file is checked by its SHA-256, wherever it comes from, and is kept in
@@ -259,11 +286,11 @@ def fetch(network: str | None, source: str | None, debug: bool) -> None:
     from distillbench.pretrained import fetch as fetch_weights
     from distillbench.pretrained import weights_folder
 
-    networks = _networks(_registry(debug))
+    networks = _networks(registry)
     folder = weights_folder()
     if network is None:
         click.echo(f"weights are kept in {folder}")
-        _print_definitions((name, _weights_in_words(cls, folder)) for name, cls in sorted(networks.items()))
+        print_definitions((name, _weights_in_words(cls, folder)) for name, cls in sorted(networks.items()))
         return
     if network not in networks:
         raise unknown("feature network", network, networks)
@@ -283,8 +310,8 @@ def data() -> None:
 @data.command("check")
 @click.argument("settings", nargs=-1)
 @click.option("--grid", type=click.Path(dir_okay=False), help="Write a picture of the first 64 images (.png).")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def check_data(settings: tuple[str, ...], grid: str | None, debug: bool) -> None:
+@with_plugins
+def check_data(registry: Registry, settings: tuple[str, ...], grid: str | None) -> None:
     """Read every image of a dataset: what is there, counts, classes, hash, damaged and double images.
 
     The exit code is 1 if images are damaged.
@@ -296,7 +323,7 @@ def check_data(settings: tuple[str, ...], grid: str | None, debug: bool) -> None
 
     from distillbench.data_check import command
 
-    raise SystemExit(command(settings, _registry(debug), None if grid is None else Path(grid), _console()))
+    raise SystemExit(command(settings, registry, None if grid is None else Path(grid), new_console()))
 
 
 @cli.command()
@@ -304,8 +331,8 @@ def check_data(settings: tuple[str, ...], grid: str | None, debug: bool) -> None
 @click.option("--method", required=True, help="Which student of the run.")
 @click.option("--seed", type=click.IntRange(min=0), help="Its training seed, where the run has several.")
 @click.option("--output", "-o", required=True, type=click.Path(), help="Folder to write; must not be there yet.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def export(run_folder: str, method: str, seed: int | None, output: str, debug: bool) -> None:
+@with_plugins
+def export(registry: Registry, run_folder: str, method: str, seed: int | None, output: str) -> None:
     """Write a one-step student of RUN_FOLDER as a pipeline that diffusers loads without distillbench.
 
     \b
@@ -317,7 +344,7 @@ def export(run_folder: str, method: str, seed: int | None, output: str, debug: b
     from distillbench.export import export as write_pipeline
     from distillbench.progress import Progress
 
-    write_pipeline(Path(run_folder), method, seed, Path(output), _registry(debug), Progress(_console()))
+    write_pipeline(Path(run_folder), method, seed, Path(output), registry, Progress(new_console()))
 
 
 FORMS = ("html", "markdown", "latex", "csv", "figures")
@@ -331,10 +358,10 @@ FORMS = ("html", "markdown", "latex", "csv", "figures")
 @click.option("--precision", multiple=True, help="Decimals of a column: NAME=DECIMALS. [as the interval allows]")
 @click.option("--sort", help="Column to sort tables for papers by; with - before it, the other way round.")
 @click.option("--watch", is_flag=True, help="Write anew whenever a run has changed, until interrupted.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@debuggable
 def report(
     runs: tuple[str, ...], forms: tuple[str, ...], output: str | None, columns: tuple[str, ...],
-    precision: tuple[str, ...], sort: str | None, watch: bool, debug: bool,
+    precision: tuple[str, ...], sort: str | None, watch: bool,
 ) -> None:  # fmt: skip
     """Make reports of RUNS from their records alone: one HTML file, or tables and figures for papers.
 
@@ -344,7 +371,7 @@ def report(
     """
     from distillbench.reports.write import report_runs
 
-    report_runs(runs, forms or ("html",), output, columns, precision, sort, watch, _console())
+    report_runs(runs, forms or ("html",), output, columns, precision, sort, watch, new_console())
 
 
 @cli.command()
@@ -352,8 +379,8 @@ def report(
 @click.argument("b", type=click.Path())
 @click.option("--tolerance", default=0.1, show_default=True, help="Change of a cost that is still none, as a share.")
 @click.option("--all-costs", is_flag=True, help="Show costs that changed less, too.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def compare(a: str, b: str, tolerance: float, all_costs: bool, debug: bool) -> None:
+@debuggable
+def compare(a: str, b: str, tolerance: float, all_costs: bool) -> None:
     """Say how run B differs from run A, and whether beyond noise. Exit code 1: something is worse.
 
     \b
@@ -361,15 +388,15 @@ def compare(a: str, b: str, tolerance: float, all_costs: bool, debug: bool) -> N
     """
     from distillbench.reports.commands import compare_runs
 
-    raise SystemExit(compare_runs(a, b, tolerance, all_costs, _console()))
+    raise SystemExit(compare_runs(a, b, tolerance, all_costs, new_console()))
 
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 @click.option("--output", "-o", required=True, type=click.Path(), help="Folder to write; must not be there yet.")
 @click.option("--keep", type=click.Choice(["first", "last"]), help="Which of rows that contradict each other.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def merge(runs: tuple[str, ...], output: str, keep: Literal["first", "last"] | None, debug: bool) -> None:
+@debuggable
+def merge(runs: tuple[str, ...], output: str, keep: Literal["first", "last"] | None) -> None:
     """Put RUNS of several machines into one.
 
     \b
@@ -377,7 +404,7 @@ def merge(runs: tuple[str, ...], output: str, keep: Literal["first", "last"] | N
     """
     from distillbench.reports.commands import merge_runs
 
-    raise SystemExit(merge_runs(runs, output, keep, _console()))
+    raise SystemExit(merge_runs(runs, output, keep, new_console()))
 
 
 @cli.command()
@@ -387,10 +414,10 @@ def merge(runs: tuple[str, ...], output: str, keep: Literal["first", "last"] | N
 @click.option("--where", multiple=True, help="Comparisons that rows must meet: 'nfe<=2', method=boot,cm.")
 @click.option("--rows", type=click.Choice(["summary", "all"]), default="summary", help="Means over seeds, or each row.")
 @click.option("--csv", is_flag=True, help="Print CSV.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@debuggable
 def show(
     runs: tuple[str, ...], columns: tuple[str, ...], sort: tuple[str, ...], where: tuple[str, ...],
-    rows: Literal["summary", "all"], csv: bool, debug: bool,
+    rows: Literal["summary", "all"], csv: bool,
 ) -> None:  # fmt: skip
     """Show the table of RUNS, filtered and sorted.
 
@@ -399,7 +426,7 @@ def show(
     """
     from distillbench.reports.commands import show_runs
 
-    raise SystemExit(show_runs(runs, columns, sort, where, rows, csv, _console()))
+    raise SystemExit(show_runs(runs, columns, sort, where, rows, csv, new_console()))
 
 
 @cli.group()
@@ -411,8 +438,8 @@ def reference() -> None:
 @click.argument("settings", nargs=-1)
 @click.option("--network", required=True, help="Feature network, such as inception.")
 @click.option("--output", "-o", required=True, type=click.Path(dir_okay=False), help="File to write (.npz).")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def export_reference(settings: tuple[str, ...], network: str, output: str, debug: bool) -> None:
+@with_plugins
+def export_reference(registry: Registry, settings: tuple[str, ...], network: str, output: str) -> None:
     """Compute the statistics of a dataset and write them in the layout of pytorch-fid and EDM, with provenance.
 
     \b
@@ -421,7 +448,7 @@ def export_reference(settings: tuple[str, ...], network: str, output: str, debug
     """
     from distillbench.references import provenance_of, write_reference
 
-    real, cls = _real_images(settings, network, output, debug)
+    real, cls = _real_images(registry, settings, network, output)
     write_reference(_npz(output), real.statistics(cls), provenance_of(real.dataset, cls.identity(real.networks.folder)))
     click.echo(f"written: {output}, {real.count} images of {real.dataset.name} through {network}")
 
@@ -432,8 +459,10 @@ def export_reference(settings: tuple[str, ...], network: str, output: str, debug
 @click.option("--network", required=True, help="The network and preprocessing that FILE was made with.")
 @click.option("--images", required=True, type=click.IntRange(min=2), help="How many images FILE is of.")
 @click.option("--output", "-o", required=True, type=click.Path(dir_okay=False), help="File to write (.npz).")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def import_reference(file: str, settings: tuple[str, ...], network: str, images: int, output: str, debug: bool) -> None:
+@with_plugins
+def import_reference(
+    registry: Registry, file: str, settings: tuple[str, ...], network: str, images: int, output: str
+) -> None:
     """Take statistics of another tool (pytorch-fid, EDM) and write down what they are of: that is your word.
 
     \b
@@ -443,7 +472,7 @@ def import_reference(file: str, settings: tuple[str, ...], network: str, images:
 
     from distillbench.references import declared, provenance_of, read_reference, write_reference
 
-    real, cls = _real_images(settings, network, output, debug)
+    real, cls = _real_images(registry, settings, network, output)
     wanted = provenance_of(real.dataset, cls.identity(real.networks.folder))
     statistics, provenance = declared(read_reference(Path(file)), wanted, cls.width, images)
     write_reference(_npz(output), statistics, provenance)
@@ -460,7 +489,7 @@ def show_reference(file: str) -> None:
 
     found = read_reference(Path(file))
     click.echo(f"{found.path.name}: {len(found.statistics.mean)} features, sha256 {found.sha256}")
-    _print_definitions((name, str(value)) for name, value in sorted(found.provenance.items()))
+    print_definitions((name, str(value)) for name, value in sorted(found.provenance.items()))
     if not found.provenance:
         click.echo("it does not say what it is of: see distillbench reference import --help")
 
@@ -486,15 +515,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 # --- plugins ---------------------------------------------------------------------------------------------------------
 
 
-def _registry(debug: bool = False, report: bool = True) -> Registry:
-    from distillbench.registry import load_registry
+def _registry(folders: Iterable[str]) -> Registry:
+    from pathlib import Path
 
-    registry = load_registry()
-    for plugin in registry.broken if report else []:
-        click.echo(f"warning: plugin {_origin(plugin)} is left out: {plugin.error}", err=True)
-        if debug:
-            click.echo(plugin.traceback, err=True)
-    return registry
+    from distillbench.registry import ONLY, in_folders, installed, load_registry
+
+    patterns = [pattern.strip() for pattern in os.environ.get(ONLY, "").split(",")]
+    return load_registry([*installed(), *in_folders(map(Path, folders))], list(filter(None, patterns)))
+
+
+def _plugin_in_words(plugin: Plugin) -> str:
+    if plugin.not_asked:
+        return f"{_version(plugin)}; not loaded: {plugin.not_asked}"
+    if plugin.error:
+        return f"{_version(plugin)}; left out: {plugin.error}{plugin.origin and f' ({plugin.origin})'}"
+    brings = [brought.partition(": ") for brought in plugin.brings]
+    names = {hook: [name for kind, _, name in brings if hook == f"register_{kind}"] for hook in plugin.hooks}
+    hooks = (f"{hook}: {', '.join(found) or 'nothing'}" for hook, found in names.items())
+    return f"{_version(plugin)}; {'; '.join(hooks)}; {plugin.origin}"
 
 
 def _origin(plugin: Plugin) -> str:
@@ -549,7 +587,7 @@ def _npz(output: str) -> Path:
 
 
 def _real_images(
-    settings: Sequence[str], network: str, output: str, debug: bool
+    registry: Registry, settings: Sequence[str], network: str, output: str
 ) -> tuple[RealImages, type[FeatureNetwork]]:
     """The real images of the dataset in `settings`, and the network to see them through."""
     from pathlib import Path
@@ -560,7 +598,6 @@ def _real_images(
     from distillbench.pretrained import weights_folder
     from distillbench.references import RealImages
 
-    registry = _registry(debug)
     networks = _networks(registry)
     if network not in networks:
         raise unknown("feature network", network, networks)
@@ -571,203 +608,3 @@ def _real_images(
     dataset = registry.get("datasets", configs[0].dataset.kind).cls(configs[0].dataset)
     seen = Networks(weights_folder(), choose_device(configs[0].device))
     return RealImages(dataset, seen, Path(configs[0].results_dir) / "cache" / "references"), networks[network]
-
-
-# --- what is printed -------------------------------------------------------------------------------------------------
-
-
-def _console() -> Console:
-    """As wide as the terminal; elsewhere COLUMNS wide, or 80."""
-    from rich.console import Console
-
-    return Console(highlight=False)
-
-
-def _width() -> int:
-    return click.HelpFormatter(max_width=WIDEST_TEXT).width
-
-
-def _print_definitions(rows: Iterable[tuple[str, str]]) -> None:
-    """Names with their meanings beside them, as --help prints options."""
-    lines = [(name, " ".join(meaning.split())) for name, meaning in rows]
-    formatter = click.HelpFormatter(max_width=WIDEST_TEXT)
-    formatter.indent()
-    if lines:
-        formatter.write_dl(lines, col_max=36)
-    click.echo(formatter.getvalue(), nl=False)
-
-
-def _new_table(columns: Iterable[str], text: Sequence[str], footer: Sequence[str] | None = None) -> Table:
-    """An empty table as narrow as its values. The columns in `text` are flush left, the others are numbers."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.show_footer = footer is not None
-    for k, name in enumerate(columns):
-        heading, end = "\n".join(name.split("_")), footer[k] if footer else ""
-        table.add_column(heading, end, vertical="bottom", no_wrap=True, justify="left" if name in text else "right")
-    return table
-
-
-def _print_plan(console: Console, cells: list[Cell]) -> None:
-    """What would be run: for each dataset and teacher its cells with their prices, and the sum."""
-    from distillbench.plan import teacher_plan
-
-    by_scene: dict[int, list[Cell]] = {}
-    for cell in cells:
-        by_scene.setdefault(id(cell.scene), []).append(cell)
-    for group, (dataset, name, origin) in zip(by_scene.values(), teacher_plan(cells), strict=True):
-        price = f", {origin.images:,} images" if origin.images else ""
-        console.print(f"dataset {dataset}, teacher {name}: {origin.origin}{price}", markup=False, soft_wrap=True)
-        columns = ["cell", "rows at NFE", "train_images", "train_teacher_NFE", "train_student_NFE", "sampling_NFE"]
-        prices = [_price(cell) for cell in group]
-        footer = ["sum", "", *(_number(sum(column)) for column in zip(*prices, strict=True))]
-        table = _new_table(columns, text=columns[:2], footer=footer)
-        for cell, numbers in zip(group, prices, strict=True):
-            table.add_row(cell.label, ", ".join(map(str, cell.nfe)), *map(_number, numbers))
-        console.print(table)
-        for name, why in group[0].scene.missing().items():
-            console.print(f"{name} would be empty: {why}", markup=False, soft_wrap=True)
-        for cell in group:
-            if cell.trouble:
-                console.print(f"{cell.label} would fail: {cell.trouble}", markup=False, soft_wrap=True)
-        budget = group[0].scene.config.budget
-        if budget.limit == "seconds":
-            console.print(f"Each method trains {budget.seconds:g} s; its images and evaluations are not foreseen.")
-    console.print("dry run: nothing was run or written")
-
-
-def _price(cell: Cell) -> tuple[int, int, int, int]:
-    """Foreseen: images, teacher and student evaluations of training, evaluations of sampling."""
-    evaluation = cell.scene.config.evaluation
-    sampling = sum(cell.nfe) * evaluation.images * len(evaluation.seeds)
-    return cell.price.images, cell.price.teacher_nfe, cell.price.student_nfe, sampling
-
-
-def _print_rows(progress: Progress, rows: pd.DataFrame) -> None:
-    """A line for each new row, as the table grows."""
-    for row in rows.to_dict("records"):
-        values = ", ".join(f"{name} {_number(row[name])}" for name in _scores(rows))
-        progress.say(f"  {_row_name(row)}: {values if row['status'] == 'ok' else _why(row)}")
-
-
-def _print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, directions: dict[str, str]) -> None:
-    """Means over seeds with their intervals, with as many columns as fit; every column is in table.csv."""
-    from distillbench.statistics import KEYS
-
-    same = [name for name in ("dataset", "teacher", "budget", "device") if table[name].nunique() == 1]
-    told = {name: table[name].dropna().iloc[0] for name in same}
-    console.print(", ".join(f"{name} {value}" for name, value in told.items() if value), markup=False, soft_wrap=True)
-    summary = table[KEYS].drop_duplicates().merge(summary, on=KEYS, how="left")  # in the order of the run
-    names = [name for name in ("dataset", "teacher") if name not in same]
-    names += ["method", "nfe"]
-    for telling_apart in ("settings", "guidance", "budget", "protocol"):
-        differs = summary[telling_apart].nunique(dropna=False) > 1
-        names += [telling_apart] if differs and summary.duplicated(names).any() else []
-    names += [name for name in ("training_seeds", "sampling_seeds") if (summary[name] > 1).any()]
-    names += ["status"] if (summary["status"] != "ok").any() else []
-    first = len(names)
-    names += list(directions)
-    optional = ["sample_latency_p50_ms", "train_seconds", "sample_images_per_second"]
-    optional += ["train_teacher_nfe", "train_student_nfe", "train_images", "train_tflops", "train_joules"]
-    optional = [name for name in optional if summary[name].notna().any()]
-    unlimited = console.options.update(max_width=10_000)
-
-    def fits(shown: list[str]) -> bool:
-        return console.measure(_drawn(summary, shown, directions), options=unlimited).maximum <= console.width
-
-    shown = names + optional
-    while len(shown) > first + 1 and not fits(shown):  # the first score is always there
-        shown.pop()
-    console.print(_drawn(summary, shown, directions))
-    cut = [name for name in directions if name not in shown]
-    notes = [f"not shown: {', '.join(cut)} (summary.csv)"] if cut else []
-    for source in ("training", "sampling"):
-        if any(summary[f"{name}_{source}_low"].notna().any() for name in directions):
-            notes.append(f"{source[0]}[...]: 95 % interval of the mean over {source} seeds")
-    for line in notes:
-        console.print(line, markup=False, soft_wrap=True)
-    for line in _verdicts(summary, directions):
-        console.print(line, markup=False, soft_wrap=True)
-    for row in table[table["status"] != "ok"].to_dict("records"):
-        console.print(f"{_row_name(row)}: {_why(row)}", markup=False, soft_wrap=True)
-    for name in directions:
-        reasons = table.loc[table[name].isna() & (table["status"] == "ok"), "reason"]
-        if table[name].isna().all() and len(reasons):
-            console.print(f"{name} is empty: {_reason_of(name, reasons.iloc[0])}", markup=False, soft_wrap=True)
-
-
-def _reason_of(name: str, reasons: str) -> str:
-    """Why the column `name` is empty, out of a row's reasons."""
-    told = [part.partition(" empty: ") for part in reasons.split("; ")]
-    return next((why for names, _, why in told if name in names.split(", ")), reasons)
-
-
-def _drawn(summary: pd.DataFrame, names: list[str], directions: dict[str, str]) -> Table:
-    from rich.markup import escape
-
-    from distillbench.statistics import arrow, leaders
-
-    headings = [f"{name}_{arrow(directions[name])}".rstrip("_") if name in directions else name for name in names]
-    texts = ("dataset", "teacher", "method", "settings", "budget", "protocol", "status")
-    drawn = _new_table(headings, text=texts)
-    best = {name: leaders(summary, name, directions[name]).tolist() for name in names if name in directions}
-    for index, row in enumerate(summary.to_dict("records")):
-        cells = (_cell(row, name, best.get(name, {}) and best[name][index]) for name in names)
-        drawn.add_row(*map(escape, cells))
-    return drawn
-
-
-def _cell(row: dict, name: str, best: bool) -> str:
-    """A value; of a score with its interval, and a star where it leads beyond doubt."""
-    import pandas as pd
-
-    text = _number(row[name])
-    for source in ("training", "sampling"):
-        low, high = row.get(f"{name}_{source}_low"), row.get(f"{name}_{source}_high")
-        if low is not None and not pd.isna(low):
-            return f"{text} {source[0]}[{_number(low)}, {_number(high)}]{'*' if best else ''}"
-    return text
-
-
-def _verdicts(summary: pd.DataFrame, directions: dict[str, str]) -> list[str]:
-    """For each score and number of evaluations: who leads, or why nobody is marked; not where methods have one seed."""
-    from distillbench.statistics import COMPARABLE, verdict
-
-    if not (summary["training_seeds"] > 1).any():
-        students = summary[summary["training_seeds"] > 0]
-        return ["one training seed: no method is marked as best (seed=0,1,2 trains three)"] if len(students) > 1 else []
-    lines = []
-    students = summary[~summary["method"].str.startswith("teacher:")]
-    for name, direction in directions.items():
-        for _, group in students.groupby(COMPARABLE, dropna=False, sort=False) if direction != "none" else []:
-            if len(group) > 1:
-                lines.append(f"{name}, {group['nfe'].iloc[0]} NFE: {verdict(group, name, direction)}")
-    return lines
-
-
-def _scores(table: pd.DataFrame) -> list[str]:
-    """The columns between those that name a row and those that say what it cost."""
-    from distillbench.results import FIRST, LAST
-
-    return [name for name in table.columns if name not in FIRST and name not in LAST]
-
-
-def _row_name(row: dict) -> str:
-    seed = _number(row["training_seed"])
-    return f"{row['method']}{'' if seed == '-' else f' seed {seed}'}, {row['nfe']} NFE, noise {row['sampling_seed']}"
-
-
-def _why(row: dict) -> str:
-    return f"{row['status']}: {row['reason']}"
-
-
-def _number(value: object) -> str:
-    import pandas as pd
-
-    if pd.isna(value):
-        return "-"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)

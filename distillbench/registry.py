@@ -1,17 +1,22 @@
-"""Finding plugins: each entry point of the group ``distillbench`` is loaded by itself.
+"""Finding plugins: entry points of the group ``distillbench``, and the files of plugins folders.
 
-A plugin is broken if its import fails, if it implements a hook that does not exist, or if what it registers is
-incomplete or has a name that another plugin has. It is left out and reported by name, and everything else works.
+A plugin is broken if its import fails, if it was written for another version of the contract, if it implements a hook
+that does not exist, or if what it registers is incomplete or has a name that another plugin has. It is left out and
+reported by name, and everything else works. What loads can be limited by patterns (``DISTILLBENCH_PLUGINS``).
 """
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 import hashlib
+import importlib
 import importlib.metadata
 import inspect
 import re
+import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -21,9 +26,9 @@ import pluggy
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distillbench import hookspecs
+from distillbench import __version__, hookspecs
 from distillbench.datasets import Dataset, DatasetConfig
-from distillbench.errors import nearest, unknown
+from distillbench.errors import UserError, nearest, quoted, unknown
 from distillbench.features import FeatureNetwork
 from distillbench.method import Method, MethodConfig
 from distillbench.metrics import DIRECTIONS, Metric, Need
@@ -31,6 +36,8 @@ from distillbench.results import FIRST, LAST
 from distillbench.teachers import TeacherConfig, TeacherSource
 
 GROUP = "distillbench"
+FILE = "file"  # the distribution of a plugin that is one file
+ONLY = "DISTILLBENCH_PLUGINS"  # patterns of the plugins to load, separated by commas
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 RESERVED = ("null", "true", "false", "inf", "nan")  # words that the command line reads as values
@@ -55,12 +62,13 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a plugin may come from: an entry point, reduced to what is needed."""
+    """Where a plugin may come from: an entry point or a file, reduced to what is needed."""
 
     name: str
     distribution: str
     version: str
     load: Callable[[], ModuleType]
+    helpers: tuple[Path, ...] = ()  # files beside its module that belong to it
 
 
 @dataclass
@@ -70,7 +78,11 @@ class Plugin:
     name: str
     distribution: str
     version: str
+    hooks: list[str] = field(default_factory=list)  # "register_methods"
     brings: list[str] = field(default_factory=list)  # "methods: boot"
+    origin: str = ""  # the file of its module
+    helpers: tuple[Path, ...] = ()
+    not_asked: str = ""  # why it was not loaded, though nothing is wrong with it
     error: str = ""
     traceback: str = ""
 
@@ -84,13 +96,31 @@ class Entry:
 
     def identity(self) -> dict[str, str]:
         """Name, version and hash of the source: what makes results of another version of the plugin other results."""
-        source = Path(inspect.getfile(self.cls)).read_bytes()
         return {
             "name": self.cls.name,
             "distribution": self.plugin.distribution,
             "version": self.plugin.version,
-            "source_sha256": hashlib.sha256(source).hexdigest(),
+            "source_sha256": _source_sha256(self.cls, self.plugin.helpers),
         }
+
+
+def _source_sha256(cls: type, helpers: Sequence[Path]) -> str:
+    """SHA-256 of all that the plugin's author wrote for `cls`.
+
+    That is the file of the class and of each class outside the core that it derives from; of a package all its
+    modules; of a file in a plugins folder its `helpers`.
+    """
+    package = cls.__module__.split(".")[0]
+    foreign = {GROUP, "torch", *sys.stdlib_module_names}
+    bases = [base for base in cls.__mro__[1:] if base.__module__.split(".")[0] not in foreign]
+    files = dict.fromkeys(Path(inspect.getfile(each)) for each in (cls, *bases))
+    home = Path(sys.modules[package].__file__ or "")
+    if package != GROUP and home.name == "__init__.py":
+        files |= dict.fromkeys(sorted(home.parent.rglob("*.py")))
+    contents = [file.read_bytes() for file in (*files, *helpers)]
+    if len(contents) > 1:
+        contents = [hashlib.sha256(content).digest() for content in contents]
+    return hashlib.sha256(b"".join(contents)).hexdigest()
 
 
 @dataclass
@@ -129,12 +159,49 @@ def installed() -> list[Source]:
     return sorted(set(found), key=lambda s: (s.distribution != "distillbench", s.distribution, s.name))
 
 
-def load_registry(sources: Iterable[Source] | None = None) -> Registry:
-    """Load every plugin (of `sources`, or of this environment)."""
+def in_folders(folders: Iterable[Path]) -> list[Source]:
+    """Each file of `folders` as a plugin of its own; those whose names start with an underscore are their helpers."""
+    found = []
+    for folder in dict.fromkeys(folder.resolve() for folder in folders):
+        if not folder.is_dir():
+            raise UserError(f"the plugins folder {quoted(str(folder))} is not a folder")
+        files = sorted(folder.glob("*.py"))
+        helpers = tuple(file for file in files if file.name.startswith("_"))
+        if len(files) == len(helpers):
+            raise UserError(f"the plugins folder {quoted(str(folder))} holds no plugin, a file NAME.py")
+        for file in files:
+            if file not in helpers:
+                version = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+                found.append(Source(file.stem, FILE, version, functools.partial(_load_file, file), helpers))
+    return found
+
+
+def _load_file(file: Path) -> ModuleType:
+    """Import it by its name, so that processes which are started later find it too."""
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+        importlib.invalidate_caches()
+    module = importlib.import_module(file.stem)
+    if not module.__file__ or Path(module.__file__).resolve() != file:
+        other = module.__file__ or module.__name__
+        raise PluginError(f"{file.name} has the name of another module, {other}: rename it")
+    return module
+
+
+def load_registry(sources: Iterable[Source] | None = None, only: Sequence[str] = ()) -> Registry:
+    """Load every plugin (of `sources`, or of this environment) that one of the patterns `only` names.
+
+    A pattern, such as ``my_*``, is of a plugin's or of its distribution's name. No pattern: every plugin.
+    """
     registry = Registry()
-    for source in installed() if sources is None else sources:
-        plugin = Plugin(source.name, source.distribution, source.version)
+    found = installed() if sources is None else list(sources)
+    _check_patterns(only, found)
+    for source in found:
+        plugin = Plugin(source.name, source.distribution, source.version, helpers=source.helpers)
         registry.plugins.append(plugin)
+        if only and not any(_named_by(pattern, source) for pattern in only):
+            plugin.not_asked = f"{ONLY}={','.join(only)}"
+            continue
         try:
             for kind, entry in _brought(plugin, source.load(), registry):
                 registry.of_kind(kind)[entry.cls.name] = entry
@@ -146,6 +213,17 @@ def load_registry(sources: Iterable[Source] | None = None) -> Registry:
     return registry
 
 
+def _named_by(pattern: str, source: Source) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (source.name, source.distribution))
+
+
+def _check_patterns(only: Sequence[str], sources: Sequence[Source]) -> None:
+    for pattern in only:
+        if not any(_named_by(pattern, source) for source in sources):
+            names = {name for source in sources for name in (source.name, source.distribution)}
+            raise unknown("plugin or distribution", pattern, names, f" ({ONLY})")
+
+
 class PluginError(Exception):
     """What a plugin registers cannot be used."""
 
@@ -154,7 +232,8 @@ def _brought(plugin: Plugin, module: ModuleType, registry: Registry) -> list[tup
     """(kind, entry) of all that the hooks of `module` register, checked; the registry is not changed."""
     manager = pluggy.PluginManager(GROUP)  # of its own, so that a broken plugin leaves nothing behind
     manager.add_hookspecs(hookspecs)
-    _check_hooks(manager, module)
+    plugin.origin = module.__file__ or ""
+    plugin.hooks = _hooks(manager, module)
     manager.register(module, name=plugin.name)
     brought: list[tuple[str, Any]] = []
     for kind in KINDS:
@@ -172,14 +251,32 @@ def _brought(plugin: Plugin, module: ModuleType, registry: Registry) -> list[tup
     return entries
 
 
-def _check_hooks(manager: pluggy.PluginManager, module: ModuleType) -> None:
+def _hooks(manager: pluggy.PluginManager, module: ModuleType) -> list[str]:
+    """The names of the module's hooks, each of which there is and is of this version of the contract."""
     known = [f"register_{kind}" for kind in KINDS]
-    hooks = [name for name, _ in inspect.getmembers(module) if manager.parse_hookimpl_opts(module, name) is not None]
-    for name in hooks:
+    hooks = {name: f for name, f in inspect.getmembers(module) if manager.parse_hookimpl_opts(module, name) is not None}
+    for name, hook in hooks.items():
+        _check_version(name, hookspecs.version_of(hook))
         if name not in known:
             raise PluginError(f"there is no hook '{name}'.{nearest(name, known)} Possible: {', '.join(known)}")
     if not hooks:
-        raise PluginError(f"no function is marked with @hookimpl. Possible: {', '.join(known)}")
+        mark = f"@hookimpl(api={hookspecs.API})"
+        raise PluginError(f"no function is marked with {mark}. Possible: {', '.join(known)}")
+    return list(hooks)
+
+
+def _check_version(hook: str, version: int) -> None:
+    here = hookspecs.API
+    if version > here:
+        raise PluginError(
+            f"{hook} was written for version {version} of the plugin contract, distillbench {__version__} has version "
+            f"{here}: install a newer distillbench"
+        )
+    if version < here:
+        written = f"for version {version}" if version else "without a version"
+        changes = "; ".join(hookspecs.CHANGES[later] for later in range(version + 1, here + 1))
+        written += f" of the plugin contract, this is version {here}"
+        raise PluginError(f"{hook} was written {written}. To do: {changes}")
 
 
 def check_class(kind: str, cls: Any) -> None:

@@ -145,6 +145,6 @@ class Boot(Method):
         return ddim(partial(self.teacher.denoise, c=c), schedule, x_tau, times)
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_methods(register) -> None:
     register(Boot)

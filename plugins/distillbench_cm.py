@@ -114,6 +114,6 @@ class ConsistencyDistillation(Method):
         return multistep(self.student, self.grid, noise, nfe, c)
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_methods(register) -> None:
     register(ConsistencyDistillation)

@@ -141,6 +141,6 @@ class ConsistencyTraining(Method):
         return multistep(self.student, self.last, noise, nfe, c)
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_methods(register) -> None:
     register(ConsistencyTraining)

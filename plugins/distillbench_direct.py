@@ -85,6 +85,6 @@ class Direct(Method):
         return self.g(noise(0), c)
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_methods(register) -> None:
     register(Direct)

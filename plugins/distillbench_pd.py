@@ -118,6 +118,6 @@ class ProgressiveDistillation(Method):
         return ddim(partial(self.students[str(nfe)], c=c), schedule, x_at_top(schedule, noise(0), grid), grid)
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_methods(register) -> None:
     register(ProgressiveDistillation)

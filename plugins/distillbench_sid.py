@@ -133,6 +133,6 @@ class ScoreIdentityDistillation(Method):
         return self.G(noise(0), c)
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_methods(register) -> None:
     register(ScoreIdentityDistillation)

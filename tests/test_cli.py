@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import save_file
 
-from distillbench import cli
+from distillbench import cli, terminal
 from distillbench.builtin.trained import METADATA, Trained
 from distillbench.errors import DivergedError
 from distillbench.progress import Progress
@@ -132,7 +132,8 @@ def test_describe_a_dataset_without_settings_and_a_metric(call):
 def test_plugins(call):
     code, out, _ = call("plugins")
     assert code == 0
-    assert re.search(r"^  boot \(distillbench \S+\) +methods: boot$", out, re.MULTILINE)
+    line = r"^  boot +distillbench \S+; register_methods: boot;\s+\S*distillbench_boot.py$"
+    assert re.search(line, out, re.MULTILINE)
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -381,7 +382,7 @@ def table(*changes):
 def printed(content, width):
     console = Console(width=width, record=True, file=io.StringIO())
     directions = dict.fromkeys(METRICS, "lower")
-    cli._print_table(console, content, summarise(content, directions), directions)
+    terminal.print_table(console, content, summarise(content, directions), directions)
     return console.export_text()
 
 
@@ -433,7 +434,7 @@ def test_what_failed_is_shown_with_its_reason():
 
 def test_numbers_are_short():
     values = [1234567, 12345.678, 0.000123456, 1.0, None, pd.NA, float("nan"), "text", 640.84]
-    assert [cli._number(value) for value in values] == [
+    assert [terminal.number(value) for value in values] == [
         "1,234,567", "12,346", "0.0001235", "1", "-", "-", "-", "text", "640.8",
     ]  # fmt: skip
 

@@ -33,7 +33,7 @@ class Mine(Method):
     def sample(self, noise, nfe, c):
         return noise(0)
 
-@hookimpl
+@hookimpl(api=1)
 def register_methods(register):
     register(Mine)
 """
@@ -44,7 +44,7 @@ class Score(Metric):
     def score(self, samples):
         return 0.0
 
-@hookimpl
+@hookimpl(api=1)
 def register_metrics(register):
     register(Score)
 """
@@ -133,7 +133,16 @@ BROKEN = {
         METHOD.replace("register_methods", "register_method"),
         "there is no hook 'register_method'. Did you mean 'register_methods'? Possible: register_methods, ",
     ),
-    "forgets the marker": (METHOD.replace("@hookimpl", ""), "no function is marked with @hookimpl"),
+    "forgets the marker": (METHOD.replace("@hookimpl(api=1)", ""), "no function is marked with @hookimpl"),
+    "uses the marker without a version": (
+        METHOD.replace("(api=1)", ""),
+        "register_methods was written without a version of the plugin contract, this is version 1. "
+        "To do: write @hookimpl(api=1) on every hook",
+    ),
+    "is for a later core": (
+        METHOD.replace("api=1", "api=2"),
+        "register_methods was written for version 2 of the plugin contract, distillbench 0.1.0 has version 1: install a",
+    ),
     "misspells the argument": (
         METHOD.replace("def register_methods(register)", "def register_methods(registry)"),
         "Argument(s) {'registry'} are declared in the hookimpl but can not be found in the hookspec",
@@ -236,6 +245,6 @@ def test_the_command_line_warns_and_works(tmp_path, monkeypatch, capsys, words):
     assert "boot" in out
     cli.main(["plugins"])
     out, err = capsys.readouterr()
-    assert "mine (stranger 1.0)" in out
+    assert "mine                stranger 1.0; left out: RuntimeError: no luck" in out
     assert "left out: RuntimeError: no luck" in out
     assert err == ""

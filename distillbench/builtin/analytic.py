@@ -175,7 +175,7 @@ class GmmTeacher(Analytic):
         return self.dataset.law
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_teachers(register) -> None:
     register(GaussianTeacher)
     register(GmmTeacher)

@@ -150,6 +150,6 @@ class ClipScore(scores.FeatureMetric):
         return 100 * (images.double() * texts.double()).sum(dim=1).clamp(min=0).mean().item()
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_metrics(register) -> None:
     register(ClipScore)

@@ -311,6 +311,6 @@ class DeepFloyd(TextPipeline):
         )
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_teachers(register) -> None:
     register(DeepFloyd)

@@ -434,7 +434,7 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value if finite(value) else str(value) for name, value in config.items()}
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_teachers(register) -> None:
     register(Diffusers)
     register(Consistency)

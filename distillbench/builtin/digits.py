@@ -45,6 +45,6 @@ class Digits(Dataset):
         return self.targets[indices]
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_datasets(register) -> None:
     register(Digits)

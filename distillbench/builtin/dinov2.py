@@ -129,7 +129,7 @@ class CoverageDinoV2(scores.Coverage):
     name, network = "coverage_dinov2", DinoV2
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_metrics(register) -> None:
     register(FdDinoV2)
     register(FdInfinityDinoV2)

@@ -252,6 +252,6 @@ def _check_shapes(file: Path, network: nn.Module, weights: dict[str, Tensor]) ->
             raise _unfit(file, f"its {name} has shape {theirs[name]}, not {shape}")
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_teachers(register) -> None:
     register(Edm)

@@ -133,7 +133,7 @@ class NearestRealEfficientNetLite0(scores.NearestReal):
     name, network = "nearest_real_efficientnet_lite0", EfficientNetLite0
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_metrics(register) -> None:
     register(FdEfficientNetLite0)
     register(FdInfinityEfficientNetLite0)

@@ -35,6 +35,6 @@ class Folder(FileDataset):
         return f"dataset=folder needs dataset.path=FOLDER, a folder of images, or another source of them: {ACCEPTED}"
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_datasets(register) -> None:
     register(Folder)

@@ -58,6 +58,6 @@ class Gmm(Dataset):
         return self.components[indices]
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_datasets(register) -> None:
     register(Gmm)

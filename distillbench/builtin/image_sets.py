@@ -181,7 +181,7 @@ class FashionMnist(Mnist):
     installed = "/usr/share/datasets/fashion-mnist"
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_datasets(register) -> None:
     for cls in (Cifar10, Ffhq, ImageNet64, LsunBedroom, CelebaHq, AfhqV2, Mnist, FashionMnist):
         register(cls)

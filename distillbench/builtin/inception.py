@@ -151,7 +151,7 @@ class NearestRealInception(scores.NearestReal):
     name, network = "nearest_real_inception", InceptionV3
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_metrics(register) -> None:
     register(Fid)
     register(FidInfinity)

@@ -61,7 +61,7 @@ class NearestRealRmse(Metric):
         return (best.median() / samples.x_0[0].numel() ** 0.5).item()
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_metrics(register) -> None:
     register(TeacherRmse)
     register(Spread)

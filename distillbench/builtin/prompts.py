@@ -132,6 +132,6 @@ READERS: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_datasets(register) -> None:
     register(Prompts)

@@ -416,6 +416,6 @@ class StableDiffusion(TextPipeline):
         )
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_teachers(register) -> None:
     register(StableDiffusion)

@@ -284,6 +284,6 @@ def _denoiser(recipe: dict[str, Any]) -> Denoiser:
         raise UserError(f"the teacher's recipe cannot be built: {error}") from error
 
 
-@hookimpl
+@hookimpl(api=1)
 def register_teachers(register) -> None:
     register(Trained)
