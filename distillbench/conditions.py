@@ -28,6 +28,8 @@ from torch import Tensor
 
 from distillbench.noise import Noise, stream_key, uniform
 
+__all__ = ["UNCONDITIONAL", "WITHOUT_CLASSES", "Condition", "Conditioning"]
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -29,6 +29,8 @@ from distillbench.denoiser import Denoiser
 from distillbench.samplers import time_like
 from distillbench.schedules import NoiseSchedule
 
+__all__ = ["DISTANCES", "STEP_WEIGHTS", "ConsistencyFunction", "multistep"]
+
 
 class ConsistencyFunction(nn.Module):
     """F(x_t, t, c), with F = x^ exactly at tau = e; (B,C,H,W)."""

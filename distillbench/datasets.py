@@ -15,6 +15,8 @@ from distillbench.options import option
 if TYPE_CHECKING:
     from distillbench.laws import Law
 
+__all__ = ["Dataset", "DatasetConfig", "to_float", "to_uint8"]
+
 
 @dataclass
 class DatasetConfig:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from distillbench.conditions import UNCONDITIONAL, Condition, Conditioning
 from distillbench.networks import GuidanceEmbedding
 from distillbench.schedules import NoiseSchedule
+
+__all__ = ["INPUTS", "PREDICTIONS", "SIGMA_DATA", "TARGETS", "Denoiser", "guided", "implied_eps"]
 
 SIGMA_DATA = 0.5  # EDM's standard deviation of the data, of every network that predicts F (Karras et al. 2022, table 1)
 
@@ -124,7 +127,9 @@ class Denoiser(nn.Module):
     :meth:`on`. A student that is told its guidance weight has an embedding of it in `guidance`.
     """
 
-    def __init__(self, network: nn.Module, schedule: NoiseSchedule, prediction: str, counter: Counter | None = None):
+    def __init__(
+        self, network: nn.Module, schedule: NoiseSchedule, prediction: str, counter: Counter | None = None
+    ) -> None:
         super().__init__()
         self.counted = CountedNetwork(network, counter or Counter())
         self.native = self.schedule = schedule
@@ -134,6 +139,11 @@ class Denoiser(nn.Module):
     @property
     def network(self) -> nn.Module:
         return self.counted.network
+
+    @property
+    def embedding_channels(self) -> int:
+        """Width of the embedding that the network adds to that of the time."""
+        return cast(int, self.network.embedding_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL, embedding: Tensor | None = None) -> Tensor:
         """f(x_t, t, c), shape (B,C,H,W)."""

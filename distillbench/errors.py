@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+__all__ = ["DivergedError", "Unavailable", "UserError", "nearest", "quoted", "unknown"]
+
 LONGEST_QUOTE = 60
 
 

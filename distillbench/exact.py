@@ -9,6 +9,8 @@ from distillbench.denoiser import Denoiser
 from distillbench.laws import Law
 from distillbench.schedules import NoiseSchedule
 
+__all__ = ["ExactDenoiser"]
+
 
 class LawNetwork(nn.Module):
     """E[x_0 | x_t, component] of a law, on a schedule; it has no weights."""

@@ -20,6 +20,8 @@ from distillbench.errors import Unavailable
 from distillbench.frechet import GaussianStatistics, Moments
 from distillbench.pretrained import WeightsFile, locate
 
+__all__ = ["FeatureNetwork", "ImageSet", "full_precision", "resized"]
+
 
 class FeatureNetwork(ABC):
     """A pretrained network whose features scores are made of, with its preprocessing.

@@ -15,6 +15,8 @@ from distillbench.errors import UserError
 if TYPE_CHECKING:  # reports need files and no tensors
     from torch import Tensor
 
+__all__ = ["canonical_json", "key_of", "sha256_file", "sha256_tensors", "write_atomically"]
+
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""

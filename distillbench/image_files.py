@@ -41,6 +41,8 @@ from distillbench.readers import (
     trouble,
 )
 
+__all__ = ["FileConfig", "FileDataset"]
+
 HUB = "hub:"
 LABELS = ("auto", "folders", "captions", "none")
 CROPS = {"center": "centre crop", "none": "no crop"}

@@ -38,6 +38,8 @@ from torch.special import log_ndtr
 from distillbench.errors import UserError, quoted
 from distillbench.schedules import NoiseSchedule
 
+__all__ = ["Gaussian", "GaussianMixture", "Law", "mixture"]
+
 SLACK = 1e-6  # of the weights' sum, and, relative to the largest entry, of a covariance's symmetry and sign
 MOST_HALVINGS = 200  # 64-bit floats run out before, except for values next to 0
 LARGEST_EXPONENT = 700.0  # exp of it is still finite in float64

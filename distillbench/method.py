@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from distillbench.pairs import Workspace
     from distillbench.teachers import Teacher
 
+__all__ = ["Batch", "Method", "MethodConfig", "OptimizerConfig", "Phase"]
+
 
 @dataclass
 class OptimizerConfig:

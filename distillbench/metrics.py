@@ -13,6 +13,8 @@ from torch import Tensor
 from distillbench.errors import Unavailable
 from distillbench.features import FeatureNetwork, ImageSet
 
+__all__ = ["DIRECTIONS", "Metric", "Need", "Samples"]
+
 DIRECTIONS = ("lower", "higher", "none")  # none: a diagnostic, of which neither is better
 
 

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,23 @@ from torch.nn.functional import silu
 
 from distillbench.conditions import UNCONDITIONAL, Condition
 
+__all__ = [
+    "NETWORKS",
+    "SIZED",
+    "DiT",
+    "GuidanceEmbedding",
+    "ResidualMLP",
+    "TimeEmbedding",
+    "TimeFeatures",
+    "UNet",
+    "move_towards",
+]
+
 
 class TimeFeatures(nn.Module):
     """Sines and cosines of `time` at frequencies from 1 to 1000: (B,) -> (B, channels)."""
+
+    frequencies: Tensor
 
     def __init__(self, channels: int = 64) -> None:
         super().__init__()
@@ -40,8 +54,9 @@ class TimeEmbedding(nn.Sequential):
 
     def zero_output(self) -> TimeEmbedding:
         """Makes the embedding zero at every time, until it is trained."""
-        nn.init.zeros_(self[-1].weight)
-        nn.init.zeros_(self[-1].bias)
+        output = cast(nn.Linear, self[-1])
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
         return self
 
 
@@ -202,3 +217,11 @@ class DiT(nn.Module):
 
 SIZED = ("mlp", "unet", "dit")  # those of a width and a depth
 NETWORKS: dict[str, type[nn.Module]] = {"mlp": ResidualMLP, "unet": UNet, "dit": DiT, "diffusers": OfDiffusers}
+
+
+@torch.no_grad()
+def move_towards(average: nn.Module, network: nn.Module, share: float) -> None:
+    """Move the weights of `average` by `share` of the way to those of `network`: a target network's moving average."""
+    torch._foreach_lerp_(
+        cast(list[Tensor], list(average.parameters())), cast(list[Tensor], list(network.parameters())), share
+    )

@@ -14,6 +14,8 @@ from typing import Any
 
 from distillbench.errors import UserError, nearest
 
+__all__ = ["option", "require_between", "require_fraction", "require_one_of", "require_positive"]
+
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field with a default and the sentence that ``distillbench describe`` prints for it."""

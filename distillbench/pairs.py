@@ -25,6 +25,8 @@ from distillbench.noise import Noise, stream_key
 from distillbench.progress import Progress
 from distillbench.teachers import Teacher
 
+__all__ = ["PairStore", "Workspace"]
+
 BATCH = 1024
 FORMAT = 2
 Solve = Callable[[Tensor, Condition], Tensor]  # (eps, c) -> x_0
@@ -43,7 +45,8 @@ class PairStore:
         """The pairs at `indices` (any shape with B elements): eps and x_0, each (B,C,H,W), and what was asked for."""
         indices = indices.flatten().cpu()
         names = indices.tolist()
-        eps = Noise(self.stream, names, tuple(self.targets.shape[1:]), self.device)(0)
+        channels, height, width = self.targets.shape[1:]
+        eps = Noise(self.stream, names, (channels, height, width), self.device)(0)
         return eps, self.targets[indices].to(eps), self.conditioning.of_pairs(self.stream, names, self.device)
 
 

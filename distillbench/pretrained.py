@@ -14,6 +14,8 @@ from platformdirs import user_cache_path
 from distillbench.errors import Unavailable, UserError
 from distillbench.files import sha256_file, write_atomically
 
+__all__ = ["WeightsFile", "locate"]
+
 VARIABLE = "DISTILLBENCH_WEIGHTS"  # environment variable that names another folder
 
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+__all__ = ["Progress"]
+
 SECONDS_BETWEEN_LINES = 10.0
 REFRESHES_PER_SECOND = 2  # drawing takes time from what is measured
 

@@ -27,6 +27,12 @@ from distillbench.denoiser import implied_eps
 from distillbench.errors import UserError, unknown
 from distillbench.schedules import NoiseSchedule
 
+__all__ = [
+    "ONE_STEP", "SAMPLERS", "TIME_GRIDS", "Sampler", "Solver", "ancestral", "ancestral_step", "check_heun", "ddim",
+    "ddim_ode_step", "ddim_step", "dpmpp_2m", "heun", "heun_step", "karras_times", "renoise", "time_like",
+    "uniform_lambda_times", "uniform_times", "whole_grid", "x_at_t_max", "x_at_top",
+]  # fmt: skip
+
 LARGEST_HEUN_WEIGHT = 10  # a uniform grid in t from log SNR -20 has 1085 and misses by RMSE 4; Karras's 18 steps, 1.2
 DenoiseFunction = Callable[[Tensor, Tensor], Tensor]
 NoiseFunction = Callable[[int], Tensor]

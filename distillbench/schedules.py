@@ -28,6 +28,8 @@ from torch.nn.functional import softplus
 
 from distillbench.errors import UserError, unknown
 
+__all__ = ["SCHEDULES", "VE", "DiscreteBetas", "FlowMatching", "NoiseSchedule", "VPCosine", "VPLinear"]
+
 
 class NoiseSchedule(ABC):
     """A schedule is its ``lam(t)``, the inverse ``t_of_lam``, and how alpha and sigma share a given lambda."""

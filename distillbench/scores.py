@@ -18,6 +18,12 @@ from distillbench.features import FeatureNetwork
 from distillbench.frechet import GaussianStatistics, frechet_distance
 from distillbench.metrics import Metric, Need, Samples
 
+__all__ = [
+    "Coverage", "Density", "FeatureDistanceToTeacher", "FeatureMetric", "FeatureSpread", "FrechetDistance",
+    "FrechetDistanceExtrapolated", "FrechetDistanceToTeacher", "KernelDistance", "NearestReal", "Precision",
+    "Recall", "density_and_coverage", "nearest", "precision_and_recall", "spread_ratio",
+]  # fmt: skip
+
 ROWS = 1000  # of a distance matrix at a time
 SEED = 2020  # of subsets: torch-fidelity's default
 

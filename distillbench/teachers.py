@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from distillbench.datasets import Dataset
     from distillbench.progress import Progress
 
+__all__ = ["Clip", "Teacher", "TeacherConfig", "TeacherPlan", "TeacherSource"]
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -136,8 +138,7 @@ class Teacher:
             device = next(student.parameters()).device
             student.counted.network = self.blank().to(device)
         if self.conditioning.w_range is not None:
-            channels = student.network.embedding_channels
-            student.guidance = GuidanceEmbedding(channels, *self.conditioning.w_range)
+            student.guidance = GuidanceEmbedding(student.embedding_channels, *self.conditioning.w_range)
         return student.train().requires_grad_(True)
 
     def deputy(self) -> Denoiser:

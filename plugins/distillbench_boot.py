@@ -50,7 +50,7 @@ class SignalNetwork(nn.Module):
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.target_time = TimeEmbedding(denoiser.network.embedding_channels).zero_output()
+        self.target_time = TimeEmbedding(denoiser.embedding_channels).zero_output()
 
     def forward(self, eps: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
         schedule = self.denoiser.schedule

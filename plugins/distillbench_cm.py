@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, Workspace, hookimpl, option
 from distillbench.consistency import DISTANCES, STEP_WEIGHTS, ConsistencyFunction, multistep
+from distillbench.networks import move_towards
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 from distillbench.samplers import ONE_STEP, TIME_GRIDS, check_heun, karras_times
 from distillbench.schedules import NoiseSchedule
@@ -39,6 +40,7 @@ class ConsistencyDistillation(Method):
     name = "cm"
     paper = "Song et al. 2023, arXiv:2303.01469"
     needs_data = True
+    student: ConsistencyFunction
 
     @dataclass
     class Config(MethodConfig):
@@ -98,11 +100,9 @@ class ConsistencyDistillation(Method):
         distance = DISTANCES[self.config.metric](self.student(x_t, t, c), target)
         yield self.student, (STEP_WEIGHTS[self.config.weight](schedule, t, s) * distance).mean()
 
-    @torch.no_grad()
     def after_step(self) -> None:
         if self.config.mu:
-            weights, targets = list(self.student.parameters()), list(self.target.parameters())
-            torch._foreach_lerp_(targets, weights, 1 - self.config.mu)  # (eq. 8)
+            move_towards(self.target, self.student, 1 - self.config.mu)  # (eq. 8)
 
     def supports(self, nfe: int) -> bool:
         return 1 <= nfe < self.config.steps

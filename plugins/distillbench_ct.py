@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
 from distillbench.consistency import DISTANCES, STEP_WEIGHTS, ConsistencyFunction, multistep
+from distillbench.networks import move_towards
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 from distillbench.samplers import karras_times
 
@@ -44,6 +45,7 @@ class ConsistencyTraining(Method):
     name = "ct"
     paper = "Song et al. 2023, arXiv:2303.01469; Song & Dhariwal 2023, arXiv:2310.14189"
     needs_data = True
+    student: ConsistencyFunction
 
     @dataclass
     class Config(MethodConfig):
@@ -125,11 +127,9 @@ class ConsistencyTraining(Method):
         distance = DISTANCES[self.config.metric](self.student(x_t, t, c), target)
         yield self.student, (STEP_WEIGHTS[self.config.weight](schedule, t, s) * distance).mean()
 
-    @torch.no_grad()
     def after_step(self) -> None:
         if self.config.mu:
-            weights, targets = list(self.student.parameters()), list(self.target.parameters())
-            torch._foreach_lerp_(targets, weights, 1 - self.config.mu)
+            move_towards(self.target, self.student, 1 - self.config.mu)
 
     def supports(self, nfe: int) -> bool:
         return 1 <= nfe < len(self.last)
