@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import Protocol
@@ -92,8 +92,7 @@ class Meter:
         self.budget, self.teacher, self.device = budget, teacher, device
         self._watches, self._energy = [*watches, *([energy] if energy else [])], energy
         self.images = 0
-        self.charged_seconds = self.charged_teacher_seconds = 0.0
-        self.charged_teacher_nfe = 0
+        self.charged = Price()  # done before, and not by this meter's networks
         self.charged_energy = NO_ENERGY
         self.stopwatch = Stopwatch.of(device)
         accounts = {Account.teacher: teacher.teacher_rows, Account.student: teacher.student_rows}
@@ -134,10 +133,21 @@ class Meter:
 
         `teacher_seconds` are those of `seconds` that the teacher took.
         """
-        self.charged_seconds += seconds
-        self.charged_teacher_nfe += teacher_nfe
-        self.charged_teacher_seconds += teacher_seconds
+        self.charged = replace(
+            self.charged,
+            seconds=self.charged.seconds + seconds,
+            teacher_nfe=self.charged.teacher_nfe + teacher_nfe,
+            teacher_seconds=self.charged.teacher_seconds + teacher_seconds,
+        )
         self.charged_energy += energy
+
+    def restart(self, price: Price, energy: Energy) -> None:
+        """Go on from what an earlier process had paid; what this meter has counted so far is charged to nobody."""
+        self.stopwatch.reset()
+        self._start, self._uncharged_rows = self.stopwatch.now(), self._rows()
+        if self._energy is not None:
+            self._energy.restart()
+        self.images, self.charged, self.charged_energy = price.images, price, energy
 
     def _rows(self) -> dict[str, int]:
         """What the counters hold, by the name that it has in a price."""
@@ -156,11 +166,11 @@ class Meter:
 
     @property
     def teacher_nfe(self) -> int:
-        return self.teacher.teacher_rows.rows - self._uncharged_rows["teacher_nfe"] + self.charged_teacher_nfe
+        return self.teacher.teacher_rows.rows - self._uncharged_rows["teacher_nfe"] + self.charged.teacher_nfe
 
     @property
     def student_nfe(self) -> int:
-        return self.teacher.student_rows.rows - self._uncharged_rows["student_nfe"]
+        return self.teacher.student_rows.rows - self._uncharged_rows["student_nfe"] + self.charged.student_nfe
 
     def energy(self) -> Energy:
         """Joules so far, what was charged included; waits for the device."""
@@ -168,20 +178,19 @@ class Meter:
         return own + self.charged_energy
 
     def _seconds(self) -> float:
-        return self.stopwatch.now() - self._start + self.charged_seconds
+        return self.stopwatch.now() - self._start + self.charged.seconds
 
     def price(self) -> Price:
         """The price now; waits for the device."""
-        accounts = self.stopwatch.read()
+        accounts, charged = self.stopwatch.read(), self.charged
         seconds = self._seconds()
-        teacher = accounts[Account.teacher] + self.charged_teacher_seconds
-        student = accounts[Account.student]
-        rows = {name: rows - self._uncharged_rows[name] for name, rows in self._rows().items()}
-        rows["teacher_nfe"] += self.charged_teacher_nfe
+        teacher = accounts[Account.teacher] + charged.teacher_seconds
+        student = accounts[Account.student] + charged.student_seconds
+        rows = self._rows()
         return Price(
             images=self.images,
             seconds=seconds,
-            **rows,
+            **{name: rows[name] - self._uncharged_rows[name] + getattr(charged, name) for name in rows},
             teacher_seconds=teacher,
             student_seconds=student,
             other_seconds=seconds - teacher - student,

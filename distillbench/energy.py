@@ -146,6 +146,11 @@ class EnergyWatch:
         finally:
             self.begin()
 
+    def restart(self) -> None:
+        """Forget what was counted so far."""
+        with self.paused():
+            self._joules = self._seconds = 0.0
+
     def begin(self) -> None:
         """Wait for the device and count from here."""
         if self.meter is None or self.reason:

@@ -15,6 +15,8 @@ from distillbench.errors import UserError
 if TYPE_CHECKING:  # reports need files and no tensors
     from torch import Tensor
 
+TEMPORARY = ".writing-"  # begins the name of a file that is not whole yet
+
 __all__ = ["canonical_json", "key_of", "sha256_file", "sha256_tensors", "write_atomically"]
 
 
@@ -46,18 +48,40 @@ def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
     """``write(temporary_path)``, then rename to `path`: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    write_named(path.parent, write, lambda temporary: path.name, path.suffix)
+
+
+def write_named(folder: Path, write: Callable[[str], Any], name: Callable[[Path], str], suffix: str = "") -> Path:
+    """``write(temporary_path)``, then rename to ``name(temporary_path)`` in `folder`, which may depend on the content.
+
+    Once it returns, the file outlives a loss of power. Where it raises, nothing is left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, text = tempfile.mkstemp(dir=folder, prefix=TEMPORARY, suffix=suffix)
     os.close(handle)
+    temporary = Path(text)
     try:
-        write(temporary)
+        write(text)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~_umask())
+        path = folder / name(temporary)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    _sync(folder)
+    return path
+
+
+def _sync(folder: Path) -> None:
+    """Have the folder's list of names written, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:

@@ -71,6 +71,11 @@ class Stopwatch:
         self.wait()
         return dict(self.seconds)
 
+    def reset(self) -> None:
+        """Every account begins anew; waits for the device."""
+        self.read()
+        self.seconds = dict.fromkeys(Account, 0.0)
+
     @staticmethod
     def now() -> float:
         """The clock on the wall, in seconds."""

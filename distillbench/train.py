@@ -9,7 +9,7 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from distillbench.datasets import Dataset, to_float
 from distillbench.energy import Energy
 from distillbench.errors import DivergedError, UserError
 from distillbench.files import sha256_file, write_atomically
-from distillbench.method import Batch, Method, OptimizerConfig, Read
+from distillbench.method import Batch, Method, OptimizerConfig, Phase, Read
 from distillbench.pairs import Workspace
 from distillbench.progress import Step
+from distillbench.resume import Resume, State, generators_state, restore_generators
 from distillbench.stopwatch import Account
 
 STEPS_BETWEEN_CHECKS = 50  # the loss is read, and with it the device waited for, this often
@@ -65,6 +66,15 @@ class Average:
             for mine, theirs in self.buffers:
                 mine.copy_(theirs)
 
+    def state(self) -> State:
+        own = self.module.state_dict() if self.module is not self.network else {}
+        return State(own, {"images": self.images})
+
+    def restore(self, state: State) -> None:
+        self.images = state.values["images"]
+        if self.module is not self.network:
+            self.module.load_state_dict(state.tensors)
+
 
 def learning_rate_factor(config: OptimizerConfig, progress: float) -> float:
     """Warm-up, then the decay, as a share of the peak learning rate; `progress` of the phase is in [0, 1]."""
@@ -96,6 +106,31 @@ class Optimizers:
         loss.backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.config.grad_clip, foreach=True)
         optimizer.step()
+
+    def state(self, method: Method) -> State:
+        """Adam's moments by the names that the networks have in `method`; RuntimeError for one that has none."""
+        names = {module: name for name, module in method.named_modules()}
+        tensors = {}
+        for network, optimizer in self.by_network.items():
+            if network not in names:
+                kind = type(network).__name__
+                raise RuntimeError(
+                    f"train_step yields a {kind} that is no attribute of the method, so it cannot be kept"
+                )
+            for index, weight in enumerate(optimizer.param_groups[0]["params"]):
+                for key, value in optimizer.state[weight].items():
+                    tensors[f"{names[network]}/{index}/{key}"] = value
+        return State(tensors, {"networks": [names[network] for network in self.by_network]})
+
+    def restore(self, state: State, method: Method) -> None:
+        networks = dict(method.named_modules())
+        for name in state.values["networks"]:
+            optimizer = self.by_network[networks[name]] = self._make(networks[name])
+            for index, weight in enumerate(optimizer.param_groups[0]["params"]):
+                found = {key.rpartition("/")[2]: key for key in state.tensors if key.startswith(f"{name}/{index}/")}
+                if found:
+                    moments = {key: state.tensors[full].to(weight.device) for key, full in found.items()}
+                    optimizer.state[weight] = moments
 
 
 @functools.cache
@@ -185,67 +220,148 @@ def train(
     batch_size: int,
     step: Step,
     checkpoints: Checkpoints | None = None,
+    resume: Resume | None = None,
 ) -> Trained:
     """Train `method` until its meter says that the budget is used, and put the averaged weights into its student.
 
     `read(n)` gives n real images and their labels; None for a method that may not see any. A checkpoint is written
     before the first step after its fraction is reached; a fraction that only the last step reaches is the end, and has
-    none. Raises DivergedError when a loss is not finite.
+    none. With `resume` states are kept, outside the budget, and training goes on from the last of them. Raises
+    DivergedError when a loss is not finite, Interrupted when it is told to stop.
     """
     try:
-        return _train(method, config, workspace, read, batch_size, step, checkpoints)
+        return _Training(method, config, workspace, read, batch_size, step, checkpoints, resume).run()
     finally:
         workspace.meter.stop()
 
 
-def _train(
-    method: Method,
-    config: OptimizerConfig,
-    workspace: Workspace,
-    read: Read | None,
-    batch_size: int,
-    step: Step,
-    checkpoints: Checkpoints | None,
-) -> Trained:
-    meter, device, teacher = workspace.meter, workspace.device, workspace.teacher
-    generator = torch.Generator().manual_seed(workspace.seed)
-    method.prepare(workspace)
-    if meter.progress() >= 1:
-        raise RuntimeError(f"what is made ahead used up the budget of {meter.budget.amount:g} {meter.budget.limit}")
-    curve = _Curve(meter, step)
-    written: list[Checkpoint] = []
-    phases = method.phases()
-    shares = [phase.share for phase in phases]
-    optimizers: Optimizers | None = None
-    average: Average | None = None
-    for index, phase in enumerate(phases):
-        end = sum(shares[: index + 1]) / sum(shares)
-        method.start_phase(index)
-        if optimizers is None or average is None or phase.fresh:
-            optimizers, average = Optimizers(config), Average(method.student, config.ema_halflife_kimg)
-            begin, finish = meter.progress(), _end_of_schedule(phases, index)
-        while (progress := meter.progress()) < min(end, 1.0) - 1e-12:
-            while checkpoints and meter.images and progress >= next(iter(checkpoints.fractions[len(written) :]), 2.0):
-                written.append(checkpoints.write(len(written), method, average.module, index, meter))
-            size = meter.next_batch(batch_size)
-            batch = Batch(size, teacher.shape, generator, device, read, teacher.conditioning)
-            factor = learning_rate_factor(config, (progress - begin) / max(finish - begin, 1e-12))
+class _Training:
+    """The loop, and what of it a state holds."""
+
+    def __init__(
+        self, method: Method, config: OptimizerConfig, workspace: Workspace, read: Read | None, batch_size: int,
+        step: Step, checkpoints: Checkpoints | None, resume: Resume | None,
+    ) -> None:  # fmt: skip
+        self.method, self.config, self.workspace, self.read = method, config, workspace, read
+        self.batch_size, self.checkpoints, self.resume = batch_size, checkpoints, resume
+        self.meter = workspace.meter
+        self.generator = torch.Generator().manual_seed(workspace.seed)
+        self.curve = _Curve(self.meter, step)
+        self.written: list[Checkpoint] = []
+        self.phase = 0
+        self.begin = self.finish = 0.0  # of the learning rate's schedule, as shares of the budget
+
+    def run(self) -> Trained:
+        method, meter = self.method, self.meter
+        method.prepare(self.workspace)
+        if meter.progress() >= 1:
+            raise RuntimeError(f"what is made ahead used up the budget of {meter.budget.amount:g} {meter.budget.limit}")
+        phases = method.phases()
+        shares = [phase.share for phase in phases]
+        found = self.resume.states.newest() if self.resume is not None else None
+        if found is not None:
+            self._restore(found)
+        for index in range(self.phase, len(phases)):
+            if found is None:
+                self._start(phases, index)
+            found = None
+            self._train_until(min(sum(shares[: index + 1]) / sum(shares), 1.0) - 1e-12, phases[index].label)
+            method.end_phase(index, self.average.module)
+        self.curve.log(phases[-1].label, last=True)
+        method.student.load_state_dict(self.average.module.state_dict())
+        return Trained(meter.price(), self.curve.points, self.written)
+
+    def _start(self, phases: list[Phase], index: int) -> None:
+        self.phase = index
+        self.method.start_phase(index)
+        if index == 0 or phases[index].fresh:
+            self._make_optimizers()
+            self.begin, self.finish = self.meter.progress(), _end_of_schedule(phases, index)
+
+    def _make_optimizers(self) -> None:
+        self.optimizers = Optimizers(self.config)
+        self.average = Average(self.method.student, self.config.ema_halflife_kimg)
+
+    def _train_until(self, end: float, label: str) -> None:
+        """Steps until the share `end` of the budget is used."""
+        method, meter, teacher, curve = self.method, self.meter, self.workspace.teacher, self.curve
+        while (progress := meter.progress()) < end:
+            self._write_checkpoints(progress)
+            size = meter.next_batch(self.batch_size)
+            parts = size, teacher.shape, self.generator, self.workspace.device, self.read, teacher.conditioning
+            batch = Batch(*parts)
+            factor = learning_rate_factor(self.config, (progress - self.begin) / max(self.finish - self.begin, 1e-12))
             for network, loss in method.train_step(batch):
                 with meter.stopwatch.charging(Account.student):
-                    optimizers.update(network, loss, factor)
+                    self.optimizers.update(network, loss, factor)
                 curve.add(loss)
             method.after_step()
             meter.images += batch.size
-            average.update(batch.size)
-            curve.log(phase.label)
-        method.end_phase(index, average.module)
-    curve.log(phases[-1].label, last=True)
-    assert average is not None
-    method.student.load_state_dict(average.module.state_dict())
-    return Trained(meter.price(), curve.points, written)
+            self.average.update(batch.size)
+            curve.log(label)
+            if self.resume is not None and self.resume.due():
+                price, used = meter.price(), meter.energy()
+                with meter.pause():
+                    self.resume.save(meter.images, self._state(price, used))
+
+    def _write_checkpoints(self, progress: float) -> None:
+        if self.checkpoints is None or not self.meter.images:
+            return
+        while progress >= next(iter(self.checkpoints.fractions[len(self.written) :]), 2.0):
+            parts = len(self.written), self.method, self.average.module, self.phase, self.meter
+            self.written.append(self.checkpoints.write(*parts))
+
+    def _state(self, price: Price, used: Energy) -> State:
+        """Everything that decides what comes, and what it has cost until now."""
+        method = self.method
+        state = State()
+        state.add("method", State(method.state_dict()))
+        state.add("average", self.average.state())
+        state.add("optimizers", self.optimizers.state(method))
+        state.add("curve", self.curve.state())
+        state.add("generators", generators_state(self._generators(), self.workspace.device))
+        plain: dict[str, Any] = {
+            "phase": self.phase,
+            "schedule": [self.begin, self.finish],
+            "price": asdict(price),
+            "energy": asdict(used),
+            "checkpoints": [asdict(checkpoint) for checkpoint in self.written],
+        }
+        state.values.update(plain)
+        return state
+
+    def _restore(self, state: State) -> None:
+        """Go on from `state`: phases are entered as before, then every tensor is as it was."""
+        method, values = self.method, state.values
+        for index in range(values["phase"] + 1):
+            self.method.start_phase(index)
+        self.phase = values["phase"]
+        self.begin, self.finish = values["schedule"]
+        method.load_state_dict(state.part("method").tensors)
+        self._make_optimizers()
+        self.average.restore(state.part("average"))
+        self.optimizers.restore(state.part("optimizers"), method)
+        self.curve.restore(state.part("curve"))
+        self.written = [_checkpoint(plain) for plain in values["checkpoints"]]
+        self.meter.restart(Price(**values["price"]), Energy(**values["energy"]))
+        assert self.resume is not None
+        self.resume.restore_peaks(state)
+        restore_generators(state.part("generators"), self._generators(), self.workspace.device)
+        self.resume.states.progress.say(f"going on after {self.meter.images:,} images")
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        """Every generator that training draws from, those that the method holds included."""
+        own = {f"method/{name}": value for name, value in vars(self.method).items()}
+        given = {} if self.resume is None else {f"data/{name}": g for name, g in self.resume.generators.items()}
+        found = {"training": self.generator} | given
+        return found | {name: value for name, value in own.items() if isinstance(value, torch.Generator)}
 
 
-def _end_of_schedule(phases: list[Any], index: int) -> float:
+def _checkpoint(plain: dict[str, Any]) -> Checkpoint:
+    return Checkpoint(**plain | {"price": Price(**plain["price"]), "energy": Energy(**plain["energy"])})
+
+
+def _end_of_schedule(phases: list[Phase], index: int) -> float:
     """Progress at which the learning-rate schedule that starts with phase `index` ends: before the next fresh one."""
     last = index
     while last + 1 < len(phases) and not phases[last + 1].fresh:
@@ -264,6 +380,15 @@ class _Curve:
 
     def add(self, loss: Tensor) -> None:
         self.losses.append(loss.detach())
+
+    def state(self) -> State:
+        losses = torch.stack(self.losses).double() if self.losses else torch.zeros(0)
+        return State({"losses": losses}, {"steps": self.steps, "points": [asdict(point) for point in self.points]})
+
+    def restore(self, state: State) -> None:
+        self.losses = list(state.tensors["losses"])
+        self.steps = state.values["steps"]
+        self.points = [LossPoint(**plain) for plain in state.values["points"]]
 
     def log(self, label: str, last: bool = False) -> None:
         self.steps += 1

@@ -73,7 +73,7 @@ def test_pairs_are_reproduced_found_again_and_charged_the_same(tmp_path):
     assert paid.teacher_nfe == paid_again.teacher_nfe == 40
     assert found.teacher.teacher_rows.rows == 0
     (manifest,) = (tmp_path / "a").glob("*/manifest.json")
-    assert paid_again.charged_seconds == json.loads(manifest.read_text())["seconds"]
+    assert paid_again.charged.seconds == json.loads(manifest.read_text())["seconds"]
 
 
 def test_other_steps_seeds_and_teachers_have_pairs_of_their_own(tmp_path):

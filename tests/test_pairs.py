@@ -87,7 +87,7 @@ def test_pairs_are_found_again_and_charged_the_same(tmp_path):
     assert (solved, solved_again) == (12, 0) and not lines
     assert same(made, found)
     assert meter.teacher_nfe == meter_again.teacher_nfe == manifest["teacher_nfe"] == 36
-    assert meter_again.charged_seconds == manifest["seconds"] > 0
+    assert meter_again.charged.seconds == manifest["seconds"] > 0
     assert meter_again.price().seconds >= manifest["seconds"]
     assert manifest["seconds"] <= meter.price().seconds
 
@@ -171,7 +171,7 @@ def test_damaged_pairs_are_made_again(tmp_path, damage):
     DAMAGES[damage](folder)
     again, solved, meter, lines = make(tmp_path)
     assert solved == 12 and same(again, good)
-    assert meter.teacher_nfe == 36 and meter.charged_seconds == 0
+    assert meter.teacher_nfe == 36 and meter.charged.seconds == 0
     if damage not in ("no targets", "no manifest", "a manifest of other pairs"):
         assert len(lines) == 1 and "made again" in lines[0]
     assert make(tmp_path)[1] == 0  # whole again
