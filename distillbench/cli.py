@@ -185,34 +185,44 @@ def _describe(registry: Registry, kind: str, name: str) -> None:
 @click.option("--thorough", is_flag=True, help="Train five times as long on the exact teacher.")
 @with_plugins
 def check(registry: Registry, name: str, settings: tuple[str, ...], quick: bool, thorough: bool) -> None:
-    """Hold method NAME against the contract of a method, one line for each check.
+    """Hold what is called NAME against its contract, one line for each check. The exit code is 1 if a check fails.
 
-    SETTINGS are of the method only. The exit code is 1 if a check fails.
+    SETTINGS are those of the method, dataset or teacher; a teacher also takes the dataset that it is checked on.
 
     \b
     distillbench check boot methods.boot.steps=4
+    distillbench check trained dataset=digits
     """
-    from distillbench.config import compose_runs
-    from distillbench.testing import LAW_IMAGES, findings
+    from distillbench.check_command import check_name
+    from distillbench.testing import LAW_IMAGES
 
     if quick and thorough:
         raise UserError("--quick and --thorough exclude each other")
-    entry = registry.get("methods", name)
-    foreign = [word for word in settings if not word.startswith(f"methods.{name}.")]
-    if foreign:
-        raise UserError(f"check takes settings of the method only, methods.{name}.SETTING=VALUE, got {foreign[0]!r}")
-    configs = compose_runs([f"methods=[{name}]", "dataset=gmm", "teacher=gmm", *settings], registry)
-    if len(configs) > 1:
-        raise UserError(f"check takes one value of each setting, the settings span {len(configs)}")
-    counts = {True: 0, False: 0, None: 0}
-    for finding in findings(entry.cls, configs[0].methods[name], 0 if quick else LAW_IMAGES * (5 if thorough else 1)):
-        counts[finding.ok] += 1
-        word = {True: "ok", False: "FAIL", None: "-"}[finding.ok]
-        heading = f"{word:<4}  {finding.check:<17}  "
-        click.echo(click.wrap_text(finding.message, width(), heading, " " * len(heading)))
-    click.echo(f"{name}: {counts[True]} ok, {counts[False]} failed, {counts[None]} not applicable")
-    if counts[False]:
-        raise SystemExit(SOMETHING_FAILED)
+    law_images = 0 if quick else LAW_IMAGES * (5 if thorough else 1)
+    raise SystemExit(0 if check_name(registry, name, settings, law_images) else SOMETHING_FAILED)
+
+
+@cli.command("new-plugin")
+@click.argument("name")
+@click.option(
+    "--kind", type=click.Choice(["method", "teacher", "dataset", "metric"]), default="method", show_default=True
+)
+@click.option("--output", "-o", type=click.Path(), help="Folder to write. [distillbench-NAME]")
+@with_plugins
+def new_plugin(registry: Registry, name: str, kind: str, output: str | None) -> None:
+    """Write a small package that brings NAME: a module that works, its tests, its entry point.
+
+    \b
+    distillbench new-plugin my_method
+    uv pip install -e distillbench-my-method
+    distillbench check my_method
+    """
+    from pathlib import Path
+
+    from distillbench.new_plugin import new_plugin as write_package
+
+    folder = write_package(name, kind, Path(output) if output else None, registry.of_kind(f"{kind}s"))
+    click.echo(f"written: {folder}. Its README.md says how to install, check and run it")
 
 
 @cli.command()

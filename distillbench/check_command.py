@@ -1,0 +1,72 @@
+"""``distillbench check NAME``: the conformance suite on whatever is called so, a line for each check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from distillbench.config import compose_runs
+from distillbench.datasets import Dataset
+from distillbench.errors import UserError, unknown
+from distillbench.registry import KINDS, Registry
+from distillbench.terminal import width
+from distillbench.testing import findings_of
+
+WORDS = {True: "ok", False: "FAIL", None: "-"}
+DEFAULTS = {"dataset": "gmm", "teacher": "gmm"}  # what a run of a method needs beside it
+
+
+def check_name(registry: Registry, name: str, settings: Sequence[str], law_images: int) -> bool:
+    """Print what is found in everything called `name`; True if nothing breaks its contract."""
+    kinds = [kind for kind in KINDS if name in registry.of_kind(kind)]
+    if not kinds:
+        raise unknown("method, teacher, dataset or metric", name, {n for k in KINDS for n in registry.of_kind(k)})
+    possible = {word: kind for kind in kinds for word in _settings_of(kind, name)}
+    for word in settings:
+        if not word.startswith(tuple(possible)):
+            raise UserError(
+                f"check {name} takes settings that begin with {', '.join(possible) or 'nothing'}, got {word!r}"
+            )
+    found = [_check(registry, kind, name, settings, law_images) for kind in kinds]
+    return all(found)
+
+
+def _settings_of(kind: str, name: str) -> list[str]:
+    """How the settings begin that a check of this kind takes."""
+    own = {"methods": [f"methods.{name}."], "teachers": ["teacher.", "dataset=", "dataset."], "datasets": ["dataset."]}
+    return own.get(kind, [])
+
+
+def _check(registry: Registry, kind: str, name: str, settings: Sequence[str], law_images: int) -> bool:
+    config, dataset = _composed(
+        registry, kind, name, [w for w in settings if w.startswith(tuple(_settings_of(kind, name)))]
+    )
+    counts = dict.fromkeys(WORDS, 0)
+    cls = registry.get(kind, name).cls
+    for finding in findings_of(kind, cls, config, law_images, dataset):
+        counts[finding.ok] += 1
+        heading = f"{WORDS[finding.ok]:<4}  {finding.check:<20}  "
+        click.echo(click.wrap_text(finding.message, width(), heading, " " * len(heading)))
+    told = f"{counts[True]} ok, {counts[False]} failed, {counts[None]} not applicable"
+    click.echo(f"{kind.removesuffix('s')} {name}: {told}")
+    return not counts[False]
+
+
+def _composed(registry: Registry, kind: str, name: str, settings: Sequence[str]) -> tuple[Any, Dataset | None]:
+    """The settings of what is checked, and the dataset that a teacher is to be checked on, where one is named."""
+    group = kind.removesuffix("s")
+    if kind == "metrics":
+        return None, None
+    chosen = DEFAULTS | ({"methods": f"[{name}]"} if kind == "methods" else {group: name})
+    named = [word for word in settings if word.startswith("dataset=")]
+    words = [f"{key}={value}" for key, value in chosen.items() if not (named and key == "dataset")]
+    configs = compose_runs([*words, *settings], registry, need_methods=kind == "methods")
+    if len(configs) > 1:
+        raise UserError(f"check takes one value of each setting, the settings span {len(configs)}")
+    if kind == "methods":
+        return configs[0].methods[name], None
+    if not named or kind == "datasets":
+        return getattr(configs[0], group), None
+    return configs[0].teacher, registry.get("datasets", configs[0].dataset.kind).cls(configs[0].dataset)
