@@ -1,7 +1,7 @@
-"""The checks of :mod:`distillbench.testing`: each holds one promise of the contract against a method on a bench.
+"""The checks of methods: each holds one promise of :mod:`distillbench.method` against a method on a bench.
 
 A check returns what it saw where the promise is kept, raises Fault where it is not, and NotApplicable where there is
-nothing to look at. It knows nothing of the other checks; which it builds on is written in ``testing.CHECKS``.
+nothing to look at. It knows nothing of the other checks; which it builds on is written in ``CHECKS``.
 
 | symbol | meaning                                                                       | shape        |
 |--------|-------------------------------------------------------------------------------|--------------|
@@ -14,10 +14,10 @@ nothing to look at. It knows nothing of the other checks; which it builds on is 
 
 from __future__ import annotations
 
-import inspect
 import math
 import tempfile
-import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,17 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from distillbench import registry
 from distillbench.budget import BudgetConfig
+from distillbench.checking import Check, Fault, NotApplicable, check_declared, differ, settings_with_help, some, where
 from distillbench.conditions import UNCONDITIONAL, Condition
-from distillbench.config import describe_options
+from distillbench.datasets import Dataset
 from distillbench.errors import UserError
-from distillbench.method import Method, Phase
+from distillbench.method import Method, MethodConfig, Phase
 from distillbench.noise import Noise, stream_key
 from distillbench.samplers import Solver, time_like, x_at_t_max
 from distillbench.testbench import (
     CLASSES,
+    CONDITIONINGS,
     IMAGES,
     MOST_NFE,
     SHAPE,
@@ -44,15 +45,14 @@ from distillbench.testbench import (
     WALKED_PHASES,
     Bench,
     Call,
-    Fault,
     WatchedBatch,
     WatchedNoise,
     calls_of,
     changed,
-    differ,
     draws,
     exact_law,
     exact_teacher,
+    logged,
     rows_of,
     teachers_network,
     weights_of,
@@ -69,27 +69,17 @@ LARGEST_KS = 0.15
 LARGEST_STD_ERROR = 0.25  # relative
 
 
-class NotApplicable(Exception):
-    """Why there is nothing to look at."""
-
-
 # --- what is declared ------------------------------------------------------------------------------------------------
 
 
 def declared(bench: Bench) -> str:
     """The class is one that the registry takes, and every setting says what it is."""
-    try:
-        registry.check_class("methods", bench.cls)
-    except registry.PluginError as error:
-        raise Fault(f"as a plugin it would be left out: {error}") from error
+    check_declared("methods", bench.cls)
     if not bench.cls.paper.strip():
         raise Fault("paper is empty: name authors, year and arXiv number, or say that there is none")
-    options = describe_options(bench.cls.Config)
-    silent = [name for name, _, text in options if not text.strip()]
-    if silent:
-        raise Fault(f"settings without a help text: {_some(silent)}. Write NAME: TYPE = option(DEFAULT, WHAT_IT_IS)")
+    count = settings_with_help(bench.cls.Config)
     bench.config()
-    return f"{'needs real images' if bench.cls.needs_data else 'data-free'}, {len(options)} settings with help"
+    return f"{'needs real images' if bench.cls.needs_data else 'data-free'}, {count} settings with help"
 
 
 def builds(bench: Bench) -> str:
@@ -202,14 +192,23 @@ def losses(bench: Bench) -> str:
 
 
 def gradients(bench: Bench) -> str:
-    """No network but those that are trained gets a gradient; what is evaluated with gradient is told."""
+    """No network but those that are trained gets a gradient; what gradients flow through is told."""
     trained: set[nn.Parameter] = set()
     ends: list[int] = []  # of the log, before and after the first step
+    before: list[int] = []  # gradients that have come back to each evaluation
+    through: dict[str, float] = {}  # network: evaluations an image that the gradient of its loss flows through
     for moment in bench.walk():
+        calls = calls_of(moment.method)
         if moment.what == "yielded":
             trained |= set(moment.item[0].parameters())
+            before = [len(call.reached) for call in calls]
+        if moment.what == "updated":
+            network, name = moment.item[0], _name(moment.item[0], moment.method)
+            reached = [call for call, count in zip(calls, before, strict=False) if len(call.reached) > count]
+            rows = sum(call.rows for call in reached if call.network in logged(network)) / IMAGES
+            through[name] = max(rows, through.get(name, 0))
         if moment.what in ("begin", "stepped") and not moment.phase:
-            ends.append(len(calls_of(moment.method)))
+            ends.append(len(calls))
     method = moment.method
     astray = [name for name, weight in method.named_parameters() if weight not in trained and weight.grad is not None]
     if astray:
@@ -217,7 +216,12 @@ def gradients(bench: Bench) -> str:
             f"a network that is never yielded gets a gradient ({_owners(astray)}): compute targets under "
             "torch.no_grad(), and freeze their networks with requires_grad_(False)"
         )
-    return _evaluations(calls_of(method)[slice(*ends)], teachers_network(method))
+    return _evaluations(calls_of(method)[slice(*ends)], teachers_network(method)) + "".join(
+        f"; the gradient of one loss flows through {count:g} evaluations of {name}: right only where the paper trains "
+        "through all of them, a target belongs under torch.no_grad()"
+        for name, count in through.items()
+        if count > 1
+    )
 
 
 def _evaluations(calls: list[Call], teacher: nn.Module) -> str:
@@ -365,6 +369,38 @@ def supports(bench: Bench) -> str:
     if not bench.nfe():
         raise Fault(f"supports(n) is False for all n up to {MOST_NFE}: nothing can be sampled")
     return f"NFE {_listed(bench)}"
+
+
+def ready(bench: Bench) -> str:
+    """What it can be sampled with meanwhile is supported, is not lost again, and can be sampled."""
+    method = bench.method()
+    phases = range(len(method.phases()))
+    for n in USUAL_NFE:
+        answers = [method.ready(n, phase) for phase in phases]
+        if not all(isinstance(answer, bool) for answer in answers):
+            raise Fault(f"ready({n}, phase) must be True or False, got {answers[0]!r}")
+        if any(answers) and not method.supports(n):
+            raise Fault(f"ready({n}, {answers.index(True)}) is True and supports({n}) is False")
+        if any(earlier and not later for earlier, later in pairwise(answers)):
+            raise Fault(f"ready({n}, phase) is {answers} over the phases: what is ready once must stay so")
+    told = set()
+    for moment in bench.walk():
+        if moment.what == "stepped":
+            for n in [n for n in bench.nfe() if moment.method.ready(n, moment.phase)]:
+                _check_meanwhile(bench, moment.method, n, moment.phase)
+                told.add(n)
+    return f"meanwhile NFE {', '.join(map(str, sorted(told)))}" if told else "nothing before the end"
+
+
+def _check_meanwhile(bench: Bench, method: Method, n: int, phase: int) -> None:
+    try:
+        x_0 = bench.sample(n, method)
+    except (Exception, SystemExit) as error:
+        raise Fault(
+            f"ready({n}, {phase}) is True, and sampled in that phase it ends in {where(error, bench.cls)}"
+        ) from error
+    if not x_0.isfinite().all():
+        raise Fault(f"ready({n}, {phase}) is True, and samples in that phase are not finite")
 
 
 def samples(bench: Bench) -> str:
@@ -564,17 +600,6 @@ def _kolmogorov_smirnov(x_0: Tensor) -> float:
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def where(error: BaseException, cls: type) -> str:
-    """An error in one line, with the last line of the method's own file that it came through."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    try:
-        file = inspect.getfile(cls)
-    except (TypeError, OSError):
-        return text
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f"{text} (line {frames[-1].lineno} of {Path(file).name}, in {frames[-1].name})" if frames else text
-
-
 def _share_an_image(a: Tensor, b: Tensor) -> bool:
     """Whether an image of one batch is the same in the other."""
     return bool((a == b).flatten(1).all(dim=1).any())
@@ -591,9 +616,46 @@ def _listed(bench: Bench) -> str:
 
 def _owners(names: list[str]) -> str:
     """The attributes of a method that tensors of its state belong to."""
-    return _some(list(dict.fromkeys(f"self.{name.split('.')[0]}" for name in names)))
+    return some(list(dict.fromkeys(f"self.{name.split('.')[0]}" for name in names)))
 
 
-def _some(names: list[str]) -> str:
-    """At most three of them."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+# --- the suite -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def benches(
+    cls: type[Method], config: MethodConfig | None, law_images: int, dataset: Dataset | None
+) -> Iterator[list[Bench]]:
+    """Every way of conditioning."""
+    if dataset is not None:
+        raise UserError("a method is checked on images of its bench: dataset= is for teachers")
+    yield [Bench(label, cls, config, conditioning, law_images) for label, conditioning in CONDITIONINGS.items()]
+
+
+CHECKS = [
+    Check(declared, benches="first"),
+    Check(builds, ("declared",), must_apply=True),
+    Check(phases, ("builds",), "first"),
+    Check(data, ("phases",), "first"),
+    Check(steps, ("data",), "first"),
+    Check(condition, ("steps",), "conditional"),
+    Check(losses, ("steps", "condition")),
+    Check(gradients, ("losses",)),
+    Check(only_yielded, ("losses",)),
+    Check(teacher_untouched, ("losses",)),
+    Check(trains, ("losses",)),
+    Check(randomness, ("trains",)),
+    Check(deterministic, ("randomness",)),
+    Check(price, ("trains",)),
+    Check(supports, ("trains",), "first"),
+    Check(samples, ("supports",), "first"),
+    Check(ready, ("samples",), "first"),
+    Check(condition_sampled, ("samples",), "conditional"),
+    Check(nfe, ("samples", "condition_sampled")),
+    Check(uncounted, ("samples", "condition_sampled")),
+    Check(noise, ("samples", "condition_sampled")),
+    Check(batch_independent, ("noise",)),
+    Check(average, ("noise",)),
+    Check(save_load, ("noise",)),
+    Check(matches, ("samples",), "first"),
+]

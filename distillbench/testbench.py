@@ -16,19 +16,16 @@ from __future__ import annotations
 
 import copy
 import functools
-import pickle
-import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distillbench.budget import BudgetConfig, Meter
+from distillbench.checking import Fault, differ, global_generators, seed_global_generators
 from distillbench.conditions import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.denoiser import TARGETS, Denoiser, implied_eps
 from distillbench.exact import ExactDenoiser
@@ -59,10 +56,6 @@ CONDITIONINGS = {
 }
 
 
-class Fault(Exception):
-    """What is wrong with a method, in words for its author: what was expected, what was seen, what to do."""
-
-
 # --- networks, batches and noise that are watched --------------------------------------------------------------------
 
 
@@ -74,6 +67,7 @@ class Call:
     rows: int
     labels: Tensor | None
     with_gradient: bool
+    reached: list[None] = field(default_factory=list, compare=False)  # an entry for each gradient that came back to it
 
 
 class Log(list[Call]):
@@ -96,7 +90,10 @@ class LoggedNetwork(ResidualMLP):
         if self.classes is not None and c.labels is None:
             raise Fault("a network that knows classes was evaluated without one: hand batch.c, or sample's c, on to it")
         out = super().forward(x, time, embedding, c)
-        self.log.append(Call(self, len(x), c.labels, out.requires_grad))
+        call = Call(self, len(x), c.labels, out.requires_grad)
+        if out.requires_grad:
+            out.register_hook(lambda gradient: call.reached.append(None))
+        self.log.append(call)
         return out
 
 
@@ -164,6 +161,10 @@ class Bench:
     conditioning: Conditioning
     law_images: int  # of the training on the exact teacher
 
+    @property
+    def conditional(self) -> bool:
+        return self.conditioning.classes > 0
+
     def config(self) -> MethodConfig:
         return self.cls.Config() if self.given is None else copy.deepcopy(self.given)
 
@@ -226,12 +227,10 @@ class Bench:
         method.__dict__["end_phase"] = remember
         images = IMAGES * max(STEPS, len(method.phases()))
         workspace = workspace_of(method, Path(), BudgetConfig(images=images), seed, dry=True)
-        torch.manual_seed(global_seed)
-        np.random.seed(global_seed)
-        random.seed(global_seed)
-        before = _global_generators()
+        seed_global_generators(global_seed)
+        before = global_generators()
         train(method, method.config, workspace, self.read(), IMAGES, SILENT)
-        disturbed = [name for name, state in _global_generators().items() if state != before[name]]
+        disturbed = [name for name, state in global_generators().items() if state != before[name]]
         del method.__dict__["end_phase"]
         return Run(method.eval(), images, averages, rows_of(method), disturbed)
 
@@ -296,10 +295,6 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     return sorted((before.keys() | after.keys()) - set(alike))
 
 
-def differ(a: Tensor, b: Tensor) -> bool:
-    return a.shape != b.shape or not torch.equal(a, b)
-
-
 # --- the law ---------------------------------------------------------------------------------------------------------
 
 
@@ -358,34 +353,3 @@ def _fitted_weights() -> dict[str, Tensor]:
     fit = Fit(MethodConfig(lr=2e-3, ema_halflife_kimg=1.0), _unfitted_teacher())
     train(fit, fit.config, workspace_of(fit, Path(), BudgetConfig(images=FIT_IMAGES)), draws(0), FIT_BATCH, SILENT)
     return weights_of(fit.student)
-
-
-# --- global state ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def isolated() -> Iterator[None]:
-    """One thread, float32 and gradients inside; afterwards all global state is as it was."""
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    dtype, threads, gradients = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
-    try:
-        torch.set_default_dtype(torch.float32)
-        torch.set_num_threads(1)
-        torch.set_grad_enabled(True)
-        yield
-    finally:
-        torch.set_grad_enabled(gradients)
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-
-
-def _global_generators() -> dict[str, Any]:
-    """The states of the random generators that belong to nobody."""
-    return {
-        "torch": torch.get_rng_state().tolist(),
-        "numpy": pickle.dumps(np.random.get_state()),
-        "Python's random": random.getstate(),
-    }

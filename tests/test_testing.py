@@ -6,6 +6,7 @@ import copy
 import os
 import random
 import sys
+import time
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from distillbench import (
     Phase,
     UserError,
     cli,
+    conformance,
     hookimpl,
     option,
     registry,
@@ -32,9 +34,10 @@ from distillbench.conditions import UNCONDITIONAL
 from distillbench.noise import Noise
 from distillbench.registry import Source, installed, load_registry
 from distillbench.samplers import ddim, time_like, uniform_times, x_at_t_max
-from distillbench.testing import CHECKS, Finding, assert_conforms, check_method
+from distillbench.testing import SUITES, Finding, assert_conforms, check_class, check_method
 
 METHODS = load_registry().methods
+CHECKS = SUITES["methods"].checks
 
 
 def failed(found: list[Finding]) -> dict[str, str]:
@@ -364,6 +367,12 @@ class TrulyRandom(Good):
 
 
 @fault("deterministic", "two trainings from one seed differ")
+class LooksAtTheClock(Good):
+    def train_step(self, batch):
+        yield self.student, self.loss(batch.noise(), batch.c) * (1 + time.perf_counter_ns() % 997 / 997)
+
+
+@fault("deterministic", "two trainings from one seed differ")
 class HidesGlobalRandomness(Good):
     def train_step(self, batch):
         with torch.random.fork_rng(devices=[]):
@@ -411,6 +420,44 @@ class SupportsMoreLater(Good):
 
     def supports(self, nfe):
         return nfe <= self.most
+
+
+@fault("ready", "ready(1, phase) must be True or False, got None")
+class ReadyNone(Good):
+    def ready(self, nfe, phase):
+        return None
+
+
+@fault("ready", "ready(2, 0) is True and supports(2) is False")
+class ReadyForMore(Good):
+    def ready(self, nfe, phase):
+        return nfe <= 2
+
+
+class TwoPhases(Good):
+    def phases(self):
+        return [Phase("first"), Phase("second")]
+
+
+@fault("ready", "is [True, False] over the phases: what is ready once must stay so")
+class ReadyNoMore(TwoPhases):
+    def ready(self, nfe, phase):
+        return nfe == 1 and phase == 0
+
+
+@fault("ready", "ready(1, 0) is True, and sampled in that phase it ends in RuntimeError: not yet")
+class NotReady(TwoPhases):
+    def __init__(self, config, teacher) -> None:
+        super().__init__(config, teacher)
+        self.register_buffer("finished", torch.tensor(False))
+
+    def end_phase(self, index, average):
+        self.finished.fill_(True)
+
+    def sample(self, noise, nfe, c):
+        if not self.finished:
+            raise RuntimeError("not yet")
+        return super().sample(noise, nfe, c)
 
 
 @fault("samples", "must have the noise's shape (8, 2, 4, 4), got (8, 32)")
@@ -565,12 +612,54 @@ class GrowsANetwork(Good):
         self.final = copy.deepcopy(average)
 
 
+class ForgetsToDetach(Good):
+    """Held back by what the student itself answers to its own answer, whose gradient should have been stopped."""
+
+    def pulled(self, eps, c):
+        return self.g(self.g(eps, c), c)
+
+
+class DetachesAfterwards(ForgetsToDetach):
+    def pulled(self, eps, c):
+        return super().pulled(eps, c).detach()
+
+
+def test_a_forgotten_detach_on_the_student_itself_is_told(small):
+    """Whether it was forgotten only the paper knows, so it is no fault."""
+    words = "the gradient of one loss flows through 3 evaluations of self.student"
+    told = [
+        {f.check: f for f in check_method(cls, law_images=0)} for cls in (ForgetsToDetach, DetachesAfterwards, Good)
+    ]
+    assert [found["gradients"].ok for found in told] == [True] * 3
+    assert [words in found["gradients"].message for found in told] == [True, False, False]
+    assert "flows through" not in told[1]["gradients"].message
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Two benches and few steps: enough for what is found on all of them."""
-    two = {label: testing.CONDITIONINGS[label] for label in ("unconditional", "guided")}
-    monkeypatch.setattr(testing, "CONDITIONINGS", two)
+    two = {label: testbench.CONDITIONINGS[label] for label in ("unconditional", "guided")}
+    monkeypatch.setattr(conformance, "CONDITIONINGS", two)
     monkeypatch.setattr(testbench, "STEPS", 4)
+
+
+class SeveralOfEverything(TwoPhases):
+    """Two networks with a loss each, the second from a phase of its own on: the contract allows it."""
+
+    def __init__(self, config, teacher) -> None:
+        super().__init__(config, teacher)
+        self.fake = teacher.student()
+
+    def train_step(self, batch):
+        eps, c = batch.noise(), batch.c
+        yield self.fake, (self.g(eps, c, self.fake) - self.answer(eps, c)).square().mean()
+        yield self.student, self.loss(eps, c)
+
+
+def test_several_networks_and_phases_are_fine(small):
+    found = check_method(SeveralOfEverything, law_images=0)
+    assert not failed(found)
+    assert {f.check: f.message for f in found}["steps"] == "networks with their losses are yielded (2 trained)"
 
 
 @pytest.mark.parametrize(("cls", "check", "message"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
@@ -691,6 +780,11 @@ def test_the_schedule_of_the_settings_is_used(small):
     assert set(seen) == {"VE"}
 
 
+def test_what_is_of_no_kind_is_refused():
+    with pytest.raises(UserError, match="a subclass of one of Method, TeacherSource, Dataset, Metric, got"):
+        check_class(Noise)
+
+
 def test_what_is_no_method_is_told():
     found = check_method(Noise, law_images=0)
     assert "takes subclasses of Method" in failed(found)["declared"]
@@ -737,7 +831,8 @@ def test_the_same_findings_again(small):
 def call(tmp_path, monkeypatch, capfd, small):
     """``call(*words)``: exit code, output and errors of distillbench, with methods of this file beside the others."""
     plugin = types.ModuleType("strangers")
-    plugin.register_methods = hookimpl(lambda register: [register(Good), register(Bad)])
+    plugin.__file__ = __file__
+    plugin.register_methods = hookimpl(api=1)(lambda register: [register(Good), register(Bad)])
     sources = [*installed(), Source("strangers", "strangers", "1", lambda: plugin)]
     monkeypatch.setattr(registry, "installed", lambda: sources)
     monkeypatch.chdir(tmp_path)
@@ -763,24 +858,24 @@ def test_the_command_prints_a_line_for_each_check(call):
     code, out, err = call("check", "good", "methods.good.pull=0.02", "--quick")
     assert code == 0 and not err
     assert [line.split()[1] for line in out.splitlines() if line.startswith(("ok ", "- "))] == [c.name for c in CHECKS]
-    assert out.splitlines()[-1] == f"good: {len(CHECKS) - 1} ok, 0 failed, 1 not applicable"
+    assert out.splitlines()[-1] == f"method good: {len(CHECKS) - 1} ok, 0 failed, 1 not applicable"
     assert max(map(len, out.splitlines())) <= 100
 
 
 def test_the_command_fails_where_a_check_does(call):
     code, out, _ = call("check", "bad", "--quick")
     assert code == 1
-    assert "\nFAIL  noise              at NFE 1 other noise gives the same images" in out
-    assert out.splitlines()[-1].startswith("bad: 19 ok, 1 failed")
+    assert "\nFAIL  noise                 at NFE 1 other noise gives the same images" in out
+    assert out.splitlines()[-1].startswith("method bad: 20 ok, 1 failed")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["goood"], "no method 'goood'. Did you mean 'good'? Possible: bad, boot"),
+        (["goood"], "no method, teacher, dataset or metric 'goood'. Did you mean 'good'? Possible: afhqv2, bad, boot"),
         (["good", "methods.good.pul=1"], "Did you mean 'pull'?"),
         (["good", "methods.good.lr=fast"], "methods.good.lr must be a number, got 'fast'"),
-        (["good", "seed=3"], "check takes settings of the method only, methods.good.SETTING=VALUE, got 'seed=3'"),
+        (["good", "seed=3"], "check good takes settings that begin with methods.good., got 'seed=3'"),
         (["good", "methods.good.lr=1,2"], "one value of each setting, the settings span 2"),
         (["good", "--quick", "--thorough"], "exclude each other"),
     ],

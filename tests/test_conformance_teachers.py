@@ -1,0 +1,571 @@
+"""The conformance suite for teachers: what ships passes, and each fault is found by the one check that is for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from distillbench import Denoiser, Teacher, TeacherConfig, TeacherSource, UserError, option
+from distillbench.conditions import UNCONDITIONAL, Conditioning
+from distillbench.conformance_teachers import TinyImages
+from distillbench.denoiser import TARGETS, implied_eps
+from distillbench.exact import ExactDenoiser, LawNetwork
+from distillbench.networks import ResidualMLP
+from distillbench.registry import load_registry
+from distillbench.schedules import VE, VPCosine
+from distillbench.teachers import TeacherPlan
+from distillbench.testing import SUITES, assert_conforms, check_class
+
+REGISTRY = load_registry()
+CHECKS = [check.name for check in SUITES["teachers"].checks]
+
+
+def failed(found) -> dict[str, str]:
+    return {finding.check: finding.message for finding in found if finding.ok is False}
+
+
+def dataset(name: str):
+    cls = REGISTRY.datasets[name].cls
+    return cls(cls.Config())
+
+
+@pytest.mark.parametrize(
+    ("name", "on"), [("trained", "digits"), ("gaussian", "digits"), ("gaussian", ""), ("gmm", "gmm"), ("gmm", "")]
+)
+def test_what_ships_without_files_conforms(name, on):
+    found = check_class(REGISTRY.teachers[name].cls, dataset=dataset(on) if on else None)
+    assert not failed(found) and [finding.check for finding in found] == CHECKS
+
+
+def test_what_needs_files_says_so():
+    found = check_class(REGISTRY.teachers["edm"].cls)
+    assert failed(found)["builds"].startswith("refused (") and "teacher.path" in failed(found)["builds"]
+    assert {finding.ok for finding in found[2:]} == {None}
+
+
+class Good(TeacherSource):
+    """The exact denoiser of the dataset's law; students get a network with weights."""
+
+    name = "good"
+
+    @dataclasses.dataclass
+    class Config(TeacherConfig):
+        width: int = option(16, "channels of the students")
+
+    def plan(self):
+        if self.dataset.law is None:
+            raise UserError("no law")
+        return TeacherPlan("in closed form")
+
+    def network(self) -> nn.Module:
+        """Of the teacher, from x_t to E[x_0 | x_t]."""
+        return LawNetwork(self.dataset.law, self.schedule())
+
+    def schedule(self):
+        return VPCosine()
+
+    def denoiser(self) -> Denoiser:
+        denoiser = ExactDenoiser(self.dataset.law, self.schedule())
+        denoiser.counted.network = self.network()
+        return denoiser
+
+    def blank(self) -> nn.Module:
+        return ResidualMLP(self.dataset.shape, width=self.config.width, depth=1, classes=self.conditioning.classes)
+
+    def teacher(self, sha256) -> Teacher:
+        torch.manual_seed(0)
+        start = Denoiser(self.blank(), self.schedule(), "v")
+        asked = Conditioning(self.conditioning.classes)
+        shape = self.dataset.shape
+        return Teacher(self.name, self.denoiser(), shape, sha256, {}, asked, start=start, blank=self.blank)
+
+    def untrained(self):
+        return self.teacher("untrained")
+
+    def load(self, progress):
+        return self.teacher(64 * "a")
+
+
+class Corrected(ResidualMLP):
+    """The exact denoiser, and a little of a network."""
+
+    def __init__(self, law, schedule, classes) -> None:
+        super().__init__(law.shape, width=16, depth=1, classes=classes)
+        self.exact = LawNetwork(law, schedule)
+
+    def forward(self, x, time, embedding=None, c=UNCONDITIONAL):
+        return self.exact(x, time, None, c) + 0.05 * super().forward(x, time, embedding, c)
+
+
+class Network(Good):
+    """With a network as teacher, from which students start."""
+
+    def teacher(self, sha256) -> Teacher:
+        torch.manual_seed(0)
+        asked = Conditioning(self.conditioning.classes)
+        return Teacher(self.name, self.denoiser(), self.dataset.shape, sha256, {}, asked, blank=self.blank)
+
+    def blank(self) -> nn.Module:
+        return Corrected(self.dataset.law, self.schedule(), self.conditioning.classes)
+
+    def denoiser(self) -> Denoiser:
+        denoiser = Denoiser(self.blank(), self.schedule(), "x0")
+        with torch.no_grad():
+            for weight in denoiser.parameters():
+                weight.add_(torch.randn(weight.shape), alpha=0.01)
+        return denoiser
+
+
+@pytest.mark.parametrize("cls", [Good, Network])
+def test_a_good_teacher_has_nothing_against_it(cls):
+    found = check_class(cls)
+    assert {finding.check: finding.ok for finding in found} == dict.fromkeys(CHECKS, True) | {"decodes": None}
+
+
+def test_figures_are_those_of_the_law():
+    """The exact denoiser has the exact error, which the report says beside it."""
+    told = {finding.check: finding.message for finding in check_class(Good)}["better_than_the_mean"]
+    figures = [part.split() for part in told.split(": ")[1].split(", ")]
+    assert len(figures) == 3 and all(words[0] == words[-1].rstrip(")") for words in figures)
+
+
+def test_settings_and_dataset_are_used():
+    class Curious(Good):
+        seen = set()
+
+        def __init__(self, config, dataset, cache, device, conditioning):
+            super().__init__(config, dataset, cache, device, conditioning)
+            self.seen.add((config.width, dataset.name, conditioning.classes))
+
+    assert not failed(check_class(Curious, Curious.Config(width=8), dataset=dataset("gmm")))
+    assert Curious.seen == {(8, "gmm", 0), (8, "gmm", 3)}
+
+
+FAULTS: list[tuple[type[TeacherSource], str, str]] = []
+
+
+def fault(check: str, message: str):
+    """The class is a teacher with one fault, which `check` and no other finds, in these words."""
+
+    def add(cls: type[TeacherSource]) -> type[TeacherSource]:
+        FAULTS.append((cls, check, message))
+        return cls
+
+    return add
+
+
+@fault("declared", "reads must be classes or texts, got 'poems'")
+class ReadsPoems(Good):
+    reads = "poems"
+
+
+@fault("declared", "settings without a help text: width")
+class SilentSetting(Good):
+    @dataclasses.dataclass
+    class Config(TeacherConfig):
+        width: int = 16
+
+
+@fault("builds", "refused (no file 'x')")
+class Missing(Good):
+    def plan(self):
+        raise UserError("no file 'x'")
+
+
+@fault("builds", "plan() must return a TeacherPlan")
+class NoPlan(Good):
+    def plan(self):
+        return "in closed form"
+
+
+@fault("builds", "plan() writes into the cache")
+class PlanWrites(Good):
+    def plan(self):
+        (self.cache / f"plan-{self.conditioning.classes}").write_text("")
+        return super().plan()
+
+
+@fault("untrained", "untrained() must return a Teacher, got ExactDenoiser")
+class NoTeacher(Good):
+    def untrained(self):
+        return self.denoiser()
+
+
+class Summed(LawNetwork):
+    def forward(self, x, time, embedding, c):
+        return super().forward(x, time, embedding, c).sum(dim=1).flatten(1)
+
+
+@fault("untrained", "must map (B,C,H,W) = (4, 1, 8, 8) to itself, got (4, 64)")
+class WrongShape(Good):
+    def network(self):
+        return Summed(self.dataset.law, self.schedule())
+
+    def denoiser(self):
+        return DenoiserOfNetwork(self.network(), self.schedule(), "x0")
+
+
+class DenoiserOfNetwork(ExactDenoiser):
+    """Whatever the network gives is the answer."""
+
+    def __init__(self, network, schedule, prediction) -> None:
+        Denoiser.__init__(self, network, schedule, prediction)
+
+
+@fault("loads", "loaded twice its sha256 differs")
+class DigestOfNow(Good):
+    def load(self, progress):
+        return self.teacher(os.urandom(32).hex())
+
+
+@fault("loads", "must be a digest of the weights and how they are read, got 'mine'")
+class NoDigest(Good):
+    def load(self, progress):
+        return self.teacher("mine")
+
+
+@fault("loads", "untrained() has the sha256 of the loaded teacher")
+class UntrainedIsLoaded(Good):
+    def untrained(self):
+        return self.load(None)
+
+
+@fault("loads", "loaded twice from the same settings it answers otherwise")
+class FromGlobalNoise(Network):
+    def teacher(self, sha256):
+        teacher = super().teacher(sha256)
+        torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
+        with torch.no_grad():
+            for weight in teacher.denoiser.parameters():
+                weight.add_(torch.randn(weight.shape), alpha=0.01)
+        return teacher
+
+
+@fault("loads", "asked for 3 classes it knows none")
+class IgnoresClasses(Good):
+    def load(self, progress):
+        teacher = self.teacher(64 * "a")
+        teacher.conditioning = Conditioning()
+        teacher.asked = lambda conditioning: teacher
+        return teacher
+
+
+class Wakeful(Corrected):
+    def train(self, mode=True):
+        return super().train(True)
+
+
+@fault("frozen", "stays in training mode")
+class StaysAwake(Network):
+    def blank(self):
+        return Wakeful(self.dataset.law, self.schedule(), self.conditioning.classes)
+
+
+class Gradless(LawNetwork):
+    @torch.no_grad()
+    def forward(self, x, time, embedding, c):
+        return super().forward(x, time, embedding, c)
+
+
+@fault("frozen", "no gradient flows from its answer to x_t")
+class WithoutGradient(Good):
+    def network(self):
+        return Gradless(self.dataset.law, self.schedule())
+
+
+class Infinite(LawNetwork):
+    def forward(self, x, time, embedding, c):
+        return super().forward(x, time, embedding, c) + 0 / (time.view(-1, 1, 1, 1) - 1).to(x)
+
+
+@fault("denoises", "at t = 1 answers are not finite")
+class NotFiniteAtTheEnd(Good):
+    def network(self):
+        return Infinite(self.dataset.law, self.schedule())
+
+
+class Dropout(LawNetwork):
+    def forward(self, x, time, embedding, c):
+        f = super().forward(x, time, embedding, c)
+        return f + 1e-3 * torch.randn(f.shape) if time[0] == 1 else f
+
+
+@fault("denoises", "at t = 1 the same x_t has two answers")
+class KeepsDropout(Good):
+    def network(self):
+        return Dropout(self.dataset.law, self.schedule())
+
+
+class InPlace(LawNetwork):
+    def forward(self, x, time, embedding, c):
+        f = super().forward(x, time, embedding, c)
+        x.mul_(1.001) if not x.requires_grad else None
+        return f
+
+
+@fault("denoises", "changes x_t in place")
+class ChangesItsInput(Good):
+    def network(self):
+        return InPlace(self.dataset.law, self.schedule())
+
+
+class Centred(LawNetwork):
+    def forward(self, x, time, embedding, c):
+        f = super().forward(x, time, embedding, c)
+        return f + 0.05 * x.mean(dim=(0, 1, 2, 3)).tanh() * (time.view(-1, 1, 1, 1) * (1 - time.view(-1, 1, 1, 1))).to(
+            x
+        )
+
+
+@fault("batch_independent", "with the images beside them")
+class CentresTheBatch(Good):
+    def network(self):
+        return Centred(self.dataset.law, self.schedule())
+
+
+class Uncounted(ExactDenoiser):
+    def output(self, x_t, t, c=UNCONDITIONAL, embedding=None):
+        return self.network(x_t, t.flatten(), embedding, c)
+
+
+@fault("counted", "on 4 and counts 0")
+class AroundTheCounter(Good):
+    def denoiser(self):
+        return Uncounted(self.dataset.law, self.schedule())
+
+
+class Biased(LawNetwork):
+    """Off by a constant, with little noise only."""
+
+    def forward(self, x, time, embedding, c):
+        return super().forward(x, time, embedding, c) + 0.2 * (time.view(-1, 1, 1, 1) < 0.01)
+
+
+@fault("low_noise", "there E[x_0 | x_t] is x_t / alpha")
+class WrongAtLowNoise(Good):
+    def network(self):
+        return Biased(self.dataset.law, self.schedule())
+
+
+class Wild(LawNetwork):
+    """Passes the noise through, with much noise only."""
+
+    def forward(self, x, time, embedding, c):
+        return super().forward(x, time, embedding, c) + x * (time.view(-1, 1, 1, 1) > 0.999)
+
+
+@fault("high_noise", "3.3 standard deviations of the data from the mean image, 1 is allowed")
+class WrongAtHighNoise(Good):
+    def network(self):
+        return Wild(self.dataset.law, self.schedule())
+
+
+class Noisy(LawNetwork):
+    """Adds the noise, many times, in the middle."""
+
+    def forward(self, x, time, embedding, c):
+        t = time.view(-1, 1, 1, 1)
+        return super().forward(x, time, embedding, c) + 20 * x * (t * (1 - t)).to(x)
+
+
+@fault("better_than_the_mean", "times that of the mean image: do prediction, schedule and the range")
+class WrongInTheMiddle(Good):
+    def network(self):
+        return Noisy(self.dataset.law, self.schedule())
+
+
+class Timid(LawNetwork):
+    """Stays halfway to the mean, in the middle."""
+
+    def forward(self, x, time, embedding, c):
+        t = time.view(-1, 1, 1, 1)
+        return super().forward(x, time, embedding, c) * torch.where((t > 0.03) & (t < 0.9), 0.5, 1.0).to(x)
+
+
+@fault("better_than_the_mean", "times as far as answers do, for E[x_0 | x_t] as far: do prediction")
+class StaysHalfway(Good):
+    def network(self):
+        return Timid(self.dataset.law, self.schedule())
+
+
+class Deaf(LawNetwork):
+    def forward(self, x, time, embedding, c):
+        return super().forward(x, time, embedding, UNCONDITIONAL)
+
+
+@fault("classes", "other classes give the same answer")
+class IsDeaf(Good):
+    def network(self):
+        return Deaf(self.dataset.law, self.schedule())
+
+
+class OneRowShort(LawNetwork):
+    def forward(self, x, time, embedding, c):
+        if c.labels is not None and (c.labels >= 3).any():
+            raise IndexError("index out of range")
+        return super().forward(x, time, embedding, c)
+
+
+@fault("classes", "label 3, which stands for no class and which guidance asks for, fails: IndexError")
+class CannotBeGuided(Good):
+    def network(self):
+        return OneRowShort(self.dataset.law, self.schedule())
+
+
+@fault("student", "student() has no weights to train: give the Teacher a `start`")
+class WithoutStart(Good):
+    def teacher(self, sha256):
+        return dataclasses.replace(super().teacher(sha256), start=None)
+
+
+class Shares(Denoiser):
+    """Its copies have the same network."""
+
+    def copy(self, counter):
+        twin = Denoiser(self.network, self.schedule, self.prediction, counter)
+        return twin
+
+
+@fault("student", "training a student changes the teacher")
+class SharesWeights(Network):
+    def denoiser(self):
+        plain = super().denoiser()
+        return Shares(plain.network, plain.schedule, plain.prediction)
+
+
+class Wide(ResidualMLP):
+    def forward(self, x, time, embedding=None, c=UNCONDITIONAL):
+        return super().forward(x, time, embedding, c).repeat(1, 2, 1, 1)
+
+
+@fault("student", "look at `blank`")
+class BlankOfAnotherShape(Network):
+    def teacher(self, sha256):
+        blank = lambda: Wide(self.dataset.shape, width=8, depth=1, classes=self.conditioning.classes)
+        return dataclasses.replace(super().teacher(sha256), blank=blank)
+
+
+class NoEmbedding(ResidualMLP):
+    def forward(self, x, time, embedding=None, c=UNCONDITIONAL):
+        return super().forward(x, time, None, c)
+
+
+@fault("embedding", "does not use the embedding that it is given")
+class IgnoresEmbeddings(Good):
+    def blank(self):
+        return NoEmbedding(self.dataset.shape, width=8, depth=1, classes=self.conditioning.classes)
+
+
+@fault("embedding", "(embedding_channels, a positive whole number), got 0")
+class HasNoEmbedding(Good):
+    def blank(self):
+        network = super().blank()
+        network.embedding_channels = 0
+        return network
+
+
+class ReadsItsOwn(ExactDenoiser):
+    """Takes times as those of its native schedule, whatever they are of."""
+
+    def _at_equal_snr(self, x_t, t):
+        return x_t, t
+
+
+@fault("other_schedule", "on VE at equal signal-to-noise ratio answers differ")
+class OneScheduleOnly(Good):
+    def denoiser(self):
+        return ReadsItsOwn(self.dataset.law, self.schedule())
+
+
+@fault("decodes", "real images that are encoded and decoded are off by")
+class DecodesOtherwise(Good):
+    def teacher(self, sha256):
+        decode = lambda z: z * 127.5
+        return dataclasses.replace(super().teacher(sha256), decode=decode, to_latents=lambda x_0: x_0)
+
+
+@pytest.mark.parametrize(("cls", "check", "message"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_fault_is_found_by_its_own_check(cls, check, message):
+    found = failed(check_class(cls))
+    assert list(found) == [check]
+    assert message in found[check] and "\n" not in found[check]
+
+
+def test_there_is_a_fault_for_every_check():
+    assert {check for _, check, _ in FAULTS} == set(CHECKS)
+
+
+def misread(prediction: str, taken_for: str) -> type[TeacherSource]:
+    """A network that predicts one thing and is read as another."""
+
+    class Exactly(LawNetwork):
+        def forward(self, x, time, embedding, c):
+            t = time.view(-1, 1, 1, 1)
+            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+            f = super().forward(x, time, embedding, c)
+            return TARGETS[prediction](f, implied_eps(x, f, alpha, sigma), alpha, sigma)
+
+    class Misread(Good):
+        def denoiser(self):
+            return DenoiserOfNetwork(Exactly(self.dataset.law, self.schedule()), self.schedule(), taken_for)
+
+    return Misread
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v", "flow", "eps"])
+@pytest.mark.parametrize("taken_for", ["x0", "v", "flow", "eps"])
+def test_a_wrong_parameterisation_is_found(prediction, taken_for):
+    found = failed(check_class(misread(prediction, taken_for)))
+    if prediction == taken_for:
+        assert not found
+    else:
+        assert set(found) & {"low_noise", "high_noise", "better_than_the_mean"}
+
+
+def test_images_in_the_wrong_range_are_found():
+    """A network that knows images in [0, 1], on images in [-1, 1]."""
+
+    class HalfRange(LawNetwork):
+        def forward(self, x, time, embedding, c):
+            t = time.view(-1, 1, 1, 1)
+            alpha = self.schedule.alpha(t)
+            return (super().forward(2 * x - alpha, time, embedding, c) + 1) / 2
+
+    class WrongRange(Good):
+        def network(self):
+            return HalfRange(self.dataset.law, self.schedule())
+
+    assert set(failed(check_class(WrongRange))) & {"low_noise", "high_noise", "better_than_the_mean"}
+
+
+def test_a_teacher_without_classes_may_refuse_them():
+    class Unconditional(Good):
+        def plan(self):
+            if self.conditioning.classes:
+                raise UserError("knows no classes")
+            return super().plan()
+
+    found = {finding.check: finding for finding in check_class(Unconditional)}
+    assert not failed(found.values()) and found["classes"].ok is None
+    assert found["builds"].message == "in closed form; classes: refused (knows no classes)"
+
+
+def test_other_schedules_are_fine():
+    class Exploding(Good):
+        def schedule(self):
+            return VE()
+
+    assert not failed(check_class(Exploding))
+
+
+def test_an_assertion_says_what_it_is():
+    with pytest.raises(AssertionError, match="ReadsPoems breaks the contract of a teacher\ndeclared: reads must be"):
+        assert_conforms(ReadsPoems)
+
+
+def test_the_default_dataset_conforms_itself():
+    assert not failed(check_class(TinyImages))
