@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,41 +13,47 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import distillbench
-from distillbench.budget import Meter, Price
-from distillbench.energy import Energy, energy
+from distillbench.cell_training import ERROR, STUDENT, TRAIN, keep_traceback, status_of, train_cell
 from distillbench.environment import device_name, environment
-from distillbench.errors import DivergedError, Unavailable, UserError
+from distillbench.errors import DivergedError, UserError
 from distillbench.evaluate import Sampler, teacher_sampler
 from distillbench.files import key_of, sha256_file, write_atomically
-from distillbench.flops import NetworkFlops, family_flops, training_flops
-from distillbench.memory import peak_gpu_mib, peak_rss_mib
 from distillbench.method import Method
-from distillbench.pairs import Workspace
 from distillbench.plan import Cell, Scene, build, plain_settings
 from distillbench.progress import Progress
 from distillbench.results import (
     FINAL,
-    CheckpointRecord,
     CheckpointScores,
-    Cost,
-    CurvePoint,
     EvaluationRecord,
     RowRecord,
     SpeedRecord,
     SpeedRow,
+    Status,
     TrainRecord,
     read_record,
     stack_shown,
     unstack_shown,
     write_record,
 )
+from distillbench.signals import Stop
 from distillbench.speed import SpeedError, measure, measure_in_fresh_process, speed_job
 from distillbench.teachers import Teacher
-from distillbench.train import Checkpoints, DataStream, train, warm_up
 
 TRAIN_PROTOCOL = 3  # raise when the loop, the samplers or the networks change what a training gives
 EVALUATION_PROTOCOL = 3  # raise when evaluation changes a number that no metric's protocol names
 SPEED_PROTOCOL = 1  # raise when speed is measured in another way
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is made again, and when a run ends early."""
+
+    retry_failed: bool = False  # cells that failed, ran out of memory or of time in an earlier run
+    force: bool = False  # every cell
+    fail_fast: bool = False  # leave out what comes after a cell that is not ok
+
+
+AS_IS = Policy()
 
 
 @dataclass
@@ -67,25 +72,87 @@ class Finished:
         return any(row.status != "ok" for row in [*self.evaluation.rows, *self.evaluation.along])
 
 
-def run_cell(cell: Cell, progress: Progress) -> Finished:
-    """Train and evaluate `cell`, or read what an earlier run left of it."""
+def run_cell(cell: Cell, progress: Progress, policy: Policy, stop: Stop) -> Finished:
+    """Train and evaluate `cell`, or read what an earlier run left of it.
+
+    A training in progress goes on from its last state. Told to stop, it keeps one and raises Interrupted.
+    """
     torch.set_num_threads(cell.scene.config.threads)
     teacher = cell.scene.loaded(progress)
     inputs = train_inputs(cell, teacher)
     key = key_of(inputs)
-    folder = Path(cell.scene.config.results_dir) / "cells" / key
+    folder = cell_folder(cell, key)
     training = None
     if cell.entry is not None:
-        training = _known(folder / "train.json", TrainRecord, inputs, progress)
-        weights = folder / "student.safetensors"
-        if training is not None and training.status == "ok" and not _intact(weights, training.weights_sha256):
-            progress.say(f"{cell.label}: the weights of the record are missing or damaged; training again")
-            training = None
-        if training is None or training.status not in FINAL:
-            training = _train(cell, teacher, key, inputs, folder, progress)
-    evaluation, shown = _evaluated(cell, training, key, folder, progress)
-    speed = _timed(cell, training, evaluation, key, folder, progress)
-    return Finished(cell, training, evaluation, speed, folder, shown)
+        training = _found_training(cell, inputs, folder, policy, progress)
+        if training is None:
+            training = train_cell(cell, inputs, folder, progress, stop, policy.force)
+    found = _found_evaluation(cell, training, key, folder, policy, progress)
+    evaluation, shown = found or _evaluated(cell, training, key, folder, progress)
+    speed = _found_speed(cell, evaluation, key, folder, policy, progress)
+    speed = speed or _timed(cell, training, evaluation, key, folder, progress)
+    done = Finished(cell, training, evaluation, speed, folder, shown)
+    if not done.failed:
+        (folder / ERROR).unlink(missing_ok=True)
+    return done
+
+
+def found_cell(cell: Cell, progress: Progress, policy: Policy) -> Finished | None:
+    """What an earlier run left of `cell`; None where something is left to do."""
+    inputs = train_inputs(cell, cell.scene.loaded(progress))
+    key = key_of(inputs)
+    folder, training = cell_folder(cell, key), None
+    if cell.entry is not None:
+        training = _found_training(cell, inputs, folder, policy, progress)
+        if training is None:
+            return None
+    found = _found_evaluation(cell, training, key, folder, policy, progress)
+    speed = _found_speed(cell, found[0], key, folder, policy, progress) if found else None
+    return Finished(cell, training, found[0], speed, folder, found[1]) if found and speed else None
+
+
+def cell_folder(cell: Cell, train_key: str) -> Path:
+    """Where the records of a cell are."""
+    return Path(cell.scene.config.results_dir) / "cells" / train_key
+
+
+def _found_training(
+    cell: Cell, inputs: dict[str, Any], folder: Path, policy: Policy, progress: Progress
+) -> TrainRecord | None:
+    """The record of the training, if it is not to be made (again)."""
+    record: TrainRecord | None = None if policy.force else _known(folder / TRAIN, TrainRecord, inputs, progress)
+    if record is None or _again(record.status, policy):
+        return None
+    if record.status == "ok" and not _intact(folder / STUDENT, record.weights_sha256):
+        progress.say(f"{cell.label}: the weights of the record are missing or damaged; training again")
+        return None
+    return record
+
+
+def _again(status: Status, policy: Policy) -> bool:
+    return policy.force or (policy.retry_failed and status not in FINAL)
+
+
+def keep_ending(
+    cell: Cell, train: dict[str, Any], evaluation: dict[str, Any], folder: Path, status: str, reason: str
+) -> None:
+    """Keep that the process of a cell ended without an answer, so that it is not tried again unasked."""
+    device, threads = cell.scene.device, cell.scene.config.threads
+    about: dict[str, Any] = {"device": device_name(device), "environment": environment(device, threads)}
+    told: dict[str, Any] = {"status": status, "reason": reason}
+    weights = ""
+    if cell.entry is not None:
+        training = _known(folder / TRAIN, TrainRecord, train, Progress(None))
+        if training is None or training.status != "ok":
+            write_record(folder / TRAIN, TrainRecord(key=key_of(train), inputs=train, **about, **told))
+        else:
+            weights = training.weights_sha256
+    key = key_of(evaluation)
+    seeds = cell.scene.config.evaluation.seeds
+    rows = [RowRecord(nfe=n, sampling_seed=seed, **told) for n in cell.nfe for seed in seeds]
+    path = folder / f"evaluation-{key}.json"
+    write_atomically(path.with_suffix(".safetensors"), lambda temporary: save_file({}, temporary))
+    write_record(path, EvaluationRecord(key=key, inputs=evaluation, **about, rows=rows, weights_sha256=weights))
 
 
 def train_inputs(cell: Cell, teacher: Teacher) -> dict[str, Any]:
@@ -104,6 +171,7 @@ def train_inputs(cell: Cell, teacher: Teacher) -> dict[str, Any]:
     }
     if cell.entry is None:
         return inputs | {"method": None}
+    in_parts = config.accumulate > 1 or config.on_oom != "fail"
     along = {"checkpoints": config.evaluation.checkpoints} if config.evaluation.checkpoints else {}
     return (
         inputs
@@ -116,6 +184,7 @@ def train_inputs(cell: Cell, teacher: Teacher) -> dict[str, Any]:
             "seed": cell.seed,
             "energy": config.energy,
         }
+        | ({"accumulate": config.accumulate, "on_oom": config.on_oom} if in_parts else {})
     )
 
 
@@ -182,97 +251,21 @@ def _intact(path: Path, sha256: str) -> bool:
     return path.is_file() and sha256_file(path) == sha256
 
 
-def _train(
-    cell: Cell, teacher: Teacher, key: str, inputs: dict[str, Any], folder: Path, progress: Progress
-) -> TrainRecord:
-    scene, config = cell.scene, cell.scene.config
-    assert cell.entry is not None and cell.method_config is not None and cell.seed is not None
-    about = {"key": key, "inputs": inputs, "device": device_name(scene.device)}
-    about["environment"] = environment(scene.device, config.threads)
-    cache = Path(config.results_dir) / "cache" / "pairs"
-    warm_up(scene.device)
-    data = DataStream(scene.trained_on(progress), cell.seed, scene.device) if cell.entry.cls.needs_data else None
-    try:
-        with (
-            progress.step(f"{cell.label}: training") as step,
-            peak_rss_mib() as rss,
-            peak_gpu_mib(scene.device) as gpu,
-            energy(scene.device, config.energy) as joules,
-        ):
-            method = build(cell, teacher)
-            meter = Meter(config.budget, teacher, scene.device, watches=(rss, gpu), energy=joules)
-            parts = method.teacher, meter, cache, scene.device, cell.seed, progress
-            workspace = Workspace(*parts, energy_source=config.energy)
-            read = None if data is None else data.read
-            points = config.evaluation.checkpoints
-            fractions = tuple((k + 1) / (points + 1) for k in range(points))
-            checkpoints = Checkpoints(fractions, folder, tuple(cell.nfe))
-            trained = train(method, cell.method_config, workspace, read, config.batch_size, step, checkpoints)
-    except DivergedError as error:
-        return _keep(folder, TrainRecord(**about, status="diverged", reason=str(error)))
-    except Exception as error:  # a method is a stranger's code; the other cells go on
-        return _keep(folder, TrainRecord(**about, status="failed", reason=_reason(error, folder, progress)))
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in method.state_dict().items()}
-    write_atomically(folder / "student.safetensors", lambda path: save_file(tensors, path))
-    used = meter.energy()
-    peaks = {"peak_gpu_mib": gpu, "peak_gpu_reserved_mib": gpu.reserved, "peak_device_mib": gpu.device}
-    missing = {name: peak.reason for name, peak in peaks.items() if peak.reason}
-    missing |= {"joules": used.reason} if used.reason else {}
-    try:
-        if method.teacher.conditioning.small is not None:
-            raise Unavailable("the evaluations of an upscaler's base model are not told apart from its own")
-        flops = family_flops(method.teacher, scene.device)
-        not_counted = sorted({name for counted in flops for name in counted.not_counted})
-    except Unavailable as reason:
-        flops, not_counted = None, []
-        missing["tflops"] = str(reason)
-    except Exception as error:  # a network is a stranger's code
-        flops, not_counted = None, []
-        missing["tflops"] = f"its FLOPs cannot be counted: {type(error).__name__}"
-    return _keep(
-        folder,
-        TrainRecord(
-            **about,
-            status="ok",
-            cost=_cost(trained.price, used, flops),
-            **{name: peak.mib for name, peak in peaks.items()},
-            peak_rss_mib=rss.mib,
-            parameters=sum(p.numel() for p in method.student.parameters()),
-            weights_sha256=sha256_file(folder / "student.safetensors"),
-            curve=[CurvePoint(**dataclasses.asdict(point)) for point in trained.curve],
-            checkpoints=[
-                CheckpointRecord(
-                    fraction=c.fraction,
-                    file=c.file,
-                    sha256=c.sha256,
-                    ready=list(c.ready),
-                    cost=_cost(c.price, c.energy, flops),
-                )
-                for c in trained.checkpoints
-            ],
-            flops_not_counted=not_counted,
-            missing=missing,
-        ),
-    )
-
-
-def _cost(price: Price, used: Energy, flops: tuple[NetworkFlops, NetworkFlops] | None) -> Cost:
-    tflops = None if flops is None else training_flops(price, *flops) / 1e12
-    return Cost(**dataclasses.asdict(price), tflops=tflops, joules=used.joules)
-
-
-def _keep(folder: Path, record: TrainRecord) -> TrainRecord:
-    write_record(folder / "train.json", record)
-    return record
-
-
-def _reason(error: Exception, folder: Path, progress: Progress) -> str:
-    """One line for the row; the traceback goes to a file beside the record."""
-    text = traceback.format_exc()
-    write_atomically(folder / "error.txt", lambda path: Path(path).write_text(text))
-    line = (str(error).strip() or "no message").splitlines()[0]
-    progress.say(f"{type(error).__name__}: {line} (traceback in {folder / 'error.txt'})")
-    return f"{type(error).__name__}: {line}"
+def _found_evaluation(
+    cell: Cell, training: TrainRecord | None, train_key: str, folder: Path, policy: Policy, progress: Progress
+) -> tuple[EvaluationRecord, list[Tensor]] | None:
+    """The record of the evaluation and its samples, if it is not to be made (again)."""
+    inputs = evaluation_inputs(cell, train_key)
+    path = folder / f"evaluation-{key_of(inputs)}.json"
+    record: EvaluationRecord | None = None if policy.force else _known(path, EvaluationRecord, inputs, progress)
+    shown = _read_shown(path.with_suffix(".safetensors"))
+    if record is None or shown is None or _again(record.status, policy):
+        return None
+    if training is None:
+        return record, shown
+    fits = record.weights_sha256 == training.weights_sha256  # otherwise the student was trained again
+    fits = fits and (training.status == "ok" or all(row.status == training.status for row in record.rows))
+    return (record, shown) if fits else None
 
 
 def _evaluated(
@@ -282,13 +275,7 @@ def _evaluated(
     inputs = evaluation_inputs(cell, train_key)
     key = key_of(inputs)
     path = folder / f"evaluation-{key}.json"
-    record = _known(path, EvaluationRecord, inputs, progress)
-    shown = _read_shown(path.with_suffix(".safetensors"))
-    weights_sha256 = training.weights_sha256 if training is not None else ""
-    stale = record is not None and record.weights_sha256 != weights_sha256  # the student was trained again
-    if record is not None and record.status in FINAL and shown is not None and not stale:
-        return record, shown
-    about = _about(cell, key, inputs, weights_sha256)
+    about = _about(cell, key, inputs, training.weights_sha256 if training is not None else "")
     if training is not None and training.status != "ok":
         rows = _rows_without_student(cell, training)
         record, shown = EvaluationRecord(**about, rows=rows), []
@@ -326,12 +313,12 @@ def _rows(cell: Cell, folder: Path, progress: Progress) -> tuple[list[RowRecord]
     seeds = cell.scene.config.evaluation.seeds
     wanted = [(nfe, seed) for nfe in cell.nfe for seed in seeds]
     try:
-        method = _restored(cell, folder / "student.safetensors", progress) if cell.entry is not None else None
+        method = _restored(cell, folder / STUDENT, progress) if cell.entry is not None else None
     except UserError:
         raise
     except Exception as error:
-        reason = _reason(error, folder, progress)
-        return [RowRecord(nfe=n, sampling_seed=seed, status="failed", reason=reason) for n, seed in wanted], []
+        told: dict[str, Any] = {"status": status_of(error), "reason": keep_traceback(error, folder, progress)}
+        return [RowRecord(nfe=n, sampling_seed=seed, **told) for n, seed in wanted], []
     rows, shown = [], []
     for nfe, seed in wanted:
         row, images = _row(cell, method, nfe, seed, cell.label, folder, progress)
@@ -357,7 +344,8 @@ def _row(
     except DivergedError as error:
         return RowRecord(**about, status="diverged", reason=str(error)), None
     except Exception as error:
-        return RowRecord(**about, status="failed", reason=_reason(error, folder, progress)), None
+        about |= {"status": status_of(error), "reason": keep_traceback(error, folder, progress)}
+        return RowRecord(**about), None
     return RowRecord(**about, scores=measured.scores, missing=measured.missing), measured.shown
 
 
@@ -386,23 +374,35 @@ def _restored(cell: Cell, weights: Path, progress: Progress) -> Method:
     return method.eval()
 
 
+def _found_speed(
+    cell: Cell, evaluation: EvaluationRecord, train_key: str, folder: Path, policy: Policy, progress: Progress
+) -> SpeedRecord | None:
+    """The record of the cost of sampling, if it is not to be made (again)."""
+    inputs = speed_inputs(cell, train_key)
+    timing = cell.scene.config.evaluation.timing
+    able = any(row.status == "ok" for row in evaluation.rows)
+    if timing == "off" or not able:
+        about = _about(cell, key_of(inputs), inputs, evaluation.weights_sha256)
+        return SpeedRecord(**about, reason="evaluation.timing=off" if able else "")
+    path = folder / f"speed-{key_of(inputs)}.json"
+    record: SpeedRecord | None = None if policy.force else _known(path, SpeedRecord, inputs, progress)
+    if record is None or _again(record.status, policy) or record.weights_sha256 != evaluation.weights_sha256:
+        return None
+    return record
+
+
 def _timed(
     cell: Cell, training: TrainRecord | None, evaluation: EvaluationRecord, train_key: str, folder: Path,
     progress: Progress,
 ) -> SpeedRecord:  # fmt: skip
-    """The cost of sampling, measured now or found."""
+    """The cost of sampling, measured now."""
     config = cell.scene.config.evaluation
     inputs = speed_inputs(cell, train_key)
     key = key_of(inputs)
     about = _about(cell, key, inputs, evaluation.weights_sha256)
     able = sorted({row.nfe for row in evaluation.rows if row.status == "ok"})
-    if config.timing == "off" or not able:
-        return SpeedRecord(**about, reason="evaluation.timing=off" if able else "")
     path = folder / f"speed-{key}.json"
-    record = _known(path, SpeedRecord, inputs, progress)
-    if record is not None and record.status == "ok" and record.weights_sha256 == evaluation.weights_sha256:
-        return record
-    job = speed_job(cell, folder / "student.safetensors" if training is not None else None, able)
+    job = speed_job(cell, folder / STUDENT if training is not None else None, able)
     try:
         with progress.step(f"{cell.label}: timing"):
             rows = (

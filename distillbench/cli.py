@@ -14,6 +14,7 @@ import click
 
 from distillbench import __version__
 from distillbench.errors import DivergedError, Unavailable, UserError, unknown
+from distillbench.signals import Interrupted, stopping
 from distillbench.terminal import new_console, print_definitions, print_plan, print_rows, print_table, width
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from distillbench.references import RealImages
     from distillbench.registry import Plugin, Registry
 
-BAD_INPUT, SOMETHING_FAILED, INTERRUPTED = 2, 1, 130
+BAD_INPUT, SOMETHING_FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 KINDS = ("methods", "teachers", "datasets", "metrics")
 
 
@@ -67,12 +68,37 @@ def cli() -> None:
     """
 
 
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `run` and `score` share; the flags of the work come as ``flags``."""
+
+    @click.argument("settings", nargs=-1)
+    @click.option("--dry-run", is_flag=True, help="Check everything, print the plan with its price, run nothing.")
+    @click.option("--show-config", is_flag=True, help="Print the settings as YAML, run nothing.")
+    @click.option("--retry-failed", is_flag=True, help="Try again what failed, or ran out of memory or time, before.")
+    @click.option("--force", is_flag=True, help="Do everything again, finished or not.")
+    @click.option("--fail-fast", is_flag=True, help="Leave out what comes after a cell that is not ok.")
+    @with_plugins
+    @functools.wraps(command)
+    def wrapped(registry: Registry, settings: Sequence[str], dry_run: bool, show_config: bool, **flags: bool) -> None:
+        command(registry, settings, Asked(dry_run, show_config, **flags))
+
+    return wrapped
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The flags of `run` and `score`."""
+
+    dry_run: bool
+    show_config: bool
+    retry_failed: bool
+    force: bool
+    fail_fast: bool
+
+
 @cli.command()
-@click.argument("settings", nargs=-1)
-@click.option("--dry-run", is_flag=True, help="Check everything, print the plan with its price, run nothing.")
-@click.option("--show-config", is_flag=True, help="Print the settings as YAML, run nothing.")
-@with_plugins
-def run(registry: Registry, settings: tuple[str, ...], dry_run: bool, show_config: bool) -> None:
+@run_options
+def run(registry: Registry, settings: Sequence[str], asked: Asked) -> None:
     """Train, sample and score methods; print and keep the table.
 
     SETTINGS are Hydra overrides; comma sweeps make a grid. Quote brackets for your shell.
@@ -83,16 +109,15 @@ def run(registry: Registry, settings: tuple[str, ...], dry_run: bool, show_confi
       budget.images=400000     how long each        seed=0,1,2           one training a seed
       device=auto              cpu, cuda, cuda:N    results_dir=results  where results go
       experiment=smoke         a prepared set of settings (configs/experiment)
+
+    Killed or interrupted, the same command goes on: what is finished is not touched.
     """
-    _run(registry, settings, dry_run, show_config)
+    _run(registry, settings, asked)
 
 
 @cli.command()
-@click.argument("settings", nargs=-1)
-@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, run nothing.")
-@click.option("--show-config", is_flag=True, help="Print the settings as YAML, run nothing.")
-@with_plugins
-def score(registry: Registry, settings: tuple[str, ...], dry_run: bool, show_config: bool) -> None:
+@run_options
+def score(registry: Registry, settings: Sequence[str], asked: Asked) -> None:
     """Sample and score the teacher alone: a checkpoint, or a released student, as it is. Nothing is trained.
 
     SETTINGS are those of `distillbench run`, without methods.
@@ -105,12 +130,11 @@ def score(registry: Registry, settings: tuple[str, ...], dry_run: bool, show_con
     given = [word for word in settings if word.partition("=")[0].split(".")[0] == "methods"]
     if given:
         raise UserError(f"score takes no method, got {given[0]!r}. To train methods use: distillbench run")
-    _run(registry, settings, dry_run, show_config, need_methods=False)
+    _run(registry, settings, asked, need_methods=False)
 
 
-def _run(
-    registry: Registry, settings: Sequence[str], dry_run: bool, show_config: bool, need_methods: bool = True
-) -> None:
+def _run(registry: Registry, settings: Sequence[str], asked: Asked, need_methods: bool = True) -> None:
+    from distillbench.cell import Policy
     from distillbench.config import compose_runs, to_yaml
     from distillbench.plan import plan
     from distillbench.progress import Progress
@@ -119,16 +143,18 @@ def _run(
     configs = compose_runs(list(settings), registry, need_methods)
     if not need_methods:  # an experiment may name some
         configs = [dataclasses.replace(config, methods={}) for config in configs]
-    if show_config:
+    if asked.show_config:
         click.echo("---\n".join(to_yaml(config) for config in configs), nl=False)
         return
     console = new_console()
     cells = plan(configs, registry)
-    if dry_run:
+    if asked.dry_run:
         print_plan(console, cells)
         raise SystemExit(SOMETHING_FAILED if any(cell.trouble for cell in cells) else 0)
     progress = Progress(console)
-    outcome = run_cells(cells, configs, progress, lambda rows: print_rows(progress, rows))
+    policy = Policy(asked.retry_failed, asked.force, asked.fail_fast)
+    with stopping() as stop:
+        outcome = run_cells(cells, configs, progress, lambda rows: print_rows(progress, rows), policy, stop)
     directions = {name: told["direction"] for name, told in outcome.columns.items()}
     print_table(console, outcome.table, outcome.summary, directions)
     progress.say(f"every column, samples and weights: {outcome.folder}")
@@ -239,6 +265,43 @@ def plugins(folders: tuple[str, ...], debug: bool) -> None:
     print_definitions((plugin.name, _plugin_in_words(plugin)) for plugin in registry.plugins)
     for plugin in registry.broken if debug else []:
         click.echo(f"\n{plugin.name}:\n{plugin.traceback}", err=True)
+
+
+@cli.command()
+@click.option("--results-dir", default="results", show_default=True, type=click.Path(), help="Where results go.")
+@click.option("--thorough", is_flag=True, help="Check the hash of every student's weights.")
+@plugin_options
+def doctor(results_dir: str, thorough: bool, folders: tuple[str, ...], debug: bool) -> None:
+    """Examine packages, device, disk, caches, records, plugins and weights. The exit code is 1 if something is wrong."""
+    from pathlib import Path
+
+    from distillbench.doctor import examine
+
+    found = examine(_registry(folders), Path(results_dir), new_console(), thorough)
+    raise SystemExit(0 if found else SOMETHING_FAILED)
+
+
+@cli.command()
+@click.option("--results-dir", default="results", show_default=True, type=click.Path(), help="What to clean.")
+@click.option("--what", multiple=True, help="Kinds of files; several allowed. [temporary, states]")
+@click.option("--older-than", type=click.FloatRange(min=0), help="Only what is older than so many days.")
+@click.option("--yes", is_flag=True, help="Remove without asking.")
+@debuggable
+def clean(results_dir: str, what: tuple[str, ...], older_than: float | None, yes: bool) -> None:
+    """Remove what is safe to remove from a results folder; tells first, and asks.
+
+    \b
+    distillbench clean                       # left by killed processes; states of finished trainings
+    distillbench clean --what pairs --yes    # noise-image pairs, which would be made again
+    """
+    from pathlib import Path
+
+    from distillbench.clean import clean as remove
+
+    def confirm(text: str) -> bool:
+        return sys.stdin.isatty() and click.confirm(text)
+
+    raise SystemExit(remove(Path(results_dir), what, older_than, yes, new_console(), confirm))
 
 
 @cli.group()
@@ -509,9 +572,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         cli.main(words, prog_name="distillbench", standalone_mode=False)
-    except click.Abort:
-        click.echo("interrupted. Finished cells are kept: the same command goes on from there", err=True)
-        raise SystemExit(INTERRUPTED) from None
+    except (click.Abort, Interrupted) as interrupted:
+        click.echo("interrupted. What was reached is kept: the same command goes on from there", err=True)
+        terminated = isinstance(interrupted, Interrupted) and interrupted.name == "SIGTERM"
+        raise SystemExit(TERMINATED if terminated else INTERRUPTED) from None
     except click.ClickException as error:
         error.show()
         raise SystemExit(error.exit_code) from None
@@ -528,10 +592,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _registry(folders: Iterable[str]) -> Registry:
     from pathlib import Path
 
-    from distillbench.registry import ONLY, in_folders, installed, load_registry
+    from distillbench.registry import ONLY, Selection
 
     patterns = [pattern.strip() for pattern in os.environ.get(ONLY, "").split(",")]
-    return load_registry([*installed(), *in_folders(map(Path, folders))], list(filter(None, patterns)))
+    return Selection(tuple(Path(folder).resolve() for folder in folders), tuple(filter(None, patterns))).load()
 
 
 def _plugin_in_words(plugin: Plugin) -> str:

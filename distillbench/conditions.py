@@ -163,5 +163,10 @@ class Conditioning:
         drawn = self.w_range is not None
         return {"classes": self.classes, "guidance_range" if drawn else "guidance": list(self.w_range or [self.w])}
 
+    def asked_of_images(self) -> dict[str, Any]:
+        """What decides what each image of an evaluation is asked to be, as plain values."""
+        evaluated = None if self.evaluated is None else [self.evaluated.start, self.evaluated.stop]
+        return {"classes": self.classes, "w": self.w, "evaluated": evaluated} if self.classes else {}
+
 
 WITHOUT_CLASSES = Conditioning()

@@ -37,6 +37,7 @@ from distillbench.evaluate import EvaluationConfig
 from distillbench.options import option, require_between, require_one_of, require_positive
 from distillbench.registry import Registry
 
+ON_OOM = ("fail", "accumulate")
 HERE = Path(__file__).resolve().parent
 GROUPS = {"methods": "methods", "dataset": "datasets", "teacher": "teachers"}  # config group: kind in the registry
 CHOICES = (*GROUPS, "experiment")
@@ -45,6 +46,18 @@ MOST_RUNS = 1000  # points of a grid
 KEPT_NAMES = (".", "..", "cells", "cache")  # below results_dir, used by the harness itself
 LONGEST_NAME = 200  # bytes; file systems allow 255, and files being written have longer names for a moment
 LARGEST_INTEGER = 2**63 - 1
+
+
+@dataclass
+class StatesConfig:
+    """States of a training in progress, from which it goes on when it was cut off."""
+
+    seconds: float = option(300.0, "between two states")
+    keep: int = option(2, "how many of the last are kept")
+
+    def __post_init__(self) -> None:
+        require_between(self, 0, float("inf"), "seconds")
+        require_between(self, 1, 100, "keep")
 
 
 @dataclass
@@ -60,9 +73,14 @@ class RunConfig:
     budget: BudgetConfig = option(BudgetConfig, "how long every method trains")
     evaluation: EvaluationConfig = option(EvaluationConfig, "what is sampled and scored")
     batch_size: int = option(128, "images in a training step, for every method")
+    accumulate: int = option(1, "parts in which a step is computed, one after the other, for less memory")
+    on_oom: str = option("fail", "where training runs out of memory: fail, or accumulate: anew in twice the parts")
     seed: int = option(0, "seed of training: noise, times and the order of the data")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(1, "CPU threads; small networks are fastest, and undisturbed, on one")
+    isolate: bool = option(True, "each cell in a process of its own: a crash hurts one row")
+    cell_seconds: float = option(0.0, "longest that the process of a cell may take; 0: no limit")
+    states: StatesConfig = option(StatesConfig, "of trainings in progress")
     energy: str = option("nvml", "how joules are counted: nvml (the GPU's counter) or zeus (an extra)")
     results_dir: str = option("results", "where records and tables go")
     run_name: str = option("", "folder of this run below results_dir; empty: made from the dataset and what is run")
@@ -72,6 +90,9 @@ class RunConfig:
         require_between(self, 0, LARGEST_INTEGER, "seed")
         require_between(self, 1, os.cpu_count() or 1, "threads")
         require_one_of(self, "energy", ("nvml", "zeus"))
+        require_between(self, 1, self.batch_size, "accumulate")
+        require_one_of(self, "on_oom", ON_OOM)
+        require_between(self, 0, float("inf"), "cell_seconds")
         self._check_guidance()
         if not self.results_dir.strip():
             raise UserError("results_dir must name a folder, got ''")

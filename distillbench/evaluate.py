@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from distillbench.conditions import Condition
 from distillbench.datasets import Dataset, to_uint8
 from distillbench.errors import DivergedError, Unavailable, UserError, unknown
 from distillbench.features import ImageSet
+from distillbench.kept_arrays import kept_array
 from distillbench.metrics import Metric, Need, Samples, check_needs
 from distillbench.noise import Noise, stream_key
 from distillbench.options import option, require_between, require_one_of, require_positive
@@ -27,6 +29,7 @@ from distillbench.teachers import Teacher
 
 Sampler = Callable[[Callable[[int], Tensor], int, Condition], Tensor]  # (noise, nfe, c) -> x_0 (B,C,H,W)
 SHOWN = 64  # images of every row that are kept to be looked at
+ANSWERS_PROTOCOL = 1  # of the teacher's answers that are kept: raise when what is sampled changes
 READ = 1024  # images handed to feature networks at a time
 TIMINGS = ("process", "inline", "off")
 
@@ -116,23 +119,55 @@ class Evaluator:
 
     def __init__(
         self, config: EvaluationConfig, metrics: dict[str, type[Metric]], real: RealImages, teacher: Teacher,
-        progress: Progress,
+        progress: Progress, cache: Path | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.teacher, self.real, self.progress = config, teacher, real, progress
+        self.config, self.teacher, self.real, self.progress, self.cache = config, teacher, real, progress, cache
         self.networks, self.device = real.networks, real.networks.device
         self.metrics = [cls() for cls in metrics.values()]
         self.kept = features_kept(metrics)
         self._answers: dict[int, tuple[Tensor, ImageSet]] = {}  # by sampling seed
 
     def answers(self, seed: int) -> tuple[Tensor, ImageSet]:
-        """The teacher's many-step answers to the noise of `seed`: (N,C,H,W), and as 8-bit images."""
+        """The teacher's many-step answers to the noise of `seed`: (N,C,H,W), and as 8-bit images.
+
+        Where there is a cache they are made once for all processes, and kept.
+        """
         if seed not in self._answers:
-            with self.progress.step("the teacher's many-step answers") as step:
-                solver = self.config.solvers()[0]
-                nfe = solver.evaluations(max(self.config.teacher_steps)) * self.teacher.conditioning.evaluations
-                x_0 = self._sample(teacher_sampler(self.teacher, solver), nfe, seed, step)
+            x_0 = self._made_answers(seed) if self.cache is None else self._kept_answers(seed, self.cache)
             self._answers[seed] = x_0, self._images(x_0)
         return self._answers[seed]
+
+    def _made_answers(self, seed: int) -> Tensor:
+        with self.progress.step("the teacher's many-step answers") as step:
+            solver = self.config.solvers()[0]
+            return self._sample(teacher_sampler(self.teacher, solver), self._most_nfe(), seed, step)
+
+    def _most_nfe(self) -> int:
+        """Network evaluations of a many-step answer."""
+        steps = max(self.config.teacher_steps)
+        return self.config.solvers()[0].evaluations(steps) * self.teacher.conditioning.evaluations
+
+    def _kept_answers(self, seed: int, cache: Path) -> Tensor:
+        recipe = {
+            "protocol": ANSWERS_PROTOCOL,
+            "teacher_sha256": self.teacher.sha256,
+            "sampler": self.config.solvers()[0].name,
+            "nfe": self._most_nfe(),
+            "images": self.config.images,
+            "batch_size": self.config.batch_size,  # another one moves the last bits, as do devices and threads
+            "seed": seed,
+            "device": self.device.split(":")[0],
+            "threads": torch.get_num_threads(),
+            "dataset_sha256": self.real.dataset.sha256,  # with its texts, and the images that an upscaler enlarges
+            **self.teacher.conditioning.asked_of_images(),
+        }
+
+        def fill(array: np.ndarray) -> None:
+            array[:] = self._made_answers(seed).numpy()
+
+        shape = (self.config.images, *self.teacher.image_shape)
+        array = kept_array(cache, "the teacher's answers", recipe, shape, fill, self.progress)
+        return torch.from_numpy(array).to(torch.get_default_dtype())
 
     def measure(self, sampler: Sampler, nfe: int, seed: int, keeps_noise: bool, label: str) -> Measured:
         """The scores of `sampler` at `nfe` evaluations an image, on the noise of sampling seed `seed`."""

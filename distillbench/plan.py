@@ -76,7 +76,9 @@ class Scene:
             networks = Networks(self.weights, self.device)
             cache = Path(self.config.results_dir) / "cache" / "references"
             real = RealImages(self.dataset, networks, cache, self.references, features_kept(self.metrics))
-            self.evaluator = Evaluator(self.config.evaluation, self.metrics, real, self.loaded(progress), progress)
+            answers = Path(self.config.results_dir) / "cache" / "answers"
+            parts = self.metrics, real, self.loaded(progress), progress, answers
+            self.evaluator = Evaluator(self.config.evaluation, *parts)
         return self.evaluator
 
     def describe_references(self, progress: Progress) -> dict[str, str]:
@@ -145,9 +147,24 @@ def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
     return cells
 
 
+def cell_of(config: RunConfig, name: str, nfe: list[int], registry: Registry, scenes: dict[str, Scene]) -> Cell:
+    """A cell that was planned before, by its name; scenes are shared through `scenes`. Its price is not foreseen."""
+    scene = _scene(config, registry, scenes)
+    if name in config.methods:
+        settings = config.methods[name]
+        return Cell(scene, name, registry.get("methods", settings.kind), settings, config.seed, nfe=nfe)
+    (solver,) = (solver for solver in config.evaluation.solvers() if _name_of(solver) == name)
+    return Cell(scene, name, solver=solver, nfe=nfe)
+
+
 def _teacher_cell(scene: Scene, config: RunConfig, solver: Solver) -> Cell:
     nfe = [solver.evaluations(steps) * scene.conditioning.evaluations for steps in config.evaluation.teacher_steps]
-    return Cell(scene, f"teacher:{solver.name}", nfe=sorted(nfe), solver=solver)
+    return Cell(scene, _name_of(solver), nfe=sorted(nfe), solver=solver)
+
+
+def _name_of(solver: Solver) -> str:
+    """What the teacher with this sampler is called."""
+    return f"teacher:{solver.name}"
 
 
 def _check_data(cell: Cell) -> None:

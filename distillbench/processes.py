@@ -17,9 +17,10 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -68,6 +69,81 @@ def call_in_fresh_process(function: Callable[[Argument], Answer], argument: Argu
             failed.add_note(told)
         raise failed
     return answer
+
+
+class Worker:
+    """A process that does ``function(argument, tell)`` and tells how it goes: ``tell(kind, ...)`` is ``news()`` here.
+
+    What it prints is appended to the file `log`. Unlike a call's, it may start processes of its own.
+    """
+
+    def __init__(self, function: Callable[[Any, Callable[..., None]], None], argument: Any, log: Path) -> None:
+        try:
+            pickled = pickle.dumps((function, argument))
+        except Exception as error:  # whatever a stranger's class raises
+            raise ProcessError(f"cannot be handed to another process: {in_words(error)}") from error
+        context = multiprocessing.get_context("spawn")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        self.reader, writer = context.Pipe(duplex=False)
+        self.process = context.Process(target=_work, args=(pickled, writer, str(log)))
+        with _without_main_script():
+            self.process.start()
+        writer.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give it time to leave by itself after its last word; then it is killed."""
+        self.process.join(SECONDS_TO_EXIT if error[0] is None else 0)
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        self.reader.close()
+
+    def has_news(self, seconds: float) -> bool:
+        """Whether it has told something, or has died; waits so long for it."""
+        return self.reader.poll(seconds)
+
+    def news(self) -> tuple[Any, ...]:
+        """The next that it has told. Raises ProcessError where it fails or dies before its last word."""
+        try:
+            told = pickle.loads(self.reader.recv_bytes())
+        except (EOFError, OSError):
+            self.process.join()
+            raise ProcessError(_end(self.process.exitcode or 0, self.log)) from None
+        if told[0] == "failed":
+            failed = ProcessError(told[1])
+            failed.add_note(told[2])
+            raise failed
+        return told
+
+    def end(self, seconds: float) -> None:
+        """Tell it to stop, and wait so long until it has."""
+        self.process.terminate()
+        self.process.join(seconds)
+
+
+def _work(pickled: bytes, writer: Connection, log: str) -> None:
+    """What a worker's process does."""
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    lock = threading.Lock()
+
+    def tell(*told: Any) -> None:
+        with lock, suppress(BrokenPipeError):  # nobody is there: whoever watches the parent ends this process
+            writer.send_bytes(
+                pickle.dumps(told)
+            )  # not send(): it would share tensors' memory, which ends with the sender
+
+    try:
+        function, argument = pickle.loads(pickled)
+        function(argument, tell)
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        tell("failed", in_words(error), traceback.format_exc())
 
 
 def in_words(error: BaseException) -> str:

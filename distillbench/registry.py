@@ -123,6 +123,20 @@ def _source_sha256(cls: type, helpers: Sequence[Path]) -> str:
     return hashlib.sha256(b"".join(contents)).hexdigest()
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which plugins are loaded, as plain values: another process can load the same."""
+
+    folders: tuple[Path, ...] = ()
+    only: tuple[str, ...] = ()
+
+    def load(self) -> Registry:
+        """The plugins of this environment and of the folders that the patterns name."""
+        registry = load_registry([*installed(), *in_folders(self.folders)], self.only)
+        registry.selection = self
+        return registry
+
+
 @dataclass
 class Registry:
     """Everything that can be named on the command line, by kind and name."""
@@ -132,6 +146,7 @@ class Registry:
     datasets: dict[str, Entry] = field(default_factory=dict)
     metrics: dict[str, Entry] = field(default_factory=dict)
     plugins: list[Plugin] = field(default_factory=list)
+    selection: Selection = Selection()
 
     def of_kind(self, kind: str) -> dict[str, Entry]:
         """The entries of "methods", "teachers", "datasets" or "metrics"."""

@@ -3,6 +3,7 @@
 results_dir/
   cells/<train key>/train.json, student.safetensors        price and weights of one training
   cells/<train key>/checkpoint-*.safetensors               students on the way, to be scored
+  cells/<train key>/resume/<parts>/state-*.safetensors     states of a training in progress
   cells/<train key>/evaluation-<key>.json, .safetensors    rows of one evaluation, and its first samples
   cells/<train key>/speed-<key>.json                       the cost of sampling
   cache/                                                   teachers, noise-image pairs, reference statistics, by content
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA: Literal[2] = 2
-Status = Literal["ok", "failed", "diverged"]
-FINAL: tuple[Status, ...] = ("ok", "diverged")  # a failed cell is tried again by the next run
+Status = Literal["ok", "failed", "diverged", "oom", "timeout"]
+FINAL: tuple[Status, ...] = ("ok", "diverged")  # what to try again would not change
 
 
 class _Record(BaseModel):
@@ -90,6 +91,7 @@ class TrainRecord(_Record):
     peak_device_mib: float | None = None
     peak_rss_mib: float | None = None
     parameters: int | None = None
+    accumulate: int = 1  # parts in which each step was computed
     weights_sha256: str = ""
     curve: list[CurvePoint] = []
     checkpoints: list[CheckpointRecord] = []

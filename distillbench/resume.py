@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,10 @@ from torch import Tensor
 from distillbench.files import sha256_file, write_named
 from distillbench.memory import MIB, Peak
 from distillbench.progress import Progress
+from distillbench.signals import Interrupted, Stop
 
 FORMAT = 1  # of a state
 DIGITS = 16  # of the SHA-256 in a state's name
-
-
-class Interrupted(BaseException):
-    """A signal ended the work. What had been reached is kept."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ class Resume:
     seconds: float  # between two states
     generators: Mapping[str, torch.Generator] = field(default_factory=dict)
     peaks: Mapping[str, Peak] = field(default_factory=dict)
-    stop: Callable[[], bool] = lambda: False  # whether to keep a state and leave now
+    stop: Stop = field(default_factory=Stop)  # whether to keep a state and leave now
     last: float = field(default_factory=time.monotonic)
 
     def due(self) -> bool:
@@ -131,7 +128,7 @@ class Resume:
         self.states.save(images, state)
         self.last = time.monotonic()
         if self.stop():
-            raise Interrupted
+            raise Interrupted(self.stop.name)
 
     def restore_peaks(self, state: State) -> None:
         for name, mib in state.values["peaks"].items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,21 @@ from typing import Any
 import pandas as pd
 import torch
 
-from distillbench.cell import Finished, evaluation_inputs, protocol_key, run_cell, train_inputs
+from distillbench.cell import AS_IS, Policy, keep_ending
+from distillbench.claims import is_claimed
 from distillbench.config import RunConfig, to_yaml
+from distillbench.done import About, Done
 from distillbench.environment import environment
 from distillbench.files import key_of, write_atomically
-from distillbench.plan import Cell, changed_settings, choose_device, make_source
+from distillbench.hands import Ended, Hands, OtherHands, OwnHands, Seen
+from distillbench.plan import Cell, choose_device, make_source
 from distillbench.progress import Progress
 from distillbench.registry import Registry
-from distillbench.results import (
-    CheckpointScores,
-    cost_columns,
-    link_or_copy,
-    make_along,
-    make_table,
-    sample_grid,
-    table_row,
-    write_table,
-)
+from distillbench.results import link_or_copy, make_along, make_table, sample_grid, write_table
+from distillbench.signals import Interrupted, Stop
 from distillbench.statistics import summarise
+
+SECONDS_BETWEEN_LOOKS = 1.0  # at what other processes do
 
 
 @dataclass
@@ -43,112 +41,127 @@ class Outcome:
 
 
 def run(
-    cells: list[Cell], configs: list[RunConfig], progress: Progress, on_rows: Callable[[pd.DataFrame], None]
+    cells: list[Cell],
+    configs: list[RunConfig],
+    progress: Progress,
+    on_rows: Callable[[pd.DataFrame], None],
+    policy: Policy = AS_IS,
+    stop: Stop | None = None,
 ) -> Outcome:
-    """Run every cell, write the run's folder anew after each, and give each cell's rows to `on_rows` as they come."""
-    columns = {name: cls.describe() for cell in cells for name, cls in cell.scene.metrics.items()}
-    directions = {name: told["direction"] for name, told in columns.items()}
-    folder = _run_folder(cells, configs[0], progress)
-    finished: list[Finished] = []
-    for cell in cells:
-        done = run_cell(cell, progress)
-        finished.append(done)
-        on_rows(make_table(_table_rows(done, list(columns)), list(columns)))
-        table = make_table([row for one in finished for row in _table_rows(one, list(columns))], list(columns))
-        summary = summarise(table, directions)
-        _write_run(folder, configs, finished, table, summary, columns)
-    failed = [done.cell.label for done in finished if done.failed]
-    return Outcome(folder, table, summary, columns, failed)
+    """Run every cell, write the run's folder anew after each, and give each cell's rows to `on_rows` as they come.
+
+    Told to stop, it keeps what there is, with rows for what is missing, and raises Interrupted.
+    """
+    config, stop = configs[0], stop or Stop()
+    hands: Hands = OtherHands(progress, stop, config.cell_seconds) if config.isolate else OwnHands(progress, stop)
+    seen = hands.look(cells, policy)
+    table = _Table(_run_folder(seen, config), cells, configs, [one.about for one in seen], on_rows)
+    for index, one in enumerate(seen):
+        if one.done is not None:
+            table.add(index, one.done)
+    if table.failed:
+        told = "--retry-failed tries again what failed, or ran out of memory or time"
+        progress.say(f"not ok in an earlier run: {', '.join(table.failed)} ({told})")
+    try:
+        _work(cells, seen, hands, policy, progress, table)
+    except Interrupted as interrupted:
+        table.finish("interrupted", f"{interrupted.name}: the same command goes on from there")
+        raise
+    return table.finish("skipped", "--fail-fast, and a cell before is not ok")
 
 
-def _names(done: Finished) -> dict[str, Any]:
-    """What a cell's rows are rows of."""
-    cell, config, teacher = done.cell, done.cell.scene.config, done.cell.scene.teacher
-    assert teacher is not None
-    settings = changed_settings(cell.method_config)
-    if cell.entry is not None and config.guidance_range:
-        settings = ", ".join(filter(None, (f"guidance_range={config.guidance_range}", settings)))
-    return {
-        "dataset": cell.scene.dataset.name,
-        "teacher": teacher.label,
-        "guidance": config.guidance if config.conditional else None,
-        "method": cell.name,
-        "training_seed": cell.seed,
-        "images": config.evaluation.images,
-        "budget": f"{config.budget.in_words}, batch {config.batch_size}" if cell.entry is not None else "",
-        "protocol": protocol_key(cell.scene, teacher),
-        "settings": settings,
-    }
+def _work(
+    cells: Sequence[Cell], seen: Sequence[Seen], hands: Hands, policy: Policy, progress: Progress, table: _Table
+) -> None:
+    """Do every cell that is not done, or wait for another process that does it."""
+    told: set[int] = set()
+    while todo := table.missing():
+        for index in todo:
+            if policy.fail_fast and table.failed:
+                return
+            cell, one = cells[index], seen[index]
+            done = None if is_claimed(one.about.folder) else _done(cell, one, hands, policy)
+            if done is not None:
+                table.add(index, done)
+            elif index not in told:
+                told.add(index)
+                progress.say(f"{cell.label}: another process has it")
+        if len(table.missing()) == len(todo):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _table_rows(done: Finished, metrics: list[str]) -> list[dict[str, Any]]:
-    record = done.evaluation
-    real = ", ".join(f"{network}: {words}" for network, words in record.references.items())
-    names = _names(done) | {"reference": real, "device": record.device, "key": record.key}
-    return [table_row(names, row, done.training, done.speed, metrics) for row in record.rows]
+def _done(cell: Cell, seen: Seen, hands: Hands, policy: Policy) -> Done | None:
+    about = seen.about
+    try:
+        return hands.work(cell, seen, policy)
+    except Ended as ended:
+        keep_ending(cell, about.train_inputs, about.evaluation_inputs, about.folder, ended.status, str(ended))
+        return Done(about, about.without_scores(ended.status, str(ended)))
 
 
-def _along_rows(done: Finished) -> list[dict[str, Any]]:
-    """The scores along training, the last of them those of the finished student."""
-    if done.training is None or not done.evaluation.along:
-        return []
-    costs = {checkpoint.fraction: checkpoint.cost for checkpoint in done.training.checkpoints}
-    if done.training.cost is not None:
-        costs[1.0] = done.training.cost
-    ends = [CheckpointScores(fraction=1.0, **dict(row)) for row in done.evaluation.rows]
-    rows = []
-    for row in [*done.evaluation.along, *ends]:
-        told = {"nfe": row.nfe, "sampling_seed": row.sampling_seed, "fraction": row.fraction}
-        told |= {"status": row.status, "reason": row.reason}
-        rows.append(_names(done) | told | row.scores | cost_columns(costs[row.fraction]))
-    return rows
+class _Table:
+    """The rows that there are, in the order of the cells, and the run's folder."""
+
+    def __init__(
+        self, folder: Path, cells: list[Cell], configs: list[RunConfig], abouts: list[About],
+        on_rows: Callable[[pd.DataFrame], None],
+    ) -> None:  # fmt: skip
+        self.folder, self.configs, self.abouts, self.on_rows = folder, configs, abouts, on_rows
+        self.columns = {name: cls.describe() for cell in cells for name, cls in cell.scene.metrics.items()}
+        self.device = cells[0].scene.device
+        self.done: dict[int, Done] = {}
+
+    @property
+    def failed(self) -> list[str]:
+        """Labels of the cells that are not ok."""
+        return [done.about.label for _, done in sorted(self.done.items()) if not done.ok]
+
+    def missing(self) -> list[int]:
+        """The cells that are not done yet."""
+        return [index for index in range(len(self.abouts)) if index not in self.done]
+
+    def add(self, index: int, done: Done) -> None:
+        """Show the rows of a cell, and write the folder anew."""
+        self.done[index] = done
+        self.on_rows(make_table(done.rows, list(self.columns)))
+        self._write([row for _, one in sorted(self.done.items()) for row in one.rows])
+
+    def finish(self, status: str, reason: str) -> Outcome:
+        """The run as it is; cells that are missing have rows with nothing but a status."""
+        for index in self.missing():
+            about = self.abouts[index]
+            self.add(index, Done(about, about.without_scores(status, reason)))
+        table, summary = self._write([row for _, one in sorted(self.done.items()) for row in one.rows])
+        return Outcome(self.folder, table, summary, self.columns, self.failed)
+
+    def _write(self, rows: list[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+        table = make_table(rows, list(self.columns))
+        summary = summarise(table, {name: told["direction"] for name, told in self.columns.items()})
+        write_table(table, self.folder)
+        write_table(summary, self.folder, "summary")
+        done = [one for _, one in sorted(self.done.items())]
+        along = [row for one in done for row in one.along]
+        if along:
+            write_table(make_along(along, list(self.columns)), self.folder, "along")
+        texts = {
+            "config.yaml": "---\n".join(to_yaml(config) for config in self.configs),
+            "columns.json": json.dumps(self.columns, indent=2) + "\n",
+            "environment.json": json.dumps(environment(self.device, self.configs[0].threads), indent=2) + "\n",
+        }
+        for name, text in texts.items():
+            write_atomically(self.folder / name, lambda path, text=text: Path(path).write_text(text))
+        for one in done:
+            if one.weights is not None:
+                link_or_copy(one.weights[0], self.folder / "weights" / one.weights[1])
+        lines = [line for one in done for line in one.shown]
+        write_atomically(self.folder / "samples.png", lambda path: sample_grid(lines).save(path, format="png"))
+        return table, summary
 
 
-def _run_folder(cells: list[Cell], config: RunConfig, progress: Progress) -> Path:
+def _run_folder(seen: Sequence[Seen], config: RunConfig) -> Path:
     """The folder of a run: its given name, or one made from what decides the table, so that it is found again."""
-    name = config.run_name
-    if not name:
-        train_keys = [key_of(train_inputs(cell, cell.scene.loaded(progress))) for cell in cells]
-        keys = [key_of(evaluation_inputs(cell, key)) for cell, key in zip(cells, train_keys, strict=True)]
-        name = f"{config.dataset.kind}-{key_of(sorted(keys))[:8]}"
-    return Path(config.results_dir) / name
-
-
-def _write_run(
-    folder: Path, configs: list[RunConfig], finished: list[Finished], table: pd.DataFrame, summary: pd.DataFrame,
-    columns: dict[str, dict[str, str]],
-) -> None:  # fmt: skip
-    write_table(table, folder)
-    write_table(summary, folder, "summary")
-    along = [row for done in finished for row in _along_rows(done)]
-    if along:
-        write_table(make_along(along, list(columns)), folder, "along")
-    device, threads = finished[0].cell.scene.device, configs[0].threads
-    texts = {
-        "config.yaml": "---\n".join(to_yaml(config) for config in configs),
-        "columns.json": json.dumps(columns, indent=2) + "\n",
-        "environment.json": json.dumps(environment(device, threads), indent=2) + "\n",
-    }
-    for name, text in texts.items():
-        write_atomically(folder / name, lambda path, text=text: Path(path).write_text(text))
-    for done in finished:
-        if done.training is not None and done.training.status == "ok":
-            target = folder / "weights" / f"{done.cell.name}-seed{done.cell.seed}-{done.training.key}.safetensors"
-            link_or_copy(done.folder / "student.safetensors", target)
-    _write_grids(folder, finished)
-
-
-def _write_grids(folder: Path, finished: list[Finished]) -> None:
-    """samples.png: every row of the first sampling seed that is ok, from the same noise."""
-    lines = []
-    for done in finished:
-        config = done.cell.scene.config
-        first = config.evaluation.seeds[0]
-        good = [row for row in done.evaluation.rows if row.status == "ok" and row.sampling_seed == first]
-        for row, images in zip(good, done.shown, strict=True):
-            guidance = f", w = {config.guidance:g}" if config.conditional else ""
-            lines.append((f"{done.cell.label}{guidance}, {row.nfe} NFE", images))
-    write_atomically(folder / "samples.png", lambda path: sample_grid(lines).save(path, format="png"))
+    keys = sorted(one.about.evaluation_key for one in seen)
+    return Path(config.results_dir) / (config.run_name or f"{config.dataset.kind}-{key_of(keys)[:8]}")
 
 
 def train_teacher_of(config: RunConfig, registry: Registry, output: Path | None, progress: Progress) -> Path:

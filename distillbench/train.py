@@ -9,6 +9,7 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,7 @@ from distillbench.resume import Resume, State, generators_state, restore_generat
 from distillbench.stopwatch import Account
 
 STEPS_BETWEEN_CHECKS = 50  # the loss is read, and with it the device waited for, this often
+EXPLOSION = 1e6  # growth of the loss over its first value, or over 1, from which no training comes back
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,22 @@ class Optimizers:
 
     def update(self, network: nn.Module, loss: Tensor, factor: float) -> None:
         """One step down the gradient of `loss` in the weights of `network`."""
+        self.differentiate(network, loss, first=True)
+        self.step(network, factor)
+
+    def differentiate(self, network: nn.Module, loss: Tensor, first: bool) -> None:
+        """Add the gradient of `loss` to that of the parts before; with `first` there are none."""
         if network not in self.by_network:
             self.by_network[network] = self._make(network)
+        if first:
+            self.by_network[network].zero_grad()
+        loss.backward()
+
+    def step(self, network: nn.Module, factor: float) -> None:
+        """One step down the gradient that is there."""
         optimizer = self.by_network[network]
         for group in optimizer.param_groups:
             group["lr"] = self.config.lr * factor
-        optimizer.zero_grad()
-        loss.backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.config.grad_clip, foreach=True)
         optimizer.step()
 
@@ -221,16 +232,18 @@ def train(
     step: Step,
     checkpoints: Checkpoints | None = None,
     resume: Resume | None = None,
+    accumulate: int = 1,
 ) -> Trained:
     """Train `method` until its meter says that the budget is used, and put the averaged weights into its student.
 
     `read(n)` gives n real images and their labels; None for a method that may not see any. A checkpoint is written
     before the first step after its fraction is reached; a fraction that only the last step reaches is the end, and has
-    none. With `resume` states are kept, outside the budget, and training goes on from the last of them. Raises
-    DivergedError when a loss is not finite, Interrupted when it is told to stop.
+    none. A step is computed in `accumulate` parts, one after the other. With `resume` states are kept, outside the
+    budget, and training goes on from the last of them. Raises DivergedError when a loss is not finite or explodes,
+    Interrupted when it is told to stop.
     """
     try:
-        return _Training(method, config, workspace, read, batch_size, step, checkpoints, resume).run()
+        return _Training(method, config, workspace, read, batch_size, step, checkpoints, resume, accumulate).run()
     finally:
         workspace.meter.stop()
 
@@ -240,10 +253,10 @@ class _Training:
 
     def __init__(
         self, method: Method, config: OptimizerConfig, workspace: Workspace, read: Read | None, batch_size: int,
-        step: Step, checkpoints: Checkpoints | None, resume: Resume | None,
+        step: Step, checkpoints: Checkpoints | None, resume: Resume | None, accumulate: int,
     ) -> None:  # fmt: skip
         self.method, self.config, self.workspace, self.read = method, config, workspace, read
-        self.batch_size, self.checkpoints, self.resume = batch_size, checkpoints, resume
+        self.batch_size, self.checkpoints, self.resume, self.accumulate = batch_size, checkpoints, resume, accumulate
         self.meter = workspace.meter
         self.generator = torch.Generator().manual_seed(workspace.seed)
         self.curve = _Curve(self.meter, step)
@@ -265,7 +278,8 @@ class _Training:
             if found is None:
                 self._start(phases, index)
             found = None
-            self._train_until(min(sum(shares[: index + 1]) / sum(shares), 1.0) - 1e-12, phases[index].label)
+            with nullcontext() if self.resume is None else self.resume.stop.patiently():
+                self._train_until(min(sum(shares[: index + 1]) / sum(shares), 1.0) - 1e-12, phases[index].label)
             method.end_phase(index, self.average.module)
         self.curve.log(phases[-1].label, last=True)
         method.student.load_state_dict(self.average.module.state_dict())
@@ -284,25 +298,41 @@ class _Training:
 
     def _train_until(self, end: float, label: str) -> None:
         """Steps until the share `end` of the budget is used."""
-        method, meter, teacher, curve = self.method, self.meter, self.workspace.teacher, self.curve
+        method, meter, curve = self.method, self.meter, self.curve
         while (progress := meter.progress()) < end:
             self._write_checkpoints(progress)
             size = meter.next_batch(self.batch_size)
-            parts = size, teacher.shape, self.generator, self.workspace.device, self.read, teacher.conditioning
-            batch = Batch(*parts)
             factor = learning_rate_factor(self.config, (progress - self.begin) / max(self.finish - self.begin, 1e-12))
-            for network, loss in method.train_step(batch):
-                with meter.stopwatch.charging(Account.student):
-                    self.optimizers.update(network, loss, factor)
-                curve.add(loss)
+            self._step(size, factor)
             method.after_step()
-            meter.images += batch.size
-            self.average.update(batch.size)
+            meter.images += size
+            self.average.update(size)
             curve.log(label)
             if self.resume is not None and self.resume.due():
                 price, used = meter.price(), meter.energy()
                 with meter.pause():
                     self.resume.save(meter.images, self._state(price, used))
+
+    def _step(self, size: int, factor: float) -> None:
+        """One step of `size` images. Its parts go side by side from update to update, each of which is of all parts."""
+        teacher, charging = self.workspace.teacher, self.meter.stopwatch.charging
+        about = teacher.shape, self.generator, self.workspace.device, self.read, teacher.conditioning
+        sizes = [part for part in _split(size, self.accumulate) if part]
+        steps = [iter(self.method.train_step(Batch(part, *about))) for part in sizes]
+        ended = object()
+        while True:
+            losses = []
+            for step, part in zip(steps, sizes, strict=True):
+                if (item := next(step, ended)) is ended:
+                    return
+                network, loss = item
+                loss = loss if part == size else loss * (part / size)
+                with charging(Account.student):
+                    self.optimizers.differentiate(network, loss, first=not losses)
+                losses.append(loss.detach())
+            with charging(Account.student):
+                self.optimizers.step(network, factor)
+            self.curve.add(sum(losses[1:], losses[0]))
 
     def _write_checkpoints(self, progress: float) -> None:
         if self.checkpoints is None or not self.meter.images:
@@ -361,6 +391,11 @@ def _checkpoint(plain: dict[str, Any]) -> Checkpoint:
     return Checkpoint(**plain | {"price": Price(**plain["price"]), "energy": Energy(**plain["energy"])})
 
 
+def _split(size: int, parts: int) -> list[int]:
+    """Sizes of `parts` nearly equal parts, the larger ones first."""
+    return [size // parts + (index < size % parts) for index in range(parts)]
+
+
 def _end_of_schedule(phases: list[Phase], index: int) -> float:
     """Progress at which the learning-rate schedule that starts with phase `index` ends: before the next fresh one."""
     last = index
@@ -398,5 +433,10 @@ class _Curve:
         self.losses.clear()
         if not math.isfinite(mean):
             raise DivergedError(f"the loss is {mean} after {self.meter.images} images ({label})")
+        first = abs(self.points[0].loss) if self.points else abs(mean)
+        if abs(mean) > EXPLOSION * max(first, 1.0):
+            raise DivergedError(
+                f"the loss exploded from {first:.3g} to {mean:.3g} after {self.meter.images} images ({label})"
+            )
         self.points.append(LossPoint(self.meter.images, self.meter.price().seconds, mean))
         self.step.advance(self.meter.progress(), f"{label}, loss {mean:.4g}")

@@ -327,7 +327,7 @@ def test_debug_shows_where_an_error_comes_from(call):
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "interrupted. Finished cells are kept: the same command goes on from there"),
+        (KeyboardInterrupt(), 130, "interrupted. What was reached is kept: the same command goes on from there"),
         (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device"),
         (DivergedError("the loss is nan"), 1, "error: the loss is nan"),
     ],

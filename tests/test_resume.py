@@ -16,7 +16,8 @@ from distillbench.budget import BudgetConfig, Limit, Meter
 from distillbench.energy import Energy
 from distillbench.method import Method, MethodConfig, Phase
 from distillbench.progress import Progress
-from distillbench.resume import Interrupted, Resume, State, States
+from distillbench.resume import Resume, State, States
+from distillbench.signals import Interrupted, Stop
 from distillbench.train import Checkpoints, train
 from test_checkpoints import BATCH, FRACTIONS, HALFLIFE, IMAGES, NFE
 from test_flops import METHODS
@@ -46,10 +47,11 @@ def states(folder, keep=2) -> States:
     return States(folder / "resume", keep, Told())
 
 
-class StopAfter:
+class StopAfter(Stop):
     """Says to stop from the n-th step on."""
 
     def __init__(self, steps: int) -> None:
+        super().__init__()
         self.left = steps
 
     def __call__(self) -> bool:

@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from distillbench import Method, MethodConfig, cli
+from distillbench.cell import AS_IS, Policy
 from distillbench.config import compose_runs
 from distillbench.files import key_of, sha256_file
 from distillbench.plan import plan
@@ -76,11 +77,11 @@ class Ran:
         raise LookupError(method)
 
 
-def go(results, *words, registry=None):
+def go(results, *words, registry=None, policy=AS_IS):
     registry = registry or load_registry()
     configs = compose_runs([*words, f'results_dir="{results}"'], registry)
     log, grown = io.StringIO(), []
-    outcome = run(plan(configs, registry), configs, Progress(Console(file=log, width=300)), grown.append)
+    outcome = run(plan(configs, registry), configs, Progress(Console(file=log, width=300)), grown.append, policy)
     return Ran(outcome.table, outcome.folder, outcome.failed, pd.concat(grown), log.getvalue(), results)
 
 
@@ -294,7 +295,7 @@ def refuse_work(monkeypatch):
         raise AssertionError("a finished cell is run again")
 
     for name in (
-        "distillbench.cell.train",
+        "distillbench.cell_training.train",
         "distillbench.builtin.trained.train",
         "distillbench.plan.Evaluator",
         "distillbench.cell.measure",
@@ -549,15 +550,55 @@ def test_the_picture_shows_what_there_is(strange):
         assert picture.height == 4 + (strange.table["status"] == "ok").sum() * (48 + 4)
 
 
-def test_a_failed_cell_is_tried_again_and_a_diverged_one_is_not(tmp_path):
+def test_a_failed_cell_is_tried_again_when_asked_and_a_diverged_one_when_forced(tmp_path):
     words = ["methods=[raises,becomes_nan]", *SMALLER]
-    go(tmp_path, *words, registry=with_strangers(Raises, BecomesNan))
-    again = go(tmp_path, *words, registry=with_strangers(Raises, BecomesNan))
-    assert again.said.count("ValueError: no luck") == 1
-    assert again.row("becomes_nan")["status"] == "diverged"
-    mended = type("Mended", (Stranger,), {"name": "raises"})  # the same source file, so the same key
-    later = go(tmp_path, *words, registry=with_strangers(mended, BecomesNan))
+    first = go(tmp_path, *words, registry=with_strangers(Raises, BecomesNan))
+    (error,) = tmp_path.glob("cells/*/error.txt")
+    mended = type("Mended", (Stranger,), {"name": "raises", "__module__": __name__})  # the same file, so the same key
+    calm = type("Calm", (Stranger,), {"name": "becomes_nan", "__module__": __name__})
+    again = go(tmp_path, *words, registry=with_strangers(mended, calm))
+    assert "not ok in an earlier run: raises (seed 0), becomes_nan (seed 0) (--retry-failed" in again.said
+    pd.testing.assert_frame_equal(again.table, first.table)
+    later = go(tmp_path, *words, registry=with_strangers(mended, calm), policy=Policy(retry_failed=True))
     assert (later.row("raises")["status"], later.failed) == ("ok", ["becomes_nan (seed 0)"])
+    assert not error.exists()
+    forced = go(tmp_path, *words, registry=with_strangers(mended, calm), policy=Policy(force=True))
+    assert (forced.row("becomes_nan")["status"], forced.failed) == ("ok", [])
+
+
+def test_fail_fast_leaves_out_what_comes_after(tmp_path):
+    words = ["methods=[raises,boot]", *SMALLER]
+    ran = go(tmp_path, *words, registry=with_strangers(Raises), policy=Policy(fail_fast=True))
+    assert ran.row("boot")["status"] == "skipped"
+    assert ran.row("boot")["reason"] == "--fail-fast, and a cell before is not ok"
+    assert ran.failed == ["raises (seed 0)", "boot (seed 0)"]
+    whole = go(tmp_path, *words, registry=with_strangers(Raises))
+    assert whole.failed == ["raises (seed 0)"]
+
+
+class NeedsMuch(Stranger):
+    """Has memory for ten images."""
+
+    name = "needs_much"
+
+    def train_step(self, batch):
+        if batch.size > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 PiB")
+        yield from super().train_step(batch)
+
+
+def test_out_of_memory_has_a_status_and_may_be_met_by_smaller_parts(tmp_path):
+    words = ["methods=[needs_much]", *SMALLER]
+    failed = go(tmp_path, *words, registry=with_strangers(NeedsMuch)).row("needs_much")
+    assert failed["status"] == "oom" and "Tried to allocate 1 PiB" in failed["reason"]
+    ran = go(tmp_path, *words, "on_oom=accumulate", registry=with_strangers(NeedsMuch))
+    row = ran.row("needs_much")
+    assert (row["status"], row["settings"]) == ("ok", "accumulate=8 (memory ran out in fewer parts)")
+    assert row["train_images"] == BUDGET
+    assert ran.said.count("memory ran out; training anew") == 3
+    asked = go(tmp_path, *words, "accumulate=8", registry=with_strangers(NeedsMuch)).row("needs_much")
+    assert (asked["status"], asked["settings"]) == ("ok", "accumulate=8")
+    assert asked["teacher_rmse"] == row["teacher_rmse"]
 
 
 @pytest.mark.parametrize(
@@ -577,7 +618,7 @@ def test_what_fails_when_it_is_planned_fails_alone(tmp_path, cls, reason):
 
 
 def test_a_dry_run_says_what_would_fail(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("distillbench.registry.load_registry", lambda: with_strangers(RaisesAtOnce))
+    monkeypatch.setattr("distillbench.registry.load_registry", lambda *selected: with_strangers(RaisesAtOnce))
     with pytest.raises(SystemExit) as done:
         cli.main(["run", "methods=[raises_at_once,boot]", *SMALLER, f"results_dir={tmp_path}", "--dry-run"])
     out, err = capsys.readouterr()
@@ -588,7 +629,7 @@ def test_a_dry_run_says_what_would_fail(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("methods", "code"), [("boot", 0), ("boot,becomes_nan", 1), ("raises", 1)])
 def test_the_exit_code_says_whether_something_failed(tmp_path, monkeypatch, capsys, methods, code):
-    monkeypatch.setattr("distillbench.registry.load_registry", lambda: with_strangers(Raises, BecomesNan))
+    monkeypatch.setattr("distillbench.registry.load_registry", lambda *selected: with_strangers(Raises, BecomesNan))
     try:
         cli.main(["run", f"methods=[{methods}]", *SMALLER, f"results_dir={tmp_path}"])
         done = 0
@@ -636,7 +677,7 @@ def test_a_given_teacher_is_used_whatever_its_recipe(first, words, tmp_path):
     quick = [*words, "methods=[boot]", "seed=0", "evaluation.metrics=[teacher_rmse]", "teacher.width=0"]
     ran = go(tmp_path / "results", *quick, f"teacher.path={tmp_path / 'mine.safetensors'}")
     assert ran.row("boot")["teacher_rmse"] == first.row("boot")["teacher_rmse"]
-    assert not (tmp_path / "results" / "cache").exists()
+    assert not (tmp_path / "results" / "cache" / "teachers").exists()
 
 
 def test_a_damaged_teacher_in_the_cache_is_made_again(first, words, tmp_path):

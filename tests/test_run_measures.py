@@ -67,7 +67,7 @@ def test_a_strangers_score_has_its_column_its_unit_and_its_direction(ran):
 
 
 def test_a_strangers_score_has_its_arrow_on_the_terminal(registry, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("distillbench.registry.load_registry", lambda: registry)
+    monkeypatch.setattr("distillbench.registry.load_registry", lambda *selected: registry)
     words = [*WORDS, "evaluation.seeds=[0]", "evaluation.checkpoints=0", f"results_dir={tmp_path}"]
     cli.main(["run", *words])
     heading, rule = capsys.readouterr().out.split("method", 1)[1].split("─", 1)

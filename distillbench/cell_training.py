@@ -1,0 +1,165 @@
+"""The training of a cell: what is measured round it, what becomes of it when it fails, and its record."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from distillbench.budget import Meter, Price
+from distillbench.energy import Energy, energy
+from distillbench.environment import device_name, environment
+from distillbench.errors import DivergedError, Unavailable, UserError
+from distillbench.files import key_of, sha256_file, write_atomically
+from distillbench.flops import NetworkFlops, family_flops, training_flops
+from distillbench.memory import peak_gpu_mib, peak_rss_mib
+from distillbench.pairs import Workspace
+from distillbench.plan import Cell, build
+from distillbench.progress import Progress
+from distillbench.results import FINAL, CheckpointRecord, Cost, CurvePoint, Status, TrainRecord, write_record
+from distillbench.resume import Resume, States
+from distillbench.signals import Stop
+from distillbench.teachers import Teacher
+from distillbench.train import Checkpoints, DataStream, train, warm_up
+
+TRAIN, STUDENT, ERROR = "train.json", "student.safetensors", "error.txt"  # in the folder of a cell
+
+
+def train_cell(
+    cell: Cell, inputs: dict[str, Any], folder: Path, progress: Progress, stop: Stop, anew: bool = False
+) -> TrainRecord:
+    """Train the method of `cell` and keep in `folder` what came of it: the record, and the weights if all went well.
+
+    It goes on from the last state that an earlier process left, unless it is to be done `anew`. Where memory runs out
+    and the settings allow it, training begins again with each step in twice as many parts. Raises Interrupted when it
+    is told to stop.
+    """
+    config, teacher = cell.scene.config, cell.scene.loaded(progress)
+    about: dict[str, Any] = {"key": key_of(inputs), "inputs": inputs, "device": device_name(cell.scene.device)}
+    about["environment"] = environment(cell.scene.device, config.threads)
+    parts = config.accumulate
+    while True:
+        states = States(folder / "resume" / str(parts), config.states.keep, progress)
+        if anew:
+            states.clear()
+        try:
+            record = _trained(cell, teacher, about | {"accumulate": parts}, folder, progress, states, stop)
+            break
+        except UserError:
+            raise
+        except DivergedError as error:
+            record = TrainRecord(**about, status="diverged", reason=str(error))
+            break
+        except Exception as error:  # a method is a stranger's code; the other cells go on
+            status = status_of(error)
+            if status == "failed" or config.on_oom == "fail" or 2 * parts > config.batch_size:
+                record = TrainRecord(**about, status=status, reason=keep_traceback(error, folder, progress))
+                break
+        states.clear()
+        _free(cell.scene.device)
+        parts *= 2
+        progress.say(f"{cell.label}: memory ran out; training anew, each step in {parts} parts")
+    write_record(folder / TRAIN, record)
+    if record.status in FINAL:
+        states.clear()
+    return record
+
+
+def status_of(error: Exception) -> Status:
+    """Of what ended with `error`: oom where memory ran out (on the CPU torch has no error of its own for it)."""
+    ran_out = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return "oom" if ran_out else "failed"
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def _trained(
+    cell: Cell, teacher: Teacher, about: dict[str, Any], folder: Path, progress: Progress, states: States, stop: Stop
+) -> TrainRecord:
+    """The record of a training that goes well. The weights are written."""
+    scene, config = cell.scene, cell.scene.config
+    assert cell.entry is not None and cell.method_config is not None and cell.seed is not None
+    cache = Path(config.results_dir) / "cache" / "pairs"
+    warm_up(scene.device)
+    data = DataStream(scene.trained_on(progress), cell.seed, scene.device) if cell.entry.cls.needs_data else None
+    with (
+        progress.step(f"{cell.label}: training") as step,
+        peak_rss_mib() as rss,
+        peak_gpu_mib(scene.device) as gpu,
+        energy(scene.device, config.energy) as joules,
+    ):
+        method = build(cell, teacher)
+        meter = Meter(config.budget, teacher, scene.device, watches=(rss, gpu), energy=joules)
+        given = method.teacher, meter, cache, scene.device, cell.seed, progress
+        workspace = Workspace(*given, energy_source=config.energy)
+        read = None if data is None else data.read
+        points = config.evaluation.checkpoints
+        fractions = tuple((k + 1) / (points + 1) for k in range(points))
+        checkpoints = Checkpoints(fractions, folder, tuple(cell.nfe))
+        generators = {} if data is None else {"order": data.generator}
+        watched = {"rss": rss, "gpu": gpu, "gpu_reserved": gpu.reserved, "device": gpu.device}
+        resume = Resume(states, config.states.seconds, generators, watched, stop)
+        parts = method, cell.method_config, workspace, read, config.batch_size, step, checkpoints, resume
+        trained = train(*parts, about["accumulate"])
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in method.state_dict().items()}
+    write_atomically(folder / STUDENT, lambda path: save_file(tensors, path))
+    used = meter.energy()
+    peaks = {"peak_gpu_mib": gpu, "peak_gpu_reserved_mib": gpu.reserved, "peak_device_mib": gpu.device}
+    missing = {name: peak.reason for name, peak in peaks.items() if peak.reason}
+    missing |= {"joules": used.reason} if used.reason else {}
+    try:
+        if method.teacher.conditioning.small is not None:
+            raise Unavailable("the evaluations of an upscaler's base model are not told apart from its own")
+        flops = family_flops(method.teacher, scene.device)
+        not_counted = sorted({name for counted in flops for name in counted.not_counted})
+    except Unavailable as reason:
+        flops, not_counted = None, []
+        missing["tflops"] = str(reason)
+    except Exception as error:  # a network is a stranger's code
+        flops, not_counted = None, []
+        missing["tflops"] = f"its FLOPs cannot be counted: {type(error).__name__}"
+    return TrainRecord(
+        **about,
+        status="ok",
+        cost=_cost(trained.price, used, flops),
+        **{name: peak.mib for name, peak in peaks.items()},
+        peak_rss_mib=rss.mib,
+        parameters=sum(p.numel() for p in method.student.parameters()),
+        weights_sha256=sha256_file(folder / STUDENT),
+        curve=[CurvePoint(**dataclasses.asdict(point)) for point in trained.curve],
+        checkpoints=[
+            CheckpointRecord(
+                fraction=c.fraction,
+                file=c.file,
+                sha256=c.sha256,
+                ready=list(c.ready),
+                cost=_cost(c.price, c.energy, flops),
+            )
+            for c in trained.checkpoints
+        ],
+        flops_not_counted=not_counted,
+        missing=missing,
+    )
+
+
+def _cost(price: Price, used: Energy, flops: tuple[NetworkFlops, NetworkFlops] | None) -> Cost:
+    tflops = None if flops is None else training_flops(price, *flops) / 1e12
+    return Cost(**dataclasses.asdict(price), tflops=tflops, joules=used.joules)
+
+
+def keep_traceback(error: Exception, folder: Path, progress: Progress) -> str:
+    """One line for the row; the traceback goes to a file beside the record."""
+    text = traceback.format_exc()
+    write_atomically(folder / ERROR, lambda path: Path(path).write_text(text))
+    line = (str(error).strip() or "no message").splitlines()[0]
+    progress.say(f"{type(error).__name__}: {line} (traceback in {folder / ERROR})")
+    return f"{type(error).__name__}: {line}"

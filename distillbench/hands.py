@@ -1,0 +1,243 @@
+"""Who does the work of a cell: this process, or one that is started for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from distillbench.cell import Policy, found_cell, run_cell
+from distillbench.claims import claimed, waiting
+from distillbench.config import RunConfig
+from distillbench.done import About, Done, about, done
+from distillbench.errors import UserError
+from distillbench.plan import Cell, cell_of
+from distillbench.processes import ProcessError, Worker
+from distillbench.progress import Progress, Step
+from distillbench.registry import Registry, Selection
+from distillbench.signals import Interrupted, Stop, stopping
+
+LOG = "log.txt"  # in the folder of a cell: what its processes printed
+SECONDS_OF_GRACE = 60.0  # between being told to stop and being killed
+SECONDS_BETWEEN_NOTES = 0.2  # of progress
+
+
+class Ended(Exception):
+    """The process of a cell gave no answer. `status` is that of its rows."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A cell, and what an earlier run left of it (None: something is left to do)."""
+
+    about: About
+    done: Done | None
+
+
+class Hands(Protocol):
+    """Who looks at cells and does their work."""
+
+    def look(self, cells: Sequence[Cell], policy: Policy) -> list[Seen]:
+        """All cells as they are. Trains or loads the teacher if need be; raises UserError if it does not fit."""
+
+    def work(self, cell: Cell, seen: Seen, policy: Policy) -> Done | None:
+        """Do what is left of `cell`; None if another process has it. Raises Ended, Interrupted or UserError."""
+
+
+def look_at(cell: Cell, policy: Policy, progress: Progress) -> Seen:
+    """The cell as it is."""
+    teacher = loaded(cell, progress)
+    found = found_cell(cell, progress, policy)
+    return Seen(about(cell, teacher), None if found is None else done(found))
+
+
+def work_on(cell: Cell, folder: Path, policy: Policy, progress: Progress, stop: Stop) -> Done | None:
+    """What is left to do of the cell whose records are in `folder`; None if another process has it."""
+    with claimed(folder) as mine:
+        return done(run_cell(cell, progress, policy, stop)) if mine else None
+
+
+def loaded(cell: Cell, progress: Progress) -> Any:
+    """The teacher; only one process trains it."""
+    scene = cell.scene
+    if scene.teacher is None and scene.source.plan().images:
+        with waiting(Path(scene.config.results_dir) / "cache" / "teachers", "the teacher", progress):
+            return scene.loaded(progress)
+    return scene.loaded(progress)
+
+
+class OwnHands:
+    """This process does it."""
+
+    def __init__(self, progress: Progress, stop: Stop) -> None:
+        self.progress, self.stop = progress, stop
+
+    def look(self, cells: Sequence[Cell], policy: Policy) -> list[Seen]:
+        return [look_at(cell, policy, self.progress) for cell in cells]
+
+    def work(self, cell: Cell, seen: Seen, policy: Policy) -> Done | None:
+        return work_on(cell, seen.about.folder, policy, self.progress, self.stop)
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell as it can be handed to another process: its settings, with its own method only, and its name."""
+
+    config: RunConfig
+    name: str
+    nfe: list[int]
+    selection: Selection
+
+    @staticmethod
+    def of(cell: Cell) -> Task:
+        methods = {} if cell.method_config is None else {cell.name: cell.method_config}
+        seed = cell.scene.config.seed if cell.seed is None else cell.seed
+        config = dataclasses.replace(cell.scene.config, methods=methods, seed=seed)
+        return Task(config, cell.name, cell.nfe, cell.scene.registry.selection)
+
+
+class OtherHands:
+    """A process for each look and for each cell. It is told to stop when this one is, and killed when time is up."""
+
+    def __init__(self, progress: Progress, stop: Stop, seconds: float) -> None:
+        self.progress, self.stop, self.seconds = progress, stop, seconds
+
+    def look(self, cells: Sequence[Cell], policy: Policy) -> list[Seen]:
+        tasks = [Task.of(cell) for cell in cells]
+        log = Path(cells[0].scene.config.results_dir) / "cells" / LOG
+        try:
+            return self._answer(_look, (tasks, policy), log, 0.0)
+        except Ended as ended:
+            raise UserError(f"the teacher cannot be made: {ended} (see {log})") from ended
+
+    def work(self, cell: Cell, seen: Seen, policy: Policy) -> Done | None:
+        folder = seen.about.folder
+        return self._answer(_work, (Task.of(cell), folder, policy), folder / LOG, self.seconds)
+
+    def _answer(self, function: Callable[..., Any], argument: Any, log: Path, seconds: float) -> Any:
+        end = time.monotonic() + seconds if seconds else float("inf")
+        steps: dict[int, tuple[Any, Step]] = {}
+        with Worker(function, argument, log) as worker, self.stop.patiently():
+            try:
+                while True:
+                    if self.stop():
+                        worker.end(SECONDS_OF_GRACE)
+                        raise Interrupted(self.stop.name)
+                    if time.monotonic() > end:
+                        raise Ended("timeout", f"killed after cell_seconds={seconds:g}")
+                    if not worker.has_news(0.2):
+                        continue
+                    kind, *told = worker.news()
+                    if kind == "answer":
+                        return told[0]
+                    _hear(kind, told, steps, self.progress)
+            except ProcessError as error:
+                raise Ended("failed", str(error)) from error
+            finally:
+                for context, _ in steps.values():
+                    context.__exit__(None, None, None)
+
+
+def _hear(kind: str, told: list[Any], steps: dict[int, tuple[Any, Step]], progress: Progress) -> None:
+    """Show what a process tells of its progress."""
+    if kind == "say":
+        progress.say(told[0])
+    elif kind == "begin":
+        context = progress.step(told[1])
+        steps[told[0]] = (context, context.__enter__())
+    elif kind == "advance":
+        steps[told[0]][1].advance(*told[1:])
+    elif kind == "end":
+        steps.pop(told[0])[0].__exit__(None, None, None)
+    elif kind == "user error":
+        raise UserError(told[0])
+    elif kind == "interrupted":
+        raise Interrupted(told[0])
+
+
+class Told(Progress):
+    """Progress that is told to the process that started this one; lines go into the log, too."""
+
+    def __init__(self, tell: Callable[..., None]) -> None:
+        super().__init__(None)
+        self.tell, self.count = tell, 0
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        self.tell("say", line)
+
+    @contextmanager
+    def step(self, label: str) -> Iterator[Step]:
+        self.count += 1
+        number, last = self.count, 0.0
+
+        def show(fraction: float, note: str) -> None:
+            nonlocal last
+            if time.monotonic() - last > SECONDS_BETWEEN_NOTES:
+                last = time.monotonic()
+                self.tell("advance", number, fraction, note)
+
+        print(label, flush=True)
+        self.tell("begin", number, label)
+        yield Step(show)
+        self.tell("end", number)
+
+
+def _look(argument: tuple[list[Task], Policy], tell: Callable[..., None]) -> None:
+    tasks, policy = argument
+    with _answering(tell) as (progress, _):
+        registries: dict[Selection, Registry] = {}
+        scenes: dict[str, Any] = {}
+        seen = []
+        for task in tasks:
+            registry = registries.get(task.selection) or task.selection.load()
+            registries[task.selection] = registry
+            seen.append(look_at(cell_of(task.config, task.name, task.nfe, registry, scenes), policy, progress))
+        tell("answer", seen)
+
+
+def _work(argument: tuple[Task, Path, Policy], tell: Callable[..., None]) -> None:
+    task, folder, policy = argument
+    with _answering(tell) as (progress, stop):
+        cell = cell_of(task.config, task.name, task.nfe, task.selection.load(), {})
+        loaded(cell, progress)
+        tell("answer", work_on(cell, folder, policy, progress, stop))
+
+
+@contextmanager
+def _answering(tell: Callable[..., None]) -> Iterator[tuple[Progress, Stop]]:
+    """What a started process does its work in: it stops when it is told to, or when its parent is gone."""
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    try:
+        with stopping() as stop:
+            yield Told(tell), stop
+    except UserError as error:
+        tell("user error", str(error))
+    except Interrupted as interrupted:
+        tell("interrupted", interrupted.name)
+    sys.stdout.flush()
+
+
+def _follow_parent() -> None:
+    """Stop, as if told to, when the process that started this one has died."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,66 @@
+"""Large arrays that are made once and kept by their recipe: read from the disk as needed, whole or made again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distillbench.claims import waiting
+from distillbench.files import canonical_json, key_of, sha256_file, write_atomically
+from distillbench.progress import Progress
+
+
+def kept_array(
+    folder: Path,
+    what: str,
+    recipe: dict[str, Any],
+    shape: tuple[int, ...],
+    fill: Callable[[np.ndarray], None],
+    progress: Progress,
+) -> np.ndarray:
+    """A float32 array of `shape` that ``fill(array)`` makes, once for each `recipe`, which says all that decides it.
+
+    It is a memory map of a file in `folder`, private to this process. One process makes it; others wait for it.
+    """
+    file = folder / f"{key_of(recipe)}.npy"
+    found = _found(file, what, recipe, shape, progress)
+    if found is None:
+        with waiting(file, what, progress):
+            found = _found(file, what, recipe, shape, progress)
+            if found is None:
+                _make(file, recipe, shape, fill)
+                return np.load(file, mmap_mode="c")
+    return found
+
+
+def _make(file: Path, recipe: dict[str, Any], shape: tuple[int, ...], fill: Callable[[np.ndarray], None]) -> None:
+    def write(path: str) -> None:
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        fill(array)
+        array.flush()
+
+    file.with_suffix(".json").unlink(missing_ok=True)  # of another content
+    write_atomically(file, write)
+    text = json.dumps({"recipe": recipe, "sha256": sha256_file(file)}, indent=2)
+    write_atomically(file.with_suffix(".json"), lambda path: Path(path).write_text(text))
+
+
+def _found(file: Path, what: str, recipe: dict[str, Any], shape: tuple[int, ...], progress: Progress) -> Any:
+    """The array, or None where there is none that is whole."""
+    try:
+        manifest = json.loads(file.with_suffix(".json").read_bytes())
+        if canonical_json(manifest["recipe"]) != canonical_json(recipe) or manifest["sha256"] != sha256_file(file):
+            raise ValueError("not what was written")
+        array = np.load(file, mmap_mode="c", allow_pickle=False)
+        if array.shape != shape or array.dtype != np.float32:
+            raise ValueError("another shape")
+        return array
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        progress.say(f"{what} in {file} cannot be used ({error}): made again")
+        return None

@@ -1,0 +1,63 @@
+"""Signals that end the work: a training keeps its state first, everything else ends at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(BaseException):
+    """A signal ended the work. What had been reached is kept."""
+
+    def __init__(self, name: str = "interrupted") -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class Stop:
+    """Whether a signal has asked to stop: a call answers, for whoever waits patiently."""
+
+    def __init__(self) -> None:
+        self.name = ""  # of the signal
+        self.patient = False
+
+    def __call__(self) -> bool:
+        return bool(self.name)
+
+    @contextmanager
+    def patiently(self) -> Iterator[None]:
+        """In the block a first signal only sets the name: the block asks, and ends itself when it can."""
+        before, self.patient = self.patient, True
+        try:
+            yield
+        finally:
+            self.patient = before
+
+    def ask(self, name: str) -> None:
+        """A signal has come: raise Interrupted, but the first time to a patient block."""
+        again, self.name = bool(self.name), name
+        if again or not self.patient:
+            raise Interrupted(name)
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM, as schedulers send before they kill, ask to stop during the block."""
+    stop = Stop()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.ask(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield stop
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, ask) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
