@@ -1,0 +1,593 @@
+"""``distillbench clean``: what of a results folder can go. It is told first, and removed only when that is confirmed.
+
+Only files below cells/ and cache/ are ever removed, and half-written ones wherever they are: never a run's tables or
+its weights. Symbolic links are not followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillbench.claims import claimed, is_claimed
+from distillbench.errors import UserError, quoted, unknown
+from distillbench.files import TEMPORARY, sha256_file
+from distillbench.results import FINAL
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+KINDS = {  # what can be asked for, with what it is
+    "temporary": "half written by processes that were killed",
+    "states": "states of finished trainings, and damaged ones that were set aside",
+    "failed": "records and tracebacks of what failed; the next run tries it again, with or without them",
+    "orphans": "cells that no table of a run here names",
+    "pairs": "noise-image pairs; methods that need them make them again",
+    "latents": "encoded images; the next run on them encodes them again",
+    "references": "real images as networks see them; the next run that scores looks again",
+    "answers": "the teacher's many-step answers that scores compare with; the next run makes them again",
+}
+USUAL = ("temporary", "states")  # what nobody needs any more
+CACHES = ("teachers", "pairs", "latents", "references", "prompts", "answers")  # folders of cache/
+DAYS = {"temporary": 1.0, "orphans": 1.0}  # since the last change, where nothing else is asked for
+QUIET_SECONDS = 3600.0  # without a change, before a file that nobody has open counts as left behind
+NETWORK = {
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs", "9p", "virtiofs"),
+    *("panfs", "wekafs", "orangefs", "fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.ceph"),
+}  # file systems that other machines may write to
+KEY = re.compile(r"[0-9a-f]{16}")  # the name of a cell
+STUDENT = re.compile(r"-([0-9a-f]{16})\.safetensors")  # ends the name of a student in a run's weights/
+SCRATCH = re.compile(r"\..+\.[a-z0-9_]{8}")  # where an export or a merged run is made before it gets its name,
+SCRATCH_HOLDS = {"folder", "run", "package"}  # and what is in there
+MIB = 2**20
+SHOWN = 5  # names or errors that are printed
+
+Busy = Callable[[Path], bool]  # whether a process works on the cell in this folder
+
+
+@dataclass
+class Removal:
+    """What of one kind can go. `folders` go once they are empty. Notes are lines for the person who decides."""
+
+    kind: str
+    files: list[Path] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, folder: Path) -> None:
+        """All of a folder."""
+        self.files += files_below(folder)
+        self.folders += folders_below(folder)
+
+
+def clean(
+    results_dir: Path, what: Sequence[str], older_than_days: float | None, yes: bool, console: Console,
+    confirm: Callable[[str], bool], busy: Busy = is_claimed,
+) -> int:  # fmt: skip
+    """Print what of the kinds `what` (none: USUAL) would be removed, and remove it if `yes` or ``confirm(question)``.
+
+    `older_than_days`: only what has not changed for so long; None: as DAYS has it. Returns 1 if something could not be
+    removed, else 0. Raises UserError for a folder that is none of results.
+    """
+    root = results_folder(results_dir)
+    found = find(root, what, older_than_days, busy)
+    _tell(console, results_dir, found)
+    if not any(removal.files or removal.folders for removal in found):
+        return 0
+    if not yes:
+        if not confirm("Remove this?"):
+            _say(console, "nothing was removed (--yes removes without asking)")
+            return 0
+        found = _still(found, find(root, what, older_than_days, busy))  # a person may take hours to answer
+    files = [file for removal in found for file in removal.files]
+    folders = [folder for removal in found for folder in removal.folders]
+    size = freed(files)
+    troubles = _remove(root, files, folders)
+    for line in troubles[:SHOWN]:
+        _say(console, line)
+    if len(troubles) > SHOWN:
+        _say(console, f"and {len(troubles) - SHOWN:,} more could not be removed")
+    _say(
+        console,
+        "removed: not all of it" if troubles else f"removed: {counted(len(files), 'file')}, {size / MIB:,.1f} MiB",
+    )
+    return 1 if troubles else 0
+
+
+def results_folder(folder: Path) -> Path:
+    """`folder`, resolved. Raises UserError if it does not look like one that runs have left results in."""
+    root = folder.resolve()
+    if not root.is_dir():
+        raise UserError(f"no results folder {quoted(str(folder))}")
+    if not is_results_folder(root):
+        below = [child.name for child in folders_in(root) if is_results_folder(child)]
+        hint = f". Did you mean {str(folder / below[0])!r}?" if below else ""
+        raise UserError(f"{quoted(str(folder))} is no results folder: it has no cells/ or cache/ of a run{hint}")
+    return root
+
+
+def is_results_folder(root: Path) -> bool:
+    """Whether it has cells, or a cache, as runs make them."""
+    return bool(cells_of(root)) or any((root / "cache" / name).is_dir() for name in CACHES)
+
+
+def find(
+    root: Path, what: Sequence[str] = (), older_than_days: float | None = None, busy: Busy = is_claimed
+) -> list[Removal]:
+    """What could be removed of the results folder `root`, by kind; no file is in two of them. Changes nothing."""
+    for name in what:
+        if name not in KINDS:
+            raise unknown("kind", name, KINDS)
+    if older_than_days is not None and not older_than_days >= 0:
+        raise UserError(f"--older-than must not be negative, got {older_than_days:g}")
+    found: list[Removal] = []
+    taken: set[Path] = set()
+    for kind in [name for name in KINDS if name in (what or USUAL)]:
+        days = DAYS.get(kind, 0.0) if older_than_days is None else older_than_days
+        removal = Removal(kind)
+        FINDERS[kind](root, time.time() - days * 86400, busy, removal)
+        removal.files = [file for file in dict.fromkeys(removal.files) if file not in taken]
+        taken.update(removal.files)
+        found.append(removal)
+    return found
+
+
+# --- reading a folder ------------------------------------------------------------------------------------------------
+
+
+def cells_of(root: Path) -> list[Path]:
+    """The folders of cells, none of them behind a link."""
+    return [folder for folder in folders_in(root / "cells") if KEY.fullmatch(folder.name)]
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in `folder` that are no links; none where it is a link or cannot be read."""
+    if folder.is_symlink():
+        return []
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
+    except OSError:
+        return []
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Everything below a folder that is no folder, links included. Links are not followed."""
+    found = []
+    for at, folders, files in _walk(folder):
+        found += [at / name for name in files]
+        found += [at / name for name in folders if (at / name).is_symlink()]
+    return found
+
+
+def folders_below(folder: Path) -> list[Path]:
+    """`folder` and all below it, the innermost first."""
+    return [at for at, _, _ in _walk(folder)][::-1]
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    if not folder.is_symlink():
+        for at, folders, files in os.walk(folder):
+            yield Path(at), folders, sorted(files)
+
+
+def size_of(files: Iterable[Path]) -> int:
+    """Bytes of the files; one that has several names counts once."""
+    stats = filter(None, map(_lstat, files))
+    return sum({(found.st_dev, found.st_ino): found.st_size for found in stats}.values())
+
+
+def freed(files: Iterable[Path]) -> int:
+    """Bytes that removing `files` gives back: of a file with several names only if all of them go."""
+    names: dict[tuple[int, int], int] = {}
+    sizes: dict[tuple[int, int], int] = {}
+    for found in filter(None, map(_lstat, files)):
+        inode = found.st_dev, found.st_ino
+        names[inode] = names.get(inode, 0) + 1
+        sizes[inode] = found.st_size if names[inode] >= found.st_nlink else 0
+    return sum(sizes.values())
+
+
+def _lstat(path: Path) -> os.stat_result | None:
+    try:
+        return path.lstat()
+    except OSError:
+        return None
+
+
+def _changed(paths: Iterable[Path]) -> float:
+    """When the last of them changed, in seconds since 1970; now if none is left."""
+    return max((found.st_mtime for found in filter(None, map(_lstat, paths))), default=time.time())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def file_system(path: Path) -> tuple[str, str]:
+    """Type and options of the file system that `path` is on, as it is mounted; empty where the system does not say."""
+    import psutil
+
+    path = path.resolve()
+    mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
+    last = max(mounts, key=lambda part: len(part.mountpoint), default=None)
+    return ("", "") if last is None else (last.fstype, last.opts)
+
+
+# --- the kinds -------------------------------------------------------------------------------------------------------
+
+
+def _temporary(root: Path, before: float, busy: Busy, removal: Removal) -> None:
+    old: list[tuple[Path, os.stat_result]] = []
+    young: list[tuple[Path, os.stat_result]] = []
+    for at, folders, files in _walk(root):
+        for name in files:
+            found = _lstat(at / name)
+            if name.startswith(TEMPORARY) and found is not None and stat.S_ISREG(found.st_mode):
+                (old if found.st_mtime < before else young).append((at / name, found))
+        for name in [name for name in folders if _is_scratch(at / name)]:
+            folders.remove(name)
+            if _changed([at / name, *files_below(at / name)]) < before:
+                removal.add(at / name)
+    held = _held([part for part in old if part[1].st_mtime > time.time() - 86400])  # --older-than may ask for these
+    gone = [path for path, _ in old if str(path) not in held] + left_behind(root, young)
+    gone = [path for path in gone if (cell := _cell(root, path)) is None or not busy(cell)]
+    removal.files += gone
+    stay = len(old) + len(young) - len(gone)
+    if stay:
+        removal.notes.append(f"{counted(stay, 'file')} that may still be written to: left alone")
+
+
+def _is_scratch(folder: Path) -> bool:
+    """Whether an export, a merge or a probe was made in this folder."""
+    if folder.is_symlink():
+        return False
+    if folder.name.startswith(TEMPORARY):
+        return True
+    try:
+        return bool(SCRATCH.fullmatch(folder.name)) and set(os.listdir(folder)) <= SCRATCH_HOLDS
+    except OSError:
+        return False
+
+
+def left_behind(root: Path, files: Sequence[tuple[Path, os.stat_result]]) -> list[Path]:
+    """Those of `files` that no process can be writing to any more, though they are young.
+
+    Nothing has changed them for QUIET_SECONDS, no other machine can see them, and none of their owner's processes has
+    them open.
+    """
+    quiet = [(path, found) for path, found in files if found.st_mtime < time.time() - QUIET_SECONDS]
+    if not quiet or file_system(root)[0] in {"", *NETWORK}:
+        return []
+    held = {owner: _open_files(owner) for owner in {found.st_uid for _, found in quiet}}
+    return [path for path, found in quiet if (names := held[found.st_uid]) is not None and str(path) not in names]
+
+
+def _held(files: Sequence[tuple[Path, os.stat_result]]) -> set[str]:
+    """Those of `files` that one of their owner's processes is known to have open."""
+    return set().union(*(_open_files(owner) or set() for owner in {found.st_uid for _, found in files}))
+
+
+def _open_files(owner: int) -> set[str] | None:
+    """Every file that a process of user `owner` has open; None where that cannot be known."""
+    import psutil
+
+    names: set[str] = set()
+    for process in psutil.process_iter():
+        try:
+            if process.uids().effective == owner:
+                names.update(file.path for file in process.open_files())
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        except (psutil.AccessDenied, OSError):
+            return None
+    return names
+
+
+def _states(root: Path, before: float, busy: Busy, removal: Removal) -> None:
+    for cell in cells_of(root):
+        states = cell / "resume"
+        if states not in folders_in(cell) or busy(cell):
+            continue
+        files = files_below(states)
+        until = _finished(cell) if any(file.name.startswith("state-") for file in files) else 0.0
+        spent = []
+        for file in files:
+            changed = _changed([file])
+            done = file.name.startswith("state-") and changed <= until  # a later one is of a training made anew
+            if (done or file.name.startswith("aside-")) and changed < before:
+                spent.append(file)
+        removal.files += spent
+        removal.folders += folders_below(states) if spent else []
+
+
+def _finished(cell: Path) -> float:
+    """When the training in `cell` was finished; 0 if it was not, or if its weights are not whole."""
+    record = _json(cell / "train.json")
+    if record.get("status") not in FINAL:
+        return 0.0
+    try:
+        if record["status"] == "ok" and sha256_file(cell / "student.safetensors") != record.get("weights_sha256"):
+            return 0.0
+    except OSError:
+        return 0.0
+    return _changed([cell / "train.json"])
+
+
+def _failed(root: Path, before: float, busy: Busy, removal: Removal) -> None:
+    for cell in cells_of(root):
+        if busy(cell):
+            continue
+        files = [cell / "error.txt"]
+        for path in sorted(cell.glob("*.json")):
+            if failed_record(_json(path)):
+                files += [path, path.with_suffix(".safetensors")]
+        removal.files += [file for file in files if _lstat(file) is not None and _changed([file]) < before]
+
+
+def failed_record(record: dict[str, Any]) -> bool:
+    """Whether a record says that its work, or one of its rows, failed."""
+    lists = [rows for name in ("rows", "along") if isinstance(rows := record.get(name), list)]
+    parts = [record, *(row for rows in lists for row in rows if isinstance(row, dict))]
+    stated = [part["status"] for part in parts if isinstance(part.get("status"), str)]
+    return any(status not in FINAL for status in stated)
+
+
+def _orphans(root: Path, before: float, busy: Busy, removal: Removal) -> None:
+    trainings, evaluations, unreadable = _named_by_runs(root)
+    if unreadable:
+        removal.notes.append(f"{_listed(unreadable)} cannot be read: which cells it names is not known, all stay")
+        return
+    named = young = unfinished = 0
+    for cell in cells_of(root):
+        keys = {path.stem.removeprefix("evaluation-") for path in cell.glob("evaluation-*.json")}
+        if cell.name in trainings or keys & evaluations:
+            named += 1
+        elif busy(cell) or _changed([cell, *files_below(cell)]) >= before:
+            young += 1
+        else:
+            removal.add(cell)
+            unfinished += not (cell / "train.json").is_file() and any(cell.glob("resume/**/state-*.safetensors"))
+    cells = [folder.name for folder in removal.folders if folder.parent == root / "cells"]
+    if cells:
+        removal.notes.append(
+            f"{counted(len(cells), 'cell')}: {_listed(cells)}. A run that needs them trains them again"
+        )
+    if unfinished:
+        removal.notes.append(f"with {counted(unfinished, 'training')} cut off that could go on")
+    if young:
+        removal.notes.append(f"{counted(young, 'cell')} changed lately or worked on: left alone")
+    if cells and not named:
+        removal.notes.append("no cell here is named by a run: are the runs' folders elsewhere?")
+
+
+def _named_by_runs(root: Path) -> tuple[set[str], set[str], list[str]]:
+    """Keys of trainings and of evaluations that runs below `root` name, and the tables that cannot be read."""
+    trainings: set[str] = set()
+    evaluations: set[str] = set()
+    unreadable = []
+    for at, folders, files in _walk(root):
+        if at == root:
+            folders[:] = [name for name in folders if name not in ("cells", "cache")]
+        tables = [at / name for name in ("table.parquet", "table.csv") if name in files]
+        if tables:
+            keys = _keys(tables)
+            evaluations |= keys or set()
+            unreadable += [str(tables[0].relative_to(root))] if keys is None else []
+        if at.name == "weights":
+            trainings |= {match[1] for match in map(STUDENT.search, files) if match}
+    return trainings, evaluations, unreadable
+
+
+def _keys(tables: Sequence[Path]) -> set[str] | None:
+    """What stands in the column `key` of the first of `tables` that can be read."""
+    import pandas as pd
+
+    for table in tables:
+        read = pd.read_parquet if table.suffix == ".parquet" else pd.read_csv
+        try:
+            return set(read(table)["key"].dropna().astype(str))
+        except Exception:  # pandas and pyarrow raise much for a damaged file
+            continue
+    return None
+
+
+def _pairs(root: Path, before: float, busy: Busy, removal: Removal) -> None:
+    seconds, evaluations = 0.0, 0
+    for folder in _old(folders_in(_cache(root, "pairs")), before):
+        made = _json(folder / "manifest.json")
+        seconds += _amount(made.get("seconds"))
+        evaluations += int(_amount(made.get("teacher_nfe")))
+        removal.add(folder)
+    if removal.files:
+        removal.notes.append(f"making them took {seconds:,.0f} s and {counted(evaluations, 'teacher evaluation')}")
+
+
+def _latents(root: Path, before: float, busy: Busy, removal: Removal) -> None:
+    removal.files += _old(_kept(_cache(root, "latents")), before)
+    images = sum(_rows(file) for file in removal.files if file.suffix == ".npy")
+    if removal.files:
+        removal.notes.append(f"making them again encodes {counted(images, 'image')}")
+
+
+def _references(root: Path, before: float, busy: Busy, removal: Removal) -> None:
+    removal.files += _old(_kept(_cache(root, "references")), before)
+    statistics = sum(file.suffix == ".npz" for file in removal.files)
+    if removal.files:
+        removal.notes.append(f"making them again looks at real images {counted(statistics, 'time')}")
+
+
+def _answers(root: Path, before: float, busy: Busy, removal: Removal) -> None:
+    evaluations = 0
+    for file in _old(_kept(_cache(root, "answers")), before):
+        removal.files.append(file)
+        if file.suffix == ".json":
+            recipe = _json(file).get("recipe")
+            recipe = recipe if isinstance(recipe, dict) else {}
+            evaluations += int(_amount(recipe.get("images")) * _amount(recipe.get("nfe")))
+    if removal.files:
+        removal.notes.append(f"making them took {counted(evaluations, 'teacher evaluation')}")
+
+
+FINDERS: dict[str, Callable[[Path, float, Busy, Removal], None]] = {
+    "temporary": _temporary,
+    "states": _states,
+    "failed": _failed,
+    "orphans": _orphans,
+    "pairs": _pairs,
+    "latents": _latents,
+    "references": _references,
+    "answers": _answers,
+}
+
+
+def _cache(root: Path, name: str) -> Path:
+    """A folder of the cache; one that is not there where a link leads to it."""
+    return root / "cache" / name if not (root / "cache").is_symlink() else root / "cache" / TEMPORARY
+
+
+def _kept(folder: Path) -> list[Path]:
+    """What is below a folder of the cache; not the claims of who makes something there."""
+    return [file for file in files_below(folder) if file.suffix != ".claim"]
+
+
+def _old(paths: Iterable[Path], before: float) -> list[Path]:
+    """Those of `paths` that have not changed since `before`, nor what is in them."""
+    return [path for path in paths if _changed([path, *files_below(path)]) < before]
+
+
+def _rows(file: Path) -> int:
+    import numpy as np
+
+    try:
+        return len(np.load(file, mmap_mode="r"))
+    except (OSError, ValueError, TypeError):
+        return 0
+
+
+def _amount(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and value >= 0 else 0.0
+
+
+# --- removing --------------------------------------------------------------------------------------------------------
+
+
+def _still(told: list[Removal], now: list[Removal]) -> list[Removal]:
+    """What was told and can still go."""
+    files = {file for removal in told for file in removal.files}
+    folders = {folder for removal in told for folder in removal.folders}
+    return [
+        Removal(r.kind, [f for f in r.files if f in files], [f for f in r.folders if f in folders], r.notes)
+        for r in now
+    ]
+
+
+def _remove(root: Path, files: Sequence[Path], folders: Sequence[Path]) -> list[str]:
+    """Remove them, those of a cell while it is claimed. Returns what could not be removed, in words."""
+    troubles: list[str] = []
+    parts: dict[Path | None, tuple[list[Path], list[Path]]] = {}
+    for k, paths in enumerate((files, folders)):
+        for path in paths:
+            parts.setdefault(_cell(root, path), ([], []))[k].append(path)
+    for cell, part in parts.items():
+        try:
+            with claimed(cell) if cell is not None and cell.is_dir() else nullcontext(True) as mine:
+                troubles += (
+                    _remove_part(root, *part) if mine else [f"a process works on {cell and cell.name}: it stays"]
+                )
+        except OSError as error:
+            troubles.append(f"cannot claim {cell and cell.name}: {error.strerror or error}")
+    return troubles
+
+
+def _cell(root: Path, path: Path) -> Path | None:
+    """The folder of the cell that `path` is in."""
+    names = path.relative_to(root).parts
+    return root / names[0] / names[1] if names[0] == "cells" and len(names) > 1 and KEY.fullmatch(names[1]) else None
+
+
+def _remove_part(root: Path, files: Iterable[Path], folders: Iterable[Path]) -> list[str]:
+    """What has gone already is no trouble."""
+    troubles = []
+    for file in files:
+        try:
+            if not file.parent.resolve().is_relative_to(root):
+                troubles.append(f"{file.relative_to(root)} stays: a link leads out of the results folder")
+                continue
+            file.unlink()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            troubles.append(f"cannot remove {file.relative_to(root)}: {error.strerror or error}")
+    for folder in folders:
+        try:
+            if folder.resolve().is_relative_to(root):
+                folder.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                troubles.append(f"cannot remove {folder.relative_to(root)}: {error.strerror or error}")
+    return troubles
+
+
+def _tell(console: Console, results_dir: Path, found: list[Removal]) -> None:
+    """What would go: a line for each kind, and what there is to know before it goes."""
+    from rich.table import Table
+
+    total = [file for removal in found for file in removal.files]
+    folders = any(removal.folders for removal in found)
+    if not total and not folders:
+        _say(console, f"{results_dir}: nothing to remove ({', '.join(removal.kind for removal in found)})")
+    else:
+        _say(console, f"{results_dir}: to be removed")
+        drawn = Table.grid(padding=(0, 2, 0, 0))
+        for justify in ("left", "right", "right"):
+            drawn.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        drawn.add_column(overflow="fold")
+        some = [removal for removal in found if removal.files or removal.folders]
+        for removal in some:
+            drawn.add_row(f"  {removal.kind}", *_amounts(removal.files), KINDS[removal.kind])
+        if len(some) > 1:
+            drawn.add_row("  in all", *_amounts(total), "")
+        console.print(drawn, markup=False, highlight=False)
+        none = [removal.kind for removal in found if removal not in some]
+        if none:
+            _say(console, f"nothing of {', '.join(none)}")
+    for removal in found:
+        for note in removal.notes:
+            _say(console, f"{removal.kind}: {note}")
+    shared = size_of(total) - freed(total)
+    if shared:
+        _say(console, f"{shared / MIB:,.1f} MiB of it have another name elsewhere, and stay on the disk")
+
+
+def _amounts(files: Sequence[Path]) -> tuple[str, str]:
+    return counted(len(files), "file"), f"{freed(files) / MIB:,.1f} MiB"
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False)

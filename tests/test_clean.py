@@ -1,0 +1,432 @@
+"""What clean removes, and above all what it does not; on real folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from rich.console import Console
+
+from distillbench import UserError, clean
+from distillbench.claims import claimed
+from distillbench.clean import KINDS, find, freed, results_folder, size_of
+
+FINISHED, CUT, FAILED, ORPHAN = ("a" * 16, "b" * 16, "c" * 16, "d" * 16)
+EVALUATION = "1" * 16
+DAY = 86400
+
+
+def put(path: Path, content: bytes | str | dict = b"x", days_old: float = 0.0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(content) if isinstance(content, dict) else content
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    age(path, days_old)
+    return path
+
+
+def age(path: Path, days: float) -> None:
+    then = time.time() - days * DAY
+    os.utime(path, (then, then), follow_symlinks=False)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A finished cell that a run names, a training that was cut off, a cell that failed, and caches."""
+    root = tmp_path / "results"
+    cells, cache = root / "cells", root / "cache"
+    student = put(cells / FINISHED / "student.safetensors", b"weights")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    put(cells / FINISHED / "train.json", {"status": "ok", "weights_sha256": sha256})
+    put(cells / FINISHED / f"evaluation-{EVALUATION}.json", {"rows": [{"status": "ok"}, {"status": "diverged"}]})
+    put(cells / FINISHED / f"evaluation-{EVALUATION}.safetensors")
+    put(cells / CUT / "resume" / "1" / "state-000000000010-0000000000000000.safetensors", b"state")
+    put(cells / FAILED / "train.json", {"status": "failed"})
+    put(cells / FAILED / "error.txt", "Traceback")
+    put(cells / FAILED / f"evaluation-{'2' * 16}.json", {"rows": [{"status": "failed"}]})
+    put(cells / FAILED / f"evaluation-{'2' * 16}.safetensors")
+    put(cache / "teachers" / "f.safetensors", b"teacher")
+    put(cache / "pairs" / "e" / "manifest.json", {"seconds": 61.4, "teacher_nfe": 65536})
+    put(cache / "pairs" / "e" / "targets.safetensors", b"pairs")
+    cache.joinpath("latents").mkdir()
+    np.save(cache / "latents" / "set-0.npy", np.zeros((12, 1, 2, 2), np.float32))
+    put(cache / "references" / "net-0.npz")
+    put(cache / "references" / ".net-0.npz.claim", days_old=9)
+    run = root / "run"
+    run.mkdir()
+    pd.DataFrame({"method": ["a"], "key": [EVALUATION]}).to_parquet(run / "table.parquet")
+    pd.DataFrame({"method": ["a"], "key": [EVALUATION]}).to_csv(run / "table.csv", index=False)
+    run.joinpath("weights").mkdir()
+    os.link(student, run / "weights" / f"a-seed0-{FINISHED}.safetensors")
+    return root
+
+
+def orphan(root: Path, days_old: float = 2.0) -> Path:
+    cell = root / "cells" / ORPHAN
+    put(cell / "train.json", {"status": "ok"}, days_old)
+    put(cell / "student.safetensors", b"nobody's", days_old)
+    age(cell, days_old)
+    return cell
+
+
+def left(root: Path) -> list[str]:
+    """What is there, but for the locks of cells."""
+    found = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+    return [name for name in found if not re.fullmatch(r"cells/\..*\.claim", name)]
+
+
+def names(root: Path, *what: str, days: float | None = None) -> list[str]:
+    """What would be removed, as paths."""
+    return sorted(str(file.relative_to(root)) for removal in find(root, what, days) for file in removal.files)
+
+
+class Heard:
+    """A run of clean, and what it printed."""
+
+    def __init__(
+        self, root: Path, *what: str, yes: bool = True, answer: bool = False, days: float | None = None
+    ) -> None:
+        console = Console(width=80, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
+        self.asked: list[str] = []
+        self.code = clean.clean(root, what, days, yes, console, lambda text: bool(self.asked.append(text)) or answer)
+        self.text = "\n".join(line.rstrip() for line in console.export_text().splitlines())
+
+
+# --- what is safe ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_order_has_nothing_to_remove(root):
+    before = left(root)
+    heard = Heard(root, yes=False)
+    assert (heard.code, heard.asked) == (0, [])
+    assert heard.text.replace("\n", " ") == f"{root}: nothing to remove (temporary, states)"
+    assert left(root) == before
+
+
+def test_half_written_files_go_after_a_day_wherever_they_are(root):
+    before = left(root)
+    for place in ("cells/" + FINISHED, "cache/pairs/e", "run", "run/weights", "."):
+        put(root / place / ".writing-abc.json", days_old=1.1)
+    assert Heard(root).code == 0
+    assert left(root) == before
+
+
+def test_young_half_written_files_stay_and_that_is_said(root):
+    put(root / "run" / ".writing-young", days_old=0.01)
+    heard = Heard(root)
+    assert (root / "run" / ".writing-young").exists()
+    assert "temporary: 1 file that may still be written to: left alone" in heard.text
+
+
+def test_a_file_that_nobody_has_open_is_left_behind(root, monkeypatch):
+    monkeypatch.setattr(clean, "file_system", lambda path: ("ext4", "rw"))
+    monkeypatch.setattr(psutil, "process_iter", lambda: [psutil.Process()])  # all that this test may look at everywhere
+    path = put(root / "run" / ".writing-quiet", days_old=0.2)
+    with open(path, "rb"):
+        assert names(root) == []
+    assert names(root) == ["run/.writing-quiet"]
+
+
+def test_a_file_that_is_open_stays_whatever_is_asked(root, monkeypatch):
+    monkeypatch.setattr(psutil, "process_iter", lambda: [psutil.Process()])
+    path = put(root / "run" / ".writing-now", days_old=0.001)
+    with open(path, "rb"):
+        assert names(root, days=0.0) == []
+        assert find(root, (), 0.0)[0].notes == ["1 file that may still be written to: left alone"]
+    assert names(root, days=0.0) == ["run/.writing-now"]
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.sshfs", ""])
+def test_where_other_machines_write_too_a_day_is_waited_for(root, monkeypatch, kind):
+    monkeypatch.setattr(clean, "file_system", lambda path: (kind, "rw"))
+    put(root / "run" / ".writing-quiet", days_old=0.2)
+    assert names(root) == []
+
+
+def test_processes_that_cannot_be_seen_keep_the_file(root, monkeypatch):
+    monkeypatch.setattr(clean, "file_system", lambda path: ("ext4", "rw"))
+    monkeypatch.setattr(clean, "_open_files", lambda owner: None)
+    put(root / "run" / ".writing-quiet", days_old=0.2)
+    assert names(root) == []
+
+
+def test_folders_of_exports_that_were_cut_off_go(root):
+    before = left(root)
+    for folder, inner in ((".boot.ab12_x9z", "folder"), (".all.abcdefgh", "run"), (".writing-probe", "")):
+        put(root / folder / inner / "deep" / "file", days_old=2)
+        for path in [*(root / folder).rglob("*"), root / folder]:
+            age(path, 2)
+    put(root / ".mine.abcdefgh" / "notes.txt", days_old=2)  # somebody's own
+    put(root / ".new.abcdefgh" / "folder" / "file")  # is being written
+    assert Heard(root).code == 0
+    kept = [name for name in left(root) if name not in before]
+    new = ".new.abcdefgh"
+    assert kept == [".mine.abcdefgh", ".mine.abcdefgh/notes.txt", new, f"{new}/folder", f"{new}/folder/file"]
+
+
+def test_states_of_a_finished_training_go_and_those_of_another_stay(root):
+    before = left(root)
+    for name in ("state-000000000001-0.safetensors", "1/aside-state-000000000002-0.safetensors"):
+        put(root / "cells" / FINISHED / "resume" / name, days_old=0.1)
+    aside = put(root / "cells" / CUT / "resume" / "1" / "aside-state-000000000003-0.safetensors")
+    assert len(names(root)) == 3 and str(aside.relative_to(root)) in names(root)
+    assert Heard(root).code == 0
+    assert left(root) == before
+
+
+def test_states_stay_where_the_weights_are_damaged_or_the_training_is_made_anew(root):
+    put(root / "cells" / FINISHED / "resume" / "state-000000000001-0.safetensors", days_old=-0.1)
+    assert names(root, "states") == []  # younger than train.json
+    age(root / "cells" / FINISHED / "resume" / "state-000000000001-0.safetensors", 1)
+    assert len(names(root, "states")) == 1
+    put(root / "cells" / FINISHED / "student.safetensors", b"other")
+    assert names(root, "states") == []
+    (root / "cells" / FINISHED / "student.safetensors").unlink()
+    assert names(root, "states") == []
+
+
+def test_a_cell_that_is_worked_on_is_left_alone(root):
+    put(root / "cells" / FINISHED / "resume" / "aside-state-1-0.safetensors")
+    orphan(root)
+    what = ("states", "failed", "orphans")
+    assert find(root, what, 0.0)[0].files
+    assert [removal.files for removal in find(root, what, 0.0, busy=lambda cell: True)] == [[], [], []]
+
+
+def test_a_claim_keeps_a_cell(root, tmp_path):
+    """Before it is listed, and between listing and removing."""
+    path = put(root / "cells" / FINISHED / "resume" / "1" / "aside-state-1-0.safetensors")
+    removal = find(root, ["states"])[0]
+    assert removal.files == [path]
+    put(root / "cells" / FINISHED / ".writing-old", days_old=3)
+    with claimed(root / "cells" / FINISHED) as mine:
+        assert mine and names(root) == []
+        assert clean._remove(root, removal.files, removal.folders) == [f"a process works on {FINISHED}: it stays"]
+    assert path.exists() and clean._remove(root, removal.files, removal.folders) == [] and not path.exists()
+
+
+# --- only when asked -------------------------------------------------------------------------------------------------
+
+
+def test_what_failed_goes_when_asked(root):
+    heard = Heard(root, "failed")
+    assert (heard.code, left(root / "cells" / FAILED)) == (0, [])
+    assert (root / "cells" / FINISHED / "train.json").exists()
+
+
+def test_orphans_go_when_asked(root):
+    cell = orphan(root)
+    assert names(root) == []
+    heard = Heard(root, "orphans")
+    assert heard.code == 0 and not cell.exists()
+    assert (root / "cells" / FINISHED).exists() and (root / "cells" / CUT).exists()  # named; changed lately
+    assert f"1 cell: {ORPHAN}. A run that needs them trains them again" in heard.text.replace("\n", " ")
+    assert "orphans: 2 cells changed lately or worked on: left alone" in heard.text.replace("\n", " ")
+
+
+def test_trainings_that_were_cut_off_are_told(root):
+    heard = Heard(root, "orphans", days=0.0, yes=False)
+    assert "orphans: with 1 training cut off that could go on" in heard.text
+    assert (root / "cells" / CUT).exists()
+
+
+@pytest.mark.parametrize("lost", ["table.parquet", "weights"])
+def test_one_sign_of_a_run_is_enough_for_its_cells(root, lost):
+    if lost == "weights":
+        (root / "run" / "weights" / f"a-seed0-{FINISHED}.safetensors").unlink()
+    else:
+        (root / "run" / "table.parquet").unlink()
+    assert not [name for name in names(root, "orphans", days=0.0) if FINISHED in name]
+
+
+def test_a_table_that_cannot_be_read_keeps_every_cell(root):
+    orphan(root)
+    put(root / "nested" / "run2" / "table.parquet", b"damaged")
+    heard = Heard(root, "orphans")
+    assert (root / "cells" / ORPHAN).exists()
+    assert "nested/run2/table.parquet cannot be read" in heard.text
+
+
+def test_caches_go_when_asked_and_say_what_they_cost(root):
+    heard = Heard(root, "pairs", "latents", "references")
+    assert left(root / "cache") == [
+        "latents", "pairs", "references", "references/.net-0.npz.claim", "teachers", "teachers/f.safetensors",
+    ]  # fmt: skip
+    assert "pairs: making them took 61 s and 65,536 teacher evaluations" in heard.text
+    assert "latents: making them again encodes 12 images" in heard.text
+    assert "references: making them again looks at real images 1 time" in heard.text
+
+
+def test_older_than_counts_for_every_kind(root):
+    what = [kind for kind in KINDS if kind != "temporary"]
+    assert names(root, *what, days=1.0) == []
+    assert len(names(root, *what, days=0.0)) == len(set(names(root, *what, days=0.0))) > 8
+
+
+def test_a_run_s_folder_loses_nothing_whatever_is_asked(root):
+    kept = {path: path.read_bytes() for path in (root / "run").rglob("*") if path.is_file()}
+    (root / "run" / "table.parquet").touch()
+    Heard(root, *KINDS, days=0.0)
+    assert kept == {path: path.read_bytes() for path in (root / "run").rglob("*") if path.is_file()}
+
+
+# --- telling first ---------------------------------------------------------------------------------------------------
+
+
+def test_nothing_goes_before_it_is_confirmed(root):
+    path = put(root / "run" / ".writing-abc", b"x" * 2**20, days_old=2)
+    heard = Heard(root, yes=False)
+    assert path.exists() and heard.asked == ["Remove this?"] and heard.code == 0
+    assert heard.text.endswith("nothing was removed (--yes removes without asking)")
+    heard = Heard(root, yes=False, answer=True)
+    assert not path.exists() and heard.text.endswith("removed: 1 file, 1.0 MiB")
+
+
+def test_what_is_told(root):
+    put(root / "run" / ".writing-abc", b"x" * 2**20, days_old=2)
+    put(root / "cells" / FINISHED / "resume" / "aside-state-1-0.safetensors", b"x" * 2**19)
+    text = Heard(root, yes=False).text
+    words = [" ".join(line.split()) for line in text.splitlines()]
+    assert "temporary 1 file 1.0 MiB half written by processes that were killed" in words
+    assert any(line.startswith("states 1 file 0.5 MiB states of finished trainings") for line in words)
+    assert "in all 2 files 1.5 MiB" in words
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_what_changed_while_a_person_thought_stays(root):
+    path = put(root / "run" / ".writing-abc", days_old=2)
+    console = Console(file=open(os.devnull, "w"))  # noqa: SIM115
+    assert clean.clean(root, (), None, False, console, lambda text: not os.utime(path)) == 0
+    assert path.exists()
+
+
+def test_hard_links_free_nothing_until_the_last_name_goes(tmp_path):
+    a, b = put(tmp_path / "a", b"x" * 1000), tmp_path / "b"
+    os.link(a, b)
+    assert (size_of([a, b]), freed([a]), freed([a, b]), freed([tmp_path / "gone"])) == (1000, 0, 1000, 0)
+
+
+def test_shared_weights_are_told_not_to_free_space(root):
+    (root / "run" / "table.csv").unlink()
+    (root / "run" / "table.parquet").unlink()
+    student = root / "cells" / FINISHED / "student.safetensors"
+    student.write_bytes(b"x" * 2**20)
+    (root / "run" / "weights" / f"a-seed0-{FINISHED}.safetensors").rename(root / "run" / "weights" / "mine")
+    heard = Heard(root, "orphans", days=0.0)
+    assert "1.0 MiB of it have another name elsewhere, and stay on the disk" in heard.text
+    assert (root / "run" / "weights" / "mine").stat().st_size == 2**20
+    assert "no cell here is named by a run" in heard.text
+
+
+# --- links, other folders, trouble -----------------------------------------------------------------------------------
+
+
+def test_links_are_not_followed_out_of_the_folder(root, tmp_path):
+    outside = put(tmp_path / "outside" / ".writing-mine", days_old=9)
+    put(tmp_path / "outside" / ORPHAN / "student.safetensors", days_old=9)
+    put(tmp_path / "outside" / "resume" / "aside-state-1-0.safetensors", days_old=9)
+    (root / "run" / "elsewhere").symlink_to(tmp_path / "outside")
+    (root / "cells" / ORPHAN).symlink_to(tmp_path / "outside" / ORPHAN)
+    (root / "cells" / FINISHED / "resume").symlink_to(tmp_path / "outside" / "resume")
+    (root / ".writing-link").symlink_to(outside)
+    age(root / ".writing-link", 9)
+    before = left(tmp_path / "outside")
+    assert Heard(root, *KINDS, days=0.0).code == 0
+    assert left(tmp_path / "outside") == before
+
+
+@pytest.mark.parametrize("linked", ["cells", "cache"])
+def test_a_part_that_is_a_link_is_left_alone(root, tmp_path, linked):
+    (root / linked).rename(tmp_path / "moved")
+    (root / linked).symlink_to(tmp_path / "moved")
+    before = left(tmp_path / "moved")
+    Heard(root, *KINDS, days=0.0)
+    assert left(tmp_path / "moved") == before
+
+
+def test_a_link_that_is_made_meanwhile_is_not_followed(root, tmp_path):
+    folder = root / "cache" / "pairs" / "e"
+    removal = find(root, ["pairs"])[0]
+    folder.rename(tmp_path / "e")
+    folder.symlink_to(tmp_path / "e")
+    troubles = clean._remove(root, removal.files, removal.folders)
+    assert [line for line in troubles if "a link leads out of the results folder" in line]
+    assert len(left(tmp_path / "e")) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "cells/notes.txt", "cells/my_cells/train.json", "cache/npm/x", "src/.writing-x"]
+)
+def test_another_folder_is_refused(tmp_path, content):
+    folder = tmp_path / "home"
+    put(folder / (content or "file"), days_old=9)
+    with pytest.raises(UserError, match="is no results folder: it has no cells/ or cache/ of a run"):
+        Heard(folder)
+    assert (folder / (content or "file")).exists()
+
+
+def test_the_folder_above_says_which_is_meant(root):
+    with pytest.raises(UserError, match=re.escape(f"Did you mean {str(root)!r}?")):
+        results_folder(root.parent)
+    with pytest.raises(UserError, match="no results folder"):
+        results_folder(root / "nowhere")
+
+
+def test_wrong_words_are_refused(root):
+    with pytest.raises(UserError, match=r"no kind 'state'\. Did you mean 'states'\?"):
+        Heard(root, "state")
+    for days in (-1.0, float("nan")):
+        with pytest.raises(UserError, match="--older-than must not be negative"):
+            Heard(root, days=days)
+
+
+def test_what_vanishes_meanwhile_is_no_trouble(root):
+    removal = find(root, ["pairs"])[0]
+    for file in removal.files:
+        file.unlink()
+    assert clean._remove(root, removal.files, removal.folders) == []
+    assert clean._remove(root, removal.files, removal.folders) == []
+
+
+def test_what_cannot_be_removed_is_told(root, monkeypatch):
+    for k in range(7):
+        put(root / "run" / f".writing-{k}", days_old=2)
+    unlink = Path.unlink
+
+    def refusing(path, missing_ok=False):
+        if path.name != ".writing-3":
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refusing)
+    heard = Heard(root)
+    assert heard.code == 1 and not (root / "run" / ".writing-3").exists()
+    assert "cannot remove run/.writing-0: Permission denied" in heard.text
+    assert heard.text.endswith("and 1 more could not be removed\nremoved: not all of it")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may remove anything")
+def test_a_read_only_folder_is_told(root):
+    put(root / "run" / ".writing-a", days_old=2)
+    (root / "run").chmod(0o500)
+    try:
+        assert Heard(root).code == 1
+    finally:
+        (root / "run").chmod(0o700)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"[" * 100_000, b"\xff\xfe", b'{"rows": 3}', b'{"status": []}'])
+def test_damaged_records_remove_nothing(root, content):
+    for path in [*(root / "cells").glob("*/*.json"), root / "cache" / "pairs" / "e" / "manifest.json"]:
+        path.write_bytes(content)
+    put(root / "cells" / FINISHED / "resume" / "state-000000000001-0.safetensors", days_old=1)
+    assert names(root, "states") == []
+    assert names(root, "failed") == [f"cells/{FAILED}/error.txt"]
+    assert len(names(root, "pairs")) == 2

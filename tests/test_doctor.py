@@ -1,0 +1,674 @@
+"""Every check of the doctor, in order and not, on values made up for it and on real folders."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from random import Random
+
+import pandas as pd
+import pytest
+import torch
+from packaging.requirements import Requirement
+from rich.console import Console
+
+from distillbench import Unavailable, clean, doctor
+from distillbench.doctor import CHECKS, Cuda, Disk, Finding, Gpu, Package, Patient, examine, findings
+from distillbench.features import FeatureNetwork
+from distillbench.files import key_of
+from distillbench.pretrained import WeightsFile
+from distillbench.registry import Entry, Plugin, Registry, Source, load_registry
+from distillbench.results import (
+    CheckpointRecord,
+    Cost,
+    EvaluationRecord,
+    RowRecord,
+    SpeedRecord,
+    TrainRecord,
+    write_record,
+)
+
+COST = Cost(
+    images=1, seconds=1, teacher_seconds=0, student_seconds=1, other_seconds=0, teacher_nfe=0, student_nfe=1,
+    teacher_backward=0, student_backward=1,
+)  # fmt: skip
+ABOUT = {"device": "cpu", "environment": {}}
+
+
+@pytest.fixture
+def patient(tmp_path) -> Patient:
+    return Patient(Registry(), tmp_path / "results", tmp_path / "weights")
+
+
+def told(check, patient) -> list[tuple[str, str]]:
+    return [(finding.level, finding.line) for finding in findings(check, patient)]
+
+
+def levels(found) -> list[str]:
+    return [finding.level for finding in found]
+
+
+def train(root: Path, name: str = "a", status: str = "ok", weights: bytes = b"weights") -> Path:
+    """A cell as a training leaves it."""
+    inputs = {"method": name}
+    folder = root / "cells" / key_of(inputs)
+    folder.mkdir(parents=True)
+    (folder / "student.safetensors").write_bytes(weights)
+    (folder / "checkpoint-1.safetensors").write_bytes(b"early")
+    early = {"fraction": 0.5, "file": "checkpoint-1.safetensors", "sha256": hashlib.sha256(b"early").hexdigest()}
+    record = TrainRecord(
+        key=folder.name, inputs=inputs, status=status, weights_sha256=hashlib.sha256(weights).hexdigest(), cost=COST,
+        checkpoints=[CheckpointRecord(**early, ready=[1], cost=COST)], **ABOUT,
+    )  # fmt: skip
+    write_record(folder / "train.json", record)
+    return folder
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+def printed(checks, **options) -> tuple[bool, list[str]]:
+    console = Console(width=80, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
+    fine = examine(Registry(), Path("nowhere"), console, checks=checks, **options)
+    return fine, [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def test_findings_are_told_level_by_level_with_what_to_do():
+    checks = [
+        ("one", lambda patient: iter([Finding("ok", "fine")])),
+        ("two", lambda patient: iter([Finding("warning", "so so, " * 12, "look [here]\x1b[31m")])),
+    ]
+    fine, lines = printed(checks)
+    assert fine
+    assert lines == [
+        "ok      one        fine",
+        "warning two        so so, so so, so so, so so, so so, so so, so so, so so, so",
+        "                   so, so so, so so, so so,",
+        "                   to do: look [here] [31m",
+        "nothing is wrong, 1 warning",
+    ]
+
+
+def test_a_check_that_raises_is_a_finding_and_the_others_go_on():
+    def broken(patient):
+        yield Finding("ok", "so far")
+        raise ZeroDivisionError("by 0")
+
+    fine, lines = printed([("bad", broken), ("good", lambda patient: iter([Finding("ok", "fine")]))])
+    assert not fine
+    assert lines[1] == "wrong   bad        this could not be checked: ZeroDivisionError: by 0"
+    assert lines[2:] == ["ok      good       fine", "1 wrong, 0 warnings"]
+
+
+def test_this_environment_is_in_order(tmp_path, monkeypatch):
+    """All checks, as the command makes them."""
+    monkeypatch.setenv("DISTILLBENCH_WEIGHTS", str(tmp_path / "weights"))
+    console = Console(width=80, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
+    train(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    registry = load_registry()
+    examine(registry, tmp_path, console)
+    text = console.export_text()
+    assert all(name in text for name, _ in CHECKS)
+    assert "could not be checked" not in text
+    for check in ("numbers", "plugins", "records", "students", "states"):
+        assert re.search(rf"^ok +{check}", text, re.M) and not re.search(rf"^wrong +{check}", text, re.M)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# --- packages --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("requirement", "version", "error", "optional", "level", "line"),
+    [
+        ("a>=1,<2", "1.5", "", False, None, ""),
+        ("a>=1,<2", "2.0", "", False, "wrong", "me needs a<2,>=1, 2.0 is installed"),
+        ("a>=1", "", "", False, "wrong", "me needs a: not installed"),
+        ("a>=1", "odd version", "", False, "wrong", "me needs a>=1, odd version is installed"),
+        ("a>=1", "1.1", "ImportError: torn", False, "wrong", "a 1.1 cannot be imported: ImportError: torn"),
+        ("a>=1", "0.9", "", True, "warning", "me needs a>=1, 0.9 is installed"),
+        ("a>=1", "", "", True, None, ""),
+        ("a>=1", "2.0.dev1+cu118", "", False, None, ""),
+    ],
+)
+def test_a_package_must_be_there_in_its_range(requirement, version, error, optional, level, line):
+    found = Package(Requirement(requirement), "me", version, error, optional).judged()
+    assert (found and found.level, found.line if found else "") == (level, line)
+    assert found is None or found.advice.startswith("pip install")
+
+
+def test_python_must_be_in_its_range():
+    assert doctor.judge_python("3.12.1", ">=3.11").level == "ok"
+    assert doctor.judge_python("3.10.1", ">=3.11") == Finding(
+        "wrong", "Python 3.10.1, distillbench needs >=3.11", "make an environment with that Python"
+    )
+
+
+def metadata(monkeypatch, declared: list[str], versions: dict[str, str]) -> None:
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: declared)
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, ""))
+
+
+def test_what_a_distribution_declares_is_looked_for(monkeypatch, patient):
+    declared = [
+        "json>=1",
+        "zeus>=2; extra == 'zeus'",
+        "win; sys_platform == 'none'",
+        "not a requirement",
+        "colorsys>=3",
+    ]
+    metadata(monkeypatch, declared, {"json": "1.0", "colorsys": "2.0"})
+    assert [package.requirement.name for package in doctor.needed("x", False)] == ["json", "zeus", "colorsys"]
+    assert told(doctor.check_packages, patient) == [
+        ("ok", f"Python {platform.python_version()}"),
+        ("wrong", "distillbench needs colorsys>=3, 2.0 is installed"),
+    ]
+
+
+def test_a_module_that_is_broken_or_missing_is_told(monkeypatch, tmp_path):
+    (tmp_path / "torn_module.py").write_text("raise OSError('libgone.so')")
+    (tmp_path / "leaving_module.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor._import_error("torn-module", True) == "OSError: libgone.so"
+    assert doctor._import_error("torn-module", False) == ""  # is there
+    assert doctor._import_error("leaving-module", True) == "SystemExit: 3"
+    assert doctor._import_error("a-name-unlike-its-module", True) == ""
+    monkeypatch.setitem(doctor.NAMES, "pillow", "no_such_module")
+    assert doctor._import_error("pillow", False) == "no module 'no_such_module'"
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "cudas", "level", "line"),
+    [
+        ("2.9.1+cu130", ("13.0", "13.0"), "ok", "torch 2.9.1+cu130, torchvision 0.24.1"),
+        ("2.9.1+cpu", (None, None), "ok", "torch 2.9.1+cpu, torchvision 0.24.1"),
+        ("2.8.0", (None, None), "wrong", "torch 2.8.0, torchvision 0.24.1, which needs torch==2.9.1"),
+        ("2.9.1", ("13.0", None), "warning", "torch 2.9.1, torchvision 0.24.1: built for CUDA 13.0 and CPUs"),
+    ],
+)
+def test_torch_and_torchvision_belong_together(torch_version, cudas, level, line):
+    found = doctor.judge_torchvision(torch_version, "0.24.1", "==2.9.1", cudas)
+    assert (found.level, found.line) == (level, line)
+
+
+def test_versions_of_cuda_are_read():
+    assert [doctor.cuda_version(number) for number in (12060, 13000, 11080, -1)] == ["12.6", "13.0", "11.8", None]
+
+
+def test_torchvision_works_here(patient, monkeypatch):
+    assert set(levels(findings(doctor.check_torch, patient))) <= {"ok", "warning"}
+    monkeypatch.setattr("torchvision.ops.nms", lambda boxes, scores, threshold: torch.tensor([0, 1]))
+    assert told(doctor.check_torch, patient)[-1] == (
+        "wrong",
+        "torchvision's nms keeps [0, 1] of three boxes, not [0, 2]",
+    )
+
+
+# --- device ----------------------------------------------------------------------------------------------------------
+
+H100 = Gpu("H100", (9, 0), 70_000, 80_000)
+CUDA = Cuda("12.8", ("sm_80", "sm_90"), (H100,), "570.1", seen=1)
+
+
+def one_gpu(**changed) -> Cuda:
+    return dataclasses.replace(CUDA, gpus=(dataclasses.replace(H100, **changed),))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "expected"),
+    [
+        (Cuda(None), [("ok", "cpu: there is no GPU here; energy and GPU memory will be empty in tables")]),
+        (Cuda(None, seen=2), [("warning", "cpu: NVML finds 2 GPUs, and this torch is built for CPUs alone")]),
+        (
+            Cuda("12.8", seen=1, visible=""),
+            [("warning", "cpu: NVML finds 1 GPU, CUDA_VISIBLE_DEVICES='' leaves none")],
+        ),
+        (
+            Cuda("12.8", seen=1, driver="470.2"),
+            [("wrong", "NVML finds 1 GPU and torch none: driver 470.2, torch is built for CUDA 12.8")],
+        ),
+        (Cuda("12.8", error="RuntimeError: sticky"), [("wrong", "torch cannot use CUDA: RuntimeError: sticky")]),
+        (
+            CUDA,
+            [
+                (
+                    "ok",
+                    "cuda:0 (H100, compute capability 9.0): 68.4 of 78.1 GiB free, driver 570.1, CUDA 12.8",
+                ),
+                ("ok", "cuda:0: NVML can be read, and its counter of energy"),
+            ],
+        ),
+        (
+            one_gpu(capability=(12, 0)),
+            [
+                (
+                    "wrong",
+                    "cuda:0 (H100, compute capability 12.0): this torch is built for sm_80, sm_90 and cannot run on it",
+                )
+            ],
+        ),
+    ],
+)
+def test_the_device(cuda, expected):
+    assert [(found.level, found.line) for found in doctor.judge_cuda(cuda)] == expected
+
+
+def test_a_gpu_that_is_full_or_cannot_be_watched():
+    assert levels(doctor.judge_cuda(one_gpu(free_mib=500))) == ["warning", "ok"]
+    found = list(doctor.judge_cuda(one_gpu(nvml_error="NVML: Driver Not Loaded")))
+    assert levels(found) == ["ok", "warning"] and "NVML: Driver Not Loaded; train_joules" in found[1].line
+    found = list(doctor.judge_cuda(one_gpu(energy_error="NVML: Not Supported")))
+    assert levels(found) == ["ok", "warning"] and "energy=zeus" in found[1].advice
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((8, 6), ["sm_80"], True),
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80"], False),
+        ((9, 0), ["sm_80", "compute_80"], True),
+        ((12, 0), ["sm_120"], True),
+        ((9, 0), ["sm_90a"], True),
+        ((7, 0), ["compute_80"], False),
+        ((9, 0), [], False),
+        ((9, 0), ["gfx942"], False),
+    ],
+)
+def test_which_code_runs_on_which_gpu(capability, architectures, runs):
+    assert doctor.runs_on(capability, architectures) is runs
+
+
+def test_cuda_is_looked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_driver", lambda: ("570.1", 1))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert doctor.find_cuda() == Cuda(torch.version.cuda, driver="570.1", seen=1, visible="7")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def sticky(index):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", sticky)
+    assert doctor.find_cuda().error == "RuntimeError: CUDA error: an illegal memory access"
+
+
+def test_a_gpu_is_asked(monkeypatch):
+    """What torch and NVML say becomes facts; the GPU itself is made up."""
+
+    class Asked:
+        def used_bytes(self):
+            return 1
+
+        def joules(self):
+            raise Unavailable("NVML: Not Supported")
+
+    class Block:
+        def __enter__(self):
+            return Asked()
+
+        def __exit__(self, *error):
+            return None
+
+    properties = type("Properties", (), {"name": "T", "major": 7, "minor": 5})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**30, 2**34))
+    monkeypatch.setattr("distillbench.nvml.gpu_of", lambda device: Block())
+    assert doctor._gpu(0) == Gpu("T", (7, 5), 1024, 16384, "", "NVML: Not Supported")
+
+
+# --- threads and numbers ---------------------------------------------------------------------------------------------
+
+
+def test_threads():
+    assert levels(doctor.judge_threads(8, 4, {})) == ["ok"]
+    assert levels(doctor.judge_threads(8, 4, {"OMP_NUM_THREADS": "4"})) == ["ok"]
+    found = list(doctor.judge_threads(8, 4, {"OMP_NUM_THREADS": "8", "MKL_NUM_THREADS": "many"}))
+    assert [(f.level, f.line) for f in found[1:]] == [
+        ("warning", "MKL_NUM_THREADS='many' is no number of threads"),
+        ("warning", "OMP_NUM_THREADS=8 is more than the 4 cores here: timings suffer"),
+    ]
+
+
+def test_threads_here(patient, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1000")
+    assert levels(findings(doctor.check_threads, patient)) == ["ok", "warning"]
+
+
+@pytest.mark.parametrize(
+    ("product", "step", "repeats", "expected"),
+    [
+        (4e-7, 1e-7, True, ["ok"]),
+        (4e-4, 1e-7, True, ["wrong"]),  # TF32
+        (4e-7, 1e-2, True, ["wrong"]),
+        (float("nan"), float("nan"), True, ["wrong", "wrong"]),
+        (4e-7, 1e-7, False, ["warning", "ok"]),
+    ],
+)
+def test_numbers_agree_with_float64(product, step, repeats, expected):
+    assert levels(doctor.judge_numbers("cuda:0", product, step, repeats)) == expected
+
+
+def test_numbers_here(patient):
+    threads, seed = torch.get_num_threads(), torch.get_rng_state()
+    assert levels(findings(doctor.check_numbers, patient)) == ["ok"]
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), seed)
+
+
+def test_numbers_of_reduced_precision_are_seen(patient, monkeypatch):
+    """Matrices whose mantissas are cut to the 10 bits of TF32."""
+    whole = doctor._product
+
+    def reduced(device, dtype):
+        product = whole(device, dtype)
+        return product.to(torch.float16).double() if dtype == torch.float32 else product
+
+    monkeypatch.setattr(doctor, "_product", reduced)
+    found = findings(doctor.check_numbers, patient)
+    assert levels(found) == ["wrong"] and "TF32" in found[0].advice
+
+
+# --- disk ------------------------------------------------------------------------------------------------------------
+
+DISK = Disk(50_000, None, "ext4", "rw")
+
+
+def room(**changed) -> Finding:
+    return doctor.judge_room("results (x)", dataclasses.replace(DISK, **changed), "wrong", "make room")
+
+
+def test_room_on_the_disk():
+    assert room() == Finding("ok", "results (x): 48.8 GiB free on ext4")
+    assert room(kind="nfs4") == Finding("ok", "results (x): 48.8 GiB free on nfs4, a network file system")
+    assert room(free_mib=3000).level == "warning"
+    assert room(free_mib=100) == Finding("wrong", "results (x): 0.1 GiB free on ext4", "make room")
+    assert room(inodes=5) == Finding("wrong", "results (x): 48.8 GiB free on ext4, room for 5 more files", "make room")
+    assert room(inodes=5_000_000).level == "ok"
+    assert room(write_error="Read-only file system").line == "results (x): cannot be written to: Read-only file system"
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, []),
+        ({"rename_error": "no"}, [("wrong", "x: a file cannot be replaced by another in one step: no")]),
+        ({"lock_error": "no"}, [("wrong", "x: files cannot be locked: no")]),
+        (
+            {"link_error": "no"},
+            [("warning", "x: no hard links: no; weights of students are copied, and take twice the room")],
+        ),
+        ({"kind": "nfs4", "options": "rw,vers=4.2"}, []),
+        (
+            {"kind": "nfs", "options": "rw,local_lock=all"},
+            [("warning", "x: locks are not seen by other machines (nfs: mounted with local_lock=all)")],
+        ),
+        ({"kind": "fuse.sshfs"}, [("warning", "x: locks are not seen by other machines (fuse.sshfs: has no locks)")]),
+        ({"kind": "ext4", "options": "nolock"}, []),
+    ],
+)
+def test_files_on_the_disk(changed, expected):
+    found = doctor.judge_files("x", dataclasses.replace(DISK, **changed))
+    assert [(finding.level, finding.line) for finding in found] == expected
+
+
+def test_the_disk_here_is_tried_and_nothing_is_left(tmp_path):
+    disk = doctor.find_disk(tmp_path / "not" / "yet")
+    assert disk.free_mib > 0 and not any((disk.write_error, disk.link_error, disk.rename_error, disk.lock_error))
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_disk_that_cannot_link_replace_or_lock(tmp_path, monkeypatch):
+    def refused(*arguments):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(os, "replace", lambda a, b: None)
+    monkeypatch.setattr("filelock.FileLock", lambda *arguments, **options: contextlib.nullcontext())
+    disk = doctor.find_disk(tmp_path)
+    assert disk.link_error == "Operation not supported"
+    assert disk.rename_error == "after it the old file is still there"
+    assert disk.lock_error == "two have the same lock at once"
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, patient):
+    (tmp_path / "results").write_text("a file")
+    assert doctor.find_disk(tmp_path / "results").write_error.endswith("is not a folder")
+    assert told(doctor.check_disk, patient)[0][0] == "wrong"
+
+
+def test_weights_that_cannot_be_kept_are_a_warning(tmp_path, patient):
+    (tmp_path / "weights").write_text("a file")
+    assert told(doctor.check_disk, patient)[-1][0] == "warning"
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_results_yet(patient):
+    assert told(doctor.check_caches, patient) == [("ok", f"no results in {patient.results_dir} yet")]
+    assert told(doctor.check_records, patient) == [("ok", "0 records can be read")]
+
+
+def test_what_takes_room_and_what_is_left_over(patient):
+    cell = train(patient.results_dir, weights=b"x" * 2**20)
+    (patient.results_dir / "cache" / "pairs").mkdir(parents=True)
+    assert told(doctor.check_caches, patient) == [("ok", "1 cell 1.0 MiB, cache/pairs 0.0 MiB")]
+    (cell / "resume").mkdir()
+    (cell / "resume" / "aside-state-1-0.safetensors").write_bytes(b"x" * 2**20)
+    found = findings(doctor.check_caches, patient)
+    assert (found[1].level, found[1].line) == ("warning", "left over: 1 states, 1.0 MiB")
+    assert found[1].advice == f"distillbench clean --results-dir {patient.results_dir}"
+
+
+def test_records_that_are_whole(patient):
+    folder = train(patient.results_dir)
+    rows = [RowRecord(nfe=1, sampling_seed=0)]
+    for name, kind, more in (("evaluation", EvaluationRecord, {"rows": rows}), ("speed", SpeedRecord, {})):
+        inputs = {"of": name}
+        write_record(folder / f"{name}-{key_of(inputs)}.json", kind(key=key_of(inputs), inputs=inputs, **more, **ABOUT))
+    assert told(doctor.check_records, patient) == [("ok", "3 records can be read")]
+
+
+def test_what_failed_is_told(patient):
+    train(patient.results_dir, "a", "failed")
+    train(patient.results_dir, "b", "diverged")
+    assert told(doctor.check_records, patient) == [
+        ("warning", "1 record of work that failed"),
+        ("ok", "2 records can be read"),
+    ]
+
+
+MANGLED = {  # what a record's text becomes
+    "empty": lambda content: "",
+    "torn": lambda content: json.dumps(content)[:50],
+    "list": lambda content: "[]",
+    "deep": lambda content: "[" * 100_000,
+    "another key": lambda content: json.dumps(content | {"key": "0" * 16}),
+    "other inputs": lambda content: json.dumps(content | {"inputs": {"method": "z"}}),
+    "another's": lambda content: json.dumps(content | {"inputs": {"method": "z"}, "key": key_of({"method": "z"})}),
+    "no inputs": lambda content: json.dumps({name: value for name, value in content.items() if name != "inputs"}),
+    "wrong type": lambda content: json.dumps(content | {"cost": "much"}),
+    "new field": lambda content: json.dumps(content | {"surprise": 1}),
+    "not a number": lambda content: json.dumps(content | {"inputs": {"method": float("nan")}}),
+}
+
+
+@pytest.mark.parametrize("how", MANGLED)
+def test_damaged_records_are_named(patient, how):
+    path = train(patient.results_dir) / "train.json"
+    train(patient.results_dir, "b")
+    path.write_text(MANGLED[how](json.loads(path.read_text())))
+    name = f"{path.parent.name}/train.json"
+    assert told(doctor.check_records, patient) == [
+        ("wrong", f"1 of 2 records damaged: {name}"),
+        ("ok", "1 record can be read"),
+    ]
+
+
+def test_records_of_another_version_are_no_damage(patient):
+    path = train(patient.results_dir) / "train.json"
+    path.write_text(json.dumps({"schema_version": 1, "method": "a"}))
+    assert told(doctor.check_records, patient) == [
+        ("warning", f"1 record of another version of distillbench: {path.parent.name}/train.json")
+    ]
+
+
+def test_weights_of_students(patient, tmp_path):
+    folder = train(patient.results_dir)
+    assert told(doctor.check_students, patient) == [("ok", "2 files of weights as their records say")]
+    (folder / "student.safetensors").write_bytes(b"other")
+    (folder / "checkpoint-1.safetensors").unlink()
+    assert told(doctor.check_students, patient) == [
+        ("wrong", f"1 file of weights missing: {folder.name}/checkpoint-1.safetensors"),
+        ("wrong", f"1 file of weights damaged, by the record: {folder.name}/student.safetensors"),
+    ]
+
+
+def test_a_record_leads_nowhere_else(patient, tmp_path):
+    path = train(patient.results_dir) / "train.json"
+    (tmp_path / "secret").write_bytes(b"early")
+    path.write_text(path.read_text().replace("checkpoint-1.safetensors", "../../../secret"))
+    assert told(doctor.check_students, patient) == [
+        ("wrong", f"1 file of weights missing: {path.parent.name}: '../../../secret'")
+    ]
+
+
+def test_large_weights_are_read_when_asked(patient, monkeypatch):
+    folder = train(patient.results_dir, weights=b"x" * 2**20)
+    (folder / "student.safetensors").write_bytes(b"y" * 2**20)
+    monkeypatch.setattr(doctor, "HASHED_MIB", 0.5)
+    line = "1 file of weights as their records say; 1 large one not read (--thorough does)"
+    assert told(doctor.check_students, patient) == [("ok", line)]
+    assert told(doctor.check_students, dataclasses.replace(patient, thorough=True))[0][0] == "wrong"
+
+
+def test_states(patient):
+    folder = train(patient.results_dir) / "resume" / "1"
+    assert told(doctor.check_states, patient) == [("ok", "no training was cut off")]
+    folder.mkdir(parents=True)
+    digits = hashlib.sha256(b"state").hexdigest()[:16]
+    (folder / f"state-000000000010-{digits}.safetensors").write_bytes(b"state")
+    going_on = ("ok", "1 training cut off: the same command goes on")
+    assert told(doctor.check_states, patient) == [going_on]
+    torn = f"state-000000000020-{digits}.safetensors"
+    (folder / torn).write_bytes(b"torn")
+    (folder / "aside-state-000000000005-0.safetensors").write_bytes(b"torn")
+    assert told(doctor.check_states, patient) == [
+        ("warning", f"1 state of trainings damaged: {folder.parent.parent.name}/resume/1/{torn}"),
+        ("warning", "1 damaged state set aside"),
+        going_on,
+    ]
+
+
+def test_flipped_bytes_are_found_and_nothing_breaks(patient):
+    """In any file: what reads the results never raises, and damage to weights is always seen."""
+    random = Random(0)
+    root = patient.results_dir
+    folder = train(root)
+    (folder / "resume").mkdir()
+    digits = hashlib.sha256(b"state").hexdigest()[:16]
+    (folder / "resume" / f"state-000000000010-{digits}.safetensors").write_bytes(b"state")
+    (root / "run").mkdir()
+    pd.DataFrame({"key": [key_of("e")]}).to_parquet(root / "run" / "table.parquet")
+    reading = (doctor.check_caches, doctor.check_records, doctor.check_students, doctor.check_states)
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    for _ in range(300):
+        path = random.choice(files)
+        whole = bytearray(path.read_bytes())
+        torn = whole[:]
+        torn[random.randrange(len(torn))] ^= 1 << random.randrange(8)
+        path.write_bytes(torn)
+        found = [finding for check in reading for finding in findings(check, patient)]
+        clean.find(root, list(clean.KINDS), 0.0)
+        assert not [finding for finding in found if "could not be checked" in finding.line]
+        if path.suffix == ".safetensors":
+            assert {"warning", "wrong"} & set(levels(found)), path
+        path.write_bytes(whole)
+
+
+# --- plugins and networks --------------------------------------------------------------------------------------------
+
+
+def test_plugins_that_load_and_that_do_not(patient):
+    def broken():
+        raise ImportError("no module 'gone'")
+
+    registry = load_registry([Source("mine", "my-package", "1.2", broken)])
+    found = told(doctor.check_plugins, dataclasses.replace(patient, registry=registry))
+    assert found[0] == ("wrong", "mine (my-package 1.2) is left out: ImportError: no module 'gone'")
+    assert found[1] == ("wrong", "0 plugins loaded: 0 methods, 0 teachers, 0 datasets, 0 metrics")
+    registry.plugins = [Plugin("a", "p", "1"), Plugin("b", "p", "1", not_asked="DISTILLBENCH_PLUGINS=a")]
+    found = told(doctor.check_plugins, dataclasses.replace(patient, registry=registry))
+    assert found == [("ok", "1 plugin loaded: 0 methods, 0 teachers, 0 datasets, 0 metrics; not asked for: b")]
+
+
+def with_network(patient, content: bytes = b"whole", url: str = "https://x", mib: int = 1) -> Patient:
+    class Network(FeatureNetwork):
+        name = "net"
+        weights = WeightsFile("net.pth", hashlib.sha256(content).hexdigest(), url, "MIT", mib)
+
+    metric = type("Score", (), {"network": Network})
+    return dataclasses.replace(patient, registry=Registry(metrics={"score": Entry(metric, Plugin("p", "p", "1"))}))
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+
+def test_weights_of_networks_there_missing_or_damaged(patient):
+    patient = with_network(patient)
+    found = findings(doctor.check_networks, patient)
+    line = "net: no weights, its scores will be empty"
+    assert found == [Finding("warning", line, "distillbench fetch net (1 MiB)")]
+    patient.weights.mkdir()
+    (patient.weights / "net.pth").write_bytes(b"whole")
+    assert told(doctor.check_networks, patient) == [("ok", "weights are there and whole: net")]
+    (patient.weights / "net.pth").write_bytes(b"torn")
+    found = findings(doctor.check_networks, patient)
+    assert levels(found) == ["wrong"] and found[0].advice == "distillbench fetch net"
+    assert found[0].line.startswith("net.pth is not the file that net is defined by: sha256")
+
+
+def test_weights_that_a_package_brings_must_be_there(patient):
+    found = findings(doctor.check_networks, with_network(patient, url=""))
+    assert levels(found) == ["wrong"] and found[0].advice == "install the package anew that brings them"
+
+
+def test_large_weights_of_networks_are_read_when_asked(patient, monkeypatch):
+    monkeypatch.setattr(doctor, "HASHED_MIB", 0)
+    patient = with_network(patient)
+    patient.weights.mkdir()
+    (patient.weights / "net.pth").write_bytes(b"x" * 2**20)
+    assert told(doctor.check_networks, patient) == [
+        ("ok", "weights are there, too large to be read now: net (--thorough reads them)")
+    ]
+    assert told(doctor.check_networks, dataclasses.replace(patient, thorough=True))[0][0] == "wrong"
+
+
+def test_a_network_that_fails_is_told(patient, monkeypatch):
+    patient = with_network(patient)
+
+    def broken(folder):
+        raise ImportError("its package is gone")
+
+    monkeypatch.setattr(patient.registry.metrics["score"].cls.network, "locate", broken)
+    line = "net: its weights cannot be looked for: ImportError: its package is gone"
+    assert told(doctor.check_networks, patient) == [("wrong", line)]
+
+
+def test_what_is_left_by_a_killed_doctor_is_cleaned(tmp_path):
+    """Its probe has the name of what is not whole."""
+    train(tmp_path)
+    probe = tmp_path / f"{doctor.TEMPORARY}x" / "a"
+    probe.parent.mkdir()
+    probe.write_bytes(b"first")
+    assert clean.find(tmp_path, ["temporary"], 0.0)[0].files == [probe]
