@@ -1,0 +1,435 @@
+"""What docs/ says is what the code does: signatures, names, commands, settings, links, plugins; and the site builds."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from html.parser import HTMLParser
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import distillbench
+from distillbench import hookspecs
+from distillbench.cli import cli
+from distillbench.config import compose_runs
+from distillbench.plan import plan
+from distillbench.progress import Progress
+from distillbench.registry import Entry, Plugin, Source, installed, load_registry
+from distillbench.testing import SUITES, assert_conforms
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+CONTRACT = (DOCS / "contract.md").read_text()
+
+
+FENCE = re.compile(r"^(`{3,})(\S*)\n(.*?)^\1$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(text, *languages):
+    """The fenced blocks of a page in one of `languages`."""
+    return [code for _, language, code in FENCE.findall(text) if language in languages]
+
+
+def prose(text):
+    """A page without its fenced blocks."""
+    return FENCE.sub("", text)
+
+
+def modules(page):
+    """The plugins on a page: blocks that are whole modules."""
+    return [code for code in blocks((DOCS / page).read_text(), "python") if code.startswith('"""')]
+
+
+def load(code, path):
+    path.write_text(code)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- the contract ----------------------------------------------------------------------------------------------------
+
+HOME = {"OptimizerConfig": "method", "TeacherPlan": "teachers", "ImageSet": "features"}  # the others: distillbench
+IN_PART = {"Batch", "Condition", "Workspace", "PairStore", "Teacher", "Denoiser", "Noise", "ImageSet"}
+
+
+def stubs():
+    trees = [ast.parse(code) for code in blocks(CONTRACT, "python")]
+    return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def real(name):
+    return getattr(importlib.import_module(f"distillbench.{HOME[name]}" if name in HOME else "distillbench"), name)
+
+
+def source_of(cls):
+    return ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+
+
+def functions(node):
+    """name: its arguments and what it returns, as text; properties and functions alike."""
+    found = [f for f in node.body if isinstance(f, ast.FunctionDef)]
+    text = lambda f: f"({ast.unparse(f.args)}) -> {ast.unparse(f.returns) if f.returns else None}"
+    names = ("__init__", "__call__", "__len__", "__getitem__")
+    return {f.name: text(f) for f in found if f.name in names or not f.name.startswith("_")}
+
+
+def annotations(node):
+    return {a.target.id: ast.unparse(a.annotation) for a in node.body if isinstance(a, ast.AnnAssign)}
+
+
+def constants(node):
+    return {a.targets[0].id: a.value for a in node.body if isinstance(a, ast.Assign)}
+
+
+def assigned(node):
+    """The public attributes that __init__ gives an object."""
+    inits = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
+    stored = [a for f in inits for a in ast.walk(f) if isinstance(a, ast.Attribute) and isinstance(a.ctx, ast.Store)]
+    return {a.attr for a in stored if not a.attr.startswith("_")}
+
+
+@pytest.mark.parametrize("name", stubs())
+def test_what_the_contract_shows_is_the_codes(name):
+    """Every member that is shown is there, with that signature and that type."""
+    shown, code = stubs()[name], source_of(real(name))
+    signatures, types = functions(code), annotations(code)
+    assert {f: text for f, text in functions(shown).items() if signatures.get(f) != text} == {}
+    assert {a: text for a, text in annotations(shown).items() if types.get(a, text) != text} == {}
+    assert set(annotations(shown)) <= set(types) | assigned(code)
+    assert set(constants(shown)) == {constant for constant in constants(code) if constant.islower()}
+
+
+@pytest.mark.parametrize("name", sorted(stubs().keys() - IN_PART))
+def test_the_contract_shows_everything_that_a_plugin_writes(name):
+    shown, code = stubs()[name], source_of(real(name))
+    private = {"__init__"} - set(functions(shown))
+    assert set(functions(shown)) == set(functions(code)) - private
+    assert set(annotations(shown)) >= set(annotations(code)) | assigned(code)
+
+
+@pytest.mark.parametrize("name", [n for n in stubs() if n.endswith(("Config", "Phase", "Plan"))])
+def test_the_contracts_defaults_are_the_codes(name):
+    cls = real(name)
+    for node in stubs()[name].body:
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            assert ast.literal_eval(node.value) == cls.__dataclass_fields__[node.target.id].default, node.target.id
+
+
+def test_every_hook_and_its_signature_is_in_the_contract():
+    hooks = [name for name in vars(hookspecs) if name.startswith("register_")]
+    trees = [ast.parse(code) for code in blocks(CONTRACT, "python") if not code.startswith("from")]
+    shown = {f.name: f for tree in trees for f in tree.body if isinstance(f, ast.FunctionDef)}
+    for name in hooks:
+        code = ast.parse(inspect.getsource(getattr(hookspecs, name))).body[0]
+        assert ast.unparse(shown[name].args) == ast.unparse(code.args), name
+    assert {f"register_{kind}" for kind in SUITES} == set(hooks)
+    assert f"contract, version {hookspecs.API}" in CONTRACT.splitlines()[0]
+    assert f"@hookimpl(api={hookspecs.API})" in CONTRACT
+
+
+def test_every_public_name_is_in_the_contract():
+    told = CONTRACT.split("`distillbench.__all__`: ")[1].split("\n\n")[0]
+    assert re.findall(r"`(\w+)`", told) == list(distillbench.__all__)
+
+
+@pytest.mark.parametrize("kind", SUITES)
+def test_every_check_is_in_the_contract(kind):
+    section = CONTRACT.split(f"\n## {kind.removesuffix('s').capitalize()}\n")[1].split("\n## ")[0]
+    table = section.split("| check | promise |")[1]
+    rows = [re.findall(r"`(\w+)`", row.split("|")[1]) for row in table.splitlines() if row.startswith("| `")]
+    assert [name for row in rows for name in row] == [check.name for check in SUITES[kind].checks]
+
+
+def test_public_modules_are_on_the_page_of_names():
+    """Each module that is documented says what is public, and all of it exists."""
+    documented = re.findall(r"automodule:: (distillbench[\w.]*)", (DOCS / "api.md").read_text())
+    assert len(documented) >= 15
+    for name in documented:
+        module = importlib.import_module(name)
+        assert all(hasattr(module, public) for public in module.__all__), name
+    for file in (ROOT / "distillbench").glob("*.py"):
+        if re.search(r"^__all__ = ", file.read_text(), re.MULTILINE) and file.stem != "__init__":
+            assert f"distillbench.{file.stem}" in documented, f"{file.name} has an __all__ and no place in docs/api.md"
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+VARIABLES = {"gpu": "0", "seed": "0", "method": "boot"}
+
+
+def lines_of(text):
+    """Logical lines of shell blocks and of indented blocks."""
+    found = blocks(text, "bash") + re.findall(r"(?:^ {4,}\S.*\n)+", prose(text), re.MULTILINE)
+    return [line.strip() for code in found for line in re.sub(r"\\\n\s*", " ", code).splitlines()]
+
+
+def words_of(line):
+    """The words of each `distillbench ...` in a line."""
+    line = re.sub(r"\$\{?(\w+)\}?", lambda v: VARIABLES.get(v.group(1), v.group(1)), line)
+    for part in re.split(r"&&|;|\|| & | &$", line):
+        try:
+            words = shlex.split(part, comments=True)
+        except ValueError:
+            continue
+        words = words[words.index("distillbench") :] if "distillbench" in words else []
+        if words and part.split("distillbench")[0].strip() in ("", "uv run", "do", "pip install uv"):
+            yield words[1:]
+
+
+def commands():
+    return [(page.name, words) for page in PAGES for line in lines_of(page.read_text()) for words in words_of(line)]
+
+
+def parsed(words):
+    """The command of `words`, its options and its arguments; an assertion fails for what does not exist."""
+    command, words = cli, list(words)
+    while isinstance(command, click.Group):
+        if words[0] == "--help":
+            return command, {}, []
+        name = words.pop(0)
+        assert name in command.commands, f"no command {name}: {sorted(command.commands)}"
+        command = command.commands[name]
+    context = click.Context(command)
+    options, _, _ = command.make_parser(context).parse_args(list(words))
+    positional = {p.name for p in command.params if isinstance(p, click.Argument)}
+    for parameter in command.params:
+        value = options.get(parameter.name)
+        if isinstance(parameter.type, click.Choice) and isinstance(value, str | list | tuple):
+            for one in [value] if isinstance(value, str) else value:
+                assert one in parameter.type.choices, f"{one} is none of {parameter.type.choices}"
+    given = []
+    for name in positional:
+        value = options.get(name)
+        given += [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
+    return command, options, given
+
+
+@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: value if isinstance(value, str) else None)
+def test_commands_and_options_exist(page, words):
+    command, options, _ = parsed(words)
+    for parameter in command.params:
+        if parameter.required and not isinstance(options.get(parameter.name), str | list | tuple):
+            raise AssertionError(f"distillbench {' '.join(words)}: {parameter.name} is missing")
+
+
+def test_there_are_many_commands():
+    assert len(commands()) > 50
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_and_commands_in_the_text_exist(page):
+    every = set(cli.commands)
+    every_option = {name for command in _all(cli) for p in command.params for name in (*p.opts, *p.secondary_opts)}
+    text = prose(page.read_text())
+    for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
+        if re.fullmatch(r"--[a-z][\w-]*( .*)?", span):
+            assert span.split()[0] in every_option | {"--help"}, span
+        if re.match(r"distillbench [a-z]", span) and "." not in span.split()[1]:
+            assert span.split()[1] in every, span
+
+
+def _all(command):
+    yield command
+    for child in command.commands.values() if isinstance(command, click.Group) else []:
+        yield from _all(child)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    """What ships, the plugins on the pages, the examples, and the one that a page makes from the template."""
+    folder, sources = tmp_path_factory.mktemp("plugins"), list(installed())
+    for page in ("new_dataset.md", "new_teacher.md", "new_metric.md"):
+        for number, code in enumerate(modules(page)):
+            name = f"docs_{page.removesuffix('.md')}_{number}"
+            sources.append(Source(name, "docs", "0", lambda c=code, p=folder / f"{name}.py": load(c, p)))
+    for file in sorted((ROOT / "examples").glob("*/src/distillbench_*.py")):
+        copied = folder / f"example_{file.name}"
+        sources.append(Source(file.stem, "examples", "0", lambda f=file, p=copied: load(f.read_text(), p)))
+    found = load_registry(sources)
+    assert not [plugin for plugin in found.broken if plugin.distribution == "docs"]
+    cls = type("MyMethod", (found.methods["boot"].cls,), {"name": "my_method"})
+    found.methods["my_method"] = Entry(cls, Plugin("my_method", "docs", "0"))
+    return found
+
+
+WITH_SETTINGS = {"run": True, "score": False, "train": False, "check": False, "export": False, "import": False}
+
+
+@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: value if isinstance(value, str) else None)
+def test_settings_compose(page, words, registry):
+    """Every name=value of a command is a setting that exists, of its type, for what the command chooses."""
+    command, _, given = parsed(words)
+    settings = [word for word in given if re.match(r"[a-z_.0-9]+=", word)]
+    if command.name not in WITH_SETTINGS or not settings:
+        return
+    if command.name == "check" and not any(word.startswith("dataset=") for word in settings):
+        (name,) = [word for word in given if "=" not in word] or [""]
+        kinds = [kind for kind in SUITES if name in registry.of_kind(kind)]
+        choice = {"methods": f"methods=[{name}]", "teachers": f"teacher={name}", "datasets": f"dataset={name}"}
+        chosen = [choice[kind] for kind in kinds if kind in choice]
+        settings = [*chosen, *([] if "datasets" in kinds else ["dataset=digits"]), *settings]
+    compose_runs(settings, registry, need_methods=WITH_SETTINGS[command.name])
+
+
+def settings_in_text():
+    """`budget.limit=images`, `evaluation.checkpoints=4`, `seed=0,1,2`, `experiment=smoke` and the like."""
+    spans = {
+        span for page in PAGES for span in re.findall(r"(?<!`)`([a-z][\w.]*=[^`\n]+)`(?!`)", prose(page.read_text()))
+    }
+    groups = ("budget.", "evaluation.", "seed=", "energy=", "conditional=", "guidance", "experiment=")
+    return sorted(s for s in spans if s.startswith(groups) and not re.search(r"NAME|FILE|=K$|=\.\.\.|methods\.", s))
+
+
+@pytest.mark.parametrize("span", settings_in_text())
+def test_settings_in_the_text_compose(span, registry):
+    if span.startswith("experiment=") and "smoke" not in span:
+        before, after = [], ["dataset.path=FILE", "teacher.path=FILE"]
+    else:
+        before, after = ["methods=[boot]", "dataset=digits", "conditional=true"], []
+    compose_runs([*before, *shlex.split(span), *after], registry)
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+def slugs(text):
+    headings = re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", page.read_text())):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        other = DOCS / file if file else page
+        assert other.is_file(), f"{page.name}: {target}"
+        assert not anchor or anchor in slugs(other.read_text()), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_table_of_contents():
+    listed = "\n".join(blocks((DOCS / "index.md").read_text(), "{toctree}")).split()
+    assert {page.stem for page in PAGES} - {"index"} <= set(listed)
+
+
+def test_tests_that_the_rules_name_exist():
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    for page in ("fairness.md", "measures.md"):
+        for name in re.findall(r"`(test_\w+)`", (DOCS / page).read_text()):
+            assert f"def {name}(" in tests, name
+        for name in re.findall(r"`(?:tests/)?(\w+\.py)`", (DOCS / page).read_text()):
+            assert any((ROOT / folder / name).is_file() for folder in ("distillbench", "tests")), name
+
+
+# --- the plugins on the pages ----------------------------------------------------------------------------------------
+
+
+def test_the_dataset_conforms_and_runs(registry, tmp_path):
+    cls = registry.datasets["discs"].cls
+    assert_conforms(cls)
+    words = ["methods=[boot]", "dataset=discs", "dataset.count=500", "experiment=smoke", f"results_dir={tmp_path}"]
+    assert not [cell.trouble for cell in plan(compose_runs(words, registry), registry) if cell.trouble]
+
+
+def test_the_teacher_conforms(registry, tmp_path):
+    """After a short training of the page's network, by the page's own conventions."""
+    entry, digits = registry.teachers["small_conv"], registry.datasets["digits"].cls
+    dataset = digits(digits.Config())
+    source = entry.cls(entry.cls.Config(), dataset, tmp_path, "cpu")
+    teacher = source.untrained()
+    teacher.denoiser.requires_grad_(True)
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(teacher.denoiser.parameters(), lr=5e-3)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 300)
+    x_0 = dataset.images.float() / 127.5 - 1
+    for _ in range(300):
+        x, t, eps = x_0[torch.randint(len(x_0), (64,))], torch.rand(64, 1, 1, 1).double(), torch.randn(64, 1, 8, 8)
+        alpha, sigma = teacher.schedule.alpha(t), teacher.schedule.sigma(t)
+        loss = (teacher.denoiser.output(alpha * x + sigma * eps, t) - (alpha * eps - sigma * x)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    save_file(teacher.denoiser.network.state_dict(), tmp_path / "weights.safetensors")
+    config = entry.cls.Config(path=str(tmp_path / "weights.safetensors"))
+    assert_conforms(entry.cls, config, dataset=dataset)
+    loaded = entry.cls(config, dataset, tmp_path, "cpu").load(Progress(None))
+    assert loaded.label.startswith("small_conv-")
+
+
+def test_the_metrics_conform(registry):
+    assert_conforms(registry.metrics["grey_distance"].cls)
+
+
+def test_the_network_gives_scores(tmp_path, registry):
+    """The page's zeros, replaced by the hash of a file: its column gets values."""
+    import hashlib
+
+    from distillbench.features import ImageSet, Networks
+
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.SiLU(), torch.nn.Conv2d(16, 16, 3))
+    file = tmp_path / "tiny.safetensors"
+    save_file(network.state_dict(), file)
+    code = modules("new_metric.md")[1].replace("0" * 64, hashlib.sha256(file.read_bytes()).hexdigest())
+    module = load(code, tmp_path / "docs_tiny.py")
+    images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
+    seen = ImageSet(lambda: [images], 40, (1, 8, 8), Networks(tmp_path, "cpu"))
+    assert seen.features(module.Tiny).shape == (40, 16)
+    assert seen.statistics(module.Tiny).n == 40
+
+
+# --- the site --------------------------------------------------------------------------------------------------------
+
+
+FETCHED = ("stylesheet", "icon", "shortcut icon", "preload", "preconnect")  # relations of links
+
+
+class Fetched(HTMLParser):
+    """The addresses that a browser fetches to show a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses = []
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        followed = tag == "link" and given.get("rel") in FETCHED
+        if tag in ("script", "img", "iframe", "source"):
+            self.addresses.append(given.get("src") or "")
+        if followed:
+            self.addresses.append(given.get("href") or "")
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
+    for package in ("sphinx", "furo", "myst_parser", "sphinx_copybutton"):
+        pytest.importorskip(package, reason=f"the site needs {package}: the dependency group docs")
+    words = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", DOCS, tmp_path / "html"]
+    words += ["-d", tmp_path / "doctrees"]
+    built = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    pages = list((tmp_path / "html").rglob("*.html"))
+    assert {page.stem for page in PAGES} <= {page.stem for page in pages}
+    for page in pages:
+        parser = Fetched()
+        parser.feed(page.read_text())
+        assert not [a for a in parser.addresses if a.startswith(("http:", "https:", "//"))], page.name
+    for style in (tmp_path / "html").rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text()), style.name
