@@ -312,6 +312,27 @@ def deterministic(bench: Bench) -> str:
     return "the same seed, the same weights; another seed, others"
 
 
+def resumes(bench: Bench) -> str:
+    """Cut off and gone on with by a new object, a training ends with the same weights."""
+    expected = weights_of(bench.run.method)
+    for after in sorted({1, bench.steps() - 1}):
+        told = f"cut off after {after} of {bench.steps()} steps"
+        try:
+            found = weights_of(bench.train_cut_off(after))
+        except (Exception, SystemExit) as error:
+            raise Fault(
+                f"{told} it cannot go on: {where(error, bench.cls)}. Keep what later steps need in networks and "
+                "buffers, or set it in prepare or start_phase"
+            ) from error
+        different = changed(expected, found)
+        if different:
+            raise Fault(
+                f"{told} and gone on with, it ends with other weights ({_owners(different)}): keep what later "
+                "steps depend on in networks, buffers (register_buffer) or a torch.Generator that is an attribute"
+            )
+    return "cut off and gone on with, the same weights"
+
+
 def price(bench: Bench) -> str:
     """Training costs the evaluations that a plan foresees from one step of each phase."""
     stages = bench.method().phases()
@@ -646,6 +667,7 @@ CHECKS = [
     Check(trains, ("losses",)),
     Check(randomness, ("trains",)),
     Check(deterministic, ("randomness",)),
+    Check(resumes, ("deterministic",)),
     Check(price, ("trains",)),
     Check(supports, ("trains",), "first"),
     Check(samples, ("supports",), "first"),

@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,9 @@ from distillbench.networks import ResidualMLP
 from distillbench.noise import FixedNoise, Noise, stream_key
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress, Step
+from distillbench.resume import Resume, States
 from distillbench.schedules import SCHEDULES, VPCosine
+from distillbench.signals import Interrupted, Stop
 from distillbench.teachers import Teacher
 from distillbench.train import Optimizers, train
 
@@ -151,6 +156,18 @@ class Run:
     disturbed: list[str]  # global random generators that training has moved
 
 
+class StopAfter(Stop):
+    """Says to stop after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
 @dataclass(frozen=True)
 class Bench:
     """One way of conditioning, and all that is needed to try a method there. What it returns is made anew each time."""
@@ -181,9 +198,9 @@ class Bench:
         torch.manual_seed(0)
         return self.cls(config, teacher.on(SCHEDULES[config.schedule]()) if config.schedule else teacher)
 
-    def read(self) -> Read | None:
+    def read(self, generator: torch.Generator | None = None) -> Read | None:
         """Real images: uniform in [-1, 1], with random labels. None for a method that may not see any."""
-        generator = torch.Generator().manual_seed(1)
+        generator = generator or torch.Generator().manual_seed(1)
 
         def images(size: int) -> tuple[Tensor, Tensor | None]:
             labels = torch.randint(0, self.conditioning.classes or 1, (size,), generator=generator)
@@ -225,7 +242,7 @@ class Bench:
             end_phase(index, average)
 
         method.__dict__["end_phase"] = remember
-        images = IMAGES * max(STEPS, len(method.phases()))
+        images = IMAGES * self.steps()
         workspace = workspace_of(method, Path(), BudgetConfig(images=images), seed, dry=True)
         seed_global_generators(global_seed)
         before = global_generators()
@@ -233,6 +250,24 @@ class Bench:
         disturbed = [name for name, state in global_generators().items() if state != before[name]]
         del method.__dict__["end_phase"]
         return Run(method.eval(), images, averages, rows_of(method), disturbed)
+
+    def steps(self) -> int:
+        """Of :meth:`train`."""
+        return max(STEPS, len(self.method().phases()))
+
+    def train_cut_off(self, after: int) -> Method:
+        """The same training, cut off after so many steps and gone on with by a new object."""
+        with tempfile.TemporaryDirectory() as folder:
+            states = States(Path(folder), 1, Progress(None))
+            for stop in (StopAfter(after), Stop()):
+                method, generator = self.method(), torch.Generator().manual_seed(1)
+                budget = BudgetConfig(images=IMAGES * self.steps())
+                workspace = workspace_of(method, Path(), budget, dry=True)
+                seed_global_generators(0)
+                resume = Resume(states, math.inf, {"read": generator}, stop=stop)
+                with suppress(Interrupted):
+                    train(method, method.config, workspace, self.read(generator), IMAGES, SILENT, resume=resume)
+        return method.eval()
 
     @functools.cached_property
     def run(self) -> Run:

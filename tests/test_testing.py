@@ -387,6 +387,37 @@ class IgnoresTheSeed(Good):
         yield self.student, self.loss(eps, self.teacher.conditioning.of_images(range(batch.size), "cpu"))
 
 
+@fault("resumes", "ends with other weights (self.student, self.target)")
+class CountsInANumber(Good):
+    """Its weight of the loss depends on a number that no state holds."""
+
+    count = 0
+
+    def train_step(self, batch):
+        yield self.student, self.loss(batch.noise(), batch.c) * (1 + self.count)
+
+    def after_step(self):
+        super().after_step()
+        self.count += 1
+
+
+@fault("resumes", "it cannot go on: AttributeError: 'RemembersInANumber' object has no attribute 'seen'")
+class RemembersInANumber(Good):
+    """What its later steps look up exists in the object that made the first one only."""
+
+    def __init__(self, config, teacher) -> None:
+        super().__init__(config, teacher)
+        self.register_buffer("count", torch.zeros(()))
+
+    def train_step(self, batch):
+        yield self.student, self.loss(batch.noise(), batch.c) * (self.seen if self.count else 1)
+
+    def after_step(self):
+        super().after_step()
+        self.count += 1
+        self.seen = 1
+
+
 @fault("price", "foresees 192 evaluations, training made 288")
 class GrowsDearer(Good):
     steps = 0
