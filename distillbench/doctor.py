@@ -31,7 +31,7 @@ from distillbench.pretrained import VARIABLE, weights_folder
 from distillbench.processes import in_words
 from distillbench.progress import Progress
 from distillbench.registry import FILE, Registry
-from distillbench.results import SCHEMA, EvaluationRecord, SpeedRecord, TrainRecord, read_record
+from distillbench.results import EvaluationRecord, OtherVersion, SpeedRecord, TrainRecord, read_record
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -683,14 +683,13 @@ def check_records(patient: Patient) -> Iterator[Finding]:
     for path in _records(patient.results_dir):
         try:
             content = json.loads(path.read_bytes())
-            if isinstance(content, dict) and content.get("schema_version", SCHEMA) != SCHEMA:
-                others.append(_short(path))
-                continue
             _read(path, content)
             good += 1
             failed += clean.failed_record(content)
         except FileNotFoundError:
             continue
+        except OtherVersion:
+            others.append(_short(path))
         except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError):
             damaged.append(_short(path))
     if damaged:
@@ -700,7 +699,7 @@ def check_records(patient: Patient) -> Iterator[Finding]:
         line = f"{clean.counted(len(others), 'record')} of another version of distillbench: {_listed(others)}"
         yield Finding("warning", line, "run the same command again: they are made anew")
     if failed:
-        advice = "each cell's error.txt has the traceback; the next run tries them again"
+        advice = "each cell's error.txt has the traceback; --retry-failed tries them again"
         yield Finding("warning", f"{clean.counted(failed, 'record')} of work that failed", advice)
     if good or not (damaged or others):
         yield Finding("ok", f"{clean.counted(good, 'record')} can be read")
@@ -717,7 +716,7 @@ def _records(results_dir: Path) -> list[Path]:
 def _read(path: Path, content: Any) -> TrainRecord | EvaluationRecord | SpeedRecord:
     """The record at `path`. Raises ValueError if it is damaged or stands in another's place."""
     name, _, key = path.stem.partition("-")
-    record = read_record(path, RECORDS[name], content["inputs"])
+    record = read_record(path, RECORDS[name], content.get("inputs", {}))
     if record is None:
         raise FileNotFoundError(path)
     if key_of(record.inputs) != (key or path.parent.name):

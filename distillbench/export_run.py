@@ -16,7 +16,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from yaml import YAMLError
@@ -28,7 +27,7 @@ from distillbench.method import Method
 from distillbench.plan import Cell, Scene, build, make_source, plain_settings
 from distillbench.progress import Progress
 from distillbench.registry import Registry
-from distillbench.results import TrainRecord
+from distillbench.results import TrainRecord, load_record
 from distillbench.teachers import Teacher
 
 WEIGHTS = re.compile(r"(?P<method>.+)-seed(?P<seed>\d+)-(?P<key>[0-9a-f]{16})\.safetensors")
@@ -151,11 +150,11 @@ def _chosen(
 
 def _record(file: Path, weights: Weights) -> TrainRecord:
     try:
-        record = TrainRecord.model_validate_json(file.read_bytes())
+        record = load_record(file, TrainRecord)
     except FileNotFoundError as error:
         raise UserError(f"the record of {weights.name} is missing: no cells/{weights.key}/{file.name}") from error
-    except (ValidationError, OSError) as error:
-        raise UserError(f"the record of {weights.name} is damaged: cells/{weights.key}/{file.name}") from error
+    except ValueError as error:
+        raise UserError(f"the record of {weights.name} cannot be read: {error} (cells/{weights.key})") from error
     if record.status != "ok":
         raise UserError(f"{weights.name} was not trained to the end: {record.status}: {record.reason}")
     return record

@@ -1,7 +1,7 @@
 """Records and tables. A record is one JSON file, whole or absent; a table is what pandas makes of records.
 
 results_dir/
-  cells/<train key>/train.json, student.safetensors        price and weights of one training
+  cells/<train key>/train.json, student.safetensors        price and weights of one training; log.txt, error.txt
   cells/<train key>/checkpoint-*.safetensors               students on the way, to be scored
   cells/<train key>/resume/<parts>/state-*.safetensors     states of a training in progress
   cells/<train key>/evaluation-<key>.json, .safetensors    rows of one evaluation, and its first samples
@@ -12,6 +12,7 @@ results_dir/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,15 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from distillbench.files import key_of, write_atomically
+from distillbench.files import canonical_json, key_of, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-SCHEMA: Literal[2] = 2
+SCHEMA: Literal[3] = 3
+MIGRATED = (2,)  # older schemas that are read: 2 had no checksum
+LARGEST_RECORD = 2**28  # bytes
 Status = Literal["ok", "failed", "diverged", "oom", "timeout"]
 FINAL: tuple[Status, ...] = ("ok", "diverged")  # what to try again would not change
 
@@ -80,7 +83,7 @@ class CheckpointRecord(_Record):
 class TrainRecord(_Record):
     """What one training cost. `inputs` is what `key` is the hash of."""
 
-    schema_version: Literal[2] = SCHEMA
+    schema_version: Literal[3] = SCHEMA
     key: str
     inputs: dict[str, Any]
     status: Status
@@ -121,7 +124,7 @@ class CheckpointScores(RowRecord):
 class EvaluationRecord(_Record):
     """The rows of one evaluation of one training (or of the teacher)."""
 
-    schema_version: Literal[2] = SCHEMA
+    schema_version: Literal[3] = SCHEMA
     key: str
     inputs: dict[str, Any]
     rows: list[RowRecord]
@@ -160,7 +163,7 @@ class SpeedRow(_Record):
 class SpeedRecord(_Record):
     """The cost of sampling from one training (or from the teacher), measured apart."""
 
-    schema_version: Literal[2] = SCHEMA
+    schema_version: Literal[3] = SCHEMA
     key: str
     inputs: dict[str, Any]
     status: Status = "ok"
@@ -176,19 +179,52 @@ AnyRecord = TypeVar("AnyRecord", TrainRecord, EvaluationRecord, SpeedRecord)
 
 
 def write_record(path: Path, record: BaseModel) -> None:
-    """Write a record atomically."""
-    text = record.model_dump_json(indent=1)
+    """Write a record atomically, with its checksum."""
+    text = json.dumps(signed(json.loads(record.model_dump_json())), indent=1)
     write_atomically(path, lambda temporary: Path(temporary).write_text(text))
 
 
-def read_record(path: Path, kind: type[AnyRecord], inputs: dict[str, Any]) -> AnyRecord | None:
-    """The record at `path`, or None if there is none. Raises ValueError if it is damaged or belongs to other inputs."""
+def signed(plain: dict[str, Any]) -> dict[str, Any]:
+    """A record's values with the SHA-256 of all others as ``sha256``."""
+    rest = {name: value for name, value in plain.items() if name != "sha256"}
+    return rest | {"sha256": hashlib.sha256(canonical_json(rest).encode()).hexdigest()}
+
+
+def load_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
+    """The record at `path`. Raises FileNotFoundError, or ValueError where it is damaged or of another version."""
     try:
-        record = kind.model_validate_json(path.read_bytes())
+        if path.stat().st_size > LARGEST_RECORD:
+            raise ValueError("too large")
+        plain = json.loads(path.read_bytes())
+        version = plain.get("schema_version") if isinstance(plain, dict) else SCHEMA
+        if version in MIGRATED:
+            plain = signed(plain | {"schema_version": SCHEMA})
+        elif version != SCHEMA and isinstance(version, int):
+            known = ", ".join(map(str, (*MIGRATED, SCHEMA)))
+            raise OtherVersion(f"the record {path.name} is of version {version}, this distillbench reads {known}")
+        if plain != signed(plain):
+            raise ValueError("its checksum is wrong")
+        del plain["sha256"]
+        return kind.model_validate_json(json.dumps(plain))
+    except (FileNotFoundError, OtherVersion):
+        raise
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise ValueError(f"the record {path.name} is damaged") from error
+
+
+class OtherVersion(ValueError):
+    """A record was written by another version of distillbench, which this one cannot read."""
+
+
+def read_record(path: Path, kind: type[AnyRecord], inputs: dict[str, Any]) -> AnyRecord | None:
+    """The record at `path`, or None if there is none.
+
+    Raises ValueError, in words, if it is damaged, of another version, or belongs to other inputs.
+    """
+    try:
+        record = load_record(path, kind)
     except FileNotFoundError:
         return None
-    except (ValidationError, OSError) as error:
-        raise ValueError(f"the record {path.name} is damaged") from error
     if record.inputs != json.loads(json.dumps(inputs)):
         raise ValueError(f"the record {path.name} belongs to other inputs")
     if record.key != key_of(inputs):

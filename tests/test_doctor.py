@@ -535,7 +535,8 @@ def test_weights_of_students(patient, tmp_path):
 def test_a_record_leads_nowhere_else(patient, tmp_path):
     path = train(patient.results_dir) / "train.json"
     (tmp_path / "secret").write_bytes(b"early")
-    path.write_text(path.read_text().replace("checkpoint-1.safetensors", "../../../secret"))
+    text = path.read_text().replace("checkpoint-1.safetensors", "../../../secret")
+    path.write_text(json.dumps(signed(json.loads(text))))
     assert told(doctor.check_students, patient) == [
         ("wrong", f"1 file of weights missing: {path.parent.name}: '../../../secret'")
     ]

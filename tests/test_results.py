@@ -15,6 +15,7 @@ from distillbench.results import (
     Cost,
     CurvePoint,
     EvaluationRecord,
+    OtherVersion,
     RowRecord,
     SpeedRecord,
     SpeedRow,
@@ -23,6 +24,7 @@ from distillbench.results import (
     make_table,
     read_record,
     sample_grid,
+    signed,
     stack_shown,
     table_row,
     unstack_shown,
@@ -96,7 +98,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
 def test_a_record_can_be_read_by_anything_that_reads_json(tmp_path):
     write_record(tmp_path / "train.json", train_record())
     plain = json.loads((tmp_path / "train.json").read_text())
-    assert (plain["inputs"], plain["schema_version"]) == (INPUTS, 2)
+    assert (plain["inputs"], plain["schema_version"]) == (INPUTS, 3)
     assert plain["key"] == key_of(plain["inputs"])
 
 
@@ -107,17 +109,21 @@ def test_no_record_is_none(tmp_path):
 def damages():
     whole = train_record().model_dump_json()
     fields = json.loads(whole)
+    sign = lambda plain: json.dumps(signed(plain)).encode()
     return {
         "empty": b"",
         "truncated": whole[: len(whole) // 2].encode(),
         "not text": b"\xff\xfe\x00\x81",
         "not a record": b"[]",
-        "a field is missing": json.dumps({k: v for k, v in fields.items() if k != "status"}).encode(),
-        "a field too many": json.dumps(fields | {"extra": 1}).encode(),
-        "another type": json.dumps(fields | {"parameters": "many"}).encode(),
-        "another status": json.dumps(fields | {"status": "fine"}).encode(),
-        "a later schema": json.dumps(fields | {"schema_version": 3}).encode(),
-        "a key of other inputs": json.dumps(fields | {"key": "0" * 16}).encode(),
+        "a field is missing": sign({k: v for k, v in fields.items() if k != "status"}),
+        "a field too many": sign(fields | {"extra": 1}),
+        "another type": sign(fields | {"parameters": "many"}),
+        "another status": sign(fields | {"status": "fine"}),
+        "no checksum": whole.encode(),
+        "another value": sign(fields).replace(b'"parameters": 12', b'"parameters": 13'),
+        "deep nesting": b"[" * 100_000,
+        "not a number": sign(fields).replace(b"700.25", b"NaN"),
+        "a key of other inputs": sign(fields | {"key": "0" * 16}),
     }
 
 
@@ -126,6 +132,16 @@ def test_a_damaged_record_is_said_to_be_damaged(tmp_path, damage):
     (tmp_path / "train.json").write_bytes(damages()[damage])
     with pytest.raises(ValueError, match=r"train\.json is damaged"):
         read_record(tmp_path / "train.json", TrainRecord, INPUTS)
+
+
+def test_a_record_of_another_version_is_read_or_refused_in_words(tmp_path):
+    record, path = train_record(), tmp_path / "train.json"
+    plain = json.loads(record.model_dump_json())
+    path.write_text(json.dumps(plain | {"schema_version": 2}))  # had no checksum
+    assert read_record(path, TrainRecord, INPUTS) == record
+    path.write_text(json.dumps(signed(plain | {"schema_version": 4})))
+    with pytest.raises(OtherVersion, match=r"train\.json is of version 4, this distillbench reads 2, 3"):
+        read_record(path, TrainRecord, INPUTS)
 
 
 def test_a_folder_in_the_place_of_a_record_is_damage(tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from distillbench.files import key_of, sha256_file
 from distillbench.plan import plan
 from distillbench.progress import Progress
 from distillbench.registry import Entry, Plugin, load_registry
+from distillbench.results import signed
 from distillbench.run import run
 
 COLUMNS = """
@@ -358,11 +360,19 @@ def cut(path):
 
 
 def edit(path, **fields):
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | fields))
+    path.write_text(json.dumps(signed(json.loads(path.read_bytes()) | fields)))
+
+
+def flip(path):
+    """A digit of a number."""
+    text = path.read_text()
+    at = re.search(r"\d\.\d+", text).start() + 2
+    path.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
 
 
 DAMAGE = {
     "the record of training is cut": ("train.json", cut, "train.json is damaged"),
+    "a digit of a score is another": ("evaluation-*.json", flip, ".json is damaged"),
     "the record of training is of other inputs": (
         "train.json",
         lambda p: edit(p, inputs={}),
