@@ -31,6 +31,7 @@ from distillbench.results import (
     RowRecord,
     SpeedRecord,
     TrainRecord,
+    signed,
     write_record,
 )
 
