@@ -74,18 +74,21 @@ class Diary(Progress):
 
     @contextmanager
     def step(self, label: str) -> Iterator[Step]:
-        self.file.write_text(label)
+        self.note(label)
         yield Step(lambda fraction, note: None)
-        self.file.write_text(f"after {label}")
+        self.note(f"after {label}")
+
+    def note(self, label: str) -> None:
+        self.file.write_text(label)
 
 
-def go(folder: str, diary: str) -> None:
+def go(folder: str, diary: str, kind: type[Diary] = Diary) -> None:
     """What a run's process does."""
     os.setpgrp()
     try:
         with stopping() as stop:
             configs = compose_runs([*WORDS, f'results_dir="{folder}"'], REGISTRY)
-            run(plan(configs, REGISTRY), configs, Diary(Path(diary)), lambda rows: None, stop=stop)
+            run(plan(configs, REGISTRY), configs, kind(Path(diary)), lambda rows: None, stop=stop)
     except Interrupted:
         sys.exit(143)
 

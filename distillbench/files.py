@@ -67,6 +67,7 @@ def write_named(folder: Path, write: Callable[[str], Any], name: Callable[[Path]
         temporary.chmod(0o666 & ~_umask())
         path = folder / name(temporary)
         temporary.replace(path)
+        temporary.unlink(missing_ok=True)  # it is still there where both were links to one file
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -348,12 +348,17 @@ def write_table(table: pd.DataFrame, folder: Path, name: str = "table") -> None:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`: a hard link where the file system has them, otherwise a copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    if target.exists() and target.samefile(source):
+        return
+
+    def write(path: str) -> None:
+        Path(path).unlink()
+        try:
+            os.link(source, path)
+        except OSError:
+            shutil.copyfile(source, path)
+
+    write_atomically(target, write)
 
 
 def sample_grid(rows: list[tuple[str, Tensor]], columns: int = 16, cell: int = 48) -> Image.Image:

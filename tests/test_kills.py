@@ -1,4 +1,4 @@
-"""A short sample of ``benchmarks/kills.py``: a run that is killed at random instants ends with the same table."""
+"""Short samples of ``benchmarks/kills.py`` and ``together.py``: killed at random instants, or done by several at once."""
 
 import re
 import subprocess
@@ -7,13 +7,22 @@ from pathlib import Path
 
 import pytest
 
-KILLS = Path(__file__).resolve().parent.parent / "benchmarks" / "kills.py"
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def told(script: str, count: int) -> str:
+    """What it prints. In a process of its own: it forks, which a process with threads should not."""
+    done = subprocess.run([sys.executable, BENCHMARKS / script, str(count)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
 def test_killed_and_started_again_a_run_ends_with_the_same_table():
-    """In a process of its own: it forks, which a process with threads should not."""
-    done = subprocess.run([sys.executable, KILLS, "3"], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    kills, rounds, wrong = map(int, re.search(r"(\d+) kills in (\d+) rounds.* differ: (\d+)", done.stdout).groups())
+    kills, rounds, wrong = map(int, re.search(r"(\d+) kills in (\d+) .* differ: (\d+)", told("kills.py", 3)).groups())
     assert kills >= 3 and rounds and not wrong
+
+
+@pytest.mark.slow
+def test_several_processes_do_each_cell_once_and_have_the_same_table():
+    assert re.search(r"^4 processes, \d+ s; exit codes \[0\]; 4 trainings$", told("together.py", 4), re.MULTILINE)
