@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def train_cell(
     write_record(folder / TRAIN, record)
     if record.status in FINAL:
         states.clear()
+        with suppress(OSError):  # states that were set aside stay
+            (folder / "resume").rmdir()
     return record
 
 

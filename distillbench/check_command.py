@@ -9,7 +9,7 @@ import click
 
 from distillbench.config import compose_runs
 from distillbench.datasets import Dataset
-from distillbench.errors import UserError, unknown
+from distillbench.errors import UserError
 from distillbench.registry import KINDS, Registry
 from distillbench.terminal import width
 from distillbench.testing import findings_of
@@ -22,7 +22,7 @@ def check_name(registry: Registry, name: str, settings: Sequence[str], law_image
     """Print what is found in everything called `name`; True if nothing breaks its contract."""
     kinds = [kind for kind in KINDS if name in registry.of_kind(kind)]
     if not kinds:
-        raise unknown("method, teacher, dataset or metric", name, {n for k in KINDS for n in registry.of_kind(k)})
+        raise registry.no("method, teacher, dataset or metric", name, {n for k in KINDS for n in registry.of_kind(k)})
     possible = {word: kind for kind in kinds for word in _settings_of(kind, name)}
     for word in settings:
         if not word.startswith(tuple(possible)):
@@ -43,13 +43,15 @@ def _check(registry: Registry, kind: str, name: str, settings: Sequence[str], la
     config, dataset = _composed(
         registry, kind, name, [w for w in settings if w.startswith(tuple(_settings_of(kind, name)))]
     )
-    counts = dict.fromkeys(WORDS, 0)
+    counts, doubts = dict.fromkeys(WORDS, 0), 0
     cls = registry.get(kind, name).cls
     for finding in findings_of(kind, cls, config, law_images, dataset):
         counts[finding.ok] += 1
-        heading = f"{WORDS[finding.ok]:<4}  {finding.check:<20}  "
+        heading = f"{'look' if finding.doubt else WORDS[finding.ok]:<4}  {finding.check:<20}  "
+        doubts += finding.doubt
         click.echo(click.wrap_text(finding.message, width(), heading, " " * len(heading)))
-    told = f"{counts[True]} ok, {counts[False]} failed, {counts[None]} not applicable"
+    look = f" ({doubts} to look at)" if doubts else ""
+    told = f"{counts[True]} ok{look}, {counts[False]} failed, {counts[None]} not applicable"
     click.echo(f"{kind.removesuffix('s')} {name}: {told}")
     return not counts[False]
 

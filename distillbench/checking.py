@@ -32,13 +32,21 @@ class NotApplicable(Exception):
     """Why there is nothing to look at."""
 
 
+class Doubt(str):
+    """What a check saw that may be right or wrong, as only the author can know."""
+
+
 @dataclass(frozen=True)
 class Finding:
-    """What a check found. `ok` is None where it does not apply; `message` says in words what was seen, and why."""
+    """What a check found. `ok` is None where it does not apply; `message` says in words what was seen, and why.
+
+    With `doubt` it is ok if the author meant it.
+    """
 
     check: str
     ok: bool | None
     message: str
+    doubt: bool = False
 
 
 class Bench(Protocol):
@@ -62,17 +70,19 @@ class Result:
     passed: dict[str, str]
     faults: dict[str, str]
     excused: dict[str, str]
-    closed: dict[str, str]  # benches that are of no use to the checks that need this one: the check at fault
+    closed: dict[str, str]  # benches of no use to the checks that need this one: the check at fault; "": a refusal
 
     def finding(self, check: Check) -> Finding:
         if self.faults:
             return Finding(check.name, False, self._told(self.faults))
         if self.passed:
             first = next(iter(self.passed.values()))
-            return Finding(check.name, True, f"{first}; {self._told(self.excused)}" if self.excused else first)
+            first = next((seen for seen in self.passed.values() if isinstance(seen, Doubt)), first)
+            message = f"{first}; {self._told(self.excused)}" if self.excused else str(first)
+            return Finding(check.name, True, message, isinstance(first, Doubt))
         if self.excused:
             return Finding(check.name, False if check.must_apply else None, self._told(self.excused))
-        causes = ", ".join(sorted(set(self.closed.values())))
+        causes = ", ".join(sorted(set(filter(None, self.closed.values()))))
         return Finding(check.name, None, f"not looked at before {causes} is ok" if causes else "no bench for it")
 
     def _told(self, by_label: dict[str, str]) -> str:
@@ -113,9 +123,10 @@ class Check:
             except (Exception, SystemExit) as error:  # a stranger's code may fail in any way
                 result.faults[bench.label] = where(error, bench.cls)
         for bench in benches:
-            failed = bench.label in result.faults or (self.benches == "first" and result.faults)
-            if failed or (self.must_apply and bench.label in result.excused):
+            if bench.label in result.faults or (self.benches == "first" and result.faults):
                 shut.setdefault(bench.label, self.name)
+            elif self.must_apply and bench.label in result.excused:
+                shut.setdefault(bench.label, "" if result.passed else self.name)
         return result
 
     def _chosen(self, benches: list[Bench]) -> list[Bench]:

@@ -179,7 +179,7 @@ def describe(registry: Registry, name: str) -> None:
     """Show what NAME is, where it comes from and its settings with their defaults."""
     found = [kind for kind in KINDS if name in registry.of_kind(kind)]
     if not found:
-        raise unknown("method, teacher, dataset or metric", name, [n for k in KINDS for n in registry.of_kind(k)])
+        raise registry.no("method, teacher, dataset or metric", name, [n for k in KINDS for n in registry.of_kind(k)])
     for kind in found:
         _describe(registry, kind, name)
 
@@ -212,6 +212,8 @@ def _describe(registry: Registry, kind: str, name: str) -> None:
 @with_plugins
 def check(registry: Registry, name: str, settings: tuple[str, ...], quick: bool, thorough: bool) -> None:
     """Hold what is called NAME against its contract, one line for each check. The exit code is 1 if a check fails.
+
+    A line that begins with `look` is ok if you meant what it says.
 
     SETTINGS are those of the method, dataset or teacher; a teacher also takes the dataset that it is checked on.
 
@@ -272,7 +274,7 @@ def plugins(folders: tuple[str, ...], debug: bool) -> None:
 @click.option("--thorough", is_flag=True, help="Check the hash of every student's weights.")
 @plugin_options
 def doctor(results_dir: str, thorough: bool, folders: tuple[str, ...], debug: bool) -> None:
-    """Examine packages, device, disk, caches, records, plugins and weights. The exit code is 1 if something is wrong."""
+    """Examine packages, device, disk, caches, records, plugins, weights. The exit code is 1 if something is wrong."""
     from pathlib import Path
 
     from distillbench.doctor import examine

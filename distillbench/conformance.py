@@ -27,7 +27,17 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.budget import BudgetConfig
-from distillbench.checking import Check, Fault, NotApplicable, check_declared, differ, settings_with_help, some, where
+from distillbench.checking import (
+    Check,
+    Doubt,
+    Fault,
+    NotApplicable,
+    check_declared,
+    differ,
+    settings_with_help,
+    some,
+    where,
+)
 from distillbench.conditions import UNCONDITIONAL, Condition
 from distillbench.datasets import Dataset
 from distillbench.errors import UserError
@@ -101,7 +111,7 @@ def phases(bench: Bench) -> str:
     for phase in found:
         if not phase.share > 0:
             raise Fault(f"every phase needs a positive share of the budget, got {phase}")
-    return f"{len(found)}: {', '.join(phase.label for phase in found[:WALKED_PHASES])}"
+    return f"{len(found)}: {_first([phase.label for phase in found])}"
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
@@ -188,7 +198,7 @@ def losses(bench: Bench) -> str:
             seen.append(moment.item[1].item())
             if not math.isfinite(seen[-1]):
                 raise Fault(f"the loss of phase {moment.phase} is {seen[-1]}: is something divided by a 0 at t's ends?")
-    return f"finite: {', '.join(f'{loss:.3g}' for loss in seen[:WALKED_PHASES])}"
+    return f"finite: {_first([f'{loss:.3g}' for loss in seen])}"
 
 
 def gradients(bench: Bench) -> str:
@@ -216,12 +226,14 @@ def gradients(bench: Bench) -> str:
             f"a network that is never yielded gets a gradient ({_owners(astray)}): compute targets under "
             "torch.no_grad(), and freeze their networks with requires_grad_(False)"
         )
-    return _evaluations(calls_of(method)[slice(*ends)], teachers_network(method)) + "".join(
-        f"; the gradient of one loss flows through {count:g} evaluations of {name}: right only where the paper trains "
+    seen = _evaluations(calls_of(method)[slice(*ends)], teachers_network(method))
+    doubts = [
+        f"the gradient of one loss flows through {count:g} evaluations of {name}: right only where the paper trains "
         "through all of them, a target belongs under torch.no_grad()"
         for name, count in through.items()
         if count > 1
-    )
+    ]
+    return Doubt("; ".join([*doubts, seen])) if doubts else seen
 
 
 def _evaluations(calls: list[Call], teacher: nn.Module) -> str:
@@ -594,9 +606,10 @@ def _same_images(n: int, x_0: Tensor, start: Tensor, exact: Tensor, many_steps: 
     if not rmse < min(LARGEST_RMSE, first):
         raise Fault(
             f"at NFE {n} samples are not the teacher's answers to the same noise: {seen}; below {LARGEST_RMSE} and "
-            f"below the untrained is asked. If only the law is meant, let keeps_noise({n}) be False"
+            f"below the untrained is asked. Look at the target, its stop-gradient, noise levels and alpha; if only the "
+            f"law is meant, let keeps_noise({n}) be False"
         )
-    return seen
+    return f"{seen}; {LARGEST_RMSE} is allowed"
 
 
 def _same_law(n: int, x_0: Tensor, start: Tensor) -> str:
@@ -607,7 +620,7 @@ def _same_law(n: int, x_0: Tensor, start: Tensor) -> str:
             f"at NFE {n} samples do not have the teacher's law: {seen}; below {LARGEST_KS}, and "
             f"{1 - LARGEST_STD_ERROR:g} to {1 + LARGEST_STD_ERROR:g}, is asked"
         )
-    return seen
+    return f"{seen}; {LARGEST_KS} is allowed"
 
 
 def _kolmogorov_smirnov(x_0: Tensor) -> float:
@@ -624,6 +637,11 @@ def _kolmogorov_smirnov(x_0: Tensor) -> float:
 def _share_an_image(a: Tensor, b: Tensor) -> bool:
     """Whether an image of one batch is the same in the other."""
     return bool((a == b).flatten(1).all(dim=1).any())
+
+
+def _first(texts: list[str]) -> str:
+    """As many of them as there are phases that are walked through."""
+    return ", ".join(texts[:WALKED_PHASES]) + (", ..." if len(texts) > WALKED_PHASES else "")
 
 
 def _name(network: nn.Module, method: Method) -> str:

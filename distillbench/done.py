@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from distillbench.cell import Finished, evaluation_inputs, protocol_key, train_inputs
+from distillbench.cell import Finished, cell_folder, evaluation_inputs, protocol_key, train_inputs
 from distillbench.cell_training import STUDENT
+from distillbench.environment import device_name
 from distillbench.files import key_of
 from distillbench.plan import Cell, changed_settings
 from distillbench.results import CheckpointScores, TrainRecord, cost_columns, table_row
@@ -55,8 +56,10 @@ def about(cell: Cell, teacher: Teacher) -> About:
     key = key_of(inputs)
     config = cell.scene.config
     rows = [(nfe, seed) for nfe in cell.nfe for seed in config.evaluation.seeds]
-    folder = Path(config.results_dir) / "cells" / key
-    return About(cell.label, _names(cell, teacher), rows, folder, inputs, evaluation_inputs(cell, key))
+    evaluation = evaluation_inputs(cell, key)
+    names = _names(cell, teacher)
+    names |= {"reference": "", "device": device_name(cell.scene.device), "key": key_of(evaluation)}
+    return About(cell.label, names, rows, cell_folder(cell, key), inputs, evaluation)
 
 
 def done(finished: Finished) -> Done:

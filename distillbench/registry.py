@@ -156,8 +156,16 @@ class Registry:
         """The entry called `name`; raises UserError with the nearest match."""
         entries = self.of_kind(kind)
         if name not in entries:
-            raise unknown(kind.removesuffix("s"), name, entries)
+            raise self.no(kind.removesuffix("s"), name, entries)
         return entries[name]
+
+    def no(self, kind: str, name: str, possible: Iterable[str], where: str = "") -> UserError:
+        """The error for a name that nothing has: that its plugin was left out, or the nearest match."""
+        for plugin in self.plugins:
+            if name in (plugin.name, plugin.name.removeprefix("distillbench_")) and (plugin.error or plugin.not_asked):
+                why = plugin.error or plugin.not_asked
+                return UserError(f"no {kind} {quoted(name)}{where}: plugin {plugin.name} is left out: {why}")
+        return unknown(kind, name, possible, where)
 
     @property
     def broken(self) -> list[Plugin]:

@@ -1,4 +1,4 @@
-"""Short samples of ``benchmarks/kills.py`` and ``together.py``: killed at random instants, or done by several at once."""
+"""Short samples of ``benchmarks/kills.py`` and ``together.py``: killed at random instants; done by several at once."""
 
 import re
 import subprocess
@@ -12,7 +12,8 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 def told(script: str, count: int) -> str:
     """What it prints. In a process of its own: it forks, which a process with threads should not."""
-    done = subprocess.run([sys.executable, BENCHMARKS / script, str(count)], capture_output=True, text=True, timeout=600)
+    command = [sys.executable, BENCHMARKS / script, str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -10,6 +10,7 @@ from distillbench.progress import Progress
 from distillbench.registry import Source, installed, load_registry
 from distillbench.results import FIRST, LAST
 from distillbench.run import run
+from distillbench.testing import assert_conforms
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,7 +44,8 @@ def test_method_in_twelve_lines_runs(tmp_path):
     table = run(plan(configs, registry), configs, Progress(None), lambda rows: None).table
     row = table[table["method"] == "one_step"].iloc[0]
     assert row["status"] == "ok"
-    assert (row["train_images"], row["train_teacher_nfe"], row["train_student_nfe"]) == (256, 256, 256)
+    assert_conforms(module.OneStep, law_images=0)
+    assert (row["train_images"], row["train_teacher_nfe"], row["train_student_nfe"]) == (256, 2048, 256)
 
 
 def test_two_commands_are_there():
