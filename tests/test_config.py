@@ -133,8 +133,8 @@ DATASETS = (
 TEACHERS = "consistency, deepfloyd, diffusers, edm, gaussian, gmm, stable_diffusion, trained"
 METHODS = "Possible: boot, cm, ct, direct, pd, sid, tract"
 TOP = (
-    "Possible: batch_size, budget, conditional, dataset, device, energy, evaluation, guidance, guidance_range, "
-    "methods, results_dir, run_name, seed, teacher, threads"
+    "Possible: accumulate, batch_size, budget, cell_seconds, conditional, dataset, device, energy, evaluation, "
+    "guidance, guidance_range, isolate, methods, on_oom, results_dir, run_name, seed, states, teacher, threads"
 )
 NAMES = {
     "methods=[bot]": f"no method 'bot'. Did you mean 'boot'? {METHODS}",
