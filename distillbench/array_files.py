@@ -1,7 +1,7 @@
 """Images that are stored as arrays of pixels: npz, idx (MNIST) and the batches of CIFAR and Downsampled ImageNet.
 
 Uncompressed npz arrays are mapped into memory; everything else is loaded once, as uint8. Batches are pickles: they are
-read by an unpickler that can build plain containers and numeric arrays, and executes nothing from the file.
+read by :mod:`distillbench.safe_pickle`, which builds plain containers and numeric arrays and executes nothing.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import pickle
+import math
 import re
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,11 +21,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from distillbench.errors import UserError, quoted
-from distillbench.readers import Reader, of_split, split_named, trouble
+from distillbench.errors import quoted
+from distillbench.npz_files import Npz, check_memory
+from distillbench.readers import DAMAGE, Reader, of_split, split_named, trouble
+from distillbench.safe_pickle import Array, RefusedName, read_arrays
 
 BATCH = re.compile(r"((train_)?data_batch(_\d+)?|test_batch|val_data)")  # file names of pickled batches
 CHUNK = 1024  # images hashed at a time
+MOST_EXPANDED = 200  # times the size of a packed file: images do not shrink as far
 MAP = "map_clsloc.txt"  # of Downsampled ImageNet: "n02119789 1 kit_fox" for each class
 
 
@@ -104,8 +106,7 @@ def _flat_pixels(array: np.ndarray, name: str) -> np.ndarray:
     return _pixels(array.reshape(len(array), 3, side, side), name)
 
 
-def _numbers(labels: Any, images: np.ndarray, name: str) -> np.ndarray:
-    array = np.asarray(labels)
+def _numbers(array: np.ndarray, images: np.ndarray, name: str) -> np.ndarray:
     if array.size != len(images) or array.dtype.kind not in "iu":
         raise trouble(f"{name} must be {len(images)} whole numbers, got {array.dtype} {array.shape}")
     array = array.reshape(-1).astype(np.int64)
@@ -161,45 +162,25 @@ def _split_in(name: str) -> str:
     return split_named(name.removeprefix("x_"))
 
 
-class _Npz:
-    """The arrays of an npz by name, those that are stored without compression mapped into memory."""
+class _Npz(Npz):
+    """The arrays of an npz by name, as UserErrors where they are damaged."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         try:
-            with zipfile.ZipFile(path) as archive:
-                infos = archive.infolist()
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            super().__init__(path, mapped=True)
+        except ValueError as error:
             raise trouble(f"{str(path)!r} is an npz that is damaged or cut off: {error}") from error
-        self.infos = {info.filename.removesuffix(".npy"): info for info in infos}
-        self.names = list(self.infos)
 
     def __getitem__(self, name: str) -> np.ndarray:
         try:
-            info = self.infos[name]
-            if info.compress_type == zipfile.ZIP_STORED and info.file_size > 2**20:
-                return self._mapped(info)
-            with np.load(self.path, allow_pickle=False) as arrays:
-                return arrays[name]
-        except (zipfile.BadZipFile, OSError, ValueError, EOFError, KeyError, zlib.error) as error:
+            return super().__getitem__(name)
+        except ValueError as error:
             raise trouble(f"cannot read {name!r} of {self.path.name!r}: {error}") from error
-
-    def _mapped(self, info: zipfile.ZipInfo) -> np.ndarray:
-        with open(self.path, "rb") as file:
-            file.seek(info.header_offset + 26)  # of a local header: lengths of the name and of the extra field
-            name, extra = np.frombuffer(file.read(4), dtype="<u2").tolist()
-            file.seek(info.header_offset + 30 + name + extra)
-            version = np.lib.format.read_magic(file)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = header(file)
-            if dtype.hasobject:
-                raise ValueError("it holds Python objects")
-            return np.memmap(self.path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
     def part(self, images: str, labels: str, view: Callable[[np.ndarray, str], np.ndarray]) -> Part:
         where = f"{self.path.name}:{images}"
         pixels = view(self[images], where)
-        if labels not in self.infos:
+        if labels not in self.names:
             return Part(where, pixels)
         return Part(where, pixels, _numbers(self[labels], pixels, f"{self.path.name}:{labels}"))
 
@@ -267,14 +248,17 @@ def _idx(path: Path) -> np.ndarray:
     try:
         with open_plain(path) as file:
             start = file.read(4)
-            if len(start) < 4 or start[:3] != b"\0\0\x08":
-                raise trouble(f"{path.name!r} is no idx file of 8-bit values")
+            if len(start) < 4 or start[:3] != b"\0\0\x08" or start[3] not in (1, 3):
+                raise trouble(f"{path.name!r} is no idx file of 8-bit images or labels")
             shape = np.frombuffer(file.read(4 * start[3]), dtype=">u4").tolist()
-            data = file.read()
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+            size = math.prod(shape)
+            check_memory(size)
+            data = file.read(size + 1) if len(shape) == start[3] else b""  # one more than there should be
+    except DAMAGE as error:
         raise trouble(f"cannot read {path.name!r} as idx: {error}") from error
-    if len(shape) != start[3] or len(data) != int(np.prod(shape, dtype=np.float64)):
-        raise trouble(f"{path.name!r} is cut off: its header says {shape}, it has {len(data):,} values")
+    if len(shape) != start[3] or len(data) != size:
+        found = f"{len(data):,} values" if len(data) <= size else "more values than that"
+        raise trouble(f"{path.name!r} is cut off or damaged: its header says {shape}, it has {found}")
     return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
@@ -310,12 +294,13 @@ def open_batch_archive(path: Path, split: str) -> ArrayReader:
         with tarfile.open(path) as archive:
             for member in archive:
                 name = PurePath(member.name).name
+                _check_expanded(member, path)
                 if member.isfile() and BATCH.fullmatch(name) and (file := archive.extractfile(member)) is not None:
                     if split != "all" and _split_in(name) != split:
                         parts.setdefault(name, None)
                     else:
                         parts[name] = _batch(io.BytesIO(file.read()), name)
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except (*DAMAGE, tarfile.TarError) as error:
         raise trouble(f"{path.name!r} is a tar that is damaged or cut off: {error}") from error
     if not parts:
         raise trouble(f"{path.name!r} holds none of CIFAR's batches (data_batch_1, ..., test_batch). Unpack other tars")
@@ -323,92 +308,32 @@ def open_batch_archive(path: Path, split: str) -> ArrayReader:
     return ArrayReader("CIFAR's python batches", [part for part in chosen if part is not None])
 
 
+def _check_expanded(member: tarfile.TarInfo, path: Path) -> None:
+    """Refuse a member before it is decompressed, if it is larger than images that were packed into `path` can be."""
+    if member.size < 0 or member.offset_data + member.size > MOST_EXPANDED * path.stat().st_size + 2**20:
+        raise ValueError(f"{quoted(member.name)} would have {member.size:,} bytes, as no packed images have")
+
+
 def _batch(file: BinaryIO, name: str) -> Part:
-    content = _PlainUnpickler(file, name).read()
+    try:
+        content = read_arrays(file)
+    except RefusedName as error:
+        what = quoted(error.name)[1:-1]
+        raise trouble(f"{name!r} asks for {what} and may do harm: refused, nothing of it was executed") from error
+    except ValueError as error:
+        raise trouble(f"{name!r} is no batch of CIFAR: {quoted(str(error))}") from error
     if isinstance(content, dict):
         content = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
-    if not isinstance(content, dict) or not isinstance(content.get("data"), _Array):
+    data = content.get("data") if isinstance(content, dict) else None
+    if not (isinstance(data, Array) and data.value is not None):
         raise trouble(f"{name!r} is no batch of CIFAR: it must hold a dictionary with an array 'data'")
-    images = _flat_pixels(content["data"].value(name), name)
+    images = _flat_pixels(data.value, name)
     labels = content.get("labels")
-    labels = labels.value(name) if isinstance(labels, _Array) else labels
-    try:
-        return Part(name, images, None if labels is None else _numbers(labels, images, f"labels of {name}"))
-    except ValueError as error:  # a list that is no vector
-        raise trouble(f"labels of {name} must be whole numbers: {error}") from error
-
-
-class _Type:
-    """Stands for numpy's dtype while a pickle is read: a letter and a size, nothing else."""
-
-    def __init__(self, code: Any = "", *flags: Any) -> None:
-        code = code.decode("latin1") if isinstance(code, bytes) else code
-        if not (isinstance(code, str) and re.fullmatch(r"[|<>=]?[biuf][1248]", code)):
-            raise pickle.UnpicklingError(f"an array of {quoted(str(code))}")
-        self.code = code.lstrip("|<>=")
-        self.order = ""
-
-    def __setstate__(self, state: Any) -> None:
-        order = state[1]
-        self.order = {"|": "|", "<": "<", ">": ">", "=": "="}[order.decode() if isinstance(order, bytes) else order]
-
-
-class _Array:
-    """Stands for numpy's ndarray while a pickle is read."""
-
-    def __init__(self, *ignored: Any) -> None:
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def value(self, name: str) -> np.ndarray:
-        """The array. Raises UserError unless its parts fit together."""
-        try:
-            _, shape, kind, fortran, data = self.state
-            if not isinstance(kind, _Type):
-                raise ValueError("it has no type")
-            data = data.encode("latin1") if isinstance(data, str) else data
-            flat = np.frombuffer(data, dtype=np.dtype(kind.order + kind.code))
-            return flat.reshape(tuple(shape), order="F" if fortran else "C")
-        except (TypeError, ValueError, AttributeError) as error:
-            raise trouble(f"{name!r} holds a damaged array: {error}") from error
-
-
-class _Ndarray:
-    """Stands for the class numpy.ndarray where a pickle only names it."""
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads plain containers and numeric arrays. A pickle that names anything else is refused before it is called."""
-
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        super().__init__(file, encoding="bytes")
-        self.name = name
-
-    def read(self) -> Any:
-        try:
-            return self.load()
-        except UserError:
-            raise
-        except Exception as error:  # a file that was made to do harm may fail in any way
-            raise trouble(f"{self.name!r} is no batch of CIFAR: {error}") from error
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):  # bytes, in a pickle that Python 3 wrote for Python 2
-            return lambda text, encoding: text.encode("latin1")
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return lambda *arguments: _Array()
-        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
-            return _from_buffer
-        if module == "numpy" and name in ("dtype", "ndarray"):
-            return {"dtype": _Type, "ndarray": _Ndarray}[name]
-        raise trouble(f"{self.name!r} asks for {module}.{name} and may do harm: refused, nothing of it was executed")
-
-
-def _from_buffer(data: Any, kind: Any, shape: Any, order: Any) -> _Array:
-    array = _Array()
-    if not isinstance(data, bytes | bytearray | pickle.PickleBuffer):
-        raise pickle.UnpicklingError(f"an array of {type(data).__name__}")
-    array.state = (1, shape, kind, order == "F", bytes(data))
-    return array
+    if labels is None:
+        return Part(name, images)
+    if isinstance(labels, list | tuple) and all(type(label) is int for label in labels):
+        labels = np.array(labels if all(abs(label) < 2**63 for label in labels) else [-1], dtype=np.int64)
+    labels = labels.value if isinstance(labels, Array) else labels
+    if not isinstance(labels, np.ndarray):
+        raise trouble(f"labels of {name} must be {len(images)} whole numbers, got {type(labels).__name__}")
+    return Part(name, images, _numbers(labels, images, f"labels of {name}"))

@@ -45,6 +45,7 @@ NAME = re.compile(r"[A-Za-z_][\w/]*(\.\w+)*", re.ASCII)
 MOST_RUNS = 1000  # points of a grid
 KEPT_NAMES = (".", "..", "cells", "cache")  # below results_dir, used by the harness itself
 LONGEST_NAME = 200  # bytes; file systems allow 255, and files being written have longer names for a moment
+LONGEST_WORD = 10_000  # characters of a setting: Hydra's grammar takes seconds for more
 LARGEST_INTEGER = 2**63 - 1
 
 
@@ -171,6 +172,10 @@ def _read(word: str, registry: Registry) -> Override:
         raise UserError(f"cannot use {quoted(word)}: settings are changed with name=value, none is added or deleted")
     if "=" not in word:
         raise UserError(f"{quoted(word)} is not a setting. A setting reads name=value{_meant(word, registry)}")
+    if len(name := word.partition("=")[0]) > LONGEST_NAME:  # Hydra looks for a file of this name
+        raise UserError(f"no setting {quoted(name)}: its name has {len(name):,} characters")
+    if len(word) > LONGEST_WORD:
+        raise UserError(f"{quoted(word)} has {len(word):,} characters, a setting has at most {LONGEST_WORD:,}")
     try:
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         (setting,) = parser.parse_overrides([word])
@@ -208,7 +213,7 @@ def _grid(settings: list[Override], registry: Registry) -> list[list[Override]]:
         raise UserError(f"the sweeps span more than {MOST_RUNS:,} runs")
     points = [list(point) for point in itertools.product(*axes)]
     for setting in itertools.chain.from_iterable(axes):
-        _check_choice(setting)
+        _check_choice(setting, registry)
     return points
 
 
@@ -225,7 +230,7 @@ def _values(setting: Override, registry: Registry) -> list[Override]:
     return [_read(f"{setting.get_key_element()}={value}", registry) for value in values]
 
 
-def _check_choice(setting: Override) -> None:
+def _check_choice(setting: Override, registry: Registry) -> None:
     key = setting.key_or_group
     if key not in CHOICES:
         return
@@ -234,7 +239,7 @@ def _check_choice(setting: Override) -> None:
     possible = GlobalHydra.instance().config_loader().get_group_options(key)
     for name in names:
         if name not in possible:
-            raise unknown(key.removesuffix("s"), "null" if name is None else str(name), possible)
+            raise registry.no(key.removesuffix("s"), "null" if name is None else str(name), possible)
     if key != "methods" and len(names) != 1:
         every = ",".join(map(str, names))
         raise UserError(f"{key} takes one name, got [{every}]. For one after the other write {key}={every or 'NAME'}")
@@ -336,6 +341,10 @@ def _instantiate(config: DictConfig) -> RunConfig:
         _check_numbers(path, node)
     run = OmegaConf.to_object(config)
     assert isinstance(run, RunConfig)
+    try:
+        OmegaConf.structured(run)
+    except OmegaConfBaseException as error:  # an interpolation may bring a value of another type
+        raise UserError(f"{error.full_key or 'settings'}: {_first_line(error)}") from error
     return run
 
 

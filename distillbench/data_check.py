@@ -151,6 +151,11 @@ def _duplicates(dataset: FileDataset) -> list[list[str]]:
     return [[dataset.reader.name(i) for i in group] for group in groups.values() if len(group) > 1]
 
 
+def printable(text: str) -> str:
+    """`text` with what would move a terminal's cursor, or is no text at all, spelled out: names come from strangers."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def grid_picture(images: Tensor) -> Image.Image:
     """The first images (N,C,H,W) uint8, `COLUMNS` a line, each line with the number of its first."""
     lines = images[: COLUMNS * ROWS].split(COLUMNS)
@@ -178,7 +183,7 @@ def command(settings: Sequence[str], registry: Registry, grid: Path | None, cons
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in report.lines():
-        table.add_row(name, value)
+        table.add_row(name, printable(value))
     with console.capture() as captured:
         console.print(table, markup=False)
     console.print("\n".join(line.rstrip() for line in captured.get().splitlines()), markup=False)

@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from distillbench.denoiser import SIGMA_DATA
-from distillbench.errors import UserError, unknown
+from distillbench.errors import UserError, quoted, unknown
 from distillbench.files import key_of
 from distillbench.schedules import BETAS, VE, DiscreteBetas, FlowMatching, NoiseSchedule
 from distillbench.teachers import Clip
 
+MOST_STEPS = 100_000  # of a training process
 FINAL_SIGNAL = 2.0**-40  # abar_T where the config says 0: alpha = 1e-6, log(sigma/alpha) = 13.9 and not infinite
 
 
@@ -143,6 +144,9 @@ def betas(config: Mapping[str, Any]) -> Tensor:
         name = config["beta_schedule"]
         if name not in BETA_SCHEDULES:
             raise unknown("beta_schedule", str(name), BETA_SCHEDULES, " in the scheduler's config")
+        steps = config["num_train_timesteps"]
+        if type(steps) is not int or not 2 <= steps <= MOST_STEPS:
+            raise ValueError(f"num_train_timesteps is {quoted(str(steps))}, possible: 2 to {MOST_STEPS:,}")
         table = BETA_SCHEDULES[name](config["beta_start"], config["beta_end"], config["num_train_timesteps"])
     return _zero_terminal_snr(table) if config.get("rescale_betas_zero_snr") else table
 
@@ -284,8 +288,8 @@ def read_config(config: Mapping[str, Any]) -> Reading:
         raise unknown("scheduler", name, SCHEDULERS)
     try:
         return SCHEDULERS[name](with_defaults(name, config))
-    except (TypeError, ValueError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the config of {name} cannot be read: {why}") from error
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # reports need files and no tensors
 
 TEMPORARY = ".writing-"  # begins the name of a file that is not whole yet
 
-__all__ = ["canonical_json", "key_of", "sha256_file", "sha256_tensors", "write_atomically"]
+__all__ = ["canonical_json", "key_of", "sha256_file", "sha256_tensors", "signed", "write_atomically"]
 
 
 def canonical_json(value: Any) -> str:
@@ -28,6 +28,12 @@ def canonical_json(value: Any) -> str:
 def key_of(value: Any) -> str:
     """The name of a plain value: 16 hexadecimal digits of the SHA-256 of its canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def signed(plain: dict[str, Any]) -> dict[str, Any]:
+    """Plain values with the SHA-256 of all of them as ``sha256``: ``plain == signed(plain)`` unless it is damaged."""
+    rest = {name: value for name, value in plain.items() if name != "sha256"}
+    return rest | {"sha256": hashlib.sha256(canonical_json(rest).encode()).hexdigest()}
 
 
 def sha256_file(path: Path) -> str:

@@ -29,6 +29,8 @@ from distillbench.errors import UserError, nearest, quoted
 from distillbench.files import canonical_json
 from distillbench.options import option, require_between, require_one_of, require_positive
 from distillbench.readers import (
+    DAMAGE,
+    LARGEST_IMAGE,
     SUFFIXES,
     FolderReader,
     HubReader,
@@ -44,6 +46,7 @@ from distillbench.readers import (
 __all__ = ["FileConfig", "FileDataset"]
 
 HUB = "hub:"
+MOST_CLASSES = 2**20
 LABELS = ("auto", "folders", "captions", "none")
 CROPS = {"center": "centre crop", "none": "no crop"}
 ADM = "adm"
@@ -90,16 +93,20 @@ def open_source(path: str, split: str = "all", labels: str = "auto", download: b
 
 
 def _open_path(path: Path, split: str, labels: str) -> Reader:
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise trouble(f"cannot look at {quoted(str(path))}: {error.strerror}") from error
+    if is_folder:
         return _open_folder(path, split, labels)
-    if not path.is_file():
+    if not is_file:
         raise trouble(f"no folder {str(path)!r}, and no file of that name.{_neighbour(path)}")
     try:
         with open(path, "rb") as file:
             start = file.read(8)
         with open_plain(path) as file:
             content = file.read(8)
-    except (OSError, EOFError) as error:
+    except DAMAGE as error:
         raise trouble(f"cannot read {str(path)!r}: {error}") from error
     if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return open_npz([path], split) if path.suffix == ".npz" else ZipReader(path, split, labels)
@@ -117,7 +124,7 @@ def _open_path(path: Path, split: str, labels: str) -> Reader:
 def _is_tar(path: Path) -> bool:
     try:
         return tarfile.is_tarfile(path)
-    except OSError:
+    except DAMAGE:
         return False
 
 
@@ -133,7 +140,7 @@ def _open_folder(path: Path, split: str, labels: str) -> Reader:
     npz = [file for file in files if file.suffix == ".npz"]
     if npz:
         return open_npz(npz, split)
-    parquet = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.parquet"))
+    parquet = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.parquet") if file.is_file())
     if parquet:
         chosen = of_split(parquet, split, lambda name: [*split_folder(name), Path(name).name], quoted(str(path)))
         return ParquetReader([path / name for name in chosen])
@@ -213,16 +220,18 @@ class Fit:
                 f"(dataset.resize={choices}) or set the resolution"
             )
         if self.resize == ADM:
-            return self._resized_as_adm(image)
+            return self._resized_as_adm(image, name)
         if width != height:  # cut first: a resize of Pillow's `box` would see pixels beyond it
             image = image.crop((left, top, left + side, top + side))
         return image if self.resize == "none" else image.resize((self.side, self.side), FILTERS[self.resize])
 
-    def _resized_as_adm(self, image: Image.Image) -> Image.Image:
+    def _resized_as_adm(self, image: Image.Image, name: str) -> Image.Image:
         """Halve by averages while that leaves enough, resize the shorter side, crop the centre."""
         while min(image.size) >= 2 * self.side:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         scale = self.side / min(image.size)
+        if image.width * image.height * scale**2 > LARGEST_IMAGE:
+            raise trouble(f"{quoted(name)} is {image.width}x{image.height}: too long to be resized by {ADM}")
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         left, top = (image.width - self.side) // 2, (image.height - self.side) // 2
         return image.crop((left, top, left + self.side, top + self.side))
@@ -309,6 +318,8 @@ class FileDataset(Dataset):
         if self.reader.labels is not None:
             self.targets = torch.from_numpy(self.reader.labels)
             found = int(self.targets.max()) + 1
+            if found > MOST_CLASSES:
+                raise trouble(f"a label is {found - 1:,}: at most {MOST_CLASSES:,} classes are read")
             self.classes = self.known_classes or found
             if found > self.classes:
                 raise trouble(f"a label is {found - 1}, and {self.name} has the classes 0 to {self.classes - 1}")

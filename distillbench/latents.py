@@ -5,7 +5,6 @@ Encoding a dataset is preparation of data, like resizing it: it is done before t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from distillbench.datasets import Dataset, to_float
 from distillbench.files import key_of, write_atomically
+from distillbench.kept_tensors import read_array, seal_array
 from distillbench.progress import Progress
 from distillbench.teachers import Teacher
 
@@ -51,8 +51,7 @@ def as_trained_on(dataset: Dataset, teacher: Teacher, cache: Path, device: str, 
     rows = _found(file, shape)
     if rows is None:
         write_atomically(file, lambda path: _encode(dataset, teacher, Path(path), shape, device, progress))
-        sidecar = json.dumps(recipe, indent=2)
-        write_atomically(file.with_suffix(".json"), lambda path: Path(path).write_text(sidecar))
+        seal_array(file, recipe)
         rows = np.load(file, mmap_mode="r")
     return Latents(dataset, rows)
 
@@ -67,8 +66,8 @@ def placeholder(dataset: Dataset, teacher: Teacher) -> Dataset:
 def _found(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The latents in `file`; None where there are none, or others."""
     try:
-        rows = np.load(file, mmap_mode="r")
-    except (OSError, ValueError):
+        rows = read_array(file)
+    except ValueError:
         return None
     return rows if rows.shape == shape and rows.dtype == np.float32 else None
 

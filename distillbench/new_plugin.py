@@ -40,8 +40,8 @@ def new_plugin(name: str, kind: str, output: Path | None = None, taken: Collecti
         parent = next(folder for folder in target.parents if folder.exists())
         with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}.") as scratch:
             _move(_rendered(answers, Path(scratch) / "package"), target)
-    except OSError as error:
-        raise UserError(f"cannot write to {str(target)!r}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a path with a null character is a ValueError
+        raise UserError(f"cannot write to {str(target)!r}: {getattr(error, 'strerror', None) or error}") from error
     return target
 
 

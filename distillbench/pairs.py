@@ -20,7 +20,7 @@ from torch import Tensor
 from distillbench.budget import Meter
 from distillbench.conditions import WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.energy import Energy, energy
-from distillbench.files import canonical_json, sha256_file, write_atomically
+from distillbench.files import canonical_json, sha256_file, signed, write_atomically
 from distillbench.noise import Noise, stream_key
 from distillbench.progress import Progress
 from distillbench.teachers import Teacher
@@ -129,11 +129,9 @@ class Workspace:
 
     def _keep(self, folder: Path, recipe: dict[str, Any], targets: Tensor) -> None:
         write_atomically(folder / "targets.safetensors", lambda path: save_file({"x_0": targets}, path))
-        manifest = {
-            "recipe": recipe,
-            "targets_sha256": sha256_file(folder / "targets.safetensors"),
-            **self._made,
-        }
+        manifest = signed(
+            {"recipe": recipe, "targets_sha256": sha256_file(folder / "targets.safetensors"), **self._made}
+        )
         text = json.dumps(manifest, indent=2)
         write_atomically(folder / "manifest.json", lambda path: Path(path).write_text(text))
 
@@ -142,9 +140,13 @@ class Workspace:
             manifest = json.loads((folder / "manifest.json").read_text())
             if manifest["recipe"] != recipe:
                 return None
+            if manifest != signed(manifest):
+                raise ValueError("the manifest's checksum is wrong")
             if manifest["targets_sha256"] != sha256_file(folder / "targets.safetensors"):
                 raise ValueError("checksum")
             targets = load_file(folder / "targets.safetensors")["x_0"]
+            if targets.shape != (recipe["count"], *self.teacher.shape) or targets.dtype != torch.float32:
+                raise ValueError(f"targets {tuple(targets.shape)}")
             seconds, teacher_seconds = float(manifest["seconds"]), float(manifest["teacher_seconds"])
             joules = None if manifest["joules"] is None else float(manifest["joules"])
             used = Energy(joules, f"the pairs that were found: {manifest['no_joules']}" if joules is None else "")
@@ -152,6 +154,6 @@ class Workspace:
             return targets
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError, OSError) as error:
             self.progress.say(f"the pairs in {folder} are damaged ({error}); they are made again")
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distillbench.files import key_of, write_atomically
+from distillbench.kept_tensors import read_array, seal_array
 from distillbench.progress import Progress
 
 BATCH = 16
@@ -57,17 +57,18 @@ def encode_prompts(
     known = _found(file, len(prompts) + 1)
     if known is None:
         write_atomically(file, lambda path: _write(prompts, encode, Path(path), progress))
-        write_atomically(file.with_suffix(".json"), lambda path: Path(path).write_text(json.dumps(recipe, indent=2)))
+        seal_array(file, recipe)
         known = EncodedPrompts(file)
     return known
 
 
 def _found(file: Path, rows: int) -> EncodedPrompts | None:
     try:
-        known = EncodedPrompts(file)
-    except (OSError, ValueError):
+        table = read_array(file)
+    except ValueError:
         return None
-    return known if len(known.rows) == rows and known.rows.ndim == 3 else None
+    fits = table.ndim == 3 and len(table) == rows and table.dtype == np.float32
+    return EncodedPrompts(file) if fits else None
 
 
 def _write(prompts: Sequence[str], encode: Encode, path: Path, progress: Progress) -> None:

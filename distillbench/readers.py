@@ -12,29 +12,38 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import lzma
 import math
 import os
+import stat
 import struct
 import threading
+import warnings
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from distillbench.errors import UserError, nearest, quoted
 
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # all that is decoded, whatever a file is called
-LARGEST_FILE = 2**28  # bytes of one encoded image
+LARGEST_FILE = 2**28  # bytes of one encoded image, and of a file of labels or captions
+LARGEST_IMAGE = Image.MAX_IMAGE_PIXELS or 2**26  # pixels; Pillow warns from there, and here that is an error
+LONGEST_REASON = 300  # characters of what a library says
+PNG_DEPTH = 24  # where a PNG has the bits of a channel
 KEPT_ROWS = 2**30  # bytes of parquet row groups that are kept decompressed
 SPLITS = {"train": ("train", "training", "data"), "test": ("test", "t10k", "val", "valid", "validation")}  # their names
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "png")
@@ -44,8 +53,11 @@ CAPTION_COLUMNS = ("text", "caption", "prompt")
 # What decoders raise at damaged files.
 DAMAGE = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, RuntimeError, NotImplementedError),
-    *(struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError),
+    *(ArithmeticError, MemoryError, AssertionError, AttributeError),
+    *(struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 T = TypeVar("T")
 
@@ -102,13 +114,21 @@ def trouble(message: str) -> UserError:
 def unreadable(name: str, error: Exception) -> UserError:
     """`name` cannot be read as an image, in words that hold no address of an object."""
     why = "no image format is recognised" if isinstance(error, UnidentifiedImageError) else str(error)
-    return trouble(f"cannot read {name!r} as an image: {why or type(error).__name__}")
+    return trouble(f"cannot read {quoted(name)} as an image: {why[:LONGEST_REASON] or type(error).__name__}")
 
 
 def decode(data: bytes, name: str) -> Image.Image:
     """The image in `data`. Raises UserError."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > LARGEST_IMAGE:
+            raise ValueError(f"it has {image.width:,} x {image.height:,} pixels, at most {LARGEST_IMAGE:,} are read")
+        if image.format in ("PNG", "WEBP") and image.is_animated:  # type: ignore[attr-defined]
+            raise ValueError(f"it is an animation of {image.n_frames:,} pictures")  # type: ignore[attr-defined]
+        if image.format == "PNG":
+            if data[PNG_DEPTH] > 8 and not image.mode.startswith("I"):  # Pillow drops half the bits of colours
+                raise ValueError("it has more than 8 bits a channel: convert it to 8 bits")
+            Image.open(io.BytesIO(data), formats=("PNG",)).verify()  # compares checksums, which load() does not
         image.load()
     except DAMAGE as error:
         raise unreadable(name, error) from error
@@ -186,16 +206,26 @@ class FolderReader(EncodedReader):
         if not self.names:
             raise trouble(f"no image ({', '.join(sorted(SUFFIXES))}) below {str(root)!r}{_packed(every)}")
         self.root = root
-        _annotate(self, set(every), lambda name: (root / name).read_bytes(), labels)
+        _annotate(self, set(every), lambda name: read_inside(root, name), labels)
 
     def data(self, index: int) -> bytes:
         name = self.names[index]
-        path = self.root / name
         try:
-            _check_size(name, path.stat().st_size)
-            return path.read_bytes()
-        except OSError as error:
+            return read_inside(self.root, name)
+        except DAMAGE as error:
             raise unreadable(name, error) from error
+
+
+def read_inside(root: Path, name: str) -> bytes:
+    """The content of the file `name` below `root`. Raises ValueError for what is no file of its own in there."""
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"it leads out of the folder {str(root)!r}: copy the file there")
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no file")
+    _check_size(found.st_size)
+    return path.read_bytes()
 
 
 def _relative(folder: str, file: str, root: Path) -> str:
@@ -208,19 +238,24 @@ class ZipReader(EncodedReader):
     def __init__(self, path: Path, split: str, labels: str) -> None:
         self.path = path
         self._open()
-        every = [info.filename for info in self._zip.infolist() if not info.is_dir()]
+        every = [info.filename for info in self._zip.infolist() if not info.filename.endswith("/")]
+        if len(set(every)) != len(every):
+            again = next(name for name, count in Counter(every).items() if count > 1)
+            raise trouble(f"{path.name!r} is a zip that has {quoted(again)} twice")
         super().__init__(_images(every, split, repr(path.name)))
         if not self.names:
             raise trouble(f"no image ({', '.join(sorted(SUFFIXES))}) in {str(path)!r}")
         self._infos = [self._zip.getinfo(name) for name in self.names]
-        _annotate(self, set(every), self._zip.read, labels)
+        _annotate(self, set(every), lambda name: self._read(self._zip.getinfo(name)), labels)
         self.kind = "zip of images" if self.labels is None else "zip of images with labels"
 
     def _open(self) -> None:
         try:
             self._zip = zipfile.ZipFile(self.path)
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
-            raise trouble(f"{str(self.path)!r} is a zip that is damaged or cut off: {error}") from error
+        except DAMAGE as error:
+            raise trouble(
+                f"{str(self.path)!r} is a zip that is damaged or cut off: {str(error)[:LONGEST_REASON]}"
+            ) from error
         self._lock = threading.Lock()  # decoding is what takes time, and needs no lock
 
     def __getstate__(self) -> dict[str, Any]:
@@ -233,20 +268,27 @@ class ZipReader(EncodedReader):
     def data(self, index: int) -> bytes:
         info = self._infos[index]
         try:
-            _check_size(info.filename, info.file_size)
-            with self._lock:
-                return self._zip.read(info)
+            return self._read(info)
         except DAMAGE as error:
             raise unreadable(info.filename, error) from error
+
+    def _read(self, info: zipfile.ZipInfo) -> bytes:
+        """A member, and of one that goes on beyond its size no more than that."""
+        _check_size(info.file_size)
+        with self._lock, self._zip.open(info) as file:
+            data = file.read(info.file_size)
+        if len(data) != info.file_size:
+            raise ValueError("it is cut off")
+        return data
 
     def checksum(self, index: int) -> tuple[int, int]:
         info = self._infos[index]  # of the central directory: nothing else is read
         return info.CRC, info.file_size
 
 
-def _check_size(name: str, size: int) -> None:
+def _check_size(size: int) -> None:
     if size > LARGEST_FILE:
-        raise trouble(f"cannot read {name!r} as an image: it has {size:,} bytes, no image file is that large")
+        raise ValueError(f"it has {size:,} bytes, at most {LARGEST_FILE:,} are read")
 
 
 def _images(every: Iterable[str], split: str, what: str) -> list[str]:
@@ -313,6 +355,20 @@ def _label_by_json(reader: EncodedReader, file: str, read: Callable[[str], bytes
 
 
 def _caption(reader: EncodedReader, every: set[str], read: Callable[[str], bytes]) -> None:
+    reader.captions = _captions(reader, every, read)
+    check_texts(reader.captions or (), "a caption")
+
+
+def check_texts(texts: Iterable[str], what: str) -> None:
+    """Raise UserError for halves of surrogate pairs, which JSON can spell and no text encoder takes."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise trouble(f"{what} is no text: {quoted(text)}") from error
+
+
+def _captions(reader: EncodedReader, every: set[str], read: Callable[[str], bytes]) -> list[str] | None:
     """From metadata.jsonl as the `datasets` library has it (file_name, text), or from NAME.txt beside NAME.png."""
     file = _beside(every, "metadata.jsonl")
     if file is not None:
@@ -325,14 +381,14 @@ def _caption(reader: EncodedReader, every: set[str], read: Callable[[str], bytes
                     wanted = f"file_name and one of {', '.join(CAPTION_COLUMNS)}"
                     raise trouble(f"{file}, line {number}: needs {wanted}, got {quoted(line)}")
                 pairs.append((entry["file_name"], str(entry[column])))
-        reader.captions = _by_name(reader, file, pairs, "a caption")
-        return
+        return _by_name(reader, file, pairs, "a caption")
     beside = [os.path.splitext(name)[0] + ".txt" for name in reader.names]
     there = [name in every for name in beside]
-    if any(there):
-        if not all(there):
-            raise trouble(f"no caption {beside[there.index(False)]!r}, while other images have theirs")
-        reader.captions = [" ".join(_text(read, name).split()) for name in beside]
+    if not any(there):
+        return None
+    if not all(there):
+        raise trouble(f"no caption {beside[there.index(False)]!r}, while other images have theirs")
+    return [" ".join(_text(read, name).split()) for name in beside]
 
 
 def _by_name(reader: EncodedReader, file: str, pairs: list[tuple[Any, T]], what: str) -> list[T]:
@@ -344,12 +400,12 @@ def _by_name(reader: EncodedReader, file: str, pairs: list[tuple[Any, T]], what:
     if absent:
         more = f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""
         raise trouble(
-            f"{file} names {absent[0]!r}{more}, which is not there.{nearest(absent[0], reader.names[:10_000])}"
+            f"{file} names {quoted(absent[0])}{more}, which is not there.{nearest(absent[0], reader.names[:10_000])}"
         )
     bare = [name for name in reader.names if name not in values]
     if bare:
         more = f" and {len(bare) - 1:,} more" if len(bare) > 1 else ""
-        raise trouble(f"{file} has not {what} for {bare[0]!r}{more}")
+        raise trouble(f"{file} has not {what} for {quoted(bare[0])}{more}")
     return [values[name] for name in reader.names]
 
 
@@ -357,7 +413,7 @@ def _text(read: Callable[[str], bytes], file: str) -> str:
     try:
         return read(file).decode("utf-8-sig")
     except DAMAGE as error:  # UnicodeDecodeError is a ValueError
-        raise trouble(f"cannot read {file!r} as text: {error}") from error
+        raise trouble(f"cannot read {quoted(file)} as text: {str(error)[:LONGEST_REASON]}") from error
 
 
 def _json(read: Callable[[str], bytes], file: str) -> Any:
@@ -384,8 +440,6 @@ class ParquetReader(EncodedReader):
     kind = "parquet files"
 
     def __init__(self, files: Sequence[Path]) -> None:
-        from pyarrow.parquet import ParquetFile
-
         self.files = list(files)
         self._groups: list[tuple[int, int]] = []  # number of the file, and of the group in it
         self._kept: OrderedDict[int, Any] = OrderedDict()
@@ -393,10 +447,12 @@ class ParquetReader(EncodedReader):
         labels: list[np.ndarray] = []
         captions: list[str] = []
         for number, path in enumerate(self.files):
-            with _table_errors(path), ParquetFile(path) as file:
+            with _table_errors(path), _parquet(path) as file:
                 columns = file.schema_arrow.names
                 self.column = _column(columns, IMAGE_COLUMNS, path.name)
                 groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+                if min(groups, default=0) < 0 or sum(groups) > path.stat().st_size:  # an image has a byte at least
+                    raise ValueError(f"it says that it has {sum(groups):,} rows")
                 label = next((c for c in LABEL_COLUMNS if c in columns), None)
                 caption = next((c for c in CAPTION_COLUMNS if c in columns), None)
                 if label is not None:
@@ -413,6 +469,7 @@ class ParquetReader(EncodedReader):
         super().__init__(range(total))  # type: ignore[arg-type]  # rows have numbers, no names
         self.labels = np.concatenate(labels) if sum(map(len, labels)) == total else None
         self.captions = captions if len(captions) == total else None
+        check_texts(captions, f"{self.files[0].name!r}: a caption")
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -437,14 +494,20 @@ class ParquetReader(EncodedReader):
             self._kept[group] = rows
             while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_ROWS:
                 self._kept.popitem(last=False)
-        return stored(rows[row].as_py(), self.name(index))
+        with _table_errors(self.files[self._groups[group][0]]):
+            cell = rows[row].as_py()
+        return stored(cell, self.name(index), self.files[self._groups[group][0]].parent)
 
     def _read(self, group: int) -> Any:
-        from pyarrow.parquet import ParquetFile
-
         number, inside = self._groups[group]
-        with _table_errors(self.files[number]), ParquetFile(self.files[number]) as file:
+        with _table_errors(self.files[number]), _parquet(self.files[number]) as file:
             return file.read_row_group(inside, [self.column])[self.column]
+
+
+def _parquet(path: Path) -> ParquetFile:
+    from pyarrow.parquet import ParquetFile
+
+    return ParquetFile(path, page_checksum_verification=True)
 
 
 class _table_errors:
@@ -457,17 +520,18 @@ class _table_errors:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (*DAMAGE, MemoryError)):  # ArrowInvalid is a ValueError
-            raise trouble(f"cannot read {self.path.name!r} as parquet: {str(error).splitlines()[0]}") from error
+        if isinstance(error, Exception) and not isinstance(error, UserError):  # pyarrow raises much for a damaged file
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise trouble(f"cannot read {self.path.name!r} as parquet: {why[:LONGEST_REASON]}") from error
 
 
-def stored(cell: Any, name: str) -> bytes:
-    """The encoded image in a table's cell: bytes, or {"bytes": ..., "path": ...}."""
+def stored(cell: Any, name: str, folder: Path) -> bytes:
+    """The encoded image in a table's cell: bytes, or {"bytes": ..., "path": ...} with a path below `folder`."""
     data = cell.get("bytes") if isinstance(cell, dict) else cell
-    if data is None and isinstance(cell, dict) and cell.get("path"):
+    if data is None and isinstance(cell, dict) and isinstance(cell.get("path"), str):
         try:
-            data = Path(cell["path"]).read_bytes()
-        except OSError as error:
+            data = read_inside(folder, cell["path"])
+        except DAMAGE as error:
             raise unreadable(name, error) from error
     if not isinstance(data, bytes):
         raise trouble(f"cannot read {name!r} as an image: it holds {type(data).__name__}, no encoded image")
@@ -478,7 +542,9 @@ def class_numbers(values: Sequence[Any], where: str) -> np.ndarray:
     """Labels (N,) int64. Raises UserError unless all are classes 0, 1, ..."""
     wrong = next((v for v in values if not isinstance(v, int | np.integer) or isinstance(v, bool) or v < 0), None)
     if wrong is not None or None in values:
-        raise trouble(f"{where}: labels must be classes 0, 1, ..., got {wrong!r}")
+        raise trouble(f"{where}: labels must be classes 0, 1, ..., got {quoted(repr(wrong))}")
+    if max(values, default=0) >= 2**31:
+        raise trouble(f"{where}: labels must be classes 0, 1, ..., got {max(values)}")
     return np.array(values, dtype=np.int64)
 
 
@@ -492,8 +558,9 @@ def _column(columns: Sequence[str], wanted: Sequence[str], where: str) -> str:
 def _names_in(metadata: dict[bytes, bytes], label: str) -> Sequence[str]:
     """The names of classes that the `datasets` library leaves in a parquet file."""
     try:
-        return json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
-    except (KeyError, ValueError, TypeError):
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+    except (KeyError, ValueError, TypeError, RecursionError):
         return ()
 
 
@@ -527,4 +594,4 @@ class HubReader(EncodedReader):
         return f"{self.dataset} row {index}"
 
     def data(self, index: int) -> bytes:
-        return stored(self.rows[index][self.column], self.name(index))
+        return stored(self.rows[index][self.column], self.name(index), Path("/"))

@@ -8,7 +8,6 @@ refused.
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distillbench.datasets import Dataset, to_uint8
-from distillbench.errors import Unavailable, UserError
+from distillbench.errors import Unavailable, UserError, quoted
 from distillbench.features import FeatureNetwork, ImageSet, Networks
 from distillbench.files import key_of, sha256_file, write_atomically
 from distillbench.frechet import GaussianStatistics
+from distillbench.kept_tensors import read_tensors, write_tensors
+from distillbench.npz_files import Npz
 
 BATCH = 256  # images read at a time
+LARGEST = 2**29  # bytes of an array in a file: 8,192 features
 PIXELS = ("dataset", "dataset_sha256", "split", "shape", "resizer")  # what provenance says of the images
 EYES = ("network", "protocol", "weights_sha256")  # and of the network
 
@@ -59,15 +59,17 @@ def write_reference(path: Path, statistics: GaussianStatistics, provenance: dict
 def read_reference(path: Path) -> ReferenceFile:
     """Read an .npz of ours, of pytorch-fid or of EDM. Raises UserError for what is not one."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = [name for name in ("mu", "sigma") if name not in arrays]
-            if missing:
-                raise UserError(f"{path.name}: no array {missing[0]!r}; a reference holds mu and sigma")
-            mu, sigma = np.asarray(arrays["mu"]), np.asarray(arrays["sigma"])
-            provenance = json.loads(str(arrays["provenance"])) if "provenance" in arrays else {}
+        arrays = Npz(path)
+        missing = [name for name in ("mu", "sigma") if name not in arrays.names]
+        if missing:
+            raise UserError(f"{path.name}: no array {missing[0]!r}; a reference holds mu and sigma")
+        if any(info.file_size > LARGEST for info in arrays.infos.values()):
+            raise ValueError(f"an array has more than {LARGEST:,} bytes, no network has so many features")
+        mu, sigma = arrays["mu"], arrays["sigma"]
+        provenance = json.loads(str(arrays["provenance"])) if "provenance" in arrays.names else {}
     except FileNotFoundError:
         raise UserError(f"no reference file {str(path)!r}") from None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path.name} cannot be read as a reference (.npz with mu and sigma): {error}") from error
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not len(mu):
         raise UserError(f"{path.name}: mu (D,) and sigma (D,D) do not fit, got {mu.shape} and {sigma.shape}")
@@ -79,7 +81,9 @@ def read_reference(path: Path) -> ReferenceFile:
     if not isinstance(provenance, dict):
         raise UserError(f"{path.name}: provenance is not a JSON object")
     n = provenance.get("images", 0)
-    statistics = GaussianStatistics(int(n), torch.from_numpy(mu), given=torch.from_numpy(sigma))
+    if type(n) is not int or not 0 <= n < 2**53:
+        raise UserError(f"{path.name}: provenance must say of how many images it is, got {quoted(repr(n))}")
+    statistics = GaussianStatistics(n, torch.from_numpy(mu), given=torch.from_numpy(sigma))
     return ReferenceFile(path, statistics, provenance, sha256_file(path))
 
 
@@ -160,16 +164,15 @@ class RealImages(ImageSet):
         self._statistics[network] = self._statistics[network].dense()  # as the file has it: the same numbers next time
         write_reference(path, self._statistics[network], wanted)
         if keep:
-            tensors = {"features": self._features[network].contiguous()}
-            write_atomically(_beside(path), lambda temporary: save_file(tensors, temporary))
+            write_tensors(_beside(path), {"features": self._features[network].contiguous()})
 
     def _found(self, network: type[FeatureNetwork], path: Path, wanted: dict[str, Any], keep: bool) -> bool:
         """Read what is kept; False if it is not there, not whole or lacks the features that are asked for."""
         try:
             file = read_reference(path)
             check_reference(file, wanted, network.width)
-            features = load_file(_beside(path))["features"] if keep else None
-        except (UserError, OSError, SafetensorError, KeyError):
+            features = read_tensors(_beside(path))["features"] if keep else None
+        except (UserError, OSError, ValueError, KeyError):
             return False
         if features is not None:
             if features.shape != (self.count, network.width):

@@ -37,6 +37,7 @@ from distillbench.teachers import TeacherConfig, TeacherSource
 
 GROUP = "distillbench"
 FILE = "file"  # the distribution of a plugin that is one file
+LARGEST_FILE = 2**24  # bytes of a plugin
 ONLY = "DISTILLBENCH_PLUGINS"  # patterns of the plugins to load, separated by commas
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -188,7 +189,10 @@ def in_folders(folders: Iterable[Path]) -> list[Source]:
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
         if not folder.is_dir():
             raise UserError(f"the plugins folder {quoted(str(folder))} is not a folder")
-        files = sorted(folder.glob("*.py"))
+        files = sorted(file for file in folder.glob("*.py") if file.is_file())
+        for file in files:
+            if file.stat().st_size > LARGEST_FILE:
+                raise UserError(f"{quoted(str(file))} is too large for a plugin: at most {LARGEST_FILE >> 20} MiB")
         helpers = tuple(file for file in files if file.name.startswith("_"))
         if len(files) == len(helpers):
             raise UserError(f"the plugins folder {quoted(str(folder))} holds no plugin, a file NAME.py")

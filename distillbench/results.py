@@ -12,7 +12,6 @@ results_dir/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ConfigDict
 
-from distillbench.files import canonical_json, key_of, write_atomically
+from distillbench.files import key_of, signed, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -184,12 +183,6 @@ def write_record(path: Path, record: BaseModel) -> None:
     write_atomically(path, lambda temporary: Path(temporary).write_text(text))
 
 
-def signed(plain: dict[str, Any]) -> dict[str, Any]:
-    """A record's values with the SHA-256 of all others as ``sha256``."""
-    rest = {name: value for name, value in plain.items() if name != "sha256"}
-    return rest | {"sha256": hashlib.sha256(canonical_json(rest).encode()).hexdigest()}
-
-
 def load_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
     """The record at `path`. Raises FileNotFoundError, or ValueError where it is damaged or of another version."""
     try:
@@ -343,7 +336,9 @@ def _typed(rows: list[dict[str, Any]], types: dict[str, str]) -> pd.DataFrame:
 def write_table(table: pd.DataFrame, folder: Path, name: str = "table") -> None:
     """<name>.csv and <name>.parquet."""
     write_atomically(folder / f"{name}.csv", lambda path: table.to_csv(path, index=False))
-    write_atomically(folder / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
+    write_atomically(
+        folder / f"{name}.parquet", lambda path: table.to_parquet(path, index=False, write_page_checksum=True)
+    )
 
 
 def link_or_copy(source: Path, target: Path) -> None:

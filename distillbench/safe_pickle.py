@@ -14,13 +14,14 @@ the file.
 from __future__ import annotations
 
 import pickletools
+import reprlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -34,6 +35,14 @@ DAMAGED = ArithmeticError, AttributeError, LookupError, MemoryError, OSError, Ru
 
 class Refused(ValueError):
     """What a file asks for that it does not get."""
+
+
+class RefusedName(Refused):
+    """A name that a file asks for, `name`, and that nothing answers."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"asks for {quoted(name)}, which no network needs")
+        self.name = name
 
 
 @dataclass
@@ -57,7 +66,7 @@ class _Dtype:
 
 
 @dataclass
-class _Array:
+class Array:
     """A numpy array whose values come later in the file."""
 
     value: np.ndarray | None = None
@@ -90,18 +99,19 @@ def read_pickle(file: Path, tensors: bool = True) -> Any:
             f"{file.name!r} is refused, and nothing in it was executed: it {error}. Possible: pickles of networks as "
             "in NVIDIA's EDM release, of tensors, numbers, texts and plain containers"
         ) from error
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as e:
+    except DAMAGED as e:
         why = f"{type(e).__name__}: {e}".splitlines()[0][: 4 * LONGEST_QUOTE]
         raise UserError(f"{file.name!r} is not a readable pickle, or is damaged ({why})") from e
+
+
+def read_arrays(stream: BinaryIO) -> Any:
+    """Plain values and numpy arrays in a pickle of any protocol, the texts of Python 2 as str. Raises ValueError."""
+    try:
+        return _Machine(CALLS_FOR_ARRAYS, old=True).run(pickletools.genops(stream))
+    except Refused:
+        raise
+    except DAMAGED as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 # --- what the names in a file stand for ------------------------------------------------------------------------------
@@ -180,7 +190,7 @@ _KINDS = "biuf"  # numpy's booleans, integers and floating-point numbers
 
 def _dtype(code: Any, align: Any = False, copy: Any = True) -> _Dtype:
     if not (isinstance(code, str) and code[:1] in _KINDS and code[1:] in ("1", "2", "4", "8")):
-        raise Refused(f"has numpy values of the type {quoted(str(code))}")
+        raise Refused(f"has numpy values of the type {quoted(code if isinstance(code, str) else reprlib.repr(code))}")
     return _Dtype(code)
 
 
@@ -190,8 +200,13 @@ def _scalar(dtype: Any, content: Any) -> bool | int | float:
     return np.frombuffer(content, dtype.numpy, count=1).item()
 
 
-def _array(cls: Any, shape: Any, typecode: Any) -> _Array:
-    return _Array()
+def _array(cls: Any, shape: Any, typecode: Any) -> Array:
+    return Array()
+
+
+def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> Array:
+    """How protocol 5 writes arrays."""
+    return Array(_array_of((1, shape, dtype, order == "F", content)))
 
 
 def _collection(make: Callable[[list], Any]) -> Callable[..., Any]:
@@ -247,6 +262,10 @@ _CALLS_ON_META = CALLS | {
     "torch.storage._load_from_bytes": lambda content: _Bytes(),
 }
 
+CALLS_FOR_ARRAYS = {name: call for name, call in CALLS.items() if name.startswith(("numpy.", "_codecs."))} | {
+    f"{module}.numeric._frombuffer": _from_buffer for module in ("numpy.core", "numpy._core")
+}
+
 # torch's modules that hold others: objects of these classes come out as a PersistentObject too.
 CONTAINERS = {f"torch.nn.modules.container.{name}": name for name in ("ModuleDict", "ModuleList", "Sequential")}
 
@@ -290,12 +309,18 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 }
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
+# Of protocols 0 and 1, of Python 2's texts and of protocol 5's buffers: arrays come in them, EDM's networks do not.
+_OLD_VALUES = ("INT", "LONG", "FLOAT", "STRING", "UNICODE", "BINSTRING", "SHORT_BINSTRING", "BYTEARRAY8")
+
 
 class _Machine:
-    """The stack machine of pickle's protocols 2 to 5, as far as it builds values and answers names."""
+    """The stack machine of pickle's protocols 2 to 5, as far as it builds values and answers names.
 
-    def __init__(self, calls: dict[str, Callable[..., Any]]) -> None:
-        self.calls = calls
+    `old`: of protocols 0 and 1 too.
+    """
+
+    def __init__(self, calls: dict[str, Callable[..., Any]], old: bool = False) -> None:
+        self.calls, self.old = calls, old
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -323,6 +348,14 @@ class _Machine:
             **dict.fromkeys(("PROTO", "FRAME"), lambda arg: None),
             **dict.fromkeys(_VALUES, self.push),
         }
+        if self.old:
+            steps |= {
+                "LIST": lambda arg: self.push(self.pop_to_mark()),
+                "DICT": lambda arg: self.push({_key(key): value for key, value in _pairs(self.pop_to_mark())}),
+                "PUT": self.remember,
+                "GET": lambda arg: self.push(self.recall(arg)),
+                **dict.fromkeys(_OLD_VALUES, self.push),
+            }
         for opcode, arg, _ in opcodes:
             name = opcode.name
             if name in _CONSTANTS:
@@ -398,7 +431,7 @@ class _Machine:
             return _Name(full, lambda: PersistentObject(CONTAINERS[full], {}))
         if full in self.calls:
             return _Name(full, self.calls[full])
-        raise Refused(f"asks for {quoted(full)}, which no network needs")
+        raise RefusedName(full)
 
     def call(self, name: Any, args: Any) -> Any:
         """What a name of the file makes of `args`."""
@@ -416,7 +449,7 @@ class _Machine:
             target.state.update(state)
         elif isinstance(target, _Dtype):
             target.order = _byte_order(state)
-        elif isinstance(target, _Array):
+        elif isinstance(target, Array):
             target.value = _array_of(state)
         elif state != {}:  # which a plain dict may have, for it has no attributes
             raise Refused(f"sets attributes of a {type(target).__name__}")
@@ -435,6 +468,7 @@ def _array_of(state: Any) -> np.ndarray:
     if not (isinstance(state, tuple) and len(state) == 5):
         raise Refused("has a numpy array without values")
     _, shape, dtype, columns_first, content = state
-    if not (isinstance(dtype, _Dtype) and isinstance(content, bytes)):
+    content = content.encode("latin1") if isinstance(content, str) else content
+    if not (isinstance(dtype, _Dtype) and isinstance(content, bytes | bytearray)):
         raise Refused("has a numpy array without plain values")
     return np.frombuffer(content, dtype.numpy).reshape(_numbers(shape), order="F" if columns_first else "C")

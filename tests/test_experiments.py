@@ -49,6 +49,7 @@ SMALL = [
     "evaluation.metrics=[teacher_rmse]",
     "evaluation.teacher_steps=[1,2]",
     "evaluation.timing=off",
+    "isolate=false",
     "run_name=here",
 ]
 LESS = {  # where an experiment's own number would take a minute

@@ -13,6 +13,7 @@ from analytic import gaussian_teacher, make_workspace
 from distillbench.budget import Meter
 from distillbench.conditions import UNCONDITIONAL, Condition
 from distillbench.energy import Energy
+from distillbench.files import signed
 from distillbench.noise import Noise, stream_key
 from distillbench.pairs import BATCH, PairStore, Workspace
 from distillbench.progress import Progress
@@ -103,7 +104,7 @@ def test_whose_seconds_they_were_and_their_energy_are_kept(tmp_path):
     price = make(tmp_path)[2].price()
     assert price.teacher_seconds == manifest["teacher_seconds"] and price.student_seconds == 0
     assert make(tmp_path)[2].charged_energy == Energy(None, "the pairs that were found: no GPU in use")
-    file.write_text(json.dumps(manifest | {"joules": 12.5}))
+    file.write_text(json.dumps(signed(manifest | {"joules": 12.5})))
     assert make(tmp_path)[2].charged_energy == Energy(12.5)
 
 
@@ -143,10 +144,10 @@ def cut(folder: Path) -> None:
     os.truncate(folder / "targets.safetensors", 40)
 
 
-def edit_manifest(**values):
+def edit_manifest(sign=signed, **values):
     def edit(folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps(manifest | values))
+        (folder / "manifest.json").write_text(json.dumps(sign(manifest | values)))
 
     return edit
 
@@ -159,6 +160,7 @@ DAMAGES = {
     "half a manifest": lambda folder: os.truncate(folder / "manifest.json", 25),
     "a manifest of another kind": lambda folder: (folder / "manifest.json").write_text("[]"),
     "a manifest of other pairs": edit_manifest(recipe={}),
+    "another price": edit_manifest(sign=dict, seconds=0.5),
     "a price that is no number": edit_manifest(seconds="long"),
     "energy that is no number": edit_manifest(joules="much"),
 }

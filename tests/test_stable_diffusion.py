@@ -265,7 +265,7 @@ def go(results, monkeypatch, *words):
     noted(stable_diffusion.TextEncoder, "__call__", ran.encoded.extend)
     for name in ("encode", "decode"):
         noted(Autoencoder, name, lambda x, name=name: ran.used.append((name, bool(training), len(x))))
-    train = cell.train
+    train = cell_training.train
 
     def watched(method, config, workspace, *more):
         vae, text = method.teacher.parked
@@ -276,7 +276,7 @@ def go(results, monkeypatch, *words):
         finally:
             training.pop()
 
-    monkeypatch.setattr(cell, "train", watched)
+    monkeypatch.setattr(cell_training, "train", watched)
     ran.table = run_here(results, StableDiffusion, *words)
     return ran
 

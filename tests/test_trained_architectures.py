@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distillbench import cli
+from distillbench.builtin import trained
 from distillbench.builtin.trained import Trained
 from distillbench.conditions import Condition, Conditioning
 from distillbench.errors import UserError
@@ -130,3 +131,25 @@ def test_an_architecture_is_the_whole_network(tmp_path, capsys):
     assert "teacher.architecture is the whole network" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot read"):
         source(tmp_path, architecture=str(tmp_path / "none.json")).untrained()
+
+
+def test_a_teachers_training_that_is_cut_off_goes_on(tmp_path, monkeypatch):
+    """Every step keeps a state; the third step's process dies before it."""
+    monkeypatch.setattr(trained, "SECONDS_BETWEEN_STATES", 0.0)
+    config = {"width": 8, "depth": 1, "network": "mlp", "batch_size": 16}
+    whole = source(tmp_path / "whole", **config).load(Progress(None))
+    losses, step = [], trained.DenoisingTraining.train_step
+
+    def dies(self, batch):
+        losses.append(batch)
+        if len(losses) == 3:
+            raise KeyboardInterrupt
+        yield from step(self, batch)
+
+    monkeypatch.setattr(trained.DenoisingTraining, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        source(tmp_path / "cut", **config).load(Progress(None))
+    monkeypatch.setattr(trained.DenoisingTraining, "train_step", step)
+    assert list(tmp_path.glob("cut/*.states/state-000000000032-*"))
+    assert source(tmp_path / "cut", **config).load(Progress(None)).sha256 == whole.sha256
+    assert [path.suffix for path in (tmp_path / "cut").iterdir()] == [".safetensors"]

@@ -229,6 +229,7 @@ class Captions(Dataset):
 
 TINY = [
     "dataset=captions",
+    "isolate=false",
     "conditional=true",
     "budget.images=24",
     "batch_size=8",

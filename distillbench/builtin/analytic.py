@@ -11,12 +11,9 @@ import functools
 import hashlib
 from abc import abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distillbench import Denoiser, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
@@ -26,7 +23,8 @@ from distillbench.conditions import Conditioning
 from distillbench.datasets import to_float
 from distillbench.denoiser import TARGETS
 from distillbench.exact import ExactDenoiser
-from distillbench.files import canonical_json, key_of, sha256_tensors, write_atomically
+from distillbench.files import canonical_json, key_of, sha256_tensors
+from distillbench.kept_tensors import read_tensors, write_tensors
 from distillbench.laws import Gaussian, Law
 from distillbench.networks import NETWORKS, SIZED
 from distillbench.options import require_between, require_one_of
@@ -114,9 +112,9 @@ class Analytic(TeacherSource):
         """Give `start` the weights after fitting, from the cache or made now."""
         file = self.cache / f"{self.name}-{key_of(self._recipe())}.safetensors"
         try:
-            start.load_state_dict(load_file(file))
+            start.load_state_dict(read_tensors(file))
             return
-        except (OSError, SafetensorError, RuntimeError):
+        except (ValueError, RuntimeError):
             pass  # not there, or damaged: it is made (again)
         teacher = self._teacher(start, "untrained")
         training = TeacherTraining(ema_halflife_kimg=self.config.fit_images / 10_000)
@@ -132,7 +130,7 @@ class Analytic(TeacherSource):
         with progress.step(f"students' first weights for teacher={self.name}") as step:
             train(method, training, workspace, read, FIT_BATCH, step)
         tensors = {k: v.detach().cpu().contiguous() for k, v in method.student.network.state_dict().items()}
-        write_atomically(Path(file), lambda path: save_file(tensors, path))
+        write_tensors(file, tensors)
         start.load_state_dict(tensors)
 
 

@@ -30,13 +30,18 @@ from distillbench import Denoiser, Teacher, TeacherConfig, TeacherSource, UserEr
 from distillbench.conditions import Conditioning
 from distillbench.diffusers_networks import AUTOENCODERS, NETWORKS, DiffusersNetwork, check_classes
 from distillbench.diffusers_schedules import Reading, read_config, with_defaults
-from distillbench.errors import unknown
+from distillbench.errors import quoted, unknown
 from distillbench.files import canonical_json, sha256_file
 from distillbench.options import require_one_of
 from distillbench.progress import Progress
 from distillbench.teachers import CLIPS, Clip, PipelineFolder, TeacherPlan
 
 INDEX = "model_index.json"
+LARGEST_JSON = 2**26  # bytes
+LONGEST_REASON = 300  # characters of what a library says
+LARGEST, LONGEST = 2**20, 4096  # of the numbers in a network's config, and of its lists
+DEEPEST = 512  # of the numbers that are of layers
+DEPTHS = ("layers_per_block", "num_layers", "num_hidden_layers", "num_decoder_layers", "transformer_layers_per_block")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 VARIANT = re.compile(r"[\w-]*")
 
@@ -83,7 +88,9 @@ class Index:
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's config, as its file has it."""
-        return read_json(self.place(component) / "config.json", self.name)
+        config = read_json(self.place(component) / "config.json", self.name)
+        _check_numbers(config, f"config.json of {component} of {self.name!r}")
+        return config
 
     def full_config(self, component: str) -> dict[str, Any]:
         """The config of a component of diffusers, with its class's defaults."""
@@ -107,12 +114,30 @@ def read_index(folder: Path, name: str = "") -> Index:
 def read_json(file: Path, name: str) -> dict[str, Any]:
     """A JSON object; raises UserError, in the name of the pipeline, if the file is missing or holds something else."""
     try:
+        if file.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
         plain = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"teacher.path: cannot read {file.name} of {name!r}: {error}") from error
     if not isinstance(plain, dict):
         raise UserError(f"teacher.path: {file.name} of {name!r} is not a JSON object")
     return plain
+
+
+def _check_numbers(value: Any, where: str, name: str = "") -> None:
+    """Raise UserError for a config that no network has: numbers and lists beyond all bounds."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _check_numbers(part, where, key)
+    elif isinstance(value, list):
+        if len(value) > LONGEST:
+            raise UserError(f"teacher.path: {where}: {quoted(name)} has {len(value):,} values, at most {LONGEST:,}")
+        for part in value:
+            _check_numbers(part, where, name)
+    elif isinstance(value, int | float):
+        most = DEEPEST if name in DEPTHS else LARGEST
+        if not -most <= value <= most:
+            raise UserError(f"teacher.path: {where}: {quoted(name)} is {quoted(str(value))}, at most {most:,}")
 
 
 def read_schedule(index: Index) -> tuple[Reading, dict[str, Any]]:
@@ -133,8 +158,15 @@ def weights_files(index: Index, component: str, variant: str = "") -> list[Path]
         return [whole]
     parts = place / f"{base}.safetensors.index{suffix}.json"
     if parts.is_file():
-        names = sorted(set(read_json(parts, index.name).get("weight_map", {}).values()))
-        files = [place / Path(name).name for name in names]
+        weight_map = read_json(parts, index.name).get("weight_map")
+        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise UserError(
+                    f"teacher.path: {parts.name} of {index.name!r} names {quoted(name)}. Possible: .safetensors files "
+                    "beside it"
+                )
+        files = [place / name for name in sorted(names)]
         missing = [file.name for file in files if not file.is_file()]
         if files and not missing:
             return files
@@ -188,29 +220,38 @@ def load_component(index: Index, component: str, variant: str = "") -> Any:
     ours = library(index, component) == "diffusers"
     if ours:
         settings |= {"low_cpu_mem_usage": is_accelerate_available(), "torch_dtype": torch.get_default_dtype()}
+    _check_size(index, component, variant)
     try:
         module, info = _class(index, component).from_pretrained(str(index.place(component)), **settings)
-    except (ImportError, OSError, ValueError, RuntimeError, TypeError) as error:
+    except Exception as error:  # diffusers, transformers and safetensors raise much at what is damaged
         raise _unusable(index, component, first_line(error)) from error
     if lost := [*info["missing_keys"], *info["mismatched_keys"]]:
         raise _unusable(index, component, f"{len(lost)} tensors are missing or of another shape, such as {lost[0]}")
     return module if ours else module.to(torch.get_default_dtype())
 
 
+def _check_size(index: Index, component: str, variant: str) -> None:
+    """Raise UserError before memory is taken, where a component is much larger than its files of weights."""
+    with torch.device("meta"):
+        described = sum(tensor.numel() for tensor in blank_component(index, component).parameters())
+    held = sum(file.stat().st_size for file in weights_files(index, component, variant))
+    if described > held:  # a number takes a byte at least
+        raise _unusable(index, component, f"its config describes {described:,} numbers, its files have {held:,} bytes")
+
+
 def blank_component(index: Index, component: str) -> Any:
     """A component with fresh weights, from torch's generator."""
-    config = index.config(component)
+    config, cls = index.config(component), _class(index, component)
+    ours = library(index, component) == "diffusers"
     try:
-        cls = _class(index, component)
-        ours = library(index, component) == "diffusers"
         return cls.from_config(config) if ours else cls(cls.config_class.from_dict(config))
-    except (ImportError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # and at a config that is none of theirs
         raise _unusable(index, component, first_line(error)) from error
 
 
 def first_line(error: Exception) -> str:
     """What an error of a library says, on one line."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).splitlines()), type(error).__name__)[:LONGEST_REASON]
 
 
 def _unusable(index: Index, component: str, why: str) -> UserError:
@@ -360,7 +401,10 @@ class Diffusers(TeacherSource):
                 f"teacher={self.name} does not read. Possible: {', '.join(self.families)}"
             )
         component = self._denoiser(index)
-        serves = NETWORKS[index.components[component]].serves(index.full_config(component))
+        try:
+            serves = NETWORKS[index.components[component]].serves(index.full_config(component))
+        except (KeyError, TypeError) as error:
+            raise _unusable(index, component, "its config does not say how many classes it knows") from error
         check_classes(serves, self.conditioning.classes, self.conditioning.guided, index.name)
         if self.config.clip != "auto":
             clip = Clip("" if self.config.clip == "none" else self.config.clip)
@@ -375,6 +419,14 @@ class Diffusers(TeacherSource):
 
     def _shapes(self, index: Index) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """C,H,W of what the network denoises, and of the images that it becomes."""
+        try:
+            return self._told_shapes(index)
+        except (KeyError, TypeError, ValueError, OverflowError, MemoryError) as error:
+            raise UserError(
+                f"teacher.path: the configs of {index.name!r} do not say of what shape its images are"
+            ) from error
+
+    def _told_shapes(self, index: Index) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         component, *decoders = self._components(index)
         config = index.full_config(component)
         size = config["sample_size"] or self.dataset.shape[1:]  # one that does not say its size has the dataset's

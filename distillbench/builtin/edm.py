@@ -13,6 +13,7 @@ import functools
 import hashlib
 import inspect
 import math
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +211,7 @@ def _settings(file: Path, model: PersistentObject) -> dict[str, Any]:
         for part in value if isinstance(value, list) else [value]:
             plain = type(part) is str or (type(part) in (int, float) and 0 <= part <= LARGEST)
             if not plain or (isinstance(value, list) and len(value) > LONGEST):
-                raise _unfit(file, f"its {name} is {quoted(str(value))}")
+                raise _unfit(file, f"its {name} is {quoted(reprlib.repr(value))}")
     if settings["in_channels"] != settings["out_channels"]:
         raise _unfit(file, f"it makes {settings['out_channels']} channels of {settings['in_channels']}")
     if settings.get("num_blocks", 0) not in range(LONGEST):

@@ -17,6 +17,7 @@ from distillbench.errors import nearest, quoted, unknown
 from distillbench.files import canonical_json
 from distillbench.options import require_between, require_positive
 
+LARGEST_FILE = 2**30  # bytes
 COLUMNS = ("prompt", "caption", "text")  # of a table or of an object, the first that is there
 
 
@@ -64,20 +65,29 @@ class Prompts(Dataset):
 def read_prompts(path: str, setting: str) -> list[str]:
     """The texts of a file, in order, without empty ones. Raises UserError, with the name of the setting."""
     file = Path(path)
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"{setting}: cannot look at {quoted(path)}: {error.strerror}") from error
+    if not there:
         names = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
         raise UserError(f"{setting}: no file {quoted(path)}.{nearest(file.name, names)}")
     if file.suffix not in READERS:
         raise unknown("kind of file", file.suffix, READERS, f" for prompts ({setting}={file.name})")
     try:
+        if file.stat().st_size > LARGEST_FILE:
+            raise UserError(f"{file.name!r} has more than {LARGEST_FILE:,} bytes")
         texts = READERS[file.suffix](file)
     except UserError as error:
         raise UserError(f"{setting}: {error}") from error
-    except (OSError, ValueError, csv.Error, RecursionError) as error:  # of decoding, JSON and parquet: ValueErrors
+    except Exception as error:  # pyarrow raises much for a damaged file
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{setting}: cannot read {file.name!r}: {first}") from error
     texts = [" ".join(text.split()) for text in texts]
     texts = [text for text in texts if text]
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # which JSON can spell and no encoder takes
+            raise UserError(f"{setting}: half of a surrogate pair in {file.name!r}: {quoted(text)}")
     if not texts:
         raise UserError(f"{setting}: no prompt in {file.name!r}")
     return texts
@@ -119,8 +129,10 @@ def _csv(file: Path) -> list[str]:
 def _parquet(file: Path) -> list[str]:
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(file) as table:
+    with ParquetFile(file, page_checksum_verification=True) as table:
         column = _column(table.schema_arrow.names, repr(file.name))
+        if not 0 <= table.metadata.num_rows <= file.stat().st_size:  # beyond, it is one text again and again
+            raise UserError(f"{file.name!r} says that it has {table.metadata.num_rows:,} rows")
         return [str(text or "") for text in table.read([column])[column].to_pylist()]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +22,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distillbench import Batch, Denoiser, Method, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
 from distillbench.budget import BudgetConfig, Meter
 from distillbench.conditions import Condition, Conditioning
 from distillbench.denoiser import TARGETS
-from distillbench.files import canonical_json, key_of, sha256_tensors, write_atomically
+from distillbench.errors import quoted
+from distillbench.files import canonical_json, key_of, sha256_tensors
+from distillbench.kept_tensors import read_tensors, write_tensors
 from distillbench.method import OptimizerConfig
 from distillbench.networks import NETWORKS, SIZED
 from distillbench.options import require_between, require_one_of, require_positive
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress
+from distillbench.resume import Resume, States
 from distillbench.schedules import SCHEDULES
 from distillbench.teachers import TeacherPlan
 from distillbench.train import DataStream, train
@@ -42,6 +45,9 @@ SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 METADATA = "distillbench_teacher"
 FORMAT = 1
 MLP_UP_TO = 16  # pixels a side
+LARGEST, LONGEST = 65536, 64  # of the numbers that describe a network, and of its lists
+DEEPEST, DEPTHS = 128, ("depth", "layers_per_block", "num_layers")  # of the numbers that are of layers
+KEPT_STATES, SECONDS_BETWEEN_STATES = 2, 300.0  # of a teacher's training, from which it goes on when it was cut off
 FORGOTTEN = 0.1  # share of labels
 
 
@@ -204,12 +210,16 @@ class Trained(TeacherSource):
             fresh, Meter(config.budget, fresh, self.device), self.cache, self.device, config.seed, progress
         )
         data = DataStream(self.dataset, config.seed, self.device)
+        states = States((self.cache / self._name()).with_suffix(".states"), KEPT_STATES, progress)
+        resume = Resume(states, SECONDS_BETWEEN_STATES, {"order": data.generator})
         with progress.step(f"teacher on {self.dataset.name}") as step:
-            trained = train(method, config.optimizer, workspace, data.read, config.batch_size, step)
+            parts = method, config.optimizer, workspace, data.read, config.batch_size, step
+            trained = train(*parts, resume=resume)
         tensors = {k: v.detach().cpu().contiguous() for k, v in method.student.network.state_dict().items()}
         price = {"images": trained.price.images, "seconds": round(trained.price.seconds, 1)}
         metadata = {METADATA: json.dumps({"recipe": recipe, "price": price, "final_loss": trained.curve[-1].loss})}
-        write_atomically(file, lambda path: save_file(tensors, path, metadata=metadata))
+        write_tensors(file, tensors, metadata)
+        states.clear()
         progress.say(f"teacher trained: {price['images']} images, {price['seconds']} s")
         return file
 
@@ -221,7 +231,7 @@ def _read_architecture(file: Path) -> dict[str, Any]:
         return {name: value for name, value in config.items() if name == "_class_name" or name[:1] != "_"}
     except OSError as error:
         raise UserError(f"teacher.architecture: cannot read {str(file)!r}: {error.strerror}") from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"teacher.architecture: {file.name!r} is not a config.json of diffusers") from error
 
 
@@ -236,17 +246,43 @@ def read_teacher(file: Path, shape: tuple[int, int, int], classes: int, device: 
     """The frozen teacher in `file`; raises UserError if the file is damaged or made for other images or classes."""
     recipe = _read_recipe(file, shape, classes)
     try:
-        with safe_open(file, framework="pt") as tensors:
-            weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        weights = read_tensors(file, sealed=False)
+        _check_shapes(recipe, weights)
         denoiser = _denoiser(recipe)
         denoiser.network.load_state_dict(weights)
-    except (SafetensorError, RuntimeError, OSError) as error:
+        reading = canonical_json({name: recipe[name] for name in ("network", "shape", "schedule", "prediction")})
+    except (RuntimeError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise UserError(f"the teacher's weights in {file.name!r} cannot be used: {why}") from error
-    reading = {name: recipe[name] for name in ("network", "shape", "schedule", "prediction")}
-    sha256 = hashlib.sha256(f"{sha256_tensors(weights)} {canonical_json(reading)}".encode()).hexdigest()
+    sha256 = hashlib.sha256(f"{sha256_tensors(weights)} {reading}".encode()).hexdigest()
     blank = lambda: _network(recipe)
     return Teacher(Trained.name, denoiser.to(device), shape, sha256, recipe, Conditioning(classes), blank=blank)
+
+
+def _check_shapes(recipe: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Raise before memory is taken, where `recipe` describes a network of other weights."""
+    _check_numbers(recipe["network"])
+    with torch.device("meta"):
+        blank = _denoiser(recipe).network
+    blank.load_state_dict({name: tensor.to("meta") for name, tensor in weights.items()}, assign=True)
+
+
+def _check_numbers(value: Any, name: str = "") -> None:
+    """Raise UserError for a recipe that no network has: numbers and lists beyond all bounds."""
+    named = (
+        value.items()
+        if isinstance(value, dict)
+        else ((name, part) for part in value)
+        if isinstance(value, list)
+        else ()
+    )
+    most = DEEPEST if name in DEPTHS else LARGEST
+    if (isinstance(value, dict | list) and len(value) > LONGEST) or (
+        isinstance(value, int | float) and not -most <= value <= most
+    ):
+        raise UserError(f"the teacher's recipe cannot be built: {name or 'it'} is {quoted(reprlib.repr(value))}")
+    for key, part in named:
+        _check_numbers(part, key)
 
 
 def _read_recipe(file: Path, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
@@ -254,9 +290,11 @@ def _read_recipe(file: Path, shape: tuple[int, int, int], classes: int) -> dict[
         with safe_open(file, framework="pt") as tensors:
             recipe = json.loads((tensors.metadata() or {})[METADATA])["recipe"]
         theirs, known = tuple(recipe["shape"]), int(recipe.get("classes", 0))
-    except (SafetensorError, OSError) as error:
+        if not isinstance(recipe["network"], dict):
+            raise TypeError("its network is no description of one")
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"teacher.path: {file.name!r} is not a readable safetensors file: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         message = f"teacher.path: {file.name!r} was not written by `distillbench teacher train`: it has no recipe"
         raise UserError(message) from error
     if theirs != tuple(shape):
@@ -280,8 +318,9 @@ def _denoiser(recipe: dict[str, Any]) -> Denoiser:
     """The same, as a denoiser; raises UserError where the recipe asks for what does not exist."""
     try:
         return Denoiser(_network(recipe), SCHEDULES[recipe["schedule"]](), recipe["prediction"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the teacher's recipe cannot be built: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the teacher's recipe cannot be built: {why}") from error
 
 
 @hookimpl(api=1)

@@ -53,6 +53,7 @@ def read_published(file: Path = FILE) -> pd.DataFrame:
             frame[name] = text[name]
             continue
         numbers = pd.to_numeric(text[name], errors="coerce").astype("Float64")
+        numbers = numbers.mask(numbers.abs() > 2**53) if kind == "Int64" else numbers  # infinities too
         bad = text[name].notna() & (numbers.isna() | ((numbers % 1 != 0) & (kind == "Int64")))
         faults += _said(text.index[bad.fillna(False)], f"{name} is no {'whole ' if kind == 'Int64' else ''}number")
         frame[name] = numbers.mask(bad).astype(kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from distillbench.results import FIRST, LAST, make_along, make_table, unstack_sh
 from distillbench.statistics import KEYS, SEEDS, summarise
 
 TWICE = "rows of one measurement differ, of which the first count"
+KEY = re.compile(r"[\w-]{1,64}")  # of an evaluation: no path, no pattern
 NOT_RUNS = ("cells", "cache")  # folders beside runs that are none
 
 
@@ -49,14 +51,18 @@ class RunData:
         They are of the rows that are ok, of the first sampling seed, in the order of their nfe, from the same noise in
         every evaluation.
         """
+        if not KEY.fullmatch(key):
+            return []
         for record in (self.folder.parent / "cells").glob(f"*/evaluation-{key}.json"):
             try:
                 rows = json.loads(record.read_text(encoding="utf-8"))["rows"]
                 first = rows[0]["sampling_seed"] if rows else 0
                 good = [row for row in rows if row["status"] == "ok" and row["sampling_seed"] == first]
                 images = unstack_shown(load_file(record.with_suffix(".safetensors")))
+                if any(x.ndim != 4 or x.dtype != np.uint8 or x.shape[1] not in (1, 3) for x in images):
+                    return []
                 return [(row["nfe"], first, x) for row, x in zip(good, images, strict=True)]
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
                 return []
         return []
 
@@ -125,7 +131,7 @@ def _known(table: pd.DataFrame, columns: dict[str, dict[str, str]], problems: li
     try:
         rows: list[dict[str, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")  # type: ignore[assignment]
         return make_table(rows, list(columns))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         problems.append(f"the table is damaged: {error}")
         return make_table([], list(columns))
 
@@ -148,13 +154,34 @@ def _frame(folder: Path, name: str, problems: list[str], needed: bool = True) ->
     return None
 
 
+class _Plain(yaml.SafeLoader):
+    """YAML without aliases: nine lines of them stand for a billion values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, which settings do not need")
+        return super().compose_node(parent, index)
+
+
+def _is_config(document: Any) -> bool:
+    """Whether a document may be a run's settings, as far as reports look at them."""
+    if not isinstance(document, dict):
+        return False
+    methods, seed = document.get("methods"), document.get("seed")
+    return isinstance(methods, dict | None) and isinstance(seed, int | str | None)
+
+
 def _configs(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
     try:
-        documents = list(yaml.safe_load_all((folder / "config.yaml").read_text(encoding="utf-8")))
-        return [document for document in documents if isinstance(document, dict)]
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        documents = list(yaml.load_all(text, _Plain))
+        good = [document for document in documents if _is_config(document)]
+        if len(good) != len(documents):
+            problems.append("config.yaml is damaged: some of it holds no settings and is left out")
+        return good
     except FileNotFoundError:
         problems.append("config.yaml is missing: settings are not known")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, OverflowError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"config.yaml is damaged: {' '.join(str(error).split())[:100]}")
     return []
 
@@ -167,7 +194,7 @@ def _json(file: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{file.name} is damaged")
     except FileNotFoundError:
         problems.append(f"{file.name} is missing")
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         problems.append(f"{file.name} is damaged")
     return {}
 
