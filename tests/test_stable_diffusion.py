@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from rich.console import Console
 
 import text_pipelines
-from distillbench import UserError, cell
+from distillbench import UserError, cell_training
 from distillbench.builtin import stable_diffusion
 from distillbench.builtin.stable_diffusion import StableDiffusion
 from distillbench.conditions import Conditioning
