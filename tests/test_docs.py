@@ -11,6 +11,7 @@ import sys
 import textwrap
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
@@ -18,12 +19,13 @@ import torch
 from safetensors.torch import save_file
 
 import distillbench
-from distillbench import hookspecs
+from distillbench import Batch, clean, conformance, hands, hookspecs, schedules
 from distillbench.cli import cli
-from distillbench.config import compose_runs
+from distillbench.config import RunConfig, StatesConfig, compose_runs
 from distillbench.plan import plan
 from distillbench.progress import Progress
 from distillbench.registry import Entry, Plugin, Source, installed, load_registry
+from distillbench.results import FINAL, MIGRATED, SCHEMA, Status
 from distillbench.testing import SUITES, assert_conforms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,12 +63,13 @@ def load(code, path):
 
 # --- the contract ----------------------------------------------------------------------------------------------------
 
-HOME = {"OptimizerConfig": "method", "TeacherPlan": "teachers", "ImageSet": "features"}  # the others: distillbench
+HOME = {"OptimizerConfig": "method", "TeacherPlan": "teachers", "ImageSet": "features"}
+HOME |= {"NoiseSchedule": "schedules"}  # the others: distillbench
 IN_PART = {"Batch", "Condition", "Workspace", "PairStore", "Teacher", "Denoiser", "Noise", "ImageSet"}
 
 
 def stubs():
-    trees = [ast.parse(code) for code in blocks(CONTRACT, "python")]
+    trees = [ast.parse(code) for code in blocks(CONTRACT, "python") if not code.startswith('"""')]
     return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
@@ -130,7 +133,7 @@ def test_the_contracts_defaults_are_the_codes(name):
 
 def test_every_hook_and_its_signature_is_in_the_contract():
     hooks = [name for name in vars(hookspecs) if name.startswith("register_")]
-    trees = [ast.parse(code) for code in blocks(CONTRACT, "python") if not code.startswith("from")]
+    trees = [ast.parse(code) for code in blocks(CONTRACT, "python") if not code.startswith(("from", '"""'))]
     shown = {f.name: f for tree in trees for f in tree.body if isinstance(f, ast.FunctionDef)}
     for name in hooks:
         code = ast.parse(inspect.getsource(getattr(hookspecs, name))).body[0]
@@ -153,16 +156,143 @@ def test_every_check_is_in_the_contract(kind):
     assert [name for row in rows for name in row] == [check.name for check in SUITES[kind].checks]
 
 
-def test_public_modules_are_on_the_page_of_names():
-    """Each module that is documented says what is public, and all of it exists."""
-    documented = re.findall(r"automodule:: (distillbench[\w.]*)", (DOCS / "api.md").read_text())
-    assert len(documented) >= 15
-    for name in documented:
-        module = importlib.import_module(name)
-        assert all(hasattr(module, public) for public in module.__all__), name
+def test_the_bars_in_the_contract_are_the_codes():
+    text = " ".join(CONTRACT.split())
+    assert f"below {conformance.LARGEST_RMSE} standard deviations of the law" in text
+    assert f"distance to the law below {conformance.LARGEST_KS}" in text
+    assert f"within {conformance.LARGEST_STD_ERROR:.0%} of the law's".replace("%", " %") in text
+    assert f"does not apply to more than {conformance.WALKED_PHASES} phases" in text
+
+
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+def test_what_the_contract_says_of_schedules(name):
+    """A method that works in noise levels, and the types and ranges of what a schedule gives."""
+    schedule = schedules.SCHEDULES[name]()
+    t = torch.linspace(schedule.t_min, schedule.t_max, 101, dtype=torch.float64).view(-1, 1, 1, 1)
+    alpha, sigma, lam, tau = schedule.alpha(t), schedule.sigma(t), schedule.lam(t), schedule.noise_level(t)
+    assert alpha.dtype == sigma.dtype == torch.float32 and lam.dtype == tau.dtype == torch.float64
+    assert {f.shape for f in (alpha, sigma, lam, tau)} == {t.shape}
+    assert (alpha > 0).all() and (alpha <= 1).all() and (alpha.diff(dim=0) <= 0).all()
+    assert (sigma > 0).all() and (sigma.diff(dim=0) >= 0).all() and (lam.diff(dim=0) > 0).all()
+    found = schedule.t_of_lam(tau.log())
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(schedule.noise_level(found), tau, rtol=1e-6, atol=0)
+    x_0, eps = torch.randn(2, len(t), 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    theirs = schedule.alpha(found) * (x_0 + tau.to(x_0) * eps)
+    torch.testing.assert_close(theirs, alpha * x_0 + sigma * eps, rtol=1e-4, atol=1e-4)
+    assert schedule.t_of_lam(lam.max() + 1) == schedule.t_max and schedule.t_of_lam(lam.min() - 1) == schedule.t_min
+    narrow = schedule.restricted(*sorted(lam.flatten()[[30, 70]].tolist()))
+    assert schedule.t_min < narrow.t_min < narrow.t_max < schedule.t_max
+
+
+def test_a_normal_number_for_each_image_is_one():
+    batch = Batch(100_000, (1, 1, 1), torch.Generator().manual_seed(0), "cpu", None)
+    told = re.search(r"`torch.special.ndtri\((batch.uniform\(.*?\))\)`", CONTRACT).group(1)
+    found = torch.special.ndtri(eval(told, {"batch": batch}))
+    assert found.shape == (100_000, 1, 1, 1) and found.isfinite().all()
+    assert abs(found.mean().item()) < 0.02 and abs(found.std().item() - 1) < 0.02
+
+
+def test_the_contracts_examples_of_tests_pass(tmp_path, monkeypatch):
+    """Two files of tests; the second is of the metric on another page."""
+    examples = modules("contract.md")
+    assert len(examples) == 2
+    load(modules("new_metric.md")[0], tmp_path / "grey.py")
+    ran = []
+    for code in examples:
+        module = load(code, tmp_path / re.match(r'"""(\w+\.py)', code).group(1))
+        for name, function in vars(module).items():
+            if name.startswith("test_"):
+                function()
+                ran.append(name)
+    assert len(ran) == 2
+    monkeypatch.delitem(sys.modules, "grey")
+
+
+# --- interruptions ---------------------------------------------------------------------------------------------------
+
+SURVIVES = (DOCS / "interruptions.md").read_text()
+
+
+def test_every_status_is_explained():
+    """Those of records, and the two that only tables have; which are tried again is the code's."""
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (yes|no) \| (.*) \|$", SURVIVES, re.MULTILINE)
+    recorded = get_args(Status)
+    assert {name for name, kept, _ in rows if kept == "yes"} == set(recorded)
+    assert {name for name, kept, _ in rows if kept == "no"} == {"interrupted", "skipped"}
+    assert {name for name, _, told in rows if "--retry-failed" in told} == set(recorded) - set(FINAL)
+    told = (DOCS / "columns.md").read_text().split("| `status` | ")[1].splitlines()[0]
+    assert {name for name, _, _ in rows} <= set(re.findall(r"`(\w+)`", told))
+
+
+def test_the_defaults_on_the_page_of_interruptions_are_the_codes():
+    rows = re.findall(r"^\| `([a-z_.]+)` \| `?([\w.]+)`? \| ", SURVIVES, re.MULTILINE)
+    told = {name: ast.literal_eval(value.capitalize()) for name, value in rows if value not in ("ok",)}
+    config = RunConfig()
+    states = {f"states.{name}": value for name, value in vars(config.states or StatesConfig()).items()}
+    assert told == states | {"isolate": config.isolate, "cell_seconds": config.cell_seconds}
+    assert f"up to {hands.SECONDS_OF_GRACE:.0f} seconds" in SURVIVES
+    assert f"schema {SCHEMA};" in SURVIVES
+    assert [f"those of schema {old}," in " ".join(SURVIVES.split()) for old in MIGRATED] == [True]
+
+
+def test_every_folder_of_the_cache_is_on_the_page_of_interruptions():
+    table = SURVIVES.split("| in `results/cache` |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == set(clean.CACHES)
+
+
+def test_every_kind_that_can_be_cleaned_is_on_its_page():
+    table = (DOCS / "doctor.md").read_text().split("| kind | what |")[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` ", table, re.MULTILINE)) == set(clean.KINDS)
+
+
+# --- public names ----------------------------------------------------------------------------------------------------
+
+
+def generator():
+    return load((DOCS / "generate_api.py").read_text(), DOCS / "generate_api.py")
+
+
+def test_the_page_of_names_is_what_its_generator_makes():
+    made = generator().page()
+    assert (DOCS / "api.md").read_text() == made, "docs/api.md is not of this code: python docs/generate_api.py"
+
+
+def test_every_public_name_is_on_its_page():
+    """With what it can be called with; each module has a heading, each name one below it, and no two the same."""
+    page = (DOCS / "api.md").read_text()
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    assert len(headings) == len(set(map(str.lower, headings)))
+    for name in distillbench.PUBLIC_MODULES:
+        section = page.split(f"\n## distillbench.{name}\n")[1].split("\n## ")[0]
+        module = importlib.import_module(f"distillbench.{name}")
+        shown = re.findall(r"^### `(?:\w+\.)?(\w+)`\n\n```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+        assert sorted(public for public, _ in shown) == sorted(module.__all__), name
+        for public, code in shown:
+            value = getattr(module, public)
+            ast.parse(code)
+            if inspect.isfunction(value):
+                assert list(inspect.signature(value).parameters) == parameters(code, public)
+    assert set(re.findall(r"^\[(\w+)\]\(#|^`(\w+)`[,.]$", page, re.MULTILINE)) >= {
+        (name, "") for name in distillbench.__all__ if name not in ("Noise", "hookimpl")
+    }
     for file in (ROOT / "distillbench").glob("*.py"):
-        if re.search(r"^__all__ = ", file.read_text(), re.MULTILINE) and file.stem != "__init__":
-            assert f"distillbench.{file.stem}" in documented, f"{file.name} has an __all__ and no place in docs/api.md"
+        if re.search(r"^__all__ = \[", file.read_text(), re.MULTILINE) and file.stem != "__init__":
+            assert file.stem in distillbench.PUBLIC_MODULES, f"{file.name} has an __all__ and is not public"
+
+
+def parameters(code, name):
+    (function,) = [node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef) and node.name == name]
+    args = function.args
+    every = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
+    return [argument.arg for argument in every if argument is not None]
+
+
+def test_the_page_of_names_is_plain_and_the_same_everywhere():
+    page = (DOCS / "api.md").read_text()
+    assert not re.search(r" at 0x[0-9a-f]+|/home/|/tmp/|/work/|\{eval-rst\}|:(class|meth|func|mod):", page)
+    assert max(map(len, prose(page).splitlines())) <= 160 and max(map(len, page.splitlines())) <= 160
+    assert len([line for line in page.splitlines() if len(line) > 120 and not line.startswith("|")]) == 0
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -185,7 +315,7 @@ def words_of(line):
         except ValueError:
             continue
         words = words[words.index("distillbench") :] if "distillbench" in words else []
-        if words and part.split("distillbench")[0].strip() in ("", "uv run", "do", "pip install uv"):
+        if words and part.split("distillbench")[0].strip() in ("", "uv run", "do", "exec", "pip install uv"):
             yield words[1:]
 
 
@@ -331,11 +461,11 @@ def test_every_page_is_in_the_table_of_contents():
 
 def test_tests_that_the_rules_name_exist():
     tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
-    for page in ("fairness.md", "measures.md"):
+    for page in ("fairness.md", "measures.md", "interruptions.md"):
         for name in re.findall(r"`(test_\w+)`", (DOCS / page).read_text()):
             assert f"def {name}(" in tests, name
         for name in re.findall(r"`(?:tests/)?(\w+\.py)`", (DOCS / page).read_text()):
-            assert any((ROOT / folder / name).is_file() for folder in ("distillbench", "tests")), name
+            assert any((ROOT / folder / name).is_file() for folder in ("distillbench", "tests", "benchmarks")), name
 
 
 # --- the plugins on the pages ----------------------------------------------------------------------------------------

@@ -1,0 +1,268 @@
+"""Makes docs/api.md, the page of public names, from the code: ``python docs/generate_api.py``.
+
+The page is Markdown and no more, so that it reads the same in an editor, on GitHub and on the site. It shows source,
+not objects: signatures, defaults and comments are as they were written, and equal for every machine.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import importlib
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import distillbench
+
+PAGE = Path(__file__).resolve().parent / "api.md"
+SOURCES = Path(distillbench.__file__).resolve().parent
+FIRST = ("method", "datasets", "teachers", "metrics", "features", "scores")  # the rest follows by name
+HEAD = """# Public names
+
+What a plugin may import: the names of `distillbench` itself, and those of the modules below. Everything else is
+private. [The contract](contract.md) says what they promise. Of a class its own members are shown, not those that it
+inherits. This page is made by `docs/generate_api.py`.
+"""
+SPECIAL = ("__init__", "__call__", "__len__", "__getitem__")
+WIDTH = 100  # of a signature
+LONGEST_CONSTANT = 6  # lines that are shown as they are
+ROLE = re.compile(r":\w+:`~?([^`]+)`")
+CODE = re.compile(r"(`[^`\n]+`)")
+SPECIAL_TEXT = re.compile(r"(\*|<(?=\w)|(?<!\w)_|_(?!\w)|\](?=\())")  # what Markdown would not show as it stands
+
+
+def page() -> str:
+    """The content of docs/api.md."""
+    modules = [_Module(name) for name in _modules()]
+    count = collections.Counter(name for module in modules for name in module.names)
+    for module in modules:
+        module.headings = {name: f"{module.name}.{name}" if count[name] > 1 else name for name in module.names}
+    parts = [HEAD, _contents(modules), _own(modules)]
+    parts += [module.section() for module in modules]
+    return "\n".join(parts)
+
+
+def _modules() -> list[str]:
+    return [*FIRST, *sorted(set(distillbench.PUBLIC_MODULES) - set(FIRST))]
+
+
+def _contents(modules: list[_Module]) -> str:
+    rows = [f"| [{m.name}](#{_slug(m.title)}) | {m.summary().replace('|', chr(92) + '|')} |" for m in modules]
+    return "\n".join(["| module | |", "|---|---|", *rows, ""])
+
+
+def _own(modules: list[_Module]) -> str:
+    """The names of distillbench itself: links to their modules, or here if they are in no public one."""
+    shown = {name: f"[{name}](#{_slug(m.headings[name])})" for m in modules for name in m.names}
+    rest = [name for name in distillbench.__all__ if name not in shown]
+    links = ",\n".join([*(shown[name] for name in distillbench.__all__ if name in shown), *(f"`{n}`" for n in rest)])
+    parts = ["## distillbench\n", links + ".\n"]
+    for name in rest:
+        home = _Module(distillbench._HOME[name])
+        home.headings = {name: name}
+        parts.append(home.entry(name))
+    return "\n".join(parts)
+
+
+class _Module:
+    """The source of a module of distillbench."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.title = name, f"distillbench.{name}"
+        self.source = (SOURCES / f"{name}.py").read_text()
+        self.lines = self.source.splitlines()
+        self.tree = ast.parse(self.source)
+        public = getattr(importlib.import_module(self.title), "__all__", [])
+        self.names = [n for kind in (ast.ClassDef, ast.FunctionDef, ast.stmt) for n in self._of(kind, set(public))]
+        self.headings: dict[str, str] = {}
+        self.elsewhere = {name: _Module(self._home(name)) for name in sorted(set(public) - set(self.names))}
+        self.names += self.elsewhere
+
+    def _home(self, name: str) -> str:
+        """The module that a public name is imported from."""
+        imports = [node for node in self.tree.body if isinstance(node, ast.ImportFrom)]
+        (home,) = [node.module for node in imports if name in [alias.name for alias in node.names] and node.module]
+        return home.removeprefix("distillbench.")
+
+    def _of(self, kind: type[ast.stmt], public: set[str]) -> list[str]:
+        """The public names that statements of this kind define, in the order of the file."""
+        found = [(name, node) for node in self.tree.body for name in _defined(node) if name in public]
+        last = kind is ast.stmt
+        return list(dict.fromkeys(n for n, node in found if (_is_constant(node) if last else isinstance(node, kind))))
+
+    def summary(self) -> str:
+        """The first paragraph of the module's docstring, on one line."""
+        return _text((ast.get_docstring(self.tree) or "").split("\n\n")[0]).replace("\n", " ")
+
+    def section(self) -> str:
+        return "\n".join([f"## {self.title}\n", self.paragraph() + "\n", *map(self.entry, self.names)])
+
+    def paragraph(self) -> str:
+        return _text((ast.get_docstring(self.tree) or "").split("\n\n")[0])
+
+    def entry(self, name: str) -> str:
+        if name in self.elsewhere:
+            self.elsewhere[name].headings[name] = self.headings[name]
+            return self.elsewhere[name].entry(name)
+        node = next(n for n in self.tree.body if name in _defined(n))
+        text = ""
+        if isinstance(node, ast.ClassDef):
+            code = "\n".join(self.klass(node))
+        elif isinstance(node, ast.FunctionDef):
+            code = "\n".join(_function(node, docstring=False))
+        else:
+            code, text = self.constant(node, name)
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            text = _text(ast.get_docstring(node) or "")
+        return f"### `{self.headings[name]}`\n\n```python\n{code}\n```\n" + (f"\n{text}\n" if text else "")
+
+    def klass(self, node: ast.ClassDef) -> Iterator[str]:
+        """A class without what its functions do."""
+        yield from (f"@{ast.unparse(d)}" for d in node.decorator_list)
+        bases = ", ".join([*map(ast.unparse, node.bases), *map(ast.unparse, node.keywords)])
+        members = [self.member(child) for child in node.body]
+        shown = [lines for lines in members if lines]
+        yield (f"class {node.name}({bases}):" if bases else f"class {node.name}:") + ("" if shown else " ...")
+        for before, lines in zip([None, *shown], shown, strict=False):
+            if before is not None and (_is_block(before) or _is_block(lines)):
+                yield ""
+            yield from ("    " + line if line else "" for line in lines)
+
+    def member(self, node: ast.stmt) -> list[str]:
+        """A member of a class; nothing for a private one."""
+        if isinstance(node, ast.FunctionDef) and (node.name in SPECIAL or not node.name.startswith("_")):
+            setter = any(ast.unparse(d).endswith(".setter") for d in node.decorator_list)
+            return [] if setter else _function(node, docstring=True)
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            return list(self.klass(node))
+        names = [name for name in _defined(node) if not name.startswith("_")]
+        return self.attribute(node) if names and _is_constant(node) else []
+
+    def attribute(self, node: ast.stmt) -> list[str]:
+        value = getattr(node, "value", None)
+        if isinstance(node, ast.AnnAssign) and isinstance(value, ast.Call) and ast.unparse(value.func) == "option":
+            default, told = value.args
+            words = f"  # {ast.literal_eval(told)}" if isinstance(told, ast.Constant) else ""
+            name, kind = ast.unparse(node.target), ast.unparse(node.annotation)
+            return [f"{name}: {kind} = {_quoted(ast.unparse(default))}{words}"]
+        return self.raw(node)
+
+    def raw(self, node: ast.stmt) -> list[str]:
+        """As it was written, with its comments."""
+        text = textwrap.dedent("\n".join(self.lines[node.lineno - 1 : node.end_lineno]))
+        return re.sub(r"\s*# (fmt|noqa|type):.*", "", text).splitlines()
+
+    def constant(self, node: ast.stmt, name: str) -> tuple[str, str]:
+        """The assignment and the comment above it; of a long one the type, and of a long table the keys."""
+        first = node.lineno - 1
+        while self.lines[first - 1].startswith("# ") and not self.lines[first - 1].startswith("# ---"):
+            first -= 1
+        above = self.lines[first : node.lineno - 1]
+        told = _text("\n".join(line.removeprefix("# ") for line in above))
+        value = getattr(node, "value", None)
+        if (node.end_lineno or 0) - node.lineno < LONGEST_CONSTANT:
+            return "\n".join(self.raw(node)), told
+        kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else type(value).__name__.lower()
+        keys = [key for key in value.keys if key is not None] if isinstance(value, ast.Dict) else []
+        names = ", ".join(f"`{ast.unparse(key).strip(chr(39))}`" for key in keys)
+        return f"{name}: {kind}", "\n\n".join(filter(None, [told, f"Keys: {names}." if names else ""]))
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    """The names that a statement defines."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [n.id for t in targets for n in (t.elts if isinstance(t, ast.Tuple) else [t]) if isinstance(n, ast.Name)]
+
+
+def _is_constant(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Assign | ast.AnnAssign)
+
+
+def _is_block(lines: list[str]) -> bool:
+    """Whether a member has a blank line before and after it."""
+    return lines[0].startswith(("def ", "@", "class "))
+
+
+def _function(node: ast.FunctionDef, docstring: bool) -> list[str]:
+    """The signature, and below it the docstring, or the attributes that a constructor sets."""
+    head = [f"@{ast.unparse(decorator)}" for decorator in node.decorator_list]
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    head += _signature(node.name, _arguments(node.args), returns)
+    told = ast.get_docstring(node) if docstring else None
+    body = textwrap.wrap(_attributes(node), WIDTH, initial_indent="# ", subsequent_indent="#     ")
+    if told:
+        lines = ROLE.sub(r"``\1``", told).splitlines()
+        body = ['"""' + lines[0], *lines[1:]]
+        body = [*body[:-1], body[-1] + '"""'] if len(lines) == 1 else [*body, '"""']
+    if not body:
+        return [*head[:-1], head[-1] + " ..."]
+    return [*head, *("    " + line if line else "" for line in body), *([] if told else ["    ..."])]
+
+
+def _attributes(node: ast.FunctionDef) -> str:
+    """Public attributes that a constructor gives an object, in words."""
+    if node.name != "__init__":
+        return ""
+    stored = [a for a in ast.walk(node) if isinstance(a, ast.Attribute) and isinstance(a.ctx, ast.Store)]
+    mine = [a for a in stored if isinstance(a.value, ast.Name) and a.value.id == "self"]
+    inside = sorted(mine, key=lambda a: (a.lineno, a.col_offset))
+    names = list(dict.fromkeys(a.attr for a in inside if not a.attr.startswith("_")))
+    return f"attributes: {', '.join(names)}" if names else ""
+
+
+def _arguments(args: ast.arguments) -> list[str]:
+    """Each argument with its type and default, as one text."""
+    plain = [*args.posonlyargs, *args.args]
+    defaults = [None] * (len(plain) - len(args.defaults)) + list(args.defaults)
+    found = [_argument(a, d) for a, d in zip(plain, defaults, strict=True)]
+    if args.vararg or args.kwonlyargs:
+        found.append("*" + (ast.unparse(args.vararg) if args.vararg else ""))
+    found += [_argument(a, d) for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
+    return found + ([f"**{ast.unparse(args.kwarg)}"] if args.kwarg else [])
+
+
+def _argument(argument: ast.arg, default: ast.expr | None) -> str:
+    if default is None:
+        return ast.unparse(argument)
+    return f"{ast.unparse(argument)}{' = ' if argument.annotation else '='}{_quoted(ast.unparse(default))}"
+
+
+def _signature(name: str, arguments: list[str], returns: str) -> list[str]:
+    line = f"def {name}({', '.join(arguments)}){returns}:"
+    if len(line) <= WIDTH:
+        return [line]
+    return [f"def {name}(", *(f"    {argument}," for argument in arguments), f"){returns}:"]
+
+
+def _text(docstring: str) -> str:
+    """A docstring as Markdown: its tables, formulas and code are that already, and its roles become code."""
+    return "\n\n".join(map(_paragraph, docstring.strip("\n").split("\n\n")))
+
+
+def _paragraph(text: str) -> str:
+    if text.startswith(">>>"):
+        return f"```python\n{text}\n```"
+    lines = [line if line.startswith(("    ", "|")) else _escaped(line) for line in text.splitlines()]
+    return re.sub(r"::$", ":", "\n".join(lines))
+
+
+def _escaped(line: str) -> str:
+    line = re.sub(r"``([^`]+)``", r"`\1`", ROLE.sub(r"`\1`", line))
+    return "".join(p if CODE.fullmatch(p) else SPECIAL_TEXT.sub(r"\\\1", p) for p in CODE.split(line))
+
+
+def _quoted(code: str) -> str:
+    """Strings with the quotation marks that the rest of the code has."""
+    return re.sub(r"'([^'\"\\]*)'", r'"\1"', code)
+
+
+def _slug(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
