@@ -83,7 +83,8 @@ class Result:
         if self.excused:
             return Finding(check.name, False if check.must_apply else None, self._told(self.excused))
         causes = ", ".join(sorted(set(filter(None, self.closed.values()))))
-        return Finding(check.name, None, f"not looked at before {causes} is ok" if causes else "no bench for it")
+        refused = "what it would look at is refused" if self.closed else "no bench for it"
+        return Finding(check.name, None, f"not looked at before {causes} is ok" if causes else refused)
 
     def _told(self, by_label: dict[str, str]) -> str:
         """The first message, with the benches on which there is one unless it is all of them."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 KINDS = {  # what can be asked for, with what it is
     "temporary": "half written by processes that were killed",
     "states": "states of finished trainings, and damaged ones that were set aside",
-    "failed": "records and tracebacks of what failed; the next run tries it again, with or without them",
+    "failed": "records and tracebacks of what failed; without them the next run tries it again",
     "orphans": "cells that no table of a run here names",
     "pairs": "noise-image pairs; methods that need them make them again",
     "latents": "encoded images; the next run on them encodes them again",

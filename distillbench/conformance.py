@@ -685,7 +685,7 @@ CHECKS = [
     Check(trains, ("losses",)),
     Check(randomness, ("trains",)),
     Check(deterministic, ("randomness",)),
-    Check(resumes, ("deterministic",)),
+    Check(resumes, ("deterministic", "teacher_untouched")),
     Check(price, ("trains",)),
     Check(supports, ("trains",), "first"),
     Check(samples, ("supports",), "first"),

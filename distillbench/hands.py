@@ -16,6 +16,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from distillbench.cell import Policy, found_cell, run_cell
 from distillbench.claims import claimed, waiting
 from distillbench.config import RunConfig
@@ -74,6 +76,7 @@ def work_on(cell: Cell, folder: Path, policy: Policy, progress: Progress, stop: 
 def loaded(cell: Cell, progress: Progress) -> Any:
     """The teacher; only one process trains it."""
     scene = cell.scene
+    torch.set_num_threads(scene.config.threads)
     if scene.teacher is None and scene.source.plan().images:
         with waiting(Path(scene.config.results_dir) / "cache" / "teachers", "the teacher", progress):
             return scene.loaded(progress)
@@ -149,6 +152,8 @@ class OtherHands:
                         return told[0]
                     _hear(kind, told, steps, self.progress)
             except ProcessError as error:
+                if self.stop():  # the signal came before the process could keep anything
+                    raise Interrupted(self.stop.name) from error
                 raise Ended("failed", str(error)) from error
             finally:
                 for context, _ in steps.values():

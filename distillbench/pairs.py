@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distillbench.budget import Meter
+from distillbench.claims import waiting
 from distillbench.conditions import WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.energy import Energy, energy
 from distillbench.files import canonical_json, sha256_file, signed, write_atomically
@@ -90,10 +92,16 @@ class Workspace:
         }
         recipe = ours | self.teacher.conditioning.plain() | recipe
         folder = self.cache / hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
+        there = (folder / "manifest.json").exists()
         targets = self._find(folder, recipe)
         if targets is None:
-            targets = self._make(solve, count, stream)
-            self._keep(folder, recipe, targets)
+            with ExitStack() as stack:
+                with self.meter.pause():  # another process may be making them: to wait for it costs nothing
+                    stack.enter_context(waiting(folder, "noise-image pairs", self.progress))
+                targets = None if there else self._find(folder, recipe)  # it may have come meanwhile
+                if targets is None:
+                    targets = self._make(solve, count, stream)
+                    self._keep(folder, recipe, targets)
         return PairStore(stream, targets, self.device, self.teacher.conditioning)
 
     def _answers(self, solve: Solve, stream: int, indices: Sequence[int]) -> Tensor:

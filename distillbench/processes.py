@@ -126,7 +126,8 @@ class Worker:
 
 
 def _work(pickled: bytes, writer: Connection, log: str) -> None:
-    """What a worker's process does."""
+    """What a worker's process does. Ctrl-C at the terminal is for the process that started it, which passes it on."""
+    os.setsid()
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -168,6 +169,7 @@ def _received(reader: Connection, process: BaseProcess, printed: Path, limit_sec
 def _end(code: int, printed: Path) -> str:
     """How a process ended that gave no answer."""
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    how += ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
     lines = printed.read_text(errors="replace").split("\n") if printed.is_file() else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     return f"the process died ({how}){last and '; its last words: '}{last}"

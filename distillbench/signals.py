@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+SECONDS_OF_ONE_WISH = 3.0
 
 
 class Interrupted(BaseException):
@@ -23,6 +26,7 @@ class Stop:
     def __init__(self) -> None:
         self.name = ""  # of the signal
         self.patient = False
+        self.since = 0.0
 
     def __call__(self) -> bool:
         return bool(self.name)
@@ -37,8 +41,13 @@ class Stop:
             self.patient = before
 
     def ask(self, name: str) -> None:
-        """A signal has come: raise Interrupted, but the first time to a patient block."""
-        again, self.name = bool(self.name), name
+        """A signal has come: raise Interrupted, but the first time to a patient block.
+
+        What comes within seconds is the same wish: schedulers signal every process, and so does the one above.
+        """
+        again = bool(self.name) and time.monotonic() - self.since > SECONDS_OF_ONE_WISH
+        if not self.name:
+            self.name, self.since = name, time.monotonic()
         if again or not self.patient:
             raise Interrupted(name)
 

@@ -106,7 +106,8 @@ def test_a_folder_in_order_has_nothing_to_remove(root):
     before = left(root)
     heard = Heard(root, yes=False)
     assert (heard.code, heard.asked) == (0, [])
-    assert heard.text.replace("\n", " ") == f"{root}: nothing to remove (temporary, states)"
+    told = "".join(heard.text.split())  # it may be broken anywhere, as the folder's name is long
+    assert told == f"{root}:nothingtoremove(temporary,states)"
     assert left(root) == before
 
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from distillbench.claims import claimed, is_claimed, waiting
+from distillbench.hands import Ended, OtherHands
 from distillbench.processes import ProcessError, Worker
 from distillbench.progress import Progress
 from distillbench.signals import Interrupted, Stop
@@ -53,17 +54,6 @@ class Dies(Fine):
             os.abort()
 
 
-class Hangs(Fine):
-    "Never ends its third step."
-    name = "hangs"
-    steps = 0
-
-    def after_step(self):
-        self.steps += 1
-        if self.steps == 3:
-            time.sleep(1000)
-
-
 class Slow(Fine):
     "Takes its time."
     name = "slow"
@@ -74,7 +64,7 @@ class Slow(Fine):
 
 @hookimpl(api=1)
 def register_methods(register):
-    for cls in (Fine, Dies, Hangs, Slow):
+    for cls in (Fine, Dies, Slow):
         register(cls)
 """
 WORDS = ["dataset=gmm", "teacher=gmm", "teacher.width=16", "budget.images=800", "batch_size=10", "run_name=run"]
@@ -122,20 +112,18 @@ def wait_for(condition, seconds: float = 120):
 
 
 @pytest.mark.slow
-def test_a_crash_and_a_hang_hurt_one_row_each(tmp_path):
-    words = ["methods=[dies,hangs,fine]", "cell_seconds=45"]
+def test_a_crash_hurts_one_row(tmp_path):
+    words = ["methods=[dies,fine]"]
     done = subprocess.run(command(tmp_path, *words), capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     found = rows(tmp_path)
     assert found.loc["fine", "status"] == "ok" and (found.loc["teacher:ddim", "status"] == "ok").all()
     assert found.loc["dies", "status"] == "failed"
     assert found.loc["dies", "reason"].startswith("the process died (killed by SIGABRT); its last words: so long")
-    assert found.loc["hangs", "status"] == "timeout"
-    assert found.loc["hangs", "reason"].startswith("killed after cell_seconds=45")
     assert "so long" in (cell(tmp_path, "dies") / "log.txt").read_text()
     assert "fine (seed 0): training" in (cell(tmp_path, "fine") / "log.txt").read_text()
     again = subprocess.run(command(tmp_path, *words), capture_output=True, text=True)
-    assert again.returncode == 1 and "not ok in an earlier run: dies (seed 0), hangs (seed 0)" in again.stdout
+    assert again.returncode == 1 and "not ok in an earlier run: dies (seed 0)" in again.stdout
     pd.testing.assert_frame_equal(rows(tmp_path), found)
 
 
@@ -208,6 +196,43 @@ def test_a_worker_that_fails_says_why(tmp_path, function, reason):
         worker.news()
 
 
+def hangs(argument, tell):
+    tell("say", "here I am")
+    time.sleep(1000)
+
+
+def stops(argument, tell):
+    """Dies of the signal, as a process does that has not come far enough to keep anything."""
+    tell("say", "here I am")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(1000)
+
+
+def test_a_worker_that_hangs_is_killed_when_its_time_is_up(tmp_path):
+    hands = OtherHands(Progress(None), Stop(), 0.0)
+    with pytest.raises(Ended, match=r"killed after cell_seconds=15") as ended:
+        hands._answer(hangs, None, tmp_path / "log.txt", 15.0)
+    assert ended.value.status == "timeout"
+
+
+def test_a_worker_that_dies_of_the_signal_was_interrupted(tmp_path):
+    stop = Stop()
+    hands = OtherHands(Ask(stop), stop, 0.0)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        hands._answer(stops, None, tmp_path / "log.txt", 0.0)
+
+
+class Ask(Progress):
+    """Asks to stop as soon as something is said."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__(None)
+        self.stop = stop
+
+    def say(self, line: str) -> None:
+        self.stop.ask("SIGTERM")
+
+
 def test_what_cannot_be_handed_over_is_said(tmp_path):
     with pytest.raises(ProcessError, match="cannot be handed to another process"):
         Worker(lambda argument, tell: None, 1, tmp_path / "log.txt")
@@ -235,6 +260,8 @@ def test_a_signal_ends_what_does_not_ask_and_is_told_to_what_does():
     stop = Stop()
     with stop.patiently():
         stop.ask("SIGTERM")
+        stop.ask("SIGTERM")  # to the whole group, and passed on
         assert stop() and stop.name == "SIGTERM"
+        stop.since -= 60
         with pytest.raises(Interrupted):
             stop.ask("SIGTERM")

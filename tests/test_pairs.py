@@ -169,7 +169,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_pairs_are_made_again(tmp_path, damage):
     good, *_ = make(tmp_path)
-    (folder,) = tmp_path.iterdir()
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     DAMAGES[damage](folder)
     again, solved, meter, lines = make(tmp_path)
     assert solved == 12 and same(again, good)

@@ -141,7 +141,7 @@ BROKEN = {
     ),
     "is for a later core": (
         METHOD.replace("api=1", "api=2"),
-        "register_methods was written for version 2 of the plugin contract, distillbench 0.1.0 has version 1: install a",
+        "register_methods was written for version 2 of the plugin contract, distillbench 0.1.0 has version 1: ",
     ),
     "misspells the argument": (
         METHOD.replace("def register_methods(register)", "def register_methods(registry)"),

@@ -775,7 +775,7 @@ def test_a_refusal_is_no_fault_and_is_told(small):
     found = check_method(Unguided, law_images=0)
     assert not failed(found)
     assert found[1] == Finding("builds", True, "a student is built; guided: refused (no guidance)")
-    assert found[5] == Finding("condition", None, "not looked at before builds is ok")
+    assert found[5] == Finding("condition", None, "what it would look at is refused")
 
 
 def test_a_fault_names_the_benches_that_it_is_on(small):
@@ -897,7 +897,7 @@ def test_the_command_fails_where_a_check_does(call):
     code, out, _ = call("check", "bad", "--quick")
     assert code == 1
     assert "\nFAIL  noise                 at NFE 1 other noise gives the same images" in out
-    assert out.splitlines()[-1].startswith("method bad: 20 ok, 1 failed")
+    assert out.splitlines()[-1].startswith("method bad: 21 ok, 1 failed")
 
 
 @pytest.mark.parametrize(
