@@ -485,3 +485,36 @@ def test_data_stream_draws_uniformly_and_the_same_for_everybody():
 
 def test_uint8_becomes_minus_one_to_one():
     assert to_float(torch.tensor([0, 255, 51], dtype=torch.uint8)).tolist() == pytest.approx([-1, 1, -0.6])
+
+
+@pytest.mark.parametrize("growth", [1e7, 1e300])
+def test_a_loss_that_explodes_is_found_at_the_next_look(growth, tmp_path):
+    """Within 50 steps, while it is still a number."""
+    method = Ramp(extra_loss=lambda step: growth if step >= 60 else 1.0)
+    with pytest.raises(DivergedError, match=r"the loss exploded from .* after 1000 images \(training\)"):
+        run(method, tmp_path, images=4000, lr=1e-9)
+    assert len(method.sizes) == 100
+
+
+def test_a_loss_that_grows_much_may_go_on(tmp_path):
+    method = Ramp(extra_loss=lambda step: 1e5 if step >= 60 else 1.0)
+    assert run(method, tmp_path, images=2000, lr=1e-9).price.images == 2000
+
+
+@pytest.mark.parametrize("parts", [2, 3, 10])
+def test_a_step_in_parts_is_one_step_of_the_whole_batch(parts, tmp_path):
+    """Accumulated gradients of means over parts, weighted by size, are the gradient of the mean over all."""
+
+    class Fits(Ramp):
+        def train_step(self, batch):
+            self.sizes.append(batch.size)
+            yield self.student, (self.student.w - batch.uniform()).square().mean()
+
+    whole, method = Fits(), Fits()
+    expected = run(whole, tmp_path / "a", images=100)
+    workspace = make_workspace(method.teacher, tmp_path / "b", BudgetConfig(images=100))
+    trained = train(method, optimizer(), workspace, None, 10, SILENT, accumulate=parts)
+    assert sum(method.sizes) == 100 and trained.price.images == 100
+    assert len(method.sizes) == 10 * parts
+    assert method.student.w.item() == pytest.approx(whole.student.w.item(), abs=1e-12)  # the same numbers are drawn
+    assert [p.loss for p in trained.curve] == pytest.approx([p.loss for p in expected.curve], abs=1e-12)
