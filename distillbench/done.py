@@ -62,15 +62,13 @@ def about(cell: Cell, teacher: Teacher) -> About:
     return About(cell.label, names, rows, cell_folder(cell, key), inputs, evaluation)
 
 
-def done(finished: Finished) -> Done:
+def done(finished: Finished, about: About) -> Done:
     """What the tables, the picture and the folder of a run need of `finished`."""
-    cell = finished.cell
-    assert cell.scene.teacher is not None
-    training, weights = finished.training, None
+    cell, training, weights = finished.cell, finished.training, None
     if training is not None and training.status == "ok":
         weights = (finished.folder / STUDENT, f"{cell.name}-seed{cell.seed}-{training.key}.safetensors")
     return Done(
-        about(cell, cell.scene.teacher),
+        about,
         _table_rows(finished),
         _along_rows(finished),
         not finished.failed,

@@ -63,14 +63,17 @@ class Hands(Protocol):
 def look_at(cell: Cell, policy: Policy, progress: Progress) -> Seen:
     """The cell as it is."""
     teacher = loaded(cell, progress)
-    found = found_cell(cell, progress, policy)
-    return Seen(about(cell, teacher), None if found is None else done(found))
+    told, found = about(cell, teacher), found_cell(cell, progress, policy)
+    return Seen(told, None if found is None else done(found, told))
 
 
 def work_on(cell: Cell, folder: Path, policy: Policy, progress: Progress, stop: Stop) -> Done | None:
     """What is left to do of the cell whose records are in `folder`; None if another process has it."""
     with claimed(folder) as mine:
-        return done(run_cell(cell, progress, policy, stop)) if mine else None
+        if not mine:
+            return None
+        finished = run_cell(cell, progress, policy, stop)
+        return done(finished, about(cell, cell.scene.loaded(progress)))
 
 
 def loaded(cell: Cell, progress: Progress) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from distillbench.claims import waiting
-from distillbench.files import canonical_json, key_of, sha256_file, write_atomically
+from distillbench.files import key_of, write_atomically
+from distillbench.kept_tensors import read_array, seal_array
 from distillbench.progress import Progress
 
 
@@ -45,22 +45,20 @@ def _make(file: Path, recipe: dict[str, Any], shape: tuple[int, ...], fill: Call
 
     file.with_suffix(".json").unlink(missing_ok=True)  # of another content
     write_atomically(file, write)
-    text = json.dumps({"recipe": recipe, "sha256": sha256_file(file)}, indent=2)
-    write_atomically(file.with_suffix(".json"), lambda path: Path(path).write_text(text))
+    seal_array(file, {"recipe": recipe})
 
 
-def _found(file: Path, what: str, recipe: dict[str, Any], shape: tuple[int, ...], progress: Progress) -> Any:
+def _found(
+    file: Path, what: str, recipe: dict[str, Any], shape: tuple[int, ...], progress: Progress
+) -> np.ndarray | None:
     """The array, or None where there is none that is whole."""
-    try:
-        manifest = json.loads(file.with_suffix(".json").read_bytes())
-        if canonical_json(manifest["recipe"]) != canonical_json(recipe) or manifest["sha256"] != sha256_file(file):
-            raise ValueError("not what was written")
-        array = np.load(file, mmap_mode="c", allow_pickle=False)
-        if array.shape != shape or array.dtype != np.float32:
-            raise ValueError("another shape")
-        return array
-    except FileNotFoundError:
+    if not file.with_suffix(".json").exists():
         return None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    try:
+        array = read_array(file, {"recipe": recipe}, mode="c")
+        if array.shape != shape or array.dtype != np.float32:
+            raise ValueError("it has another shape or type")
+        return array
+    except ValueError as error:
         progress.say(f"{what} in {file} cannot be used ({error}): made again")
         return None

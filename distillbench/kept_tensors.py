@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distillbench.files import sha256_file, sha256_tensors, write_atomically
+from distillbench.files import canonical_json, sha256_file, sha256_tensors, write_atomically
 
 SHA256 = "distillbench_sha256"  # of the tensors, in the file's header
 
@@ -44,13 +44,18 @@ def seal_array(path: Path, recipe: Mapping[str, Any]) -> None:
     write_atomically(path.with_suffix(".json"), lambda temporary: Path(temporary).write_text(text))
 
 
-def read_array(path: Path) -> np.ndarray:
-    """The array that is sealed at `path`, mapped into memory. Raises ValueError."""
+def read_array(path: Path, recipe: Mapping[str, Any] | None = None, mode: str = "r") -> np.ndarray:
+    """The array that is sealed at `path`, mapped into memory: to be read, or with mode "c" as a private copy.
+
+    Raises ValueError, also where it was made by another recipe than `recipe`.
+    """
     try:
-        recipe = json.loads(path.with_suffix(".json").read_text())
-        if not isinstance(recipe, dict) or recipe.get("sha256") != sha256_file(path):
+        told = json.loads(path.with_suffix(".json").read_text())
+        if not isinstance(told, dict) or told.pop("sha256", None) != sha256_file(path):
             raise ValueError("its checksum is wrong")
-        rows = np.lib.format.open_memmap(path, mode="r")
+        if recipe is not None and canonical_json(told) != canonical_json(recipe):
+            raise ValueError("it was made by another recipe")
+        rows = np.lib.format.open_memmap(path, mode=mode)
     except (OSError, RecursionError, EOFError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
     return rows

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -56,9 +55,7 @@ def run(
     hands: Hands = OtherHands(progress, stop, config.cell_seconds) if config.isolate else OwnHands(progress, stop)
     seen = hands.look(cells, policy)
     table = _Table(_run_folder(seen, config), cells, configs, [one.about for one in seen], on_rows)
-    for index, one in enumerate(seen):
-        if one.done is not None:
-            table.add(index, one.done)
+    table.add({index: one.done for index, one in enumerate(seen) if one.done is not None})
     if table.failed:
         told = "--retry-failed tries again what failed, or ran out of memory or time"
         progress.say(f"not ok in an earlier run: {', '.join(table.failed)} ({told})")
@@ -82,7 +79,7 @@ def _work(
             cell, one = cells[index], seen[index]
             done = None if is_claimed(one.about.folder) else _done(cell, one, hands, policy)
             if done is not None:
-                table.add(index, done)
+                table.add({index: done})
             elif index not in told:
                 told.add(index)
                 progress.say(f"{cell.label}: another process has it")
@@ -120,26 +117,27 @@ class _Table:
         """The cells that are not done yet."""
         return [index for index in range(len(self.abouts)) if index not in self.done]
 
-    def add(self, index: int, done: Done) -> None:
-        """Show the rows of a cell, and write the folder anew."""
-        self.done[index] = done
-        self.on_rows(make_table(done.rows, list(self.columns)))
-        self._write([row for _, one in sorted(self.done.items()) for row in one.rows])
+    def add(self, cells: dict[int, Done]) -> None:
+        """Show the rows of `cells`, by their index, and write the folder anew."""
+        self.done.update(cells)
+        for done in cells.values():
+            self.on_rows(make_table(done.rows, list(self.columns)))
+        if cells:
+            self.written = self._write()
 
     def finish(self, status: str, reason: str) -> Outcome:
         """The run as it is; cells that are missing have rows with nothing but a status."""
-        for index in self.missing():
-            about = self.abouts[index]
-            self.add(index, Done(about, about.without_scores(status, reason)))
-        table, summary = self._write([row for _, one in sorted(self.done.items()) for row in one.rows])
-        return Outcome(self.folder, table, summary, self.columns, self.failed)
+        abouts = {index: self.abouts[index] for index in self.missing()}
+        self.add({index: Done(about, about.without_scores(status, reason)) for index, about in abouts.items()})
+        return Outcome(self.folder, *self.written, self.columns, self.failed)
 
-    def _write(self, rows: list[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-        table = make_table(rows, list(self.columns))
+    def _write(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The run's folder as it is now; the table and its summary."""
+        done = [one for _, one in sorted(self.done.items())]
+        table = make_table([row for one in done for row in one.rows], list(self.columns))
         summary = summarise(table, {name: told["direction"] for name, told in self.columns.items()})
         write_table(table, self.folder)
         write_table(summary, self.folder, "summary")
-        done = [one for _, one in sorted(self.done.items())]
         along = [row for one in done for row in one.along]
         if along:
             write_table(make_along(along, list(self.columns)), self.folder, "along")

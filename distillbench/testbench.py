@@ -157,7 +157,7 @@ class Run:
 
 
 class StopAfter(Stop):
-    """Says to stop after so many steps."""
+    """Says to stop from the n-th step on."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from distillbench import Dataset, DatasetConfig, Method, UserError, option
 from distillbench.laws import mixture
 from distillbench.registry import load_registry
 from distillbench.testing import SUITES, assert_conforms, check_class, findings_of
+from faults import gatherer
 
 DATASETS = load_registry().datasets
 CHECKS = [check.name for check in SUITES["datasets"].checks]
@@ -75,17 +76,7 @@ def test_without_images_there_is_little_to_look_at():
     assert found == dict.fromkeys(CHECKS) | dict.fromkeys(("declared", "builds", "described"), True)
 
 
-FAULTS: list[tuple[type[Dataset], str, str]] = []
-
-
-def fault(check: str, message: str):
-    """The class is a dataset with one fault, which `check` and no other finds, in these words."""
-
-    def add(cls: type[Dataset]) -> type[Dataset]:
-        FAULTS.append((cls, check, message))
-        return cls
-
-    return add
+FAULTS, fault = gatherer()  # the class is a dataset with one fault, which `check` and no other finds, in these words
 
 
 @fault("declared", "licence is empty")

@@ -12,6 +12,7 @@ from distillbench.conformance_metrics import IMAGES
 from distillbench.pretrained import WeightsFile
 from distillbench.registry import load_registry
 from distillbench.testing import SUITES, assert_conforms, check_class
+from faults import gatherer
 
 METRICS = load_registry().metrics
 CHECKS = [check.name for check in SUITES["metrics"].checks]
@@ -76,17 +77,7 @@ def test_a_good_metric_has_nothing_against_it(cls):
     assert found == dict.fromkeys(CHECKS, True) | ({} if cls.network else {"network": None})
 
 
-FAULTS: list[tuple[type[Metric], str, str]] = []
-
-
-def fault(check: str, message: str):
-    """The class is a metric with one fault, which `check` and no other finds, in these words."""
-
-    def add(cls: type[Metric]) -> type[Metric]:
-        FAULTS.append((cls, check, message))
-        return cls
-
-    return add
+FAULTS, fault = gatherer()  # the class is a metric with one fault, which `check` and no other finds, in these words
 
 
 def through(cls: type[FeatureNetwork]) -> type[Metric]:

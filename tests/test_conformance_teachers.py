@@ -19,6 +19,7 @@ from distillbench.registry import load_registry
 from distillbench.schedules import VE, VPCosine
 from distillbench.teachers import TeacherPlan
 from distillbench.testing import SUITES, assert_conforms, check_class
+from faults import gatherer
 
 REGISTRY = load_registry()
 CHECKS = [check.name for check in SUITES["teachers"].checks]
@@ -145,17 +146,7 @@ def test_settings_and_dataset_are_used():
     assert Curious.seen == {(8, "gmm", 0), (8, "gmm", 3)}
 
 
-FAULTS: list[tuple[type[TeacherSource], str, str]] = []
-
-
-def fault(check: str, message: str):
-    """The class is a teacher with one fault, which `check` and no other finds, in these words."""
-
-    def add(cls: type[TeacherSource]) -> type[TeacherSource]:
-        FAULTS.append((cls, check, message))
-        return cls
-
-    return add
+FAULTS, fault = gatherer()  # the class is a teacher with one fault, which `check` and no other finds, in these words
 
 
 @fault("declared", "reads must be classes or texts, got 'poems'")

@@ -17,7 +17,8 @@ from distillbench.energy import Energy
 from distillbench.method import Method, MethodConfig, Phase
 from distillbench.progress import Progress
 from distillbench.resume import Resume, State, States
-from distillbench.signals import Interrupted, Stop
+from distillbench.signals import Interrupted
+from distillbench.testbench import StopAfter
 from distillbench.train import Checkpoints, train
 from test_checkpoints import BATCH, FRACTIONS, HALFLIFE, IMAGES, NFE
 from test_flops import METHODS
@@ -45,18 +46,6 @@ def new(name: str) -> Method:
 
 def states(folder, keep=2) -> States:
     return States(folder / "resume", keep, Told())
-
-
-class StopAfter(Stop):
-    """Says to stop from the n-th step on."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.left = steps
-
-    def __call__(self) -> bool:
-        self.left -= 1
-        return self.left <= 0
 
 
 def run(method, folder, kept=None, stop_after=10**6, budget=None, seconds=1e9):

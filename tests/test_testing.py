@@ -35,6 +35,7 @@ from distillbench.noise import Noise
 from distillbench.registry import Source, installed, load_registry
 from distillbench.samplers import ddim, time_like, uniform_times, x_at_t_max
 from distillbench.testing import SUITES, Finding, assert_conforms, check_class, check_method
+from faults import gatherer
 
 METHODS = load_registry().methods
 CHECKS = SUITES["methods"].checks
@@ -128,17 +129,7 @@ def test_a_good_method_has_nothing_against_it():
 
 # --- one fault each --------------------------------------------------------------------------------------------------
 
-FAULTS: list[tuple[type[Method], str, str]] = []
-
-
-def fault(check: str, message: str):
-    """The class is a method with one fault, which `check` and no other finds, in these words."""
-
-    def add(cls: type[Method]) -> type[Method]:
-        FAULTS.append((cls, check, message))
-        return cls
-
-    return add
+FAULTS, fault = gatherer()  # the class is a method with one fault, which `check` and no other finds, in these words
 
 
 @fault("declared", "settings without a help text: k")
