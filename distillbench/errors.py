@@ -8,6 +8,7 @@ from difflib import get_close_matches
 __all__ = ["DivergedError", "Unavailable", "UserError", "nearest", "quoted", "unknown"]
 
 LONGEST_QUOTE = 60
+LONGEST_REASON = 300  # characters of what a library says
 
 
 class UserError(Exception):

@@ -12,6 +12,8 @@ from typing import IO
 import numpy as np
 import psutil
 
+from distillbench.errors import LONGEST_REASON
+
 MAPPED = 2**20  # bytes from which on an array that is stored as it is stays on disk
 BLOCK = 2**24  # bytes read at a time
 # What the reading of a file that is no npz, or no whole one, ends in.
@@ -42,7 +44,7 @@ class Npz:
         except FileNotFoundError:
             raise
         except DAMAGED as error:
-            raise ValueError(str(error) or type(error).__name__) from error
+            raise ValueError(str(error)[:LONGEST_REASON] or type(error).__name__) from error
         self.infos = {info.filename.removesuffix(".npy"): info for info in infos}
         if len(self.infos) != len(infos):
             raise ValueError("it has two arrays of one name")
@@ -63,7 +65,7 @@ class Npz:
                 check_memory(info.file_size)
                 return _read(file, shape, fortran, dtype)
         except DAMAGED as error:
-            raise ValueError(str(error) or type(error).__name__) from error
+            raise ValueError(str(error)[:LONGEST_REASON] or type(error).__name__) from error
 
     def _map(
         self, info: zipfile.ZipInfo, skipped: int, shape: tuple[int, ...], fortran: bool, dtype: np.dtype

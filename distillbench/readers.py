@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from distillbench.errors import UserError, nearest, quoted
+from distillbench.errors import LONGEST_REASON, UserError, nearest, quoted
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -42,7 +42,6 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # all that is decoded, whatever a file is called
 LARGEST_FILE = 2**28  # bytes of one encoded image, and of a file of labels or captions
 LARGEST_IMAGE = Image.MAX_IMAGE_PIXELS or 2**26  # pixels; Pillow warns from there, and here that is an error
-LONGEST_REASON = 300  # characters of what a library says
 PNG_DEPTH = 24  # where a PNG has the bits of a channel
 KEPT_ROWS = 2**30  # bytes of parquet row groups that are kept decompressed
 SPLITS = {"train": ("train", "training", "data"), "test": ("test", "t10k", "val", "valid", "validation")}  # their names

@@ -161,6 +161,14 @@ def test_other_columns_and_no_file(tmp_path):
         read_published(tmp_path / "none.csv")
 
 
+def test_more_fields_than_columns(tmp_path):
+    file = file_of(tmp_path, {})
+    header, *rows = file.read_text().splitlines()
+    file.write_text("\n".join([header, *(f"more,{row}" for row in rows)]) + "\n")
+    with pytest.raises(UserError, match="rows of more than"):
+        read_published(file)
+
+
 def test_the_page_explains_every_column():
     page = (FILE.parents[2] / "docs" / "published.md").read_text(encoding="utf-8")
     assert not [name for name in COLUMNS if f"`{name}`" not in page]

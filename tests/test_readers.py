@@ -22,8 +22,9 @@ import pytest
 from PIL import Image
 
 from distillbench import readers
-from distillbench.errors import UserError
+from distillbench.errors import LONGEST_REASON, UserError
 from distillbench.image_files import _open_hub, open_source
+from distillbench.npz_files import Npz
 from distillbench.readers import HubReader, map_in_order
 from image_sources import edm, idx, pixels, png, write_folder, write_zip
 
@@ -584,3 +585,15 @@ def test_the_error_of_threads_is_that_of_the_first_item():
     for workers in (1, 3):
         with pytest.raises(UserError, match="item 3"):
             map_in_order(fail, range(10), workers)
+
+
+def test_what_a_library_quotes_is_cut(tmp_path):
+    """zipfile quotes the names that differ, of any length."""
+    path, name = tmp_path / "long.npz", "n" * 60_000
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, b"")
+    data = path.read_bytes()
+    path.write_bytes(data.replace(name.encode(), name.replace("n", "m").encode(), 1))
+    with pytest.raises(ValueError, match="in directory") as raised:
+        Npz(path)[name]
+    assert len(str(raised.value)) <= LONGEST_REASON

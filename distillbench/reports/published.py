@@ -44,6 +44,8 @@ def read_published(file: Path = FILE) -> pd.DataFrame:
         text = pd.read_csv(file, dtype="string", keep_default_na=False, encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{file.name} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(text.index, pd.RangeIndex):  # pandas takes what is too much in a row for its name
+        raise UserError(f"{file.name} has rows of more than {len(text.columns)} fields")
     if list(text) != list(COLUMNS):
         raise UserError(f"{file.name} has columns {', '.join(map(str, text))}. Needed: {', '.join(COLUMNS)}")
     text = text.mask(text == "")
