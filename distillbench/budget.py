@@ -11,7 +11,7 @@ from typing import Protocol
 
 from distillbench.energy import NO_ENERGY, Energy, EnergyWatch
 from distillbench.options import option, require_positive
-from distillbench.stopwatch import Account, Stopwatch
+from distillbench.stopwatch import Account, CompileWatch, Stopwatch
 from distillbench.teachers import Teacher
 
 
@@ -47,7 +47,8 @@ class BudgetConfig:
 
 @dataclass(frozen=True)
 class Price:
-    """What training has cost so far. teacher_seconds + student_seconds + other_seconds are all seconds.
+    """What training has cost so far. teacher_seconds + student_seconds + compile_seconds + other_seconds are all
+    seconds.
 
     Evaluations are images (rows) that went forward through a network; `_backward` says for how many of them a gradient
     was needed. Where the students' architecture is not the teacher's own (a closed form has none), what deputies of the
@@ -65,6 +66,7 @@ class Price:
     stand_in_backward: int = 0  # of teacher_backward
     teacher_seconds: float = 0.0  # forwards of the teacher, and of its deputies
     student_seconds: float = 0.0  # forwards of the student and its copies, all backward passes, optimiser steps
+    compile_seconds: float | None = 0.0  # torch's compiler; None where it does not tell: it is in the others then
     other_seconds: float = 0.0
 
 
@@ -95,6 +97,7 @@ class Meter:
         self.charged = Price()  # done before, and not by this meter's networks
         self.charged_energy = NO_ENERGY
         self.stopwatch = Stopwatch.of(device)
+        self._compiler = CompileWatch(self.stopwatch)
         accounts = {Account.teacher: teacher.teacher_rows, Account.student: teacher.student_rows}
         self._timed = {counter: partial(self.stopwatch.charging, account) for account, counter in accounts.items()}
         for counter, timed in self._timed.items():
@@ -104,10 +107,16 @@ class Meter:
         self._start = self.stopwatch.now()
 
     def stop(self) -> None:
-        """Time no more forwards: they are not part of the training."""
+        """Time no more forwards, and no compiler: they are not part of the training."""
+        self._compiler.stop()
         for counter, timed in self._timed.items():
             if counter.timed is timed:
                 counter.timed = nullcontext
+
+    @property
+    def no_compile_seconds(self) -> str:
+        """Why a price has no compile_seconds; empty where it has."""
+        return self._compiler.reason
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -127,17 +136,23 @@ class Meter:
             self._start += self.stopwatch.now() - begin
 
     def charge(
-        self, seconds: float, teacher_nfe: int, teacher_seconds: float = 0.0, energy: Energy = NO_ENERGY
+        self,
+        seconds: float,
+        teacher_nfe: int,
+        teacher_seconds: float = 0.0,
+        energy: Energy = NO_ENERGY,
+        compile_seconds: float = 0.0,
     ) -> None:
         """Add work of this method that was done before and is used again, such as pairs found in the cache.
 
-        `teacher_seconds` are those of `seconds` that the teacher took.
+        `teacher_seconds` are those of `seconds` that the teacher took, `compile_seconds` those of torch's compiler.
         """
         self.charged = replace(
             self.charged,
             seconds=self.charged.seconds + seconds,
             teacher_nfe=self.charged.teacher_nfe + teacher_nfe,
             teacher_seconds=self.charged.teacher_seconds + teacher_seconds,
+            compile_seconds=(self.charged.compile_seconds or 0.0) + compile_seconds,
         )
         self.charged_energy += energy
 
@@ -186,6 +201,7 @@ class Meter:
         seconds = self._seconds()
         teacher = accounts[Account.teacher] + charged.teacher_seconds
         student = accounts[Account.student] + charged.student_seconds
+        compiler = accounts[Account.compile] + (charged.compile_seconds or 0.0)
         rows = self._rows()
         return Price(
             images=self.images,
@@ -193,7 +209,8 @@ class Meter:
             **{name: rows[name] - self._uncharged_rows[name] + getattr(charged, name) for name in rows},
             teacher_seconds=teacher,
             student_seconds=student,
-            other_seconds=seconds - teacher - student,
+            compile_seconds=None if self.no_compile_seconds else compiler,
+            other_seconds=seconds - teacher - student - compiler,
         )
 
     def spent(self) -> float:

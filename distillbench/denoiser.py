@@ -15,9 +15,9 @@ once, and lets a network that was trained on one noise schedule be used on anoth
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,25 @@ def _edm_input(x_t: Tensor, t: Tensor, schedule: NoiseSchedule) -> tuple[Tensor,
 INPUTS["edm"] = _edm_input
 
 
+class NetworkCall:
+    """How the networks of a counter are called. This one: as they are.
+
+    `plain` says, in plain values, what of it can move a number.
+    """
+
+    def __init__(self, plain: Mapping[str, Any] | None = None) -> None:
+        self.plain: Mapping[str, Any] = plain or {}
+
+    def prepare(self, network: nn.Module) -> None:
+        """Before the first call of `network`: what its copies are to have too."""
+
+    def undo(self) -> None:
+        """What was done to networks is done no longer."""
+
+    def __call__(self, network: nn.Module, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
+        return network(x, time, embedding, c)
+
+
 class Counter:
     """Rows (images) that went through the networks it is attached to. A copy of a network keeps the same counter."""
 
@@ -86,6 +105,7 @@ class Counter:
         self.rows_to_input = 0  # of these, those of networks whose weights need none: it flows through, to the input
         self.kinds: dict[type[nn.Module], tuple[int, int]] = {}  # class of network: its rows, and with gradient
         self.timed: Callable[[], AbstractContextManager[None]] = nullcontext  # what a meter has every forward timed by
+        self.call = NetworkCall()
 
     def __deepcopy__(self, memo: dict) -> Counter:
         return self
@@ -100,6 +120,15 @@ class Counter:
         before = self.kinds.get(type(network), (0, 0))
         self.kinds[type(network)] = before[0] + rows, before[1] + gradient
 
+    @contextmanager
+    def calling(self, call: NetworkCall) -> Iterator[None]:
+        """In the block the networks are called in another way."""
+        before, self.call = self.call, call
+        try:
+            yield
+        finally:
+            self.call = before
+
 
 class CountedNetwork(nn.Module):
     """A network and the counter of the rows that it has evaluated: nothing reaches the one without the other."""
@@ -111,7 +140,7 @@ class CountedNetwork(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
         with self.counter.timed():
-            out = self.network(x, time, embedding, c)
+            out = self.counter.call(self.network, x, time, embedding, c)
         to_input = x.requires_grad or (embedding is not None and embedding.requires_grad)
         self.counter.add(self.network, len(x), out.requires_grad, to_input)
         return out

@@ -5,14 +5,14 @@ that prefix: ``network.wrapped.save_pretrained(folder)`` writes what diffusers l
 :class:`distillbench.diffusers_schedules.Call`. Where a network also predicts a variance (twice as many channels out as
 in), that half of its output is dropped.
 
-`embedding` is added to the embedding of time by hooks that exist for the time of one call.
+`embedding` is added to the embedding of time by what stands for its module during one call.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -23,17 +23,12 @@ from distillbench.conditions import UNCONDITIONAL, Condition
 from distillbench.diffusers_schedules import Call
 from distillbench.errors import UserError, unknown
 from distillbench.parked import Parked
+from distillbench.stand_ins import adding, standing_in
 
 
-@contextmanager
-def added(modules: list[nn.Module], embedding: Tensor | None) -> Iterator[None]:
+def added(modules: list[nn.Module], embedding: Tensor | None) -> AbstractContextManager[None]:
     """While it lasts `embedding` (B,D) is added to what each of `modules` gives."""
-    with ExitStack() as hooks:
-        if embedding is not None:
-            for module in modules:
-                hook = module.register_forward_hook(lambda module, inputs, output: output + embedding)
-                hooks.callback(hook.remove)
-        yield
+    return standing_in({} if embedding is None else {module: adding(module, embedding) for module in modules})
 
 
 class DiffusersNetwork(nn.Module, ABC):

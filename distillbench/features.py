@@ -7,6 +7,7 @@ other last digits, and a score must not depend on how images were batched.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from distillbench.errors import Unavailable
 from distillbench.frechet import GaussianStatistics, Moments
+from distillbench.host_copies import to_device, to_host
 from distillbench.pretrained import WeightsFile, locate
 
 __all__ = ["FeatureNetwork", "ImageSet", "full_precision", "resized"]
@@ -73,6 +75,10 @@ class Networks:
             self._loaded[network] = network(network.locate(self.folder), self.device)
         return self._loaded[network]
 
+    def look(self, network: type[FeatureNetwork], images: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Features of uint8 images (b,C,H,W) that come in batches of any size, in blocks (at most network.batch, D)."""
+        return look(self.get(network), images, self.device)
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
@@ -103,15 +109,16 @@ def look(network: FeatureNetwork, images: Iterable[Tensor], device: str) -> Iter
     Grey images are repeated to three channels. The last block is filled up with copies of its last image.
     """
     with torch.inference_mode(), full_precision():
-        for block in _blocks(images, network.batch):
+        for block in blocks_of(images, network.batch):
             count = len(block)
-            x = block.to(device)
+            x = to_device(block, device)
             if count < network.batch:
                 x = torch.cat([x, x[-1:].expand(network.batch - count, -1, -1, -1)])
             yield network(x.expand(-1, 3, -1, -1))[:count].float()
 
 
-def _blocks(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+def blocks_of(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """The images in blocks of `size`, the last one as it comes."""
     held: list[Tensor] = []
     count = 0
     for batch in images:
@@ -165,11 +172,16 @@ class ImageSet:
             raise Unavailable(f"{network.name} sees grey or colour images, not {self.shape[0]} channels")
         if self.count < 2:
             raise Unavailable(f"a covariance needs at least two images, here {'is one' if self.count else 'are none'}")
-        moments, blocks = Moments(), []
-        for block in look(self.networks.get(network), self.read(), self.networks.device):
-            moments.add(block)
-            if keep:
-                blocks.append(block.cpu())
+        moments, device = Moments(), self.networks.device
+        blocks = _added(moments, self.networks.look(network, self.read()))
+        kept = list(to_host(blocks, device)) if keep else deque(blocks, maxlen=0)
         self._statistics[network] = moments.statistics()
         if keep:
-            self._features[network] = torch.cat(blocks)
+            self._features[network] = torch.cat(list(kept))
+
+
+def _added(moments: Moments, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The blocks, each once it is added to the moments."""
+    for block in blocks:
+        moments.add(block)
+        yield block

@@ -11,8 +11,9 @@
 Each pass goes over all nfe in ascending order before the next begins. What one measurement leaves behind (resident
 memory, the allocator's blocks, modules) can move the next, so the order is the same for every method: memory before
 the large batches of throughput, FLOPs last since their counter imports torch's compiler, and rows with few evaluations
-before those with more, so that none is charged for memory that a hungrier one left. Nothing is compiled or captured;
-noise and conditions are drawn before a call is timed.
+before those with more, so that none is charged for memory that a hungrier one left. Nothing is compiled; networks are
+computed as for scores, in ``evaluation.precision`` and, if asked, in CUDA graphs that the calls to warm up capture.
+FLOPs are those of the plain network. Noise and conditions are drawn before a call is timed.
 
 A timed call waits for the device before and after: on the CPU the clock is read, on CUDA a pair of events is recorded
 on the idle device, so a latency holds the launches from Python. No measurement takes calls for more than 60 s. What
@@ -36,8 +37,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distillbench.compute import Sampling, sampling
 from distillbench.conditions import Conditioning
 from distillbench.datasets import Dataset
+from distillbench.denoiser import NetworkCall
 from distillbench.errors import Unavailable
 from distillbench.flops import count_flops
 from distillbench.memory import peak_gpu_mib, peak_rss_mib
@@ -168,6 +171,7 @@ class Measurement:
     batch_size: int  # while memory is watched
     largest: int  # batch that is tried for throughput
     timing_seconds: float
+    sampling: Sampling = Sampling()  # how networks are computed
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,12 @@ def speed_job(cell: Cell, weights: Path | None, nfe: list[int]) -> SpeedJob:
     scene, config = cell.scene, cell.scene.config
     evaluation = config.evaluation
     measurement = Measurement(
-        tuple(nfe), scene.device, evaluation.batch_size, evaluation.largest_timed_batch, evaluation.timing_seconds
+        tuple(nfe),
+        scene.device,
+        evaluation.batch_size,
+        evaluation.largest_timed_batch,
+        evaluation.timing_seconds,
+        evaluation.sampling,
     )
     return SpeedJob(
         measurement,
@@ -377,7 +386,7 @@ class _Row:
 def measure_subject(subject: Subject, measurement: Measurement, timer: Timer) -> list[Speed]:
     """The cost of a sampler for each nfe of `measurement`, ascending."""
     rows = [_Row(nfe) for nfe in sorted(measurement.nfe)]
-    with torch.no_grad():
+    with torch.no_grad(), sampling(measurement.sampling, subject.teacher, measurement.device):
         for one_pass in (_memory, _latency, _throughput, _flops):
             for row in rows:
                 one_pass(row, subject, measurement, timer)
@@ -416,6 +425,8 @@ def _memory(row: _Row, subject: Subject, measurement: Measurement, timer: Timer)
         timer.seconds(call)
         with peak_rss_mib() as rss, peak_gpu_mib(measurement.device) as gpu:
             repeat(call, timer, 1, WATCHED_SECONDS)
+        if measurement.sampling.cuda_graphs:
+            gpu.mib, gpu.reason = None, "torch's allocator does not see what tensors within CUDA graphs hold"
         for name, peak in zip(names, (gpu, gpu.reserved, gpu.device, rss), strict=True):
             row.put(name, peak.mib, peak.reason)
 
@@ -442,7 +453,9 @@ def _throughput(row: _Row, subject: Subject, measurement: Measurement, timer: Ti
 
 def _flops(row: _Row, subject: Subject, measurement: Measurement, timer: Timer) -> None:
     with row.attempt("gflops"):
-        counted = count_flops(_call(subject, measurement.device, row.nfe, 1))
+        teacher, plain = subject.teacher, NetworkCall()  # a replayed graph shows no operators
+        with teacher.teacher_rows.calling(plain), teacher.student_rows.calling(plain):
+            counted = count_flops(_call(subject, measurement.device, row.nfe, 1))
         row.put("gflops", counted.flops / 1e9)
         row.values["flops_not_counted"] = counted.not_counted
 

@@ -1,17 +1,20 @@
 """Whose seconds: a stopwatch that charges one account at a time.
 
 The account changes when a network begins and ends its work, so the accounts never overlap: a network within another
-takes its time out of the other's. On the CPU a change reads the clock. On a GPU, which works behind Python's back, it
-records an event in the stream and waits for nothing; what lay between two events is read once both have passed.
+takes its time out of the other's, and torch's compiler out of that of the network it compiles. On the CPU a change
+reads the clock. On a GPU, which works behind Python's back, it records an event in the stream and waits for nothing;
+what lay between two events is read once both have passed.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
+from typing import Any
 
 import torch
 
@@ -23,6 +26,7 @@ class Account(StrEnum):
 
     teacher = "teacher"  # forwards of the teacher and of its deputies
     student = "student"  # forwards of the student and its copies, backward passes, optimiser steps
+    compile = "compile"  # torch's compiler, forward and backward
     other = "other"
 
 
@@ -59,6 +63,12 @@ class Stopwatch:
         finally:
             self.stopped = False
             self._begin()
+
+    def switched(self, account: Account) -> Account:
+        """Charge `account` from now on; the one that was charged before."""
+        before = self.account
+        self._switch(account)
+        return before
 
     def _switch(self, account: Account) -> None:
         if not self.stopped:
@@ -127,3 +137,40 @@ class CudaStopwatch(Stopwatch):
             if account is not None:
                 self.seconds[account] += begin.elapsed_time(self.marks[0][0]) / 1000
             self.spare.append(begin)
+
+
+class CompileWatch:
+    """Charges what torch's compiler works to an account of its own, until :meth:`stop`.
+
+    Backward passes are compiled when they first run, by autograd's thread; the compiler tells of that too. Its
+    callbacks are no stable interface of torch: where they are not there, `reason` says so, and the time stays with the
+    network.
+    """
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self.stopwatch, self.reason, self.before = stopwatch, "", Account.other
+        self.handler: Any = None
+        if "torch._dynamo" not in sys.modules:  # seconds to import; train.warm_up has done it before a training
+            return
+        try:
+            from torch._dynamo.callback import callback_handler
+
+            callback_handler.register_start_callback(self._begin)
+            callback_handler.register_end_callback(self._end)
+            self.handler = callback_handler
+        except (ImportError, AttributeError):
+            self.reason = f"torch {torch.__version__} does not tell when its compiler works"
+
+    def _begin(self, *about: object) -> None:
+        self.before = self.stopwatch.switched(Account.compile)
+
+    def _end(self, *about: object) -> None:
+        self.stopwatch.switched(self.before)
+
+    def stop(self) -> None:
+        """The compiler is watched no more."""
+        if self.handler is not None:
+            with suppress(AttributeError, ValueError):  # someone cleared all callbacks
+                self.handler.remove_start_callback(self._begin)
+                self.handler.remove_end_callback(self._end)
+            self.handler = None

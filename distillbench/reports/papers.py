@@ -29,6 +29,7 @@ HEADINGS = {
     "train_seconds": "training (s)",
     "train_teacher_seconds": "of it teacher (s)",
     "train_student_seconds": "of it student (s)",
+    "train_compile_seconds": "of it compiler (s)",
     "train_other_seconds": "of it other (s)",
     "train_teacher_nfe": "teacher evaluations in training",
     "train_student_nfe": "student evaluations in training",

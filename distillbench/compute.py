@@ -1,0 +1,251 @@
+"""How networks are computed: precision, memory format, compilation, recomputation. Each a setting that rows record.
+
+Only the networks of teacher and students are computed so. What is given to them and what they answer is in the default
+dtype, so schedules, preconditioning, targets and losses stay in float32 and float64. Settings hang on the counters that
+copies of a network share (:class:`distillbench.denoiser.Counter`): a copy is computed like its original whenever it is
+made, and a student made of the teacher like a student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distillbench.cuda_graphs import Captured
+from distillbench.denoiser import Counter, NetworkCall
+from distillbench.errors import UserError
+from distillbench.network_calls import DTYPES, AsAsked, networks_below
+from distillbench.options import option, require_between, require_one_of
+
+if TYPE_CHECKING:
+    from distillbench.method import Method
+    from distillbench.teachers import Teacher
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+SAMPLED = ("fp32", "tf32", "bf16", "fp16")
+OF_ANSWERS = (
+    "tf32",
+    "channels_last",
+    "compile",
+)  # settings, beside the precision, that can move what a network answers
+MOST_VARIANTS = 128  # of one function, compiled: a network's blocks have many shapes, with gradient and without
+
+
+@dataclass
+class ComputeConfig:
+    """How the networks of a training are computed."""
+
+    precision: str = option("fp32", "of students' networks in training: fp32, bf16 or fp16 (fp16 with scaled losses)")
+    teacher_precision: str = option("same", "of the frozen teacher's networks in training: same, fp32, bf16 or fp16")
+    tf32: bool = option(False, "on a GPU, float32 products and convolutions may round their factors to 10 bits")
+    channels_last: bool = option(False, "convolutions keep the channels of a pixel together (NHWC)")
+    compile: str = option("off", "torch.compile of whole networks, of their repeated blocks, or off")
+    recompute: bool = option(False, "repeated blocks are computed again in backward passes, for less memory")
+    prefetch: int = option(2, "batches of real images read ahead on a GPU's machine; 0: none")
+
+    def __post_init__(self) -> None:
+        require_one_of(self, "precision", PRECISIONS)
+        require_one_of(self, "teacher_precision", ("same", *PRECISIONS))
+        require_one_of(self, "compile", ("off", "whole", "blocks"))
+        require_between(self, 0, 1000, "prefetch")
+
+    @property
+    def of_teacher(self) -> str:
+        """The precision of the teacher's networks."""
+        return self.precision if self.teacher_precision == "same" else self.teacher_precision
+
+
+# --- in training -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def applied(config: ComputeConfig, method: Method, device: str) -> Iterator[None]:
+    """In the block the networks of `method`, of its teacher, and of copies made meanwhile, are computed as asked.
+
+    After it they are plain again, and so are torch's settings. Raises UserError for what `device` cannot do.
+    """
+    check_compute(config, device)
+    teacher = method.teacher
+    calls: dict[Counter, NetworkCall] = {
+        teacher.teacher_rows: _call_of(config, config.of_teacher, device),
+        teacher.student_rows: _call_of(config, config.precision, device),
+    }
+    with ExitStack() as stack:
+        stack.enter_context(tf32(config.tf32, device))
+        if config.compile != "off":
+            stack.enter_context(_many_variants())
+        for counter, call in calls.items():
+            stack.callback(call.undo)
+            stack.enter_context(counter.calling(call))
+        for counted in networks_below(method, teacher.denoiser):  # now: copies and averages keep the memory format
+            if counted.counter in calls:  # others are a method's own affair
+                calls[counted.counter].prepare(counted.network)
+        yield
+
+
+def _call_of(config: ComputeConfig, precision: str, device: str) -> NetworkCall:
+    plain = {name: value for name, value in training_identity(config, device).items() if name in OF_ANSWERS}
+    if precision != "fp32":
+        plain["precision"] = precision
+    if {config.precision, config.of_teacher} == {"fp32"} and not (
+        config.channels_last or config.compile != "off" or config.recompute
+    ):
+        return NetworkCall(plain)
+    return AsAsked(kind_of(device), precision, config.channels_last, config.compile, config.recompute, plain)
+
+
+def grad_scaler(config: ComputeConfig, device: str) -> torch.amp.GradScaler | None:
+    """What scales losses so that gradients in fp16 do not vanish, and leaves out steps where they overflowed.
+
+    None where students are not computed in fp16.
+    """
+    return torch.amp.GradScaler(kind_of(device)) if config.precision == "fp16" else None
+
+
+def last_batch(config: ComputeConfig) -> AbstractContextManager[Any]:
+    """For a step of fewer images than the others: what would have to be compiled for it alone runs as it is."""
+    return nullcontext() if config.compile == "off" else torch.compiler.set_stance("eager_on_recompile")
+
+
+@contextmanager
+def tf32(allowed: bool, device: str) -> Iterator[None]:
+    """In the block float32 products and convolutions on a GPU may, or may not, use TF32."""
+    if device == "cpu":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _many_variants() -> AbstractContextManager[Any]:
+    """After a few variants of a function torch's compiler gives up and says so in a warning only."""
+    import torch._dynamo.config as dynamo  # seconds to import
+
+    return dynamo.patch(cache_size_limit=MOST_VARIANTS)  # the name in every torch since 2.6
+
+
+# --- in evaluation ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How networks are computed where they are sampled from: for scores, and where that is timed."""
+
+    precision: str = "fp32"
+    cuda_graphs: bool = False
+
+
+@contextmanager
+def sampling(asked: Sampling, teacher: Teacher, device: str) -> Iterator[None]:
+    """In the block the networks of `teacher` and of its students are computed as samples are made."""
+    check_sampling(asked, device)
+    half = asked.precision in DTYPES
+    call: NetworkCall = NetworkCall()
+    if half:
+        call = AsAsked(kind_of(device), asked.precision, plain=sampling_identity(asked, device))
+    if asked.cuda_graphs:
+        call = Captured(call, device)
+    with (
+        tf32(asked.precision == "tf32", device),
+        teacher.teacher_rows.calling(call),
+        teacher.student_rows.calling(call),
+    ):
+        yield
+
+
+# --- what is recorded ------------------------------------------------------------------------------------------------
+
+
+def training_identity(config: ComputeConfig, device: str) -> dict[str, Any]:
+    """The settings that differ from the defaults, for the key of a training; on a GPU tf32 is always named.
+
+    Without the latter, results from before there was this setting would be found, and those had torch's defaults.
+    """
+    defaults = ComputeConfig()
+    plain = {name: value for name, value in vars(config).items() if value != getattr(defaults, name)}
+    if device == "cpu":
+        plain.pop("prefetch", None)
+        return plain
+    return plain | {"tf32": config.tf32}
+
+
+def sampling_identity(asked: Sampling, device: str) -> dict[str, Any]:
+    """The same of an evaluation; on a GPU the precision is always named."""
+    plain: dict[str, Any] = {"cuda_graphs": True} if asked.cuda_graphs else {}
+    return plain if device == "cpu" and asked.precision == "fp32" else plain | {"precision": asked.precision}
+
+
+def in_words(config: ComputeConfig | None, asked: Sampling) -> str:
+    """What a row says of how it was computed, such as "bf16, teacher fp16, tf32; sampling fp32"; None: no training.
+
+    One "fp32" where that is all.
+    """
+    sampled = asked.precision + (", cuda_graphs" if asked.cuda_graphs else "")
+    trained = sampled if config is None else _training_in_words(config)
+    return (
+        trained if trained == sampled == "fp32" else "; ".join(([trained] if config else []) + [f"sampling {sampled}"])
+    )
+
+
+def _training_in_words(config: ComputeConfig) -> str:
+    words = [config.precision]
+    if config.of_teacher != config.precision:
+        words.append(f"teacher {config.of_teacher}")
+    words += [name for name in ("tf32", "channels_last") if getattr(config, name)]
+    words += [f"compile={config.compile}"] if config.compile != "off" else []
+    return ", ".join(words + (["recompute"] if config.recompute else []))
+
+
+def changed(config: ComputeConfig | None, asked: Sampling) -> list[str]:
+    """The settings that differ from their defaults, as on the command line; what tells rows apart that share a key."""
+    defaults: list[tuple[str, Any, Any]] = [("evaluation", asked, Sampling())]
+    if config is not None:
+        defaults.insert(0, ("compute", config, ComputeConfig()))
+    return [
+        f"{group}.{name}={value}"
+        for group, ours, usual in defaults
+        for name, value in vars(ours).items()
+        if value != getattr(usual, name)
+    ]
+
+
+# --- what a device can do --------------------------------------------------------------------------------------------
+
+
+def kind_of(device: str) -> str:
+    """cpu or cuda."""
+    return device.split(":")[0]
+
+
+def check_compute(config: ComputeConfig, device: str) -> None:
+    """Raise UserError for settings that `device` cannot follow."""
+    if config.tf32 and device == "cpu":
+        raise UserError("compute.tf32=true needs a GPU: TF32 is a format of NVIDIA's, and device is cpu")
+    halves = {config.precision, config.of_teacher}
+    _check_precision("compute.precision" if config.precision in DTYPES else "compute.teacher_precision", halves, device)
+
+
+def check_sampling(asked: Sampling, device: str) -> None:
+    """The same for settings of evaluation."""
+    if asked.cuda_graphs and device == "cpu":
+        raise UserError("evaluation.cuda_graphs=true needs a GPU, and device is cpu")
+    if asked.precision == "tf32" and device == "cpu":
+        raise UserError("evaluation.precision=tf32 needs a GPU: TF32 is a format of NVIDIA's, and device is cpu")
+    _check_precision("evaluation.precision", {asked.precision}, device)
+
+
+def _check_precision(setting: str, precisions: set[str], device: str) -> None:
+    """A GPU before Ampere has no units for bf16: torch would emulate it, slower than fp32."""
+    if "bf16" in precisions and device != "cpu" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"{setting}=bf16: {torch.cuda.get_device_name(device)} has no units for it. Possible: fp16, fp32"
+        )

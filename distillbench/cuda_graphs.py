@@ -1,0 +1,89 @@
+"""CUDA graphs: a network's call is captured once for each shape of its inputs, then replayed by one launch.
+
+From Python a GPU is given each of a network's hundreds of kernels by itself, which for one image takes longer than the
+kernels do. A replay launches all of them at once, on the same memory: inputs are copied in, the answer is copied out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from distillbench.conditions import Condition
+from distillbench.denoiser import NetworkCall
+
+WARM_UP_CALLS = 3  # before a capture: libraries choose algorithms and take workspace at their first calls
+Inputs = tuple[Tensor | None, ...]  # x, time, embedding, and the tensors of the condition
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What was captured, and where it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+    output: Tensor
+
+    def replay(self, inputs: Inputs) -> Tensor:
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            if mine is not None and given is not None:
+                mine.copy_(given)
+        self.graph.replay()
+        return self.output.clone()
+
+
+class Captured(NetworkCall):
+    """Replays what `call` does, for calls without gradient. Weights may change in place between calls.
+
+    Its graphs share one pool of memory: none of them runs while another does, and answers are copied out.
+    """
+
+    def __init__(self, call: NetworkCall, device: str) -> None:
+        super().__init__(call.plain)
+        self.call, self.device = call, device
+        self.graphs: WeakKeyDictionary[nn.Module, dict[Any, _Graph]] = WeakKeyDictionary()
+        self.pool: Any = None
+
+    def __call__(self, network: nn.Module, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.call(network, x, time, embedding, c)
+        inputs = (x, time, embedding, *_tensors(c))
+        graphs = self.graphs.setdefault(network, {})
+        signature = (c.guides, *(None if i is None else (i.shape, i.dtype) for i in inputs))
+        if signature not in graphs:
+            graphs[signature] = self._capture(network, inputs, c)
+        return graphs[signature].replay(inputs)
+
+    def _capture(self, network: nn.Module, inputs: Inputs, c: Condition) -> _Graph:
+        inputs = tuple(None if i is None else i.contiguous().clone() for i in inputs)
+        x, time, embedding, *rest = inputs
+        assert x is not None and time is not None
+        tensors: dict[str, Any] = dict(zip(_names(c), rest, strict=True))
+        c = dataclasses.replace(c, **tensors)
+        with torch.cuda.device(self.device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP_CALLS):
+                    self.call(network, x, time, embedding, c)
+            torch.cuda.current_stream().wait_stream(aside)
+            if self.pool is None:
+                self.pool = torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                output = self.call(network, x, time, embedding, c)
+        return _Graph(graph, inputs, output)
+
+
+def _names(c: Condition) -> list[str]:
+    """The fields of a condition that are tensors where they are there."""
+    return [field.name for field in dataclasses.fields(c) if field.name != "guides"]
+
+
+def _tensors(c: Condition) -> tuple[Tensor | None, ...]:
+    return tuple(getattr(c, name) for name in _names(c))

@@ -1,0 +1,186 @@
+"""How a network is called: under autocast, in channels_last, compiled, recomputed in backward passes.
+
+Nothing of a network is replaced: its class, its state and its copies stay what they are. What stands for a forward is
+there for the time of one call, as a compiled function of its class that is shared by all networks of that class.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter as Multiset
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from distillbench.conditions import Condition
+from distillbench.denoiser import CountedNetwork, NetworkCall
+from distillbench.stand_ins import StandIns, instead, standing_below, standing_in
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LEAST_REPEATS = 3  # of a class of modules in a network, for it to be its repeated block
+
+
+def networks_below(*modules: nn.Module) -> list[CountedNetwork]:
+    """Every counted network of `modules`, each once."""
+    found = {id(m): m for module in modules for m in module.modules() if isinstance(m, CountedNetwork)}
+    return list(found.values())
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks that `network` is a repetition of, none of them within another.
+
+    diffusers names those of its networks; of others they are, from the top down, modules with children whose class
+    occurs at least three times. Containers of torch.nn are none.
+    """
+    named = {name for module in network.modules() for name in getattr(type(module), "_repeated_blocks", None) or ()}
+    counts = Multiset(type(module) for module in network.modules())
+
+    def repeated(module: nn.Module) -> bool:
+        if named:
+            return type(module).__name__ in named
+        own = not type(module).__module__.startswith("torch.nn.")
+        return own and counts[type(module)] >= LEAST_REPEATS and any(True for _ in module.children())
+
+    def below(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            if repeated(child):
+                yield child
+            else:
+                yield from below(child)
+
+    return list(dict.fromkeys(below(network)))
+
+
+def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
+    """A block that computes in `precision`, fp32 included: an autocast round it does not reach in."""
+    dtype = DTYPES.get(precision)
+    return torch.autocast(device, dtype=dtype) if dtype else torch.autocast(device, enabled=False)
+
+
+@functools.cache
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled for each shape anew."""
+    return torch.compile(forward, dynamic=False)
+
+
+@dataclass(eq=False)
+class AsAsked(NetworkCall):
+    """The call that the settings ask for. `plain` names, in plain values, what of them differs from the default."""
+
+    device: str  # kind: cpu, cuda
+    precision: str = "fp32"
+    channels_last: bool = False
+    compile: str = "off"
+    recompute: bool = False
+    plain: Mapping[str, Any] = field(default_factory=dict)
+    _blocks: WeakKeyDictionary[nn.Module, list[nn.Module]] = field(default_factory=WeakKeyDictionary)
+    _turned: WeakSet[nn.Module] = field(default_factory=WeakSet)  # to channels_last
+
+    def __call__(
+        self, network: nn.Module, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition
+    ) -> Tensor:  # fmt: skip
+        if not any(True for _ in network.parameters()):  # a closed form
+            return network(x, time, embedding, c)
+        self.prepare(network)
+        given = x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+        with autocast(self.device, self.precision), self._changed(network):
+            out = network(given, time, embedding, c)
+        return out.to(x.dtype).contiguous()
+
+    def prepare(self, network: nn.Module) -> None:
+        """Its weights in their memory format; that is kept by copies."""
+        if self.channels_last and network not in self._turned:
+            network.to(memory_format=torch.channels_last)
+            self._turned.add(network)
+
+    def undo(self) -> None:
+        """Weights as they were."""
+        for network in self._turned:
+            network.to(memory_format=torch.contiguous_format)
+        self._turned.clear()
+
+    def _changed(self, network: nn.Module) -> AbstractContextManager[Any]:
+        """A block in which modules of `network` run compiled, or note what to compute again."""
+        again = self.recompute and torch.is_grad_enabled()
+        if self.compile == "off" and not again:
+            return nullcontext()
+        forwards: dict[nn.Module, Callable[..., Any]] = {}
+        if self.compile == "blocks":
+            forwards = {block: _compiled_forward(block) for block in self._blocks_of(network)}
+        if again:
+            blocks = self._blocks_of(network)
+            forwards = {block: functools.partial(_again, block, forwards.get(block, block.forward)) for block in blocks}
+        if self.compile == "whole":
+            forwards[network] = _compiled_forward(network)
+        return standing_in({module: instead(forward) for module, forward in forwards.items()})
+
+    def _blocks_of(self, network: nn.Module) -> list[nn.Module]:
+        if network not in self._blocks:
+            self._blocks[network] = repeated_blocks(network)
+        return self._blocks[network]
+
+
+def _compiled_forward(module: nn.Module) -> Callable[..., Any]:
+    return MethodType(compiled(type(module).forward), module)
+
+
+def _again(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """forward(...), of which nothing is kept for the backward pass: it is computed again, as it is now."""
+    contexts = functools.partial(_now_and_later, standing_below(block), _weights(block))
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """What a module has as a weight, and whether it needs a gradient.
+
+    A method may hold weights for one forward: torch.func.functional_call puts others in their place, which are gone
+    when the backward pass begins.
+    """
+
+    module: nn.Module
+    name: str
+    value: nn.Parameter | None
+    needs_gradient: bool
+
+    def put(self) -> None:
+        if self.module._parameters[self.name] is not self.value:
+            self.module._parameters[self.name] = self.value
+        if self.value is not None and self.value.requires_grad is not self.needs_gradient:
+            self.value.requires_grad_(self.needs_gradient)
+
+
+def _weights(block: nn.Module) -> list[_Weight]:
+    return [
+        _Weight(module, name, value, value is not None and value.requires_grad)
+        for module in block.modules()
+        for name, value in module._parameters.items()
+    ]
+
+
+def _now_and_later(
+    stands: StandIns, weights: list[_Weight]
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), _as_it_was(stands, weights)
+
+
+@contextmanager
+def _as_it_was(stands: StandIns, weights: list[_Weight]) -> Iterator[None]:
+    now = [
+        _Weight(w.module, w.name, v := w.module._parameters[w.name], v is not None and v.requires_grad) for w in weights
+    ]
+    with standing_in(stands):
+        try:
+            for weight in weights:
+                weight.put()
+            yield
+        finally:
+            for weight in now:
+                weight.put()
