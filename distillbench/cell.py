@@ -14,6 +14,7 @@ from torch import Tensor
 
 import distillbench
 from distillbench.cell_training import ERROR, STUDENT, TRAIN, keep_traceback, status_of, train_cell
+from distillbench.compute import sampling_identity, training_identity
 from distillbench.environment import device_name, environment
 from distillbench.errors import DivergedError, UserError
 from distillbench.evaluate import Sampler, teacher_sampler
@@ -35,8 +36,10 @@ from distillbench.results import (
     unstack_shown,
     write_record,
 )
+from distillbench.sharing import SampleOrder
 from distillbench.signals import Stop
 from distillbench.speed import SpeedError, measure, measure_in_fresh_process, speed_job
+from distillbench.tasks import Task
 from distillbench.teachers import Teacher
 
 TRAIN_PROTOCOL = 3  # raise when the loop, the samplers or the networks change what a training gives
@@ -97,9 +100,8 @@ def run_cell(cell: Cell, progress: Progress, policy: Policy, stop: Stop) -> Fini
     return done
 
 
-def found_cell(cell: Cell, progress: Progress, policy: Policy) -> Finished | None:
-    """What an earlier run left of `cell`; None where something is left to do."""
-    inputs = train_inputs(cell, cell.scene.loaded(progress))
+def found_cell(cell: Cell, inputs: dict[str, Any], progress: Progress, policy: Policy) -> Finished | None:
+    """What an earlier run left of `cell`, whose training has these `inputs`; None where something is left to do."""
     key = key_of(inputs)
     folder, training = cell_folder(cell, key), None
     if cell.entry is not None:
@@ -134,11 +136,14 @@ def _again(status: Status, policy: Policy) -> bool:
 
 
 def keep_ending(
-    cell: Cell, train: dict[str, Any], evaluation: dict[str, Any], folder: Path, status: str, reason: str
+    cell: Cell, train: dict[str, Any], evaluation: dict[str, Any], folder: Path, device: str, status: str, reason: str
 ) -> None:
-    """Keep that the process of a cell ended without an answer, so that it is not tried again unasked."""
-    device, threads = cell.scene.device, cell.scene.config.threads
-    about: dict[str, Any] = {"device": device_name(device), "environment": environment(device, threads)}
+    """Keep that the process of a cell ended without an answer, so that it is not tried again unasked.
+
+    `device` is the name of the one that it ran on, which may be another machine's.
+    """
+    here = environment(cell.scene.device, cell.scene.config.threads)
+    about: dict[str, Any] = {"device": device, "environment": here}
     told: dict[str, Any] = {"status": status, "reason": reason}
     weights = ""
     if cell.entry is not None:
@@ -185,6 +190,8 @@ def train_inputs(cell: Cell, teacher: Teacher) -> dict[str, Any]:
             "energy": config.energy,
         }
         | ({"accumulate": config.accumulate, "on_oom": config.on_oom} if in_parts else {})
+        | ({"processes": ranks.count} if (ranks := cell.scene.ranks).count > 1 else {})
+        | ({"compute": compute} if (compute := training_identity(config.compute, cell.scene.device)) else {})
     )
 
 
@@ -201,9 +208,10 @@ def _protocol(scene: Scene) -> dict[str, Any]:
         "protocol": EVALUATION_PROTOCOL,
         "images": config.images,
         "batch_size": config.batch_size,
-        "metrics": {name: cls.identity(scene.weights) for name, cls in scene.metrics.items()},
+        "metrics": scene.metric_identities(),
         "references": {file.provenance["network"]: file.sha256 for file in scene.references},
         "reference": {"sampler": config.solvers()[0].name, "steps": max(config.teacher_steps)},
+        **({"precision": config.precision} if config.precision != "fp32" else {}),
     }
 
 
@@ -231,7 +239,8 @@ def speed_inputs(cell: Cell, train_key: str) -> dict[str, Any]:
 
 def _sampled(cell: Cell) -> dict[str, Any]:
     """How a cell's samples are made."""
-    inputs: dict[str, Any] = {}
+    compute = sampling_identity(cell.scene.config.evaluation.sampling, cell.scene.device)
+    inputs: dict[str, Any] = {"compute": compute} if compute else {}
     if cell.solver is not None:
         inputs["sampler"] = cell.solver.name
     if cell.scene.config.conditional:
@@ -313,7 +322,8 @@ def _rows(cell: Cell, folder: Path, progress: Progress) -> tuple[list[RowRecord]
     seeds = cell.scene.config.evaluation.seeds
     wanted = [(nfe, seed) for nfe in cell.nfe for seed in seeds]
     try:
-        method = _restored(cell, folder / STUDENT, progress) if cell.entry is not None else None
+        weights = folder / STUDENT if cell.entry is not None else None
+        method = _restored_from(cell, weights, progress)
     except UserError:
         raise
     except Exception as error:
@@ -321,24 +331,47 @@ def _rows(cell: Cell, folder: Path, progress: Progress) -> tuple[list[RowRecord]
         return [RowRecord(nfe=n, sampling_seed=seed, **told) for n, seed in wanted], []
     rows, shown = [], []
     for nfe, seed in wanted:
-        row, images = _row(cell, method, nfe, seed, cell.label, folder, progress)
+        row, images = _row(cell, method, weights, nfe, seed, cell.label, folder, progress)
         rows.append(row)
         if images is not None and seed == seeds[0]:
             shown.append(images)
     return rows, shown
 
 
+def sample_along(cell: Cell, order: SampleOrder, progress: Progress) -> None:
+    """A follower's part of a row, or of the teacher's many-step answers."""
+    torch.set_num_threads(cell.scene.config.threads)
+    sampler = None if order.answers else _sampler(cell, _restored_from(cell, order.weights, progress), progress)
+    cell.scene.evaluation(progress).sample_along(sampler, order)
+
+
+def _restored_from(cell: Cell, weights: Path | None, progress: Progress) -> Method | None:
+    return None if weights is None else _restored(cell, weights, progress)
+
+
+def _sampler(cell: Cell, method: Method | None, progress: Progress) -> Sampler:
+    """Of the method, or of the teacher itself."""
+    return method.sample if method is not None else teacher_sampler(cell.scene.loaded(progress), cell.sampler())
+
+
 def _row(
-    cell: Cell, method: Method | None, nfe: int, seed: int, label: str, folder: Path, progress: Progress
+    cell: Cell,
+    method: Method | None,
+    weights: Path | None,
+    nfe: int,
+    seed: int,
+    label: str,
+    folder: Path,
+    progress: Progress,
 ) -> tuple[RowRecord, Tensor | None]:
     """One row, and its samples to be shown if it is ok."""
     about: dict[str, Any] = {"nfe": nfe, "sampling_seed": seed}
     try:
         evaluator = cell.scene.evaluation(progress)
-        teacher = cell.scene.loaded(progress)
-        sampler: Sampler = method.sample if method is not None else teacher_sampler(teacher, cell.sampler())
+        sampler = _sampler(cell, method, progress)
         keeps_noise = _keeps_noise(cell, nfe) if method is None else method.keeps_noise(nfe)
-        measured = evaluator.measure(sampler, nfe, seed, keeps_noise, label)
+        order = SampleOrder(Task.of(cell), weights) if cell.scene.ranks.count > 1 else None
+        measured = evaluator.measure(sampler, nfe, seed, keeps_noise, label, order)
     except UserError:
         raise
     except DivergedError as error:
@@ -353,11 +386,12 @@ def _along(cell: Cell, training: TrainRecord, folder: Path, progress: Progress) 
     """The scores of the student as it was at its checkpoints; outside the budget and untimed."""
     rows = []
     for checkpoint in training.checkpoints:
-        method = _restored(cell, folder / checkpoint.file, progress)
+        weights = folder / checkpoint.file
+        method = _restored(cell, weights, progress)
         label = f"{cell.label} at {checkpoint.fraction:.0%}"
         for nfe in checkpoint.ready:
             for seed in cell.scene.config.evaluation.seeds:
-                row, _ = _row(cell, method, nfe, seed, label, folder, progress)
+                row, _ = _row(cell, method, weights, nfe, seed, label, folder, progress)
                 rows.append(CheckpointScores(fraction=checkpoint.fraction, **dict(row)))
     return rows
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import traceback
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,26 @@ import torch
 from safetensors.torch import save_file
 
 from distillbench.budget import Meter, Price
+from distillbench.compute import applied
+from distillbench.data_stream import DataStream
 from distillbench.energy import Energy, energy
 from distillbench.environment import device_name, environment
 from distillbench.errors import DivergedError, Unavailable, UserError
 from distillbench.files import key_of, sha256_file, write_atomically
 from distillbench.flops import NetworkFlops, family_flops, training_flops
 from distillbench.memory import peak_gpu_mib, peak_rss_mib
+from distillbench.method import Method
+from distillbench.optimizers import warm_up
 from distillbench.pairs import Workspace
 from distillbench.plan import Cell, build
 from distillbench.progress import Progress
 from distillbench.results import FINAL, CheckpointRecord, Cost, CurvePoint, Status, TrainRecord, write_record
-from distillbench.resume import Resume, States
+from distillbench.resume import Followed, Resume, States
 from distillbench.signals import Stop
+from distillbench.tasks import Task
 from distillbench.teachers import Teacher
-from distillbench.train import Checkpoints, DataStream, train, warm_up
+from distillbench.train import Loop, Trained, train
+from distillbench.training_checkpoints import Checkpoints
 
 TRAIN, STUDENT, ERROR = "train.json", "student.safetensors", "error.txt"  # in the folder of a cell
 
@@ -43,6 +50,7 @@ def train_cell(
     config, teacher = cell.scene.config, cell.scene.loaded(progress)
     about: dict[str, Any] = {"key": key_of(inputs), "inputs": inputs, "device": device_name(cell.scene.device)}
     about["environment"] = environment(cell.scene.device, config.threads)
+    about["processes"] = cell.scene.ranks.count
     parts = config.accumulate
     while True:
         states = States(folder / "resume" / str(parts), config.states.keep, progress)
@@ -58,7 +66,12 @@ def train_cell(
             break
         except Exception as error:  # a method is a stranger's code; the other cells go on
             status = status_of(error)
-            if status == "failed" or config.on_oom == "fail" or 2 * parts > config.batch_size:
+            if (
+                status == "failed"
+                or cell.scene.ranks.count > 1
+                or config.on_oom == "fail"
+                or 2 * parts > config.batch_size
+            ):
                 record = TrainRecord(**about, status=status, reason=keep_traceback(error, folder, progress))
                 break
         states.clear()
@@ -66,6 +79,8 @@ def train_cell(
         parts *= 2
         progress.say(f"{cell.label}: memory ran out; training anew, each step in {parts} parts")
     write_record(folder / TRAIN, record)
+    if cell.scene.ranks.count > 1 and record.status not in FINAL:  # the others are in the midst of a step
+        raise UserError(f"{cell.label}: {record.reason}. The same command goes on with the other cells")
     if record.status in FINAL:
         states.clear()
         with suppress(OSError):  # states that were set aside stay
@@ -85,40 +100,99 @@ def _free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+@dataclass(frozen=True)
+class TrainOrder:
+    """What a follower needs to train along: the same cell, in as many parts, from the newest of the same states."""
+
+    task: Task
+    parts: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A training that went well, and what was measured round it, in all processes."""
+
+    method: Method
+    trained: Trained
+    energy: Energy
+    peaks: dict[str, tuple[float | None, str]]  # of the process that took most, in MiB, or why there is none
+    no_compile_seconds: str
+
+
+def train_along(cell: Cell, order: TrainOrder, progress: Progress, stop: Stop) -> None:
+    """A follower's part of a training. Nothing is written."""
+    states = Followed(order.folder, cell.scene.config.states.keep, progress)
+    _train(cell, order.parts, cell.scene.loaded(progress), order.folder, progress, states, stop)
+
+
+def _train(
+    cell: Cell, parts: int, teacher: Teacher, folder: Path, progress: Progress, states: States, stop: Stop
+) -> Measured:
+    """Train the method of `cell`, in this process's rows of every batch."""
+    scene, config = cell.scene, cell.scene.config
+    assert cell.entry is not None and cell.method_config is not None and cell.seed is not None
+    ranks, compute, needs_data = scene.ranks, config.compute, cell.entry.cls.needs_data
+    cache = Path(config.results_dir) / "cache" / "pairs"
+    torch.set_num_threads(config.threads)
+    warm_up(scene.device)
+    ahead = 0 if scene.device == "cpu" else compute.prefetch
+    with ExitStack() as stack:
+        data = None
+        if needs_data:
+            data = DataStream(scene.trained_on(progress), cell.seed, scene.device, ahead, ranks.share)
+            stack.callback(data.close)
+        step = stack.enter_context(progress.step(f"{cell.label}: training"))
+        rss = stack.enter_context(peak_rss_mib())
+        gpu = stack.enter_context(peak_gpu_mib(scene.device))
+        joules = stack.enter_context(energy(scene.device, config.energy))
+        method = build(cell, teacher)
+        stack.enter_context(applied(compute, method, scene.device))
+        ranks.equal(method)
+        meter = Meter(config.budget, teacher, scene.device, watches=(rss, gpu), energy=joules)
+        given = method.teacher, meter, cache, scene.device, cell.seed, progress
+        workspace = Workspace(*given, energy_source=config.energy)
+        points = config.evaluation.checkpoints
+        fractions = tuple((k + 1) / (points + 1) for k in range(points))
+        checkpoints = Checkpoints(fractions, folder, tuple(cell.nfe))
+        order = {} if data is None else {"order": data}
+        watched = {"rss": rss, "gpu": gpu, "gpu_reserved": gpu.reserved, "device": gpu.device}
+        resume = Resume(states, config.states.seconds, order, watched, stop)
+        loop = Loop(config.batch_size, parts, compute, ranks)
+        read = None if data is None else data.read
+        trained = train(method, cell.method_config, workspace, read, loop, step, checkpoints, resume)
+    peaks = {
+        "peak_gpu_mib": gpu,
+        "peak_gpu_reserved_mib": gpu.reserved,
+        "peak_device_mib": gpu.device,
+        "peak_rss_mib": rss,
+    }
+    largest = {name: _largest(ranks.gather((peak.mib, peak.reason))) for name, peak in peaks.items()}
+    return Measured(method, trained, ranks.energy(meter.energy()), largest, meter.no_compile_seconds)
+
+
+def _largest(peaks: list[tuple[float | None, str]]) -> tuple[float | None, str]:
+    """Of the processes that trained together; none where one of them has none."""
+    missing = [peak for peak in peaks if peak[0] is None]
+    return missing[0] if missing else max(peaks, key=lambda peak: peak[0] or 0.0)
+
+
 def _trained(
     cell: Cell, teacher: Teacher, about: dict[str, Any], folder: Path, progress: Progress, states: States, stop: Stop
 ) -> TrainRecord:
     """The record of a training that goes well. The weights are written."""
-    scene, config = cell.scene, cell.scene.config
-    assert cell.entry is not None and cell.method_config is not None and cell.seed is not None
-    cache = Path(config.results_dir) / "cache" / "pairs"
-    warm_up(scene.device)
-    data = DataStream(scene.trained_on(progress), cell.seed, scene.device) if cell.entry.cls.needs_data else None
-    with (
-        progress.step(f"{cell.label}: training") as step,
-        peak_rss_mib() as rss,
-        peak_gpu_mib(scene.device) as gpu,
-        energy(scene.device, config.energy) as joules,
-    ):
-        method = build(cell, teacher)
-        meter = Meter(config.budget, teacher, scene.device, watches=(rss, gpu), energy=joules)
-        given = method.teacher, meter, cache, scene.device, cell.seed, progress
-        workspace = Workspace(*given, energy_source=config.energy)
-        read = None if data is None else data.read
-        points = config.evaluation.checkpoints
-        fractions = tuple((k + 1) / (points + 1) for k in range(points))
-        checkpoints = Checkpoints(fractions, folder, tuple(cell.nfe))
-        generators = {} if data is None else {"order": data.generator}
-        watched = {"rss": rss, "gpu": gpu, "gpu_reserved": gpu.reserved, "device": gpu.device}
-        resume = Resume(states, config.states.seconds, generators, watched, stop)
-        parts = method, cell.method_config, workspace, read, config.batch_size, step, checkpoints, resume
-        trained = train(*parts, about["accumulate"])
+    scene = cell.scene
+    parts = about["accumulate"]
+    if cell.entry is not None and cell.entry.cls.needs_data:
+        scene.trained_on(progress)  # followers find what has to be made
+    with scene.ranks.ordered(TrainOrder(Task.of(cell), parts, states.folder)):
+        measured = _train(cell, parts, teacher, folder, progress, states, stop)
+    method, trained, used = measured.method, measured.trained, measured.energy
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in method.state_dict().items()}
     write_atomically(folder / STUDENT, lambda path: save_file(tensors, path))
-    used = meter.energy()
-    peaks = {"peak_gpu_mib": gpu, "peak_gpu_reserved_mib": gpu.reserved, "peak_device_mib": gpu.device}
-    missing = {name: peak.reason for name, peak in peaks.items() if peak.reason}
+    missing = {name: reason for name, (_, reason) in measured.peaks.items() if reason}
     missing |= {"joules": used.reason} if used.reason else {}
+    missing |= {"compile_seconds": measured.no_compile_seconds} if measured.no_compile_seconds else {}
     try:
         if method.teacher.conditioning.small is not None:
             raise Unavailable("the evaluations of an upscaler's base model are not told apart from its own")
@@ -134,8 +208,7 @@ def _trained(
         **about,
         status="ok",
         cost=_cost(trained.price, used, flops),
-        **{name: peak.mib for name, peak in peaks.items()},
-        peak_rss_mib=rss.mib,
+        **{name: mib for name, (mib, _) in measured.peaks.items()},
         parameters=sum(p.numel() for p in method.student.parameters()),
         weights_sha256=sha256_file(folder / STUDENT),
         curve=[CurvePoint(**dataclasses.asdict(point)) for point in trained.curve],

@@ -19,7 +19,7 @@ Texts are classes with a table: label i is prompt i of the dataset, and the labe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -41,8 +41,8 @@ class Condition:
     text: Tensor | None = None
     image: Tensor | None = None
 
-    def __getitem__(self, rows: slice) -> Condition:
-        """The condition of some images of the batch, such as ``c[:10]``."""
+    def __getitem__(self, rows: slice | Tensor) -> Condition:
+        """The condition of some images of the batch, such as ``c[:10]``, or those at the indices `rows`."""
         parts = (None if part is None else part[rows] for part in (self.labels, self.w, self.text, self.image))
         labels, w, text, image = parts
         return Condition(labels, w, self.guides, text, image)
@@ -95,22 +95,31 @@ class Conditioning:
         """How many classes training asks for: 0, ..., trained - 1."""
         return self.classes if self.evaluated is None else self.evaluated.start
 
-    def draw(self, size: int, generator: torch.Generator, device: str, labels: Tensor | None) -> Condition:
+    def draw(
+        self,
+        size: int,
+        generator: torch.Generator,
+        device: str,
+        labels: Tensor | None,
+        share: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ) -> Condition:
         """The condition of a training batch: of its real images' `labels`, or of random classes where there are none.
 
-        `labels` (size,) int64.
+        Numbers are drawn for all `size` images; `share` picks the rows that are wanted, which alone are in `labels`.
         """
         if not self.classes:
             return UNCONDITIONAL
+        on = generator.device
         if labels is None:
-            labels = torch.randint(0, self.trained, (size,), generator=generator)
+            labels = share(torch.randint(0, self.trained, (size,), generator=generator, device=on))
         w = None
         if self.w_range is not None:
             low, high = self.w_range
-            w = low + (high - low) * torch.rand(size, generator=generator, dtype=torch.float64)
+            w = share(low + (high - low) * torch.rand(size, generator=generator, device=on, dtype=torch.float64))
         eps = None
         if self.small is not None:
-            eps = torch.randn(size, *self.small.shape, generator=generator, dtype=torch.get_default_dtype())
+            dtype = torch.get_default_dtype()
+            eps = share(torch.randn(size, *self.small.shape, generator=generator, device=on, dtype=dtype))
         return self._condition(labels, w, eps, device)
 
     def of_images(self, indices: Sequence[int], device: str) -> Condition:

@@ -68,7 +68,7 @@ from distillbench.testbench import (
     weights_of,
     workspace_of,
 )
-from distillbench.train import train
+from distillbench.train import Loop, train
 
 PRICE_ERROR = 0.02  # relative
 SAME_IMAGE = 1e-4  # relative to the largest value: float32 in batches of another size
@@ -586,7 +586,7 @@ def matches(bench: Bench) -> str:
     with tempfile.TemporaryDirectory() as folder:
         workspace = workspace_of(method, Path(folder), BudgetConfig(images=bench.law_images))
         read = draws(1) if method.needs_data else None
-        train(method, method.config, workspace, read, LAW_BATCH, SILENT)
+        train(method, method.config, workspace, read, Loop(LAW_BATCH), SILENT)
     method.eval()
     told = []
     for n, start in zip(rows, before, strict=True):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,18 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distillbench.compute import SAMPLED, Sampling, sampling, sampling_identity
 from distillbench.conditions import Condition
 from distillbench.datasets import Dataset, to_uint8
 from distillbench.errors import DivergedError, Unavailable, UserError, unknown
 from distillbench.features import ImageSet
+from distillbench.host_copies import to_host
 from distillbench.kept_arrays import kept_array
 from distillbench.metrics import Metric, Need, Samples, check_needs
 from distillbench.noise import Noise, stream_key
 from distillbench.options import option, require_between, require_one_of, require_positive
 from distillbench.progress import Progress, Step
+from distillbench.ranks import ALONE, Ranks
 from distillbench.references import RealImages, ReferenceFile, check_reference, provenance_of, read_reference
 from distillbench.registry import Registry
 from distillbench.samplers import SAMPLERS, Solver
+from distillbench.sharing import SampleOrder, in_turns
 from distillbench.teachers import Teacher
 
 Sampler = Callable[[Callable[[int], Tensor], int, Condition], Tensor]  # (noise, nfe, c) -> x_0 (B,C,H,W)
@@ -49,6 +53,8 @@ class EvaluationConfig:
     metrics: list[str] = option(["fd_efficientnet_lite0", "teacher_rmse"], "scores, by name or pattern: '*_inception'")
     references: list[str] = option([], "files of reference statistics (.npz) to use instead of the dataset's images")
     checkpoints: int = option(0, "points along training, between its start and end, at which students are scored too")
+    precision: str = option("fp32", "of networks where they are sampled from and timed: fp32, tf32 (GPU), bf16 or fp16")
+    cuda_graphs: bool = option(False, "on a GPU, networks are captured once for each shape and replayed by one launch")
     timing: str = option("process", "speed is measured in a fresh process, inline (in this one), or off")
     timing_seconds: float = option(0.25, "how long each timing measures at least, after its warm-up")
     largest_timed_batch: int = option(256, "largest batch that is tried for the most images per second")
@@ -57,6 +63,7 @@ class EvaluationConfig:
         require_positive(self, "images", "batch_size", "timing_seconds", "largest_timed_batch")
         require_between(self, 0, 1000, "checkpoints")
         require_one_of(self, "timing", TIMINGS)
+        require_one_of(self, "precision", SAMPLED)
         for name in ("nfe", "teacher_steps"):
             values = getattr(self, name)
             if (not values and name != "nfe") or min(values, default=1) < 1 or len(set(values)) != len(values):
@@ -71,6 +78,11 @@ class EvaluationConfig:
                 f"evaluation.teacher_samplers: the first gives the answers that others are compared with, and "
                 f"{solvers[0].name} adds noise. Put another before it, such as ddim"
             )
+
+    @property
+    def sampling(self) -> Sampling:
+        """How networks are computed where they are sampled from."""
+        return Sampling(self.precision, self.cuda_graphs)
 
     def solvers(self) -> list[Solver]:
         """The teacher's samplers; raises UserError for one that does not exist."""
@@ -119,35 +131,40 @@ class Evaluator:
 
     def __init__(
         self, config: EvaluationConfig, metrics: dict[str, type[Metric]], real: RealImages, teacher: Teacher,
-        progress: Progress, cache: Path | None = None,
+        progress: Progress, cache: Path | None = None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
+        self.ranks = ranks
         self.config, self.teacher, self.real, self.progress, self.cache = config, teacher, real, progress, cache
         self.networks, self.device = real.networks, real.networks.device
         self.metrics = [cls() for cls in metrics.values()]
         self.kept = features_kept(metrics)
         self._answers: dict[int, tuple[Tensor, ImageSet]] = {}  # by sampling seed
 
-    def answers(self, seed: int) -> tuple[Tensor, ImageSet]:
+    def answers(self, seed: int, order: SampleOrder | None = None) -> tuple[Tensor, ImageSet]:
         """The teacher's many-step answers to the noise of `seed`: (N,C,H,W), and as 8-bit images.
 
-        Where there is a cache they are made once for all processes, and kept.
+        Where there is a cache they are made once for all processes, and kept. `order` tells others how to help.
         """
         if seed not in self._answers:
-            x_0 = self._made_answers(seed) if self.cache is None else self._kept_answers(seed, self.cache)
+            told = order and replace(order, answers=True, seed=seed)
+            x_0 = self._made_answers(seed, told) if self.cache is None else self._kept_answers(seed, self.cache, told)
             self._answers[seed] = x_0, self._images(x_0)
         return self._answers[seed]
 
-    def _made_answers(self, seed: int) -> Tensor:
+    def _made_answers(self, seed: int, order: SampleOrder | None) -> Tensor:
         with self.progress.step("the teacher's many-step answers") as step:
-            solver = self.config.solvers()[0]
-            return self._sample(teacher_sampler(self.teacher, solver), self._most_nfe(), seed, step)
+            return self._sample(self._solver(), self._most_nfe(), seed, step, order)
+
+    def _solver(self) -> Sampler:
+        """Of the many-step answers."""
+        return teacher_sampler(self.teacher, self.config.solvers()[0])
 
     def _most_nfe(self) -> int:
         """Network evaluations of a many-step answer."""
         steps = max(self.config.teacher_steps)
         return self.config.solvers()[0].evaluations(steps) * self.teacher.conditioning.evaluations
 
-    def _kept_answers(self, seed: int, cache: Path) -> Tensor:
+    def _kept_answers(self, seed: int, cache: Path, order: SampleOrder | None) -> Tensor:
         recipe = {
             "protocol": ANSWERS_PROTOCOL,
             "teacher_sha256": self.teacher.sha256,
@@ -160,20 +177,26 @@ class Evaluator:
             "threads": torch.get_num_threads(),
             "dataset_sha256": self.real.dataset.sha256,  # with its texts, and the images that an upscaler enlarges
             **self.teacher.conditioning.asked_of_images(),
+            **({"compute": computed} if (computed := sampling_identity(self.config.sampling, self.device)) else {}),
         }
 
         def fill(array: np.ndarray) -> None:
-            array[:] = self._made_answers(seed).numpy()
+            array[:] = self._made_answers(seed, order).numpy()
 
         shape = (self.config.images, *self.teacher.image_shape)
         array = kept_array(cache, "the teacher's answers", recipe, shape, fill, self.progress)
         return torch.from_numpy(array).to(torch.get_default_dtype())
 
-    def measure(self, sampler: Sampler, nfe: int, seed: int, keeps_noise: bool, label: str) -> Measured:
-        """The scores of `sampler` at `nfe` evaluations an image, on the noise of sampling seed `seed`."""
-        teacher_x_0, teacher = self.answers(seed)
+    def measure(
+        self, sampler: Sampler, nfe: int, seed: int, keeps_noise: bool, label: str, order: SampleOrder | None = None
+    ) -> Measured:
+        """The scores of `sampler` at `nfe` evaluations an image, on the noise of sampling seed `seed`.
+
+        Where several processes sample, `order` tells the others of which cell and with which weights.
+        """
+        teacher_x_0, teacher = self.answers(seed, order)
         with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:
-            x_0 = self._sample(sampler, nfe, seed, step)
+            x_0 = self._sample(sampler, nfe, seed, step, order and replace(order, nfe=nfe, seed=seed))
         asked = self.teacher.conditioning
         labels = asked.labels_of_images(range(len(x_0))) if asked.classes else None
         texts = self.real.dataset.prompts
@@ -197,20 +220,50 @@ class Evaluator:
         indices = range(first, min(first + self.config.batch_size, self.config.images))
         return Noise(stream_key("evaluation", seed), indices, self.teacher.shape, self.device)
 
-    def _sample(self, sampler: Sampler, nfe: int, seed: int, step: Step) -> Tensor:
-        images = []
-        with torch.no_grad():
-            for first in range(0, self.config.images, self.config.batch_size):
-                noise = self._noise(first, seed)
-                images.append(self._checked(sampler, noise, len(noise.indices), nfe).cpu())
-                step.advance((first + len(noise.indices)) / self.config.images)
+    def _sample(self, sampler: Sampler, nfe: int, seed: int, step: Step, order: SampleOrder | None) -> Tensor:
+        if self.ranks.count > 1:
+            with self.ranks.ordered(order):
+                images, error = self._in_turns(sampler, nfe, seed, step)
+            if error is not None:
+                raise error
+            return torch.cat(images)
+        with torch.no_grad(), sampling(self.config.sampling, self.teacher, self.device):
+            images = list(to_host(self._batches(sampler, nfe, seed, step), self.device))
         return torch.cat(images)
 
-    def _checked(self, sampler: Sampler, noise: Noise, size: int, nfe: int) -> Tensor:
-        """A batch of samples, held to the number of evaluations, the shape and the finiteness that a row promises.
+    def sample_along(self, sampler: Sampler | None, order: SampleOrder) -> None:
+        """A follower's batches of what the main process samples."""
+        nfe = self._most_nfe() if order.answers else order.nfe
+        self._in_turns(self._solver() if sampler is None else sampler, nfe, order.seed, Step(lambda *told: None))
 
-        Latents are decoded; images are clipped to [-1, 1].
-        """
+    def _in_turns(self, sampler: Sampler, nfe: int, seed: int, step: Step) -> tuple[list[Tensor], Exception | None]:
+        """The batches of a row, each made by one of several processes."""
+        count = math.ceil(self.config.images / self.config.batch_size)
+
+        def make(index: int) -> Tensor:
+            (x_0,) = self._batches(sampler, nfe, seed, step, range(index, index + 1))
+            return x_0.cpu()
+
+        with torch.no_grad(), sampling(self.config.sampling, self.teacher, self.device):
+            return in_turns(count, make, self.ranks)
+
+    def _batches(
+        self, sampler: Sampler, nfe: int, seed: int, step: Step, which: range | None = None
+    ) -> Iterator[Tensor]:
+        """Images of a row in batches (None: all). Each is checked once the next is under way: to look at it waits."""
+        finite: Tensor | None = None
+        size = self.config.batch_size
+        for first in (size * index for index in which or range(math.ceil(self.config.images / size))):
+            noise = self._noise(first, seed)
+            x_0 = self._counted(sampler, noise, len(noise.indices), nfe)
+            _check_finite(finite, nfe)
+            finite = torch.isfinite(x_0).all()
+            yield (x_0 if self.teacher.decode is None else self.teacher.decode(x_0)).clamp(-1, 1)
+            step.advance((first + len(noise.indices)) / self.config.images)
+        _check_finite(finite, nfe)
+
+    def _counted(self, sampler: Sampler, noise: Noise, size: int, nfe: int) -> Tensor:
+        """A batch of samples, held to the number of evaluations and the shape that a row promises."""
         c = self.teacher.conditioning.of_images(noise.indices, self.device)  # an upscaler's base is not of the row
         before = self._rows()
         x_0 = sampler(noise, nfe, c)
@@ -219,12 +272,15 @@ class Evaluator:
             raise RuntimeError(f"asked for {nfe} evaluations an image, counted {counted / size:g}")
         if x_0.shape != (size, *self.teacher.shape):
             raise RuntimeError(f"samples must have shape {(size, *self.teacher.shape)}, got {tuple(x_0.shape)}")
-        if not torch.isfinite(x_0).all():
-            raise DivergedError(f"samples with {nfe} evaluations are not finite")
-        return (x_0 if self.teacher.decode is None else self.teacher.decode(x_0)).clamp(-1, 1)
+        return x_0
 
     def _rows(self) -> int:
         return self.teacher.teacher_rows.rows + self.teacher.student_rows.rows
+
+
+def _check_finite(finite: Tensor | None, nfe: int) -> None:
+    if finite is not None and not finite:
+        raise DivergedError(f"samples with {nfe} evaluations are not finite")
 
 
 def features_kept(metrics: dict[str, type[Metric]]) -> frozenset:

@@ -80,13 +80,41 @@ class Phase:
     fresh: bool = True
 
 
-Read = Callable[[int], tuple[Tensor, Tensor | None]]  # n -> n real images and their labels
+@dataclass(frozen=True)
+class Share:
+    """Every `count`-th row of a batch, from row `index` on: what one of several processes, or one part of a step, does.
+
+    So the first images of a share are among the first of the batch, and a loss on the first quarter of each share is
+    one on the first quarter of the batch.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The rows of the share."""
+        return rows if self.count == 1 else rows[self.rows].contiguous()
+
+    def size(self, batch: int) -> int:
+        """How many rows of a batch it has."""
+        return len(range(batch)[self.rows])
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.index, None, self.count)
+
+
+WHOLE = Share()
+# n -> the real images, and their labels, of a batch of n; where processes share a batch, those of this process
+Read = Callable[[int], tuple[Tensor, Tensor | None]]
 
 
 class Batch:
     """What one training step draws from: every random number comes from the harness's generator.
 
-    Real images are read when, and only when, ``x_0`` (or, for a method that needs data, ``c``) is asked for.
+    Real images are read when, and only when, ``x_0`` (or, for a method that needs data, ``c``) is asked for. `size` is
+    the number of images of this batch, or of its `share` where several processes train together: all of them draw the
+    numbers of the whole batch, and each keeps its own rows.
     """
 
     def __init__(
@@ -97,15 +125,28 @@ class Batch:
         device: str,
         read: Read | None,
         conditioning: Conditioning = WITHOUT_CLASSES,
+        share: Share = WHOLE,
     ) -> None:
-        self.size, self.shape, self.device = size, shape, device
+        self.size, self.shape, self.device = share.size(size), shape, device
+        self._whole, self._share = size, share
         self._generator, self._read, self._conditioning = generator, read, conditioning
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in at most `count` parts of nearly equal size, which have the numbers of the batch."""
+        if count == 1:
+            return [self]
+        drawn: list[Tensor] = []
+        return [_Part(self, Share(index, count), drawn) for index in range(min(count, self.size))]
+
+    def _drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
+        """This batch's rows of what is drawn for the whole."""
+        return self._share.of(draw(self._whole)).to(self.device)
 
     @functools.cached_property
     def _data(self) -> tuple[Tensor, Tensor | None]:
         if self._read is None:
             raise RuntimeError("the method declares needs_data = False but asks for real images")
-        return self._read(self.size)
+        return self._read(self._whole)
 
     @property
     def x_0(self) -> Tensor:
@@ -116,21 +157,52 @@ class Batch:
     def c(self) -> Condition:
         """What the images are asked to be: the classes of ``x_0``, or random ones for a method without data."""
         labels = self._data[1] if self._read is not None and self._conditioning.classes else None
-        return self._conditioning.draw(self.size, self._generator, self.device, labels)
+        return self._conditioning.draw(self._whole, self._generator, self.device, labels, self._share.of)
 
     def noise(self) -> Tensor:
         """Standard normal noise (B,C,H,W)."""
-        eps = torch.randn(self.size, *self.shape, generator=self._generator, dtype=torch.get_default_dtype())
-        return eps.to(self.device)
+        g = self._generator
+        return self._drawn(
+            lambda size: torch.randn(size, *self.shape, generator=g, device=g.device, dtype=torch.get_default_dtype())
+        )
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform numbers in [low, high), (B,1,1,1) float64."""
-        u = torch.rand(self.size, 1, 1, 1, generator=self._generator, dtype=torch.float64)
-        return (low + (high - low) * u).to(self.device)
+        g = self._generator
+        return self._drawn(
+            lambda size: (
+                low + (high - low) * torch.rand(size, 1, 1, 1, generator=g, device=g.device, dtype=torch.float64)
+            )
+        )
 
     def integers(self, low: int, high: int) -> Tensor:
         """Integers in low, ..., high - 1, (B,1,1,1) int64."""
-        return torch.randint(low, high, (self.size, 1, 1, 1), generator=self._generator).to(self.device)
+        g = self._generator
+        return self._drawn(lambda size: torch.randint(low, high, (size, 1, 1, 1), generator=g, device=g.device))
+
+
+class _Part(Batch):
+    """A part of a batch. The parts of a batch draw once: what the first of them asks for is kept for the others."""
+
+    def __init__(self, batch: Batch, share: Share, drawn: list[Tensor]) -> None:
+        self.size, self.shape, self.device = share.size(batch.size), batch.shape, batch.device
+        self._batch, self._share, self._kept, self._asked = batch, share, drawn, 0
+        self._generator = batch._generator
+
+    def _drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
+        if self._asked == len(self._kept):
+            self._kept.append(self._batch._drawn(draw))
+        self._asked += 1
+        return self._share.of(self._kept[self._asked - 1])
+
+    @functools.cached_property
+    def _data(self) -> tuple[Tensor, Tensor | None]:
+        x_0, labels = self._batch._data
+        return self._share.of(x_0), None if labels is None else self._share.of(labels)
+
+    @functools.cached_property
+    def c(self) -> Condition:
+        return self._batch.c[self._share.rows]
 
 
 class Method(nn.Module, ABC):

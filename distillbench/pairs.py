@@ -30,22 +30,38 @@ from distillbench.teachers import Teacher
 __all__ = ["PairStore", "Workspace"]
 
 BATCH = 1024
+HELD = 2**30  # bytes of noise and targets
 FORMAT = 2
 Solve = Callable[[Tensor, Condition], Tensor]  # (eps, c) -> x_0
 
 
 class PairStore:
-    """`count` pairs (eps, x_0): noise and condition are made from their seed when they are asked for."""
+    """`count` pairs (eps, x_0). Up to HELD bytes of them are on the device, noise included, from the first read on.
+
+    Where they are more, noise and condition are made from their seed whenever they are asked for.
+    """
 
     def __init__(self, stream: int, targets: Tensor, device: str, conditioning: Conditioning = WITHOUT_CLASSES) -> None:
         self.stream, self.targets, self.device, self.conditioning = stream, targets, device, conditioning
+        large = conditioning.texts is not None or conditioning.small is not None  # what conditions them
+        self._holds = 2 * targets.numel() * targets.element_size() <= HELD and not large
+        self._held: tuple[Tensor, Tensor, Condition] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def read(self, indices: Tensor) -> tuple[Tensor, Tensor, Condition]:
         """The pairs at `indices` (any shape with B elements): eps and x_0, each (B,C,H,W), and what was asked for."""
-        indices = indices.flatten().cpu()
+        indices = indices.flatten()
+        if not self._holds:
+            return self._made(indices.cpu())
+        if self._held is None:
+            self._held = self._made(torch.arange(len(self)))
+        eps, x_0, c = self._held
+        indices = indices.to(eps.device)
+        return eps[indices], x_0[indices], c[indices]
+
+    def _made(self, indices: Tensor) -> tuple[Tensor, Tensor, Condition]:
         names = indices.tolist()
         channels, height, width = self.targets.shape[1:]
         eps = Noise(self.stream, names, (channels, height, width), self.device)(0)
@@ -90,6 +106,8 @@ class Workspace:
             "device": device,
             "threads": torch.get_num_threads(),
         }
+        if computed := self.teacher.teacher_rows.call.plain:
+            ours["compute"] = dict(computed)
         recipe = ours | self.teacher.conditioning.plain() | recipe
         folder = self.cache / hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
         there = (folder / "manifest.json").exists()
@@ -129,6 +147,7 @@ class Workspace:
         self._made = {
             "seconds": after.seconds - before.seconds,
             "teacher_seconds": after.teacher_seconds - before.teacher_seconds,
+            "compile_seconds": (after.compile_seconds or 0.0) - (before.compile_seconds or 0.0),
             "teacher_nfe": after.teacher_nfe - before.teacher_nfe,
             "joules": used.joules,
             "no_joules": used.reason,
@@ -158,7 +177,8 @@ class Workspace:
             seconds, teacher_seconds = float(manifest["seconds"]), float(manifest["teacher_seconds"])
             joules = None if manifest["joules"] is None else float(manifest["joules"])
             used = Energy(joules, f"the pairs that were found: {manifest['no_joules']}" if joules is None else "")
-            self.meter.charge(seconds, int(manifest["teacher_nfe"]), teacher_seconds, used)
+            compiler = float(manifest.get("compile_seconds", 0.0))  # not there before networks could be compiled
+            self.meter.charge(seconds, int(manifest["teacher_nfe"]), teacher_seconds, used, compiler)
             return targets
         except FileNotFoundError:
             return None

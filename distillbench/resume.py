@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from distillbench.files import sha256_file, write_named
 from distillbench.memory import MIB, Peak
 from distillbench.progress import Progress
-from distillbench.signals import Interrupted, Stop
+from distillbench.signals import Stop
 
 FORMAT = 1  # of a state
 DIGITS = 16  # of the SHA-256 in a state's name
@@ -92,6 +92,19 @@ class States:
         return sorted(self.folder.glob("state-*.safetensors"), reverse=True)
 
 
+class Followed(States):
+    """The same states, in a process that only reads them: another one keeps them, and has set aside the damaged."""
+
+    def save(self, images: int, state: State) -> None:
+        pass
+
+    def newest(self) -> State | None:
+        return next((_read(path) for path in self._files()), None)
+
+    def clear(self) -> None:
+        pass
+
+
 def _read(path: Path) -> State:
     """Raise ValueError, in words, for a state that cannot be used."""
     try:
@@ -107,13 +120,21 @@ def _read(path: Path) -> State:
         raise ValueError(f"the state {path.name} cannot be used: {error}") from error
 
 
+class Source(Protocol):
+    """A generator of random numbers, or what reads its numbers ahead."""
+
+    def get_state(self) -> Tensor: ...
+
+    def set_state(self, state: Tensor) -> object: ...
+
+
 @dataclass
 class Resume:
     """How a training keeps states. `generators` and `peaks` are what the training does not know of, by name."""
 
     states: States
     seconds: float  # between two states
-    generators: Mapping[str, torch.Generator] = field(default_factory=dict)
+    generators: Mapping[str, Source] = field(default_factory=dict)
     peaks: Mapping[str, Peak] = field(default_factory=dict)
     stop: Stop = field(default_factory=Stop)  # whether to keep a state and leave now
     last: float = field(default_factory=time.monotonic)
@@ -123,12 +144,10 @@ class Resume:
         return time.monotonic() - self.last >= self.seconds or self.stop()
 
     def save(self, images: int, state: State) -> None:
-        """Keep a state; raise Interrupted if the training is to end here."""
+        """Keep a state."""
         state.values["peaks"] = {name: peak.mib for name, peak in self.peaks.items()}
         self.states.save(images, state)
         self.last = time.monotonic()
-        if self.stop():
-            raise Interrupted(self.stop.name)
 
     def restore_peaks(self, state: State) -> None:
         for name, mib in state.values["peaks"].items():
@@ -139,7 +158,7 @@ class Resume:
 # --- generators ------------------------------------------------------------------------------------------------------
 
 
-def generators_state(generators: Mapping[str, torch.Generator], device: str) -> State:
+def generators_state(generators: Mapping[str, Source], device: str) -> State:
     """The states of `generators` and of the global ones of torch, numpy and Python."""
     tensors = {f"given/{name}": generator.get_state() for name, generator in generators.items()}
     tensors["torch"] = torch.get_rng_state()
@@ -154,7 +173,7 @@ def generators_state(generators: Mapping[str, torch.Generator], device: str) -> 
     )
 
 
-def restore_generators(state: State, generators: Mapping[str, torch.Generator], device: str) -> None:
+def restore_generators(state: State, generators: Mapping[str, Source], device: str) -> None:
     """Set what :func:`generators_state` has read."""
     for name, generator in generators.items():
         generator.set_state(state.tensors[f"given/{name}"])

@@ -36,13 +36,14 @@ from distillbench.laws import GaussianMixture, mixture
 from distillbench.method import Batch, Method, MethodConfig, Read
 from distillbench.networks import ResidualMLP
 from distillbench.noise import FixedNoise, Noise, stream_key
+from distillbench.optimizers import Optimizers
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress, Step
 from distillbench.resume import Resume, States
 from distillbench.schedules import SCHEDULES, VPCosine
 from distillbench.signals import Interrupted, Stop
 from distillbench.teachers import Teacher
-from distillbench.train import Optimizers, train
+from distillbench.train import Loop, train
 
 SHAPE = (2, 4, 4)  # of a bench's images
 CLASSES, GUIDANCE, GUIDANCE_RANGE = 3, 2.0, (1.0, 3.0)
@@ -246,7 +247,7 @@ class Bench:
         workspace = workspace_of(method, Path(), BudgetConfig(images=images), seed, dry=True)
         seed_global_generators(global_seed)
         before = global_generators()
-        train(method, method.config, workspace, self.read(), IMAGES, SILENT)
+        train(method, method.config, workspace, self.read(), Loop(IMAGES), SILENT)
         disturbed = [name for name, state in global_generators().items() if state != before[name]]
         del method.__dict__["end_phase"]
         return Run(method.eval(), images, averages, rows_of(method), disturbed)
@@ -266,7 +267,7 @@ class Bench:
                 seed_global_generators(0)
                 resume = Resume(states, math.inf, {"read": generator}, stop=stop)
                 with suppress(Interrupted):
-                    train(method, method.config, workspace, self.read(generator), IMAGES, SILENT, resume=resume)
+                    train(method, method.config, workspace, self.read(generator), Loop(IMAGES), SILENT, resume=resume)
         return method.eval()
 
     @functools.cached_property
@@ -386,5 +387,7 @@ def _unfitted_teacher() -> Teacher:
 @functools.cache
 def _fitted_weights() -> dict[str, Tensor]:
     fit = Fit(MethodConfig(lr=2e-3, ema_halflife_kimg=1.0), _unfitted_teacher())
-    train(fit, fit.config, workspace_of(fit, Path(), BudgetConfig(images=FIT_IMAGES)), draws(0), FIT_BATCH, SILENT)
+    train(
+        fit, fit.config, workspace_of(fit, Path(), BudgetConfig(images=FIT_IMAGES)), draws(0), Loop(FIT_BATCH), SILENT
+    )
     return weights_of(fit.student)

@@ -22,7 +22,9 @@ from distillbench.energy import Energy
 from distillbench.errors import UserError
 from distillbench.files import sha256_file
 from distillbench.noise import FixedNoise
-from distillbench.train import Average, Checkpoints, train
+from distillbench.optimizers import Average
+from distillbench.train import Loop, train
+from distillbench.training_checkpoints import Checkpoints
 from test_flops import METHODS
 from test_train import SILENT, Ramp, optimizer
 
@@ -42,7 +44,7 @@ def run(method, folder, checkpoints=None, budget=None):
     images = gaussian_images(1)
     read = (lambda n: (images(n)[0].float(), None)) if method.needs_data else None
     workspace = make_workspace(method.teacher, folder, budget or BudgetConfig(images=IMAGES))
-    return train(method, method.config, workspace, read, BATCH, SILENT, checkpoints)
+    return train(method, method.config, workspace, read, Loop(BATCH), SILENT, checkpoints)
 
 
 def answers(method, nfe: int) -> torch.Tensor:
@@ -133,7 +135,7 @@ def test_checkpoints_are_outside_a_budget_in_seconds(tmp_path, monkeypatch):
     method = Slow()
     budget = BudgetConfig(limit=Limit.seconds, seconds=8.0)
     workspace = make_workspace(gaussian_teacher(), tmp_path, budget)
-    trained = train(method, optimizer(), workspace, None, 10, SILENT, Checkpoints((0.2, 0.5), tmp_path, (1,)))
+    trained = train(method, optimizer(), workspace, None, Loop(10), SILENT, Checkpoints((0.2, 0.5), tmp_path, (1,)))
     assert len(method.sizes) == 8 and trained.price.seconds == trained.price.other_seconds == 8.0
     assert [(c.price.seconds, c.images) for c in trained.checkpoints] == [(2.0, 20), (4.0, 40)]
     assert [c.energy for c in trained.checkpoints] == [Energy(None, "not measured")] * 2
@@ -143,7 +145,7 @@ def test_fractions_that_a_step_passes_together_and_the_last_step(tmp_path):
     """One step passes .1 and .2 together; only the last step reaches .9, which so has no checkpoint."""
     workspace = make_workspace(gaussian_teacher(), tmp_path, BudgetConfig(images=40))
     checkpoints = Checkpoints((0.1, 0.2, 0.9), tmp_path)
-    trained = train(Ramp(), optimizer(), workspace, None, 10, SILENT, checkpoints)
+    trained = train(Ramp(), optimizer(), workspace, None, Loop(10), SILENT, checkpoints)
     assert [(c.fraction, c.images, c.file) for c in trained.checkpoints] == [
         (0.1, 10, "checkpoint-1.safetensors"),
         (0.2, 10, "checkpoint-2.safetensors"),

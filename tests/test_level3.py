@@ -23,7 +23,7 @@ from distillbench.pairs import Workspace
 from distillbench.progress import Progress, Step
 from distillbench.samplers import Solver
 from distillbench.teachers import Teacher
-from distillbench.train import train
+from distillbench.train import Loop, train
 from distillbench_boot import Boot
 from distillbench_cm import ConsistencyDistillation
 from distillbench_direct import Direct
@@ -77,7 +77,14 @@ def trained(cls, settings: dict, teacher: Teacher, folder: Path, seed: int = 0):
     def read(size: int) -> tuple[Tensor, None]:
         return LAW.draw(size, generator)[0].float(), None
 
-    train(method, method.config, workspace, read if cls.needs_data else None, BATCH, Step(lambda fraction, note: None))
+    train(
+        method,
+        method.config,
+        workspace,
+        read if cls.needs_data else None,
+        Loop(BATCH),
+        Step(lambda fraction, note: None),
+    )
     return method
 
 

@@ -44,7 +44,7 @@ from distillbench.noise import FixedNoise
 from distillbench.progress import Step
 from distillbench.samplers import karras_times, time_like
 from distillbench.schedules import SCHEDULES, VE, VPCosine
-from distillbench.train import train
+from distillbench.train import Loop, train
 from distillbench_ct import ConsistencyTraining
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -503,7 +503,7 @@ ADAM = {"lr": 0.03, "lr_warmup": 0.0, "lr_decay": "linear", "beta2": 0.99, "ema_
 
 def trained(method, folder, steps: int, batch: int, seed: int = 0):
     workspace = make_workspace(method.teacher, folder, BudgetConfig(images=steps * batch), seed)
-    train(method, method.config, workspace, gaussian_images(seed), batch, Step(lambda fraction, note: None))
+    train(method, method.config, workspace, gaussian_images(seed), Loop(batch), Step(lambda fraction, note: None))
     return method
 
 

@@ -33,7 +33,7 @@ from distillbench.noise import FixedNoise
 from distillbench.progress import Step
 from distillbench.samplers import time_like
 from distillbench.schedules import SCHEDULES, VPCosine
-from distillbench.train import train
+from distillbench.train import Loop, train
 from distillbench_pd import ProgressiveDistillation
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -225,7 +225,7 @@ def test_training_hands_the_average_from_phase_to_phase(tmp_path, halflife):
     teacher = mlp_teacher()
     method = Watched(Watched.Config(steps=8, ema_halflife_kimg=halflife), teacher)
     workspace = make_workspace(teacher, tmp_path, BudgetConfig(images=500))
-    train(method, method.config, workspace, gaussian_images(), 25, Step(lambda fraction, note: None))
+    train(method, method.config, workspace, gaussian_images(), Loop(25), Step(lambda fraction, note: None))
     snapshots = [weights_of(teacher.denoiser), *(weights_of(method.students[n]) for n in ("4", "2", "1"))]
     for (phase_teacher, student), snapshot in zip(starts, snapshots, strict=False):
         assert same_weights(phase_teacher, snapshot) and same_weights(student, snapshot)

@@ -39,10 +39,11 @@ from distillbench.errors import UserError
 from distillbench.method import Batch
 from distillbench.networks import ResidualMLP
 from distillbench.noise import FixedNoise
+from distillbench.optimizers import Optimizers
 from distillbench.progress import Step
 from distillbench.schedules import SCHEDULES, VE, NoiseSchedule, VPCosine
 from distillbench.teachers import Teacher
-from distillbench.train import Optimizers, train
+from distillbench.train import Loop, train
 from distillbench_sid import ScoreIdentityDistillation
 
 V = 0.25  # variance of the teacher's law in the closed forms
@@ -71,7 +72,7 @@ def class_teacher(conditioning: Conditioning) -> Teacher:
 
 def trained(method, folder, steps: int, size: int, seed: int = 0):
     workspace = make_workspace(method.teacher, folder, BudgetConfig(images=steps * size), seed)
-    train(method, method.config, workspace, None, size, Step(lambda fraction, note: None))
+    train(method, method.config, workspace, None, Loop(size), Step(lambda fraction, note: None))
     return method
 
 

@@ -40,7 +40,7 @@ from distillbench.progress import Step
 from distillbench.samplers import TIME_GRIDS, heun_step, karras_grid, time_like, uniform_times
 from distillbench.schedules import SCHEDULES, VE, VPCosine
 from distillbench.teachers import Teacher
-from distillbench.train import train
+from distillbench.train import Loop, train
 from distillbench_tract import Tract
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -581,7 +581,7 @@ def test_training_hands_the_average_from_phase_to_phase(tmp_path, halflife):
     teacher = mlp_teacher()
     method = Watched(Watched.Config(steps=[8, 4, 2, 1], ema_halflife_kimg=halflife), teacher)
     workspace = make_workspace(teacher, tmp_path, BudgetConfig(images=450))
-    train(method, method.config, workspace, gaussian_images(), 25, Step(lambda fraction, note: None))
+    train(method, method.config, workspace, gaussian_images(), Loop(25), Step(lambda fraction, note: None))
     snapshots = [weights_of(teacher.denoiser), *(weights_of(method.students[n]) for n in ("4", "2", "1"))]
     for (phase_teacher, _, _), snapshot in zip(starts, snapshots, strict=False):
         assert same_weights(phase_teacher, snapshot)
@@ -671,7 +671,7 @@ def test_trained_students_reach_the_closed_form_chain(tmp_path, settings, chain)
     grid = TIME_GRIDS[config.times](VPCosine(), config.steps[0])
     method = Tract(config, table_teacher(grid))
     workspace = make_workspace(method.teacher, tmp_path, BudgetConfig(images=800 * 128))
-    train(method, method.config, workspace, gaussian_images(), 128, Step(lambda fraction, note: None))
+    train(method, method.config, workspace, gaussian_images(), Loop(128), Step(lambda fraction, note: None))
     eps = make_batch(1000, seed=99).noise()
     expected = chain(VPCosine(), eps, grid)
     untrained = column(MEAN).expand_as(eps)  # E[x_0] is what every student says of pure noise at first

@@ -30,7 +30,7 @@ from distillbench.noise import FixedNoise
 from distillbench.progress import Step
 from distillbench.samplers import ONE_STEP, karras_times, time_like, uniform_times
 from distillbench.schedules import VPCosine
-from distillbench.train import train
+from distillbench.train import Loop, train
 from distillbench_boot import Boot
 from distillbench_cm import ConsistencyDistillation
 from distillbench_direct import Direct
@@ -104,7 +104,7 @@ ADAM = {"lr": 0.03, "lr_warmup": 0.0, "lr_decay": "linear", "beta2": 0.99, "ema_
 def trained(method, folder, steps: int):
     workspace = make_workspace(method.teacher, folder, BudgetConfig(images=steps * BATCH))
     read = gaussian_images() if method.needs_data else None
-    train(method, method.config, workspace, read, BATCH, Step(lambda fraction, note: None))
+    train(method, method.config, workspace, read, Loop(BATCH), Step(lambda fraction, note: None))
     return method
 
 

@@ -19,7 +19,8 @@ from distillbench.progress import Progress
 from distillbench.resume import Resume, State, States
 from distillbench.signals import Interrupted
 from distillbench.testbench import StopAfter
-from distillbench.train import Checkpoints, train
+from distillbench.train import Loop, train
+from distillbench.training_checkpoints import Checkpoints
 from test_checkpoints import BATCH, FRACTIONS, HALFLIFE, IMAGES, NFE
 from test_flops import METHODS
 from test_train import SILENT, Weight
@@ -58,7 +59,7 @@ def run(method, folder, kept=None, stop_after=10**6, budget=None, seconds=1e9):
         resume = Resume(kept, seconds, {"read": generator}, stop=StopAfter(stop_after))
     checkpoints = Checkpoints(FRACTIONS, folder / "checkpoints", NFE)
     read = read if method.needs_data else None
-    return train(method, method.config, workspace, read, BATCH, SILENT, checkpoints, resume)
+    return train(method, method.config, workspace, read, Loop(BATCH), SILENT, checkpoints, resume)
 
 
 def counted(price):

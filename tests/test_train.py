@@ -31,11 +31,13 @@ from analytic import (
     weights_of,
 )
 from distillbench.budget import BudgetConfig, Limit
+from distillbench.data_stream import DataStream
 from distillbench.datasets import Dataset, to_float
 from distillbench.errors import DivergedError
 from distillbench.method import Method, MethodConfig, OptimizerConfig, Phase
+from distillbench.optimizers import Average, learning_rate_factor
 from distillbench.progress import Step
-from distillbench.train import Average, DataStream, Trained, learning_rate_factor, train
+from distillbench.train import Loop, Trained, train
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -99,7 +101,7 @@ def optimizer(**changes) -> OptimizerConfig:
 
 def run(method, folder, images=400, batch_size=10, budget=None, read=None, seed=0, **changes) -> Trained:
     workspace = make_workspace(method.teacher, folder, budget or BudgetConfig(images=images), seed)
-    return train(method, optimizer(**changes), workspace, read, batch_size, SILENT)
+    return train(method, optimizer(**changes), workspace, read, Loop(batch_size), SILENT)
 
 
 # --- the budget ------------------------------------------------------------------------------------------------------
@@ -414,7 +416,7 @@ def test_one_seed_gives_the_same_weights_bit_for_bit(tmp_path, name):
         images = gaussian_images(seed)
         read = (lambda n: (images(n)[0].float(), None)) if cls.needs_data else None
         workspace = make_workspace(teacher, tmp_path / folder, BudgetConfig(images=300), seed)
-        train(method, method.config, workspace, read, 32, SILENT)
+        train(method, method.config, workspace, read, Loop(32), SILENT)
         assert same_weights(weights_of(teacher.denoiser), teachers_weights)  # the teacher stays as it is
         return weights_of(method)
 
@@ -513,7 +515,7 @@ def test_a_step_in_parts_is_one_step_of_the_whole_batch(parts, tmp_path):
     whole, method = Fits(), Fits()
     expected = run(whole, tmp_path / "a", images=100)
     workspace = make_workspace(method.teacher, tmp_path / "b", BudgetConfig(images=100))
-    trained = train(method, optimizer(), workspace, None, 10, SILENT, accumulate=parts)
+    trained = train(method, optimizer(), workspace, None, Loop(10, parts), SILENT)
     assert sum(method.sizes) == 100 and trained.price.images == 100
     assert len(method.sizes) == 10 * parts
     assert method.student.w.item() == pytest.approx(whole.student.w.item(), abs=1e-12)  # the same numbers are drawn

@@ -32,7 +32,7 @@ from distillbench.pairs import Workspace
 from distillbench.progress import Progress
 from distillbench.schedules import SCHEDULES
 from distillbench.teachers import TeacherPlan
-from distillbench.train import train
+from distillbench.train import Loop, train
 
 FIT_BATCH = 256
 LARGEST_COVARIANCE = 4096  # values of an image
@@ -128,7 +128,7 @@ class Analytic(TeacherSource):
             return to_float(x_0).to(self.device), component
 
         with progress.step(f"students' first weights for teacher={self.name}") as step:
-            train(method, training, workspace, read, FIT_BATCH, step)
+            train(method, training, workspace, read, Loop(FIT_BATCH), step)
         tensors = {k: v.detach().cpu().contiguous() for k, v in method.student.network.state_dict().items()}
         write_tensors(file, tensors)
         start.load_state_dict(tensors)

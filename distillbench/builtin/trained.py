@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from distillbench import Batch, Denoiser, Method, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
 from distillbench.budget import BudgetConfig, Meter
 from distillbench.conditions import Condition, Conditioning
+from distillbench.data_stream import DataStream
 from distillbench.denoiser import TARGETS
 from distillbench.errors import quoted
 from distillbench.files import canonical_json, key_of, sha256_tensors
@@ -39,7 +40,7 @@ from distillbench.progress import Progress
 from distillbench.resume import Resume, States
 from distillbench.schedules import SCHEDULES
 from distillbench.teachers import TeacherPlan
-from distillbench.train import DataStream, train
+from distillbench.train import Loop, train
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 METADATA = "distillbench_teacher"
@@ -211,10 +212,10 @@ class Trained(TeacherSource):
         )
         data = DataStream(self.dataset, config.seed, self.device)
         states = States((self.cache / self._name()).with_suffix(".states"), KEPT_STATES, progress)
-        resume = Resume(states, SECONDS_BETWEEN_STATES, {"order": data.generator})
+        resume = Resume(states, SECONDS_BETWEEN_STATES, {"order": data})
         with progress.step(f"teacher on {self.dataset.name}") as step:
-            parts = method, config.optimizer, workspace, data.read, config.batch_size, step
-            trained = train(*parts, resume=resume)
+            loop = Loop(config.batch_size)
+            trained = train(method, config.optimizer, workspace, data.read, loop, step, resume=resume)
         tensors = {k: v.detach().cpu().contiguous() for k, v in method.student.network.state_dict().items()}
         price = {"images": trained.price.images, "seconds": round(trained.price.seconds, 1)}
         metadata = {METADATA: json.dumps({"recipe": recipe, "price": price, "final_loss": trained.curve[-1].loss})}

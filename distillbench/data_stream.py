@@ -1,0 +1,92 @@
+"""The real images of a training: random batches in one order for all methods, read ahead of a GPU."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distillbench.datasets import Dataset, to_float
+from distillbench.method import WHOLE, Share
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A batch that is being read."""
+
+    size: int
+    before: Tensor  # the generator's state before the batch was drawn
+    images: Future[tuple[Tensor, Tensor | None]]
+
+
+class DataStream:
+    """Random batches of a dataset, drawn with replacement by a generator of their own: the same order for all.
+
+    `ahead` batches are read by a thread while the device works, into pinned memory. `share` are the rows of each batch
+    that this process trains on. The stream's state, for :class:`distillbench.resume.Resume`, is where the next batch
+    begins, whatever has been read ahead.
+    """
+
+    def __init__(
+        self, dataset: Dataset, seed: int, device: str, ahead: int = 0, share: Share = WHOLE
+    ) -> None:  # fmt: skip
+        self.dataset, self.device, self.ahead, self.share = dataset, device, ahead, share
+        self.generator = torch.Generator().manual_seed(seed)
+        self._queue: deque[_Ahead] = deque()
+        self._reader = ThreadPoolExecutor(1, "reading") if ahead else None
+
+    def read(self, size: int) -> tuple[Tensor, Tensor | None]:
+        """Of the next `size` images this process's share, in [-1, 1] on the device, and their classes if they have any.
+
+        Classes are (B,) int64, in the memory of the CPU.
+        """
+        images, labels = self._images(self._draw(size)) if self._reader is None else self._read_ahead(size)
+        return to_float(images.to(self.device, non_blocking=True)), labels
+
+    def close(self) -> None:
+        """Read nothing ahead any more."""
+        self._forget()
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
+
+    def get_state(self) -> Tensor:
+        """The generator's state before the next batch."""
+        return self._queue[0].before if self._queue else self.generator.get_state()
+
+    def set_state(self, state: Tensor) -> None:
+        """Go on from there."""
+        self._queue.clear()
+        self.generator.set_state(state)
+
+    def _draw(self, size: int) -> Tensor:
+        return self.share.of(torch.randint(len(self.dataset), (size,), generator=self.generator))
+
+    def _images(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        labels = self.dataset.labels(indices) if self.dataset.classes else None
+        return self.dataset.read(indices), labels
+
+    def _read_ahead(self, size: int) -> tuple[Tensor, Tensor | None]:
+        if self._queue and self._queue[0].size != size:  # the last batch is smaller: it was drawn for nothing
+            self._forget()
+        while len(self._queue) <= self.ahead:
+            self._begin(size)
+        return self._queue.popleft().images.result()
+
+    def _begin(self, size: int) -> None:
+        assert self._reader is not None
+        before = self.generator.get_state()
+        self._queue.append(_Ahead(size, before, self._reader.submit(self._pinned, self._draw(size))))
+
+    def _pinned(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        images, labels = self._images(indices)
+        return (images.pin_memory() if self.device != "cpu" else images), labels
+
+    def _forget(self) -> None:
+        """Draw what was read ahead once more."""
+        if self._queue:
+            for batch in self._queue:
+                batch.images.cancel()
+            self.set_state(self._queue[0].before)

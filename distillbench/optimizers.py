@@ -1,0 +1,145 @@
+"""Optimisers and averages: the same for every method."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from distillbench.method import Method, OptimizerConfig
+from distillbench.ranks import ALONE, Ranks
+from distillbench.resume import State
+
+
+class Average:
+    """Exponential moving average of a network's weights, by half-life in images.
+
+    At the start the half-life is at most 5 % of the images seen, so the initial weights are forgotten (Karras et al.
+    2022, `ema_rampup_ratio`). With half-life 0 the average is the network itself.
+    """
+
+    def __init__(self, network: nn.Module, halflife_kimg: float) -> None:
+        self.network, self.halflife = network, 1000 * halflife_kimg
+        self.module = copy.deepcopy(network).eval().requires_grad_(False) if self.halflife else network
+        self.mine, self.theirs = list(self.module.parameters()), list(network.parameters())
+        self.buffers = list(zip(self.module.buffers(), network.buffers(), strict=True))
+        self.images = 0
+
+    def update(self, images: int) -> None:
+        self.images += images
+        if self.module is self.network:
+            return
+        halflife = min(self.halflife, 0.05 * self.images)
+        weight = 1 - 0.5 ** (images / halflife)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.mine, self.theirs, weight)
+            for mine, theirs in self.buffers:
+                mine.copy_(theirs)
+
+    def state(self) -> State:
+        own = self.module.state_dict() if self.module is not self.network else {}
+        return State(own, {"images": self.images})
+
+    def restore(self, state: State) -> None:
+        self.images = state.values["images"]
+        if self.module is not self.network:
+            self.module.load_state_dict(state.tensors)
+
+
+def learning_rate_factor(config: OptimizerConfig, progress: float) -> float:
+    """Warm-up, then the decay, as a share of the peak learning rate; `progress` of the phase is in [0, 1]."""
+    warmup = min(1.0, progress / config.lr_warmup) if config.lr_warmup else 1.0
+    past = max(0.0, (progress - config.lr_warmup) / max(1 - config.lr_warmup, 1e-12))
+    decay = {"constant": 1.0, "linear": 1 - past, "cosine": 0.5 * (1 + math.cos(math.pi * past))}
+    return warmup * decay[config.lr_decay]
+
+
+class Optimizers:
+    """One Adam for each network that a method yields, all at the learning rate of the same schedule.
+
+    Losses in fp16 are scaled by `scaler`. Gradients are summed over `ranks`, the processes that share a batch.
+    """
+
+    def __init__(
+        self, config: OptimizerConfig, scaler: torch.amp.GradScaler | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        self.config, self.scaler, self.ranks = config, scaler, ranks
+        self.by_network: dict[nn.Module, torch.optim.Optimizer] = {}
+
+    def _make(self, network: nn.Module) -> torch.optim.Optimizer:
+        betas, decay = (self.config.beta1, self.config.beta2), self.config.weight_decay
+        return torch.optim.AdamW(network.parameters(), lr=self.config.lr, betas=betas, weight_decay=decay, fused=True)
+
+    def update(self, network: nn.Module, loss: Tensor, factor: float) -> None:
+        """One step down the gradient of `loss` in the weights of `network`."""
+        self.differentiate(network, loss, first=True)
+        self.step(network, factor)
+
+    def differentiate(self, network: nn.Module, loss: Tensor, first: bool) -> None:
+        """Add the gradient of `loss` to that of the parts before; with `first` there are none."""
+        if network not in self.by_network:
+            self.by_network[network] = self._make(network)
+        if first:
+            self.by_network[network].zero_grad()
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def step(self, network: nn.Module, factor: float) -> None:
+        """One step down the gradient that is there, which is clipped."""
+        optimizer = self.by_network[network]
+        (group,) = optimizer.param_groups
+        group["lr"] = self.config.lr * factor
+        self.ranks.sum([weight.grad for weight in group["params"] if weight.grad is not None])
+        if self.scaler is None:
+            self._clip(group["params"])
+            optimizer.step()
+            return
+        self.scaler.unscale_(optimizer)
+        self._clip(group["params"])
+        self.scaler.step(optimizer)  # left out where a gradient overflowed
+        self.scaler.update()
+
+    def _clip(self, weights: list[Tensor]) -> None:
+        nn.utils.clip_grad_norm_(weights, self.config.grad_clip, foreach=True)
+
+    def state(self, method: Method) -> State:
+        """Adam's moments by the names that the networks have in `method`; RuntimeError for one that has none."""
+        names = {module: name for name, module in method.named_modules()}
+        tensors = {}
+        for network, optimizer in self.by_network.items():
+            if network not in names:
+                kind = type(network).__name__
+                raise RuntimeError(
+                    f"train_step yields a {kind} that is no attribute of the method, so it cannot be kept"
+                )
+            for index, weight in enumerate(optimizer.param_groups[0]["params"]):
+                for key, value in optimizer.state[weight].items():
+                    tensors[f"{names[network]}/{index}/{key}"] = value
+        scaler = {} if self.scaler is None else self.scaler.state_dict()
+        return State(tensors, {"networks": [names[network] for network in self.by_network], "scaler": scaler})
+
+    def restore(self, state: State, method: Method) -> None:
+        networks = dict(method.named_modules())
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state.values["scaler"])
+        for name in state.values["networks"]:
+            optimizer = self.by_network[networks[name]] = self._make(networks[name])
+            for index, weight in enumerate(optimizer.param_groups[0]["params"]):
+                found = {key.rpartition("/")[2]: key for key in state.tensors if key.startswith(f"{name}/{index}/")}
+                if found:
+                    optimizer.state[weight] = {key: _like(weight, state.tensors[full]) for key, full in found.items()}
+
+
+def _like(weight: Tensor, moment: Tensor) -> Tensor:
+    """`moment` laid out in memory as `weight` is: fused optimisers read both by position."""
+    same = moment.shape == weight.shape
+    return torch.empty_like(weight).copy_(moment) if same else moment.to(weight.device)
+
+
+@functools.cache
+def warm_up(device: str) -> None:
+    """Update one number: what torch loads for its first optimiser step, seconds of imports, is charged to nobody."""
+    network = nn.ParameterList([torch.zeros(1, device=device)])
+    Optimizers(OptimizerConfig()).update(network, network[0].square().sum(), 1.0)

@@ -1,0 +1,110 @@
+"""Sampling and feature extraction by several processes: who does which batch, and how the main one gets them all.
+
+Batches, and blocks of feature networks, are those of one process alone, and an image's noise is its own: so what comes
+out is the same to the bit. An error in one process ends the work of all of them, in the same round.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from distillbench.errors import DivergedError
+from distillbench.features import FeatureNetwork, Networks, blocks_of, look
+from distillbench.ranks import Ranks
+
+if TYPE_CHECKING:
+    from distillbench.config import RunConfig
+    from distillbench.registry import Selection
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """A row that all sample: of the method with these weights, of the teacher, or the teacher's many-step answers."""
+
+    task: Any  # the cell
+    weights: Path | None = None
+    nfe: int = 0
+    seed: int = 0
+    answers: bool = False
+
+
+@dataclass(frozen=True)
+class FeatureOrder:
+    """Images that all look at through a feature network, by its name."""
+
+    config: RunConfig
+    selection: Selection
+    network: str = ""
+
+
+def in_turns(count: int, make: Callable[[int], Tensor], ranks: Ranks) -> tuple[list[Tensor], Exception | None]:
+    """Batches 0, ..., count - 1, number i made by process i mod their number; in the main one all of them, in order.
+
+    With what went wrong in some process, where something did.
+    """
+    made: list[Tensor] = []
+    for first in range(0, count, ranks.count):
+        batch, error = _tried(make, first + ranks.share.index, count)
+        if (wrong := _first_error(error, ranks)) is not None:
+            return made, wrong
+        made += [tensor for tensor in ranks.collect(batch) if tensor is not None]
+    return made, None
+
+
+def _tried(make: Callable[[int], Tensor], index: int, count: int) -> tuple[Tensor | None, Exception | None]:
+    try:
+        return (make(index) if index < count else None), None
+    except Exception as error:  # a method is a stranger's code, and the others must hear of it
+        return None, error
+
+
+def _first_error(error: Exception | None, ranks: Ranks) -> Exception | None:
+    told = None if error is None else (isinstance(error, DivergedError), f"{type(error).__name__}: {error}")
+    heard = [one for one in ranks.gather(told) if one is not None]
+    if error is not None or not heard:
+        return error
+    diverged, text = heard[0]
+    return DivergedError(text) if diverged else RuntimeError(f"in another process: {text}")
+
+
+class SharedNetworks(Networks):
+    """The same, of which every process has a copy that looks at its share of the images."""
+
+    def __init__(self, folder: Path, device: str, ranks: Ranks, order: FeatureOrder) -> None:
+        super().__init__(folder, device)
+        self.ranks, self.order = ranks, order
+
+    def look(self, network: type[FeatureNetwork], images: Iterable[Tensor]) -> Iterator[Tensor]:
+        mine = self.get(network)  # raises before the others are asked
+        with self.ranks.ordered(replace(self.order, network=network.name)):
+            error: Exception | None = None
+            blocks = blocks_of(images, network.batch)
+            while error is None and (row := list(itertools.islice(blocks, self.ranks.count))):
+                row += [None] * (self.ranks.count - len(row))  # type: ignore[list-item]
+                found, error = self._round(mine, self.ranks.scatter([(True, block) for block in row])[1])
+                yield from found
+            if error is None:
+                self.ranks.scatter([(False, None)] * self.ranks.count)
+        if error is not None:
+            raise error
+
+    def look_along(self, network: type[FeatureNetwork]) -> None:
+        """A follower's share."""
+        mine = self.get(network)
+        error: Exception | None = None
+        while error is None and (told := self.ranks.scatter([]))[0]:
+            _, error = self._round(mine, told[1])
+
+    def _round(self, network: FeatureNetwork, block: Tensor | None) -> tuple[list[Tensor], Exception | None]:
+        """The features of one block for each process."""
+        blocks = [] if block is None else [block]
+        seen, error = _tried(lambda _: next(look(network, blocks, self.device)).cpu(), 0, len(blocks))
+        if (wrong := _first_error(error, self.ranks)) is not None:
+            return [], wrong
+        return [features for features in self.ranks.collect(seen) if features is not None], None
