@@ -1,5 +1,5 @@
 """Scoring 2,048 images of 32x32 on EfficientNet-Lite0 against the bare forward passes; the Fréchet distance against
-torch-fidelity's. Prints medians and ratios.
+torch-fidelity's and clean-fid's. Prints medians and ratios.
 
     python benchmarks/scoring.py
 
@@ -10,12 +10,12 @@ are measured in turn, so that a machine that drifts moves both.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import timm
 import torch
 
 from distillbench.builtin.efficientnet_lite0 import EfficientNetLite0, network_input
@@ -41,6 +41,8 @@ def compare(title: str, ours: Callable[[], object], theirs: Callable[[], object]
 
 
 def scoring() -> None:
+    import timm
+
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (IMAGES, 3, SIDE, SIDE), generator=generator).to(torch.uint8)
     networks = Networks(Path("."), "cpu")
@@ -63,6 +65,7 @@ def scoring() -> None:
 
 
 def frechet() -> None:
+    from cleanfid.fid import frechet_distance as frechet_distance_of_clean_fid
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     generator = torch.Generator().manual_seed(0)
@@ -74,14 +77,23 @@ def frechet() -> None:
         mine = [GaussianStatistics(FEATURES, torch.from_numpy(s["mu"]), torch.from_numpy(s["sigma"])) for s in (a, b)]
         return frechet_distance(*mine)
 
-    def theirs() -> float:
+    def fidelity() -> float:
         return next(iter(fid_statistics_to_metric(a, b, False).values()))
 
-    print(f"distances differ by {abs(ours() / theirs() - 1):.1e}, relative")
-    compare(f"{WIDTH}-d Fréchet distance / torch-fidelity's", ours, theirs, 0.7)
+    def clean() -> float:
+        return float(frechet_distance_of_clean_fid(a["mu"], a["sigma"], b["mu"], b["sigma"]))
+
+    for name, theirs in (("torch-fidelity", fidelity), ("clean-fid", clean)):
+        print(f"distances differ by {abs(ours() / theirs() - 1):.1e}, relative")
+        compare(f"{WIDTH}-d Fréchet distance / {name}'s", ours, theirs, 0.7)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     scoring()
     frechet()
+
+
+if __name__ == "__main__":
+    main()

@@ -136,8 +136,10 @@ def score(registry: Registry, settings: Sequence[str], asked: Asked) -> None:
 def _run(registry: Registry, settings: Sequence[str], asked: Asked, need_methods: bool = True) -> None:
     from distillbench.cell import Policy
     from distillbench.config import compose_runs, to_yaml
+    from distillbench.following import follow, in_these_processes
     from distillbench.plan import plan
     from distillbench.progress import Progress
+    from distillbench.ranks import joined
     from distillbench.run import run as run_cells
 
     configs = compose_runs(list(settings), registry, need_methods)
@@ -147,13 +149,18 @@ def _run(registry: Registry, settings: Sequence[str], asked: Asked, need_methods
         click.echo("---\n".join(to_yaml(config) for config in configs), nl=False)
         return
     console = new_console()
-    cells = plan(configs, registry)
-    if asked.dry_run:
-        print_plan(console, cells)
-        raise SystemExit(SOMETHING_FAILED if any(cell.trouble for cell in cells) else 0)
     progress = Progress(console)
     policy = Policy(asked.retry_failed, asked.force, asked.fail_fast)
-    with stopping() as stop:
+    with stopping() as stop, joined(configs[0].device) as ranks:
+        if not ranks.main:
+            follow(ranks, stop)
+            return
+        cells = plan(configs, registry)
+        if asked.dry_run:
+            print_plan(console, cells)
+            raise SystemExit(SOMETHING_FAILED if any(cell.trouble for cell in cells) else 0)
+        if ranks.count > 1:
+            configs = in_these_processes(cells, configs, ranks, progress)
         outcome = run_cells(cells, configs, progress, lambda rows: print_rows(progress, rows), policy, stop)
     directions = {name: told["direction"] for name, told in outcome.columns.items()}
     print_table(console, outcome.table, outcome.summary, directions)

@@ -25,24 +25,28 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from distillbench.budget import BudgetConfig
+from distillbench.budget import BudgetConfig, Limit
+from distillbench.compute import ComputeConfig
 from distillbench.errors import UserError, nearest, quoted, unknown
 from distillbench.evaluate import EvaluationConfig
+from distillbench.executor_settings import EXECUTORS, ExecutorConfig, LocalConfig, kinds_with
+from distillbench.neighbours import Neighbours
 from distillbench.options import option, require_between, require_one_of, require_positive
 from distillbench.registry import Registry
 
 ON_OOM = ("fail", "accumulate")
 HERE = Path(__file__).resolve().parent
 GROUPS = {"methods": "methods", "dataset": "datasets", "teacher": "teachers"}  # config group: kind in the registry
-CHOICES = (*GROUPS, "experiment")
+CHOICES = (*GROUPS, "executor", "experiment")
 NAME = re.compile(r"[A-Za-z_][\w/]*(\.\w+)*", re.ASCII)
-MOST_RUNS = 1000  # points of a grid
+MOST_RUNS = 100_000  # points of a grid
+TOO_MANY = UserError(f"the sweeps span more than {MOST_RUNS:,} runs")
 KEPT_NAMES = (".", "..", "cells", "cache")  # below results_dir, used by the harness itself
 LONGEST_NAME = 200  # bytes; file systems allow 255, and files being written have longer names for a moment
 LONGEST_WORD = 10_000  # characters of a setting: Hydra's grammar takes seconds for more
@@ -73,12 +77,14 @@ class RunConfig:
     guidance_range: list[float] = option([], "[LOW,HIGH]: students learn every w in it, and are sampled at guidance")
     budget: BudgetConfig = option(BudgetConfig, "how long every method trains")
     evaluation: EvaluationConfig = option(EvaluationConfig, "what is sampled and scored")
+    compute: ComputeConfig = option(ComputeConfig, "how networks are computed in training")
     batch_size: int = option(128, "images in a training step, for every method")
     accumulate: int = option(1, "parts in which a step is computed, one after the other, for less memory")
     on_oom: str = option("fail", "where training runs out of memory: fail, or accumulate: anew in twice the parts")
     seed: int = option(0, "seed of training: noise, times and the order of the data")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(1, "CPU threads; small networks are fastest, and undisturbed, on one")
+    executor: Any = option(None, "where cells are worked on: executor=local, submitit (Slurm) or ray")
     isolate: bool = option(True, "each cell in a process of its own: a crash hurts one row")
     cell_seconds: float = option(0.0, "longest that the process of a cell may take; 0: no limit")
     states: StatesConfig = option(StatesConfig, "of trainings in progress")
@@ -95,11 +101,32 @@ class RunConfig:
         require_one_of(self, "on_oom", ON_OOM)
         require_between(self, 0, float("inf"), "cell_seconds")
         self._check_guidance()
+        self._check_executor()
         if not self.results_dir.strip():
             raise UserError("results_dir must name a folder, got ''")
         if self.run_name and not _is_folder_name(self.run_name):
             wanted = "a plain folder name other than cells and cache"
             raise UserError(f"run_name must be {wanted}, got {quoted(self.run_name)}")
+
+    def _check_executor(self) -> None:
+        if self.executor is None:
+            self.executor = LocalConfig(kind="local")
+        where: ExecutorConfig = self.executor
+        if isinstance(where, LocalConfig) and where.count > 1 and not self.isolate:
+            raise UserError(
+                f"executor.workers={where.count} needs isolate=true: cells side by side are processes of their own"
+            )
+        if isinstance(where, LocalConfig) and where.devices and self.device != "auto":
+            raise UserError(f"device={self.device} and executor.devices exclude each other")
+        if where.elsewhere and self.device.startswith("cuda:"):
+            raise UserError(
+                f"device={self.device} has no meaning with executor={where.kind}, which chooses. Write cuda"
+            )
+        if where.shares and self.evaluation.timing != "off":
+            later = "Write evaluation.timing=off; the same command without it, one cell at a time, measures speed later"
+            raise UserError(f"{where.shares}: cells side by side disturb each other's timing. {later}")
+        if where.shares and self.budget.limit == Limit.seconds:
+            raise UserError(f"{where.shares}: cells side by side take time from each other. Use another budget.limit")
 
     def _check_guidance(self) -> None:
         require_between(self, 0, float("inf"), "guidance")
@@ -134,9 +161,12 @@ def compose_runs(words: list[str], registry: Registry, need_methods: bool = True
     with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
         points = _grid([_read(word, registry) for word in words], registry)
         bases: dict[tuple[str, ...], DictConfig] = {}
-        runs = [_compose(point, bases, registry) for point in points]
+        known: dict[tuple[str, ...], Neighbours] = {}
+        runs = [_settings(point, bases, known, registry) for point in points]
     if need_methods and not all(run.methods for run in runs):
         raise UserError(f"no method given. Write methods=[NAME,...]; possible: {', '.join(sorted(registry.methods))}")
+    if any(run.executor != runs[0].executor for run in runs):
+        raise UserError("executor cannot be swept: a run has one")
     return runs
 
 
@@ -149,6 +179,8 @@ def _store_nodes(registry: Registry) -> None:
     """Put the Config of everything in `registry`, and of nothing else, where Hydra looks for config groups."""
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
+    for kind, config in EXECUTORS.items():
+        store.store(group="executor", name=kind, node=_default(config, kind))
     for group, kind in GROUPS.items():
         store.repo.pop(group, None)
         for name, entry in registry.of_kind(kind).items():
@@ -210,7 +242,7 @@ def _grid(settings: list[Override], registry: Registry) -> list[list[Override]]:
     """Every combination of the values that the settings are swept over."""
     axes = [_values(setting, registry) for setting in settings]
     if math.prod(map(len, axes)) > MOST_RUNS:
-        raise UserError(f"the sweeps span more than {MOST_RUNS:,} runs")
+        raise TOO_MANY
     points = [list(point) for point in itertools.product(*axes)]
     for setting in itertools.chain.from_iterable(axes):
         _check_choice(setting, registry)
@@ -227,7 +259,17 @@ def _values(setting: Override, registry: Registry) -> list[Override]:
         raise UserError(f"cannot sweep {quoted(word)}. List the values, or use range(START,STOP)") from error
     if not values:
         raise UserError(f"{quoted(word)} spans no value")
+    if len(values) > MOST_RUNS:
+        raise TOO_MANY
+    if setting.is_range_sweep() and setting.key_or_group not in CHOICES and not setting._value.shuffle:
+        return [_at(setting, value) for value in setting.sweep_iterator()]  # nothing to read, of thousands
     return [_read(f"{setting.get_key_element()}={value}", registry) for value in values]
+
+
+def _at(setting: Override, value: Any) -> Override:
+    """A range at one of its numbers."""
+    word = f"{setting.get_key_element()}={value}"
+    return dataclasses.replace(setting, value_type=ValueType.ELEMENT, _value=value, input_line=word)
 
 
 def _check_choice(setting: Override, registry: Registry) -> None:
@@ -248,9 +290,32 @@ def _check_choice(setting: Override, registry: Registry) -> None:
 # --- one point to typed settings -------------------------------------------------------------------------------------
 
 
-def _compose(point: list[Override], bases: dict[tuple[str, ...], DictConfig], registry: Registry) -> RunConfig:
+def _settings(
+    point: list[Override], bases: dict[tuple[str, ...], DictConfig], known: dict[tuple[str, ...], Neighbours],
+    registry: Registry,
+) -> RunConfig:  # fmt: skip
+    """The settings at one point of the grid, by a point that is `known` and has the same choices, if that can be."""
+    choices = _choices(point)
+    if choices not in known:
+        node, run = _compose(point, bases, registry)
+        known[choices] = Neighbours(node, run)
+        return run
+    values = [(s.key_or_group, str(s.input_line), s.value()) for s in point if s.key_or_group not in CHOICES]
+    try:
+        return known[choices].at(values, _check_number)
+    except Exception:  # it has to be composed, or does not fit: then the error is found again, with its words
+        return _compose(point, bases, registry)[1]
+
+
+def _choices(point: list[Override]) -> tuple[str, ...]:
+    return tuple(str(s.input_line) for s in point if s.key_or_group in CHOICES)
+
+
+def _compose(
+    point: list[Override], bases: dict[tuple[str, ...], DictConfig], registry: Registry
+) -> tuple[DictConfig, RunConfig]:
     """The settings at one point of the grid. `bases` keeps what the choices alone give: the same for many points."""
-    choices = tuple(str(s.input_line) for s in point if s.key_or_group in CHOICES)
+    choices = _choices(point)
     values = [s for s in point if s.key_or_group not in CHOICES]
     base: DictConfig | None = None
     try:
@@ -261,9 +326,11 @@ def _compose(point: list[Override], bases: dict[tuple[str, ...], DictConfig], re
         config = copy.deepcopy(base)
         for setting in values:
             _check_name(setting.key_or_group, base)
-            OmegaConf.update(config, setting.key_or_group, setting.value(), merge=True)
+            value = setting.value()
+            replaces = isinstance(value, dict) and _takes_any_name(OmegaConf.select(config, setting.key_or_group))
+            OmegaConf.update(config, setting.key_or_group, value, merge=not replaces)
         _check_groups(config, base, values)
-        return _instantiate(config)
+        return config, _instantiate(config)
     except YAMLError as error:
         raise UserError(f"an experiment is not YAML: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -307,19 +374,25 @@ def _check_name(path: str, base: DictConfig) -> None:
         node = None if OmegaConf.is_missing(node, part) else node[part]
 
 
+def _takes_any_name(node: Any) -> bool:
+    return isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict
+
+
 def _no_setting(path: str, part: str, where: str, node: DictConfig) -> str:
     names = sorted(str(name) for name in node if name != "kind") + ([] if where else ["experiment"])
     near, possible = nearest(part, names), f"Possible: {', '.join(names) or 'none'}"
     if where == "methods":
         return f"no setting {quoted(path)}: {quoted(part)} is not among methods=[{','.join(names)}]{near and '.'}{near}"
-    kind = f" ({where}={node.kind})" if where in GROUPS else ""
+    kind = f" ({where}={node.kind})" if where in CHOICES else ""
     level = f" in '{where}'{kind}" if where else ""
+    if where == "executor" and (kinds := kinds_with(part)):
+        near = f" It is one of executor={' and '.join(kinds)}."
     return f"no setting {quoted(part)}{level}.{near} {possible}"
 
 
 def _check_groups(config: DictConfig, base: DictConfig, values: list[Override]) -> None:
     """Refuse a value in the place of a whole group of settings, and a changed kind."""
-    for path in ("dataset", "teacher", *(f"methods.{name}" for name in base.methods)):
+    for path in ("dataset", "teacher", "executor", *(f"methods.{name}" for name in base.methods)):
         node, expected = OmegaConf.select(config, path), OmegaConf.select(base, path)
         if OmegaConf.get_type(node) is not OmegaConf.get_type(expected):
             raise UserError(f"{path} must be {_wanted_group(path, expected)}, got {_given(path, values)}")
@@ -360,11 +433,15 @@ def _groups(node: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]
 def _check_numbers(path: str, node: DictConfig) -> None:
     """Refuse numbers that records cannot hold."""
     for name in node:
-        for value in node[name] if isinstance(node[name], ListConfig) else [node[name]]:
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{_join(path, str(name))} must be finite, got {value}")
-            if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-                raise UserError(f"{_join(path, str(name))} must be below 2^63, got {quoted(str(value))}")
+        _check_number(_join(path, str(name)), node[name])
+
+
+def _check_number(path: str, given: Any) -> None:
+    for value in given if isinstance(given, ListConfig | list) else [given]:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path} must be finite, got {value}")
+        if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+            raise UserError(f"{path} must be below 2^63, got {quoted(str(value))}")
 
 
 # --- what errors say -------------------------------------------------------------------------------------------------

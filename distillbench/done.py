@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distillbench.cell import Finished, cell_folder, evaluation_inputs, protocol_key, train_inputs
 from distillbench.cell_training import STUDENT
+from distillbench.compute import changed, in_words
 from distillbench.environment import device_name
 from distillbench.files import key_of
 from distillbench.plan import Cell, changed_settings
@@ -87,6 +88,8 @@ def _names(cell: Cell, teacher: Teacher, training: TrainRecord | None = None) ->
         settings.append(
             f"accumulate={parts}" + (" (memory ran out in fewer parts)" if parts > config.accumulate else "")
         )
+    compute = config.compute if cell.entry is not None else None
+    settings += changed(compute, config.evaluation.sampling)
     return {
         "dataset": cell.scene.dataset.name,
         "teacher": teacher.label,
@@ -97,6 +100,7 @@ def _names(cell: Cell, teacher: Teacher, training: TrainRecord | None = None) ->
         "budget": f"{config.budget.in_words}, batch {config.batch_size}" if cell.entry is not None else "",
         "protocol": protocol_key(cell.scene, teacher),
         "settings": ", ".join(filter(None, settings)),
+        "compute": in_words(compute, config.evaluation.sampling),
     }
 
 

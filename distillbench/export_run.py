@@ -68,6 +68,7 @@ def read_config(text: str, registry: Registry) -> list[RunConfig]:
 
 def _typed(document: str, registry: Registry) -> RunConfig:
     plain: Any = OmegaConf.create(document)
+    plain.pop("executor", None)  # where the cells were worked on says nothing of the student
     typed: Any = OmegaConf.structured(RunConfig)
     entries = [("dataset", "datasets", "dataset"), ("teacher", "teachers", "teacher")]
     entries += [(f"methods.{name}", "methods", f"methods.{name}") for name in plain.methods]

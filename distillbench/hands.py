@@ -1,15 +1,14 @@
-"""Who does the work of a cell: this process, or one that is started for it."""
+"""Who does the work of a cell: this process, or one that is started for it. Where that is: executors.py."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
@@ -18,16 +17,15 @@ from typing import Any, Protocol
 
 import torch
 
-from distillbench.cell import Policy, found_cell, run_cell
-from distillbench.claims import claimed, waiting
-from distillbench.config import RunConfig
+from distillbench.cell import Policy, found_cell, keep_ending, run_cell
+from distillbench.claims import claimed, is_claimed, waiting
 from distillbench.done import About, Done, about, done
 from distillbench.errors import UserError
-from distillbench.plan import Cell, cell_of
+from distillbench.plan import Cell
 from distillbench.processes import ProcessError, Worker
 from distillbench.progress import Progress, Step
-from distillbench.registry import Registry, Selection
 from distillbench.signals import Interrupted, Stop, stopping
+from distillbench.tasks import Task, cells_of
 
 LOG = "log.txt"  # in the folder of a cell: what its processes printed
 SECONDS_OF_GRACE = 60.0  # between being told to stop and being killed
@@ -60,20 +58,56 @@ class Hands(Protocol):
         """Do what is left of `cell`; None if another process has it. Raises Ended, Interrupted or UserError."""
 
 
+def look_at_all(cells: Sequence[Cell], policy: Policy, progress: Progress) -> list[Seen]:
+    """The cells as they are."""
+    with ExitStack() as still:
+        for scene in {id(cell.scene): cell.scene for cell in cells}.values():
+            still.enter_context(scene.unchanged())
+        return [look_at(cell, policy, progress) for cell in cells]
+
+
 def look_at(cell: Cell, policy: Policy, progress: Progress) -> Seen:
     """The cell as it is."""
     teacher = loaded(cell, progress)
-    told, found = about(cell, teacher), found_cell(cell, progress, policy)
+    told = about(cell, teacher)
+    found = found_cell(cell, told.train_inputs, progress, policy)
     return Seen(told, None if found is None else done(found, told))
 
 
+def worked(hands: Hands, cell: Cell, seen: Seen, policy: Policy) -> Done | None:
+    """What came of the work on `cell`, also where its process gave no answer; None if another process has it.
+
+    Raises Interrupted or UserError.
+    """
+    if is_claimed(seen.about.folder):
+        return None
+    try:
+        return hands.work(cell, seen, policy)
+    except Ended as ended:
+        return given_up(cell, seen.about, ended)
+
+
+def given_up(cell: Cell, about: About, ended: Ended) -> Done:
+    """The rows of a cell whose process gave no answer; that is kept."""
+    inputs = about.train_inputs, about.evaluation_inputs
+    keep_ending(cell, *inputs, about.folder, about.names["device"], ended.status, str(ended))
+    return Done(about, about.without_scores(ended.status, str(ended)))
+
+
 def work_on(cell: Cell, folder: Path, policy: Policy, progress: Progress, stop: Stop) -> Done | None:
-    """What is left to do of the cell whose records are in `folder`; None if another process has it."""
+    """What is left to do of the cell whose records are in `folder`; None if another process has it.
+
+    Raises Ended where it is another cell here than it was when `folder` was told.
+    """
+    here = about(cell, loaded(cell, progress))
+    if here.folder.name != folder.name:
+        device = cell.scene.device.partition(":")[0]
+        raise Ended("failed", f"it is another cell in the process that was to do it (device {device}, other plugins?)")
     with claimed(folder) as mine:
         if not mine:
             return None
         finished = run_cell(cell, progress, policy, stop)
-        return done(finished, about(cell, cell.scene.loaded(progress)))
+        return done(finished, here)
 
 
 def loaded(cell: Cell, progress: Progress) -> Any:
@@ -93,7 +127,7 @@ class OwnHands:
         self.progress, self.stop = progress, stop
 
     def look(self, cells: Sequence[Cell], policy: Policy) -> list[Seen]:
-        return [look_at(cell, policy, self.progress) for cell in cells]
+        return look_at_all(cells, policy, self.progress)
 
     def work(self, cell: Cell, seen: Seen, policy: Policy) -> Done | None:
         return work_on(cell, seen.about.folder, policy, self.progress, self.stop)
@@ -102,31 +136,17 @@ class OwnHands:
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Task:
-    """A cell as it can be handed to another process: its settings, with its own method only, and its name."""
-
-    config: RunConfig
-    name: str
-    nfe: list[int]
-    selection: Selection
-
-    @staticmethod
-    def of(cell: Cell) -> Task:
-        methods = {} if cell.method_config is None else {cell.name: cell.method_config}
-        seed = cell.scene.config.seed if cell.seed is None else cell.seed
-        config = dataclasses.replace(cell.scene.config, methods=methods, seed=seed)
-        return Task(config, cell.name, cell.nfe, cell.scene.registry.selection)
-
-
 class OtherHands:
-    """A process for each look and for each cell. It is told to stop when this one is, and killed when time is up."""
+    """A process for each look and for each cell. It is told to stop when this one is, and killed when time is up.
 
-    def __init__(self, progress: Progress, stop: Stop, seconds: float) -> None:
-        self.progress, self.stop, self.seconds = progress, stop, seconds
+    `device`: another than the run's.
+    """
+
+    def __init__(self, progress: Progress, stop: Stop, seconds: float, device: str = "") -> None:
+        self.progress, self.stop, self.seconds, self.device = progress, stop, seconds, device
 
     def look(self, cells: Sequence[Cell], policy: Policy) -> list[Seen]:
-        tasks = [Task.of(cell) for cell in cells]
+        tasks = [Task.of(cell, self.device) for cell in cells]
         log = Path(cells[0].scene.config.results_dir) / "cells" / LOG
         try:
             return self._answer(_look, (tasks, policy), log, 0.0)
@@ -135,7 +155,7 @@ class OtherHands:
 
     def work(self, cell: Cell, seen: Seen, policy: Policy) -> Done | None:
         folder = seen.about.folder
-        return self._answer(_work, (Task.of(cell), folder, policy), folder / LOG, self.seconds)
+        return self._answer(_work, (Task.of(cell, self.device), folder, policy), folder / LOG, self.seconds)
 
     def _answer(self, function: Callable[..., Any], argument: Any, log: Path, seconds: float) -> Any:
         end = time.monotonic() + seconds if seconds else float("inf")
@@ -144,7 +164,7 @@ class OtherHands:
             try:
                 while True:
                     if self.stop():
-                        worker.end(SECONDS_OF_GRACE)
+                        worker.end(SECONDS_OF_GRACE, lambda: self.stop.again)
                         raise Interrupted(self.stop.name)
                     if time.monotonic() > end:
                         raise Ended("timeout", f"killed after cell_seconds={seconds:g}")
@@ -176,6 +196,8 @@ def _hear(kind: str, told: list[Any], steps: dict[int, tuple[Any, Step]], progre
         steps.pop(told[0])[0].__exit__(None, None, None)
     elif kind == "user error":
         raise UserError(told[0])
+    elif kind == "ended":
+        raise Ended(*told)
     elif kind == "interrupted":
         raise Interrupted(told[0])
 
@@ -211,21 +233,13 @@ class Told(Progress):
 def _look(argument: tuple[list[Task], Policy], tell: Callable[..., None]) -> None:
     tasks, policy = argument
     with _answering(tell) as (progress, _):
-        registries: dict[Selection, Registry] = {}
-        scenes: dict[str, Any] = {}
-        seen = []
-        for task in tasks:
-            registry = registries.get(task.selection) or task.selection.load()
-            registries[task.selection] = registry
-            seen.append(look_at(cell_of(task.config, task.name, task.nfe, registry, scenes), policy, progress))
-        tell("answer", seen)
+        tell("answer", look_at_all(cells_of(tasks), policy, progress))
 
 
 def _work(argument: tuple[Task, Path, Policy], tell: Callable[..., None]) -> None:
     task, folder, policy = argument
     with _answering(tell) as (progress, stop):
-        cell = cell_of(task.config, task.name, task.nfe, task.selection.load(), {})
-        loaded(cell, progress)
+        (cell,) = cells_of([task])
         tell("answer", work_on(cell, folder, policy, progress, stop))
 
 
@@ -240,6 +254,8 @@ def _answering(tell: Callable[..., None]) -> Iterator[tuple[Progress, Stop]]:
         tell("user error", str(error))
     except Interrupted as interrupted:
         tell("interrupted", interrupted.name)
+    except Ended as ended:
+        tell("ended", ended.status, str(ended))
     sys.stdout.flush()
 
 

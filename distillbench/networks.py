@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ __all__ = [
     "SIZED",
     "DiT",
     "GuidanceEmbedding",
+    "MovingAverage",
     "ResidualMLP",
     "TimeEmbedding",
     "TimeFeatures",
@@ -222,6 +224,30 @@ NETWORKS: dict[str, type[nn.Module]] = {"mlp": ResidualMLP, "unet": UNet, "dit":
 @torch.no_grad()
 def move_towards(average: nn.Module, network: nn.Module, share: float) -> None:
     """Move the weights of `average` by `share` of the way to those of `network`: a target network's moving average."""
-    torch._foreach_lerp_(
-        cast(list[Tensor], list(average.parameters())), cast(list[Tensor], list(network.parameters())), share
-    )
+    MovingAverage(average, network).move(share)
+
+
+class MovingAverage:
+    """Moves the weights of `average` towards those of `network`; buffers are copied.
+
+    To find the tensors of a small network takes as long as to move them: they are found once, for the first move.
+    """
+
+    def __init__(self, average: nn.Module, network: nn.Module) -> None:
+        self.average, self.network = average, network
+
+    @functools.cached_property
+    def weights(self) -> list[list[Tensor]]:
+        """Of both."""
+        return [list(of.parameters()) for of in (self.average, self.network)]
+
+    @functools.cached_property
+    def buffers(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.average.buffers(), self.network.buffers(), strict=True))
+
+    @torch.no_grad()
+    def move(self, share: float) -> None:
+        """By `share` of the way."""
+        torch._foreach_lerp_(*self.weights, share)
+        for mine, theirs in self.buffers:
+            mine.copy_(theirs)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,29 +16,41 @@ from typing import Any
 import torch
 
 from distillbench.budget import Limit, Meter, Price
+from distillbench.compute import check_compute, check_sampling
 from distillbench.conditions import WITHOUT_CLASSES, Conditioning
 from distillbench.config import RunConfig
+from distillbench.data_stream import DataStream
 from distillbench.datasets import Dataset
 from distillbench.energy import check_source
 from distillbench.errors import Unavailable, UserError
 from distillbench.evaluate import Evaluator, features_kept
 from distillbench.features import Networks
-from distillbench.files import check_writable, key_of
+from distillbench.files import canonical_json, check_writable
 from distillbench.latents import as_trained_on, placeholder
 from distillbench.method import Batch, Method, MethodConfig
 from distillbench.metrics import Metric, Need
 from distillbench.pairs import Workspace
 from distillbench.pretrained import weights_folder
 from distillbench.progress import Progress
+from distillbench.ranks import ALONE, Ranks
 from distillbench.references import RealImages, ReferenceFile
 from distillbench.registry import Entry, Registry
 from distillbench.samplers import Solver
+from distillbench.sharing import FeatureOrder, SharedNetworks
 from distillbench.speed import build_method
 from distillbench.teachers import Teacher, TeacherPlan, TeacherSource
-from distillbench.train import DataStream
 
 USUAL_NFE = (1, 2, 4)  # of the rows of a run that names none
 PRICED_IMAGES = 8  # of the step that tells the price
+
+
+def _settings_but(*names: str) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(RunConfig) if f.name not in names)
+
+
+SHARED = _settings_but("methods", "seed")  # settings that tell scenes apart,
+OF_CELL = _settings_but("methods", "seed", "run_name")  # and cells of methods, beside the method's,
+OF_TEACHER = tuple(name for name in OF_CELL if name not in ("budget", "batch_size", "guidance_range", "compute"))
 
 
 @dataclass
@@ -54,6 +68,8 @@ class Scene:
     references: list[ReferenceFile]
     teacher: Teacher | None = None
     evaluator: Evaluator | None = None
+    ranks: Ranks = ALONE  # the processes that train and sample together
+    scored: dict[str, Any] | None = None  # the scores' identities, while nothing changes
 
     def loaded(self, progress: Progress) -> Teacher:
         if self.teacher is None:
@@ -66,6 +82,21 @@ class Scene:
                 )
         return self.teacher
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """A block in which weights of feature networks are looked for once, and not for each of thousands of cells."""
+        self.scored = self.metric_identities()
+        try:
+            yield
+        finally:
+            self.scored = None
+
+    def metric_identities(self) -> dict[str, Any]:
+        """By name: what decides the numbers of each score, such as the weights that are there."""
+        if self.scored is not None:
+            return self.scored
+        return {name: cls.identity(self.weights) for name, cls in self.metrics.items()}
+
     def trained_on(self, progress: Progress) -> Dataset:
         """The images of the dataset, or their latents where the teacher knows nothing else."""
         cache = Path(self.config.results_dir) / "cache" / "latents"
@@ -74,11 +105,14 @@ class Scene:
     def evaluation(self, progress: Progress) -> Evaluator:
         if self.evaluator is None:
             networks = Networks(self.weights, self.device)
+            if self.ranks.count > 1:
+                order = FeatureOrder(self.config, self.registry.selection)
+                networks = SharedNetworks(self.weights, self.device, self.ranks, order)
             cache = Path(self.config.results_dir) / "cache" / "references"
             real = RealImages(self.dataset, networks, cache, self.references, features_kept(self.metrics))
             answers = Path(self.config.results_dir) / "cache" / "answers"
             parts = self.metrics, real, self.loaded(progress), progress, answers
-            self.evaluator = Evaluator(self.config.evaluation, *parts)
+            self.evaluator = Evaluator(self.config.evaluation, *parts, self.ranks)
         return self.evaluator
 
     def describe_references(self, progress: Progress) -> dict[str, str]:
@@ -127,29 +161,29 @@ class Cell:
 def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
     """The cells of all settings, checked as far as can be without training, each with its price. Writes nothing."""
     cells: list[Cell] = []
-    scenes: dict[str, Scene] = {}
-    seen: set[str] = set()
+    scenes, foresight = Scenes(), Foresight()
+    seen: set[Hashable] = set()
     for config in configs:
-        scene = _scene(config, registry, scenes)
+        scene = scenes.of(config, registry)
         todo = [_teacher_cell(scene, config, solver) for solver in config.evaluation.solvers()]
         for name, method_config in config.methods.items():
             todo.append(Cell(scene, name, registry.get("methods", method_config.kind), method_config, config.seed))
         for cell in todo:
-            identity = _identity(cell, config)
+            identity = scenes.identity(cell)
             if identity not in seen:
                 seen.add(identity)
                 if cell.entry is not None:
                     _check_data(cell)
                     cell.nfe = sorted(config.evaluation.nfe or USUAL_NFE)
-                    _foresee(cell)
+                    foresight.foresee(cell, scenes.text(cell.method_config))
                 cells.append(cell)
         _check_nfe(config, todo)
     return cells
 
 
-def cell_of(config: RunConfig, name: str, nfe: list[int], registry: Registry, scenes: dict[str, Scene]) -> Cell:
+def cell_of(config: RunConfig, name: str, nfe: list[int], registry: Registry, scenes: Scenes) -> Cell:
     """A cell that was planned before, by its name; scenes are shared through `scenes`. Its price is not foreseen."""
-    scene = _scene(config, registry, scenes)
+    scene = scenes.of(config, registry)
     if name in config.methods:
         settings = config.methods[name]
         return Cell(scene, name, registry.get("methods", settings.kind), settings, config.seed, nfe=nfe)
@@ -190,37 +224,55 @@ def _check_nfe(config: RunConfig, cells: list[Cell]) -> None:
             raise UserError(f"evaluation.nfe: no method of this run samples with {nfe} evaluations. Possible: {able}")
 
 
-def _identity(cell: Cell, config: RunConfig) -> str:
-    """Equal for cells that a grid names twice, such as the teacher's rows at several budgets."""
-    settings = plain_settings(config)
-    irrelevant = ["methods", "seed", "run_name"] + ([] if cell.entry else ["budget", "batch_size", "guidance_range"])
-    for name in irrelevant:
-        del settings[name]
-    return key_of([settings, cell.name, plain_settings(cell.method_config), cell.seed])
+class Scenes:
+    """Scenes by their settings, each made once. Of thousands of settings most are the same objects, read once."""
+
+    def __init__(self) -> None:
+        self.known: dict[Hashable, Scene] = {}
+        self._read: dict[int, tuple[Any, str]] = {}  # by the address of a group, which is kept: its settings as text
+
+    def of(self, config: RunConfig, registry: Registry) -> Scene:
+        """The scene of these settings, shared by all that differ in methods and seed only."""
+        identity = self._settings(config, SHARED)
+        if identity not in self.known:
+            self.known[identity] = _scene(config, registry)
+        return self.known[identity]
+
+    def identity(self, cell: Cell) -> Hashable:
+        """Equal for cells that a grid names twice, such as the teacher's rows at several budgets."""
+        settings = self._settings(cell.scene.config, OF_CELL if cell.entry is not None else OF_TEACHER)
+        return settings, cell.name, self.text(cell.method_config), cell.seed
+
+    def _settings(self, config: RunConfig, names: Sequence[str]) -> Hashable:
+        values = (getattr(config, name) for name in names)
+        return tuple(value if type(value) in (str, int, float, bool) else self.text(value) for value in values)
+
+    def text(self, value: Any) -> str:
+        """Settings as text: equal where they are."""
+        if not dataclasses.is_dataclass(value):
+            return canonical_json(value)
+        if id(value) not in self._read:
+            self._read[id(value)] = value, canonical_json(plain_settings(value))
+        return self._read[id(value)][1]
 
 
-def _scene(config: RunConfig, registry: Registry, scenes: dict[str, Scene]) -> Scene:
-    """The scene of these settings, shared by all that differ in methods and seed only."""
-    shared = plain_settings(config)
-    for name in ("methods", "seed"):
-        del shared[name]
-    identity = key_of(shared)
-    if identity not in scenes:
-        device = choose_device(config.device)
-        check_writable(Path(config.results_dir))
-        metrics = config.evaluation.chosen(registry)
-        check_source(config.energy)
-        dataset, source, conditioning = make_source(config, registry, device)
-        source.plan()
-        schedule = source.untrained().schedule
-        for solver in config.evaluation.solvers():
-            for steps in config.evaluation.teacher_steps:
-                solver.times(schedule, steps)  # raises where the grid has no such steps
-        weights = weights_folder()
-        references = config.evaluation.read_references(registry, dataset, weights)
-        parts = config, registry, device, dataset, source, conditioning, metrics, weights, references
-        scenes[identity] = Scene(*parts)
-    return scenes[identity]
+def _scene(config: RunConfig, registry: Registry) -> Scene:
+    device = device_of(config)
+    check_writable(Path(config.results_dir))
+    if not config.executor.elsewhere:  # which has devices of its own
+        check_compute(config.compute, device)
+        check_sampling(config.evaluation.sampling, device)
+    metrics = config.evaluation.chosen(registry)
+    check_source(config.energy)
+    dataset, source, conditioning = make_source(config, registry, device)
+    source.plan()
+    schedule = source.untrained().schedule
+    for solver in config.evaluation.solvers():
+        for steps in config.evaluation.teacher_steps:
+            solver.times(schedule, steps)  # raises where the grid has no such steps
+    weights = weights_folder()
+    references = config.evaluation.read_references(registry, dataset, weights)
+    return Scene(config, registry, device, dataset, source, conditioning, metrics, weights, references)
 
 
 def make_source(config: RunConfig, registry: Registry, device: str) -> tuple[Dataset, TeacherSource, Conditioning]:
@@ -249,21 +301,41 @@ def _check_reads(config: RunConfig, dataset: Dataset, family: type[TeacherSource
         raise UserError(f"conditional=true: teacher={name} knows classes, and dataset={dataset.name} has texts")
 
 
-def _foresee(cell: Cell) -> None:
-    """Find the cell's rows and its price; an error of the method itself is left for its row to tell."""
-    try:
-        _price(cell)
-    except UserError:
-        raise
-    except Exception as error:  # a method is a stranger's code; the other cells go on
-        cell.trouble = " ".join(f"{type(error).__name__}: {error}".split())
+class Foresight:
+    """Prices of cells. What decides one are the scene and the method's settings: not the seed, and so not each cell."""
+
+    def __init__(self) -> None:
+        self.known: dict[Hashable, Cell] = {}
+        self.teachers: dict[int, Teacher] = {}  # of scenes, untrained
+
+    def foresee(self, cell: Cell, settings: str) -> None:
+        """Find the cell's rows and its price; an error of the method itself is left for its row to tell.
+
+        `settings`: the method's, as text.
+        """
+        same = id(cell.scene), cell.name, settings, tuple(cell.nfe)
+        if same in self.known:
+            known = self.known[same]
+            cell.price, cell.nfe, cell.trouble = known.price, list(known.nfe), known.trouble
+            return
+        try:
+            _price(cell, self._teacher(cell.scene))
+        except UserError:
+            raise
+        except Exception as error:  # a method is a stranger's code; the other cells go on
+            cell.trouble = " ".join(f"{type(error).__name__}: {error}".split())
+        self.known[same] = cell
+
+    def _teacher(self, scene: Scene) -> Teacher:
+        if id(scene) not in self.teachers:
+            self.teachers[id(scene)] = scene.source.untrained().asked(scene.conditioning)
+        return self.teachers[id(scene)]
 
 
-def _price(cell: Cell) -> None:
+def _price(cell: Cell, teacher: Teacher) -> None:
     """Build the method and let it take one step of a few images in each phase: what it counts is the price."""
     scene, config = cell.scene, cell.scene.config
     torch.set_num_threads(config.threads)
-    teacher = scene.source.untrained().asked(scene.conditioning)
     meter = Meter(config.budget, teacher, scene.device)
     method = build(cell, teacher)
     wanted = cell.nfe
@@ -308,6 +380,19 @@ def build(cell: Cell, teacher: Teacher) -> Method:
     return build_method(cell.entry.cls, cell.method_config, teacher, cell.seed or 0, cell.scene.device)
 
 
+def device_of(config: RunConfig) -> str:
+    """The device of a run's cells: its first one. Where other machines do the work, this one plans on the CPU.
+
+    Raises UserError for one that does not exist here.
+    """
+    if config.executor.elsewhere:
+        return "cpu"
+    devices = [choose_device(name) for name in config.executor.devices] or [choose_device(config.device)]
+    if len({name.partition(":")[0] for name in devices}) > 1:
+        raise UserError(f"executor.devices must be of one kind, got {', '.join(devices)}")
+    return devices[0]
+
+
 def choose_device(name: str) -> str:
     """Turn "auto" into cuda where there is one, else cpu; raise UserError for a device that does not exist here."""
     if name == "auto":
@@ -345,6 +430,12 @@ def changed_settings(config: MethodConfig | None) -> str:
 
 def plain_settings(value: Any) -> Any:
     """A settings dataclass as plain values."""
-    if value is None:
-        return None
-    return json.loads(json.dumps(dataclasses.asdict(value)))
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain_settings(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if type(value) is list:
+        return [plain_settings(item) for item in value]
+    if type(value) is dict and all(type(name) is str for name in value):
+        return {name: plain_settings(item) for name, item in value.items()}
+    return json.loads(json.dumps(value))

@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,9 @@ from typing import Any, TypeVar
 from distillbench.errors import Unavailable, UserError
 
 SECONDS_TO_EXIT = 5.0  # after the answer was given
+SECONDS_BETWEEN_LOOKS = 0.2  # at a process that ends
+
+_STARTING = threading.Lock()
 
 Argument = TypeVar("Argument")
 Answer = TypeVar("Answer")
@@ -98,7 +102,7 @@ class Worker:
         """Give it time to leave by itself after its last word; then it is killed."""
         self.process.join(SECONDS_TO_EXIT if error[0] is None else 0)
         self.process.kill()
-        self.process.join()
+        _await_code(self.process)
         self.process.close()
         self.reader.close()
 
@@ -111,7 +115,7 @@ class Worker:
         try:
             told = pickle.loads(self.reader.recv_bytes())
         except (EOFError, OSError):
-            self.process.join()
+            _await_code(self.process)
             raise ProcessError(_end(self.process.exitcode or 0, self.log)) from None
         if told[0] == "failed":
             failed = ProcessError(told[1])
@@ -119,10 +123,12 @@ class Worker:
             raise failed
         return told
 
-    def end(self, seconds: float) -> None:
-        """Tell it to stop, and wait so long until it has."""
+    def end(self, seconds: float, at_once: Callable[[], bool]) -> None:
+        """Tell it to stop, and wait until it has: for so long, or until `at_once`."""
         self.process.terminate()
-        self.process.join(seconds)
+        end = time.monotonic() + seconds
+        while self.process.is_alive() and time.monotonic() < end and not at_once():
+            self.process.join(SECONDS_BETWEEN_LOOKS)
 
 
 def _work(pickled: bytes, writer: Connection, log: str) -> None:
@@ -191,10 +197,18 @@ def _answer(pickled: bytes, writer: Connection, printed: str) -> None:
 
 @contextmanager
 def _without_main_script() -> Iterator[None]:
-    """A block in which multiprocessing finds no script to import anew, only an empty module."""
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
+    """A block in which multiprocessing finds no script to import anew, only an empty module. One thread at a time."""
+    with _STARTING:
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = script
+
+
+def _await_code(process: BaseProcess) -> None:
+    """Wait for its end, until its exit code is known: another thread may have been the one who was told."""
+    process.join()
+    while process.exitcode is None:
+        time.sleep(0.01)

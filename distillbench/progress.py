@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,9 @@ class Progress:
 
     def __init__(self, console: Console | None) -> None:
         self.console = console
-        self._bars: Bars | None = None  # drawn while steps run; a step within a step is a second line
+        self._bars: Bars | None = None  # drawn while steps run; a step within or beside a step is a second line
+        self._drawn = 0  # steps that have a line
+        self._lock = threading.Lock()
 
     def say(self, line: str) -> None:
         """One line that stays."""
@@ -45,27 +48,31 @@ class Progress:
             yield Step(lambda fraction, note: None)
         elif not self.console.is_terminal:
             yield self._lines(label)
-        elif self._bars is not None:
-            with self._bar(self._bars, label) as step:
-                yield step
         else:
-            columns = [TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()]
-            columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-            columns += [TextColumn("{task.fields[note]}", markup=False)]
-            bars = Bars(*columns, console=self.console, transient=True, refresh_per_second=REFRESHES_PER_SECOND)
-            try:
-                with bars as self._bars, self._bar(bars, label) as step:
-                    yield step
-            finally:
-                self._bars = None
+            with self._drawing(self.console) as bars:
+                task = bars.add_task(label, total=None, note="")  # a pulse until the first report
+                try:
+                    yield Step(lambda fraction, note: bars.update(task, total=1.0, completed=fraction, note=note))
+                finally:
+                    bars.remove_task(task)
 
     @contextmanager
-    def _bar(self, bars: Bars, label: str) -> Iterator[Step]:
-        task = bars.add_task(label, total=None, note="")  # a pulse until the first report
+    def _drawing(self, console: Console) -> Iterator[Bars]:
+        """The bars, drawn from the first step's begin to the last one's end, whichever thread has which."""
+        with self._lock:
+            self._drawn += 1
+            if self._bars is None:
+                self._bars = _bars(console)
+                self._bars.start()
+            bars = self._bars
         try:
-            yield Step(lambda fraction, note: bars.update(task, total=1.0, completed=fraction, note=note))
+            yield bars
         finally:
-            bars.remove_task(task)
+            with self._lock:
+                self._drawn -= 1
+                if not self._drawn:
+                    bars.stop()
+                    self._bars = None
 
     def _lines(self, label: str) -> Step:
         start = last = time.perf_counter()
@@ -82,3 +89,10 @@ class Progress:
             self.say(f"{label}: {fraction:.0%}, {now - start:.0f} s, about {left:.0f} s left  {note}".rstrip())
 
         return Step(show)
+
+
+def _bars(console: Console) -> Bars:
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()]
+    columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+    columns += [TextColumn("{task.fields[note]}", markup=False)]
+    return Bars(*columns, console=console, transient=True, refresh_per_second=REFRESHES_PER_SECOND)

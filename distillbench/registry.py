@@ -101,8 +101,13 @@ class Entry:
             "name": self.cls.name,
             "distribution": self.plugin.distribution,
             "version": self.plugin.version,
-            "source_sha256": _source_sha256(self.cls, self.plugin.helpers),
+            "source_sha256": self.source_sha256,
         }
+
+    @functools.cached_property
+    def source_sha256(self) -> str:
+        """Of all that the plugin's author wrote for it, as it was loaded."""
+        return _source_sha256(self.cls, self.plugin.helpers)
 
 
 def _source_sha256(cls: type, helpers: Sequence[Path]) -> str:

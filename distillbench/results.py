@@ -48,7 +48,8 @@ class CurvePoint(_Record):
 
 
 class Cost(_Record):
-    """What training has cost: all of it, or up to a checkpoint. `teacher_*` + `student_*` + `other_*` seconds are all.
+    """What training has cost: all of it, or up to a checkpoint. `teacher_`, `student_`, `compile_` and `other_` seconds
+    are all.
 
     `backward` counts images whose evaluation was differentiated. FLOPs are those that torch has formulas for.
     """
@@ -57,6 +58,7 @@ class Cost(_Record):
     seconds: float
     teacher_seconds: float
     student_seconds: float
+    compile_seconds: float | None = 0.0
     other_seconds: float
     teacher_nfe: int
     student_nfe: int
@@ -94,6 +96,7 @@ class TrainRecord(_Record):
     peak_rss_mib: float | None = None
     parameters: int | None = None
     accumulate: int = 1  # parts in which each step was computed
+    processes: int = 1  # that trained together, each on a share of every batch
     weights_sha256: str = ""
     curve: list[CurvePoint] = []
     checkpoints: list[CheckpointRecord] = []
@@ -244,6 +247,7 @@ COST: dict[str, str] = {
     "train_seconds": "Float64",
     "train_teacher_seconds": "Float64",
     "train_student_seconds": "Float64",
+    "train_compile_seconds": "Float64",
     "train_other_seconds": "Float64",
     "train_teacher_nfe": "Int64",
     "train_student_nfe": "Int64",
@@ -269,6 +273,7 @@ LAST: dict[str, str] = {
     "sample_peak_rss_mib": "Float64",
     "parameters": "Int64",
     "settings": "string",
+    "compute": "string",
     "reference": "string",
     "device": "string",
     "key": "string",
@@ -323,7 +328,12 @@ def make_table(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFra
 def make_along(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFrame:
     """The table of scores along training: `fraction` of the budget, what it had cost by then, and the scores."""
     return _typed(
-        rows, FIRST | {"fraction": "Float64"} | COST | dict.fromkeys(metrics, "Float64") | {"settings": "string"}
+        rows,
+        FIRST
+        | {"fraction": "Float64"}
+        | COST
+        | dict.fromkeys(metrics, "Float64")
+        | {"settings": "string", "compute": "string"},
     )
 
 

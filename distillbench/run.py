@@ -5,27 +5,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from distillbench.cell import AS_IS, Policy, keep_ending
-from distillbench.claims import is_claimed
+from distillbench.cell import AS_IS, Policy
 from distillbench.config import RunConfig, to_yaml
 from distillbench.done import About, Done
-from distillbench.environment import environment
+from distillbench.engines import Looked
+from distillbench.executors import Executor, executor_of
 from distillbench.files import key_of, write_atomically
-from distillbench.hands import Ended, Hands, OtherHands, OwnHands, Seen
+from distillbench.hands import Seen
 from distillbench.plan import Cell, choose_device, make_source
 from distillbench.progress import Progress
 from distillbench.registry import Registry
 from distillbench.results import link_or_copy, make_along, make_table, sample_grid, write_table
 from distillbench.signals import Interrupted, Stop
 from distillbench.statistics import summarise
-
-SECONDS_BETWEEN_LOOKS = 1.0  # at what other processes do
 
 
 @dataclass
@@ -52,15 +51,21 @@ def run(
     Told to stop, it keeps what there is, with rows for what is missing, and raises Interrupted.
     """
     config, stop = configs[0], stop or Stop()
-    hands: Hands = OtherHands(progress, stop, config.cell_seconds) if config.isolate else OwnHands(progress, stop)
-    seen = hands.look(cells, policy)
-    table = _Table(_run_folder(seen, config), cells, configs, [one.about for one in seen], on_rows)
+    with closing(executor_of(config, progress, stop)) as executor:
+        looked = executor.look(cells, policy)
+        table = _Table(_run_folder(looked.seen, config), cells, configs, looked, on_rows)
+        return _run(cells, looked.seen, executor, policy, progress, table)
+
+
+def _run(
+    cells: Sequence[Cell], seen: Sequence[Seen], executor: Executor, policy: Policy, progress: Progress, table: _Table
+) -> Outcome:
     table.add({index: one.done for index, one in enumerate(seen) if one.done is not None})
     if table.failed:
         told = "--retry-failed tries again what failed, or ran out of memory or time"
         progress.say(f"not ok in an earlier run: {', '.join(table.failed)} ({told})")
     try:
-        _work(cells, seen, hands, policy, progress, table)
+        _work(cells, seen, executor, policy, progress, table)
     except Interrupted as interrupted:
         table.finish("interrupted", f"{interrupted.name}: the same command goes on from there")
         raise
@@ -68,44 +73,35 @@ def run(
 
 
 def _work(
-    cells: Sequence[Cell], seen: Sequence[Seen], hands: Hands, policy: Policy, progress: Progress, table: _Table
+    cells: Sequence[Cell], seen: Sequence[Seen], executor: Executor, policy: Policy, progress: Progress, table: _Table
 ) -> None:
     """Do every cell that is not done, or wait for another process that does it."""
     told: set[int] = set()
     while todo := table.missing():
-        for index in todo:
-            if policy.fail_fast and table.failed:
-                return
-            cell, one = cells[index], seen[index]
-            done = None if is_claimed(one.about.folder) else _done(cell, one, hands, policy)
-            if done is not None:
-                table.add({index: done})
-            elif index not in told:
-                told.add(index)
-                progress.say(f"{cell.label}: another process has it")
+        if policy.fail_fast and table.failed:
+            return
+        with closing(executor.work({index: (cells[index], seen[index]) for index in todo}, policy)) as came:
+            for index, done in came:
+                if done is not None:
+                    table.add({index: done})
+                elif index not in told:
+                    told.add(index)
+                    progress.say(f"{cells[index].label}: another process has it")
         if len(table.missing()) == len(todo):
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-
-
-def _done(cell: Cell, seen: Seen, hands: Hands, policy: Policy) -> Done | None:
-    about = seen.about
-    try:
-        return hands.work(cell, seen, policy)
-    except Ended as ended:
-        keep_ending(cell, about.train_inputs, about.evaluation_inputs, about.folder, ended.status, str(ended))
-        return Done(about, about.without_scores(ended.status, str(ended)))
+            time.sleep(executor.patience)
 
 
 class _Table:
     """The rows that there are, in the order of the cells, and the run's folder."""
 
     def __init__(
-        self, folder: Path, cells: list[Cell], configs: list[RunConfig], abouts: list[About],
+        self, folder: Path, cells: list[Cell], configs: list[RunConfig], looked: Looked,
         on_rows: Callable[[pd.DataFrame], None],
     ) -> None:  # fmt: skip
-        self.folder, self.configs, self.abouts, self.on_rows = folder, configs, abouts, on_rows
+        self.folder, self.configs, self.on_rows = folder, configs, on_rows
+        self.abouts: list[About] = [one.about for one in looked.seen]
+        self.environment = looked.environment
         self.columns = {name: cls.describe() for cell in cells for name, cls in cell.scene.metrics.items()}
-        self.device = cells[0].scene.device
         self.done: dict[int, Done] = {}
 
     @property
@@ -144,7 +140,7 @@ class _Table:
         texts = {
             "config.yaml": "---\n".join(to_yaml(config) for config in self.configs),
             "columns.json": json.dumps(self.columns, indent=2) + "\n",
-            "environment.json": json.dumps(environment(self.device, self.configs[0].threads), indent=2) + "\n",
+            "environment.json": json.dumps(self.environment, indent=2) + "\n",
         }
         for name, text in texts.items():
             write_atomically(self.folder / name, lambda path, text=text: Path(path).write_text(text))

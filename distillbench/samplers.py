@@ -15,6 +15,7 @@ where that last step would end; nothing is evaluated there, and it may equal tim
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from distillbench.denoiser import implied_eps
 from distillbench.errors import UserError, unknown
-from distillbench.schedules import NoiseSchedule
+from distillbench.schedules import NoiseSchedule, recorded
 
 __all__ = [
     "ONE_STEP", "SAMPLERS", "TIME_GRIDS", "Sampler", "Solver", "ancestral", "ancestral_step", "check_heun", "ddim",
@@ -40,7 +41,20 @@ NoiseFunction = Callable[[int], Tensor]
 
 def time_like(x: Tensor, value: float | Tensor) -> Tensor:
     """The time `value` for every image of x: (B,1,1,1) float64 on x's device."""
-    return torch.as_tensor(value, dtype=torch.float64, device=x.device).expand(len(x), 1, 1, 1)
+    if isinstance(value, Tensor):
+        return value.to(x.device, torch.float64).expand(len(x), 1, 1, 1)
+    return (_constant if recorded(x) else _kept_constant)(len(x), value, x.device)
+
+
+def _constant(size: int, value: float, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=torch.float64, device=device).expand(size, 1, 1, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_constant(size: int, value: float, device: torch.device) -> Tensor:
+    """The same tensor again: a schedule knows its alpha and sigma already."""
+    with torch.inference_mode(False):
+        return _constant(size, value, device)
 
 
 def x_at_t_max(schedule: NoiseSchedule, eps: Tensor) -> Tensor:
@@ -223,12 +237,13 @@ def ddim(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor
 
     The last step ends on the data prediction itself, as every step to sigma = 0 does.
     """
-    x_t = x_T
+    times = times.to(x_T.device)  # one copy for all steps
+    x_t, t = x_T, time_like(x_T, times[-1])
     for k in range(len(times) - 1, 0, -1):
-        t, s = time_like(x_t, times[k]), time_like(x_t, times[k - 1])
         x_0 = f(x_t, t)
         if k > 1:
-            x_t = ddim_step(schedule, x_t, x_0, t, s)
+            s = time_like(x_t, times[k - 1])
+            x_t, t = ddim_step(schedule, x_t, x_0, t, s), s
     return x_0
 
 

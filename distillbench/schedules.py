@@ -19,8 +19,9 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,11 +32,40 @@ from distillbench.errors import UserError, unknown
 __all__ = ["SCHEDULES", "VE", "DiscreteBetas", "FlowMatching", "NoiseSchedule", "VPCosine", "VPLinear"]
 
 
+KEPT = 8  # times whose numbers a schedule keeps: those of a training step
+
+
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """All that a schedule says of the times `t`, while `t` is unchanged (its `version`)."""
+
+    t: Tensor
+    version: int
+    dtype: torch.dtype  # the default one, of alpha and sigma
+    lam: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    level: Tensor
+
+
+def recorded(x: Tensor) -> bool:
+    """Whether work on `x` is recorded, by a compiler or a CUDA graph, or is not real: its results cannot be kept."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class NoiseSchedule(ABC):
-    """A schedule is its ``lam(t)``, the inverse ``t_of_lam``, and how alpha and sigma share a given lambda."""
+    """A schedule is its ``lam(t)``, the inverse ``t_of_lam``, and how alpha and sigma share a given lambda.
+
+    A training step asks for alpha and sigma of the same few tensors of times again and again, in a method and in every
+    network that it evaluates: the numbers of the last ones are kept.
+    """
 
     t_min: float
     t_max: float
+    _points: tuple[_Point, ...] = ()
+    _grid: tuple[Tensor | None, int, Tensor] = (None, 0, torch.empty(0))
 
     @abstractmethod
     def lam(self, t: Tensor) -> Tensor:
@@ -51,20 +81,67 @@ class NoiseSchedule(ABC):
 
     def alpha(self, t: Tensor) -> Tensor:
         """Signal coefficient, shape of t, default dtype."""
-        return self._log_alpha(self.lam(t)).exp().to(torch.get_default_dtype())
+        return self._at(t).alpha
 
     def sigma(self, t: Tensor) -> Tensor:
         """Noise coefficient, shape of t, default dtype."""
-        lam = self.lam(t)
-        return (lam + self._log_alpha(lam)).exp().to(torch.get_default_dtype())
+        return self._at(t).sigma
 
     def noise_level(self, t: Tensor) -> Tensor:
         """sigma_t / alpha_t (EDM's sigma), float64."""
-        return self.lam(t).exp()
+        return self._at(t).level
+
+    def _at(self, t: Tensor) -> _Point:
+        if recorded(t) or t.requires_grad or t.is_inference():
+            return self._computed(t, -1)
+        version, dtype = t._version, torch.get_default_dtype()
+        for point in self._points:
+            if point.t is t and point.version == version and point.dtype is dtype:
+                return point
+        with torch.inference_mode(False):  # what is kept must serve a backward pass later
+            return self._keep(self._computed(t, version))
+
+    def _keep(self, point: _Point) -> _Point:
+        self._points = (point, *self._points[: KEPT - 1])
+        return point
+
+    def pick(self, grid: Tensor, k: Tensor) -> Tensor:
+        """grid[k] for times `grid` (N,), shape of k; alpha and sigma of the grid are computed once and looked up."""
+        if recorded(grid) or grid.requires_grad or grid.is_inference():
+            return grid[k]
+        with torch.inference_mode(False):
+            t, lam, level, alpha, sigma = self._rows(grid).index_select(1, k.flatten()).view(5, *k.shape).unbind()
+            dtype = torch.get_default_dtype()
+            self._keep(_Point(t, t._version, dtype, lam, alpha.to(dtype), sigma.to(dtype), level))
+        return t
+
+    def _rows(self, grid: Tensor) -> Tensor:
+        """t, lam, noise level, alpha and sigma of a grid, (5,N) float64."""
+        kept, version, rows = self._grid
+        if kept is not grid or version != grid._version:
+            lam = self.lam(grid)
+            log_alpha = self._log_alpha(lam)
+            rows = torch.stack([grid, lam, lam.exp(), log_alpha.exp(), (lam + log_alpha).exp()])
+            self._grid = grid, grid._version, rows
+        return rows
+
+    def _computed(self, t: Tensor, version: int) -> _Point:
+        dtype, lam = torch.get_default_dtype(), self.lam(t)
+        log_alpha = self._log_alpha(lam)
+        alpha, sigma = log_alpha.exp().to(dtype), (lam + log_alpha).exp().to(dtype)
+        return _Point(t, version, dtype, lam, alpha, sigma, lam.exp())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the numbers that are kept: a copy may become another schedule."""
+        return {name: value for name, value in vars(self).items() if name not in ("_points", "_grid")}
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        """Itself, for a schedule never changes: copies of a network share the numbers that are kept."""
+        return self
 
     def signal_ratio(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """(r, 1 - r) with r = (alpha_t sigma_s) / (alpha_s sigma_t) = exp(lam_s - lam_t), in the default dtype."""
-        difference = self.lam(s) - self.lam(t)
+        difference = self._at(s).lam - self._at(t).lam
         dtype = torch.get_default_dtype()
         return difference.exp().to(dtype), (-torch.expm1(difference)).to(dtype)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 SECONDS_OF_ONE_WISH = 3.0
+ASKING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
@@ -25,6 +26,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.name = ""  # of the signal
+        self.names: set[str] = set()  # of all that came
+        self.again = False  # whether it was asked for a second time
         self.patient = False
         self.since = 0.0
 
@@ -46,6 +49,8 @@ class Stop:
         What comes within seconds is the same wish: schedulers signal every process, and so does the one above.
         """
         again = bool(self.name) and time.monotonic() - self.since > SECONDS_OF_ONE_WISH
+        self.again |= again
+        self.names.add(name)
         if not self.name:
             self.name, self.since = name, time.monotonic()
         if again or not self.patient:
@@ -53,8 +58,8 @@ class Stop:
 
 
 @contextmanager
-def stopping() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM, as schedulers send before they kill, ask to stop during the block."""
+def stopping(numbers: Sequence[signal.Signals] = ASKING) -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM, as schedulers send before they kill, ask to stop during the block; or `numbers`."""
     stop = Stop()
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -63,7 +68,6 @@ def stopping() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield stop
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, ask) for number in numbers]
     try:
         yield stop

@@ -63,6 +63,7 @@ class Boot(Method):
     name = "boot"
     paper = "Gu et al. 2023, arXiv:2306.05544"
     needs_data = False
+    grid: Tensor
 
     @dataclass
     class Config(MethodConfig):
@@ -92,15 +93,15 @@ class Boot(Method):
         self.evaluations = teacher.conditioning.evaluations
         self.delta = (self.t_max - self.t_min) / config.steps
         if config.times != "continuous":
-            self.grid = whole_grid(config.times, teacher.schedule, config.steps)
+            self.register_buffer("grid", whole_grid(config.times, teacher.schedule, config.steps), persistent=False)
 
     def time_pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """t and the time s one step below, each (B,1,1,1)."""
         if self.config.times == "continuous":
             t = batch.uniform(self.t_min + self.delta, self.t_max)
             return t, (t - self.delta).clamp(min=self.t_min)
-        k, grid = batch.integers(1, self.config.steps + 1), self.grid.to(batch.device)
-        return grid[k], grid[k - 1]
+        k, pick = batch.integers(1, self.config.steps + 1), self.teacher.schedule.pick
+        return pick(self.grid, k), pick(self.grid, k - 1)
 
     def target(self, eps: Tensor, y_t: Tensor, t: Tensor, s: Tensor, c: Condition) -> Tensor:
         """y_s from y_t along the teacher's Signal-ODE."""
@@ -121,15 +122,14 @@ class Boot(Method):
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         g, eps, c = self.student, batch.noise(), batch.c
         t, s = self.time_pair(batch)
-        share = slice(math.ceil(self.config.boundary_share * batch.size))
-        eps_T, c_T = eps[share], c[share]
-        t_max = time_like(eps_T, self.t_max)
+        n = math.ceil(self.config.boundary_share * batch.size)
+        t_max = time_like(eps[:n], self.t_max)
         with torch.no_grad():
             y_s = self.target(eps, g(eps, t, c), t, s, c)
-            y_T = self.teacher.denoise(x_at_t_max(self.teacher.schedule, eps_T), t_max, c_T)
-        loss_bs = (self.weight(t, s) * (g(eps, s, c) - y_s).square()).mean()
-        loss_bc = (g(eps_T, t_max, c_T) - y_T).square().mean()
-        yield g, loss_bs + self.config.beta * loss_bc
+            y_T = self.teacher.denoise(x_at_t_max(self.teacher.schedule, eps[:n]), t_max, c[:n])
+        both = torch.arange(batch.size + n, device=eps.device) % batch.size  # L_BS of all and L_BC of n: one evaluation
+        g_s, g_T = g(eps[both], torch.cat([s, t_max]), c[both]).split([batch.size, n])
+        yield g, (self.weight(t, s) * (g_s - y_s).square()).mean() + self.config.beta * (g_T - y_T).square().mean()
 
     def supports(self, nfe: int) -> bool:
         return nfe == 1 or (self.config.handover > 0 and nfe > 1 and (nfe - 1) % self.evaluations == 0)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, Workspace, hookimpl, option
 from distillbench.consistency import DISTANCES, STEP_WEIGHTS, ConsistencyFunction, multistep
-from distillbench.networks import move_towards
+from distillbench.networks import MovingAverage
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 from distillbench.samplers import ONE_STEP, TIME_GRIDS, check_heun, karras_times
 from distillbench.schedules import NoiseSchedule
@@ -41,6 +41,7 @@ class ConsistencyDistillation(Method):
     paper = "Song et al. 2023, arXiv:2303.01469"
     needs_data = True
     student: ConsistencyFunction
+    grid: Tensor
 
     @dataclass
     class Config(MethodConfig):
@@ -70,10 +71,11 @@ class ConsistencyDistillation(Method):
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        self.grid = self.levels(config, teacher.schedule)
+        self.register_buffer("grid", self.levels(config, teacher.schedule), persistent=False)
         e = teacher.schedule.noise_level(self.grid[:1]).item()  # the schedule may not reach down to sigma_min
         self.student = ConsistencyFunction(teacher.student(), e, config.sigma_data)
         self.target = copy.deepcopy(self.student).requires_grad_(False) if config.mu else self.student
+        self.following = MovingAverage(self.target, self.student)
 
     @staticmethod
     def levels(config: Config, schedule: NoiseSchedule) -> Tensor:
@@ -88,11 +90,10 @@ class ConsistencyDistillation(Method):
             check_heun(self.teacher.schedule, self.grid)
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        schedule, grid = self.teacher.schedule, self.grid.to(batch.device)
-        x_0, eps = batch.x_0, batch.noise()
-        c = batch.c
+        schedule, grid = self.teacher.schedule, self.grid
+        x_0, eps, c = batch.x_0, batch.noise(), batch.c
         n = batch.integers(0, len(grid) - 1)
-        t, s = grid[n + 1], grid[n]
+        t, s = schedule.pick(grid, n + 1), schedule.pick(grid, n)
         x_t = schedule.alpha(t) * x_0 + schedule.sigma(t) * eps
         with torch.no_grad():
             x_s = ONE_STEP[self.config.solver](schedule, partial(self.teacher.denoise, c=c), x_t, t, s)
@@ -102,7 +103,7 @@ class ConsistencyDistillation(Method):
 
     def after_step(self) -> None:
         if self.config.mu:
-            move_towards(self.target, self.student, 1 - self.config.mu)  # (eq. 8)
+            self.following.move(1 - self.config.mu)  # (eq. 8)
 
     def supports(self, nfe: int) -> bool:
         return 1 <= nfe < self.config.steps

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
 from distillbench.consistency import DISTANCES, STEP_WEIGHTS, ConsistencyFunction, multistep
-from distillbench.networks import move_towards
+from distillbench.networks import MovingAverage
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 from distillbench.samplers import karras_times
 
@@ -46,6 +46,7 @@ class ConsistencyTraining(Method):
     paper = "Song et al. 2023, arXiv:2303.01469; Song & Dhariwal 2023, arXiv:2310.14189"
     needs_data = True
     student: ConsistencyFunction
+    last: Tensor
 
     @dataclass
     class Config(MethodConfig):
@@ -84,10 +85,12 @@ class ConsistencyTraining(Method):
         if teacher.conditioning.guided:
             raise UserError("ct learns from data and cannot be guided: leave guidance at 1")
         self.stages = self.curriculum(config)
-        self.last = self.times(self.stages[-1][0])  # what is sampled on, whatever stage this object has seen
+        last = self.times(self.stages[-1][0])  # what is sampled on, whatever stage this object has seen
+        self.register_buffer("last", last, persistent=False)
         e = teacher.schedule.noise_level(self.last[:1]).item()  # the schedule may not reach down to sigma_min
         self.student = ConsistencyFunction(teacher.student(fresh=config.start == "fresh"), e, config.sigma_data)
         self.target = copy.deepcopy(self.student).requires_grad_(False) if config.mu else self.student
+        self.following = MovingAverage(self.target, self.student)
 
     @staticmethod
     def curriculum(config: Config) -> list[tuple[int, float]]:
@@ -106,21 +109,21 @@ class ConsistencyTraining(Method):
         return [Phase(f"N = {N}", share, fresh=False) for N, share in self.stages]
 
     def start_phase(self, index: int) -> None:
-        self.grid = self.times(self.stages[index][0])
-        weights = torch.ones(len(self.grid) - 1, dtype=torch.float64)
+        grid = self.times(self.stages[index][0])
+        weights = torch.ones(len(grid) - 1, dtype=torch.float64)
         if self.config.levels == "lognormal":
-            z = (self.teacher.schedule.lam(self.grid) - self.config.p_mean) / self.config.p_std
+            z = (self.teacher.schedule.lam(grid) - self.config.p_mean) / self.config.p_std
             weights = torch.special.ndtr(z).diff()
         total = weights.cumsum(0)
         if not total[-1] > 0:
             raise UserError("the log-normal of p_mean and p_std gives no weight to levels from sigma_min to sigma_max")
-        self.cumulative = total / total[-1]
+        self.grid, self.cumulative = grid.to(self.last.device), (total / total[-1]).to(self.last.device)
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        schedule, grid = self.teacher.schedule, self.grid.to(batch.device)
+        schedule, grid = self.teacher.schedule, self.grid
         x_0, eps, c = batch.x_0, batch.noise(), batch.c
-        n = torch.searchsorted(self.cumulative.to(batch.device), batch.uniform(), right=True)
-        t, s = grid[n + 1], grid[n]
+        n = torch.searchsorted(self.cumulative, batch.uniform(), right=True)
+        t, s = schedule.pick(grid, n + 1), schedule.pick(grid, n)
         x_t, x_s = (schedule.alpha(r) * x_0 + schedule.sigma(r) * eps for r in (t, s))
         with torch.no_grad():
             target = self.target(x_s, s, c)
@@ -129,7 +132,7 @@ class ConsistencyTraining(Method):
 
     def after_step(self) -> None:
         if self.config.mu:
-            move_towards(self.target, self.student, 1 - self.config.mu)
+            self.following.move(1 - self.config.mu)
 
     def supports(self, nfe: int) -> bool:
         return 1 <= nfe < len(self.last)

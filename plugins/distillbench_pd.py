@@ -37,6 +37,7 @@ class ProgressiveDistillation(Method):
     name = "pd"
     paper = "Salimans & Ho 2022, arXiv:2202.00512"
     needs_data = True
+    times: Tensor
 
     @dataclass
     class Config(MethodConfig):
@@ -60,7 +61,7 @@ class ProgressiveDistillation(Method):
         super().__init__(config, teacher)
         if self.student.prediction == "eps":
             raise UserError("pd: a one-step student cannot predict eps (1/alpha at t_max); take an x0 or v teacher")
-        self.times = TIME_GRIDS[config.times](teacher.schedule, config.steps)
+        self.register_buffer("times", TIME_GRIDS[config.times](teacher.schedule, config.steps), persistent=False)
         self.halvings = [config.steps >> k for k in range(1, config.steps.bit_length())]  # n: N/2, ..., 2, 1
         self.deputy = teacher.deputy()  # stands for the teacher once a student has become it
         self.students = nn.ModuleDict({str(n): teacher.student().freeze() for n in self.halvings})
@@ -81,8 +82,7 @@ class ProgressiveDistillation(Method):
     def target(self, z_t: Tensor, i: Tensor, c: Condition) -> Tensor:
         """x~ for z_t at t = i/n."""
         schedule, x_hat = self.teacher.schedule, self.taught_by
-        grid = self.grid.to(z_t.device)
-        t, t_1, t_2 = grid[2 * i], grid[2 * i - 1], grid[2 * i - 2]
+        t, t_1, t_2 = (schedule.pick(self.grid, 2 * i - k) for k in range(3))
         z_1 = ddim_step(schedule, z_t, x_hat(z_t, t, c), t, t_1)
         x_1 = x_hat(z_1, t_1, c)
         z_2 = ddim_step(schedule, z_1, x_1, t_1, t_2)
@@ -94,7 +94,7 @@ class ProgressiveDistillation(Method):
         schedule = self.teacher.schedule
         x_0, eps, c = batch.x_0, batch.noise(), batch.c
         i = batch.integers(1, self.n + 1)
-        t = self.grid.to(batch.device)[2 * i]
+        t = schedule.pick(self.grid, 2 * i)
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         z_t = alpha * x_0 + sigma * eps
         with torch.no_grad():

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, Workspace, hookimpl, option
+from distillbench.networks import MovingAverage
 from distillbench.options import require_fraction, require_one_of
 from distillbench.samplers import TIME_GRIDS, check_heun, ddim, ddim_step, x_at_top
 
@@ -48,6 +49,7 @@ class Tract(Method):
     paper = "Berthelot et al. 2023, arXiv:2303.04248"
     needs_data = True
     k: Tensor
+    times: Tensor
 
     @dataclass
     class Config(MethodConfig):
@@ -72,9 +74,12 @@ class Tract(Method):
         super().__init__(config, teacher)
         if self.student.prediction == "eps":
             raise UserError("tract: a one-step student cannot predict eps (1/alpha at t_max); take an x0 or v teacher")
-        self.times = TIME_GRIDS[config.times](teacher.schedule, config.steps[0])
+        self.register_buffer("times", TIME_GRIDS[config.times](teacher.schedule, config.steps[0]), persistent=False)
         self.self_teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+        self.following = MovingAverage(self.self_teacher, self.student)
         self.register_buffer("k", torch.zeros((), dtype=torch.int64))
+        self.updates = 0  # k as a plain number, for which no device is waited for
+        self.register_load_state_dict_post_hook(lambda method, _: setattr(method, "updates", int(method.k)))
         self.deputy = teacher.deputy()  # stands for the teacher once an average has become it
         self.students = nn.ModuleDict({str(n): teacher.student().freeze() for n in config.steps[1:]})
 
@@ -97,22 +102,20 @@ class Tract(Method):
 
     def target(self, x_t: Tensor, j: Tensor, c: Condition) -> Tensor:
         """x~ for x_t at t_j."""
-        schedule, grid = self.teacher.schedule, self.grid.to(x_t.device)
-        e = (j - 1) // self.group * self.group
-        t, t_1 = grid[j], grid[(j - 1).clamp(min=1)]  # t itself for the grid's end: there x~ is f
-        tau, tau_1 = schedule.noise_level(t), schedule.noise_level(t_1)
-        tau_2 = torch.where(e == 0, 0.0, schedule.noise_level(grid[e]))
+        schedule, e = self.teacher.schedule, (j - 1) // self.group * self.group
+        t, t_1, t_2 = (schedule.pick(self.grid, k) for k in (j, (j - 1).clamp(min=1), e))  # t' = t where x~ is f
+        tau, tau_1, tau_2 = (schedule.noise_level(r) for r in (t, t_1, t_2))
         f = self.taught_by(x_t, t, c)
         if self.heun:
             f_1 = self.taught_by(ddim_step(schedule, x_t, f, t, t_1), t_1, c)
             f = f + (tau / (2 * tau_1)).to(f.dtype) * (f_1 - f)
         g = self.self_teacher(ddim_step(schedule, x_t, f, t, t_1), t_1, c)
-        a = (tau_2 * (tau - tau_1) / (tau_1 * (tau - tau_2))).to(f.dtype)
+        a = torch.where(e == 0, 0.0, tau_2 * (tau - tau_1) / (tau_1 * (tau - tau_2))).to(f.dtype)
         return torch.where(j - 1 == e, f, a * f + (1 - a) * g)
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         x_0, eps, c, j = batch.x_0, batch.noise(), batch.c, batch.integers(1, len(self.grid))
-        t = self.grid.to(batch.device)[j]
+        t = self.teacher.schedule.pick(self.grid, j)
         alpha, sigma = self.teacher.schedule.alpha(t), self.teacher.schedule.sigma(t)
         x_t = alpha * x_0 + sigma * eps
         with torch.no_grad():
@@ -121,14 +124,10 @@ class Tract(Method):
         w = snr.clamp(min=1) if self.config.weight == "truncated_snr" else snr + 1
         yield self.student, (w * (x_tilde - self.student(x_t, t, c)).square()).mean()
 
-    @torch.no_grad()
     def after_step(self) -> None:
         self.k += 1
-        share = (1 - self.config.mu) / (1 - self.config.mu ** self.k.double())  # 1 after the first update
-        for mine, theirs in zip(self.self_teacher.parameters(), self.student.parameters(), strict=True):
-            mine.lerp_(theirs, share.to(mine.dtype))
-        for buffer, new in zip(self.self_teacher.buffers(), self.student.buffers(), strict=True):
-            buffer.copy_(new)
+        self.updates += 1
+        self.following.move((1 - self.config.mu) / (1 - self.config.mu**self.updates))
 
     def end_phase(self, index: int, average: nn.Module) -> None:
         for network in (self.deputy, self.students[str(self.n)]):

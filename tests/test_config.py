@@ -133,8 +133,8 @@ DATASETS = (
 TEACHERS = "consistency, deepfloyd, diffusers, edm, gaussian, gmm, stable_diffusion, trained"
 METHODS = "Possible: boot, cm, ct, direct, pd, sid, tract"
 TOP = (
-    "Possible: accumulate, batch_size, budget, cell_seconds, conditional, dataset, device, energy, evaluation, "
-    "guidance, guidance_range, isolate, methods, on_oom, results_dir, run_name, seed, states, teacher, threads"
+    "Possible: accumulate, batch_size, budget, cell_seconds, compute, conditional, dataset, device, energy, evaluation, "
+    "executor, guidance, guidance_range, isolate, methods, on_oom, results_dir, run_name, seed, states, teacher, threads"
 )
 NAMES = {
     "methods=[bot]": f"no method 'bot'. Did you mean 'boot'? {METHODS}",
@@ -254,7 +254,7 @@ FORMS = {
     "seed=range(0,0)": "'seed=range(0,0)' spans no value",
     "seed=glob(*)": "'seed=glob(*)' spans no value",
     "seed=interval(0,1)": "cannot sweep 'seed=interval(0,1)'. List the values, or use range(START,STOP)",
-    "seed=range(0,100000000)": "the sweeps span more than 1,000 runs",
+    "seed=range(0,100000000)": "the sweeps span more than 100,000 runs",
 }
 
 
@@ -278,7 +278,7 @@ def test_what_must_be_given(registry):
 
 def test_the_bounds_of_a_grid(registry):
     assert len(compose_runs(["methods=[boot]", "dataset=digits", "seed=range(0,20)"], registry)) == 20
-    assert "1,000 runs" in message(registry, *GIVEN, "seed=range(0,40)", "batch_size=range(1,40)")
+    assert "100,000 runs" in message(registry, *GIVEN, "seed=range(0,400)", "batch_size=range(1,400)")
 
 
 # --- settings of plugins ---------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ NAMES = {
     "method": "boot",
     "training_seed": 0,
     "settings": "",
+    "compute": "fp32",
     "budget": "",
     "protocol": "",
     "reference": "",

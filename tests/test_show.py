@@ -21,6 +21,7 @@ NAMES = {"dataset": "digits", "teacher": "trained-01234567", "method": "boot", "
 NAMES |= {"nfe": 1, "images": 2048, "budget": "1000 images", "protocol": "aaaa", "status": "ok", "reason": ""}
 NAMES |= {
     "settings": "",
+    "compute": "fp32",
     "reference": "",
     "device": "cpu (a model)",
     "key": "k",

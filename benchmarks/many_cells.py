@@ -1,0 +1,138 @@
+"""How long a plan of thousands of cells takes, but for the training: seconds of each stage, on one core.
+
+    python benchmarks/many_cells.py [SEEDS] [SETTINGS]
+
+SEEDS x SETTINGS cells (100 x 100). One of them is trained, for a few images. The records of the others are made from
+its, with other keys, and written by the code that writes real ones; then the run is done again, and finds them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from distillbench.cell import AS_IS, evaluation_inputs, run_cell
+from distillbench.cell_training import STUDENT, TRAIN
+from distillbench.claims import claimed
+from distillbench.config import RunConfig, compose_runs
+from distillbench.files import key_of
+from distillbench.hands import OwnHands, Seen
+from distillbench.plan import Cell, plan
+from distillbench.progress import Progress
+from distillbench.registry import load_registry
+from distillbench.reports.write import report_runs
+from distillbench.results import EvaluationRecord, TrainRecord, load_record, write_record
+from distillbench.run import run
+from distillbench.signals import Stop
+from distillbench.terminal import print_plan, print_rows, print_table
+
+WORDS = ["methods=[boot]", "dataset=digits", "isolate=false", "budget.images=256", "run_name=many", "device=cpu"]
+WORDS += ["evaluation.images=16", "evaluation.nfe=[1]", "evaluation.teacher_steps=[1]", "evaluation.timing=off"]
+WORDS += ["evaluation.metrics=[teacher_rmse]"]
+
+
+class Clock:
+    """Prints the seconds of each stage."""
+
+    def __init__(self, cells: int) -> None:
+        self.cells = cells
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begin
+        print(f"| {name} | {seconds:.1f} | {1000 * seconds / self.cells:.2f} |", flush=True)
+
+
+def words(seeds: int, settings: int, results: Path) -> list[str]:
+    """Of the command line: a grid of seeds and learning rates."""
+    rates = ",".join(f"{1e-4 * (1 + k / settings):.6g}" for k in range(settings))
+    return [*WORDS, f"seed=range(0,{seeds})", f"methods.boot.lr={rates}", f'results_dir="{results}"']
+
+
+def train_one(cells: Sequence[Cell], seen: Sequence[Seen]) -> tuple[TrainRecord, EvaluationRecord, Path]:
+    """The records of the first student and their folder; the teacher is scored, too."""
+    for cell in cells[:2]:
+        run_cell(cell, Progress(None), AS_IS, Stop())
+    folder = seen[1].about.folder
+    (evaluation,) = folder.glob("evaluation-*.json")
+    return load_record(folder / TRAIN, TrainRecord), load_record(evaluation, EvaluationRecord), folder
+
+
+def fabricate(cell: Cell, seen: Seen, training: TrainRecord, evaluation: EvaluationRecord, source: Path) -> None:
+    """What the training and the evaluation of `cell` would leave."""
+    inputs, folder = seen.about.train_inputs, seen.about.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    key = key_of(inputs)
+    os.link(source / STUDENT, folder / STUDENT)
+    write_record(folder / TRAIN, training.model_copy(update={"key": key, "inputs": inputs}))
+    inputs = evaluation_inputs(cell, key)
+    path = folder / f"evaluation-{key_of(inputs)}.json"
+    shown = source / f"evaluation-{evaluation.key}.safetensors"
+    shutil.copyfile(shown, path.with_suffix(".safetensors"))
+    write_record(path, evaluation.model_copy(update={"key": key_of(inputs), "inputs": inputs}))
+
+
+def main(seeds: int, settings: int) -> None:
+    torch.set_num_threads(1)
+    count = seeds * settings
+    clock, registry, progress = Clock(count), load_registry(), Progress(None)
+    warm_up(registry)
+    print(f"{count:,} cells: {seeds} seeds of {settings} settings\n\n| stage | s | ms a cell |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        given = words(seeds, settings, Path(scratch) / "results")
+        with clock.stage("compose the settings"):
+            configs = compose_runs(given, registry)
+        with clock.stage("plan, with prices"):
+            cells = plan(configs, registry)
+        with clock.stage("show the plan"):
+            print_plan(Console(file=io.StringIO(), width=120), cells)
+        hands = OwnHands(progress, Stop())
+        with clock.stage("look at what is there: nothing"):
+            seen = hands.look(cells, AS_IS)
+        with clock.stage("claim each, one after the other"):
+            for one in seen:
+                with claimed(one.about.folder) as mine:
+                    assert mine
+        records = train_one(cells, seen)
+        with clock.stage("write the records of each"):
+            for cell, one in zip(cells[2:], seen[2:], strict=True):
+                fabricate(cell, one, *records)
+        with clock.stage("look at what is there: everything"):
+            found = hands.look(cells, AS_IS)
+        assert all(one.done is not None for one in found)
+        shown = Progress(Console(file=io.StringIO(), width=120))
+        with clock.stage("the whole run again, to its end"):
+            outcome = run(cells, configs, shown, lambda rows: print_rows(shown, rows))
+        with clock.stage("show the table"):
+            directions = {name: told["direction"] for name, told in outcome.columns.items()}
+            print_table(Console(file=io.StringIO(), width=120), outcome.table, outcome.summary, directions)
+        with clock.stage("report"):
+            report_runs([str(outcome.folder)], ("html",), None, (), (), None, False, Console(file=io.StringIO()))
+        trickle(cells, configs, seen, found, clock)
+
+
+def trickle(cells, configs, seen, found, clock) -> None:
+    """The rows come in one by one, as from trainings that take no time: how much of it is the table's."""
+
+
+def warm_up(registry) -> None:
+    """What is imported, and what torch makes, when it is needed first."""
+    with tempfile.TemporaryDirectory() as scratch:
+        plan(compose_runs(words(1, 1, Path(scratch)), registry), registry)
+
+
+if __name__ == "__main__":
+    main(*(int(word) for word in sys.argv[1:3]) if len(sys.argv) > 2 else (100, 100))

@@ -1,0 +1,108 @@
+"""Tasks of a ray cluster: one that runs, or one that is started on this machine for the run."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from distillbench.engines import Answer, Job
+from distillbench.errors import UserError
+from distillbench.executor_settings import RayConfig
+from distillbench.hands import SECONDS_OF_GRACE
+from distillbench.processes import in_words
+from distillbench.signals import stopping
+
+
+def answered(job: Job) -> Answer:
+    """What a task does. ray cancels it by the signal of Ctrl-C."""
+    with stopping() as stop:
+        return job.answer(stop)
+
+
+class Ray:
+    """Tasks of ray."""
+
+    jobs = "ray tasks"
+
+    def __init__(self, where: RayConfig) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers that it runs
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task without GPUs sees none
+        try:
+            import ray
+        except ImportError as error:
+            raise UserError("executor=ray needs ray: pip install 'distillbench[ray]'") from error
+        self.ray, self.most = ray, where.parallel
+        self.numbers = itertools.count()
+        self.running: dict[int, Any] = {}
+        with _own_signals():
+            try:
+                ray.init(
+                    address=where.address or "local", log_to_driver=False, logging_level=logging.ERROR,
+                    include_dashboard=False if not where.address else None,
+                )  # fmt: skip
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise UserError(f"executor.address={where.address!r}: {in_words(error)}") from error
+        able = ray.cluster_resources()
+        for name, wanted in (("GPU", where.gpus), ("CPU", where.cpus)):
+            if wanted > able.get(name, 0) and not where.address:
+                ray.shutdown()
+                raise UserError(
+                    f"executor.{name.lower()}s={wanted:g} is more than there is on this machine: {able.get(name, 0):g}"
+                )
+        task = ray.remote(answered)
+        self.task = task.options(num_cpus=where.cpus, num_gpus=where.gpus, max_retries=where.retries)
+
+    def submit(self, jobs: Sequence[Job]) -> list[int]:
+        numbers = list(itertools.islice(self.numbers, len(jobs)))
+        for number, job in zip(numbers, jobs, strict=True):
+            self.running[number] = self.task.remote(job)
+        return numbers
+
+    def answers(self, running: Sequence[int], seconds: float) -> list[tuple[int, Answer]]:
+        by_reference = {self.running[number]: number for number in running}
+        ready, _ = self.ray.wait(list(by_reference), num_returns=1, timeout=seconds)
+        if ready and len(by_reference) > 1:
+            ready, _ = self.ray.wait(list(by_reference), num_returns=len(by_reference), timeout=0)
+        return [(by_reference[reference], self._answer(by_reference[reference])) for reference in ready]
+
+    def _answer(self, number: int) -> Answer:
+        errors = self.ray.exceptions
+        try:
+            return self.ray.get(self.running.pop(number))
+        except errors.OutOfMemoryError as error:
+            return Answer("ended", ("oom", f"ray ended the task for its memory: {in_words(error)}"))
+        except errors.TaskCancelledError:
+            return Answer("interrupted", "cancelled")
+        except errors.RayError as error:
+            return Answer("ended", ("failed", f"ray lost the task: {in_words(error)}"))
+
+    def cancel(self, running: Sequence[int]) -> None:
+        """Tasks end as they do at Ctrl-C. A cluster that was started for the run ends with it, so they are awaited."""
+        references = [self.running.pop(number) for number in running]
+        for reference in references:
+            self.ray.cancel(reference, force=False)
+        end = time.monotonic() + SECONDS_OF_GRACE
+        while references and time.monotonic() < end:
+            _, references = self.ray.wait(references, num_returns=len(references), timeout=0.5)
+
+    def close(self) -> None:
+        with _own_signals():
+            self.ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """A block in which ray may set handlers of signals; afterwards they are what they were."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

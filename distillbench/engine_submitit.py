@@ -1,0 +1,179 @@
+"""Jobs of a Slurm cluster, through submitit. A job that is preempted, or runs out of time, goes back into the queue."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillbench.engines import Answer, Job
+from distillbench.errors import UserError
+from distillbench.executor_settings import SubmititConfig
+from distillbench.hands import SECONDS_OF_GRACE
+from distillbench.signals import stopping
+
+FOLDER = "jobs"  # below the cache: what submitit keeps of jobs; that of finished ones is removed
+LARGEST_ARRAY = 1000  # jobs; Slurm takes 1001 where nothing else is set
+SECONDS_UNTIL_TOLD = 5.0  # between SIGTERM and the signal that says that a job is preempted
+LONGEST_REASON = 300  # characters
+LOOKS_PER_SECOND = 500  # at files that answers come in
+STATUS = {"OUT_OF_MEMORY": "oom", "TIMEOUT": "timeout", "DEADLINE": "timeout"}  # by Slurm's name for it; else failed
+
+
+@dataclass
+class SubmittedJob:
+    """A job as submitit calls it.
+
+    submitit would leave at once at its signal. Here the work ends as it does at SIGTERM, with its state kept; then
+    submitit is told that the signal came, asks for :meth:`checkpoint` and puts the job back into the queue.
+    """
+
+    job: Job
+
+    def __call__(self) -> Answer:
+        from submitit.core.job_environment import JobEnvironment
+        from submitit.core.utils import UncompletedJobError
+
+        where = JobEnvironment()
+        preempted = where._usr_sig()
+        with stopping((signal.SIGINT, signal.SIGTERM, preempted)) as stop:
+            answer = self.job.answer(stop)
+            if answer.kind == "interrupted" and where.cluster == "slurm":
+                with stop.patiently():
+                    end = time.monotonic() + SECONDS_UNTIL_TOLD
+                    while preempted.name not in stop.names and time.monotonic() < end:
+                        time.sleep(0.1)
+        if answer.kind == "interrupted" and preempted.name in stop.names:
+            try:
+                signal.raise_signal(preempted)  # does not come back where the job may go on
+            except UncompletedJobError as error:
+                return Answer("ended", ("timeout", str(error)), answer.said)
+        return answer
+
+    def checkpoint(self) -> Any:
+        """What is to be done when the job begins again: the same, from the state that was kept."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+class Submitit:
+    """Slurm jobs, or processes of this machine that are treated as if they were."""
+
+    def __init__(self, where: SubmititConfig, results: Path) -> None:
+        try:
+            import submitit
+        except ImportError as error:
+            raise UserError("executor=submitit needs submitit: pip install 'distillbench[slurm]'") from error
+        self.where, self.folder = where, results.absolute() / "cache" / FOLDER
+        self.jobs = "Slurm jobs" if where.cluster == "slurm" else "local jobs"
+        self.most = where.parallel if where.cluster == "local" else 10**6
+        self.numbers = itertools.count()
+        self.running: dict[int, Any] = {}
+        try:
+            limit = {f"{where.cluster}_max_num_timeout": where.requeues}
+            self.executor = submitit.AutoExecutor(self.folder, cluster=where.cluster, **limit)
+        except RuntimeError as error:
+            raise UserError(f"executor=submitit: {error} (executor.cluster=local tries it on this machine)") from error
+
+    def _parameters(self, jobs: int) -> dict[str, Any]:
+        where, arrays = self.where, math.ceil(jobs / LARGEST_ARRAY)
+        parameters: dict[str, Any] = {
+            "name": "distillbench",
+            "timeout_min": math.ceil(60 * where.hours),
+            "gpus_per_node": where.gpus,
+            "cpus_per_task": where.cpus,
+            "slurm_array_parallelism": max(1, where.parallel // arrays),
+            "slurm_setup": list(where.setup) or None,
+            "local_setup": list(where.setup) or None,
+            "slurm_partition": where.partition or None,
+            "mem_gb": where.memory_gb or None,
+        }
+        return parameters | where.parameters
+
+    def submit(self, jobs: Sequence[Job]) -> list[int]:
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        submitted: list[Any] = []
+        try:
+            self.executor.update_parameters(**self._parameters(len(jobs)))
+            for first in range(0, len(jobs), LARGEST_ARRAY):
+                array = [SubmittedJob(job) for job in jobs[first : first + LARGEST_ARRAY]]
+                with self._without_ctrl_c():
+                    submitted += self.executor.submit_array(array)
+        except (NameError, ValueError, AssertionError, TypeError) as error:
+            raise UserError(f"executor.parameters: {_on_one_line(error)}") from error
+        except (FailedJobError, FailedSubmissionError, OSError) as error:
+            raise UserError(f"Slurm does not take the jobs: {_on_one_line(error)}") from error
+        finally:
+            numbers = list(itertools.islice(self.numbers, len(submitted)))
+            self.running.update(zip(numbers, submitted, strict=True))
+        return numbers
+
+    def answers(self, running: Sequence[int], seconds: float) -> list[tuple[int, Answer]]:
+        time.sleep(max(seconds, len(running) / LOOKS_PER_SECOND))
+        ended = [number for number in running if self.running[number].done()]
+        return [(number, self._answer(self.running.pop(number))) for number in ended]
+
+    def _answer(self, job: Any) -> Answer:
+        from submitit.core.utils import UncompletedJobError
+
+        try:
+            answer = job.result()
+        except UncompletedJobError:
+            state = str(job.state)
+            log = f"see {job.paths.stderr}"
+            return Answer("ended", (STATUS.get(state, "failed"), f"the job gave no answer (state {state}; {log})"))
+        _remove(job)
+        return answer
+
+    def cancel(self, running: Sequence[int]) -> None:
+        """Slurm tells each that it ends. Processes of this machine are told here, and awaited."""
+        jobs = [self.running.pop(number) for number in running]
+        if self.where.cluster == "slurm":
+            for job in jobs:
+                job.cancel(check=False)
+            return
+        for job in jobs:
+            with suppress(ProcessLookupError):
+                os.kill(int(job.job_id), signal.SIGTERM)
+        end = time.monotonic() + SECONDS_OF_GRACE
+        while not all(job.done() for job in jobs) and time.monotonic() < end:
+            time.sleep(0.1)
+        for job in jobs:
+            _remove(job)
+
+    @contextmanager
+    def _without_ctrl_c(self) -> Iterator[None]:
+        """A block in which processes that begin on this machine are deaf to Ctrl-C, which is this one's to pass on."""
+        if self.where.cluster == "slurm" or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what gave no answer keeps its log
+            for left in self.folder.glob(".submission_file_*"):
+                left.unlink()
+            self.folder.rmdir()
+
+
+def _remove(job: Any) -> None:
+    for path in (job.paths.submitted_pickle, job.paths.result_pickle, job.paths.stdout, job.paths.stderr):
+        path.unlink(missing_ok=True)
+
+
+def _on_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:LONGEST_REASON]
