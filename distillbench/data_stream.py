@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from distillbench.datasets import Dataset, to_float
 from distillbench.method import WHOLE, Share
+
+HELD = 2**26  # bytes of images
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,9 @@ class _Ahead:
 class DataStream:
     """Random batches of a dataset, drawn with replacement by a generator of their own: the same order for all.
 
-    `ahead` batches are read by a thread while the device works, into pinned memory. `share` are the rows of each batch
-    that this process trains on. The stream's state, for :class:`distillbench.resume.Resume`, is where the next batch
+    A dataset of up to HELD bytes as float32 is read once, to the device. Of others `ahead` batches are read by a thread
+    while the device works, into pinned memory. `share` are the rows of each batch that this process trains on. The
+    stream's state, for :class:`distillbench.resume.Resume`, is where the next batch
     begins, whatever has been read ahead.
     """
 
@@ -35,14 +39,19 @@ class DataStream:
     ) -> None:  # fmt: skip
         self.dataset, self.device, self.ahead, self.share = dataset, device, ahead, share
         self.generator = torch.Generator().manual_seed(seed)
+        small = 4 * len(dataset) * math.prod(dataset.shape) <= HELD
+        self._held: Tensor | None = None
+        self._holds = small
         self._queue: deque[_Ahead] = deque()
-        self._reader = ThreadPoolExecutor(1, "reading") if ahead else None
+        self._reader = ThreadPoolExecutor(1, "reading") if ahead and not small else None
 
     def read(self, size: int) -> tuple[Tensor, Tensor | None]:
         """Of the next `size` images this process's share, in [-1, 1] on the device, and their classes if they have any.
 
         Classes are (B,) int64, in the memory of the CPU.
         """
+        if self._holds:
+            return self._look_up(self._draw(size))
         images, labels = self._images(self._draw(size)) if self._reader is None else self._read_ahead(size)
         return to_float(images.to(self.device, non_blocking=True)), labels
 
@@ -63,6 +72,12 @@ class DataStream:
 
     def _draw(self, size: int) -> Tensor:
         return self.share.of(torch.randint(len(self.dataset), (size,), generator=self.generator))
+
+    def _look_up(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self._held is None:
+            self._held = to_float(self.dataset.read(torch.arange(len(self.dataset))).to(self.device))
+        labels = self.dataset.labels(indices) if self.dataset.classes else None
+        return self._held.index_select(0, indices.to(self.device)), labels
 
     def _images(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         labels = self.dataset.labels(indices) if self.dataset.classes else None

@@ -25,7 +25,7 @@ class Average:
         self.network, self.halflife = network, 1000 * halflife_kimg
         self.module = copy.deepcopy(network).eval().requires_grad_(False) if self.halflife else network
         self.mine, self.theirs = list(self.module.parameters()), list(network.parameters())
-        self.buffers = list(zip(self.module.buffers(), network.buffers(), strict=True))
+        self.my_buffers, self.their_buffers = list(self.module.buffers()), list(network.buffers())
         self.images = 0
 
     def update(self, images: int) -> None:
@@ -36,8 +36,8 @@ class Average:
         weight = 1 - 0.5 ** (images / halflife)
         with torch.no_grad():
             torch._foreach_lerp_(self.mine, self.theirs, weight)
-            for mine, theirs in self.buffers:
-                mine.copy_(theirs)
+            if self.my_buffers:
+                torch._foreach_copy_(self.my_buffers, self.their_buffers)
 
     def state(self) -> State:
         own = self.module.state_dict() if self.module is not self.network else {}
@@ -55,6 +55,16 @@ def learning_rate_factor(config: OptimizerConfig, progress: float) -> float:
     past = max(0.0, (progress - config.lr_warmup) / max(1 - config.lr_warmup, 1e-12))
     decay = {"constant": 1.0, "linear": 1 - past, "cosine": 0.5 * (1 + math.cos(math.pi * past))}
     return warmup * decay[config.lr_decay]
+
+
+def clip(gradients: list[Tensor], largest: float) -> None:
+    """Scale the gradients of a network, in place, so that their norm is at most `largest`.
+
+    The arithmetic of ``torch.nn.utils.clip_grad_norm_``, which sorts tensors by device and type at every step.
+    """
+    if gradients:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
 
 
 class Optimizers:
@@ -91,18 +101,16 @@ class Optimizers:
         optimizer = self.by_network[network]
         (group,) = optimizer.param_groups
         group["lr"] = self.config.lr * factor
-        self.ranks.sum([weight.grad for weight in group["params"] if weight.grad is not None])
+        gradients = [weight.grad for weight in group["params"] if weight.grad is not None]
+        self.ranks.sum(gradients)
         if self.scaler is None:
-            self._clip(group["params"])
+            clip(gradients, self.config.grad_clip)
             optimizer.step()
             return
         self.scaler.unscale_(optimizer)
-        self._clip(group["params"])
+        clip(gradients, self.config.grad_clip)
         self.scaler.step(optimizer)  # left out where a gradient overflowed
         self.scaler.update()
-
-    def _clip(self, weights: list[Tensor]) -> None:
-        nn.utils.clip_grad_norm_(weights, self.config.grad_clip, foreach=True)
 
     def state(self, method: Method) -> State:
         """Adam's moments by the names that the networks have in `method`; RuntimeError for one that has none."""

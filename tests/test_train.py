@@ -30,11 +30,12 @@ from analytic import (
     time,
     weights_of,
 )
+from distillbench import data_stream
 from distillbench.budget import BudgetConfig, Limit
 from distillbench.data_stream import DataStream
 from distillbench.datasets import Dataset, to_float
-from distillbench.errors import DivergedError
-from distillbench.method import Method, MethodConfig, OptimizerConfig, Phase
+from distillbench.errors import DivergedError, UserError
+from distillbench.method import Method, MethodConfig, OptimizerConfig, Phase, Share
 from distillbench.optimizers import Average, learning_rate_factor
 from distillbench.progress import Step
 from distillbench.train import Loop, Trained, train
@@ -483,6 +484,56 @@ def test_data_stream_draws_uniformly_and_the_same_for_everybody():
     values = DataStream(Numbers(), 0, "cpu").read(20_000)[0][:, 0, 0, 0]
     counts = torch.bincount(((values + 1) * 127.5).round().long(), minlength=200)
     assert len(counts) == 200 and (counts - 100).abs().max() < 5.5 * 10
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """No dataset is small enough to be held."""
+    monkeypatch.setattr(data_stream, "HELD", 0)
+
+
+SIZES = (30, 30, 30, 7, 30, 30)  # a smaller batch, for which nothing was read ahead
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_reading_ahead_changes_no_image(large, monkeypatch, ahead):
+    read = [DataStream(Numbers(), 0, "cpu", ahead).read, DataStream(Numbers(), 0, "cpu").read]
+    assert all(torch.equal(read[0](size)[0], read[1](size)[0]) for size in SIZES)
+    monkeypatch.setattr(data_stream, "HELD", 2**20)
+    held, streamed = DataStream(Numbers(), 0, "cpu"), DataStream(Numbers(), 0, "cpu")
+    monkeypatch.setattr(data_stream, "HELD", 0)
+    assert held._holds and torch.equal(held.read(9)[0], streamed.read(9)[0])
+
+
+@pytest.mark.parametrize("after", range(len(SIZES)))
+def test_a_stream_goes_on_where_it_was_whatever_was_read_ahead(large, after):
+    whole, cut = DataStream(Numbers(), 0, "cpu"), DataStream(Numbers(), 0, "cpu", 2)
+    expected = [whole.read(size)[0] for size in SIZES]
+    for size in SIZES[:after]:
+        cut.read(size)
+    state = cut.get_state().clone()
+    cut.close()
+    gone_on = DataStream(Numbers(), 5, "cpu", 2)
+    gone_on.read(11)
+    gone_on.set_state(state)
+    for size, images in zip(SIZES[after:], expected[after:], strict=True):
+        assert torch.equal(gone_on.read(size)[0], images)
+
+
+def test_what_goes_wrong_while_reading_ahead_is_raised(large):
+    class Damaged(Numbers):
+        def read(self, indices):
+            raise UserError("image 3 is cut off")
+
+    with pytest.raises(UserError, match="cut off"):
+        DataStream(Damaged(), 0, "cpu", 2).read(4)
+
+
+def test_processes_read_their_own_images(large):
+    shares = [DataStream(Numbers(), 0, "cpu", 1, Share(index, 3)) for index in range(3)]
+    whole = DataStream(Numbers(), 0, "cpu").read(10)[0]
+    for index, stream in enumerate(shares):
+        assert torch.equal(stream.read(10)[0], whole[index::3])
 
 
 def test_uint8_becomes_minus_one_to_one():
