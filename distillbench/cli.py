@@ -139,12 +139,19 @@ def _run(registry: Registry, settings: Sequence[str], asked: Asked, need_methods
     from distillbench.following import follow, in_these_processes
     from distillbench.plan import plan
     from distillbench.progress import Progress
-    from distillbench.ranks import joined
+    from distillbench.ranks import follows, joined
     from distillbench.run import run as run_cells
 
-    configs = compose_runs(list(settings), registry, need_methods)
+    try:
+        configs = compose_runs(list(settings), registry, need_methods)
+    except UserError:
+        if follows():  # the first of several processes says it
+            raise SystemExit(BAD_INPUT) from None
+        raise
     if not need_methods:  # an experiment may name some
         configs = [dataclasses.replace(config, methods={}) for config in configs]
+    if asked.show_config and follows():
+        return
     if asked.show_config:
         click.echo("---\n".join(to_yaml(config) for config in configs), nl=False)
         return
@@ -582,7 +589,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         cli.main(words, prog_name="distillbench", standalone_mode=False)
     except (click.Abort, Interrupted) as interrupted:
-        click.echo("interrupted. What was reached is kept: the same command goes on from there", err=True)
+        if "RANK" not in os.environ or os.environ["RANK"] == "0":  # the first of several processes says it
+            click.echo("interrupted. What was reached is kept: the same command goes on from there", err=True)
         terminated = isinstance(interrupted, Interrupted) and interrupted.name == "SIGTERM"
         raise SystemExit(TERMINATED if terminated else INTERRUPTED) from None
     except click.ClickException as error:

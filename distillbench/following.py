@@ -9,7 +9,8 @@ from contextlib import suppress
 from distillbench.cell import sample_along
 from distillbench.cell_training import TrainOrder, train_along
 from distillbench.config import RunConfig
-from distillbench.errors import DivergedError
+from distillbench.errors import DivergedError, UserError
+from distillbench.executor_settings import LocalConfig
 from distillbench.plan import Cell, Scene, Scenes
 from distillbench.progress import Progress
 from distillbench.ranks import Ranks
@@ -20,7 +21,16 @@ from distillbench.signals import Stop
 def in_these_processes(
     cells: Sequence[Cell], configs: Sequence[RunConfig], ranks: Ranks, progress: Progress
 ) -> list[RunConfig]:
-    """Let the cells be worked on by all `ranks`: in these processes, and not in others started for each cell."""
+    """Let the cells be worked on by all `ranks`: in these processes, and not in others started for each cell.
+
+    Raises UserError where the settings ask for others.
+    """
+    where = configs[0].executor
+    if where.elsewhere or (isinstance(where, LocalConfig) and where.count > 1):
+        raise UserError(
+            f"executor={where.kind} spreads cells, and {ranks.count} processes share each of them: choose one. Start "
+            "distillbench without accelerate or torchrun, or use executor=local with executor.workers=1"
+        )
     for cell in cells:
         cell.scene.ranks = ranks
     progress.say(f"{ranks.count} processes train and sample together; isolate=false, they are the launcher's")

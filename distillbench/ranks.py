@@ -236,6 +236,11 @@ def started_together() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 and "RANK" in os.environ
 
 
+def follows() -> bool:
+    """Whether a launcher has started this process as another than the first of several."""
+    return started_together() and os.environ["RANK"] != "0"
+
+
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
     """The processes that a launcher has started together with this one, or this one alone.
