@@ -11,6 +11,7 @@ from typing import Protocol
 
 from distillbench.energy import NO_ENERGY, Energy, EnergyWatch
 from distillbench.options import option, require_positive
+from distillbench.shards import class_of
 from distillbench.stopwatch import Account, CompileWatch, Stopwatch
 from distillbench.teachers import Teacher
 
@@ -167,7 +168,7 @@ class Meter:
     def _rows(self) -> dict[str, int]:
         """What the counters hold, by the name that it has in a price."""
         teacher, student = self.teacher.teacher_rows, self.teacher.student_rows
-        own = type(self.teacher.denoiser.network)
+        own = class_of(self.teacher.denoiser.network)
         others = [rows for kind, rows in teacher.kinds.items() if kind is not own]
         return {
             "teacher_nfe": teacher.rows,

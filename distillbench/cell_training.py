@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from distillbench.budget import Meter, Price
 from distillbench.compute import applied
@@ -21,6 +22,7 @@ from distillbench.environment import device_name, environment
 from distillbench.errors import DivergedError, Unavailable, UserError
 from distillbench.files import key_of, sha256_file, write_atomically
 from distillbench.flops import NetworkFlops, family_flops, training_flops
+from distillbench.fully_sharded import check_shared, trained_from
 from distillbench.memory import peak_gpu_mib, peak_rss_mib
 from distillbench.method import Method
 from distillbench.optimizers import warm_up
@@ -29,6 +31,7 @@ from distillbench.plan import Cell, build
 from distillbench.progress import Progress
 from distillbench.results import FINAL, CheckpointRecord, Cost, CurvePoint, Status, TrainRecord, write_record
 from distillbench.resume import Followed, Resume, States
+from distillbench.shards import whole
 from distillbench.signals import Stop
 from distillbench.tasks import Task
 from distillbench.teachers import Teacher
@@ -47,7 +50,9 @@ def train_cell(
     and the settings allow it, training begins again with each step in twice as many parts. Raises Interrupted when it
     is told to stop.
     """
-    config, teacher = cell.scene.config, cell.scene.loaded(progress)
+    config = cell.scene.config
+    check_shared(config.compute, cell.scene.ranks.count)
+    teacher = cell.scene.loaded(progress)
     about: dict[str, Any] = {"key": key_of(inputs), "inputs": inputs, "device": device_name(cell.scene.device)}
     about["environment"] = environment(cell.scene.device, config.threads)
     about["processes"] = cell.scene.ranks.count
@@ -115,6 +120,7 @@ class Measured:
 
     method: Method
     trained: Trained
+    weights: dict[str, Tensor]  # whole; {} in all processes but the main one
     energy: Energy
     peaks: dict[str, tuple[float | None, str]]  # of the process that took most, in MiB, or why there is none
     no_compile_seconds: str
@@ -146,9 +152,12 @@ def _train(
         rss = stack.enter_context(peak_rss_mib())
         gpu = stack.enter_context(peak_gpu_mib(scene.device))
         joules = stack.enter_context(energy(scene.device, config.energy))
-        method = build(cell, teacher)
+        if compute.shard:
+            teacher = stack.enter_context(trained_from(teacher))
+        method = build(cell, teacher, "cpu" if compute.shard else scene.device)
         stack.enter_context(applied(compute, method, scene.device))
-        ranks.equal(method)
+        if not compute.shard:  # else when it is spread
+            ranks.equal(method)
         meter = Meter(config.budget, teacher, scene.device, watches=(rss, gpu), energy=joules)
         given = method.teacher, meter, cache, scene.device, cell.seed, progress
         workspace = Workspace(*given, energy_source=config.energy)
@@ -167,8 +176,9 @@ def _train(
         "peak_device_mib": gpu.device,
         "peak_rss_mib": rss,
     }
+    weights = whole(method.state_dict(), ranks.main)
     largest = {name: _largest(ranks.gather((peak.mib, peak.reason))) for name, peak in peaks.items()}
-    return Measured(method, trained, ranks.energy(meter.energy()), largest, meter.no_compile_seconds)
+    return Measured(method, trained, weights, ranks.energy(meter.energy()), largest, meter.no_compile_seconds)
 
 
 def _largest(peaks: list[tuple[float | None, str]]) -> tuple[float | None, str]:
@@ -188,15 +198,15 @@ def _trained(
     with scene.ranks.ordered(TrainOrder(Task.of(cell), parts, states.folder)):
         measured = _train(cell, parts, teacher, folder, progress, states, stop)
     method, trained, used = measured.method, measured.trained, measured.energy
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in method.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in measured.weights.items()}
     write_atomically(folder / STUDENT, lambda path: save_file(tensors, path))
     missing = {name: reason for name, (_, reason) in measured.peaks.items() if reason}
     missing |= {"joules": used.reason} if used.reason else {}
     missing |= {"compile_seconds": measured.no_compile_seconds} if measured.no_compile_seconds else {}
     try:
-        if method.teacher.conditioning.small is not None:
+        if teacher.conditioning.small is not None:
             raise Unavailable("the evaluations of an upscaler's base model are not told apart from its own")
-        flops = family_flops(method.teacher, scene.device)
+        flops = family_flops(teacher, scene.device)
         not_counted = sorted({name for counted in flops for name in counted.not_counted})
     except Unavailable as reason:
         flops, not_counted = None, []

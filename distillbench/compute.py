@@ -45,6 +45,9 @@ class ComputeConfig:
     channels_last: bool = option(False, "convolutions keep the channels of a pixel together (NHWC)")
     compile: str = option("off", "torch.compile of whole networks, of their repeated blocks, or off")
     recompute: bool = option(False, "repeated blocks are computed again in backward passes, for less memory")
+    shard: bool = option(
+        False, "FSDP: weights, gradients and moments are spread over the processes that train together"
+    )
     prefetch: int = option(2, "batches of real images read ahead on a GPU's machine; 0: none")
 
     def __post_init__(self) -> None:
@@ -52,6 +55,8 @@ class ComputeConfig:
         require_one_of(self, "teacher_precision", ("same", *PRECISIONS))
         require_one_of(self, "compile", ("off", "whole", "blocks"))
         require_between(self, 0, 1000, "prefetch")
+        if self.shard:
+            _check_sharded(self)
 
     @property
     def of_teacher(self) -> str:
@@ -202,7 +207,7 @@ def _training_in_words(config: ComputeConfig) -> str:
         words.append(f"teacher {config.of_teacher}")
     words += [name for name in ("tf32", "channels_last") if getattr(config, name)]
     words += [f"compile={config.compile}"] if config.compile != "off" else []
-    return ", ".join(words + (["recompute"] if config.recompute else []))
+    return ", ".join(words + [name for name in ("recompute", "shard") if getattr(config, name)])
 
 
 def changed(config: ComputeConfig | None, asked: Sampling) -> list[str]:
@@ -241,6 +246,19 @@ def check_sampling(asked: Sampling, device: str) -> None:
     if asked.precision == "tf32" and device == "cpu":
         raise UserError("evaluation.precision=tf32 needs a GPU: TF32 is a format of NVIDIA's, and device is cpu")
     _check_precision("evaluation.precision", {asked.precision}, device)
+
+
+def _check_sharded(config: ComputeConfig) -> None:
+    """Raise UserError for what does not go with weights that are spread over processes."""
+    asked = {
+        f"compile={config.compile}, which was never tried with gathered weights": config.compile != "off",
+        "channels_last=true, which keeps weights in an order that cannot be cut": config.channels_last,
+        "precision=fp16, whose scale of losses each process would set for itself. Possible: bf16, fp32": (
+            config.precision == "fp16"
+        ),
+    }
+    for words in (words for words, is_set in asked.items() if is_set):
+        raise UserError(f"compute.shard=true does not go with compute.{words}")
 
 
 def _check_precision(setting: str, precisions: set[str], device: str) -> None:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distillbench.conditions import Condition
 from distillbench.denoiser import CountedNetwork, NetworkCall
+from distillbench.shards import class_of
 from distillbench.stand_ins import StandIns, instead, standing_below, standing_in
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,14 +40,14 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     diffusers names those of its networks; of others they are, from the top down, modules with children whose class
     occurs at least three times. Containers of torch.nn are none.
     """
-    named = {name for module in network.modules() for name in getattr(type(module), "_repeated_blocks", None) or ()}
-    counts = Multiset(type(module) for module in network.modules())
+    named = {name for module in network.modules() for name in getattr(class_of(module), "_repeated_blocks", None) or ()}
+    counts = Multiset(class_of(module) for module in network.modules())
 
     def repeated(module: nn.Module) -> bool:
         if named:
-            return type(module).__name__ in named
-        own = not type(module).__module__.startswith("torch.nn.")
-        return own and counts[type(module)] >= LEAST_REPEATS and any(True for _ in module.children())
+            return class_of(module).__name__ in named
+        own = not class_of(module).__module__.startswith("torch.nn.")
+        return own and counts[class_of(module)] >= LEAST_REPEATS and any(True for _ in module.children())
 
     def below(module: nn.Module) -> Iterator[nn.Module]:
         for child in module.children():

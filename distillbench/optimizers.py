@@ -12,32 +12,40 @@ from torch import Tensor, nn
 from distillbench.method import Method, OptimizerConfig
 from distillbench.ranks import ALONE, Ranks
 from distillbench.resume import State
+from distillbench.shards import class_of, here, is_spread, load, spread_like
 
 
 class Average:
     """Exponential moving average of a network's weights, by half-life in images.
 
     At the start the half-life is at most 5 % of the images seen, so the initial weights are forgotten (Karras et al.
-    2022, `ema_rampup_ratio`). With half-life 0 the average is the network itself.
+    2022, `ema_rampup_ratio`). With half-life 0 the average is the network itself. A network that is spread over
+    processes cannot be copied: `twin` is then a network of the same kind, spread alike.
     """
 
-    def __init__(self, network: nn.Module, halflife_kimg: float) -> None:
+    def __init__(self, network: nn.Module, halflife_kimg: float, twin: nn.Module | None = None) -> None:
         self.network, self.halflife = network, 1000 * halflife_kimg
-        self.module = copy.deepcopy(network).eval().requires_grad_(False) if self.halflife else network
-        self.mine, self.theirs = list(self.module.parameters()), list(network.parameters())
+        self.module = network
+        if self.halflife:
+            self.module = copy.deepcopy(network).eval().requires_grad_(False) if twin is None else twin
+        self.mine, self.theirs = here(self.module.parameters()), here(network.parameters())
         self.my_buffers, self.their_buffers = list(self.module.buffers()), list(network.buffers())
         self.images = 0
+        if self.module is twin:
+            self._move(1.0)
 
     def update(self, images: int) -> None:
         self.images += images
         if self.module is self.network:
             return
         halflife = min(self.halflife, 0.05 * self.images)
-        weight = 1 - 0.5 ** (images / halflife)
-        with torch.no_grad():
-            torch._foreach_lerp_(self.mine, self.theirs, weight)
-            if self.my_buffers:
-                torch._foreach_copy_(self.my_buffers, self.their_buffers)
+        self._move(1 - 0.5 ** (images / halflife))
+
+    @torch.no_grad()
+    def _move(self, weight: float) -> None:
+        torch._foreach_lerp_(self.mine, self.theirs, weight)
+        if self.my_buffers:
+            torch._foreach_copy_(self.my_buffers, self.their_buffers)
 
     def state(self) -> State:
         own = self.module.state_dict() if self.module is not self.network else {}
@@ -46,7 +54,7 @@ class Average:
     def restore(self, state: State) -> None:
         self.images = state.values["images"]
         if self.module is not self.network:
-            self.module.load_state_dict(state.tensors)
+            load(self.module, state.tensors)
 
 
 def learning_rate_factor(config: OptimizerConfig, progress: float) -> float:
@@ -57,14 +65,21 @@ def learning_rate_factor(config: OptimizerConfig, progress: float) -> float:
     return warmup * decay[config.lr_decay]
 
 
-def clip(gradients: list[Tensor], largest: float) -> None:
+def clip(plain: list[Tensor], spread: list[Tensor], largest: float, ranks: Ranks = ALONE) -> None:
     """Scale the gradients of a network, in place, so that their norm is at most `largest`.
 
-    The arithmetic of ``torch.nn.utils.clip_grad_norm_``, which sorts tensors by device and type at every step.
+    The arithmetic of ``torch.nn.utils.clip_grad_norm_``, which sorts tensors by device and type at every step. Of
+    gradients that are spread over `ranks` the parts that are here are given, and the norm is that of all parts.
     """
-    if gradients:
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
+    if not plain and not spread:
+        return
+    norms = list(torch._foreach_norm(plain)) if plain else []
+    if spread:
+        square = torch.stack(torch._foreach_norm(spread)).square().sum()
+        ranks.sum([square])
+        norms.append(square.sqrt())
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    torch._foreach_mul_(plain + spread, (largest / (norm + 1e-6)).clamp(max=1.0))
 
 
 class Optimizers:
@@ -81,7 +96,10 @@ class Optimizers:
 
     def _make(self, network: nn.Module) -> torch.optim.Optimizer:
         betas, decay = (self.config.beta1, self.config.beta2), self.config.weight_decay
-        return torch.optim.AdamW(network.parameters(), lr=self.config.lr, betas=betas, weight_decay=decay, fused=True)
+        weights = list(network.parameters())
+        kinds = [[w for w in weights if is_spread(w) is spread] for spread in (False, True)]  # no call can have both
+        groups = [{"params": kind} for kind in kinds if kind]
+        return torch.optim.AdamW(groups, lr=self.config.lr, betas=betas, weight_decay=decay, fused=True)
 
     def update(self, network: nn.Module, loss: Tensor, factor: float) -> None:
         """One step down the gradient of `loss` in the weights of `network`."""
@@ -98,17 +116,21 @@ class Optimizers:
 
     def step(self, network: nn.Module, factor: float) -> None:
         """One step down the gradient that is there, which is clipped."""
-        optimizer = self.by_network[network]
-        (group,) = optimizer.param_groups
-        group["lr"] = self.config.lr * factor
-        gradients = [weight.grad for weight in group["params"] if weight.grad is not None]
-        self.ranks.sum(gradients)
+        optimizer, plain, spread = self.by_network[network], list[Tensor](), list[Tensor]()
+        for group in optimizer.param_groups:
+            group["lr"] = self.config.lr * factor
+            gradients = [weight.grad for weight in group["params"] if weight.grad is not None]
+            if gradients and is_spread(gradients[0]):  # as all of its group
+                spread = here(gradients)
+            else:
+                plain = gradients
+        self.ranks.sum(plain)  # those that are spread are sums already
         if self.scaler is None:
-            clip(gradients, self.config.grad_clip)
+            clip(plain, spread, self.config.grad_clip, self.ranks)
             optimizer.step()
             return
         self.scaler.unscale_(optimizer)
-        clip(gradients, self.config.grad_clip)
+        clip(plain, spread, self.config.grad_clip, self.ranks)
         self.scaler.step(optimizer)  # left out where a gradient overflowed
         self.scaler.update()
 
@@ -118,11 +140,11 @@ class Optimizers:
         tensors = {}
         for network, optimizer in self.by_network.items():
             if network not in names:
-                kind = type(network).__name__
+                kind = class_of(network).__name__
                 raise RuntimeError(
                     f"train_step yields a {kind} that is no attribute of the method, so it cannot be kept"
                 )
-            for index, weight in enumerate(optimizer.param_groups[0]["params"]):
+            for index, weight in enumerate(network.parameters()):
                 for key, value in optimizer.state[weight].items():
                     tensors[f"{names[network]}/{index}/{key}"] = value
         scaler = {} if self.scaler is None else self.scaler.state_dict()
@@ -134,7 +156,7 @@ class Optimizers:
             self.scaler.load_state_dict(state.values["scaler"])
         for name in state.values["networks"]:
             optimizer = self.by_network[networks[name]] = self._make(networks[name])
-            for index, weight in enumerate(optimizer.param_groups[0]["params"]):
+            for index, weight in enumerate(networks[name].parameters()):
                 found = {key.rpartition("/")[2]: key for key in state.tensors if key.startswith(f"{name}/{index}/")}
                 if found:
                     optimizer.state[weight] = {key: _like(weight, state.tensors[full]) for key, full in found.items()}
@@ -143,6 +165,8 @@ class Optimizers:
 def _like(weight: Tensor, moment: Tensor) -> Tensor:
     """`moment` laid out in memory as `weight` is: fused optimisers read both by position."""
     same = moment.shape == weight.shape
+    if same and is_spread(weight):
+        return spread_like(weight, moment)
     return torch.empty_like(weight).copy_(moment) if same else moment.to(weight.device)
 
 

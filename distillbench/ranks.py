@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from distillbench.energy import NO_ENERGY, Energy
 from distillbench.errors import DivergedError, UserError
 from distillbench.method import WHOLE, Share
+from distillbench.shards import is_spread
 
 if TYPE_CHECKING:
     from distillbench.budget import Meter, Price
@@ -64,7 +65,7 @@ class Ranks:
         return _nothing()
 
     def equal(self, module: nn.Module) -> None:
-        """Give all processes the tensors of the main one."""
+        """Give all processes the tensors of the main one, but those that are spread over them."""
 
     def total(self, price: Price) -> Price:
         """The price of all processes."""
@@ -170,6 +171,8 @@ class Together(Ranks):
 
     def equal(self, module: nn.Module) -> None:
         for tensor in [*module.parameters(), *module.buffers()]:
+            if is_spread(tensor):
+                continue
             told = tensor.detach().contiguous()
             self._speak(self._distributed.broadcast, told, 0)
             tensor.data.copy_(told)

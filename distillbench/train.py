@@ -17,15 +17,17 @@ from distillbench.budget import Meter, Price
 from distillbench.compute import ComputeConfig, grad_scaler, last_batch
 from distillbench.energy import NO_ENERGY, Energy
 from distillbench.errors import DivergedError
+from distillbench.fully_sharded import Sharded, check_shared
 from distillbench.method import Batch, Method, OptimizerConfig, Phase, Read
 from distillbench.optimizers import Average, Optimizers, learning_rate_factor
 from distillbench.pairs import Workspace
 from distillbench.progress import Step
 from distillbench.ranks import ALONE, Ranks
 from distillbench.resume import Resume, Source, State, generators_state, restore_generators
+from distillbench.shards import load, whole
 from distillbench.signals import Interrupted
 from distillbench.stopwatch import Account
-from distillbench.training_checkpoints import Checkpoint, Checkpoints
+from distillbench.training_checkpoints import Checkpoint, Checkpoints, averaged_state
 
 STEPS_BETWEEN_CHECKS = 50  # the loss is read, and with it the device waited for, this often
 EXPLOSION = 1e6  # growth of the loss over its first value, or over 1, from which no training comes back
@@ -97,16 +99,23 @@ class _Training:
         self.written: list[Checkpoint] = []
         self.reached = 0  # fractions at which there is a checkpoint
         self.phase = 0
+        self.sharded: Sharded | None = None
         self.begin = self.finish = 0.0  # of the learning rate's schedule, as shares of the budget
 
     def run(self) -> Trained:
         method, meter, ranks = self.method, self.meter, self.ranks
+        shard, device = self.loop.compute.shard, self.workspace.device
+        check_shared(self.loop.compute, ranks.count)
+        if shard:
+            method.teacher.denoiser.to(device)  # whole, while it prepares
         with ranks.first():  # the others find what it makes ahead
             method.prepare(self.workspace)
         if not ranks.main:  # who made it, or found it first, has paid
             meter.restart(Price(), NO_ENERGY)
         if ranks.progress(meter) >= 1:
             raise RuntimeError(f"what is made ahead used up the budget of {meter.budget.amount:g} {meter.budget.limit}")
+        if shard:
+            self.sharded = Sharded(method, self.config.ema_halflife_kimg > 0, ranks, device)
         phases = method.phases()
         shares = [phase.share for phase in phases]
         found = self._found()
@@ -139,7 +148,8 @@ class _Training:
 
     def _make_optimizers(self) -> None:
         self.optimizers = Optimizers(self.config, grad_scaler(self.loop.compute, self.workspace.device), self.ranks)
-        self.average = Average(self.method.student, self.config.ema_halflife_kimg)
+        twin = None if self.sharded is None else self.sharded.average
+        self.average = Average(self.method.student, self.config.ema_halflife_kimg, twin)
 
     def _train_until(self, end: float, label: str) -> None:
         """Steps until the share `end` of the budget is used."""
@@ -161,7 +171,8 @@ class _Training:
         """One step of `size` images. Its parts go side by side from update to update, each of which is of all parts."""
         workspace, teacher, optimizers = self.workspace, self.workspace.teacher, self.optimizers
         about = teacher.shape, self.generator, workspace.device, self.read, teacher.conditioning, self.ranks.share
-        parts = Batch(size, *about).parts(self.loop.accumulate)
+        least = size // self.ranks.count  # images of a process: each must have as many parts
+        parts = Batch(size, *about).parts(max(1, min(self.loop.accumulate, least)))
         updates = [iter(self.method.train_step(part)) for part in parts]
         while True:
             losses: list[Tensor] = []
@@ -183,7 +194,8 @@ class _Training:
         """A state, outside the budget; raises Interrupted if the training is to end here."""
         price, used = self._price()
         with self.meter.pause():
-            resume.save(self.meter.images, self._state(price, used))
+            state = self._state(price, used)
+            resume.save(self.meter.images, State(whole(state.tensors, self.ranks.main), state.values))
             if self.ranks.agree(resume.stop()):
                 raise Interrupted(resume.stop.name)
 
@@ -197,8 +209,9 @@ class _Training:
         while progress >= next(iter(self.checkpoints.fractions[self.reached :]), 2.0):
             price, used = self._price()
             with self.meter.pause():
+                tensors = whole(averaged_state(self.method, self.average.module), self.ranks.main)
                 if self.ranks.main:
-                    about = self.reached, self.method, self.average.module, self.phase, price, used
+                    about = self.reached, self.method, tensors, self.phase, price, used
                     self.written.append(self.checkpoints.write(*about))
             self.reached += 1
 
@@ -228,7 +241,7 @@ class _Training:
             self.method.start_phase(index)
         self.phase = values["phase"]
         self.begin, self.finish = values["schedule"]
-        method.load_state_dict(state.part("method").tensors)
+        load(method, state.part("method").tensors)
         self._make_optimizers()
         self.average.restore(state.part("average"))
         self.optimizers.restore(state.part("optimizers"), method)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -43,19 +43,19 @@ class Checkpoints:
             raise UserError(f"checkpoints must be rising shares of the budget between 0 and 1, got {self.fractions}")
 
     def write(
-        self, number: int, method: Method, average: nn.Module, phase: int, price: Price, used: Energy
+        self, number: int, method: Method, tensors: Mapping[str, Tensor], phase: int, price: Price, used: Energy
     ) -> Checkpoint:
-        """Checkpoint `number` = 0, 1, ... of `method`, which stays as it is, at what it has cost until then."""
+        """Checkpoint `number` = 0, 1, ... of `method` with these whole `tensors`, at what it has cost until then."""
         path = self.folder / f"checkpoint-{number + 1}.safetensors"
-        write_atomically(path, lambda temporary: save_file(_averaged_state(method, average), temporary))
+        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        write_atomically(path, lambda temporary: save_file(copies, temporary))
         ready = [n for n in self.nfe if method.ready(n, phase)]
         return Checkpoint(self.fractions[number], price.images, price, used, ready, path.name, sha256_file(path))
 
 
-def _averaged_state(method: Method, average: nn.Module) -> dict[str, Tensor]:
-    """Copies of all tensors of `method`, with those of `average` wherever one of its student stands."""
+def averaged_state(method: Method, average: nn.Module) -> dict[str, Tensor]:
+    """All tensors of `method`, with those of `average` wherever one of its student stands."""
     averaged = average.state_dict()
     students = {id(tensor): averaged[name] for name, tensor in method.student.state_dict(keep_vars=True).items()}
     state = method.state_dict(keep_vars=True)  # the tensors themselves: a student may stand there under two names
-    tensors = {name: students.get(id(tensor), tensor) for name, tensor in state.items()}
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    return {name: students.get(id(tensor), tensor) for name, tensor in state.items()}
