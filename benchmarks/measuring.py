@@ -78,13 +78,14 @@ class Ratio:
         return f"{self.low:.3f} to {self.high:.3f}"
 
 
-def seconds(call: Callable[[], object], device: str = "cpu") -> float:
-    """From an idle device to an idle device."""
+def seconds(call: Callable[[], object], device: str = "cpu", wall: bool = False) -> float:
+    """From an idle device to an idle device. On the CPU, but with `wall`, those of this process on the processor."""
+    now = time.perf_counter if wall or device != "cpu" else time.process_time
     synchronise(device)
-    start = time.perf_counter()
+    start = now()
     call()
     synchronise(device)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def synchronise(device: str) -> None:
@@ -92,14 +93,16 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare(ours: Callable[[], object], theirs: Callable[[], object], pairs: int, device: str = "cpu") -> Ratio:
+def compare(
+    ours: Callable[[], object], theirs: Callable[[], object], pairs: int, device: str = "cpu", wall: bool = False
+) -> Ratio:
     """Each once to warm up, then in turn; which of a pair comes first changes from pair to pair."""
     ours(), theirs()
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(pairs):
         order = ((0, ours), (1, theirs)) if number % 2 else ((1, theirs), (0, ours))
         for column, call in order:
-            times[column].append(seconds(call, device))
+            times[column].append(seconds(call, device, wall))
     return Ratio.of(*times)
 
 

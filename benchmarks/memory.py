@@ -8,7 +8,8 @@ weights left out, of the update that saves most. On the CPU the peak is counted:
 an operation makes, and a storage counts from then until it is freed. On CUDA it is torch.cuda.max_memory_allocated.
 What is above the sum are temporaries: of a forward pass without gradients, of a backward pass, of clipping.
 
-A dozen steps are taken, at the scene's batch size. The real images and the noise-image pairs are counted in neither.
+A dozen steps are taken, at the scene's batch size. Real images and the answers of noise-image pairs are in neither; the
+noise of pairs, which is drawn when it is first read, is in the peak of direct distillation.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def main() -> None:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
 
         for title, command in COMMANDS.items():
-            ratio = compare(partial(call, command), partial(call, BASELINE), arguments.pairs)
+            ratio = compare(partial(call, command), partial(call, BASELINE), arguments.pairs, wall=True)
             found.append((title, f"{ratio.ours:.2f}", f"{ratio.theirs:.2f}", f"{ratio.value:.2f}", ratio.interval))
     print_table(found, ("command", "s", "import torch s", "ratio", "95 %"))
 

@@ -190,6 +190,9 @@ def condition(bench: Bench) -> str:
     return "every network is told the class, a guided teacher with guidance"
 
 
+ROUNDING = 1e-3  # of a gradient, from the order in which float32 numbers are added
+
+
 def losses(bench: Bench) -> str:
     """Losses are finite."""
     seen: list[float] = []
@@ -343,6 +346,18 @@ def resumes(bench: Bench) -> str:
                 "steps depend on in networks, buffers (register_buffer) or a torch.Generator that is an attribute"
             )
     return "cut off and gone on with, the same weights"
+
+
+def parts(bench: Bench) -> str:
+    """The first update of a step in two parts is that of the whole; what compares images of a batch is told."""
+    whole, halves = bench.first_gradient(1), bench.first_gradient(2)
+    apart = (whole - halves).norm().item() / max(whole.norm().item(), 1e-12)
+    if apart > ROUNDING:
+        return Doubt(
+            f"in two parts a step has another gradient, by {apart:.2g} of it: the loss is no mean over the images, "
+            "or numbers are not drawn from the batch. Rows with accumulate, or of several GPUs, are of another loss"
+        )
+    return "a step in two parts, as with accumulate or two GPUs, is the whole step"
 
 
 def price(bench: Bench) -> str:
@@ -686,6 +701,7 @@ CHECKS = [
     Check(randomness, ("trains",)),
     Check(deterministic, ("randomness",)),
     Check(resumes, ("deterministic", "teacher_untouched")),
+    Check(parts, ("deterministic",), "first"),
     Check(price, ("trains",)),
     Check(supports, ("trains",), "first"),
     Check(samples, ("supports",), "first"),

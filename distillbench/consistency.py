@@ -44,11 +44,16 @@ class ConsistencyFunction(nn.Module):
         return self.denoiser.schedule
 
     def forward(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
+        name = ConsistencyFunction, self.e, self.sd, x_t.dtype
+        skip, ratio = self.schedule.kept(t, name, lambda t: self._coefficients(t, x_t.dtype))
+        return torch.addcmul(skip * x_t, ratio, self.denoiser(x_t, t, c))
+
+    def _coefficients(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Of x_t and of the denoiser, (B,1,1,1)."""
         e, sd, schedule = self.e, self.sd, self.schedule
         tau = schedule.noise_level(t)  # float64: at tau = 80 the two terms nearly cancel
         c_skip, k_skip, ratio = sd**2 / ((tau - e) ** 2 + sd**2), sd**2 / (tau**2 + sd**2), 1 - e / tau
-        skip = (c_skip - ratio * k_skip).to(x_t.dtype)
-        return skip * x_t / schedule.alpha(t) + ratio.to(x_t.dtype) * self.denoiser(x_t, t, c)
+        return (c_skip - ratio * k_skip).to(dtype) / schedule.alpha(t), ratio.to(dtype)
 
 
 def mean_square(a: Tensor, b: Tensor) -> Tensor:

@@ -25,16 +25,17 @@ from torch import Tensor, nn
 from distillbench.conditions import UNCONDITIONAL, Condition, Conditioning
 from distillbench.networks import GuidanceEmbedding
 from distillbench.schedules import NoiseSchedule
+from distillbench.shards import class_of
 
 __all__ = ["INPUTS", "PREDICTIONS", "SIGMA_DATA", "TARGETS", "Denoiser", "guided", "implied_eps"]
 
 SIGMA_DATA = 0.5  # EDM's standard deviation of the data, of every network that predicts F (Karras et al. 2022, table 1)
 
 
-def _edm_x_0(out: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+def _edm(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """c_skip x^ + c_out F: c_skip x^ = alpha sd^2 x_t / n^2, c_out = sigma sd / n, n^2 = sigma^2 + alpha^2 sd^2."""
     square = sigma**2 + (alpha * SIGMA_DATA) ** 2
-    return alpha * SIGMA_DATA**2 / square * x_t + sigma * SIGMA_DATA / square.sqrt() * out
+    return alpha * SIGMA_DATA**2 / square, sigma * SIGMA_DATA / square.sqrt()
 
 
 def _edm_target(x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -43,14 +44,14 @@ def _edm_target(x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tenso
     return (sigma * x_0 - alpha * SIGMA_DATA**2 * eps) / (SIGMA_DATA * n)
 
 
-# From the network's output to f. The row of v = alpha eps - sigma x_0 keeps its denominator, which is 1 only where
-# alpha^2 + sigma^2 = 1.
-PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "eps": lambda out, x_t, alpha, sigma: (x_t - sigma * out) / alpha,
-    "x0": lambda out, x_t, alpha, sigma: out,
-    "v": lambda out, x_t, alpha, sigma: (alpha * x_t - sigma * out) / (alpha**2 + sigma**2),
-    "flow": lambda out, x_t, alpha, sigma: (x_t - sigma * out) / (alpha + sigma),  # u = eps - x_0
-    "edm": _edm_x_0,
+# From alpha and sigma the a and b of f = a x_t + b out; nothing where f is out. The row of v = alpha eps - sigma x_0
+# keeps its denominator, which is 1 only where alpha^2 + sigma^2 = 1.
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "eps": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
+    "x0": lambda alpha, sigma: (),
+    "v": lambda alpha, sigma: (alpha / (square := alpha**2 + sigma**2), -sigma / square),
+    "flow": lambda alpha, sigma: (1 / (alpha + sigma), -sigma / (alpha + sigma)),  # u = eps - x_0
+    "edm": _edm,
 }
 
 # What each of these networks is trained to output, from x_0 and eps.
@@ -62,16 +63,17 @@ TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "edm": _edm_target,
 }
 
-# What the network itself is given for x_t and t: (x_t, t, schedule) -> (input (B,C,H,W), time (B,)).
-INPUTS: dict[str, Callable[[Tensor, Tensor, NoiseSchedule], tuple[Tensor, Tensor]]] = dict.fromkeys(
-    ("eps", "x0", "v", "flow"), lambda x_t, t, schedule: (x_t, t.flatten())
+# What the network itself is given for x_t and t: (t, schedule) -> its time, and before that the n of its input x_t / n
+# where that is not x_t.
+INPUTS: dict[str, Callable[[Tensor, NoiseSchedule], tuple[Tensor, ...]]] = dict.fromkeys(
+    ("eps", "x0", "v", "flow"), lambda t, schedule: (t,)
 )
 
 
-def _edm_input(x_t: Tensor, t: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+def _edm_input(t: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
     """c_in x^ = x_t / n and c_noise = log(tau) / 4 (Karras et al. 2022, table 1)."""
     n = (schedule.sigma(t) ** 2 + (schedule.alpha(t) * SIGMA_DATA) ** 2).sqrt()
-    return x_t / n, schedule.lam(t).flatten() / 4
+    return n, schedule.lam(t) / 4
 
 
 INPUTS["edm"] = _edm_input
@@ -117,8 +119,9 @@ class Counter:
         self.rows_with_gradient += gradient
         if with_gradient and to_input and not any(weight.requires_grad for weight in network.parameters()):
             self.rows_to_input += rows
-        before = self.kinds.get(type(network), (0, 0))
-        self.kinds[type(network)] = before[0] + rows, before[1] + gradient
+        kind = class_of(network)
+        before = self.kinds.get(kind, (0, 0))
+        self.kinds[kind] = before[0] + rows, before[1] + gradient
 
     @contextmanager
     def calling(self, call: NetworkCall) -> Iterator[None]:
@@ -178,22 +181,36 @@ class Denoiser(nn.Module):
         """f(x_t, t, c), shape (B,C,H,W)."""
         if self.schedule is not self.native:
             x_t, t = self._at_equal_snr(x_t, t)
+        native, read = self.native, PREDICTIONS[self.prediction]
+        coefficients = native.kept(t, (read, x_t.dtype), lambda t: read(native.alpha(t), native.sigma(t)))
         output = self.output(x_t, t, c, embedding)
-        alpha, sigma = self.native.alpha(t), self.native.sigma(t)
-        return PREDICTIONS[self.prediction](output, x_t, alpha, sigma)
+        if not coefficients:
+            return output
+        a, b = coefficients
+        return torch.addcmul(a * x_t, b, output)
 
     def _at_equal_snr(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The same x^ at the same noise level, as the native schedule writes it."""
-        s = self.native.t_of_lam(self.schedule.lam(t))
-        return x_t * (self.native.alpha(s) / self.schedule.alpha(t)), s
+        schedule, native = self.schedule, self.native
+
+        def ratio_and_time(t: Tensor) -> tuple[Tensor, Tensor]:
+            s = native.t_of_lam(schedule.lam(t))
+            return native.alpha(s) / schedule.alpha(t), s
+
+        ratio, s = schedule.kept(t, native, ratio_and_time)
+        return x_t * ratio, s
 
     def output(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL, embedding: Tensor | None = None) -> Tensor:
         """What the network itself predicts (eps, x_0, v, ...) on its native schedule, shape (B,C,H,W)."""
         if self.guidance is not None:
             e = self.guidance(c.w)
             embedding = e if embedding is None else embedding + e
-        x, time = INPUTS[self.prediction](x_t, t, self.native)
-        return self.counted(x, time.to(x_t.dtype), embedding, c)
+        *n, time = self.native.kept(t, (self.prediction, x_t.dtype), lambda t: self._input(t, x_t.dtype))
+        return self.counted(x_t / n[0] if n else x_t, time.flatten(), embedding, c)
+
+    def _input(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        *n, time = INPUTS[self.prediction](t, self.native)
+        return *n, time.to(dtype)
 
     def on(self, schedule: NoiseSchedule) -> Denoiser:
         """The same network, read on another schedule at equal signal-to-noise ratio (it is not copied).

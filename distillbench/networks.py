@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from distillbench.conditions import UNCONDITIONAL, Condition
+from distillbench.shards import here
 
 __all__ = [
     "NETWORKS",
@@ -30,6 +33,7 @@ __all__ = [
     "TimeEmbedding",
     "TimeFeatures",
     "UNet",
+    "held",
     "move_towards",
 ]
 
@@ -221,6 +225,17 @@ SIZED = ("mlp", "unet", "dit")  # those of a width and a depth
 NETWORKS: dict[str, type[nn.Module]] = {"mlp": ResidualMLP, "unet": UNet, "dit": DiT, "diffusers": OfDiffusers}
 
 
+@contextmanager
+def held(network: nn.Module) -> Iterator[None]:
+    """In the block the weights of `network`, which all are trained, are constants: gradients reach its input only."""
+    weights = list(network.parameters())
+    for weight in weights:
+        weight.requires_grad_(False)
+    yield
+    for weight in weights:
+        weight.requires_grad_(True)
+
+
 @torch.no_grad()
 def move_towards(average: nn.Module, network: nn.Module, share: float) -> None:
     """Move the weights of `average` by `share` of the way to those of `network`: a target network's moving average."""
@@ -237,9 +252,9 @@ class MovingAverage:
         self.average, self.network = average, network
 
     @functools.cached_property
-    def weights(self) -> list[list[Tensor]]:
+    def weights(self) -> tuple[list[Tensor], list[Tensor]]:
         """Of both."""
-        return [list(of.parameters()) for of in (self.average, self.network)]
+        return here(self.average.parameters()), here(self.network.parameters())
 
     @functools.cached_property
     def buffers(self) -> list[tuple[Tensor, Tensor]]:
@@ -248,6 +263,7 @@ class MovingAverage:
     @torch.no_grad()
     def move(self, share: float) -> None:
         """By `share` of the way."""
-        torch._foreach_lerp_(*self.weights, share)
+        mine_all, theirs_all = self.weights
+        torch._foreach_lerp_(mine_all, theirs_all, share)
         for mine, theirs in self.buffers:
             mine.copy_(theirs)

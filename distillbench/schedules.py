@@ -19,7 +19,8 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
@@ -36,6 +37,30 @@ KEPT = 8  # times whose numbers a schedule keeps: those of a training step
 
 
 @dataclass(frozen=True, eq=False)
+class _Grid:
+    """A grid of times (N,) and what has been computed of it."""
+
+    times: Tensor
+    version: int
+    rows: Tensor  # t, lam, noise level, alpha and sigma, (5,N) float64
+    more: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Picked:
+    """Which of a grid's times some are: their indices, and their shape."""
+
+    grid: _Grid
+    k: Tensor  # (B,)
+    shape: torch.Size
+
+    def look_up(self, name: Any, make: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        if name not in self.grid.more:
+            self.grid.more[name] = make(self.grid.times)
+        return tuple(numbers.index_select(0, self.k).view(self.shape) for numbers in self.grid.more[name])
+
+
+@dataclass(frozen=True, eq=False)
 class _Point:
     """All that a schedule says of the times `t`, while `t` is unchanged (its `version`)."""
 
@@ -46,6 +71,8 @@ class _Point:
     alpha: Tensor
     sigma: Tensor
     level: Tensor
+    picked: _Picked | None = None
+    more: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict)  # what others compute of the times, by its name
 
 
 def recorded(x: Tensor) -> bool:
@@ -53,6 +80,11 @@ def recorded(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return True
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _lasting() -> AbstractContextManager[object]:
+    """A block whose tensors may serve a backward pass later."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class NoiseSchedule(ABC):
@@ -64,8 +96,8 @@ class NoiseSchedule(ABC):
 
     t_min: float
     t_max: float
-    _points: tuple[_Point, ...] = ()
-    _grid: tuple[Tensor | None, int, Tensor] = (None, 0, torch.empty(0))
+    _points: dict[int, _Point] | None = None  # by the address of their times, which are held; the newest last
+    _grid: _Grid | None = None
 
     @abstractmethod
     def lam(self, t: Tensor) -> Tensor:
@@ -91,39 +123,55 @@ class NoiseSchedule(ABC):
         """sigma_t / alpha_t (EDM's sigma), float64."""
         return self._at(t).level
 
+    def kept(self, t: Tensor, name: Any, make: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """make(t), numbers of each of the times `t` by itself, computed once and kept with alpha and sigma.
+
+        `name` tells them from what else is computed of times. Of times that were picked from a grid, the grid's numbers
+        are looked up.
+        """
+        point = self._at(t)
+        if name not in point.more:
+            with _lasting():
+                point.more[name] = make(t) if point.picked is None else point.picked.look_up(name, make)
+        return point.more[name]
+
     def _at(self, t: Tensor) -> _Point:
         if recorded(t) or t.requires_grad or t.is_inference():
             return self._computed(t, -1)
-        version, dtype = t._version, torch.get_default_dtype()
-        for point in self._points:
-            if point.t is t and point.version == version and point.dtype is dtype:
-                return point
-        with torch.inference_mode(False):  # what is kept must serve a backward pass later
-            return self._keep(self._computed(t, version))
+        point = None if self._points is None else self._points.get(id(t))
+        if point is not None and point.version == t._version and point.dtype is torch.get_default_dtype():
+            return point
+        with _lasting():
+            return self._keep(self._computed(t, t._version))
 
     def _keep(self, point: _Point) -> _Point:
-        self._points = (point, *self._points[: KEPT - 1])
+        if self._points is None:
+            self._points = {}
+        self._points.pop(id(point.t), None)
+        self._points[id(point.t)] = point
+        if len(self._points) > KEPT:
+            del self._points[next(iter(self._points))]
         return point
 
     def pick(self, grid: Tensor, k: Tensor) -> Tensor:
         """grid[k] for times `grid` (N,), shape of k; alpha and sigma of the grid are computed once and looked up."""
         if recorded(grid) or grid.requires_grad or grid.is_inference():
             return grid[k]
-        with torch.inference_mode(False):
-            t, lam, level, alpha, sigma = self._rows(grid).index_select(1, k.flatten()).view(5, *k.shape).unbind()
+        with _lasting():
+            of_grid, flat = self._of(grid), k.flatten()
+            t, lam, level, alpha, sigma = of_grid.rows.index_select(1, flat).view(5, *k.shape).unbind()
             dtype = torch.get_default_dtype()
-            self._keep(_Point(t, t._version, dtype, lam, alpha.to(dtype), sigma.to(dtype), level))
+            numbers = t._version, dtype, lam, alpha.to(dtype), sigma.to(dtype), level
+            self._keep(_Point(t, *numbers, _Picked(of_grid, flat, k.shape)))
         return t
 
-    def _rows(self, grid: Tensor) -> Tensor:
-        """t, lam, noise level, alpha and sigma of a grid, (5,N) float64."""
-        kept, version, rows = self._grid
-        if kept is not grid or version != grid._version:
+    def _of(self, grid: Tensor) -> _Grid:
+        if self._grid is None or self._grid.times is not grid or self._grid.version != grid._version:
             lam = self.lam(grid)
             log_alpha = self._log_alpha(lam)
             rows = torch.stack([grid, lam, lam.exp(), log_alpha.exp(), (lam + log_alpha).exp()])
-            self._grid = grid, grid._version, rows
-        return rows
+            self._grid = _Grid(grid, grid._version, rows)
+        return self._grid
 
     def _computed(self, t: Tensor, version: int) -> _Point:
         dtype, lam = torch.get_default_dtype(), self.lam(t)

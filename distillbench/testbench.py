@@ -252,6 +252,19 @@ class Bench:
         del method.__dict__["end_phase"]
         return Run(method.eval(), images, averages, rows_of(method), disturbed)
 
+    def first_gradient(self, parts: int) -> Tensor:
+        """Of the first update of a training in all weights that it is for, the step computed in so many parts."""
+        method, generator = self.method(), torch.Generator().manual_seed(0)
+        method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True))
+        method.start_phase(0)
+        seed_global_generators(0)
+        about = SHAPE, generator, "cpu", self.read(), self.conditioning
+        batches = Batch(IMAGES, *about).parts(parts)
+        for step, batch in [(iter(method.train_step(batch)), batch) for batch in batches]:
+            network, loss = next(step)
+            (loss * (batch.size / IMAGES)).backward()
+        return torch.cat([weight.grad.flatten() for weight in network.parameters() if weight.grad is not None])
+
     def steps(self) -> int:
         """Of :meth:`train`."""
         return max(STEPS, len(self.method().phases()))

@@ -30,27 +30,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, hookimpl, option
+from distillbench.networks import held
 from distillbench.options import require_between, require_positive
 from distillbench.samplers import karras_times, time_like
 
 SMALLEST = 1e-5  # of the denominator of L_G, as released
-
-
-@contextmanager
-def held(weights: list[nn.Parameter]) -> Iterator[None]:
-    """In the block `weights` are constants."""
-    for weight in weights:
-        weight.requires_grad_(False)
-    yield
-    for weight in weights:
-        weight.requires_grad_(True)
 
 
 class ScoreIdentityDistillation(Method):
@@ -84,7 +74,6 @@ class ScoreIdentityDistillation(Method):
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
         self.fake = teacher.student()
-        self.psi = list(self.fake.parameters())
         schedule, rho = teacher.schedule, config.rho
         ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
         low, high = schedule.noise_level(ends).tolist()
@@ -123,7 +112,7 @@ class ScoreIdentityDistillation(Method):
         """d [(D_phi - x) - alpha d] and the denominator of L_G: (B,C,H,W), (B,1,1,1)."""
         x_t = self.noised(x, t, eps)
         D_phi = self.teacher.denoise(x_t, t, c)
-        with held(self.psi):  # gradients reach x_t, not psi
+        with held(self.fake):  # gradients reach x_t, not psi
             d = D_phi - self.fake(x_t, t, c)
         scale = (x - D_phi).detach().abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=SMALLEST)
         return d * (D_phi - x - self.config.alpha * d), scale

@@ -169,7 +169,8 @@ def test_guidance_commutes_with_the_parameterisation(prediction):
     """Guiding f is guiding the network's own output, for each of its affine parameterisations (specification 1.6)."""
     schedule, x, t = VPCosine(), torch.randn(3, 1, 1, 1), time([0.2, 0.5, 0.9])
     out_c, out_0, w = torch.randn(3, 1, 1, 1), torch.randn(3, 1, 1, 1), torch.tensor([1.0, 3.0, 7.5]).view(-1, 1, 1, 1)
-    f = lambda out: PREDICTIONS[prediction](out, x, schedule.alpha(t), schedule.sigma(t))
+    a, b = PREDICTIONS[prediction](schedule.alpha(t), schedule.sigma(t))
+    f = lambda out: a * x + b * out
     close(f(out_0) + w * (f(out_c) - f(out_0)), f(out_0 + w * (out_c - out_0)), rtol=1e-9, atol=1e-10)
 
 

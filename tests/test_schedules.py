@@ -274,3 +274,66 @@ def test_restricted_never_widens(name):
 def test_a_range_that_leaves_nothing_is_refused(name, low, high):
     with pytest.raises(UserError, match="leaves nothing"):
         SCHEDULES[name]().restricted(low, high)
+
+
+# --- numbers that are kept -------------------------------------------------------------------------------------------
+
+
+class Counted(VPCosine):
+    """Counts how often lam is computed."""
+
+    calls = 0
+
+    def lam(self, t):
+        self.calls += 1
+        return super().lam(t)
+
+
+def test_the_numbers_of_a_tensor_of_times_are_computed_once():
+    schedule, t = Counted(), some_times(VPCosine())
+    for _ in range(3):
+        schedule.alpha(t), schedule.sigma(t), schedule.noise_level(t)
+    assert schedule.calls == 1
+    schedule.alpha(t.clone())
+    assert schedule.calls == 2
+
+
+def test_numbers_are_computed_anew_where_times_or_the_default_dtype_have_changed():
+    schedule, t = VPCosine(), some_times(VPCosine())
+    before = schedule.alpha(t)
+    t.mul_(0.5)
+    close(schedule.alpha(t), VPCosine().alpha(t.clone()))
+    assert not torch.equal(schedule.alpha(t), before)
+    torch.set_default_dtype(torch.float32)  # the fixture sets it back
+    assert schedule.alpha(t).dtype == torch.float32
+
+
+def test_a_narrowed_schedule_and_times_with_gradients_have_numbers_of_their_own():
+    schedule, t = VPCosine(), some_times(VPCosine())
+    schedule.alpha(t)
+    assert schedule.restricted(-1.0, 1.0)._points is None and copy.deepcopy(schedule) is schedule
+    s = t.clone().requires_grad_()
+    schedule.alpha(s)
+    assert schedule.alpha(s).requires_grad and all(point.t is not s for point in schedule._points.values())
+
+
+def test_numbers_from_inference_mode_serve_a_backward_pass():
+    schedule, t, weight = VPCosine(), some_times(VPCosine()), torch.ones((), requires_grad=True)
+    with torch.inference_mode():
+        schedule.alpha(t)
+        picked = schedule.pick(t.flatten(), torch.tensor([3, 1]))
+    (weight * schedule.alpha(t)).sum().backward()
+    (weight * schedule.alpha(picked)).sum().backward()
+    assert weight.grad > 0
+
+
+@pytest.mark.parametrize("name", schedules())
+def test_picked_times_have_the_numbers_of_their_grid(name):
+    schedule = SCHEDULES[name]()
+    grid = some_times(schedule, 9).flatten()
+    k = torch.tensor([8, 0, 3, 3]).view(-1, 1, 1, 1)
+    t = schedule.pick(grid, k)
+    assert torch.equal(t, grid[k])
+    fresh = SCHEDULES[name]()
+    for of in ("alpha", "sigma", "noise_level"):
+        close(getattr(schedule, of)(t), getattr(fresh, of)(t), rtol=1e-14)

@@ -693,7 +693,8 @@ def test_a_fault_is_found_by_its_own_check(small, cls, check, message):
 
 
 def test_there_is_a_fault_for_every_check():
-    assert {check for _, check, _ in FAULTS} == {check.name for check in CHECKS} - {"matches"}
+    doubts = {"matches", "parts"}
+    assert {check for _, check, _ in FAULTS} == {check.name for check in CHECKS} - doubts
     assert len({check.name for check in CHECKS}) == len(CHECKS)
 
 
@@ -754,6 +755,20 @@ def test_what_waits_for_a_fault_says_so(small):
     assert found["steps"].ok is True
     assert found["trains"].ok is None and found["trains"].message == "not looked at before losses is ok"
     assert found["save_load"].message == "not looked at before losses is ok"
+
+
+def test_a_loss_that_compares_images_is_told(small):
+    class Compares(Good):
+        def train_step(self, batch):
+            eps = batch.noise()
+            spread = (self.g(eps, batch.c).var(dim=0) - 1).square().mean()
+            yield self.student, self.loss(eps, batch.c) + spread
+
+    found = {finding.check: finding for finding in check_method(Compares, law_images=0)}
+    assert found["parts"].ok and found["parts"].doubt and "no mean over the images" in found["parts"].message
+    assert not failed(found.values())
+    found = {finding.check: finding for finding in check_method(Good, law_images=0)}
+    assert found["parts"].ok and not found["parts"].doubt
 
 
 def test_a_refusal_is_no_fault_and_is_told(small):
@@ -888,7 +903,7 @@ def test_the_command_fails_where_a_check_does(call):
     code, out, _ = call("check", "bad", "--quick")
     assert code == 1
     assert "\nFAIL  noise                 at NFE 1 other noise gives the same images" in out
-    assert out.splitlines()[-1].startswith("method bad: 21 ok, 1 failed")
+    assert out.splitlines()[-1].startswith("method bad: 22 ok, 1 failed")
 
 
 @pytest.mark.parametrize(
