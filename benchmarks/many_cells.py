@@ -8,7 +8,6 @@ its, with other keys, and written by the code that writes real ones; then the ru
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 import shutil
@@ -26,14 +25,17 @@ from distillbench.cell import AS_IS, evaluation_inputs, run_cell
 from distillbench.cell_training import STUDENT, TRAIN
 from distillbench.claims import claimed
 from distillbench.config import RunConfig, compose_runs
+from distillbench.engines import Looked
 from distillbench.files import key_of
 from distillbench.hands import OwnHands, Seen
 from distillbench.plan import Cell, plan
 from distillbench.progress import Progress
-from distillbench.registry import load_registry
+from distillbench.registry import Registry, load_registry
 from distillbench.reports.write import report_runs
 from distillbench.results import EvaluationRecord, TrainRecord, load_record, write_record
 from distillbench.run import run
+from distillbench.run_table import RunTable
+from distillbench.seen_files import SeenFiles
 from distillbench.signals import Stop
 from distillbench.terminal import print_plan, print_rows, print_table
 
@@ -43,17 +45,17 @@ WORDS += ["evaluation.metrics=[teacher_rmse]"]
 
 
 class Clock:
-    """Prints the seconds of each stage."""
+    """Prints the seconds of each stage: by the clock, and of the CPU, which others do not lengthen."""
 
     def __init__(self, cells: int) -> None:
         self.cells = cells
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin, computed = time.perf_counter(), time.process_time()
         yield
-        seconds = time.perf_counter() - begin
-        print(f"| {name} | {seconds:.1f} | {1000 * seconds / self.cells:.2f} |", flush=True)
+        seconds, computed = time.perf_counter() - begin, time.process_time() - computed
+        print(f"| {name} | {seconds:.1f} | {computed:.1f} | {1000 * computed / self.cells:.2f} |", flush=True)
 
 
 def words(seeds: int, settings: int, results: Path) -> list[str]:
@@ -71,12 +73,15 @@ def train_one(cells: Sequence[Cell], seen: Sequence[Seen]) -> tuple[TrainRecord,
     return load_record(folder / TRAIN, TrainRecord), load_record(evaluation, EvaluationRecord), folder
 
 
-def fabricate(cell: Cell, seen: Seen, training: TrainRecord, evaluation: EvaluationRecord, source: Path) -> None:
+def fabricate(
+    cell: Cell, seen: Seen, files: SeenFiles, training: TrainRecord, evaluation: EvaluationRecord, source: Path
+) -> None:
     """What the training and the evaluation of `cell` would leave."""
     inputs, folder = seen.about.train_inputs, seen.about.folder
     folder.mkdir(parents=True, exist_ok=True)
     key = key_of(inputs)
     os.link(source / STUDENT, folder / STUDENT)
+    files.note(folder / STUDENT, training.weights_sha256)
     write_record(folder / TRAIN, training.model_copy(update={"key": key, "inputs": inputs}))
     inputs = evaluation_inputs(cell, key)
     path = folder / f"evaluation-{key_of(inputs)}.json"
@@ -90,7 +95,8 @@ def main(seeds: int, settings: int) -> None:
     count = seeds * settings
     clock, registry, progress = Clock(count), load_registry(), Progress(None)
     warm_up(registry)
-    print(f"{count:,} cells: {seeds} seeds of {settings} settings\n\n| stage | s | ms a cell |\n|---|---|---|")
+    print(f"{count:,} cells: {seeds} seeds of {settings} settings\n")
+    print("| stage | s | s of the CPU | ms a cell |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         given = words(seeds, settings, Path(scratch) / "results")
         with clock.stage("compose the settings"):
@@ -107,9 +113,11 @@ def main(seeds: int, settings: int) -> None:
                 with claimed(one.about.folder) as mine:
                     assert mine
         records = train_one(cells, seen)
+        files = SeenFiles(Path(configs[0].results_dir) / "cells")
         with clock.stage("write the records of each"):
             for cell, one in zip(cells[2:], seen[2:], strict=True):
-                fabricate(cell, one, *records)
+                fabricate(cell, one, files, *records)
+            files.keep()
         with clock.stage("look at what is there: everything"):
             found = hands.look(cells, AS_IS)
         assert all(one.done is not None for one in found)
@@ -121,14 +129,24 @@ def main(seeds: int, settings: int) -> None:
             print_table(Console(file=io.StringIO(), width=120), outcome.table, outcome.summary, directions)
         with clock.stage("report"):
             report_runs([str(outcome.folder)], ("html",), None, (), (), None, False, Console(file=io.StringIO()))
-        trickle(cells, configs, seen, found, clock)
+        trickle(cells, configs, Looked(found, {}), shown, clock)
 
 
-def trickle(cells, configs, seen, found, clock) -> None:
-    """The rows come in one by one, as from trainings that take no time: how much of it is the table's."""
+def trickle(cells: list[Cell], configs: list[RunConfig], looked: Looked, shown: Progress, clock: Clock) -> None:
+    """The rows come in one by one, as from trainings that take no time."""
+    folder = Path(configs[0].results_dir) / "one-by-one"
+    table = RunTable(folder, cells, configs, looked, lambda rows: print_rows(shown, rows))
+    write, written = table.writing.write, []
+    table.writing.write = lambda: (written.append(time.perf_counter()), write())
+    with clock.stage("rows that come in one by one, to the end"):
+        for index, one in enumerate(looked.seen):
+            assert one.done is not None
+            table.add({index: one.done})
+        table.finish("skipped", "")
+    print(f"\nThe folder was written {len(written)} times meanwhile.")
 
 
-def warm_up(registry) -> None:
+def warm_up(registry: Registry) -> None:
     """What is imported, and what torch makes, when it is needed first."""
     with tempfile.TemporaryDirectory() as scratch:
         plan(compose_runs(words(1, 1, Path(scratch)), registry), registry)

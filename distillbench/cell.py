@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,14 @@ from distillbench.results import (
     unstack_shown,
     write_record,
 )
+from distillbench.seen_files import SeenFiles
 from distillbench.sharing import SampleOrder
 from distillbench.signals import Stop
 from distillbench.speed import SpeedError, measure, measure_in_fresh_process, speed_job
 from distillbench.tasks import Task
 from distillbench.teachers import Teacher
 
-TRAIN_PROTOCOL = 3  # raise when the loop, the samplers or the networks change what a training gives
+TRAIN_PROTOCOL = 4  # raise when the loop, the samplers or the networks change what a training gives
 EVALUATION_PROTOCOL = 3  # raise when evaluation changes a number that no metric's protocol names
 SPEED_PROTOCOL = 1  # raise when speed is measured in another way
 
@@ -87,7 +89,7 @@ def run_cell(cell: Cell, progress: Progress, policy: Policy, stop: Stop) -> Fini
     folder = cell_folder(cell, key)
     training = None
     if cell.entry is not None:
-        training = _found_training(cell, inputs, folder, policy, progress)
+        training = _found_training(cell, inputs, folder, policy, progress, _intact)
         if training is None:
             training = train_cell(cell, inputs, folder, progress, stop, policy.force)
     found = _found_evaluation(cell, training, key, folder, policy, progress)
@@ -100,12 +102,13 @@ def run_cell(cell: Cell, progress: Progress, policy: Policy, stop: Stop) -> Fini
     return done
 
 
-def found_cell(cell: Cell, inputs: dict[str, Any], progress: Progress, policy: Policy) -> Finished | None:
-    """What an earlier run left of `cell`, whose training has these `inputs`; None where something is left to do."""
-    key = key_of(inputs)
-    folder, training = cell_folder(cell, key), None
+def found_cell(
+    cell: Cell, inputs: dict[str, Any], folder: Path, files: SeenFiles, progress: Progress, policy: Policy
+) -> Finished | None:
+    """What an earlier run left of `cell` in `folder`, by the inputs of its training; None: something is to be done."""
+    key, training = folder.name, None
     if cell.entry is not None:
-        training = _found_training(cell, inputs, folder, policy, progress)
+        training = _found_training(cell, inputs, folder, policy, progress, files.intact)
         if training is None:
             return None
     found = _found_evaluation(cell, training, key, folder, policy, progress)
@@ -119,13 +122,14 @@ def cell_folder(cell: Cell, train_key: str) -> Path:
 
 
 def _found_training(
-    cell: Cell, inputs: dict[str, Any], folder: Path, policy: Policy, progress: Progress
-) -> TrainRecord | None:
+    cell: Cell, inputs: dict[str, Any], folder: Path, policy: Policy, progress: Progress,
+    intact: Callable[[Path, str], bool],
+) -> TrainRecord | None:  # fmt: skip
     """The record of the training, if it is not to be made (again)."""
     record: TrainRecord | None = None if policy.force else _known(folder / TRAIN, TrainRecord, inputs, progress)
     if record is None or _again(record.status, policy):
         return None
-    if record.status == "ok" and not _intact(folder / STUDENT, record.weights_sha256):
+    if record.status == "ok" and not intact(folder / STUDENT, record.weights_sha256):
         progress.say(f"{cell.label}: the weights of the record are missing or damaged; training again")
         return None
     return record
@@ -219,7 +223,9 @@ def protocol_key(scene: Scene, teacher: Teacher) -> str:
     """The name of everything that must be equal in rows that are compared: data, teacher, guidance and protocol."""
     dataset = {"name": scene.dataset.name, "sha256": scene.dataset.sha256}
     asked = {"conditional": scene.config.conditional, "guidance": scene.config.guidance}
-    return key_of([dataset, teacher.sha256, asked, _protocol(scene)])[:8]
+    key = scene.protocol or key_of([dataset, teacher.sha256, asked, _protocol(scene)])[:8]
+    scene.protocol = key if scene.scored is not None else ""
+    return key
 
 
 def speed_inputs(cell: Cell, train_key: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ KINDS = {  # what can be asked for, with what it is
     "answers": "the teacher's many-step answers that scores compare with; the next run makes them again",
 }
 USUAL = ("temporary", "states")  # what nobody needs any more
-CACHES = ("teachers", "pairs", "latents", "references", "prompts", "answers")  # folders of cache/
+CACHES = ("teachers", "pairs", "latents", "references", "prompts", "answers", "jobs")  # folders of cache/
 DAYS = {"temporary": 1.0, "orphans": 1.0}  # since the last change, where nothing else is asked for
 QUIET_SECONDS = 3600.0  # without a change, before a file that nobody has open counts as left behind
 NETWORK = {

@@ -137,6 +137,7 @@ def _run(registry: Registry, settings: Sequence[str], asked: Asked, need_methods
     from distillbench.cell import Policy
     from distillbench.config import compose_runs, to_yaml
     from distillbench.following import follow, in_these_processes
+    from distillbench.fully_sharded import check_shared
     from distillbench.plan import plan
     from distillbench.progress import Progress
     from distillbench.ranks import follows, joined
@@ -166,6 +167,8 @@ def _run(registry: Registry, settings: Sequence[str], asked: Asked, need_methods
         if asked.dry_run:
             print_plan(console, cells)
             raise SystemExit(SOMETHING_FAILED if any(cell.trouble for cell in cells) else 0)
+        for config in configs:
+            check_shared(config.compute, ranks.count)
         if ranks.count > 1:
             configs = in_these_processes(cells, configs, ranks, progress)
         outcome = run_cells(cells, configs, progress, lambda rows: print_rows(progress, rows), policy, stop)

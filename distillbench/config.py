@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.override_parser.types import Override, RangeSweep, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
@@ -46,7 +46,6 @@ GROUPS = {"methods": "methods", "dataset": "datasets", "teacher": "teachers"}  #
 CHOICES = (*GROUPS, "executor", "experiment")
 NAME = re.compile(r"[A-Za-z_][\w/]*(\.\w+)*", re.ASCII)
 MOST_RUNS = 100_000  # points of a grid
-TOO_MANY = UserError(f"the sweeps span more than {MOST_RUNS:,} runs")
 KEPT_NAMES = (".", "..", "cells", "cache")  # below results_dir, used by the harness itself
 LONGEST_NAME = 200  # bytes; file systems allow 255, and files being written have longer names for a moment
 LONGEST_WORD = 10_000  # characters of a setting: Hydra's grammar takes seconds for more
@@ -162,7 +161,10 @@ def compose_runs(words: list[str], registry: Registry, need_methods: bool = True
         points = _grid([_read(word, registry) for word in words], registry)
         bases: dict[tuple[str, ...], DictConfig] = {}
         known: dict[tuple[str, ...], Neighbours] = {}
-        runs = [_settings(point, bases, known, registry) for point in points]
+        if len(points) == 1:
+            runs = [_compose(points[0], bases, registry)[1]]
+        else:
+            runs = [_settings(point, bases, known, registry) for point in points]
     if need_methods and not all(run.methods for run in runs):
         raise UserError(f"no method given. Write methods=[NAME,...]; possible: {', '.join(sorted(registry.methods))}")
     if any(run.executor != runs[0].executor for run in runs):
@@ -242,11 +244,15 @@ def _grid(settings: list[Override], registry: Registry) -> list[list[Override]]:
     """Every combination of the values that the settings are swept over."""
     axes = [_values(setting, registry) for setting in settings]
     if math.prod(map(len, axes)) > MOST_RUNS:
-        raise TOO_MANY
+        raise _too_many()
     points = [list(point) for point in itertools.product(*axes)]
     for setting in itertools.chain.from_iterable(axes):
         _check_choice(setting, registry)
     return points
+
+
+def _too_many() -> UserError:
+    return UserError(f"the sweeps span more than {MOST_RUNS:,} runs")
 
 
 def _values(setting: Override, registry: Registry) -> list[Override]:
@@ -260,8 +266,9 @@ def _values(setting: Override, registry: Registry) -> list[Override]:
     if not values:
         raise UserError(f"{quoted(word)} spans no value")
     if len(values) > MOST_RUNS:
-        raise TOO_MANY
-    if setting.is_range_sweep() and setting.key_or_group not in CHOICES and not setting._value.shuffle:
+        raise _too_many()
+    given = setting.value()
+    if isinstance(given, RangeSweep) and setting.key_or_group not in CHOICES and not given.shuffle:
         return [_at(setting, value) for value in setting.sweep_iterator()]  # nothing to read, of thousands
     return [_read(f"{setting.get_key_element()}={value}", registry) for value in values]
 
@@ -299,7 +306,8 @@ def _settings(
     if choices not in known:
         node, run = _compose(point, bases, registry)
         known[choices] = Neighbours(node, run)
-        return run
+        if not known[choices].usable:
+            return run
     values = [(s.key_or_group, str(s.input_line), s.value()) for s in point if s.key_or_group not in CHOICES]
     try:
         return known[choices].at(values, _check_number)

@@ -48,6 +48,7 @@ class Done:
     along: list[dict[str, Any]] = field(default_factory=list)
     ok: bool = False
     weights: tuple[Path, str] | None = None  # the file of the student, and its name in the run's folder
+    weights_sha256: str = ""
     shown: list[tuple[str, Tensor]] = field(default_factory=list)  # lines of the picture: label, (N,C,H,W) uint8
 
 
@@ -74,6 +75,7 @@ def done(finished: Finished, about: About) -> Done:
         _along_rows(finished),
         not finished.failed,
         weights,
+        "" if training is None else training.weights_sha256,
         _lines(finished),
     )
 
@@ -88,6 +90,8 @@ def _names(cell: Cell, teacher: Teacher, training: TrainRecord | None = None) ->
         settings.append(
             f"accumulate={parts}" + (" (memory ran out in fewer parts)" if parts > config.accumulate else "")
         )
+    if cell.entry is not None and (processes := cell.scene.ranks.count) > 1:
+        settings.append(f"processes={processes}")
     compute = config.compute if cell.entry is not None else None
     settings += changed(compute, config.evaluation.sampling)
     return {

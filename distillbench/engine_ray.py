@@ -48,13 +48,15 @@ class Ray:
                 )  # fmt: skip
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise UserError(f"executor.address={where.address!r}: {in_words(error)}") from error
+        self.notes = []
         able = ray.cluster_resources()
-        for name, wanted in (("GPU", where.gpus), ("CPU", where.cpus)):
-            if wanted > able.get(name, 0) and not where.address:
-                ray.shutdown()
-                raise UserError(
-                    f"executor.{name.lower()}s={wanted:g} is more than there is on this machine: {able.get(name, 0):g}"
-                )
+        for name, wanted in (("gpus", where.gpus), ("cpus", where.cpus)):
+            there = able.get(name.upper()[:-1], 0)
+            if wanted > there and not where.address:
+                self.close()
+                raise UserError(f"executor.{name}={wanted:g} is more than there is on this machine: {there:g}")
+            if wanted > there:
+                self.notes.append(f"executor.{name}={wanted:g}, the ray cluster has {there:g} now: tasks wait for more")
         task = ray.remote(answered)
         self.task = task.options(num_cpus=where.cpus, num_gpus=where.gpus, max_retries=where.retries)
 

@@ -76,6 +76,7 @@ class Submitit:
         self.where, self.folder = where, results.absolute() / "cache" / FOLDER
         self.jobs = "Slurm jobs" if where.cluster == "slurm" else "local jobs"
         self.most = where.parallel if where.cluster == "local" else 10**6
+        self.notes: list[str] = []
         self.numbers = itertools.count()
         self.running: dict[int, Any] = {}
         try:

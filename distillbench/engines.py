@@ -124,11 +124,12 @@ class Noted(Progress):
 class Engine(Protocol):
     """Carries jobs to other machines, and their answers back. A job in its hands is known by a number.
 
-    `jobs`: what it calls them; `most`: that it is given at a time.
+    `jobs`: what it calls them; `most`: that it is given at a time; `notes`: lines that a person should see.
     """
 
     jobs: str
     most: int
+    notes: list[str]
 
     def submit(self, jobs: Sequence[Job]) -> list[int]:
         """Take them in; their numbers. Raises UserError where that is refused."""

@@ -6,7 +6,7 @@ An executor is given cells and yields what came of them, in whatever order it co
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
@@ -29,7 +29,7 @@ SECONDS_BETWEEN_LOOKS = 0.2  # at threads
 SECONDS_BETWEEN_ANSWERS = 0.5
 
 Todo = Mapping[int, tuple[Cell, Seen]]  # by the cell's index
-Came = Iterator[tuple[int, Done | None]]
+Came = Generator[tuple[int, Done | None], None, None]
 
 
 class Executor(Protocol):
@@ -165,6 +165,8 @@ class Elsewhere:
 
     def __init__(self, engine: Engine, again: int, progress: Progress, stop: Stop) -> None:
         self.engine, self.again, self.progress, self.stop = engine, again, progress, stop
+        for note in engine.notes:
+            progress.say(note)
 
     def look(self, cells: Sequence[Cell], policy: Policy) -> Looked:
         self.progress.say(f"looking at what is there, in one of the {self.engine.jobs}")
@@ -184,7 +186,7 @@ class Elsewhere:
                 if _enough(done, policy):
                     return
 
-    def _answers(self, work: Mapping[int, Look | Work]) -> Iterator[tuple[int, Answer]]:
+    def _answers(self, work: Mapping[int, Look | Work]) -> Generator[tuple[int, Answer], None, None]:
         """Answers as they come, but those that have the work done again."""
         waiting, running, begun = collections.deque(work), dict[int, int](), collections.Counter[int]()
         with self.stop.patiently(), self.progress.step(f"{self.engine.jobs} ({len(work):,})") as step:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from distillbench.plan import Cell, Scene, build, make_source, plain_settings
 from distillbench.progress import Progress
 from distillbench.registry import Registry
 from distillbench.results import TrainRecord, load_record
+from distillbench.run_settings import FULL, SEPARATOR, read_settings
 from distillbench.teachers import Teacher
 
 WEIGHTS = re.compile(r"(?P<method>.+)-seed(?P<seed>\d+)-(?P<key>[0-9a-f]{16})\.safetensors")
@@ -59,14 +62,30 @@ class Student:
 
 def read_config(text: str, registry: Registry) -> list[RunConfig]:
     """The settings in a run's config.yaml, one for each of its documents. Raises UserError for what cannot be read."""
+    return _typed_all(_documents(text), registry)
+
+
+def _documents(text: str) -> list[Any]:
+    load = lambda part: [OmegaConf.to_container(OmegaConf.create(one)) for one in SEPARATOR.split(part)]
+    with _readable():
+        return read_settings(text, load)
+
+
+def _typed_all(documents: Sequence[Any], registry: Registry) -> list[RunConfig]:
+    with _readable():
+        return [_typed(document, registry) for document in documents]
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
     try:
-        return [_typed(document, registry) for document in re.split(r"^---\n", text, flags=re.MULTILINE)]
+        yield
     except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"config.yaml cannot be read; it may be of another version of distillbench: {why}") from error
 
 
-def _typed(document: str, registry: Registry) -> RunConfig:
+def _typed(document: Any, registry: Registry) -> RunConfig:
     plain: Any = OmegaConf.create(document)
     plain.pop("executor", None)  # where the cells were worked on says nothing of the student
     typed: Any = OmegaConf.structured(RunConfig)
@@ -82,9 +101,12 @@ def _typed(document: str, registry: Registry) -> RunConfig:
 
 def find_student(run_folder: Path, method: str, seed: int | None, registry: Registry, progress: Progress) -> Student:
     """The student of `method` and `seed` with its weights, on the CPU. Raises UserError where there is none."""
-    configs = read_config(_text(run_folder, "config.yaml"), registry)
+    documents = _documents(_text(run_folder, "config.yaml"))
     table = list(csv.DictReader(_text(run_folder, "table.csv").splitlines()))
-    weights = _chosen(run_folder, method, seed, configs, table)
+    if len(documents) <= FULL:
+        _typed_all(documents, registry)  # what cannot be read is said first
+    weights = _chosen(run_folder, method, seed, documents, table)
+    configs = _typed_all([document for document in documents if document["seed"] == weights.seed], registry)
     results = run_folder.absolute().parent
     cell_folder = results / "cells" / weights.key
     record = _record(cell_folder / "train.json", weights)
@@ -122,10 +144,10 @@ def _text(run_folder: Path, name: str) -> str:
 
 
 def _chosen(
-    run_folder: Path, method: str, seed: int | None, configs: list[RunConfig], table: list[dict[str, str]]
+    run_folder: Path, method: str, seed: int | None, documents: list[Any], table: list[dict[str, str]]
 ) -> Weights:
     """The one training that `method` and `seed` name."""
-    names = sorted({name for config in configs for name in config.methods})
+    names = sorted({name for document in documents for name in document["methods"]})
     files = sorted((run_folder / "weights").glob("*.safetensors"))
     found = [Weights(m["method"], int(m["seed"]), m["key"]) for f in files if (m := WEIGHTS.fullmatch(f.name))]
     exact = [weights for weights in found if weights.name == method]

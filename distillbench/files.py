@@ -27,7 +27,12 @@ def canonical_json(value: Any) -> str:
 
 def key_of(value: Any) -> str:
     """The name of a plain value: 16 hexadecimal digits of the SHA-256 of its canonical JSON."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+    return key_of_text(canonical_json(value))
+
+
+def key_of_text(text: str) -> str:
+    """The name of a plain value whose canonical JSON is `text`."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def signed(plain: dict[str, Any]) -> dict[str, Any]:
@@ -77,11 +82,11 @@ def write_named(folder: Path, write: Callable[[str], Any], name: Callable[[Path]
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(folder)
+    sync(folder)
     return path
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Have the folder's list of names written, where the system can."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)

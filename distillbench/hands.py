@@ -24,6 +24,7 @@ from distillbench.errors import UserError
 from distillbench.plan import Cell
 from distillbench.processes import ProcessError, Worker
 from distillbench.progress import Progress, Step
+from distillbench.seen_files import SeenFiles
 from distillbench.signals import Interrupted, Stop, stopping
 from distillbench.tasks import Task, cells_of
 
@@ -63,14 +64,19 @@ def look_at_all(cells: Sequence[Cell], policy: Policy, progress: Progress) -> li
     with ExitStack() as still:
         for scene in {id(cell.scene): cell.scene for cell in cells}.values():
             still.enter_context(scene.unchanged())
-        return [look_at(cell, policy, progress) for cell in cells]
+        folders = {cell.scene.config.results_dir for cell in cells}
+        files = {folder: SeenFiles(Path(folder) / "cells") for folder in folders}
+        seen = [look_at(cell, files[cell.scene.config.results_dir], policy, progress) for cell in cells]
+    for one in files.values():
+        one.keep()
+    return seen
 
 
-def look_at(cell: Cell, policy: Policy, progress: Progress) -> Seen:
+def look_at(cell: Cell, files: SeenFiles, policy: Policy, progress: Progress) -> Seen:
     """The cell as it is."""
     teacher = loaded(cell, progress)
     told = about(cell, teacher)
-    found = found_cell(cell, told.train_inputs, progress, policy)
+    found = found_cell(cell, told.train_inputs, told.folder, files, progress, policy)
     return Seen(told, None if found is None else done(found, told))
 
 

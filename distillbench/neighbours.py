@@ -94,17 +94,17 @@ class Neighbours:
 def recipe_of(node: DictConfig) -> Recipe:
     """What OmegaConf would make `node` from. Raises Alone where that is not by its constructor alone."""
     parts: dict[str, Any] = {}
-    for name in node:
-        if OmegaConf.is_missing(node, str(name)):
+    for name in map(str, node):
+        if OmegaConf.is_missing(node, name):
             raise Alone(f"{name} is missing")
         value = node[name]
         if isinstance(value, DictConfig) and not value._is_none():
-            parts[str(name)] = recipe_of(value)
+            parts[name] = recipe_of(value)
         else:
-            parts[str(name)] = OmegaConf.to_object(value) if isinstance(value, ListConfig) else value
+            parts[name] = OmegaConf.to_object(value) if isinstance(value, ListConfig) else value
     cls: Any = OmegaConf.get_type(node)
-    if not dataclasses.is_dataclass(cls):
+    if cls is dict:
         return Recipe(dict, parts)
     if parts.keys() != {f.name for f in dataclasses.fields(cls) if f.init}:
-        raise Alone(f"{cls.__name__} is not made by its constructor alone")
+        raise Alone(f"{cls} is not made by its constructor alone")
     return Recipe(cls, parts)

@@ -69,7 +69,8 @@ class Scene:
     teacher: Teacher | None = None
     evaluator: Evaluator | None = None
     ranks: Ranks = ALONE  # the processes that train and sample together
-    scored: dict[str, Any] | None = None  # the scores' identities, while nothing changes
+    scored: dict[str, Any] | None = None  # the scores' identities, while nothing changes,
+    protocol: str = ""  # and the name of the protocol
 
     def loaded(self, progress: Progress) -> Teacher:
         if self.teacher is None:
@@ -89,7 +90,7 @@ class Scene:
         try:
             yield
         finally:
-            self.scored = None
+            self.scored, self.protocol = None, ""
 
     def metric_identities(self) -> dict[str, Any]:
         """By name: what decides the numbers of each score, such as the weights that are there."""
@@ -374,10 +375,10 @@ def _batch(cell: Cell, method: Method, data: DataStream) -> Batch:
     return Batch(PRICED_IMAGES, teacher.shape, generator, cell.scene.device, read, teacher.conditioning)
 
 
-def build(cell: Cell, teacher: Teacher) -> Method:
-    """The method of a cell with its networks on the device, as they are before training."""
+def build(cell: Cell, teacher: Teacher, device: str = "") -> Method:
+    """The method of a cell with its networks on `device` (the scene's), as they are before training."""
     assert cell.entry is not None and cell.method_config is not None
-    return build_method(cell.entry.cls, cell.method_config, teacher, cell.seed or 0, cell.scene.device)
+    return build_method(cell.entry.cls, cell.method_config, teacher, cell.seed or 0, device or cell.scene.device)
 
 
 def device_of(config: RunConfig) -> str:

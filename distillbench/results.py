@@ -15,14 +15,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ConfigDict
 
-from distillbench.files import key_of, signed, write_atomically
+from distillbench.files import canonical_json, key_of_text, signed, sync, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SCHEMA: Literal[3] = 3
 MIGRATED = (2,)  # older schemas that are read: 2 had no checksum
 LARGEST_RECORD = 2**28  # bytes
+MOST_LINES = 200  # of a picture of samples
 Status = Literal["ok", "failed", "diverged", "oom", "timeout"]
 FINAL: tuple[Status, ...] = ("ok", "diverged")  # what to try again would not change
 
@@ -201,7 +202,7 @@ def load_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
         if plain != signed(plain):
             raise ValueError("its checksum is wrong")
         del plain["sha256"]
-        return kind.model_validate_json(json.dumps(plain))
+        return kind.model_validate(plain)
     except (FileNotFoundError, OtherVersion):
         raise
     except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
@@ -221,9 +222,10 @@ def read_record(path: Path, kind: type[AnyRecord], inputs: dict[str, Any]) -> An
         record = load_record(path, kind)
     except FileNotFoundError:
         return None
-    if record.inputs != json.loads(json.dumps(inputs)):
+    text = canonical_json(inputs)
+    if record.inputs != inputs and canonical_json(record.inputs) != text:
         raise ValueError(f"the record {path.name} belongs to other inputs")
-    if record.key != key_of(inputs):
+    if record.key != key_of_text(text):
         raise ValueError(f"the record {path.name} is damaged: its key is not that of its inputs")
     return record
 
@@ -340,7 +342,8 @@ def make_along(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFra
 def _typed(rows: list[dict[str, Any]], types: dict[str, str]) -> pd.DataFrame:
     import pandas as pd  # not above: the registry needs the columns' names, and listing plugins needs no tables
 
-    return pd.DataFrame(rows, columns=list(types)).astype(types)
+    columns = {name: pd.array([row.get(name) for row in rows], dtype=kind) for name, kind in types.items()}  # type: ignore[call-overload]
+    return pd.DataFrame(columns)
 
 
 def write_table(table: pd.DataFrame, folder: Path, name: str = "table") -> None:
@@ -349,6 +352,31 @@ def write_table(table: pd.DataFrame, folder: Path, name: str = "table") -> None:
     write_atomically(
         folder / f"{name}.parquet", lambda path: table.to_parquet(path, index=False, write_page_checksum=True)
     )
+
+
+def link_all(links: Mapping[Path, Path]) -> None:
+    """:func:`link_or_copy` each source to its target, the key. In one folder, which is read once."""
+    there: dict[Path, dict[str, int]] = {}
+    for target, source in links.items():
+        folder = target.parent
+        if folder not in there:
+            there[folder] = {entry.name: entry.inode() for entry in os.scandir(folder)} if folder.is_dir() else {}
+        if target.name not in there[folder] and _linked(source, target):
+            continue
+        if there[folder].get(target.name) != source.stat().st_ino:
+            link_or_copy(source, target)
+    for folder in there:
+        sync(folder)
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Whether a hard link could be made, where there is nothing yet: it is whole at once."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -367,15 +395,19 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def sample_grid(rows: list[tuple[str, Tensor]], columns: int = 16, cell: int = 48) -> Image.Image:
-    """A picture: one line for each (label, images (N,C,H,W) uint8), the same noise in each column."""
+    """A picture: a line for each of the first (label, images (N,C,H,W) uint8), the same noise in each column."""
     if not rows:
         return Image.new("RGB", (cell, cell), "white")
     font = ImageFont.load_default(size=15)
+    more, rows = max(0, len(rows) - MOST_LINES), rows[:MOST_LINES]
     label = max(int(font.getlength(text)) for text, _ in rows) + 20
     count = min(columns, min(len(images) for _, images in rows))
     side = max(cell, rows[0][1].shape[-1])
-    picture = Image.new("RGB", (label + count * (side + 4), len(rows) * (side + 4) + 4), "white")
+    height = (len(rows) + (more > 0)) * (side + 4) + 4
+    picture = Image.new("RGB", (label + count * (side + 4), height), "white")
     draw = ImageDraw.Draw(picture)
+    if more:
+        draw.text((10, height - side / 2), f"and {more:,} more", fill="black", font=font, anchor="lm")
     for j, (text, images) in enumerate(rows):
         top = 4 + j * (side + 4)
         draw.text((10, top + side / 2), text, fill="black", font=font, anchor="lm")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from distillbench.progress import Progress
 
 WIDEST_TEXT = 120
+LONGEST_VERDICT = 1000  # characters
+MOST_LINES = 50  # of a plan or a table in a terminal
 
 
 def new_console() -> Console:
@@ -53,7 +55,10 @@ def _new_table(columns: Iterable[str], text: Sequence[str], footer: Sequence[str
 
 
 def print_plan(console: Console, cells: list[Cell]) -> None:
-    """What would be run: for each dataset and teacher its cells with their prices, and the sum."""
+    """What would be run: for each dataset and teacher its cells with their prices, and the sum.
+
+    Of more cells than MOST_LINES those that differ in the seed alone are one line, and the first lines are shown.
+    """
     from distillbench.plan import teacher_plan
 
     by_scene: dict[int, list[Cell]] = {}
@@ -63,21 +68,48 @@ def print_plan(console: Console, cells: list[Cell]) -> None:
         price = f", {origin.images:,} images" if origin.images else ""
         console.print(f"dataset {dataset}, teacher {name}: {origin.origin}{price}", markup=False, soft_wrap=True)
         columns = ["cell", "rows at NFE", "train_images", "train_teacher_NFE", "train_student_NFE", "sampling_NFE"]
-        prices = [_price(cell) for cell in group]
-        footer = ["sum", "", *(number(sum(column)) for column in zip(*prices, strict=True))]
+        footer = [f"sum ({len(group):,} cells)" if len(group) > MOST_LINES else "sum", ""]
+        footer += [number(sum(column)) for column in zip(*map(_price, group), strict=True)]
         table = _new_table(columns, text=columns[:2], footer=footer)
-        for cell, numbers in zip(group, prices, strict=True):
-            table.add_row(cell.label, ", ".join(map(str, cell.nfe)), *map(number, numbers))
+        lines = _plan_lines(group)
+        for label, nfe, numbers in lines[:MOST_LINES]:
+            table.add_row(label, ", ".join(map(str, nfe)), *map(number, numbers))
         console.print(table)
+        _say_more(console, len(lines), "lines; the sum is of all")
         for name, why in group[0].scene.missing().items():
             console.print(f"{name} would be empty: {why}", markup=False, soft_wrap=True)
-        for cell in group:
-            if cell.trouble:
-                console.print(f"{cell.label} would fail: {cell.trouble}", markup=False, soft_wrap=True)
+        failing = [cell for cell in group if cell.trouble]
+        for cell in failing[:MOST_LINES]:
+            console.print(f"{cell.label} would fail: {cell.trouble}", markup=False, soft_wrap=True)
+        _say_more(console, len(failing), "cells would fail")
         budget = group[0].scene.config.budget
         if budget.limit == "seconds":
             console.print(f"Each method trains {budget.seconds:g} s; its images and evaluations are not foreseen.")
     console.print("dry run: nothing was run or written")
+
+
+def _plan_lines(cells: list[Cell]) -> list[tuple[str, list[int], tuple[int, ...]]]:
+    """(label, numbers of evaluations of its rows, prices) of each line of a plan."""
+    from distillbench.plan import changed_settings
+
+    if len(cells) <= MOST_LINES:
+        return [(cell.label, cell.nfe, _price(cell)) for cell in cells]
+    alike: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        settings = changed_settings(cell.method_config)
+        alike.setdefault((cell.name, settings, tuple(cell.nfe), _price(cell)), []).append(cell)
+    lines = []
+    for (name, settings, nfe, price), group in alike.items():
+        seeds = f" ({len(group):,} seeds)" if len(group) > 1 else f" (seed {group[0].seed})" if group[0].entry else ""
+        numbers = tuple(value * len(group) for value in price)
+        lines.append((" ".join(filter(None, [name + seeds, settings])), list(nfe), numbers))
+    return lines
+
+
+def _say_more(console: Console, count: int, what: str) -> None:
+    """How many lines were left out."""
+    if count > MOST_LINES:
+        console.print(f"and {count - MOST_LINES:,} more {what}", markup=False, soft_wrap=True)
 
 
 def _price(cell: Cell) -> tuple[int, int, int, int]:
@@ -88,7 +120,11 @@ def _price(cell: Cell) -> tuple[int, int, int, int]:
 
 
 def print_rows(progress: Progress, rows: pd.DataFrame) -> None:
-    """A line for each new row, as the table grows."""
+    """A line for each new row, as the table grows; of many that were there already one line for all."""
+    if len(rows) > MOST_LINES:
+        counts = rows["status"].value_counts()
+        progress.say(f"  {len(rows):,} rows: {', '.join(f'{count:,} {status}' for status, count in counts.items())}")
+        return
     for row in rows.to_dict("records"):
         values = ", ".join(f"{name} {number(row[name])}" for name in _scores(rows))
         progress.say(f"  {_row_name(row)}: {values if row['status'] == 'ok' else _why(row)}")
@@ -114,15 +150,19 @@ def print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, di
     optional = ["sample_latency_p50_ms", "train_seconds", "sample_images_per_second"]
     optional += ["train_teacher_nfe", "train_student_nfe", "train_images", "train_tflops", "train_joules"]
     optional = [name for name in optional if summary[name].notna().any()]
+    lines = _best_lines(summary, directions)
     unlimited = console.options.update(max_width=10_000)
 
     def fits(shown: list[str]) -> bool:
-        return console.measure(_drawn(summary, shown, directions), options=unlimited).maximum <= console.width
+        return console.measure(_drawn(summary, shown, directions, lines), options=unlimited).maximum <= console.width
 
     shown = names + optional
     while len(shown) > first + 1 and not fits(shown):  # the first score is always there
         shown.pop()
-    console.print(_drawn(summary, shown, directions))
+    console.print(_drawn(summary, shown, directions, lines))
+    if len(lines) < len(summary):
+        best = f"the {len(lines)} best by {next(iter(directions))}" if directions else f"the first {len(lines)}"
+        console.print(f"{best} of {len(summary):,} (all: summary.csv, distillbench show)", markup=False, soft_wrap=True)
     cut = [name for name in directions if name not in shown]
     notes = [f"not shown: {', '.join(cut)} (summary.csv)"] if cut else []
     for source in ("training", "sampling"):
@@ -131,9 +171,12 @@ def print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, di
     for line in notes:
         console.print(line, markup=False, soft_wrap=True)
     for line in _verdicts(summary, directions):
-        console.print(line, markup=False, soft_wrap=True)
-    for row in table[table["status"] != "ok"].to_dict("records"):
+        end = "" if len(line) <= LONGEST_VERDICT else " ..."
+        console.print(line[:LONGEST_VERDICT] + end, markup=False, soft_wrap=True)
+    bad = table[table["status"] != "ok"]
+    for row in bad[:MOST_LINES].to_dict("records"):
         console.print(f"{_row_name(row)}: {_why(row)}", markup=False, soft_wrap=True)
+    _say_more(console, len(bad), "rows that are not ok (table.csv)")
     for name in directions:
         reasons = table.loc[table[name].isna() & (table["status"] == "ok"), "reason"]
         if table[name].isna().all() and len(reasons):
@@ -146,7 +189,17 @@ def _reason_of(name: str, reasons: str) -> str:
     return next((why for names, _, why in told if name in names.split(", ")), reasons)
 
 
-def _drawn(summary: pd.DataFrame, names: list[str], directions: dict[str, str]) -> Table:
+def _best_lines(summary: pd.DataFrame, directions: dict[str, str]) -> list[int]:
+    """Which rows are shown, by their places: all, or the best by the first score."""
+    if len(summary) <= MOST_LINES or not directions:
+        return list(range(len(summary)))[:MOST_LINES]
+    name, direction = next(iter(directions.items()))
+    score = summary[name].astype("Float64").to_numpy(dtype=float, na_value=float("nan"))
+    order = (-score if direction == "higher" else score).argsort(kind="stable")  # what has none comes last
+    return order[:MOST_LINES].tolist()
+
+
+def _drawn(summary: pd.DataFrame, names: list[str], directions: dict[str, str], lines: list[int]) -> Table:
     from rich.markup import escape
 
     from distillbench.statistics import arrow, leaders
@@ -155,7 +208,7 @@ def _drawn(summary: pd.DataFrame, names: list[str], directions: dict[str, str]) 
     texts = ("dataset", "teacher", "method", "settings", "budget", "protocol", "status")
     drawn = _new_table(headings, text=texts)
     best = {name: leaders(summary, name, directions[name]).tolist() for name in names if name in directions}
-    for index, row in enumerate(summary.to_dict("records")):
+    for index, row in zip(lines, summary.iloc[lines].to_dict("records"), strict=True):
         cells = (_cell(row, name, best.get(name, {}) and best[name][index]) for name in names)
         drawn.add_row(*map(escape, cells))
     return drawn

@@ -133,8 +133,9 @@ DATASETS = (
 TEACHERS = "consistency, deepfloyd, diffusers, edm, gaussian, gmm, stable_diffusion, trained"
 METHODS = "Possible: boot, cm, ct, direct, pd, sid, tract"
 TOP = (
-    "Possible: accumulate, batch_size, budget, cell_seconds, compute, conditional, dataset, device, energy, evaluation, "
-    "executor, guidance, guidance_range, isolate, methods, on_oom, results_dir, run_name, seed, states, teacher, threads"
+    "Possible: accumulate, batch_size, budget, cell_seconds, compute, conditional, dataset, device, energy, "
+    "evaluation, executor, guidance, guidance_range, isolate, methods, on_oom, results_dir, run_name, seed, states, "
+    "teacher, threads"
 )
 NAMES = {
     "methods=[bot]": f"no method 'bot'. Did you mean 'boot'? {METHODS}",

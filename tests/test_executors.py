@@ -22,11 +22,11 @@ import test_hands
 from distillbench import executors
 from distillbench.cell import AS_IS, Policy
 from distillbench.claims import claimed
-from distillbench.config import compose_runs
+from distillbench.config import compose_runs, describe_options
 from distillbench.done import About, Done
 from distillbench.engines import Answer, Job
 from distillbench.errors import UserError
-from distillbench.executor_settings import LocalConfig, RayConfig, SubmititConfig
+from distillbench.executor_settings import EXECUTORS, LocalConfig, RayConfig, SubmititConfig
 from distillbench.executors import Elsewhere, OneByOne, SideBySide, executor_of
 from distillbench.hands import Ended, Seen
 from distillbench.plan import device_of, plan
@@ -253,7 +253,7 @@ def test_side_by_side_what_is_closed_ends(hall):
 class Desk:
     """An engine that has answers up its sleeve: lists, by the label of the cell."""
 
-    jobs, most = "jobs", 2
+    jobs, most, notes = "jobs", 2, ["a note"]
 
     def __init__(self, script):
         self.script, self.running, self.number, self.cancelled, self.largest = script, {}, 0, [], 0
@@ -305,7 +305,7 @@ def test_elsewhere_answers_come_in_any_order_and_no_more_jobs_run_than_the_engin
         0: "cell 0", 1: "cell 1", 2: None, 3: "cell 3",
     }  # fmt: skip
     assert (engine.largest, engine.cancelled) == (2, [])
-    assert "line of 3" in said.getvalue()
+    assert "a note" in said.getvalue() and "line of 3" in said.getvalue()
 
 
 def test_elsewhere_what_was_interrupted_there_begins_again_and_not_for_ever(desk, monkeypatch):
@@ -565,3 +565,15 @@ def test_a_lost_worker_of_ray_hurts_one_row(plugins, alone, tmp_path):
     assert same(outcome.table, alone, "fine")
     assert outcome.failed == ["dies (seed 0)"] and "WorkerCrashedError" in outcome.table["reason"].iloc[1]
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", EXECUTORS)
+def test_the_page_has_every_setting_with_its_default_and_its_help(kind):
+    page = (Path(__file__).resolve().parent.parent / "docs" / "machines.md").read_text()
+    rows = page.split(f"| `executor={kind}` | default | |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+    told = [tuple(part.strip() for part in row.strip("|").split("|")) for row in rows]
+    expected = [(f"`executor.{name}`", default, text) for name, default, text in describe_options(EXECUTORS[kind])]
+    assert told == expected

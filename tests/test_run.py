@@ -31,11 +31,12 @@ from distillbench.run import run
 COLUMNS = """
 dataset teacher guidance method training_seed sampling_seed nfe images budget protocol status reason
 fd_efficientnet_lite0 teacher_rmse
-train_images train_seconds train_teacher_seconds train_student_seconds train_other_seconds train_teacher_nfe
+train_images train_seconds train_teacher_seconds train_student_seconds train_compile_seconds train_other_seconds
+train_teacher_nfe
 train_student_nfe train_tflops train_joules train_peak_gpu_mib train_peak_gpu_reserved_mib train_peak_device_mib
 train_peak_rss_mib sample_latency_p50_ms sample_latency_p95_ms sample_images_per_second sample_best_batch sample_gflops
 sample_decoder_latency_ms sample_text_encoder_latency_ms sample_peak_gpu_mib sample_peak_gpu_reserved_mib
-sample_peak_device_mib sample_peak_rss_mib parameters settings reference device key
+sample_peak_device_mib sample_peak_rss_mib parameters settings compute reference device key
 """
 SCORES = ["fd_efficientnet_lite0", "teacher_rmse"]
 BUDGET = 400  # not a multiple of the batch

@@ -315,7 +315,7 @@ def _section(
         bars=bars,
         legend=[] if many else [(label, style[label][0]) for label in style],
         empty=[(heading(c), _why_all(c, own)) for c in BARS if not any(row.get(c) is not None for row in rows)],
-        grid=pictures.grid([(run, label, pd.Series(row)) for run, label, row in with_runs]),
+        grid=pictures.grid(with_runs),
         details=_details(name, with_runs, scores, runs),
         notes=[f"{len(style):,} methods share one colour: {charts.MOST_SERIES} are told apart"] if many else [],
     )
@@ -353,7 +353,8 @@ def _compared(facts: dict[str, Any], rows: list[Row]) -> str:
 
 def _facts(facts: dict[str, Any], rows: list[Row], runs: bool) -> list[tuple[str, str]]:
     students = [row for row in rows if not str(row["method"]).startswith(TEACHER)]
-    teachers = list(dict.fromkeys(str(row["method"]).removeprefix(TEACHER) for row in rows if row not in students))
+    alone = [str(row["method"]) for row in rows if str(row["method"]).startswith(TEACHER)]
+    teachers = list(dict.fromkeys(name.removeprefix(TEACHER) for name in alone))
     trained = sorted({row["training_seeds"] or 0 for row in students if row["status"][:2] != "0 "})
     sampled = sorted({row["sampling_seeds"] or 0 for row in rows if row["status"][:2] != "0 "})
     told = [

@@ -19,6 +19,7 @@ from distillbench.files import write_atomically
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import IDENTITY, number, plain, row_name, run_names
 from distillbench.results import FIRST, LAST, make_along, make_table, write_table
+from distillbench.run_settings import write_settings
 from distillbench.statistics import summarise
 
 Keep = Literal["first", "last"]
@@ -96,12 +97,16 @@ def write(merged: Merged, folder: Path) -> None:
             "environment.json": json.dumps(merged.environment, indent=2) + "\n",
         }
         if merged.configs:
-            texts["config.yaml"] = yaml.safe_dump_all(merged.configs, sort_keys=False, allow_unicode=True)
+            texts["config.yaml"] = write_settings(merged.configs, _yaml)
         for name, text in texts.items():
             write_atomically(made / name, lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))
         if folder.is_dir():
             folder.rmdir()
         os.replace(made, folder)
+
+
+def _yaml(config: dict[str, Any]) -> str:
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
 def left_out(runs: Sequence[RunData], output: Path) -> list[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 from distillbench.reports.runs import RunData
@@ -43,13 +43,13 @@ class Grid:
         return max((strip.count for strip in self.strips), default=0)
 
 
-def grid(rows: Sequence[tuple[RunData, str, pd.Series]]) -> Grid | None:
+def grid(rows: Sequence[tuple[RunData, str, Mapping[str, Any]]]) -> Grid | None:
     """The grid of rows (run, label, row of its table), which may be compared; None if there is no row at all.
 
     Of rows of one label and nfe, which differ in seeds, the first is shown. At most MOST_ROWS rows, and as many
     columns of MOST_COLUMNS as MOST_BYTES allow.
     """
-    chosen: dict[tuple[str, object], tuple[RunData, pd.Series]] = {}
+    chosen: dict[tuple[str, object], tuple[RunData, Mapping[str, Any]]] = {}
     for run, label, row in rows:
         name = (label, row["nfe"] if is_known(row["nfe"]) else None)
         if name not in chosen or (chosen[name][1]["status"] != "ok" and row["status"] == "ok"):
@@ -63,7 +63,7 @@ def grid(rows: Sequence[tuple[RunData, str, pd.Series]]) -> Grid | None:
     if len(chosen) > MOST_ROWS:
         notes.append(f"The first {MOST_ROWS} of {len(chosen):,} rows are shown.")
     kept: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    found: list[tuple[str, RunData, pd.Series, np.ndarray | None]] = []
+    found: list[tuple[str, RunData, Mapping[str, Any], np.ndarray | None]] = []
     for (label, _), (run, row) in list(chosen.items())[:MOST_ROWS]:
         key = str(row["key"]) if is_known(row["key"]) else ""
         place = (str(run.folder), key)
@@ -83,7 +83,7 @@ def grid(rows: Sequence[tuple[RunData, str, pd.Series]]) -> Grid | None:
     return Grid(strips, notes)
 
 
-def _strip(label: str, row: pd.Series, images: np.ndarray | None, columns: int) -> Strip:
+def _strip(label: str, row: Mapping[str, Any], images: np.ndarray | None, columns: int) -> Strip:
     nfe, key = number(row["nfe"]), str(row["key"]) if is_known(row["key"]) else ""
     if images is None or not len(images):
         gone = "its samples are not kept here: the records in cells/ are gone or damaged"

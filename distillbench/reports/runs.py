@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file  # without torch, which takes seconds to
 
 from distillbench.errors import UserError, nearest
 from distillbench.results import FIRST, LAST, make_along, make_table, unstack_shown
+from distillbench.run_settings import read_settings
 from distillbench.statistics import KEYS, SEEDS, summarise
 
 TWICE = "rows of one measurement differ, of which the first count"
@@ -53,7 +55,7 @@ class RunData:
         """
         if not KEY.fullmatch(key):
             return []
-        for record in (self.folder.parent / "cells").glob(f"*/evaluation-{key}.json"):
+        if record := self._evaluations.get(key):
             try:
                 rows = json.loads(record.read_text(encoding="utf-8"))["rows"]
                 first = rows[0]["sampling_seed"] if rows else 0
@@ -65,6 +67,12 @@ class RunData:
             except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
                 return []
         return []
+
+    @functools.cached_property
+    def _evaluations(self) -> dict[str, Path]:
+        """The records of evaluations beside the run, by their keys: all names are read once."""
+        found = (self.folder.parent / "cells").glob("*/evaluation-*.json")
+        return {record.stem.removeprefix("evaluation-"): record for record in found}
 
 
 def read_run(folder: Path) -> RunData:
@@ -174,7 +182,7 @@ def _is_config(document: Any) -> bool:
 def _configs(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
     try:
         text = (folder / "config.yaml").read_text(encoding="utf-8")
-        documents = list(yaml.load_all(text, _Plain))
+        documents = read_settings(text, lambda part: list(yaml.load_all(part, _Plain)))
         good = [document for document in documents if _is_config(document)]
         if len(good) != len(documents):
             problems.append("config.yaml is damaged: some of it holds no settings and is left out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -111,6 +112,7 @@ def counted(count: int, one: str, many: str = "") -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
+@functools.lru_cache(maxsize=100_000)
 def why_empty(column: str, reason: object) -> str:
     """Why `column` is empty, out of a row's reasons: parts `name, name empty: why` parted by semicolons."""
     if not is_known(reason):
