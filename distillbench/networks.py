@@ -45,7 +45,9 @@ class TimeFeatures(nn.Module):
 
     def __init__(self, channels: int = 64) -> None:
         super().__init__()
-        self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(1000), channels // 2)))
+        frequencies = torch.exp(torch.linspace(0, math.log(1000), channels // 2, device="cpu"))
+        # not computed on "meta" where a network is built there: torch imports its compiler for that, two seconds
+        self.register_buffer("frequencies", frequencies.to(torch.get_default_device()))
 
     def forward(self, time: Tensor) -> Tensor:
         angles = time[:, None] * self.frequencies

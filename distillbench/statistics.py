@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 
 COMPARABLE = ["dataset", "teacher", "guidance", "nfe", "images", "budget", "protocol"]  # of rows that may be compared
 KEYS = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol", "device"]
@@ -315,6 +314,8 @@ def _intervals(
     finite = np.bincount(group, ~np.isfinite(values), minlength=len(fewest)) == 0
     usable = (fewest >= 2) & finite
     for n, m in sorted(set(zip(sizes[usable].tolist(), fewest[usable].tolist(), strict=True))):
+        from scipy import stats  # here: most tables have no seeds to compare, and it takes half a second
+
         these = usable & (sizes == n) & (fewest == m)
         rows = values[these[group]].reshape(-1, n)
         mean = rows.mean(axis=1).clip(rows[:, 0], rows[:, -1])
@@ -333,6 +334,8 @@ def _intervals(
 
 def _bootstrap(rows: Floats, reach: float, resamples: int) -> Floats:
     """(2,G) BCa interval of the mean of each row (G,n) at the level 2 Phi(reach) - 1. Rows share their resamples."""
+    from scipy import stats
+
     level, ends = 1 - 2 * stats.norm.sf(reach), np.empty((2, len(rows)))
     for start in range(0, len(rows), _CHUNK):
         part = slice(start, start + _CHUNK)

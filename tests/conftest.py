@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: also of the processes that tests start
+
 from collections.abc import Iterator
 
 import pytest

@@ -529,10 +529,14 @@ def fitted_start(schedule: NoiseSchedule, exact: nn.Module, steps: int) -> Denoi
     return start
 
 
-@pytest.mark.slow
+@pytest.mark.level3
 @pytest.mark.usefixtures("float64")
 def test_a_trained_perceptron_has_the_law_of_a_mixture(tmp_path):
-    """With the default settings; both coordinates and their sum."""
+    """With the default settings; both coordinates and their sum.
+
+    Against 50,000 numbers of the law the distances are .016 to .027, .010 to .011 and .017 to .025 for three seeds; after
+    1,000 steps that of the sum is .034 to .041, so that the bound is passed or not by the last digits.
+    """
     schedule, directions = VPCosine(), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     network = MixtureNetwork(schedule, SHARES, MODES, WIDTHS)
     teacher = Teacher("mixture", Denoiser(network, schedule, "x0"), (2, 1, 1), "mixture")
@@ -541,7 +545,7 @@ def test_a_trained_perceptron_has_the_law_of_a_mixture(tmp_path):
     method = sid(teacher)
     distances, bound = distances_of_laws(method, exact, directions)
     assert min(distances) > 5 * bound
-    distances, bound = distances_of_laws(trained(method, tmp_path, 1000, 256), exact, directions)
+    distances, bound = distances_of_laws(trained(method, tmp_path, 3000, 256), exact, directions)
     assert max(distances) < bound
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.text import Text
-from scipy import stats
 
 from distillbench.reports.merge import MERGED, SAME, records
 from distillbench.reports.runs import RunData
@@ -137,6 +136,8 @@ def compare(a: RunData, b: RunData, tolerance: float = 0.1) -> Comparison:
 
 def welch(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of `after` minus that of `before`, at least two values each (Welch 1947)."""
+    from scipy import stats  # here: it takes half a second, and few commands compare
+
     a, b = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if np.ptp(a) == 0 and np.ptp(b) == 0:
         return float(b[0] - a[0]), float(b[0] - a[0])
