@@ -45,7 +45,7 @@ from distillbench.tasks import Task
 from distillbench.teachers import Teacher
 
 TRAIN_PROTOCOL = 4  # raise when the loop, the samplers or the networks change what a training gives
-EVALUATION_PROTOCOL = 3  # raise when evaluation changes a number that no metric's protocol names
+EVALUATION_PROTOCOL = 4  # raise when evaluation changes a number that no metric's protocol names
 SPEED_PROTOCOL = 1  # raise when speed is measured in another way
 
 

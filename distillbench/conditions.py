@@ -57,6 +57,9 @@ class Texts(Protocol):
     def __call__(self, labels: Tensor) -> Tensor:
         """(B,L,D) on the device of `labels` (B,); the label after the last prompt is the empty text."""
 
+    def seconds(self, count: int) -> float:
+        """That it took to encode `count` of the prompts."""
+
 
 class SmallImages(Protocol):
     """What an upscaler enlarges: the base model's answer to noise of its own."""

@@ -33,7 +33,7 @@ from distillbench.teachers import Teacher
 
 Sampler = Callable[[Callable[[int], Tensor], int, Condition], Tensor]  # (noise, nfe, c) -> x_0 (B,C,H,W)
 SHOWN = 64  # images of every row that are kept to be looked at
-ANSWERS_PROTOCOL = 1  # of the teacher's answers that are kept: raise when what is sampled changes
+ANSWERS_PROTOCOL = 2  # of the teacher's answers that are kept: raise when what is sampled changes
 READ = 1024  # images handed to feature networks at a time
 TIMINGS = ("process", "inline", "off")
 

@@ -1,7 +1,13 @@
-"""Prompts as the teacher's text encoder gives them: encoded once, kept on disk, looked up by label."""
+"""Prompts as the teacher's text encoder gives them: encoded once, kept on disk, looked up by label.
+
+Beside the table stands how long that took, so that whoever trains on texts is charged, also who finds them encoded.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,12 +26,12 @@ Encode = Callable[[list[str]], Tensor]  # texts to (B,L,D)
 class EncodedPrompts:
     """The table of a run: row i (L,D) is prompt i, the last row is the empty text. float32, mapped from its file."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, seconds: float) -> None:
+        self.file, self._seconds = file, seconds  # that all prompts took
         self.rows: np.ndarray = np.load(file, mmap_mode="r")
 
     def __reduce__(self) -> tuple:
-        return EncodedPrompts, (self.file,)  # another process maps the file again
+        return EncodedPrompts, (self.file, self._seconds)  # another process maps the file again
 
     def __deepcopy__(self, memo: dict) -> EncodedPrompts:
         return self
@@ -33,6 +39,10 @@ class EncodedPrompts:
     def __call__(self, labels: Tensor) -> Tensor:
         rows = torch.from_numpy(self.rows[labels.cpu().numpy()])
         return rows.to(labels.device, torch.get_default_dtype())
+
+    def seconds(self, count: int) -> float:
+        """That it took to encode `count` of the prompts: their share. The encoder's loading is nobody's."""
+        return self._seconds * count / (len(self.rows) - 1)
 
 
 class PlaceholderPrompts:
@@ -43,6 +53,9 @@ class PlaceholderPrompts:
 
     def __call__(self, labels: Tensor) -> Tensor:
         return torch.zeros(len(labels), self.length, self.width, device=labels.device)
+
+    def seconds(self, count: int) -> float:
+        return 0.0
 
 
 def encode_prompts(
@@ -56,28 +69,35 @@ def encode_prompts(
     file = cache / f"prompts-{key_of(recipe)}.npy"
     known = _found(file, len(prompts) + 1)
     if known is None:
-        write_atomically(file, lambda path: _write(prompts, encode, Path(path), progress))
-        seal_array(file, recipe)
-        known = EncodedPrompts(file)
+        took: list[float] = []
+        write_atomically(file, lambda path: took.append(_write(prompts, encode, Path(path), progress)))
+        seconds = took[-1]
+        seal_array(file, {**recipe, "seconds": seconds})
+        known = EncodedPrompts(file, seconds)
     return known
 
 
 def _found(file: Path, rows: int) -> EncodedPrompts | None:
     try:
         table = read_array(file)
-    except ValueError:
+        seconds = float(json.loads(file.with_suffix(".json").read_text())["seconds"])
+    except (ValueError, KeyError, TypeError):  # or from before their price was kept
         return None
     fits = table.ndim == 3 and len(table) == rows and table.dtype == np.float32
-    return EncodedPrompts(file) if fits else None
+    return EncodedPrompts(file, seconds) if fits and 0 <= seconds < math.inf else None
 
 
-def _write(prompts: Sequence[str], encode: Encode, path: Path, progress: Progress) -> None:
+def _write(prompts: Sequence[str], encode: Encode, path: Path, progress: Progress) -> float:
+    """Returns the seconds that the prompts took, after the empty text, for which the encoder is loaded."""
     empty = encode([""]).float().cpu().numpy()
     table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(len(prompts) + 1, *empty.shape[1:]))
     table[-1:] = empty
+    start = time.perf_counter()
     with torch.no_grad(), progress.step("encoding prompts") as step:
         for first in range(0, len(prompts), BATCH):
             batch = list(prompts[first : first + BATCH])
             table[first : first + len(batch)] = encode(batch).float().cpu().numpy()
             step.advance((first + len(batch)) / len(prompts))
+    seconds = time.perf_counter() - start  # .cpu() has waited for the device
     table.flush()
+    return seconds

@@ -16,7 +16,7 @@ where that last step would end; nothing is evaluated there, and it may equal tim
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillbench.denoiser import implied_eps
 from distillbench.errors import UserError, unknown
 from distillbench.schedules import NoiseSchedule, recorded
 
@@ -186,8 +185,8 @@ def check_heun(schedule: NoiseSchedule, times: Tensor) -> None:
 
 def ddim_step(schedule: NoiseSchedule, x_t: Tensor, x_0: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """DDIM from t to s given the data prediction: alpha_s x_0 + sigma_s eps (Song et al. 2021, eq. 12 with eta = 0)."""
-    eps = implied_eps(x_t, x_0, schedule.alpha(t), schedule.sigma(t))
-    return schedule.alpha(s) * x_0 + schedule.sigma(s) * eps
+    ratio = schedule.sigma(s) / schedule.sigma(t)  # eps = (x_t - alpha_t x_0) / sigma_t
+    return torch.addcmul(ratio * x_t, schedule.alpha(s) - ratio * schedule.alpha(t), x_0)
 
 
 def heun_step(schedule: NoiseSchedule, f: DenoiseFunction, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -199,10 +198,10 @@ def heun_step(schedule: NoiseSchedule, f: DenoiseFunction, x_t: Tensor, t: Tenso
     level_t, level_s = schedule.noise_level(t).to(x_t.dtype), schedule.noise_level(s).to(x_t.dtype)
     alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(s)
     x_hat = x_t / alpha_t
-    d_t = (x_hat - f(x_t, t)) / level_t
-    x_euler = x_hat + (level_s - level_t) * d_t
-    d_s = (x_euler - f(alpha_s * x_euler, s)) / level_s
-    return alpha_s * (x_hat + (level_s - level_t) * (d_t + d_s) / 2)
+    x_euler = torch.lerp(f(x_t, t), x_hat, level_s / level_t)  # x^ + (s^_s - s^_t) d_t with d_t = (x^ - f_t) / s^_t
+    half_step = (level_s - level_t) / (2 * level_s)  # of d_s = (x_euler - f_s) / s^_s; x_euler has the other half
+    ahead = x_euler - f(alpha_s * x_euler, s)
+    return alpha_s * torch.addcmul(torch.lerp(x_hat, x_euler, 0.5), half_step, ahead)
 
 
 def ddim_ode_step(schedule: NoiseSchedule, f: DenoiseFunction, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -232,27 +231,32 @@ ONE_STEP: dict[str, Callable[[NoiseSchedule, DenoiseFunction, Tensor, Tensor, Te
 # --- samplers --------------------------------------------------------------------------------------------------------
 
 
+def _down(schedule: NoiseSchedule, times: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """times[N], ..., times[1] of N+1 values, each for every image of x: (B,1,1,1) float64 on x's device."""
+    times = times.to(x.device)  # one copy for all steps
+    for k in range(len(times) - 1, 0, -1):
+        yield schedule.pick(times, torch.full((len(x), 1, 1, 1), k, device=x.device))
+
+
 def ddim(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor) -> Tensor:
     """DDIM down the grid `times` (N+1 ascending values): N evaluations, the last of which is the returned x_0.
 
     The last step ends on the data prediction itself, as every step to sigma = 0 does.
     """
-    times = times.to(x_T.device)  # one copy for all steps
-    x_t, t = x_T, time_like(x_T, times[-1])
-    for k in range(len(times) - 1, 0, -1):
-        x_0 = f(x_t, t)
-        if k > 1:
-            s = time_like(x_t, times[k - 1])
-            x_t, t = ddim_step(schedule, x_t, x_0, t, s), s
-    return x_0
+    x_t, down = x_T, _down(schedule, times, x_T)
+    t = next(down)
+    for s in down:
+        x_t, t = ddim_step(schedule, x_t, f(x_t, t), t, s), s
+    return f(x_t, t)
 
 
 def heun(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor) -> Tensor:
     """Karras et al. (2022) algorithm 1 in x^ = x_t / alpha_t: 2N - 1 evaluations, the last step Euler's to 0."""
-    x_t = x_T
-    for k in range(len(times) - 1, 1, -1):
-        x_t = heun_step(schedule, f, x_t, time_like(x_t, times[k]), time_like(x_t, times[k - 1]))
-    return f(x_t, time_like(x_t, times[1]))
+    x_t, down = x_T, _down(schedule, times, x_T)
+    t = next(down)
+    for s in down:
+        x_t, t = heun_step(schedule, f, x_t, t, s), s
+    return f(x_t, t)
 
 
 def dpmpp_2m(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor) -> Tensor:
@@ -260,10 +264,10 @@ def dpmpp_2m(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Te
 
     x_s = sigma_s/sigma_t x_t + alpha_s (1 - e^-h) D with h = lam_t - lam_s and D = f_t + h / (2 h_prev) (f_t - f_prev).
     """
-    x_t = x_T
+    x_t, down = x_T, _down(schedule, times, x_T)
+    t = next(down)
     previous: tuple[Tensor, Tensor] | None = None
-    for k in range(len(times) - 1, 1, -1):
-        t, s = time_like(x_t, times[k]), time_like(x_t, times[k - 1])
+    for s in down:
         h = schedule.lam(t) - schedule.lam(s)
         f_t = D = f(x_t, t)
         if previous is not None:
@@ -271,17 +275,17 @@ def dpmpp_2m(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Te
             D = f_t + (h / (2 * h_prev)).to(x_t.dtype) * (f_t - f_prev)
         _, one_minus_r = schedule.signal_ratio(t, s)
         x_t = schedule.sigma(s) / schedule.sigma(t) * x_t + schedule.alpha(s) * one_minus_r * D
-        previous = f_t, h
-    return f(x_t, time_like(x_t, times[1]))
+        previous, t = (f_t, h), s
+    return f(x_t, t)
 
 
 def ancestral(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor, noise: NoiseFunction) -> Tensor:
     """Ho et al. (2020) algorithm 2 on a grid: N evaluations and noise(1), ..., noise(N-1), none in the last step."""
-    x_t = x_T
-    for k in range(len(times) - 1, 1, -1):
-        t, s = time_like(x_t, times[k]), time_like(x_t, times[k - 1])
-        x_t = ancestral_step(schedule, x_t, f(x_t, t), noise(len(times) - k), t, s)
-    return f(x_t, time_like(x_t, times[1]))
+    x_t, down = x_T, _down(schedule, times, x_T)
+    t = next(down)
+    for k, s in enumerate(down, 1):
+        x_t, t = ancestral_step(schedule, x_t, f(x_t, t), noise(k), t, s), s
+    return f(x_t, t)
 
 
 def renoise(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor, noise: NoiseFunction) -> Tensor:
@@ -290,13 +294,13 @@ def renoise(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Ten
     For an f that is a consistency function, such as a released one-step student. What it gives has variance e^2 of
     noise left, e the level at times[0], so tau^2 - e^2 is added. N evaluations and noise(1), ..., noise(N-1).
     """
-    x_t, e = x_T, schedule.noise_level(times[:1]).item()
-    for k in range(len(times) - 1, 1, -1):
-        s = time_like(x_t, times[k - 1])
+    x_t, e, down = x_T, schedule.noise_level(times[:1]).item(), _down(schedule, times, x_T)
+    t = next(down)
+    for k, s in enumerate(down, 1):
         tau = schedule.noise_level(s)
         added = (tau**2 - e**2).clamp(min=0).sqrt().to(x_t.dtype)
-        x_t = schedule.alpha(s) * (f(x_t, time_like(x_t, times[k])) + added * noise(len(times) - k))
-    return f(x_t, time_like(x_t, times[1]))
+        x_t, t = schedule.alpha(s) * (f(x_t, t) + added * noise(k)), s
+    return f(x_t, t)
 
 
 # --- a sampler on a grid, by name ------------------------------------------------------------------------------------

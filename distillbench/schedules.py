@@ -20,7 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
@@ -36,14 +36,28 @@ __all__ = ["SCHEDULES", "VE", "DiscreteBetas", "FlowMatching", "NoiseSchedule", 
 KEPT = 8  # times whose numbers a schedule keeps: those of a training step
 
 
-@dataclass(frozen=True, eq=False)
 class _Grid:
-    """A grid of times (N,) and what has been computed of it."""
+    """A grid of times (N,), and all that was ever asked of them: tables (rows, N), one for each dtype."""
 
-    times: Tensor
-    version: int
-    rows: Tensor  # t, lam, noise level, alpha and sigma, (5,N) float64
-    more: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict)
+    def __init__(self, times: Tensor) -> None:
+        self.times, self.version = times, times._version
+        self.tables: dict[torch.dtype, Tensor] = {times.dtype: times[None]}
+        self.places: dict[Any, list[tuple[torch.dtype, int]]] = {}  # rows of the numbers that have a name
+
+    def pick(self, k: Tensor) -> tuple[Tensor, _Point]:
+        """times[k], shape of k, and all that is known of them: one look into each table."""
+        flat = k.flatten()
+        rows = {d: table.index_select(1, flat).view(-1, *k.shape).unbind() for d, table in self.tables.items()}
+        t = rows[self.times.dtype][0]
+        known = {name: tuple(rows[dtype][row] for dtype, row in places) for name, places in self.places.items()}
+        return t, _Point(t, t._version, known, _Picked(self, flat, k.shape))
+
+    def add(self, name: Any, numbers: tuple[Tensor, ...]) -> None:
+        places = self.places[name] = []
+        for row in numbers:
+            table = self.tables.get(row.dtype)
+            places.append((row.dtype, 0 if table is None else len(table)))
+            self.tables[row.dtype] = row[None] if table is None else torch.cat([table, row[None]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,24 +69,21 @@ class _Picked:
     shape: torch.Size
 
     def look_up(self, name: Any, make: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        if name not in self.grid.more:
-            self.grid.more[name] = make(self.grid.times)
-        return tuple(numbers.index_select(0, self.k).view(self.shape) for numbers in self.grid.more[name])
+        grid = self.grid
+        if name not in grid.places:
+            grid.add(name, make(grid.times))
+        rows = (grid.tables[dtype][row] for dtype, row in grid.places[name])
+        return tuple(row.index_select(0, self.k).view(self.shape) for row in rows)
 
 
 @dataclass(frozen=True, eq=False)
 class _Point:
-    """All that a schedule says of the times `t`, while `t` is unchanged (its `version`)."""
+    """All that was asked of the times `t`, by its name, while `t` is unchanged (its `version`)."""
 
     t: Tensor
     version: int
-    dtype: torch.dtype  # the default one, of alpha and sigma
-    lam: Tensor
-    alpha: Tensor
-    sigma: Tensor
-    level: Tensor
+    known: dict[Any, tuple[Tensor, ...]]
     picked: _Picked | None = None
-    more: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict)  # what others compute of the times, by its name
 
 
 def recorded(x: Tensor) -> bool:
@@ -80,6 +91,10 @@ def recorded(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return True
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _can_keep(t: Tensor) -> bool:
+    return not (recorded(t) or t.requires_grad or t.is_inference())
 
 
 def _lasting() -> AbstractContextManager[object]:
@@ -113,36 +128,49 @@ class NoiseSchedule(ABC):
 
     def alpha(self, t: Tensor) -> Tensor:
         """Signal coefficient, shape of t, default dtype."""
-        return self._at(t).alpha
+        return self._alpha_and_sigma(t)[0]
 
     def sigma(self, t: Tensor) -> Tensor:
         """Noise coefficient, shape of t, default dtype."""
-        return self._at(t).sigma
+        return self._alpha_and_sigma(t)[1]
 
     def noise_level(self, t: Tensor) -> Tensor:
         """sigma_t / alpha_t (EDM's sigma), float64."""
-        return self._at(t).level
+        return self.kept(t, "noise level", lambda t: (self._lam(t).exp(),))[0]
+
+    def _lam(self, t: Tensor) -> Tensor:
+        return self.kept(t, "lam", lambda t: (self.lam(t),))[0]
+
+    def _alpha_and_sigma(self, t: Tensor) -> tuple[Tensor, ...]:
+        dtype = torch.get_default_dtype()
+
+        def make(t: Tensor) -> tuple[Tensor, Tensor]:
+            lam = self._lam(t)
+            log_alpha = self._log_alpha(lam)
+            return log_alpha.exp().to(dtype), (lam + log_alpha).exp().to(dtype)
+
+        return self.kept(t, ("alpha and sigma", dtype), make)
 
     def kept(self, t: Tensor, name: Any, make: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """make(t), numbers of each of the times `t` by itself, computed once and kept with alpha and sigma.
+        """make(t), numbers of each of the times `t` by itself, in their shape: computed once and kept.
 
         `name` tells them from what else is computed of times. Of times that were picked from a grid, the grid's numbers
         are looked up.
         """
+        if not _can_keep(t):
+            return make(t)
         point = self._at(t)
-        if name not in point.more:
+        if (numbers := point.known.get(name)) is None:
             with _lasting():
-                point.more[name] = make(t) if point.picked is None else point.picked.look_up(name, make)
-        return point.more[name]
+                numbers = make(t) if point.picked is None else point.picked.look_up(name, make)
+            point.known[name] = numbers
+        return numbers
 
     def _at(self, t: Tensor) -> _Point:
-        if recorded(t) or t.requires_grad or t.is_inference():
-            return self._computed(t, -1)
         point = None if self._points is None else self._points.get(id(t))
-        if point is not None and point.version == t._version and point.dtype is torch.get_default_dtype():
+        if point is not None and point.version == t._version:
             return point
-        with _lasting():
-            return self._keep(self._computed(t, t._version))
+        return self._keep(_Point(t, t._version, {}))
 
     def _keep(self, point: _Point) -> _Point:
         if self._points is None:
@@ -154,30 +182,15 @@ class NoiseSchedule(ABC):
         return point
 
     def pick(self, grid: Tensor, k: Tensor) -> Tensor:
-        """grid[k] for times `grid` (N,), shape of k; alpha and sigma of the grid are computed once and looked up."""
-        if recorded(grid) or grid.requires_grad or grid.is_inference():
+        """grid[k] for times `grid` (N,), shape of k; what is computed of a grid's times is computed once, looked up."""
+        if not _can_keep(grid):
             return grid[k]
-        with _lasting():
-            of_grid, flat = self._of(grid), k.flatten()
-            t, lam, level, alpha, sigma = of_grid.rows.index_select(1, flat).view(5, *k.shape).unbind()
-            dtype = torch.get_default_dtype()
-            numbers = t._version, dtype, lam, alpha.to(dtype), sigma.to(dtype), level
-            self._keep(_Point(t, *numbers, _Picked(of_grid, flat, k.shape)))
-        return t
-
-    def _of(self, grid: Tensor) -> _Grid:
         if self._grid is None or self._grid.times is not grid or self._grid.version != grid._version:
-            lam = self.lam(grid)
-            log_alpha = self._log_alpha(lam)
-            rows = torch.stack([grid, lam, lam.exp(), log_alpha.exp(), (lam + log_alpha).exp()])
-            self._grid = _Grid(grid, grid._version, rows)
-        return self._grid
-
-    def _computed(self, t: Tensor, version: int) -> _Point:
-        dtype, lam = torch.get_default_dtype(), self.lam(t)
-        log_alpha = self._log_alpha(lam)
-        alpha, sigma = log_alpha.exp().to(dtype), (lam + log_alpha).exp().to(dtype)
-        return _Point(t, version, dtype, lam, alpha, sigma, lam.exp())
+            self._grid = _Grid(grid)
+        with _lasting():
+            t, point = self._grid.pick(k)
+        self._keep(point)
+        return t
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the numbers that are kept: a copy may become another schedule."""
@@ -189,7 +202,7 @@ class NoiseSchedule(ABC):
 
     def signal_ratio(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """(r, 1 - r) with r = (alpha_t sigma_s) / (alpha_s sigma_t) = exp(lam_s - lam_t), in the default dtype."""
-        difference = self._at(s).lam - self._at(t).lam
+        difference = self._lam(s) - self._lam(t)
         dtype = torch.get_default_dtype()
         return difference.exp().to(dtype), (-torch.expm1(difference)).to(dtype)
 

@@ -108,6 +108,8 @@ class _Training:
         check_shared(self.loop.compute, ranks.count)
         if shard:
             method.teacher.denoiser.to(device)  # whole, while it prepares
+        if (texts := method.teacher.conditioning.texts) is not None:
+            meter.charge(texts.seconds(method.teacher.conditioning.trained), 0)
         with ranks.first():  # the others find what it makes ahead
             method.prepare(self.workspace)
         if not ranks.main:  # who made it, or found it first, has paid

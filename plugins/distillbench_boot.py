@@ -103,14 +103,13 @@ class Boot(Method):
         k, pick = batch.integers(1, self.config.steps + 1), self.teacher.schedule.pick
         return pick(self.grid, k), pick(self.grid, k - 1)
 
-    def target(self, eps: Tensor, y_t: Tensor, t: Tensor, s: Tensor, c: Condition) -> Tensor:
-        """y_s from y_t along the teacher's Signal-ODE."""
-        schedule, f = self.teacher.schedule, partial(self.teacher.denoise, c=c)
+    def target(self, eps: Tensor, y_t: Tensor, f_t: Tensor, t: Tensor, s: Tensor, c: Condition) -> Tensor:
+        """y_s from y_t along the teacher's Signal-ODE; f_t is f(x_t, t)."""
+        schedule = self.teacher.schedule
         r, one_minus_r = schedule.signal_ratio(t, s)
-        f_t = f(schedule.alpha(t) * y_t + schedule.sigma(t) * eps, t)
         y_s = r * y_t + one_minus_r * f_t
         if self.config.target == "heun":
-            f_s = f(schedule.alpha(s) * y_s + schedule.sigma(s) * eps, s)
+            f_s = self.teacher.denoise(schedule.alpha(s) * y_s + schedule.sigma(s) * eps, s, c)
             y_s = r * y_t + one_minus_r * (f_t + f_s) / 2
         return y_s
 
@@ -120,14 +119,16 @@ class Boot(Method):
         return self.delta**-2 if self.config.weight == "inv_delta2" else 1.0
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        g, eps, c = self.student, batch.noise(), batch.c
-        t, s = self.time_pair(batch)
-        n = math.ceil(self.config.boundary_share * batch.size)
-        t_max = time_like(eps[:n], self.t_max)
-        with torch.no_grad():
-            y_s = self.target(eps, g(eps, t, c), t, s, c)
-            y_T = self.teacher.denoise(x_at_t_max(self.teacher.schedule, eps[:n]), t_max, c[:n])
+        g, schedule, eps, c = self.student, self.teacher.schedule, batch.noise(), batch.c
+        (t, s), n = self.time_pair(batch), math.ceil(self.config.boundary_share * batch.size)
+        x_T, t_max = x_at_t_max(schedule, eps[:n]), time_like(eps[:n], self.t_max)
         both = torch.arange(batch.size + n, device=eps.device) % batch.size  # L_BS of all and L_BC of n: one evaluation
+        with torch.no_grad():
+            y_t = g(eps, t, c)
+            x_t = schedule.alpha(t) * y_t + schedule.sigma(t) * eps
+            x, times = torch.cat([x_t, x_T]), torch.cat([t, t_max])
+            f_t, y_T = self.teacher.denoise(x, times, c[both]).split([batch.size, n])
+            y_s = self.target(eps, y_t, f_t, t, s, c)
         g_s, g_T = g(eps[both], torch.cat([s, t_max]), c[both]).split([batch.size, n])
         yield g, (self.weight(t, s) * (g_s - y_s).square()).mean() + self.config.beta * (g_T - y_T).square().mean()
 
@@ -138,8 +139,7 @@ class Boot(Method):
         eps, schedule = noise(0), self.teacher.schedule
         if nfe == 1:
             return self.student(eps, time_like(eps, self.t_min), c)  # y at t_min is an image already
-        tau = self.t_min + self.config.handover * (self.t_max - self.t_min)
-        t = time_like(eps, tau)
+        t = time_like(eps, tau := self.t_min + self.config.handover * (self.t_max - self.t_min))
         x_tau = schedule.alpha(t) * self.student(eps, t, c) + schedule.sigma(t) * eps
         times = torch.linspace(self.t_min, tau, (nfe - 1) // self.evaluations + 1, dtype=torch.float64)
         return ddim(partial(self.teacher.denoise, c=c), schedule, x_tau, times)

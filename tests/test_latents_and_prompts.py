@@ -2,13 +2,14 @@
 
 import copy
 import io
+import json
 import pickle
 
 import pytest
 import torch
 from rich.console import Console
 
-from distillbench import Dataset, Denoiser, Teacher
+from distillbench import Dataset, Denoiser, Teacher, prompts
 from distillbench.conditions import Condition, Conditioning
 from distillbench.denoiser import guided
 from distillbench.latents import as_trained_on, placeholder
@@ -98,6 +99,28 @@ def test_prompts_are_encoded_once_and_found_by_label(tmp_path):
     assert len(calls) == 2
     for other in (again, pickle.loads(pickle.dumps(table)), copy.deepcopy(table)):
         assert torch.equal(other(torch.tensor([1])), table(torch.tensor([1])))
+
+
+def test_what_encoding_took_is_kept_and_charged_by_share(tmp_path, monkeypatch):
+    """Four prompts in 8 s, of which training asks for three. Loading the encoder, for the empty text, is nobody's."""
+    now = [100.0]
+    monkeypatch.setattr(prompts.time, "perf_counter", lambda: now[0])
+
+    def slow(texts):
+        now[0] += 50.0 if texts == [""] else 2.0 * len(texts)
+        return torch.zeros(len(texts), 1, 2)
+
+    four = [*PROMPTS, "one more"][:4]
+    for _ in range(2):
+        table = encode_prompts(four, slow, "e", tmp_path, SILENT)
+        assert table.seconds(4) == 8.0 and table.seconds(3) == 6.0
+    assert pickle.loads(pickle.dumps(table)).seconds(1) == 2.0
+    (file,) = tmp_path.glob("*.json")
+    told = json.loads(file.read_text())
+    assert told.pop("seconds") == 8.0
+    file.write_text(json.dumps(told))  # as before prices were kept
+    encode_prompts(four, slow, "e", tmp_path, SILENT)
+    assert now[0] == 100 + 2 * (50 + 8) and json.loads(file.read_text())["seconds"] == 8.0
 
 
 @pytest.mark.parametrize("change", ["texts", "encoder", "damage"])

@@ -35,6 +35,13 @@ def boot(teacher=None, **settings) -> Boot:
     return Boot(Boot.Config(**({"target": "euler", "boundary_share": 1.0} | settings)), teacher or gaussian_teacher())
 
 
+def y_s_of(method: Boot, eps: Tensor, y_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """The target at s, with the teacher's evaluation at t that it is given."""
+    schedule = method.teacher.schedule
+    f_t = method.teacher.denoise(schedule.alpha(t) * y_t + schedule.sigma(t) * eps, t)
+    return method.target(eps, y_t, f_t, t, s, UNCONDITIONAL)
+
+
 def between(t_min: float = 0.01, t_max: float = 0.99) -> VPCosine:
     """The cosine schedule, kept off its ends."""
     schedule = VPCosine()
@@ -95,7 +102,7 @@ def test_euler_target_is_ddim_in_y(name):
     f = teacher.denoise(x_t, t)
     eps_hat = implied_eps(x_t, f, schedule.alpha(t), schedule.sigma(t))
     x_s = schedule.alpha(s) * f + schedule.sigma(s) * eps_hat
-    close(method.target(eps, y_t, t, s, UNCONDITIONAL), signal(schedule, x_s, eps, s), rtol=1e-10, atol=1e-10)
+    close(y_s_of(method, eps, y_t, t, s), signal(schedule, x_s, eps, s), rtol=1e-10, atol=1e-10)
 
 
 def test_small_steps_follow_the_signal_ode():
@@ -106,7 +113,7 @@ def test_small_steps_follow_the_signal_ode():
     y_t, eps = make_batch(3, (1, 1, 1)).noise(), make_batch(3, (1, 1, 1), seed=1).noise()
     rate = (schedule.lam(t + h) - schedule.lam(t - h)) / (2 * h)
     f = method.teacher.denoise(schedule.alpha(t) * y_t + schedule.sigma(t) * eps, t)
-    close((y_t - method.target(eps, y_t, t, t - h, UNCONDITIONAL)) / h, -rate * (f - y_t), rtol=1e-4)
+    close((y_t - y_s_of(method, eps, y_t, t, t - h)) / h, -rate * (f - y_t), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("target", "order"), [("euler", 1), ("heun", 2)])
@@ -127,7 +134,7 @@ def test_order_of_the_oracle_chain(target, order, law):
         method = boot(teacher, steps=steps, target=target)
         y = first(schedule, teacher, eps)
         for k in range(steps, 0, -1):
-            y = method.target(eps, y, time_like(eps, method.grid[k]), time_like(eps, method.grid[k - 1]), UNCONDITIONAL)
+            y = y_s_of(method, eps, y, time_like(eps, method.grid[k]), time_like(eps, method.grid[k - 1]))
         errors.append((y - exact).square().mean().sqrt().item())
     assert slope(errors) == pytest.approx(order, abs=0.2)
     assert errors[-1] < {1: 0.03, 2: 5e-4}[order]
@@ -161,7 +168,7 @@ def test_a_heun_oracle_is_the_optimum_of_heun_alone(target):
             y = first(schedule, teacher, eps)
             for k in range(8, 0, -1):
                 here, below = time_like(eps, heun.grid[k]), time_like(eps, heun.grid[k - 1])
-                y = torch.where(t < (here + below) / 2, heun.target(eps, y, here, below, UNCONDITIONAL), y)
+                y = torch.where(t < (here + below) / 2, y_s_of(heun, eps, y, here, below), y)
             return y
 
     method.student = HeunOracle()
@@ -227,7 +234,7 @@ def test_gradients_reach_the_student_at_s_and_at_t_max_only(target):
     t, s, T = time_like(eps, grid[3]), time_like(eps, grid[2]), time_like(eps, grid[6])
     w = method.student.w.detach()
     with torch.no_grad():
-        y_s, y_T = method.target(eps, w[3] * eps, t, s, UNCONDITIONAL), denoise(eps, T)
+        y_s, y_T = y_s_of(method, eps, w[3] * eps, t, s), denoise(eps, T)
     expected = torch.zeros(7)
     expected[2] = (2 * (w[2] * eps - y_s) * eps).mean()
     expected[6] = 0.5 * (2 * (w[6] * eps - y_T) * eps).mean()
@@ -304,7 +311,7 @@ def test_the_student_starts_as_the_teacher_at_t_max_for_every_t(name, prediction
     for t in (time(torch.linspace(schedule.t_min, schedule.t_max, 11, dtype=torch.float64)), T):
         assert torch.equal(method.student(eps, t), y_T)
     method.config.beta = 1e12
-    method.target = lambda eps, y_t, t, s, c: y_t  # L_BS = 0 at the start, so only L_BC is left
+    method.target = lambda eps, y_t, f_t, t, s, c: y_t  # L_BS = 0 at the start, so only L_BC is left
     assert loss_of(method, make_batch(11)) == 0
 
 
@@ -359,7 +366,7 @@ def test_the_boundary_is_the_teacher_at_the_noise_scaled_to_the_schedule(name):
     method = boot(teacher, beta=1.0)
     method.student = Table(method.grid)
     method.student.w.data.zero_()
-    method.target = lambda eps, y_t, t, s, c: y_t  # L_BS = 0
+    method.target = lambda eps, y_t, f_t, t, s, c: y_t  # L_BS = 0
     alpha, sigma = schedule.alpha(time(schedule.t_max)), schedule.sigma(time(schedule.t_max))
     f = 6400 * alpha / (6400 * alpha**2 + sigma**2) * sigma * make_batch(50, (1, 1, 1)).noise()
     loss = loss_of(method, make_batch(50, (1, 1, 1)))

@@ -534,8 +534,8 @@ def fitted_start(schedule: NoiseSchedule, exact: nn.Module, steps: int) -> Denoi
 def test_a_trained_perceptron_has_the_law_of_a_mixture(tmp_path):
     """With the default settings; both coordinates and their sum.
 
-    Against 50,000 numbers of the law the distances are .016 to .027, .010 to .011 and .017 to .025 for three seeds; after
-    1,000 steps that of the sum is .034 to .041, so that the bound is passed or not by the last digits.
+    Against 50,000 draws of the law the distances are .016 to .027, .010 to .011 and .017 to .025 for three seeds. After
+    1,000 steps that of the sum is .034 to .041: whether it then stays below the bound is decided by the last digits.
     """
     schedule, directions = VPCosine(), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     network = MixtureNetwork(schedule, SHARES, MODES, WIDTHS)

@@ -75,8 +75,11 @@ def cm_answer(teacher, eps: Tensor, steps: int) -> Tensor:
 def boot_answer(teacher, eps: Tensor, steps: int) -> Tensor:
     method = Boot(Boot.Config(steps=steps, target="euler"), teacher)
     y = teacher.denoise(eps, time_like(eps, 1.0))
+    schedule = teacher.schedule
     for k in range(steps, 0, -1):
-        y = method.target(eps, y, time_like(eps, method.grid[k]), time_like(eps, method.grid[k - 1]), UNCONDITIONAL)
+        t, s = time_like(eps, method.grid[k]), time_like(eps, method.grid[k - 1])
+        f_t = teacher.denoise(schedule.alpha(t) * y + schedule.sigma(t) * eps, t)
+        y = method.target(eps, y, f_t, t, s, UNCONDITIONAL)
     return y
 
 

@@ -337,3 +337,24 @@ def test_picked_times_have_the_numbers_of_their_grid(name):
     fresh = SCHEDULES[name]()
     for of in ("alpha", "sigma", "noise_level"):
         close(getattr(schedule, of)(t), getattr(fresh, of)(t), rtol=1e-14)
+
+
+def test_all_that_is_known_of_a_grid_comes_with_times_that_are_picked_from_it():
+    schedule, k = Counted(), torch.tensor([8, 0, 3]).view(-1, 1, 1, 1)
+    grid, asked = some_times(schedule, 9).flatten(), []
+
+    def halves(t):
+        asked.append(t.shape)
+        return t.float() / 2, t / 2
+
+    for _ in range(3):
+        t = schedule.pick(grid, k)
+        numbers = *schedule.kept(t, "halves", halves), schedule.alpha(t), schedule.noise_level(t), schedule.sigma(t)
+        assert [n.shape for n in numbers] == [k.shape] * 5
+        fresh = VPCosine()
+        expected = grid[k].float() / 2, grid[k] / 2, fresh.alpha(t), fresh.noise_level(t), fresh.sigma(t)
+        for number, other in zip(numbers, expected, strict=True):
+            close(number, other, rtol=1e-14)
+    assert asked == [(9,)] and schedule.calls == 1
+    grid.mul_(0.9)  # another grid
+    close(schedule.alpha(schedule.pick(grid, k)), fresh.alpha(grid[k]), rtol=1e-14)

@@ -5,6 +5,7 @@ The gradient of a toy's loss is a constant, so Adam moves its weight by exactly 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ from analytic import (
 )
 from distillbench import data_stream
 from distillbench.budget import BudgetConfig, Limit
+from distillbench.conditions import Conditioning
 from distillbench.data_stream import DataStream
 from distillbench.datasets import Dataset, to_float
 from distillbench.errors import DivergedError, UserError
@@ -159,6 +161,24 @@ def test_a_budget_that_preparing_used_up_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match="budget of 1000 nfe"):
         run(method, tmp_path, budget=BudgetConfig(limit=Limit.nfe, nfe=1000))
     assert not method.sizes
+
+
+class Dear:
+    """Texts of which each took 7 s to encode."""
+
+    def seconds(self, count: int) -> float:
+        return 7.0 * count
+
+
+def test_prompts_that_training_asks_for_are_charged(tmp_path):
+    """Three of five: 21 s, also of a budget in seconds, and to other than the networks."""
+    method = Ramp()
+    asked = Conditioning(5, texts=Dear(), evaluated=range(3, 5))
+    method.__dict__["teacher"] = dataclasses.replace(method.teacher, conditioning=asked)
+    price = run(method, tmp_path, images=100).price
+    assert 21 < price.seconds < 28 and price.other_seconds > 21
+    with pytest.raises(RuntimeError, match="budget of 20 seconds"):
+        run(method, tmp_path, budget=BudgetConfig(limit=Limit.seconds, seconds=20.0))
 
 
 # --- phases ----------------------------------------------------------------------------------------------------------
