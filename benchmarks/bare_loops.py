@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from distillbench.method import Batch, Method, Read
 from distillbench.networks import TimeEmbedding
 
 LOG_EVERY = 50  # steps between readings of the loss
@@ -467,6 +468,35 @@ def tract(task: Task) -> Iterator[None]:
             training.done(size)
             yield
         teacher.load_state_dict(training.average.state_dict())
+    training.end()
+
+
+# --- the methods' own steps ------------------------------------------------------------------------------------------
+
+
+def own_steps(method: Method, task: Task, read: Read | None) -> Iterator[None]:
+    """`method`, ready for its first step, in a loop of a few lines: what is more by the harness is its loop's."""
+    phases, optimizers = method.phases(), dict[nn.Module, Adam]()
+    training, shares = Training(task, method.student), [phase.share for phase in phases]
+    about = task.shape, task.draws, task.device, read, method.teacher.conditioning
+    for index, phase in enumerate(phases):
+        method.start_phase(index)
+        end = sum(shares[: index + 1]) / sum(shares)
+        if index == 0 or phase.fresh:
+            together = next((i for i in range(index + 1, len(phases)) if phases[i].fresh), len(phases))
+            training.anew(sum(shares[:together]) / sum(shares))
+            optimizers = {method.student: training.adams[0]}
+        for size in training.steps(end):
+            for network, loss in method.train_step(Batch(size, *about)):
+                if network not in optimizers:
+                    optimizers[network] = Adam(network, task.settings)
+                loss.backward()
+                optimizers[network].step(training.lr)
+                training.pending.append(loss.detach())
+            method.after_step()
+            training.done(size)
+            yield
+        method.end_phase(index, training.average)
     training.end()
 
 

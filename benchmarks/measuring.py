@@ -7,14 +7,14 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bare_loops import Task
+from bare_loops import LOOPS, Task, own_steps
 from tabulate import tabulate
 
 from distillbench.budget import BudgetConfig, Meter
@@ -56,7 +56,7 @@ DRAWS = 2000  # of the bootstrap
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of the medians of two columns that were measured in turn, with the 95 % interval of a bootstrap of the pairs."""
+    """The median ratio of pairs that were measured in turn, with the 95 % interval of a bootstrap of the pairs."""
 
     ours: float  # median seconds
     theirs: float
@@ -66,12 +66,11 @@ class Ratio:
 
     @staticmethod
     def of(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-        pairs = np.array([ours, theirs])
-        drawn = np.random.default_rng(0).integers(len(ours), size=(DRAWS, len(ours)))
-        medians = np.median(pairs[:, drawn], axis=2)
-        low, high = np.quantile(medians[0] / medians[1], [0.025, 0.975])
-        a, b = statistics.median(ours), statistics.median(theirs)
-        return Ratio(a, b, a / b, float(low), float(high))
+        ratios = np.array(ours) / np.array(theirs)
+        drawn = np.random.default_rng(0).integers(len(ratios), size=(DRAWS, len(ratios)))
+        low, high = np.quantile(np.median(ratios[drawn], axis=1), [0.025, 0.975])
+        value = float(np.median(ratios))
+        return Ratio(statistics.median(ours), statistics.median(theirs), value, float(low), float(high))
 
     @property
     def interval(self) -> str:
@@ -156,7 +155,7 @@ def digits_mlp() -> Scene:
     def teacher(device: str) -> Teacher:
         return Trained(Trained.Config(), dataset, Path("cache"), device).load(Progress(None))
 
-    return Scene("digits, mlp", dataset, teacher, 128, 10, {"direct": {"steps": 2, "pairs": 8192}})
+    return Scene("digits, mlp", dataset, teacher, 128, 1, {"direct": {"steps": 2, "pairs": 8192}})
 
 
 def colour_unet(width: int = 16, batch: int = 16) -> Scene:
@@ -168,7 +167,7 @@ def colour_unet(width: int = 16, batch: int = 16) -> Scene:
         make = lambda: UNet(dataset.shape, width, 1)
         return Teacher("unet", Denoiser(make(), VPCosine(), "v").to(device), dataset.shape, "unet", blank=make)
 
-    return Scene("3x16x16, unet", dataset, teacher, batch, 2, {"direct": {"steps": 1, "pairs": 512}})
+    return Scene("3x16x16, unet", dataset, teacher, batch, 1, {"direct": {"steps": 1, "pairs": 512}})
 
 
 def tiny_mlp() -> Scene:
@@ -194,22 +193,42 @@ class Pair:
 
     def __init__(self, scene: Scene, name: str, images: int, device: str, folder: Path, seed: int = 0) -> None:
         self.scene, self.images, self.device, self.seed, self.folder = scene, images, device, seed, folder
-        cls = METHODS[name]
+        self.name, cls = name, METHODS[name]
         self.config = cls.Config(**scene.settings.get(name, {}))
-        self.method = build_method(cls, self.config, scene.teacher(device), seed, device)
+        self.method = self.build()
         self.teacher = copy.deepcopy(self.method.teacher.denoiser.network)
         self.student = copy.deepcopy(self.method.student)
+
+    def build(self) -> Method:
+        """The method as it is before training."""
+        cls, scene = METHODS[self.name], self.scene
+        return build_method(cls, self.config, scene.teacher(self.device), self.seed, self.device)
+
+    def _workspace(self, method: Method) -> Workspace:
+        meter = Meter(BudgetConfig(images=self.images), method.teacher, self.device)
+        return Workspace(method.teacher, meter, self.folder / "pairs", self.device, self.seed, Progress(None))
 
     def train(self, advance: Callable[[float, str], None] = lambda fraction, note: None) -> Any:
         """By the harness, with a meter and states as in a run; no checkpoints."""
         method, device, config = self.method, self.device, self.config
-        meter = Meter(BudgetConfig(images=self.images), method.teacher, device)
-        workspace = Workspace(method.teacher, meter, self.folder / "pairs", device, self.seed, Progress(None))
-        data = DataStream(self.scene.dataset, self.seed, device)
+        workspace, data = self._workspace(method), DataStream(self.scene.dataset, self.seed, device)
         states = StatesConfig()
         resume = Resume(States(self.folder / "states", states.keep, Progress(None)), states.seconds)
         read = data.read if method.needs_data else None
         return train(method, config, workspace, read, Loop(self.scene.batch), Step(advance), resume=resume)
+
+    def by_hand(self) -> Iterator[None]:
+        """Its bare loop."""
+        return LOOPS[self.name](self.task())
+
+    def own_steps(self) -> tuple[Task, Iterator[None]]:
+        """A bare loop of the method's own steps, and where it ends. Pairs are found that the harness has made."""
+        method, task = self.build(), self.task()
+        workspace = self._workspace(method)
+        method.prepare(workspace)
+        workspace.meter.stop()
+        read = (lambda size: (task.x_0(size), None)) if method.needs_data else None
+        return task, own_steps(method, task, read)
 
     def task(self, on_device: bool = True) -> Task:
         """For the bare loop; random numbers are drawn on the device, or on the CPU as the harness does."""

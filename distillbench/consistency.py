@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from distillbench.conditions import UNCONDITIONAL, Condition
 from distillbench.denoiser import Denoiser
+from distillbench.losses import mean_square
 from distillbench.samplers import time_like
 from distillbench.schedules import NoiseSchedule
 
@@ -56,18 +57,17 @@ class ConsistencyFunction(nn.Module):
         return (c_skip - ratio * k_skip).to(dtype) / schedule.alpha(t), ratio.to(dtype)
 
 
-def mean_square(a: Tensor, b: Tensor) -> Tensor:
-    """The mean of (a - b)^2 over each image's pixels, (B,1,1,1)."""
-    return (a - b).square().mean(dim=(1, 2, 3), keepdim=True)
-
-
-def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
-    """sqrt(|a - b|^2 + c^2) - c with c = .00054 sqrt(pixels), (B,1,1,1) (Song & Dhariwal 2023, arXiv:2310.14189)."""
+def pseudo_huber(a: Tensor, b: Tensor, w: Tensor | float = 1.0) -> Tensor:
+    """The mean of w (sqrt(|a - b|^2 + c^2) - c), c = .00054 sqrt(pixels) (Song & Dhariwal 2023, arXiv:2310.14189)."""
     c = 0.00054 * a[0].numel() ** 0.5
-    return ((a - b).square().sum(dim=(1, 2, 3), keepdim=True) + c**2).sqrt() - c
+    return (w * (((a - b).square().sum(dim=(1, 2, 3), keepdim=True) + c**2).sqrt() - c)).mean()
 
 
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": mean_square, "pseudo_huber": pseudo_huber}
+# The mean of lambda d(a, b), of lambda (B,1,1,1) or a number.
+DISTANCES: dict[str, Callable[[Tensor, Tensor, Tensor | float], Tensor]] = {
+    "l2": mean_square,
+    "pseudo_huber": pseudo_huber,
+}
 
 
 def inverse_step(schedule: NoiseSchedule, t: Tensor, s: Tensor) -> Tensor:

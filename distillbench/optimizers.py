@@ -111,7 +111,9 @@ class Optimizers:
         if network not in self.by_network:
             self.by_network[network] = self._make(network)
         if first:
-            self.by_network[network].zero_grad()
+            for group in self.by_network[network].param_groups:
+                for weight in group["params"]:
+                    weight.grad = None
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def step(self, network: nn.Module, factor: float) -> None:

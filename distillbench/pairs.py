@@ -59,7 +59,7 @@ class PairStore:
             self._held = self._made(torch.arange(len(self)))
         eps, x_0, c = self._held
         indices = indices.to(eps.device)
-        return eps[indices], x_0[indices], c[indices]
+        return eps.index_select(0, indices), x_0.index_select(0, indices), c[indices]
 
     def _made(self, indices: Tensor) -> tuple[Tensor, Tensor, Condition]:
         names = indices.tolist()

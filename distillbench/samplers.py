@@ -235,7 +235,7 @@ def _down(schedule: NoiseSchedule, times: Tensor, x: Tensor) -> Iterator[Tensor]
     """times[N], ..., times[1] of N+1 values, each for every image of x: (B,1,1,1) float64 on x's device."""
     times = times.to(x.device)  # one copy for all steps
     for k in range(len(times) - 1, 0, -1):
-        yield schedule.pick(times, torch.full((len(x), 1, 1, 1), k, device=x.device))
+        yield from schedule.pick(times, torch.full((len(x), 1, 1, 1), k, device=x.device))
 
 
 def ddim(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -44,13 +44,16 @@ class _Grid:
         self.tables: dict[torch.dtype, Tensor] = {times.dtype: times[None]}
         self.places: dict[Any, list[tuple[torch.dtype, int]]] = {}  # rows of the numbers that have a name
 
-    def pick(self, k: Tensor) -> tuple[Tensor, _Point]:
-        """times[k], shape of k, and all that is known of them: one look into each table."""
-        flat = k.flatten()
-        rows = {d: table.index_select(1, flat).view(-1, *k.shape).unbind() for d, table in self.tables.items()}
-        t = rows[self.times.dtype][0]
-        known = {name: tuple(rows[dtype][row] for dtype, row in places) for name, places in self.places.items()}
-        return t, _Point(t, t._version, known, _Picked(self, flat, k.shape))
+    def pick(self, ks: tuple[Tensor, ...]) -> Iterator[_Point]:
+        """times[k] for each k of `ks`, and all that is known of them: one look into each table."""
+        shape, n = ks[0].shape, len(ks)
+        flat = [k.flatten() for k in ks]
+        which = torch.cat(flat) if n > 1 else flat[0]
+        rows = {d: table.index_select(1, which).view(-1, *shape).unbind() for d, table in self.tables.items()}
+        for i, k in enumerate(flat):
+            t = rows[self.times.dtype][i]
+            known = {name: tuple(rows[dtype][n * row + i] for dtype, row in of) for name, of in self.places.items()}
+            yield _Point(t, t._version, known, _Picked(self, k, shape))
 
     def add(self, name: Any, numbers: tuple[Tensor, ...]) -> None:
         places = self.places[name] = []
@@ -181,16 +184,18 @@ class NoiseSchedule(ABC):
             del self._points[next(iter(self._points))]
         return point
 
-    def pick(self, grid: Tensor, k: Tensor) -> Tensor:
-        """grid[k] for times `grid` (N,), shape of k; what is computed of a grid's times is computed once, looked up."""
+    def pick(self, grid: Tensor, *ks: Tensor) -> tuple[Tensor, ...]:
+        """grid[k] for times `grid` (N,) and each of the indices `ks`, of one shape, which is that of the times.
+
+        What is computed of a grid's times is computed once, and looked up for all times that are picked.
+        """
         if not _can_keep(grid):
-            return grid[k]
+            return tuple(grid[k] for k in ks)
         if self._grid is None or self._grid.times is not grid or self._grid.version != grid._version:
             self._grid = _Grid(grid)
         with _lasting():
-            t, point = self._grid.pick(k)
-        self._keep(point)
-        return t
+            points = list(self._grid.pick(ks))
+        return tuple(self._keep(point).t for point in points)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the numbers that are kept: a copy may become another schedule."""

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Denoiser, Method, MethodConfig, Teacher, hookimpl, option
 from distillbench.conditions import UNCONDITIONAL
+from distillbench.losses import mean_square
 from distillbench.networks import TimeEmbedding
 from distillbench.options import require_between, require_one_of, require_positive
 from distillbench.samplers import TIME_GRIDS, ddim, time_like, whole_grid, x_at_t_max
@@ -100,8 +101,7 @@ class Boot(Method):
         if self.config.times == "continuous":
             t = batch.uniform(self.t_min + self.delta, self.t_max)
             return t, (t - self.delta).clamp(min=self.t_min)
-        k, pick = batch.integers(1, self.config.steps + 1), self.teacher.schedule.pick
-        return pick(self.grid, k), pick(self.grid, k - 1)
+        return self.teacher.schedule.pick(self.grid, k := batch.integers(1, self.config.steps + 1), k - 1)
 
     def target(self, eps: Tensor, y_t: Tensor, f_t: Tensor, t: Tensor, s: Tensor, c: Condition) -> Tensor:
         """y_s from y_t along the teacher's Signal-ODE; f_t is f(x_t, t)."""
@@ -130,7 +130,7 @@ class Boot(Method):
             f_t, y_T = self.teacher.denoise(x, times, c[both]).split([batch.size, n])
             y_s = self.target(eps, y_t, f_t, t, s, c)
         g_s, g_T = g(eps[both], torch.cat([s, t_max]), c[both]).split([batch.size, n])
-        yield g, (self.weight(t, s) * (g_s - y_s).square()).mean() + self.config.beta * (g_T - y_T).square().mean()
+        yield g, mean_square(g_s, y_s, self.weight(t, s)) + self.config.beta * mean_square(g_T, y_T)
 
     def supports(self, nfe: int) -> bool:
         return nfe == 1 or (self.config.handover > 0 and nfe > 1 and (nfe - 1) % self.evaluations == 0)

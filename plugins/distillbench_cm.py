@@ -93,13 +93,13 @@ class ConsistencyDistillation(Method):
         schedule, grid = self.teacher.schedule, self.grid
         x_0, eps, c = batch.x_0, batch.noise(), batch.c
         n = batch.integers(0, len(grid) - 1)
-        t, s = schedule.pick(grid, n + 1), schedule.pick(grid, n)
+        t, s = schedule.pick(grid, n + 1, n)
         x_t = schedule.alpha(t) * x_0 + schedule.sigma(t) * eps
         with torch.no_grad():
             x_s = ONE_STEP[self.config.solver](schedule, partial(self.teacher.denoise, c=c), x_t, t, s)
             target = self.target(x_s, s, c)
-        distance = DISTANCES[self.config.metric](self.student(x_t, t, c), target)
-        yield self.student, (STEP_WEIGHTS[self.config.weight](schedule, t, s) * distance).mean()
+        weight, distance = STEP_WEIGHTS[self.config.weight](schedule, t, s), DISTANCES[self.config.metric]
+        yield self.student, distance(self.student(x_t, t, c), target, weight)
 
     def after_step(self) -> None:
         if self.config.mu:

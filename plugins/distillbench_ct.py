@@ -123,12 +123,12 @@ class ConsistencyTraining(Method):
         schedule, grid = self.teacher.schedule, self.grid
         x_0, eps, c = batch.x_0, batch.noise(), batch.c
         n = torch.searchsorted(self.cumulative, batch.uniform(), right=True)
-        t, s = schedule.pick(grid, n + 1), schedule.pick(grid, n)
+        t, s = schedule.pick(grid, n + 1, n)
         x_t, x_s = (schedule.alpha(r) * x_0 + schedule.sigma(r) * eps for r in (t, s))
         with torch.no_grad():
             target = self.target(x_s, s, c)
-        distance = DISTANCES[self.config.metric](self.student(x_t, t, c), target)
-        yield self.student, (STEP_WEIGHTS[self.config.weight](schedule, t, s) * distance).mean()
+        weight, distance = STEP_WEIGHTS[self.config.weight](schedule, t, s), DISTANCES[self.config.metric]
+        yield self.student, distance(self.student(x_t, t, c), target, weight)
 
     def after_step(self) -> None:
         if self.config.mu:

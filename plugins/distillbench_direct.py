@@ -25,6 +25,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import l1_loss, mse_loss
 
 from distillbench import Batch, Condition, Method, MethodConfig, PairStore, UserError, Workspace, hookimpl, option
 from distillbench.options import require_one_of, require_positive
@@ -78,8 +79,8 @@ class Direct(Method):
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         eps, x_0, c = self.pair(batch)
-        difference = self.g(eps, c) - x_0  # (BOOT paper, eq. 2)
-        yield self.student, (difference.abs() if self.config.loss == "l1" else difference.square()).mean()
+        loss = l1_loss if self.config.loss == "l1" else mse_loss
+        yield self.student, loss(self.g(eps, c), x_0)  # (BOOT paper, eq. 2)
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         return self.g(noise(0), c)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
+from distillbench.losses import mean_square
 from distillbench.options import require_one_of, require_positive
 from distillbench.samplers import TIME_GRIDS, ddim, ddim_step, x_at_top
 
@@ -79,29 +80,33 @@ class ProgressiveDistillation(Method):
         """Every (N/n)-th time of the first teacher's grid: n steps."""
         return self.times[:: self.config.steps // n]
 
-    def target(self, z_t: Tensor, i: Tensor, c: Condition) -> Tensor:
-        """x~ for z_t at t = i/n."""
+    def times_at(self, i: Tensor) -> tuple[Tensor, ...]:
+        """t = i/n, t' and t'', a half and a whole step below."""
+        return self.teacher.schedule.pick(self.grid, 2 * i, 2 * i - 1, 2 * i - 2)
+
+    def target(self, z_t: Tensor, i: Tensor, times: tuple[Tensor, ...], c: Condition) -> Tensor:
+        """x~ for z_t at t."""
         schedule, x_hat = self.teacher.schedule, self.taught_by
-        t, t_1, t_2 = (schedule.pick(self.grid, 2 * i - k) for k in range(3))
+        t, t_1, t_2 = times
         z_1 = ddim_step(schedule, z_t, x_hat(z_t, t, c), t, t_1)
         x_1 = x_hat(z_1, t_1, c)
         z_2 = ddim_step(schedule, z_1, x_1, t_1, t_2)
         ratio = schedule.sigma(t_2) / schedule.sigma(t)
-        x_tilde = (z_2 - ratio * z_t) / (schedule.alpha(t_2) - ratio * schedule.alpha(t))
+        x_tilde = torch.addcmul(z_2, ratio, z_t, value=-1) / (schedule.alpha(t_2) - ratio * schedule.alpha(t))
         return torch.where(i == 1, x_1, x_tilde)  # the last step ends on the data prediction
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         schedule = self.teacher.schedule
         x_0, eps, c = batch.x_0, batch.noise(), batch.c
         i = batch.integers(1, self.n + 1)
-        t = schedule.pick(self.grid, 2 * i)
+        t, *_ = times = self.times_at(i)
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         z_t = alpha * x_0 + sigma * eps
         with torch.no_grad():
-            x_tilde = self.target(z_t, i, c)
+            x_tilde = self.target(z_t, i, times, c)
         snr = (alpha / sigma) ** 2
         w = snr.clamp(min=1) if self.config.weight == "truncated_snr" else snr + 1
-        yield self.student, (w * (x_tilde - self.student(z_t, t, c)).square()).mean()
+        yield self.student, mean_square(self.student(z_t, t, c), x_tilde, w)
 
     def end_phase(self, index: int, average: nn.Module) -> None:
         for network in (self.deputy, self.student, self.students[str(self.n)]):

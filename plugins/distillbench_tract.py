@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, Workspace, hookimpl, option
+from distillbench.losses import mean_square
 from distillbench.networks import MovingAverage
 from distillbench.options import require_fraction, require_one_of
 from distillbench.samplers import TIME_GRIDS, check_heun, ddim, ddim_step, x_at_top
@@ -100,10 +101,9 @@ class Tract(Method):
         """The first teacher's grid, thinned to n steps."""
         return self.times[:: self.config.steps[0] // n]
 
-    def target(self, x_t: Tensor, j: Tensor, c: Condition) -> Tensor:
-        """x~ for x_t at t_j."""
-        schedule, e = self.teacher.schedule, (j - 1) // self.group * self.group
-        t, t_1, t_2 = (schedule.pick(self.grid, k) for k in (j, (j - 1).clamp(min=1), e))  # t' = t where x~ is f
+    def target(self, x_t: Tensor, j: Tensor, e: Tensor, times: tuple[Tensor, ...], c: Condition) -> Tensor:
+        """x~ for x_t at t_j, whose group ends at t_e."""
+        schedule, (t, t_1, t_2) = self.teacher.schedule, times
         tau, tau_1, tau_2 = (schedule.noise_level(r) for r in (t, t_1, t_2))
         f = self.taught_by(x_t, t, c)
         if self.heun:
@@ -111,18 +111,19 @@ class Tract(Method):
             f = f + (tau / (2 * tau_1)).to(f.dtype) * (f_1 - f)
         g = self.self_teacher(ddim_step(schedule, x_t, f, t, t_1), t_1, c)
         a = torch.where(e == 0, 0.0, tau_2 * (tau - tau_1) / (tau_1 * (tau - tau_2))).to(f.dtype)
-        return torch.where(j - 1 == e, f, a * f + (1 - a) * g)
+        return torch.where(j - 1 == e, f, torch.lerp(g, f, a))  # a f + (1 - a) g
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         x_0, eps, c, j = batch.x_0, batch.noise(), batch.c, batch.integers(1, len(self.grid))
-        t = self.teacher.schedule.pick(self.grid, j)
+        e = (j - 1) // self.group * self.group
+        t, *_ = times = self.teacher.schedule.pick(self.grid, j, (j - 1).clamp(min=1), e)  # t' = t where x~ is f
         alpha, sigma = self.teacher.schedule.alpha(t), self.teacher.schedule.sigma(t)
         x_t = alpha * x_0 + sigma * eps
         with torch.no_grad():
-            x_tilde = self.target(x_t, j, c)
+            x_tilde = self.target(x_t, j, e, times, c)
         snr = (alpha / sigma) ** 2
         w = snr.clamp(min=1) if self.config.weight == "truncated_snr" else snr + 1
-        yield self.student, (w * (x_tilde - self.student(x_t, t, c)).square()).mean()
+        yield self.student, mean_square(self.student(x_t, t, c), x_tilde, w)
 
     def after_step(self) -> None:
         self.k += 1

@@ -46,6 +46,13 @@ from distillbench_tract import Tract
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+def target_of(method, x_t: Tensor, index: Tensor, c=UNCONDITIONAL) -> Tensor:
+    """x~ at the times that belong to the index."""
+    e = (index - 1) // method.group * method.group
+    times = method.teacher.schedule.pick(method.grid, index, (index - 1).clamp(min=1), e)
+    return method.target(x_t, index, e, times, c)
+
+
 def tract(teacher=None, phase: int | None = None, **settings) -> Tract:
     method = Tract(Tract.Config(**{"steps": [16, 4, 1]} | settings), teacher or gaussian_teacher())
     if phase is not None:
@@ -118,7 +125,7 @@ def fixed_point(method: Tract):
         counts = (j - 1) % method.group != 0
         nothing = lambda x, t, c: torch.full_like(x, torch.nan)
         method.self_teacher = Call((lambda x, t, c: answer(x, j - 1, c)) if counts else nothing)
-        return method.target(x_t, integers(j, x_t), c)
+        return target_of(method, x_t, integers(j, x_t), c)
 
     return each_time(method.grid, answer)
 
@@ -147,7 +154,7 @@ def two_parts(method: Tract, j: Tensor):
     x_t = schedule.alpha(t) * 0.3 + schedule.sigma(t) * make_batch(len(j), (1, 1, 1)).noise()
     x_1 = ddim_to(schedule, x_t, method.taught_by(x_t, t, UNCONDITIONAL), t, t_1)
     x_2 = ddim_to(schedule, x_1, method.self_teacher(x_1, t_1), t_1, t_2)
-    return x_t, method.target(x_t, j, UNCONDITIONAL), torch.where(e == j - 1, x_1, x_2), t, t_2
+    return x_t, target_of(method, x_t, j, UNCONDITIONAL), torch.where(e == j - 1, x_1, x_2), t, t_2
 
 
 @pytest.mark.parametrize("phase", [0, 1])
@@ -183,7 +190,7 @@ def test_the_last_group_ends_on_a_data_prediction(name, times):
     method.self_teacher = Call(lambda x, t, c: asked.append(t) or other(x, t))
     j = torch.arange(1, 5).view(-1, 1, 1, 1)
     t, x_t = method.grid[j], make_batch(4, (1, 1, 1)).noise()
-    target, f = method.target(x_t, j, UNCONDITIONAL), teacher.denoise(x_t, t)
+    target, f = target_of(method, x_t, j, UNCONDITIONAL), teacher.denoise(x_t, t)
     assert torch.equal(target[:1], f[:1]) and target.isfinite().all()
     x_1 = ddim_to(teacher.schedule, x_t[1:], f[1:], t[1:], t[:-1])
     close(target[1:], other(x_1, t[:-1]), atol=1e-12)
@@ -200,7 +207,7 @@ def test_no_digits_are_lost_where_steps_are_short():
     f = lambda x, t, c=UNCONDITIONAL: fine.taught_by(x.double(), t, c).float()
     rounded.taught_by = f
     rounded.self_teacher = Call(lambda x, t, c: fine.self_teacher(x.double(), t, c).float())
-    target = rounded.target(x_t.float(), j, UNCONDITIONAL)
+    target = target_of(rounded, x_t.float(), j, UNCONDITIONAL)
     assert target.dtype == torch.float32
     close(target.double(), exact, atol=2e-6)
     released = x_0_that_lands(VE(), x_t.float(), x_2.float(), t, t_2)
@@ -301,7 +308,7 @@ def test_heun_s_step_is_that_of_the_samplers(name):
     method.self_teacher = Call(lambda x, t, c: asked.append((x, t)) or torch.zeros_like(x))
     j = torch.arange(1, 19).view(-1, 1, 1, 1)
     t, x_t = method.grid[j], schedule.alpha(method.grid[j]) * 0.3 + schedule.sigma(method.grid[j])
-    target = method.target(x_t, j, UNCONDITIONAL)
+    target = target_of(method, x_t, j, UNCONDITIONAL)
     ((x_1, t_1),) = asked
     assert torch.equal(t_1[1:], t[:-1])
     close(x_1[1:], heun_step(schedule, teacher.denoise, x_t[1:], t[1:], t_1[1:]), rtol=1e-10, atol=1e-12)

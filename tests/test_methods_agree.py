@@ -53,7 +53,12 @@ def pd_answer(teacher, eps: Tensor, steps: int) -> Tensor:
 
     def student(method, x_hat):
         method.taught_by = x_hat
-        return lambda z, t, c=UNCONDITIONAL: method.target(z, (t * method.n).round().long(), UNCONDITIONAL)
+
+        def answer(z, t, c=UNCONDITIONAL):
+            i = (t * method.n).round().long()
+            return method.target(z, i, method.times_at(i), UNCONDITIONAL)
+
+        return answer
 
     x_hat, index = teacher.denoise, 0
     while True:

@@ -321,7 +321,7 @@ def test_numbers_from_inference_mode_serve_a_backward_pass():
     schedule, t, weight = VPCosine(), some_times(VPCosine()), torch.ones((), requires_grad=True)
     with torch.inference_mode():
         schedule.alpha(t)
-        picked = schedule.pick(t.flatten(), torch.tensor([3, 1]))
+        (picked,) = schedule.pick(t.flatten(), torch.tensor([3, 1]))
     (weight * schedule.alpha(t)).sum().backward()
     (weight * schedule.alpha(picked)).sum().backward()
     assert weight.grad > 0
@@ -332,7 +332,7 @@ def test_picked_times_have_the_numbers_of_their_grid(name):
     schedule = SCHEDULES[name]()
     grid = some_times(schedule, 9).flatten()
     k = torch.tensor([8, 0, 3, 3]).view(-1, 1, 1, 1)
-    t = schedule.pick(grid, k)
+    (t,) = schedule.pick(grid, k)
     assert torch.equal(t, grid[k])
     fresh = SCHEDULES[name]()
     for of in ("alpha", "sigma", "noise_level"):
@@ -348,7 +348,7 @@ def test_all_that_is_known_of_a_grid_comes_with_times_that_are_picked_from_it():
         return t.float() / 2, t / 2
 
     for _ in range(3):
-        t = schedule.pick(grid, k)
+        (t,) = schedule.pick(grid, k)
         numbers = *schedule.kept(t, "halves", halves), schedule.alpha(t), schedule.noise_level(t), schedule.sigma(t)
         assert [n.shape for n in numbers] == [k.shape] * 5
         fresh = VPCosine()
@@ -357,4 +357,15 @@ def test_all_that_is_known_of_a_grid_comes_with_times_that_are_picked_from_it():
             close(number, other, rtol=1e-14)
     assert asked == [(9,)] and schedule.calls == 1
     grid.mul_(0.9)  # another grid
-    close(schedule.alpha(schedule.pick(grid, k)), fresh.alpha(grid[k]), rtol=1e-14)
+    close(schedule.alpha(*schedule.pick(grid, k)), fresh.alpha(grid[k]), rtol=1e-14)
+
+
+def test_several_times_are_picked_at_once():
+    schedule, k = Counted(), torch.tensor([[8], [2]]).view(2, 1, 1, 1)
+    grid = some_times(schedule, 9).flatten()
+    for _ in range(2):  # without and with numbers that are known
+        times = schedule.pick(grid, k, k - 1, 0 * k)
+        for t, index in zip(times, (k, k - 1, 0 * k), strict=True):
+            assert torch.equal(t, grid[index])
+            close(schedule.sigma(t), VPCosine().sigma(grid[index]), rtol=1e-14)
+    assert schedule.calls == 1
