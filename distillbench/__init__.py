@@ -23,6 +23,7 @@ PUBLIC_MODULES = (
     "files",
     "image_files",
     "laws",
+    "losses",
     "method",
     "metrics",
     "networks",
