@@ -2,6 +2,7 @@
 torch-fidelity's and clean-fid's. Prints medians and ratios.
 
     python benchmarks/scoring.py
+    python benchmarks/scoring.py --pairs 1      # their distances take most of a minute each
 
 Scoring is all that a row costs beside sampling: blocks, resizing, features, moments and the distance. Bare is timm's
 network alone, as it is loaded (ours has its batch norms folded), on inputs that are ready, in the same blocks. Pairs
@@ -11,36 +12,20 @@ are measured in turn, so that a machine that drifts moves both.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measuring import Ratio, compare, machine, print_table
 
 from distillbench.builtin.efficientnet_lite0 import EfficientNetLite0, network_input
 from distillbench.features import ImageSet, Networks, full_precision
 from distillbench.frechet import GaussianStatistics, frechet_distance
 
-IMAGES, SIDE, PAIRS = 2048, 32, 5
+IMAGES, SIDE = 2048, 32
 FEATURES, WIDTH = 5000, 2048
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def compare(title: str, ours: Callable[[], object], theirs: Callable[[], object], allowed: float) -> None:
-    ours(), theirs()
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(PAIRS)]
-    a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratio = statistics.median(x / y for x, y in pairs)
-    print(f"{title}: {a:.2f} s against {b:.2f} s, ratio {ratio:.3f} (allowed {allowed})")
-
-
-def scoring() -> None:
+def scoring(pairs: int) -> Ratio:
     import timm
 
     generator = torch.Generator().manual_seed(0)
@@ -61,10 +46,11 @@ def scoring() -> None:
             for x in inputs:
                 plain(x)
 
-    compare(f"scoring {IMAGES} images of {SIDE}x{SIDE} / bare forward passes", score, bare, 1.05)
+    return compare(score, bare, pairs, wall=True)
 
 
-def frechet() -> None:
+def frechet(pairs: int) -> dict[str, tuple[Ratio, float]]:
+    """Of each library: seconds, and how far its distance is from ours, relative."""
     from cleanfid.fid import frechet_distance as frechet_distance_of_clean_fid
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
@@ -83,16 +69,27 @@ def frechet() -> None:
     def clean() -> float:
         return float(frechet_distance_of_clean_fid(a["mu"], a["sigma"], b["mu"], b["sigma"]))
 
+    found = {}
     for name, theirs in (("torch-fidelity", fidelity), ("clean-fid", clean)):
-        print(f"distances differ by {abs(ours() / theirs() - 1):.1e}, relative")
-        compare(f"{WIDTH}-d Fréchet distance / {name}'s", ours, theirs, 0.7)
+        values: list[float] = []
+        ratio = compare(ours, lambda theirs=theirs, values=values: values.append(theirs()), pairs, wall=True)
+        found[name] = ratio, abs(ours() / values[0] - 1)
+    return found
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    pairs = parser.parse_args().pairs
     torch.set_num_threads(1)
-    scoring()
-    frechet()
+    print(machine())
+    ratios: dict[str, tuple[Ratio, float | None]] = {"timm, forward passes alone": (scoring(pairs), None)}
+    ratios |= {f"{name}, distance of {WIDTH} features": of for name, of in frechet(pairs).items()}
+    rows = [
+        (name, f"{r.ours:.2f}", f"{r.theirs:.2f}", f"{r.value:.3f}", r.interval, "" if off is None else f"{off:.1e}")
+        for name, (r, off) in ratios.items()
+    ]
+    print_table(rows, ("against", "ours s", "theirs s", "ratio", "95 %", "difference"))
 
 
 if __name__ == "__main__":

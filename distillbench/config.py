@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -190,6 +191,7 @@ def _store_nodes(registry: Registry) -> None:
             store.store(group=group, name=name, package=package, node=_default(entry.cls.Config, name))
 
 
+@functools.lru_cache(maxsize=256)
 def _default(config: type, name: str) -> DictConfig:
     # Checks of a plugin's defaults run when they are composed, not here: here only the kind is filled in.
     return typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(config), {"kind": name}))

@@ -155,6 +155,7 @@ def table_of(registry, tmp_path, *words):
     return outcome.table
 
 
+@pytest.mark.slow
 def test_every_method_runs_on_a_closed_form(registry, tmp_path):
     """On small images, so that every score has a value; a Gaussian mixture's samples are no digits, but they count."""
     words = "dataset=gmm", "teacher=gmm", *IMAGES, "dataset.shape=[1,2,2]", "dataset.count=256", *NARROW

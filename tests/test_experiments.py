@@ -234,6 +234,7 @@ def test_a_dry_run_prices_it(name, words, written, capfd, monkeypatch):
     assert "dry run: nothing was run or written" in said and "would fail" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_it_takes_two_steps_and_is_scored(name, words, written, registry):
     less = [word for method, word in LESS.items() if method in written(name).methods]

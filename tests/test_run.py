@@ -144,6 +144,7 @@ def copied(small, tmp_path):
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_columns_are_those_of_the_issue_in_that_order(first):
     assert list(first.table.columns) == COLUMNS.split()
 
@@ -561,6 +562,7 @@ def test_the_picture_shows_what_there_is(strange):
         assert picture.height == 4 + (strange.table["status"] == "ok").sum() * (48 + 4)
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_tried_again_when_asked_and_a_diverged_one_when_forced(tmp_path):
     words = ["methods=[raises,becomes_nan]", *SMALLER]
     first = go(tmp_path, *words, registry=with_strangers(Raises, BecomesNan))
