@@ -32,6 +32,7 @@ import torch
 from rich.console import Console
 
 from distillbench.config import compose_runs
+from distillbench.files import TEMPORARY
 from distillbench.plan import plan
 from distillbench.progress import Progress, Step
 from distillbench.registry import load_registry
@@ -117,7 +118,8 @@ def left(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
     tables = [pd.read_parquet(results / "run" / f"{name}.parquet") for name in ("table", "along")]
     table, along = (frame.drop(columns=[name for name in UNSTEADY if name in frame]) for frame in tables)
     assert set(table) >= RULES
-    weights = [*results.glob("cells/*/*.safetensors"), *results.glob("cache/**/*.safetensors")]
+    found = [*results.glob("cells/*/*.safetensors"), *results.glob("cache/**/*.safetensors")]
+    weights = [file for file in found if not file.name.startswith(TEMPORARY)]  # SIGKILL may leave one; nobody reads it
     hashes = {str(file.relative_to(results)): hashlib.sha256(file.read_bytes()).hexdigest() for file in weights}
     return table, along, hashes
 
