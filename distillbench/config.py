@@ -26,7 +26,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep, ValueType
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
@@ -40,6 +40,7 @@ from distillbench.executor_settings import EXECUTORS, ExecutorConfig, LocalConfi
 from distillbench.neighbours import Neighbours
 from distillbench.options import option, require_between, require_one_of, require_positive
 from distillbench.registry import Registry
+from distillbench.written_values import expand_home, quote_home, split_values, written_value
 
 ON_OOM = ("fail", "accumulate")
 HERE = Path(__file__).resolve().parent
@@ -89,7 +90,7 @@ class RunConfig:
     cell_seconds: float = option(0.0, "longest that the process of a cell may take; 0: no limit")
     states: StatesConfig = option(StatesConfig, "of trainings in progress")
     energy: str = option("nvml", "how joules are counted: nvml (the GPU's counter) or zeus (an extra)")
-    results_dir: str = option("results", "where records and tables go")
+    results_dir: str = option("results", "where records and tables go", path=True)
     run_name: str = option("", "folder of this run below results_dir; empty: made from the dataset and what is run")
 
     def __post_init__(self) -> None:
@@ -166,6 +167,8 @@ def compose_runs(words: list[str], registry: Registry, need_methods: bool = True
             runs = [_compose(points[0], bases, registry)[1]]
         else:
             runs = [_settings(point, bases, known, registry) for point in points]
+    for run in runs:
+        expand_home(run)
     if need_methods and not all(run.methods for run in runs):
         raise UserError(f"no method given. Write methods=[NAME,...]; possible: {', '.join(sorted(registry.methods))}")
     if any(run.executor != runs[0].executor for run in runs):
@@ -214,7 +217,7 @@ def _read(word: str, registry: Registry) -> Override:
         raise UserError(f"{quoted(word)} has {len(word):,} characters, a setting has at most {LONGEST_WORD:,}")
     try:
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        (setting,) = parser.parse_overrides([word])
+        (setting,) = parser.parse_overrides([quote_home(word)])
     except HydraException as error:
         raise UserError(f"cannot read the setting {quoted(word)}: {_advice(word)}") from error
     except (ValueError, RecursionError) as error:  # more digits or levels than Python reads
@@ -272,6 +275,9 @@ def _values(setting: Override, registry: Registry) -> list[Override]:
     given = setting.value()
     if isinstance(given, RangeSweep) and setting.key_or_group not in CHOICES and not given.shuffle:
         return [_at(setting, value) for value in setting.sweep_iterator()]  # nothing to read, of thousands
+    written = split_values(word.partition("=")[2])
+    if isinstance(given, ChoiceSweep) and given.simple_form and len(written) == len(values):
+        values = written  # Hydra's strings are of the values that it read: 20240101 for 2024_01_01
     return [_read(f"{setting.get_key_element()}={value}", registry) for value in values]
 
 
@@ -310,8 +316,10 @@ def _settings(
         known[choices] = Neighbours(node, run)
         if not known[choices].usable:
             return run
-    values = [(s.key_or_group, str(s.input_line), s.value()) for s in point if s.key_or_group not in CHOICES]
+    given = [s for s in point if s.key_or_group not in CHOICES]
     try:
+        node = known[choices].node
+        values = [(s.key_or_group, str(s.input_line), written_value(s, node)) for s in given]
         return known[choices].at(values, _check_number)
     except Exception:  # it has to be composed, or does not fit: then the error is found again, with its words
         return _compose(point, bases, registry)[1]
@@ -336,7 +344,7 @@ def _compose(
         config = copy.deepcopy(base)
         for setting in values:
             _check_name(setting.key_or_group, base)
-            value = setting.value()
+            value = written_value(setting, base)
             replaces = isinstance(value, dict) and _takes_any_name(OmegaConf.select(config, setting.key_or_group))
             OmegaConf.update(config, setting.key_or_group, value, merge=not replaces)
         _check_groups(config, base, values)

@@ -51,7 +51,9 @@ class EvaluationConfig:
     )
     seeds: list[int] = option([0], "sampling seeds: rows for each; an image's noise depends on it and its index alone")
     metrics: list[str] = option(["fd_efficientnet_lite0", "teacher_rmse"], "scores, by name or pattern: '*_inception'")
-    references: list[str] = option([], "files of reference statistics (.npz) to use instead of the dataset's images")
+    references: list[str] = option(
+        [], "files of reference statistics (.npz) to use instead of the dataset's images", path=True
+    )
     checkpoints: int = option(0, "points along training, between its start and end, at which students are scored too")
     precision: str = option("fp32", "of networks where they are sampled from and timed: fp32, tf32 (GPU), bf16 or fp16")
     cuda_graphs: bool = option(False, "on a GPU, networks are captured once for each shape and replayed by one launch")

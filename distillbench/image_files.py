@@ -244,7 +244,9 @@ class Fit:
 class FileConfig(DatasetConfig):
     """Settings of every dataset of files. Each dataset has its own defaults."""
 
-    path: str = option("", "the images: EDM's zip, a folder, npz, idx, parquet, CIFAR's batches or hub:OWNER/NAME")
+    path: str = option(
+        "", "the images: EDM's zip, a folder, npz, idx, parquet, CIFAR's batches or hub:OWNER/NAME", path=True
+    )
     split: str = option("all", "which part, where the source has parts: train, test or all")
     resolution: int = option(32, "side in pixels")
     crop: str = option("center", "center: the largest centred square; none: images must be square")

@@ -17,9 +17,12 @@ from distillbench.errors import UserError, nearest
 __all__ = ["option", "require_between", "require_fraction", "require_one_of", "require_positive"]
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with a default and the sentence that ``distillbench describe`` prints for it."""
-    metadata = {"help": help}
+def option(default: Any, help: str, path: bool = False) -> Any:
+    """A dataclass field with a default and the sentence that ``distillbench describe`` prints for it.
+
+    With `path` it is a file or folder, or a list of them, in which a leading ``~`` stands for the user's home.
+    """
+    metadata = {"help": help, "path": path}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     if dataclasses.is_dataclass(default) and isinstance(default, type):

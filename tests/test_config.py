@@ -446,3 +446,45 @@ def test_an_incomplete_installation_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "distillbench" / "configs").mkdir(parents=True)
     (tmp_path / "distillbench" / "configs" / "config.yaml").write_text("")  # where a wheel has them
     assert config_folder() == tmp_path / "distillbench" / "configs"
+
+
+# --- values as they were written -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["2024_01_01", "1e3", "true", "007", "1_0", "0x10", "inf"])
+def test_a_text_setting_keeps_its_word(registry, text):
+    (run,) = compose_runs([*GIVEN, f"run_name={text}"], registry)
+    assert run.run_name == text
+    (quoted,) = compose_runs([*GIVEN, f"run_name='{text}'"], registry)
+    assert quoted.run_name == text
+    swept = compose_runs([*GIVEN, f"run_name={text},other", "seed=0,1"], registry)
+    assert [run.run_name for run in swept] == [text, text, "other", "other"]
+    (listed,) = compose_runs([*GIVEN, f"evaluation.references=[{text}, 'a,b', c]"], registry)
+    assert listed.evaluation.references == [text, "a,b", "c"]
+
+
+def test_numbers_stay_numbers(registry):
+    (run,) = compose_runs([*GIVEN, "budget.images=1_000", "evaluation.seeds=[1_0,2]", "guidance=1e0"], registry)
+    assert (run.budget.images, run.evaluation.seeds, run.guidance) == (1000, [10, 2], 1.0)
+
+
+def test_a_leading_tilde_is_the_home_folder_in_every_path(registry, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["methods=[boot]", "dataset=folder", "dataset.path=~/images", "results_dir=~/my results"]
+    words += ["evaluation.references=[~/a.npz,'~/b.npz','c~.npz']", "run_name=~x"]
+    (run,) = compose_runs(words, registry)
+    assert run.dataset.path == f"{tmp_path}/images"
+    assert run.results_dir == f"{tmp_path}/my results"
+    assert run.evaluation.references == [f"{tmp_path}/a.npz", f"{tmp_path}/b.npz", "c~.npz"]
+    assert run.run_name == "~x", "not a path"
+    quoted = compose_runs(["methods=[boot]", "dataset=folder", 'dataset.path="~/a",~/b'], registry)
+    assert [run.dataset.path for run in quoted] == [f"{tmp_path}/a", f"{tmp_path}/b"]
+
+
+def test_every_setting_that_names_files_is_declared_as_a_path(registry):
+    """Their names and help texts say which those are."""
+    kinds = [config.RunConfig, config.EvaluationConfig]
+    kinds += [entry.cls.Config for kind in ("datasets", "teachers") for entry in registry.of_kind(kind).values()]
+    for field in itertools.chain.from_iterable(map(dataclasses.fields, kinds)):
+        named = field.name.endswith(("path", "_dir", "references"))
+        assert bool(field.metadata.get("path")) >= named, field.name

@@ -137,14 +137,18 @@ class DeepFloyd(TextPipeline):
     @dataclass
     class Config(PipelineConfig):
         stage: int = option(1, "1: the base, images from texts; 2: the upscaler")
-        base: str = option("", "of stage 2: folder of an exported one-step student of stage 1, or of stage 1 itself")
+        base: str = option(
+            "", "of stage 2: folder of an exported one-step student of stage 1, or of stage 1 itself", path=True
+        )
         base_steps: int = option(50, "DDIM steps of a base that is stage 1 itself; a student makes one")
         base_guidance: float = option(7.0, "w of a base that is stage 1 itself; a student answers guided by itself")
         t_max: float = option(
             1.0, "largest time that is used; below 1 spares students of one step a division by 20,000"
         )
         noise_level: int = option(250, f"noise added to what is enlarged, an index of the {NOISING}")
-        text: str = option("", "folder whose tokenizer and text encoder are used; empty: those of path, or of base")
+        text: str = option(
+            "", "folder whose tokenizer and text encoder are used; empty: those of path, or of base", path=True
+        )
 
         def __post_init__(self) -> None:
             super().__post_init__()

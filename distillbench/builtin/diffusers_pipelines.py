@@ -314,7 +314,7 @@ def patterns_of(components: tuple[str, ...], variant: str) -> list[str]:
 class PipelineConfig(TeacherConfig):
     """Settings of all teachers that are read from a pipeline."""
 
-    path: str = option("", "a pipeline's folder (with model_index.json), or its name on the hub (required)")
+    path: str = option("", "a pipeline's folder (with model_index.json), or its name on the hub (required)", path=True)
     download: bool = option(False, "may the hub be asked for what is not on this machine")
     revision: str = option("", "branch, tag or commit on the hub; empty: its main branch")
     variant: str = option("", "which weights, as in diffusion_pytorch_model.VARIANT.safetensors: fp16, ...")

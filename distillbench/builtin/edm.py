@@ -79,7 +79,7 @@ class Edm(TeacherSource):
 
     @dataclass
     class Config(TeacherConfig):
-        path: str = option("", f"the file (required), such as {PUBLISHED['ffhq']}")
+        path: str = option("", f"the file (required), such as {PUBLISHED['ffhq']}", path=True)
         dropout: float = option(0.0, "share of features that students forget in training (EDM trains with .05 to .25)")
 
         def __post_init__(self) -> None:

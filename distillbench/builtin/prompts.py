@@ -33,8 +33,10 @@ class Prompts(Dataset):
 
     @dataclass
     class Config(DatasetConfig):
-        path: str = option("", "the prompts (required): .txt (one a line), .jsonl, .csv or .parquet")
-        evaluation_path: str = option("", "prompts for evaluation only, in such a file; empty: those of path")
+        path: str = option("", "the prompts (required): .txt (one a line), .jsonl, .csv or .parquet", path=True)
+        evaluation_path: str = option(
+            "", "prompts for evaluation only, in such a file; empty: those of path", path=True
+        )
         limit: int = option(0, "the first so many prompts of path; 0: all")
         resolution: int = option(512, "side in pixels of the images that the teacher makes")
 

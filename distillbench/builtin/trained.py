@@ -95,11 +95,13 @@ class Trained(TeacherSource):
 
     @dataclass
     class Config(TeacherConfig):
-        path: str = option("", "safetensors file written by `distillbench teacher train`; empty: by recipe")
+        path: str = option("", "safetensors file written by `distillbench teacher train`; empty: by recipe", path=True)
         network: str = option("auto", f"mlp, unet, dit, or auto: mlp up to {MLP_UP_TO} pixels a side, else unet")
         width: int = option(0, "channels; 0: the network's default (mlp 256, unet 64, dit 384)")
         depth: int = option(0, "blocks; 0: the network's default (mlp 4, unet 2 a level, dit 8)")
-        architecture: str = option("", "config.json of a UNet2DModel or DiTTransformer2DModel of diffusers, instead")
+        architecture: str = option(
+            "", "config.json of a UNet2DModel or DiTTransformer2DModel of diffusers, instead", path=True
+        )
         prediction: str = option("v", f"what the network predicts: {', '.join(TARGETS)}")
         schedule: str = option("vp_cosine", f"noise schedule: {', '.join(SCHEDULES)}")
         seed: int = option(0, "seed of the teacher's training")

@@ -1,0 +1,107 @@
+"""Values of settings as their user wrote them: texts that look like numbers, and paths that begin with ``~``.
+
+Hydra's grammar reads ``2024_01_01`` as a number and refuses an unquoted ``~``. A setting that is a text keeps the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+HOME = re.compile(r"(?<=[=,\[(])(\s*)(~[^,\[\]{}()'\"]*)")
+OPENING, CLOSING, QUOTES = "[{(", ")}]", "'\""
+
+
+def quote_home(word: str) -> str:
+    """``name=~/folder`` with quotes round what begins with ``~``, so that Hydra's grammar accepts it."""
+    return HOME.sub(r'\1"\2"', word)
+
+
+def split_values(text: str) -> list[str]:
+    """The values that commas separate in `text`, without looking into brackets and quotes."""
+    values, depth, quote = [""], 0, ""
+    escaped = False
+    for character in text:
+        if quote:
+            quote = "" if character == quote and not escaped else quote
+        elif character in QUOTES:
+            quote = character
+        elif character in OPENING:
+            depth += 1
+        elif character in CLOSING:
+            depth -= 1
+        elif character == "," and not depth:
+            values.append("")
+            continue
+        escaped = character == "\\" and not escaped
+        values[-1] += character
+    return [value.strip() for value in values]
+
+
+def written_value(setting: Override, node: DictConfig) -> Any:
+    """The value of `setting`. Where the settings `node` have a text at its name, it is the text as it was written."""
+    value, hint = setting.value(), _hint(node, setting.key_or_group)
+    text = str(setting.input_line).partition("=")[2].strip()
+    if hint is str:
+        return _as_text(value, text)
+    if typing.get_origin(hint) is list and typing.get_args(hint) == (str,) and isinstance(value, list):
+        items = split_values(text[1:-1])
+        if len(items) == len(value):
+            return [_as_text(*pair) for pair in zip(value, items, strict=True)]
+    return value
+
+
+def _as_text(value: Any, text: str) -> Any:
+    return text if isinstance(value, bool | int | float) else value
+
+
+def _hint(node: DictConfig, name: str) -> Any:
+    """The type of the setting `name`; None where it has none of its own."""
+    parent, _, last = name.rpartition(".")
+    group = OmegaConf.select(node, parent) if parent else node
+    kind = OmegaConf.get_type(group) if isinstance(group, DictConfig) else None
+    return _hints(kind).get(last) if dataclasses.is_dataclass(kind) and isinstance(kind, type) else None
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return {name: _without_none(hint) for name, hint in typing.get_type_hints(kind).items()}
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    (first, *others) = [part for part in typing.get_args(hint) if part is not type(None)]
+    return hint if others else first
+
+
+def expand_home(config: Any) -> None:
+    """Replace a leading ``~`` in every setting of the dataclass `config` that is declared as a path, in place."""
+    for group in _groups(config):
+        for field in dataclasses.fields(group):
+            if field.metadata.get("path"):
+                given = getattr(group, field.name)
+                paths = [_expanded(path) for path in given] if isinstance(given, list) else _expanded(given)
+                object.__setattr__(group, field.name, paths)  # a plugin's settings may be a frozen dataclass
+
+
+def _expanded(path: Any) -> Any:
+    return os.path.expanduser(path) if isinstance(path, str) else path
+
+
+def _groups(config: Any) -> Iterator[Any]:
+    """`config` and every dataclass within it."""
+    yield config
+    for value in vars(config).values():
+        for inner in value.values() if isinstance(value, dict) else [value]:
+            if dataclasses.is_dataclass(inner) and not isinstance(inner, type):
+                yield from _groups(inner)
