@@ -245,7 +245,7 @@ def _cost(price: Price, used: Energy, flops: tuple[NetworkFlops, NetworkFlops] |
 def keep_traceback(error: Exception, folder: Path, progress: Progress) -> str:
     """One line for the row; the traceback goes to a file beside the record."""
     text = traceback.format_exc()
-    write_atomically(folder / ERROR, lambda path: Path(path).write_text(text))
+    write_atomically(folder / ERROR, lambda path: Path(path).write_text(text, encoding="utf-8"))
     line = (str(error).strip() or "no message").splitlines()[0]
     progress.say(f"{type(error).__name__}: {line} (traceback in {folder / ERROR})")
     return f"{type(error).__name__}: {line}"

@@ -14,6 +14,7 @@ import click
 
 from distillbench import __version__
 from distillbench.errors import DivergedError, Unavailable, UserError, unknown
+from distillbench.output_encoding import replace_unwritable
 from distillbench.signals import Interrupted, stopping
 from distillbench.terminal import new_console, print_definitions, print_plan, print_rows, print_table, width
 
@@ -28,10 +29,17 @@ BAD_INPUT, SOMETHING_FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 KINDS = ("methods", "teachers", "datasets", "metrics")
 
 
+class UserPath(click.Path):
+    """A path in which a leading ``~`` is the user's home: shells leave it alone after ``--output=``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
 def plugin_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options of a command that loads plugins."""
     folders = click.option(
-        "--plugins-dir", "folders", multiple=True, type=click.Path(file_okay=False), envvar="DISTILLBENCH_PLUGINS_DIR",
+        "--plugins-dir", "folders", multiple=True, type=UserPath(file_okay=False), envvar="DISTILLBENCH_PLUGINS_DIR",
         help="Folder whose files are plugins too; several allowed. [$DISTILLBENCH_PLUGINS_DIR]",
     )  # fmt: skip
     return folders(click.option("--debug", is_flag=True, help="Show tracebacks.")(command))
@@ -252,7 +260,7 @@ def check(registry: Registry, name: str, settings: tuple[str, ...], quick: bool,
 @click.option(
     "--kind", type=click.Choice(["method", "teacher", "dataset", "metric"]), default="method", show_default=True
 )
-@click.option("--output", "-o", type=click.Path(), help="Folder to write. [distillbench-NAME]")
+@click.option("--output", "-o", type=UserPath(), help="Folder to write. [distillbench-NAME]")
 @with_plugins
 def new_plugin(registry: Registry, name: str, kind: str, output: str | None) -> None:
     """Write a small package that brings NAME: a module that works, its tests, its entry point.
@@ -287,7 +295,7 @@ def plugins(folders: tuple[str, ...], debug: bool) -> None:
 
 
 @cli.command()
-@click.option("--results-dir", default="results", show_default=True, type=click.Path(), help="Where results go.")
+@click.option("--results-dir", default="results", show_default=True, type=UserPath(), help="Where results go.")
 @click.option("--thorough", is_flag=True, help="Check the hash of every student's weights.")
 @plugin_options
 def doctor(results_dir: str, thorough: bool, folders: tuple[str, ...], debug: bool) -> None:
@@ -301,7 +309,7 @@ def doctor(results_dir: str, thorough: bool, folders: tuple[str, ...], debug: bo
 
 
 @cli.command()
-@click.option("--results-dir", default="results", show_default=True, type=click.Path(), help="What to clean.")
+@click.option("--results-dir", default="results", show_default=True, type=UserPath(), help="What to clean.")
 @click.option("--what", multiple=True, help="Kinds of files; several allowed. [temporary, states]")
 @click.option("--older-than", type=click.FloatRange(min=0), help="Only what is older than so many days.")
 @click.option("--yes", is_flag=True, help="Remove without asking.")
@@ -330,7 +338,7 @@ def teacher() -> None:
 
 @teacher.command("train")
 @click.argument("settings", nargs=-1)
-@click.option("--output", "-o", type=click.Path(dir_okay=False), help="File to write; default: the results' cache.")
+@click.option("--output", "-o", type=UserPath(dir_okay=False), help="File to write; default: the results' cache.")
 @with_plugins
 def train_teacher(registry: Registry, settings: tuple[str, ...], output: str | None) -> None:
     """Train the teacher of a dataset anew and write its weights (safetensors).
@@ -361,7 +369,7 @@ def train_teacher(registry: Registry, settings: tuple[str, ...], output: str | N
 
 @cli.command()
 @click.argument("network", required=False)
-@click.option("--from", "source", type=click.Path(), help="Copy this file, or from this folder.")
+@click.option("--from", "source", type=UserPath(), help="Copy this file, or from this folder.")
 @with_plugins
 def fetch(registry: Registry, network: str | None, source: str | None) -> None:
     """Fetch the weights of the feature network NETWORK, such as inception for FID. Without a name: list them.
@@ -401,7 +409,7 @@ def data() -> None:
 
 @data.command("check")
 @click.argument("settings", nargs=-1)
-@click.option("--grid", type=click.Path(dir_okay=False), help="Write a picture of the first 64 images (.png).")
+@click.option("--grid", type=UserPath(dir_okay=False), help="Write a picture of the first 64 images (.png).")
 @with_plugins
 def check_data(registry: Registry, settings: tuple[str, ...], grid: str | None) -> None:
     """Read every image of a dataset: what is there, counts, classes, hash, damaged and double images.
@@ -419,10 +427,10 @@ def check_data(registry: Registry, settings: tuple[str, ...], grid: str | None) 
 
 
 @cli.command()
-@click.argument("run_folder", type=click.Path())
+@click.argument("run_folder", type=UserPath())
 @click.option("--method", required=True, help="Which student of the run.")
 @click.option("--seed", type=click.IntRange(min=0), help="Its training seed, where the run has several.")
-@click.option("--output", "-o", required=True, type=click.Path(), help="Folder to write; must not be there yet.")
+@click.option("--output", "-o", required=True, type=UserPath(), help="Folder to write; must not be there yet.")
 @with_plugins
 def export(registry: Registry, run_folder: str, method: str, seed: int | None, output: str) -> None:
     """Write a one-step student of RUN_FOLDER as a pipeline that diffusers loads without distillbench.
@@ -443,9 +451,9 @@ FORMS = ("html", "markdown", "latex", "csv", "figures")
 
 
 @cli.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path())
+@click.argument("runs", nargs=-1, required=True, type=UserPath())
 @click.option("--as", "forms", multiple=True, type=click.Choice(FORMS), help="What to write; several allowed. [html]")
-@click.option("--output", "-o", type=click.Path(file_okay=False), help="Folder to write to. [the first run's]")
+@click.option("--output", "-o", type=UserPath(file_okay=False), help="Folder to write to. [the first run's]")
 @click.option("--columns", multiple=True, help="Of tables for papers: names, joined by commas.")
 @click.option("--precision", multiple=True, help="Decimals of a column: NAME=DECIMALS. [as the interval allows]")
 @click.option("--sort", help="Column to sort tables for papers by; with - before it, the other way round.")
@@ -467,8 +475,8 @@ def report(
 
 
 @cli.command()
-@click.argument("a", type=click.Path())
-@click.argument("b", type=click.Path())
+@click.argument("a", type=UserPath())
+@click.argument("b", type=UserPath())
 @click.option("--tolerance", default=0.1, show_default=True, help="Change of a cost that is still none, as a share.")
 @click.option("--all-costs", is_flag=True, help="Show costs that changed less, too.")
 @debuggable
@@ -484,8 +492,8 @@ def compare(a: str, b: str, tolerance: float, all_costs: bool) -> None:
 
 
 @cli.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path())
-@click.option("--output", "-o", required=True, type=click.Path(), help="Folder to write; must not be there yet.")
+@click.argument("runs", nargs=-1, required=True, type=UserPath())
+@click.option("--output", "-o", required=True, type=UserPath(), help="Folder to write; must not be there yet.")
 @click.option("--keep", type=click.Choice(["first", "last"]), help="Which of rows that contradict each other.")
 @debuggable
 def merge(runs: tuple[str, ...], output: str, keep: Literal["first", "last"] | None) -> None:
@@ -500,7 +508,7 @@ def merge(runs: tuple[str, ...], output: str, keep: Literal["first", "last"] | N
 
 
 @cli.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path())
+@click.argument("runs", nargs=-1, required=True, type=UserPath())
 @click.option("--columns", multiple=True, help="Names, joined by commas.")
 @click.option("--sort", multiple=True, help="Columns to sort by.")
 @click.option("--where", multiple=True, help="Comparisons that rows must meet: 'nfe<=2', method=boot,cm.")
@@ -529,7 +537,7 @@ def reference() -> None:
 @reference.command("export")
 @click.argument("settings", nargs=-1)
 @click.option("--network", required=True, help="Feature network, such as inception.")
-@click.option("--output", "-o", required=True, type=click.Path(dir_okay=False), help="File to write (.npz).")
+@click.option("--output", "-o", required=True, type=UserPath(dir_okay=False), help="File to write (.npz).")
 @with_plugins
 def export_reference(registry: Registry, settings: tuple[str, ...], network: str, output: str) -> None:
     """Compute the statistics of a dataset and write them in the layout of pytorch-fid and EDM, with provenance.
@@ -546,11 +554,11 @@ def export_reference(registry: Registry, settings: tuple[str, ...], network: str
 
 
 @reference.command("import")
-@click.argument("file", type=click.Path(dir_okay=False))
+@click.argument("file", type=UserPath(dir_okay=False))
 @click.argument("settings", nargs=-1)
 @click.option("--network", required=True, help="The network and preprocessing that FILE was made with.")
 @click.option("--images", required=True, type=click.IntRange(min=2), help="How many images FILE is of.")
-@click.option("--output", "-o", required=True, type=click.Path(dir_okay=False), help="File to write (.npz).")
+@click.option("--output", "-o", required=True, type=UserPath(dir_okay=False), help="File to write (.npz).")
 @with_plugins
 def import_reference(
     registry: Registry, file: str, settings: tuple[str, ...], network: str, images: int, output: str
@@ -572,7 +580,7 @@ def import_reference(
 
 
 @reference.command("show")
-@click.argument("file", type=click.Path(dir_okay=False))
+@click.argument("file", type=UserPath(dir_okay=False))
 def show_reference(file: str) -> None:
     """Show what a reference file says of itself."""
     from pathlib import Path
@@ -589,6 +597,8 @@ def show_reference(file: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: what the user can mend becomes one message and exit code 2."""
     words = sys.argv[1:] if arguments is None else list(arguments)
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend, handed on to its processes, is refused by matplotlib
+    replace_unwritable()
     try:
         cli.main(words, prog_name="distillbench", standalone_mode=False)
     except (click.Abort, Interrupted) as interrupted:

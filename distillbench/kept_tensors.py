@@ -41,7 +41,7 @@ def read_tensors(path: Path, sealed: bool = True) -> dict[str, Tensor]:
 def seal_array(path: Path, recipe: Mapping[str, Any]) -> None:
     """Write beside the array at `path` how it was made, and its SHA-256."""
     text = json.dumps({**recipe, "sha256": sha256_file(path)}, indent=2)
-    write_atomically(path.with_suffix(".json"), lambda temporary: Path(temporary).write_text(text))
+    write_atomically(path.with_suffix(".json"), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def read_array(path: Path, recipe: Mapping[str, Any] | None = None, mode: str = "r") -> np.ndarray:
@@ -50,7 +50,7 @@ def read_array(path: Path, recipe: Mapping[str, Any] | None = None, mode: str = 
     Raises ValueError, also where it was made by another recipe than `recipe`.
     """
     try:
-        told = json.loads(path.with_suffix(".json").read_text())
+        told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if not isinstance(told, dict) or told.pop("sha256", None) != sha256_file(path):
             raise ValueError("its checksum is wrong")
         if recipe is not None and canonical_json(told) != canonical_json(recipe):

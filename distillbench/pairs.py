@@ -160,11 +160,11 @@ class Workspace:
             {"recipe": recipe, "targets_sha256": sha256_file(folder / "targets.safetensors"), **self._made}
         )
         text = json.dumps(manifest, indent=2)
-        write_atomically(folder / "manifest.json", lambda path: Path(path).write_text(text))
+        write_atomically(folder / "manifest.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
 
     def _find(self, folder: Path, recipe: dict[str, Any]) -> Tensor | None:
         try:
-            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             if manifest["recipe"] != recipe:
                 return None
             if manifest != signed(manifest):

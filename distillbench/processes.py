@@ -29,6 +29,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from distillbench.errors import Unavailable, UserError
+from distillbench.output_encoding import replace_unwritable
 
 SECONDS_TO_EXIT = 5.0  # after the answer was given
 SECONDS_BETWEEN_LOOKS = 0.2  # at a process that ends
@@ -137,6 +138,7 @@ def _work(pickled: bytes, writer: Connection, log: str) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    replace_unwritable()
     lock = threading.Lock()
 
     def tell(*told: Any) -> None:
@@ -186,6 +188,7 @@ def _answer(pickled: bytes, writer: Connection, printed: str) -> None:
     with open(printed, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    replace_unwritable()
     answer, failure, told = None, "", ""
     try:
         function, argument = pickle.loads(pickled)

@@ -184,7 +184,7 @@ AnyRecord = TypeVar("AnyRecord", TrainRecord, EvaluationRecord, SpeedRecord)
 def write_record(path: Path, record: BaseModel) -> None:
     """Write a record atomically, with its checksum."""
     text = json.dumps(signed(json.loads(record.model_dump_json())), indent=1)
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def load_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:

@@ -149,7 +149,7 @@ class RunTable:
             write_table(make_along(along, list(self.columns)), self.folder, "along")
         self.texts = self.texts or self._texts()
         for name, text in self.texts.items():
-            write_atomically(self.folder / name, lambda path, text=text: Path(path).write_text(text))
+            write_atomically(self.folder / name, lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))
         links = {self.folder / "weights" / one.weights[1]: one.weights[0] for one in done if one.weights is not None}
         link_all({target: source for target, source in links.items() if target not in self.linked})
         self.linked |= links.keys()

@@ -52,7 +52,7 @@ class SeenFiles:
             files = _read(self.folder / NAME) | self.fresh
             text = json.dumps({"format": FORMAT, "files": files})
             try:
-                write_atomically(self.folder / NAME, lambda path: Path(path).write_text(text))
+                write_atomically(self.folder / NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
             except OSError:
                 return
             self.known, self.fresh = files, {}
