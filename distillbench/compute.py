@@ -8,6 +8,7 @@ made, and a student made of the teacher like a student.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from distillbench.denoiser import Counter, NetworkCall
 from distillbench.errors import UserError
 from distillbench.network_calls import DTYPES, AsAsked, networks_below
 from distillbench.options import option, require_between, require_one_of
+from distillbench.precision import float32_products
 
 if TYPE_CHECKING:
     from distillbench.method import Method
@@ -32,6 +34,8 @@ OF_ANSWERS = (
     "channels_last",
     "compile",
 )  # settings, beside the precision, that can move what a network answers
+WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with which cuBLAS repeats to the bit
+AMPERE = (8, 0)  # compute capability
 MOST_VARIANTS = 128  # of one function, compiled: a network's blocks have many shapes, with gradient and without
 
 
@@ -49,12 +53,18 @@ class ComputeConfig:
         False, "FSDP: weights, gradients and moments are spread over the processes that train together"
     )
     prefetch: int = option(2, "batches of real images read ahead on a GPU's machine; 0: none")
+    deterministic: bool = option(False, "only algorithms that give the same bits each time; without one, a cell fails")
+    cudnn_benchmark: bool = option(
+        False, "cuDNN tries its algorithms and keeps the fastest, not the same one each time"
+    )
 
     def __post_init__(self) -> None:
         require_one_of(self, "precision", PRECISIONS)
         require_one_of(self, "teacher_precision", ("same", *PRECISIONS))
         require_one_of(self, "compile", ("off", "whole", "blocks"))
         require_between(self, 0, 1000, "prefetch")
+        if self.deterministic and self.cudnn_benchmark:
+            raise UserError("compute.deterministic=true does not go with compute.cudnn_benchmark=true")
         if self.shard:
             _check_sharded(self)
 
@@ -81,6 +91,7 @@ def applied(config: ComputeConfig, method: Method, device: str) -> Iterator[None
     }
     with ExitStack() as stack:
         stack.enter_context(tf32(config.tf32, device))
+        stack.enter_context(_algorithms(config, device))
         if config.compile != "off":
             stack.enter_context(_many_variants())
         for counter, call in calls.items():
@@ -116,19 +127,26 @@ def last_batch(config: ComputeConfig) -> AbstractContextManager[Any]:
     return nullcontext() if config.compile == "off" else torch.compiler.set_stance("eager_on_recompile")
 
 
-@contextmanager
-def tf32(allowed: bool, device: str) -> Iterator[None]:
+def tf32(allowed: bool, device: str) -> AbstractContextManager[Any]:
     """In the block float32 products and convolutions on a GPU may, or may not, use TF32."""
-    if device == "cpu":
-        yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    return nullcontext() if device == "cpu" else float32_products(allowed)
+
+
+@contextmanager
+def _algorithms(config: ComputeConfig, device: str) -> Iterator[None]:
+    """In the block torch and cuDNN choose among algorithms as `config` says, whatever the process has set."""
+    cudnn, enabled = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    before = cudnn.benchmark, cudnn.deterministic, torch.is_deterministic_algorithms_warn_only_enabled()
+    if device != "cpu":
+        cudnn.benchmark, cudnn.deterministic = config.cudnn_benchmark, config.deterministic
+    if config.deterministic:  # only then: to set it imports torch's compiler
+        torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        cudnn.benchmark, cudnn.deterministic, warn_only = before
+        if config.deterministic:
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def _many_variants() -> AbstractContextManager[Any]:
@@ -207,7 +225,8 @@ def _training_in_words(config: ComputeConfig) -> str:
         words.append(f"teacher {config.of_teacher}")
     words += [name for name in ("tf32", "channels_last") if getattr(config, name)]
     words += [f"compile={config.compile}"] if config.compile != "off" else []
-    return ", ".join(words + [name for name in ("recompute", "shard") if getattr(config, name)])
+    last = ("recompute", "shard", "deterministic", "cudnn_benchmark")
+    return ", ".join(words + [name for name in last if getattr(config, name)])
 
 
 def changed(config: ComputeConfig | None, asked: Sampling) -> list[str]:
@@ -233,8 +252,12 @@ def kind_of(device: str) -> str:
 
 def check_compute(config: ComputeConfig, device: str) -> None:
     """Raise UserError for settings that `device` cannot follow."""
-    if config.tf32 and device == "cpu":
-        raise UserError("compute.tf32=true needs a GPU: TF32 is a format of NVIDIA's, and device is cpu")
+    if config.tf32:
+        _check_tf32("compute.tf32=true", device)
+    if config.cudnn_benchmark and device == "cpu":
+        raise UserError("compute.cudnn_benchmark=true needs a GPU, and device is cpu")
+    if config.deterministic and device != "cpu" and not torch.version.hip:
+        _check_workspace()
     halves = {config.precision, config.of_teacher}
     _check_precision("compute.precision" if config.precision in DTYPES else "compute.teacher_precision", halves, device)
 
@@ -243,8 +266,8 @@ def check_sampling(asked: Sampling, device: str) -> None:
     """The same for settings of evaluation."""
     if asked.cuda_graphs and device == "cpu":
         raise UserError("evaluation.cuda_graphs=true needs a GPU, and device is cpu")
-    if asked.precision == "tf32" and device == "cpu":
-        raise UserError("evaluation.precision=tf32 needs a GPU: TF32 is a format of NVIDIA's, and device is cpu")
+    if asked.precision == "tf32":
+        _check_tf32("evaluation.precision=tf32", device)
     _check_precision("evaluation.precision", {asked.precision}, device)
 
 
@@ -261,9 +284,29 @@ def _check_sharded(config: ComputeConfig) -> None:
         raise UserError(f"compute.shard=true does not go with compute.{words}")
 
 
+def _check_tf32(setting: str, device: str) -> None:
+    """Raise UserError where there is no TF32."""
+    if device == "cpu" or torch.version.hip:
+        here = "device is cpu" if device == "cpu" else f"this torch is built for AMD's (ROCm {torch.version.hip})"
+        raise UserError(f"{setting} needs a GPU of NVIDIA's: TF32 is a format of theirs, and {here}")
+
+
+def _check_workspace() -> None:
+    """Raise UserError where cuBLAS may add up in any order: it reads how it should once, when it is first used."""
+    value = os.environ.get(WORKSPACE)
+    if value not in WORKSPACES:
+        got = "is not set" if value is None else f"is {value!r}"
+        raise UserError(
+            f"compute.deterministic=true needs {WORKSPACE}={WORKSPACES[0]} or {WORKSPACES[1]} in the environment from "
+            f"the start, and it {got}. Put it before the command: {WORKSPACE}={WORKSPACES[0]} distillbench run ..."
+        )
+
+
 def _check_precision(setting: str, precisions: set[str], device: str) -> None:
-    """A GPU before Ampere has no units for bf16: torch would emulate it, slower than fp32."""
-    if "bf16" in precisions and device != "cpu" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    """A GPU of NVIDIA's before Ampere has no units for bf16: torch would emulate it, slower than fp32."""
+    if "bf16" not in precisions or device == "cpu" or torch.version.hip:
+        return
+    if torch.cuda.get_device_capability(device) < AMPERE:
         raise UserError(
             f"{setting}=bf16: {torch.cuda.get_device_name(device)} has no units for it. Possible: fp16, fp32"
         )

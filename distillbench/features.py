@@ -20,6 +20,7 @@ from torch import Tensor
 from distillbench.errors import Unavailable
 from distillbench.frechet import GaussianStatistics, Moments
 from distillbench.host_copies import to_device, to_host
+from distillbench.precision import float32_products
 from distillbench.pretrained import WeightsFile, locate
 
 __all__ = ["FeatureNetwork", "ImageSet", "full_precision", "resized"]
@@ -83,14 +84,15 @@ class Networks:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """float32 throughout: no TF32, no autocast, whatever the run trains with."""
-    before, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
-    torch.set_float32_matmul_precision("highest")
+    dtype, cudnn = torch.get_default_dtype(), torch.backends.cudnn
+    before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
     torch.set_default_dtype(torch.float32)
+    cudnn.enabled, cudnn.benchmark, cudnn.deterministic = True, False, True
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with float32_products():
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        cudnn.enabled, cudnn.benchmark, cudnn.deterministic = before
         torch.set_default_dtype(dtype)
 
 

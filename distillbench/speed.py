@@ -46,6 +46,7 @@ from distillbench.flops import count_flops
 from distillbench.memory import peak_gpu_mib, peak_rss_mib
 from distillbench.method import Method
 from distillbench.noise import Noise, stream_key
+from distillbench.precision import Float32Flags
 from distillbench.processes import ProcessError, call_in_fresh_process, in_words
 from distillbench.progress import Progress
 from distillbench.schedules import SCHEDULES
@@ -101,8 +102,7 @@ class TorchSettings:
 
     threads: int
     dtype: torch.dtype
-    matmul_precision: str
-    cudnn_tf32: bool
+    float32: Float32Flags
     cudnn_benchmark: bool
     cudnn_deterministic: bool
     deterministic: bool
@@ -113,8 +113,7 @@ class TorchSettings:
         return TorchSettings(
             threads,
             torch.get_default_dtype(),
-            torch.get_float32_matmul_precision(),
-            torch.backends.cudnn.allow_tf32,
+            Float32Flags.now(),
             torch.backends.cudnn.benchmark,
             torch.backends.cudnn.deterministic,
             torch.are_deterministic_algorithms_enabled(),
@@ -123,8 +122,7 @@ class TorchSettings:
     def apply(self) -> None:
         torch.set_num_threads(self.threads)
         torch.set_default_dtype(self.dtype)
-        torch.set_float32_matmul_precision(self.matmul_precision)
-        torch.backends.cudnn.allow_tf32 = self.cudnn_tf32
+        self.float32.apply()
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
         torch.backends.cudnn.deterministic = self.cudnn_deterministic
         if torch.are_deterministic_algorithms_enabled() != self.deterministic:  # setting it imports torch's compiler

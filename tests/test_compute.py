@@ -65,6 +65,7 @@ CHANGES = [
     {"channels_last": True},
     {"compile": "whole"},
     {"recompute": True},
+    {"deterministic": True},
 ]
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -606,6 +607,8 @@ def test_what_needs_a_gpu_is_refused_on_the_cpu():
             check_sampling(asked, "cpu")
     with pytest.raises(UserError, match=r"compute\.tf32=true needs a GPU"):
         check_compute(ComputeConfig(tf32=True), "cpu")
+    with pytest.raises(UserError, match=r"compute\.cudnn_benchmark=true needs a GPU"):
+        check_compute(ComputeConfig(cudnn_benchmark=True), "cpu")
 
 
 def test_networks_of_diffusers_are_told_of_an_embedding_without_hooks():

@@ -1,0 +1,82 @@
+"""Whether float32 products may round their factors (TF32, bf16): torch's flags, of which there are two sets.
+
+Since version 2.9 torch has `fp32_precision`, for each operator, beside the older `float32_matmul_precision` and
+`allow_tf32`. Where a process has used the newer ones, reading the older ones can raise ("a mix of the legacy and new
+APIs"); and the older ones alone do not reach an operator that follows `torch.backends.fp32_precision`. So here the
+newer ones are read where torch has them, and both are set, to the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+CUDA = ("cuda.matmul", "cudnn.conv", "cudnn.rnn")
+CPU = ("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+
+
+@dataclass(frozen=True)
+class Float32Flags:
+    """How torch computes float32 products in this process."""
+
+    operators: tuple[tuple[str, str], ...]  # `fp32_precision` of each; () before torch 2.9
+    matmul: str  # float32_matmul_precision: highest, high or medium
+    cudnn_tf32: bool
+
+    @staticmethod
+    def now() -> Float32Flags:
+        """The flags as they are. Where the older ones cannot be read, those that say the same as the newer ones."""
+        found = {name: value for name in (*CUDA, *CPU) if (value := _read(name)) is not None}
+        matmul, cudnn_tf32 = _older(found)
+        with suppress(RuntimeError):  # where the process has used the newer ones
+            matmul = torch.get_float32_matmul_precision()
+        with suppress(RuntimeError):
+            cudnn_tf32 = torch.backends.cudnn.allow_tf32
+        return Float32Flags(tuple(found.items()), matmul, cudnn_tf32)
+
+    def apply(self) -> None:
+        """Set them. An operator that followed a flag for all operators keeps what it had as its own."""
+        torch.set_float32_matmul_precision(self.matmul)
+        torch.backends.cudnn.allow_tf32 = self.cudnn_tf32
+        for name, value in self.operators:  # last: the older ones change these, too
+            _operator(name).fp32_precision = value
+
+
+@contextmanager
+def float32_products(tf32: bool = False) -> Iterator[None]:
+    """In the block CUDA's float32 products and convolutions are exact to float32, or with `tf32` round their factors.
+
+    Those of the CPU are exact either way. Afterwards all is as it was.
+    """
+    before = Float32Flags.now()
+    wanted = {name: "tf32" if tf32 and name in CUDA else "ieee" for name, _ in before.operators}
+    Float32Flags(tuple(wanted.items()), "high" if tf32 else "highest", tf32).apply()
+    try:
+        yield
+    finally:
+        before.apply()
+
+
+def _operator(name: str) -> Any:
+    library, kind = name.split(".")
+    return getattr(getattr(torch.backends, library), kind)
+
+
+def _read(name: str) -> str | None:
+    """`fp32_precision` of an operator; None where this torch has none."""
+    try:
+        return str(_operator(name).fp32_precision)
+    except AttributeError:
+        return None
+
+
+def _older(operators: dict[str, str]) -> tuple[str, bool]:
+    """What the older flags are where the newer ones are these: float32_matmul_precision, and cuDNN's allow_tf32."""
+    matmul = "high" if operators.get("cuda.matmul") == "tf32" else "highest"
+    if operators.get("mkldnn.matmul") == "bf16":
+        matmul = "medium"
+    return matmul, operators.get("cudnn.conv") == "tf32"

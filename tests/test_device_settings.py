@@ -1,0 +1,78 @@
+"""What a device can do, and which of its algorithms are chosen; GPUs are made up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from analytic import mlp_teacher
+from distillbench.compute import ComputeConfig, Sampling, _algorithms, applied, check_compute, check_sampling, in_words
+from distillbench.errors import UserError
+
+
+def test_bf16_is_refused_on_the_gpu_that_has_no_units_for_it_and_on_no_other(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device == "cuda:1" else (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    check_compute(ComputeConfig("bf16"), "cuda:0")
+    check_compute(ComputeConfig("fp16"), "cuda:1")
+    with pytest.raises(UserError, match=r"compute\.precision=bf16: Tesla T4 has no units"):
+        check_compute(ComputeConfig("bf16"), "cuda:1")
+    with pytest.raises(UserError, match=r"evaluation\.precision=bf16: Tesla T4"):
+        check_sampling(Sampling("bf16"), "cuda:1")
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # where capabilities count something else
+    check_compute(ComputeConfig("bf16"), "cuda:1")
+
+
+def test_tf32_is_refused_on_gpus_of_another_maker(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    with pytest.raises(UserError, match=r"compute\.tf32=true needs a GPU of NVIDIA's.*ROCm 6\.4"):
+        check_compute(ComputeConfig(tf32=True), "cuda")
+    with pytest.raises(UserError, match=r"evaluation\.precision=tf32 needs a GPU of NVIDIA's.*ROCm 6\.4"):
+        check_sampling(Sampling("tf32"), "cuda")
+
+
+# --- algorithms ------------------------------------------------------------------------------------------------------
+
+
+def test_deterministic_algorithms_are_asked_for_in_training_alone():
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
+    teacher = mlp_teacher()
+    method = SimpleNamespace(teacher=teacher, modules=teacher.student().modules)
+    cudnn.benchmark = True  # by whoever
+    try:
+        with _algorithms(ComputeConfig(), "cuda"):
+            assert (cudnn.benchmark, cudnn.deterministic) == (False, False)
+        with _algorithms(ComputeConfig(cudnn_benchmark=True), "cuda"):
+            assert cudnn.benchmark
+        with _algorithms(ComputeConfig(deterministic=True), "cuda"):
+            assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+            assert torch.are_deterministic_algorithms_enabled()
+        with applied(ComputeConfig(deterministic=True), method, "cpu"):
+            assert torch.are_deterministic_algorithms_enabled() and cudnn.benchmark
+        assert not torch.are_deterministic_algorithms_enabled() and cudnn.benchmark
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before[:2]
+        torch.use_deterministic_algorithms(before[2])
+
+
+def test_deterministic_training_needs_a_workspace_of_cublas(monkeypatch):
+    deterministic = ComputeConfig(deterministic=True)
+    check_compute(deterministic, "cpu")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    check_compute(deterministic, "cuda")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(UserError, match=r"needs CUBLAS_WORKSPACE_CONFIG=:4096:8 or :16:8 .* and it is ':0:0'"):
+        check_compute(deterministic, "cuda")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with pytest.raises(UserError, match="and it is not set"):
+        check_compute(deterministic, "cuda:1")
+    with pytest.raises(UserError, match="does not go with"):
+        ComputeConfig(deterministic=True, cudnn_benchmark=True)
+
+
+def test_rows_say_which_algorithms_were_asked_for():
+    assert in_words(ComputeConfig(deterministic=True), Sampling()) == "fp32, deterministic; sampling fp32"
+    assert in_words(ComputeConfig(cudnn_benchmark=True), Sampling()) == "fp32, cudnn_benchmark; sampling fp32"
