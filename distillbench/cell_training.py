@@ -124,6 +124,7 @@ class Measured:
     energy: Energy
     peaks: dict[str, tuple[float | None, str]]  # of the process that took most, in MiB, or why there is none
     no_compile_seconds: str
+    device: str  # its name; of a training that went on elsewhere, both
 
 
 def train_along(cell: Cell, order: TrainOrder, progress: Progress, stop: Stop) -> None:
@@ -166,7 +167,7 @@ def _train(
         checkpoints = Checkpoints(fractions, folder, tuple(cell.nfe))
         order = {} if data is None else {"order": data}
         watched = {"rss": rss, "gpu": gpu, "gpu_reserved": gpu.reserved, "device": gpu.device}
-        resume = Resume(states, config.states.seconds, order, watched, stop)
+        resume = Resume(states, config.states.seconds, order, watched, stop, devices=[device_name(scene.device)])
         loop = Loop(config.batch_size, parts, compute, ranks)
         read = None if data is None else data.read
         trained = train(method, cell.method_config, workspace, read, loop, step, checkpoints, resume)
@@ -178,7 +179,8 @@ def _train(
     }
     weights = whole(method.state_dict(), ranks.main)
     largest = {name: _largest(ranks.gather((peak.mib, peak.reason))) for name, peak in peaks.items()}
-    return Measured(method, trained, weights, ranks.energy(meter.energy()), largest, meter.no_compile_seconds)
+    used, device = ranks.energy(meter.energy()), ", then ".join(resume.devices)
+    return Measured(method, trained, weights, used, largest, meter.no_compile_seconds, device)
 
 
 def _largest(peaks: list[tuple[float | None, str]]) -> tuple[float | None, str]:
@@ -215,7 +217,7 @@ def _trained(
         flops, not_counted = None, []
         missing["tflops"] = f"its FLOPs cannot be counted: {type(error).__name__}"
     return TrainRecord(
-        **about,
+        **about | {"device": measured.device},
         status="ok",
         cost=_cost(trained.price, used, flops),
         **{name: mib for name, (mib, _) in measured.peaks.items()},

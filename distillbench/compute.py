@@ -253,7 +253,7 @@ def kind_of(device: str) -> str:
 def check_compute(config: ComputeConfig, device: str) -> None:
     """Raise UserError for settings that `device` cannot follow."""
     if config.tf32:
-        _check_tf32("compute.tf32=true", device)
+        check_tf32("compute.tf32=true", device)
     if config.cudnn_benchmark and device == "cpu":
         raise UserError("compute.cudnn_benchmark=true needs a GPU, and device is cpu")
     if config.deterministic and device != "cpu" and not torch.version.hip:
@@ -267,7 +267,7 @@ def check_sampling(asked: Sampling, device: str) -> None:
     if asked.cuda_graphs and device == "cpu":
         raise UserError("evaluation.cuda_graphs=true needs a GPU, and device is cpu")
     if asked.precision == "tf32":
-        _check_tf32("evaluation.precision=tf32", device)
+        check_tf32("evaluation.precision=tf32", device)
     _check_precision("evaluation.precision", {asked.precision}, device)
 
 
@@ -284,7 +284,7 @@ def _check_sharded(config: ComputeConfig) -> None:
         raise UserError(f"compute.shard=true does not go with compute.{words}")
 
 
-def _check_tf32(setting: str, device: str) -> None:
+def check_tf32(setting: str, device: str) -> None:
     """Raise UserError where there is no TF32."""
     if device == "cpu" or torch.version.hip:
         here = "device is cpu" if device == "cpu" else f"this torch is built for AMD's (ROCm {torch.version.hip})"

@@ -113,9 +113,19 @@ def _table_rows(finished: Finished) -> list[dict[str, Any]]:
     assert cell.scene.teacher is not None
     real = ", ".join(f"{network}: {words}" for network, words in record.references.items())
     names = _names(cell, cell.scene.teacher, finished.training)
-    names |= {"reference": real, "device": record.device, "key": record.key}
+    names |= {"reference": real, "device": _device(finished), "key": record.key}
     metrics = list(cell.scene.metrics)
     return [table_row(names, row, finished.training, finished.speed, metrics) for row in record.rows]
+
+
+def _device(finished: Finished) -> str:
+    """Whose seconds, joules and MiB are in the rows: records that were found may be of another machine."""
+    training, speed = finished.training, finished.speed
+    sampled = speed.device if speed.rows else ""
+    device = finished.evaluation.device if training is None else training.device
+    if training is None and sampled:
+        return sampled
+    return device if sampled in ("", device) else f"{device}; sampling {sampled}"
 
 
 def _along_rows(finished: Finished) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distillbench.compute import tf32
 from distillbench.datasets import Dataset, to_float
 from distillbench.files import key_of, write_atomically
 from distillbench.kept_tensors import read_array, seal_array
@@ -42,15 +43,20 @@ class Latents(Dataset):
 
 
 def as_trained_on(dataset: Dataset, teacher: Teacher, cache: Path, device: str, progress: Progress) -> Dataset:
-    """What students of `teacher` are trained on: `dataset` itself, or its latents, made once and kept in `cache`."""
+    """What students of `teacher` are trained on: `dataset` itself, or its latents, made once and kept in `cache`.
+
+    They are made in float32. On a GPU that is part of their name: those from before it was so have TF32's digits.
+    """
     if teacher.to_latents is None or not len(dataset):
         return dataset
     recipe = {"dataset_sha256": dataset.sha256, "teacher_sha256": teacher.sha256, "latent": "mean of the posterior"}
+    recipe |= {} if device == "cpu" else {"tf32": False}
     file = cache / f"{dataset.name}-{key_of(recipe)}.npy"
     shape = (len(dataset), *teacher.shape)
     rows = _found(file, shape)
     if rows is None:
-        write_atomically(file, lambda path: _encode(dataset, teacher, Path(path), shape, device, progress))
+        with tf32(False, device):
+            write_atomically(file, lambda path: _encode(dataset, teacher, Path(path), shape, device, progress))
         seal_array(file, recipe)
         rows = np.load(file, mmap_mode="r")
     return Latents(dataset, rows)

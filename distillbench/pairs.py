@@ -22,6 +22,7 @@ from distillbench.budget import Meter
 from distillbench.claims import waiting
 from distillbench.conditions import WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.energy import Energy, energy
+from distillbench.environment import device_name
 from distillbench.files import canonical_json, sha256_file, signed, write_atomically
 from distillbench.noise import Noise, stream_key
 from distillbench.progress import Progress
@@ -97,13 +98,12 @@ class Workspace:
         stream = stream_key("pairs", self.seed)
         if self.dry:
             return self._priced_only(solve, count, stream)
-        device = self.device.split(":")[0]  # the price in seconds is that of this kind of device
         ours = {
             "format": FORMAT,
             "teacher_sha256": self.teacher.sha256,
             "seed": self.seed,
             "count": count,
-            "device": device,
+            "device": device_name(self.device),  # whose price in seconds and joules it is
             "threads": torch.get_num_threads(),
         }
         if computed := self.teacher.teacher_rows.call.plain:

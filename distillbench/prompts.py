@@ -1,6 +1,7 @@
 """Prompts as the teacher's text encoder gives them: encoded once, kept on disk, looked up by label.
 
-Beside the table stands how long that took, so that whoever trains on texts is charged, also who finds them encoded.
+Beside the table stands how long that took, so that whoever trains on texts is charged, also who finds them encoded. A
+price is one device's: on another the texts are encoded anew.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distillbench.compute import tf32
+from distillbench.environment import device_name
 from distillbench.files import key_of, write_atomically
 from distillbench.kept_tensors import read_array, seal_array
 from distillbench.progress import Progress
@@ -59,18 +62,20 @@ class PlaceholderPrompts:
 
 
 def encode_prompts(
-    prompts: Sequence[str], encode: Encode, encoder_sha256: str, cache: Path, progress: Progress
+    prompts: Sequence[str], encode: Encode, encoder_sha256: str, cache: Path, device: str, progress: Progress
 ) -> EncodedPrompts:
-    """The table of `prompts`, found in `cache` or encoded now.
+    """The table of `prompts`, found in `cache` or encoded now on `device`, in float32.
 
     `encoder_sha256` identifies everything that turns a text into numbers: tokenizer, encoder, how they are used.
     """
     recipe = {"encoder_sha256": encoder_sha256, "prompts_key": key_of(list(prompts)), "count": len(prompts)}
+    recipe |= {"device": device_name(device)} | ({} if device == "cpu" else {"tf32": False})
     file = cache / f"prompts-{key_of(recipe)}.npy"
     known = _found(file, len(prompts) + 1)
     if known is None:
         took: list[float] = []
-        write_atomically(file, lambda path: took.append(_write(prompts, encode, Path(path), progress)))
+        with tf32(False, device):
+            write_atomically(file, lambda path: took.append(_write(prompts, encode, Path(path), progress)))
         seconds = took[-1]
         seal_array(file, {**recipe, "seconds": seconds})
         known = EncodedPrompts(file, seconds)

@@ -130,13 +130,17 @@ class Source(Protocol):
 
 @dataclass
 class Resume:
-    """How a training keeps states. `generators` and `peaks` are what the training does not know of, by name."""
+    """How a training keeps states. `generators` and `peaks` are what the training does not know of, by name.
+
+    `devices` are the names of those that it ran on, in their order; what it cost is that of all of them together.
+    """
 
     states: States
     seconds: float  # between two states
     generators: Mapping[str, Source] = field(default_factory=dict)
     peaks: Mapping[str, Peak] = field(default_factory=dict)
     stop: Stop = field(default_factory=Stop)  # whether to keep a state and leave now
+    devices: list[str] = field(default_factory=list)
     last: float = field(default_factory=time.monotonic)
 
     def due(self) -> bool:
@@ -146,10 +150,14 @@ class Resume:
     def save(self, images: int, state: State) -> None:
         """Keep a state."""
         state.values["peaks"] = {name: peak.mib for name, peak in self.peaks.items()}
+        state.values["devices"] = self.devices
         self.states.save(images, state)
         self.last = time.monotonic()
 
     def restore_peaks(self, state: State) -> None:
+        """The peaks until `state`, and the devices."""
+        before = state.values.get("devices", [])  # older states do not name them
+        self.devices = before + [name for name in self.devices if name not in before[-1:]]
         for name, mib in state.values["peaks"].items():
             if mib is not None and name in self.peaks:
                 self.peaks[name].raise_to(mib * MIB)

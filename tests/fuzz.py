@@ -950,7 +950,7 @@ def read_encoded_prompts(folder: Path, known: bool = True) -> tuple[str, str]:
     from test_latents_and_prompts import PROMPTS, SILENT, encode
 
     calls: list[Any] = []
-    table = encode_prompts(PROMPTS, encode(calls), "e", folder, SILENT)
+    table = encode_prompts(PROMPTS, encode(calls), "e", folder, "cpu", SILENT)
     if calls and known:
         raise Refusal("made again")
     return "", digest(table(torch.arange(len(PROMPTS) + 1)).tolist())

@@ -92,10 +92,10 @@ def encode(calls):
 
 def test_prompts_are_encoded_once_and_found_by_label(tmp_path):
     calls = []
-    table = encode_prompts(PROMPTS, encode(calls), "e", tmp_path, SILENT)
+    table = encode_prompts(PROMPTS, encode(calls), "e", tmp_path, "cpu", SILENT)
     assert calls == [[""], PROMPTS]
     assert table(torch.tensor([2, 0, 3]))[:, 0, 0].tolist() == [10, 5, 0]  # the last label: the empty text
-    again = encode_prompts(PROMPTS, encode(calls), "e", tmp_path, SILENT)
+    again = encode_prompts(PROMPTS, encode(calls), "e", tmp_path, "cpu", SILENT)
     assert len(calls) == 2
     for other in (again, pickle.loads(pickle.dumps(table)), copy.deepcopy(table)):
         assert torch.equal(other(torch.tensor([1])), table(torch.tensor([1])))
@@ -112,26 +112,26 @@ def test_what_encoding_took_is_kept_and_charged_by_share(tmp_path, monkeypatch):
 
     four = [*PROMPTS, "one more"][:4]
     for _ in range(2):
-        table = encode_prompts(four, slow, "e", tmp_path, SILENT)
+        table = encode_prompts(four, slow, "e", tmp_path, "cpu", SILENT)
         assert table.seconds(4) == 8.0 and table.seconds(3) == 6.0
     assert pickle.loads(pickle.dumps(table)).seconds(1) == 2.0
     (file,) = tmp_path.glob("*.json")
     told = json.loads(file.read_text())
     assert told.pop("seconds") == 8.0
     file.write_text(json.dumps(told))  # as before prices were kept
-    encode_prompts(four, slow, "e", tmp_path, SILENT)
+    encode_prompts(four, slow, "e", tmp_path, "cpu", SILENT)
     assert now[0] == 100 + 2 * (50 + 8) and json.loads(file.read_text())["seconds"] == 8.0
 
 
 @pytest.mark.parametrize("change", ["texts", "encoder", "damage"])
 def test_other_prompts_another_encoder_and_damage_are_encoded_anew(tmp_path, change):
     calls = []
-    encode_prompts(PROMPTS, encode(calls), "e", tmp_path, SILENT)
+    encode_prompts(PROMPTS, encode(calls), "e", tmp_path, "cpu", SILENT)
     if change == "damage":
         (file,) = tmp_path.glob("*.npy")
         file.write_bytes(b"nothing")
     texts = [*PROMPTS, "more"] if change == "texts" else PROMPTS
-    encode_prompts(texts, encode(calls), "f" if change == "encoder" else "e", tmp_path, SILENT)
+    encode_prompts(texts, encode(calls), "f" if change == "encoder" else "e", tmp_path, "cpu", SILENT)
     assert len(calls) == 4
 
 
@@ -147,7 +147,7 @@ class Reads(torch.nn.Module):
 
 def test_guidance_leads_away_from_the_empty_text(tmp_path):
     """f_w = f_0 + w (f_c - f_0) with the empty text at 0: w times the text's numbers; the small image stays."""
-    table = encode_prompts(PROMPTS, encode([]), "e", tmp_path, SILENT)
+    table = encode_prompts(PROMPTS, encode([]), "e", tmp_path, "cpu", SILENT)
     asked = Conditioning(3, 2.5, texts=table)
     c = asked.of_images(range(4), "cpu")
     assert c.labels.tolist() == [0, 1, 2, 0]

@@ -235,7 +235,7 @@ class TextPipeline(TeacherSource):
     def _encoded(self, encoder: TextEncoder, progress: Progress) -> EncodedPrompts:
         """The table of the dataset's prompts, found or made now; the encoder is let go after that."""
         cache = self.cache.parent / "prompts"
-        table = encode_prompts(self._prompts(), encoder, encoder.sha256, cache, progress)
+        table = encode_prompts(self._prompts(), encoder, encoder.sha256, cache, self.device, progress)
         encoder.let_go()
         return table
 

@@ -1,8 +1,8 @@
 """Teachers that the harness trains itself, on the dataset of the run, and keeps by content.
 
-The recipe (dataset's hash, network, schedule, training) names the weights. Weights of a recipe are looked for among
-those that ship with distillbench, then in the cache of the results folder; only if neither has them is the teacher
-trained, once. ``teacher.path=FILE`` takes a given file instead.
+The recipe (dataset's hash, network, schedule, training; on a GPU also whether with TF32) names the weights. Weights of
+a recipe are looked for among those that ship with distillbench, then in the cache of the results folder; only if
+neither has them is the teacher trained, once. ``teacher.path=FILE`` takes a given file instead.
 
 Training is denoising score matching: minimise E |target(x_0, eps, t) - network(x_t, t, c)|^2 over t uniform in
 [t_min, t_max], with the target of the network's parameterisation (v: Salimans & Ho 2022, appendix D). A conditional
@@ -16,6 +16,7 @@ import hashlib
 import json
 import reprlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Denoiser, Method, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
 from distillbench.budget import BudgetConfig, Meter
+from distillbench.compute import ComputeConfig, applied, check_tf32
 from distillbench.conditions import Condition, Conditioning
 from distillbench.data_stream import DataStream
 from distillbench.denoiser import TARGETS
+from distillbench.environment import device_name
 from distillbench.errors import quoted
 from distillbench.files import canonical_json, key_of, sha256_tensors
 from distillbench.kept_tensors import read_tensors, write_tensors
@@ -106,6 +109,7 @@ class Trained(TeacherSource):
         schedule: str = option("vp_cosine", f"noise schedule: {', '.join(SCHEDULES)}")
         seed: int = option(0, "seed of the teacher's training")
         batch_size: int = option(256, "images in a training step")
+        tf32: bool = option(False, "on a GPU, float32 products and convolutions may round their factors to 10 bits")
         budget: BudgetConfig = dataclasses.field(
             default_factory=lambda: BudgetConfig(images=2_000_000), metadata={"help": "how long the teacher trains"}
         )
@@ -122,6 +126,8 @@ class Trained(TeacherSource):
             require_between(self, 0, 2**63 - 1, "seed")
 
     def plan(self) -> TeacherPlan:
+        if self.config.tf32:
+            check_tf32("teacher.tf32=true", self.device)
         file = self._file()
         if file is not None:
             self._read(file, "cpu")
@@ -157,8 +163,13 @@ class Trained(TeacherSource):
         return self._read(file, self.device)
 
     def recipe(self) -> dict[str, Any]:
-        """Everything that the weights follow from, as plain values."""
+        """Everything that the weights follow from, as plain values; `tf32` where they are made on a GPU."""
+        return self._recipe(on_gpu=self.device != "cpu")
+
+    def _recipe(self, on_gpu: bool) -> dict[str, Any]:
         plain = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        if not on_gpu:
+            del plain["tf32"]
         for name in ("kind", "path", "network", "width", "depth", "architecture"):
             del plain[name]
         if self.conditioning.classes:
@@ -179,20 +190,32 @@ class Trained(TeacherSource):
         name, size = network_of_size(config.network, config.width, config.depth, self.dataset.shape)
         return {"name": name, **size}
 
-    def _name(self) -> str:
+    def _name(self, recipe: dict[str, Any]) -> str:
         """What a file with the weights of this recipe is called."""
-        return f"{self.dataset.name}-{key_of(self.recipe())}.safetensors"
+        return f"{self.dataset.name}-{key_of(recipe)}.safetensors"
+
+    def _places(self) -> Iterator[Path]:
+        """Where a teacher of this recipe may be: shipped, made on a device of this kind, or of the other.
+
+        Files that were written before they said where they were made have the name of those from CPUs. On a GPU they
+        are left alone: they may have been made on one, with torch's default, which is TF32 in convolutions.
+        """
+        cpu, gpu = self._name(self._recipe(on_gpu=False)), self._name(self._recipe(on_gpu=True))
+        if not self.config.tf32:
+            yield SHIPPED / cpu
+        if self.device == "cpu":
+            yield from (self.cache / cpu, self.cache / gpu)
+            return
+        yield self.cache / gpu
+        if not self.config.tf32 and _made_on(self.cache / cpu) == "cpu":
+            yield self.cache / cpu
 
     def _file(self) -> Path | None:
         if self.config.path:
             if not Path(self.config.path).is_file():
                 raise UserError(f"teacher.path: no file {self.config.path!r}")
             return Path(self.config.path)
-        for folder in (SHIPPED, self.cache):
-            file = folder / self._name()
-            if file.is_file() and self._readable(file):
-                return file
-        return None
+        return next((file for file in self._places() if file.is_file() and self._readable(file)), None)
 
     def _readable(self, file: Path) -> bool:
         """Whether `file`, found by its name, holds a teacher; if not it counts as missing and is made again."""
@@ -203,8 +226,9 @@ class Trained(TeacherSource):
         return True
 
     def train(self, output: Path | None, progress: Progress) -> Path:
-        file = output or self.cache / self._name()
         recipe, config = self.recipe(), self.config
+        kept = self.cache / self._name(recipe)
+        file = output or kept
         progress.say(f"training the teacher on {self.dataset.name}")
         torch.manual_seed(config.seed)  # the initial weights
         fresh = self._untrained(recipe)
@@ -212,15 +236,21 @@ class Trained(TeacherSource):
         workspace = Workspace(
             fresh, Meter(config.budget, fresh, self.device), self.cache, self.device, config.seed, progress
         )
-        data = DataStream(self.dataset, config.seed, self.device)
-        states = States((self.cache / self._name()).with_suffix(".states"), KEPT_STATES, progress)
-        resume = Resume(states, SECONDS_BETWEEN_STATES, {"order": data})
-        with progress.step(f"teacher on {self.dataset.name}") as step:
+        compute = ComputeConfig(tf32=config.tf32)
+        ahead = 0 if self.device == "cpu" else compute.prefetch
+        states = States(kept.with_suffix(".states"), KEPT_STATES, progress)
+        with ExitStack() as stack:
+            data = DataStream(self.dataset, config.seed, self.device, ahead)
+            stack.callback(data.close)
+            step = stack.enter_context(progress.step(f"teacher on {self.dataset.name}"))
+            stack.enter_context(applied(compute, method, self.device))
+            resume = Resume(states, SECONDS_BETWEEN_STATES, {"order": data})
             loop = Loop(config.batch_size)
             trained = train(method, config.optimizer, workspace, data.read, loop, step, resume=resume)
         tensors = {k: v.detach().cpu().contiguous() for k, v in method.student.network.state_dict().items()}
         price = {"images": trained.price.images, "seconds": round(trained.price.seconds, 1)}
-        metadata = {METADATA: json.dumps({"recipe": recipe, "price": price, "final_loss": trained.curve[-1].loss})}
+        about = {"recipe": recipe, "price": price, "final_loss": trained.curve[-1].loss}
+        metadata = {METADATA: json.dumps(about | {"device": device_name(self.device)})}
         write_tensors(file, tensors, metadata)
         states.clear()
         progress.say(f"teacher trained: {price['images']} images, {price['seconds']} s")
@@ -308,6 +338,15 @@ def _read_recipe(file: Path, shape: tuple[int, int, int], classes: int) -> dict[
         wanted = f"conditional=true with {classes} classes" if classes else "conditional=false"
         raise UserError(f"the teacher in {file.name!r} knows {known or 'no'} classes and cannot serve {wanted}")
     return recipe
+
+
+def _made_on(file: Path) -> str:
+    """The kind of device that the teacher in `file` was made on; "" where it is not there or does not say."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return str(json.loads((tensors.metadata() or {})[METADATA])["device"]).partition(" ")[0]
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError, RecursionError):
+        return ""
 
 
 def _network(recipe: dict[str, Any]) -> nn.Module:

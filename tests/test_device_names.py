@@ -1,0 +1,175 @@
+"""What belongs to the device that it was made on: prices that are carried, teachers, latents, the label of a row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import distillbench.pairs
+from distillbench import Dataset, latents, prompts
+from distillbench.builtin.digits import Digits
+from distillbench.builtin.trained import METADATA, Trained
+from distillbench.conditions import Conditioning
+from distillbench.done import _device
+from distillbench.environment import device_name
+from distillbench.latents import as_trained_on
+from distillbench.precision import Float32Flags
+from distillbench.progress import Progress
+from distillbench.prompts import encode_prompts
+from distillbench.resume import Resume, State, States
+from test_pairs import make
+
+SILENT = Progress(None)
+OTHER = "cpu (another model)"
+
+
+# --- prices ----------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_found_on_the_device_that_their_price_is_of_and_on_no_other(tmp_path, monkeypatch):
+    solved = lambda: make(tmp_path)[1]
+    assert (solved(), solved()) == (12, 0)
+    monkeypatch.setattr(distillbench.pairs, "device_name", lambda device: OTHER)
+    assert (solved(), solved()) == (12, 0)
+    recipes = [json.loads(file.read_text())["recipe"] for file in tmp_path.glob("*/manifest.json")]
+    assert {recipe.pop("device") for recipe in recipes} == {OTHER, device_name("cpu")} and recipes[0] == recipes[1]
+
+
+def test_texts_are_encoded_on_the_device_that_their_price_is_of(tmp_path, monkeypatch):
+    calls: list[tuple[int, Float32Flags]] = []
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        calls.append((len(texts), Float32Flags.now()))
+        return torch.ones(len(texts), 1, 2)
+
+    table = lambda device: encode_prompts(["a", "b"], encode, "e", tmp_path, device, SILENT)
+    with torch.no_grad():
+        table("cpu"), table("cpu")
+        assert [count for count, _ in calls] == [1, 2]
+        monkeypatch.setattr(prompts, "device_name", lambda device: f"{device} (a GPU)")
+        table("cuda"), table("cuda")
+    assert [count for count, _ in calls] == [1, 2, 1, 2]
+    flags = calls[-1][1]
+    assert (flags.matmul, flags.cudnn_tf32) == ("highest", False) and calls[0][1] == Float32Flags.now()
+
+
+# --- latents and teachers in float32 ---------------------------------------------------------------------------------
+
+
+def test_latents_of_a_gpu_are_made_in_float32_and_have_another_name(tmp_path, monkeypatch):
+    seen: list[Float32Flags] = []
+
+    def encode(dataset, teacher, path: Path, shape, device, progress) -> None:
+        seen.append(Float32Flags.now())
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(shape, np.float32))
+
+    class Pictures(Dataset):
+        name, licence, shape, sha256 = "pictures", "none", (1, 8, 8), "0" * 64
+        __init__ = lambda self: None
+        __len__ = lambda self: 3
+        read = lambda self, indices: None
+
+    monkeypatch.setattr(latents, "_encode", encode)
+    teacher = SimpleNamespace(to_latents=True, sha256="1" * 64, shape=(1, 4, 4))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        for device in ("cpu", "cpu", "cuda:1", "cuda:0"):
+            as_trained_on(Pictures(), teacher, tmp_path, device, SILENT)
+    assert [flags.cudnn_tf32 for flags in seen] == [True, False]
+    recipes = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    assert [recipe.get("tf32") for recipe in sorted(recipes, key=len)] == [None, False]
+
+
+def source(folder: Path, device: str, **changes) -> Trained:
+    config = Trained.Config(kind="trained", network="mlp", width=16, depth=1, batch_size=64, **changes)
+    config.budget.images = 128
+    return Trained(config, Digits(Digits.Config()), folder, device, Conditioning())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """The file of a teacher that was made on the CPU."""
+    return source(tmp_path_factory.mktemp("teachers"), "cpu").train(None, SILENT)
+
+
+def changed(file: Path, to: Path, **about) -> None:
+    """`file` with other words `about` it; None leaves one out."""
+    with safe_open(file, framework="pt") as tensors:
+        told = json.loads(tensors.metadata()[METADATA]) | about
+    told = {name: value for name, value in told.items() if value is not None}
+    save_file(load_file(file), to, metadata={METADATA: json.dumps(told)})
+
+
+def test_a_teacher_says_where_it_was_made_and_those_of_cpus_keep_their_name(made):
+    recipe = source(made.parent, "cpu").recipe()
+    assert "tf32" not in recipe and source(made.parent, "cuda").recipe() == recipe | {"tf32": False}
+    with safe_open(made, framework="pt") as tensors:
+        told = json.loads(tensors.metadata()[METADATA])
+    assert told["device"] == device_name("cpu") and told["recipe"] == recipe
+
+
+def test_a_teacher_from_a_cpu_serves_on_a_gpu_and_the_other_way_round(made, tmp_path):
+    assert source(made.parent, "cpu")._file() == source(made.parent, "cuda")._file() == made
+    on_gpu = tmp_path / source(tmp_path, "cuda")._name(source(tmp_path, "cuda").recipe())
+    changed(made, on_gpu, device="cuda (NVIDIA H200)")
+    assert source(tmp_path, "cpu")._file() == source(tmp_path, "cuda:1")._file() == on_gpu
+
+
+@pytest.mark.parametrize("device", [None, "cuda (NVIDIA H200)"])
+def test_a_teacher_whose_precision_nobody_noted_is_not_found_on_a_gpu(made, tmp_path, device):
+    """Where it was made is not said in files of older versions: on the CPU they are found as ever."""
+    old = tmp_path / made.name
+    changed(made, old, device=device)
+    assert source(tmp_path, "cuda")._file() is None and source(tmp_path, "cpu")._file() == old
+
+
+def test_a_teacher_with_tf32_is_another_one(made):
+    assert source(made.parent, "cuda", tf32=True)._file() is None
+    with pytest.raises(distillbench.UserError, match=r"teacher\.tf32=true needs a GPU"):
+        source(made.parent, "cpu", tf32=True).plan()
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("training", "evaluation", "speed", "told"),
+    [
+        ("a", "a", "a", "a"),
+        ("a", "b", None, "a"),  # scores do not depend on the device, what training cost does
+        ("a", "a", "b", "a; sampling b"),
+        (None, "a", "b", "b"),
+        (None, "a", None, "a"),
+    ],
+)
+def test_a_row_names_the_device_that_its_costs_are_of(training, evaluation, speed, told):
+    records = SimpleNamespace(
+        training=training and SimpleNamespace(device=training),
+        evaluation=SimpleNamespace(device=evaluation),
+        speed=SimpleNamespace(device=speed or "here", rows=[1] if speed else []),
+    )
+    assert _device(records) == told
+
+
+def test_a_training_that_went_on_elsewhere_names_both_devices(tmp_path):
+    states = States(tmp_path, 2, SILENT)
+
+    def went_on(device: str) -> list[str]:
+        resume = Resume(states, 1.0, devices=[device])
+        if (state := states.newest()) is not None:
+            resume.restore_peaks(state)
+        resume.save(len(resume.devices), State(values={}))
+        return resume.devices
+
+    assert went_on("a") == went_on("a") == ["a"]
+    assert went_on("b") == went_on("b") == ["a", "b"]
+    old = Resume(states, 1.0, devices=["c"])
+    old.restore_peaks(State(values={"peaks": {}}))
+    assert old.devices == ["c"]
