@@ -443,6 +443,7 @@ def _timed(
     able = sorted({row.nfe for row in evaluation.rows if row.status == "ok"})
     path = folder / f"speed-{key}.json"
     job = speed_job(cell, folder / STUDENT if training is not None else None, able)
+    cell.scene.release_evaluator()
     try:
         with progress.step(f"{cell.label}: timing"):
             rows = (

@@ -23,7 +23,7 @@ from distillbench.errors import DivergedError, Unavailable, UserError
 from distillbench.files import key_of, sha256_file, write_atomically
 from distillbench.flops import NetworkFlops, family_flops, training_flops
 from distillbench.fully_sharded import check_shared, trained_from
-from distillbench.memory import peak_gpu_mib, peak_rss_mib
+from distillbench.memory import bytes_on_gpu, peak_gpu_mib, peak_rss_mib, release_memory
 from distillbench.method import Method
 from distillbench.optimizers import warm_up
 from distillbench.pairs import Workspace
@@ -80,7 +80,8 @@ def train_cell(
                 record = TrainRecord(**about, status=status, reason=keep_traceback(error, folder, progress))
                 break
         states.clear()
-        _free(cell.scene.device)
+        gc.collect()
+        release_memory()
         parts *= 2
         progress.say(f"{cell.label}: memory ran out; training anew, each step in {parts} parts")
     write_record(folder / TRAIN, record)
@@ -97,12 +98,6 @@ def status_of(error: Exception) -> Status:
     """Of what ended with `error`: oom where memory ran out (on the CPU torch has no error of its own for it)."""
     ran_out = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
     return "oom" if ran_out else "failed"
-
-
-def _free(device: str) -> None:
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -143,6 +138,7 @@ def _train(
     cache = Path(config.results_dir) / "cache" / "pairs"
     torch.set_num_threads(config.threads)
     warm_up(scene.device)
+    scene.release_evaluator()
     ahead = 0 if scene.device == "cpu" else compute.prefetch
     with ExitStack() as stack:
         data = None
@@ -151,7 +147,7 @@ def _train(
             stack.callback(data.close)
         step = stack.enter_context(progress.step(f"{cell.label}: training"))
         rss = stack.enter_context(peak_rss_mib())
-        gpu = stack.enter_context(peak_gpu_mib(scene.device))
+        gpu = stack.enter_context(peak_gpu_mib(scene.device, _own_bytes(cell, teacher)))
         joules = stack.enter_context(energy(scene.device, config.energy))
         if compute.shard:
             teacher = stack.enter_context(trained_from(teacher))
@@ -181,6 +177,14 @@ def _train(
     largest = {name: _largest(ranks.gather((peak.mib, peak.reason))) for name, peak in peaks.items()}
     used, device = ranks.energy(meter.energy()), ", then ".join(resume.devices)
     return Measured(method, trained, weights, used, largest, meter.no_compile_seconds, device)
+
+
+def _own_bytes(cell: Cell, teacher: Teacher) -> int | None:
+    """What of the GPU's memory is the cell's before it begins; None: all, since the process is there for it alone."""
+    if cell.scene.config.isolate and cell.scene.ranks.count == 1:
+        return None
+    networks = [teacher.denoiser, *([teacher.start] if teacher.start is not None else [])]
+    return bytes_on_gpu(tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
 
 
 def _largest(peaks: list[tuple[float | None, str]]) -> tuple[float | None, str]:

@@ -9,7 +9,7 @@ made, and a student made of the teacher like a student.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from distillbench.cuda_graphs import Captured
 from distillbench.denoiser import Counter, NetworkCall
 from distillbench.errors import UserError
 from distillbench.network_calls import DTYPES, AsAsked, networks_below
+from distillbench.nvml import EXCLUSIVE_PROCESS, PROHIBITED, compute_mode
 from distillbench.options import option, require_between, require_one_of
 from distillbench.precision import float32_products
 
@@ -35,6 +36,7 @@ OF_ANSWERS = (
     "compile",
 )  # settings, beside the precision, that can move what a network answers
 WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with which cuBLAS repeats to the bit
+CHANGE_MODE = "Its administrator can change the mode: nvidia-smi -c DEFAULT"
 AMPERE = (8, 0)  # compute capability
 MOST_VARIANTS = 128  # of one function, compiled: a network's blocks have many shapes, with gradient and without
 
@@ -269,6 +271,21 @@ def check_sampling(asked: Sampling, device: str) -> None:
     if asked.precision == "tf32":
         check_tf32("evaluation.precision=tf32", device)
     _check_precision("evaluation.precision", {asked.precision}, device)
+
+
+def check_access(device: str, alone: Sequence[str]) -> None:
+    """Raise UserError for a GPU that no process may use, or one at a time where a run has several.
+
+    `alone`: the settings with which one would do.
+    """
+    mode = "" if device == "cpu" else compute_mode(device)
+    if mode == PROHIBITED:
+        raise UserError(f"device={device} is in the compute mode {mode}: no process may use it. {CHANGE_MODE}")
+    if mode == EXCLUSIVE_PROCESS and alone:
+        raise UserError(
+            f"device={device} is in the compute mode {mode}: one process at a time may use it, and this run has "
+            f"several. Set {' '.join(alone)}. {CHANGE_MODE}"
+        )
 
 
 def _check_sharded(config: ComputeConfig) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from distillbench.errors import Unavailable, UserError, unknown
-from distillbench.nvml import Gpu, gpu_of
+from distillbench.nvml import Gpu, Slice, gpu_of
 
 MIN_SECONDS = 2.0  # of a measurement
 NO_GPU = "no GPU in use"
@@ -91,11 +91,24 @@ def _nvml(device: str) -> Iterator[JouleMeter]:
 @contextmanager
 def _zeus(device: str) -> Iterator[JouleMeter]:
     monitor = _zeus_monitor()
+    _check_whole(device)
     index = torch.device(device).index
     index = torch.cuda.current_device() if index is None else index  # as CUDA_VISIBLE_DEVICES leaves them, as in torch
     with _excused():
         meter = ZeusMeter(monitor(gpu_indices=[index], cpu_indices=[]))
     yield meter
+
+
+def _check_whole(device: str) -> None:
+    """Raise Unavailable for a part of a GPU: zeus would measure all of it."""
+    try:
+        with gpu_of(device) as gpu:
+            if gpu.is_slice:
+                raise Slice("zeus: the device is a slice of a GPU (MIG), and zeus measures the whole GPU")
+    except Slice:
+        raise
+    except Unavailable:  # without NVML, or on an AMD GPU, zeus has its own ways
+        pass
 
 
 def _zeus_monitor() -> Any:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import psutil
 import torch
+from torch import Tensor
 
 from distillbench.energy import NO_GPU
 from distillbench.errors import Unavailable
 from distillbench.nvml import gpu_of
 
 MIB = 2**20
+BLOCK = 512  # bytes; a tensor on a GPU takes a multiple of them
 SECONDS_BETWEEN_SAMPLES = 0.02
 
 
@@ -74,11 +78,14 @@ class Sampled(Peak):
 
 
 class GpuPeak(Peak):
-    """Most memory that tensors held, and beside it what torch's allocator took from the GPU, and what was in use."""
+    """Most memory that tensors held, and beside it what torch's allocator took from the GPU, and what was in use.
 
-    def __init__(self, device: str) -> None:
+    `others`: bytes of tensors that are there from earlier on, stay, and do not count.
+    """
+
+    def __init__(self, device: str, others: int = 0) -> None:
         super().__init__()
-        self.torch_device = device
+        self.torch_device, self.others = device, others
         self.reserved = Peak()  # by the allocator: what tensors held, and what it kept for later ones
         self.device: Peak = Peak()  # on the whole GPU by NVML: all processes, CUDA contexts, the driver
 
@@ -88,8 +95,13 @@ class GpuPeak(Peak):
 
     def end(self) -> None:
         torch.cuda.synchronize(self.torch_device)
-        self.raise_to(torch.cuda.max_memory_allocated(self.torch_device))
-        self.reserved.raise_to(torch.cuda.max_memory_reserved(self.torch_device))
+        self.raise_to(torch.cuda.max_memory_allocated(self.torch_device) - self.others)
+        if self.others:
+            self.reserved.reason = (
+                f"{self.others / MIB:,.0f} MiB are held by earlier work of this process, in blocks that may be shared"
+            )
+        else:
+            self.reserved.raise_to(torch.cuda.max_memory_reserved(self.torch_device))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -107,10 +119,29 @@ class GpuPeak(Peak):
                 self.begin()
 
 
+def release_memory() -> None:
+    """Give back to the GPU what torch's allocator only keeps for later tensors."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def bytes_on_gpu(tensors: Iterable[Tensor]) -> int:
+    """What `tensors` take on GPUs, those that share a storage once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.device.type == "cuda"}
+    return sum(-(-storage.nbytes() // BLOCK) * BLOCK for storage in storages.values())
+
+
 @contextmanager
-def peak_gpu_mib(device: str) -> Iterator[GpuPeak]:
-    """Peaks on the GPU `device` during the block (``torch.cuda.max_memory_allocated``, ``_reserved``; NVML)."""
+def peak_gpu_mib(device: str, own: int | None = None) -> Iterator[GpuPeak]:
+    """Peaks on the GPU `device` during the block (``torch.cuda.max_memory_allocated``, ``_reserved``; NVML).
+
+    `own`: bytes of tensors that are there already and count; None: all that are there do.
+    """
     peak = GpuPeak(device)
+    if device != "cpu":
+        release_memory()
+        peak.others = 0 if own is None else max(0, torch.cuda.memory_allocated(device) - own)
     if device == "cpu":
         for each in (peak, peak.reserved, peak.device):
             each.reason = NO_GPU
@@ -124,6 +155,41 @@ def peak_gpu_mib(device: str) -> Iterator[GpuPeak]:
         peak.begin()
         yield peak
         peak.end()
+
+
+def bytes_in_use(device: str) -> int | None:
+    """Memory of the GPU `device` that any process or the driver has, by NVML; None where nobody says."""
+    if device == "cpu":
+        return None
+    try:
+        with gpu_of(device) as gpu:
+            return gpu.used_bytes()
+    except Unavailable:
+        return None
+
+
+@dataclass(frozen=True)
+class Before:
+    """What was on a GPU before a measurement and is no part of it, in bytes; None where that is not known."""
+
+    tensors: int = 0  # of this process
+    in_use: int | None = None  # of all processes and of the driver, before this one began
+
+    def leave_out(self, gpu: GpuPeak) -> None:
+        """Of these peaks. Where it cannot be told apart from them there is none."""
+        shared = "earlier work of this process holds memory too (evaluation.timing=inline)"
+        if gpu.mib is not None:
+            gpu.mib -= self.tensors / MIB
+        if gpu.reserved.mib is not None and self.tensors:
+            gpu.reserved.mib, gpu.reserved.reason = None, shared
+        if gpu.device.mib is None:
+            return
+        if self.tensors or self.in_use is None:
+            gpu.device.mib, gpu.device.reason = None, shared if self.tensors else "not known before the measurement"
+        elif (own := gpu.device.mib - self.in_use / MIB) > 0:
+            gpu.device.mib = own
+        else:
+            gpu.device.mib, gpu.device.reason = None, "other processes gave memory back during the measurement"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from distillbench.budget import Limit, Meter, Price
-from distillbench.compute import check_compute, check_sampling
+from distillbench.compute import check_access, check_compute, check_sampling
 from distillbench.conditions import WITHOUT_CLASSES, Conditioning
 from distillbench.config import RunConfig
 from distillbench.data_stream import DataStream
@@ -115,6 +115,11 @@ class Scene:
             parts = self.metrics, real, self.loaded(progress), progress, answers
             self.evaluator = Evaluator(self.config.evaluation, *parts, self.ranks)
         return self.evaluator
+
+    def release_evaluator(self) -> None:
+        """Let go of what scores keep on a GPU, feature networks among it: it is made again when it is needed."""
+        if self.device != "cpu":
+            self.evaluator = None
 
     def describe_references(self, progress: Progress) -> dict[str, str]:
         """By network: which real images the scores compare with."""
@@ -263,6 +268,8 @@ def _scene(config: RunConfig, registry: Registry) -> Scene:
     if not config.executor.elsewhere:  # which has devices of its own
         check_compute(config.compute, device)
         check_sampling(config.evaluation.sampling, device)
+        timed_apart = config.evaluation.timing == "process"
+        check_access(device, ["isolate=false"] * config.isolate + ["evaluation.timing=inline"] * timed_apart)
     metrics = config.evaluation.chosen(registry)
     check_source(config.energy)
     dataset, source, conditioning = make_source(config, registry, device)

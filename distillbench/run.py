@@ -15,6 +15,7 @@ from distillbench.config import RunConfig
 from distillbench.executors import Executor, executor_of
 from distillbench.files import key_of
 from distillbench.hands import Seen
+from distillbench.memory import release_memory
 from distillbench.plan import Cell, choose_device, make_source
 from distillbench.progress import Progress
 from distillbench.registry import Registry
@@ -35,6 +36,7 @@ def run(
     Told to stop, it keeps what there is, with rows for what is missing, and raises Interrupted.
     """
     config, stop = configs[0], stop or Stop()
+    release_memory()  # that planning took: others are to work on the GPU
     with closing(executor_of(config, progress, stop)) as executor:
         looked = executor.look(cells, policy)
         table = RunTable(_run_folder(looked.seen, config), cells, configs, looked, on_rows)

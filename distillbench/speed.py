@@ -43,7 +43,7 @@ from distillbench.datasets import Dataset
 from distillbench.denoiser import NetworkCall
 from distillbench.errors import Unavailable
 from distillbench.flops import count_flops
-from distillbench.memory import peak_gpu_mib, peak_rss_mib
+from distillbench.memory import Before, bytes_in_use, peak_gpu_mib, peak_rss_mib, release_memory
 from distillbench.method import Method
 from distillbench.noise import Noise, stream_key
 from distillbench.precision import Float32Flags
@@ -170,6 +170,7 @@ class Measurement:
     largest: int  # batch that is tried for throughput
     timing_seconds: float
     sampling: Sampling = Sampling()  # how networks are computed
+    before: Before = Before()
 
 
 @dataclass(frozen=True)
@@ -224,10 +225,11 @@ def speed_job(cell: Cell, weights: Path | None, nfe: list[int]) -> SpeedJob:
 def measure_in_fresh_process(job: SpeedJob, limit_seconds: float) -> list[Speed]:
     """:func:`measure` in a process that is started for it and killed after `limit_seconds`; raises SpeedError.
 
-    The caller's torch gives memory that it only keeps back to the GPU first.
+    The caller's torch gives memory that it only keeps back to the GPU first; what it holds on to does not count.
     """
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    release_memory()
+    before = Before(in_use=bytes_in_use(job.measurement.device))
+    job = dataclasses.replace(job, measurement=dataclasses.replace(job.measurement, before=before))
     try:
         return call_in_fresh_process(measure, job, limit_seconds)
     except ProcessError as error:
@@ -236,12 +238,17 @@ def measure_in_fresh_process(job: SpeedJob, limit_seconds: float) -> list[Speed]
 
 def measure(job: SpeedJob) -> list[Speed]:
     """The cost of sampling for each nfe of `job`, ascending, measured in this process; raises SpeedError."""
+    measurement = job.measurement
+    if measurement.device != "cpu":
+        release_memory()
+        tensors = torch.cuda.memory_allocated(measurement.device)
+        measurement = dataclasses.replace(measurement, before=dataclasses.replace(measurement.before, tensors=tensors))
     try:
         job.torch_settings.apply()
         subject = make_subject(job)
     except Exception as error:  # a method and a teacher are a stranger's code
         raise SpeedError(in_words(error)) from error
-    return measure_subject(subject, job.measurement, timer_of(job.measurement.device))
+    return measure_subject(subject, measurement, timer_of(measurement.device))
 
 
 @dataclass(frozen=True)
@@ -425,6 +432,7 @@ def _memory(row: _Row, subject: Subject, measurement: Measurement, timer: Timer)
             repeat(call, timer, 1, WATCHED_SECONDS)
         if measurement.sampling.cuda_graphs:
             gpu.mib, gpu.reason = None, "torch's allocator does not see what tensors within CUDA graphs hold"
+        measurement.before.leave_out(gpu)
         for name, peak in zip(names, (gpu, gpu.reserved, gpu.device, rss), strict=True):
             row.put(name, peak.mib, peak.reason)
 

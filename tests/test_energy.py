@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import distillbench.energy
+from distillbench.compute import check_access
 from distillbench.energy import Energy, check_source, energy
 from distillbench.errors import UserError
-from distillbench.memory import MIB, Sampled, peak_gpu_mib, peak_rss_mib
+from distillbench.memory import MIB, Before, Sampled, bytes_in_use, peak_gpu_mib, peak_rss_mib
+from distillbench.nvml import compute_mode
 
 UUID = "d2f0c1a4-0000-0000-0000-00000000beef"
 
@@ -29,7 +31,8 @@ class Machine:
     def __init__(self) -> None:
         self.now, self.millijoules, self.used, self.waits, self.open = 0.0, 5_000_000, 100 * MIB, 0, 0
         self.allocated = self.peak = 10 * MIB
-        self.uuid, self.errors = f"GPU-{UUID}", set()
+        self.uuid, self.errors = f"GPU-{UUID}", {"cut"}  # most GPUs cannot be cut
+        self.cut = self.mode = 0
 
     def run(self, seconds: float, watts: float) -> None:
         self.now += seconds
@@ -63,6 +66,10 @@ def machine(monkeypatch):
     nvml.nvmlDeviceGetHandleByUUID = machine.handle
     nvml.nvmlDeviceGetTotalEnergyConsumption = lambda handle: machine.ask("energy", machine.millijoules)
     nvml.nvmlDeviceGetMemoryInfo = lambda handle: machine.ask("memory", SimpleNamespace(used=machine.used))
+    nvml.NVML_DEVICE_MIG_ENABLE = 1
+    nvml.nvmlDeviceGetMigMode = lambda handle: machine.ask("cut", (machine.cut, 0))
+    nvml.NVML_COMPUTEMODE_PROHIBITED, nvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS = 2, 3
+    nvml.nvmlDeviceGetComputeMode = lambda handle: machine.ask("mode", machine.mode)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
 
     def wait(device) -> None:
@@ -77,6 +84,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: machine.peak)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2 * machine.peak)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: machine.allocated)
     monkeypatch.setattr(distillbench.energy, "time", SimpleNamespace(perf_counter=lambda: machine.now))
     return machine
 
@@ -133,15 +141,61 @@ def test_a_counter_that_fails_on_the_way_gives_no_number(machine):
 
 
 def test_the_gpu_is_found_by_its_uuid(machine):
-    machine.uuid = f"MIG-{UUID}"  # a slice: found, but its GPU's counter is not its own
-    machine.errors.add("energy")
     with energy("cuda:0") as watch:
         machine.run(10, 300)
-    assert watch.used.reason == "NVML: Not Supported"
+    assert watch.used == Energy(3000.0)
     machine.uuid = "GPU-another"
     with energy("cuda:0") as watch:
         machine.run(10, 300)
     assert watch.used.reason == "NVML: Not Found" and machine.open == 0
+
+
+def test_a_slice_of_a_gpu_has_its_own_memory_and_no_energy(machine):
+    """Found by its own UUID; the counter is its GPU's, whatever NVML would say."""
+    machine.uuid = f"MIG-{UUID}"
+    with energy("cuda:0") as watch, peak_gpu_mib("cuda:0") as peak:
+        machine.run(10, 300)
+    assert watch.used == Energy(None, "NVML: a slice of a GPU (MIG) has no counter of energy, only the whole GPU has")
+    assert peak.device.mib == 100
+
+
+def test_of_a_gpu_that_is_cut_nothing_is_said_in_the_name_of_a_slice(machine):
+    """Where torch gives the UUID of the whole GPU, its joules and bytes are those of all slices."""
+    machine.errors.remove("cut")
+    with energy("cuda") as watch:
+        machine.run(10, 300)
+    assert watch.used == Energy(3000.0)  # could be cut, and is not
+    machine.cut = 1
+    with energy("cuda") as watch, peak_gpu_mib("cuda") as peak:
+        machine.run(10, 300)
+    reason = "NVML: the GPU is cut into slices (MIG), and torch does not say which of them it uses"
+    assert watch.used == Energy(None, reason) and (peak.device.mib, peak.device.reason) == (None, reason)
+    assert peak.mib == 10 and machine.open == 0
+
+
+def test_gpus_of_another_maker_have_no_nvml(machine, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with energy("cuda") as watch:
+        machine.run(10, 300)
+    assert watch.used == Energy(None, "NVML knows no GPUs but NVIDIA's") and compute_mode("cuda") == ""
+
+
+def test_a_gpu_for_one_process_is_refused_to_runs_of_several(machine, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    alone = ["isolate=false", "evaluation.timing=inline"]
+    check_access("cuda", alone)
+    machine.mode = 3
+    check_access("cpu", alone)
+    check_access("cuda", [])
+    with pytest.raises(UserError, match=r"cuda:0 is in the compute mode EXCLUSIVE_PROCESS.*isolate=false.*-c DEFAULT"):
+        check_access("cuda:0", alone)
+    (tmp_path / "control").touch()  # the Multi-Process Service: all are one to the GPU
+    check_access("cuda", alone)
+    machine.mode = 2
+    with pytest.raises(UserError, match="PROHIBITED: no process may use it"):
+        check_access("cuda", [])
+    machine.errors.add("mode")
+    check_access("cuda", alone)
 
 
 def test_without_nvml(machine, monkeypatch):
@@ -206,6 +260,17 @@ def test_zeus_measures_the_same(machine, monkeypatch, device, index):
     assert watch.used == Energy(None, "no GPU in use")
 
 
+def test_zeus_is_not_asked_about_a_slice(machine, monkeypatch):
+    module = ModuleType("zeus.monitor")
+    module.ZeusMonitor = Monitor
+    monkeypatch.setitem(sys.modules, "zeus", ModuleType("zeus"))
+    monkeypatch.setitem(sys.modules, "zeus.monitor", module)
+    machine.uuid = f"MIG-{UUID}"
+    with energy("cuda", "zeus") as watch:
+        machine.run(10, 200)
+    assert watch.used.reason == "zeus: the device is a slice of a GPU (MIG), and zeus measures the whole GPU"
+
+
 def test_zeus_that_cannot_measure_is_named(machine, monkeypatch):
     def broken(**settings):
         raise RuntimeError("no permission")
@@ -268,6 +333,40 @@ def test_peaks_of_a_gpu(machine):
             machine.used = 300 * MIB
     assert (peak.mib, peak.reserved.mib, peak.device.mib) == (70, 140, 900)
     assert peak.reason == peak.reserved.reason == peak.device.reason == "" and machine.open == 0
+
+
+def test_what_earlier_work_of_the_process_holds_is_no_part_of_a_peak(machine):
+    machine.hold(500 * MIB)
+    with peak_gpu_mib("cuda", own=20 * MIB) as peak:  # the teacher, of 500 MiB
+        machine.hold(570 * MIB)
+        with peak.paused():
+            machine.hold(900 * MIB)
+            machine.hold(550 * MIB)
+    assert peak.mib == 90 and (peak.reserved.mib, peak.reserved.reason[:20]) == (None, "480 MiB are held by ")
+    machine.hold(20 * MIB)
+    with peak_gpu_mib("cuda", own=20 * MIB) as peak:
+        machine.hold(30 * MIB)
+    assert (peak.mib, peak.reserved.mib) == (30, 60)
+
+
+def test_what_was_there_before_sampling_is_no_part_of_its_peaks(machine):
+    machine.used = 900 * MIB
+    assert bytes_in_use("cuda") == 900 * MIB and bytes_in_use("cpu") is None
+
+    def peaks(before: Before):
+        with peak_gpu_mib("cuda") as peak:
+            pass
+        before.leave_out(peak)
+        return peak.mib, peak.reserved.mib, peak.device.mib, peak.device.reason
+
+    assert peaks(Before(in_use=300 * MIB)) == (10, 20, 600, "")
+    assert peaks(Before()) == (10, 20, None, "not known before the measurement")
+    gone = "other processes gave memory back during the measurement"
+    assert peaks(Before(in_use=1000 * MIB)) == (10, 20, None, gone)
+    shared = "earlier work of this process holds memory too (evaluation.timing=inline)"
+    assert peaks(Before(tensors=4 * MIB)) == (6, None, None, shared)
+    machine.errors.add("memory")
+    assert bytes_in_use("cuda") is None and peaks(Before())[3] == "NVML: Not Supported"
 
 
 @pytest.mark.parametrize("error", ["init", "memory"])
