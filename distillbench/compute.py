@@ -93,7 +93,7 @@ def applied(config: ComputeConfig, method: Method, device: str) -> Iterator[None
     }
     with ExitStack() as stack:
         stack.enter_context(tf32(config.tf32, device))
-        stack.enter_context(_algorithms(config, device))
+        stack.enter_context(algorithms(config, device))
         if config.compile != "off":
             stack.enter_context(_many_variants())
         for counter, call in calls.items():
@@ -135,7 +135,7 @@ def tf32(allowed: bool, device: str) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _algorithms(config: ComputeConfig, device: str) -> Iterator[None]:
+def algorithms(config: ComputeConfig, device: str) -> Iterator[None]:
     """In the block torch and cuDNN choose among algorithms as `config` says, whatever the process has set."""
     cudnn, enabled = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
     before = cudnn.benchmark, cudnn.deterministic, torch.is_deterministic_algorithms_warn_only_enabled()

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -291,11 +292,22 @@ class Gpu:
     total_mib: float
     nvml_error: str = ""
     energy_error: str = ""
+    mode: str = ""  # of computing: "" where every process may
+    architecture: str = ""  # of AMD's GPUs, such as gfx90a
+
+    @property
+    def in_words(self) -> str:
+        kind = self.architecture or f"compute capability {self.capability[0]}.{self.capability[1]}"
+        return f"{self.name}, {kind}"
 
 
 @dataclass(frozen=True)
 class Cuda:
-    """What there is of CUDA. `seen`: GPUs that NVML finds; `visible`: $CUDA_VISIBLE_DEVICES, None where not set."""
+    """What there is of CUDA, or of ROCm, which torch calls cuda, too.
+
+    `built_for`: the version of CUDA, "ROCm ..." of AMD's, or None. `seen`: GPUs that NVML finds, and so NVIDIA's alone;
+    `visible`: $CUDA_VISIBLE_DEVICES, None where not set.
+    """
 
     built_for: str | None
     architectures: tuple[str, ...] = ()
@@ -305,10 +317,19 @@ class Cuda:
     visible: str | None = None
     error: str = ""
 
+    @property
+    def rocm(self) -> bool:
+        return (self.built_for or "").startswith("ROCm")
+
+    @property
+    def in_words(self) -> str:
+        return f"{self.built_for}" if self.rocm else f"driver {self.driver or '?'}, CUDA {self.built_for}"
+
 
 def judge_cuda(cuda: Cuda) -> Iterator[Finding]:
     if cuda.error:
-        advice = "restart the process or the machine; nvidia-smi tells what the driver says"
+        tool = "rocm-smi" if cuda.rocm else "nvidia-smi"
+        advice = f"restart the process or the machine; {tool} tells what the driver says"
         yield Finding("wrong", f"torch cannot use CUDA: {cuda.error}", advice)
     elif not cuda.gpus:
         yield _no_gpu(cuda)
@@ -321,6 +342,9 @@ def _no_gpu(cuda: Cuda) -> Finding:
     if cuda.seen and cuda.built_for is None:
         advice = "install a CUDA build of torch and torchvision: https://pytorch.org/get-started/locally"
         return Finding("warning", f"cpu: NVML finds {count}, and this torch is built for CPUs alone", advice)
+    if cuda.seen and cuda.rocm:
+        advice = "install a CUDA build of torch and torchvision: https://pytorch.org/get-started/locally"
+        return Finding("warning", f"cpu: NVML finds {count}, and this torch is built for {cuda.built_for}", advice)
     if cuda.seen and cuda.visible is not None:
         line = f"cpu: NVML finds {count}, CUDA_VISIBLE_DEVICES={cuda.visible!r} leaves none"
         return Finding("warning", line, "unset it to use them")
@@ -333,18 +357,25 @@ def _no_gpu(cuda: Cuda) -> Finding:
 
 
 def _judge_gpu(index: int, gpu: Gpu, cuda: Cuda) -> Iterator[Finding]:
-    where = f"cuda:{index} ({gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]})"
-    if not runs_on(gpu.capability, cuda.architectures):
+    where = f"cuda:{index} ({gpu.in_words})"
+    built = cuda.architectures
+    if not (runs_on_amd(gpu.architecture, built) if cuda.rocm else runs_on(gpu.capability, built)):
         line = f"{where}: this torch is built for {', '.join(cuda.architectures)} and cannot run on it"
         yield Finding("wrong", line, "install a torch that is built for it, or set device=cpu")
         return
     memory = f"{gpu.free_mib / 1024:,.1f} of {gpu.total_mib / 1024:,.1f} GiB free"
-    line = f"{where}: {memory}, driver {cuda.driver or '?'}, CUDA {cuda.built_for}"
+    line = f"{where}: {memory}, {cuda.in_words}"
     if gpu.free_mib < LITTLE_GPU_MIB:
         yield Finding("warning", line, "little memory is free: another process has it (nvidia-smi)")
     else:
         yield Finding("ok", line)
-    if gpu.nvml_error:
+    if gpu.mode:
+        line = f"cuda:{index}: its compute mode is {gpu.mode}: not every process may use it"
+        yield Finding("warning", line, "runs need isolate=false evaluation.timing=inline, or nvidia-smi -c DEFAULT")
+    if cuda.rocm:
+        line = f"cuda:{index}: an AMD GPU: NVML knows none, train_joules and *_peak_device_mib will be empty"
+        yield Finding("ok", line)
+    elif gpu.nvml_error:
         line = f"cuda:{index}: {gpu.nvml_error}; train_joules and *_peak_device_mib will be empty"
         yield Finding("warning", line, "ask whoever runs this machine or container for NVML (libnvidia-ml)")
     elif gpu.energy_error:
@@ -372,6 +403,18 @@ def runs_on(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
     return False
 
 
+def runs_on_amd(architecture: str, architectures: Sequence[str]) -> bool:
+    """Whether code for `architectures` runs on an AMD GPU, such as gfx90a:sramecc+:xnack-; what follows : is a mode.
+
+    Code for gfx9-generic, gfx11-generic and their kind runs on what begins so. Where torch lists nothing it is not
+    known, and not called wrong.
+    """
+    name = architecture.partition(":")[0]
+    built = [one.partition(":")[0] for one in architectures]
+    generic = (one.removesuffix("-generic").replace("-", "") for one in built if one.endswith("-generic"))
+    return not built or not name or name in built or any(name.startswith(one) for one in generic)
+
+
 def check_device(patient: Patient) -> Iterator[Finding]:
     """GPUs as torch and NVML see them."""
     yield from judge_cuda(find_cuda())
@@ -381,7 +424,8 @@ def find_cuda() -> Cuda:
     import torch
 
     driver, seen = _driver()
-    about: dict[str, Any] = {"built_for": torch.version.cuda, "driver": driver, "seen": seen}
+    built_for = f"ROCm {torch.version.hip}" if torch.version.hip else torch.version.cuda
+    about: dict[str, Any] = {"built_for": built_for, "driver": driver, "seen": seen}
     about["visible"] = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not torch.cuda.is_available():
         return Cuda(**about)
@@ -399,10 +443,12 @@ def _gpu(index: int) -> Gpu:
 
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
-    nvml_error = energy_error = ""
+    nvml_error = energy_error = mode = ""
     try:
         with gpu_of(f"cuda:{index}") as gpu:
             gpu.used_bytes()
+            with suppress(Unavailable):
+                mode = gpu.compute_mode()
             try:
                 gpu.joules()
             except Unavailable as reason:
@@ -410,7 +456,8 @@ def _gpu(index: int) -> Gpu:
     except Unavailable as reason:
         nvml_error = str(reason)
     capability = properties.major, properties.minor
-    return Gpu(properties.name, capability, free / MIB, total / MIB, nvml_error, energy_error)
+    architecture = properties.gcnArchName if torch.version.hip else ""
+    return Gpu(properties.name, capability, free / MIB, total / MIB, nvml_error, energy_error, mode, architecture)
 
 
 def _driver() -> tuple[str, int]:
@@ -463,9 +510,8 @@ def judge_numbers(device: str, matmul_error: float, step_error: float, repeats: 
         line = f"{device}: a step of training in float32 is off by {step_error:.1e} of float64's"
         yield Finding("wrong", line, "install torch anew; if it stays, suspect the device")
     if not repeats:
-        yield Finding(
-            "warning", f"{device}: the same step twice gives other bits", "results will not repeat to the bit"
-        )
+        line = f"{device}: the same steps of training twice give other bits; results will not repeat to the bit"
+        yield Finding("warning", line, "set compute.deterministic=true where they must")
     if matmul_error <= MATMUL_ERROR and step_error <= STEP_ERROR:
         line = f"{device}: float32 agrees with float64 to {matmul_error:.0e} in a product, {step_error:.0e} in a step"
         yield Finding("ok", line)
@@ -482,8 +528,7 @@ def check_numbers(patient: Patient) -> Iterator[Finding]:
         products, steps = _product("cpu", torch.float64), _step("cpu", torch.float64)
         for device in devices:
             product, step = _product(device, torch.float32), _step(device, torch.float32)
-            repeats = torch.equal(step, _step(device, torch.float32))
-            yield from judge_numbers(device, _off(product, products), _off(step, steps), repeats)
+            yield from judge_numbers(device, _off(product, products), _off(step, steps), _repeats(device))
     finally:
         torch.set_num_threads(threads)
 
@@ -498,19 +543,48 @@ def _product(device: str, dtype: Any) -> Any:
 
 def _step(device: str, dtype: Any) -> Any:
     """The weights of a small network with convolutions after three steps of Adam, on the CPU in float64."""
-    import torch
     from torch import nn
 
-    generator = torch.Generator().manual_seed(0)
-    convolutions = (nn.utils.skip_init(nn.Conv2d, i, o, kernel_size=3, padding=1) for i, o in ((3, 8), (8, 3)))
-    network = nn.Sequential(next(convolutions), nn.SiLU(), next(convolutions))
+    first, last = (nn.utils.skip_init(nn.Conv2d, i, o, kernel_size=3, padding=1) for i, o in ((3, 8), (8, 3)))
+    return _trained(nn.Sequential(first, nn.SiLU(), last), 8, device, dtype)
+
+
+def _repeats(device: str) -> bool:
+    """Whether a network as teachers are (convolutions, attention) has the same bits after the same three steps."""
+    import torch
+    from torch import nn
+    from torch.nn.functional import scaled_dot_product_attention
+
+    class Attention(nn.Module):
+        def forward(self, x: Any) -> Any:  # (B,C,H,W)
+            tokens = x.flatten(2).transpose(1, 2).unsqueeze(1)  # (B,1,HW,C)
+            return x + scaled_dot_product_attention(tokens, tokens, tokens).squeeze(1).transpose(1, 2).view_as(x)
+
+    def conv(channels_in: int, channels: int, stride: int = 1) -> nn.Module:
+        return nn.utils.skip_init(nn.Conv2d, channels_in, channels, kernel_size=3, padding=1, stride=stride)
+
+    def weights() -> Any:
+        down = (conv(3, 64), nn.GroupNorm(8, 64), nn.SiLU(), conv(64, 64, 2), Attention())
+        network = nn.Sequential(*down, nn.Upsample(scale_factor=2), nn.GroupNorm(8, 64), nn.SiLU(), conv(64, 3))
+        return _trained(network, 16, device, torch.float32)
+
+    return torch.equal(weights(), weights())
+
+
+def _trained(network: Any, side: int, device: str, dtype: Any) -> Any:
+    """Its weights, as one vector on the CPU in float64, after three steps that are made as in training by default."""
+    import torch
+
+    from distillbench.compute import ComputeConfig, algorithms, tf32
+
+    generator, plain = torch.Generator().manual_seed(0), ComputeConfig()
     with torch.no_grad():
         for weights in network.parameters():
             weights.copy_(0.3 * torch.randn(weights.shape, generator=generator))
-    x, y = torch.randn(2, 4, 3, 8, 8, generator=generator).to(device, dtype)
+    x, y = torch.randn(2, 4, 3, side, side, generator=generator).to(device, dtype)
     network.to(device, dtype)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-2, eps=1e-2)  # eps: no sign of a gradient near 0
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+    with tf32(plain.tf32, device), algorithms(plain, device):
         for _ in range(3):
             optimiser.zero_grad()
             (network(x) - y).square().mean().backward()

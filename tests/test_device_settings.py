@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from analytic import mlp_teacher
-from distillbench.compute import ComputeConfig, Sampling, _algorithms, applied, check_compute, check_sampling, in_words
+from distillbench.compute import ComputeConfig, Sampling, algorithms, applied, check_compute, check_sampling, in_words
 from distillbench.errors import UserError
 
 
@@ -43,11 +43,11 @@ def test_deterministic_algorithms_are_asked_for_in_training_alone():
     method = SimpleNamespace(teacher=teacher, modules=teacher.student().modules)
     cudnn.benchmark = True  # by whoever
     try:
-        with _algorithms(ComputeConfig(), "cuda"):
+        with algorithms(ComputeConfig(), "cuda"):
             assert (cudnn.benchmark, cudnn.deterministic) == (False, False)
-        with _algorithms(ComputeConfig(cudnn_benchmark=True), "cuda"):
+        with algorithms(ComputeConfig(cudnn_benchmark=True), "cuda"):
             assert cudnn.benchmark
-        with _algorithms(ComputeConfig(deterministic=True), "cuda"):
+        with algorithms(ComputeConfig(deterministic=True), "cuda"):
             assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
             assert torch.are_deterministic_algorithms_enabled()
         with applied(ComputeConfig(deterministic=True), method, "cpu"):

@@ -287,6 +287,53 @@ def test_which_code_runs_on_which_gpu(capability, architectures, runs):
     assert doctor.runs_on(capability, architectures) is runs
 
 
+MI300X = Gpu("AMD Instinct MI300X", (9, 4), 190_000, 196_000, "NVML knows none", architecture="gfx942:sramecc+:xnack-")
+ROCM = Cuda("ROCm 6.4", ("gfx90a", "gfx942"), (MI300X,))
+ON_AMD = "cuda:0 (AMD Instinct MI300X, gfx942:sramecc+:xnack-)"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "expected"),
+    [
+        (
+            ROCM,
+            [
+                ("ok", f"{ON_AMD}: 185.5 of 191.4 GiB free, ROCm 6.4"),
+                ("ok", "cuda:0: an AMD GPU: NVML knows none, train_joules and *_peak_device_mib will be empty"),
+            ],
+        ),
+        (
+            dataclasses.replace(ROCM, architectures=("gfx90a", "gfx1100")),
+            [("wrong", f"{ON_AMD}: this torch is built for gfx90a, gfx1100 and cannot run on it")],
+        ),
+        (Cuda("ROCm 6.4", seen=1), [("warning", "cpu: NVML finds 1 GPU, and this torch is built for ROCm 6.4")]),
+        (Cuda("ROCm 6.4"), [("ok", "cpu: there is no GPU here; energy and GPU memory will be empty in tables")]),
+    ],
+)
+def test_gpus_of_amd(cuda, expected):
+    assert [(found.level, found.line) for found in doctor.judge_cuda(cuda)] == expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "built", "runs"),
+    [
+        ("gfx90a:sramecc+:xnack-", ["gfx90a", "gfx942"], True),
+        ("gfx90a", ["gfx90a:xnack+"], True),
+        ("gfx1103", ["gfx11-generic"], True),
+        ("gfx942", ["gfx9-4-generic"], True),
+        ("gfx1201", ["gfx90a", "gfx1100"], False),
+        ("gfx1201", [], True),  # nobody knows
+    ],
+)
+def test_which_code_runs_on_which_gpu_of_amd(architecture, built, runs):
+    assert doctor.runs_on_amd(architecture, built) is runs
+
+
+def test_a_gpu_for_one_process_is_told():
+    found = list(doctor.judge_cuda(one_gpu(mode="EXCLUSIVE_PROCESS")))
+    assert levels(found) == ["ok", "warning", "ok"] and "compute mode is EXCLUSIVE_PROCESS" in found[1].line
+
+
 def test_cuda_is_looked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "_driver", lambda: ("570.1", 1))
@@ -300,6 +347,8 @@ def test_cuda_is_looked_for(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", sticky)
     assert doctor.find_cuda().error == "RuntimeError: CUDA error: an illegal memory access"
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    assert doctor.find_cuda().built_for == "ROCm 6.4.1"
 
 
 def test_a_gpu_is_asked(monkeypatch):
@@ -312,6 +361,9 @@ def test_a_gpu_is_asked(monkeypatch):
         def joules(self):
             raise Unavailable("NVML: Not Supported")
 
+        def compute_mode(self):
+            return "PROHIBITED"
+
     class Block:
         def __enter__(self):
             return Asked()
@@ -323,7 +375,7 @@ def test_a_gpu_is_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**30, 2**34))
     monkeypatch.setattr("distillbench.nvml.gpu_of", lambda device: Block())
-    assert doctor._gpu(0) == Gpu("T", (7, 5), 1024, 16384, "", "NVML: Not Supported")
+    assert doctor._gpu(0) == Gpu("T", (7, 5), 1024, 16384, "", "NVML: Not Supported", "PROHIBITED")
 
 
 # --- threads and numbers ---------------------------------------------------------------------------------------------
@@ -362,6 +414,19 @@ def test_numbers_here(patient):
     threads, seed = torch.get_num_threads(), torch.get_rng_state()
     assert levels(findings(doctor.check_numbers, patient)) == ["ok"]
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), seed)
+
+
+def test_what_does_not_repeat_is_seen(patient, monkeypatch):
+    """The steps are those of training: without algorithms that are made to repeat."""
+    seen = []
+
+    def trained(network, side, device, dtype):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return torch.full((3,), float(len(seen)), dtype=torch.float64)
+
+    monkeypatch.setattr(doctor, "_trained", trained)
+    assert doctor._repeats("cpu") is False and seen == [False, False]
+    assert levels(findings(doctor.check_numbers, patient)) == ["wrong", "warning"]
 
 
 def test_numbers_of_reduced_precision_are_seen(patient, monkeypatch):
