@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ import torch
 from bare_loops import LOOPS, Task, own_steps
 from tabulate import tabulate
 
-from distillbench.budget import BudgetConfig, Meter
+from distillbench.budget import BudgetConfig, Meter, Watch
 from distillbench.builtin.digits import Digits
 from distillbench.builtin.trained import Trained
 from distillbench.config import StatesConfig
 from distillbench.data_stream import DataStream
 from distillbench.datasets import Dataset, to_float
 from distillbench.denoiser import Denoiser
+from distillbench.energy import EnergyWatch
+from distillbench.energy import energy as count_energy
+from distillbench.memory import peak_gpu_mib, peak_rss_mib
 from distillbench.method import Method
 from distillbench.networks import ResidualMLP, UNet
 from distillbench.pairs import Workspace
@@ -198,20 +202,39 @@ class Pair:
         self.method = self.build()
         self.teacher = copy.deepcopy(self.method.teacher.denoiser.network)
         self.student = copy.deepcopy(self.method.student)
+        self.watches: tuple[Watch, ...] = ()
 
     def build(self) -> Method:
         """The method as it is before training."""
         cls, scene = METHODS[self.name], self.scene
         return build_method(cls, self.config, scene.teacher(self.device), self.seed, self.device)
 
-    def _workspace(self, method: Method) -> Workspace:
-        meter = Meter(BudgetConfig(images=self.images), method.teacher, self.device)
+    def _workspace(self, method: Method, energy: EnergyWatch | None = None) -> Workspace:
+        meter = Meter(BudgetConfig(images=self.images), method.teacher, self.device, self.watches, energy)
         return Workspace(method.teacher, meter, self.folder / "pairs", self.device, self.seed, Progress(None))
 
-    def train(self, advance: Callable[[float, str], None] = lambda fraction, note: None) -> Any:
-        """By the harness, with a meter and states as in a run; no checkpoints."""
+    def train(self, advance: Callable[[float, str], None] = lambda fraction, note: None, watched: bool = False) -> Any:
+        """By the harness, with a meter and states as in a run; no checkpoints.
+
+        `watched`: memory is looked at by threads, and the GPU's energy counted, as round every training of a run.
+        """
+        if not watched:
+            return self._train(advance, None)
+        with peak_rss_mib() as rss, peak_gpu_mib(self.device) as gpu, count_energy(self.device) as joules:
+            self.watches = rss, gpu
+            return self._train(advance, joules)
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """A block that no thread looks at."""
+        with ExitStack() as stack:
+            for watch in self.watches:
+                stack.enter_context(watch.paused())
+            yield
+
+    def _train(self, advance: Callable[[float, str], None], energy: EnergyWatch | None) -> Any:
         method, device, config = self.method, self.device, self.config
-        workspace, data = self._workspace(method), DataStream(self.scene.dataset, self.seed, device)
+        workspace, data = self._workspace(method, energy), DataStream(self.scene.dataset, self.seed, device)
         states = StatesConfig()
         resume = Resume(States(self.folder / "states", states.keep, Progress(None)), states.seconds)
         read = data.read if method.needs_data else None

@@ -8,8 +8,9 @@
 There are two bare loops. `own` takes the method's own train_step, so that the rest is what the harness's loop adds;
 `hand` is written for the method and for one kind of teacher, with all numbers of times computed ahead. The harness
 stops after every stretch of steps, the bare loop takes a stretch of as many, and the harness goes on: a machine that
-drifts moves both. The ratio is the median of those of the pairs, with the 95 % interval of a bootstrap of the pairs.
-Exit code 1 if the lower end of an interval is above 1.03.
+drifts moves both. While the harness works, threads look at memory 50 times a second, of the process and on a GPU, and
+the GPU's energy is counted, as in every run; while the bare loop works they rest. The ratio is the median of those of
+the pairs, with the 95 % interval of a bootstrap of the pairs. Exit code 1 if the lower end of an interval is above 1.03.
 
 On the CPU seconds are those of the processor, of all threads of this process: they do not pass while other processes
 have the core. On CUDA, and with --clock wall, they are those on the wall.
@@ -72,18 +73,19 @@ def measure(
             bare = pair.by_hand() if against == "hand" else pair.own_steps()[1]
         else:
             times[0].append((middle - start) / stretch)
-        middle = now()
-        for _ in range(stretch):
-            next(bare)
-        synchronise(device)
+        with pair.unwatched():
+            middle = now()
+            for _ in range(stretch):
+                next(bare)
+            synchronise(device)
+            times[1].append((now() - middle) / stretch)
         start = now()
-        times[1].append((start - middle) / stretch)
         if len(times[0]) == pairs + WARM_UP:
             raise Enough
 
     pair.method.after_step = wrapped
     with suppress(Enough):
-        pair.train()
+        pair.train(watched=True)
     ours, theirs = times[0][WARM_UP:], times[1][WARM_UP : WARM_UP + pairs]
     return Ratio.of(ours, theirs)
 
