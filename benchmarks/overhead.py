@@ -10,7 +10,8 @@ There are two bare loops. `own` takes the method's own train_step, so that the r
 stops after every stretch of steps, the bare loop takes a stretch of as many, and the harness goes on: a machine that
 drifts moves both. While the harness works, threads look at memory 50 times a second, of the process and on a GPU, and
 the GPU's energy is counted, as in every run; while the bare loop works they rest. The ratio is the median of those of
-the pairs, with the 95 % interval of a bootstrap of the pairs. Exit code 1 if the lower end of an interval is above 1.03.
+the pairs, with the 95 % interval of a bootstrap of the pairs.
+Exit code 1 if the lower end of an interval is above 1.03.
 
 On the CPU seconds are those of the processor, of all threads of this process: they do not pass while other processes
 have the core. On CUDA, and with --clock wall, they are those on the wall.

@@ -33,7 +33,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "memory_mib": psutil.virtual_memory().total // 2**20,
         "gpu": None if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": threads,
-    }
+    } | ({"rocm": torch.version.hip} if device != "cpu" and torch.version.hip else {})
 
 
 def device_name(device: str) -> str:

@@ -1,4 +1,7 @@
-"""States of a training: one that was cut off goes on from its last state, and ends with the same weights to the bit.
+"""States of a training: one that was cut off goes on from its last state, and ends as if it had not been.
+
+Its weights are the same to the bit wherever one seed gives the same weights twice: on a CPU, and on a GPU with
+`compute.deterministic`. Without it a GPU may add up in another order each time.
 
 A state is one safetensors file, whole or absent, with its plain values in the header. The first digits of its SHA-256
 are part of its name, so that a damaged one is known: it is set aside, and the one before is used.
