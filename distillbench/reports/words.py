@@ -37,7 +37,7 @@ ABOUT = {  # of columns that are no scores: heading, what it is. Units are in th
     "sample_text_encoder_latency_ms": ("text encoder, ms", "the encoder of texts; not in the latency"),
     "sample_peak_gpu_mib": ("sampling: GPU peak, MiB", "most memory that tensors held while sampling"),
     "sample_peak_gpu_reserved_mib": ("sampling: GPU reserved, MiB", "most that torch's allocator took while sampling"),
-    "sample_peak_device_mib": ("sampling: device peak, MiB", "most in use on the device, of all processes"),
+    "sample_peak_device_mib": ("sampling: device peak, MiB", "most in use on the device, less what was there before"),
     "sample_peak_rss_mib": ("sampling: resident peak, MiB", "most resident memory of the sampling process"),
     "train_images": ("training images", "images that training steps consumed"),
     "train_seconds": ("training, s", "wall-clock of training, without evaluation and writing files"),
