@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -127,9 +128,9 @@ def release_memory() -> None:
 
 
 def bytes_on_gpu(tensors: Iterable[Tensor]) -> int:
-    """What `tensors` take on GPUs, those that share a storage once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.device.type == "cuda"}
-    return sum(-(-storage.nbytes() // BLOCK) * BLOCK for storage in storages.values())
+    """What `tensors`, none of them a part of another, take on GPUs; one that comes twice counts once."""
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.device.type == "cuda"}
+    return sum(math.ceil(size / BLOCK) * BLOCK for size in sizes.values())
 
 
 @contextmanager

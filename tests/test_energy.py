@@ -15,7 +15,7 @@ import distillbench.energy
 from distillbench.compute import check_access
 from distillbench.energy import Energy, check_source, energy
 from distillbench.errors import UserError
-from distillbench.memory import MIB, Before, Sampled, bytes_in_use, peak_gpu_mib, peak_rss_mib
+from distillbench.memory import MIB, Before, Sampled, bytes_in_use, bytes_on_gpu, peak_gpu_mib, peak_rss_mib
 from distillbench.nvml import compute_mode
 
 UUID = "d2f0c1a4-0000-0000-0000-00000000beef"
@@ -347,6 +347,13 @@ def test_what_earlier_work_of_the_process_holds_is_no_part_of_a_peak(machine):
     with peak_gpu_mib("cuda", own=20 * MIB) as peak:
         machine.hold(30 * MIB)
     assert (peak.mib, peak.reserved.mib) == (30, 60)
+
+
+def test_tensors_take_whole_blocks_of_a_gpu_and_count_once():
+    def tensor(address: int, size: int, kind: str = "cuda") -> SimpleNamespace:
+        return SimpleNamespace(data_ptr=lambda: address, nbytes=size, device=torch.device(kind))
+
+    assert bytes_on_gpu([tensor(0, 4), tensor(512, 1024), tensor(0, 4), tensor(4096, 99, "cpu")]) == 512 + 1024
 
 
 def test_what_was_there_before_sampling_is_no_part_of_its_peaks(machine):
