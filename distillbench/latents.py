@@ -6,6 +6,7 @@ Encoding a dataset is preparation of data, like resizing it: it is done before t
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,11 @@ def as_trained_on(dataset: Dataset, teacher: Teacher, cache: Path, device: str, 
     """
     if teacher.to_latents is None or not len(dataset):
         return dataset
-    recipe = {"dataset_sha256": dataset.sha256, "teacher_sha256": teacher.sha256, "latent": "mean of the posterior"}
+    recipe: dict[str, Any] = {
+        "dataset_sha256": dataset.sha256,
+        "teacher_sha256": teacher.sha256,
+        "latent": "mean of the posterior",
+    }
     recipe |= {} if device == "cpu" else {"tf32": False}
     file = cache / f"{dataset.name}-{key_of(recipe)}.npy"
     shape = (len(dataset), *teacher.shape)

@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from analytic import mlp_teacher
+from distillbench.cell_training import _own_bytes
 from distillbench.compute import ComputeConfig, Sampling, algorithms, applied, check_compute, check_sampling, in_words
+from distillbench.config import compose_runs
 from distillbench.errors import UserError
+from distillbench.plan import plan
+from distillbench.registry import load_registry
 
 
 def test_bf16_is_refused_on_the_gpu_that_has_no_units_for_it_and_on_no_other(monkeypatch):
@@ -76,3 +80,27 @@ def test_deterministic_training_needs_a_workspace_of_cublas(monkeypatch):
 def test_rows_say_which_algorithms_were_asked_for():
     assert in_words(ComputeConfig(deterministic=True), Sampling()) == "fp32, deterministic; sampling fp32"
     assert in_words(ComputeConfig(cudnn_benchmark=True), Sampling()) == "fp32, cudnn_benchmark; sampling fp32"
+
+
+# --- processes that share a GPU --------------------------------------------------------------------------------------
+
+
+def test_a_plan_asks_whether_the_device_serves_as_many_processes_as_it_has(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("distillbench.plan.check_access", lambda device, alone: asked.append((device, alone)))
+    registry, words = load_registry(), ["dataset=digits", "methods=[direct]", "device=cpu", f"results_dir={tmp_path}"]
+    for more in ([], ["isolate=false"], ["isolate=false", "evaluation.timing=inline"]):
+        plan(compose_runs([*words, *more], registry), registry)
+    inline = "evaluation.timing=inline"
+    assert asked == [("cpu", ["isolate=false", inline]), ("cpu", [inline]), ("cpu", [])]
+
+
+def test_memory_that_earlier_cells_of_the_process_hold_is_looked_for_where_there_are_some():
+    def cell(isolate: bool, count: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            scene=SimpleNamespace(config=SimpleNamespace(isolate=isolate), ranks=SimpleNamespace(count=count))
+        )
+
+    teacher = mlp_teacher()  # on the CPU
+    assert _own_bytes(cell(True, 1), teacher) is None
+    assert _own_bytes(cell(False, 1), teacher) == _own_bytes(cell(True, 2), teacher) == 0
