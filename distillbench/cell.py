@@ -240,6 +240,8 @@ def speed_inputs(cell: Cell, train_key: str) -> dict[str, Any]:
         "timing_seconds": config.timing_seconds,
         "largest_timed_batch": config.largest_timed_batch,
     }
+    if cell.scene.device != "cpu":  # records from before it was so had all that was on the GPU in their peaks
+        inputs["memory"] = "what sampling takes"
     return inputs | _sampled(cell)
 
 

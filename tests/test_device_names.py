@@ -16,13 +16,17 @@ import distillbench.pairs
 from distillbench import Dataset, latents, prompts
 from distillbench.builtin.digits import Digits
 from distillbench.builtin.trained import METADATA, Trained
+from distillbench.cell import speed_inputs
 from distillbench.conditions import Conditioning
+from distillbench.config import compose_runs
 from distillbench.done import _device
 from distillbench.environment import device_name
 from distillbench.latents import as_trained_on
+from distillbench.plan import plan
 from distillbench.precision import Float32Flags
 from distillbench.progress import Progress
 from distillbench.prompts import encode_prompts
+from distillbench.registry import load_registry
 from distillbench.resume import Resume, State, States
 from test_pairs import make
 
@@ -134,6 +138,15 @@ def test_a_teacher_with_tf32_is_another_one(made):
     assert source(made.parent, "cuda", tf32=True)._file() is None
     with pytest.raises(distillbench.UserError, match=r"teacher\.tf32=true needs a GPU"):
         source(made.parent, "cpu", tf32=True).plan()
+
+
+def test_peaks_of_sampling_that_held_what_was_there_before_are_not_found(tmp_path):
+    registry = load_registry()
+    words = ["dataset=digits", "methods=[direct]", "device=cpu", f"results_dir={tmp_path}"]
+    cell = plan(compose_runs(words, registry), registry)[-1]
+    on_cpu = speed_inputs(cell, "k")
+    cell.scene.device = "cuda:1"
+    assert "memory" not in on_cpu and speed_inputs(cell, "k").items() > on_cpu.items()
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
