@@ -53,6 +53,11 @@ class GaussianStatistics:
         """Trace of the covariance: the mean squared distance to the mean, times n / (n - 1)."""
         return self.covariance.trace().item() if self.rows is None else self.rows.square().sum().item()
 
+    def to(self, device: str) -> GaussianStatistics:
+        """The same on `device`; both sides of a distance must be on one."""
+        given, rows = (None if part is None else part.to(device) for part in (self.given, self.rows))
+        return GaussianStatistics(self.n, self.mean.to(device), given, rows)
+
     def dense(self) -> GaussianStatistics:
         """The same with its covariance as a matrix: what a file holds."""
         return GaussianStatistics(self.n, self.mean, given=self.covariance)

@@ -137,6 +137,7 @@ class RealImages(ImageSet):
         super().__init__(lambda: _batches(dataset), len(dataset), dataset.shape, networks, kept)
         self.dataset, self.cache = dataset, cache
         self.files = {file.provenance.get("network", ""): file for file in files}
+        self._imported: dict[type[FeatureNetwork], GaussianStatistics] = {}  # those of `files`, on the device
 
     def describe(self, network: type[FeatureNetwork]) -> str:
         """Which reference a score through `network` has, in words."""
@@ -151,9 +152,12 @@ class RealImages(ImageSet):
         return super().features(network)
 
     def statistics(self, network: type[FeatureNetwork]) -> GaussianStatistics:
-        if network.name in self.files:
-            return self.files[network.name].statistics
-        return super().statistics(network)
+        file = self.files.get(network.name)
+        if file is None:
+            return super().statistics(network)
+        if network not in self._imported:
+            self._imported[network] = file.statistics.to(self.networks.device)
+        return self._imported[network]
 
     def _see(self, network: type[FeatureNetwork], keep: bool) -> None:
         wanted = provenance_of(self.dataset, network.identity(self.networks.folder))
@@ -178,7 +182,7 @@ class RealImages(ImageSet):
             if features.shape != (self.count, network.width):
                 return False
             self._features[network] = features
-        self._statistics[network] = file.statistics
+        self._statistics[network] = file.statistics.to(self.networks.device)  # where the samples' moments are
         return True
 
 

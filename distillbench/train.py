@@ -293,7 +293,7 @@ class _Curve:
         return State({"losses": losses}, {"steps": self.steps, "points": [asdict(point) for point in self.points]})
 
     def restore(self, state: State) -> None:
-        self.losses = list(state.tensors["losses"])
+        self.losses = list(state.tensors["losses"].to(self.meter.device))  # where those of the next steps are
         self.steps = state.values["steps"]
         self.points = [LossPoint(**plain) for plain in state.values["points"]]
 

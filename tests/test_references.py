@@ -87,6 +87,16 @@ def test_a_score_is_the_same_number_whether_the_reference_was_computed_or_read(t
     assert values[0] == values[1] > 0
 
 
+@pytest.mark.parametrize("source", ["cache", "file"])
+def test_statistics_that_were_read_are_on_the_device_of_the_samples(tmp_path, source):
+    """A device that computes nothing stands for a GPU: what was read is moved there."""
+    real(tmp_path).statistics(Toy)
+    files = [read_reference(path) for path in tmp_path.glob("*.npz")] if source == "file" else []
+    there = RealImages(Numbers(), Networks(Path("weights"), "meta"), tmp_path, files).statistics(Toy)
+    assert there.mean.device.type == there.covariance.device.type == "meta" and there.n == 20
+    assert Toy.blocks == [4] * 5
+
+
 def test_features_are_kept_too_where_a_score_needs_them(tmp_path):
     first = real(tmp_path, kept=frozenset({Toy})).features(Toy)
     Toy.blocks.clear()
