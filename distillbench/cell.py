@@ -300,6 +300,7 @@ def _evaluated(
         rows, shown = _rows(cell, folder, progress)
         along = _along(cell, training, folder, progress) if training is not None else []
         record = EvaluationRecord(**about, rows=rows, along=along, references=scene.describe_references(progress))
+        scene.evaluation(progress).release()
     tensors = stack_shown(shown)
     write_atomically(path.with_suffix(".safetensors"), lambda temporary: save_file(tensors, temporary))
     write_record(path, record)
@@ -350,7 +351,9 @@ def sample_along(cell: Cell, order: SampleOrder, progress: Progress) -> None:
     """A follower's part of a row, or of the teacher's many-step answers."""
     torch.set_num_threads(cell.scene.config.threads)
     sampler = None if order.answers else _sampler(cell, _restored_from(cell, order.weights, progress), progress)
-    cell.scene.evaluation(progress).sample_along(sampler, order)
+    evaluator = cell.scene.evaluation(progress)
+    evaluator.sample_along(sampler, order)
+    evaluator.release()
 
 
 def _restored_from(cell: Cell, weights: Path | None, progress: Progress) -> Method | None:

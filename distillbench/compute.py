@@ -169,16 +169,23 @@ class Sampling:
     cuda_graphs: bool = False
 
 
-@contextmanager
-def sampling(asked: Sampling, teacher: Teacher, device: str) -> Iterator[None]:
-    """In the block the networks of `teacher` and of its students are computed as samples are made."""
+def sampling_call(asked: Sampling, device: str) -> NetworkCall:
+    """The call that the settings ask for. With CUDA graphs it keeps what it has captured as long as it is kept."""
     check_sampling(asked, device)
-    half = asked.precision in DTYPES
     call: NetworkCall = NetworkCall()
-    if half:
+    if asked.precision in DTYPES:
         call = AsAsked(kind_of(device), asked.precision, plain=sampling_identity(asked, device))
-    if asked.cuda_graphs:
-        call = Captured(call, device)
+    return Captured(call, device) if asked.cuda_graphs else call
+
+
+@contextmanager
+def sampling(asked: Sampling, teacher: Teacher, device: str, call: NetworkCall | None = None) -> Iterator[None]:
+    """In the block the networks of `teacher` and of its students are computed as samples are made.
+
+    `call` is that of an earlier block with the same settings, whose CUDA graphs serve again; None: a new one.
+    """
+    call = call or sampling_call(asked, device)
+    call.begin()
     with (
         tf32(asked.precision == "tf32", device),
         teacher.teacher_rows.calling(call),

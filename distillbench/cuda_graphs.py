@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,11 @@ class _Graph:
 class Captured(NetworkCall):
     """Replays what `call` does, for calls without gradient. Weights may change in place between calls.
 
-    Its graphs share one pool of memory: none of them runs while another does, and answers are copied out.
+    A graph reads weights where they were when it was captured. So :meth:`begin` is called wherever they may have been
+    replaced by other tensors: graphs of a network whose weights have moved are captured anew at its next call.
+
+    Its graphs share one pool of memory: none of them runs while another does, and answers are copied out. The graphs of
+    a network are freed with the network.
     """
 
     def __init__(self, call: NetworkCall, device: str) -> None:
@@ -48,16 +52,31 @@ class Captured(NetworkCall):
         self.call, self.device = call, device
         self.graphs: WeakKeyDictionary[nn.Module, dict[Any, _Graph]] = WeakKeyDictionary()
         self.pool: Any = None
+        self._addresses: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()  # of weights and buffers
+        self._compared: WeakSet[nn.Module] = WeakSet()  # since the last begin()
+
+    def begin(self) -> None:
+        self._compared = WeakSet()
 
     def __call__(self, network: nn.Module, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
         if torch.is_grad_enabled():
             return self.call(network, x, time, embedding, c)
+        if network not in self._compared:
+            self._compare(network)
         inputs = (x, time, embedding, *_tensors(c))
         graphs = self.graphs.setdefault(network, {})
         signature = (c.guides, *(None if i is None else (i.shape, i.dtype) for i in inputs))
         if signature not in graphs:
             graphs[signature] = self._capture(network, inputs, c)
         return graphs[signature].replay(inputs)
+
+    def _compare(self, network: nn.Module) -> None:
+        """Forget the graphs of `network` if its weights are no longer where they were."""
+        addresses = tuple(tensor.data_ptr() for tensor in [*network.parameters(), *network.buffers()])
+        if self._addresses.get(network) != addresses:
+            self.graphs.pop(network, None)
+        self._addresses[network] = addresses
+        self._compared.add(network)
 
     def _capture(self, network: nn.Module, inputs: Inputs, c: Condition) -> _Graph:
         inputs = tuple(None if i is None else i.contiguous().clone() for i in inputs)

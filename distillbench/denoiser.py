@@ -88,6 +88,9 @@ class NetworkCall:
     def __init__(self, plain: Mapping[str, Any] | None = None) -> None:
         self.plain: Mapping[str, Any] = plain or {}
 
+    def begin(self) -> None:
+        """Before calls of networks whose weights may be other tensors than at the calls before."""
+
     def prepare(self, network: nn.Module) -> None:
         """Before the first call of `network`: what its copies are to have too."""
 

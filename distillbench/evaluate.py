@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillbench.compute import SAMPLED, Sampling, sampling, sampling_identity
+from distillbench.compute import SAMPLED, Sampling, sampling, sampling_call, sampling_identity
 from distillbench.conditions import Condition
 from distillbench.datasets import Dataset, to_uint8
+from distillbench.denoiser import NetworkCall
 from distillbench.errors import DivergedError, Unavailable, UserError, unknown
 from distillbench.features import ImageSet
 from distillbench.host_copies import to_host
 from distillbench.kept_arrays import kept_array
 from distillbench.metrics import Metric, Need, Samples, check_needs
-from distillbench.noise import Noise, stream_key
+from distillbench.noise import DrawnAhead, Noise, drawn_ahead, stream_key
 from distillbench.options import option, require_between, require_one_of, require_positive
 from distillbench.progress import Progress, Step
 from distillbench.ranks import ALONE, Ranks
@@ -141,6 +143,7 @@ class Evaluator:
         self.metrics = [cls() for cls in metrics.values()]
         self.kept = features_kept(metrics)
         self._answers: dict[int, tuple[Tensor, ImageSet]] = {}  # by sampling seed
+        self._call: NetworkCall | None = None  # of all rows of a cell
 
     def answers(self, seed: int, order: SampleOrder | None = None) -> tuple[Tensor, ImageSet]:
         """The teacher's many-step answers to the noise of `seed`: (N,C,H,W), and as 8-bit images.
@@ -229,9 +232,25 @@ class Evaluator:
             if error is not None:
                 raise error
             return torch.cat(images)
-        with torch.no_grad(), sampling(self.config.sampling, self.teacher, self.device):
-            images = list(to_host(self._batches(sampler, nfe, seed, step), self.device))
+        with self._sampling():
+            images = list(self._checked(to_host(self._batches(sampler, nfe, seed), self.device), nfe, step))
         return torch.cat(images)
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """A block in which rows are sampled. CUDA graphs are captured once for all rows of a cell."""
+        self._call = self._call or sampling_call(self.config.sampling, self.device)
+        computed = sampling(self.config.sampling, self.teacher, self.device, self._call)
+        with torch.no_grad(), self.teacher.autoencoder_kept_on_device(), computed:
+            try:
+                yield
+            except Exception:
+                self.release()  # the next row may need the memory
+                raise
+
+    def release(self) -> None:
+        """Free the CUDA graphs: the networks of the next cell are others, and its training wants the memory."""
+        self._call = None
 
     def sample_along(self, sampler: Sampler | None, order: SampleOrder) -> None:
         """A follower's batches of what the main process samples."""
@@ -243,28 +262,36 @@ class Evaluator:
         count = math.ceil(self.config.images / self.config.batch_size)
 
         def make(index: int) -> Tensor:
-            (x_0,) = self._batches(sampler, nfe, seed, step, range(index, index + 1))
-            return x_0.cpu()
+            made = to_host(self._batches(sampler, nfe, seed, range(index, index + 1)), self.device)
+            (images,) = self._checked(made, nfe, step, index * self.config.batch_size)
+            return images
 
-        with torch.no_grad(), sampling(self.config.sampling, self.teacher, self.device):
+        with self._sampling():
             return in_turns(count, make, self.ranks)
 
     def _batches(
-        self, sampler: Sampler, nfe: int, seed: int, step: Step, which: range | None = None
-    ) -> Iterator[Tensor]:
-        """Images of a row in batches (None: all). Each is checked once the next is under way: to look at it waits."""
-        finite: Tensor | None = None
-        size = self.config.batch_size
-        for first in (size * index for index in which or range(math.ceil(self.config.images / size))):
-            noise = self._noise(first, seed)
-            x_0 = self._counted(sampler, noise, len(noise.indices), nfe)
-            _check_finite(finite, nfe)
-            finite = torch.isfinite(x_0).all()
-            yield (x_0 if self.teacher.decode is None else self.teacher.decode(x_0)).clamp(-1, 1)
-            step.advance((first + len(noise.indices)) / self.config.images)
-        _check_finite(finite, nfe)
+        self, sampler: Sampler, nfe: int, seed: int, which: range | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images of a row in batches (None: all), and whether each batch was finite before it was clipped.
 
-    def _counted(self, sampler: Sampler, noise: Noise, size: int, nfe: int) -> Tensor:
+        Both stay on the device. To look at the flag here would wait for the batch, and for what comes after it.
+        """
+        size = self.config.batch_size
+        indices = which or range(math.ceil(self.config.images / size))
+        for noise in drawn_ahead((self._noise(size * index, seed) for index in indices), self.device):
+            x_0 = self._counted(sampler, noise, len(noise.indices), nfe)
+            yield self.teacher.to_images(x_0), torch.isfinite(x_0).all()
+
+    def _checked(self, batches: Iterable[tuple[Tensor, ...]], nfe: int, step: Step, done: int = 0) -> Iterator[Tensor]:
+        """The images of batches that have arrived on the host; raises DivergedError at one that is not finite."""
+        for images, finite in batches:
+            if not finite:
+                raise DivergedError(f"samples with {nfe} evaluations are not finite")
+            yield images
+            done += len(images)
+            step.advance(done / self.config.images)
+
+    def _counted(self, sampler: Sampler, noise: Noise | DrawnAhead, size: int, nfe: int) -> Tensor:
         """A batch of samples, held to the number of evaluations and the shape that a row promises."""
         c = self.teacher.conditioning.of_images(noise.indices, self.device)  # an upscaler's base is not of the row
         before = self._rows()
@@ -278,11 +305,6 @@ class Evaluator:
 
     def _rows(self) -> int:
         return self.teacher.teacher_rows.rows + self.teacher.student_rows.rows
-
-
-def _check_finite(finite: Tensor | None, nfe: int) -> None:
-    if finite is not None and not finite:
-        raise DivergedError(f"samples with {nfe} evaluations are not finite")
 
 
 def features_kept(metrics: dict[str, type[Metric]]) -> frozenset:

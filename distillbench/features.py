@@ -102,7 +102,7 @@ def resized(images: Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> Tenso
     For networks that are defined on the resizing of another library, which works on one picture at a time.
     """
     pictures = [resize(picture) for picture in images.permute(0, 2, 3, 1).cpu().numpy()]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().to(images.device)
+    return to_device(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float(), images.device)
 
 
 def look(network: FeatureNetwork, images: Iterable[Tensor], device: str) -> Iterator[Tensor]:
@@ -176,10 +176,14 @@ class ImageSet:
             raise Unavailable(f"a covariance needs at least two images, here {'is one' if self.count else 'are none'}")
         moments, device = Moments(), self.networks.device
         blocks = _added(moments, self.networks.look(network, self.read()))
-        kept = list(to_host(blocks, device)) if keep else deque(blocks, maxlen=0)
+        kept: list[Tensor] = []
+        if keep:
+            kept.extend(block for (block,) in to_host(((block,) for block in blocks), device))
+        else:
+            deque(blocks, maxlen=0)
         self._statistics[network] = moments.statistics()
         if keep:
-            self._features[network] = torch.cat(list(kept))
+            self._features[network] = torch.cat(kept)
 
 
 def _added(moments: Moments, blocks: Iterable[Tensor]) -> Iterator[Tensor]:

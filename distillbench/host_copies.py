@@ -12,22 +12,31 @@ import torch
 from torch import Tensor
 
 MOST_UNDER_WAY = 2  # batches that are held on the device meanwhile
+SHARE_OF_FREE_MEMORY = 1 / 8  # of a GPU, for one table that stays there: a dataset, encoded prompts, features
 
 
-def to_device(block: Tensor, device: str) -> Tensor:
+def to_device(block: Tensor, device: str | torch.device) -> Tensor:
     """`block` on `device`, which may still be receiving it: what is computed with it there waits by itself."""
-    if device == "cpu" or block.device.type != "cpu":
+    if str(device) == "cpu" or block.device.type != "cpu":
         return block.to(device)
     return block.pin_memory().to(device, non_blocking=True)
 
 
-def to_host(batches: Iterable[Tensor], device: str) -> Iterator[Tensor]:
-    """Each of `batches` on the host, in order, one or two of them later than it was computed."""
+def fits_on(device: str | torch.device, size: int) -> bool:
+    """Whether a table of `size` bytes may stay on a GPU: it takes at most an eighth of the memory that is free now.
+
+    False for the CPU, whose memory it is in already.
+    """
+    return torch.device(device).type == "cuda" and size <= SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]
+
+
+def to_host(batches: Iterable[tuple[Tensor, ...]], device: str) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors of each of `batches` on the host, in order, one or two batches later than they were computed."""
     if device == "cpu":
         yield from batches
         return
     aside = torch.cuda.Stream(device)
-    under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+    under_way: deque[tuple[tuple[Tensor, ...], torch.cuda.Event]] = deque()
     for batch in batches:
         under_way.append(_sent(batch, aside))
         if len(under_way) > MOST_UNDER_WAY:
@@ -36,18 +45,19 @@ def to_host(batches: Iterable[Tensor], device: str) -> Iterator[Tensor]:
         yield _arrived(*under_way.popleft())
 
 
-def _sent(batch: Tensor, aside: torch.cuda.Stream) -> tuple[Tensor, torch.cuda.Event]:
+def _sent(batch: tuple[Tensor, ...], aside: torch.cuda.Stream) -> tuple[tuple[Tensor, ...], torch.cuda.Event]:
     """Pinned memory that `batch` is copied to beside the computation, and when it will be there."""
-    aside.wait_stream(torch.cuda.current_stream(batch.device))
-    target = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
+    aside.wait_stream(torch.cuda.current_stream(batch[0].device))
+    targets = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in batch)
     with torch.cuda.stream(aside):
-        target.copy_(batch, non_blocking=True)
-        batch.record_stream(aside)
+        for target, tensor in zip(targets, batch, strict=True):
+            target.copy_(tensor, non_blocking=True)
+            tensor.record_stream(aside)
         arrival = torch.cuda.Event()
         arrival.record(aside)
-    return target, arrival
+    return targets, arrival
 
 
-def _arrived(target: Tensor, arrival: torch.cuda.Event) -> Tensor:
+def _arrived(targets: tuple[Tensor, ...], arrival: torch.cuda.Event) -> tuple[Tensor, ...]:
     arrival.synchronize()
-    return target.clone()  # pageable: pinned memory is scarce, and torch's allocator uses it again
+    return tuple(target.clone() for target in targets)  # pageable: pinned memory is scarce, and torch uses it again

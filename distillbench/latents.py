@@ -15,6 +15,7 @@ from torch import Tensor
 from distillbench.compute import tf32
 from distillbench.datasets import Dataset, to_float
 from distillbench.files import key_of, write_atomically
+from distillbench.host_copies import to_device
 from distillbench.kept_tensors import read_array, seal_array
 from distillbench.progress import Progress
 from distillbench.teachers import Teacher
@@ -86,12 +87,12 @@ def _found(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 def _encode(
     dataset: Dataset, teacher: Teacher, path: Path, shape: tuple[int, ...], device: str, progress: Progress
 ) -> None:
-    assert teacher.to_latents is not None
     rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    with torch.no_grad(), progress.step(f"encoding {dataset.name} to latents") as step:
+    about = f"encoding {dataset.name} to latents"
+    with torch.no_grad(), teacher.autoencoder_kept_on_device(), progress.step(about) as step:
         for first in range(0, len(dataset), BATCH):
             indices = torch.arange(first, min(first + BATCH, len(dataset)))
-            x_0 = to_float(dataset.read(indices).to(device))
-            rows[indices.numpy()] = teacher.to_latents(x_0).float().cpu().numpy()
+            x_0 = to_float(to_device(dataset.read(indices), device))
+            rows[indices.numpy()] = teacher.encoded(x_0).float().cpu().numpy()
             step.advance((first + len(indices)) / len(dataset))
     rows.flush()

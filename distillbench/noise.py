@@ -7,7 +7,8 @@ name into the tensor, so nothing has to be stored and no batch size or order can
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -37,12 +38,62 @@ class Noise:
         self.stream, self.indices, self.shape, self.device = stream, indices, shape, device
 
     def __call__(self, k: int) -> Tensor:
+        return self.on_device(self.drawn(k))
+
+    def drawn(self, k: int) -> Tensor:
+        """The k-th draw, float32 in the memory of the CPU, which is pinned where a GPU is to have it."""
         rows = np.empty((len(self.indices), *self.shape), dtype=np.float32)
         for row, index in zip(rows, self.indices, strict=True):
             name, draw = np.array([self.stream, index], np.uint64), np.array([0, 0, 0, k], np.uint64)
             generator = np.random.Generator(np.random.Philox(key=name, counter=draw))
             generator.standard_normal(out=row, dtype=np.float32)
-        return torch.from_numpy(rows).to(self.device, torch.get_default_dtype())
+        drawn = torch.from_numpy(rows)
+        return drawn if self.device == "cpu" else drawn.pin_memory()
+
+    def on_device(self, rows: Tensor) -> Tensor:
+        """A draw where it is used, in the default dtype; nothing waits for the copy to a GPU."""
+        return rows.to(self.device, non_blocking=True).to(torch.get_default_dtype())
+
+
+class DrawnAhead:
+    """The same noise, drawn by a thread before it is asked for: the CPU draws while the GPU computes.
+
+    Draw 0 is begun at once and kept, because some samplers ask for it twice. `expected` is the last draw that the
+    sampler will probably ask for; each is begun when the one before it is asked for.
+    """
+
+    def __init__(self, noise: Noise, drawing: Executor, expected: int = 0) -> None:
+        self.noise, self.indices, self.expected = noise, noise.indices, expected
+        self.last = 0  # the largest k that was asked for
+        self._drawing = drawing
+        self._begun = {0: drawing.submit(noise.drawn, 0)}
+
+    def __call__(self, k: int) -> Tensor:
+        begun = self._begun.get(k) if k == 0 else self._begun.pop(k, None)
+        self.last = max(self.last, k)
+        if k < self.expected and k + 1 not in self._begun:
+            self._begun[k + 1] = self._drawing.submit(self.noise.drawn, k + 1)
+        return self.noise.on_device(self.noise.drawn(k) if begun is None else begun.result())
+
+
+def drawn_ahead(noises: Iterable[Noise], device: str) -> Iterator[Noise | DrawnAhead]:
+    """The noise of one batch after another. For a GPU, that of the next batch is drawn while a batch is sampled."""
+    if device == "cpu":
+        yield from noises
+        return
+    with ThreadPoolExecutor(1, "drawing noise") as drawing:
+        waiting: DrawnAhead | None = None
+        last = 0
+        for noise in noises:
+            following = DrawnAhead(noise, drawing, last)
+            if waiting is not None:
+                waiting.expected = last
+                yield waiting
+                last = max(last, waiting.last)
+            waiting = following
+        if waiting is not None:
+            waiting.expected = last
+            yield waiting
 
 
 class FixedNoise:

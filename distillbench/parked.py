@@ -19,12 +19,27 @@ class Parked:
         return self
 
     @contextmanager
+    def kept_on_device(self) -> Iterator[None]:
+        """A block in which the module, once it has been used, stays on the device until the block ends."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._done()
+
+    @contextmanager
     def awake(self) -> Iterator[nn.Module]:
         """The module on the device; it goes back when the outermost block ends."""
         self._users += 1
         try:
             yield self.module.to(self.device)
         finally:
-            self._users -= 1
-            if not self._users:
-                self.module.to("cpu")
+            self._done()
+
+    def _done(self) -> None:
+        self._users -= 1
+        if not self._users:
+            self._to_cpu()
+
+    def _to_cpu(self) -> None:
+        self.module.to("cpu")

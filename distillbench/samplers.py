@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from distillbench.errors import UserError, unknown
+from distillbench.host_copies import to_device
 from distillbench.schedules import NoiseSchedule, recorded
 
 __all__ = [
@@ -41,7 +42,7 @@ NoiseFunction = Callable[[int], Tensor]
 def time_like(x: Tensor, value: float | Tensor) -> Tensor:
     """The time `value` for every image of x: (B,1,1,1) float64 on x's device."""
     if isinstance(value, Tensor):
-        return value.to(x.device, torch.float64).expand(len(x), 1, 1, 1)
+        return to_device(value, x.device).to(torch.float64).expand(len(x), 1, 1, 1)
     return (_constant if recorded(x) else _kept_constant)(len(x), value, x.device)
 
 
@@ -233,7 +234,7 @@ ONE_STEP: dict[str, Callable[[NoiseSchedule, DenoiseFunction, Tensor, Tensor, Te
 
 def _down(schedule: NoiseSchedule, times: Tensor, x: Tensor) -> Iterator[Tensor]:
     """times[N], ..., times[1] of N+1 values, each for every image of x: (B,1,1,1) float64 on x's device."""
-    times = times.to(x.device)  # one copy for all steps
+    times = to_device(times, x.device)  # one copy for all steps
     for k in range(len(times) - 1, 0, -1):
         yield from schedule.pick(times, torch.full((len(x), 1, 1, 1), k, device=x.device))
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from distillbench.progress import Progress
 
 __all__ = ["Clip", "Teacher", "TeacherConfig", "TeacherPlan", "TeacherSource"]
+
+
+MOST_PIXELS = 2**20  # of the images that are decoded or encoded at once: 256 float32 channels of them are 1 GiB
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,27 @@ class Teacher:
         Gradients flow to x_t, not to the weights.
         """
         return self.clip(guided(self.denoiser, self.conditioning, x_t, t, c))
+
+    def to_images(self, x_0: Tensor) -> Tensor:
+        """Images (B,C,H,W) in [-1, 1] of its answers: latents are decoded, at most MOST_PIXELS of images at a time."""
+        return self._in_parts(self.decode, x_0).clamp(-1, 1)
+
+    def encoded(self, images: Tensor) -> Tensor:
+        """What it denoises, of `images` (B,C,H,W) in [-1, 1]: its latents, encoded in such parts, or the images."""
+        return self._in_parts(self.to_latents, images)
+
+    def _in_parts(self, call: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
+        if call is None:
+            return x
+        images_at_once = max(1, MOST_PIXELS // math.prod(self.image_shape[1:]))
+        return call(x) if len(x) <= images_at_once else torch.cat([call(part) for part in x.split(images_at_once)])
+
+    def autoencoder_kept_on_device(self) -> AbstractContextManager[object]:
+        """A block in which what encodes and decodes, once it is used, stays on the device: for loops over batches."""
+        stack = ExitStack()
+        for module in self.parked:
+            stack.enter_context(module.kept_on_device())
+        return stack
 
     def student(self, fresh: bool = False) -> Denoiser:
         """A trainable network that starts from the teacher's weights; with `fresh`, from none.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import shutil
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -492,7 +494,7 @@ def test_timing_computes_as_scores_are_and_counts_the_operations_of_the_plain_ne
 
 def test_copies_on_the_cpu_are_none():
     batches = [torch.randn(2, 1), torch.randn(1, 1)]
-    assert all(a is b for a, b in zip(to_host(iter(batches), "cpu"), batches, strict=True))
+    assert all(a is b for (a,), b in zip(to_host(((b,) for b in batches), "cpu"), batches, strict=True))
     assert to_device(batches[0], "cpu") is batches[0]
 
 
@@ -500,6 +502,44 @@ def test_a_call_with_gradient_is_not_captured():
     made = network("mlp")
     given = inputs(made)
     assert torch.equal(Captured(NetworkCall(), "cuda")(made, *given), made(*given))
+
+
+class Recorded(Captured):
+    """Stands for captures on a machine without a GPU: notes them. A replay computes with the weights of its capture."""
+
+    def __init__(self) -> None:
+        super().__init__(NetworkCall(), "cuda")
+        self.captures: list[tuple[int, ...]] = []
+
+    def _capture(self, network, inputs, c):
+        self.captures.append(tuple(inputs[0].shape))
+        weights = {name: value.data for name, value in network.named_parameters()}  # the same memory
+        known = weakref.ref(network)
+        answer = lambda given: functional_call(known(), weights, (*given[:3], c))
+        return SimpleNamespace(replay=answer)
+
+
+def test_a_network_is_captured_again_only_for_another_shape_or_where_its_weights_moved():
+    made, captured = copy.deepcopy(network("mlp")), Recorded()
+    given = inputs(made)
+
+    def answers(network, x, time, *more):
+        captured.begin()
+        with torch.no_grad():
+            assert torch.equal(captured(network, x, time, *more), network(x, time, *more))
+        return len(captured.captures)
+
+    assert answers(made, *given) == answers(made, *given) == 1
+    assert answers(made, given[0][:2], given[1][:2], None, UNCONDITIONAL) == 2
+    made.load_state_dict({name: value + 0.1 for name, value in made.state_dict().items()})
+    assert answers(made, *given) == 2  # in place
+    for parameter in made.parameters():
+        parameter.data = parameter.data + 0.1
+    assert answers(made, *given) == 3
+    alive = weakref.ref(made)
+    del made
+    gc.collect()
+    assert alive() is None and not len(captured.graphs)
 
 
 @GPU
@@ -522,8 +562,10 @@ def test_a_captured_network_answers_the_same_after_its_inputs_and_weights_change
 @GPU
 def test_batches_arrive_on_the_host_as_they_were_computed():
     batches = [torch.full((4, 1000), float(k), device="cuda") for k in range(8)]
-    for arrived, sent in zip(to_host(iter(batches), "cuda"), batches, strict=True):
-        assert arrived.device.type == "cpu" and torch.equal(arrived, sent.cpu())
+    sent = [(batch, batch.sum() > 0) for batch in batches]
+    for arrived, tensors in zip(to_host(iter(sent), "cuda"), sent, strict=True):
+        for there, here in zip(tensors, arrived, strict=True):
+            assert here.device.type == "cpu" and torch.equal(here, there.cpu())
     assert torch.equal(to_device(torch.arange(4), "cuda").cpu(), torch.arange(4))
 
 

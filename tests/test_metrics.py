@@ -13,15 +13,17 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from analytic import ddim_chain, gaussian_teacher, time
+from distillbench import evaluate
 from distillbench.builtin.pixels import NearestRealRmse, Spread, TeacherRmse
 from distillbench.datasets import Dataset, to_float, to_uint8
+from distillbench.denoiser import NetworkCall
 from distillbench.errors import DivergedError, Unavailable, UserError
 from distillbench.evaluate import EvaluationConfig, Evaluator, teacher_sampler
 from distillbench.features import Networks
 from distillbench.frechet import GaussianStatistics, Moments, frechet_distance
 from distillbench.metrics import Metric, Samples, check_needs
 from distillbench.noise import Noise, stream_key
-from distillbench.progress import Progress
+from distillbench.progress import Progress, Step
 from distillbench.references import RealImages
 from distillbench.samplers import Solver, uniform_times
 
@@ -312,6 +314,39 @@ def test_samples_that_are_not_finite_have_diverged(bad):
     judge = evaluator()
     with pytest.raises(DivergedError):
         judge.measure(Sampler(judge.teacher, result=spoil), 1, 0, True, "test")
+
+
+def test_whether_samples_are_finite_is_looked_at_when_they_have_arrived(monkeypatch):
+    """On a GPU to look earlier would wait. All batches are under way here before the first one arrives."""
+    judge, made = evaluator(), []
+
+    def sampler(noise, nfe, c):
+        made.append(len(noise.indices))
+        x = judge.teacher.denoise(x := noise(0), time([0.5]).expand(len(x), 1, 1, 1))
+        return x * math.nan if len(made) == 2 else x
+
+    monkeypatch.setattr(evaluate, "to_host", lambda batches, device: iter(list(batches)))
+    told = []
+    with pytest.raises(DivergedError):
+        judge._sample(sampler, 1, 0, Step(lambda fraction, note: told.append(fraction)), None)
+    assert made == [4, 4, 2] and told == [0.4]
+
+
+def test_networks_are_captured_once_for_all_rows_of_a_cell(monkeypatch):
+    calls = []
+    monkeypatch.setattr(evaluate, "sampling_call", lambda *told: calls.append(NetworkCall()) or calls[-1])
+    judge, used = evaluator(), []
+
+    def sampler(noise, nfe, c):
+        used.append(judge.teacher.teacher_rows.call)
+        return Sampler(judge.teacher)(noise, nfe, c)
+
+    for nfe in (1, 2):
+        judge.measure(sampler, nfe, 0, True, "test")
+    assert len(used) == 6 and set(used) == set(calls) and len(calls) == 1
+    judge.release()
+    judge.measure(sampler, 1, 0, True, "test")
+    assert len(calls) == 2 and judge.teacher.teacher_rows.call is not calls[1]
 
 
 def test_samples_are_clipped_and_scores_without_a_value_have_a_reason():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
 from scipy.stats import kstest
 
-from distillbench.noise import FixedNoise, Noise, stream_key
+from distillbench.noise import FixedNoise, Noise, drawn_ahead, stream_key
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -33,6 +34,36 @@ def test_noise_of_an_image_can_be_asked_for_again_in_any_order_of_draws():
     noise = Noise(stream_key("evaluation", 0), range(4), SHAPE)
     second, first = noise(1), noise(0)
     assert torch.equal(noise(0), first) and torch.equal(noise(1), second)
+
+
+class Noted(Noise):
+    """Notes which draws are made, and in which thread; in memory of the CPU."""
+
+    def __init__(self, name: str, drawn: list) -> None:
+        super().__init__(stream_key("evaluation", 0), [ord(name)], SHAPE)
+        self.name, self.noted = name, drawn
+
+    def drawn(self, k: int) -> torch.Tensor:
+        self.noted.append((f"{self.name}{k}", threading.current_thread() is threading.main_thread()))
+        return super().drawn(k)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_noise_that_is_drawn_ahead_is_the_same(device):
+    """For a GPU by a thread, the next batch's before this batch's is asked for, and fresh noise once it is expected."""
+    drawn: list[tuple[str, bool]] = []
+    for name, noise in zip("abc", drawn_ahead((Noted(name, drawn) for name in "abc"), device), strict=True):
+        for k in (0, 0, 1, 2):
+            assert torch.equal(noise(k), draw(noise.indices and stream_key("evaluation", 0), [ord(name)], k))
+        assert list(noise.indices) == [ord(name)]
+    here = [call for call, main in drawn if main]
+    if device == "cpu":
+        assert here == [f"{name}{k}" for name in "abc" for k in (0, 0, 1, 2)]
+    else:
+        assert here == ["a1", "a2"]  # of the first batch nobody knew that they would be asked for
+        calls = [call for call, _ in drawn]
+        assert sorted(calls) == sorted(f"{name}{k}" for name in "abc" for k in range(3))
+        assert calls.index("b0") < calls.index("a2") and calls.index("c0") < calls.index("b2")
 
 
 def test_global_generators_are_neither_read_nor_moved():

@@ -118,6 +118,10 @@ class ParkedOnDemand(Parked):
             self._kept = self.read().eval().requires_grad_(False).to("cpu")
         return self._kept
 
+    def _to_cpu(self) -> None:
+        if self._kept is not None:
+            self._kept.to("cpu")
+
     def let_go(self) -> None:
         """Give its memory back; it is read again if it is wanted again."""
         self._kept = None
