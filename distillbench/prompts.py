@@ -19,19 +19,26 @@ from torch import Tensor
 from distillbench.compute import tf32
 from distillbench.environment import device_name
 from distillbench.files import key_of, write_atomically
+from distillbench.host_copies import fits_on, to_device
 from distillbench.kept_tensors import read_array, seal_array
 from distillbench.progress import Progress
 
 BATCH = 16
+READ = 1024  # rows of a table that are copied to a device at a time
 Encode = Callable[[list[str]], Tensor]  # texts to (B,L,D)
 
 
 class EncodedPrompts:
-    """The table of a run: row i (L,D) is prompt i, the last row is the empty text. float32, mapped from its file."""
+    """The table of a run: row i (L,D) is prompt i, the last row is the empty text. float32, mapped from its file.
+
+    On a GPU the whole table is held where it takes an eighth of the free memory at most; otherwise the empty text, and
+    the others are copied when they are needed. Labels that are already on the GPU must then be waited for.
+    """
 
     def __init__(self, file: Path, seconds: float) -> None:
         self.file, self._seconds = file, seconds  # that all prompts took
         self.rows: np.ndarray = np.load(file, mmap_mode="r")
+        self._held: dict[torch.device, Tensor] = {}  # all rows, or the last one alone
 
     def __reduce__(self) -> tuple:
         return EncodedPrompts, (self.file, self._seconds)  # another process maps the file again
@@ -39,9 +46,30 @@ class EncodedPrompts:
     def __deepcopy__(self, memo: dict) -> EncodedPrompts:
         return self
 
-    def __call__(self, labels: Tensor) -> Tensor:
-        rows = torch.from_numpy(self.rows[labels.cpu().numpy()])
-        return rows.to(labels.device, torch.get_default_dtype())
+    def __call__(self, labels: Tensor, device: torch.device | None = None) -> Tensor:
+        """(B,L,D) of `labels` (B,) on `device`, by default that of the labels."""
+        device = device or labels.device
+        held = self._on(device)
+        if len(held) == len(self.rows):
+            rows = held.index_select(0, to_device(labels, device))
+        else:
+            rows = to_device(torch.from_numpy(self.rows[labels.cpu().numpy()]), device)
+        return rows.to(torch.get_default_dtype())
+
+    def empty(self, count: int, device: torch.device) -> Tensor:
+        """The empty text, `count` times: (count,L,D)."""
+        return self._on(device)[-1:].to(torch.get_default_dtype()).expand(count, -1, -1)
+
+    def _on(self, device: torch.device) -> Tensor:
+        """What of the table stays on `device`, read when it is first needed."""
+        if device not in self._held:
+            rows = self.rows if fits_on(device, self.rows.nbytes) else self.rows[-1:]
+            held = torch.empty(rows.shape, device=device, dtype=torch.float32)
+            for first in range(0, len(rows), READ):
+                part = slice(first, first + READ)
+                held[part].copy_(torch.from_numpy(rows[part].copy()))
+            self._held[device] = held
+        return self._held[device]
 
     def seconds(self, count: int) -> float:
         """That it took to encode `count` of the prompts: their share. The encoder's loading is nobody's."""
@@ -54,8 +82,11 @@ class PlaceholderPrompts:
     def __init__(self, length: int, width: int) -> None:
         self.length, self.width = length, width
 
-    def __call__(self, labels: Tensor) -> Tensor:
-        return torch.zeros(len(labels), self.length, self.width, device=labels.device)
+    def __call__(self, labels: Tensor, device: torch.device | None = None) -> Tensor:
+        return self.empty(len(labels), device or labels.device)
+
+    def empty(self, count: int, device: torch.device) -> Tensor:
+        return torch.zeros(count, self.length, self.width, device=device)
 
     def seconds(self, count: int) -> float:
         return 0.0

@@ -1,19 +1,22 @@
 """What is made once of the data: latents of images, encoded prompts."""
 
 import copy
+import dataclasses
 import io
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from distillbench import Dataset, Denoiser, Teacher, prompts
+from distillbench import Dataset, Denoiser, Teacher, prompts, teachers
 from distillbench.conditions import Condition, Conditioning
 from distillbench.denoiser import guided
 from distillbench.latents import as_trained_on, placeholder
 from distillbench.networks import ResidualMLP
+from distillbench.parked import Parked
 from distillbench.progress import Progress
 from distillbench.prompts import PlaceholderPrompts, encode_prompts
 from distillbench.schedules import VPCosine
@@ -62,6 +65,52 @@ def test_latents_are_made_once_and_read_by_row(tmp_path):
     assert torch.equal(latents.labels(indices), indices % 3)
     again = as_trained_on(pictures, teacher, tmp_path, "cpu", SILENT)
     assert sum(calls) == 40 and torch.equal(again.read(indices), latents.read(indices))
+
+
+@pytest.mark.parametrize("call", ["to_images", "encoded"])
+def test_images_are_decoded_and_encoded_in_parts(monkeypatch, call):
+    """As many pixels at a time as fit, and at least one image: the same as all at once."""
+    whole, sizes = latent_teacher([]), []
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.GroupNorm(2, 4), torch.nn.Conv2d(4, 1, 1)
+    )
+
+    @torch.no_grad()
+    def convolved(x):
+        sizes.append(len(x))
+        return network(x)
+
+    whole = dataclasses.replace(whole, decode=convolved, to_latents=convolved)
+    x = torch.randn(7, 1, 8, 8)
+    expected = getattr(whole, call)(x)
+    for pixels, parts in ((64 * 7, [7]), (64 * 3 + 63, [3, 3, 1]), (1, [1] * 7)):
+        monkeypatch.setattr(teachers, "MOST_PIXELS", pixels)
+        sizes.clear()
+        torch.testing.assert_close(getattr(whole, call)(x), expected, rtol=0, atol=1e-6)
+        assert sizes == parts
+    pixels_alone = dataclasses.replace(whole, decode=None, to_latents=None)
+    assert torch.equal(pixels_alone.encoded(x), x) and torch.equal(pixels_alone.to_images(x), x.clamp(-1, 1))
+
+
+class Moves(torch.nn.Linear):
+    """Notes where it is moved to."""
+
+    def to(self, device):
+        self.moves = [*getattr(self, "moves", []), device]
+        return self
+
+
+def test_an_autoencoder_stays_on_the_device_while_a_dataset_is_encoded(tmp_path):
+    encoder, unused = Parked(Moves(8, 4), "there"), Parked(Moves(2, 2), "there")
+
+    def to_latents(x):
+        with encoder.awake() as module:
+            assert module.moves[-1] == "there"
+            return x[..., ::2, ::2]
+
+    teacher = dataclasses.replace(latent_teacher([]), to_latents=to_latents, parked=(encoder, unused))
+    as_trained_on(Pictures(100), teacher, tmp_path, "cpu", SILENT)
+    assert encoder.module.moves == ["cpu"] + ["there"] * 4 + ["cpu"] and "there" not in unused.module.moves
 
 
 def test_damaged_latents_are_made_again(tmp_path):
@@ -121,6 +170,22 @@ def test_what_encoding_took_is_kept_and_charged_by_share(tmp_path, monkeypatch):
     file.write_text(json.dumps(told))  # as before prices were kept
     encode_prompts(four, slow, "e", tmp_path, "cpu", SILENT)
     assert now[0] == 100 + 2 * (50 + 8) and json.loads(file.read_text())["seconds"] == 8.0
+
+
+def test_a_table_that_fits_stays_on_a_gpu_and_of_another_the_empty_text(tmp_path, monkeypatch):
+    """Once it has been copied its file is not read again."""
+    table = encode_prompts(PROMPTS, encode([]), "e", tmp_path, SILENT)
+    labels, cpu = torch.tensor([2, 0, 3, 2]), torch.device("cpu")
+    expected = table(labels)
+    assert torch.equal(table.empty(2, cpu), table(torch.tensor([3, 3])))
+    monkeypatch.setattr(prompts, "READ", 3)
+    for fits, rows in ((True, 4), (False, 1)):
+        monkeypatch.setattr(prompts, "fits_on", lambda device, size, fits=fits: fits and size == 4 * 2 * 3 * 4)
+        other = pickle.loads(pickle.dumps(table))
+        assert torch.equal(other(labels, cpu), expected) and len(other._held[cpu]) == rows
+        if fits:
+            other.rows = np.full_like(table.rows, -1)
+            assert torch.equal(other(labels), expected) and not other.empty(3, cpu).any()
 
 
 @pytest.mark.parametrize("change", ["texts", "encoder", "damage"])

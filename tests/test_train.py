@@ -39,8 +39,9 @@ from distillbench.datasets import Dataset, to_float
 from distillbench.errors import DivergedError, UserError
 from distillbench.method import Method, MethodConfig, OptimizerConfig, Phase, Share
 from distillbench.optimizers import Average, learning_rate_factor
-from distillbench.progress import Step
-from distillbench.train import Loop, Trained, train
+from distillbench.progress import Progress, Step
+from distillbench.ranks import ALONE
+from distillbench.train import Loop, Trained, _Curve, train
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -179,6 +180,15 @@ def test_prompts_that_training_asks_for_are_charged(tmp_path):
     assert 21 < price.seconds < 28 and price.other_seconds > 21
     with pytest.raises(RuntimeError, match="budget of 20 seconds"):
         run(method, tmp_path, budget=BudgetConfig(limit=Limit.seconds, seconds=20.0))
+
+
+def test_losses_of_a_state_go_back_to_the_device_of_the_next_ones():
+    """A device that computes nothing stands for a GPU."""
+    here, there = (_Curve(SimpleNamespace(device=device), None, ALONE) for device in ("cpu", "meta"))
+    here.add(torch.tensor(1.0))
+    there.restore(here.state())
+    there.add(torch.ones((), device="meta"))
+    assert torch.stack(there.losses).device.type == "meta"
 
 
 # --- phases ----------------------------------------------------------------------------------------------------------
@@ -547,6 +557,30 @@ def test_what_goes_wrong_while_reading_ahead_is_raised(large):
 
     with pytest.raises(UserError, match="cut off"):
         DataStream(Damaged(), 0, "cpu", 2).read(4)
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_dataset_on_a_gpu_is_held_as_it_is_read_and_gives_the_same_batches(large, monkeypatch, rounded):
+    """8-bit images as bytes, latents as float32. Past the limits it is read as before."""
+
+    class Latents(Numbers):
+        def read(self, indices):
+            return super().read(indices).float() / 7
+
+    dataset = Numbers() if rounded else Latents()
+    monkeypatch.setattr(data_stream, "fits_on", lambda device, size: size <= 200 * 4 * 4)
+    monkeypatch.setattr(data_stream, "READ", 64)
+    held, plain = DataStream(dataset, 3, "cpu", 2), DataStream(dataset, 3, "cpu", 2)
+    held.preload(Progress(None))
+    assert held._held.shape == (200, 1, 2, 2) and held._held.dtype is (torch.uint8 if rounded else torch.float32)
+    assert all(torch.equal(held.read(size)[0], plain.read(size)[0]) for size in SIZES)
+    assert torch.equal(held.get_state(), plain.get_state())
+    for limit in ("HELD_ON_GPU", "fits_on"):
+        with monkeypatch.context() as patched:
+            patched.setattr(data_stream, limit, 799 if limit == "HELD_ON_GPU" else lambda device, size: False)
+            streamed = DataStream(dataset, 3, "cpu", 2)
+            streamed.preload(Progress(None))
+            assert streamed._held is None
 
 
 def test_processes_read_their_own_images(large):
