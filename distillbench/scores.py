@@ -3,19 +3,23 @@
     class FdMyNetwork(FrechetDistance):
         name, network = "fd_my_network", MyNetwork
 
-Kernel distance, precision and recall are torch-fidelity's, called with features.
+Distances and kernels are computed in float64, on the device of the feature networks where the features fit: a squared
+distance is a difference of squared norms, and float32 loses it where the features' mean is large beside their spread.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distillbench.errors import Unavailable
-from distillbench.features import FeatureNetwork
+from distillbench.features import FeatureNetwork, ImageSet
 from distillbench.frechet import GaussianStatistics, frechet_distance
+from distillbench.host_copies import fits_on, to_device
 from distillbench.metrics import Metric, Need, Samples
 
 __all__ = [
@@ -24,7 +28,8 @@ __all__ = [
     "Recall", "density_and_coverage", "nearest", "precision_and_recall", "spread_ratio",
 ]  # fmt: skip
 
-ROWS = 1000  # of a distance matrix at a time
+ROWS = 1000  # of a distance matrix at a time, at most,
+MOST_DISTANCES = 2**26  # and distances: 512 MiB
 SEED = 2020  # of subsets: torch-fidelity's default
 
 
@@ -79,12 +84,12 @@ class FrechetDistanceExtrapolated(FeatureMetric):
         n, width = features.shape
         if self.smallest * n < self.fewest * width:
             raise Unavailable(f"a line in 1/n takes {self.fewest * width / self.smallest:.0f} samples, here are {n}")
-        generator = torch.Generator().manual_seed(SEED)
+        generator, features = torch.Generator().manual_seed(SEED), features.to(real.mean.device)
         sizes = torch.linspace(self.smallest * n, n, self.subsets).round().long().tolist()
         distances = []
         for size in sizes:
-            chosen = features[torch.randperm(n, generator=generator)[:size]]
-            distances.append(frechet_distance(real, GaussianStatistics.of(chosen.to(real.mean.device))))
+            chosen = torch.randperm(n, generator=generator)[:size].to(features.device)
+            distances.append(frechet_distance(real, GaussianStatistics.of(features[chosen])))
         x, y = 1 / torch.tensor(sizes, dtype=torch.float64), torch.tensor(distances, dtype=torch.float64)
         slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
         return (y.mean() - slope * x.mean()).item()
@@ -95,22 +100,20 @@ class KernelDistance(FeatureMetric):
 
     unit = "squared kernel distance"
     direction = "lower"
-    protocol = f"kernel/1: torch-fidelity, mean over 100 subsets of 1000, seed {SEED}"
+    protocol = f"kernel/2: float64, mean over 100 subsets of 1000, torch-fidelity's, seed {SEED}"
     needs = frozenset({Need.real_images, Need.features})
-    subset = 1000
+    subsets, subset = 100, 1000
 
     def score(self, samples: Samples) -> float:
-        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
-
-        ours, real = _both(samples, self.network)
-        few = min(len(ours), len(real))
+        few = min(samples.images.count, samples.real.count)
         if few < self.subset:
             raise Unavailable(f"a kernel distance takes subsets of {self.subset} images, here are {few}")
-        found = kid_features_to_metric(
-            ours, real, kid_subsets=100, kid_subset_size=self.subset, kid_kernel="poly", kid_kernel_poly_degree=3,
-            kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1.0, rng_seed=SEED, verbose=False,
-        )  # fmt: skip
-        return found[KEY_METRIC_KID_MEAN]
+        ours, real = _both(samples, self.network)
+        random, found = np.random.RandomState(SEED), []
+        for _ in range(self.subsets):
+            x, y = (features[_drawn(random, len(features), self.subset, features.device)] for features in (ours, real))
+            found.append(_squared_mmd(x, y))
+        return torch.stack(found).mean().item()
 
 
 class Precision(FeatureMetric):
@@ -121,7 +124,7 @@ class Precision(FeatureMetric):
 
     unit = "share"
     direction = "higher"
-    protocol = "precision_recall/1: torch-fidelity, k = 3"
+    protocol = "precision_recall/2: float64, k = 3, balls closed"
     needs = frozenset({Need.real_images, Need.features})
 
     def score(self, samples: Samples) -> float:
@@ -145,7 +148,7 @@ class Density(FeatureMetric):
 
     unit = "balls over k"
     direction = "higher"
-    protocol = "density_coverage/1: arXiv:2002.09797, k = 5"
+    protocol = "density_coverage/2: arXiv:2002.09797, float64, k = 5, balls open"
     needs = frozenset({Need.real_images, Need.features})
 
     def score(self, samples: Samples) -> float:
@@ -201,7 +204,7 @@ class NearestReal(FeatureMetric):
 
     unit = "ratio to that of real images"
     direction = "none"
-    protocol = "nearest_real/1: medians of Euclidean distances; a real image is not its own neighbour"
+    protocol = "nearest_real/2: float64, medians of Euclidean distances; a real image is not its own neighbour"
     needs = frozenset({Need.real_images, Need.features})
 
     def score(self, samples: Samples) -> float:
@@ -212,43 +215,85 @@ class NearestReal(FeatureMetric):
         return (nearest(ours, real).median() / among).item()
 
 
+def device_for(images: ImageSet, numbers: int) -> str:
+    """The device of the networks that look at `images`, if float64 `numbers` fit there; otherwise the CPU."""
+    device = images.networks.device
+    return device if device == "cpu" or fits_on(device, 8 * numbers) else "cpu"
+
+
 def _both(samples: Samples, network: type[FeatureNetwork]) -> tuple[Tensor, Tensor]:
-    """Features of the samples and of the real images."""
-    return samples.images.features(network), samples.real.features(network)
+    """Features of the samples and of the real images, float64, on the networks' device where both fit there."""
+    ours, real = samples.images.features(network), samples.real.features(network)
+    device = device_for(samples.images, ours.numel() + real.numel())
+    return ours.to(device).double(), real.to(device).double()
 
 
-def precision_and_recall(samples: Samples, network: type[FeatureNetwork]) -> tuple[float, float]:
+def _drawn(random: np.random.RandomState, count: int, size: int, device: torch.device) -> Tensor:
+    """`size` of the indices 0, ..., count - 1, each once."""
+    return to_device(torch.from_numpy(random.choice(count, size, replace=False)), device)
+
+
+def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
+    """The unbiased squared mean discrepancy of x and y, (m,D) both, without the kernels of points with themselves."""
+    m = len(x)
+    within = [kernel.sum() - kernel.diagonal().sum() for kernel in (_kernel(x, x), _kernel(y, y))]
+    return (within[0] + within[1]) / (m * (m - 1)) - 2 * _kernel(x, y).mean()
+
+
+def _kernel(f: Tensor, g: Tensor) -> Tensor:
+    return torch.matmul(f, g.T).div_(f.shape[1]).add_(1).pow_(3)
+
+
+def precision_and_recall(samples: Samples, network: type[FeatureNetwork], k: int = 3) -> tuple[float, float]:
     """Both at once, and once for these samples."""
-    ours, real = _both(samples, network)
-    if min(len(ours), len(real)) < 4:
+    if min(samples.images.count, samples.real.count) <= k:
         raise Unavailable("a third neighbour needs four images")
-    return samples.images.once(f"precision {network.name}", lambda: _precision_and_recall(ours, real))
+    return samples.images.once(f"precision {network.name}", lambda: _precision_and_recall(samples, network, k))
 
 
-def _precision_and_recall(ours: Tensor, real: Tensor) -> tuple[float, float]:
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+def _precision_and_recall(samples: Samples, network: type[FeatureNetwork], k: int) -> tuple[float, float]:
+    ours, real = _both(samples, network)
+    among_real = _real_radii(samples, network, real, k)
+    return _share_inside(ours, real, among_real), _share_inside(real, ours, nearest(ours, ours, skip=k))
 
-    options = {"prc_neighborhood": 3, "prc_batch_size": 10_000, "save_cpu_ram": True, "verbose": False}
-    found = prc_features_to_metric(ours, real, **options)
-    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+
+def _real_radii(samples: Samples, network: type[FeatureNetwork], real: Tensor, k: int) -> Tensor:
+    """Distance of each real image to its k-th neighbour among the others, (M,), computed once for all rows."""
+    return samples.real.once(f"radii {network.name} {k}", lambda: nearest(real, real, skip=k)).to(real.device)
+
+
+def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
+    """Share of `points` (N,D) that lie in some ball round `centres` (M,D) of `radii` (M,), its surface included."""
+    near = [(distances <= radii).any(dim=1).sum() for _, distances in _distances(points, centres)]
+    return torch.stack(near).sum().item() / len(points)
 
 
 def density_and_coverage(samples: Samples, network: type[FeatureNetwork], k: int = 5) -> tuple[float, float]:
     """Both at once, and once for these samples."""
-    ours, real = _both(samples, network)
-    if len(real) <= k:
+    if samples.real.count <= k:
         raise Unavailable(f"neighbour {k} needs more than {k} real images")
 
     def compute() -> tuple[float, float]:
-        radii = samples.real.once(f"radii {network.name} {k}", lambda: nearest(real, real, skip=k))
-        inside, covered = 0, 0
-        for rows, radius in zip(real.split(ROWS), radii.split(ROWS), strict=True):
-            within = torch.cdist(rows, ours) < radius[:, None]
-            inside += int(within.sum())
-            covered += int(within.any(dim=1).sum())
-        return inside / (k * len(ours)), covered / len(real)
+        ours, real = _both(samples, network)
+        radii = _real_radii(samples, network, real, k)
+        inside, covered = torch.zeros((2,), dtype=torch.int64, device=real.device)
+        for rows, distances in _distances(real, ours):
+            within = distances < radii[rows, None]
+            inside += within.sum()
+            covered += within.any(dim=1).sum()
+        return inside.item() / (k * len(ours)), covered.item() / len(real)
 
     return samples.images.once(f"density {network.name} {k}", compute)
+
+
+def _distances(points: Tensor, others: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Distances of `points` (N,D) to all `others` (M,D): some rows at a time, and which they are."""
+    size = max(1, min(ROWS, MOST_DISTANCES // max(1, len(others))))
+    centre = others.mean(dim=0)  # what is far from the origin loses digits, in float64 too
+    others = others - centre
+    for first in range(0, len(points), size):
+        rows = slice(first, first + size)
+        yield rows, torch.cdist(points[rows] - centre, others)
 
 
 def nearest(points: Tensor, others: Tensor, skip: int = 0) -> Tensor:
@@ -257,9 +302,9 @@ def nearest(points: Tensor, others: Tensor, skip: int = 0) -> Tensor:
     cdist of many loses the digits of short distances, so it finds the neighbour and the distance is computed anew.
     """
     found = []
-    for rows in points.split(ROWS):
-        index = torch.cdist(rows, others).kthvalue(skip + 1).indices
-        found.append(torch.linalg.vector_norm(rows - others[index], dim=1))
+    for rows, distances in _distances(points, others):
+        index = distances.kthvalue(skip + 1).indices
+        found.append(torch.linalg.vector_norm(points[rows] - others[index], dim=1))
     return torch.cat(found)
 
 

@@ -92,9 +92,12 @@ def test_density_and_coverage_count_balls_to_the_fifth_neighbour():
 
 
 def test_density_and_coverage_of_many_images_are_put_together_of_blocks(monkeypatch):
-    whole = [on(score).score(samples(OURS, REAL)) for score in (scores.Density, scores.Coverage)]
-    monkeypatch.setattr(scores, "ROWS", 7)
-    assert [on(score).score(samples(OURS, REAL)) for score in (scores.Density, scores.Coverage)] == whole
+    both = scores.Density, scores.Coverage, scores.Precision, scores.Recall
+    whole = [on(score).score(samples(OURS, REAL)) for score in both]
+    for limit, value in (("ROWS", 7), ("MOST_DISTANCES", 100)):
+        with monkeypatch.context() as patched:
+            patched.setattr(scores, limit, value)
+            assert [on(score).score(samples(OURS, REAL)) for score in both] == whole
 
 
 def test_two_scores_of_one_computation_compute_once(monkeypatch):
@@ -115,6 +118,51 @@ def test_nearest_real_is_a_ratio_of_medians():
     real = [radius(REAL, i, 1) for i in range(len(REAL))]
     ratio = torch.tensor(ours).median() / torch.tensor(real).median()  # torch takes the lower of two middle ones
     assert on(scores.NearestReal).score(samples(OURS, REAL)) == pytest.approx(ratio.item(), rel=1e-5)
+
+
+FAR_OURS = (0.95 * normal(20, 64, 0) + 300.1).float().double()  # a mean of 300 times the spread, as float32 has it
+FAR_REAL = (normal(80, 64, 1) + 300).float().double()
+
+
+def test_neighbours_are_right_where_the_mean_is_large_beside_the_spread():
+    """In float32 density was 14.5 for 12.8 there. The truth: differences, squared, in float64."""
+    far = samples(FAR_OURS, FAR_REAL)
+    across = (FAR_REAL[:, None] - FAR_OURS).square().sum(dim=2).sqrt()
+    among_real = (FAR_REAL[:, None] - FAR_REAL).square().sum(dim=2).sqrt().sort(dim=1).values
+    among_ours = (FAR_OURS[:, None] - FAR_OURS).square().sum(dim=2).sqrt().sort(dim=1).values
+    within = across < among_real[:, 5:6]
+    truth = {
+        scores.Density: within.double().sum() / (5 * 20),
+        scores.Coverage: within.any(dim=1).double().mean(),
+        scores.Precision: (across <= among_real[:, 3:4]).any(dim=0).double().mean(),
+        scores.Recall: (across <= among_ours[:, 3]).any(dim=1).double().mean(),
+        scores.NearestReal: across.min(dim=0).values.median() / among_real[:, 1].median(),
+    }
+    found = {score: on(score).score(far) for score in truth}
+    assert found == {score: pytest.approx(value.item(), rel=1e-9) for score, value in truth.items()}
+    assert 0 < found[scores.Coverage] < 1 and 0 < found[scores.Precision] < 1 and found[scores.Density] > 0.1
+
+
+def test_neighbours_and_kernels_are_torch_fidelitys_in_float64():
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    class Small(scores.KernelDistance):
+        subset = 15
+
+    for ours, real in ((OURS, REAL), (FAR_OURS, FAR_REAL)):
+        near = samples(ours, real)
+        ours, real = ours.float().double(), real.float().double()
+        theirs = prc_features_to_metric(
+            ours, real, prc_neighborhood=3, prc_batch_size=50, save_cpu_ram=True, verbose=False
+        )
+        found = on(scores.Precision).score(near), on(scores.Recall).score(near)
+        assert found == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
+        kernel = kid_features_to_metric(
+            ours, real, kid_subsets=100, kid_subset_size=15, kid_kernel="poly", kid_kernel_poly_degree=3,
+            kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1.0, rng_seed=scores.SEED, verbose=False,
+        )["kernel_inception_distance_mean"]  # fmt: skip
+        assert on(Small).score(near) == pytest.approx(kernel, rel=1e-6)
 
 
 def test_copies_of_real_images_have_distance_zero():

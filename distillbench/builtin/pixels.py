@@ -6,8 +6,9 @@ import torch
 
 from distillbench import Metric, Samples, Unavailable, hookimpl
 from distillbench.datasets import to_float
+from distillbench.host_copies import to_device
 from distillbench.metrics import Need
-from distillbench.scores import nearest, spread_ratio
+from distillbench.scores import device_for, nearest, spread_ratio
 
 CHUNK = 1024  # images at a time
 
@@ -48,17 +49,19 @@ class NearestRealRmse(Metric):
     name = "nearest_real_rmse"
     unit = "pixel values in [-1, 1]"
     direction = "none"
-    protocol = "nearest_real_rmse/1: median over samples, all real images, both clipped to [-1, 1]"
+    protocol = "nearest_real_rmse/2: float64, median over samples, all real images, both clipped to [-1, 1]"
     needs = frozenset({Need.real_images})
 
     def score(self, samples: Samples) -> float:
         if tuple(samples.x_0.shape[1:]) != samples.real.shape:
             raise Unavailable("samples and real images have different shapes")
-        best = torch.full((len(samples.x_0),), torch.inf)
+        device = device_for(samples.real, samples.x_0.numel())
+        ours = to_device(samples.x_0, device).flatten(1).double()
+        best = torch.full((len(ours),), torch.inf, dtype=torch.float64, device=device)
         for batch in samples.real.read():
-            real = to_float(batch).flatten(1).float()
-            best = torch.minimum(best, nearest(samples.x_0.flatten(1).float(), real))
-        return (best.median() / samples.x_0[0].numel() ** 0.5).item()
+            real = to_float(to_device(batch, device)).flatten(1).double()
+            best = torch.minimum(best, nearest(ours, real))
+        return (best.median() / ours.shape[1] ** 0.5).item()
 
 
 @hookimpl(api=1)
