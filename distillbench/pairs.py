@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from distillbench.conditions import WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.energy import Energy, energy
 from distillbench.environment import device_name
 from distillbench.files import canonical_json, sha256_file, signed, write_atomically
+from distillbench.host_copies import fits_on, to_device
 from distillbench.noise import Noise, stream_key
 from distillbench.progress import Progress
 from distillbench.teachers import Teacher
@@ -37,15 +39,16 @@ Solve = Callable[[Tensor, Condition], Tensor]  # (eps, c) -> x_0
 
 
 class PairStore:
-    """`count` pairs (eps, x_0). Up to HELD bytes of them are on the device, noise included, from the first read on.
+    """`count` pairs (eps, x_0). Up to HELD bytes of them are on the device, noise included, from the first read on; on
+    a GPU also more, up to an eighth of its free memory. Texts are looked up by their labels.
 
     Where they are more, noise and condition are made from their seed whenever they are asked for.
     """
 
     def __init__(self, stream: int, targets: Tensor, device: str, conditioning: Conditioning = WITHOUT_CLASSES) -> None:
         self.stream, self.targets, self.device, self.conditioning = stream, targets, device, conditioning
-        large = conditioning.texts is not None or conditioning.small is not None  # what conditions them
-        self._holds = 2 * targets.numel() * targets.element_size() <= HELD and not large
+        size = 2 * targets.nbytes
+        self._holds = conditioning.small is None and (size <= HELD or fits_on(device, size))  # else the images are more
         self._held: tuple[Tensor, Tensor, Condition] | None = None
 
     def __len__(self) -> int:
@@ -55,18 +58,22 @@ class PairStore:
         """The pairs at `indices` (any shape with B elements): eps and x_0, each (B,C,H,W), and what was asked for."""
         indices = indices.flatten()
         if not self._holds:
-            return self._made(indices.cpu())
+            return self._made(indices.cpu(), self.conditioning)
         if self._held is None:
-            self._held = self._made(torch.arange(len(self)))
+            self._held = self._made(torch.arange(len(self)), replace(self.conditioning, texts=None))
         eps, x_0, c = self._held
-        indices = indices.to(eps.device)
-        return eps.index_select(0, indices), x_0.index_select(0, indices), c[indices]
+        indices = to_device(indices, eps.device)
+        c = c[indices]
+        if self.conditioning.texts is not None and c.labels is not None:
+            c = replace(c, text=self.conditioning.texts(c.labels, eps.device))
+        return eps.index_select(0, indices), x_0.index_select(0, indices), c
 
-    def _made(self, indices: Tensor) -> tuple[Tensor, Tensor, Condition]:
+    def _made(self, indices: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor, Condition]:
         names = indices.tolist()
         channels, height, width = self.targets.shape[1:]
         eps = Noise(self.stream, names, (channels, height, width), self.device)(0)
-        return eps, self.targets[indices].to(eps), self.conditioning.of_pairs(self.stream, names, self.device)
+        x_0 = to_device(self.targets[indices], self.device).to(eps.dtype)
+        return eps, x_0, conditioning.of_pairs(self.stream, names, self.device)
 
 
 class Workspace:

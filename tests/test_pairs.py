@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from analytic import gaussian_teacher, make_workspace
+from distillbench import pairs as pairs_module
 from distillbench.budget import Meter
-from distillbench.conditions import UNCONDITIONAL, Condition
+from distillbench.conditions import UNCONDITIONAL, Condition, Conditioning
 from distillbench.energy import Energy
 from distillbench.files import signed
 from distillbench.noise import Noise, stream_key
@@ -192,3 +193,27 @@ def test_making_pairs_leaves_no_gradients(tmp_path):
     seen = []
     workspace.pairs(lambda eps, c: seen.append(torch.is_grad_enabled()) or eps, 3, RECIPE)
     assert seen == [False]
+
+
+class Numbered:
+    """Text i is the number i, once for each token."""
+
+    def __call__(self, labels, device=None):
+        return labels.view(-1, 1, 1).expand(-1, 2, 3).float()
+
+    def empty(self, count, device):
+        return torch.zeros(count, 2, 3)
+
+
+def test_texts_of_held_pairs_are_those_of_pairs_that_are_made_when_they_are_read(monkeypatch):
+    targets, asked = torch.randn(10, 2, 1, 1), Conditioning(4, w_range=(1.0, 3.0), texts=Numbered())
+    held = PairStore(7, targets, "cpu", asked)
+    monkeypatch.setattr(pairs_module, "HELD", 0)
+    made = PairStore(7, targets, "cpu", asked)
+    assert held._holds and not made._holds
+    for indices in (torch.tensor([3, 9, 0]).view(3, 1, 1, 1), torch.arange(10)):
+        (eps, x_0, c), (made_eps, made_x_0, made_c) = held.read(indices), made.read(indices)
+        assert torch.equal(eps, made_eps) and torch.equal(x_0, made_x_0)
+        for name in ("labels", "w", "text"):
+            assert torch.equal(getattr(c, name), getattr(made_c, name))
+    assert c.text[:, 0, 0].tolist() == [i % 4 for i in range(10)]
