@@ -6,11 +6,11 @@ float32 and are never quantised. Whoever uses pairs pays for them, whether they 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,12 @@ class PairStore:
         if not self._holds:
             return self._made(indices.cpu(), self.conditioning)
         if self._held is None:
-            self._held = self._made(torch.arange(len(self)), replace(self.conditioning, texts=None))
+            self._held = self._made(torch.arange(len(self)), dataclasses.replace(self.conditioning, texts=None))
         eps, x_0, c = self._held
         indices = to_device(indices, eps.device)
         c = c[indices]
         if self.conditioning.texts is not None and c.labels is not None:
-            c = replace(c, text=self.conditioning.texts(c.labels, eps.device))
+            c = dataclasses.replace(c, text=self.conditioning.texts(c.labels, eps.device))
         return eps.index_select(0, indices), x_0.index_select(0, indices), c
 
     def _made(self, indices: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor, Condition]:
