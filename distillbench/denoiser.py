@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.conditions import UNCONDITIONAL, Condition, Conditioning
-from distillbench.networks import GuidanceEmbedding
+from distillbench.networks import GuidanceEmbedding, evaluating
 from distillbench.schedules import NoiseSchedule
 from distillbench.shards import class_of
 
@@ -137,19 +137,37 @@ class Counter:
 
 
 class CountedNetwork(nn.Module):
-    """A network and the counter of the rows that it has evaluated: nothing reaches the one without the other."""
+    """A network and the counter of the rows that it has evaluated: nothing reaches the one without the other.
+
+    In training mode dropout acts where the gradient reaches the network's weights, and only there: a frozen network,
+    one under ``torch.no_grad()`` and one that is held (:func:`distillbench.networks.held`) answer in evaluation mode.
+    The exception is a block of :func:`distillbench.dropout.one_mask`, which sets `mask`.
+    """
 
     def __init__(self, network: nn.Module, counter: Counter) -> None:
         super().__init__()
         self.network = network
         self.counter = counter
+        self.mask: Callable[[], None] | None = None  # called before an evaluation: sets the random generator
 
     def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
-        with self.counter.timed():
+        with self.counter.timed(), self._mode():
             out = self.counter.call(self.network, x, time, embedding, c)
         to_input = x.requires_grad or (embedding is not None and embedding.requires_grad)
         self.counter.add(self.network, len(x), out.requires_grad, to_input)
         return out
+
+    def _mode(self) -> AbstractContextManager[None]:
+        """A block in which the network drops features, or not, as this evaluation is to."""
+        if self.mask is not None:
+            self.mask()
+            return nullcontext()
+        if not self.network.training or self._differentiated():
+            return nullcontext()
+        return evaluating(self.network)
+
+    def _differentiated(self) -> bool:
+        return torch.is_grad_enabled() and any(weight.requires_grad for weight in self.network.parameters())
 
 
 class Denoiser(nn.Module):

@@ -133,8 +133,12 @@ def _compiled_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def _again(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """forward(...), of which nothing is kept for the backward pass: it is computed again, as it is now."""
-    contexts = functools.partial(_now_and_later, standing_below(block), _weights(block))
+    """forward(...), of which nothing is kept for the backward pass: it is computed again, as it is now.
+
+    Dropout draws the same masks again: torch's checkpoint keeps the random generators' states.
+    """
+    modes = [(module, module.training) for module in block.modules()]
+    contexts = functools.partial(_now_and_later, standing_below(block), _weights(block), modes)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
@@ -166,22 +170,30 @@ def _weights(block: nn.Module) -> list[_Weight]:
     ]
 
 
+Modes = list[tuple[nn.Module, bool]]  # modules, and whether each is in training mode
+
+
 def _now_and_later(
-    stands: StandIns, weights: list[_Weight]
+    stands: StandIns, weights: list[_Weight], modes: Modes
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return nullcontext(), _as_it_was(stands, weights)
+    return nullcontext(), _as_it_was(stands, weights, modes)
 
 
 @contextmanager
-def _as_it_was(stands: StandIns, weights: list[_Weight]) -> Iterator[None]:
+def _as_it_was(stands: StandIns, weights: list[_Weight], modes: Modes) -> Iterator[None]:
     now = [
         _Weight(w.module, w.name, v := w.module._parameters[w.name], v is not None and v.requires_grad) for w in weights
     ]
+    other = [module for module, training in modes if module.training is not training]
     with standing_in(stands):
         try:
             for weight in weights:
                 weight.put()
+            for module in other:
+                module.training = not module.training
             yield
         finally:
             for weight in now:
                 weight.put()
+            for module in other:
+                module.training = not module.training

@@ -33,6 +33,7 @@ __all__ = [
     "TimeEmbedding",
     "TimeFeatures",
     "UNet",
+    "evaluating",
     "held",
     "move_towards",
 ]
@@ -229,13 +230,34 @@ NETWORKS: dict[str, type[nn.Module]] = {"mlp": ResidualMLP, "unet": UNet, "dit":
 
 @contextmanager
 def held(network: nn.Module) -> Iterator[None]:
-    """In the block the weights of `network`, which all are trained, are constants: gradients reach its input only."""
-    weights = list(network.parameters())
-    for weight in weights:
-        weight.requires_grad_(False)
-    yield
-    for weight in weights:
-        weight.requires_grad_(True)
+    """In the block the weights of `network` are constants: gradients reach its input only, and nothing is dropped.
+
+    After it, also where an error ends it, those weights take gradients that took them before. No step yields in it.
+    """
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """In the block `network` is in evaluation mode: nothing is dropped. After it every part is in the mode of before.
+
+    Networks of a teacher, and of students made from it, need it nowhere: :class:`distillbench.denoiser.CountedNetwork`.
+    """
+    training = [module for module in network.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ tau = sigma_t / alpha_t, so it works on any schedule: x^ = x_t / alpha_t = x_0 +
 | e, sd      | smallest noise level, standard deviation of the data                   | float            |
 | c          | condition: class and guidance of the teacher                           | of a batch       |
 | F, F^-     | consistency function of the student and of the target network          | (B,C,H,W)        |
+
+Where networks have dropout, F and F^- drop the same features, as released; the teacher drops none.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, Workspace, hookimpl, option
 from distillbench.consistency import DISTANCES, STEP_WEIGHTS, ConsistencyFunction, multistep
+from distillbench.dropout import one_mask
 from distillbench.networks import MovingAverage
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 from distillbench.samplers import ONE_STEP, TIME_GRIDS, check_heun, karras_times
@@ -97,9 +100,12 @@ class ConsistencyDistillation(Method):
         x_t = schedule.alpha(t) * x_0 + schedule.sigma(t) * eps
         with torch.no_grad():
             x_s = ONE_STEP[self.config.solver](schedule, partial(self.teacher.denoise, c=c), x_t, t, s)
-            target = self.target(x_s, s, c)
+        with one_mask(self.student, self.target):
+            with torch.no_grad():
+                target = self.target(x_s, s, c)
+            F = self.student(x_t, t, c)
         weight, distance = STEP_WEIGHTS[self.config.weight](schedule, t, s), DISTANCES[self.config.metric]
-        yield self.student, distance(self.student(x_t, t, c), target, weight)
+        yield self.student, distance(F, target, weight)
 
     def after_step(self) -> None:
         if self.config.mu:

@@ -19,8 +19,8 @@ noise: E[x_0 + tau_s eps given x_t] is one Euler step of the data's probability-
 | c      | class of x_0                                                       | of a batch |
 | F, F^- | consistency function of the student and of the target network      | (B,C,H,W)  |
 
-No network here has dropout, so F and F^- need no common masks. For infinite N the optimum is the map of the data's ODE,
-the teacher's own where the teacher is exact: so one step, though not meant as its answer, is compared with its answers.
+Where networks have dropout, F and F^- drop the same features, as iCT has it. For infinite N the optimum is the map of
+the data's ODE, the teacher's own where that is exact: so one step, though not its answer, is compared with its answers.
 At finite N pseudo_huber ends further from it than l2: it aims at medians, not means, until |F - F^-| is below its c.
 """
 
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
 from distillbench.consistency import DISTANCES, STEP_WEIGHTS, ConsistencyFunction, multistep
+from distillbench.dropout import one_mask
 from distillbench.networks import MovingAverage
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 from distillbench.samplers import karras_times
@@ -85,8 +86,7 @@ class ConsistencyTraining(Method):
         if teacher.conditioning.guided:
             raise UserError("ct learns from data and cannot be guided: leave guidance at 1")
         self.stages = self.curriculum(config)
-        last = self.times(self.stages[-1][0])  # what is sampled on, whatever stage this object has seen
-        self.register_buffer("last", last, persistent=False)
+        self.register_buffer("last", self.times(self.stages[-1][0]), persistent=False)  # what is sampled on
         e = teacher.schedule.noise_level(self.last[:1]).item()  # the schedule may not reach down to sigma_min
         self.student = ConsistencyFunction(teacher.student(fresh=config.start == "fresh"), e, config.sigma_data)
         self.target = copy.deepcopy(self.student).requires_grad_(False) if config.mu else self.student
@@ -109,11 +109,10 @@ class ConsistencyTraining(Method):
         return [Phase(f"N = {N}", share, fresh=False) for N, share in self.stages]
 
     def start_phase(self, index: int) -> None:
-        grid = self.times(self.stages[index][0])
+        grid, config = self.times(self.stages[index][0]), self.config
         weights = torch.ones(len(grid) - 1, dtype=torch.float64)
-        if self.config.levels == "lognormal":
-            z = (self.teacher.schedule.lam(grid) - self.config.p_mean) / self.config.p_std
-            weights = torch.special.ndtr(z).diff()
+        if config.levels == "lognormal":
+            weights = torch.special.ndtr((self.teacher.schedule.lam(grid) - config.p_mean) / config.p_std).diff()
         total = weights.cumsum(0)
         if not total[-1] > 0:
             raise UserError("the log-normal of p_mean and p_std gives no weight to levels from sigma_min to sigma_max")
@@ -125,10 +124,12 @@ class ConsistencyTraining(Method):
         n = torch.searchsorted(self.cumulative, batch.uniform(), right=True)
         t, s = schedule.pick(grid, n + 1, n)
         x_t, x_s = (schedule.alpha(r) * x_0 + schedule.sigma(r) * eps for r in (t, s))
-        with torch.no_grad():
-            target = self.target(x_s, s, c)
+        with one_mask(self.student, self.target):
+            with torch.no_grad():
+                target = self.target(x_s, s, c)
+            F = self.student(x_t, t, c)
         weight, distance = STEP_WEIGHTS[self.config.weight](schedule, t, s), DISTANCES[self.config.metric]
-        yield self.student, distance(self.student(x_t, t, c), target, weight)
+        yield self.student, distance(F, target, weight)
 
     def after_step(self) -> None:
         if self.config.mu:

@@ -1,0 +1,67 @@
+"""One dropout mask for several evaluations: what a loss compares must not differ by what was dropped.
+
+Where dropout acts at all is decided by :class:`distillbench.denoiser.CountedNetwork`. Dropout draws from the random
+generator of the device that belongs to torch, the default one: the same state of it gives the same masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from distillbench.denoiser import CountedNetwork
+
+__all__ = ["one_mask"]
+
+
+@contextmanager
+def one_mask(*networks: nn.Module) -> Iterator[None]:
+    """In the block every evaluation of `networks` drops the same features, also without gradients or frozen.
+
+    For losses that compare two evaluations of the network that is trained, or of it and its average: the student and
+    the target network of a consistency model (Song et al. 2023, as released). The evaluations must be of equally many
+    images, and the networks of one architecture. After the block the generator is as after the last evaluation alone.
+
+    A network that is in evaluation mode drops nothing here either. RuntimeError where a step yields within the block.
+    """
+    counted = [found for network in networks for found in _counted(network)]
+    device = next((str(weight.device) for network in networks for weight in network.parameters()), "cpu")
+    state = _get_state(device)
+
+    def mask() -> None:
+        _set_state(state, device)
+
+    before = [one.mask for one in counted]
+    try:
+        for one in counted:
+            one.mask = mask
+        yield
+        if any(one.mask is not mask for one in counted):
+            raise RuntimeError("train_step yields in a block of one_mask: end the block before")
+    finally:
+        for one, other in zip(counted, before, strict=True):
+            one.mask = other
+
+
+def _counted(module: nn.Module) -> Iterator[CountedNetwork]:
+    """The counted networks in `module`."""
+    if isinstance(module, CountedNetwork):
+        yield module
+        return
+    for child in module.children():
+        yield from _counted(child)
+
+
+def _get_state(device: str) -> Tensor:
+    """Of torch's default generator on `device`."""
+    return torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state(device)
+
+
+def _set_state(state: Tensor, device: str) -> None:
+    if device == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, device)
