@@ -79,8 +79,9 @@ class Adam:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         gradients = [w.grad for w in self.weights if w.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        torch._foreach_mul_(gradients, (self.largest / (norm + 1e-6)).clamp(max=1.0))
+        if self.largest:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            torch._foreach_mul_(gradients, (self.largest / (norm + 1e-6)).clamp(max=1.0))
         self.group["lr"] = lr
         self.adam.step()
         self.adam.zero_grad()
@@ -89,15 +90,16 @@ class Adam:
 class Training:
     """Sizes of batches, learning rate, Adam, average and log."""
 
-    def __init__(self, task: Task, student: nn.Module, *others: nn.Module) -> None:
-        self.task, self.settings, self.student, self.others = task, task.settings, student, others
+    def __init__(self, task: Task, student: nn.Module, *others: tuple[nn.Module, Any]) -> None:
+        self.task, self.settings, self.student = task, task.settings, student
+        self.trained = [(student, self.settings), *others]  # each with its settings
         self.images = self.number = 0
         self.pending: list[Tensor] = []
 
     def anew(self, finish: float) -> None:
         """Optimisers, average and learning rate begin; the last ends at the share `finish` of all images."""
         self.begin, self.finish = self.images, finish * self.task.images
-        self.adams = [Adam(network, self.settings) for network in (self.student, *self.others)]
+        self.adams = [Adam(network, settings) for network, settings in self.trained]
         self.halflife, self.averaged = 1000 * self.settings.ema_halflife_kimg, 0
         self.average = copy.deepcopy(self.student).requires_grad_(False) if self.halflife else self.student
         self.mine, self.theirs = list(self.average.parameters()), list(self.student.parameters())
@@ -379,7 +381,8 @@ def sid(task: Task) -> Iterator[None]:
     """The fake score's weights are held by leaving them out of the gradient. Noise levels are continuous: float64."""
     settings, teacher = task.settings, task.teacher
     student, fake = student_of(task), student_of(task)
-    training, rho, dtype = Training(task, student, fake), settings.rho, torch.get_default_dtype()
+    training = Training(task, student, (fake, settings.fake.over(settings)))
+    rho, dtype = settings.rho, torch.get_default_dtype()
     theta_init = math.atan(settings.sigma_init)
     alpha_G, sigma_G, t_G = math.cos(theta_init), math.sin(theta_init), time(theta_init)
     first, last = settings.sigma_min ** (1 / rho), settings.sigma_max ** (1 / rho)
@@ -489,7 +492,7 @@ def own_steps(method: Method, task: Task, read: Read | None) -> Iterator[None]:
         for size in training.steps(end):
             for network, loss in method.train_step(Batch(size, *about)):
                 if network not in optimizers:
-                    optimizers[network] = Adam(network, task.settings)
+                    optimizers[network] = Adam(network, method.settings_of(network).over(task.settings))
                 loss.backward()
                 optimizers[network].step(training.lr)
                 training.pending.append(loss.detach())

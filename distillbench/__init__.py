@@ -17,6 +17,7 @@ PUBLIC_MODULES = (
     "consistency",
     "datasets",
     "denoiser",
+    "dropout",
     "errors",
     "exact",
     "features",
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from distillbench.errors import DivergedError, Unavailable, UserError
     from distillbench.features import FeatureNetwork
     from distillbench.hookspecs import hookimpl
-    from distillbench.method import Batch, Method, MethodConfig, OptimizerConfig, Phase
+    from distillbench.method import Batch, Method, MethodConfig, NetworkConfig, OptimizerConfig, Phase
     from distillbench.metrics import Metric, Need, Samples
     from distillbench.noise import Noise
     from distillbench.options import option
@@ -67,6 +68,7 @@ _HOME = {
     "MethodConfig": "method",
     "Metric": "metrics",
     "Need": "metrics",
+    "NetworkConfig": "method",
     "Noise": "noise",
     "OptimizerConfig": "method",
     "PairStore": "pairs",

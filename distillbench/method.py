@@ -14,6 +14,7 @@ checkpoints, counting and evaluation.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from distillbench.pairs import Workspace
     from distillbench.teachers import Teacher
 
-__all__ = ["Batch", "Method", "MethodConfig", "OptimizerConfig", "Phase"]
+__all__ = ["Batch", "Method", "MethodConfig", "NetworkConfig", "OptimizerConfig", "Phase"]
 
 
 @dataclass
@@ -45,15 +46,42 @@ class OptimizerConfig:
     beta1: float = option(0.9, "Adam's first decay rate")
     beta2: float = option(0.999, "Adam's second decay rate")
     weight_decay: float = option(0.0, "decoupled weight decay (AdamW)")
-    grad_clip: float = option(1.0, "largest gradient norm")
+    grad_clip: float = option(1.0, "largest norm of a network's gradients; 0: they are not clipped")
     ema_halflife_kimg: float = option(10.0, "half-life of the weights' average in 1000 images; 0: no average")
 
     def __post_init__(self) -> None:
-        require_positive(self, "lr", "grad_clip")
+        require_positive(self, "lr")
         require_between(self, 0, 1, "lr_warmup")
         require_fraction(self, "beta1", "beta2")
-        require_between(self, 0, float("inf"), "weight_decay", "ema_halflife_kimg")
+        require_between(self, 0, float("inf"), "weight_decay", "grad_clip", "ema_halflife_kimg")
         require_one_of(self, "lr_decay", ("constant", "linear", "cosine"))
+
+
+@dataclass
+class NetworkConfig:
+    """How one network of a method is optimised where that is not as the method's other networks are.
+
+    A method's Config has one for each network that is to have settings of its own, by the name of the method's
+    attribute: ``fake: NetworkConfig = option(NetworkConfig(grad_clip=0), "of the fake score")`` is for ``self.fake``.
+    Warm-up and decay are the method's for all its networks, and the average is of the student.
+    """
+
+    lr: float | None = option(None, "its peak learning rate; null: the method's")
+    beta1: float | None = option(None, "Adam's first decay rate for it; null: the method's")
+    beta2: float | None = option(None, "Adam's second decay rate for it; null: the method's")
+    weight_decay: float | None = option(None, "its decoupled weight decay; null: the method's")
+    grad_clip: float | None = option(None, "largest norm of its gradients; 0: not clipped; null: the method's")
+
+    def __post_init__(self) -> None:
+        OptimizerConfig(**self._own())
+
+    def _own(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def over(self, config: OptimizerConfig) -> OptimizerConfig:
+        """The settings of `config`, and in their place those that are set here."""
+        shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizerConfig)}
+        return OptimizerConfig(**shared | self._own())
 
 
 @dataclass
@@ -136,7 +164,7 @@ class Batch:
         """The batch in at most `count` parts of nearly equal size, which have the numbers of the batch."""
         if count == 1:
             return [self]
-        drawn: list[Tensor] = []
+        drawn: list[Any] = []  # tensors and conditions
         return [_Part(self, Share(index, count), drawn) for index in range(min(count, self.size))]
 
     def _drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
@@ -159,6 +187,10 @@ class Batch:
         """What the images are asked to be: the classes of ``x_0``, or random ones for a method without data."""
         labels = self._data[1] if self._read is not None and self._conditioning.classes else None
         return self._conditioning.draw(self._whole, self._generator, self.device, labels, self._share.of)
+
+    def random_c(self) -> Condition:
+        """Random classes, whatever those of ``x_0`` are, with a random w where one is drawn: anew at each call."""
+        return self._conditioning.draw(self._whole, self._generator, self.device, None, self._share.of)
 
     def noise(self) -> Tensor:
         """Standard normal noise (B,C,H,W)."""
@@ -185,16 +217,24 @@ class Batch:
 class _Part(Batch):
     """A part of a batch. The parts of a batch draw once: what the first of them asks for is kept for the others."""
 
-    def __init__(self, batch: Batch, share: Share, drawn: list[Tensor]) -> None:
+    def __init__(self, batch: Batch, share: Share, drawn: list[Any]) -> None:
         self.size, self.shape, self.device = share.size(batch.size), batch.shape, batch.device
         self._batch, self._share, self._kept, self._asked = batch, share, drawn, 0
         self._generator = batch._generator
 
-    def _drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
+    def _once(self, draw: Callable[[], Any]) -> Any:
+        """What the first part that asks has drawn for all."""
         if self._asked == len(self._kept):
-            self._kept.append(self._batch._drawn(draw))
+            self._kept.append(draw())
         self._asked += 1
-        return self._share.of(self._kept[self._asked - 1])
+        return self._kept[self._asked - 1]
+
+    def _drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
+        return self._share.of(self._once(lambda: self._batch._drawn(draw)))
+
+    def random_c(self) -> Condition:
+        c: Condition = self._once(self._batch.random_c)
+        return c[self._share.rows]
 
     @functools.cached_property
     def _data(self) -> tuple[Tensor, Tensor | None]:
@@ -228,6 +268,11 @@ class Method(nn.Module, ABC):
         self.student = teacher.student()
 
     teacher: Teacher
+
+    def settings_of(self, network: nn.Module) -> NetworkConfig:
+        """What the settings say of `network` alone: nothing, unless one of them has the name of its attribute."""
+        named = {name: own for name, own in vars(self.config).items() if isinstance(own, NetworkConfig)}
+        return next((own for name, own in named.items() if getattr(self, name) is network), NetworkConfig())
 
     def phases(self) -> list[Phase]:
         """The stages of training."""

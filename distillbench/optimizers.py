@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from distillbench.method import Method, OptimizerConfig
+from distillbench.method import Method, NetworkConfig, OptimizerConfig
 from distillbench.ranks import ALONE, Ranks
 from distillbench.resume import State
 from distillbench.shards import class_of, here, is_spread, load, spread_like
@@ -69,9 +70,10 @@ def clip(plain: list[Tensor], spread: list[Tensor], largest: float, ranks: Ranks
     """Scale the gradients of a network, in place, so that their norm is at most `largest`.
 
     The arithmetic of ``torch.nn.utils.clip_grad_norm_``, which sorts tensors by device and type at every step. Of
-    gradients that are spread over `ranks` the parts that are here are given, and the norm is that of all parts.
+    gradients that are spread over `ranks` the parts that are here are given, and the norm is that of all parts. Nothing
+    is done where `largest` is 0.
     """
-    if not plain and not spread:
+    if not largest or not (plain or spread):
         return
     norms = list(torch._foreach_norm(plain)) if plain else []
     if spread:
@@ -83,23 +85,31 @@ def clip(plain: list[Tensor], spread: list[Tensor], largest: float, ranks: Ranks
 
 
 class Optimizers:
-    """One Adam for each network that a method yields, all at the learning rate of the same schedule.
+    """One Adam for each network that a method yields, at learning rates of one schedule.
 
-    Losses in fp16 are scaled by `scaler`. Gradients are summed over `ranks`, the processes that share a batch.
+    `settings_of` says what a network has of its own in the place of what `config` says for all. Losses in fp16 are
+    scaled by `scaler`. Gradients are summed over `ranks`, the processes that share a batch.
     """
 
     def __init__(
-        self, config: OptimizerConfig, scaler: torch.amp.GradScaler | None = None, ranks: Ranks = ALONE
+        self,
+        config: OptimizerConfig,
+        scaler: torch.amp.GradScaler | None = None,
+        ranks: Ranks = ALONE,
+        settings_of: Callable[[nn.Module], NetworkConfig] | None = None,
     ) -> None:
-        self.config, self.scaler, self.ranks = config, scaler, ranks
+        self.config, self.scaler, self.ranks, self.settings_of = config, scaler, ranks, settings_of
         self.by_network: dict[nn.Module, torch.optim.Optimizer] = {}
+        self.settings: dict[nn.Module, OptimizerConfig] = {}
 
     def _make(self, network: nn.Module) -> torch.optim.Optimizer:
-        betas, decay = (self.config.beta1, self.config.beta2), self.config.weight_decay
+        settings = self.config if self.settings_of is None else self.settings_of(network).over(self.config)
+        self.settings[network] = settings
+        betas, decay = (settings.beta1, settings.beta2), settings.weight_decay
         weights = list(network.parameters())
         kinds = [[w for w in weights if is_spread(w) is spread] for spread in (False, True)]  # no call can have both
         groups = [{"params": kind} for kind in kinds if kind]
-        return torch.optim.AdamW(groups, lr=self.config.lr, betas=betas, weight_decay=decay, fused=True)
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, weight_decay=decay, fused=True)
 
     def update(self, network: nn.Module, loss: Tensor, factor: float) -> None:
         """One step down the gradient of `loss` in the weights of `network`."""
@@ -119,8 +129,9 @@ class Optimizers:
     def step(self, network: nn.Module, factor: float) -> None:
         """One step down the gradient that is there, which is clipped."""
         optimizer, plain, spread = self.by_network[network], list[Tensor](), list[Tensor]()
+        settings = self.settings[network]
         for group in optimizer.param_groups:
-            group["lr"] = self.config.lr * factor
+            group["lr"] = settings.lr * factor
             gradients = [weight.grad for weight in group["params"] if weight.grad is not None]
             if gradients and is_spread(gradients[0]):  # as all of its group
                 spread = here(gradients)
@@ -128,11 +139,11 @@ class Optimizers:
                 plain = gradients
         self.ranks.sum(plain)  # those that are spread are sums already
         if self.scaler is None:
-            clip(plain, spread, self.config.grad_clip, self.ranks)
+            clip(plain, spread, settings.grad_clip, self.ranks)
             optimizer.step()
             return
         self.scaler.unscale_(optimizer)
-        clip(plain, spread, self.config.grad_clip, self.ranks)
+        clip(plain, spread, settings.grad_clip, self.ranks)
         self.scaler.step(optimizer)  # left out where a gradient overflowed
         self.scaler.update()
 

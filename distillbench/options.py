@@ -23,10 +23,10 @@ def option(default: Any, help: str, path: bool = False) -> Any:
     With `path` it is a file or folder, or a list of them, in which a leading ``~`` stands for the user's home.
     """
     metadata = {"help": help, "path": path}
-    if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     if dataclasses.is_dataclass(default) and isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
+    if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -426,14 +426,18 @@ def teacher_plan(cells: list[Cell]) -> list[tuple[str, str, TeacherPlan]]:
 
 def changed_settings(config: MethodConfig | None) -> str:
     """The settings of a method that differ from its defaults, as "name=value, ...": what tells rows of a grid apart."""
-    if config is None:
-        return ""
-    changed = []
+    return ", ".join(f"{name}={value}" for name, value in _changed(config)) if config is not None else ""
+
+
+def _changed(config: Any, default: Any = None) -> Iterator[tuple[str, Any]]:
+    """(name, value) of settings that differ from `default` or, without one, from the fields' own defaults."""
     for f in dataclasses.fields(config):
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        if f.name != "kind" and getattr(config, f.name) != default:
-            changed.append(f"{f.name}={getattr(config, f.name)}")
-    return ", ".join(changed)
+        own = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        value, usual = getattr(config, f.name), own if default is None else getattr(default, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from ((f"{f.name}.{name}", inner) for name, inner in _changed(value, usual))
+        elif f.name != "kind" and value != usual:
+            yield f.name, value
 
 
 def plain_settings(value: Any) -> Any:

@@ -213,7 +213,7 @@ class Bench:
         """One step of each of the first phases, as the harness makes it. Of what is made ahead there are two pairs."""
         method, read, generator = self.method(), self.read(), torch.Generator().manual_seed(0)
         method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True))
-        optimizers = Optimizers(method.config)
+        optimizers = Optimizers(method.config, settings_of=method.settings_of)
         for phase in range(len(method.phases()))[:WALKED_PHASES]:
             method.start_phase(phase)
             batch = WatchedBatch(IMAGES, SHAPE, generator, "cpu", read, self.conditioning)

@@ -149,7 +149,8 @@ class _Training:
             self.begin, self.finish = self.ranks.progress(self.meter), _end_of_schedule(phases, index)
 
     def _make_optimizers(self) -> None:
-        self.optimizers = Optimizers(self.config, grad_scaler(self.loop.compute, self.workspace.device), self.ranks)
+        scaler, own = grad_scaler(self.loop.compute, self.workspace.device), self.method.settings_of
+        self.optimizers = Optimizers(self.config, scaler, self.ranks, own)
         twin = None if self.sharded is None else self.sharded.average
         self.average = Average(self.method.student, self.config.ema_halflife_kimg, twin)
 

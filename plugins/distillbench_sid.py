@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, hookimpl, option
+from distillbench import Batch, Condition, Method, MethodConfig, NetworkConfig, Teacher, UserError, hookimpl, option
 from distillbench.networks import held
 from distillbench.options import require_between, require_positive
 from distillbench.samplers import karras_times, time_like
@@ -53,6 +53,7 @@ class ScoreIdentityDistillation(Method):
         beta1: float = option(0.0, "Adam's first decay rate, as released")
         alpha: float = option(1.2, "alpha of L_G (released: 1.2, and 1.0 for AFHQ-v2)")
         sigma_init: float = option(2.5, "noise level of the generator's input")
+        fake: NetworkConfig = option(NetworkConfig(grad_clip=0.0), "of the fake score; not clipped, as released")
         fake_updates: int = option(1, "updates of the fake score to one of the generator")
         sigma_min: float = option(0.002, "smallest noise level of L_G")
         sigma_max: float = option(80.0, "largest noise level of the Karras ramp of L_G")
@@ -112,17 +113,18 @@ class ScoreIdentityDistillation(Method):
         """d [(D_phi - x) - alpha d] and the denominator of L_G: (B,C,H,W), (B,1,1,1)."""
         x_t = self.noised(x, t, eps)
         D_phi = self.teacher.denoise(x_t, t, c)
-        with held(self.fake):  # gradients reach x_t, not psi
+        with held(self.fake):  # gradients reach x_t, not psi; no dropout
             d = D_phi - self.fake(x_t, t, c)
         scale = (x - D_phi).detach().abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=SMALLEST)
         return d * (D_phi - x - self.config.alpha * d), scale
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        c = batch.c
         for _ in range(self.config.fake_updates):
-            with torch.no_grad():
+            c = batch.random_c()
+            with torch.no_grad():  # and so without dropout
                 x = self.G(batch.noise(), c)
             yield self.fake, self.fake_loss(x, self.fake_times(batch), batch.noise(), c).mean()
+        c = batch.random_c()
         product, scale = self.identity(self.G(batch.noise(), c), self.generator_times(batch), batch.noise(), c)
         yield self.student, (product / scale).mean()
 

@@ -36,7 +36,7 @@ from distillbench.budget import BudgetConfig
 from distillbench.conditions import UNCONDITIONAL, Condition, Conditioning
 from distillbench.denoiser import Denoiser
 from distillbench.errors import UserError
-from distillbench.method import Batch
+from distillbench.method import Batch, NetworkConfig
 from distillbench.networks import ResidualMLP
 from distillbench.noise import FixedNoise
 from distillbench.optimizers import Optimizers
@@ -193,8 +193,8 @@ def by_hand(method, batch: Batch, network=None, scale: Tensor | None = None, det
     network = network or method.student
     schedule, config = method.teacher.schedule, method.config
     for _ in range(config.fake_updates):
-        batch.noise(), batch.uniform(), batch.noise()
-    z, u, eps, c = batch.noise(), batch.uniform(), batch.noise(), batch.c
+        batch.random_c(), batch.noise(), batch.uniform(), batch.noise()
+    c, z, u, eps = batch.random_c(), batch.noise(), batch.uniform(), batch.noise()
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
     tau = (high + (1 - 0.8 * u) * (low - high)) ** 7  # as the authors' code has it
     t, t_init = schedule.t_of_lam(tau.log()), schedule.t_of_lam(time([2.5] * batch.size).log())
@@ -428,7 +428,7 @@ def test_evaluations_of_a_step(fake_updates, w, teacher_nfe, tmp_path):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("conditioning", [Conditioning(3), Conditioning(3, 2.5), Conditioning(3, 1.0, (1.0, 4.0))])
 def test_the_condition_is_handed_to_every_network(conditioning):
-    """And the loss is the one by hand with it, with the teacher guided and the fake score not."""
+    """One for each update, as released. And the loss is the one by hand, the teacher guided and the fake score not."""
     teacher = class_teacher(conditioning)
     method = perturbed(sid(teacher))
     batch = lambda: Batch(8, (2, 1, 1), torch.Generator().manual_seed(3), "cpu", None, conditioning)
@@ -437,14 +437,12 @@ def test_the_condition_is_handed_to_every_network(conditioning):
         getattr(method, name).register_forward_pre_hook(lambda module, args, name=name: asked[name].append(args[2]))
     denoise = teacher.denoise
     teacher.denoise = lambda x_t, t, c: asked["teacher"].append(c) or denoise(x_t, t, c)
-    first = batch()
-    *_, (_, loss) = method.train_step(first)
+    *_, (_, loss) = method.train_step(batch())
     assert {name: len(seen) for name, seen in asked.items()} == {"student": 2, "fake": 2, "teacher": 1}
-    assert all(c is first.c for seen in asked.values() for c in seen)
-
-    again = batch()
-    assert torch.equal(again.c.labels, first.c.labels)  # drawn first, before any noise
-    close(loss, by_hand(method, again)[0], rtol=1e-9)
+    of_fake, of_generator = asked["student"]
+    assert asked["fake"][0] is of_fake and asked["fake"][1] is asked["teacher"][0] is of_generator
+    assert not torch.equal(of_fake.labels, of_generator.labels)
+    close(loss, by_hand(method, batch())[0], rtol=1e-9)
 
 
 @pytest.mark.usefixtures("float64")
@@ -558,6 +556,7 @@ def test_the_defaults_are_the_release_s():
     expected = {"alpha": 1.2, "sigma_init": 2.5, "fake_updates": 1, "beta1": 0.0, "beta2": 0.999, "rho": 7.0}
     expected |= {"sigma_min": 0.002, "sigma_max": 80.0, "ramp_share": 0.8, "p_mean": -1.2, "p_std": 1.2}
     assert {name: getattr(config, name) for name in expected} == expected and config.sigma_data == 0.5
+    assert config.fake == NetworkConfig(grad_clip=0)
 
 
 @pytest.mark.parametrize(
