@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-__all__ = ["mean_square"]
+from distillbench.denoiser import SIGMA_DATA
+
+__all__ = ["SNR_WEIGHTS", "mean_square"]
+
+# Weights of squared errors of x_0, from SNR = alpha_t^2 / sigma_t^2, (B,1,1,1).
+SNR_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "truncated_snr": lambda snr: snr.clamp(min=1),  # max(SNR, 1) (Salimans & Ho 2022, arXiv:2202.00512, eq. 9)
+    "snr_plus_one": lambda snr: snr + 1,  # (eq. 10)
+    "edm": lambda snr: snr + SIGMA_DATA**-2,  # SNR + 1 / sigma_data^2 (Karras et al. 2022, arXiv:2206.00364, table 1)
+}
 
 
 def mean_square(a: Tensor, b: Tensor, w: Tensor | float = 1.0) -> Tensor:

@@ -5,7 +5,7 @@ Salimans & Ho 2022, arXiv:2202.00512, algorithm 2. In the phase with n student s
     t = i/n, t' = t - 1/(2n), t'' = t - 1/n;   z_t = alpha_t x_0 + sigma_t eps
     z_t'  = DDIM(z_t, x^(z_t, t), t -> t');    z_t'' = DDIM(z_t', x^(z_t', t'), t' -> t'')     (teacher x^)
     x~    = (z_t'' - (sigma_t''/sigma_t) z_t) / (alpha_t'' - (sigma_t''/sigma_t) alpha_t)      (algorithm 2)
-    L     = w | x~ - x^_student(z_t, t) |^2,   w = max(SNR, 1) or SNR + 1                      (eq. 9 and 10)
+    L     = w | x~ - x^_student(z_t, t) |^2,   w = max(SNR, 1), SNR + 1 or SNR + 4             (eq. 9, 10; EDM's)
 
 then the student becomes the teacher, n is halved, and the optimiser starts anew.
 
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
-from distillbench.losses import mean_square
+from distillbench.losses import SNR_WEIGHTS, mean_square
 from distillbench.options import require_one_of, require_positive
 from distillbench.samplers import TIME_GRIDS, ddim, ddim_step, x_at_top
 
@@ -46,14 +46,14 @@ class ProgressiveDistillation(Method):
         lr_decay: str = option("linear", "within a phase: constant, linear or cosine")
         ema_halflife_kimg: float = option(0.0, "half-life of the weights' average in 1000 images; 0: none, as released")
         steps: int = option(16, "N, DDIM steps of the first teacher: a power of two; log2 N phases end at one step")
-        weight: str = option("truncated_snr", "w: truncated_snr, max(SNR, 1), or snr_plus_one, SNR + 1")
+        weight: str = option("truncated_snr", "w: truncated_snr, max(SNR, 1), snr_plus_one, or edm, SNR + 4")
         times: str = option("uniform", f"grid of the first teacher's steps: {', '.join(TIME_GRIDS)}")
         last_share: float = option(2.0, "budget of the phases with 2 and 1 steps, relative to that of the others")
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require_positive(self, "last_share")
-            require_one_of(self, "weight", ("truncated_snr", "snr_plus_one"))
+            require_one_of(self, "weight", SNR_WEIGHTS)
             require_one_of(self, "times", TIME_GRIDS)
             if self.steps < 2 or self.steps & (self.steps - 1):
                 raise UserError(f"steps must be a power of two, at least 2, got {self.steps}")
@@ -104,8 +104,7 @@ class ProgressiveDistillation(Method):
         z_t = alpha * x_0 + sigma * eps
         with torch.no_grad():
             x_tilde = self.target(z_t, i, times, c)
-        snr = (alpha / sigma) ** 2
-        w = snr.clamp(min=1) if self.config.weight == "truncated_snr" else snr + 1
+        w = SNR_WEIGHTS[self.config.weight]((alpha / sigma) ** 2)
         yield self.student, mean_square(self.student(z_t, t, c), x_tilde, w)
 
     def end_phase(self, index: int, average: nn.Module) -> None:

@@ -6,15 +6,16 @@ group is S = T_p / T_p+1 steps of the grid. t is uniform on the grid, t' the nex
     x_t   = alpha_t x_0 + sigma_t eps;          x_t' = DDIM(x_t, f(x_t, t), t -> t')               (teacher f)
     x_t'' = DDIM(x_t', g(x_t', t'), t' -> t'')  if t' > t'',  x_t' otherwise                  (self-teacher g)
     x~    = (sigma_t'' x_t - sigma_t x_t'') / (alpha_t sigma_t'' - alpha_t'' sigma_t)
-    L     = w | x~ - x^(x_t, t) |^2,   w = max(SNR, 1) or SNR + 1, SNR = 1 / tau^2;      student x^
+    L     = w | x~ - x^(x_t, t) |^2,   w = max(SNR, 1), SNR + 1 or SNR + 4, SNR = 1 / tau^2;      student x^
     weights of g += (weights of x^ - weights of g) (1 - mu) / (1 - mu^k)               after the k-th update
 
 x~, the x_0 from which one DDIM step lands on x_t'', needs neither x_t nor x_t'' and so loses no digits to them:
 
     x~ = a f + (1 - a) g,   a = tau'' (tau - tau') / (tau' (tau - tau'')),   tau = sigma_t / alpha_t
 
-The grid's end stands for tau'' = 0: the last step ends on the data prediction, nothing is evaluated there. Heun's step
-(the EDM variant) is DDIM's with f + tau / (2 tau') (f(x_t', t') - f) for f, and DDIM's own where it ends at tau' = 0.
+The grid's end stands for tau'' = 0, as in the EDM variant: the last step ends on the data prediction. (The release on
+log SNR ends at tau'' = e^-10: up to .5 % of the loss.) Heun's step, of the EDM variant, is DDIM's with the prediction
+f + tau / (2 tau') (f(x_t', t') - f), and DDIM's own where it ends at tau' = 0. Neither f nor g has dropout.
 After a phase the student's average becomes the teacher; the student, its optimiser, g and k go on.
 
 | symbol         | meaning                                                       | shape     |
@@ -39,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, Workspace, hookimpl, option
-from distillbench.losses import mean_square
+from distillbench.losses import SNR_WEIGHTS, mean_square
 from distillbench.networks import MovingAverage
 from distillbench.options import require_fraction, require_one_of
 from distillbench.samplers import TIME_GRIDS, check_heun, ddim, ddim_step, x_at_top
@@ -60,12 +61,12 @@ class Tract(Method):
         times: str = option("uniform", f"grid of the first teacher's steps: {', '.join(TIME_GRIDS)}")
         teacher_step: str = option("ddim", "the first teacher's: ddim, or heun (two evaluations; on times: karras)")
         mu: float = option(0.5, "decay of the self-teacher; 0: the student itself")
-        weight: str = option("truncated_snr", "w: truncated_snr, max(SNR, 1), or snr_plus_one, SNR + 1")
+        weight: str = option("truncated_snr", "w: truncated_snr, max(SNR, 1), snr_plus_one, or edm, SNR + 4")
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require_fraction(self, "mu")
-            require_one_of(self, "weight", ("truncated_snr", "snr_plus_one"))
+            require_one_of(self, "weight", SNR_WEIGHTS)
             require_one_of(self, "times", TIME_GRIDS)
             require_one_of(self, "teacher_step", ("ddim", "heun"))
             if len(self.steps) < 2 or not all(a > b > 0 and a % b == 0 for a, b in pairwise(self.steps)):
@@ -121,8 +122,7 @@ class Tract(Method):
         x_t = alpha * x_0 + sigma * eps
         with torch.no_grad():
             x_tilde = self.target(x_t, j, e, times, c)
-        snr = (alpha / sigma) ** 2
-        w = snr.clamp(min=1) if self.config.weight == "truncated_snr" else snr + 1
+        w = SNR_WEIGHTS[self.config.weight]((alpha / sigma) ** 2)
         yield self.student, mean_square(self.student(x_t, t, c), x_tilde, w)
 
     def after_step(self) -> None:
