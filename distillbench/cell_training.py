@@ -17,6 +17,7 @@ from torch import Tensor
 from distillbench.budget import Meter, Price
 from distillbench.compute import applied
 from distillbench.data_stream import DataStream
+from distillbench.dropout import seed_masks
 from distillbench.energy import Energy, energy
 from distillbench.environment import device_name, environment
 from distillbench.errors import DivergedError, Unavailable, UserError
@@ -153,6 +154,7 @@ def _train(
         if compute.shard:
             teacher = stack.enter_context(trained_from(teacher))
         method = build(cell, teacher, "cpu" if compute.shard else scene.device)
+        seed_masks(cell.seed, ranks.share.index)
         stack.enter_context(applied(compute, method, scene.device))
         if not compute.shard:  # else when it is spread
             ranks.equal(method)

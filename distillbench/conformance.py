@@ -14,6 +14,7 @@ nothing to look at. It knows nothing of the other checks; which it builds on is 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator
@@ -251,6 +252,43 @@ def _evaluations(calls: list[Call], teacher: nn.Module) -> str:
     if rows(True, True):
         text += f" and {rows(True, True):g} with gradient to its input: right only where the paper trains through it"
     return text
+
+
+DROPPED = 0.3  # share of pixels
+
+
+def dropout(bench: Bench) -> str:
+    """Where networks have dropout, it acts on what is trained; on what that is compared with, under the same mask."""
+    alike = apart = without = start = 0
+    for moment in dataclasses.replace(bench, dropout=DROPPED).walk():
+        if moment.what == "yielded":
+            made, start = calls_of(moment.method)[start:], len(calls_of(moment.method))
+            _check_masks(made, moment.method)
+            apart += sum(call.rows for call in made if call.trained)
+            alike += sum(call.rows for call in made if call.mask is not None and not call.trained)
+            without += sum(call.rows for call in made if call.mask is None)
+        if moment.what in ("begin", "stepped", "ended"):
+            start = len(calls_of(moment.method))
+    phases = min(len(bench.method().phases()), WALKED_PHASES)
+    rows = [count / IMAGES / phases for count in (apart, alike, without)]
+    return "evaluations an image: {:g} with dropout, {:g} under the same mask, {:g} without".format(*rows)
+
+
+def _check_masks(made: list[Call], method: Method) -> None:
+    """Of the evaluations for one loss."""
+    masks = [call.mask for call in made if call.trained and call.mask is not None]
+    for call in made:
+        what = "the teacher" if call.network is teachers_network(method) else "a network"
+        if call.mask is None and call.trained:
+            raise Fault(
+                f"{what} is trained in evaluation mode, so its dropout never acts: leave networks in the mode that "
+                "teacher.student() gives them, and evaluate without gradients under torch.no_grad() or networks.held"
+            )
+        if call.mask is not None and not call.trained and not any(torch.equal(call.mask, mask) for mask in masks):
+            raise Fault(
+                f"{what} that gets no gradient is evaluated with dropout: call denoisers or their .output(), never "
+                "their .network; what a loss compares with the student goes into a block of dropout.one_mask"
+            )
 
 
 def only_yielded(bench: Bench) -> str:
@@ -695,6 +733,7 @@ CHECKS = [
     Check(condition, ("steps",), "conditional"),
     Check(losses, ("steps", "condition")),
     Check(gradients, ("losses",)),
+    Check(dropout, ("losses",), "first"),
     Check(only_yielded, ("losses",)),
     Check(teacher_untouched, ("losses",)),
     Check(trains, ("losses",)),

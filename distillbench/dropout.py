@@ -13,8 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.denoiser import CountedNetwork
+from distillbench.noise import stream_key
 
 __all__ = ["one_mask"]
+
+
+def seed_masks(seed: int, process: int) -> None:
+    """Before a training: what its masks are drawn from, of each of several processes other numbers."""
+    torch.manual_seed(stream_key(f"dropout of process {process}", seed))
 
 
 @contextmanager

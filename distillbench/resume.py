@@ -172,9 +172,7 @@ class Resume:
 def generators_state(generators: Mapping[str, Source], device: str) -> State:
     """The states of `generators` and of the global ones of torch, numpy and Python."""
     tensors = {f"given/{name}": generator.get_state() for name, generator in generators.items()}
-    tensors["torch"] = torch.get_rng_state()
-    if device != "cpu":
-        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    tensors |= masks_state(device)
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
@@ -188,10 +186,20 @@ def restore_generators(state: State, generators: Mapping[str, Source], device: s
     """Set what :func:`generators_state` has read."""
     for name, generator in generators.items():
         generator.set_state(state.tensors[f"given/{name}"])
-    torch.set_rng_state(state.tensors["torch"])
-    if device != "cpu":
-        torch.cuda.set_rng_state(state.tensors["cuda"], device)
+    restore_masks(state.tensors, device)
     version, numbers, gauss = state.values["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, position, has_gauss, cached = state.values["numpy"]
     np.random.set_state((kind, state.tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+
+
+def masks_state(device: str) -> dict[str, Tensor]:
+    """The states of torch's own generators, which dropout draws from: in each of several processes another."""
+    return {"torch": torch.get_rng_state()} | ({} if device == "cpu" else {"cuda": torch.cuda.get_rng_state(device)})
+
+
+def restore_masks(states: Mapping[str, Tensor], device: str) -> None:
+    """Set what :func:`masks_state` has read."""
+    torch.set_rng_state(states["torch"])
+    if device != "cpu":
+        torch.cuda.set_rng_state(states["cuda"], device)

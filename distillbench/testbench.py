@@ -73,6 +73,8 @@ class Call:
     rows: int
     labels: Tensor | None
     with_gradient: bool
+    trained: bool = False  # the gradient goes on to the network's weights
+    mask: Tensor | None = field(default=None, compare=False)  # of dropout; None: nothing was dropped
     reached: list[None] = field(default_factory=list, compare=False)  # an entry for each gradient that came back to it
 
 
@@ -84,19 +86,21 @@ class Log(list[Call]):
 
 
 class LoggedNetwork(ResidualMLP):
-    """The package's own network, small, with random weights none of which is zero."""
+    """The package's own network, small, with random weights none of which is zero; in training it drops pixels."""
 
-    def __init__(self, classes: int, log: Log) -> None:
+    def __init__(self, classes: int, log: Log, dropout: float = 0.0) -> None:
         super().__init__(SHAPE, width=16, depth=1, classes=classes)
-        self.log = log
+        self.log, self.dropout = log, dropout
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.2)
 
     def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
         if self.classes is not None and c.labels is None:
             raise Fault("a network that knows classes was evaluated without one: hand batch.c, or sample's c, on to it")
-        out = super().forward(x, time, embedding, c)
-        call = Call(self, len(x), c.labels, out.requires_grad)
+        mask = torch.nn.functional.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
+        out = super().forward(x if mask is None else mask * x, time, embedding, c)
+        trained = out.requires_grad and any(weight.requires_grad for weight in self.parameters())
+        call = Call(self, len(x), c.labels, out.requires_grad, trained, mask)
         if out.requires_grad:
             out.register_hook(lambda gradient: call.reached.append(None))
         self.log.append(call)
@@ -178,6 +182,7 @@ class Bench:
     given: MethodConfig | None
     conditioning: Conditioning
     law_images: int  # of the training on the exact teacher
+    dropout: float = 0.0  # share of pixels that networks drop in training mode
 
     @property
     def conditional(self) -> bool:
@@ -189,7 +194,7 @@ class Bench:
     def teacher(self) -> Teacher:
         log, classes = Log(), self.conditioning.classes
         torch.manual_seed(0)
-        blank = lambda: LoggedNetwork(classes, log)
+        blank = lambda: LoggedNetwork(classes, log, self.dropout)
         denoiser = Denoiser(blank(), VPCosine(), "v")
         return Teacher("random", denoiser, SHAPE, "random", conditioning=self.conditioning, blank=blank)
 

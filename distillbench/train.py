@@ -23,7 +23,15 @@ from distillbench.optimizers import Average, Optimizers, learning_rate_factor
 from distillbench.pairs import Workspace
 from distillbench.progress import Step
 from distillbench.ranks import ALONE, Ranks
-from distillbench.resume import Resume, Source, State, generators_state, restore_generators
+from distillbench.resume import (
+    Resume,
+    Source,
+    State,
+    generators_state,
+    masks_state,
+    restore_generators,
+    restore_masks,
+)
 from distillbench.shards import load, whole
 from distillbench.signals import Interrupted
 from distillbench.stopwatch import Account
@@ -227,6 +235,8 @@ class _Training:
         state.add("optimizers", self.optimizers.state(method))
         state.add("curve", self.curve.state())
         state.add("generators", generators_state(self._generators(), self.workspace.device))
+        of_all = enumerate(self.ranks.gather(masks_state(self.workspace.device)))
+        state.add("masks", State({f"{rank}/{name}": each for rank, masks in of_all for name, each in masks.items()}))
         plain: dict[str, Any] = {
             "phase": self.phase,
             "schedule": [self.begin, self.finish],
@@ -255,6 +265,9 @@ class _Training:
         assert self.resume is not None
         self.resume.restore_peaks(state)
         restore_generators(state.part("generators"), self._generators(), self.workspace.device)
+        mine = f"{self.ranks.share.index}/"
+        masks = {n.removeprefix(mine): each for n, each in state.part("masks").tensors.items() if n.startswith(mine)}
+        restore_masks(masks, self.workspace.device)
         self.resume.states.progress.say(f"going on after {self.meter.images:,} images")
 
     def _generators(self) -> dict[str, Source]:
