@@ -115,7 +115,23 @@ def _table_rows(finished: Finished) -> list[dict[str, Any]]:
     names = _names(cell, cell.scene.teacher, finished.training)
     names |= {"reference": real, "device": _device(finished), "key": record.key}
     metrics = list(cell.scene.metrics)
-    return [table_row(names, row, finished.training, finished.speed, metrics) for row in record.rows]
+    told = finished.training, finished.speed, metrics
+    return [table_row(names, row, *told, _note(cell, row.nfe)) for row in record.rows]
+
+
+def _note(cell: Cell, nfe: int) -> str:
+    """What a reader of a row with `nfe` evaluations must know of the sampler, and of that of the teacher's answers."""
+    assert cell.scene.teacher is not None
+    schedule, config = cell.scene.teacher.schedule, cell.scene.config.evaluation
+    reference, most = config.solvers()[0], max(config.teacher_steps)
+    notes = []
+    if cell.solver is not None:
+        steps = cell.solver.steps(nfe // cell.scene.conditioning.evaluations)
+        notes.append(cell.solver.note(schedule, steps) if steps is not None else "")
+    compared = reference.note(schedule, most)
+    if compared and compared not in notes:
+        notes.append(f"compared with the teacher's answers by {compared}")
+    return "; ".join(filter(None, notes))
 
 
 def _device(finished: Finished) -> str:

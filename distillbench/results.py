@@ -243,7 +243,9 @@ FIRST: dict[str, str] = {  # column: pandas type
     "protocol": "string",
     "status": "string",
     "reason": "string",
+    "note": "string",
 }
+LATER = ("note",)  # columns that tables of older versions lack, and mean by that that they are empty
 COST: dict[str, str] = {
     "train_images": "Int64",
     "train_seconds": "Float64",
@@ -283,8 +285,9 @@ LAST: dict[str, str] = {
 
 
 def table_row(
-    names: dict[str, Any], row: RowRecord, training: TrainRecord | None, speed: SpeedRecord, metrics: Sequence[str]
-) -> dict[str, Any]:
+    names: dict[str, Any], row: RowRecord, training: TrainRecord | None, speed: SpeedRecord, metrics: Sequence[str],
+    note: str = "",
+) -> dict[str, Any]:  # fmt: skip
     """One row of the table. `names`: what it is a row of. No training: the teacher itself."""
     missing = dict(row.missing)
     if training is None:
@@ -305,6 +308,7 @@ def table_row(
         "nfe": row.nfe,
         "status": row.status,
         "reason": "; ".join(reasons),
+        "note": note,
         **{metric: row.scores.get(metric) for metric in metrics},
         **(_train_columns(training) if training is not None else {}),
         **measured,
@@ -342,7 +346,9 @@ def make_along(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFra
 def _typed(rows: list[dict[str, Any]], types: dict[str, str]) -> pd.DataFrame:
     import pandas as pd  # not above: the registry needs the columns' names, and listing plugins needs no tables
 
-    columns = {name: pd.array([row.get(name) for row in rows], dtype=kind) for name, kind in types.items()}  # type: ignore[call-overload]
+    usual = dict.fromkeys(LATER, "")
+    given = {name: [row.get(name, usual.get(name)) for row in rows] for name in types}
+    columns = {name: pd.array(values, dtype=types[name]) for name, values in given.items()}  # type: ignore[call-overload]
     return pd.DataFrame(columns)
 
 

@@ -172,13 +172,18 @@ def whole_grid(name: str, schedule: NoiseSchedule, steps: int) -> Tensor:
 
 def check_heun(schedule: NoiseSchedule, times: Tensor) -> None:
     """Raise UserError where Heun's second slope would get a weight (tau_t - tau_s) / (2 tau_s) above 10."""
-    levels = schedule.noise_level(times)
-    weight = ((levels[1:] / levels[:-1] - 1) / 2).max().item() if len(times) > 1 else 0.0
+    weight = _heun_weight(schedule, times)
     if weight > LARGEST_HEUN_WEIGHT:
         raise UserError(
             f"heun needs noise levels close together, and on this grid its second slope has weight {weight:.0f}, above "
             f"{LARGEST_HEUN_WEIGHT}. Possible: times=karras, more steps, or ddim"
         )
+
+
+def _heun_weight(schedule: NoiseSchedule, times: Tensor) -> float:
+    """The largest weight (tau_t - tau_s) / (2 tau_s) of Heun's second slope on ascending `times`; 0 for one alone."""
+    levels = schedule.noise_level(times)
+    return ((levels[1:] / levels[:-1] - 1) / 2).max().item() if len(times) > 1 else 0.0
 
 
 # --- single steps ----------------------------------------------------------------------------------------------------
@@ -388,6 +393,18 @@ class Solver:
         times = self.times(schedule, steps)
         if SAMPLERS[self.sampler].per_step == 2:
             check_heun(schedule, times[1:])  # the last step, to times[0], is Euler's
+
+    def note(self, schedule: NoiseSchedule, steps: int) -> str:
+        """What a row of these steps must say of itself; empty where there is nothing to say."""
+        if SAMPLERS[self.sampler].per_step < 2:
+            return ""
+        weight = _heun_weight(schedule, self.times(schedule, steps)[1:])
+        if weight <= LARGEST_HEUN_WEIGHT:
+            return ""
+        return (
+            f"{self.name} is unstable in {steps} steps: in one of them the second slope has weight {weight:.0f} (methods "
+            f"refuse above {LARGEST_HEUN_WEIGHT})"
+        )
 
     def solve(
         self, f: DenoiseFunction, schedule: NoiseSchedule, eps: Tensor, steps: int, noise: NoiseFunction | None = None

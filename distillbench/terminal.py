@@ -177,6 +177,9 @@ def print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, di
     for row in bad[:MOST_LINES].to_dict("records"):
         console.print(f"{_row_name(row)}: {_why(row)}", markup=False, soft_wrap=True)
     _say_more(console, len(bad), "rows that are not ok (table.csv)")
+    for note, rows in table[table["note"].fillna("") != ""].groupby("note", sort=False):
+        named = dict.fromkeys(f"{row['method']}, {row['nfe']} NFE" for row in rows.to_dict("records"))
+        console.print(f"note on {'; '.join(named)}: {note}", markup=False, soft_wrap=True)
     for name in directions:
         reasons = table.loc[table[name].isna() & (table["status"] == "ok"), "reason"]
         if table[name].isna().all() and len(reasons):

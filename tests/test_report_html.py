@@ -191,6 +191,12 @@ def test_every_row_has_the_key_of_its_record_and_failed_cells_say_why():
     )  # in the grid
 
 
+def test_a_note_stands_beside_the_table_with_the_rows_that_it_is_of():
+    noted = [row("teacher:heun", 7, note="unstable in 4 steps"), row("boot"), row("pd", note="unstable in 4 steps")]
+    page = Page(html_report([run_of(noted)]))
+    assert "Note on teacher:heun at NFE 7 and pd at NFE 1: unstable in 4 steps" in page.words
+
+
 def test_what_must_not_be_compared_is_apart_and_the_teacher_is_beside_each():
     rows = [row("teacher:ddim"), row("boot"), row("boot", budget="9 images"), row("boot", protocol="other", key="z")]
     page = Page(html_report([run_of(rows)]))

@@ -725,3 +725,14 @@ def test_one_setting_of_a_method_can_be_swept(copied):
 def test_what_two_points_of_a_grid_share_is_done_once(copied, monkeypatch):
     ran = go(copied.results, "methods=[boot],[boot,direct]", *SMALLER, "seed=0,1")
     assert ran.table["method"].value_counts().to_dict() == {"teacher:ddim": 2, "boot": 2, "direct": 2}
+
+
+def test_rows_say_where_heun_is_unstable(tmp_path):
+    """The teacher's own, and those that are compared with its answers."""
+    words = ["methods=[boot]", *SMALLER, *TEACHER, "evaluation.timing=off", "budget.images=64"]
+    ran = go(tmp_path, *words, "evaluation.teacher_samplers=[heun]", "evaluation.teacher_steps=[1,4]")
+    notes = {(row["method"], row["nfe"]): row["note"] for row in ran.table.to_dict("records")}
+    unstable = "heun is unstable in 4 steps: in one of them the second slope has weight 117"
+    assert notes["teacher:heun", 7].startswith(unstable)
+    assert notes["teacher:heun", 1] == notes["boot", 1]
+    assert notes["boot", 1].startswith(f"compared with the teacher's answers by {unstable}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -616,3 +617,16 @@ def test_renoise_is_the_multistep_sampling_of_consistency_models(schedule, steps
     F.e = schedule.noise_level(torch.tensor([schedule.t_min])).item()
     ours = Solver.parse("renoise").solve(F(), schedule, draws[0], steps, draws.__getitem__)
     close(ours, multistep(F(), grid, draws.__getitem__, steps), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [4, 5, 18])
+def test_heun_says_where_a_step_is_unstable(steps):
+    """The weight of the second slope, from equation 5 of Karras et al. (2022) by hand: (tau_t - tau_s) / (2 tau_s)."""
+    ends = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    levels = [(ends[0] + i / (steps - 1) * (ends[1] - ends[0])) ** 7 for i in range(steps)]
+    largest = max((t - s) / (2 * s) for t, s in pairwise(levels))
+    note = Solver.parse("heun").note(VE(), steps)
+    assert steps != 4 or round(largest) == 117
+    assert (largest > 10) == bool(note) == (steps < 18)
+    assert not note or (note.startswith(f"heun is unstable in {steps} steps") and f" {largest:.0f} " in note)
+    assert not Solver.parse("ddim/karras").note(VE(), steps)

@@ -287,3 +287,12 @@ def test_numbers_have_the_digits_that_their_interval_allows(value, width, text):
 def test_select_gives_the_frame_that_is_printed(run):
     found = select([read_run(run)], ["fid"], [], ["method=boot"], "summary")
     assert found.frame["fid"].tolist() == [10.5] and found.columns == ["fid"] and not found.several
+
+
+def test_a_note_is_shown_once_for_all_its_rows(tmp_path):
+    noted = [row(fid=80.0, sampling_seed=seed, note="unstable [so] few", **TEACHER) for seed in range(3)]
+    run = run_folder(tmp_path / "noted", [*ROWS, *noted[1:], row(fid=9.0, nfe=7, note="unstable [so] few")])
+    text = shown(run)
+    assert text.count("unstable [so] few") == 1
+    assert "note on teacher:ddim, 1 NFE; boot, 7 NFE: unstable [so] few" in text
+    assert "unstable" not in shown(run, where=["method=cm"])

@@ -79,6 +79,7 @@ class Section:
     facts: list[tuple[str, str]]
     sentences: list[str]
     failures: list[str]
+    remarks: list[str]  # what must be known of rows that are ok
     leading: list[dict[str, Any]]
     nfes: list[int]
     table: Table
@@ -307,6 +308,7 @@ def _section(
         facts=_facts(facts, rows, runs),
         sentences=[_compared(facts, rows), *words.conclusion(found)],
         failures=_failures(rows, labels, own),
+        remarks=_remarks(rows, labels, own),
         leading=found,
         nfes=sorted({int(str(one["nfe"])) for one in found}),
         table=_comparison(name, rows, labels, own, scores, marks, runs),
@@ -384,6 +386,15 @@ def _failures(rows: list[Row], labels: list[str], own: list[list[Row]]) -> list[
         nfe = f" at NFE {row['nfe']}" if row["nfe"] is not None else ""
         found.append(f"{label}{nfe}: {row['status']}. {_reasons(of_table) or 'No reason given.'}")
     return list(dict.fromkeys(found))
+
+
+def _remarks(rows: list[Row], labels: list[str], own: list[list[Row]]) -> list[str]:
+    """What must be known of rows, with the rows of each."""
+    told: dict[str, list[str]] = {}
+    for row, label, of_table in zip(rows, labels, own, strict=True):
+        for note in dict.fromkeys(r["note"] for r in of_table if is_known(r.get("note"))):
+            told.setdefault(note, []).append(f"{label} at NFE {row['nfe']}")
+    return [f"{words.listed(dict.fromkeys(named))}: {note}" for note, named in told.items()]
 
 
 def _reasons(of_table: list[Row]) -> str:

@@ -18,7 +18,7 @@ from distillbench.errors import UserError
 from distillbench.files import write_atomically
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import IDENTITY, number, plain, row_name, run_names
-from distillbench.results import FIRST, LAST, make_along, make_table, write_table
+from distillbench.results import FIRST, LAST, LATER, make_along, make_table, write_table
 from distillbench.run_settings import write_settings
 from distillbench.statistics import summarise
 
@@ -159,7 +159,7 @@ def _check_schema(runs: Sequence[RunData], names: Sequence[str], file: str, know
                 f"{name}: {file} was written by another version, or its columns.json is not whole: nothing declares "
                 f"{', '.join(strange)}"
             )
-    needed = [column for column in (known if file == "table" else known[:-1]) if column in {*FIRST, *LAST}]
+    needed = [c for c in (known if file == "table" else known[:-1]) if c in {*FIRST, *LAST} and c not in LATER]
     lacking: list[str] = []
     for name, frame in raw.items():
         for column in (column for column in needed if column not in frame):

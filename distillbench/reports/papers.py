@@ -123,7 +123,7 @@ def _number(value: Any, digits: int | None = None) -> str:
 class _Data:
     """The summary of several runs in one frame, and what its scores declare."""
 
-    summary: pd.DataFrame  # and `run`, `parameters`, `reasons`, `leads_M` for each score M
+    summary: pd.DataFrame  # and `run`, `parameters`, `reasons`, `notes`, `leads_M` for each score M
     columns: dict[str, dict[str, str]]  # by score
     several_runs: bool
 
@@ -153,7 +153,9 @@ class _Data:
             place = {key: i for i, key in enumerate(_keys(order))}
             ranks = [place.get(key, len(place)) for key in _keys(frame)]
             frame = frame.iloc[sorted(range(len(frame)), key=ranks.__getitem__)]
-            frames.append(frame.assign(run=name, reasons=[_reasons(table, row) for row in frame.to_dict("records")]))
+            records = frame.to_dict("records")
+            told = {"reasons": [_reasons(table, r) for r in records], "notes": [_notes(table, r) for r in records]}
+            frames.append(frame.assign(run=name, **told))
         summary = pd.concat(frames, ignore_index=True) if frames else _empty(columns)
         for name, direction in directions.items():
             for column in (name, f"{name}_training_low", f"{name}_training_high"):
@@ -187,6 +189,7 @@ def _together(runs: Sequence[RunData], directions: dict[str, str]) -> tuple[pd.D
 
 def _empty(columns: Mapping[str, Any]) -> pd.DataFrame:
     names = [*KEYS, "training_seeds", "sampling_seeds", "status", *columns, *COSTS, "parameters", "run", "reasons"]
+    names += ["notes"]
     return pd.DataFrame(columns=list(dict.fromkeys(names)), dtype="object")
 
 
@@ -199,13 +202,24 @@ def _reasons(table: pd.DataFrame, row: Mapping[str, Any]) -> list[tuple[str, str
     """(status, reason) of the rows behind a row of the summary that are not ok, each once."""
     if row["status"] == "ok":
         return []
-    bad = table[table["status"] != "ok"]
-    for name in KEYS:
-        empty = bad[name].isna()
-        same = empty if pd.isna(row[name]) else bad[name].eq(row[name]).fillna(False) | (empty & (name == "images"))
-        bad = bad[same]
+    bad = _behind(table[table["status"] != "ok"], row)
     pairs = zip(bad["status"].fillna("unknown"), bad["reason"].fillna("no reason was recorded"), strict=True)
     return list(dict.fromkeys((str(status), str(reason)) for status, reason in pairs))
+
+
+def _notes(table: pd.DataFrame, row: Mapping[str, Any]) -> list[str]:
+    """The notes of the rows behind a row of the summary, each once."""
+    noted = table[table["note"].fillna("") != ""]
+    return list(dict.fromkeys(_behind(noted, row)["note"])) if len(noted) else []
+
+
+def _behind(rows: pd.DataFrame, row: Mapping[str, Any]) -> pd.DataFrame:
+    """Those of `rows` that a row of the summary is made of."""
+    for name in KEYS:
+        empty = rows[name].isna()
+        same = empty if pd.isna(row[name]) else rows[name].eq(row[name]).fillna(False) | (empty & (name == "images"))
+        rows = rows[same]
+    return rows
 
 
 def _sets(summary: pd.DataFrame) -> list[pd.DataFrame]:
@@ -327,6 +341,7 @@ class _Table:
         notes = []
         for row in records:
             notes += [f"{row['method']}, {row['nfe']} NFE: {status}: {reason}" for status, reason in row["reasons"]]
+            notes += [f"{row['method']}, {row['nfe']} NFE: {note}" for note in row["notes"]]
         label = "".join(c if c.isascii() and c.isalnum() else "-" for c in str(records[0]["dataset"]).lower())
         return _Table(
             [_heading(data, name) for name in names],

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file  # without torch, which takes seconds to import
 
 from distillbench.errors import UserError, nearest
-from distillbench.results import FIRST, LAST, make_along, make_table, unstack_shown
+from distillbench.results import FIRST, LAST, LATER, make_along, make_table, unstack_shown
 from distillbench.run_settings import read_settings
 from distillbench.statistics import KEYS, SEEDS, summarise
 
@@ -130,7 +130,7 @@ def _columns(folder: Path, problems: list[str]) -> dict[str, dict[str, str]]:
 
 def _known(table: pd.DataFrame, columns: dict[str, dict[str, str]], problems: list[str]) -> pd.DataFrame:
     """The table with the columns and types of this version; what it lacks is empty, and said."""
-    lacking = [name for name in [*FIRST, *LAST] if name not in table]
+    lacking = [name for name in [*FIRST, *LAST] if name not in table and name not in LATER]
     if lacking:
         problems.append(f"written by another version: without {', '.join(lacking)}")
     undeclared = [name for name in table if name not in {*FIRST, *LAST, *columns}]

@@ -113,6 +113,7 @@ class Shown:
     several: bool  # runs: the frame has a column RUN
     columns: list[str]  # that were asked for; empty: all
     failed: pd.DataFrame  # rows of the table that are not ok and that the filters let through
+    noted: pd.DataFrame  # those with a note
 
 
 def select(
@@ -138,16 +139,18 @@ def select(
     for name, _ in keys:
         _check_column(name, possible, rows)
     tables = [run.table.assign(**{RUN: name}) for run, name in zip(runs, names, strict=True) if len(run.table)]
-    failed = pd.concat([table[~_is_ok(table)] for table in tables], ignore_index=True) if tables else None
+    whole = pd.concat(tables, ignore_index=True) if tables else None
     masks = [_passes(frame, text, possible, rows, strict=True) for text in where]
     for mask in masks:
         frame = frame[mask.reindex(frame.index)]
-    for text in where if failed is not None else []:
-        failed = failed[_passes(failed, text, [*IDENTITY, RUN], rows, strict=False)]
+    for text in where if whole is not None else []:
+        whole = whole[_passes(whole, text, [*IDENTITY, RUN], rows, strict=False)]
     for name, ascending in reversed(keys):  # the first decides; what has no value comes last
         frame = frame.sort_values(name, ascending=ascending, kind="stable", na_position="last")
-    failed = pd.DataFrame() if failed is None else failed
-    return Shown(frame.reset_index(drop=True), directions, len(runs) > 1, list(columns), failed)
+    failed = noted = pd.DataFrame()
+    if whole is not None:
+        failed, noted = whole[~_is_ok(whole)], whole[whole["note"].fillna("") != ""]
+    return Shown(frame.reset_index(drop=True), directions, len(runs) > 1, list(columns), failed, noted)
 
 
 def run_names(runs: Sequence[RunData]) -> list[str]:
@@ -258,6 +261,10 @@ def print_rows(console: Console, shown: Shown, rows: Rows) -> None:
         where = f"{row[RUN]}: " if shown.several else ""
         reason = row["reason"] if _there(row["reason"]) else "no reason is recorded"
         say(console, f"{where}{row_name(row)}: {number(row['status'])}: {reason}")
+    notes = [(row[RUN] if shown.several else "", row["note"], row) for row in shown.noted.to_dict("records")]
+    for run, note in dict.fromkeys((run, note) for run, note, _ in notes):
+        rows_of = [f"{row['method']}, {number(row['nfe'])} NFE" for r, n, row in notes if (r, n) == (run, note)]
+        say(console, f"{f'{run}: ' if run else ''}note on {'; '.join(dict.fromkeys(rows_of))}: {note}")
 
 
 def _print_what_fits(console: Console, shown: Shown, rows: Rows) -> None:

@@ -25,6 +25,7 @@ ABOUT = {  # of columns that are no scores: heading, what it is. Units are in th
     "images": ("images", "samples that were scored"),
     "status": ("status", "whether all seeds gave scores"),
     "reason": ("reason", "why a row is not ok; why a value is empty"),
+    "note": ("note", "what must be known of a row that is ok, such as a sampler that is unstable in so few steps"),
     "compute": ("computed in", "precision of the networks, and what else is set, in training and in sampling"),
     "device": ("device", "kind and model of the processor"),
     "key": ("record", "key of the row's record in cells/"),
