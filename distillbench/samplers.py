@@ -402,8 +402,8 @@ class Solver:
         if weight <= LARGEST_HEUN_WEIGHT:
             return ""
         return (
-            f"{self.name} is unstable in {steps} steps: in one of them the second slope has weight {weight:.0f} (methods "
-            f"refuse above {LARGEST_HEUN_WEIGHT})"
+            f"{self.name} is unstable in {steps} steps: in one of them the second slope has weight {weight:.0f} "
+            f"(methods refuse above {LARGEST_HEUN_WEIGHT})"
         )
 
     def solve(
