@@ -44,7 +44,7 @@ from distillbench.speed import SpeedError, measure, measure_in_fresh_process, sp
 from distillbench.tasks import Task
 from distillbench.teachers import Teacher
 
-TRAIN_PROTOCOL = 4  # raise when the loop, the samplers or the networks change what a training gives
+TRAIN_PROTOCOL = 5  # raise when the loop, the samplers or the networks change what a training gives
 EVALUATION_PROTOCOL = 4  # raise when evaluation changes a number that no metric's protocol names
 SPEED_PROTOCOL = 1  # raise when speed is measured in another way
 

@@ -473,3 +473,22 @@ def test_the_check_of_methods_finds_what_is_careless(bare, fault):
     cls = type("Careless", (Careless,), {"bare": bare})
     with pytest.raises(Exception, match=fault):
         check_dropout(Bench("first", cls, None, WITHOUT_CLASSES, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["whole", "blocks"])
+def test_compiled_networks_share_a_mask_with_gradients_and_without(how):
+    """torch's compiler draws masks by kernels of its own, from seeds that are drawn from the same generator."""
+    method = made(ConsistencyTraining, start="teacher")
+    method.target.load_state_dict(method.student.state_dict())
+    x, t, answers = torch.randn(8, 2, 1, 1), time([0.5] * 8), []
+    with applied(ComputeConfig(compile=how), method, "cpu"):
+        for _ in range(2):
+            with one_mask(method.student, method.target):
+                with torch.no_grad():
+                    answers.append(method.target(x, t))
+                answers.append(method.student(x, t).detach())
+        with torch.no_grad():
+            assert torch.equal(method.student(x, t), method.student(x, t))
+    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[2], answers[3])
+    assert not torch.equal(answers[0], answers[2])
