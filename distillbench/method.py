@@ -272,6 +272,8 @@ class Method(nn.Module, ABC):
     def settings_of(self, network: nn.Module) -> NetworkConfig:
         """What the settings say of `network` alone: nothing, unless one of them has the name of its attribute."""
         named = {name: own for name, own in vars(self.config).items() if isinstance(own, NetworkConfig)}
+        if missing := named.keys() - dict(self.named_children()).keys():
+            raise RuntimeError(f"there are settings of {', '.join(sorted(missing))}, and no network of that name")
         return next((own for name, own in named.items() if getattr(self, name) is network), NetworkConfig())
 
     def phases(self) -> list[Phase]:

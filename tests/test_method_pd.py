@@ -133,9 +133,9 @@ def test_the_loss_is_zero_at_the_oracle_and_not_at_the_teacher():
         assert loss_of(method, batch()) > 1e-5
 
 
-@pytest.mark.parametrize("weight", ["truncated_snr", "snr_plus_one"])
+@pytest.mark.parametrize("weight", ["truncated_snr", "snr_plus_one", "edm"])
 def test_weights(weight):
-    """A student that is off by .1 everywhere has loss .01 w with w = max(SNR, 1) or SNR + 1, SNR = 1 / tan^2."""
+    """A student that is off by .1 everywhere has loss .01 w with w = max(SNR, 1), SNR + 1 or + 4, SNR = 1 / tan^2."""
     schedule = VPCosine()
 
     class Off(Oracle):
@@ -152,7 +152,7 @@ def test_weights(weight):
         i = again.integers(1, 5).item()
         seen.add(i)
         snr = math.tan(schedule.theta_0 + i / 4 * (schedule.theta_1 - schedule.theta_0)) ** -2
-        w = max(snr, 1.0) if weight == "truncated_snr" else snr + 1
+        w = {"truncated_snr": max(snr, 1.0), "snr_plus_one": snr + 1, "edm": snr + 1 / 0.5**2}[weight]
         assert loss_of(method, batch).item() == pytest.approx(0.01 * w, rel=1e-8)
     assert seen == {1, 2, 3, 4}
 

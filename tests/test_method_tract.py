@@ -389,9 +389,9 @@ def test_a_training_step_changes_nothing_but_what_after_step_does():
 # --- one step --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight", ["truncated_snr", "snr_plus_one"])
+@pytest.mark.parametrize("weight", ["truncated_snr", "snr_plus_one", "edm"])
 def test_weights(weight):
-    """A student that is off by .1 everywhere has loss .01 w with w = max(SNR, 1) or SNR + 1, SNR = 1 / tan^2."""
+    """A student that is off by .1 everywhere has loss .01 w with w = max(SNR, 1), SNR + 1 or + 4, SNR = 1 / tan^2."""
     schedule, seen = VPCosine(), set()
     for seed in range(60):  # one image, hence one t, a batch
         method = tract(phase=0, steps=[8, 2, 1], weight=weight)
@@ -404,9 +404,48 @@ def test_weights(weight):
         j = again.integers(1, 9).item()
         seen.add(j)
         snr = math.tan(schedule.theta_0 + j / 8 * (schedule.theta_1 - schedule.theta_0)) ** -2
-        w = max(snr, 1.0) if weight == "truncated_snr" else snr + 1
+        w = {"truncated_snr": max(snr, 1.0), "snr_plus_one": snr + 1, "edm": snr + 1 / 0.5**2}[weight]
         assert loss_of(method, batch).item() == pytest.approx(0.01 * w, rel=1e-9)
     assert seen == set(range(1, 9))
+
+
+def released_edm_loss(student, f, g, x: Tensor, noise: Tensor, j: Tensor) -> Tensor:
+    """train_op of tc_distill_edm.py for the schedule 40, 1, with sigma_data .5; its answers not clipped."""
+    sd = 0.5
+    sigma = torch.cat([torch.zeros(1), torch.linspace(0.002 ** (1 / 7), 80.0 ** (1 / 7), 40).pow(7)]).double()
+    s = [sigma[i] for i in (j, (j - 1).clamp(1), torch.zeros_like(j))]
+    c_skip, c_out = sd**2 / (s[0] ** 2 + sd**2), s[0] * sd * (sd**2 + s[0] ** 2) ** -0.5
+    xt = x + noise * s[0]
+    x0 = f(xt, s[0])
+    eps = (xt - x0) / s[0]
+    xt_ = xt + (s[1] - s[0]) * eps
+    eps = 0.5 * (eps + (xt_ - f(xt_, s[1])) / s[1])
+    xt_ = xt + (s[1] - s[0]) * eps
+    x0_ = g(xt_, s[1])
+    xt2 = x0_ + (xt_ - x0_) / s[1] * s[2]
+    xt2 = xt2 + (j == 1) * (xt_ - xt2)
+    xt2 = (xt2 * s[0] - xt * s[2]) / (s[0] - s[2])
+    target = (torch.where(j == 1, x0, xt2) - c_skip * xt) / c_out
+    pred = (student(xt, s[0]) - c_skip * xt) / c_out
+    weight = (s[0] ** 2 + sd**2) * c_out**2 * (s[0] * sd) ** -2
+    return (weight.flatten() * (pred - target).square().mean((1, 2, 3))).mean()
+
+
+def test_the_edm_variant_is_the_release_s():
+    """On its grid, with its teacher's step and its weight: the loss is equal to rounding."""
+    schedule = VE(sigma_min=0.002, sigma_max=80.0)
+    teacher = mlp_teacher(schedule, "x0")
+    method = tract(teacher, 0, steps=[40, 1], times="karras", teacher_step="heun", weight="edm")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for weight in (*method.student.parameters(), *method.self_teacher.parameters()):
+            weight.add_(0.1 * torch.randn_like(weight))
+    batch, again = (make_batch(512, seed=4, read=gaussian_images()) for _ in range(2))
+    at = lambda network: lambda x, tau: network(x, schedule.t_of_lam(tau.log()))
+    x, noise, j = again.x_0, again.noise(), again.integers(1, 41)
+    expected = released_edm_loss(at(method.student), at(teacher.denoise), at(method.self_teacher), x, noise, j)
+    assert set(j.flatten().tolist()) == set(range(1, 41))
+    assert loss_of(method, batch).item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize(("phase", "steps"), [(0, 16), (1, 8)])

@@ -8,7 +8,9 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
 from distillbench.budget import BudgetConfig, Limit, Meter
+from distillbench.conditions import UNCONDITIONAL
 from distillbench.denoiser import Denoiser
+from distillbench.dropout import seed_masks
 from distillbench.energy import Energy
 from distillbench.errors import UserError
 from distillbench.method import WHOLE, Batch, Share
@@ -39,19 +43,28 @@ SILENT = Step(lambda fraction, note: None)
 METHODS = sorted(load_registry().methods)
 
 
-def network() -> ResidualMLP:
-    made = ResidualMLP(SHAPE, width=8, depth=1)
+class Forgetful(ResidualMLP):
+    """Half of the pixels are dropped in training."""
+
+    def forward(self, x, time, embedding=None, c=UNCONDITIONAL):
+        return super().forward(torch.nn.functional.dropout(x, 0.5, self.training), time, embedding, c)
+
+
+def network(kind: type[ResidualMLP] = ResidualMLP) -> ResidualMLP:
+    made = kind(SHAPE, width=8, depth=1)
     torch.nn.init.normal_(made.exit.weight, std=0.3)
     return made
 
 
 def training(
-    name: str, folder: Path, ranks: Ranks = ALONE, parts: int = 1, limit: Limit = Limit.images, stop: int = 0
-) -> tuple[dict[str, torch.Tensor], Trained]:
+    name: str, folder: Path, ranks: Ranks = ALONE, parts: int = 1, limit: Limit = Limit.images, stop: int = 0,
+    kind: type[ResidualMLP] = ResidualMLP,
+) -> tuple[dict[str, torch.Tensor], Trained]:  # fmt: skip
     """A few steps of a method on a tiny teacher; its weights, and what the training left."""
     cls = load_registry().methods[name].cls
     torch.manual_seed(0)
-    teacher = Teacher("tiny", Denoiser(network(), VPCosine(), "v"), SHAPE, "tiny", blank=network)
+    made = partial(network, kind)
+    teacher = Teacher("tiny", Denoiser(made(), VPCosine(), "v"), SHAPE, "tiny", blank=made)
     method = cls(cls.Config(**SMALL.get(name, {})), teacher)
     meter = Meter(BudgetConfig(limit=limit, images=BATCH * STEPS, nfe=300), teacher, "cpu")
     workspace = Workspace(teacher, meter, folder, "cpu", 0, Progress(None))
@@ -65,6 +78,7 @@ def training(
         states = (States if ranks.main else Followed)(folder / "states", 1, Progress(None))
         resume = Resume(states, math.inf, {"order": order}, stop=StopAfter(stop))
     given = read if cls.needs_data else None
+    seed_masks(0, ranks.share.index)
     left = train(method, method.config, workspace, given, Loop(BATCH, parts, ranks=ranks), SILENT, resume=resume)
     return dict(method.state_dict()), left
 
@@ -96,6 +110,13 @@ def together(rank: int, port: int, folder: Path) -> None:
         weights, left = training("cm", folder, ranks, stop=99)
         save_file(weights, folder / f"resumed-{rank}.safetensors")
         counted["resumed"] = asdict(left.price)
+        (folder / "forgetful").mkdir(exist_ok=True)
+        for stop in (0, 3, 99):
+            kept = 99 if stop == 3 and not ranks.main else stop
+            with suppress(Interrupted):
+                weights, _ = training("cm", folder / "forgetful", ranks, stop=kept, kind=Forgetful)
+                save_file(weights, folder / f"forgetful-{stop}-{rank}.safetensors")
+        counted["mask"] = torch.rand(4).tolist()
         (folder / f"counted-{rank}.json").write_text(json.dumps(counted))
         assert ranks.energy(Energy(1.0)) == Energy(2.0)
         assert ranks.energy(Energy(1.0) if rank else Energy(None, "none")).reason == "none"
@@ -151,6 +172,17 @@ def test_all_stop_together_and_go_on_together(two):
     resumed, whole = load_file(two / "resumed-0.safetensors"), load_file(two / "cm-0.safetensors")
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
     assert counted[0]["resumed"]["teacher_nfe"] == counted[0]["cm"]["teacher_nfe"]
+
+
+def test_masks_differ_between_processes_and_go_on_in_each(two):
+    """The weights of all are equal to the bit, and those of a training that was never disturbed."""
+    whole, resumed = (
+        [load_file(two / f"forgetful-{stop}-{rank}.safetensors") for rank in range(2)] for stop in (0, 99)
+    )
+    assert all(torch.equal(tensor, other[key]) for key, tensor in whole[0].items() for other in (whole[1], *resumed))
+    assert not (two / "forgetful-3-0.safetensors").exists()  # that one was interrupted
+    masks = [json.loads((two / f"counted-{rank}.json").read_text())["mask"] for rank in range(2)]
+    assert masks[0] != masks[1]
 
 
 def test_shares_are_the_batch():
