@@ -53,10 +53,10 @@ def trained_from(teacher: Teacher) -> Iterator[Teacher]:
     """
     own = teacher.denoiser, teacher.start
     devices = [None if one is None else _device(one) for one in own]
-    for one in own:
-        if one is not None:
-            one.to("cpu")
     try:
+        for one in own:
+            if one is not None:
+                one.to("cpu")
         denoiser, start = copy.deepcopy(own)
         yield dataclasses.replace(teacher, denoiser=denoiser, start=start)
     finally:
