@@ -1,4 +1,4 @@
-"""Images that are stored as arrays of pixels: npz, idx (MNIST) and the batches of CIFAR and Downsampled ImageNet.
+"""Images that are stored as arrays of pixels: npz, npy, idx (MNIST), the batches of CIFAR and Downsampled ImageNet.
 
 Uncompressed npz arrays are mapped into memory; everything else is loaded once, as uint8. Batches are pickles: they are
 read by :mod:`distillbench.safe_pickle`, which builds plain containers and numeric arrays and executes nothing.
@@ -21,14 +21,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from distillbench.annotations import READ_WITHOUT, as_classes, set_labels
 from distillbench.errors import quoted
-from distillbench.npz_files import Npz, check_memory
-from distillbench.readers import DAMAGE, Reader, of_split, split_named, trouble
+from distillbench.image_folders import check_expanded
+from distillbench.npz_files import Npz, check_memory, read_npy
+from distillbench.readers import DAMAGE, Reader, of_split, some, split_named, trouble
 from distillbench.safe_pickle import Array, RefusedName, read_arrays
 
 BATCH = re.compile(r"((train_)?data_batch(_\d+)?|test_batch|val_data)")  # file names of pickled batches
+CIFAR100, CIFAR100_FOLDER = ("train", "test"), "cifar-100-python"  # those of CIFAR-100, and their folder
 CHUNK = 1024  # images hashed at a time
-MOST_EXPANDED = 200  # times the size of a packed file: images do not shrink as far
+USUAL_UNREAD = ("mean",)  # arrays beside images that are no images and no labels
 MAP = "map_clsloc.txt"  # of Downsampled ImageNet: "n02119789 1 kit_fox" for each class
 
 
@@ -38,7 +41,7 @@ class Part:
 
     name: str
     images: np.ndarray  # (N,H,W,C) uint8
-    labels: np.ndarray | None = None  # (N,) int64
+    labels: np.ndarray | None = None  # (N,) or, one-hot, (N,K), as they are stored
 
 
 class ArrayReader(Reader):
@@ -46,16 +49,20 @@ class ArrayReader(Reader):
 
     encoded = False
 
-    def __init__(self, kind: str, parts: Sequence[Part]) -> None:
-        self.kind, self.parts = kind, list(parts)
+    def __init__(self, kind: str, parts: Sequence[Part], notes: Sequence[str] = ()) -> None:
+        self.kind, self.parts, self.notes = kind, list(parts), list(notes)
         self._ends = np.array(list(accumulate(len(part.images) for part in self.parts)), dtype=np.int64)
         if not len(self):
             raise trouble(f"no image in {', '.join(part.name for part in parts)}")
         labels = [part.labels for part in self.parts if part.labels is not None]
         if labels and len(labels) < len(self.parts):
             bare = next(part.name for part in self.parts if part.labels is None)
-            raise trouble(f"{bare} has no labels, while other arrays have theirs")
-        self.labels = np.concatenate(labels) if labels else None
+            raise trouble(f"{bare} has no labels, while other arrays have theirs. {READ_WITHOUT}")
+        if labels and len({(label.ndim, label.dtype.kind in "iub") for label in labels}) == 1:
+            set_labels(self, as_classes(np.concatenate(labels), self.parts[0].name, self.name))
+        elif labels:
+            values = [value for label in labels for value in label.tolist()]
+            set_labels(self, as_classes(values, self.parts[0].name, self.name))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -73,29 +80,53 @@ class ArrayReader(Reader):
         return f"{part.name}[{row}]"
 
     def checksum(self, index: int) -> tuple[int, int]:
-        data = self.open(index).tobytes()
-        return zlib.crc32(data), len(data)
+        image = self.open(index)
+        if image.shape[2] == 4 and image[..., 3].min(initial=255) < 255:
+            self.transparent = True
+        return zlib.crc32(image.tobytes()), image.nbytes
 
     def fingerprint(self, workers: int = 1) -> str:
         """SHA-256 of the pixels, (N,H,W,C): the same for all formats of arrays."""
         digest = hashlib.sha256()
         for part in self.parts:
             for start in range(0, len(part.images), CHUNK):
-                digest.update(part.images[start : start + CHUNK].tobytes())
+                images = part.images[start : start + CHUNK]
+                digest.update(images.tobytes())
+                if images.shape[3] == 4 and not self.transparent:
+                    self.transparent = bool(images[..., 3].min(initial=255) < 255)
         return digest.hexdigest()
 
 
 def _pixels(array: np.ndarray, name: str) -> np.ndarray:
     """Images as (N,H,W,C), a view: channels may come first or last, or be absent where images are grey."""
     if array.dtype != np.uint8:
-        raise trouble(f"{name} must hold 8-bit values (uint8), got {array.dtype}")
-    if array.ndim == 3:
+        raise trouble(f"{name} must hold 8-bit values (uint8), got {array.dtype}{_to_8_bits(array)}")
+    one = array.ndim == 3 and array.shape[1] != array.shape[2] and array.shape[2] in (1, 3, 4)
+    if array.ndim == 3 and not one:
         return array[..., None]
-    if array.ndim == 4 and array.shape[3] in (1, 3):
-        return array
-    if array.ndim == 4 and array.shape[1] in (1, 3):
-        return array.transpose(0, 2, 3, 1)
-    raise trouble(f"{name} must be images (N,H,W,C), (N,C,H,W) or (N,H,W) of 1 or 3 channels, got {array.shape}")
+    for channels in ((1, 3), (4,)):  # an alpha channel only where nothing else is meant
+        if array.ndim == 4 and array.shape[3] in channels:
+            return array
+        if array.ndim == 4 and array.shape[1] in channels:
+            return array.transpose(0, 2, 3, 1)
+    hint = ", which looks like one image: stack several, np.stack(images)" if one else ""
+    raise trouble(
+        f"{name} must be images (N,H,W,C), (N,C,H,W) or (N,H,W) of 1, 3 or 4 channels, got {array.shape}{hint}"
+    )
+
+
+def _to_8_bits(array: np.ndarray) -> str:
+    """How an array of another type is made of 8-bit values, as the end of a message."""
+    if array.dtype.kind == "f" and array.size:
+        low, high = float(array.min()), float(array.max())
+        if low >= 0 and high <= 1:
+            return " between 0 and 1: save (255 * images).round().astype('uint8')"
+        if low >= -1 and high <= 1:
+            return " between -1 and 1: save (127.5 * (images + 1)).round().astype('uint8')"
+        return ": save images between 0 and 255 by .round().astype('uint8')"
+    if array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255:
+        return " of values between 0 and 255: save images.astype('uint8')"
+    return ""
 
 
 def _flat_pixels(array: np.ndarray, name: str) -> np.ndarray:
@@ -107,18 +138,17 @@ def _flat_pixels(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _numbers(array: np.ndarray, images: np.ndarray, name: str) -> np.ndarray:
-    if array.size != len(images) or array.dtype.kind not in "iu":
-        raise trouble(f"{name} must be {len(images)} whole numbers, got {array.dtype} {array.shape}")
-    array = array.reshape(-1).astype(np.int64)
-    if len(array) and array.min() < 0:
-        raise trouble(f"{name} must be classes 0, 1, ..., got {array.min()}")
-    return array
+    """Labels as they are stored, (N,) or one-hot (N,K)."""
+    one_hot = array.ndim == 2 and len(array) == len(images) and array.shape[1] > 1
+    if (array.size != len(images) and not one_hot) or array.dtype.kind not in "iubfUS":
+        raise trouble(f"{name} must be {len(images)} whole numbers, got {array.dtype} {array.shape}. {READ_WITHOUT}")
+    return array if one_hot else array.reshape(-1)
 
 
 # --- npz -------------------------------------------------------------------------------------------------------------
 
 
-def open_npz(files: Sequence[Path], split: str) -> ArrayReader:
+def open_npz(files: Sequence[Path], split: str, labelled: bool) -> ArrayReader:
     """Arrays `images` and `labels` (or arr_0, arr_1), NAME_images and NAME_labels, x_train and y_train, or `data`.
 
     The last is Downsampled ImageNet's, (N, 3*S*S): its labels count from 1.
@@ -126,17 +156,21 @@ def open_npz(files: Sequence[Path], split: str) -> ArrayReader:
     files = [Path(name) for name in _batches(map(str, files), split, quoted(str(files[0].parent)))]
     flat: list[Part] = []
     parts: list[Part] = []
+    unread: list[str] = []
     for path in files:
         arrays = _Npz(path)
-        if "data" in arrays.names:
-            flat.append(arrays.part("data", "labels", _flat_pixels))
-            continue
-        pairs = _pairs(arrays.names)
+        pairs = {"data": "labels"} if "data" in arrays.names else _pairs(arrays.names)
         if not pairs:
             wanted = "images, arr_0, NAME_images, x_train or data"
             raise trouble(f"{path.name!r} has no array {wanted}; it has {', '.join(arrays.names[:10]) or 'none'}")
-        parts += [arrays.part(key, pairs[key], _pixels) for key in _batches(pairs, split, path.name)]
-    return ArrayReader("npz arrays", [*parts, *_from_one(flat, files[0].parent)])
+        known = {*pairs, *pairs.values(), *USUAL_UNREAD}
+        unread += [f"{path.name}:{name}" for name in arrays.names if name not in known]
+        if "data" in pairs:
+            flat.append(arrays.part("data", "labels", _flat_pixels, labelled))
+        else:
+            parts += [arrays.part(key, pairs[key], _pixels, labelled) for key in _batches(pairs, split, path.name)]
+    notes = [f"{len(unread):,} arrays are not read: {some(unread)}"] if unread else []
+    return ArrayReader("npz arrays", [*parts, *_from_one(flat, files[0].parent)], notes)
 
 
 def _pairs(names: Sequence[str]) -> dict[str, str]:
@@ -177,10 +211,10 @@ class _Npz(Npz):
         except ValueError as error:
             raise trouble(f"cannot read {name!r} of {self.path.name!r}: {error}") from error
 
-    def part(self, images: str, labels: str, view: Callable[[np.ndarray, str], np.ndarray]) -> Part:
+    def part(self, images: str, labels: str, view: Callable[[np.ndarray, str], np.ndarray], labelled: bool) -> Part:
         where = f"{self.path.name}:{images}"
         pixels = view(self[images], where)
-        if labels not in self.names:
+        if labels not in self.names or not labelled:
             return Part(where, pixels)
         return Part(where, pixels, _numbers(self[labels], pixels, f"{self.path.name}:{labels}"))
 
@@ -191,7 +225,9 @@ def _from_one(parts: Sequence[Part], folder: Path) -> list[Part]:
     The field's class-conditional checkpoints count the 1,000 classes in the order of their WordNet ids.
     """
     labels = [part.labels for part in parts if part.labels is not None]
-    if not labels or min(part.min() for part in labels if len(part)) == 0:
+    if not labels or any(part.ndim > 1 or part.dtype.kind not in "iu" for part in labels):
+        return list(parts)
+    if min(part.min() for part in labels if len(part)) <= 0:
         return list(parts)
     order = _wordnet_order(folder / MAP)
     most = max(part.max() for part in labels if len(part))
@@ -222,6 +258,42 @@ def _wordnet_order(path: Path) -> np.ndarray | None:
     return np.array([places[numbers[number]] for number in sorted(numbers)], dtype=np.int64)
 
 
+# --- npy -------------------------------------------------------------------------------------------------------------
+
+
+def is_npy(start: bytes) -> bool:
+    return start[:6] == b"\x93NUMPY"
+
+
+def open_npy(files: Sequence[Path], split: str, labelled: bool) -> ArrayReader:
+    """Arrays in files of their own, called as in an npz: images.npy and labels.npy, ...; a single file of any name."""
+    beside = {path.stem: path for path in files[0].parent.glob("*.npy")}
+    names = [path.stem for path in files]
+    pairs = _pairs(names)
+    if len(files) == 1 and not pairs:
+        pairs = {names[0]: f"{names[0]}_labels"}
+    if not pairs:
+        raise trouble(
+            f"{str(files[0].parent)!r} holds {len(files):,} .npy files, and none is called images, NAME_images or "
+            "x_train. Save them in one array (N,H,W,C): np.save('images.npy', np.stack(images))"
+        )
+    parts = []
+    for name in _batches(pairs, split, quoted(str(files[0].parent))):
+        images, labels = _pixels(_npy(beside[name]), f"{name}.npy"), None
+        if labelled and pairs[name] in beside:
+            labels = _numbers(_npy(beside[pairs[name]]), images, f"{pairs[name]}.npy")
+        parts.append(Part(f"{name}.npy", images, labels))
+    unread = sorted(f"{name}.npy" for name in names if name not in {*pairs, *pairs.values()})
+    return ArrayReader("npy arrays", parts, [f"{len(unread):,} files are not read: {some(unread)}"] if unread else [])
+
+
+def _npy(path: Path) -> np.ndarray:
+    try:
+        return read_npy(path)
+    except (ValueError, OSError) as error:
+        raise trouble(f"cannot read {path.name!r} as an array: {error}") from error
+
+
 # --- idx -------------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +302,7 @@ def is_idx(start: bytes) -> bool:
     return start[:4] == b"\0\0\x08\x03"
 
 
-def open_idx(files: Sequence[Path], split: str) -> ArrayReader:
+def open_idx(files: Sequence[Path], split: str, labelled: bool) -> ArrayReader:
     """The idx files of MNIST and its kin, each plain or gzipped; labels lie in a file beside them."""
     images = [Path(name) for name in _batches([str(f) for f in files if "images" in f.name or len(files) == 1], split,
                                               quoted(str(files[0].parent)))]  # fmt: skip
@@ -239,7 +311,7 @@ def open_idx(files: Sequence[Path], split: str) -> ArrayReader:
         pixels = _pixels(_idx(path), path.name)
         labels = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
         other = labels.with_name(labels.name.removesuffix(".gz") + ("" if labels.suffix == ".gz" else ".gz"))
-        found = next((p for p in (labels, other) if p.is_file() and p != path), None)
+        found = next((p for p in (labels, other) if p.is_file() and p != path and labelled), None)
         parts.append(Part(path.name, pixels, None if found is None else _numbers(_idx(found), pixels, found.name)))
     return ArrayReader("idx files", parts)
 
@@ -272,49 +344,57 @@ def open_plain(path: Path) -> BinaryIO:
 # --- batches of CIFAR ------------------------------------------------------------------------------------------------
 
 
-def open_batches(folder: Path, split: str) -> ArrayReader | None:
+def open_batches(folder: Path, split: str, labelled: bool) -> ArrayReader | None:
     """CIFAR's or Downsampled ImageNet's python batches in a folder, or one below it; None where there are none."""
-    found = [f for f in [*folder.glob("*"), *folder.glob("*/*")] if BATCH.fullmatch(f.name) and f.is_file()]
+    found = [file for file in [*folder.glob("*"), *folder.glob("*/*")] if _is_batch(file) and file.is_file()]
     if not found:
         return None
     parts = []
     for name in _batches(map(str, found), split, quoted(str(folder))):
         path = Path(name)
         with open(path, "rb") as file:
-            parts.append(_batch(file, path.name))
-    if any(not path.name.startswith(("data_batch", "test_batch")) for path in found):
+            parts.append(_batch(file, path.name, labelled))
+    if any(path.name.startswith(("train_", "val_")) for path in found):
         parts = _from_one(parts, found[0].parent)
-    return ArrayReader("CIFAR's python batches", parts)
+    return _of_batches(parts, found)
 
 
-def open_batch_archive(path: Path, split: str) -> ArrayReader:
-    """The same in a tar, read without unpacking it."""
+def _is_batch(path: PurePath) -> bool:
+    """Whether a file is called as one of CIFAR's batches. CIFAR-100's lie in a folder of its name, or beside "meta"."""
+    hundred = path.name in CIFAR100
+    hundred = hundred and (path.parent.name == CIFAR100_FOLDER or Path(path).with_name("meta").is_file())
+    return hundred or BATCH.fullmatch(path.name) is not None
+
+
+def _of_batches(parts: Sequence[Part], paths: Iterable[PurePath]) -> ArrayReader:
+    notes = []
+    if any(path.name in CIFAR100 for path in paths) and any(part.labels is not None for part in parts):
+        notes.append("labels are the 100 fine classes of CIFAR-100; its 20 coarse ones are not read")
+    return ArrayReader("CIFAR's python batches", parts, notes)
+
+
+def open_batch_archive(path: Path, split: str, labelled: bool) -> ArrayReader | None:
+    """The same in a tar, read without unpacking it; None where it has none."""
     parts: dict[str, Part | None] = {}
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                name = PurePath(member.name).name
-                _check_expanded(member, path)
-                if member.isfile() and BATCH.fullmatch(name) and (file := archive.extractfile(member)) is not None:
-                    if split != "all" and _split_in(name) != split:
-                        parts.setdefault(name, None)
+                name = PurePath(member.name)
+                check_expanded(member, path)
+                if member.isfile() and _is_batch(name) and (file := archive.extractfile(member)) is not None:
+                    if split != "all" and _split_in(name.name) != split:
+                        parts.setdefault(name.name, None)
                     else:
-                        parts[name] = _batch(io.BytesIO(file.read()), name)
+                        parts[name.name] = _batch(io.BytesIO(file.read()), name.name, labelled)
     except (*DAMAGE, tarfile.TarError) as error:
         raise trouble(f"{path.name!r} is a tar that is damaged or cut off: {error}") from error
     if not parts:
-        raise trouble(f"{path.name!r} holds none of CIFAR's batches (data_batch_1, ..., test_batch). Unpack other tars")
+        return None
     chosen = [parts[name] for name in _batches(list(parts), split, path.name)]
-    return ArrayReader("CIFAR's python batches", [part for part in chosen if part is not None])
+    return _of_batches([part for part in chosen if part is not None], map(PurePath, parts))
 
 
-def _check_expanded(member: tarfile.TarInfo, path: Path) -> None:
-    """Refuse a member before it is decompressed, if it is larger than images that were packed into `path` can be."""
-    if member.size < 0 or member.offset_data + member.size > MOST_EXPANDED * path.stat().st_size + 2**20:
-        raise ValueError(f"{quoted(member.name)} would have {member.size:,} bytes, as no packed images have")
-
-
-def _batch(file: BinaryIO, name: str) -> Part:
+def _batch(file: BinaryIO, name: str, labelled: bool) -> Part:
     try:
         content = read_arrays(file)
     except RefusedName as error:
@@ -328,8 +408,8 @@ def _batch(file: BinaryIO, name: str) -> Part:
     if not (isinstance(data, Array) and data.value is not None):
         raise trouble(f"{name!r} is no batch of CIFAR: it must hold a dictionary with an array 'data'")
     images = _flat_pixels(data.value, name)
-    labels = content.get("labels")
-    if labels is None:
+    labels = content.get("labels", content.get("fine_labels"))
+    if labels is None or not labelled:
         return Part(name, images)
     if isinstance(labels, list | tuple) and all(type(label) is int for label in labels):
         labels = np.array(labels if all(abs(label) < 2**63 for label in labels) else [-1], dtype=np.int64)

@@ -38,6 +38,7 @@ class Dataset(ABC):
     classes: int = 0  # number of classes; 0: the images have no labels
     prompts: Sequence[str] | None = None  # texts, one for each class: the caption of image i is prompt i
     evaluated: range | None = None  # the classes that evaluation asks for, after those of training; None: all
+    notes: Sequence[str] = ()  # what a user should know of how it was read: what was left out, and why
     law: Law | None = None  # what the images are drawn from, where that is known exactly
 
     @abstractmethod

@@ -15,6 +15,7 @@ from distillbench.errors import UserError
 if TYPE_CHECKING:  # reports need files and no tensors
     from torch import Tensor
 
+LFS_START = b"version https://git-lfs.github.com/spec/"
 TEMPORARY = ".writing-"  # begins the name of a file that is not whole yet
 
 __all__ = ["canonical_json", "key_of", "sha256_file", "sha256_tensors", "signed", "write_atomically"]
@@ -55,6 +56,13 @@ def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def git_lfs_pointer(start: bytes) -> str:
+    """What to say of a file that starts so, if it is a pointer of Git LFS; else nothing."""
+    if not start.startswith(LFS_START):
+        return ""
+    return "it is a pointer of Git LFS, a text that stands for the file: fetch it with `git lfs pull`"
 
 
 def write_atomically(path: Path, write: Callable[[str], Any]) -> None:

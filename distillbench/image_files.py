@@ -1,11 +1,4 @@
-"""Datasets of image files: what a path is, found out by content; crops and resizes with names; images kept as read.
-
-| setting  | words in `resizer`                                                              |
-|----------|---------------------------------------------------------------------------------|
-| `crop`   | center: the largest centred square; none: images must be square                 |
-| `resize` | pillow_bicubic, pillow_lanczos, pillow_box: one resize of Pillow, which smooths |
-|          | adm: Dhariwal and Nichol's; none: images must have the side already             |
-"""
+"""Datasets of image files: what a path is, found out by content; labels and notes; images kept as read."""
 
 from __future__ import annotations
 
@@ -20,52 +13,65 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from distillbench.array_files import is_idx, open_batch_archive, open_batches, open_idx, open_npz, open_plain
+from distillbench.annotations import METADATA, composed
+from distillbench.array_files import (
+    ArrayReader,
+    is_idx,
+    is_npy,
+    open_batch_archive,
+    open_batches,
+    open_idx,
+    open_npy,
+    open_npz,
+    open_plain,
+)
 from distillbench.datasets import Dataset, DatasetConfig
 from distillbench.errors import UserError, nearest, quoted
-from distillbench.files import canonical_json
+from distillbench.files import canonical_json, git_lfs_pointer
+from distillbench.image_fit import CROPS, RESIZES, Fit
+from distillbench.image_folders import (
+    TARS,
+    FolderReader,
+    ImageFiles,
+    TarReader,
+    ZipReader,
+    by_suffix,
+    files_below,
+    is_hidden,
+    is_image,
+)
 from distillbench.options import option, require_between, require_one_of, require_positive
 from distillbench.readers import (
     DAMAGE,
-    LARGEST_IMAGE,
     SUFFIXES,
-    FolderReader,
-    HubReader,
-    ParquetReader,
     Reader,
-    ZipReader,
     map_in_order,
     of_split,
+    some,
     split_folder,
     trouble,
 )
+from distillbench.tables import HubReader, ParquetReader
 
 __all__ = ["FileConfig", "FileDataset"]
 
 HUB = "hub:"
+TRANSPARENCY = "alpha over white"
 MOST_CLASSES = 2**20
 LABELS = ("auto", "folders", "captions", "none")
-CROPS = {"center": "centre crop", "none": "no crop"}
-ADM = "adm"
-FILTERS = {
-    "pillow_bicubic": Image.Resampling.BICUBIC,
-    "pillow_lanczos": Image.Resampling.LANCZOS,
-    "pillow_box": Image.Resampling.BOX,
-}
-RESIZES = {
-    "pillow_bicubic": "Pillow bicubic",
-    "pillow_lanczos": "Pillow Lanczos",
-    "pillow_box": "Pillow box",
-    ADM: "halved by box and resized by Pillow bicubic as Dhariwal and Nichol do",
-    "none": "not resized",
-}
 ACCEPTED = (
-    "EDM's dataset zip or any zip of images, a folder of images, .npz, idx or .parquet files, CIFAR's python batches, "
-    "or a hub dataset as hub:OWNER/NAME with dataset.download=true"
+    "EDM's dataset zip or any zip of images, a folder of images, .npz, .npy, idx or .parquet files, tars of images, "
+    "CIFAR's python batches, or a hub dataset as hub:OWNER/NAME with dataset.download=true"
 )
+TO_DO = {  # with files of other kinds, by suffix
+    **dict.fromkeys((".h5", ".hdf5", ".mat", ".pt", ".pth", ".pkl", ".pickle"), "save its arrays by np.savez('a.npz', "
+                    "images=images, labels=labels), images uint8 (N,H,W,C)"),
+    **dict.fromkeys((".mdb", ".lmdb", ".tfrecord", ".tfrecords", ".rec"), "write its images to a folder or zip"),
+    **dict.fromkeys((".rar", ".7z", ".zst", ".lz4"), "unpack it"),
+    ".arrow": "save it as parquet by the library `datasets`: dataset.to_parquet('a.parquet')",
+}  # fmt: skip
 
 
 # --- what a path is --------------------------------------------------------------------------------------------------
@@ -78,18 +84,26 @@ def open_source(path: str, split: str = "all", labels: str = "auto", download: b
     "captions": captions only; "none": neither.
     """
     if path.startswith(HUB):
-        reader = _open_hub(path.removeprefix(HUB), split, download)
+        reader = _open_hub(path.removeprefix(HUB), split, download, labels=labels)
     else:
-        reader = _open_path(Path(path), split, labels)
-    if labels == "folders" and not isinstance(reader, FolderReader | ZipReader):
-        raise UserError(f"dataset.labels=folders needs a folder or zip of images, dataset.path is {reader.kind}")
+        reader = _open_path(_found(Path(path)), split, labels)
+    if labels == "folders" and not isinstance(reader, ImageFiles):
+        raise UserError(f"dataset.labels=folders needs a folder, zip or tar of images, dataset.path is {reader.kind}")
     if labels == "captions" and reader.captions is None:
         raise UserError(f"dataset.labels=captions: no captions in {quoted(path)} ({reader.kind})")
-    if labels in ("captions", "none"):
-        reader.labels = None
-    if labels in ("folders", "none") or reader.labels is not None:
+    if reader.labels is not None:
         reader.captions = None
     return reader
+
+
+def _found(path: Path) -> Path:
+    """`path`, or what is called the same in another composition of its letters (Unicode's NFC, NFD)."""
+    try:
+        if path.exists() or not path.parent.is_dir():
+            return path
+        return next((entry for entry in path.parent.iterdir() if composed(entry.name) == composed(path.name)), path)
+    except (OSError, ValueError):
+        return path
 
 
 def _open_path(path: Path, split: str, labels: str) -> Reader:
@@ -103,22 +117,34 @@ def _open_path(path: Path, split: str, labels: str) -> Reader:
         raise trouble(f"no folder {str(path)!r}, and no file of that name.{_neighbour(path)}")
     try:
         with open(path, "rb") as file:
-            start = file.read(8)
+            start = file.read(64)
         with open_plain(path) as file:
             content = file.read(8)
     except DAMAGE as error:
         raise trouble(f"cannot read {str(path)!r}: {error}") from error
+    labelled = labels not in ("none", "captions")
     if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return open_npz([path], split) if path.suffix == ".npz" else ZipReader(path, split, labels)
+        return open_npz([path], split, labelled) if path.suffix == ".npz" else ZipReader(path, split, labels)
     if start[:4] == b"PAR1":
-        return ParquetReader([path])
+        return ParquetReader([path], labels)
+    if is_npy(start):
+        return open_npy([path], split, labelled)
     if is_idx(content):
-        return open_idx([path], split)
+        return open_idx([path], split, labelled)
     if start[:2] == b"\x1f\x8b" or _is_tar(path):
-        return open_batch_archive(path, split)
+        return open_batch_archive(path, split, labelled) or TarReader([path], split, labels)
+    raise trouble(_of_no_kind(path, start))
+
+
+def _of_no_kind(path: Path, start: bytes) -> str:
+    """What to say of a file of another kind."""
+    if why := git_lfs_pointer(start):
+        return f"{str(path)!r} cannot be read: {why}"
     if path.suffix.lower() in SUFFIXES:
-        raise trouble(f"{str(path)!r} is a single image: name its folder")
-    raise trouble(f"no folder, and no kind of file that is read here: {str(path)!r}. Possible: {ACCEPTED}")
+        return f"{str(path)!r} is a single image: name its folder"
+    to_do = TO_DO.get(path.suffix.lower())
+    hint = f". For {path.suffix} files: {to_do}" if to_do else ""
+    return f"no folder, and no kind of file that is read here: {str(path)!r}{hint}. Possible: {ACCEPTED}"
 
 
 def _is_tar(path: Path) -> bool:
@@ -129,22 +155,47 @@ def _is_tar(path: Path) -> bool:
 
 
 def _open_folder(path: Path, split: str, labels: str) -> Reader:
-    """A folder is what it holds: batches, idx, npz or parquet files, or images."""
-    files = sorted(file for file in path.glob("*") if file.is_file())
-    batches = open_batches(path, split)
+    """A folder is what it holds: batches, idx, npz, npy, parquet files, images, or tars of them."""
+    every = files_below(path)
+    shown = sorted(name for name in every if not is_hidden(name))
+    images = [name for name in shown if is_image(name)]
+    reader = _open_arrays(path, shown, split, labels not in ("none", "captions"), bool(images))
+    reader = reader or _open_tables(path, shown, split, labels, bool(images))
+    if reader is None:
+        return FolderReader(path, every, split, labels)
+    if images:
+        reader.notes = [*reader.notes, f"left out, beside {reader.kind}: {by_suffix(images)}"]
+    return reader
+
+
+def _open_arrays(path: Path, shown: list[str], split: str, labelled: bool, images: bool) -> ArrayReader | None:
+    batches = open_batches(path, split, labelled)
     if batches is not None:
         return batches
-    idx = [file for file in files if "idx3" in file.name]
-    if idx:
-        return open_idx(idx, split)
-    npz = [file for file in files if file.suffix == ".npz"]
-    if npz:
-        return open_npz(npz, split)
-    parquet = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.parquet") if file.is_file())
-    if parquet:
-        chosen = of_split(parquet, split, lambda name: [*split_folder(name), Path(name).name], quoted(str(path)))
-        return ParquetReader([path / name for name in chosen])
-    return FolderReader(path, split, labels)
+    files = [path / name for name in shown if "/" not in name]
+    if idx := [file for file in files if "idx3" in file.name]:
+        return open_idx(idx, split, labelled)
+    if npz := [file for file in files if file.suffix == ".npz"]:
+        return open_npz(npz, split, labelled)
+    npy = [file for file in files if file.suffix == ".npy"]
+    return open_npy(npy, split, labelled) if npy and not images else None
+
+
+def _open_tables(path: Path, shown: list[str], split: str, labels: str, images: bool) -> Reader | None:
+    tables = [name for name in shown if name.endswith(".parquet") and not (images and Path(name).name in METADATA)]
+    tars = [] if images else [name for name in shown if name.lower().endswith(TARS)]
+    for names, open_them in ((tables, ParquetReader), (tars, lambda paths, labels: _open_tars(paths, split, labels))):
+        if names:
+            words = lambda name: [*split_folder(name), Path(name).name]
+            chosen = of_split(names, split, words, quoted(str(path)))
+            return open_them([path / name for name in chosen], labels)
+    return None
+
+
+def _open_tars(paths: list[Path], split: str, labels: str) -> Reader:
+    if len(paths) == 1:
+        return _open_path(paths[0], split, labels)
+    return TarReader(paths, split, labels)
 
 
 def _neighbour(path: Path) -> str:
@@ -159,7 +210,7 @@ def _neighbour(path: Path) -> str:
     return nearest(path.name, names)
 
 
-def _open_hub(name: str, split: str, download: bool, library: ModuleType | None = None) -> Reader:
+def _open_hub(name: str, split: str, download: bool, library: ModuleType | None = None, labels: str = "auto") -> Reader:
     """A dataset through the `datasets` library, which is imported unless it is given."""
     if not download and not Path(name).is_dir():
         raise UserError(
@@ -171,70 +222,7 @@ def _open_hub(name: str, split: str, download: bool, library: ModuleType | None 
             library = importlib.import_module("datasets")
         except ImportError as error:
             raise trouble(f"{HUB}{name} needs the package 'datasets': pip install 'distillbench[hub]'") from error
-    return HubReader(name, split, library)
-
-
-# --- from an image to the shape of the dataset -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Brings images to C,H,W = `channels`, `side`, `side`, 8 bits. One that has the side already is not touched."""
-
-    channels: int
-    side: int
-    crop: str
-    resize: str
-
-    @property
-    def words(self) -> str:
-        """What `Dataset.resizer` says. It names the settings, whether or not they change any image."""
-        if (self.crop, self.resize) == ("none", "none"):
-            return "none"
-        return f"{CROPS[self.crop]}, {RESIZES[self.resize]}, 8 bits"
-
-    def __call__(self, image: Image.Image | np.ndarray, name: str) -> np.ndarray:
-        """(C,H,W) uint8. Raises UserError where the settings do not allow it; `name` is that of the image."""
-        shape = self.side, self.side, self.channels
-        if isinstance(image, np.ndarray):
-            if image.shape == shape:
-                return image.transpose(2, 0, 1)
-            image = Image.fromarray(image[..., 0] if image.shape[2] == 1 else np.ascontiguousarray(image))
-        if image.mode.startswith(("I", "F")):
-            raise trouble(f"{name!r} has more than 8 bits a channel (Pillow's mode {image.mode}): convert it to 8 bits")
-        image = image.convert("RGB" if self.channels == 3 else "L")
-        if image.size != (self.side, self.side):
-            image = self._resized(image, name)
-        return np.asarray(image, dtype=np.uint8).reshape(shape).transpose(2, 0, 1)
-
-    def _resized(self, image: Image.Image, name: str) -> Image.Image:
-        width, height = image.size
-        if width != height and self.crop == "none":
-            raise trouble(f"{name!r} is not square ({width}x{height}): set dataset.crop=center, or crop it")
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        if self.resize == "none" and side != self.side:
-            choices = "|".join(name for name in RESIZES if name != "none")
-            raise trouble(
-                f"{name!r} is {width}x{height}, and dataset.resolution={self.side}: choose how it is resized "
-                f"(dataset.resize={choices}) or set the resolution"
-            )
-        if self.resize == ADM:
-            return self._resized_as_adm(image, name)
-        if width != height:  # cut first: a resize of Pillow's `box` would see pixels beyond it
-            image = image.crop((left, top, left + side, top + side))
-        return image if self.resize == "none" else image.resize((self.side, self.side), FILTERS[self.resize])
-
-    def _resized_as_adm(self, image: Image.Image, name: str) -> Image.Image:
-        """Halve by averages while that leaves enough, resize the shorter side, crop the centre."""
-        while min(image.size) >= 2 * self.side:
-            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-        scale = self.side / min(image.size)
-        if image.width * image.height * scale**2 > LARGEST_IMAGE:
-            raise trouble(f"{quoted(name)} is {image.width}x{image.height}: too long to be resized by {ADM}")
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-        left, top = (image.width - self.side) // 2, (image.height - self.side) // 2
-        return image.crop((left, top, left + self.side, top + self.side))
+    return HubReader(name, split, library, labels)
 
 
 # --- the dataset -----------------------------------------------------------------------------------------------------
@@ -291,12 +279,13 @@ class FileDataset(Dataset):
         self.reader = open_source(self.path, config.split, config.labels, config.download)
         self.shape = (self._channels(), config.resolution, config.resolution)
         self.fit = Fit(self._channels(), config.resolution, config.crop, config.resize)
-        self.resizer = self.fit.words
         self.workers = config.workers if self.reader.encoded else 1
         self.split = self._split()
         self._label()
         self._decode([0])  # what cannot be read at all is said before a run begins
         self.sha256 = self._sha256()
+        self.resizer = self._resizer()
+        self.notes = [*self.reader.notes, *self._notes()]
         small = len(self) * int(np.prod(self.shape)) <= config.memory_mib * 2**20
         self._kept = torch.empty(len(self) if small else 0, *self.shape, dtype=torch.uint8)
         self._there = torch.zeros(len(self._kept), dtype=torch.bool)
@@ -319,7 +308,7 @@ class FileDataset(Dataset):
         self.targets: Tensor | None = None
         if self.reader.labels is not None:
             self.targets = torch.from_numpy(self.reader.labels)
-            found = int(self.targets.max()) + 1
+            found = max(int(self.targets.max()) + 1, self.reader.class_count)
             if found > MOST_CLASSES:
                 raise trouble(f"a label is {found - 1:,}: at most {MOST_CLASSES:,} classes are read")
             self.classes = self.known_classes or found
@@ -341,7 +330,32 @@ class FileDataset(Dataset):
             told["labels"] = hashlib.sha256(self.targets.numpy().astype("<i8").tobytes()).hexdigest()
         elif self.prompts is not None:
             told["captions"] = list(self.prompts)
+            if self.reader.several_captions:
+                told["of_several_captions"] = "first"
+        if self.reader.transparent:
+            told["transparency"] = TRANSPARENCY
         return hashlib.sha256(canonical_json(told).encode()).hexdigest()
+
+    def _resizer(self) -> str:
+        """How images came to their shape. That they were laid over white is said where it changed some."""
+        words = [self.fit.words] if self.fit.words != "none" or not self.reader.transparent else []
+        return ", ".join([TRANSPARENCY, *words] if self.reader.transparent else words)
+
+    def _notes(self) -> list[str]:
+        """What a user of the labels should know."""
+        if self.targets is None:
+            return []
+        counts = torch.bincount(self.targets, minlength=self.classes)
+        empty = (counts == 0).nonzero().flatten().tolist()
+        notes = []
+        if empty:
+            which = f"class {empty[0]} has" if len(empty) == 1 else f"{len(empty):,} classes ({some(empty)}) have"
+            notes.append(
+                f"{which} no image, of {self.classes:,} classes: conditional=true asks for each of them equally often"
+            )
+        if (named := len(self.reader.class_names)) > self.classes:
+            notes.append(f"the source names {named:,} classes, and its labels are below {self.classes:,}")
+        return notes
 
     def __len__(self) -> int:
         return len(self.reader)

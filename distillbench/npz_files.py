@@ -77,6 +77,22 @@ class Npz:
         return np.memmap(self.path, dtype, "r", start, shape, "F" if fortran else "C")
 
 
+def read_npy(path: Path) -> np.ndarray:
+    """The array in an .npy file, mapped if it is large. Raises ValueError as :class:`Npz` does."""
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            shape, fortran, dtype = _header(file)
+            start = file.tell()
+            if start + math.prod(shape) * dtype.itemsize != size:
+                raise ValueError(f"its header says {dtype} {shape}, which is not what follows")
+            if size > MAPPED:
+                return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
+            return _read(file, shape, fortran, dtype)
+    except DAMAGED as error:
+        raise ValueError(str(error)[:LONGEST_REASON] or type(error).__name__) from error
+
+
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether columns come first, and type."""
     version = np.lib.format.read_magic(file)

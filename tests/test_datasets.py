@@ -140,7 +140,7 @@ def test_a_folder_is_named_by_its_pixels_and_not_by_its_place(tmp_path):
         (lambda path: None, "dataset.path: no folder"),
         (lambda path: path.write_text("a file"), "dataset.path: no folder"),
         (lambda path: path.mkdir(), "no image"),
-        (lambda path: save(path / "a.txt.d" / "a.tiff", np.zeros((4, 4))), "no image"),
+        (lambda path: save(path / "a.png.d" / "a.tga", np.zeros((4, 4))), r"no image .*; there are 1 \.tga \(a\.png"),
     ],
 )
 def test_a_folder_that_is_not_one_is_an_error(tmp_path, make, message):

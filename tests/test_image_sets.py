@@ -319,5 +319,7 @@ def test_a_split_that_a_set_does_not_have(tmp_path):
 
 def test_labels_of_folders_need_folders(tmp_path):
     np.savez(tmp_path / "a.npz", images=pixels(2, 8))
-    with pytest.raises(UserError, match=r"dataset\.labels=folders needs a folder or zip of images, .* is npz arrays"):
+    with pytest.raises(
+        UserError, match=r"dataset\.labels=folders needs a folder, zip or tar of images, .* is npz arrays"
+    ):
         make(Folder, tmp_path / "a.npz", resolution=8, labels="folders")

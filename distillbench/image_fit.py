@@ -1,0 +1,95 @@
+"""From an image as it is stored to the shape of its dataset, by settings with names.
+
+| setting  | words in `resizer`                                                              |
+|----------|---------------------------------------------------------------------------------|
+| `crop`   | center: the largest centred square; none: images must be square                 |
+| `resize` | pillow_bicubic, pillow_lanczos, pillow_box: one resize of Pillow, which smooths |
+|          | adm: Dhariwal and Nichol's; none: images must have the side already             |
+
+Transparent images are laid over white before anything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from distillbench.errors import quoted
+from distillbench.readers import LARGEST_IMAGE, over_white, trouble
+
+CROPS = {"center": "centre crop", "none": "no crop"}
+ADM = "adm"
+FILTERS = {
+    "pillow_bicubic": Image.Resampling.BICUBIC,
+    "pillow_lanczos": Image.Resampling.LANCZOS,
+    "pillow_box": Image.Resampling.BOX,
+}
+RESIZES = {
+    "pillow_bicubic": "Pillow bicubic",
+    "pillow_lanczos": "Pillow Lanczos",
+    "pillow_box": "Pillow box",
+    ADM: "halved by box and resized by Pillow bicubic as Dhariwal and Nichol do",
+    "none": "not resized",
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Brings images to C,H,W = `channels`, `side`, `side`, 8 bits. One that has the side already is not touched."""
+
+    channels: int
+    side: int
+    crop: str
+    resize: str
+
+    @property
+    def words(self) -> str:
+        """What `Dataset.resizer` says. It names the settings, whether or not they change any image."""
+        if (self.crop, self.resize) == ("none", "none"):
+            return "none"
+        return f"{CROPS[self.crop]}, {RESIZES[self.resize]}, 8 bits"
+
+    def __call__(self, image: Image.Image | np.ndarray, name: str) -> np.ndarray:
+        """(C,H,W) uint8. Raises UserError where the settings do not allow it; `name` is that of the image."""
+        shape = self.side, self.side, self.channels
+        if isinstance(image, np.ndarray):
+            if image.shape == shape:
+                return image.transpose(2, 0, 1)
+            image = Image.fromarray(image[..., 0] if image.shape[2] == 1 else np.ascontiguousarray(image))
+        if image.mode.startswith(("I", "F")):
+            raise trouble(f"{name!r} has more than 8 bits a channel (Pillow's mode {image.mode}): convert it to 8 bits")
+        image = over_white(image).convert("RGB" if self.channels == 3 else "L")
+        if image.size != (self.side, self.side):
+            image = self._resized(image, name)
+        return np.asarray(image, dtype=np.uint8).reshape(shape).transpose(2, 0, 1)
+
+    def _resized(self, image: Image.Image, name: str) -> Image.Image:
+        width, height = image.size
+        if width != height and self.crop == "none":
+            raise trouble(f"{name!r} is not square ({width}x{height}): set dataset.crop=center, or crop it")
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        if self.resize == "none" and side != self.side:
+            choices = "|".join(name for name in RESIZES if name != "none")
+            raise trouble(
+                f"{name!r} is {width}x{height}, and dataset.resolution={self.side}: choose how it is resized "
+                f"(dataset.resize={choices}) or set the resolution"
+            )
+        if self.resize == ADM:
+            return self._resized_as_adm(image, name)
+        if width != height:  # cut first: a resize of Pillow's `box` would see pixels beyond it
+            image = image.crop((left, top, left + side, top + side))
+        return image if self.resize == "none" else image.resize((self.side, self.side), FILTERS[self.resize])
+
+    def _resized_as_adm(self, image: Image.Image, name: str) -> Image.Image:
+        """Halve by averages while that leaves enough, resize the shorter side, crop the centre."""
+        while min(image.size) >= 2 * self.side:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = self.side / min(image.size)
+        if image.width * image.height * scale**2 > LARGEST_IMAGE:
+            raise trouble(f"{quoted(name)} is {image.width}x{image.height}: too long to be resized by {ADM}")
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        left, top = (image.width - self.side) // 2, (image.height - self.side) // 2
+        return image.crop((left, top, left + self.side, top + self.side))

@@ -1,0 +1,383 @@
+"""Encoded images that lie in a folder, a zip or tars, and which files beside them are left out.
+
+Names are paths with `/`: the backslash of an archive made on Windows is one, and `./` is nothing. Links in a folder are
+followed, since its user made them; a link in an archive, and a name that leads out of it, are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tarfile
+import threading
+import zipfile
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from distillbench.annotations import Beside, annotate, belongs_to_images, clean, composed
+from distillbench.errors import LONGEST_REASON, UserError, quoted
+from distillbench.npz_files import check_memory
+from distillbench.readers import (
+    DAMAGE,
+    LARGEST_FILE,
+    OPAQUE,
+    SUFFIXES,
+    EncodedReader,
+    is_opaque,
+    is_transparent,
+    may_be_transparent,
+    of_split,
+    some,
+    split_folder,
+    trouble,
+    unreadable,
+)
+
+MOST_LINKED = 100_000  # folders that are entered through links
+MOST_EXPANDED = 200  # times the size of a packed file: images do not shrink as far
+OF_SYSTEMS = ("._", "__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")  # files that nobody made
+ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar")
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+HEAD = 4096  # bytes of a member of a zip that tell whether it may be transparent
+EDM_IMAGE = re.compile(r"\d{5}/img\d{8}\.png")  # as EDM's dataset tool names images, which are grey or RGB
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def member_name(name: str, archive: str) -> str:
+    """The clean name of a member. Raises UserError for one that leads out of the archive."""
+    cleaned = clean(name)
+    if ".." in cleaned.split("/"):
+        raise trouble(f"{archive!r} has {quoted(name)}, which leads out of it")
+    return cleaned
+
+
+def is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
+
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def files_below(root: Path) -> list[str]:
+    """Every file below `root` as a path with `/`, through links too. Raises UserError for a link that leads nowhere,
+    for one that leads back to a folder that it lies in, and for a folder that cannot be read."""
+    found: list[str] = []
+    linked = 0
+    todo = [("", (_identity(root),))]  # folders, each with the identities of those that it lies in, and its own
+    while todo:
+        prefix, above = todo.pop()
+        for entry in _entries(root, prefix):
+            name = prefix + entry.name
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                if is_hidden(name):
+                    continue
+                raise trouble(f"{quoted(name)} is a link to {quoted(os.readlink(entry.path))}, which is not there")
+            if not entry.is_dir():
+                found.append(name)
+                continue
+            identity = _identity(Path(entry.path))
+            if identity in above:
+                raise trouble(f"{quoted(name)} is a link to a folder that it lies in, so there is no end to it")
+            linked += entry.is_symlink()
+            if linked > MOST_LINKED:
+                raise trouble(f"more than {MOST_LINKED:,} folders below {str(root)!r} are links")
+            todo.append((f"{name}/", (*above, identity)))
+    return found
+
+
+def _entries(root: Path, prefix: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(root / prefix) as entries:
+            return list(entries)
+    except OSError as error:
+        raise trouble(f"cannot look into the folder {quoted(str(root / prefix))}: {error.strerror}") from error
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+# --- which files are read --------------------------------------------------------------------------------------------
+
+
+class ImageFiles(EncodedReader):
+    """Image files with names, and files beside them that may hold labels and captions."""
+
+    @abstractmethod
+    def content(self, name: str) -> bytes:
+        """A file by its clean name, whole. Raises one of :data:`DAMAGE` where it cannot be read."""
+
+    def data(self, index: int) -> bytes:
+        try:
+            return self.content(self.names[index])
+        except DAMAGE as error:
+            raise unreadable(self.names[index], error) from error
+
+    def _choose(self, every: Sequence[str], split: str, labels: str, where: str) -> None:
+        """Choose the images of a split among the files `every`, sorted by path, and find their labels or captions.
+
+        `where` names the source, as in "below 'faces'".
+        """
+        shown = [name for name in every if not is_hidden(name)]
+        images = sorted(filter(is_image, shown), key=lambda name: name.split("/"))
+        super().__init__(of_split(images, split, split_folder, where.partition(" ")[2]))
+        if not self.names:
+            raise trouble(f"no image ({', '.join(sorted(SUFFIXES))}) {where}{_instead(shown)}")
+        self.notes += _left_out(every, images, split)
+        annotate(self, Beside(shown, images, self.content), labels)
+
+
+def _left_out(every: Sequence[str], images: Sequence[str], split: str) -> list[str]:
+    """Notes on files that are not read, and why."""
+    notes = []
+    known = set(images)
+    others = [name for name in every if not is_hidden(name) and name not in known]
+    stems = {composed(os.path.splitext(name)[0]) for name in images} if others else set()
+    if others := [name for name in others if not _of_a_system(name) and not belongs_to_images(name, stems)]:
+        notes.append(f"left out, of no image format that is read: {by_suffix(others)}")
+    if hidden := sorted(name for name in every if is_hidden(name) and is_image(name) and not _of_a_system(name)):
+        notes.append(f"left out, hidden by a dot: {by_suffix(hidden)}")
+    if split != "all" and (outside := [n for n in images if not split_folder(n)]) and len(outside) < len(images):
+        notes.append(f"left out, in no folder of a split: {by_suffix(outside)}")
+    return notes
+
+
+def _of_a_system(name: str) -> bool:
+    return any(part.startswith(OF_SYSTEMS) for part in name.split("/"))
+
+
+def by_suffix(names: Iterable[str]) -> str:
+    """How many files there are of each suffix, with the first names."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names):
+        groups.setdefault(os.path.splitext(name)[1].lower() or "without suffix", []).append(name)
+    return ", ".join(f"{len(group):,} {suffix} ({some(group)})" for suffix, group in sorted(groups.items()))
+
+
+def _instead(shown: Sequence[str]) -> str:
+    """Where to look instead, where there is no image but something else."""
+    archives = sorted(name for name in shown if name.endswith(ARCHIVES))
+    if archives:
+        return f"; there is {archives[0]!r}, which dataset.path may name"
+    return f"; there are {by_suffix(shown)[:LONGEST_REASON]}" if shown else ""
+
+
+def check_size(size: int) -> None:
+    if size > LARGEST_FILE:
+        raise ValueError(f"it has {size:,} bytes, at most {LARGEST_FILE:,} are read")
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+class FolderReader(ImageFiles):
+    """Image files below a folder, in the order of their paths."""
+
+    kind = "folder of images"
+
+    def __init__(self, root: Path, every: Sequence[str], split: str, labels: str) -> None:
+        self.root = root
+        self._stored = {cleaned: name for name in every if (cleaned := clean(name)) != name}
+        _check_twice([clean(name) for name in every] if self._stored else (), f"folder {root.name!r}")
+        self._choose([clean(name) for name in every], split, labels, f"below {str(root)!r}")
+
+    def content(self, name: str) -> bytes:
+        return read_file(self.root / self._stored.get(name, name))
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file. Raises ValueError for what is none, such as a pipe."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no file")
+    check_size(found.st_size)
+    return path.read_bytes()
+
+
+def read_inside(root: Path, name: str) -> bytes:
+    """The content of the file that a table calls `name`. Raises ValueError for what does not lie below `root`."""
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"it leads out of the folder {str(root)!r}: copy the file there")
+    return read_file(path)
+
+
+def _check_twice(names: Sequence[str], what: str) -> None:
+    if len(set(names)) != len(names):
+        again = next(name for name, count in Counter(names).items() if count > 1)
+        raise trouble(f"the {what} has {quoted(again)} twice")
+
+
+# --- zips ------------------------------------------------------------------------------------------------------------
+
+
+class ZipReader(ImageFiles):
+    """Images in a zip, among them those that EDM's dataset tool writes, in the order of their paths."""
+
+    def __init__(self, path: Path, split: str, labels: str) -> None:
+        self.path = path
+        self._open()
+        infos = [info for info in self._zip.infolist() if not info.filename.endswith(("/", "\\"))]
+        names = [member_name(info.filename, path.name) for info in infos]
+        _check_twice(names, f"zip {path.name!r}")
+        for name, info in zip(names, infos, strict=True):
+            if stat.S_ISLNK(info.external_attr >> 16) and not is_hidden(name):
+                raise _link(path.name, name, "zip -r, without -y")
+        self._infos = dict(zip(names, infos, strict=True))
+        self._choose(names, split, labels, f"in {str(path)!r}")
+        self._edm = "dataset.json" in self._infos
+        self._infos = {name: self._infos[name] for name in self.names}
+        self.kind = "zip of images" if self.labels is None else "zip of images with labels"
+
+    def _open(self) -> None:
+        try:
+            self._zip = zipfile.ZipFile(self.path)
+        except DAMAGE as error:
+            raise trouble(
+                f"{str(self.path)!r} is a zip that is damaged or cut off: {str(error)[:LONGEST_REASON]}"
+            ) from error
+        self._lock = threading.Lock()  # decoding is what takes time, and needs no lock
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_zip", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def open(self, index: int) -> Image.Image | np.ndarray:
+        image = super().open(index)
+        name = self.names[index]
+        if isinstance(image, Image.Image) and self._taken_as_opaque(name) and not is_opaque(image):
+            raise unreadable(name, ValueError("it is transparent, which its name does not say: call it NAME.png"))
+        return image
+
+    def content(self, name: str) -> bytes:
+        """A member, and of one that goes on beyond its size no more than that."""
+        info = self._infos[name]
+        check_size(info.file_size)
+        data = self._start(info, info.file_size)
+        if len(data) != info.file_size:
+            raise ValueError("it is cut off")
+        return data
+
+    def _start(self, info: zipfile.ZipInfo, size: int) -> bytes:
+        with self._lock, self._zip.open(info) as file:
+            return file.read(size)
+
+    def checksum(self, index: int) -> tuple[int, int]:
+        """Of the central directory: of an image no more is read than tells whether it is transparent."""
+        info = self._infos[self.names[index]]
+        if not self.transparent and not self._taken_as_opaque(self.names[index]):
+            try:
+                if may_be_transparent(self._start(info, HEAD)) and is_transparent(self.content(self.names[index])):
+                    self.transparent = True
+            except DAMAGE:
+                pass  # which is said when the image is read
+        return info.CRC, info.file_size
+
+    def _taken_as_opaque(self, name: str) -> bool:
+        """Whether the name of an image says enough: to look into a million of them would take minutes."""
+        return name.lower().endswith(OPAQUE) or (self._edm and EDM_IMAGE.fullmatch(name) is not None)
+
+
+def _link(archive: str, name: str, how: str) -> UserError:
+    return trouble(f"{archive!r} has {quoted(name)} as a link, which an archive may not: pack the files ({how})")
+
+
+# --- tars ------------------------------------------------------------------------------------------------------------
+
+
+class TarReader(ImageFiles):
+    """Images in one or several tars, WebDataset's shards among them, in the order of their paths.
+
+    Of a tar without compression images are read in place; a packed one is unpacked into memory.
+    """
+
+    def __init__(self, paths: Sequence[Path], split: str, labels: str) -> None:
+        self.paths = list(paths)
+        self._places: dict[str, tuple[int, int, int]] = {}  # number of the tar, and where in it the file is
+        self._kept: dict[str, bytes] = {}
+        by_tar = [self._members(number) for number in range(len(self.paths))]
+        if sum(map(len, by_tar)) > len({name for names in by_tar for name in names}):  # keys of shards may repeat
+            if labels == "folders":
+                raise trouble("dataset.labels=folders: the tars have files of the same name. Possible: auto")
+            by_tar = [
+                {f"{path.name.split('.')[0]}/{name}": place for name, place in names.items()}
+                for path, names in zip(self.paths, by_tar, strict=True)
+            ]
+        for names in by_tar:
+            for name, place in names.items():
+                if isinstance(place, bytes):
+                    self._kept[name] = place
+                else:
+                    self._places[name] = place
+        where = f"in {str(self.paths[0])!r}" + (f" and {len(self.paths) - 1:,} more tars" if self.paths[1:] else "")
+        self._choose([*self._places, *self._kept], split, labels, where)
+        self.kind = "tar of images" if len(self.paths) == 1 else f"{len(self.paths):,} tars of images"
+
+    def _members(self, number: int) -> dict[str, Any]:
+        """By clean name: the bytes of a file, or where they are."""
+        path = self.paths[number]
+        packed, held = not _is_plain_tar(path), 0
+        found: dict[str, Any] = {}
+        try:
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    check_expanded(member, path)
+                    name = member_name(member.name, path.name)
+                    if (member.issym() or member.islnk()) and not is_hidden(name):
+                        raise _link(path.name, name, "tar --dereference --hard-dereference")
+                    if not member.isreg() or member.issparse():
+                        continue
+                    if name in found:
+                        raise trouble(f"the tar {path.name!r} has {quoted(name)} twice")
+                    found[name] = (number, member.offset_data, member.size)
+                    if packed and (is_image(name) or belongs_to_images(name)):
+                        check_size(member.size)
+                        held += member.size
+                        check_memory(held)
+                        file = archive.extractfile(member)
+                        found[name] = b"" if file is None else file.read()
+        except (*DAMAGE, tarfile.TarError) as error:
+            raise trouble(
+                f"{path.name!r} is a tar that is damaged or cut off: {str(error)[:LONGEST_REASON]}"
+            ) from error
+        return found
+
+    def content(self, name: str) -> bytes:
+        if name in self._kept:
+            return self._kept[name]
+        number, start, size = self._places[name]
+        check_size(size)
+        with open(self.paths[number], "rb") as file:
+            file.seek(start)
+            data = file.read(size)
+        if len(data) != size:
+            raise ValueError("it is cut off")
+        return data
+
+
+def _is_plain_tar(path: Path) -> bool:
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except (*DAMAGE, tarfile.TarError):
+        return False
+
+
+def check_expanded(member: tarfile.TarInfo, path: Path) -> None:
+    """Refuse a member before it is decompressed, if it is larger than images that were packed into `path` can be."""
+    if member.size < 0 or member.offset_data + member.size > MOST_EXPANDED * path.stat().st_size + 2**20:
+        raise ValueError(f"{quoted(member.name)} would have {member.size:,} bytes, as no packed images have")

@@ -1,0 +1,208 @@
+"""Rows of tables that hold encoded images: parquet files, and datasets that the library `datasets` loads."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distillbench.annotations import CAPTION_COLUMNS, LABEL_COLUMNS, as_classes, set_captions, set_labels
+from distillbench.errors import LONGEST_REASON, UserError
+from distillbench.image_folders import read_inside
+from distillbench.readers import DAMAGE, EncodedReader, trouble, unreadable
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+KEPT_ROWS = 2**30  # bytes of parquet row groups that are kept decompressed
+IMAGE_COLUMNS = ("image", "images", "img", "jpg", "png")
+
+
+class TableReader(EncodedReader):
+    """Rows with an image, and maybe a label and a caption, each in a column of its own."""
+
+    def _choose(self, columns: Sequence[str], labels: str, where: str) -> tuple[str, str | None, str | None]:
+        """The columns of images, labels and captions that the setting `labels` asks for, labels before captions."""
+        image = next((column for column in IMAGE_COLUMNS if column in columns), None)
+        if image is None:
+            raise trouble(f"{where} has no column {' or '.join(IMAGE_COLUMNS)}; it has {', '.join(columns)}")
+        label = next((column for column in LABEL_COLUMNS if column in columns), None)
+        caption = next((column for column in CAPTION_COLUMNS if column in columns), None)
+        return image, label if labels == "auto" else None, caption if labels in ("auto", "captions") else None
+
+    def _annotate(
+        self, where: str, columns: Sequence[str], chosen: tuple[str, str | None, str | None],
+        values: Callable[[str], list[Any]], labels: str,
+    ) -> None:  # fmt: skip
+        """Take labels, or captions where there are none, from `values` of a column. Note what is not read."""
+        image, label, caption = chosen
+        read = [image]
+        if label is not None:
+            set_labels(self, as_classes(values(label), where, self.name))
+            read.append(label)
+        if caption is not None and self.labels is None:
+            set_captions(self, values(caption), where)
+            read.append(caption)
+        if labels != "none" and (unread := [column for column in columns if column not in read]):
+            self.notes.append(f"columns that are not read: {', '.join(unread)} (read: {', '.join(read)})")
+
+
+class ParquetReader(TableReader):
+    """Rows of parquet files: encoded images, with labels or captions beside them.
+
+    Row groups are decompressed when one of their rows is asked for, and kept up to :data:`KEPT_ROWS` bytes together;
+    of a larger set, reading in random order decompresses the same groups again and again.
+    """
+
+    kind = "parquet files"
+
+    def __init__(self, files: Sequence[Path], labels: str) -> None:
+        self.files = list(files)
+        self._groups: list[tuple[int, int]] = []  # number of the file, and of the group in it
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+        super().__init__(())
+        counts: list[int] = []
+        named: list[Sequence[str]] = []
+        chosen: tuple[str, str | None, str | None] | None = None
+        columns: dict[str, None] = {}  # of all files, in order
+        for number, path in enumerate(self.files):
+            with _table_errors(path), _parquet(path) as file:
+                here = file.schema_arrow.names
+                groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+                if min(groups, default=0) < 0 or sum(groups) > path.stat().st_size:  # an image has a byte at least
+                    raise ValueError(f"it says that it has {sum(groups):,} rows")
+                chosen = chosen or self._choose(here, labels, path.name)
+                if missing := [column for column in chosen if column is not None and column not in here]:
+                    raise trouble(f"{path.name} has no column {missing[0]}, which {self.files[0].name} has")
+                named += [_names_in(file.schema_arrow.metadata or {}, chosen[1])] if chosen[1] and sum(groups) else []
+            columns |= dict.fromkeys(here)
+            self._groups += [(number, group) for group in range(len(groups))]
+            counts += groups
+        self._ends = np.array(list(accumulate(counts)), dtype=np.int64)
+        total = int(self._ends[-1]) if counts else 0
+        if not total or chosen is None:
+            raise trouble(f"{self.files[0].name!r} holds no row")
+        if any(list(names) != list(named[0]) for names in named):
+            raise trouble(f"{self.files[0].name!r} and other files name their classes differently: read one of them")
+        self.names, self.column = range(total), chosen[0]  # type: ignore[assignment]  # rows have numbers, no names
+        self.class_names = named[0] if named else ()
+        self._annotate(self.files[0].name, list(columns), chosen, self._values, labels)
+        self._lock = threading.Lock()
+
+    def _values(self, column: str) -> list[Any]:
+        values: list[Any] = []
+        for path in self.files:
+            with _table_errors(path), _parquet(path) as file:
+                values += file.read([column])[column].to_pylist()
+        return values
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_lock": None, "_kept": OrderedDict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_lock": threading.Lock()})
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Row group, and row in it."""
+        group = int(np.searchsorted(self._ends, index, side="right"))
+        return group, index - (int(self._ends[group - 1]) if group else 0)
+
+    def name(self, index: int) -> str:
+        group, _ = self._place(index)
+        return f"{self.files[self._groups[group][0]].name} row {index}"
+
+    def data(self, index: int) -> bytes:
+        group, row = self._place(index)
+        with self._lock:
+            rows = self._kept.pop(group) if group in self._kept else self._read(group)
+            self._kept[group] = rows
+            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_ROWS:
+                self._kept.popitem(last=False)
+        with _table_errors(self.files[self._groups[group][0]]):
+            cell = rows[row].as_py()
+        return stored(cell, self.name(index), self.files[self._groups[group][0]].parent)
+
+    def _read(self, group: int) -> Any:
+        number, inside = self._groups[group]
+        with _table_errors(self.files[number]), _parquet(self.files[number]) as file:
+            return file.read_row_group(inside, [self.column])[self.column]
+
+
+def _parquet(path: Path) -> ParquetFile:
+    from pyarrow.parquet import ParquetFile
+
+    return ParquetFile(path, page_checksum_verification=True)
+
+
+class _table_errors:
+    """What pyarrow raises, as a UserError about the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, UserError):  # pyarrow raises much for a damaged file
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise trouble(f"cannot read {self.path.name!r} as parquet: {why[:LONGEST_REASON]}") from error
+
+
+def stored(cell: Any, name: str, folder: Path) -> bytes:
+    """The encoded image in a table's cell: bytes, or {"bytes": ..., "path": ...} with a path below `folder`."""
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if data is None and isinstance(cell, dict) and isinstance(cell.get("path"), str):
+        try:
+            data = read_inside(folder, cell["path"])
+        except DAMAGE as error:
+            raise unreadable(name, error) from error
+    if not isinstance(data, bytes):
+        what = "no image" if data is None else f"{type(data).__name__}, no encoded image"
+        raise trouble(f"cannot read {name!r} as an image: it holds {what}")
+    return data
+
+
+def _names_in(metadata: dict[bytes, bytes], label: str) -> Sequence[str]:
+    """The names of classes that the `datasets` library leaves in a parquet file."""
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return ()
+
+
+class HubReader(TableReader):
+    """A dataset that the `datasets` library loads: of a hub, or a local folder in a layout that it knows."""
+
+    def __init__(self, name: str, split: str, library: ModuleType, labels: str = "auto") -> None:
+        super().__init__(())
+        try:
+            rows = library.load_dataset(name, split=split)
+            chosen = self.column, label, _ = self._choose(rows.column_names, labels, name)
+            self.rows = rows.cast_column(self.column, library.Image(decode=False))
+        except UserError:
+            raise
+        except Exception as error:  # the library, the network or the dataset's own files may fail in any way
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise trouble(f"the library 'datasets' cannot load {name!r}, split {split!r}: {lines[0]}") from error
+        self.names = range(len(self.rows))  # type: ignore[assignment]
+        if not len(self.rows):
+            raise trouble(f"{name!r} holds no row")
+        self.kind, self.dataset = "dataset of the library 'datasets'", name
+        feature = None if label is None else rows.features.get(label)
+        self.class_names = feature.names if isinstance(feature, library.ClassLabel) else ()
+        self._annotate(name, rows.column_names, chosen, lambda column: list(rows[column]), labels)
+
+    def name(self, index: int) -> str:
+        return f"{self.dataset} row {index}"
+
+    def data(self, index: int) -> bytes:
+        return stored(self.rows[index][self.column], self.name(index), Path("/"))
