@@ -130,7 +130,10 @@ def set_labels(reader: Any, labels: Labels) -> None:
 
 def set_captions(reader: Any, values: Sequence[Any], where: str) -> None:
     """Give `reader` captions as they are stored: texts, lists of texts, or null. Raises UserError for others."""
-    texts = [_texts(value, where) for value in values]
+    try:
+        texts = [texts_in(value) for value in values]
+    except ValueError as error:
+        raise trouble(f"{where}: {error}") from error
     check_texts((found[0] for found in texts if found), "a caption")
     bare, several = sum(not found or not found[0].strip() for found in texts), sum(len(found) > 1 for found in texts)
     notes = []
@@ -143,8 +146,8 @@ def set_captions(reader: Any, values: Sequence[Any], where: str) -> None:
     reader.several_captions = several > 0
 
 
-def _texts(value: Any, where: str) -> list[str]:
-    """The captions of one image: none, one or several."""
+def texts_in(value: Any) -> list[str]:
+    """The captions of one image: none, one or several. Raises ValueError for what is no text."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -154,8 +157,8 @@ def _texts(value: Any, where: str) -> list[str]:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return [str(value)]
     if isinstance(value, list | tuple):
-        return [text for part in value for text in _texts(part, where)]
-    raise trouble(f"{where}: a caption must be a text or a list of texts, got {quoted(repr(value))}")
+        return [text for part in value for text in texts_in(part)]
+    raise ValueError(f"a caption must be a text or a list of texts, got {quoted(repr(value))}")
 
 
 def check_texts(texts: Iterable[str], what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from distillbench.datasets import Dataset, to_uint8
-from distillbench.errors import UserError
+from distillbench.errors import UserError, printable
 from distillbench.files import write_atomically
 from distillbench.image_files import FileDataset
 from distillbench.progress import Progress
@@ -39,6 +40,7 @@ class Report:
     duplicates: list[list[str]] = field(default_factory=list)  # groups of images that are stored with the same bytes
     mean: list[float] = field(default_factory=list)  # by channel, of [-1, 1]
     std: list[float] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)  # what Pillow says of images that it reads, each once
     shown: Tensor | None = None  # (N,C,H,W) uint8, the first images
 
     @property
@@ -56,6 +58,7 @@ class Report:
             repeated = sum(len(group) - 1 for group in self.duplicates)
             groups = [" = ".join(group[:3]) + (" = ..." if len(group) > 3 else "") for group in self.duplicates]
             found.append(("duplicates", f"{repeated:,}: {_listed(groups)}" if repeated else "none"))
+            found += [("Pillow says", _listed(self.remarks))] if self.remarks else []
             found.append(("damaged", f"{len(self.damaged):,}: {_listed(self.damaged)}" if self.damaged else "none"))
         return found
 
@@ -76,7 +79,9 @@ def check(dataset: Dataset, progress: Progress | None = None) -> Report:
     sums = torch.zeros(2, dataset.shape[0], dtype=torch.float64)
     count = 0
     shown: list[Tensor] = []
-    with progress.step(f"reading {dataset.name}") as step:
+    with progress.step(f"reading {dataset.name}") as step, warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
         for start in range(0, len(dataset), BATCH):
             images = _read(dataset, range(start, min(start + BATCH, len(dataset))), report)
             values = images.double().transpose(0, 1).flatten(1) / 127.5 - 1
@@ -85,6 +90,8 @@ def check(dataset: Dataset, progress: Progress | None = None) -> Report:
             if sum(len(part) for part in shown) < COLUMNS * ROWS:
                 shown.append(images)
             step.advance((start + BATCH) / len(dataset), f"{len(report.damaged)} damaged" if report.damaged else "")
+    of_pillow = [remark for remark in remarks if "PIL" in Path(remark.filename).parts]
+    report.remarks = list(dict.fromkeys(" ".join(str(remark.message).split()) for remark in of_pillow))
     if count:
         mean = sums[0] / count
         report.mean, report.std = mean.tolist(), (sums[1] / count - mean.square()).clamp(min=0).sqrt().tolist()
@@ -123,6 +130,7 @@ def _facts(dataset: Dataset) -> list[tuple[str, str]]:
         facts += [("images", f"{len(dataset):,}")]
     facts += [("shape", f"{channels} {'channel' if channels == 1 else 'channels'}, {height}x{width}")]
     facts += [("split", dataset.split), ("resizer", dataset.resizer), *_classes(dataset)]
+    facts += [("note", note) for note in dataset.notes]
     return [*facts, ("sha256", dataset.sha256), ("licence", dataset.licence)]
 
 
@@ -149,11 +157,6 @@ def _duplicates(dataset: FileDataset) -> list[list[str]]:
     for index, checksum in enumerate(dataset.reader.checksums(dataset.workers)):
         groups.setdefault(checksum, []).append(index)
     return [[dataset.reader.name(i) for i in group] for group in groups.values() if len(group) > 1]
-
-
-def printable(text: str) -> str:
-    """`text` with what would move a terminal's cursor, or is no text at all, spelled out: names come from strangers."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def grid_picture(images: Tensor) -> Image.Image:

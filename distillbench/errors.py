@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["DivergedError", "Unavailable", "UserError", "nearest", "quoted", "unknown"]
+__all__ = ["DivergedError", "Unavailable", "UserError", "nearest", "printable", "quoted", "unknown"]
 
 LONGEST_QUOTE = 60
 LONGEST_REASON = 300  # characters of what a library says
@@ -39,6 +39,11 @@ def nearest(got: str, possible: Iterable[str]) -> str:
     by_lower_case = {name.lower(): name for name in possible}
     near = get_close_matches(got[:LONGEST_QUOTE].lower(), by_lower_case, n=1)
     return f" Did you mean '{by_lower_case[near[0]]}'?" if near else ""
+
+
+def printable(text: str) -> str:
+    """`text` with what would move a terminal's cursor, or is no text at all, spelled out: names come from strangers."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def quoted(got: str) -> str:

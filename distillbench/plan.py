@@ -22,7 +22,7 @@ from distillbench.config import RunConfig
 from distillbench.data_stream import DataStream
 from distillbench.datasets import Dataset
 from distillbench.energy import check_source
-from distillbench.errors import Unavailable, UserError
+from distillbench.errors import Unavailable, UserError, printable
 from distillbench.evaluate import Evaluator, features_kept
 from distillbench.features import Networks
 from distillbench.files import canonical_json, check_writable
@@ -422,6 +422,14 @@ def teacher_plan(cells: list[Cell]) -> list[tuple[str, str, TeacherPlan]]:
     """(dataset, teacher, plan) of every scene among the cells."""
     scenes = {id(cell.scene): cell.scene for cell in cells}.values()
     return [(scene.dataset.name, scene.source.name, scene.source.plan()) for scene in scenes]
+
+
+def notes_of(cells: Sequence[Cell]) -> list[str]:
+    """What a user should know of how the datasets and teachers of these cells are read, each once."""
+    scenes = {id(cell.scene): cell.scene for cell in cells}.values()
+    notes = [f"dataset {scene.dataset.name}: {note}" for scene in scenes for note in scene.dataset.notes]
+    notes += [f"teacher {scene.source.name}: {note}" for scene in scenes for note in scene.source.notes()]
+    return [printable(note) for note in dict.fromkeys(notes)]
 
 
 def changed_settings(config: MethodConfig | None) -> str:

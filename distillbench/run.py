@@ -16,7 +16,7 @@ from distillbench.executors import Executor, executor_of
 from distillbench.files import key_of
 from distillbench.hands import Seen
 from distillbench.memory import release_memory
-from distillbench.plan import Cell, choose_device, make_source
+from distillbench.plan import Cell, choose_device, make_source, notes_of
 from distillbench.progress import Progress
 from distillbench.registry import Registry
 from distillbench.run_table import Outcome, RunTable
@@ -36,6 +36,8 @@ def run(
     Told to stop, it keeps what there is, with rows for what is missing, and raises Interrupted.
     """
     config, stop = configs[0], stop or Stop()
+    for note in notes_of(cells):
+        progress.say(note)
     release_memory()  # that planning took: others are to work on the GPU
     with closing(executor_of(config, progress, stop)) as executor:
         looked = executor.look(cells, policy)

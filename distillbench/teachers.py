@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,6 +224,10 @@ class TeacherSource(ABC):
     def pipeline(self) -> PipelineFolder | None:
         """The pipeline that the teacher is read from, whose other parts its students are exported with; None: none."""
         return None
+
+    def notes(self) -> Sequence[str]:
+        """What a user should know of how the teacher is read: what its files say and is not understood."""
+        return ()
 
     @abstractmethod
     def plan(self) -> TeacherPlan:

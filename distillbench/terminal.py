@@ -59,7 +59,7 @@ def print_plan(console: Console, cells: list[Cell]) -> None:
 
     Of more cells than MOST_LINES those that differ in the seed alone are one line, and the first lines are shown.
     """
-    from distillbench.plan import teacher_plan
+    from distillbench.plan import notes_of, teacher_plan
 
     by_scene: dict[int, list[Cell]] = {}
     for cell in cells:
@@ -85,6 +85,8 @@ def print_plan(console: Console, cells: list[Cell]) -> None:
         budget = group[0].scene.config.budget
         if budget.limit == "seconds":
             console.print(f"Each method trains {budget.seconds:g} s; its images and evaluations are not foreseen.")
+    for note in notes_of(cells):
+        console.print(note, markup=False, soft_wrap=True)
     console.print("dry run: nothing was run or written")
 
 

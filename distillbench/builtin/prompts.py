@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from distillbench import Dataset, DatasetConfig, UserError, hookimpl, option
+from distillbench.annotations import texts_in
 from distillbench.errors import nearest, quoted, unknown
 from distillbench.files import canonical_json
 from distillbench.options import require_between, require_positive
@@ -48,8 +49,11 @@ class Prompts(Dataset):
         if not config.path:
             formats = ".txt with a prompt a line, or .jsonl, .csv or .parquet with a column prompt, caption or text"
             raise UserError(f"dataset=prompts needs dataset.path=FILE, the prompts: {formats}")
-        trained = read_prompts(config.path, "dataset.path")[: config.limit or None]
-        asked = read_prompts(config.evaluation_path, "dataset.evaluation_path") if config.evaluation_path else []
+        trained, notes = read_prompts(config.path, "dataset.path")
+        trained, asked, more = trained[: config.limit or None], [], []
+        if config.evaluation_path:
+            asked, more = read_prompts(config.evaluation_path, "dataset.evaluation_path")
+        self.notes = [*notes, *more]
         self.prompts = trained + asked
         self.classes = len(self.prompts)
         self.evaluated = range(len(trained), self.classes) if asked else None
@@ -64,8 +68,9 @@ class Prompts(Dataset):
         raise UserError("dataset=prompts has texts and no images: take a dataset of images with captions")
 
 
-def read_prompts(path: str, setting: str) -> list[str]:
-    """The texts of a file, in order, without empty ones. Raises UserError, with the name of the setting."""
+def read_prompts(path: str, setting: str) -> tuple[list[str], list[str]]:
+    """The texts of a file, in order, without empty ones; notes on what is left out. Raises UserError, with the name of
+    the setting."""
     file = Path(path)
     try:
         there = file.is_file()
@@ -79,20 +84,25 @@ def read_prompts(path: str, setting: str) -> list[str]:
     try:
         if file.stat().st_size > LARGEST_FILE:
             raise UserError(f"{file.name!r} has more than {LARGEST_FILE:,} bytes")
-        texts = READERS[file.suffix](file)
+        rows = READERS[file.suffix](file)
     except UserError as error:
         raise UserError(f"{setting}: {error}") from error
     except Exception as error:  # pyarrow raises much for a damaged file
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{setting}: cannot read {file.name!r}: {first}") from error
-    texts = [" ".join(text.split()) for text in texts]
+    texts = [" ".join(row[0].split()) for row in rows if row]
     texts = [text for text in texts if text]
     for text in texts:
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # which JSON can spell and no encoder takes
             raise UserError(f"{setting}: half of a surrogate pair in {file.name!r}: {quoted(text)}")
     if not texts:
         raise UserError(f"{setting}: no prompt in {file.name!r}")
-    return texts
+    notes, several = [], sum(len(row) > 1 for row in rows)
+    if file.suffix != ".txt" and len(texts) < len(rows):  # an empty line of a text is no prompt that is missing
+        notes.append(f"{file.name}: {len(rows) - len(texts):,} of {len(rows):,} rows have no text and are left out")
+    if several:
+        notes.append(f"{file.name}: {several:,} rows have several texts: the first is taken")
+    return texts, notes
 
 
 def _column(columns: Sequence[str], where: str) -> str:
@@ -102,43 +112,50 @@ def _column(columns: Sequence[str], where: str) -> str:
     return found
 
 
-def _lines(file: Path) -> list[str]:
+Rows = list[list[str]]  # the texts of each row: none, one or several
+
+
+def _text_lines(file: Path) -> list[str]:
     return file.read_text(encoding="utf-8-sig").split("\n")
 
 
-def _objects(file: Path) -> list[str]:
+def _lines(file: Path) -> Rows:
+    return [[line] for line in _text_lines(file)]
+
+
+def _objects(file: Path) -> Rows:
     """Each line is an object, or a text."""
-    texts = []
-    for number, line in enumerate(_lines(file), 1):
+    rows: Rows = []
+    for number, line in enumerate(_text_lines(file), 1):
         if line.strip():
             entry: Any = json.loads(line)
             where = f"line {number} of {file.name!r}"
             if isinstance(entry, dict):
                 entry = entry[_column(list(entry), where)]
-            if not isinstance(entry, str):
+            if isinstance(entry, bool | int | float):
                 raise UserError(f"{where} is no text: {quoted(line)}")
-            texts.append(entry)
-    return texts
+            rows.append(texts_in(entry))
+    return rows
 
 
-def _csv(file: Path) -> list[str]:
+def _csv(file: Path) -> Rows:
     with open(file, encoding="utf-8-sig", newline="") as lines:
         rows = csv.DictReader(lines)
         column = _column(list(rows.fieldnames or []), repr(file.name))
-        return [row[column] or "" for row in rows]
+        return [texts_in(row[column]) for row in rows]
 
 
-def _parquet(file: Path) -> list[str]:
+def _parquet(file: Path) -> Rows:
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(file, page_checksum_verification=True) as table:
         column = _column(table.schema_arrow.names, repr(file.name))
         if not 0 <= table.metadata.num_rows <= file.stat().st_size:  # beyond, it is one text again and again
             raise UserError(f"{file.name!r} says that it has {table.metadata.num_rows:,} rows")
-        return [str(text or "") for text in table.read([column])[column].to_pylist()]
+        return [texts_in(text) for text in table.read([column])[column].to_pylist()]
 
 
-READERS: dict[str, Callable[[Path], list[str]]] = {
+READERS: dict[str, Callable[[Path], Rows]] = {
     ".txt": _lines,
     ".jsonl": _objects,
     ".csv": _csv,
