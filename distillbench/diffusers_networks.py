@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 
 from distillbench.conditions import UNCONDITIONAL, Condition
 from distillbench.diffusers_schedules import Call
-from distillbench.errors import UserError, unknown
+from distillbench.errors import UserError, unsupported
 from distillbench.parked import Parked
 from distillbench.stand_ins import adding, standing_in
 
@@ -176,7 +176,7 @@ def check_classes(serves: Mapping[int, bool], classes: int, guided: bool, name: 
 def _refuse(config: Any, name: str, possible: tuple[str | None, ...]) -> None:
     """Raise UserError unless the network's setting is one of `possible`."""
     if (got := config.get(name)) not in possible:
-        raise unknown(name, str(got), map(str, possible), " in the network's config")
+        raise unsupported(name, str(got), map(str, possible), " in the network's config")
 
 
 def _keep_frozen(module: nn.Module, name: str) -> None:

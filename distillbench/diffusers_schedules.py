@@ -19,6 +19,7 @@ T is `num_train_timesteps`.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from distillbench.denoiser import SIGMA_DATA
-from distillbench.errors import UserError, quoted, unknown
+from distillbench.errors import UserError, quoted, unsupported
 from distillbench.files import key_of
 from distillbench.schedules import BETAS, VE, DiscreteBetas, FlowMatching, NoiseSchedule
 from distillbench.teachers import Clip
@@ -129,6 +130,8 @@ BETA_SCHEDULES: dict[str, Callable[[float, float, int], Tensor]] = {
     "sigmoid": _sigmoid,
 }
 
+OLD_PREDICTION = "predict_epsilon"  # of diffusers before 0.8
+OLD_KEYS = (OLD_PREDICTION, "tensor_format", "timestep_values")  # that no class of diffusers knows any more
 PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
@@ -143,7 +146,7 @@ def betas(config: Mapping[str, Any]) -> Tensor:
     else:
         name = config["beta_schedule"]
         if name not in BETA_SCHEDULES:
-            raise unknown("beta_schedule", str(name), BETA_SCHEDULES, " in the scheduler's config")
+            raise unsupported("beta_schedule", str(name), BETA_SCHEDULES, " in the scheduler's config")
         steps = config["num_train_timesteps"]
         if type(steps) is not int or not 2 <= steps <= MOST_STEPS:
             raise ValueError(f"num_train_timesteps is {quoted(str(steps))}, possible: 2 to {MOST_STEPS:,}")
@@ -166,7 +169,7 @@ def _discrete(config: Mapping[str, Any]) -> Reading:
     if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
         return _flow(config)
     if config.get("timestep_type", "discrete") != "discrete":
-        raise unknown("timestep_type", str(config["timestep_type"]), ["discrete"], " in the scheduler's config")
+        raise unsupported("timestep_type", str(config["timestep_type"]), ["discrete"], " in the scheduler's config")
     prediction = _prediction(config, PREDICTION_TYPES)
     if prediction == "eps" and config.get("rescale_betas_zero_snr"):
         raise UserError(
@@ -219,7 +222,7 @@ def _levels_plain(config: Mapping[str, Any]) -> dict[str, Any]:
 def _prediction(config: Mapping[str, Any], possible: Mapping[str, str]) -> str:
     got = config.get("prediction_type", "epsilon")
     if got not in possible:
-        raise unknown("prediction_type", str(got), possible, " in the scheduler's config")
+        raise unsupported("prediction_type", str(got), possible, " in the scheduler's config")
     return possible[got]
 
 
@@ -285,7 +288,8 @@ def read_config(config: Mapping[str, Any]) -> Reading:
     """
     name = str(config.get("_class_name"))
     if name not in SCHEDULERS:
-        raise unknown("scheduler", name, SCHEDULERS)
+        raise unsupported("scheduler", name, SCHEDULERS, " is read")
+    config = _with_prediction_type(config)
     try:
         return SCHEDULERS[name](with_defaults(name, config))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -293,10 +297,39 @@ def read_config(config: Mapping[str, Any]) -> Reading:
         raise UserError(f"the config of {name} cannot be read: {why}") from error
 
 
-def with_defaults(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of diffusers' class `name`, with its defaults where the file leaves something out."""
+def _with_prediction_type(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A scheduler's config in which `predict_epsilon` of old versions is the `prediction_type` that it stands for."""
+    old = config.get(OLD_PREDICTION)
+    if old is None:
+        return config
+    meant = {True: "epsilon", False: "sample"}.get(old) if isinstance(old, bool) else None
+    if meant is None or config.get("prediction_type", meant) != meant:
+        given = json.dumps(config.get("prediction_type"), default=str)
+        raise UserError(
+            f"the scheduler's config has {OLD_PREDICTION}={quoted(json.dumps(old, default=str))} and "
+            f"prediction_type={quoted(given)}. Possible: {OLD_PREDICTION}=true (epsilon) or false (sample), alone or "
+            "with the prediction_type that says the same"
+        )
+    return {**config, "prediction_type": meant}
+
+
+def _parameters(name: str) -> dict[str, inspect.Parameter]:
     import diffusers
 
-    parameters = inspect.signature(getattr(diffusers, name)).parameters.items()
+    return dict(inspect.signature(getattr(diffusers, name)).parameters)
+
+
+def with_defaults(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of diffusers' class `name`, with its defaults where the file leaves something out."""
+    parameters = _parameters(name).items()
     defaults = {key: parameter.default for key, parameter in parameters if parameter.default is not parameter.empty}
     return {**defaults, **config}
+
+
+def unknown_keys(config: Mapping[str, Any], name: str) -> list[str]:
+    """The keys of a config of diffusers' class `name` that mean nothing here, whatever they say.
+
+    Schedulers' configs are handed from one class to another, so that what any of them knows is known.
+    """
+    known = {key for cls in (SCHEDULERS if name in SCHEDULERS else [name]) for key in _parameters(cls)}
+    return sorted(key for key in config if key[:1] != "_" and key not in known and key not in OLD_KEYS)

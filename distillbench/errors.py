@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["DivergedError", "Unavailable", "UserError", "nearest", "printable", "quoted", "unknown"]
+__all__ = ["DivergedError", "Unavailable", "UserError", "nearest", "printable", "quoted", "unknown", "unsupported"]
 
 LONGEST_QUOTE = 60
 LONGEST_REASON = 300  # characters of what a library says
@@ -32,6 +32,15 @@ def unknown(kind: str, got: str, possible: Iterable[str], where: str = "") -> Us
     names = sorted(possible)
     listed = ", ".join(names) if names else "none is installed"
     return UserError(f"no {kind} {quoted(got)}{where}.{nearest(got, names)} Possible: {listed}")
+
+
+def unsupported(kind: str, got: str, possible: Iterable[str], where: str = "") -> UserError:
+    """The same for a name that a file gives and that is no slip of a user's: the nearest match would mislead.
+
+    >>> str(unsupported("scheduler", "LCMScheduler", ["PNDMScheduler", "DDIMScheduler"]))
+    "no scheduler 'LCMScheduler'. Possible: DDIMScheduler, PNDMScheduler"
+    """
+    return UserError(f"no {kind} {quoted(got)}{where}. Possible: {', '.join(sorted(possible))}")
 
 
 def nearest(got: str, possible: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ def _typed(document: Any, registry: Registry) -> RunConfig:
 def find_student(run_folder: Path, method: str, seed: int | None, registry: Registry, progress: Progress) -> Student:
     """The student of `method` and `seed` with its weights, on the CPU. Raises UserError where there is none."""
     documents = _documents(_text(run_folder, "config.yaml"))
-    table = list(csv.DictReader(_text(run_folder, "table.csv").splitlines()))
+    table = list(csv.DictReader(io.StringIO(_text(run_folder, "table.csv"), newline="")))
     if len(documents) <= FULL:
         _typed_all(documents, registry)  # what cannot be read is said first
     weights = _chosen(run_folder, method, seed, documents, table)

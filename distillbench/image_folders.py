@@ -6,6 +6,7 @@ followed, since its user made them; a link in an archive, and a name that leads 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -78,10 +79,10 @@ def files_below(root: Path) -> list[str]:
         prefix, above = todo.pop()
         for entry in _entries(root, prefix):
             name = prefix + entry.name
-            if entry.is_symlink() and not os.path.exists(entry.path):
+            if entry.is_symlink() and (why := _leads_nowhere(entry)):
                 if is_hidden(name):
                     continue
-                raise trouble(f"{quoted(name)} is a link to {quoted(os.readlink(entry.path))}, which is not there")
+                raise trouble(f"{quoted(name)} is a link to {quoted(os.readlink(entry.path))}, {why}")
             if not entry.is_dir():
                 found.append(name)
                 continue
@@ -101,6 +102,15 @@ def _entries(root: Path, prefix: str) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError as error:
         raise trouble(f"cannot look into the folder {quoted(str(root / prefix))}: {error.strerror}") from error
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> str:
+    """Why a link has no end, or nothing."""
+    try:
+        entry.stat()
+    except OSError as error:
+        return "which leads back to it" if error.errno == errno.ELOOP else "which is not there"
+    return ""
 
 
 def _identity(folder: Path) -> tuple[int, int]:

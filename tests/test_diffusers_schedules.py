@@ -92,6 +92,9 @@ def test_prediction_types():
     read = lambda name, **config: read_config({"_class_name": name, **config})
     for name, prediction in (("epsilon", "eps"), ("sample", "x0"), ("v_prediction", "v")):
         assert read("DDPMScheduler", prediction_type=name).prediction == prediction
+    for old, new in ((True, "eps"), (False, "x0"), (None, "eps")):  # of diffusers before 0.8
+        assert read("DDPMScheduler", predict_epsilon=old).prediction == new
+    assert read("DDPMScheduler", predict_epsilon=False, prediction_type="sample").prediction == "x0"
     for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
         reading = read(name, prediction_type="flow_prediction", use_flow_sigmas=True)
         assert reading.family == "flow" and isinstance(reading.schedule, FlowMatching)
@@ -168,6 +171,12 @@ def test_what_is_read_is_recorded_and_nothing_else():
     ("config", "message"),
     [
         ({"_class_name": "LCMSchedular"}, r"no scheduler 'LCMSchedular'.*Possible: CMStochastic"),
+        ({"_class_name": "LCMScheduler"}, r"^no scheduler 'LCMScheduler' is read\. Possible: CMStochastic"),  # no guess
+        (
+            {"_class_name": "DDPMScheduler", "predict_epsilon": False, "prediction_type": "v_prediction"},
+            r"predict_epsilon='false' and prediction_type='\"v_prediction\"'",
+        ),
+        ({"_class_name": "DDPMScheduler", "predict_epsilon": "no"}, r"predict_epsilon='\"no\"'"),
         ({}, r"no scheduler 'None'"),
         ({"_class_name": "DDIMScheduler", "beta_schedule": "cosine"}, r"no beta_schedule 'cosine'.*Possible: linear"),
         ({"_class_name": "DDIMScheduler", "prediction_type": "eps"}, r"no prediction_type 'eps'.*Possible: epsilon"),

@@ -445,11 +445,26 @@ def rewrite(file: Path, **changes) -> None:
     file.write_text(json.dumps({key: value for key, value in plain.items() if value is not None}))
 
 
-def test_plan_and_untrained_read_no_weights(pixels, tmp_path):
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123456\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: b"not weights", "is no whole file of safetensors"),
+        (lambda data: data[: len(data) // 2], "is no whole file of safetensors"),
+        (lambda data: LFS_POINTER, r"it is a pointer of Git LFS.*`git lfs pull`"),
+    ],
+    ids=["garbage", "cut off", "pointer"],
+)
+def test_the_plan_looks_at_the_headers_of_weights_and_untrained_at_none(pixels, tmp_path, damage, message):
     shutil.copytree(pixels, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
     asked = source(tmp_path, conditioning=Conditioning(10))
-    assert asked.plan().images == 0
+    with pytest.raises(UserError, match=rf"unet of .* cannot be used: .*{message}"):
+        asked.plan()
+    assert source(pixels, conditioning=Conditioning(10)).plan().images == 0
     untrained = asked.untrained()
     real = teacher_of(pixels, conditioning=Conditioning(10))
     assert untrained.shape == real.shape and untrained.clip == real.clip
@@ -527,8 +542,85 @@ def test_missing_tensors_are_not_made_up(tmp_path):
     weights = load_file(file)
     del weights["conv_out.weight"]
     save_file(weights, file, metadata={"format": "pt"})
+    for act in (lambda: teacher_of(tmp_path), lambda: source(tmp_path).plan()):  # a dry run makes the plan
+        with pytest.raises(UserError, match=r"1 tensors are missing or of another shape, such as conv_out.weight"):
+            act()
+    save_file(weights | {"conv_out.weight": torch.zeros(2, 8, 3, 3)}, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing or of another shape, such as conv_out.weight"):
-        teacher_of(tmp_path)
+        source(tmp_path).plan()
+
+
+def test_tensors_of_attention_under_their_old_names_are_there(tmp_path):
+    """As Stable Diffusion's autoencoder has them: diffusers renames them as it loads."""
+    pipeline = diffusers.DDPMPipeline(unet(channels=4), diffusers.DDPMScheduler(clip_sample=False))
+    pipeline.save_pretrained(tmp_path)
+    vae = autoencoder()
+    vae.save_pretrained(tmp_path / "vae")
+    index = json.loads((tmp_path / "model_index.json").read_text()) | {"vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights, renamed = load_file(file), {}
+    for name, tensor in weights.items():
+        for new, old in (
+            (".to_q.", ".query."),
+            (".to_k.", ".key."),
+            (".to_v.", ".value."),
+            (".to_out.0.", ".proj_attn."),
+        ):
+            name = name.replace(new, old)
+        renamed[name] = tensor
+    assert weights.keys() != renamed.keys()
+    save_file(renamed, file, metadata={"format": "pt"})
+    assert source(tmp_path, (3, 16, 16)).plan()
+    z = noise((4, 8, 8))
+    torch.testing.assert_close(teacher_of(tmp_path, (3, 16, 16)).decode(z), vae.decode(z / 0.18215).sample.clamp(-1, 1))
+
+
+def test_an_old_config_that_predicts_images_gives_what_the_new_one_gives(tmp_path):
+    """predict_epsilon=false of diffusers before 0.8 is prediction_type=sample."""
+    scheduler = diffusers.DDPMScheduler(prediction_type="sample", clip_sample=False)
+    diffusers.DDPMPipeline(unet(), scheduler).save_pretrained(tmp_path)
+    new = teacher_of(tmp_path)
+    rewrite(tmp_path / "scheduler" / "scheduler_config.json", prediction_type=None, predict_epsilon=False)
+    old = teacher_of(tmp_path)
+    assert (old.denoiser.prediction, old.sha256) == ("x0", new.sha256)
+    x, t = noise(PIXELS), time_like(noise(PIXELS), 0.5)
+    network = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet")
+    torch.testing.assert_close(old.denoise(x, t), network(x, torch.full((2,), 499)).sample)
+
+
+def test_keys_of_a_config_that_are_not_understood_are_named(tmp_path):
+    diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    rewrite(tmp_path / "scheduler" / "scheduler_config.json", tensor_format="pt", skip_prk_steps=True)
+    asked = source(tmp_path)
+    asked.plan()
+    assert list(asked.notes()) == []  # those of other schedulers and of old versions are known
+    rewrite(tmp_path / "scheduler" / "scheduler_config.json", predicts="images", twist=3)
+    rewrite(tmp_path / "unet" / "config.json", residual="twice")
+    asked.plan()
+    assert list(asked.notes()) == [
+        f"scheduler_config.json of '{tmp_path.name}': DDPMScheduler knows no predicts, twist, which is not read",
+        f"config.json of unet of '{tmp_path.name}': UNet2DModel knows no residual, which is not read",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.safetensors", r"is a file, and teacher=diffusers reads a pipeline's folder.*from_single_file"),
+        ("model.pt", r"is a file, .*A \.pt file is a pickle, which can run code, and is not read"),
+        ("unet/config.json", r"is a file, .*: name the folder '.*unet'"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder(tmp_path, name, message):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=message):
+        source(tmp_path / name).plan()
+    (tmp_path / name).unlink()
+    if name != "unet/config.json":
+        with pytest.raises(UserError, match=f"no file .*{name}"):
+            source(f"models/{name}").plan()
 
 
 def test_code_of_a_pipeline_is_not_run(pixels, tmp_path):

@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 import struct
+import tarfile
 import time
 import zipfile
 
@@ -68,11 +69,63 @@ def test_what_pillow_would_take_in_part_is_refused(tmp_path):
         opened(tmp_path / "a", {"0.png": _bomb(12_000, 12_000)})
 
 
-@pytest.mark.parametrize("bad", [FIFO, LINK + b"/dev/zero", LINK + b"0.png", LINK + b"../secret.png"])
-def test_what_is_no_file_of_the_folder_is_refused(tmp_path, bad):
-    (tmp_path / "secret.png").write_bytes(ONE)
-    with pytest.raises(UserError, match=r"cannot read '0\.png' as an image"):
+@pytest.mark.parametrize("bad", [FIFO, LINK + b"/dev/zero"])
+def test_what_is_no_file_is_refused(tmp_path, bad):
+    with pytest.raises(UserError, match=r"cannot read '0\.png' as an image: it is no file"):
         opened(tmp_path / "a", {"0.png": bad})
+
+
+def test_links_of_links_come_to_an_end(tmp_path, monkeypatch):
+    """Ten folders that each link to the next one twice are 2^10 folders."""
+    monkeypatch.setattr("distillbench.image_folders.MOST_LINKED", 500)
+    for level in range(10):
+        (tmp_path / f"{level}").mkdir()
+        for name in "ab" if level < 9 else "":
+            (tmp_path / f"{level}" / name).symlink_to(f"../{level + 1}")
+    (tmp_path / "9" / "0.png").write_bytes(ONE)
+    with pytest.raises(UserError, match=r"more than 500 folders below .* are links"):
+        open_source(str(tmp_path / "0"))
+
+
+def member(name, kind=tarfile.REGTYPE, link=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, len(ONE) if kind == tarfile.REGTYPE else 0
+    return info
+
+
+@pytest.mark.parametrize("bad", [
+    member("../0.png"), member("a/..\\..\\0.png"), member("0.png", tarfile.SYMTYPE, "../secret.png"),
+    member("cat", tarfile.SYMTYPE, "/etc"), member("0.png", tarfile.LNKTYPE, "/etc/passwd"),
+])  # fmt: skip
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_tar_with_a_link_or_a_name_that_leads_out_is_refused(tmp_path, bad, mode):
+    (tmp_path / "secret.png").write_bytes(ONE)
+    with tarfile.open(tmp_path / "a.tar", mode) as archive:
+        archive.addfile(member("1.png"), io.BytesIO(ONE))
+        archive.addfile(bad, io.BytesIO(ONE))
+    with pytest.raises(UserError, match=r"which leads out of it|as a link, which an archive may not"):
+        open_source(str(tmp_path / "a.tar"))
+
+
+def test_a_zip_with_a_link_or_a_name_that_leads_out_is_refused(tmp_path):
+    link = zipfile.ZipInfo("cat")
+    link.external_attr = 0o120777 << 16
+    for name, data, message in ((link, "../dogs", "'cat' as a link"), ("a\\..\\..\\0.png", ONE, "leads out of it")):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("1.png", ONE)
+            archive.writestr(name, data)
+        with pytest.raises(UserError, match=message):
+            open_source(str(tmp_path / "a.zip"))
+
+
+def test_metadata_that_unpacks_to_very_many_rows_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "0.png").write_bytes(ONE)
+    pq.write_table(pa.table({"file_name": pa.repeat("0.png", 10**6)}), tmp_path / "metadata.parquet")
+    with pytest.raises(UserError, match="it says that it has 1,000,000 rows"):
+        open_source(str(tmp_path))
 
 
 def test_a_class_beyond_all_is_refused(tmp_path):

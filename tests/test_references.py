@@ -314,3 +314,14 @@ def test_the_folded_network_is_timms_network():
         x = network_input(images()[:8].expand(-1, 3, -1, -1))
         truth = plain.eval().forward_head(plain.forward_features(x), pre_logits=True)
         torch.testing.assert_close(network(images()[:8].expand(-1, 3, -1, -1)), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_the_images_of_a_batch_are_no_part_of_a_reference(tmp_path, monkeypatch):
+    """ADM's batches hold 10,000 images beside mu and sigma, which alone are read."""
+    monkeypatch.setattr("distillbench.references.LARGEST", 1000)
+    images = np.zeros((2, 8, 8, 64), np.uint8)
+    np.savez(tmp_path / "batch.npz", arr_0=images, mu=np.zeros(4), sigma=np.eye(4), mu_s=np.zeros(9))
+    assert torch.equal(read_reference(tmp_path / "batch.npz").statistics.mean, torch.zeros(4).double())
+    np.savez(tmp_path / "large.npz", mu=np.zeros(200), sigma=np.eye(2))
+    with pytest.raises(UserError, match="an array has more than 1,000 bytes"):
+        read_reference(tmp_path / "large.npz")

@@ -42,11 +42,12 @@ from distillbench.builtin.diffusers_pipelines import (
     Index,
     PipelineConfig,
     blank_component,
+    check_component,
     identity,
     load_component,
     read_json,
     read_schedule,
-    weights_files,
+    unread_settings,
 )
 from distillbench.builtin.stable_diffusion import TextEncoder, TextPipeline
 from distillbench.conditions import Condition, Conditioning, Texts
@@ -169,7 +170,8 @@ class DeepFloyd(TextPipeline):
         encoder = self._encoder(stages, weights=False)
         for stage in stages:
             if stage.local:
-                weights_files(stage.index, "unet", stage.variant)
+                check_component(stage.index, "unet", stage.variant)
+        self._unread = [note for stage in stages for note in unread_settings(stage.index, ("unet",))]
         if encoder.index.folder.is_dir() and all(stage.local for stage in stages):
             encoder.check()
         return TeacherPlan(" on ".join(stage.index.name for stage in stages))

@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,19 +29,21 @@ import torch
 from distillbench import Denoiser, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
 from distillbench.conditions import Conditioning
 from distillbench.diffusers_networks import AUTOENCODERS, NETWORKS, DiffusersNetwork, check_classes
-from distillbench.diffusers_schedules import Reading, read_config, with_defaults
-from distillbench.errors import quoted, unknown
+from distillbench.diffusers_schedules import Reading, read_config, unknown_keys, with_defaults
+from distillbench.errors import LONGEST_REASON, quoted, unsupported
 from distillbench.files import canonical_json, sha256_file
 from distillbench.options import require_one_of
 from distillbench.progress import Progress
+from distillbench.safetensors_files import missing_tensors, tensor_shapes
 from distillbench.teachers import CLIPS, Clip, PipelineFolder, TeacherPlan
 
 INDEX = "model_index.json"
 LARGEST_JSON = 2**26  # bytes
-LONGEST_REASON = 300  # characters of what a library says
 LARGEST, LONGEST = 2**20, 4096  # of the numbers in a network's config, and of its lists
 DEEPEST = 512  # of the numbers that are of layers
 DEPTHS = ("layers_per_block", "num_layers", "num_hidden_layers", "num_decoder_layers", "transformer_layers_per_block")
+PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+WEIGHTS = (".safetensors", *PICKLED)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 VARIANT = re.compile(r"[\w-]*")
 
@@ -77,7 +79,7 @@ class Index:
             if name in self.components:
                 if possible is not None and self.components[name] not in possible:
                     where = f" as {name} of the {self.pipeline} in {self.name!r}"
-                    raise unknown("class", self.components[name], possible, where)
+                    raise unsupported("class", self.components[name], possible, where)
                 return name
         raise UserError(f"the {self.pipeline} in {self.name!r} has no {' or '.join(names)}")
 
@@ -192,7 +194,7 @@ def library(index: Index, component: str) -> str:
     """The library of a component's class; raises UserError for a class that is not built here."""
     name = index.components[component]
     if name not in COMPONENTS:
-        raise unknown("class", name, COMPONENTS, f" as {component} of the {index.pipeline} in {index.name!r}")
+        raise unsupported("class", name, COMPONENTS, f" as {component} of the {index.pipeline} in {index.name!r}")
     return COMPONENTS[name]
 
 
@@ -228,6 +230,31 @@ def load_component(index: Index, component: str, variant: str = "") -> Any:
     if lost := [*info["missing_keys"], *info["mismatched_keys"]]:
         raise _unusable(index, component, f"{len(lost)} tensors are missing or of another shape, such as {lost[0]}")
     return module if ours else module.to(torch.get_default_dtype())
+
+
+def check_component(index: Index, component: str, variant: str = "") -> None:
+    """Raise UserError unless the files of a component hold all its tensors, as far as their headers say."""
+    try:
+        shapes = tensor_shapes(weights_files(index, component, variant))
+    except ValueError as error:
+        raise _unusable(index, component, str(error)) from error
+    _check_size(index, component, variant)
+    with torch.device("meta"):
+        network = blank_component(index, component)
+    if lost := missing_tensors(network, shapes, prefixed=library(index, component) == "transformers"):
+        raise _unusable(index, component, f"{len(lost)} tensors are missing or of another shape, such as {lost[0]}")
+
+
+def unread_settings(index: Index, components: Iterable[str]) -> list[str]:
+    """Notes on keys in the configs of a pipeline that mean nothing to the classes that they are for."""
+    scheduler = read_json(index.place("scheduler") / "scheduler_config.json", index.name)
+    configs = [("scheduler_config.json", str(scheduler.get("_class_name")), scheduler)]
+    configs += [(f"config.json of {name}", index.components[name], index.config(name)) for name in components]
+    return [
+        f"{file} of {index.name!r}: {cls} knows no {', '.join(keys)}, which is not read"
+        for file, cls, config in configs
+        if (keys := unknown_keys(config, cls))
+    ]
 
 
 def _check_size(index: Index, component: str, variant: str) -> None:
@@ -330,7 +357,26 @@ def find_index(teacher: str, config: PipelineConfig, path: str, patterns: Sequen
         raise UserError(f"teacher={teacher} needs teacher.path=FOLDER, a folder with {INDEX}")
     if Path(path).is_dir():
         return read_index(Path(path), Path(path).resolve().name)
+    _check_no_file(teacher, path)
     return read_index(hub_folder(teacher, path, config.revision, config.download, list(patterns)), path)
+
+
+def _check_no_file(teacher: str, path: str) -> None:
+    """Raise UserError with what to do where `path` is a file of weights, or is called like one."""
+    suffix = Path(path).suffix.lower()
+    if not Path(path).is_file():
+        if suffix in WEIGHTS:
+            raise UserError(f"teacher.path: no file {path!r}, and teacher={teacher} reads a folder with {INDEX}")
+        return
+    message = f"teacher.path: {path!r} is a file, and teacher={teacher} reads a pipeline's folder with {INDEX}"
+    if Path(path).name in (INDEX, "config.json"):
+        raise UserError(f"{message}: name the folder {str(Path(path).parent)!r}")
+    pickled = f". A {suffix} file is a pickle, which can run code, and is not read" if suffix in PICKLED else ""
+    raise UserError(
+        f"{message}{pickled}. Of a whole model in one file that you trust, diffusers makes a folder, such as by "
+        "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER). A file of `distillbench teacher "
+        "train` is read by teacher=trained, a .pkl of EDM's by teacher=edm"
+    )
 
 
 class Diffusers(TeacherSource):
@@ -338,6 +384,7 @@ class Diffusers(TeacherSource):
 
     name = "diffusers"
     families: ClassVar[tuple[str, ...]] = ("discrete", "flow", "score", "edm")  # of readings
+    _unread: Sequence[str] = ()  # what the configs say and is not understood, once the plan has looked
 
     @dataclass
     class Config(PipelineConfig):
@@ -352,8 +399,12 @@ class Diffusers(TeacherSource):
         self._check(index)
         if not self._on_hub():
             for component in self._components(index):
-                weights_files(index, component, self.config.variant)
+                check_component(index, component, self.config.variant)
+        self._unread = unread_settings(index, self._components(index))
         return TeacherPlan(index.name)
+
+    def notes(self) -> Sequence[str]:
+        return self._unread
 
     def untrained(self) -> Teacher:
         index = self._index(weights=False)

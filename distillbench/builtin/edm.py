@@ -27,7 +27,7 @@ from distillbench.conditions import Conditioning
 from distillbench.denoiser import SIGMA_DATA
 from distillbench.edm_networks import NETWORKS
 from distillbench.errors import quoted
-from distillbench.files import canonical_json, sha256_tensors
+from distillbench.files import canonical_json, git_lfs_pointer, sha256_tensors
 from distillbench.options import require_fraction
 from distillbench.progress import Progress
 from distillbench.safe_pickle import PersistentObject, read_pickle
@@ -124,9 +124,15 @@ class Edm(TeacherSource):
         )
         if not self.config.path:
             raise UserError(f"teacher=edm needs teacher.path=FILE. {accepted}")
-        if not Path(self.config.path).is_file():
+        file = Path(self.config.path)
+        if file.is_dir():
+            raise UserError(f"teacher.path: {self.config.path!r} is a folder, and teacher=edm reads a file. {accepted}")
+        if not file.is_file():
             raise UserError(f"teacher.path: no file {self.config.path!r}. {accepted}")
-        return Path(self.config.path)
+        with open(file, "rb") as start:
+            if why := git_lfs_pointer(start.read(64)):
+                raise UserError(f"teacher.path: {file.name!r} cannot be read: {why}")
+        return file
 
     @functools.cached_property
     def _description(self) -> Description:

@@ -20,7 +20,7 @@ import functools
 import hashlib
 import importlib.util
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,18 +33,20 @@ from distillbench.builtin.diffusers_pipelines import (
     Index,
     PipelineConfig,
     blank_component,
+    check_component,
     find_index,
     identity,
     load_component,
     patterns_of,
     read_json,
     read_schedule,
+    unread_settings,
     weights_files,
 )
 from distillbench.conditions import Conditioning, Texts
 from distillbench.diffusers_networks import Autoencoder, TextUNet
 from distillbench.diffusers_schedules import Reading
-from distillbench.errors import unknown
+from distillbench.errors import unsupported
 from distillbench.files import canonical_json, sha256_file
 from distillbench.options import require_positive
 from distillbench.parked import Parked
@@ -158,7 +160,7 @@ class TextEncoder:
         """Raise UserError where a file of weights, or what reads texts, is missing."""
         if importlib.util.find_spec("transformers") is None:
             raise UserError(TEXT_EXTRA)
-        weights_files(self.index, "text_encoder", self.variant)
+        check_component(self.index, "text_encoder", self.variant)
         if not self._tokenizer_files():
             raise UserError(f"teacher.path: tokenizer of {self.index.name!r} has no files")
 
@@ -218,6 +220,10 @@ class TextPipeline(TeacherSource):
     reads = "texts"
     encoders: ClassVar[tuple[str, ...]]  # classes that its text encoder may be of
     families: ClassVar[tuple[str, ...]] = ("discrete", "flow")  # of readings
+    _unread: Sequence[str] = ()  # what the configs say and is not understood, once the plan has looked
+
+    def notes(self) -> Sequence[str]:
+        return self._unread
 
     def pipeline(self) -> PipelineFolder:
         return PipelineFolder(self._index(self.config.path).folder, self.config.variant)
@@ -258,7 +264,7 @@ class TextPipeline(TeacherSource):
             )
         reading, _ = read_schedule(index)
         if reading.family not in self.families:
-            raise unknown("family of schedulers", reading.family, self.families, f" for teacher={self.name}")
+            raise unsupported("family of schedulers", reading.family, self.families, f" for teacher={self.name}")
         return reading
 
     def _check_width(self, index: Index, width: int) -> None:
@@ -318,8 +324,9 @@ class StableDiffusion(TextPipeline):
         latents = self._latents(index)
         if Path(self.config.path).is_dir():
             for component in ("unet", "vae"):
-                weights_files(index, component, self.config.variant)
+                check_component(index, component, self.config.variant)
             latents.encoder.check()
+        self._unread = unread_settings(index, ("unet", "vae"))
         return TeacherPlan(index.name)
 
     def untrained(self) -> Teacher:

@@ -33,7 +33,7 @@ from distillbench.data_stream import DataStream
 from distillbench.denoiser import TARGETS
 from distillbench.environment import device_name
 from distillbench.errors import quoted
-from distillbench.files import canonical_json, key_of, sha256_tensors
+from distillbench.files import canonical_json, git_lfs_pointer, key_of, sha256_tensors
 from distillbench.kept_tensors import read_tensors, write_tensors
 from distillbench.method import OptimizerConfig
 from distillbench.networks import NETWORKS, SIZED
@@ -212,6 +212,11 @@ class Trained(TeacherSource):
 
     def _file(self) -> Path | None:
         if self.config.path:
+            if Path(self.config.path).is_dir():
+                raise UserError(
+                    f"teacher.path: {self.config.path!r} is a folder, and teacher=trained reads a file that "
+                    "`distillbench teacher train` wrote. For a pipeline of diffusers: teacher=diffusers"
+                )
             if not Path(self.config.path).is_file():
                 raise UserError(f"teacher.path: no file {self.config.path!r}")
             return Path(self.config.path)
@@ -320,6 +325,9 @@ def _check_numbers(value: Any, name: str = "") -> None:
 
 def _read_recipe(file: Path, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
     try:
+        with open(file, "rb") as start:
+            if why := git_lfs_pointer(start.read(64)):
+                raise OSError(why)
         with safe_open(file, framework="pt") as tensors:
             recipe = json.loads((tensors.metadata() or {})[METADATA])["recipe"]
         theirs, known = tuple(recipe["shape"]), int(recipe.get("classes", 0))
@@ -328,7 +336,10 @@ def _read_recipe(file: Path, shape: tuple[int, int, int], classes: int) -> dict[
     except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"teacher.path: {file.name!r} is not a readable safetensors file: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        message = f"teacher.path: {file.name!r} was not written by `distillbench teacher train`: it has no recipe"
+        message = (
+            f"teacher.path: {file.name!r} was not written by `distillbench teacher train`: it has no recipe. For a "
+            "checkpoint of diffusers: teacher=diffusers teacher.path=FOLDER"
+        )
         raise UserError(message) from error
     if theirs != tuple(shape):
         raise UserError(
