@@ -101,7 +101,7 @@ def _entries(root: Path, prefix: str) -> list[os.DirEntry[str]]:
         with os.scandir(root / prefix) as entries:
             return list(entries)
     except OSError as error:
-        raise trouble(f"cannot look into the folder {quoted(str(root / prefix))}: {error.strerror}") from error
+        raise trouble(f"cannot look into the folder {quoted(prefix or str(root))}: {error.strerror}") from error
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> str:
