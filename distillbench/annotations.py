@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import unicodedata
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def as_classes(values: Sequence[Any], where: str, name: Callable[[int], str] | N
         if not (isinstance(value, int) and 0 <= value < 2**31):
             raise trouble(
                 f"{where}: labels must be classes 0, 1, ...: the label of {quoted(of(index))} must be a class, got "
-                f"{quoted(repr(value))}. {READ_WITHOUT}"
+                f"{quoted(reprlib.repr(value))}. {READ_WITHOUT}"
             )
     return Labels(np.array(plain, dtype=np.int64), count=width)
 
@@ -100,7 +101,7 @@ def _plain(value: Any) -> Any:
         return None if math.isnan(value) else int(value) if value.is_integer() else value
     if isinstance(value, str):
         return value.strip() or None
-    if isinstance(value, list | tuple) and len(value) == 1:
+    if isinstance(value, list | tuple) and len(value) == 1 and not isinstance(value[0], list | tuple):
         return _plain(value[0])
     return value
 
@@ -156,9 +157,9 @@ def texts_in(value: Any) -> list[str]:
         return [value]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return [str(value)]
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and not any(isinstance(part, list | tuple) for part in value):
         return [text for part in value for text in texts_in(part)]
-    raise ValueError(f"a caption must be a text or a list of texts, got {quoted(repr(value))}")
+    raise ValueError(f"a caption must be a text or a list of texts, got {quoted(reprlib.repr(value))}")
 
 
 def check_texts(texts: Iterable[str], what: str) -> None:
@@ -335,7 +336,7 @@ def _metadata(reader: EncodedReader, beside: Beside, files: dict[str, list[str]]
             column = next((column for column in columns if column in row), None)
             if FILE_NAME not in row or (column is None and not by_label):
                 wanted = f"{FILE_NAME} and one of {', '.join(CAPTION_COLUMNS)}"
-                raise trouble(f"{where}: needs {wanted}, got {quoted(json.dumps(row, default=str))}")
+                raise trouble(f"{where}: needs {wanted}, got {quoted(reprlib.repr(row))}")
             pairs[file].append((row[FILE_NAME], None if column is None else row[column]))
     first = next(iter(files))
     if by_label:

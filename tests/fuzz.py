@@ -471,6 +471,12 @@ def _bomb(width: int, height: int) -> bytes:
     )  # fmt: skip
 
 
+def _huge_tiff() -> bytes:
+    tags = [(256, 2**31 - 1), (257, 2**31 - 1), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 1)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+
+
 def _text_bomb() -> bytes:
     import zlib
 
@@ -494,21 +500,38 @@ def _hostile_images(root: Path) -> list[tuple[str, Files]]:
         ("animated WebP", {"0.webp": _encoded(frames[0], "webp", save_all=True, append_images=frames[1:])}),
         ("animated GIF", {"0.png": _encoded(frames[0], "gif", save_all=True, append_images=frames[1:])}),
         ("16 bits of grey", {"0.png": _png(np.full((8, 8), 700, np.uint16))}),
-        ("TIFF", {"0.png": _encoded(frames[0], "tiff")}),
-        ("link out of the folder", {"0.png": LINK + str(root / "outside" / "secret.png").encode()}),
+        ("Targa", {"0.png": _encoded(frames[0], "tga")}),
         ("link to a device", {"0.png": LINK + b"/dev/zero"}),
         ("pipe", {"0.png": FIFO}),
         ("link to itself", {"0.png": LINK + b"0.png"}),
+        ("link to nothing", {"0.png": LINK + b"gone.png"}),
+        ("link to its own folder", {"a/0.png": _png(_pixels(1)[0]), "a/b": LINK + b"."}),
+        ("TIFF of many pages", {"0.tif": _encoded(frames[0], "tiff", save_all=True, append_images=frames * 40)}),
+        ("TIFF of 2^62 pixels", {"0.tif": _huge_tiff()}),
+        ("PPM of 2^62 pixels", {"0.ppm": b"P6 2147483647 2147483647 255\n" + bytes(100)}),
+        ("PPM of 10,000 digits", {"0.ppm": b"P6 " + b"9" * 10_000 + b" 1 255\n"}),
+        ("GIF of 2^32 pixels", {"0.gif": b"GIF89a\xff\xff\xff\xff\x00\x00\x00," + bytes(8) + b"\x02\x02D\x01\x00;"}),
         ("empty", {"0.png": b"\n"}),
         ("name that moves the cursor", {"\x1b[2J\n.png": b"x"}),
     ]
 
 
+def _nested(column: str) -> bytes:
+    return f'{{"file_name": "0.png", "{column}": {"[" * 900}"a"{"]" * 900}}}'.encode()
+
+
 def _hostile_captions(root: Path) -> list[tuple[str, Files]]:
     image = {"0.png": _png(_pixels(1)[0])}
     return [
-        ("caption that leads out", image | {"0.txt": LINK + str(root / "outside" / "secret.txt").encode()}),
-        ("captions that lead out", image | {"metadata.jsonl": LINK + b"/etc/passwd"}),
+        ("a name that leads out", image | {"metadata.jsonl": b'{"file_name": "../outside/secret.png", "text": "a"}'}),
+        ("one of Windows", image | {"metadata.jsonl": b'{"file_name": "..\\\\outside\\\\secret.png", "text": "a"}'}),
+        ("a name of the root", image | {"metadata.csv": f"file_name,text\n{root}/outside/secret.png,a".encode()}),
+        ("captions of another kind", image | {"metadata.jsonl": LINK + b"/etc/passwd"}),
+        ("captions that are a device", image | {"metadata.csv": LINK + b"/dev/zero"}),
+        ("a field of 2^27 letters", image | {"metadata.csv": b"file_name,text\n0.png," + b"a" * 2**27}),
+        ("a parquet that is none", image | {"metadata.parquet": b"PAR1" + bytes(50) + b"PAR1"}),
+        ("a caption in 900 lists", image | {"metadata.jsonl": _nested("text")}),
+        ("a label in 900 lists", image | {"metadata.jsonl": _nested("label")}),
         ("labels that are a pipe", image | {"dataset.json": FIFO}),
         ("labels that are a device", image | {"dataset.json": LINK + b"/dev/zero"}),
         ("class 2^31 - 1", image | {"dataset.json": json.dumps({"labels": [["0.png", 2**31 - 1]]}).encode()}),
@@ -528,6 +551,7 @@ def _hostile_zips(root: Path) -> list[tuple[str, Files]]:
             archive.writestr("0.png", one)
     cases = {
         "path traversal": _zip({"../../outside/evil.png": one, "/etc/evil.png": one}),
+        "path traversal of Windows": _zip({"..\\..\\outside\\evil.png": one}),
         "bomb": _zip({"0.png": bytes(2**28)}, zipfile.ZIP_DEFLATED),
         "bomb that lies of its size": bytes(lying),
         "bomb of lzma": _zip({"0.png": bytes(2**25)}, zipfile.ZIP_LZMA),
@@ -677,6 +701,57 @@ def _hostile_batches(root: Path) -> list[tuple[str, Files]]:
     return [(what, {"data_batch_1": data}) for what, data in cases.items()]
 
 
+def _image_tar(folder: Path) -> None:
+    files = {f"./a/{k}.png": _png(image) for k, image in enumerate(_pixels(3))}
+    files |= {f"./a/{k}.cls": f"{k}".encode() for k in range(3)}
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def _packed_image_tar(folder: Path) -> None:
+    _image_tar(folder)
+    (folder / "a.tar.gz").write_bytes(gzip.compress((folder / "a.tar").read_bytes(), mtime=0))
+    (folder / "a.tar").unlink()
+
+
+def _other_formats(folder: Path) -> None:
+    from PIL import Image
+
+    image = Image.fromarray(_pixels(1)[0])
+    _put(folder, {"1.tif": _encoded(image, "tiff", compression="tiff_deflate"), "2.ppm": _encoded(image, "ppm")})
+    _put(folder, {"3.gif": _encoded(image.quantize(16), "gif"), "4.tif": _encoded(image.convert("RGBA"), "tiff")})
+
+
+def _metadata(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = {f"{part}/{k}.png": _png(image) for part in ("train", "test") for k, image in enumerate(_pixels(2))}
+    _put(folder, files | {"train/metadata.csv": "file_name,text\n0.png,a\n1.png,b\n"})
+    rows = [{"file_name": f"{k}.png", "text": [f"picture {k}", "b"]} for k in range(2)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "test" / "metadata.parquet", write_page_checksum=True)
+
+
+def _npy_files(folder: Path) -> None:
+    import numpy as np
+
+    np.save(folder / "images.npy", _pixels(40, 8))
+    np.save(folder / "labels.npy", np.eye(3)[np.arange(40) % 3])
+
+
+def _hostile_npy(root: Path) -> list[tuple[str, Files]]:
+    import numpy as np
+
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([_Runs(root)], dtype=object), allow_pickle=True)
+    large = "{'descr': '|u1', 'fortran_order': False, 'shape': (1125899906842624,), }"
+    cases = {"a pickle": pickled.getvalue(), "2^50 values": _npy(large, bytes(100)), "nesting": _npy("(" * 100)}
+    return [(what, {"images.npy": data}) for what, data in cases.items()]
+
+
 def _hostile_tars(root: Path) -> list[tuple[str, Files]]:
     def tar(name: str, size: int, kind: bytes = tarfile.REGTYPE, link: str = "", data: bytes | None = None) -> bytes:
         info = tarfile.TarInfo(name)
@@ -691,6 +766,10 @@ def _hostile_tars(root: Path) -> list[tuple[str, Files]]:
         "link out": gzip.compress(tar("data_batch_1", 0, tarfile.SYMTYPE, str(root / "outside/secret.txt")) + end),
         "link to itself": gzip.compress(tar("data_batch_1", 0, tarfile.LNKTYPE, "data_batch_1") + end),
         "path traversal": gzip.compress(tar("../../outside/data_batch_1", 10) + end),
+        "link to an image": gzip.compress(tar("0.png", 0, tarfile.SYMTYPE, str(root / "outside/secret.png")) + end),
+        "an image that leads out": gzip.compress(tar("../../outside/secret.png", 10) + end),
+        "an image of 2^62 bytes": tar("0.png", 2**62, data=bytes(512)) + end,
+        "a hundred thousand names": gzip.compress(b"".join(tar(f"{k}.txt", 0) for k in range(100_000)) + end),
         "hostile batch": gzip.compress(
             tar("data_batch_1", len(b := pickle.dumps(_Runs(root))), data=b.ljust(512, b"\0")) + end
         ),
@@ -1396,6 +1475,11 @@ SUBJECTS: dict[str, Subject] = {
     "compressed zip": Subject(
         lambda f: _put(f, {"a.zip": _zip({f"{k}.png": _png(x) for k, x in enumerate(_pixels(2))}, zipfile.ZIP_DEFLATED)}),  # noqa: E501
         dataset("a.zip")),
+    "GIF, TIFF, PPM": Subject(_other_formats, dataset()),
+    "metadata in each split's folder": Subject(_metadata, dataset()),
+    "tar of images": Subject(_image_tar, dataset("a.tar"), hostile=_hostile_tars),
+    "packed tar of images": Subject(_packed_image_tar, dataset("a.tar.gz")),
+    "npy": Subject(_npy_files, dataset(), hostile=_hostile_npy),
     "npz": Subject(_npz, dataset("a.npz"), hostile=_hostile_arrays("images.npy")),
     "npz, mapped": Subject(_large_npz, dataset("a.npz")),
     "npz, compressed": Subject(_packed_npz, dataset("a.npz")),

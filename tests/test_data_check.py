@@ -134,3 +134,35 @@ def test_what_the_command_refuses(tmp_path, registry):
         run(registry, "dataset=ffhq", "dataset.pth=x")
     with pytest.raises(UserError, match=r"hub:owner/name would be fetched"):
         run(registry, "dataset=ffhq", "dataset.path=hub:owner/name")
+
+
+def test_what_is_left_out_is_said_in_data_check_in_a_dry_run_and_in_a_run(tmp_path, registry, monkeypatch):
+    from distillbench import run as running
+    from distillbench.config import compose_runs
+    from distillbench.plan import plan
+    from distillbench.progress import Progress
+    from distillbench.registry import load_registry
+    from distillbench.terminal import print_plan
+
+    files = {"0.png": png(pixels(1)[0]), "1.jp2": b"x", "\x1b[2J.jp2": b"x"}
+    words = ["dataset=folder", f"dataset.path={write_folder(tmp_path / 'x', files)}", "dataset.resolution=8"]
+    _, out = run(registry, *words)
+    note = "left out, of no image format that is read: 2 .jp2 (\\x1b[2J.jp2, 1.jp2)"
+    assert note in " ".join(out.split())
+    every = load_registry()
+    cells = plan(compose_runs(["methods=[boot]", f"results_dir={tmp_path / 'results'}", *words], every), every)
+    console = Console(file=io.StringIO(), width=200, highlight=False)
+    print_plan(console, cells)
+    assert f"dataset folder: {note}\n" in console.file.getvalue()
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*_):
+        raise Stopped
+
+    console = Console(file=io.StringIO(), width=200, highlight=False)
+    monkeypatch.setattr(running, "executor_of", stop)
+    with pytest.raises(Stopped):
+        running.run(cells, [cells[0].scene.config], Progress(console), print)
+    assert console.file.getvalue() == f"dataset folder: {note}\n"

@@ -108,3 +108,21 @@ def test_no_path_and_a_wrong_path(tmp_path):
         prompts(tmp_path / "cocoo.txt")
     with pytest.raises(UserError, match="limit must"):
         Prompts.Config(limit=-1)
+
+
+def test_rows_without_a_text_are_counted_and_of_several_texts_the_first_is_taken(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [["a", "b"], None, ["c"], []]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    for name in ("a.parquet", "a.jsonl"):
+        found = prompts(tmp_path / name)
+        assert list(found.prompts) == ["a", "c"]
+        assert list(found.notes) == [
+            f"{name}: 2 of 4 rows have no text and are left out",
+            f"{name}: 1 rows have several texts: the first is taken",
+        ]
+    (tmp_path / "a.txt").write_text("a\n\nb\n")
+    assert list(prompts(tmp_path / "a.txt").notes) == []
