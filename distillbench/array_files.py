@@ -346,7 +346,9 @@ def open_plain(path: Path) -> BinaryIO:
 
 def open_batches(folder: Path, split: str, labelled: bool) -> ArrayReader | None:
     """CIFAR's or Downsampled ImageNet's python batches in a folder, or one below it; None where there are none."""
-    found = [file for file in [*folder.glob("*"), *folder.glob("*/*")] if _is_batch(file) and file.is_file()]
+    files = [*folder.glob("*"), *folder.glob("*/*")]
+    meta = {file.parent for file in files if file.name == "meta"}
+    found = [file for file in files if _is_batch(file, file.parent in meta) and file.is_file()]
     if not found:
         return None
     parts = []
@@ -359,10 +361,9 @@ def open_batches(folder: Path, split: str, labelled: bool) -> ArrayReader | None
     return _of_batches(parts, found)
 
 
-def _is_batch(path: PurePath) -> bool:
+def _is_batch(path: PurePath, beside_meta: bool = False) -> bool:
     """Whether a file is called as one of CIFAR's batches. CIFAR-100's lie in a folder of its name, or beside "meta"."""
-    hundred = path.name in CIFAR100
-    hundred = hundred and (path.parent.name == CIFAR100_FOLDER or Path(path).with_name("meta").is_file())
+    hundred = path.name in CIFAR100 and (path.parent.name == CIFAR100_FOLDER or beside_meta)
     return hundred or BATCH.fullmatch(path.name) is not None
 
 
@@ -373,14 +374,19 @@ def _of_batches(parts: Sequence[Part], paths: Iterable[PurePath]) -> ArrayReader
     return ArrayReader("CIFAR's python batches", parts, notes)
 
 
-def open_batch_archive(path: Path, split: str, labelled: bool) -> ArrayReader | None:
-    """The same in a tar, read without unpacking it; None where it has none."""
+def holds_batches(names: Iterable[str]) -> bool:
+    """Whether files of these names in an archive are such batches."""
+    return any(_is_batch(PurePath(name)) for name in names)
+
+
+def open_batch_archive(path: Path, split: str, labelled: bool) -> ArrayReader:
+    """The same in a tar that holds some, read without unpacking it."""
     parts: dict[str, Part | None] = {}
     try:
         with tarfile.open(path) as archive:
             for member in archive:
                 name = PurePath(member.name)
-                check_expanded(member, path)
+                check_expanded(member, path.stat().st_size)
                 if member.isfile() and _is_batch(name) and (file := archive.extractfile(member)) is not None:
                     if split != "all" and _split_in(name.name) != split:
                         parts.setdefault(name.name, None)
@@ -388,8 +394,6 @@ def open_batch_archive(path: Path, split: str, labelled: bool) -> ArrayReader | 
                         parts[name.name] = _batch(io.BytesIO(file.read()), name.name, labelled)
     except (*DAMAGE, tarfile.TarError) as error:
         raise trouble(f"{path.name!r} is a tar that is damaged or cut off: {error}") from error
-    if not parts:
-        return None
     chosen = [parts[name] for name in _batches(list(parts), split, path.name)]
     return _of_batches([part for part in chosen if part is not None], map(PurePath, parts))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["DivergedError", "Unavailable", "UserError", "nearest", "printable", "quoted", "unknown", "unsupported"]
+__all__ = ["DivergedError", "Unavailable", "UserError", "nearest", "quoted", "unknown"]
 
 LONGEST_QUOTE = 60
 LONGEST_REASON = 300  # characters of what a library says

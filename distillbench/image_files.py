@@ -18,6 +18,7 @@ from torch import Tensor
 from distillbench.annotations import METADATA, composed
 from distillbench.array_files import (
     ArrayReader,
+    holds_batches,
     is_idx,
     is_npy,
     open_batch_archive,
@@ -41,6 +42,7 @@ from distillbench.image_folders import (
     files_below,
     is_hidden,
     is_image,
+    tar_members,
 )
 from distillbench.options import option, require_between, require_one_of, require_positive
 from distillbench.readers import (
@@ -132,7 +134,10 @@ def _open_path(path: Path, split: str, labels: str) -> Reader:
     if is_idx(content):
         return open_idx([path], split, labelled)
     if start[:2] == b"\x1f\x8b" or _is_tar(path):
-        return open_batch_archive(path, split, labelled) or TarReader([path], split, labels)
+        members = tar_members(path)
+        if holds_batches(members):
+            return open_batch_archive(path, split, labelled)
+        return TarReader({path: members}, split, labels)
     raise trouble(_of_no_kind(path, start))
 
 
@@ -195,7 +200,7 @@ def _open_tables(path: Path, shown: list[str], split: str, labels: str, images: 
 def _open_tars(paths: list[Path], split: str, labels: str) -> Reader:
     if len(paths) == 1:
         return _open_path(paths[0], split, labels)
-    return TarReader(paths, split, labels)
+    return TarReader({path: tar_members(path) for path in paths}, split, labels)
 
 
 def _neighbour(path: Path) -> str:

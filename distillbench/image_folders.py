@@ -15,7 +15,7 @@ import threading
 import zipfile
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -315,11 +315,11 @@ class TarReader(ImageFiles):
     Of a tar without compression images are read in place; a packed one is unpacked into memory.
     """
 
-    def __init__(self, paths: Sequence[Path], split: str, labels: str) -> None:
-        self.paths = list(paths)
+    def __init__(self, tars: Mapping[Path, Members], split: str, labels: str) -> None:
+        self.paths = list(tars)
         self._places: dict[str, tuple[int, int, int]] = {}  # number of the tar, and where in it the file is
         self._kept: dict[str, bytes] = {}
-        by_tar = [self._members(number) for number in range(len(self.paths))]
+        by_tar = list(tars.values())
         if sum(map(len, by_tar)) > len({name for names in by_tar for name in names}):  # keys of shards may repeat
             if labels == "folders":
                 raise trouble("dataset.labels=folders: the tars have files of the same name. Possible: auto")
@@ -327,44 +327,15 @@ class TarReader(ImageFiles):
                 {f"{path.name.split('.')[0]}/{name}": place for name, place in names.items()}
                 for path, names in zip(self.paths, by_tar, strict=True)
             ]
-        for names in by_tar:
+        for number, names in enumerate(by_tar):
             for name, place in names.items():
                 if isinstance(place, bytes):
                     self._kept[name] = place
                 else:
-                    self._places[name] = place
+                    self._places[name] = (number, *place)
         where = f"in {str(self.paths[0])!r}" + (f" and {len(self.paths) - 1:,} more tars" if self.paths[1:] else "")
         self._choose([*self._places, *self._kept], split, labels, where)
         self.kind = "tar of images" if len(self.paths) == 1 else f"{len(self.paths):,} tars of images"
-
-    def _members(self, number: int) -> dict[str, Any]:
-        """By clean name: the bytes of a file, or where they are."""
-        path = self.paths[number]
-        packed, held = not _is_plain_tar(path), 0
-        found: dict[str, Any] = {}
-        try:
-            with tarfile.open(path) as archive:
-                for member in archive:
-                    check_expanded(member, path)
-                    name = member_name(member.name, path.name)
-                    if (member.issym() or member.islnk()) and not is_hidden(name):
-                        raise _link(path.name, name, "tar --dereference --hard-dereference")
-                    if not member.isreg() or member.issparse():
-                        continue
-                    if name in found:
-                        raise trouble(f"the tar {path.name!r} has {quoted(name)} twice")
-                    found[name] = (number, member.offset_data, member.size)
-                    if packed and (is_image(name) or belongs_to_images(name)):
-                        check_size(member.size)
-                        held += member.size
-                        check_memory(held)
-                        file = archive.extractfile(member)
-                        found[name] = b"" if file is None else file.read()
-        except (*DAMAGE, tarfile.TarError) as error:
-            raise trouble(
-                f"{path.name!r} is a tar that is damaged or cut off: {str(error)[:LONGEST_REASON]}"
-            ) from error
-        return found
 
     def content(self, name: str) -> bytes:
         if name in self._kept:
@@ -379,6 +350,37 @@ class TarReader(ImageFiles):
         return data
 
 
+Members = dict[str, tuple[int, int] | bytes]  # by clean name: start and size of a file in its tar, or what it holds
+
+
+def tar_members(path: Path) -> Members:
+    """The files in a tar; of a packed one, images and what may annotate them are read. Raises UserError."""
+    packed, size, held = not _is_plain_tar(path), path.stat().st_size, 0
+    found: Members = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                check_expanded(member, size)
+                name = member_name(member.name, path.name)
+                if (member.issym() or member.islnk()) and not is_hidden(name):
+                    raise _link(path.name, name, "tar --dereference --hard-dereference")
+                if not member.isreg() or member.issparse():
+                    continue
+                if name in found:
+                    raise trouble(f"the tar {path.name!r} has {quoted(name)} twice")
+                found[name] = (member.offset_data, member.size)
+                if packed and (is_image(name) or belongs_to_images(name)):
+                    check_size(member.size)
+                    held += member.size
+                    check_memory(held)
+                    file = archive.extractfile(member)
+                    found[name] = b"" if file is None else file.read()
+    except (*DAMAGE, tarfile.TarError) as error:
+        why = str(error)[:LONGEST_REASON]
+        raise trouble(f"{path.name!r} is a tar that is damaged or cut off: {why}") from error
+    return found
+
+
 def _is_plain_tar(path: Path) -> bool:
     try:
         with tarfile.open(path, "r:"):
@@ -387,7 +389,7 @@ def _is_plain_tar(path: Path) -> bool:
         return False
 
 
-def check_expanded(member: tarfile.TarInfo, path: Path) -> None:
-    """Refuse a member before it is decompressed, if it is larger than images that were packed into `path` can be."""
-    if member.size < 0 or member.offset_data + member.size > MOST_EXPANDED * path.stat().st_size + 2**20:
+def check_expanded(member: tarfile.TarInfo, size: int) -> None:
+    """Refuse a member before it is decompressed, if it is larger than images packed into `size` bytes can be."""
+    if member.size < 0 or member.offset_data + member.size > MOST_EXPANDED * size + 2**20:
         raise ValueError(f"{quoted(member.name)} would have {member.size:,} bytes, as no packed images have")

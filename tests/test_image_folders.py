@@ -480,3 +480,6 @@ def test_cifar_100_has_its_fine_classes_and_says_so(tmp_path, pack):
         assert reader.labels.tolist() == numbers and np.array_equal(opened(reader), images[which])
         assert reader.notes == ["labels are the 100 fine classes of CIFAR-100; its 20 coarse ones are not read"]
     assert open_at(path, labels="none").notes == []
+    if path.is_dir():
+        (path / "cifar-100-python").rename(path / "renamed")
+        assert open_at(path, split="test").labels.tolist() == [7]
