@@ -12,6 +12,7 @@ import torch
 
 from distillbench.cell import AS_IS, Policy
 from distillbench.config import RunConfig
+from distillbench.errors import printable
 from distillbench.executors import Executor, executor_of
 from distillbench.files import key_of
 from distillbench.hands import Seen
@@ -89,5 +90,7 @@ def train_teacher_of(config: RunConfig, registry: Registry, output: Path | None,
     """Train the teacher of `config` anew; write it to `output`, or to where a run looks for it. Returns the file."""
     torch.set_num_threads(config.threads)
     device = choose_device(config.device)
-    _, source, _ = make_source(config, registry, device)
+    dataset, source, _ = make_source(config, registry, device)
+    for note in dataset.notes:
+        progress.say(printable(f"dataset {dataset.name}: {note}"))
     return source.train(output, progress)

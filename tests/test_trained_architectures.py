@@ -53,6 +53,13 @@ def source(folder, classes=0, **settings):
     return Trained(config, digits(), folder, "cpu", Conditioning(classes))
 
 
+def test_keys_of_an_architecture_that_are_not_understood_are_named(tmp_path):
+    assert source(tmp_path, architecture=written(tmp_path, UNET)).notes() == []
+    asked = source(tmp_path, architecture=written(tmp_path, UNET | {"twist": 3}))
+    assert asked.notes() == ["config.json: UNet2DModel knows no twist, which is not read"]
+    assert list(source(tmp_path).notes()) == []
+
+
 def written(folder, config):
     file = folder / "config.json"
     file.write_text(json.dumps(config))

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from distillbench.compute import ComputeConfig, applied, check_tf32
 from distillbench.conditions import Condition, Conditioning
 from distillbench.data_stream import DataStream
 from distillbench.denoiser import TARGETS
+from distillbench.diffusers_schedules import unknown_keys
 from distillbench.environment import device_name
 from distillbench.errors import quoted
 from distillbench.files import canonical_json, git_lfs_pointer, key_of, sha256_tensors
@@ -124,6 +125,15 @@ class Trained(TeacherSource):
             require_positive(self, "batch_size")
             require_between(self, 0, 65536, "width", "depth")
             require_between(self, 0, 2**63 - 1, "seed")
+
+    def notes(self) -> Sequence[str]:
+        if not self.config.architecture:
+            return ()
+        file = Path(self.config.architecture)
+        config = _read_architecture(file)
+        cls = str(config.get("_class_name"))
+        keys = unknown_keys(config, cls)
+        return [f"{file.name}: {cls} knows no {', '.join(keys)}, which is not read"] if keys else []
 
     def plan(self) -> TeacherPlan:
         if self.config.tf32:
