@@ -72,21 +72,16 @@ def train_cell(
             break
         except Exception as error:  # a method is a stranger's code; the other cells go on
             status = status_of(error)
-            if (
-                status == "failed"
-                or cell.scene.ranks.count > 1
-                or config.on_oom == "fail"
-                or 2 * parts > config.batch_size
-            ):
+            most = config.batch_size // cell.scene.ranks.count  # images of a step in one process
+            if status == "failed" or config.compute.shard or config.on_oom == "fail" or 2 * parts > most:
                 record = TrainRecord(**about, status=status, reason=keep_traceback(error, folder, progress))
                 break
         states.clear()
-        gc.collect()
-        release_memory()
+        free_memory()
         parts *= 2
         progress.say(f"{cell.label}: memory ran out; training anew, each step in {parts} parts")
     write_record(folder / TRAIN, record)
-    if cell.scene.ranks.count > 1 and record.status not in FINAL:  # the others are in the midst of a step
+    if cell.scene.ranks.busy:  # the others are in the midst of a step, which only networks that are spread do not leave
         raise UserError(f"{cell.label}: {record.reason}. The same command goes on with the other cells")
     if record.status in FINAL:
         states.clear()
@@ -99,6 +94,12 @@ def status_of(error: Exception) -> Status:
     """Of what ended with `error`: oom where memory ran out (on the CPU torch has no error of its own for it)."""
     ran_out = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
     return "oom" if ran_out else "failed"
+
+
+def free_memory() -> None:
+    """What nothing refers to any more."""
+    gc.collect()
+    release_memory()
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _train(
             ranks.equal(method)
         meter = Meter(config.budget, teacher, scene.device, watches=(rss, gpu), energy=joules)
         given = method.teacher, meter, cache, scene.device, cell.seed, progress
-        workspace = Workspace(*given, energy_source=config.energy)
+        workspace = Workspace(*given, energy_source=config.energy, ranks=ranks)
         points = config.evaluation.checkpoints
         fractions = tuple((k + 1) / (points + 1) for k in range(points))
         checkpoints = Checkpoints(fractions, folder, tuple(cell.nfe))
@@ -204,7 +205,8 @@ def _trained(
     parts = about["accumulate"]
     if cell.entry is not None and cell.entry.cls.needs_data:
         scene.trained_on(progress)  # followers find what has to be made
-    with scene.ranks.ordered(TrainOrder(Task.of(cell), parts, states.folder)):
+    order = TrainOrder(Task.of(cell), parts, states.folder)
+    with scene.ranks.ordered(order, recovers=not scene.config.compute.shard):
         measured = _train(cell, parts, teacher, folder, progress, states, stop)
     method, trained, used = measured.method, measured.trained, measured.energy
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in measured.weights.items()}

@@ -146,9 +146,10 @@ def _run(registry: Registry, settings: Sequence[str], asked: Asked, need_methods
     from distillbench.config import compose_runs, to_yaml
     from distillbench.following import follow, in_these_processes
     from distillbench.fully_sharded import check_shared
+    from distillbench.launchers import follows
     from distillbench.plan import plan
     from distillbench.progress import Progress
-    from distillbench.ranks import follows, joined
+    from distillbench.ranks import joined
     from distillbench.run import run as run_cells
 
     try:

@@ -6,12 +6,14 @@ import copy
 import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from distillbench.gradient_reduction import GradientReduction, NetworkGradients
 from distillbench.method import Method, NetworkConfig, OptimizerConfig
-from distillbench.ranks import ALONE, Ranks
+from distillbench.ranks import ALONE, Ranks, Together
 from distillbench.resume import State
 from distillbench.shards import class_of, here, is_spread, load, spread_like
 
@@ -101,6 +103,8 @@ class Optimizers:
         self.config, self.scaler, self.ranks, self.settings_of = config, scaler, ranks, settings_of
         self.by_network: dict[nn.Module, torch.optim.Optimizer] = {}
         self.settings: dict[nn.Module, OptimizerConfig] = {}
+        self.reduction = GradientReduction(ranks) if isinstance(ranks, Together) else None
+        self.summed: dict[nn.Module, NetworkGradients] = {}  # where processes share a batch
 
     def _make(self, network: nn.Module) -> torch.optim.Optimizer:
         settings = self.config if self.settings_of is None else self.settings_of(network).over(self.config)
@@ -116,18 +120,26 @@ class Optimizers:
         self.differentiate(network, loss, first=True)
         self.step(network, factor)
 
-    def differentiate(self, network: nn.Module, loss: Tensor, first: bool) -> None:
-        """Add the gradient of `loss` to that of the parts before; with `first` there are none."""
+    def differentiate(self, network: nn.Module, loss: Tensor, first: bool, last: bool = True) -> None:
+        """Add the gradient of `loss` to that of the parts before; with `first` there are none, with `last` none after.
+
+        Only the last part's backward pass sends gradients to other processes.
+        """
         if network not in self.by_network:
             self.by_network[network] = self._make(network)
+        if self.reduction is not None and network not in self.summed:
+            self.summed[network] = self.reduction.of([w for w in network.parameters() if not is_spread(w)])
         if first:
             for group in self.by_network[network].param_groups:
                 for weight in group["params"]:
                     weight.grad = None
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        with self.summed[network].during_backward() if last and network in self.summed else nullcontext():
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def step(self, network: nn.Module, factor: float) -> None:
         """One step down the gradient that is there, which is clipped."""
+        if network in self.summed:
+            self.summed[network].finish()
         optimizer, plain, spread = self.by_network[network], list[Tensor](), list[Tensor]()
         settings = self.settings[network]
         for group in optimizer.param_groups:
@@ -137,7 +149,6 @@ class Optimizers:
                 spread = here(gradients)
             else:
                 plain = gradients
-        self.ranks.sum(plain)  # those that are spread are sums already
         if self.scaler is None:
             clip(plain, spread, settings.grad_clip, self.ranks)
             optimizer.step()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,13 @@ from distillbench.files import canonical_json, sha256_file, signed, write_atomic
 from distillbench.host_copies import fits_on, to_device
 from distillbench.noise import Noise, stream_key
 from distillbench.progress import Progress
+from distillbench.ranks import ALONE, Ranks
+from distillbench.sharing import in_turns
 from distillbench.teachers import Teacher
 
 __all__ = ["PairStore", "Workspace"]
 
+TARGETS = "targets.safetensors"
 BATCH = 1024
 HELD = 2**30  # bytes of noise and targets
 FORMAT = 2
@@ -79,6 +83,8 @@ class PairStore:
 class Workspace:
     """What a method may use while it prepares: the teacher, and pairs made by a solver.
 
+    Where several processes train together, all prepare at the same time, and each makes its share of the pairs.
+
     The energy that making pairs takes is read from `energy_source`, so that whoever finds them later can be charged.
     """
 
@@ -92,15 +98,18 @@ class Workspace:
         progress: Progress,
         dry: bool = False,
         energy_source: str = "nvml",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.teacher, self.meter, self.cache, self.device = teacher, meter, cache, device
         self.seed, self.progress, self.dry, self.energy_source = seed, progress, dry, energy_source
+        self.ranks = ranks
 
     def pairs(self, solve: Solve, count: int, recipe: dict[str, Any]) -> PairStore:
         """`count` pairs eps -> solve(eps, c), found in the cache or made now and kept there.
 
         `recipe` says in plain values how `solve` works (solver, steps, ...); with the teacher's hash, the seed and the
-        count it names the pairs. The price is charged to the method's meter either way.
+        count it names the pairs. The price is charged to the method's meter either way. Processes that train together
+        must all ask for the same pairs.
         """
         stream = stream_key("pairs", self.seed)
         if self.dry:
@@ -115,19 +124,37 @@ class Workspace:
         }
         if computed := self.teacher.teacher_rows.call.plain:
             ours["compute"] = dict(computed)
+        if self.ranks.count > 1:
+            ours["processes"] = self.ranks.count  # the same pairs, but in fewer seconds
         recipe = ours | self.teacher.conditioning.plain() | recipe
         folder = self.cache / hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
+        with ExitStack() as claim:
+            targets = self._found(folder, recipe, claim) if self.ranks.main else None
+            with nullcontext() if self.ranks.main else self.meter.pause():  # the main process may wait for another run
+                found = self.ranks.agree(targets is not None)
+            if not found:
+                targets = self._make(solve, count, stream)
+                if self.ranks.main:
+                    self._keep(folder, recipe, targets)
+        if self.ranks.count > 1:
+            targets = self._read_together(folder, targets)
+        assert targets is not None
+        return PairStore(stream, targets, self.device, self.teacher.conditioning)
+
+    def _found(self, folder: Path, recipe: dict[str, Any], claim: ExitStack) -> Tensor | None:
+        """The pairs that are there, or are made by another run meanwhile; where there are none, with the `claim`."""
         there = (folder / "manifest.json").exists()
         targets = self._find(folder, recipe)
         if targets is None:
-            with ExitStack() as stack:
-                with self.meter.pause():  # another process may be making them: to wait for it costs nothing
-                    stack.enter_context(waiting(folder, "noise-image pairs", self.progress))
-                targets = None if there else self._find(folder, recipe)  # it may have come meanwhile
-                if targets is None:
-                    targets = self._make(solve, count, stream)
-                    self._keep(folder, recipe, targets)
-        return PairStore(stream, targets, self.device, self.teacher.conditioning)
+            with self.meter.pause():  # to wait for another run costs nothing
+                claim.enter_context(waiting(folder, "noise-image pairs", self.progress))
+            targets = None if there else self._find(folder, recipe)
+        return targets
+
+    def _read_together(self, folder: Path, targets: Tensor | None) -> Tensor:
+        """The pairs in every process: those that do not have them yet read what the main one has kept or found."""
+        self.ranks.agree(True)  # they are there
+        return targets if self.ranks.main and targets is not None else load_file(folder / TARGETS)["x_0"]
 
     def _answers(self, solve: Solve, stream: int, indices: Sequence[int]) -> Tensor:
         c = self.teacher.conditioning.of_pairs(stream, indices, self.device)
@@ -143,29 +170,35 @@ class Workspace:
         return PairStore(stream, targets, self.device, self.teacher.conditioning)
 
     def _make(self, solve: Solve, count: int, stream: int) -> Tensor:
-        before, chunks = self.meter.price(), []
+        """All pairs, in the main process; the others make their share of them. [] where a process has nothing else."""
+        before = self.meter.price()
         measured = energy(self.device, self.energy_source)
         with measured as watch, torch.no_grad(), self.progress.step("making noise-image pairs") as step:
-            for first in range(0, count, BATCH):
-                indices = range(first, min(first + BATCH, count))
-                chunks.append(self._answers(solve, stream, indices))
-                step.advance((first + len(indices)) / count)
-        after, used = self.meter.price(), watch.used
+
+            def chunk(index: int) -> Tensor:
+                indices = range(index * BATCH, min((index + 1) * BATCH, count))
+                answers = self._answers(solve, stream, indices)
+                step.advance(indices.stop / count)
+                return answers
+
+            chunks, error = in_turns(math.ceil(count / BATCH), chunk, self.ranks)
+            if error is not None:
+                raise error
+        after, used = self.meter.price(), self.ranks.energy(watch.used)
+        evaluations = self.ranks.gather(after.teacher_nfe - before.teacher_nfe)
         self._made = {
             "seconds": after.seconds - before.seconds,
             "teacher_seconds": after.teacher_seconds - before.teacher_seconds,
             "compile_seconds": (after.compile_seconds or 0.0) - (before.compile_seconds or 0.0),
-            "teacher_nfe": after.teacher_nfe - before.teacher_nfe,
+            "teacher_nfe": sum(evaluations),
             "joules": used.joules,
             "no_joules": used.reason,
         }
-        return torch.cat(chunks)
+        return torch.cat(chunks) if chunks else torch.empty(0)
 
     def _keep(self, folder: Path, recipe: dict[str, Any], targets: Tensor) -> None:
-        write_atomically(folder / "targets.safetensors", lambda path: save_file({"x_0": targets}, path))
-        manifest = signed(
-            {"recipe": recipe, "targets_sha256": sha256_file(folder / "targets.safetensors"), **self._made}
-        )
+        write_atomically(folder / TARGETS, lambda path: save_file({"x_0": targets}, path))
+        manifest = signed({"recipe": recipe, "targets_sha256": sha256_file(folder / TARGETS), **self._made})
         text = json.dumps(manifest, indent=2)
         write_atomically(folder / "manifest.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
 
@@ -176,9 +209,9 @@ class Workspace:
                 return None
             if manifest != signed(manifest):
                 raise ValueError("the manifest's checksum is wrong")
-            if manifest["targets_sha256"] != sha256_file(folder / "targets.safetensors"):
+            if manifest["targets_sha256"] != sha256_file(folder / TARGETS):
                 raise ValueError("checksum")
-            targets = load_file(folder / "targets.safetensors")["x_0"]
+            targets = load_file(folder / TARGETS)["x_0"]
             if targets.shape != (recipe["count"], *self.teacher.shape) or targets.dtype != torch.float32:
                 raise ValueError(f"targets {tuple(targets.shape)}")
             seconds, teacher_seconds = float(manifest["seconds"]), float(manifest["teacher_seconds"])

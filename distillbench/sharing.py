@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from distillbench.errors import DivergedError
+from distillbench.failures import Failure, LostError, worst
 from distillbench.features import FeatureNetwork, Networks, blocks_of, look
 from distillbench.ranks import Ranks
 
@@ -60,17 +60,18 @@ def in_turns(count: int, make: Callable[[int], Tensor], ranks: Ranks) -> tuple[l
 def _tried(make: Callable[[int], Tensor], index: int, count: int) -> tuple[Tensor | None, Exception | None]:
     try:
         return (make(index) if index < count else None), None
+    except LostError:
+        raise
     except Exception as error:  # a method is a stranger's code, and the others must hear of it
         return None, error
 
 
 def _first_error(error: Exception | None, ranks: Ranks) -> Exception | None:
-    told = None if error is None else (isinstance(error, DivergedError), f"{type(error).__name__}: {error}")
-    heard = [one for one in ranks.gather(told) if one is not None]
-    if error is not None or not heard:
+    mine = None if error is None else Failure.of(error, ranks.share.index)
+    failures = [failure for failure in ranks.gather(mine) if failure is not None]
+    if error is not None or not failures:
         return error
-    diverged, text = heard[0]
-    return DivergedError(text) if diverged else RuntimeError(f"in another process: {text}")
+    return worst(failures).error()
 
 
 class SharedNetworks(Networks):

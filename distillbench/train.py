@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distillbench.budget import Meter, Price
 from distillbench.compute import ComputeConfig, grad_scaler, last_batch
-from distillbench.energy import NO_ENERGY, Energy
+from distillbench.energy import Energy
 from distillbench.errors import DivergedError
 from distillbench.fully_sharded import Sharded, check_shared
 from distillbench.method import Batch, Method, OptimizerConfig, Phase, Read
@@ -118,11 +118,8 @@ class _Training:
             method.teacher.denoiser.to(device)  # whole, while it prepares
         if (texts := method.teacher.conditioning.texts) is not None:
             meter.charge(texts.seconds(method.teacher.conditioning.trained), 0)
-        with ranks.first():  # the others find what it makes ahead
-            method.prepare(self.workspace)
-        if not ranks.main:  # who made it, or found it first, has paid
-            meter.restart(Price(), NO_ENERGY)
-        if ranks.progress(meter) >= 1:
+        method.prepare(self.workspace)  # in all processes at the same time; then they wait for one another
+        if ranks.status(meter, due=False)[0] >= 1:
             raise RuntimeError(f"what is made ahead used up the budget of {meter.budget.amount:g} {meter.budget.limit}")
         if shard:
             self.sharded = Sharded(method, self.config.ema_halflife_kimg > 0, ranks, device)
@@ -165,7 +162,8 @@ class _Training:
     def _train_until(self, end: float, label: str) -> None:
         """Steps until the share `end` of the budget is used."""
         method, meter, curve = self.method, self.meter, self.curve
-        while (progress := self.ranks.progress(meter)) < end:
+        progress = self.ranks.progress(meter)
+        while progress < end:
             self._write_checkpoints(progress)
             size = meter.next_batch(self.loop.batch_size)
             factor = learning_rate_factor(self.config, (progress - self.begin) / max(self.finish - self.begin, 1e-12))
@@ -175,7 +173,8 @@ class _Training:
             meter.images += size
             self.average.update(size)
             curve.log(label)
-            if self.resume is not None and self.ranks.agree(self.resume.due()):
+            progress, due = self.ranks.status(meter, self.resume is not None and self.resume.due())
+            if due and self.resume is not None:
                 self._keep(self.resume)
 
     def _step(self, size: int, factor: float) -> None:
@@ -193,7 +192,7 @@ class _Training:
                 network, loss = item
                 loss = loss if part.size == size else loss * (part.size / size)
                 with self.charging(Account.student):
-                    optimizers.differentiate(network, loss, first=not losses)
+                    optimizers.differentiate(network, loss, first=not losses, last=part is parts[-1])
                 losses.append(loss.detach())
             if not losses:
                 return
@@ -316,8 +315,7 @@ class _Curve:
         if not self.losses or (self.steps % STEPS_BETWEEN_CHECKS and not last and self.steps > 1):
             return
         loss = torch.stack(self.losses).double().mean()
-        self.ranks.sum([loss])  # each has the part of its own rows
-        mean = loss.item()
+        mean = self.ranks.sum_of(loss.item())  # each has the part of its own rows
         self.losses.clear()
         if not math.isfinite(mean):
             raise DivergedError(f"the loss is {mean} after {self.meter.images} images ({label})")

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import os
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
+from distillbench import gradient_reduction, pairs
 from distillbench.budget import BudgetConfig, Limit, Meter
 from distillbench.conditions import UNCONDITIONAL
+from distillbench.config import RunConfig
 from distillbench.denoiser import Denoiser
 from distillbench.dropout import seed_masks
 from distillbench.energy import Energy
-from distillbench.errors import UserError
-from distillbench.method import WHOLE, Batch, Share
+from distillbench.errors import DivergedError, UserError
+from distillbench.failures import LostError, of_message
+from distillbench.following import check_rows
+from distillbench.launchers import by_mpi, follows, rank_and_count, started_together
+from distillbench.method import WHOLE, Batch, Method, OptimizerConfig, Share
 from distillbench.networks import ResidualMLP
+from distillbench.optimizers import Optimizers
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress, Step
 from distillbench.ranks import ALONE, Ranks, joined
@@ -39,6 +47,7 @@ from distillbench.train import Loop, Trained, train
 
 SHAPE, BATCH, STEPS = (1, 4, 4), 8, 6
 SMALL = {"direct": {"pairs": 16, "steps": 2}, "tract": {"steps": [4, 2, 1]}, "pd": {"steps": 4}}
+SMALL_BUCKET, PAIRS_AT_ONCE = 256, 4  # bytes; several buckets and rounds, as there are of real networks
 SILENT = Step(lambda fraction, note: None)
 METHODS = sorted(load_registry().methods)
 
@@ -58,16 +67,16 @@ def network(kind: type[ResidualMLP] = ResidualMLP) -> ResidualMLP:
 
 def training(
     name: str, folder: Path, ranks: Ranks = ALONE, parts: int = 1, limit: Limit = Limit.images, stop: int = 0,
-    kind: type[ResidualMLP] = ResidualMLP,
+    kind: type[ResidualMLP] = ResidualMLP, cls: type[Method] | None = None,
 ) -> tuple[dict[str, torch.Tensor], Trained]:  # fmt: skip
     """A few steps of a method on a tiny teacher; its weights, and what the training left."""
-    cls = load_registry().methods[name].cls
+    cls = cls or load_registry().methods[name].cls
     torch.manual_seed(0)
     made = partial(network, kind)
     teacher = Teacher("tiny", Denoiser(made(), VPCosine(), "v"), SHAPE, "tiny", blank=made)
     method = cls(cls.Config(**SMALL.get(name, {})), teacher)
     meter = Meter(BudgetConfig(limit=limit, images=BATCH * STEPS, nfe=300), teacher, "cpu")
-    workspace = Workspace(teacher, meter, folder, "cpu", 0, Progress(None))
+    workspace = Workspace(teacher, meter, folder, "cpu", 0, Progress(None), ranks=ranks)
     order = torch.Generator().manual_seed(1)
 
     def read(size: int) -> tuple[torch.Tensor, None]:
@@ -92,6 +101,8 @@ def free_port() -> int:
 def together(rank: int, port: int, folder: Path) -> None:
     """What each of two processes does."""
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(240, exit=True)  # rather than wait for a message that never comes
+    gradient_reduction.BUCKET_BYTES, pairs.BATCH = SMALL_BUCKET, PAIRS_AT_ONCE
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in given.items()})
     with joined("cpu") as ranks:
@@ -118,9 +129,124 @@ def together(rank: int, port: int, folder: Path) -> None:
                 save_file(weights, folder / f"forgetful-{stop}-{rank}.safetensors")
         counted["mask"] = torch.rand(4).tolist()
         (folder / f"counted-{rank}.json").write_text(json.dumps(counted))
+        weights, _ = training("sid", folder, ranks, parts=2)
+        save_file(weights, folder / f"parts-{rank}.safetensors")
+        (folder / f"sums-{rank}.json").write_text(json.dumps(summed(ranks, folder)))
+        (folder / f"failures-{rank}.json").write_text(json.dumps(failures(ranks, folder)))
         assert ranks.energy(Energy(1.0)) == Energy(2.0)
         assert ranks.energy(Energy(1.0) if rank else Energy(None, "none")).reason == "none"
         assert ranks.main or ranks.take() is None
+
+
+class ThreeLayers(torch.nn.Module):
+    """Not every one of them is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(3, 3) for _ in range(3)])
+
+
+USES = [((0,), (0, 0)), ((0, 0), (0, 1)), ((1, 0), (1,)), ((0, 2, 2), (1,)), ((2, 1, 0), (2, 1, 0))]  # by update, rank
+
+
+def part_loss(network: ThreeLayers, update: int, rank: int, part: int) -> torch.Tensor:
+    """Of one process, in one of two parts: the layers of USES, one after the other."""
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(100 * update + 10 * rank + part))
+    for index in USES[update][rank]:
+        x = torch.tanh(network.layers[index](x))
+    return x.square().sum()
+
+
+def summed(ranks: Ranks, folder: Path) -> list[dict[str, list[int]]]:
+    """For each update: which gradients are None, and how many buckets were sent before and in the last backward pass.
+
+    The gradients are kept in `folder`.
+    """
+    told, network, optimizers = [], ThreeLayers(), Optimizers(OptimizerConfig(), ranks=ranks)
+    for update in range(len(USES)):
+        counts = []
+        for part in range(2):
+            loss = part_loss(network, update, ranks.share.index, part)
+            optimizers.differentiate(network, loss, first=part == 0, last=part == 1)
+            counts.append(len(optimizers.summed[network].sent))
+        optimizers.summed[network].finish()
+        gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
+        none = [name for name, weight in network.named_parameters() if weight.grad is None]
+        save_file({name: g.clone() for name, g in gradients.items()}, folder / f"sum-{update}-{ranks.share.index}.st")
+        told.append({"none": none, "sent": counts, "buckets": len(optimizers.summed[network].buckets)})
+    return told
+
+
+def failing(stage: str, error: Exception, where: tuple[int, ...], step: int, ranks: Ranks) -> type[Method]:
+    """Consistency distillation that raises `error` in the processes `where`."""
+    cls, here = load_registry().methods["cm"].cls, ranks.share.index in where
+
+    class Failing(cls):
+        steps = 0
+
+        def fails(self, at: str) -> bool:
+            return here and at == stage and self.steps in (0, step)
+
+        def prepare(self, workspace: Workspace) -> None:
+            if self.fails("prepare"):
+                raise error
+
+        def train_step(self, batch):
+            self.steps += 1
+            if self.fails("forward"):
+                raise error
+            for network, loss in super().train_step(batch):
+                if self.fails("backward"):
+                    weights = list(network.parameters())
+                    weights[len(weights) // 2].register_hook(self.throw)
+                yield network, loss
+                if self.fails("after the update"):
+                    raise error
+
+        def throw(self, gradient):
+            raise error
+
+        def after_step(self) -> None:
+            super().after_step()
+            if self.fails("after_step"):
+                raise error
+
+        def end_phase(self, index, average) -> None:
+            if here and stage == "end_phase":
+                raise error
+
+    return Failing
+
+
+FAILURES = {  # stage, error, processes, step
+    "one, before its first backward pass": ("forward", ValueError("boom"), (1,), 1),
+    "one, in a forward pass": ("forward", ValueError("boom"), (1,), 3),
+    "the main one, in a forward pass": ("forward", ValueError("boom"), (0,), 3),
+    "both": ("forward", ValueError("boom"), (0, 1), 3),
+    "one, in a backward pass": ("backward", ValueError("boom"), (1,), 3),
+    "one, for want of memory": ("backward", torch.OutOfMemoryError("CUDA out of memory"), (1,), 3),
+    "one, as it prepares": ("prepare", ValueError("boom"), (1,), 0),
+    "one, after an update": ("after the update", ValueError("boom"), (1,), 3),
+    "the main one, after a step": ("after_step", ValueError("boom"), (0,), STEPS),
+    "one, at the end": ("end_phase", ValueError("boom"), (1,), 0),
+    "one, what a user can change": ("forward", UserError("set it to 2"), (1,), 3),
+    "one, not finite": ("forward", DivergedError("nan"), (1,), 3),
+}
+
+
+def failures(ranks: Ranks, folder: Path) -> dict[str, list[str]]:
+    """What each training raises, here; those that go well between them end with the weights that they always have."""
+    told = {}
+    for name, (stage, error, where, step) in FAILURES.items():
+        try:
+            with ranks.together():
+                training("cm", folder, ranks, cls=failing(stage, error, where, step, ranks))
+        except Exception as raised:
+            told[name] = [type(raised).__name__, str(raised), *getattr(raised, "__notes__", [])]
+        weights, _ = training("cm", folder, ranks)
+        assert all(torch.equal(tensor, weights[key]) for key, tensor in load_file(folder / "cm-0.safetensors").items())
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +277,88 @@ def test_two_processes_train_what_one_does(two, name, tmp_path):
     for field in (field for field in price if field.endswith(("nfe", "backward", "input", "images"))):
         assert counted[field] == price[field], field
     assert counted["losses"] == pytest.approx([point.loss for point in left.curve], rel=1e-4)
+
+
+def test_steps_in_parts_of_two_processes_are_the_whole_steps(two, tmp_path):
+    torch.set_num_threads(1)
+    alike(load_file(two / "parts-0.safetensors"), training("sid", tmp_path)[0])
+
+
+def test_gradients_are_the_sums_of_those_of_all_whichever_weights_they_used(two):
+    """In the main process's own network every process's losses are differentiated one after the other."""
+    torch.set_num_threads(1)
+    network = ThreeLayers()
+    for update in range(len(USES)):
+        network.zero_grad()
+        for rank in range(2):
+            for part in range(2):
+                part_loss(network, update, rank, part).backward()
+        theirs = [load_file(two / f"sum-{update}-{rank}.st") for rank in range(2)]
+        ours = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
+        assert theirs[0].keys() == theirs[1].keys() == ours.keys(), update
+        for name, gradient in ours.items():
+            torch.testing.assert_close(theirs[0][name], gradient, rtol=1e-5, atol=1e-7)
+            assert torch.equal(theirs[0][name], theirs[1][name])
+
+
+def test_a_gradient_in_a_bucket_lies_in_memory_as_its_weight_does():
+    """Fused optimisers read both by position."""
+    weight = torch.nn.Parameter(torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    other = torch.nn.Parameter(torch.zeros(5))
+    weight.grad = gradient = torch.randn(4, 3, 2, 2)
+    bucket = gradient_reduction.Bucket([weight, other])
+    bucket.buffer.fill_(7.0)
+    bucket.fill()
+    assert weight.grad is bucket.views[0] and weight.grad.stride() == weight.stride() != gradient.stride()
+    assert torch.equal(weight.grad, gradient) and other.grad is None
+    assert torch.equal(bucket.buffer.sort()[0], torch.cat([gradient.flatten(), torch.zeros(5)]).sort()[0])
+
+
+def test_buckets_are_sent_during_the_last_backward_pass_only(two):
+    told = json.loads((two / "sums-0.json").read_text())
+    assert [update["sent"][0] for update in told] == [0] * len(USES)  # more is to be added
+    assert told[0]["sent"] == [0, 0]  # the order is not known yet
+    assert told[1]["sent"] == [0, 1] and told[1]["buckets"] > told[0]["buckets"]  # a weight used for the first time
+    assert told[-1]["sent"] == [0, told[-1]["buckets"]] == [0, 3]  # all of them: nothing is left to be sent
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_in_one_process_is_raised_in_all(two, name):
+    _, error, where, _ = FAILURES[name]
+    told = [json.loads((two / f"failures-{rank}.json").read_text())[name] for rank in range(2)]
+    first, other = where[0], 1 - where[0]
+    assert told[first][:2] == [type(error).__name__, str(error)]
+    kind, text, *notes = told[other]
+    if isinstance(error, UserError | DivergedError):
+        assert (kind, text) == (type(error).__name__, str(error))
+    else:
+        expected = "OutOfMemoryError" if isinstance(error, torch.OutOfMemoryError) else "RuntimeError"
+        assert (kind, text) == (expected, f"in process {first}: {type(error).__name__}: {error}")
+        assert notes[0].startswith(f"Traceback of process {first}:")
+
+
+def test_what_an_error_of_a_message_means():
+    own = torch.OutOfMemoryError("CUDA out of memory")
+    assert of_message(own) is own
+    ended = of_message(RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:46"))
+    late = of_message(RuntimeError("Timed out waiting 600000ms for recv operation to complete"))
+    other = of_message(torch.distributed.DistBackendError("NCCL error in: x.cpp:1, unhandled cuda error\nmore"))
+    assert all(isinstance(error, LostError) for error in (ended, late, other))
+    assert "another of the processes has ended" in str(ended)
+    assert "does not answer (Timed out waiting 600000ms" in str(late)
+    assert "DistBackendError: NCCL error in: x.cpp:1, unhandled cuda error;" in str(other)
+
+
+def test_processes_make_pairs_together(two, tmp_path, monkeypatch):
+    """The file is that of one process, to the bit, under a name of its own, for its seconds; both are charged."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(pairs, "BATCH", PAIRS_AT_ONCE)
+    training("direct", tmp_path)
+    ((ours, theirs),) = zip(*((folder.glob("*/targets.safetensors")) for folder in (tmp_path, two)), strict=True)
+    assert ours.read_bytes() == theirs.read_bytes() and ours.parent.name != theirs.parent.name
+    of_one, of_two = (json.loads((file.parent / "manifest.json").read_text()) for file in (ours, theirs))
+    assert of_two["recipe"] == of_one["recipe"] | {"processes": 2}
+    assert of_two["teacher_nfe"] == of_one["teacher_nfe"] == 16 * SMALL["direct"]["steps"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -220,19 +428,148 @@ def test_one_process_is_alone(monkeypatch):
         pass
 
 
+def test_what_accelerate_was_asked_for_is_known(monkeypatch):
+    """The environments that `accelerate launch` made here, and those of MPI, which was not at hand."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "PMI_RANK", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with joined("cpu") as ranks:  # --cpu --num_processes 1
+        assert ranks is ALONE
+    monkeypatch.setenv("MASTER_PORT", "29500")  # --cpu --num_processes 2
+    with pytest.raises(UserError, match=r"several processes and has started one.*torchrun"), joined("cpu"):
+        pass
+    monkeypatch.setenv("PMI_RANK", "1")  # --cpu --num_processes 2 --mpirun_hostfile FILE
+    monkeypatch.setenv("PMI_SIZE", "2")
+    assert rank_and_count() == (1, 2) and started_together() and follows() and by_mpi()
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")  # srun: processes that have nothing to do with one another
+    assert rank_and_count() == (0, 1) and not follows() and not by_mpi()
+    with joined("cpu") as ranks:
+        assert ranks is ALONE
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert rank_and_count() == (1, 2) and not by_mpi()
+
+
+@pytest.mark.parametrize(
+    ("count", "images", "batch", "refused"),
+    [(2, 640, 128, ""), (2, 641, 128, "budget.images=641 leaves a last batch of 1"), (3, 642, 128, "last batch of 2"),
+     (4, 6, 3, "batch_size=3, and each of 4 processes"), (2, 642, 128, "")],
+)  # fmt: skip
+def test_every_process_must_have_a_row_of_every_batch(count, images, batch, refused):
+    config = RunConfig(budget=BudgetConfig(images=images), batch_size=batch)
+    with pytest.raises(UserError, match=refused) if refused else nullcontext():
+        check_rows(config, count)
+
+
+STRANGERS = """
+import os
+import signal
+
+import torch
+
+from distillbench import Method, MethodConfig, hookimpl
+from distillbench.samplers import time_like
+
+FOLLOWS = os.environ.get("RANK") == "1"
+
+
+class Stranger(Method):
+    paper, needs_data, steps = "none", False, 0
+    Config = MethodConfig
+
+    def train_step(self, batch):
+        eps, self.steps = batch.noise(), self.steps + 1
+        if FOLLOWS and self.steps == 3:
+            self.third_step(batch)
+        yield self.student, (self.student(eps, time_like(eps, self.teacher.schedule.t_max)) - eps).square().mean()
+
+    def third_step(self, batch):
+        pass
+
+    def sample(self, noise, nfe, c):
+        return self.student(noise(0), time_like(noise(0), self.teacher.schedule.t_max))
+
+
+class FailsInTraining(Stranger):
+    name = "fails_in_training"
+
+    def third_step(self, batch):
+        raise ValueError("no luck")
+
+
+class FailsInSampling(Stranger):
+    name = "fails_in_sampling"
+
+    def sample(self, noise, nfe, c):
+        if FOLLOWS:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().sample(noise, nfe, c)
+
+
+class NeedsMuch(Stranger):
+    name = "needs_much"
+
+    def third_step(self, batch):
+        if batch.size > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+class Dies(Stranger):
+    name = "dies"
+
+    def third_step(self, batch):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@hookimpl(api=1)
+def register_methods(register):
+    for method in (FailsInTraining, FailsInSampling, NeedsMuch, Dies):
+        register(method)
+"""
+
+
 @pytest.mark.slow
-def test_a_run_started_by_torchrun(tmp_path):
-    """Its rows, its files and its weights are there once; the second time there is nothing to do."""
+def test_runs_started_by_torchrun(tmp_path):
+    """Rows, files and weights are there once. A cell that fails in one process is a row, and the others are as without
+    it; a process that is killed ends the run, with one message, and costs no row that was there.
+    """
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "strangers.py").write_text(STRANGERS)
     words = [
-        "methods=[direct]", "dataset=digits", "budget.images=640", "methods.direct.pairs=64", "evaluation.images=64",
-        "evaluation.timing=off", "evaluation.teacher_steps=[4]", "evaluation.metrics=[teacher_rmse]", "device=cpu",
-        f"results_dir={tmp_path}", "run_name=two",
+        "dataset=digits", "budget.images=640", "methods.direct.pairs=64", "evaluation.images=64", "device=cpu",
+        "evaluation.batch_size=16", "evaluation.timing=off", "evaluation.teacher_steps=[4]", "run_name=two",
+        "evaluation.metrics=[teacher_rmse]", "on_oom=accumulate", f"--plugins-dir={tmp_path / 'plugins'}",
     ]  # fmt: skip
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    done = subprocess.run([*launch, "-m", "distillbench", "run", *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+
+    def run(methods: str, folder: str) -> subprocess.CompletedProcess:
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+        about = ["-m", "distillbench", "run", f"methods={methods}", *words, f"results_dir={tmp_path / folder}"]
+        return subprocess.run([sys.executable, *launch, *about], capture_output=True, text=True, timeout=300)
+
+    def records(folder: str) -> tuple[dict, dict]:
+        (train,) = (path for path in (tmp_path / folder).glob("cells/*/train.json") if '"direct"' in path.read_text())
+        (evaluation,) = train.parent.glob("evaluation-*.json")
+        return json.loads(train.read_text()), json.loads(evaluation.read_text())
+
+    done = run("[fails_in_training,fails_in_sampling,needs_much,direct]", "among")
+    assert done.returncode != 0 and "has ended" not in done.stderr, done.stderr[-3000:]
+    table = pd.read_csv(tmp_path / "among" / "two" / "table.csv").set_index("method")
+    assert len(table) == 5
+    reason = "RuntimeError: in process 1: ValueError: no luck"
+    assert tuple(table.loc["fails_in_training", ["status", "reason"]]) == ("failed", reason)
+    reason = "OutOfMemoryError: in process 1: OutOfMemoryError: CUDA out of memory"
+    assert table.loc["fails_in_sampling", "status"] == "oom"
+    assert table.loc["fails_in_sampling", "reason"].startswith(reason)
+    assert table.loc["needs_much", "status"] == "ok"
+    assert table.loc["needs_much", "settings"] == "accumulate=4 (memory ran out in fewer parts), processes=2"
+    (traceback,) = (path.read_text() for path in tmp_path.glob("among/cells/*/error.txt") if "luck" in path.read_text())
+    assert "in third_step" in traceback
+
+    done = run("[direct,dies]", "alone")
+    assert done.returncode != 0 and done.stderr.count("another of the processes has ended") == 1, done.stderr[-3000:]
     assert done.stdout.count("direct seed 0") + done.stderr.count("direct seed 0") == 1
-    (record,) = (path for path in tmp_path.glob("cells/*/train.json") if "direct" in path.read_text())
-    told = json.loads(record.read_text())
-    assert told["processes"] == 2 and told["cost"]["images"] == 640 and told["status"] == "ok"
-    assert len((tmp_path / "two" / "table.csv").read_text().splitlines()) == 3
+    (train, scores), (train_among, scores_among) = records("alone"), records("among")
+    assert train["processes"] == 2 and train["cost"]["images"] == 640 and train["status"] == "ok"
+    assert train_among["weights_sha256"] == train["weights_sha256"]
+    assert scores_among["rows"][0]["scores"] == scores["rows"][0]["scores"]
+    assert scores["rows"][0]["status"] == "ok"

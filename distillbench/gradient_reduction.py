@@ -1,0 +1,203 @@
+"""Gradients summed over processes while the backward pass runs, in buckets, as torch's DistributedDataParallel does.
+
+DistributedDataParallel itself does not fit the contract of a method: it must be called in the network's place, and a
+method calls its networks as it likes, several times for one loss, through other networks, or not all of their weights.
+Here the sums hang on the weights instead: ``Tensor.register_post_accumulate_grad_hook`` runs once in a backward pass
+for each weight, when its gradient is complete, however often the weight was used. Three rules keep the processes in
+step:
+
+- Buckets are sent in one order, that in which the main process's first backward pass completed the gradients.
+- Which weights have a gradient is exchanged after each backward pass, together with whether all processes are well. A
+  weight that only some of them used counts as zero in the others; one that none used keeps ``grad = None``.
+- Where a process has failed, all complete the sums that some have begun, so that the next training starts in step.
+
+A gradient is copied once, into its bucket, and is a view of it from then on.
+"""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from distillbench.ranks import Together
+
+BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel
+
+
+class Bucket:
+    """A contiguous buffer for the gradients of some weights. It lives as long as the training."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.weights = weights
+        self.buffer = torch.zeros(sum(w.numel() for w in weights), dtype=weights[0].dtype, device=weights[0].device)
+        parts = self.buffer.split([weight.numel() for weight in weights])
+        self.views = [_laid_out_as(weight, part) for weight, part in zip(weights, parts, strict=True)]
+        self.missing: set[Tensor] = set()  # weights whose gradient the running backward pass has not completed
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Copy the gradients into the buffer, zero for weights without one; they are views of it from then on."""
+        pairs = list(zip(self.weights, self.views, strict=True))
+        given = [(view, weight.grad) for weight, view in pairs if weight.grad is not None]
+        if given:
+            torch._foreach_copy_(*map(list, zip(*given, strict=True)))
+        for weight, view in pairs:
+            if weight.grad is None:
+                view.zero_()
+            else:
+                weight.grad = view
+
+
+def _laid_out_as(weight: Tensor, part: Tensor) -> Tensor:
+    """`part` as a tensor with the shape and the memory format of `weight`: fused optimisers read both by position."""
+    return part.as_strided(weight.shape, torch.empty_like(weight, device="meta").stride(), part.storage_offset())
+
+
+class NetworkGradients:
+    """The gradients of one network, of which no weight is spread over processes (those are summed by FSDP)."""
+
+    def __init__(self, weights: Sequence[Tensor], ranks: Together) -> None:
+        self.weights, self.ranks = list(weights), ranks
+        self.buckets: list[Bucket] = []  # none before the first sum
+        self.bucket_of: dict[Tensor, Bucket] = {}
+        self.order: list[int] = []  # in which the first backward pass completed gradients
+        self.sent: list[Any] = []  # the running sums, of the first buckets
+        self.active = False
+        number = {weight: index for index, weight in enumerate(self.weights)}
+        this = weakref.ref(self)  # a hook must not keep its owner alive
+
+        def completed(weight: Tensor) -> None:
+            owner = this()
+            if owner is not None and owner.active:
+                owner._completed(weight, number[weight])
+
+        trained = [weight for weight in self.weights if weight.requires_grad]
+        handles = [weight.register_post_accumulate_grad_hook(completed) for weight in trained]
+        weakref.finalize(self, _remove, handles)
+
+    @contextmanager
+    def during_backward(self) -> Iterator[None]:
+        """A backward pass after which the gradients are complete. Full buckets are sent meanwhile."""
+        for bucket in self.buckets:
+            bucket.missing = set(bucket.weights)
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+
+    def _completed(self, weight: Tensor, number: int) -> None:
+        if not self.buckets:
+            self.order.append(number)
+            return
+        bucket = self.bucket_of.get(weight)
+        if bucket is None:
+            return
+        if weight not in bucket.missing:
+            raise RuntimeError(
+                "a weight's gradient was completed twice in one backward pass, which several processes cannot sum "
+                "(checkpoint with use_reentrant=True? use use_reentrant=False)"
+            )
+        bucket.missing.remove(weight)
+        while len(self.sent) < len(self.buckets) and not self.buckets[len(self.sent)].missing:
+            self._send_next()
+
+    def finish(self) -> None:
+        """Every gradient is the sum over all processes. Raises Failed where another process has failed."""
+        used = self._used_somewhere()
+        self._add_buckets(used)
+        while len(self.sent) < len(self.buckets):
+            self._send_next()
+        self._wait()
+        for bucket in self.buckets:
+            for weight, view in zip(bucket.weights, bucket.views, strict=True):
+                weight.grad = view if weight in used else None
+
+    def _used_somewhere(self) -> set[Tensor]:
+        """The weights that have a gradient in some process."""
+        present = [weight.grad is not None for weight in self.weights]
+        digests = {row[0] for row in self.ranks.exchange(zlib.crc32(bytes(present)))}
+        if len(digests) > 1:
+            present = [any(here) for here in zip(*self.ranks.gather(present), strict=True)]
+        return {weight for weight, here in zip(self.weights, present, strict=True) if here}
+
+    def _add_buckets(self, used: set[Tensor]) -> None:
+        """Buckets for weights that have a gradient for the first time, the same in all processes."""
+        if not self.buckets:
+            first = self.ranks.gather(self.order)[0]  # that of the main process
+            order = dict.fromkeys([*first, *range(len(self.weights))])
+            new = [self.weights[number] for number in order if self.weights[number] in used]
+        elif used <= self.bucket_of.keys():
+            return
+        else:
+            new = [weight for weight in self.weights if weight in used and weight not in self.bucket_of]
+        for weights in _in_buckets(new):
+            bucket = Bucket(weights)
+            self.buckets.append(bucket)
+            self.bucket_of.update(dict.fromkeys(weights, bucket))
+
+    def _send_next(self) -> None:
+        bucket = self.buckets[len(self.sent)]
+        bucket.fill()
+        self.sent.append(self.ranks.start_sum(bucket.buffer))
+
+    def _wait(self) -> None:
+        for work in self.sent:
+            self.ranks.wait_for(work)
+        self.sent = []
+
+    def give_up(self, count: int) -> None:
+        """Complete the sums of the first `count` buckets, which some process has begun. The gradients are lost."""
+        while len(self.sent) < count:
+            self.sent.append(self.ranks.start_sum(self.buckets[len(self.sent)].buffer))
+        self._wait()
+
+
+def _remove(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _in_buckets(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """`weights` in their order, in parts of one type of number and of about BUCKET_BYTES."""
+    part: list[Tensor] = []
+    size = 0
+    for weight in weights:
+        if part and (size >= BUCKET_BYTES or weight.dtype != part[0].dtype or weight.device != part[0].device):
+            yield part
+            part, size = [], 0
+        part.append(weight)
+        size += weight.numel() * weight.element_size()
+    if part:
+        yield part
+
+
+class GradientReduction:
+    """The gradients of all networks that one training updates, in the order of their first update."""
+
+    def __init__(self, ranks: Together) -> None:
+        self.ranks, self.networks = ranks, list[NetworkGradients]()
+        ranks.reduction = self
+
+    def of(self, weights: Sequence[Tensor]) -> NetworkGradients:
+        """Those of another network."""
+        self.networks.append(NetworkGradients(weights, self.ranks))
+        return self.networks[-1]
+
+    def under_way(self) -> tuple[int, int]:
+        """The network whose sums are running, and the number of them."""
+        running = [(index, len(network.sent)) for index, network in enumerate(self.networks) if network.sent]
+        return running[0] if running else (0, 0)
+
+    def give_up(self, begun: Sequence[tuple[int, int]]) -> None:
+        """Complete what some process has begun; `begun` is what is under way in each of them."""
+        index, count = max(begun, key=lambda one: one[1])
+        if count:
+            self.networks[index].give_up(count)
