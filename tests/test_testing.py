@@ -285,6 +285,13 @@ class ForgetsNoGrad(Good):
         return self.g(eps, c, self.target)
 
 
+@fault("dropout", "is trained in evaluation mode, so its dropout never acts")
+class TrainsInEvaluationMode(Good):
+    def __init__(self, config, teacher) -> None:
+        super().__init__(config, teacher)
+        self.student.eval()
+
+
 @fault("only_yielded", "itself changes self.target:")
 class ChangesItsTarget(Good):
     def train_step(self, batch):
