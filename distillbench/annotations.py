@@ -335,7 +335,7 @@ def _metadata(reader: EncodedReader, beside: Beside, files: dict[str, list[str]]
         for where, row in table:
             column = next((column for column in columns if column in row), None)
             if FILE_NAME not in row or (column is None and not by_label):
-                wanted = f"{FILE_NAME} and one of {', '.join(CAPTION_COLUMNS)}"
+                wanted = f"{FILE_NAME} and one of {', '.join((*CAPTION_COLUMNS, *LABEL_COLUMNS))}"
                 raise trouble(f"{where}: needs {wanted}, got {quoted(reprlib.repr(row))}")
             pairs[file].append((row[FILE_NAME], None if column is None else row[column]))
     first = next(iter(files))

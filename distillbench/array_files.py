@@ -169,7 +169,7 @@ def open_npz(files: Sequence[Path], split: str, labelled: bool) -> ArrayReader:
             flat.append(arrays.part("data", "labels", _flat_pixels, labelled))
         else:
             parts += [arrays.part(key, pairs[key], _pixels, labelled) for key in _batches(pairs, split, path.name)]
-    notes = [f"{len(unread):,} arrays are not read: {some(unread)}"] if unread else []
+    notes = [f"arrays that are not read ({len(unread):,}): {some(unread)}"] if unread else []
     return ArrayReader("npz arrays", [*parts, *_from_one(flat, files[0].parent)], notes)
 
 
@@ -284,7 +284,9 @@ def open_npy(files: Sequence[Path], split: str, labelled: bool) -> ArrayReader:
             labels = _numbers(_npy(beside[pairs[name]]), images, f"{pairs[name]}.npy")
         parts.append(Part(f"{name}.npy", images, labels))
     unread = sorted(f"{name}.npy" for name in names if name not in {*pairs, *pairs.values()})
-    return ArrayReader("npy arrays", parts, [f"{len(unread):,} files are not read: {some(unread)}"] if unread else [])
+    return ArrayReader(
+        "npy arrays", parts, [f"files that are not read ({len(unread):,}): {some(unread)}"] if unread else []
+    )
 
 
 def _npy(path: Path) -> np.ndarray:

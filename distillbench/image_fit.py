@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from distillbench.errors import quoted
-from distillbench.readers import LARGEST_IMAGE, over_white, trouble
+from distillbench.readers import DAMAGE, LARGEST_IMAGE, over_white, trouble, unreadable
 
 CROPS = {"center": "centre crop", "none": "no crop"}
 ADM = "adm"
@@ -60,7 +60,10 @@ class Fit:
             image = Image.fromarray(image[..., 0] if image.shape[2] == 1 else np.ascontiguousarray(image))
         if image.mode.startswith(("I", "F")):
             raise trouble(f"{name!r} has more than 8 bits a channel (Pillow's mode {image.mode}): convert it to 8 bits")
-        image = over_white(image).convert("RGB" if self.channels == 3 else "L")
+        try:
+            image = over_white(image).convert("RGB" if self.channels == 3 else "L")
+        except DAMAGE as error:  # colours of another kind, such as CIELAB
+            raise unreadable(name, error) from error
         if image.size != (self.side, self.side):
             image = self._resized(image, name)
         return np.asarray(image, dtype=np.uint8).reshape(shape).transpose(2, 0, 1)

@@ -198,9 +198,10 @@ class FolderReader(ImageFiles):
 
     def __init__(self, root: Path, every: Sequence[str], split: str, labels: str) -> None:
         self.root = root
-        self._stored = {cleaned: name for name in every if (cleaned := clean(name)) != name}
-        _check_twice([clean(name) for name in every] if self._stored else (), f"folder {root.name!r}")
-        self._choose([clean(name) for name in every], split, labels, f"below {str(root)!r}")
+        names = [clean(name) for name in every]
+        self._stored = {name: raw for name, raw in zip(names, every, strict=True) if name != raw}
+        _check_twice(names if self._stored else (), f"folder {root.name!r}")
+        self._choose(names, split, labels, f"below {str(root)!r}")
 
     def content(self, name: str) -> bytes:
         return read_file(self.root / self._stored.get(name, name))

@@ -242,6 +242,17 @@ def test_tiff_of_16_bits_of_colour_is_refused(tmp_path):
         read({"a.tif": data}, tmp_path)
 
 
+def test_colours_that_are_not_converted_are_refused_by_name(tmp_path, monkeypatch):
+    """As CIELAB is not by older versions of Pillow."""
+
+    def refusing(image, mode):
+        raise ValueError(f"conversion from LAB to {mode} not supported")
+
+    monkeypatch.setattr(Image.Image, "convert", refusing)
+    with pytest.raises(UserError, match=r"cannot read '0\.png' as an image: conversion from LAB to RGB not supported"):
+        read({"0.png": PNG}, tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["gif", "tiff", "webp", "png"])
 def test_several_pictures_in_one_file_are_refused(tmp_path, kind):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
@@ -267,8 +278,9 @@ def test_images_beside_arrays_are_left_out_with_a_word(tmp_path):
     np.savez(tmp_path / "a.npz", images=pixels(2), weights=np.zeros(2))
     write_folder(tmp_path, {"0.png": PNG})
     assert open_at(tmp_path).notes == [
-        "1 arrays are not read: a.npz:weights", "left out, beside npz arrays: 1 .png (0.png)"
-    ]  # fmt: skip
+        "arrays that are not read (1): a.npz:weights",
+        "left out, beside npz arrays: 1 .png (0.png)",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_rows_without_a_text_are_counted_and_of_several_texts_the_first_is_taken
         assert list(found.prompts) == ["a", "c"]
         assert list(found.notes) == [
             f"{name}: 2 of 4 rows have no text and are left out",
-            f"{name}: 1 rows have several texts: the first is taken",
+            f"{name}: 1 of 4 rows have several texts: the first is taken",
         ]
     (tmp_path / "a.txt").write_text("a\n\nb\n")
     assert list(prompts(tmp_path / "a.txt").notes) == []

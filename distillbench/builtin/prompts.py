@@ -69,8 +69,7 @@ class Prompts(Dataset):
 
 
 def read_prompts(path: str, setting: str) -> tuple[list[str], list[str]]:
-    """The texts of a file, in order, without empty ones; notes on what is left out. Raises UserError, with the name of
-    the setting."""
+    """The texts of a file, in order, without empty ones, and notes on these. Raises UserError in the setting's name."""
     file = Path(path)
     try:
         there = file.is_file()
@@ -101,7 +100,7 @@ def read_prompts(path: str, setting: str) -> tuple[list[str], list[str]]:
     if file.suffix != ".txt" and len(texts) < len(rows):  # an empty line of a text is no prompt that is missing
         notes.append(f"{file.name}: {len(rows) - len(texts):,} of {len(rows):,} rows have no text and are left out")
     if several:
-        notes.append(f"{file.name}: {several:,} rows have several texts: the first is taken")
+        notes.append(f"{file.name}: {several:,} of {len(rows):,} rows have several texts: the first is taken")
     return texts, notes
 
 
