@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -75,6 +76,7 @@ STEPS = (
     Kind("oom", 120, "a batch that does not fit, then one that does; on_oom=accumulate"),
     Kind("together", 120, "two commands in one folder; torchrun"),
     Kind("bits", 75, "the same training twice"),
+    Kind("bits-deterministic", 60, "the same with compute.deterministic=true"),
     Kind("speed-compile", 150, "step times with bf16 and compile=blocks"),
     Kind("speed-channels_last", 75, "step times with bf16 and channels_last"),
     Kind("speed-recompute", 75, "step times with bf16 and recompute"),
@@ -146,7 +148,7 @@ class Run:
         with log.open("w") as written, lines.open() as told:
             process = subprocess.Popen(
                 [sys.executable, "-m", "gpu_steps.child", str(order)],
-                stdout=written, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(folder), start_new_session=True,
+                stdout=written, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(name, folder), start_new_session=True,
             )  # fmt: skip
             try:
                 while True:
@@ -249,14 +251,17 @@ def commit() -> str:
         return ""
 
 
-def environment(scratch: Path) -> dict[str, str]:
+def environment(step: str, scratch: Path) -> dict[str, str]:
     """Of the steps' processes: this checkout's code and, where it is not installed, its entry points."""
     paths = path_of_python()
     try:
         importlib.metadata.distribution("distillbench")
     except importlib.metadata.PackageNotFoundError:
         paths = os.pathsep.join([paths, str(entry_points(scratch.parent / "entry_points"))])
-    return os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    own = {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    if step == "bits-deterministic":
+        own["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read once, when cuBLAS starts; torch demands it
+    return os.environ | own
 
 
 def entry_points(folder: Path) -> Path:
@@ -300,10 +305,19 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="folder of the two files; default: results/gpu/DEVICE")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--rehearse", action="store_true", help="on the CPU, everything tiny")
+    where.add_argument(
+        "--simulated", action="store_true", help="the same on a simulated GPU: the code for CUDA, on a CPU"
+    )
     given = parser.parse_args(words)
     if not re.fullmatch(r"cuda(:\d+)?", given.device):
         parser.error(f"--device {given.device}: possible are cuda and cuda:N; on the CPU use --rehearse")
-    device, mode, name = ("cpu", "rehearsal", "rehearsal") if given.rehearse else (given.device, "gpu", "")
+    device, mode, name = given.device, "gpu", ""
+    if given.rehearse:
+        device, mode, name = "cpu", "rehearsal", "rehearsal"
+    elif given.simulated:
+        if importlib.util.find_spec("distillbench.simulated_cuda") is None:
+            parser.error("--simulated: this version of distillbench has no simulated GPU")
+        device, mode, name = "cuda", "simulated", "simulated"
     name = name or name_of(device)
     if not name:
         print(f"torch finds no GPU {device}: see `distillbench doctor`. On the CPU: --rehearse", file=sys.stderr)

@@ -27,7 +27,7 @@ def function_of(name: str) -> Callable[[Context], None]:
         "runs": runs.runs, "resume": runs.resume, "waits": waits.waits, "loop": training.loop,
         "graphs": inference.graphs, "sampling": inference.throughput, "scoring": inference.scoring,
         "memory": hardware.memory, "energy": hardware.energy_step, "oom": runs.out_of_memory,
-        "together": runs.together, "bits": training.bits,
+        "together": runs.together, "bits": training.bits, "bits-deterministic": training.deterministic_bits,
     }  # fmt: skip
     return functions[name]
 
@@ -35,6 +35,10 @@ def function_of(name: str) -> Callable[[Context], None]:
 def main() -> None:
     order = json.loads(Path(sys.argv[1]).read_text())
     name = order.pop("step")
+    if order["simulated"]:
+        from distillbench.simulated_cuda import install
+
+        install()
     torch.set_num_threads(1)  # as in a run
     context = Context(**order | {"folder": Path(order["folder"]), "output": Path(order["output"])})
     try:

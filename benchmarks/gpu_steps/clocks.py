@@ -6,7 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -122,6 +122,13 @@ class Gauges:
             "watts": self.watts(),
             "throttle": self.ask("nvmlDeviceGetCurrentClocksThrottleReasons"),
         }
+
+
+def moments(device: str) -> list[dict[str, float]]:
+    """The gauges now; [] where one of them is missing."""
+    with gauges(device) as found, suppress(Unavailable):
+        return [] if found is None else [found.moment()]
+    return []
 
 
 @contextmanager

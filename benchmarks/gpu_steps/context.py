@@ -77,18 +77,19 @@ class Context:
 
     # --- the command line --------------------------------------------------------------------------------------------
 
-    def start(self, *words: str, before: Sequence[str] = ("-m", "distillbench")) -> subprocess.Popen[str]:
-        """The project's command line in a process of its own; what it prints goes into this step's log."""
-        return subprocess.Popen([*self.python, *before, *words], text=True, stdout=sys.stdout, stderr=sys.stdout)
+    def start(self, *words: str, before: Sequence[str] = (), **variables: str) -> subprocess.Popen[str]:
+        """The project's command line in a process of its own; what it prints goes into this step's log.
 
-    @property
-    def python(self) -> list[str]:
-        return [sys.executable]
+        `before`: arguments of Python in the place of the usual ones. `variables` of the environment are added.
+        """
+        print("$", *(f"{name}={value}" for name, value in variables.items()), *words, flush=True)
+        usual = ("-m", "distillbench.simulated_cuda" if self.simulated else "distillbench")
+        command = [sys.executable, *(before or usual), *words]
+        return subprocess.Popen(command, env=os.environ | variables, text=True, stdout=sys.stdout, stderr=sys.stdout)
 
-    def run(self, *words: str, before: Sequence[str] = ("-m", "distillbench")) -> int:
+    def run(self, *words: str, before: Sequence[str] = (), **variables: str) -> int:
         """Its exit code; it ends with the step's time."""
-        print("$", " ".join(words), flush=True)
-        process = self.start(*words, before=before)
+        process = self.start(*words, before=before, **variables)
         try:
             return process.wait(max(1.0, self.left))
         except subprocess.TimeoutExpired:

@@ -24,7 +24,7 @@ from gpu_steps.verdicts import Verdict
 
 MIB = 2**20
 STARTS = ("CUDA", "NVIDIA", "TORCH", "PYTORCH", "NCCL", "OMP", "CUBLAS", "DISTILLBENCH")
-LEVELS = {"ok": "ok", "warning": "look", "wrong": "wrong"}  # doctor's
+LEVELS: dict[str, verdicts.Level] = {"ok": "ok", "warning": "look", "wrong": "wrong"}  # doctor's
 
 
 def environment(context: Context) -> None:
@@ -80,8 +80,9 @@ def _nvml(context: Context, found: Gauges) -> None:
     name = found.ask("nvmlDeviceGetName")
     name = name if isinstance(name, str) else name.decode()
     theirs = torch.cuda.get_device_name(context.device)
-    level = "ok" if name == theirs else "look"
-    context.say(Verdict(level, "NVML's name of the device", name, theirs, "" if level == "ok" else "another GPU?"))
+    context.say(
+        verdicts.judge(name == theirs, "look", "NVML's name of the device", name, theirs, "it may be another GPU")
+    )
     modes = {0: "default", 2: "prohibited", 3: "exclusive process"}
     asked: dict[str, tuple[str, Callable[[Any], Verdict]]] = {
         "compute mode": ("nvmlDeviceGetComputeMode", lambda mode: _mode(modes.get(int(mode), str(mode)))),
@@ -235,8 +236,11 @@ def memory(context: Context) -> None:
         take(size // 4).fill_(1)
         time.sleep(0.1)  # NVML is looked at every 20 ms
     context.say(verdicts.judge_allocation("peak of a cell: tensors", size + before, peak.mib or 0.0, 2))
-    reserved = peak.reserved.mib or 0.0
-    context.say(verdicts.judge_allocation("peak of a cell: torch's allocator", size, reserved, 64))
+    what = "peak of a cell: torch's allocator"
+    if peak.reserved.mib is None:
+        context.say(Verdict("skipped", what, peak.reserved.reason))
+    else:
+        context.say(verdicts.judge_allocation(what, size, peak.reserved.mib, 64))
     context.keep("device_peak_mib", peak.device.mib)
     gc.collect()
     torch.cuda.empty_cache()

@@ -26,7 +26,6 @@ from gpu_steps import verdicts
 from gpu_steps.clocks import median, milliseconds, synchronise, warm_up
 from gpu_steps.context import Context, NotRun
 from gpu_steps.training import digits_scene, unet_scene
-from gpu_steps.verdicts import Verdict
 
 
 def graphs(context: Context) -> None:
@@ -56,8 +55,10 @@ def graphs(context: Context) -> None:
                 rows[f"{name}, batch {batch}"] = {"plain_ms": plain, "graphs_ms": fast}
                 context.keep("latency", rows)
                 figure = f"{plain:.2f} ms, {fast:.2f} ms by graphs"
-                level = "ok" if fast < 1.1 * plain else "look"
-                context.say(Verdict(level, f"{name}, batch {batch}: latency", figure, "graphs are no slower"))
+                sooner = fast < 1.1 * plain
+                context.say(
+                    verdicts.judge(sooner, "look", f"{name}, batch {batch}: latency", figure, "graphs are no slower")
+                )
     with context.attempt("CUDA graphs of three rows"):
         _captures(context)
 
@@ -67,12 +68,11 @@ def captured() -> Iterator[list[float]]:
     """When each capture of a graph began."""
     real, seen = torch.cuda.graph, list[float]()
 
-    class Counted(real):  # type: ignore[misc,valid-type]
-        def __enter__(self) -> Any:
-            seen.append(time.perf_counter())
-            return super().__enter__()
+    def counted(*about: Any, **more: Any) -> Any:
+        seen.append(time.perf_counter())
+        return real(*about, **more)
 
-    torch.cuda.graph = Counted  # type: ignore[misc]
+    torch.cuda.graph = counted  # type: ignore[assignment,misc]
     try:
         yield seen
     finally:
@@ -106,7 +106,7 @@ def throughput(context: Context) -> None:
         low, _, high = interval.partition(" to ")
         what = f"{sampler} through {through} beside a bare loop"
         verdict = verdicts.judge_ratio(what, float(value), float(low), float(high), 1.1)
-        context.say(verdict if context.on_gpu else Verdict("ok", what, verdict.figure, verdict.expected))
+        context.say(verdicts.unjudged(verdict) if context.small else verdict)
         rate = images / float(ours) if float(ours) else None
         rows.append({"sampler": sampler, "through": through, "images_per_second": rate, "bare_s": float(theirs)})
         context.say(verdicts.judge_equal(f"{sampler}: samples beside a bare loop", float(apart), 1e-3))
@@ -130,18 +130,17 @@ def scoring(context: Context) -> None:
     with _timing(seconds, "features", device):
         a.features(EfficientNetLite0), b.features(EfficientNetLite0)
     rate = 2 * count / seconds["features"]
-    level = "ok" if rate > 2000 or not context.on_gpu else "look"
-    context.say(Verdict(level, "features of EfficientNet-Lite0", f"{rate:,.0f} images/s", "2,000 or more on a GPU"))
+    what, enough = "features of EfficientNet-Lite0", rate > 2000 or context.small
+    context.say(verdicts.judge(enough, "look", what, f"{rate:,.0f} images/s", "2,000 or more on a GPU"))
     metrics = load_registry().metrics
     for name in (f"{score}_efficientnet_lite0" for score in ("fd", "kd", "precision", "density")):
         with context.attempt(name):
             context.need(1 if context.small else 20)
             with _timing(seconds, name, device):
                 value = metrics[name].cls().score(_samples(a, b))
-            level = "ok" if seconds[name] < 30 else "look"
             figure = f"{value:.4g} in {seconds[name]:.2f} s"
-            advice = "" if level == "ok" else "it may not use the GPU"
-            context.say(Verdict(level, f"{name} of {count:,} images", figure, "below 30 s", advice))
+            what, soon = f"{name} of {count:,} images", seconds[name] < 30
+            context.say(verdicts.judge(soon, "look", what, figure, "below 30 s", "it may not use the GPU"))
     context.keep("seconds", seconds | {"images": count})
     if context.on_gpu:
         few, score = min(count, 1024), metrics["fd_efficientnet_lite0"].cls().score

@@ -121,13 +121,10 @@ def _defaults(context: Context) -> None:
     for column in ("sample_latency_p50_ms", "sample_images_per_second", "sample_peak_gpu_mib", "train_peak_gpu_mib"):
         asked = _students(rows) if column.startswith("train") else rows
         empty = [row["reason"] for row in asked if not row[column]]
-        level = "wrong" if empty else "ok"
-        advice = empty[0][:300] if empty else ""
-        context.say(
-            Verdict(level, f"column {column}", f"{len(asked) - len(empty)} of {len(asked)} filled", "all", advice)
-        )
-    joules = [row["sample_peak_device_mib"] for row in rows]
-    context.say(Verdict("ok" if all(joules) else "look", "column sample_peak_device_mib", f"{joules}", "all filled"))
+        figure = f"{len(asked) - len(empty)} of {len(asked)} filled"
+        context.say(verdicts.judge(not empty, "wrong", f"column {column}", figure, "all", "".join(empty[:1])[:300]))
+    mib = [row["sample_peak_device_mib"] for row in rows]
+    context.say(verdicts.judge(all(mib), "look", "column sample_peak_device_mib", ", ".join(mib), "all filled"))
 
 
 # --- resume ----------------------------------------------------------------------------------------------------------
@@ -160,14 +157,15 @@ def _resumed(context: Context, what: str, methods: tuple[str, ...], more: list[s
         words.remove("executor.workers=1")
     name = "deterministic" if must else "plain"
     whole, cut = context.folder / f"{name}-whole", context.folder / f"{name}-cut"
-    context.run(*_command(context, whole, "a", *words))
-    process = context.start(*_command(context, cut, "a", *words))
+    cublas = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if must else {}  # which torch demands of a deterministic run
+    context.run(*_command(context, whole, "a", *words), **cublas)
+    process = context.start(*_command(context, cut, "a", *words), **cublas)
     in_middle = lambda: len({p.parents[2] for p in cut.glob("cells/*/resume/*/state-*.safetensors")}) == len(methods)
     wait_for(in_middle, context.left / 2, process)
     code = stop(process, patience=max(5.0, context.left / 3))
     left = {p.parents[2] for p in cut.glob("cells/*/resume/*/state-*.safetensors")}
     context.say(verdicts.judge_interrupted(code, len(left), len(methods)))
-    context.run(*_command(context, cut, "a", *words))
+    context.run(*_command(context, cut, "a", *words), **cublas)
     rows, others = _students(_table(cut / "a")), _students(_table(whole / "a"))
     _judge_table(context, f"{what}: the same command again", cut / "a", 1 + len(methods))
     keys = {row["method"]: row["key"] for row in others}
@@ -204,8 +202,11 @@ IMAGES = 600_000  # of a batch that does not fit into it: an MLP of digits keeps
 
 def out_of_memory(context: Context) -> None:
     """A batch that does not fit while this process holds most of the memory; then in parts."""
-    if not context.on_gpu or context.simulated:
+    if not context.on_gpu:
         raise NotRun("it needs a GPU")
+    if context.simulated:
+        _in_parts(context, 10_000, DISTILLBENCH_SIMULATED_GPU_BYTES=str(2**26))
+        return
     free, _ = torch.cuda.mem_get_info(context.device)
     ballast = []
     for _ in range(max(0, free // 2**20 - LEFT_MIB) // 256):
@@ -214,15 +215,20 @@ def out_of_memory(context: Context) -> None:
         except torch.OutOfMemoryError:
             break
     context.keep("ballast_mib", 256 * len(ballast))
-    common = [_methods(["ct"]), f"batch_size={IMAGES}", "evaluation.images=16", "evaluation.timing=off"]
+    _in_parts(context, IMAGES)
+
+
+def _in_parts(context: Context, images: int, **variables: str) -> None:
+    common = [_methods(["ct"]), f"batch_size={images}", "evaluation.images=16", "evaluation.timing=off"]
     common += ["evaluation.teacher_steps=[1]", "evaluation.nfe=[1]", "evaluation.metrics=[teacher_rmse]"]
     results = context.folder / "oom"
-    context.run(*_command(context, results, "a", *common, f"budget.images={IMAGES},2000"))
+    context.run(*_command(context, results, "a", *common, f"budget.images={images},200"), **variables)
     rows = _students(_table(results / "a"))
     rows.sort(key=lambda row: -int(float(row["budget"].split()[0])) if row["budget"] else 0)
     context.say(verdicts.judge_memory_error([row["status"] for row in rows]))
     with context.attempt("on_oom=accumulate"):
-        context.run(*_command(context, results, "b", *common, f"budget.images={IMAGES}", "on_oom=accumulate"))
+        more = [f"budget.images={images}", "on_oom=accumulate"]
+        context.run(*_command(context, results, "b", *common, *more), **variables)
         row = (_students(_table(results / "b")) or [{"status": "no row", "key": "?"}])[0]
         records = [json.loads(path.read_text()) for path in results.glob(f"cells/{row['key']}*/train.json")]
         context.say(verdicts.judge_parts(row["status"], records[0].get("accumulate", 1) if records else 1))
@@ -239,16 +245,18 @@ def together(context: Context) -> None:
     results = context.folder / "both"
     processes = [context.start(*_command(context, results, name, *words)) for name in ("a", "b")]
     codes = [process.wait(max(1.0, context.left)) for process in processes]
-    level = "ok" if codes == [0, 0] else "wrong"
-    context.say(Verdict(level, "two commands in one folder at the same time", f"exit codes {codes}", "[0, 0]"))
+    what = "two commands in one folder at the same time"
+    context.say(verdicts.judge(codes == [0, 0], "wrong", what, f"exit codes {codes}", "[0, 0]"))
     tables = [_judge_table(context, f"table of command {n}", results / n, 2 + len(methods)) for n in ("a", "b")]
     keys = [sorted((row["key"], row[COLUMN]) for row in table) for table in tables]
-    level = "ok" if keys[0] == keys[1] else "wrong"
-    context.say(Verdict(level, "their tables", "equal" if level == "ok" else "different", "equal"))
+    same = keys[0] == keys[1]
+    context.say(verdicts.judge(same, "wrong", "their tables", "equal" if same else "different", "equal"))
     count = torch.cuda.device_count() if context.device.startswith("cuda") and not context.simulated else 0
     cpu = not context.on_gpu
     if count < 2 and not cpu:
         context.say(Verdict("skipped", "one training on two GPUs", f"{count} GPU here"))
+        if context.simulated:
+            return
         with context.attempt("two processes of one training on one GPU"):
             _refused(context, words)
         return
@@ -261,7 +269,7 @@ def _torchrun(context: Context, words: list[str], methods: tuple[str, ...], devi
     begin, results = time.monotonic(), context.folder / "ranks"
     words = [word for word in words if not word.startswith("isolate")]
     code = context.run(*_command(context, results, "a", *words, device=device), before=launch)
-    context.say(Verdict("ok" if code == 0 else "wrong", "torchrun with two processes", f"exit code {code}", "0"))
+    context.say(verdicts.judge(code == 0, "wrong", "torchrun with two processes", f"exit code {code}", "0"))
     rows = _judge_table(context, "table of two processes", results / "a", 2 + len(methods))
     alone = {(row["method"], row["nfe"]): row for row in _table(context.folder / "both" / "a")}
     for row in (row for row in rows if row["method"].startswith("teacher:") and row[COLUMN]):
@@ -279,6 +287,5 @@ def _refused(context: Context, words: list[str]) -> None:
     code = context.run(*_command(context, context.folder / "refused", "a", *words, device="cuda"), before=launch)
     seconds = time.monotonic() - begin
     figure = f"exit code {code} after {seconds:.0f} s"
-    level = "ok" if code else "look"
-    advice = "" if code else "it ran: two processes shared a GPU, and their seconds are not those of two GPUs"
-    context.say(Verdict(level, "two processes of one training on one GPU", figure, "refused in words", advice))
+    what, advice = "two processes of one training on one GPU", "it ran: their seconds are not those of two GPUs"
+    context.say(verdicts.judge(code != 0, "look", what, figure, "refused in words", advice))

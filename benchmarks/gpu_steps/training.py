@@ -31,7 +31,7 @@ from distillbench.schedules import VPCosine
 from distillbench.teachers import Teacher
 from distillbench.train import Loop, train
 from gpu_steps import verdicts
-from gpu_steps.clocks import Marks, gauges, synchronise, warm_up
+from gpu_steps.clocks import Marks, moments, synchronise, warm_up
 from gpu_steps.context import Context, NotRun
 from gpu_steps.runs import has_determinism, weights_apart
 from gpu_steps.verdicts import Verdict
@@ -133,7 +133,7 @@ def drive(
             number += 1
             after(number, meter)
 
-        method.after_step = wrapped
+        method.after_step = wrapped  # type: ignore[method-assign]
         read = data.read if method.needs_data else None
         loop, step = Loop(scene.batch, compute=compute), Step(lambda fraction, note: None)
         stack.enter_context(suppress(Enough))
@@ -180,8 +180,7 @@ def step_times(context: Context, setting: str) -> None:
             if found["graphs"]:
                 advice = "torch's compiler worked within the timed steps: these times are not those of a step"
                 context.say(Verdict("look", f"{what}: compiled meanwhile", f"{found['graphs']} graphs", "0", advice))
-            with gauges(context.device) as gauge:
-                seen += [gauge.moment()] if gauge is not None else []
+            seen += moments(context.device)
         free(context.device)
     if context.on_gpu:
         context.say(verdicts.judge_clocks(seen))
@@ -226,7 +225,7 @@ def _timed(context: Context, scene: Scene, name: str, compute: ComputeConfig, pr
     return {
         "ms": ms, "median_ms": middle, "wall_ms": 1e3 * (walls[1] - walls[0]) / len(ms), "tflop": tflop,
         "images_per_second": 1e3 * scene.batch / middle, "peak_mib": peak, "predicted_ms": predicted,
-        "share": tflop / (middle * 1e-3) / sheet if sheet and context.on_gpu else None, "graphs": graphs[1] - graphs[0],
+        "share": tflop / (middle * 1e-3) / sheet if sheet and context.on_gpu and not context.small else None, "graphs": graphs[1] - graphs[0],
     }  # fmt: skip
 
 
@@ -266,7 +265,7 @@ def loop(context: Context) -> None:
                 rows[f"{name}, {against}"] = vars(ratio)
                 context.keep("ratios", rows)
                 verdict = verdicts.judge_ratio(what, ratio.value, ratio.low, ratio.high)
-                context.say(verdict if context.on_gpu else Verdict("ok", what, verdict.figure, verdict.expected))
+                context.say(verdicts.unjudged(verdict) if context.small else verdict)
             free(context.device)
     with context.attempt("watches of a cell"):
         context.need(1 if context.small else 10)
@@ -307,31 +306,38 @@ def _watches(context: Context) -> None:
     ratio = Ratio.of(times[1][1:], times[0][1:])  # pairs of neighbours
     context.keep("watches", vars(ratio))
     verdict = verdicts.judge_ratio("watches of a cell, small steps", ratio.value, ratio.low, ratio.high, 1.05)
-    context.say(verdict if context.on_gpu else Verdict("ok", verdict.what, verdict.figure, verdict.expected))
+    context.say(verdicts.unjudged(verdict) if context.small else verdict)
 
 
 # --- bits ------------------------------------------------------------------------------------------------------------
 
 
 def bits(context: Context) -> None:
-    """The same few steps twice, from the same seed: equal to the bit?"""
-    kinds: dict[str, dict[str, Any]] = {"without the setting": {}}
-    if has_determinism():
-        kinds["compute.deterministic=true"] = {"deterministic": True}
-    else:
-        context.say(Verdict("skipped", "bits with compute.deterministic=true", "there is no such setting yet"))
+    """The same few steps twice, from the same seed: equal to the bit, though nobody asked for it?"""
+    _twice(context, ComputeConfig(), must=False)
+
+
+def deterministic_bits(context: Context) -> None:
+    """The same with compute.deterministic=true: they must be."""
+    if not has_determinism():
+        raise NotRun("there is no setting compute.deterministic yet")
+    _twice(context, ComputeConfig(**DETERMINISTIC), must=True)
+
+
+DETERMINISTIC: dict[str, Any] = {"deterministic": True}
+
+
+def _twice(context: Context, compute: ComputeConfig, must: bool) -> None:
     scene, rows = unet_scene(context, 4 if context.small else 16), dict[str, Any]()
-    names = ORDER[:1] if context.small else ("direct", "ct", "boot", "sid")
-    for words, more in kinds.items():
-        for name in names:
-            what = f"{name}: the same training twice, {words}"
-            with context.attempt(what):
-                context.need(1 if context.small else 6)
-                a, b = (_weights(context, scene, name, ComputeConfig(**more)) for _ in range(2))
-                apart, equal = weights_apart(a, b)
-                rows[f"{name}, {words}"] = {"apart": apart, "equal": equal}
-                context.keep("bits", rows)
-                context.say(verdicts.judge_weights(what, apart, equal, must=bool(more)))
+    for name in ORDER[:1] if context.small else ("direct", "ct", "boot", "sid"):
+        what = f"{name}: the same training twice"
+        with context.attempt(what):
+            context.need(1 if context.small else 6)
+            a, b = (_weights(context, scene, name, compute) for _ in range(2))
+            apart, equal = weights_apart(a, b)
+            rows[name] = {"apart": apart, "equal": equal}
+            context.keep("bits", rows)
+            context.say(verdicts.judge_weights(what, apart, equal, must))
     free(context.device)
 
 

@@ -25,6 +25,16 @@ class Verdict:
     advice: str = ""
 
 
+def judge(good: bool, otherwise: Level, what: str, figure: str, expected: str = "", advice: str = "") -> Verdict:
+    """ok, or `otherwise` with advice."""
+    return Verdict("ok" if good else otherwise, what, figure, expected, "" if good else advice)
+
+
+def unjudged(verdict: Verdict) -> Verdict:
+    """Of a rehearsal, whose times mean nothing."""
+    return Verdict("ok", verdict.what, verdict.figure, "not judged in a rehearsal")
+
+
 # --- what a device can do --------------------------------------------------------------------------------------------
 
 
