@@ -148,7 +148,8 @@ class Run:
         with log.open("w") as written, lines.open() as told:
             process = subprocess.Popen(
                 [sys.executable, "-m", "gpu_steps.child", str(order)],
-                stdout=written, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(name, folder), start_new_session=True,
+                stdout=written, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(name, folder),
+                start_new_session=True,
             )  # fmt: skip
             try:
                 while True:

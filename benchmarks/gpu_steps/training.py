@@ -218,14 +218,16 @@ def _timed(context: Context, scene: Scene, name: str, compute: ComputeConfig, pr
     peaks, reached = given.get("peak") or {}, given.get("reached") or {}
     sheet = peaks.get(precision) or reached.get(precision)
     speed, middle = peaks.get("memory") or reached.get("copies"), sorted(ms)[len(ms) // 2]
-    predicted = None
-    if sheet and speed and context.on_gpu and not context.small:
-        images = forward // len(ms), both // len(ms)
-        predicted = verdicts.roofline_ms(tflop, *images, precision, sheet, speed)
+    predicted = share = None
+    if sheet and context.on_gpu and not context.small:
+        share = tflop / (middle * 1e-3) / sheet
+        if speed:
+            images = forward // len(ms), both // len(ms)
+            predicted = verdicts.roofline_ms(tflop, *images, precision, sheet, speed)
     return {
-        "ms": ms, "median_ms": middle, "wall_ms": 1e3 * (walls[1] - walls[0]) / len(ms), "tflop": tflop,
+        "ms": ms, "median_ms": middle, "wall_ms": 1e3 * (walls[1] - walls[0]) / len(ms), "tflop": tflop, "share": share,
         "images_per_second": 1e3 * scene.batch / middle, "peak_mib": peak, "predicted_ms": predicted,
-        "share": tflop / (middle * 1e-3) / sheet if sheet and context.on_gpu and not context.small else None, "graphs": graphs[1] - graphs[0],
+        "graphs": graphs[1] - graphs[0],
     }  # fmt: skip
 
 
