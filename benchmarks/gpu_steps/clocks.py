@@ -16,6 +16,7 @@ from distillbench.errors import Unavailable
 from distillbench.nvml import Gpu, gpu_of
 
 BETWEEN = 0.02  # seconds between two looks at power
+SM, MEMORY, GPU = 1, 2, 0  # NVML's clocks and its sensor of temperature
 
 
 def synchronise(device: str) -> None:
@@ -116,9 +117,9 @@ class Gauges:
 
     def moment(self) -> dict[str, float]:
         return {
-            "sm_mhz": self.ask("nvmlDeviceGetClockInfo", self.nvml.NVML_CLOCK_SM),
-            "memory_mhz": self.ask("nvmlDeviceGetClockInfo", self.nvml.NVML_CLOCK_MEM),
-            "celsius": self.ask("nvmlDeviceGetTemperature", self.nvml.NVML_TEMPERATURE_GPU),
+            "sm_mhz": self.ask("nvmlDeviceGetClockInfo", SM),
+            "memory_mhz": self.ask("nvmlDeviceGetClockInfo", MEMORY),
+            "celsius": self.ask("nvmlDeviceGetTemperature", GPU),
             "watts": self.watts(),
             "throttle": self.ask("nvmlDeviceGetCurrentClocksThrottleReasons"),
         }

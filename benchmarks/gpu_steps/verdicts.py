@@ -127,7 +127,7 @@ def throttles(bits: int) -> list[str]:
 def judge_clocks(seen: Sequence[Mapping[str, float]]) -> Verdict:
     """`seen`: clock (MHz), temperature (degrees), watts and the bits of what held it down, at several times."""
     if not seen:
-        return Verdict("skipped", "clocks under load", "NVML is not there", "", "times may be of a throttled GPU")
+        return Verdict("skipped", "clocks under load", "NVML does not tell", "", "times may be of a throttled GPU")
     mhz = [moment["sm_mhz"] for moment in seen]
     reasons = sorted({words for moment in seen for words in throttles(int(moment["throttle"]))})
     figure = f"{min(mhz):,.0f} to {max(mhz):,.0f} MHz, up to {max(m['celsius'] for m in seen):.0f} degrees, "
