@@ -337,7 +337,8 @@ def test_a_rehearsal(tmp_path):
 @pytest.mark.nightly
 def test_a_rehearsal_of_the_other_steps(tmp_path):
     """Those that run the command line, and those that measure many pairs."""
-    steps = rehearsed(tmp_path, "environment", "limits", "runs", "resume", "waits", "loop", "bits", "sampling", "scoring")
+    names = "environment", "limits", "runs", "resume", "waits", "loop", "bits", "sampling", "scoring"
+    steps = rehearsed(tmp_path, *names)
     cut = next(v for v in steps["resume"]["verdicts"] if v["what"] == "SIGTERM in the middle")
     assert cut["level"] == "ok", cut
     assert any(v["what"].startswith("a second process") and v["level"] == "ok" for v in steps["runs"]["verdicts"])
