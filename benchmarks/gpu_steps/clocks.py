@@ -6,7 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -125,13 +125,6 @@ class Gauges:
         }
 
 
-def moments(device: str) -> list[dict[str, float]]:
-    """The gauges now; [] where one of them is missing."""
-    with gauges(device) as found, suppress(Unavailable):
-        return [] if found is None else [found.moment()]
-    return []
-
-
 @contextmanager
 def gauges(device: str) -> Iterator[Gauges | None]:
     """None where there is no NVML."""
@@ -151,10 +144,10 @@ def gauges(device: str) -> Iterator[Gauges | None]:
 
 
 class Sampled:
-    """Values that a thread reads every 20 ms, each with its time."""
+    """Values that a thread reads every 20 ms, or every `between` seconds, each with its time."""
 
-    def __init__(self, read: Callable[[], Any]) -> None:
-        self.read, self.seen = read, list[tuple[float, Any]]()
+    def __init__(self, read: Callable[[], Any], between: float = BETWEEN) -> None:
+        self.read, self.between, self.seen = read, between, list[tuple[float, Any]]()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
@@ -164,7 +157,7 @@ class Sampled:
                 self.seen.append((time.perf_counter(), self.read()))
             except Unavailable:
                 return
-            self.done.wait(BETWEEN)
+            self.done.wait(self.between)
 
     def __enter__(self) -> Sampled:
         self.thread.start()
@@ -181,3 +174,21 @@ class Sampled:
             raise Unavailable("nothing could be read")
         points = [(begin, inside[0][1]), *inside, (end, inside[-1][1])]
         return sum((b - a) * (v + w) / 2 for (a, v), (b, w) in pairwise(points))
+
+
+@contextmanager
+def clocks(device: str) -> Iterator[list[dict[str, float]]]:
+    """The gauges within the block, four times a second, when it ends; none where one of them is missing.
+
+    Only of moments under load: a GPU that waits for the next measurement lets its clock fall.
+    """
+    busy: list[dict[str, float]] = []
+    with gauges(device) as found:
+        if found is None:
+            yield busy
+            return
+        with Sampled(found.moment, 0.25) as sampled:
+            yield busy
+        seen = [moment for _, moment in sampled.seen]
+        most = max((moment["watts"] for moment in seen), default=0.0)
+        busy += [moment for moment in seen if moment["watts"] >= 0.7 * most]

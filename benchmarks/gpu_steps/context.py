@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distillbench.errors import Unavailable
+from distillbench.errors import Unavailable, UserError
 from gpu_steps.verdicts import Verdict
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -61,7 +61,7 @@ class Context:
         """What goes wrong in the block is a verdict, and the step goes on. The log has the traceback."""
         try:
             yield
-        except (NotRun, Unavailable) as reason:
+        except (NotRun, Unavailable, UserError) as reason:
             self.say(Verdict("skipped", what, str(reason)))
         except OutOfTime as late:
             self.say(Verdict("look", what, str(late), "", "repeat this step alone"))

@@ -18,7 +18,7 @@ from distillbench.errors import Unavailable
 from distillbench.memory import peak_gpu_mib
 from distillbench.networks import UNet
 from gpu_steps import verdicts
-from gpu_steps.clocks import Gauges, Sampled, gauges, median, milliseconds, synchronise, warm_up
+from gpu_steps.clocks import Gauges, Sampled, clocks, gauges, median, milliseconds, synchronise, warm_up
 from gpu_steps.context import Context, NotRun
 from gpu_steps.verdicts import Verdict
 
@@ -128,9 +128,8 @@ def limits(context: Context) -> None:
     name = "cpu" if not context.on_gpu else torch.cuda.get_device_name(device)
     peak, reached = verdicts.peak_of(name), dict[str, float]()
     seconds = 0.05 if context.small else 2.0
-    with gauges(device) as found, Sampled(found.moment if found else _nothing) as sampled:
-        warm_up(device, seconds)
-        start = time.perf_counter()
+    warm_up(device, seconds)
+    with clocks(device) as seen:
         for precision in ("fp32", "tf32", "bf16"):
             if precision == "tf32" and not context.on_gpu:
                 continue
@@ -145,15 +144,10 @@ def limits(context: Context) -> None:
             context.say(
                 verdicts.judge_limit("copies on the device", reached["copies"], sheet, "GB/s", verdicts.COPIES_REACHED)
             )
-    seen = [moment for when, moment in sampled.seen if when > start and moment is not None]
     if context.on_gpu:
         context.say(verdicts.judge_clocks(seen))
     context.keep("reached", reached)
     context.keep("peak", None if peak is None else vars(peak))
-
-
-def _nothing() -> None:
-    raise Unavailable("no NVML")
 
 
 def _products(device: str, size: int, precision: str, seconds: float) -> float:

@@ -31,7 +31,7 @@ from distillbench.schedules import VPCosine
 from distillbench.teachers import Teacher
 from distillbench.train import Loop, train
 from gpu_steps import verdicts
-from gpu_steps.clocks import Marks, moments, synchronise, warm_up
+from gpu_steps.clocks import Marks, clocks, synchronise, warm_up
 from gpu_steps.context import Context, NotRun
 from gpu_steps.runs import has_determinism, weights_apart
 from gpu_steps.verdicts import Verdict
@@ -160,11 +160,21 @@ def step_times(context: Context, setting: str) -> None:
     if context.on_gpu:
         warm_up_optimizers(context.device)
         warm_up(context.device)
-    seen = []
+    with clocks(context.device) as seen:
+        _methods_in(context, scene, setting, compute, precision, rows)
+    if context.on_gpu:
+        context.say(verdicts.judge_clocks(seen))
+
+
+def _methods_in(
+    context: Context, scene: Scene, setting: str, compute: ComputeConfig, precision: str, rows: dict[str, Any]
+) -> None:
+    longest = 60.0 if compute.compile != "off" else 5.0  # seconds of a method
     for name in ORDER[:2] if context.small else ORDER:
         what = f"{name}, {setting}: a step"
         with context.attempt(what):
-            context.need(1 if context.small else 8)
+            context.need(1 if context.small else 1.5 * longest)
+            begin = time.monotonic()
             try:
                 rows[name] = _timed(context, scene, name, compute, precision)
             except torch.OutOfMemoryError:
@@ -180,28 +190,31 @@ def step_times(context: Context, setting: str) -> None:
             if found["graphs"]:
                 advice = "torch's compiler worked within the timed steps: these times are not those of a step"
                 context.say(Verdict("look", f"{what}: compiled meanwhile", f"{found['graphs']} graphs", "0", advice))
-            seen += moments(context.device)
+            longest = max(longest if compute.compile == "off" else 5.0, time.monotonic() - begin)
         free(context.device)
-    if context.on_gpu:
-        context.say(verdicts.judge_clocks(seen))
 
 
 def _timed(context: Context, scene: Scene, name: str, compute: ComputeConfig, precision: str) -> dict[str, Any]:
-    device, count = context.device, 2 if context.small else 12
-    first = 1 if context.small else 4  # steps that do not count: libraries choose algorithms, memory is taken
+    device, count, before = context.device, 2 if context.small else 12, 0.0
+    first = 2 if context.small else 4  # steps that do not count: libraries choose algorithms, memory is taken
     marks, prices, walls, graphs = Marks(device), list[Price](), list[float](), list[int]()
 
     def after(number: int, meter: Meter) -> None:
+        nonlocal count, before
+        if number == first - 1:
+            synchronise(device)
+            before = time.perf_counter()
         if number < first:
             return
         if number == first:
+            synchronise(device)
+            count = min(count, max(4, int(6 / (time.perf_counter() - before))))  # of slow steps fewer
             _edge(device, meter, prices, graphs)
             if device != "cpu":
                 torch.cuda.reset_peak_memory_stats(device)
             walls.append(time.perf_counter())
         marks.add()
-        late = number >= first + 4 and time.perf_counter() - walls[0] > 6
-        if number == first + count or late or (context.left < 2 and number > first):
+        if number == first + count:
             synchronise(device)
             walls.append(time.perf_counter())
             _edge(device, meter, prices, graphs)
@@ -215,7 +228,8 @@ def _timed(context: Context, scene: Scene, name: str, compute: ComputeConfig, pr
     both = paid.teacher_backward + paid.student_backward
     forward = paid.teacher_nfe + paid.student_nfe - both
     given = context.earlier.get("limits", {})
-    peaks, reached = given.get("peak") or {}, given.get("reached") or {}
+    sheets = verdicts.peak_of(torch.cuda.get_device_name(device)) if device != "cpu" else None
+    peaks, reached = {} if sheets is None else vars(sheets), given.get("reached") or {}
     sheet = peaks.get(precision) or reached.get(precision)
     speed, middle = peaks.get("memory") or reached.get("copies"), sorted(ms)[len(ms) // 2]
     predicted = share = None
