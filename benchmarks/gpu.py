@@ -167,7 +167,10 @@ class Run:
                         end = f"killed after {limit:.0f} s"
                         break
                     time.sleep(0.1)
-            finally:  # also where this process is told to stop
+            except KeyboardInterrupt:
+                self._end(name, "not run to its end: stopped", time.monotonic() - begin, found, data, "")
+                raise
+            finally:
                 kill_tree(process)
         if end == "done" and process.returncode:
             code = process.returncode
