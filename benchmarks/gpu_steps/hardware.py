@@ -184,7 +184,7 @@ def precision(context: Context) -> None:
         wanted = exact(x.double(), t.flatten())
         teacher = Teacher("unet", Denoiser(network, VPCosine(), "v").to(context.device), shape, "unet")
         for name in ("fp32", "tf32", "fp16", "bf16"):
-            if name == "tf32" and not _has_tf32(context):
+            if name == "tf32" and not has_tf32(context):
                 context.say(Verdict("skipped", "tf32: error of a U-Net", "no units for it here"))
                 continue
             with context.attempt(f"{name}: error of a U-Net"), sampling(Sampling(name), teacher, context.device):
@@ -194,7 +194,8 @@ def precision(context: Context) -> None:
                 context.say(verdicts.judge_precision(name, error))
 
 
-def _has_tf32(context: Context) -> bool:
+def has_tf32(context: Context) -> bool:
+    """Whether the device has units for TF32: NVIDIA's from Ampere on."""
     return context.on_gpu and torch.version.hip is None and torch.cuda.get_device_capability(context.device)[0] >= 8
 
 

@@ -33,6 +33,7 @@ from distillbench.train import Loop, train
 from gpu_steps import verdicts
 from gpu_steps.clocks import Marks, clocks, synchronise, warm_up
 from gpu_steps.context import Context, NotRun
+from gpu_steps.hardware import has_tf32
 from gpu_steps.runs import has_determinism, weights_apart
 from gpu_steps.verdicts import Verdict
 
@@ -153,8 +154,8 @@ def free(device: str) -> None:
 def step_times(context: Context, setting: str) -> None:
     """Of all methods in one setting, with the share of the peak and the peak of memory."""
     compute, precision = SETTINGS[setting], {"fp32": "fp32", "tf32": "tf32"}.get(setting, "bf16")
-    if compute.tf32 and not context.on_gpu:
-        raise NotRun("TF32 needs a GPU")
+    if compute.tf32 and not has_tf32(context):
+        raise NotRun("no units for TF32 here")
     scene, rows = unet_scene(context), dict[str, Any]()
     context.keep("batch", scene.batch)
     if context.on_gpu:
@@ -274,7 +275,7 @@ def loop(context: Context) -> None:
     for against in ("own", "hand"):
         for name in ORDER[:1] if context.small else ORDER:
             what = f"{name}: harness beside {'its own steps' if against == 'own' else 'a loop by hand'}"
-            with context.attempt(what), tf32(context.on_gpu and torch.version.hip is None, context.device):
+            with context.attempt(what), tf32(has_tf32(context), context.device):
                 context.need(1 if context.small else 8)
                 pairs, folder = 2 if context.small else 9, context.folder / f"{against}-{name}"
                 ratio = measure(scene, name, pairs, context.device, folder, time.perf_counter, against)
