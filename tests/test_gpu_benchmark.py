@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -20,7 +22,9 @@ from gpu_steps import verdicts  # noqa: E402
 from gpu_steps.clocks import Sampled  # noqa: E402
 from gpu_steps.context import Context, NotRun  # noqa: E402
 from gpu_steps.page import page, summary  # noqa: E402
+from gpu_steps.runs import weights_apart  # noqa: E402
 from gpu_steps.verdicts import Verdict  # noqa: E402
+from gpu_steps.waits import waits_seen  # noqa: E402
 
 H200 = verdicts.PEAKS["H200"]
 
@@ -163,6 +167,27 @@ def test_power_is_integrated_over_time():
     sampled = Sampled(lambda: 0.0)
     sampled.seen = [(0.1, 100.0), (1.0, 100.0), (1.0, 300.0), (1.9, 300.0), (5.0, 9.0)]
     assert sampled.integral(0.0, 2.0) == pytest.approx(400.0)
+
+
+def test_waits_are_counted_by_their_warnings_and_nothing_else(monkeypatch):
+    """torch warns of each, and once of the mode itself; plain calls of synchronize it does not see."""
+    mode = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda to: warnings.warn(mode, stacklevel=1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    with waits_seen("cuda") as seen:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation (function x)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        torch.cuda.synchronize()
+    assert sum(seen.values()) == 4
+
+
+def test_weights_are_compared_by_their_size_and_to_the_bit():
+    a = {"w": torch.tensor([3.0, 4.0])}
+    assert weights_apart(a, {"w": torch.tensor([3.0, 4.0])}) == (0.0, True)
+    apart, equal = weights_apart({"w": torch.tensor([3.0, 4.5])}, a)
+    assert apart == pytest.approx(0.5 / 5) and not equal
+    assert weights_apart(a, {}) == (float("inf"), False)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
