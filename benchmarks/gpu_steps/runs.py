@@ -123,8 +123,9 @@ def _defaults(context: Context) -> None:
         empty = [row["reason"] for row in asked if not row[column]]
         figure = f"{len(asked) - len(empty)} of {len(asked)} filled"
         context.say(verdicts.judge(not empty, "wrong", f"column {column}", figure, "all", "".join(empty[:1])[:300]))
-    mib = [row["sample_peak_device_mib"] for row in rows]
-    context.say(verdicts.judge(all(mib), "look", "column sample_peak_device_mib", ", ".join(mib), "all filled"))
+    mib, why = [row["sample_peak_device_mib"] for row in rows], "".join(row["reason"] for row in rows[:1])[:300]
+    figure = ", ".join(value or "empty" for value in mib)
+    context.say(verdicts.judge(all(mib), "look", "column sample_peak_device_mib", figure, "all filled", why))
 
 
 # --- resume ----------------------------------------------------------------------------------------------------------
