@@ -149,7 +149,7 @@ def resume(context: Context) -> None:
 
 
 def _resumed(context: Context, what: str, methods: tuple[str, ...], more: list[str], must: bool) -> None:
-    images = 12_800 if context.small else 60_000
+    images = 6_400 if context.small else 60_000
     words = [_methods(methods), f"budget.images={images}", "evaluation.timing=off", "evaluation.images=16"]
     words += ["evaluation.teacher_steps=[1]", "evaluation.metrics=[teacher_rmse]", f"executor.workers={len(methods)}"]
     words += ["states.seconds=0.1", *more]
@@ -162,7 +162,7 @@ def _resumed(context: Context, what: str, methods: tuple[str, ...], more: list[s
     context.run(*_command(context, whole, "a", *words), **cublas)
     process = context.start(*_command(context, cut, "a", *words), **cublas)
     in_middle = lambda: len({p.parents[2] for p in cut.glob("cells/*/resume/*/state-*.safetensors")}) == len(methods)
-    wait_for(in_middle, context.left / 2, process)
+    wait_for(in_middle, 0.6 * context.left, process)
     code = stop(process, patience=max(5.0, context.left / 3))
     left = {p.parents[2] for p in cut.glob("cells/*/resume/*/state-*.safetensors")}
     context.say(verdicts.judge_interrupted(code, len(left), len(methods)))

@@ -268,7 +268,7 @@ def judge_interrupted(code: int, cut: int, count: int) -> Verdict:
     if code != 143:
         return Verdict("wrong", what, figure, "exit code 143", "see the step's log")
     if cut == 0:
-        return Verdict("look", what, figure, "all of them", "they were done before: the step shows nothing here")
+        return Verdict("look", what, figure, "all of them", "they were done before, or had not begun: repeat it alone")
     return Verdict("ok" if cut == count else "look", what, figure, "all of them")
 
 
