@@ -169,19 +169,18 @@ def _resumed(context: Context, what: str, methods: tuple[str, ...], more: list[s
     context.run(*_command(context, cut, "a", *words), **cublas)
     rows, others = _students(_table(cut / "a")), _students(_table(whole / "a"))
     _judge_table(context, f"{what}: the same command again", cut / "a", 1 + len(methods))
-    keys = {row["method"]: row["key"] for row in others}
     for row in {row["method"]: row for row in rows}.values():
         other = next(r for r in others if r["method"] == row["method"])
         counts = [{name: int(float(r[name])) for name in COUNTED if r[name]} for r in (row, other)]
         context.say(verdicts.judge_counts(f"{what}: {row['method']}, cut off and whole", *counts))
-    for method, key in keys.items():
+    for method in methods:
         with context.attempt(f"{what}: weights of {method}"):
-            apart, equal = weights_apart(*(_weights(results, key) for results in (cut, whole)))
+            apart, equal = weights_apart(*(_weights(results, method) for results in (cut, whole)))
             context.say(verdicts.judge_weights(f"{what}: weights of {method}", apart, equal, must))
 
 
-def _weights(results: Path, key: str) -> dict[str, torch.Tensor]:
-    (path,) = results.glob(f"cells/{key}*/student.safetensors")
+def _weights(results: Path, method: str) -> dict[str, torch.Tensor]:
+    (path,) = results.glob(f"a/weights/{method}-seed0-*.safetensors")
     return load_file(path)
 
 
@@ -230,9 +229,10 @@ def _in_parts(context: Context, images: int, **variables: str) -> None:
     with context.attempt("on_oom=accumulate"):
         more = [f"budget.images={images}", "on_oom=accumulate"]
         context.run(*_command(context, results, "b", *common, *more), **variables)
-        row = (_students(_table(results / "b")) or [{"status": "no row", "key": "?"}])[0]
-        records = [json.loads(path.read_text()) for path in results.glob(f"cells/{row['key']}*/train.json")]
-        context.say(verdicts.judge_parts(row["status"], records[0].get("accumulate", 1) if records else 1))
+        status = next((row["status"] for row in _students(_table(results / "b"))), "no row")
+        records = [json.loads(path.read_text()) for path in results.glob("cells/*/train.json")]
+        parts = max((record["accumulate"] for record in records if record["status"] == "ok"), default=1)
+        context.say(verdicts.judge_parts(status, parts))
 
 
 # --- two processes ---------------------------------------------------------------------------------------------------
