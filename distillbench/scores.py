@@ -106,10 +106,10 @@ class KernelDistance(FeatureMetric):
     subsets, subset = 100, 1000
 
     def score(self, samples: Samples) -> float:
-        few = min(samples.images.count, samples.real.count)
+        ours, real = _both(samples, self.network)  # first: without weights that is the reason to give
+        few = min(len(ours), len(real))
         if few < self.subset:
             raise Unavailable(f"a kernel distance takes subsets of {self.subset} images, here are {few}")
-        ours, real = _both(samples, self.network)
         random, found = np.random.RandomState(SEED), []
         for _ in range(self.subsets):
             x, y = (features[_drawn(random, len(features), self.subset, features.device)] for features in (ours, real))
@@ -254,7 +254,7 @@ def _kernel(f: Tensor, g: Tensor) -> Tensor:
 
 def precision_and_recall(samples: Samples, network: type[FeatureNetwork], k: int = 3) -> tuple[float, float]:
     """Both at once, and once for these samples."""
-    if min(samples.images.count, samples.real.count) <= k:
+    if min(len(samples.images.features(network)), len(samples.real.features(network))) <= k:
         raise Unavailable("a third neighbour needs four images")
     return samples.images.once(f"precision {network.name}", lambda: _precision_and_recall(samples, network, k))
 
@@ -278,7 +278,7 @@ def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
 
 def density_and_coverage(samples: Samples, network: type[FeatureNetwork], k: int = 5) -> tuple[float, float]:
     """Both at once, and once for these samples."""
-    if samples.real.count <= k:
+    if len(samples.real.features(network)) <= k:
         raise Unavailable(f"neighbour {k} needs more than {k} real images")
 
     def compute() -> tuple[float, float]:
