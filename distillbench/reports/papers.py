@@ -154,8 +154,8 @@ class _Data:
             ranks = [place.get(key, len(place)) for key in _keys(frame)]
             frame = frame.iloc[sorted(range(len(frame)), key=ranks.__getitem__)]
             records = frame.to_dict("records")
-            told = {"reasons": [_reasons(table, r) for r in records], "notes": [_notes(table, r) for r in records]}
-            frames.append(frame.assign(run=name, **told))
+            reasons, notes = [_reasons(table, row) for row in records], [_notes(table, row) for row in records]
+            frames.append(frame.assign(run=name, reasons=reasons, notes=notes))
         summary = pd.concat(frames, ignore_index=True) if frames else _empty(columns)
         for name, direction in directions.items():
             for column in (name, f"{name}_training_low", f"{name}_training_high"):

@@ -139,16 +139,16 @@ def select(
     for name, _ in keys:
         _check_column(name, possible, rows)
     tables = [run.table.assign(**{RUN: name}) for run, name in zip(runs, names, strict=True) if len(run.table)]
-    whole = pd.concat(tables, ignore_index=True) if tables else None
+    whole = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     masks = [_passes(frame, text, possible, rows, strict=True) for text in where]
     for mask in masks:
         frame = frame[mask.reindex(frame.index)]
-    for text in where if whole is not None else []:
+    for text in where if tables else []:
         whole = whole[_passes(whole, text, [*IDENTITY, RUN], rows, strict=False)]
     for name, ascending in reversed(keys):  # the first decides; what has no value comes last
         frame = frame.sort_values(name, ascending=ascending, kind="stable", na_position="last")
     failed = noted = pd.DataFrame()
-    if whole is not None:
+    if tables:
         failed, noted = whole[~_is_ok(whole)], whole[whole["note"].fillna("") != ""]
     return Shown(frame.reset_index(drop=True), directions, len(runs) > 1, list(columns), failed, noted)
 
