@@ -26,6 +26,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor  # torch imports it for itself
 from torch.nn.functional import softplus
 
 from distillbench.errors import UserError, unknown
@@ -91,7 +92,7 @@ class _Point:
 
 def recorded(x: Tensor) -> bool:
     """Whether work on `x` is recorded, by a compiler or a CUDA graph, or is not real: its results cannot be kept."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return True
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 

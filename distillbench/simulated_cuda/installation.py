@@ -1,0 +1,150 @@
+"""Makes a process one with simulated GPUs, for good: torch itself is changed, so it is done in a process of its own."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing.popen_spawn_posix
+import multiprocessing.spawn
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, _foreach_supported_types
+
+from distillbench.simulated_cuda.devices import DEVICES, TOTAL_BYTES
+from distillbench.simulated_cuda.factories import patch_factories
+from distillbench.simulated_cuda.management import management_module
+from distillbench.simulated_cuda.record import watch_networks
+from distillbench.simulated_cuda.runtime import current_stream, synchronize, torch_cuda
+from distillbench.simulated_cuda.tensor import SimulatedTensor
+
+COUNT, BYTES = "DISTILLBENCH_SIMULATED_GPUS", "DISTILLBENCH_SIMULATED_GPU_BYTES"  # for processes that are started
+CHILD = "distillbench.simulated_cuda.child"  # what a started process imports first
+
+
+def installed() -> bool:
+    """Whether this process has simulated GPUs."""
+    return bool(DEVICES.memory)
+
+
+def install(count: int | None = None, total_bytes: int | None = None) -> None:
+    """From now on torch has `count` GPUs of `total_bytes` each, and so have the processes that this one spawns.
+
+    Raises RuntimeError in a process that has real ones.
+    """
+    if installed():
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("there is a real GPU: simulated ones are for machines without")
+    count = int(os.environ.get(COUNT, "1")) if count is None else count
+    total_bytes = int(os.environ.get(BYTES, TOTAL_BYTES)) if total_bytes is None else total_bytes
+    os.environ[COUNT], os.environ[BYTES] = str(count), str(total_bytes)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        count = min(count, len([word for word in visible.split(",") if word.strip()]))
+    DEVICES.start(count, total_bytes)
+    for name, value in torch_cuda().items():
+        setattr(torch.cuda, name, value)
+    torch.accelerator.current_stream = current_stream
+    torch.accelerator.current_device_index = lambda: DEVICES.current
+    torch.accelerator.synchronize = synchronize
+    sys.modules["pynvml"] = management_module()
+    _patch_autocast()
+    _patch_optimizers()
+    _patch_modules()
+    _patch_loading()
+    patch_factories()
+    watch_networks()
+    _patch_spawning()
+
+
+def _patch_autocast() -> None:
+    """Computed by the CPU's autocast: its lists of operators are not quite those of CUDA's."""
+    real, enabled, dtype = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
+
+    class Autocast(real):  # type: ignore[misc,valid-type]
+        def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+            if device_type == "cuda" and kwargs.get("dtype") is None and not args:
+                kwargs["dtype"] = torch.float16  # CUDA's default
+            super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    kind = lambda device: "cpu" if device == "cuda" else device
+    torch.autocast = torch.amp.autocast = torch.amp.autocast_mode.autocast = Autocast  # type: ignore[misc,assignment]
+    torch.is_autocast_enabled = lambda device="cuda": enabled(kind(device))  # type: ignore[assignment]
+    torch.get_autocast_dtype = lambda device: dtype(kind(device))
+
+
+def _patch_optimizers() -> None:
+    """torch groups weights in C++, by the device that C++ sees, and is fast for the types of tensors that it knows."""
+    grouped = Optimizer._group_tensors_by_device_and_dtype
+
+    def group(lists: Any, with_indices: bool = False) -> Any:
+        found = {}
+        for (device, dtype), value in grouped(lists, with_indices).items():
+            ours = (t for tensors in value[0] for t in tensors if isinstance(t, SimulatedTensor))
+            first = next(ours, None)
+            found[device if first is None else first.device, dtype] = value
+        return found
+
+    Optimizer._group_tensors_by_device_and_dtype = staticmethod(group)
+    _foreach_supported_types.append(SimulatedTensor)
+
+
+def _patch_modules() -> None:
+    """A module's weights stay the same objects when they move, as with CUDA."""
+    apply = nn.Module._apply
+
+    @functools.wraps(apply)
+    def swapping(self: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+        before = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            return apply(self, fn, recurse)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(before)
+
+    nn.Module._apply = swapping  # type: ignore[method-assign]
+
+
+def _patch_loading() -> None:
+    import safetensors.torch
+
+    load_file, load = safetensors.torch.load_file, torch.load
+
+    def load_safetensors(filename: Any, device: Any = "cpu") -> dict[str, torch.Tensor]:
+        found = load_file(filename)
+        return {name: tensor.to(device) for name, tensor in found.items()}
+
+    def load_pickle(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+        known = isinstance(map_location, str | int | torch.device)
+        if known and DEVICES.index_of(map_location) is not None:
+            return _on(load(f, "cpu", *args, **kwargs), map_location)
+        return load(f, map_location, *args, **kwargs)
+
+    safetensors.torch.load_file = load_safetensors
+    torch.load = load_pickle
+
+
+def _on(value: Any, device: Any) -> Any:
+    """All tensors in dictionaries and lists on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return type(value)({key: _on(part, device) for key, part in value.items()})
+    return type(value)(_on(part, device) for part in value) if isinstance(value, list | tuple) else value
+
+
+def _patch_spawning() -> None:
+    """A spawned process imports CHILD where others import the script that started them."""
+    prepare = multiprocessing.spawn.get_preparation_data
+
+    @functools.wraps(prepare)
+    def prepared(name: str) -> dict[str, Any]:
+        data = prepare(name)
+        data.pop("init_main_from_path", None)
+        return data | {"init_main_from_name": CHILD}
+
+    multiprocessing.spawn.get_preparation_data = prepared

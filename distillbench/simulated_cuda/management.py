@@ -1,0 +1,75 @@
+"""A stand-in for pynvml, NVIDIA's management library, that knows the simulated devices."""
+
+from __future__ import annotations
+
+import time
+from types import ModuleType, SimpleNamespace
+
+from distillbench.simulated_cuda.devices import DEVICES
+from distillbench.simulated_cuda.runtime import NAME, uuid_of
+
+CONTEXT_BYTES = 2**28  # of a process that uses a device, as its CUDA context takes
+IDLE_WATTS = 100.0
+
+
+class NVMLError(Exception):
+    """What pynvml raises."""
+
+    def __init__(self, value: int, text: str = "") -> None:
+        super().__init__(text or f"NVML error {value}")
+        self.value = value
+
+
+class NVMLError_NotFound(NVMLError):  # noqa: N801 - pynvml's name
+    """No such device."""
+
+
+class NVMLError_NotSupported(NVMLError):  # noqa: N801 - pynvml's name
+    """The device has no such counter."""
+
+
+def management_module() -> ModuleType:
+    """The module that is imported as pynvml."""
+    start = time.monotonic()
+    errors = [NVMLError, NVMLError_NotFound, NVMLError_NotSupported]
+    module = ModuleType("pynvml")
+    vars(module).update({error.__name__: error for error in errors})
+
+    def by_uuid(uuid: str | bytes) -> int:
+        text = uuid.decode() if isinstance(uuid, bytes) else uuid
+        for index in range(len(DEVICES.memory)):
+            if text == f"GPU-{uuid_of(index)}":
+                return index
+        raise NVMLError_NotFound(6, "Not Found")
+
+    def by_index(index: int) -> int:
+        if not 0 <= index < len(DEVICES.memory):
+            raise NVMLError(2, "Invalid Argument")
+        return index
+
+    def memory_info(handle: int, version: object = None) -> SimpleNamespace:
+        memory = DEVICES.memory[handle]
+        used = memory.reserved + CONTEXT_BYTES
+        return SimpleNamespace(total=memory.total, used=used, free=memory.total - used, reserved=0)
+
+    def no_slices(handle: int) -> None:
+        raise NVMLError_NotSupported(3, "Not Supported")
+
+    functions = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: len(DEVICES.memory),
+        "nvmlDeviceGetHandleByIndex": by_index,
+        "nvmlDeviceGetHandleByUUID": by_uuid,
+        "nvmlDeviceGetUUID": lambda handle: f"GPU-{uuid_of(handle)}",
+        "nvmlDeviceGetName": lambda handle: NAME,
+        "nvmlDeviceGetMemoryInfo": memory_info,
+        "nvmlDeviceGetTotalEnergyConsumption": lambda handle: int(1000 * IDLE_WATTS * (time.monotonic() - start)),
+        "nvmlDeviceGetPowerUsage": lambda handle: int(1000 * IDLE_WATTS),
+        "nvmlDeviceGetMigMode": no_slices,
+        "nvmlDeviceGetComputeMode": lambda handle: 0,
+        "nvmlDeviceGetComputeRunningProcesses": lambda handle: [],
+        "nvmlSystemGetDriverVersion": lambda: "simulated",
+    }
+    vars(module).update(functions)
+    return module
