@@ -40,8 +40,9 @@ from distillbench.optimizers import Optimizers
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress, Step
 from distillbench.resume import Resume, States
-from distillbench.schedules import SCHEDULES, VPCosine
+from distillbench.schedules import VPCosine
 from distillbench.signals import Interrupted, Stop
+from distillbench.speed import build_method
 from distillbench.teachers import Teacher
 from distillbench.train import Loop, train
 
@@ -183,6 +184,7 @@ class Bench:
     conditioning: Conditioning
     law_images: int  # of the training on the exact teacher
     dropout: float = 0.0  # share of pixels that networks drop in training mode
+    device: str = "cpu"
 
     @property
     def conditional(self) -> bool:
@@ -201,8 +203,7 @@ class Bench:
     def method(self, teacher: Teacher | None = None) -> Method:
         """As the harness builds it before training."""
         teacher, config = teacher or self.teacher(), self.config()
-        torch.manual_seed(0)
-        return self.cls(config, teacher.on(SCHEDULES[config.schedule]()) if config.schedule else teacher)
+        return build_method(self.cls, config, teacher, 0, self.device)
 
     def read(self, generator: torch.Generator | None = None) -> Read | None:
         """Real images: uniform in [-1, 1], with random labels. None for a method that may not see any."""
@@ -210,18 +211,19 @@ class Bench:
 
         def images(size: int) -> tuple[Tensor, Tensor | None]:
             labels = torch.randint(0, self.conditioning.classes or 1, (size,), generator=generator)
-            return 2 * torch.rand(size, *SHAPE, generator=generator) - 1, labels
+            x_0 = 2 * torch.rand(size, *SHAPE, generator=generator) - 1
+            return x_0.to(self.device), labels.to(self.device)
 
         return images if self.cls.needs_data else None
 
     def walk(self) -> Iterator[Moment]:
         """One step of each of the first phases, as the harness makes it. Of what is made ahead there are two pairs."""
-        method, read, generator = self.method(), self.read(), torch.Generator().manual_seed(0)
-        method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True))
+        method, read, generator = self.method(), self.read(), torch.Generator(self.device).manual_seed(0)
+        method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=self.device))
         optimizers = Optimizers(method.config, settings_of=method.settings_of)
         for phase in range(len(method.phases()))[:WALKED_PHASES]:
             method.start_phase(phase)
-            batch = WatchedBatch(IMAGES, SHAPE, generator, "cpu", read, self.conditioning)
+            batch = WatchedBatch(IMAGES, SHAPE, generator, self.device, read, self.conditioning)
             yield Moment("begin", phase, method, batch)
             for item in method.train_step(batch):
                 yield Moment("yielded", phase, method, batch, item)
@@ -249,7 +251,7 @@ class Bench:
 
         method.__dict__["end_phase"] = remember
         images = IMAGES * self.steps()
-        workspace = workspace_of(method, Path(), BudgetConfig(images=images), seed, dry=True)
+        workspace = workspace_of(method, Path(), BudgetConfig(images=images), seed, dry=True, device=self.device)
         seed_global_generators(global_seed)
         before = global_generators()
         train(method, method.config, workspace, self.read(), Loop(IMAGES), SILENT)
@@ -281,7 +283,7 @@ class Bench:
             for stop in (StopAfter(after), Stop()):
                 method, generator = self.method(), torch.Generator().manual_seed(1)
                 budget = BudgetConfig(images=IMAGES * self.steps())
-                workspace = workspace_of(method, Path(), budget, dry=True)
+                workspace = workspace_of(method, Path(), budget, dry=True, device=self.device)
                 seed_global_generators(0)
                 resume = Resume(states, math.inf, {"read": generator}, stop=stop)
                 with suppress(Interrupted):
@@ -294,10 +296,10 @@ class Bench:
         return self.train()
 
     def noise(self, indices: Iterable[int] = range(IMAGES), seed: int = 0) -> Noise:
-        return Noise(stream_key("conformance", seed), list(indices), SHAPE)
+        return Noise(stream_key("conformance", seed), list(indices), SHAPE, self.device)
 
     def c(self, indices: Iterable[int] = range(IMAGES)) -> Condition:
-        return self.conditioning.of_images(list(indices), "cpu")
+        return self.conditioning.of_images(list(indices), self.device)
 
     def sample(self, n: int, method: Method | None = None) -> Tensor:
         """Images of a trained method (None: that of `run`), always from the same noise."""
@@ -311,8 +313,11 @@ class Bench:
         return usual or [n for n in range(1, MOST_NFE + 1) if method.supports(n)][:1]
 
 
-def workspace_of(method: Method, folder: Path, budget: BudgetConfig, seed: int = 0, dry: bool = False) -> Workspace:
-    return Workspace(method.teacher, Meter(budget, method.teacher, "cpu"), folder, "cpu", seed, Progress(None), dry)
+def workspace_of(
+    method: Method, folder: Path, budget: BudgetConfig, seed: int = 0, dry: bool = False, device: str = "cpu"
+) -> Workspace:
+    meter = Meter(budget, method.teacher, device)
+    return Workspace(method.teacher, meter, folder, device, seed, Progress(None), dry)
 
 
 # --- what can be read off a method -----------------------------------------------------------------------------------
