@@ -197,7 +197,7 @@ class Bench:
         log, classes = Log(), self.conditioning.classes
         torch.manual_seed(0)
         blank = lambda: LoggedNetwork(classes, log, self.dropout)
-        denoiser = Denoiser(blank(), VPCosine(), "v")
+        denoiser = Denoiser(blank(), VPCosine(), "v").to(self.device)
         return Teacher("random", denoiser, SHAPE, "random", conditioning=self.conditioning, blank=blank)
 
     def method(self, teacher: Teacher | None = None) -> Method:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.utils._device
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distillbench.simulated_cuda.devices import CPU_GENERATOR, DEVICES, Generator
 from distillbench.simulated_cuda.record import add_launch, within_backward
-from distillbench.simulated_cuda.tensor import SimulatedTensor, Wanted, check_generator, moved, note_copy_from_host
+from distillbench.simulated_cuda.tensor import (
+    SimulatedTensor,
+    Wanted,
+    check_generator,
+    mixed,
+    moved,
+    note_copy_from_host,
+)
 
 MAKING = (
     "empty", "zeros", "ones", "full", "arange", "linspace", "logspace", "eye", "empty_strided", "scalar_tensor",
@@ -73,7 +82,10 @@ def patch_factories() -> None:
 def _device_of(kwargs: dict[str, Any]) -> Any:
     """What is asked for by name, or by ``with torch.device(...)``."""
     device = kwargs.get("device")
-    return torch.utils._device.CURRENT_DEVICE if device is None else device
+    if device is not None or not torch._C._len_torch_function_stack():
+        return torch.utils._device.CURRENT_DEVICE if device is None else device
+    contexts = (mode for mode in _get_current_function_mode_stack()[::-1] if isinstance(mode, DeviceContext))
+    return next((context.device for context in contexts), None)
 
 
 def _finished(
@@ -89,7 +101,8 @@ def _making(real: Callable[..., Tensor], draws: bool) -> Callable[..., Tensor]:
     @functools.wraps(real)
     def make(*args: Any, **kwargs: Any) -> Tensor:
         index, generator = DEVICES.index_of(_device_of(kwargs)), kwargs.get("generator")
-        if index is None and draws and any(isinstance(arg, SimulatedTensor) for arg in args):  # torch.normal(mean)
+        if index is None and draws and (home := _home_of(args)) is not None:  # torch.normal(mean)
+            check_generator(generator, home)
             return real(*args, **kwargs)
         check_generator(generator, index)
         if index is None:
@@ -179,15 +192,19 @@ def _new(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _drawing(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The operators check generators of simulated devices; here those of the CPU."""
+    """With a generator of the device that the tensors are on."""
 
     @functools.wraps(real)
     def draw(*args: Any, **kwargs: Any) -> Tensor:
-        if not any(isinstance(arg, SimulatedTensor) for arg in args):
-            check_generator(kwargs.get("generator"), None)
+        check_generator(kwargs.get("generator"), _home_of(args))
         return real(*args, **kwargs)
 
     return draw
+
+
+def _home_of(values: Iterable[Any]) -> int | None:
+    """The device of the first tensor of one among `values`."""
+    return next((value.index for value in values if isinstance(value, SimulatedTensor)), None)
 
 
 # --- tensors of the CPU ----------------------------------------------------------------------------------------------
@@ -260,6 +277,9 @@ def _backward(run: Callable[..., Any]) -> Callable[..., Any]:
         index = next((root.index for root in roots if isinstance(root, SimulatedTensor)), None)
         if index is None:
             return run(roots, *args, **kwargs)
+        for root, gradient in zip(roots, args[0] if args else (), strict=False):
+            if gradient is not None and isinstance(root, SimulatedTensor) is not isinstance(gradient, SimulatedTensor):
+                raise mixed([root, gradient], "a gradient that is given")
         with _FactoriesOfOperators(index):
             return run(roots, *args, **kwargs)
 

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, _foreach_supported_types
 from distillbench.simulated_cuda.devices import DEVICES, TOTAL_BYTES
 from distillbench.simulated_cuda.factories import patch_factories
 from distillbench.simulated_cuda.management import management_module
-from distillbench.simulated_cuda.record import watch_networks
+from distillbench.simulated_cuda.record import unrecorded, watch_networks
 from distillbench.simulated_cuda.runtime import current_stream, synchronize, torch_cuda
 from distillbench.simulated_cuda.tensor import SimulatedTensor
 
@@ -94,19 +94,31 @@ def _patch_optimizers() -> None:
 
 
 def _patch_modules() -> None:
-    """A module's weights stay the same objects when they move, as with CUDA."""
+    """A module's weights stay the same objects when they move, as with CUDA: torch has them exchange their contents."""
     apply = nn.Module._apply
 
     @functools.wraps(apply)
     def swapping(self: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
         before = torch.__future__.get_swap_module_params_on_conversion()
-        torch.__future__.set_swap_module_params_on_conversion(True)
+        torch.__future__.set_swap_module_params_on_conversion(before or _changes_kind(self, fn))
         try:
             return apply(self, fn, recurse)
         finally:
             torch.__future__.set_swap_module_params_on_conversion(before)
 
     nn.Module._apply = swapping  # type: ignore[method-assign]
+
+
+def _changes_kind(module: nn.Module, fn: Callable[..., Any]) -> bool:
+    """Whether `fn` takes the weights of `module` to a device from the host, or back."""
+    weight = next(module.parameters(), None)
+    if weight is None:
+        return False
+    simulated = isinstance(weight, SimulatedTensor)
+    nothing = torch.empty(0)
+    with unrecorded():
+        found = fn(SimulatedTensor(nothing, weight.index) if simulated else nothing)
+    return isinstance(found, SimulatedTensor) is not simulated
 
 
 def _patch_loading() -> None:

@@ -20,11 +20,11 @@ class NVMLError(Exception):
         self.value = value
 
 
-class NVMLError_NotFound(NVMLError):  # noqa: N801 - pynvml's name
+class NVMLError_NotFound(NVMLError):
     """No such device."""
 
 
-class NVMLError_NotSupported(NVMLError):  # noqa: N801 - pynvml's name
+class NVMLError_NotSupported(NVMLError):
     """The device has no such counter."""
 
 

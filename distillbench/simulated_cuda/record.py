@@ -113,6 +113,16 @@ def recording(places: bool = True) -> Iterator[Record]:
         RECORDER.records.remove(record)
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """A block of the simulation's own work."""
+    before, RECORDER.records = RECORDER.records, []
+    try:
+        yield
+    finally:
+        RECORDER.records = before
+
+
 def place() -> Place:
     """The innermost line that belongs to neither torch, the simulation nor the standard library."""
     frame: FrameType | None = sys._getframe(1)

@@ -150,7 +150,7 @@ def synchronize(device: Any = None) -> None:
     add_wait("torch.cuda.synchronize")
 
 
-class on_device:  # noqa: N801 - stands for torch.cuda.device
+class on_device:
     """A block in which another device is the current one."""
 
     def __init__(self, device: Any) -> None:

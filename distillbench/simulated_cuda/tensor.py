@@ -16,8 +16,8 @@ from distillbench.simulated_cuda.record import add_copy, add_launch, add_wait, p
 H2D, D2H, D2D = "host to device", "device to host", "device to device"
 # Operators for which CUDA has to know a result on the host: a size, a number or an error code.
 WAITING = {
-    "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique", "_unique2", "unique_dim",
-    "unique_consecutive", "unique_dim_consecutive", "bincount", "histc", "_linalg_eigh", "_linalg_svd",
+    "_local_scalar_dense", "nonzero", "masked_select", "equal", "allclose", "is_nonzero", "_unique", "_unique2",
+    "unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount", "histc", "_linalg_eigh", "_linalg_svd",
     "_linalg_check_errors", "linalg_eig", "linalg_lstsq", "_linalg_solve_ex", "linalg_cholesky", "linalg_inv",
 }  # fmt: skip
 INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
@@ -194,6 +194,8 @@ def unwrapped(value: Any) -> Any:
         return value.elem
     if isinstance(value, list | tuple):
         return type(value)(map(unwrapped, value))
+    if isinstance(value, dict):
+        return {name: unwrapped(part) for name, part in value.items()}
     return value
 
 
@@ -286,9 +288,14 @@ def _check_devices(func: Any, operator: Operator, args: Any, kwargs: Any, tensor
         of_devices |= {_home(tensor) for tensor in tensors} - {None}
         if len(of_devices) <= 1:
             return
-    raise RuntimeError(
+    raise mixed(tensors, f"operator aten::{operator.name}")
+
+
+def mixed(tensors: list[Tensor], where: str) -> RuntimeError:
+    """The error for tensors that are not on one device."""
+    return RuntimeError(
         f"Expected all tensors to be on the same device, but found at least two devices, {_in_words(tensors)}! "
-        f"(operator aten::{operator.name} at {place()})"
+        f"({where} at {place()})"
     )
 
 
@@ -305,9 +312,8 @@ def _in_words(tensors: list[Tensor]) -> str:
 
 
 def _with_generator(operator: Operator, args: Any, kwargs: dict[str, Any], index: int) -> dict[str, Any]:
-    """Random numbers come from a generator of the device."""
+    """Random numbers come from a generator of the device. One that is given was checked before C++ unwrapped it."""
     given = kwargs.get("generator") or next((arg for arg in args if isinstance(arg, CPU_GENERATOR)), None)
-    check_generator(given, index)
     if given is not None or not operator.takes_generator:
         return kwargs
     return kwargs | {"generator": DEVICES.generators[index]}
@@ -323,12 +329,13 @@ def check_generator(generator: Any, index: int | None) -> None:
         if own is None or index is None:  # of another kind of device
             wanted, found = wanted.split(":")[0], found.split(":")[0]
         raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}' (at {place()})")
-    if DEVICES.capture is not None and index is not None and generator is not DEVICES.generators[index]:
-        if generator not in DEVICES.capture.generators:
-            raise RuntimeError(
-                "Attempt to increase offset for a CUDA generator not in capture mode: register it with "
-                f"CUDAGraph.register_generator_state (at {place()})"
-            )
+    capture = DEVICES.capture
+    if capture is None or index is None or generator in (DEVICES.generators[index], *capture.generators):
+        return
+    raise RuntimeError(
+        "Attempt to increase offset for a CUDA generator not in capture mode: register it with "
+        f"CUDAGraph.register_generator_state (at {place()})"
+    )
 
 
 # --- copies ----------------------------------------------------------------------------------------------------------
@@ -412,7 +419,7 @@ def moved(source: Tensor, target: int | None, wanted: Wanted) -> Tensor:
 
 
 def moved_without_gradient(source: Tensor, target: int | None, wanted: Wanted) -> Tensor:
-    """The same, as a copy that no gradient knows of. torch makes pinned memory for one to the host that is not waited for."""
+    """The same, as a copy that no gradient knows of. One to the host that is not blocking goes to pinned memory."""
     size = source.numel() * source.element_size()
     plain = unwrapped(source.detach())
     if _home(source) is None:
