@@ -40,6 +40,7 @@ from distillbench.checking import (
     where,
 )
 from distillbench.conditions import UNCONDITIONAL, Condition
+from distillbench.conformance_device import device
 from distillbench.datasets import Dataset
 from distillbench.errors import UserError
 from distillbench.method import Method, MethodConfig, Phase
@@ -724,6 +725,19 @@ def benches(
     yield [Bench(label, cls, config, conditioning, law_images) for label, conditioning in CONDITIONINGS.items()]
 
 
+# It starts a process: only where nothing else is wrong.
+NEEDED_BY_DEVICE = (
+    "resumes",
+    "parts",
+    "price",
+    "ready",
+    "nfe",
+    "uncounted",
+    "batch_independent",
+    "average",
+    "save_load",
+)
+
 CHECKS = [
     Check(declared, benches="first"),
     Check(builds, ("declared",), must_apply=True),
@@ -752,5 +766,6 @@ CHECKS = [
     Check(batch_independent, ("noise",)),
     Check(average, ("noise",)),
     Check(save_load, ("noise",)),
+    Check(device, NEEDED_BY_DEVICE, "first"),
     Check(matches, ("samples",), "first"),
 ]

@@ -207,12 +207,12 @@ class Bench:
 
     def read(self, generator: torch.Generator | None = None) -> Read | None:
         """Real images: uniform in [-1, 1], with random labels. None for a method that may not see any."""
-        generator = generator or torch.Generator().manual_seed(1)
+        generator = generator or torch.Generator(self.device).manual_seed(1)
+        draw = {"generator": generator, "device": generator.device}
 
         def images(size: int) -> tuple[Tensor, Tensor | None]:
-            labels = torch.randint(0, self.conditioning.classes or 1, (size,), generator=generator)
-            x_0 = 2 * torch.rand(size, *SHAPE, generator=generator) - 1
-            return x_0.to(self.device), labels.to(self.device)
+            labels = torch.randint(0, self.conditioning.classes or 1, (size,), **draw)
+            return 2 * torch.rand(size, *SHAPE, **draw) - 1, labels
 
         return images if self.cls.needs_data else None
 
@@ -234,6 +234,24 @@ class Bench:
             method.after_step()
             method.end_phase(phase, method.student)
             yield Moment("ended", phase, method, batch)
+
+    def steps_of(self, method: Method, count: int) -> Iterator[tuple[int, Callable[[], None]]]:
+        """`count` steps of each of the first phases: the number of each in its phase, and a function that takes it."""
+        read, generator = self.read(), torch.Generator(self.device).manual_seed(0)
+        method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=self.device))
+        optimizers = Optimizers(method.config)
+
+        def take() -> None:
+            for network, loss in method.train_step(
+                Batch(IMAGES, SHAPE, generator, self.device, read, self.conditioning)
+            ):
+                optimizers.update(network, loss, 1.0)
+            method.after_step()
+
+        for phase in range(len(method.phases()))[:WALKED_PHASES]:
+            method.start_phase(phase)
+            yield from ((step, take) for step in range(count))
+            method.end_phase(phase, method.student)
 
     def train(self, seed: int = 0, global_seed: int = 0) -> Run:
         """A short training by the harness's own loop, again with two pairs for all that are made ahead.
@@ -281,7 +299,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             states = States(Path(folder), 1, Progress(None))
             for stop in (StopAfter(after), Stop()):
-                method, generator = self.method(), torch.Generator().manual_seed(1)
+                method, generator = self.method(), torch.Generator(self.device).manual_seed(1)
                 budget = BudgetConfig(images=IMAGES * self.steps())
                 workspace = workspace_of(method, Path(), budget, dry=True, device=self.device)
                 seed_global_generators(0)

@@ -73,6 +73,10 @@ def allowed() -> dict[str, str]:
         "foreach by a number": message(lambda: torch._foreach_mul_([x], number)),
         "set": message(lambda: x.__setitem__((0, 0), 3.0)),
         "zeros within operators": message(lambda: gpu(4, 2).requires_grad_().unbind()[0].sum().backward()),
+        "one_hot": message(lambda: nn.functional.one_hot(torch.arange(3, device="cuda"), 4) + gpu(4)),
+        "causal attention": message(
+            lambda: nn.functional.scaled_dot_product_attention(*[gpu(1, 2, 4, 8)] * 3, is_causal=True) + gpu(8)
+        ),
         "context": message(lambda: _in_context(x)),
         "like": message(
             lambda: x + torch.zeros_like(x) + x.new_ones(3) + torch.empty_like(torch.ones(3), device="cuda")

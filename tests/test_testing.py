@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import re
 import sys
 import time
 import types
@@ -639,6 +640,36 @@ class SetsUpInTraining(Good):
 class GrowsANetwork(Good):
     def end_phase(self, index, average):
         self.final = copy.deepcopy(average)
+
+
+@fault("device", "uses a tensor on another device: operator aten::mul at test_testing.py:")
+class MakesTensorsOnTheCpu(Good):
+    def loss(self, eps, c):
+        return (super().loss(eps, c) * torch.ones(2)).mean()
+
+
+class Waits(Good):
+    """Reads its loss in every step, which is allowed, and slow on a GPU."""
+
+    def loss(self, eps, c):
+        loss = super().loss(eps, c)
+        return loss if loss.item() < 1e9 else loss / 2
+
+
+def test_a_method_that_waits_for_the_device_is_told(small):
+    found = {finding.check: finding for finding in check_method(Waits, law_images=0)}
+    assert not failed(found.values()) and found["device"].doubt
+    assert re.search(r"waits for the device 1 times a step at test_testing.py:\d+ \(item\)", found["device"].message)
+    found = {finding.check: finding for finding in check_method(Good, law_images=0)}
+    assert found["device"].ok and "no step waits" in found["device"].message
+
+
+def test_a_method_that_another_process_cannot_find_is_not_tried_there(small):
+    class Local(Good):
+        pass
+
+    found = {finding.check: finding for finding in check_method(Local, law_images=0)}
+    assert found["device"].ok is None and "in another process" in found["device"].message
 
 
 class ForgetsToDetach(Good):

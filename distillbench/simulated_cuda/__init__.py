@@ -12,10 +12,9 @@ Tensors are computed on the CPU and say ``cuda:N`` to Python. An operator that m
 does, and so do a generator of another device and a copy or wait while a CUDA graph is captured. What is recorded are
 copies between host and device, waits of the host for the device, and launches of operators, each with its line.
 
-Computed elsewhere than on a GPU are also: autocast (with the CPU's lists of operators), numbers (a CPU's, to the bit)
-and times, which mean nothing. Streams and events have nothing to wait for, so a missing wait between streams is not
-found. Not simulated are torch.compile, NCCL, FSDP, and composite operators that make a tensor in C++ (one_hot, a causal
-mask of attention): their tensors count as the CPU's.
+Autocast has the CPU's lists of operators, numbers are a CPU's to the bit, and times mean nothing. Streams and events
+have nothing to wait for, so a wait between streams that is missing is not found. torch.compile, NCCL and FSDP are not
+simulated.
 """
 
 from distillbench.simulated_cuda.installation import install, installed

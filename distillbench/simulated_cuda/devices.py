@@ -41,6 +41,13 @@ class Generator(CPU_GENERATOR):
         return twin
 
 
+class OfDevice:
+    """A tensor of a simulated device: `elem` is the tensor of the CPU that holds its numbers."""
+
+    elem: Tensor
+    index: int  # of the device
+
+
 @dataclass
 class Memory:
     """Bytes of one device, counted from the storages that are alive."""

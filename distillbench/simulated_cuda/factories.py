@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,18 +11,11 @@ import torch.utils._device
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from distillbench.simulated_cuda.checks import check_generator, mixed, note_copy_from_host
 from distillbench.simulated_cuda.devices import CPU_GENERATOR, DEVICES, Generator
 from distillbench.simulated_cuda.record import add_launch, within_backward
-from distillbench.simulated_cuda.tensor import (
-    SimulatedTensor,
-    Wanted,
-    check_generator,
-    mixed,
-    moved,
-    note_copy_from_host,
-)
+from distillbench.simulated_cuda.tensor import FactoriesOfOperators, SimulatedTensor, Wanted, from_python, moved
 
 MAKING = (
     "empty", "zeros", "ones", "full", "arange", "linspace", "logspace", "eye", "empty_strided", "scalar_tensor",
@@ -37,25 +28,6 @@ NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empt
 IN_PLACE = ("normal_", "uniform_", "random_", "exponential_", "bernoulli_", "cauchy_", "geometric_", "log_normal_")
 CHOOSING = ("bernoulli", "multinomial", "poisson")
 COPYING = ("tensor", "as_tensor", "asarray")
-FACTORIES = {"zeros", "ones", "empty", "empty_strided", "full", "scalar_tensor", "arange", "eye", "linspace"}
-
-
-class _Python(threading.local):
-    """Whether a factory was called from Python, which names the device, and not by an operator for itself."""
-
-    depth = 0
-
-
-PYTHON = _Python()
-
-
-@contextmanager
-def from_python() -> Iterator[None]:
-    PYTHON.depth += 1
-    try:
-        yield
-    finally:
-        PYTHON.depth -= 1
 
 
 def patch_factories() -> None:
@@ -256,19 +228,6 @@ class GeneratorOfAnyDevice(metaclass=_GeneratorOfAnyDevice):
 # --- backward passes -------------------------------------------------------------------------------------------------
 
 
-class _FactoriesOfOperators(TorchDispatchMode):
-    """In a backward pass C++ makes zeros "on the device of" a tensor, which to C++ is the CPU."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__()
-        self.index = index
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **kwargs or {})
-        made = not PYTHON.depth and func._schema.name.removeprefix("aten::") in FACTORIES
-        return SimulatedTensor(out, self.index) if made else out
-
-
 def _backward(run: Callable[..., Any]) -> Callable[..., Any]:
     run = within_backward(run)
 
@@ -280,7 +239,7 @@ def _backward(run: Callable[..., Any]) -> Callable[..., Any]:
         for root, gradient in zip(roots, args[0] if args else (), strict=False):
             if gradient is not None and isinstance(root, SimulatedTensor) is not isinstance(gradient, SimulatedTensor):
                 raise mixed([root, gradient], "a gradient that is given")
-        with _FactoriesOfOperators(index):
+        with FactoriesOfOperators(index):
             return run(roots, *args, **kwargs)
 
     return backward

@@ -2,59 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from distillbench.simulated_cuda.devices import CPU_GENERATOR, DEVICES, Generator
-from distillbench.simulated_cuda.record import add_copy, add_launch, add_wait, place
+from distillbench.simulated_cuda.checks import (
+    D2D,
+    D2H,
+    DevicesMixed,
+    Operator,
+    check_devices,
+    check_waits,
+    home,
+    note_copy_from_host,
+    operator_of,
+    tensors_of,
+    unwrapped,
+)  # fmt: skip
+from distillbench.simulated_cuda.devices import CPU_GENERATOR, DEVICES, OfDevice
+from distillbench.simulated_cuda.record import add_copy, add_launch, add_wait
 
-H2D, D2H, D2D = "host to device", "device to host", "device to device"
-# Operators for which CUDA has to know a result on the host: a size, a number or an error code.
-WAITING = {
-    "_local_scalar_dense", "nonzero", "masked_select", "equal", "allclose", "is_nonzero", "_unique", "_unique2",
-    "unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount", "histc", "_linalg_eigh", "_linalg_svd",
-    "_linalg_check_errors", "linalg_eig", "linalg_lstsq", "_linalg_solve_ex", "linalg_cholesky", "linalg_inv",
-}  # fmt: skip
-INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
-# They read two tensors element by element, and take a number that lies in the memory of the CPU as one of them.
-TAKES_NUMBERS = {"copy_", "fill_", "masked_fill", "masked_fill_", "addcmul_", "addcdiv_", "lerp_", "scalar_tensor"}
-
-
-@dataclass(frozen=True)
-class Operator:
-    """What the simulation knows of an operator."""
-
-    name: str
-    is_view: bool
-    takes_numbers: bool  # tensors of no dimension may be the CPU's
-    draws: bool  # random numbers
-    takes_generator: bool
+FACTORIES = {"zeros", "ones", "empty", "empty_strided", "full", "scalar_tensor", "arange", "eye", "linspace"}
 
 
-@cache
-def operator_of(func: Any) -> Operator:
-    name = func._schema.name.split("::")[1]
-    pointwise = torch.Tag.pointwise in func.tags or name.startswith("_foreach_") or name in TAKES_NUMBERS
-    return Operator(
-        name,
-        func.is_view or name in ("_unsafe_view", "_reshape_alias"),
-        pointwise or name.startswith("_fused_"),
-        torch.Tag.nondeterministic_seeded in func.tags,
-        any(argument.name == "generator" for argument in func._schema.arguments),
-    )
-
-
-class SimulatedTensor(torch.Tensor):
+class SimulatedTensor(OfDevice, torch.Tensor):
     """Wraps `elem`, a tensor of the CPU that nobody else holds, as one of device `index`."""
 
     elem: Tensor
     index: int
-    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, elem: Tensor, index: int, requires_grad: bool = False) -> SimulatedTensor:
@@ -171,6 +152,18 @@ class SimulatedTensor(torch.Tensor):
         add_wait(what)
 
     @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """An operator that is made of others may make tensors in C++, where this device is the CPU: once more then."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            try:
+                return func(*args, **kwargs)
+            except DevicesMixed:
+                index = next(tensor.index for tensor in tensors_of(args) if isinstance(tensor, SimulatedTensor))
+                with FactoriesOfOperators(index):
+                    return func(*args, **kwargs)
+
+    @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _dispatched(func, args, kwargs or {})
 
@@ -178,37 +171,47 @@ class SimulatedTensor(torch.Tensor):
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += _tensors(value)
-    return found
+class _Python(threading.local):
+    """Whether a factory was called from Python, which names the device, and not by an operator for itself."""
+
+    depth = 0
 
 
-def unwrapped(value: Any) -> Any:
-    """The CPU's tensors of all simulated ones in `value`."""
-    if isinstance(value, SimulatedTensor):
-        return value.elem
-    if isinstance(value, list | tuple):
-        return type(value)(map(unwrapped, value))
-    if isinstance(value, dict):
-        return {name: unwrapped(part) for name, part in value.items()}
-    return value
+PYTHON = _Python()
+
+
+@contextmanager
+def from_python() -> Iterator[None]:
+    PYTHON.depth += 1
+    try:
+        yield
+    finally:
+        PYTHON.depth -= 1
+
+
+class FactoriesOfOperators(TorchDispatchMode):
+    """What C++ makes for itself "on the device of" a tensor, which to C++ is the CPU, is the simulated device's."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        made = not PYTHON.depth and func._schema.name.removeprefix("aten::") in FACTORIES
+        return SimulatedTensor(out, self.index) if made else out
 
 
 def _dispatched(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     operator = operator_of(func)
-    tensors = _tensors([*args, *kwargs.values()])
+    tensors = tensors_of([*args, *kwargs.values()])
     ours = [tensor for tensor in tensors if isinstance(tensor, SimulatedTensor)]
     if not ours:  # a factory that C++ calls for itself
         return func(*args, **kwargs)
     index = ours[0].index
     if len(ours) != len(tensors) or any(tensor.index != index for tensor in ours):
-        _check_devices(func, operator, args, kwargs, tensors)
-    _check_waits(operator, args, kwargs)
+        check_devices(func, operator, args, kwargs, tensors)
+    check_waits(operator, args, kwargs)
     if operator.draws:
         kwargs = _with_generator(operator, args, kwargs, index)
     if not operator.is_view:
@@ -244,71 +247,15 @@ def _wrapped(value: Any, index: int, known: dict[int, Tensor]) -> Any:
 
 def _again(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """The same computation, from and to the same memory."""
-    before = _tensors([out])
+    before = tensors_of([out])
 
     def replay() -> None:
-        after = _tensors([func(*args, **kwargs)])
+        after = tensors_of([func(*args, **kwargs)])
         for mine, new in zip(before, after, strict=True):
             if mine.data_ptr() != new.data_ptr():
                 mine.copy_(new)
 
     return replay
-
-
-def _check_waits(operator: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Note it where CUDA waits for the device."""
-    name = operator.name
-    masked = name in INDEXING and any(
-        index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-    )
-    sized = name == "repeat_interleave" and kwargs.get("output_size") is None
-    if name in WAITING or masked or sized:
-        what = "item" if name == "_local_scalar_dense" else "a mask as an index" if masked else name
-        DEVICES.refuse_while_capturing(what)
-        add_wait(what)
-
-
-def _check_devices(func: Any, operator: Operator, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
-    """Copies are noted; raise RuntimeError where torch does not take tensors of these devices together."""
-    if operator.name == "copy_":
-        _note_copy(args[0], args[1], bool(args[2]) if len(args) > 2 else bool(kwargs.get("non_blocking", False)))
-        return
-    if operator.name in INDEXING and isinstance(args[0], SimulatedTensor):
-        indices = [index for index in args[1] if index is not None]
-        values = [value for value in args[2:3] if isinstance(value, Tensor) and value.ndim]
-        if all(_home(value) == args[0].index for value in values) and all(
-            _home(index) in (None, args[0].index) for index in indices
-        ):
-            for index in (index for index in indices if _home(index) is None):
-                note_copy_from_host(index.numel() * index.element_size(), DEVICES.is_pinned(index), True)
-            return
-    elif operator.takes_numbers:
-        listed = _tensors(value for value in args if isinstance(value, list | tuple))
-        of_devices = {_home(tensor) for tensor in tensors if tensor.ndim or any(tensor is one for one in listed)}
-        of_devices |= {_home(tensor) for tensor in tensors} - {None}
-        if len(of_devices) <= 1:
-            return
-    raise mixed(tensors, f"operator aten::{operator.name}")
-
-
-def mixed(tensors: list[Tensor], where: str) -> RuntimeError:
-    """The error for tensors that are not on one device."""
-    return RuntimeError(
-        f"Expected all tensors to be on the same device, but found at least two devices, {_in_words(tensors)}! "
-        f"({where} at {place()})"
-    )
-
-
-def _home(tensor: Tensor) -> int | None:
-    """The device's index; None: the CPU."""
-    return tensor.index if isinstance(tensor, SimulatedTensor) else None
-
-
-def _in_words(tensors: list[Tensor]) -> str:
-    """The devices, and the shape of the first tensor on each."""
-    first = {str(tensor.device): tuple(tensor.shape) for tensor in reversed(tensors)}
-    names = [f"{device} {shape}" for device, shape in sorted(first.items(), reverse=True)]
-    return ", ".join(names[:-1]) + " and " + names[-1]
 
 
 def _with_generator(operator: Operator, args: Any, kwargs: dict[str, Any], index: int) -> dict[str, Any]:
@@ -317,25 +264,6 @@ def _with_generator(operator: Operator, args: Any, kwargs: dict[str, Any], index
     if given is not None or not operator.takes_generator:
         return kwargs
     return kwargs | {"generator": DEVICES.generators[index]}
-
-
-def check_generator(generator: Any, index: int | None) -> None:
-    """Raise RuntimeError for a generator that is not of the device `index`; None: the CPU."""
-    if generator is None:
-        return
-    own = generator.index if isinstance(generator, Generator) else None
-    if own != index:
-        wanted, found = ("cpu" if one is None else f"cuda:{one}" for one in (index, own))
-        if own is None or index is None:  # of another kind of device
-            wanted, found = wanted.split(":")[0], found.split(":")[0]
-        raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}' (at {place()})")
-    capture = DEVICES.capture
-    if capture is None or index is None or generator in (DEVICES.generators[index], *capture.generators):
-        return
-    raise RuntimeError(
-        "Attempt to increase offset for a CUDA generator not in capture mode: register it with "
-        f"CUDAGraph.register_generator_state (at {place()})"
-    )
 
 
 # --- copies ----------------------------------------------------------------------------------------------------------
@@ -371,33 +299,12 @@ class Wanted:
         )
 
 
-def note_copy_from_host(size: int, pinned: bool, blocking: bool) -> None:
-    """A copy to a device. From pageable memory it is never asynchronous."""
-    if not pinned or blocking:
-        DEVICES.refuse_while_capturing("copy from the host")
-    add_copy(H2D, size, pinned, blocking or not pinned)
-
-
-def _note_copy(target: Tensor, source: Tensor, non_blocking: bool) -> None:
-    size = source.numel() * source.element_size()
-    if isinstance(target, SimulatedTensor) and isinstance(source, SimulatedTensor):
-        add_copy(D2D, size, False, False)
-    elif isinstance(target, SimulatedTensor):
-        pinned = DEVICES.is_pinned(source)
-        note_copy_from_host(size, pinned, not non_blocking)
-    else:
-        pinned = DEVICES.is_pinned(target)
-        if not (pinned and non_blocking):
-            DEVICES.refuse_while_capturing("copy to the host")
-        add_copy(D2H, size, pinned, not (pinned and non_blocking))
-
-
 class _Moved(torch.autograd.Function):
     """A copy on another device, through which gradients flow back."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, target: int | None, wanted: Wanted) -> Tensor:
-        ctx.source, ctx.wanted = _home(source), wanted
+        ctx.source, ctx.wanted = home(source), wanted
         return moved_without_gradient(source, target, wanted)
 
     @staticmethod
@@ -414,7 +321,7 @@ def _moved(source: Tensor, target: int | None, wanted: Wanted) -> Tensor:
 def moved(source: Tensor, target: int | None, wanted: Wanted) -> Tensor:
     """`source` on another device; `target`: its index, None for the CPU."""
     if wanted.dtype is not None and wanted.dtype != source.dtype:
-        source = torch.Tensor.to(unwrapped(source), wanted.dtype) if _home(source) is None else source.to(wanted.dtype)
+        source = torch.Tensor.to(unwrapped(source), wanted.dtype) if home(source) is None else source.to(wanted.dtype)
     return _moved(source, target, wanted)
 
 
@@ -422,7 +329,7 @@ def moved_without_gradient(source: Tensor, target: int | None, wanted: Wanted) -
     """The same, as a copy that no gradient knows of. One to the host that is not blocking goes to pinned memory."""
     size = source.numel() * source.element_size()
     plain = unwrapped(source.detach())
-    if _home(source) is None:
+    if home(source) is None:
         note_copy_from_host(size, DEVICES.is_pinned(plain), not wanted.non_blocking)
     elif target is None:
         if not wanted.non_blocking:

@@ -1,0 +1,97 @@
+"""A method tried on a simulated GPU, in a process of its own: what the conformance suite's check ``device`` starts."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillbench.simulated_cuda.installation import install
+from distillbench.simulated_cuda.record import Record, recording
+
+if TYPE_CHECKING:
+    from distillbench.method import Method
+    from distillbench.testbench import Bench
+
+GPU = "cuda:0"
+STEPS = 2  # of each phase; the first may make tables, and what the second waits for every step waits for
+ROWS = 3  # numbers of evaluations that are sampled with
+
+
+@dataclass
+class Trial:
+    """What was seen under all ways of conditioning that the method takes."""
+
+    fault: str = ""  # how it failed first, and where
+    waits: dict[str, int] = field(default_factory=dict)  # what is waited for, and at which line: times in one step
+
+
+def try_method(pickled: bytes) -> Trial:
+    """Steps of each phase, and samples, of ``pickle.dumps((class of a method, config, labels of benches))``."""
+    install()
+    import torch
+
+    from distillbench.errors import UserError
+    from distillbench.testbench import CONDITIONINGS, Bench
+
+    torch.set_num_threads(1)
+    cls, config, labels = pickle.loads(pickled)
+    trial = Trial()
+    for label in labels:
+        try:
+            _try_on(Bench(label, cls, config, CONDITIONINGS[label], 0, GPU), trial)
+        except UserError:  # a refusal of this conditioning
+            continue
+        except Exception as error:  # a method is a stranger's code
+            trial.fault = f"{label}: {_in_words(error, cls)}"
+            break
+    return trial
+
+
+def _try_on(bench: Bench, trial: Trial) -> None:
+    from distillbench.testbench import USUAL_NFE
+
+    method = bench.method()
+    for step, take in bench.steps_of(method, STEPS):
+        with recording() as record:
+            take()
+        if step:
+            _note(record, trial)
+    method.eval()
+    for n in [n for n in USUAL_NFE if method.supports(n)][:ROWS]:
+        bench.sample(n, method).cpu()
+
+
+def _note(record: Record, trial: Trial) -> None:
+    step: dict[str, int] = {}
+    for wait in record.waits:
+        line = f"{wait.place} ({wait.what})"
+        step[line] = step.get(line, 0) + 1
+    for line, count in step.items():
+        trial.waits[line] = max(count, trial.waits.get(line, 0))
+
+
+def _in_words(error: Exception, cls: type[Method]) -> str:
+    """An error in one line, with the last line of the author's own file that it came through."""
+    from distillbench.simulated_cuda.checks import DevicesMixed
+
+    lines = _lines_of(error, cls)
+    if isinstance(error, DevicesMixed):
+        where = f"{lines[-1]}, " if lines and lines[-1] != str(error.place) else ""
+        return f"uses a tensor on another device: {where}{error.where} at {error.place}, {error.devices}"
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"fails on a GPU: {text}" + (f" ({lines[-1]})" if lines else "")
+
+
+def _lines_of(error: Exception, cls: type[Method]) -> Sequence[str]:
+    try:
+        file: Any = inspect.getfile(cls)
+    except (TypeError, OSError):
+        return []
+    return [
+        f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__) if f.filename == file
+    ]
