@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from types import ModuleType, SimpleNamespace
 
+import pynvml
+
 from distillbench.simulated_cuda.devices import DEVICES
 from distillbench.simulated_cuda.runtime import NAME, uuid_of
 
@@ -12,39 +14,21 @@ CONTEXT_BYTES = 2**28  # of a process that uses a device, as its CUDA context ta
 IDLE_WATTS = 100.0
 
 
-class NVMLError(Exception):
-    """What pynvml raises."""
-
-    def __init__(self, value: int, text: str = "") -> None:
-        super().__init__(text or f"NVML error {value}")
-        self.value = value
-
-
-class NVMLError_NotFound(NVMLError):
-    """No such device."""
-
-
-class NVMLError_NotSupported(NVMLError):
-    """The device has no such counter."""
-
-
 def management_module() -> ModuleType:
-    """The module that is imported as pynvml."""
+    """The module that is imported as pynvml: its own names and errors, with other functions for devices."""
     start = time.monotonic()
-    errors = [NVMLError, NVMLError_NotFound, NVMLError_NotSupported]
     module = ModuleType("pynvml")
-    vars(module).update({error.__name__: error for error in errors})
 
     def by_uuid(uuid: str | bytes) -> int:
         text = uuid.decode() if isinstance(uuid, bytes) else uuid
         for index in range(len(DEVICES.memory)):
             if text == f"GPU-{uuid_of(index)}":
                 return index
-        raise NVMLError_NotFound(6, "Not Found")
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
 
     def by_index(index: int) -> int:
         if not 0 <= index < len(DEVICES.memory):
-            raise NVMLError(2, "Invalid Argument")
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
         return index
 
     def memory_info(handle: int, version: object = None) -> SimpleNamespace:
@@ -53,7 +37,7 @@ def management_module() -> ModuleType:
         return SimpleNamespace(total=memory.total, used=used, free=memory.total - used, reserved=0)
 
     def no_slices(handle: int) -> None:
-        raise NVMLError_NotSupported(3, "Not Supported")
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
     functions = {
         "nvmlInit": lambda: None,
@@ -67,9 +51,9 @@ def management_module() -> ModuleType:
         "nvmlDeviceGetTotalEnergyConsumption": lambda handle: int(1000 * IDLE_WATTS * (time.monotonic() - start)),
         "nvmlDeviceGetPowerUsage": lambda handle: int(1000 * IDLE_WATTS),
         "nvmlDeviceGetMigMode": no_slices,
-        "nvmlDeviceGetComputeMode": lambda handle: 0,
+        "nvmlDeviceGetComputeMode": lambda handle: pynvml.NVML_COMPUTEMODE_DEFAULT,
         "nvmlDeviceGetComputeRunningProcesses": lambda handle: [],
         "nvmlSystemGetDriverVersion": lambda: "simulated",
     }
-    vars(module).update(functions)
+    vars(module).update(vars(pynvml) | functions)
     return module
