@@ -1,0 +1,62 @@
+"""The command line on simulated GPUs: two processes, one results folder, and processes that they start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "dataset=gmm",
+    "teacher=gmm",
+    "experiment=smoke",
+    "threads=1",
+    "budget.images=200",
+    "evaluation.images=32",
+    "evaluation.batch_size=16",
+    "evaluation.timing_seconds=0.01",
+    "evaluation.largest_timed_batch=2",
+]
+
+
+def run_on_gpus(folder: Path, *words: str, gpus: int = 1) -> tuple[str, pd.DataFrame]:
+    """What a run prints, and the table of its folder."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")])
+    before = set(folder.glob("*/table.csv"))
+    done = subprocess.run(
+        [sys.executable, "-m", "distillbench.simulated_cuda", "run", *SMALL, f"results_dir={folder}", *words],
+        env=os.environ | {"PYTHONPATH": paths, "DISTILLBENCH_SIMULATED_GPUS": str(gpus)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=folder,
+    )
+    said = done.stdout + done.stderr
+    assert not done.returncode, said[-3000:]
+    (table,) = set(folder.glob("*/table.csv")) - before
+    return said, pd.read_csv(table)
+
+
+@pytest.mark.slow
+def test_a_second_process_reads_what_the_first_has_computed(tmp_path):
+    said, first = run_on_gpus(tmp_path, "device=cuda", "methods=[boot]", "isolate=true", "evaluation.timing=process")
+    assert "device cuda (Simulated GPU)" in said
+    _, second = run_on_gpus(tmp_path, "device=cuda", "methods=[direct,ct]", "methods.direct.pairs=32")
+    for table in (first, second):
+        assert set(table["status"]) == {"ok"}, table[["method", "status", "reason"]]
+        assert table["fd_efficientnet_lite0"].notna().all()
+    teachers = [table[table["method"].str.startswith("teacher")] for table in (first, second)]
+    assert len(teachers[0]) == 2
+    assert list(teachers[0]["fd_efficientnet_lite0"]) == list(teachers[1]["fd_efficientnet_lite0"])
+
+
+@pytest.mark.slow
+def test_each_worker_has_a_gpu_of_its_own(tmp_path):
+    words = ["methods=[boot,ct]", "device=cuda", "executor=local", "executor.workers=2", "evaluation.timing=off"]
+    _, table = run_on_gpus(tmp_path, *words, "executor.devices=[cuda:0,cuda:1]", gpus=2)
+    assert set(table["status"]) == {"ok"}, table[["method", "status", "reason"]]

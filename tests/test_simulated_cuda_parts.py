@@ -1,0 +1,56 @@
+"""The parts of the harness on a simulated GPU: the CPU's numbers, on the device, without waits where none are needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from simulated import Results, results_of
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return results_of("simulated_parts.py")
+
+
+@pytest.mark.parametrize("way", ["computed", "cached", "imported"])
+def test_scores_are_those_of_the_cpu_wherever_the_reference_comes_from(results, way):
+    """Fréchet and kernel distances, precision, recall, density, coverage, distances to the teacher."""
+    expected, _ = results["scores"]["cpu/computed"]
+    scores, missing = results["scores"][f"cuda:0/{way}"]
+    assert not missing and len(scores) == 11
+    assert scores == pytest.approx(expected, rel=1e-9)
+
+
+def test_sampling_waits_only_for_images_that_arrive(results):
+    """Four batches: each is waited for when it is read, later than it was made."""
+    found = results["sampled"]
+    assert found["equal"] == [True, True]
+    assert found["plain"] == found["graphs"] == ["event.synchronize"] * 4
+
+
+@pytest.mark.parametrize("name", ["mlp", "unet", "dit", "song", "dhariwal"])
+def test_a_network_does_not_wait_and_replays_equal_plain_calls(results, name):
+    same, waits = results["networks"][name]
+    assert same == [True] * 3 and waits == []
+
+
+@pytest.mark.parametrize("name", ["classes", "guided", "drawn", "texts"])
+def test_conditions_are_those_of_the_cpu_and_do_not_wait(results, name):
+    equal, devices, waits = results["conditions"][name]
+    assert equal and devices == ["cuda:0"] and waits == []
+
+
+def test_latents_are_those_of_the_cpu(results):
+    assert results["latents"] == {"equal": True, "device": "cpu"}
+
+
+@pytest.mark.parametrize("way", ["held", "read ahead"])
+def test_real_images_come_in_the_same_order_without_waits(results, way):
+    equal, device, waits = results["stream"][way]
+    assert equal and device == "cuda:0" and waits == []
+
+
+def test_the_cost_of_sampling_is_measured(results):
+    assert all(value is not None and value > 0 for value in results["timing"]["values"].values()), results["timing"]
