@@ -1,10 +1,10 @@
-"""Launches of operators in a training step, counted on a simulated GPU, and which methods they would bound on a real one.
+"""Launches of operators in a training step, counted on a simulated GPU, and which methods they would bound.
 
     python benchmarks/launches.py
 
-No GPU is used and nothing is timed: all times are estimates. Launches are counted on `distillbench.simulated_cuda`, with
-small images and a narrow U-Net, neither of which changes their number. Products and memory traffic are those of the wide
-U-Net for one image more, counted on tensors without memory (device meta), times the batch. A step takes
+No GPU is used and nothing is timed: all times are estimates. Launches are counted on `distillbench.simulated_cuda`,
+with small images and a narrow U-Net, neither of which changes their number. Products and memory traffic are those of
+the wide U-Net for one image more, counted on tensors without memory (device meta), times the batch. A step takes
 
     GPU    products / (peak * reached) + bytes of all other operators / (bandwidth * reached)
     host   launches * microseconds of a launch

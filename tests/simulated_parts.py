@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import tempfile
@@ -20,7 +21,7 @@ torch.set_num_threads(1)
 from rich.console import Console  # noqa: E402
 
 from distillbench import data_stream  # noqa: E402
-from distillbench import scores as features_scores
+from distillbench import scores as features_scores  # noqa: E402
 from distillbench.conditions import Conditioning  # noqa: E402
 from distillbench.cuda_graphs import Captured  # noqa: E402
 from distillbench.data_stream import DataStream  # noqa: E402
@@ -85,7 +86,7 @@ class Toy(FeatureNetwork):
 
 SETTINGS = {"KernelDistance": {"subset": 20, "subsets": 5}}
 METRICS = {
-    base.__name__: type(base.__name__, (base,), {"name": base.__name__, "network": Toy} | SETTINGS.get(base.__name__, {}))
+    (n := base.__name__): type(n, (base,), {"name": n, "network": Toy} | SETTINGS.get(n, {}))
     for base in vars(features_scores).values()
     if isinstance(base, type) and issubclass(base, features_scores.FeatureMetric)
     and base is not features_scores.FeatureMetric
@@ -219,7 +220,7 @@ def latents() -> dict[str, Any]:
     for device in DEVICES:
         with tempfile.TemporaryDirectory() as folder:
             matrix = torch.ones(1, 1, 2, 2, device=device).expand(3, 1, 2, 2) / 4
-            to_latents = lambda x: torch.nn.functional.conv2d(x, matrix, stride=2, groups=3)
+            to_latents = functools.partial(torch.nn.functional.conv2d, weight=matrix, stride=2, groups=3)
             denoiser = Denoiser(ResidualMLP((3, 2, 2), 8, 1), VPCosine(), "v").to(device)
             teacher = Teacher("toy", denoiser, (3, 2, 2), "1" * 64, to_latents=to_latents, decode=None)
             made = as_trained_on(Pictures(), teacher, Path(folder), device, SILENT)

@@ -12,8 +12,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
-    "dataset=gmm",
-    "teacher=gmm",
     "experiment=smoke",
     "threads=1",
     "budget.images=200",
@@ -44,9 +42,11 @@ def run_on_gpus(folder: Path, *words: str, gpus: int = 1) -> tuple[str, pd.DataF
 
 @pytest.mark.slow
 def test_a_second_process_reads_what_the_first_has_computed(tmp_path):
-    said, first = run_on_gpus(tmp_path, "device=cuda", "methods=[boot]", "isolate=true", "evaluation.timing=process")
+    """Teacher, its answers and the statistics of real images; the first works on its cell in another process."""
+    words = ["dataset=digits", "device=cuda"]
+    said, first = run_on_gpus(tmp_path, *words, "methods=[boot]", "isolate=true", "evaluation.timing=off")
     assert "device cuda (Simulated GPU)" in said
-    _, second = run_on_gpus(tmp_path, "device=cuda", "methods=[direct,ct]", "methods.direct.pairs=32")
+    _, second = run_on_gpus(tmp_path, *words, "methods=[ct]", "evaluation.timing=inline")
     for table in (first, second):
         assert set(table["status"]) == {"ok"}, table[["method", "status", "reason"]]
         assert table["fd_efficientnet_lite0"].notna().all()
@@ -57,6 +57,8 @@ def test_a_second_process_reads_what_the_first_has_computed(tmp_path):
 
 @pytest.mark.slow
 def test_each_worker_has_a_gpu_of_its_own(tmp_path):
-    words = ["methods=[boot,ct]", "device=cuda", "executor=local", "executor.workers=2", "evaluation.timing=off"]
-    _, table = run_on_gpus(tmp_path, *words, "executor.devices=[cuda:0,cuda:1]", gpus=2)
+    words = ["dataset=gmm", "teacher=gmm", "methods=[boot,ct]", "evaluation.timing=off", "executor.workers=2"]
+    said, table = run_on_gpus(tmp_path, *words, "executor.devices=[cuda:0,cuda:1]", gpus=2)
     assert set(table["status"]) == {"ok"}, table[["method", "status", "reason"]]
+    logs = "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+    assert "Simulated GPU" in logs + said

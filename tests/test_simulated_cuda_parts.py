@@ -1,4 +1,4 @@
-"""The parts of the harness on a simulated GPU: the CPU's numbers, on the device, without waits where none are needed."""
+"""The parts of the harness on a simulated GPU: the CPU's numbers, on the device, without waits."""
 
 from __future__ import annotations
 
