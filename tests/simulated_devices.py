@@ -54,8 +54,15 @@ def mixed() -> dict[str, str]:
         "network": message(lambda: net(x)),
         "in place": message(lambda: cpu.add_(x)),
         "foreach": message(lambda: torch._foreach_add([x], [cpu])),
+        "hook": message(lambda: _with_hook(x, cpu).backward()),
         "gradient": message(lambda: (x.requires_grad_() * 2).backward(cpu)),
     }
+
+
+def _with_hook(x: torch.Tensor, cpu: torch.Tensor) -> torch.Tensor:
+    y = x.detach().requires_grad_() * 2
+    y.register_hook(lambda gradient: gradient * cpu)
+    return y.sum()
 
 
 @check

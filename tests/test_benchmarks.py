@@ -22,7 +22,7 @@ def told(name, words, monkeypatch, capsys) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["loading", "memory", "overhead", "reading", "sampling", "scoring", "startup", "tables"]
+    "name", ["launches", "loading", "memory", "overhead", "reading", "sampling", "scoring", "startup", "tables"]
 )
 def test_a_benchmark_says_what_it_measures(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:

@@ -158,10 +158,13 @@ class SimulatedTensor(OfDevice, torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             try:
                 return func(*args, **kwargs)
-            except DevicesMixed:
-                index = next(tensor.index for tensor in tensors_of(args) if isinstance(tensor, SimulatedTensor))
-                with FactoriesOfOperators(index):
-                    return func(*args, **kwargs)
+            except DevicesMixed as mixed:
+                ours = (t for t in tensors_of([*args, *kwargs.values()]) if isinstance(t, SimulatedTensor))
+                try:
+                    with FactoriesOfOperators(next(ours).index):
+                        return func(*args, **kwargs)
+                except Exception:
+                    raise mixed from None
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
