@@ -56,9 +56,9 @@ def test_a_second_process_reads_what_the_first_has_computed(tmp_path):
 
 
 @pytest.mark.slow
-def test_each_worker_has_a_gpu_of_its_own(tmp_path):
+def test_two_workers_on_two_gpus_make_one_table(tmp_path):
+    """A tensor of one GPU that met one of the other would fail its cell."""
     words = ["dataset=gmm", "teacher=gmm", "methods=[boot,ct]", "isolate=true", "evaluation.timing=off"]
-    said, table = run_on_gpus(tmp_path, *words, "executor.workers=2", "executor.devices=[cuda:0,cuda:1]", gpus=2)
+    _, table = run_on_gpus(tmp_path, *words, "executor.workers=2", "executor.devices=[cuda:0,cuda:1]", gpus=2)
+    assert {"boot", "ct"} <= set(table["method"])
     assert set(table["status"]) == {"ok"}, table[["method", "status", "reason"]]
-    logs = "".join(path.read_text() for path in tmp_path.rglob("*.json"))
-    assert "Simulated GPU" in logs + said
