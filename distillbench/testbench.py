@@ -239,7 +239,7 @@ class Bench:
         """`count` steps of each of the first phases: the number of each in its phase, and a function that takes it."""
         read, generator = self.read(), torch.Generator(self.device).manual_seed(0)
         method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=self.device))
-        optimizers = Optimizers(method.config)
+        optimizers = Optimizers(method.config, settings_of=method.settings_of)
 
         def take() -> None:
             for network, loss in method.train_step(

@@ -132,7 +132,7 @@ def trained(
 
 
 def bench_of(name: str, label: str, device: str) -> Bench:
-    return Bench(label, METHODS[name], None, CONDITIONINGS[label], 0, device)
+    return Bench(label, METHODS[name], None, CONDITIONINGS[label], 0, device=device)
 
 
 def for_all(function: Any) -> dict[str, Any]:

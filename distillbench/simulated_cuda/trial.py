@@ -43,7 +43,7 @@ def try_method(pickled: bytes) -> Trial:
     trial = Trial()
     for label in labels:
         try:
-            _try_on(Bench(label, cls, config, CONDITIONINGS[label], 0, GPU), trial)
+            _try_on(Bench(label, cls, config, CONDITIONINGS[label], 0, device=GPU), trial)
         except UserError:  # a refusal of this conditioning
             continue
         except Exception as error:  # a method is a stranger's code
