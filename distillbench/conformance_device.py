@@ -23,6 +23,8 @@ def device(bench: Bench) -> str:
         trial = call_in_fresh_process(try_method, pickled, LIMIT_SECONDS)
     except ProcessError as error:
         raise NotApplicable(f"it could not be tried in another process: {error}") from error
+    if trial.elsewhere:
+        raise NotApplicable(f"it fails on the CPU as well, {trial.elsewhere}")
     if trial.fault:
         raise Fault(f"{trial.fault}. Make tensors with device=x.device, and keep them in buffers (register_buffer)")
     if trial.waits:

@@ -221,7 +221,7 @@ def teacher_files(folder):
     ("name", "expected"),
     [
         ("absent", "teacher.path: no file"),
-        ("folder", "teacher.path: no file"),
+        ("folder", "teacher.path: 'folder.safetensors' is a folder"),
         ("empty", "not a readable safetensors file"),
         ("short", "not a readable safetensors file"),
         ("garbage", "not a readable safetensors file"),

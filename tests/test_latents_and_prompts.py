@@ -174,7 +174,7 @@ def test_what_encoding_took_is_kept_and_charged_by_share(tmp_path, monkeypatch):
 
 def test_a_table_that_fits_stays_on_a_gpu_and_of_another_the_empty_text(tmp_path, monkeypatch):
     """Once it has been copied its file is not read again."""
-    table = encode_prompts(PROMPTS, encode([]), "e", tmp_path, SILENT)
+    table = encode_prompts(PROMPTS, encode([]), "e", tmp_path, "cpu", SILENT)
     labels, cpu = torch.tensor([2, 0, 3, 2]), torch.device("cpu")
     expected = table(labels)
     assert torch.equal(table.empty(2, cpu), table(torch.tensor([3, 3])))

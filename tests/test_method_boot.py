@@ -312,7 +312,7 @@ def test_the_student_starts_as_the_teacher_at_t_max_for_every_t(name, prediction
         assert torch.equal(method.student(eps, t), y_T)
     method.config.beta = 1e12
     method.target = lambda eps, y_t, f_t, t, s, c: y_t  # L_BS = 0 at the start, so only L_BC is left
-    assert loss_of(method, make_batch(11)) == 0
+    assert loss_of(method, make_batch(11)) < 1e-15  # rounding: some CPUs multiply other rows of a batch otherwise
 
 
 def test_the_target_time_is_alive():

@@ -29,7 +29,7 @@ from distillbench.results import signed
 from distillbench.run import run
 
 COLUMNS = """
-dataset teacher guidance method training_seed sampling_seed nfe images budget protocol status reason
+dataset teacher guidance method training_seed sampling_seed nfe images budget protocol status reason note
 fd_efficientnet_lite0 teacher_rmse
 train_images train_seconds train_teacher_seconds train_student_seconds train_compile_seconds train_other_seconds
 train_teacher_nfe

@@ -524,7 +524,7 @@ class SamplesWithoutClass(Good):
 class SamplesOneClass(Good):
     def sample(self, noise, nfe, c):
         eps = noise(0)
-        return self.g(eps, self.teacher.conditioning.of_images([0] * len(eps), "cpu"))
+        return self.g(eps, self.teacher.conditioning.of_images([0] * len(eps), str(eps.device)))
 
 
 @fault("nfe", "asked for 1 evaluations an image, counted 2")
@@ -941,7 +941,7 @@ def test_the_command_fails_where_a_check_does(call):
     code, out, _ = call("check", "bad", "--quick")
     assert code == 1
     assert "\nFAIL  noise                 at NFE 1 other noise gives the same images" in out
-    assert out.splitlines()[-1].startswith("method bad: 22 ok, 1 failed")
+    assert out.splitlines()[-1].startswith("method bad: 23 ok, 1 failed")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ class Trial:
     """What was seen under all ways of conditioning that the method takes."""
 
     fault: str = ""  # how it failed first, and where
+    elsewhere: str = ""  # how it fails on the CPU as well: then it says nothing of GPUs
     waits: dict[str, int] = field(default_factory=dict)  # what is waited for, and at which line: times in one step
 
 
@@ -36,6 +37,7 @@ def try_method(pickled: bytes) -> Trial:
     import torch
 
     from distillbench.errors import UserError
+    from distillbench.simulated_cuda.checks import DevicesMixed
     from distillbench.testbench import CONDITIONINGS, Bench
 
     torch.set_num_threads(1)
@@ -46,10 +48,22 @@ def try_method(pickled: bytes) -> Trial:
             _try_on(Bench(label, cls, config, CONDITIONINGS[label], 0, device=GPU), trial)
         except UserError:  # a refusal of this conditioning
             continue
-        except Exception as error:  # a method is a stranger's code
-            trial.fault = f"{label}: {_in_words(error, cls)}"
+        except Exception as error:  # a method is third-party code
+            trial.elsewhere = "" if isinstance(error, DevicesMixed) else _failure_on_cpu(label, cls, config)
+            trial.fault = "" if trial.elsewhere else f"{label}: {_in_words(error, cls)}"
             break
     return trial
+
+
+def _failure_on_cpu(label: str, cls: type[Method], config: Any) -> str:
+    """The error of the same trial on the CPU; "" where it succeeds."""
+    from distillbench.testbench import CONDITIONINGS, Bench
+
+    try:
+        _try_on(Bench(label, cls, config, CONDITIONINGS[label], 0), Trial())
+    except Exception as error:
+        return f"{label}: {type(error).__name__}: {' '.join(str(error).split())}"
+    return ""
 
 
 def _try_on(bench: Bench, trial: Trial) -> None:
