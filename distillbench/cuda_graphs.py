@@ -91,11 +91,14 @@ class Captured(NetworkCall):
                 for _ in range(WARM_UP_CALLS):
                     self.call(network, x, time, embedding, c)
             torch.cuda.current_stream().wait_stream(aside)
-            if self.pool is None:
+            alive = [graph for graphs in self.graphs.values() for graph in graphs.values()]
+            if not alive:  # torch may refuse a pool of which all graphs are freed: cuBLAS keeps its workspace there
                 self.pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # Another thread pins the noise of the next batch meanwhile, which a capture forbids all threads by default.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 output = self.call(network, x, time, embedding, c)
+            del alive  # no garbage collection could free them before the capture held the pool
         return _Graph(graph, inputs, output)
 
 

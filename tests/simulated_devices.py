@@ -7,6 +7,7 @@ import gc
 import pickle
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -216,12 +217,21 @@ def graphs() -> dict[str, Any]:
     first = noise.tolist()
     with_generator.replay()
 
-    def captured(call: Callable[[], Any]) -> str:
+    def captured(call: Callable[[], Any], mode: str = "global") -> str:
         def capture() -> None:
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode=mode):
                 call()
 
         return message(capture)
+
+    pin = torch.ones(3).pin_memory
+    with ThreadPoolExecutor(1) as thread:
+        elsewhere = {mode: captured(lambda: thread.submit(pin).result(), mode) for mode in ("global", "thread_local")}
+    pool = torch.cuda.graph_pool_handle()
+    of_pool = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(of_pool, pool):
+        pass
+    del of_pool
 
     return {
         "replayed": [y.tolist(), z.tolist()],
@@ -234,6 +244,9 @@ def graphs() -> dict[str, Any]:
         "synchronize": captured(torch.cuda.synchronize),
         "generator": captured(lambda: torch.randn(2, device="cuda", generator=torch.Generator("cuda"))),
         "factory": captured(lambda: torch.zeros(3, device="cuda")),
+        "pinned": captured(pin, "thread_local"),
+        "pinned elsewhere": elsewhere,
+        "pool of freed graphs": message(lambda: torch.cuda.CUDAGraph().capture_begin(pool)),
         "not captured": message(torch.cuda.CUDAGraph().replay),
     }
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import io
 import math
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,28 @@ def networks() -> dict[str, Any]:
                     weight.mul_(1.1)
         found[name] = [same, [wait.what for wait in record.waits if wait.what != "equal"]]
     return found
+
+
+@check
+def graphs_one_after_the_other() -> list[bool]:
+    """Of networks of which each is freed before the next is captured, while another thread pins memory."""
+    (shape, make), *_ = _networks().values()
+    captured, same = Captured(NetworkCall(), GPU), []
+    with torch.no_grad(), ThreadPoolExecutor(1) as thread:
+
+        def pin(*_: Any) -> None:
+            thread.submit(torch.ones(1).pin_memory).result()
+
+        x, t = torch.randn(2, *shape, device=GPU), torch.rand(2, 1, 1, 1, device=GPU, dtype=torch.float64)
+        for _ in range(3):
+            denoiser = Denoiser(make(), VPCosine(), "v").to(GPU).eval()
+            denoiser.network.register_forward_pre_hook(pin)
+            with denoiser.counted.counter.calling(captured):
+                replayed = denoiser(x, t)
+            same.append(torch.equal(replayed, denoiser(x, t)))
+            del denoiser
+            gc.collect()
+    return same
 
 
 @check

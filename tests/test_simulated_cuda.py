@@ -65,8 +65,11 @@ def test_graphs_replay_on_the_same_memory_and_refuse_to_wait(results):
     found = results["graphs"]
     assert found["replayed"] == [[17.0, 7.0, 7.0], [5.0, 5.0, 5.0]]
     assert found["capturing"] == [True, False] and found["new noise"] and not found["factory"]
-    for name in ("item", "pageable", "tensor", "cpu", "synchronize"):
+    elsewhere = found["pinned elsewhere"]
+    for name in ("item", "pageable", "tensor", "cpu", "synchronize", "pinned"):
         assert "operation not permitted when stream is capturing" in found[name], name
+    assert "stream is capturing" in elsewhere["global"] and not elsewhere["thread_local"]
+    assert "all graphs of the pool are freed" in found["pool of freed graphs"]
     assert "register_generator_state" in found["generator"] and "without a preceding" in found["not captured"]
 
 

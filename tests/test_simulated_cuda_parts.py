@@ -36,6 +36,10 @@ def test_a_network_does_not_wait_and_replays_equal_plain_calls(results, name):
     assert same == [True] * 3 and waits == []
 
 
+def test_networks_that_come_and_go_are_captured_each(results):
+    assert results["graphs_one_after_the_other"] == [True] * 3
+
+
 @pytest.mark.parametrize("name", ["classes", "guided", "drawn", "texts"])
 def test_conditions_are_those_of_the_cpu_and_do_not_wait(results, name):
     equal, devices, waits = results["conditions"][name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -87,6 +89,8 @@ class Capture:
 
     tape: list[Callable[[], None]] = field(default_factory=list)
     generators: set[Any] = field(default_factory=set)  # that replays may draw from
+    mode: str = "global"  # thread_local: what cannot be captured is refused in the capturing thread only
+    thread: int = field(default_factory=threading.get_ident)
 
     def repeat(self, made: Tensor, again: Callable[[], Tensor]) -> None:
         """A replay puts into `made` what `again` gives."""
@@ -105,6 +109,8 @@ class Devices:
         self.generators: list[Generator] = []
         self.current = 0
         self.capture: Capture | None = None
+        self.pools: dict[Any, weakref.WeakSet] = {}  # of memory: the graphs in each
+        self.pool_numbers = itertools.count(1)
         self.storages: dict[int, weakref.ref] = {}  # of devices, by address
         self.pinned: dict[int, weakref.ref] = {}  # of the host, by address
 
@@ -146,6 +152,7 @@ class Devices:
 
     def pin(self, tensor: Tensor) -> Tensor:
         """`tensor`, a CPU's, whose memory counts as pinned from now on."""
+        self.refuse_while_capturing("pinned memory")
         storage = tensor.untyped_storage()
         address = storage._cdata
         self.pinned[address] = weakref.ref(storage, lambda _: self.pinned.pop(address, None))
@@ -156,7 +163,8 @@ class Devices:
 
     def refuse_while_capturing(self, what: str) -> None:
         """Raise RuntimeError where a CUDA graph is captured, as CUDA does."""
-        if self.capture is not None:
+        capture = self.capture
+        if capture is not None and (capture.mode == "global" or capture.thread == threading.get_ident()):
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what} at {place()})")
 
 

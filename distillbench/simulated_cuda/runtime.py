@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -179,7 +180,12 @@ class CUDAGraph:
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
         DEVICES.refuse_while_capturing("a capture within another")
-        DEVICES.capture = Capture(generators=set(self.generators))
+        if pool is not None:
+            known = DEVICES.pools.get(pool)
+            if known is not None and not known:  # torch does where something is left in it, such as a workspace
+                raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED: all graphs of the pool are freed")
+            DEVICES.pools.setdefault(pool, weakref.WeakSet()).add(self)
+        DEVICES.capture = Capture(generators=set(self.generators), mode=capture_error_mode)
 
     def capture_end(self) -> None:
         self.capture, DEVICES.capture = DEVICES.capture, None
@@ -208,7 +214,7 @@ def graph(
     """Capture what the block does; torch waits for the device first."""
     synchronize()
     empty_cache()
-    cuda_graph.capture_begin(pool)
+    cuda_graph.capture_begin(pool, capture_error_mode)
     try:
         yield
     finally:
@@ -288,7 +294,7 @@ def torch_cuda() -> dict[str, Any]:
         "default_stream": default_stream,
         "CUDAGraph": CUDAGraph,
         "graph": graph,
-        "graph_pool_handle": lambda: (0, 1),
+        "graph_pool_handle": lambda: (0, next(DEVICES.pool_numbers)),
         "is_current_stream_capturing": lambda: DEVICES.capture is not None,
         "empty_cache": empty_cache,
         "memory_allocated": _memory("allocated"),
