@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,8 +76,11 @@ class Networks:
             self._loaded[network] = network(network.locate(self.folder), self.device)
         return self._loaded[network]
 
-    def look(self, network: type[FeatureNetwork], images: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Features of uint8 images (b,C,H,W) that come in batches of any size, in blocks (at most network.batch, D)."""
+    def look(self, network: type[FeatureNetwork], images: Iterable[Tensor]) -> Generator[Tensor, None, None]:
+        """Features of uint8 images (b,C,H,W) that come in batches of any size, in blocks (at most network.batch, D).
+
+        Whoever may not want all of them closes it: other processes may help.
+        """
         return look(self.get(network), images, self.device)
 
 
@@ -105,7 +108,7 @@ def resized(images: Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> Tenso
     return to_device(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float(), images.device)
 
 
-def look(network: FeatureNetwork, images: Iterable[Tensor], device: str) -> Iterator[Tensor]:
+def look(network: FeatureNetwork, images: Iterable[Tensor], device: str) -> Generator[Tensor, None, None]:
     """Features of uint8 images (b,C,H,W) that come in batches of any size, in blocks (at most network.batch, D).
 
     Grey images are repeated to three channels. The last block is filled up with copies of its last image.
@@ -175,12 +178,13 @@ class ImageSet:
         if self.count < 2:
             raise Unavailable(f"a covariance needs at least two images, here {'is one' if self.count else 'are none'}")
         moments, device = Moments(), self.networks.device
-        blocks = _added(moments, self.networks.look(network, self.read()))
         kept: list[Tensor] = []
-        if keep:
-            kept.extend(block for (block,) in to_host(((block,) for block in blocks), device))
-        else:
-            deque(blocks, maxlen=0)
+        with closing(self.networks.look(network, self.read())) as seen:
+            blocks = _added(moments, seen)
+            if keep:
+                kept.extend(block for (block,) in to_host(((block,) for block in blocks), device))
+            else:
+                deque(blocks, maxlen=0)
         self._statistics[network] = moments.statistics()
         if keep:
             self._features[network] = torch.cat(kept)

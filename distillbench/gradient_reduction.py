@@ -142,6 +142,7 @@ class NetworkGradients:
             bucket = Bucket(weights)
             self.buckets.append(bucket)
             self.bucket_of.update(dict.fromkeys(weights, bucket))
+        self.ranks.exchange()  # one that has no memory for its buckets says so before the others wait for its sums
 
     def _send_next(self) -> None:
         bucket = self.buckets[len(self.sent)]

@@ -7,7 +7,7 @@ out is the same to the bit. An error in one process ends the work of all of them
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,7 @@ class SharedNetworks(Networks):
         super().__init__(folder, device)
         self.ranks, self.order = ranks, order
 
-    def look(self, network: type[FeatureNetwork], images: Iterable[Tensor]) -> Iterator[Tensor]:
+    def look(self, network: type[FeatureNetwork], images: Iterable[Tensor]) -> Generator[Tensor, None, None]:
         mine = self.get(network)  # raises before the others are asked
         with self.ranks.ordered(replace(self.order, network=network.name)):
             error: Exception | None = None
@@ -89,7 +89,10 @@ class SharedNetworks(Networks):
             while error is None and (row := list(itertools.islice(blocks, self.ranks.count))):
                 row += [None] * (self.ranks.count - len(row))  # type: ignore[list-item]
                 found, error = self._round(mine, self.ranks.scatter([(True, block) for block in row])[1])
-                yield from found
+                try:
+                    yield from found
+                except GeneratorExit:  # the features are not wanted any longer, and the others must hear of it
+                    break
             if error is None:
                 self.ranks.scatter([(False, None)] * self.ranks.count)
         if error is not None:

@@ -9,10 +9,11 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
@@ -29,6 +30,7 @@ from distillbench.dropout import seed_masks
 from distillbench.energy import Energy
 from distillbench.errors import DivergedError, UserError
 from distillbench.failures import LostError, of_message
+from distillbench.features import FeatureNetwork
 from distillbench.following import check_rows
 from distillbench.launchers import by_mpi, follows, rank_and_count, started_together
 from distillbench.method import WHOLE, Batch, Method, OptimizerConfig, Share
@@ -40,6 +42,7 @@ from distillbench.ranks import ALONE, Ranks, joined
 from distillbench.registry import load_registry
 from distillbench.resume import Followed, Resume, States
 from distillbench.schedules import VPCosine
+from distillbench.sharing import FeatureOrder, SharedNetworks
 from distillbench.signals import Interrupted
 from distillbench.teachers import Teacher
 from distillbench.testbench import StopAfter
@@ -133,9 +136,36 @@ def together(rank: int, port: int, folder: Path) -> None:
         save_file(weights, folder / f"parts-{rank}.safetensors")
         (folder / f"sums-{rank}.json").write_text(json.dumps(summed(ranks, folder)))
         (folder / f"failures-{rank}.json").write_text(json.dumps(failures(ranks, folder)))
+        first_features_only(ranks, folder)
         assert ranks.energy(Energy(1.0)) == Energy(2.0)
         assert ranks.energy(Energy(1.0) if rank else Energy(None, "none")).reason == "none"
         assert ranks.main or ranks.take() is None
+
+
+class Brightness(FeatureNetwork):
+    name, protocol, width, batch = "brightness", "1", 1, 2
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, images):
+        return images.float().mean((1, 2, 3))[:, None]
+
+
+def first_features_only(ranks: Ranks, folder: Path) -> None:
+    """The main process fails after the first block of eight that both look at; the next order finds both of them."""
+    networks = SharedNetworks(folder, "cpu", ranks, FeatureOrder(None, None))
+    networks._loaded[Brightness] = Brightness()
+    images = torch.arange(16, dtype=torch.uint8).reshape(-1, 1, 1, 1)
+    if ranks.main:
+        with pytest.raises(MemoryError), closing(networks.look(Brightness, [images])) as features:
+            assert next(features).tolist() == [[0.0], [1.0]]
+            raise MemoryError
+    else:
+        assert ranks.take().network == "brightness"
+        with ranks.together():
+            networks.look_along(Brightness)
+    assert not ranks.busy and ranks.gather(ranks.share.index) == [0, 1]
 
 
 class ThreeLayers(torch.nn.Module):
@@ -200,11 +230,14 @@ def failing(stage: str, error: Exception, where: tuple[int, ...], step: int, ran
                 if self.fails("backward"):
                     weights = list(network.parameters())
                     weights[len(weights) // 2].register_hook(self.throw)
+                if self.fails("bucket"):
+                    patch.object(gradient_reduction, "Bucket", self.throw).start()
                 yield network, loss
                 if self.fails("after the update"):
                     raise error
 
-        def throw(self, gradient):
+        def throw(self, argument):
+            patch.stopall()
             raise error
 
         def after_step(self) -> None:
@@ -226,6 +259,7 @@ FAILURES = {  # stage, error, processes, step
     "both": ("forward", ValueError("boom"), (0, 1), 3),
     "one, in a backward pass": ("backward", ValueError("boom"), (1,), 3),
     "one, for want of memory": ("backward", torch.OutOfMemoryError("CUDA out of memory"), (1,), 3),
+    "one, for want of memory for its buckets": ("bucket", torch.OutOfMemoryError("CUDA out of memory"), (1,), 1),
     "one, as it prepares": ("prepare", ValueError("boom"), (1,), 0),
     "one, after an update": ("after the update", ValueError("boom"), (1,), 3),
     "the main one, after a step": ("after_step", ValueError("boom"), (0,), STEPS),
