@@ -199,6 +199,12 @@ def annotate(reader: EncodedReader, beside: Beside, labels: str) -> None:
         _label_by_folder(reader)
         return
     metadata = _serving(METADATA, reader.names, beside)
+    _read_beside(reader, beside, metadata, labels)
+    _note_unread(reader, beside, metadata)
+
+
+def _read_beside(reader: EncodedReader, beside: Beside, metadata: dict[str, list[str]], labels: str) -> None:
+    """Labels by `labels` from dataset.json, else from metadata, else from files of each image; captions likewise."""
     if labels == "auto" and (files := _serving((LABELS_FILE,), reader.names, beside)):
         pairs = {file: _labels_file(beside, file) for file in files}
         if any(found is not None for found in pairs.values()):
@@ -214,6 +220,22 @@ def annotate(reader: EncodedReader, beside: Beside, labels: str) -> None:
     bare = reader.labels is None and reader.captions is None
     if bare and (values := _of_each(reader, beside, ".txt", "caption")) is not None:
         set_captions(reader, values, "the captions beside images (.txt)")
+
+
+def _note_unread(reader: EncodedReader, beside: Beside, metadata: dict[str, list[str]]) -> None:
+    """Name second tables of one folder, and captions in files of their own that labels or metadata come before."""
+    taken = {file.rpartition("/")[0]: file for file in metadata}
+    for file in beside.every:
+        folder, _, kind = file.rpartition("/")
+        if kind in METADATA and folder in taken and file != taken[folder]:
+            reader.notes.append(f"{file} is not read, as {quoted(taken[folder])} lies beside it")
+    captions = {os.path.splitext(composed(name))[0] for name in beside.every if name.endswith(".txt")}
+    texts = sum(os.path.splitext(composed(name))[0] in captions for name in reader.names) if captions else 0
+    why = "there are labels: dataset.labels=captions takes them" if reader.labels is not None else ""
+    if reader.captions is not None and metadata:
+        why = f"{some(sorted(metadata))} has captions"
+    if texts and why:
+        reader.notes.append(f"{texts:,} captions beside images (.txt) are not read, as {why}")
 
 
 def _label_by_folder(reader: EncodedReader) -> None:
@@ -344,7 +366,13 @@ def _metadata(reader: EncodedReader, beside: Beside, files: dict[str, list[str]]
             reader.notes.append(f"captions of {first} are not read, as it has labels: dataset.labels=captions")
         _set_labels(reader, beside, files, pairs)
     else:
-        set_captions(reader, _in_order(reader, beside, files, pairs, "a caption"), first)
+        found = _in_order(reader, beside, files, pairs, "a caption")
+        set_captions(reader, [[text for value in values for text in _listed(value)] for values in found], first)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    """What one row says of its image: a list of captions as it is, another value as the only one."""
+    return value if isinstance(value, list) else [value]
 
 
 Rows = list[tuple[str, dict[str, Any]]]  # what a row is called, and its values

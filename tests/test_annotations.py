@@ -170,6 +170,11 @@ def test_of_several_captions_the_first_is_taken_and_the_identity_says_so(tmp_pat
     rows = [{"file_name": "0.png", "text": text} for text in ("a", "b")]  # a row for each caption
     folder = write_folder(tmp_path / "b", images("0.png") | {"metadata.jsonl": lines(*rows)})
     assert open_at(folder).captions == ["a"]
+    texts = ["a", ["b", "c"], [None, "d"], [], None]  # lists in a row, beside texts
+    table = lines(*({"file_name": f"{k}.png", "text": text} for k, text in enumerate(texts)))
+    folder = write_folder(tmp_path / "c", images(*(f"{k}.png" for k in range(5))) | {"metadata.jsonl": table})
+    assert open_at(folder).captions == ["a", "b", "d", "", ""]
+    assert any("1 of 5 images have several captions" in note for note in open_at(folder).notes)
 
 
 def test_without_any_caption_there_are_none(tmp_path):
@@ -274,6 +279,21 @@ def test_labels_in_metadata_come_before_captions_as_everywhere(tmp_path):
     assert (reader.labels.tolist(), reader.class_names, reader.captions) == ([1, 0], ["cat", "dog"], None)
     assert any("captions of metadata.jsonl are not read" in note for note in reader.notes)
     assert open_at(tmp_path, labels="captions").captions == ["a dog", "a cat"]
+
+
+def test_tables_and_captions_that_others_come_before_are_named(tmp_path):
+    table = {"metadata.jsonl": lines({"file_name": "0.png", "text": "a"}), "metadata.csv": "file_name,text\n0.png,b\n"}
+    reader = open_at(write_folder(tmp_path / "a", images("0.png") | table))
+    assert reader.captions == ["a"]
+    assert reader.notes == ["metadata.csv is not read, as 'metadata.jsonl' lies beside it"]
+    both = images("0.png", "1.png") | {"0.cls": "0", "1.cls": "1", "0.txt": "a", "1.txt": "b"}
+    reader = open_at(folder := write_folder(tmp_path / "b", both))
+    assert (reader.labels.tolist(), reader.captions) == ([0, 1], None)
+    assert reader.notes == [
+        "2 captions beside images (.txt) are not read, as there are labels: dataset.labels=captions takes them"
+    ]
+    assert open_at(folder, labels="captions").captions == ["a", "b"]
+    assert open_at(folder, labels="captions").notes == []
 
 
 @pytest.mark.parametrize("pack", [write_folder, write_zip])

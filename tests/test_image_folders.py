@@ -174,7 +174,10 @@ def test_shards_of_webdataset(tmp_path):
     write_tar(tmp_path / "val-00000.tar", {"9.png": PNG})
     reader = open_at(tmp_path, split="train")
     assert np.array_equal(opened(reader), pixels(4)) and reader.labels.tolist() == [0, 1, 0, 1]
-    assert reader.notes == ["left out, of no image format that is read: 2 .json (0.json, 2.json)"]
+    assert reader.notes == [
+        "left out, of no image format that is read: 2 .json (0.json, 2.json)",
+        "4 captions beside images (.txt) are not read, as there are labels: dataset.labels=captions takes them",
+    ]
     assert open_at(tmp_path, split="train", labels="captions").captions == [f"picture {k}" for k in range(4)]
     assert len(open_at(tmp_path, split="test")) == 1
 
