@@ -47,6 +47,13 @@ def missing_tensors(network: nn.Module, shapes: dict[str, Shape], prefixed: bool
     return [names[0][0] for names in by_tensor.values() if not any(_there(*name, shapes, prefixed) for name in names)]
 
 
+def unread_tensors(network: nn.Module, shapes: dict[str, Shape]) -> list[str]:
+    """The names of `shapes` that `network` has no tensor for."""
+    own = network.state_dict(keep_vars=True)
+    renamed = lambda name: [name.replace(old, new) for new, old in OLD_NAMES.items() if old in name]
+    return sorted(name for name in shapes if name not in own and not any(new in own for new in renamed(name)))
+
+
 def _there(name: str, shape: Shape, shapes: dict[str, Shape], prefixed: bool) -> bool:
     if name in shapes:
         return shapes[name] == shape

@@ -589,6 +589,21 @@ def test_an_old_config_that_predicts_images_gives_what_the_new_one_gives(tmp_pat
     torch.testing.assert_close(old.denoise(x, t), network(x, torch.full((2,), 499)).sample)
 
 
+def test_tensors_that_a_config_has_no_place_for_are_named(tmp_path):
+    """Such as those of classes, where the config has lost its num_class_embeds."""
+    diffusers.DDPMPipeline(unet(num_class_embeds=4), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    asked = source(tmp_path, conditioning=Conditioning(4))
+    asked.plan()
+    assert list(asked.notes()) == []
+    rewrite(tmp_path / "unet" / "config.json", num_class_embeds=None)
+    asked = source(tmp_path)
+    asked.plan()
+    assert list(asked.notes()) == [
+        f"the weights of unet of '{tmp_path.name}' hold 1 tensors that its config describes no place for, such as "
+        "class_embedding.weight: not read"
+    ]
+
+
 def test_keys_of_a_config_that_are_not_understood_are_named(tmp_path):
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
     rewrite(tmp_path / "scheduler" / "scheduler_config.json", tensor_format="pt", skip_prk_steps=True)

@@ -168,10 +168,10 @@ class DeepFloyd(TextPipeline):
     def plan(self) -> TeacherPlan:
         stages = self._stages(weights=False)
         encoder = self._encoder(stages, weights=False)
+        self._unread = [note for stage in stages for note in unread_settings(stage.index, ("unet",))]
         for stage in stages:
             if stage.local:
-                check_component(stage.index, "unet", stage.variant)
-        self._unread = [note for stage in stages for note in unread_settings(stage.index, ("unet",))]
+                self._unread += check_component(stage.index, "unet", stage.variant)
         if encoder.index.folder.is_dir() and all(stage.local for stage in stages):
             encoder.check()
         return TeacherPlan(" on ".join(stage.index.name for stage in stages))

@@ -34,7 +34,7 @@ from distillbench.errors import LONGEST_REASON, quoted, unsupported
 from distillbench.files import canonical_json, sha256_file
 from distillbench.options import require_one_of
 from distillbench.progress import Progress
-from distillbench.safetensors_files import missing_tensors, tensor_shapes
+from distillbench.safetensors_files import missing_tensors, tensor_shapes, unread_tensors
 from distillbench.teachers import CLIPS, Clip, PipelineFolder, TeacherPlan
 
 INDEX = "model_index.json"
@@ -232,8 +232,11 @@ def load_component(index: Index, component: str, variant: str = "") -> Any:
     return module if ours else module.to(torch.get_default_dtype())
 
 
-def check_component(index: Index, component: str, variant: str = "") -> None:
-    """Raise UserError unless the files of a component hold all its tensors, as far as their headers say."""
+def check_component(index: Index, component: str, variant: str = "") -> list[str]:
+    """Raise UserError unless the files of a component hold all its tensors, as far as their headers say.
+
+    Returns a note where they hold more: a config that says too little describes another network than they are of.
+    """
     try:
         shapes = tensor_shapes(weights_files(index, component, variant))
     except ValueError as error:
@@ -241,8 +244,14 @@ def check_component(index: Index, component: str, variant: str = "") -> None:
     _check_size(index, component, variant)
     with torch.device("meta"):
         network = blank_component(index, component)
-    if lost := missing_tensors(network, shapes, prefixed=library(index, component) == "transformers"):
+    whole_models = library(index, component) == "transformers"  # whose files may be of a model that has more parts
+    if lost := missing_tensors(network, shapes, prefixed=whole_models):
         raise _unusable(index, component, f"{len(lost)} tensors are missing or of another shape, such as {lost[0]}")
+    more = [] if whole_models else unread_tensors(network, shapes)
+    if not more:
+        return []
+    where = f"the weights of {component} of {index.name!r}"
+    return [f"{where} hold {len(more)} tensors that its config describes no place for, such as {more[0]}: not read"]
 
 
 def unread_settings(index: Index, components: Iterable[str]) -> list[str]:
@@ -397,10 +406,10 @@ class Diffusers(TeacherSource):
     def plan(self) -> TeacherPlan:
         index = self._index(weights=False)
         self._check(index)
+        self._unread = unread_settings(index, self._components(index))
         if not self._on_hub():
             for component in self._components(index):
-                check_component(index, component, self.config.variant)
-        self._unread = unread_settings(index, self._components(index))
+                self._unread = [*self._unread, *check_component(index, component, self.config.variant)]
         return TeacherPlan(index.name)
 
     def notes(self) -> Sequence[str]:

@@ -322,11 +322,11 @@ class StableDiffusion(TextPipeline):
     def plan(self) -> TeacherPlan:
         index = self._index(self.config.path)
         latents = self._latents(index)
+        self._unread = unread_settings(index, ("unet", "vae"))
         if Path(self.config.path).is_dir():
             for component in ("unet", "vae"):
-                check_component(index, component, self.config.variant)
+                self._unread = [*self._unread, *check_component(index, component, self.config.variant)]
             latents.encoder.check()
-        self._unread = unread_settings(index, ("unet", "vae"))
         return TeacherPlan(index.name)
 
     def untrained(self) -> Teacher:
