@@ -141,11 +141,23 @@ class ImageFiles(EncodedReader):
         """
         shown = [name for name in every if not is_hidden(name)]
         images = sorted(filter(is_image, shown), key=lambda name: name.split("/"))
+        if split != "all":
+            _check_depth(images, split)
         super().__init__(of_split(images, split, split_folder, where.partition(" ")[2]))
         if not self.names:
             raise trouble(f"no image ({', '.join(sorted(SUFFIXES))}) {where}{_instead(shown)}")
         self.notes += _left_out(every, images, split)
         annotate(self, Beside(shown, images, self.content), labels)
+
+
+def _check_depth(images: Sequence[str], split: str) -> None:
+    """Raise UserError where splits have folders that lie too deep to be taken as such: all images would be of each."""
+    deep = next((name for name in images if split_folder(name, deepest=len(name))), None)
+    if deep is not None and not any(map(split_folder, images)):
+        raise trouble(
+            f"split={split}: the folders of splits may lie at most two deep, got {quoted(deep)}. Give the folder above "
+            "them as dataset.path (of an archive: unpack it), or take all images (dataset.split=all)"
+        )
 
 
 def _left_out(every: Sequence[str], images: Sequence[str], split: str) -> list[str]:

@@ -165,6 +165,17 @@ def test_a_tar_is_the_folder_that_it_was_packed_from(tmp_path, mode, workers):
     assert reader.fingerprint(workers) == folder.fingerprint(workers)
 
 
+@pytest.mark.parametrize("pack", [write_folder, write_zip])
+def test_folders_of_splits_that_lie_too_deep_are_not_passed_over(tmp_path, pack):
+    path = pack(tmp_path / "a", {f"set/images/{split}/cat/0.png": PNG for split in ("train", "test")})
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match=f"split={split}: the folders of splits may lie at most two deep"):
+            open_at(path, split=split)
+    assert len(open_at(path, split="all")) == 2
+    inner = pack(tmp_path / "b", {f"train/{name}/test/0.png": PNG for name in "ab"})  # a class, not a split
+    assert len(open_at(inner, split="train")) == 2
+
+
 def test_shards_of_webdataset(tmp_path):
     for shard in range(2):
         files = {f"{2 * shard + k}.png": png(pixels(4)[2 * shard + k]) for k in range(2)}
