@@ -268,6 +268,6 @@ def of_split(names: Sequence[str], split: str, words: Callable[[str], Sequence[s
 
 
 def split_folder(name: str, deepest: int = 2) -> list[str]:
-    """The folders, at most `deepest` deep, that are called as a split and nothing more: train in "afhq/train/cat/1.png"."""
+    """The upper `deepest` folders that are called as a split and nothing more: train in "afhq/train/cat/1.png"."""
     every = {alias for names in SPLITS.values() for alias in names} - {"data"}
     return [part for part in name.split("/")[:-1][:deepest] if part.lower() in every]
