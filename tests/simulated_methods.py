@@ -21,7 +21,6 @@ from distillbench import data_stream  # noqa: E402
 from distillbench.budget import BudgetConfig  # noqa: E402
 from distillbench.compute import ComputeConfig, Sampling, applied, sampling  # noqa: E402
 from distillbench.data_stream import DataStream  # noqa: E402
-from distillbench.datasets import Dataset  # noqa: E402
 from distillbench.errors import UserError  # noqa: E402
 from distillbench.method import Method  # noqa: E402
 from distillbench.registry import load_registry  # noqa: E402
@@ -39,28 +38,10 @@ from distillbench.testbench import (  # noqa: E402
 from distillbench.train import Loop, train  # noqa: E402
 from distillbench.training_checkpoints import Checkpoints  # noqa: E402
 from simulated import check, main  # noqa: E402
+from simulated_pictures import Pictures  # noqa: E402
 
 GPU = "cuda:0"
 METHODS = {n: e.cls for n, e in load_registry().methods.items() if e.plugin.distribution == "distillbench"}
-
-
-class Pictures(Dataset):
-    """Random images with classes."""
-
-    name, licence, shape, sha256, classes = "pictures", "none", SHAPE, "0" * 64, CLASSES
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randint(0, 256, (64, *SHAPE), dtype=torch.uint8, generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, indices: torch.Tensor) -> torch.Tensor:
-        return self.images[indices]
-
-    def labels(self, indices: torch.Tensor) -> torch.Tensor:
-        return indices % CLASSES
 
 
 class Steps:
@@ -115,7 +96,7 @@ def trained(
 ) -> tuple[Method, Steps, list[Any]]:
     """A training by the harness's own loop, with real images from its own stream."""
     method = bench.method()
-    stream = DataStream(Pictures(), 0, bench.device, ahead) if method.needs_data else None
+    stream = DataStream(Pictures(64, SHAPE, CLASSES), 0, bench.device, ahead) if method.needs_data else None
     steps = 6 if len(method.phases()) == 1 else 4 * len(method.phases())
     budget = BudgetConfig(images=IMAGES * steps)
     workspace = workspace_of(method, Path(), budget, dry=True, device=bench.device)

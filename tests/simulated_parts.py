@@ -27,7 +27,6 @@ from distillbench import scores as features_scores  # noqa: E402
 from distillbench.conditions import Conditioning  # noqa: E402
 from distillbench.cuda_graphs import Captured  # noqa: E402
 from distillbench.data_stream import DataStream  # noqa: E402
-from distillbench.datasets import Dataset  # noqa: E402
 from distillbench.denoiser import Denoiser, NetworkCall  # noqa: E402
 from distillbench.edm_networks import DhariwalUNet, SongUNet  # noqa: E402
 from distillbench.evaluate import EvaluationConfig, Evaluator, features_kept, teacher_sampler  # noqa: E402
@@ -43,29 +42,11 @@ from distillbench.schedules import VPCosine  # noqa: E402
 from distillbench.speed import Measurement, Subject, measure_subject, timer_of  # noqa: E402
 from distillbench.teachers import Teacher  # noqa: E402
 from simulated import check, main  # noqa: E402
+from simulated_pictures import Pictures  # noqa: E402
 
 GPU, DEVICES = "cuda:0", ("cpu", "cuda:0")
 SILENT = Progress(Console(file=io.StringIO()))
 SHAPE, CLASSES = (3, 4, 4), 3
-
-
-class Pictures(Dataset):
-    """Random images with classes."""
-
-    name, licence, shape, sha256, classes = "pictures", "none", SHAPE, "0" * 64, CLASSES
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randint(0, 256, (40, *SHAPE), dtype=torch.uint8, generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, indices: torch.Tensor) -> torch.Tensor:
-        return self.images[indices]
-
-    def labels(self, indices: torch.Tensor) -> torch.Tensor:
-        return indices % CLASSES
 
 
 class Toy(FeatureNetwork):
@@ -116,7 +97,7 @@ def scores() -> dict[str, Any]:
             for way in ("computed", "cached", "imported"):
                 files = [read_reference(path) for path in folder.glob("toy-*.npz")] if way == "imported" else []
                 kept = features_kept(METRICS)
-                real = RealImages(Pictures(), Networks(folder, device), folder, files, kept)
+                real = RealImages(Pictures(40, SHAPE, CLASSES), Networks(folder, device), folder, files, kept)
                 teacher = teacher_on(device, conditioning)
                 evaluator = Evaluator(config, METRICS, real, teacher, SILENT, folder)
                 sampler = teacher_sampler(teacher, Solver.parse("ddim"))
@@ -134,7 +115,7 @@ def sampled() -> dict[str, Any]:
         decode = lambda z: torch.nn.functional.interpolate(z, scale_factor=1.0)
         config = EvaluationConfig(images=128, batch_size=32, teacher_steps=[2], cuda_graphs=graphs)
         with tempfile.TemporaryDirectory() as name:
-            real = RealImages(Pictures(), Networks(Path(name), device), Path(name))
+            real = RealImages(Pictures(40, SHAPE, CLASSES), Networks(Path(name), device), Path(name))
             evaluator = Evaluator(config, {}, real, teacher_on(device, Conditioning(CLASSES, 2.0), decode), SILENT)
             evaluator.answers(1)
             with recording() as record:
@@ -247,7 +228,7 @@ def latents() -> dict[str, Any]:
             to_latents = functools.partial(torch.nn.functional.conv2d, weight=matrix, stride=2, groups=3)
             denoiser = Denoiser(ResidualMLP((3, 2, 2), 8, 1), VPCosine(), "v").to(device)
             teacher = Teacher("toy", denoiser, (3, 2, 2), "1" * 64, to_latents=to_latents, decode=None)
-            made = as_trained_on(Pictures(), teacher, Path(folder), device, SILENT)
+            made = as_trained_on(Pictures(40, SHAPE, CLASSES), teacher, Path(folder), device, SILENT)
             encoded.append(made.read(torch.arange(40)))
     return {"equal": torch.equal(*encoded), "device": str(encoded[1].device)}
 
@@ -261,7 +242,7 @@ def stream() -> dict[str, Any]:
         data_stream.HELD = held
         batches: dict[str, list[torch.Tensor]] = {}
         for device in DEVICES:
-            source = DataStream(Pictures(), 0, device, 0 if device == "cpu" else 2)
+            source = DataStream(Pictures(40, SHAPE, CLASSES), 0, device, 0 if device == "cpu" else 2)
             batches[device] = [part.cpu() for _ in range(2) for part in source.read(8)]
             with recording() as record:
                 x_0, _ = source.read(8)
