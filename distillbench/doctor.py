@@ -25,7 +25,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
-from distillbench import clean
+from distillbench import clean, folders
 from distillbench.errors import Unavailable
 from distillbench.files import TEMPORARY, key_of, sha256_file
 from distillbench.pretrained import VARIABLE, weights_folder
@@ -618,7 +618,7 @@ def judge_room(what: str, disk: Disk, level: Level, advice: str) -> Finding:
     if disk.write_error:
         return Finding(level, f"{what}: cannot be written to: {disk.write_error}", advice)
     where = f"{what}: {disk.free_mib / 1024:,.1f} GiB free{disk.kind and f' on {disk.kind}'}"
-    where += ", a network file system" if disk.kind in clean.NETWORK else ""
+    where += ", a network file system" if disk.kind in folders.NETWORK_FILE_SYSTEMS else ""
     if disk.inodes is not None and disk.inodes < LITTLE_INODES:
         return Finding(level, f"{where}, room for {disk.inodes:,} more files", advice)
     if disk.free_mib < TOO_LITTLE_MIB:
@@ -634,7 +634,7 @@ def judge_files(what: str, disk: Disk) -> Iterator[Finding]:
     if disk.lock_error:
         line = f"{what}: files cannot be locked: {disk.lock_error}"
         yield Finding("wrong", line, "choose another folder, or let one process at a time use this one")
-    elif disk.kind in clean.NETWORK and (only_here := _local_locks(disk)):
+    elif disk.kind in folders.NETWORK_FILE_SYSTEMS and (only_here := _local_locks(disk)):
         line = f"{what}: locks are not seen by other machines ({disk.kind}: {only_here})"
         yield Finding("warning", line, "let one machine at a time use this folder, or have it mounted with locks")
     if disk.link_error:
@@ -674,7 +674,7 @@ def find_disk(folder: Path) -> Disk:
     if sys.platform != "win32":
         told = os.statvfs(parent)
         inodes = told.f_favail if told.f_files else None
-    kind, options = clean.file_system(parent)
+    kind, options = folders.file_system(parent)
     about: dict[str, Any] = {"free_mib": usage.free / MIB, "inodes": inodes, "kind": kind, "options": options}
     try:
         if not parent.is_dir():
@@ -738,16 +738,16 @@ def check_caches(patient: Patient) -> Iterator[Finding]:
         return
     cells = clean.cells_of(root)
     sizes = {
-        clean.counted(len(cells), "cell"): clean.size_of(file for cell in cells for file in clean.files_below(cell))
+        clean.counted(len(cells), "cell"): folders.size_of(file for cell in cells for file in folders.files_below(cell))
     }
-    for folder in clean.folders_in(root / "cache"):
-        sizes[f"cache/{folder.name}"] = clean.size_of(clean.files_below(folder))
+    for folder in folders.folders_in(root / "cache"):
+        sizes[f"cache/{folder.name}"] = folders.size_of(folders.files_below(folder))
     yield Finding("ok", ", ".join(f"{name} {size / MIB:,.1f} MiB" for name, size in sizes.items()))
     spent = clean.find(root)
     files = [file for removal in spent for file in removal.files]
     if files:
         counts = ", ".join(f"{len(removal.files):,} {removal.kind}" for removal in spent if removal.files)
-        line = f"left over: {counts}, {clean.freed(files) / MIB:,.1f} MiB"
+        line = f"left over: {counts}, {folders.freed(files) / MIB:,.1f} MiB"
         yield Finding("warning", line, f"distillbench clean --results-dir {patient.results_dir}")
 
 
@@ -842,7 +842,7 @@ def check_states(patient: Patient) -> Iterator[Finding]:
 
     unfinished, states, aside, damaged = 0, [], 0, []
     for cell in clean.cells_of(patient.results_dir):
-        files = [file for file in clean.files_below(cell / "resume") if not file.is_symlink()]
+        files = [file for file in folders.files_below(cell / "resume") if not file.is_symlink()]
         here = [file for file in files if file.name.startswith("state-") and file.suffix == ".safetensors"]
         aside += sum(file.name.startswith("aside-") for file in files)
         states += here

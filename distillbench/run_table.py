@@ -15,8 +15,9 @@ from distillbench.config import RunConfig, to_yaml
 from distillbench.done import About, Done
 from distillbench.engines import Looked
 from distillbench.files import write_atomically
+from distillbench.links import link_all
 from distillbench.plan import Cell
-from distillbench.results import link_all, make_along, make_table, sample_grid, write_table
+from distillbench.results import make_along, make_table, sample_grid, write_table
 from distillbench.run_settings import write_settings
 from distillbench.seen_files import SeenFiles
 from distillbench.statistics import summarise

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from distillbench import config, export_run, neighbours, plan, results, run_settings, run_table, seen_files
+from distillbench import config, export_run, links, neighbours, plan, results, run_settings, run_table, seen_files
 from distillbench.cell import AS_IS
 from distillbench.config import compose_runs, to_yaml
 from distillbench.errors import UserError
@@ -278,7 +278,7 @@ def go(done, said):
 
 def test_a_run_that_finds_all_its_cells_writes_its_folder_once(done, count):
     said = io.StringIO()
-    written, linked = count(run_table, "write_table"), count(results, "link_or_copy")
+    written, linked = count(run_table, "write_table"), count(links, "link_or_copy")
     outcome = go(done, said)
     assert written.calls == 2 and linked.calls == 0  # the table and its summary; links are made at once
     assert len(outcome.table) == 301 and len(list((outcome.folder / "weights").iterdir())) == 300
