@@ -2,7 +2,7 @@
 
 The network itself is the attribute named `component`, as diffusers' pipelines name it, with diffusers' own keys below
 that prefix: ``network.wrapped.save_pretrained(folder)`` writes what diffusers loads. What the two calls differ by is in
-:class:`distillbench.diffusers_schedules.Call`. Where a network also predicts a variance (twice as many channels out as
+:class:`distillbench.diffusers_calls.Call`. Where a network also predicts a variance (twice as many channels out as
 in), that half of its output is dropped.
 
 `embedding` is added to the embedding of time by what stands for its module during one call.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from distillbench.conditions import UNCONDITIONAL, Condition
-from distillbench.diffusers_schedules import Call
+from distillbench.diffusers_calls import Call
 from distillbench.errors import UserError, unsupported
 from distillbench.parked import Parked
 from distillbench.stand_ins import adding, standing_in

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from distillbench.conditions import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.denoiser import Counter, Denoiser, guided
+from distillbench.embeddings import GuidanceEmbedding
 from distillbench.errors import UserError
-from distillbench.networks import GuidanceEmbedding
 from distillbench.options import option
 from distillbench.parked import Parked
 from distillbench.schedules import NoiseSchedule

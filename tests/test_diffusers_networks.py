@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from distillbench.conditions import Condition
+from distillbench.diffusers_calls import Call
 from distillbench.diffusers_networks import DiT, PixelUNet, TextUNet, check_classes
-from distillbench.diffusers_schedules import Call
 from distillbench.errors import UserError
 from distillbench.parked import Parked
 

@@ -21,8 +21,9 @@ from distillbench.conformance import _check_masks
 from distillbench.conformance import dropout as check_dropout
 from distillbench.denoiser import Denoiser
 from distillbench.dropout import one_mask, seed_masks
+from distillbench.embeddings import TimeEmbedding
 from distillbench.method import Batch, Method, MethodConfig
-from distillbench.networks import TimeEmbedding, evaluating, held
+from distillbench.modes import evaluating, held
 from distillbench.resume import masks_state, restore_masks
 from distillbench.samplers import ddim_step, x_at_t_max
 from distillbench.schedules import VPCosine
