@@ -22,7 +22,7 @@ from distillbench.errors import UserError
 from distillbench.network_calls import DTYPES, AsAsked, networks_below
 from distillbench.nvml import EXCLUSIVE_PROCESS, PROHIBITED, compute_mode
 from distillbench.options import option, require_between, require_one_of
-from distillbench.precision import float32_products
+from distillbench.precision import tf32
 
 if TYPE_CHECKING:
     from distillbench.method import Method
@@ -127,11 +127,6 @@ def grad_scaler(config: ComputeConfig, device: str) -> torch.amp.GradScaler | No
 def last_batch(config: ComputeConfig) -> AbstractContextManager[Any]:
     """For a step of fewer images than the others: what would have to be compiled for it alone runs as it is."""
     return nullcontext() if config.compile == "off" else torch.compiler.set_stance("eager_on_recompile")
-
-
-def tf32(allowed: bool, device: str) -> AbstractContextManager[Any]:
-    """In the block float32 products and convolutions on a GPU may, or may not, use TF32."""
-    return nullcontext() if device == "cpu" else float32_products(allowed)
 
 
 @contextmanager

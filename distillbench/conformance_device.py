@@ -5,8 +5,8 @@ from __future__ import annotations
 import pickle
 
 from distillbench.checking import Doubt, Fault, NotApplicable, some
+from distillbench.device_trial import try_method
 from distillbench.processes import ProcessError, call_in_fresh_process
-from distillbench.simulated_cuda.trial import try_method
 from distillbench.testbench import CONDITIONINGS, Bench
 
 LIMIT_SECONDS = 600.0  # it takes a few

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from distillbench.datasets import Dataset, to_float
 from distillbench.host_copies import fits_on, to_device
-from distillbench.method import WHOLE, Share
 from distillbench.progress import Progress
+from distillbench.share import WHOLE, Share
 
 HELD = 2**26  # bytes of images as float32, on any device
 HELD_ON_GPU = 2**32  # bytes of images as they were read (8-bit, where they were rounded)

@@ -30,8 +30,9 @@ from distillbench.ranks import ALONE, Ranks
 from distillbench.references import RealImages, ReferenceFile, check_reference, provenance_of, read_reference
 from distillbench.registry import Registry
 from distillbench.samplers import SAMPLERS, Solver
-from distillbench.sharing import SampleOrder, in_turns
+from distillbench.sharing import SampleOrder
 from distillbench.teachers import Teacher
+from distillbench.turns import in_turns
 
 Sampler = Callable[[Callable[[int], Tensor], int, Condition], Tensor]  # (noise, nfe, c) -> x_0 (B,C,H,W)
 SHOWN = 64  # images of every row that are kept to be looked at

@@ -20,15 +20,26 @@ import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from distillbench.ranks import Together
-
 BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel
+
+
+class Collectives(Protocol):
+    """The collective operations that sums of gradients need; see :class:`distillbench.ranks.Together`."""
+
+    reduction: GradientReduction | None
+
+    def exchange(self, *numbers: float) -> list[list[float]]: ...
+
+    def gather(self, value: Any) -> list[Any]: ...
+
+    def start_sum(self, buffer: Tensor) -> Any: ...
+
+    def wait_for(self, work: Any) -> None: ...
 
 
 class Bucket:
@@ -63,7 +74,7 @@ def _laid_out_as(weight: Tensor, part: Tensor) -> Tensor:
 class NetworkGradients:
     """The gradients of one network, of which no weight is spread over processes (those are summed by FSDP)."""
 
-    def __init__(self, weights: Sequence[Tensor], ranks: Together) -> None:
+    def __init__(self, weights: Sequence[Tensor], ranks: Collectives) -> None:
         self.weights, self.ranks = list(weights), ranks
         self.buckets: list[Bucket] = []  # none before the first sum
         self.bucket_of: dict[Tensor, Bucket] = {}
@@ -183,7 +194,7 @@ def _in_buckets(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 class GradientReduction:
     """The gradients of all networks that one training updates, in the order of their first update."""
 
-    def __init__(self, ranks: Together) -> None:
+    def __init__(self, ranks: Collectives) -> None:
         self.ranks, self.networks = ranks, list[NetworkGradients]()
         ranks.reduction = self
 

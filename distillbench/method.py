@@ -28,6 +28,7 @@ from distillbench.conditions import WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.host_copies import to_device
 from distillbench.options import option, require_between, require_fraction, require_one_of, require_positive
 from distillbench.schedules import SCHEDULES
+from distillbench.share import WHOLE, Share
 
 if TYPE_CHECKING:
     from distillbench.pairs import Workspace
@@ -109,31 +110,6 @@ class Phase:
     fresh: bool = True
 
 
-@dataclass(frozen=True)
-class Share:
-    """Every `count`-th row of a batch, from row `index` on: what one of several processes, or one part of a step, does.
-
-    So the first images of a share are among the first of the batch, and a loss on the first quarter of each share is
-    one on the first quarter of the batch.
-    """
-
-    index: int = 0
-    count: int = 1
-
-    def of(self, rows: Tensor) -> Tensor:
-        """The rows of the share."""
-        return rows if self.count == 1 else rows[self.rows].contiguous()
-
-    def size(self, batch: int) -> int:
-        """How many rows of a batch it has."""
-        return len(range(batch)[self.rows])
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.index, None, self.count)
-
-
-WHOLE = Share()
 # n -> the real images, and their labels, of a batch of n; where processes share a batch, those of this process
 Read = Callable[[int], tuple[Tensor, Tensor | None]]
 

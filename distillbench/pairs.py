@@ -30,8 +30,8 @@ from distillbench.host_copies import fits_on, to_device
 from distillbench.noise import Noise, stream_key
 from distillbench.progress import Progress
 from distillbench.ranks import ALONE, Ranks
-from distillbench.sharing import in_turns
 from distillbench.teachers import Teacher
+from distillbench.turns import in_turns
 
 __all__ = ["PairStore", "Workspace"]
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from distillbench.budget import Limit, Meter, Price
+from distillbench.build import build_method
 from distillbench.compute import check_access, check_compute, check_sampling
 from distillbench.conditions import WITHOUT_CLASSES, Conditioning
 from distillbench.config import RunConfig
@@ -37,7 +38,6 @@ from distillbench.references import RealImages, ReferenceFile
 from distillbench.registry import Entry, Registry
 from distillbench.samplers import Solver
 from distillbench.sharing import FeatureOrder, SharedNetworks
-from distillbench.speed import build_method
 from distillbench.teachers import Teacher, TeacherPlan, TeacherSource
 
 USUAL_NFE = (1, 2, 4)  # of the rows of a run that names none

@@ -9,7 +9,7 @@ newer ones are read where torch has them, and both are set, to the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,11 @@ def float32_products(tf32: bool = False) -> Iterator[None]:
         yield
     finally:
         before.apply()
+
+
+def tf32(allowed: bool, device: str) -> AbstractContextManager[Any]:
+    """In the block float32 products and convolutions on a GPU may, or may not, use TF32."""
+    return nullcontext() if device == "cpu" else float32_products(allowed)
 
 
 def _operator(name: str) -> Any:

@@ -26,8 +26,8 @@ from distillbench.energy import NO_ENERGY, Energy
 from distillbench.errors import DivergedError, UserError
 from distillbench.failures import Failed, Failure, LostError, of_message, worst
 from distillbench.launchers import by_mpi, check_alone, started_together
-from distillbench.method import WHOLE, Share
 from distillbench.shards import is_spread
+from distillbench.share import WHOLE, Share
 
 if TYPE_CHECKING:
     from distillbench.budget import Meter, Price

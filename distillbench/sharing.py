@@ -7,16 +7,16 @@ out is the same to the bit. An error in one process ends the work of all of them
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from distillbench.failures import Failure, LostError, worst
 from distillbench.features import FeatureNetwork, Networks, blocks_of, look
 from distillbench.ranks import Ranks
+from distillbench.turns import first_error, tried
 
 if TYPE_CHECKING:
     from distillbench.config import RunConfig
@@ -41,37 +41,6 @@ class FeatureOrder:
     config: RunConfig
     selection: Selection
     network: str = ""
-
-
-def in_turns(count: int, make: Callable[[int], Tensor], ranks: Ranks) -> tuple[list[Tensor], Exception | None]:
-    """Batches 0, ..., count - 1, number i made by process i mod their number; in the main one all of them, in order.
-
-    With what went wrong in some process, where something did.
-    """
-    made: list[Tensor] = []
-    for first in range(0, count, ranks.count):
-        batch, error = _tried(make, first + ranks.share.index, count)
-        if (wrong := _first_error(error, ranks)) is not None:
-            return made, wrong
-        made += [tensor for tensor in ranks.collect(batch) if tensor is not None]
-    return made, None
-
-
-def _tried(make: Callable[[int], Tensor], index: int, count: int) -> tuple[Tensor | None, Exception | None]:
-    try:
-        return (make(index) if index < count else None), None
-    except LostError:
-        raise
-    except Exception as error:  # a method is a stranger's code, and the others must hear of it
-        return None, error
-
-
-def _first_error(error: Exception | None, ranks: Ranks) -> Exception | None:
-    mine = None if error is None else Failure.of(error, ranks.share.index)
-    failures = [failure for failure in ranks.gather(mine) if failure is not None]
-    if error is not None or not failures:
-        return error
-    return worst(failures).error()
 
 
 class SharedNetworks(Networks):
@@ -108,7 +77,7 @@ class SharedNetworks(Networks):
     def _round(self, network: FeatureNetwork, block: Tensor | None) -> tuple[list[Tensor], Exception | None]:
         """The features of one block for each process."""
         blocks = [] if block is None else [block]
-        seen, error = _tried(lambda _: next(look(network, blocks, self.device)).cpu(), 0, len(blocks))
-        if (wrong := _first_error(error, self.ranks)) is not None:
+        seen, error = tried(lambda _: next(look(network, blocks, self.device)).cpu(), 0, len(blocks))
+        if (wrong := first_error(error, self.ranks)) is not None:
             return [], wrong
         return [features for features in self.ranks.collect(seen) if features is not None], None

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distillbench.build import build_method
 from distillbench.compute import Sampling, sampling
 from distillbench.conditions import Conditioning
 from distillbench.datasets import Dataset
@@ -49,7 +50,6 @@ from distillbench.noise import Noise, stream_key
 from distillbench.precision import Float32Flags
 from distillbench.processes import ProcessError, call_in_fresh_process, in_words
 from distillbench.progress import Progress
-from distillbench.schedules import SCHEDULES
 from distillbench.teachers import Teacher, TeacherSource
 
 if TYPE_CHECKING:  # the fresh process imports no more than what it measures
@@ -276,13 +276,6 @@ def make_subject(job: SpeedJob) -> Subject:
     method.load_state_dict(load_file(job.weights, device=device))
     method.eval()
     return Subject(method.sample, method.teacher, _parameters(method.student))
-
-
-def build_method(cls: type[Method], config: Any, teacher: Teacher, seed: int, device: str) -> Method:
-    """A method with its networks on the device, as they are before training."""
-    torch.manual_seed(seed)  # what a method adds to the teacher's network starts from this
-    seen = teacher.on(SCHEDULES[config.schedule]()) if config.schedule else teacher
-    return cls(config, seen).to(device)
 
 
 def _parameters(network: torch.nn.Module) -> int:

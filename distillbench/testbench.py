@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.budget import BudgetConfig, Meter
+from distillbench.build import build_method
 from distillbench.checking import Fault, differ, global_generators, seed_global_generators
 from distillbench.conditions import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.denoiser import TARGETS, Denoiser, implied_eps
@@ -42,7 +43,6 @@ from distillbench.progress import Progress, Step
 from distillbench.resume import Resume, States
 from distillbench.schedules import VPCosine
 from distillbench.signals import Interrupted, Stop
-from distillbench.speed import build_method
 from distillbench.teachers import Teacher
 from distillbench.train import Loop, train
 

@@ -33,7 +33,7 @@ from distillbench.failures import LostError, of_message
 from distillbench.features import FeatureNetwork
 from distillbench.following import check_rows
 from distillbench.launchers import by_mpi, follows, rank_and_count, started_together
-from distillbench.method import WHOLE, Batch, Method, OptimizerConfig, Share
+from distillbench.method import Batch, Method, OptimizerConfig
 from distillbench.networks import ResidualMLP
 from distillbench.optimizers import Optimizers
 from distillbench.pairs import Workspace
@@ -42,6 +42,7 @@ from distillbench.ranks import ALONE, Ranks, joined
 from distillbench.registry import load_registry
 from distillbench.resume import Followed, Resume, States
 from distillbench.schedules import VPCosine
+from distillbench.share import WHOLE, Share
 from distillbench.sharing import FeatureOrder, SharedNetworks
 from distillbench.signals import Interrupted
 from distillbench.teachers import Teacher

@@ -22,7 +22,7 @@ from distillbench.compute import ComputeConfig, applied
 from distillbench.denoiser import Denoiser
 from distillbench.errors import UserError
 from distillbench.fully_sharded import Sharded, check_shared, trained_from
-from distillbench.method import WHOLE, Method, OptimizerConfig, Share
+from distillbench.method import Method, OptimizerConfig
 from distillbench.networks import ResidualMLP
 from distillbench.optimizers import Optimizers
 from distillbench.pairs import Workspace
@@ -32,6 +32,7 @@ from distillbench.registry import load_registry
 from distillbench.resume import Followed, Resume, States
 from distillbench.schedules import VPCosine
 from distillbench.shards import here, is_spread, whole
+from distillbench.share import WHOLE, Share
 from distillbench.signals import Interrupted
 from distillbench.teachers import Teacher
 from distillbench.testbench import StopAfter

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import distillbench.speed
+from distillbench.build import build_method
 from distillbench.conditions import UNCONDITIONAL, WITHOUT_CLASSES, Conditioning
 from distillbench.config import compose_runs
 from distillbench.denoiser import Denoiser
@@ -44,7 +45,6 @@ from distillbench.speed import (
     Subject,
     TorchSettings,
     best_throughput,
-    build_method,
     make_subject,
     measure,
     measure_in_fresh_process,

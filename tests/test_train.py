@@ -37,10 +37,11 @@ from distillbench.conditions import Conditioning
 from distillbench.data_stream import DataStream
 from distillbench.datasets import Dataset, to_float
 from distillbench.errors import DivergedError, UserError
-from distillbench.method import Method, MethodConfig, OptimizerConfig, Phase, Share
+from distillbench.method import Method, MethodConfig, OptimizerConfig, Phase
 from distillbench.optimizers import Average, learning_rate_factor
 from distillbench.progress import Progress, Step
 from distillbench.ranks import ALONE
+from distillbench.share import Share
 from distillbench.train import Loop, Trained, _Curve, train
 
 pytestmark = pytest.mark.usefixtures("float64")
