@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from distillbench.shards import here
+from distillbench.shards import local_shards
 
 __all__ = ["MovingAverage", "move_towards"]
 
@@ -30,7 +30,7 @@ class MovingAverage:
     @functools.cached_property
     def weights(self) -> tuple[list[Tensor], list[Tensor]]:
         """Of both."""
-        return here(self.average.parameters()), here(self.network.parameters())
+        return local_shards(self.average.parameters()), local_shards(self.network.parameters())
 
     @functools.cached_property
     def buffers(self) -> list[tuple[Tensor, Tensor]]:

@@ -32,7 +32,7 @@ from distillbench.plan import Cell, build
 from distillbench.progress import Progress
 from distillbench.results import FINAL, CheckpointRecord, Cost, CurvePoint, Status, TrainRecord, write_record
 from distillbench.resume import Followed, Resume, States
-from distillbench.shards import whole
+from distillbench.shards import gather_full
 from distillbench.signals import Stop
 from distillbench.tasks import Task
 from distillbench.teachers import Teacher
@@ -158,7 +158,7 @@ def _train(
         seed_masks(cell.seed, ranks.share.index)
         stack.enter_context(applied(compute, method, scene.device))
         if not compute.shard:  # else when it is spread
-            ranks.equal(method)
+            ranks.broadcast_module(method)
         meter = Meter(config.budget, teacher, scene.device, watches=(rss, gpu), energy=joules)
         given = method.teacher, meter, cache, scene.device, cell.seed, progress
         workspace = Workspace(*given, energy_source=config.energy, ranks=ranks)
@@ -177,9 +177,9 @@ def _train(
         "peak_device_mib": gpu.device,
         "peak_rss_mib": rss,
     }
-    weights = whole(method.state_dict(), ranks.main)
-    largest = {name: _largest(ranks.gather((peak.mib, peak.reason))) for name, peak in peaks.items()}
-    used, device = ranks.energy(meter.energy()), ", then ".join(resume.devices)
+    weights = gather_full(method.state_dict(), ranks.main)
+    largest = {name: _largest(ranks.all_gather((peak.mib, peak.reason))) for name, peak in peaks.items()}
+    used, device = ranks.sum_energy(meter.energy()), ", then ".join(resume.devices)
     return Measured(method, trained, weights, used, largest, meter.no_compile_seconds, device)
 
 
@@ -206,7 +206,7 @@ def _trained(
     if cell.entry is not None and cell.entry.cls.needs_data:
         scene.trained_on(progress)  # followers find what has to be made
     order = TrainOrder(Task.of(cell), parts, states.folder)
-    with scene.ranks.ordered(order, recovers=not scene.config.compute.shard):
+    with scene.ranks.lead(order, recovers=not scene.config.compute.shard):
         measured = _train(cell, parts, teacher, folder, progress, states, stop)
     method, trained, used = measured.method, measured.trained, measured.energy
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in measured.weights.items()}

@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 from distillbench.conditions import UNCONDITIONAL, Condition
 from distillbench.diffusers_calls import Call
 from distillbench.errors import UserError, unsupported
-from distillbench.parked import Parked
+from distillbench.parked import Offloaded
 from distillbench.stand_ins import adding, standing_in
 
 
@@ -196,7 +196,7 @@ class Autoencoder:
         config = module.config
         for name in ("latents_mean", "latents_std"):
             _refuse(config, name, (None,))
-        self.parked = Parked(module, device)
+        self.parked = Offloaded(module, device)
         self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
 
     @staticmethod
@@ -209,14 +209,14 @@ class Autoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """(B,c,h,w) to images in [-1, 1], (B,C,H,W)."""
         module: Any
-        with self.parked.awake() as module:
+        with self.parked.on_device() as module:
             return module.decode(latents / self.scale + self.shift).sample.clamp(-1, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images in [-1, 1] to latents, (B,c,h,w): the mode of what the encoder gives."""
         module: Any
-        with self.parked.awake() as module:
+        with self.parked.on_device() as module:
             return (self._mode(module.encode(images)) - self.shift) * self.scale
 
     def _mode(self, encoded: Any) -> Tensor:

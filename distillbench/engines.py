@@ -92,7 +92,7 @@ class Job:
 
     def answer(self, stop: Stop) -> Answer:
         """Do it. Errors are answers."""
-        progress = Noted()
+        progress = RecordingProgress()
         try:
             os.chdir(self.folder)
             sys.path += [folder for folder in self.path if folder not in sys.path]
@@ -109,7 +109,7 @@ class Job:
             return Answer("ended", ("failed", in_words(error)), progress.said)
 
 
-class Noted(Progress):
+class RecordingProgress(Progress):
     """Keeps the lines, for the machine that shows them; they go into the job's log, too."""
 
     def __init__(self) -> None:

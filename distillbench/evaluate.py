@@ -26,7 +26,7 @@ from distillbench.metrics import Metric, Need, Samples, check_needs
 from distillbench.noise import DrawnAhead, Noise, drawn_ahead, stream_key
 from distillbench.options import option, require_between, require_one_of, require_positive
 from distillbench.progress import Progress, Step
-from distillbench.ranks import ALONE, Ranks
+from distillbench.ranks import SINGLE_RANK, Ranks
 from distillbench.references import RealImages, ReferenceFile, check_reference, provenance_of, read_reference
 from distillbench.registry import Registry
 from distillbench.samplers import SAMPLERS, Solver
@@ -136,7 +136,7 @@ class Evaluator:
 
     def __init__(
         self, config: EvaluationConfig, metrics: dict[str, type[Metric]], real: RealImages, teacher: Teacher,
-        progress: Progress, cache: Path | None = None, ranks: Ranks = ALONE,
+        progress: Progress, cache: Path | None = None, ranks: Ranks = SINGLE_RANK,
     ) -> None:  # fmt: skip
         self.ranks = ranks
         self.config, self.teacher, self.real, self.progress, self.cache = config, teacher, real, progress, cache
@@ -228,7 +228,7 @@ class Evaluator:
 
     def _sample(self, sampler: Sampler, nfe: int, seed: int, step: Step, order: SampleOrder | None) -> Tensor:
         if self.ranks.count > 1:
-            with self.ranks.ordered(order):
+            with self.ranks.lead(order):
                 images, error = self._in_turns(sampler, nfe, seed, step)
             if error is not None:
                 raise error

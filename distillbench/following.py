@@ -53,9 +53,9 @@ def follow(ranks: Ranks, stop: Stop) -> None:
     which the processes cannot go on together; the others are raised in the main process too, and are its to record.
     """
     scenes = Scenes()
-    while (order := ranks.take()) is not None:
+    while (order := ranks.next_order()) is not None:
         try:
-            with ranks.together(recovers=not (isinstance(order, TrainOrder) and order.task.config.compute.shard)):
+            with ranks.follow(recovers=not (isinstance(order, TrainOrder) and order.task.config.compute.shard)):
                 _obey(order, ranks, scenes, stop)
         except Exception:
             if ranks.busy:

@@ -87,7 +87,7 @@ class Sharded:
                 self._spread(network)
         for root in roots:
             _to_device(root, device)
-        ranks.equal(method)
+        ranks.broadcast_module(method)
 
     def _spread(self, network: nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard

@@ -29,15 +29,15 @@ BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel
 
 
 class Collectives(Protocol):
-    """The collective operations that sums of gradients need; see :class:`distillbench.ranks.Together`."""
+    """The collective operations that sums of gradients need; see :class:`distillbench.ranks.DataParallelRanks`."""
 
     reduction: GradientReduction | None
 
     def exchange(self, *numbers: float) -> list[list[float]]: ...
 
-    def gather(self, value: Any) -> list[Any]: ...
+    def all_gather(self, value: Any) -> list[Any]: ...
 
-    def start_sum(self, buffer: Tensor) -> Any: ...
+    def start_all_reduce(self, buffer: Tensor) -> Any: ...
 
     def wait_for(self, work: Any) -> None: ...
 
@@ -136,13 +136,13 @@ class NetworkGradients:
         present = [weight.grad is not None for weight in self.weights]
         digests = {row[0] for row in self.ranks.exchange(zlib.crc32(bytes(present)))}
         if len(digests) > 1:
-            present = [any(here) for here in zip(*self.ranks.gather(present), strict=True)]
+            present = [any(here) for here in zip(*self.ranks.all_gather(present), strict=True)]
         return {weight for weight, here in zip(self.weights, present, strict=True) if here}
 
     def _add_buckets(self, used: set[Tensor]) -> None:
         """Buckets for weights that have a gradient for the first time, the same in all processes."""
         if not self.buckets:
-            first = self.ranks.gather(self.order)[0]  # that of the main process
+            first = self.ranks.all_gather(self.order)[0]  # that of the main process
             order = dict.fromkeys([*first, *range(len(self.weights))])
             new = [self.weights[number] for number in order if self.weights[number] in used]
         elif used <= self.bucket_of.keys():
@@ -158,7 +158,7 @@ class NetworkGradients:
     def _send_next(self) -> None:
         bucket = self.buckets[len(self.sent)]
         bucket.fill()
-        self.sent.append(self.ranks.start_sum(bucket.buffer))
+        self.sent.append(self.ranks.start_all_reduce(bucket.buffer))
 
     def _wait(self) -> None:
         for work in self.sent:
@@ -168,7 +168,7 @@ class NetworkGradients:
     def give_up(self, count: int) -> None:
         """Complete the sums of the first `count` buckets, which some process has begun. The gradients are lost."""
         while len(self.sent) < count:
-            self.sent.append(self.ranks.start_sum(self.buckets[len(self.sent)].buffer))
+            self.sent.append(self.ranks.start_all_reduce(self.buckets[len(self.sent)].buffer))
         self._wait()
 
 

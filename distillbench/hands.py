@@ -208,7 +208,7 @@ def _hear(kind: str, told: list[Any], steps: dict[int, tuple[Any, Step]], progre
         raise Interrupted(told[0])
 
 
-class Told(Progress):
+class PipeProgress(Progress):
     """Progress that is told to the process that started this one; lines go into the log, too."""
 
     def __init__(self, tell: Callable[..., None]) -> None:
@@ -255,7 +255,7 @@ def _answering(tell: Callable[..., None]) -> Iterator[tuple[Progress, Stop]]:
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:
         with stopping() as stop:
-            yield Told(tell), stop
+            yield PipeProgress(tell), stop
     except UserError as error:
         tell("user error", str(error))
     except Interrupted as interrupted:

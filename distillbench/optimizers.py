@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from distillbench.gradient_reduction import GradientReduction, NetworkGradients
 from distillbench.method import Method, NetworkConfig, OptimizerConfig
-from distillbench.ranks import ALONE, Ranks, Together
+from distillbench.ranks import SINGLE_RANK, DataParallelRanks, Ranks
 from distillbench.resume import State
-from distillbench.shards import class_of, here, is_spread, load, spread_like
+from distillbench.shards import class_of, is_sharded, load_full, local_shards, shard_like
 
 
 class Average:
@@ -31,7 +31,7 @@ class Average:
         self.module = network
         if self.halflife:
             self.module = copy.deepcopy(network).eval().requires_grad_(False) if twin is None else twin
-        self.mine, self.theirs = here(self.module.parameters()), here(network.parameters())
+        self.mine, self.theirs = local_shards(self.module.parameters()), local_shards(network.parameters())
         self.my_buffers, self.their_buffers = list(self.module.buffers()), list(network.buffers())
         self.images = 0
         if self.module is twin:
@@ -57,7 +57,7 @@ class Average:
     def restore(self, state: State) -> None:
         self.images = state.values["images"]
         if self.module is not self.network:
-            load(self.module, state.tensors)
+            load_full(self.module, state.tensors)
 
 
 def learning_rate_factor(config: OptimizerConfig, progress: float) -> float:
@@ -68,7 +68,7 @@ def learning_rate_factor(config: OptimizerConfig, progress: float) -> float:
     return warmup * decay[config.lr_decay]
 
 
-def clip(plain: list[Tensor], spread: list[Tensor], largest: float, ranks: Ranks = ALONE) -> None:
+def clip(plain: list[Tensor], spread: list[Tensor], largest: float, ranks: Ranks = SINGLE_RANK) -> None:
     """Scale the gradients of a network, in place, so that their norm is at most `largest`.
 
     The arithmetic of ``torch.nn.utils.clip_grad_norm_``, which sorts tensors by device and type at every step. Of
@@ -80,7 +80,7 @@ def clip(plain: list[Tensor], spread: list[Tensor], largest: float, ranks: Ranks
     norms = list(torch._foreach_norm(plain)) if plain else []
     if spread:
         square = torch.stack(torch._foreach_norm(spread)).square().sum()
-        ranks.sum([square])
+        ranks.all_reduce([square])
         norms.append(square.sqrt())
     norm = torch.linalg.vector_norm(torch.stack(norms))
     torch._foreach_mul_(plain + spread, (largest / (norm + 1e-6)).clamp(max=1.0))
@@ -97,13 +97,13 @@ class Optimizers:
         self,
         config: OptimizerConfig,
         scaler: torch.amp.GradScaler | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_RANK,
         settings_of: Callable[[nn.Module], NetworkConfig] | None = None,
     ) -> None:
         self.config, self.scaler, self.ranks, self.settings_of = config, scaler, ranks, settings_of
         self.by_network: dict[nn.Module, torch.optim.Optimizer] = {}
         self.settings: dict[nn.Module, OptimizerConfig] = {}
-        self.reduction = GradientReduction(ranks) if isinstance(ranks, Together) else None
+        self.reduction = GradientReduction(ranks) if isinstance(ranks, DataParallelRanks) else None
         self.summed: dict[nn.Module, NetworkGradients] = {}  # where processes share a batch
 
     def _make(self, network: nn.Module) -> torch.optim.Optimizer:
@@ -111,7 +111,7 @@ class Optimizers:
         self.settings[network] = settings
         betas, decay = (settings.beta1, settings.beta2), settings.weight_decay
         weights = list(network.parameters())
-        kinds = [[w for w in weights if is_spread(w) is spread] for spread in (False, True)]  # no call can have both
+        kinds = [[w for w in weights if is_sharded(w) is spread] for spread in (False, True)]  # no call can have both
         groups = [{"params": kind} for kind in kinds if kind]
         return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, weight_decay=decay, fused=True)
 
@@ -128,7 +128,7 @@ class Optimizers:
         if network not in self.by_network:
             self.by_network[network] = self._make(network)
         if self.reduction is not None and network not in self.summed:
-            self.summed[network] = self.reduction.of([w for w in network.parameters() if not is_spread(w)])
+            self.summed[network] = self.reduction.of([w for w in network.parameters() if not is_sharded(w)])
         if first:
             for group in self.by_network[network].param_groups:
                 for weight in group["params"]:
@@ -145,8 +145,8 @@ class Optimizers:
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * factor
             gradients = [weight.grad for weight in group["params"] if weight.grad is not None]
-            if gradients and is_spread(gradients[0]):  # as all of its group
-                spread = here(gradients)
+            if gradients and is_sharded(gradients[0]):  # as all of its group
+                spread = local_shards(gradients)
             else:
                 plain = gradients
         if self.scaler is None:
@@ -189,8 +189,8 @@ class Optimizers:
 def _like(weight: Tensor, moment: Tensor) -> Tensor:
     """`moment` laid out in memory as `weight` is: fused optimisers read both by position."""
     same = moment.shape == weight.shape
-    if same and is_spread(weight):
-        return spread_like(weight, moment)
+    if same and is_sharded(weight):
+        return shard_like(weight, moment)
     return torch.empty_like(weight).copy_(moment) if same else moment.to(weight.device)
 
 

@@ -29,7 +29,7 @@ from distillbench.files import canonical_json, sha256_file, signed, write_atomic
 from distillbench.host_copies import fits_on, to_device
 from distillbench.noise import Noise, stream_key
 from distillbench.progress import Progress
-from distillbench.ranks import ALONE, Ranks
+from distillbench.ranks import SINGLE_RANK, Ranks
 from distillbench.teachers import Teacher
 from distillbench.turns import in_turns
 
@@ -98,7 +98,7 @@ class Workspace:
         progress: Progress,
         dry: bool = False,
         energy_source: str = "nvml",
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_RANK,
     ) -> None:
         self.teacher, self.meter, self.cache, self.device = teacher, meter, cache, device
         self.seed, self.progress, self.dry, self.energy_source = seed, progress, dry, energy_source
@@ -131,7 +131,7 @@ class Workspace:
         with ExitStack() as claim:
             targets = self._found(folder, recipe, claim) if self.ranks.main else None
             with nullcontext() if self.ranks.main else self.meter.pause():  # the main process may wait for another run
-                found = self.ranks.agree(targets is not None)
+                found = self.ranks.broadcast_flag(targets is not None)
             if not found:
                 targets = self._make(solve, count, stream)
                 if self.ranks.main:
@@ -153,7 +153,7 @@ class Workspace:
 
     def _read_together(self, folder: Path, targets: Tensor | None) -> Tensor:
         """The pairs in every process: those that do not have them yet read what the main one has kept or found."""
-        self.ranks.agree(True)  # they are there
+        self.ranks.broadcast_flag(True)  # they are there
         return targets if self.ranks.main and targets is not None else load_file(folder / TARGETS)["x_0"]
 
     def _answers(self, solve: Solve, stream: int, indices: Sequence[int]) -> Tensor:
@@ -184,8 +184,8 @@ class Workspace:
             chunks, error = in_turns(math.ceil(count / BATCH), chunk, self.ranks)
             if error is not None:
                 raise error
-        after, used = self.meter.price(), self.ranks.energy(watch.used)
-        evaluations = self.ranks.gather(after.teacher_nfe - before.teacher_nfe)
+        after, used = self.meter.price(), self.ranks.sum_energy(watch.used)
+        evaluations = self.ranks.all_gather(after.teacher_nfe - before.teacher_nfe)
         self._made = {
             "seconds": after.seconds - before.seconds,
             "teacher_seconds": after.teacher_seconds - before.teacher_seconds,

@@ -33,7 +33,7 @@ from distillbench.metrics import Metric, Need
 from distillbench.pairs import Workspace
 from distillbench.pretrained import weights_folder
 from distillbench.progress import Progress
-from distillbench.ranks import ALONE, Ranks
+from distillbench.ranks import SINGLE_RANK, Ranks
 from distillbench.references import RealImages, ReferenceFile
 from distillbench.registry import Entry, Registry
 from distillbench.samplers import Solver
@@ -68,7 +68,7 @@ class Scene:
     references: list[ReferenceFile]
     teacher: Teacher | None = None
     evaluator: Evaluator | None = None
-    ranks: Ranks = ALONE  # the processes that train and sample together
+    ranks: Ranks = SINGLE_RANK  # the processes that train and sample together
     scored: dict[str, Any] | None = None  # the scores' identities, while nothing changes,
     protocol: str = ""  # and the name of the protocol
 

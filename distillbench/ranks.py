@@ -26,7 +26,7 @@ from distillbench.energy import NO_ENERGY, Energy
 from distillbench.errors import DivergedError, UserError
 from distillbench.failures import Failed, Failure, LostError, of_message, worst
 from distillbench.launchers import by_mpi, check_alone, started_together
-from distillbench.shards import is_spread
+from distillbench.shards import is_sharded
 from distillbench.share import WHOLE, Share
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ COUNTED = (
 
 
 class Ranks:
-    """One process alone; what several do otherwise is in :class:`Together`."""
+    """One process alone; what several do otherwise is in :class:`DataParallelRanks`."""
 
     share: Share = WHOLE
     busy = False  # in the midst of what all do, where followers take no order
@@ -58,10 +58,10 @@ class Ranks:
         """Whether this process is the one that decides and writes."""
         return self.share.index == 0
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Add up the tensors of all processes, in place."""
 
-    def sum_of(self, number: float) -> float:
+    def all_reduce_number(self, number: float) -> float:
         """The sum of the numbers of all processes."""
         return number
 
@@ -73,34 +73,34 @@ class Ranks:
         """The progress, and whether a state is `due` in the main process: one message for both."""
         return meter.progress(), due
 
-    def agree(self, decision: bool) -> bool:
+    def broadcast_flag(self, decision: bool) -> bool:
         """The decision of the main process."""
         return decision
 
-    def first(self) -> AbstractContextManager[None]:
+    def main_first(self) -> AbstractContextManager[None]:
         """A block that the main process goes through before the others."""
         return _nothing()
 
-    def equal(self, module: nn.Module) -> None:
+    def broadcast_module(self, module: nn.Module) -> None:
         """Give all processes the tensors of the main one, but those that are spread over them."""
 
-    def total(self, price: Price) -> Price:
+    def sum_price(self, price: Price) -> Price:
         """The price of all processes."""
         return price
 
-    def energy(self, energy: Energy) -> Energy:
+    def sum_energy(self, energy: Energy) -> Energy:
         """The energy of all processes."""
         return energy
 
-    def own(self, price: Price, energy: Energy) -> tuple[Price, Energy]:
+    def own_price(self, price: Price, energy: Energy) -> tuple[Price, Energy]:
         """This process's part of a price and an energy of all: the main one has it all."""
         return price, energy
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The values of all processes, in their order, in each of them."""
         return [value]
 
-    def collect(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """The same in the main process; [] in the others."""
         return [value]
 
@@ -108,7 +108,7 @@ class Ranks:
         """This process's own of the main one's `values`."""
         return values[0]
 
-    def ordered(self, order: Any, recovers: bool = True) -> AbstractContextManager[None]:
+    def lead(self, order: Any, recovers: bool = True) -> AbstractContextManager[None]:
         """A block that the followers go through as well, by this order: what it holds is done by all.
 
         Where it fails in one process, it raises the same error in all of them, and they can be given another order;
@@ -116,18 +116,18 @@ class Ranks:
         """
         return _nothing()
 
-    def together(self, recovers: bool = True) -> AbstractContextManager[None]:
+    def follow(self, recovers: bool = True) -> AbstractContextManager[None]:
         """The same block in a follower."""
         return _nothing()
 
-    def take(self) -> Any:
+    def next_order(self) -> Any:
         """The next order of the main process; None: to end."""
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Part from the others, who are told to end unless they are in the midst of something."""
 
 
-ALONE = Ranks()
+SINGLE_RANK = Ranks()
 
 
 @contextmanager
@@ -135,7 +135,7 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-class Together(Ranks):
+class DataParallelRanks(Ranks):
     """Several processes, joined by Hugging Face accelerate."""
 
     def __init__(self, cpu: bool) -> None:
@@ -189,13 +189,13 @@ class Together(Ranks):
         return error if error is not None and chosen.rank == rank else chosen.error()
 
     @contextmanager
-    def ordered(self, order: Any, recovers: bool = True) -> Iterator[None]:
+    def lead(self, order: Any, recovers: bool = True) -> Iterator[None]:
         self._send(self._distributed.broadcast_object_list, [order], 0, group=self._control)
-        with self.together(recovers):
+        with self.follow(recovers):
             yield
 
     @contextmanager
-    def together(self, recovers: bool = True) -> Iterator[None]:
+    def follow(self, recovers: bool = True) -> Iterator[None]:
         self.busy = True
         error: Exception | None = None
         try:
@@ -214,12 +214,12 @@ class Together(Ranks):
         if error is not None:
             raise error
 
-    def take(self) -> Any:
+    def next_order(self) -> Any:
         orders: list[Any] = [None]
         self._send(self._distributed.broadcast_object_list, orders, 0, group=self._control)
         return orders[0]
 
-    def end(self) -> None:
+    def close(self) -> None:
         if self.main and not self.busy:
             with suppress(LostError):  # one of them is gone, which its launcher tells
                 self._send(self._distributed.broadcast_object_list, [None], 0, group=self._control)
@@ -228,7 +228,7 @@ class Together(Ranks):
 
     # --- decisions and sums of numbers ---
 
-    def sum_of(self, number: float) -> float:
+    def all_reduce_number(self, number: float) -> float:
         return sum(theirs for theirs, *_ in self.exchange(number))
 
     def progress(self, meter: Meter) -> float:
@@ -243,39 +243,39 @@ class Together(Ranks):
             spent = sum(theirs for theirs, *_ in rows)
         return spent / meter.budget.amount, bool(due_in_main)
 
-    def agree(self, decision: bool) -> bool:
+    def broadcast_flag(self, decision: bool) -> bool:
         return bool(self.exchange(decision)[0][0])
 
     @contextmanager
-    def first(self) -> Iterator[None]:
+    def main_first(self) -> Iterator[None]:
         if not self.main:
             self.exchange()
         yield
         if self.main:
             self.exchange()
 
-    def total(self, price: Price) -> Price:
-        counts = self.gather([getattr(price, name) for name in COUNTED])
+    def sum_price(self, price: Price) -> Price:
+        counts = self.all_gather([getattr(price, name) for name in COUNTED])
         return replace(price, **{name: sum(each) for name, *each in zip(COUNTED, *counts, strict=True)})
 
-    def own(self, price: Price, energy: Energy) -> tuple[Price, Energy]:
+    def own_price(self, price: Price, energy: Energy) -> tuple[Price, Energy]:
         if self.main:
             return price, energy
         return replace(price, **dict.fromkeys(COUNTED, 0)), NO_ENERGY
 
-    def energy(self, energy: Energy) -> Energy:
-        first, *others = self.gather(energy)
+    def sum_energy(self, energy: Energy) -> Energy:
+        first, *others = self.all_gather(energy)
         return sum(others, start=first)
 
     # --- messages of other things ---
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         self.exchange()
         values: list[Any] = [None] * self.count
         self._send(self._distributed.all_gather_object, values, value, group=self._control)
         return values
 
-    def collect(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         self.exchange()
         values: list[Any] | None = [None] * self.count if self.main else None
         self._send(self._distributed.gather_object, value, values, group=self._control)
@@ -290,11 +290,11 @@ class Together(Ranks):
 
     # --- tensors of the device ---
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             self._send(self._distributed.all_reduce, tensor)
 
-    def start_sum(self, buffer: Tensor) -> Any:
+    def start_all_reduce(self, buffer: Tensor) -> Any:
         """Add up the buffers of all processes, in place, while this one goes on; see :meth:`wait_for`."""
         return self._send(self._distributed.all_reduce, buffer, async_op=True)
 
@@ -302,10 +302,10 @@ class Together(Ranks):
         """What is done with the buffer from now on comes after its sum; on a GPU, this process goes on at once."""
         self._send(work.wait)
 
-    def equal(self, module: nn.Module) -> None:
+    def broadcast_module(self, module: nn.Module) -> None:
         self.exchange()
         for tensor in [*module.parameters(), *module.buffers()]:
-            if is_spread(tensor):
+            if is_sharded(tensor):
                 continue
             received = tensor.detach().contiguous()
             self._send(self._distributed.broadcast, received, 0)
@@ -320,15 +320,15 @@ def joined(device: str) -> Iterator[Ranks]:
     """
     if not started_together():
         check_alone()
-        yield ALONE
+        yield SINGLE_RANK
         return
     if device.startswith("cuda:"):
         raise UserError(f"device={device}: of several processes each has a GPU of its own. Possible: auto, cuda, cpu")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if by_mpi() and not on_cpu:
         raise UserError(f"device={device}: accelerate starts processes by MPI for CPUs only. Possible: cpu")
-    ranks = Together(on_cpu)
+    ranks = DataParallelRanks(on_cpu)
     try:
         yield ranks
     finally:
-        ranks.end()
+        ranks.close()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 DTENSORS, MODULES = "torch.distributed.tensor", "torch.distributed.fsdp"
 
 
-def is_spread(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether this process has a part of it only."""
     loaded = sys.modules.get(DTENSORS)
     return loaded is not None and isinstance(tensor, loaded.DTensor)
@@ -29,23 +29,23 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 
 
 @torch.no_grad()
-def here(tensors: Iterable[Tensor]) -> list[Tensor]:
+def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     """What this process has of each, in the same memory."""
-    return [_local(tensor) if is_spread(tensor) else tensor for tensor in tensors]
+    return [_local(tensor) if is_sharded(tensor) else tensor for tensor in tensors]
 
 
 def _local(tensor: Any) -> Tensor:
     return tensor.to_local()
 
 
-def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+def gather_full(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """All tensors, the spread ones whole and on the CPU; {} where not `keep`.
 
     Every process must call it, with the same names in the same order. They are gathered one by one.
     """
     gathered = {}
     for name, tensor in tensors.items():
-        full = _gathered(tensor) if is_spread(tensor) else tensor
+        full = _gathered(tensor) if is_sharded(tensor) else tensor
         if keep:
             gathered[name] = full
     return gathered
@@ -55,9 +55,9 @@ def _gathered(tensor: Any) -> Tensor:
     return tensor.detach().full_tensor().cpu()
 
 
-def spread_like(tensor: Tensor, full: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, full: Tensor) -> Tensor:
     """`full` itself, or this process's part of it if `tensor` is spread. No message is sent."""
-    if not is_spread(tensor):
+    if not is_sharded(tensor):
         return full
     from torch.distributed.tensor import distribute_tensor
 
@@ -65,7 +65,7 @@ def spread_like(tensor: Tensor, full: Tensor) -> Tensor:
     return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def load(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_full(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load a state dict of whole tensors."""
     own = module.state_dict()
-    module.load_state_dict({n: spread_like(own[n], full) if n in own else full for n, full in tensors.items()})
+    module.load_state_dict({n: shard_like(own[n], full) if n in own else full for n, full in tensors.items()})

@@ -52,7 +52,7 @@ class SharedNetworks(Networks):
 
     def look(self, network: type[FeatureNetwork], images: Iterable[Tensor]) -> Generator[Tensor, None, None]:
         mine = self.get(network)  # raises before the others are asked
-        with self.ranks.ordered(replace(self.order, network=network.name)):
+        with self.ranks.lead(replace(self.order, network=network.name)):
             error: Exception | None = None
             blocks = blocks_of(images, network.batch)
             while error is None and (row := list(itertools.islice(blocks, self.ranks.count))):
@@ -80,4 +80,4 @@ class SharedNetworks(Networks):
         seen, error = tried(lambda _: next(look(network, blocks, self.device)).cpu(), 0, len(blocks))
         if (wrong := first_error(error, self.ranks)) is not None:
             return [], wrong
-        return [features for features in self.ranks.collect(seen) if features is not None], None
+        return [features for features in self.ranks.gather(seen) if features is not None], None

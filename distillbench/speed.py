@@ -471,7 +471,7 @@ def _apart(subject: Subject, measurement: Measurement, timer: Timer) -> _Row:
         with found.attempt(name):
             with ExitStack() as awake:  # moving a module to the device is not part of its latency
                 for module in teacher.parked:
-                    awake.enter_context(module.awake())
+                    awake.enter_context(module.on_device())
                 seconds = [] if call is None else warmed_up(call, timer, LEAST_CALLS, measurement.timing_seconds)
             found.put(name, 1000 * statistics.median(seconds) if seconds else None, reason)
     return found

@@ -22,7 +22,7 @@ from distillbench.method import Batch, Method, OptimizerConfig, Phase, Read
 from distillbench.optimizers import Average, Optimizers, learning_rate_factor
 from distillbench.pairs import Workspace
 from distillbench.progress import Step
-from distillbench.ranks import ALONE, Ranks
+from distillbench.ranks import SINGLE_RANK, Ranks
 from distillbench.resume import (
     Resume,
     Source,
@@ -32,7 +32,7 @@ from distillbench.resume import (
     restore_generators,
     restore_masks,
 )
-from distillbench.shards import load, whole
+from distillbench.shards import gather_full, load_full
 from distillbench.signals import Interrupted
 from distillbench.stopwatch import Account
 from distillbench.training_checkpoints import Checkpoint, Checkpoints, averaged_state
@@ -66,7 +66,7 @@ class Loop:
     batch_size: int  # images of a step, in all processes together
     accumulate: int = 1  # parts in which a step is computed, one after the other
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_RANK
 
 
 def train(
@@ -137,13 +137,13 @@ class _Training:
             method.end_phase(index, self.average.module)
         self.curve.log(phases[-1].label, last=True)
         method.student.load_state_dict(self.average.module.state_dict())
-        return Trained(ranks.total(meter.price()), self.curve.points, self.written)
+        return Trained(ranks.sum_price(meter.price()), self.curve.points, self.written)
 
     def _found(self) -> State | None:
         """The last state, the same for all processes."""
         if self.resume is None:
             return None
-        with self.ranks.first():  # it sets aside what is damaged
+        with self.ranks.main_first():  # it sets aside what is damaged
             return self.resume.states.newest()
 
     def _start(self, phases: list[Phase], index: int) -> None:
@@ -205,13 +205,13 @@ class _Training:
         price, used = self._price()
         with self.meter.pause():
             state = self._state(price, used)
-            resume.save(self.meter.images, State(whole(state.tensors, self.ranks.main), state.values))
-            if self.ranks.agree(resume.stop()):
+            resume.save(self.meter.images, State(gather_full(state.tensors, self.ranks.main), state.values))
+            if self.ranks.broadcast_flag(resume.stop()):
                 raise Interrupted(resume.stop.name)
 
     def _price(self) -> tuple[Price, Energy]:
         """What all processes have cost until now."""
-        return self.ranks.total(self.meter.price()), self.ranks.energy(self.meter.energy())
+        return self.ranks.sum_price(self.meter.price()), self.ranks.sum_energy(self.meter.energy())
 
     def _write_checkpoints(self, progress: float) -> None:
         if self.checkpoints is None or not self.meter.images:
@@ -219,7 +219,7 @@ class _Training:
         while progress >= next(iter(self.checkpoints.fractions[self.reached :]), 2.0):
             price, used = self._price()
             with self.meter.pause():
-                tensors = whole(averaged_state(self.method, self.average.module), self.ranks.main)
+                tensors = gather_full(averaged_state(self.method, self.average.module), self.ranks.main)
                 if self.ranks.main:
                     about = self.reached, self.method, tensors, self.phase, price, used
                     self.written.append(self.checkpoints.write(*about))
@@ -234,7 +234,7 @@ class _Training:
         state.add("optimizers", self.optimizers.state(method))
         state.add("curve", self.curve.state())
         state.add("generators", generators_state(self._generators(), self.workspace.device))
-        of_all = enumerate(self.ranks.gather(masks_state(self.workspace.device)))
+        of_all = enumerate(self.ranks.all_gather(masks_state(self.workspace.device)))
         state.add("masks", State({f"{rank}/{name}": each for rank, masks in of_all for name, each in masks.items()}))
         plain: dict[str, Any] = {
             "phase": self.phase,
@@ -253,14 +253,14 @@ class _Training:
             self.method.start_phase(index)
         self.phase = values["phase"]
         self.begin, self.finish = values["schedule"]
-        load(method, state.part("method").tensors)
+        load_full(method, state.part("method").tensors)
         self._make_optimizers()
         self.average.restore(state.part("average"))
         self.optimizers.restore(state.part("optimizers"), method)
         self.curve.restore(state.part("curve"))
         self.written = [_checkpoint(plain) for plain in values["checkpoints"]]
         self.reached = len(self.written)
-        self.meter.restart(*self.ranks.own(Price(**values["price"]), Energy(**values["energy"])))
+        self.meter.restart(*self.ranks.own_price(Price(**values["price"]), Energy(**values["energy"])))
         assert self.resume is not None
         self.resume.restore_peaks(state)
         restore_generators(state.part("generators"), self._generators(), self.workspace.device)
@@ -315,7 +315,7 @@ class _Curve:
         if not self.losses or (self.steps % STEPS_BETWEEN_CHECKS and not last and self.steps > 1):
             return
         loss = torch.stack(self.losses).double().mean()
-        mean = self.ranks.sum_of(loss.item())  # each has the part of its own rows
+        mean = self.ranks.all_reduce_number(loss.item())  # each has the part of its own rows
         self.losses.clear()
         if not math.isfinite(mean):
             raise DivergedError(f"the loss is {mean} after {self.meter.images} images ({label})")

@@ -20,7 +20,7 @@ def in_turns(count: int, make: Callable[[int], Tensor], ranks: Ranks) -> tuple[l
         batch, error = tried(make, first + ranks.share.index, count)
         if (wrong := first_error(error, ranks)) is not None:
             return made, wrong
-        made += [tensor for tensor in ranks.collect(batch) if tensor is not None]
+        made += [tensor for tensor in ranks.gather(batch) if tensor is not None]
     return made, None
 
 
@@ -35,7 +35,7 @@ def tried(make: Callable[[int], Tensor], index: int, count: int) -> tuple[Tensor
 
 def first_error(error: Exception | None, ranks: Ranks) -> Exception | None:
     mine = None if error is None else Failure.of(error, ranks.share.index)
-    failures = [failure for failure in ranks.gather(mine) if failure is not None]
+    failures = [failure for failure in ranks.all_gather(mine) if failure is not None]
     if error is not None or not failures:
         return error
     return worst(failures).error()

@@ -38,7 +38,7 @@ from distillbench.networks import ResidualMLP
 from distillbench.optimizers import Optimizers
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress, Step
-from distillbench.ranks import ALONE, Ranks, joined
+from distillbench.ranks import SINGLE_RANK, Ranks, joined
 from distillbench.registry import load_registry
 from distillbench.resume import Followed, Resume, States
 from distillbench.schedules import VPCosine
@@ -70,7 +70,7 @@ def network(kind: type[ResidualMLP] = ResidualMLP) -> ResidualMLP:
 
 
 def training(
-    name: str, folder: Path, ranks: Ranks = ALONE, parts: int = 1, limit: Limit = Limit.images, stop: int = 0,
+    name: str, folder: Path, ranks: Ranks = SINGLE_RANK, parts: int = 1, limit: Limit = Limit.images, stop: int = 0,
     kind: type[ResidualMLP] = ResidualMLP, cls: type[Method] | None = None,
 ) -> tuple[dict[str, torch.Tensor], Trained]:  # fmt: skip
     """A few steps of a method on a tiny teacher; its weights, and what the training left."""
@@ -138,9 +138,9 @@ def together(rank: int, port: int, folder: Path) -> None:
         (folder / f"sums-{rank}.json").write_text(json.dumps(summed(ranks, folder)))
         (folder / f"failures-{rank}.json").write_text(json.dumps(failures(ranks, folder)))
         first_features_only(ranks, folder)
-        assert ranks.energy(Energy(1.0)) == Energy(2.0)
-        assert ranks.energy(Energy(1.0) if rank else Energy(None, "none")).reason == "none"
-        assert ranks.main or ranks.take() is None
+        assert ranks.sum_energy(Energy(1.0)) == Energy(2.0)
+        assert ranks.sum_energy(Energy(1.0) if rank else Energy(None, "none")).reason == "none"
+        assert ranks.main or ranks.next_order() is None
 
 
 class Brightness(FeatureNetwork):
@@ -163,10 +163,10 @@ def first_features_only(ranks: Ranks, folder: Path) -> None:
             assert next(features).tolist() == [[0.0], [1.0]]
             raise MemoryError
     else:
-        assert ranks.take().network == "brightness"
-        with ranks.together():
+        assert ranks.next_order().network == "brightness"
+        with ranks.follow():
             networks.look_along(Brightness)
-    assert not ranks.busy and ranks.gather(ranks.share.index) == [0, 1]
+    assert not ranks.busy and ranks.all_gather(ranks.share.index) == [0, 1]
 
 
 class ThreeLayers(torch.nn.Module):
@@ -275,7 +275,7 @@ def failures(ranks: Ranks, folder: Path) -> dict[str, list[str]]:
     told = {}
     for name, (stage, error, where, step) in FAILURES.items():
         try:
-            with ranks.together():
+            with ranks.follow():
                 training("cm", folder, ranks, cls=failing(stage, error, where, step, ranks))
         except Exception as raised:
             told[name] = [type(raised).__name__, str(raised), *getattr(raised, "__notes__", [])]
@@ -456,7 +456,7 @@ def test_one_process_is_alone(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with joined("cuda:1") as ranks:
-        assert ranks is ALONE and ranks.main and ranks.count == 1
+        assert ranks is SINGLE_RANK and ranks.main and ranks.count == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="a GPU of its own"), joined("cuda:1"):
@@ -469,7 +469,7 @@ def test_what_accelerate_was_asked_for_is_known(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     with joined("cpu") as ranks:  # --cpu --num_processes 1
-        assert ranks is ALONE
+        assert ranks is SINGLE_RANK
     monkeypatch.setenv("MASTER_PORT", "29500")  # --cpu --num_processes 2
     with pytest.raises(UserError, match=r"several processes and has started one.*torchrun"), joined("cpu"):
         pass
@@ -479,7 +479,7 @@ def test_what_accelerate_was_asked_for_is_known(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")  # srun: processes that have nothing to do with one another
     assert rank_and_count() == (0, 1) and not follows() and not by_mpi()
     with joined("cpu") as ranks:
-        assert ranks is ALONE
+        assert ranks is SINGLE_RANK
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert rank_and_count() == (1, 2) and not by_mpi()

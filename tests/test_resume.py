@@ -28,7 +28,7 @@ from test_train import SILENT, Weight
 STEPS = IMAGES // BATCH
 
 
-class Told(Progress):
+class RecordingProgress(Progress):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ def new(name: str) -> Method:
 
 
 def states(folder, keep=2) -> States:
-    return States(folder / "resume", keep, Told())
+    return States(folder / "resume", keep, RecordingProgress())
 
 
 def run(method, folder, kept=None, stop_after=10**6, budget=None, seconds=1e9):

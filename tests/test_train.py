@@ -40,7 +40,7 @@ from distillbench.errors import DivergedError, UserError
 from distillbench.method import Method, MethodConfig, OptimizerConfig, Phase
 from distillbench.optimizers import Average, learning_rate_factor
 from distillbench.progress import Progress, Step
-from distillbench.ranks import ALONE
+from distillbench.ranks import SINGLE_RANK
 from distillbench.share import Share
 from distillbench.train import Loop, Trained, _Curve, train
 
@@ -185,7 +185,7 @@ def test_prompts_that_training_asks_for_are_charged(tmp_path):
 
 def test_losses_of_a_state_go_back_to_the_device_of_the_next_ones():
     """A device that computes nothing stands for a GPU."""
-    here, there = (_Curve(SimpleNamespace(device=device), None, ALONE) for device in ("cpu", "meta"))
+    here, there = (_Curve(SimpleNamespace(device=device), None, SINGLE_RANK) for device in ("cpu", "meta"))
     here.add(torch.tensor(1.0))
     there.restore(here.state())
     there.add(torch.ones((), device="meta"))
