@@ -175,7 +175,7 @@ def _run(registry: Registry, settings: Sequence[str], asked: Asked, need_methods
         cells = plan(configs, registry)
         if asked.dry_run:
             print_plan(console, cells)
-            raise SystemExit(SOMETHING_FAILED if any(cell.trouble for cell in cells) else 0)
+            raise SystemExit(SOMETHING_FAILED if any(cell.price_error for cell in cells) else 0)
         for config in configs:
             check_shared(config.compute, ranks.count)
         if ranks.count > 1:
@@ -695,10 +695,10 @@ def _real_images(
     registry: Registry, settings: Sequence[str], network: str, output: str
 ) -> tuple[RealImages, type[FeatureNetwork]]:
     """The real images of the dataset in `settings`, and the network to see them through."""
-    from pathlib import Path
 
     from distillbench.config import compose_runs
     from distillbench.features import Networks
+    from distillbench.layout import ResultsFolder
     from distillbench.pretrained import weights_folder
     from distillbench.references import RealImages
     from distillbench.shared_context import choose_device
@@ -712,4 +712,4 @@ def _real_images(
         raise UserError(f"a reference is of one dataset, the settings span {len(configs)}")
     dataset = registry.get("datasets", configs[0].dataset.kind).cls(configs[0].dataset)
     seen = Networks(weights_folder(), choose_device(configs[0].device))
-    return RealImages(dataset, seen, Path(configs[0].results_dir) / "cache" / "references"), networks[network]
+    return RealImages(dataset, seen, ResultsFolder.of(configs[0].results_dir).cache("references")), networks[network]

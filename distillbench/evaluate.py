@@ -168,7 +168,7 @@ class Evaluator:
         """Free the CUDA graphs: the networks of the next cell are others, and its training wants the memory."""
         self._call = None
 
-    def sample_along(self, sampler: Sampler | None, order: SampleOrder) -> None:
+    def follow_sampling(self, sampler: Sampler | None, order: SampleOrder) -> None:
         """A follower's batches of what the main process samples."""
         nfe = self._most_nfe() if order.answers else order.nfe
         self._in_turns(self._solver() if sampler is None else sampler, nfe, order.seed, Step(lambda *told: None))

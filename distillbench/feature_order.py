@@ -1,4 +1,4 @@
-"""The order by which rank 0 has the other ranks extract features."""
+"""The order from rank 0 to the other ranks to extract features."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distillbench.registry import Selection
 
 @dataclass(frozen=True)
 class FeatureOrder:
-    """Images that all look at through a feature network, by its name."""
+    """All ranks extract features with `network`, by its name. The settings rebuild the same networks on each rank."""
 
     config: RunConfig
     selection: Selection

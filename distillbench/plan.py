@@ -1,6 +1,6 @@
-"""The plan: cells made from settings, checked as far as can be without training, each with its price foreseen.
+"""The plan of a run: its cells, checked without training, each with its estimated cost.
 
-A cell is one training of one method (or the teacher itself) and its evaluation. Planning writes nothing.
+A cell is one training of one method and its evaluation, or the evaluation of the teacher itself.
 """
 
 from __future__ import annotations
@@ -12,75 +12,75 @@ from typing import Any
 from distillbench.config import RunConfig
 from distillbench.errors import UserError, printable
 from distillbench.method import MethodConfig
-from distillbench.price import Foresight
+from distillbench.price import PriceCache
 from distillbench.registry import Registry
 from distillbench.samplers import Solver
-from distillbench.shared_context import Cell, Scene, Scenes
+from distillbench.shared_context import Cell, SharedContext, SharedContexts
 from distillbench.teachers import TeacherPlan
 
-USUAL_NFE = (1, 2, 4)  # of the rows of a run that names none
+USUAL_NFE = (1, 2, 4)  # network evaluations of rows where evaluation.nfe is empty
 
 
 def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
-    """The cells of all settings, checked as far as can be without training, each with its price. Writes nothing."""
+    """The cells of all settings, checked without training, each with its estimated cost. Writes nothing."""
     cells: list[Cell] = []
-    scenes, foresight = Scenes(), Foresight()
+    contexts, prices = SharedContexts(), PriceCache()
     seen: set[Hashable] = set()
     for config in configs:
-        scene = scenes.of(config, registry)
-        todo = [_teacher_cell(scene, config, solver) for solver in config.evaluation.solvers()]
+        shared = contexts.of(config, registry)
+        todo = [_teacher_cell(shared, config, solver) for solver in config.evaluation.solvers()]
         for name, method_config in config.methods.items():
-            todo.append(Cell(scene, name, registry.get("methods", method_config.kind), method_config, config.seed))
+            todo.append(Cell(shared, name, registry.get("methods", method_config.kind), method_config, config.seed))
         for cell in todo:
-            identity = scenes.identity(cell)
+            identity = contexts.identity(cell)
             if identity not in seen:
                 seen.add(identity)
                 if cell.entry is not None:
                     _check_data(cell)
                     cell.nfe = sorted(config.evaluation.nfe or USUAL_NFE)
-                    foresight.foresee(cell, scenes.text(cell.method_config))
+                    prices.fill_in(cell, contexts.text(cell.method_config))
                 cells.append(cell)
         _check_nfe(config, todo)
     return cells
 
 
-def cell_of(config: RunConfig, name: str, nfe: list[int], registry: Registry, scenes: Scenes) -> Cell:
-    """A cell that was planned before, by its name; scenes are shared through `scenes`. Its price is not foreseen."""
-    scene = scenes.of(config, registry)
+def cell_of(config: RunConfig, name: str, nfe: list[int], registry: Registry, contexts: SharedContexts) -> Cell:
+    """A cell of an earlier plan, by its name, without its price. Contexts are shared through `contexts`."""
+    shared = contexts.of(config, registry)
     if name in config.methods:
         settings = config.methods[name]
-        return Cell(scene, name, registry.get("methods", settings.kind), settings, config.seed, nfe=nfe)
+        return Cell(shared, name, registry.get("methods", settings.kind), settings, config.seed, nfe=nfe)
     (solver,) = (solver for solver in config.evaluation.solvers() if _name_of(solver) == name)
-    return Cell(scene, name, solver=solver, nfe=nfe)
+    return Cell(shared, name, solver=solver, nfe=nfe)
 
 
-def _teacher_cell(scene: Scene, config: RunConfig, solver: Solver) -> Cell:
-    nfe = [solver.evaluations(steps) * scene.conditioning.evaluations for steps in config.evaluation.teacher_steps]
-    return Cell(scene, _name_of(solver), nfe=sorted(nfe), solver=solver)
+def _teacher_cell(shared: SharedContext, config: RunConfig, solver: Solver) -> Cell:
+    nfe = [solver.evaluations(steps) * shared.conditioning.evaluations for steps in config.evaluation.teacher_steps]
+    return Cell(shared, _name_of(solver), nfe=sorted(nfe), solver=solver)
 
 
 def _name_of(solver: Solver) -> str:
-    """What the teacher with this sampler is called."""
+    """The name of the teacher's cell with this sampler."""
     return f"teacher:{solver.name}"
 
 
 def _check_data(cell: Cell) -> None:
-    """Refuse a method that needs real images where there are none, or none that go with what is asked for."""
+    """Refuse a method that needs real images if the dataset has none, or none that fit the teacher."""
     assert cell.entry is not None
-    scene = cell.scene
-    if not cell.entry.cls.needs_data or (len(scene.dataset) and scene.source.fits_data):
+    shared = cell.shared
+    if not cell.entry.cls.needs_data or (len(shared.dataset) and shared.source.fits_data):
         return
-    methods = scene.registry.methods
+    methods = shared.registry.methods
     free = ", ".join(sorted(name for name, entry in methods.items() if not entry.cls.needs_data))
-    why = f"dataset={scene.dataset.name} comes without"
-    if len(scene.dataset):
-        why = f"teacher={scene.source.name} enlarges images of its own base, with which real ones do not go"
-    raise UserError(f"{cell.name} needs real images, and {why}. Possible without: {free}")
+    why = f"dataset={shared.dataset.name} has none"
+    if len(shared.dataset):
+        why = f"teacher={shared.source.name} is an upscaler of images from its own base model, not of real ones"
+    raise UserError(f"{cell.name} needs real images, and {why}. Methods that need none: {free}")
 
 
 def _check_nfe(config: RunConfig, cells: list[Cell]) -> None:
-    """Refuse a number of evaluations that was asked for and that no method of the run can do."""
-    students = [cell for cell in cells if cell.entry is not None and not cell.trouble]
+    """Refuse a number of evaluations in evaluation.nfe with which no method of the run can sample."""
+    students = [cell for cell in cells if cell.entry is not None and not cell.price_error]
     for nfe in config.evaluation.nfe:
         if students and len(students) == len(config.methods) and not any(nfe in cell.nfe for cell in students):
             able = "; ".join(f"{cell.name}: {', '.join(map(str, cell.nfe))}" for cell in students)
@@ -88,21 +88,21 @@ def _check_nfe(config: RunConfig, cells: list[Cell]) -> None:
 
 
 def teacher_plan(cells: list[Cell]) -> list[tuple[str, str, TeacherPlan]]:
-    """(dataset, teacher, plan) of every scene among the cells."""
-    scenes = {id(cell.scene): cell.scene for cell in cells}.values()
-    return [(scene.dataset.name, scene.source.name, scene.source.plan()) for scene in scenes]
+    """(dataset, teacher, plan) of every context of the cells."""
+    contexts = {id(cell.shared): cell.shared for cell in cells}.values()
+    return [(shared.dataset.name, shared.source.name, shared.source.plan()) for shared in contexts]
 
 
 def notes_of(cells: Sequence[Cell]) -> list[str]:
-    """What a user should know of how the datasets and teachers of these cells are read, each once."""
-    scenes = {id(cell.scene): cell.scene for cell in cells}.values()
-    notes = [f"dataset {scene.dataset.name}: {note}" for scene in scenes for note in scene.dataset.notes]
-    notes += [f"teacher {scene.source.name}: {note}" for scene in scenes for note in scene.source.notes()]
+    """What a user should know about how the datasets and teachers of these cells are read."""
+    contexts = {id(cell.shared): cell.shared for cell in cells}.values()
+    notes = [f"dataset {shared.dataset.name}: {note}" for shared in contexts for note in shared.dataset.notes]
+    notes += [f"teacher {shared.source.name}: {note}" for shared in contexts for note in shared.source.notes()]
     return [printable(note) for note in dict.fromkeys(notes)]
 
 
 def changed_settings(config: MethodConfig | None) -> str:
-    """The settings of a method that differ from its defaults, as "name=value, ...": what tells rows of a grid apart."""
+    """The settings of a method that differ from its defaults, as "name=value, ...". They tell grid rows apart."""
     return ", ".join(f"{name}={value}" for name, value in _changed(config)) if config is not None else ""
 
 

@@ -14,64 +14,64 @@ from distillbench.latents import placeholder
 from distillbench.method import Batch, Method
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress
-from distillbench.shared_context import Cell, Scene, build
+from distillbench.shared_context import Cell, SharedContext, build
 from distillbench.teachers import Teacher
 
-PRICED_IMAGES = 8  # of the step that tells the price
+PRICED_IMAGES = 8  # in the step whose network evaluations are counted
 
 
-class Foresight:
-    """Prices of cells. What decides one are the scene and the method's settings: not the seed, and so not each cell."""
+class PriceCache:
+    """Estimated costs of cells. They depend on the context and the method's settings, not on the seed."""
 
     def __init__(self) -> None:
         self.known: dict[Hashable, Cell] = {}
-        self.teachers: dict[int, Teacher] = {}  # of scenes, untrained
+        self.teachers: dict[int, Teacher] = {}  # by id of the context; untrained
 
-    def foresee(self, cell: Cell, settings: str) -> None:
-        """Find the cell's rows and its price; an error of the method itself is left for its row to tell.
+    def fill_in(self, cell: Cell, settings: str) -> None:
+        """Set the price of `cell` and the nfe of its rows. An error of the method becomes `price_error`.
 
         `settings`: the method's, as text.
         """
-        same = id(cell.scene), cell.name, settings, tuple(cell.nfe)
+        same = id(cell.shared), cell.name, settings, tuple(cell.nfe)
         if same in self.known:
             known = self.known[same]
-            cell.price, cell.nfe, cell.trouble = known.price, list(known.nfe), known.trouble
+            cell.price, cell.nfe, cell.price_error = known.price, list(known.nfe), known.price_error
             return
         try:
-            _price(cell, self._teacher(cell.scene))
+            _price(cell, self._teacher(cell.shared))
         except UserError:
             raise
-        except Exception as error:  # a method is a stranger's code; the other cells go on
-            cell.trouble = " ".join(f"{type(error).__name__}: {error}".split())
+        except Exception as error:  # a third-party method may raise anything; the other cells run
+            cell.price_error = " ".join(f"{type(error).__name__}: {error}".split())
         self.known[same] = cell
 
-    def _teacher(self, scene: Scene) -> Teacher:
-        if id(scene) not in self.teachers:
-            self.teachers[id(scene)] = scene.source.untrained().asked(scene.conditioning)
-        return self.teachers[id(scene)]
+    def _teacher(self, shared: SharedContext) -> Teacher:
+        if id(shared) not in self.teachers:
+            self.teachers[id(shared)] = shared.source.untrained().asked(shared.conditioning)
+        return self.teachers[id(shared)]
 
 
 def _price(cell: Cell, teacher: Teacher) -> None:
-    """Build the method and let it take one step of a few images in each phase: what it counts is the price."""
-    scene, config = cell.scene, cell.scene.config
+    """Build the method, take one training step of a few images in each phase, and scale the evaluations counted."""
+    shared, config = cell.shared, cell.shared.config
     torch.set_num_threads(config.threads)
-    meter = Meter(config.budget, teacher, scene.device)
+    meter = Meter(config.budget, teacher, shared.device)
     method = build(cell, teacher)
     wanted = cell.nfe
     cell.nfe = [n for n in wanted if method.supports(n)]
     if not cell.nfe:
         able = ", ".join(str(n) for n in range(1, 1025) if method.supports(n)) or "none up to 1024"
         raise UserError(f"{cell.name} cannot sample with evaluation.nfe={wanted}. Possible: {able}")
-    workspace = Workspace(method.teacher, meter, Path(), scene.device, 0, Progress(None), dry=True)
+    workspace = Workspace(method.teacher, meter, Path(), shared.device, 0, Progress(None), dry=True)
     method.prepare(workspace)
     ahead = meter.teacher_nfe
     if config.budget.limit == Limit.nfe and ahead >= config.budget.nfe:
         raise UserError(
-            f"{cell.name}: what it makes ahead costs {ahead:,} evaluations, budget.nfe allows {config.budget.nfe:,}"
+            f"{cell.name}: its preparation costs {ahead:,} evaluations, budget.nfe allows {config.budget.nfe:,}"
         )
     phases = method.phases()
     per_image = [0.0, 0.0]
-    data = DataStream(placeholder(scene.dataset, teacher), 0, scene.device)
+    data = DataStream(placeholder(shared.dataset, teacher), 0, shared.device)
     for index, phase in enumerate(phases):
         method.start_phase(index)
         before = meter.teacher_nfe, meter.student_nfe
@@ -90,4 +90,4 @@ def _price(cell: Cell, teacher: Teacher) -> None:
 def _batch(cell: Cell, method: Method, data: DataStream) -> Batch:
     read = data.read if method.needs_data else None
     teacher, generator = method.teacher, torch.Generator().manual_seed(0)
-    return Batch(PRICED_IMAGES, teacher.shape, generator, cell.scene.device, read, teacher.conditioning)
+    return Batch(PRICED_IMAGES, teacher.shape, generator, cell.shared.device, read, teacher.conditioning)

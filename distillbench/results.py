@@ -1,12 +1,12 @@
-"""Records and tables. A record is one JSON file, whole or absent; a table is what pandas makes of records.
+"""Records: JSON files that are written atomically, with a checksum.
 
 results_dir/
-  cells/<train key>/train.json, student.safetensors        price and weights of one training; log.txt, error.txt
-  cells/<train key>/checkpoint-*.safetensors               students on the way, to be scored
-  cells/<train key>/resume/<parts>/state-*.safetensors     states of a training in progress
+  cells/<train key>/train.json, student.safetensors        cost and weights of one training; log.txt, error.txt
+  cells/<train key>/checkpoint-*.safetensors               students during training, to be scored
+  cells/<train key>/resume/<parts>/state-*.safetensors     states from which an interrupted training resumes
   cells/<train key>/evaluation-<key>.json, .safetensors    rows of one evaluation, and its first samples
-  cells/<train key>/speed-<key>.json                       the cost of sampling
-  cache/                                                   teachers, noise-image pairs, reference statistics, by content
+  cells/<train key>/speed-<key>.json                       the sampling cost
+  cache/                                                   teachers, noise-image pairs, reference statistics, ...
   <run>/table.*, summary.*, along.*, columns.json, samples.png, config.yaml, environment.json, weights/
 """
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     pass
 
 SCHEMA: Literal[3] = 3
-MIGRATED = (2,)  # older schemas that are read: 2 had no checksum
+MIGRATED = (2,)  # older versions that can be read; 2 had no checksum
 LARGEST_RECORD = 2**28  # bytes
 Status = Literal["ok", "failed", "diverged", "oom", "timeout"]
-FINAL: tuple[Status, ...] = ("ok", "diverged")  # what to try again would not change
+FINAL: tuple[Status, ...] = ("ok", "diverged")  # a second try would not change it
 
 
 class _Record(BaseModel):
@@ -46,10 +46,10 @@ class CurvePoint(_Record):
 
 
 class Cost(_Record):
-    """What training has cost: all of it, or up to a checkpoint. `teacher_`, `student_`, `compile_` and `other_` seconds
-    are all.
+    """The cost of a training, or of the part up to a checkpoint.
 
-    `backward` counts images whose evaluation was differentiated. FLOPs are those that torch has formulas for.
+    `seconds` is the sum of `teacher_`, `student_`, `compile_` and `other_seconds`. `*_nfe` count images that a network
+    evaluated, `*_backward` those whose evaluation was differentiated. FLOPs are those that torch has formulas for.
     """
 
     images: int
@@ -62,7 +62,7 @@ class Cost(_Record):
     student_nfe: int
     teacher_backward: int
     student_backward: int
-    student_backward_input: int = 0  # of student_backward: to the input alone, through weights that are held
+    student_backward_input: int = 0  # of student_backward: to the input only, through frozen weights
     stand_in_nfe: int = 0  # of teacher_nfe: by networks of another kind than the teacher's
     stand_in_backward: int = 0  # of teacher_backward
     tflops: float | None = None
@@ -70,7 +70,7 @@ class Cost(_Record):
 
 
 class CheckpointRecord(_Record):
-    """A student as it was at `fraction` of the budget; it could sample with the numbers of evaluations in `ready`."""
+    """The student at `fraction` of the budget. It can sample with the numbers of evaluations in `ready`."""
 
     fraction: float
     file: str
@@ -80,7 +80,7 @@ class CheckpointRecord(_Record):
 
 
 class TrainRecord(_Record):
-    """What one training cost. `inputs` is what `key` is the hash of."""
+    """The outcome and the cost of one training. `key` is the hash of `inputs`."""
 
     schema_version: Literal[3] = SCHEMA
     key: str
@@ -93,8 +93,8 @@ class TrainRecord(_Record):
     peak_device_mib: float | None = None
     peak_rss_mib: float | None = None
     parameters: int | None = None
-    accumulate: int = 1  # parts in which each step was computed
-    processes: int = 1  # that trained together, each on a share of every batch
+    accumulate: int = 1  # parts of each step (gradient accumulation)
+    processes: int = 1  # ranks, each of which trained on a share of every batch
     weights_sha256: str = ""
     curve: list[CurvePoint] = []
     checkpoints: list[CheckpointRecord] = []
@@ -116,7 +116,7 @@ class RowRecord(_Record):
 
 
 class CheckpointScores(RowRecord):
-    """The scores of a student as it was at `fraction` of its training."""
+    """The scores of a student at `fraction` of its training."""
 
     fraction: float
 
@@ -129,7 +129,7 @@ class EvaluationRecord(_Record):
     inputs: dict[str, Any]
     rows: list[RowRecord]
     along: list[CheckpointScores] = []
-    references: dict[str, str] = {}  # by network: which real images
+    references: dict[str, str] = {}  # by feature network: the real images
     weights_sha256: str = ""  # of the student that was evaluated; empty for the teacher
     device: str
     environment: dict[str, Any]
@@ -140,7 +140,7 @@ class EvaluationRecord(_Record):
 
 
 class SpeedRow(_Record):
-    """What sampling with `nfe` evaluations costs; a value that is None has its reason in `missing`."""
+    """The cost of sampling with `nfe` evaluations; `missing` has the reasons for values that are None."""
 
     nfe: int
     latency_p50_ms: float | None = None
@@ -161,7 +161,7 @@ class SpeedRow(_Record):
 
 
 class SpeedRecord(_Record):
-    """The cost of sampling from one training (or from the teacher), measured apart."""
+    """The sampling cost of one student (or of the teacher)."""
 
     schema_version: Literal[3] = SCHEMA
     key: str
@@ -184,7 +184,7 @@ def write_record(path: Path, record: BaseModel) -> None:
 
 
 def load_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
-    """The record at `path`. Raises FileNotFoundError, or ValueError where it is damaged or of another version."""
+    """The record at `path`. Raises FileNotFoundError; ValueError if it is damaged or of another version."""
     try:
         if path.stat().st_size > LARGEST_RECORD:
             raise ValueError("too large")
@@ -212,7 +212,7 @@ class OtherVersion(ValueError):
 def read_record(path: Path, kind: type[AnyRecord], inputs: dict[str, Any]) -> AnyRecord | None:
     """The record at `path`, or None if there is none.
 
-    Raises ValueError, in words, if it is damaged, of another version, or belongs to other inputs.
+    Raises ValueError if it is damaged, of another version, or has other inputs.
     """
     try:
         record = load_record(path, kind)
@@ -220,7 +220,7 @@ def read_record(path: Path, kind: type[AnyRecord], inputs: dict[str, Any]) -> An
         return None
     text = canonical_json(inputs)
     if record.inputs != inputs and canonical_json(record.inputs) != text:
-        raise ValueError(f"the record {path.name} belongs to other inputs")
+        raise ValueError(f"the record {path.name} has other inputs")
     if record.key != key_of_text(text):
         raise ValueError(f"the record {path.name} is damaged: its key is not that of its inputs")
     return record

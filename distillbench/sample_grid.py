@@ -1,4 +1,4 @@
-"""The picture of samples of a run, and how samples are stored."""
+"""The picture of a run's samples, and their form in safetensors files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from PIL import Image, ImageDraw, ImageFont
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_ROWS = 200  # of a picture of samples
+MOST_ROWS = 200  # of the picture
 T = TypeVar("T")
 
 
 def sample_grid(rows: list[tuple[str, Tensor]], columns: int = 16, cell: int = 48) -> Image.Image:
-    """A picture: a line for each of the first (label, images (N,C,H,W) uint8), the same noise in each column."""
+    """A picture with a line for each (label, images (N,C,H,W) uint8); the columns show the same noise."""
     if not rows:
         return Image.new("RGB", (cell, cell), "white")
     font = ImageFont.load_default(size=15)
@@ -38,10 +38,10 @@ def sample_grid(rows: list[tuple[str, Tensor]], columns: int = 16, cell: int = 4
 
 
 def _rgb(image: Tensor) -> Tensor:
-    """(C,H,W) to (3,H,W): grey is repeated, two channels are red and green, of more the first three are shown."""
+    """(C,H,W) to (3,H,W): grey is repeated, two channels are red and green, of more than three the first are used."""
     if len(image) == 1:
         return image.expand(3, -1, -1)
-    import torch  # not above: reports read records and need no torch, which takes seconds to import
+    import torch  # imported here: reports need no torch, which takes seconds to import
 
     return torch.cat([image, torch.zeros_like(image[:1])])[:3]
 

@@ -1,4 +1,4 @@
-"""What cells share: settings, dataset, teacher, evaluator; and the cell itself."""
+"""Cells, and what several of them share: settings, dataset, teacher and evaluator."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from distillbench.feature_order import FeatureOrder
 from distillbench.features import Networks
 from distillbench.files import canonical_json, check_writable
 from distillbench.latents import as_trained_on
+from distillbench.layout import ResultsFolder
 from distillbench.method import Method, MethodConfig
 from distillbench.metric_choice import chosen_metrics, read_references
 from distillbench.metrics import Metric, Need
@@ -42,14 +43,16 @@ def _settings_but(*names: str) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(RunConfig) if f.name not in names)
 
 
-SHARED = _settings_but("methods", "seed")  # settings that tell scenes apart,
-OF_CELL = _settings_but("methods", "seed", "run_name")  # and cells of methods, beside the method's,
-OF_TEACHER = tuple(name for name in OF_CELL if name not in ("budget", "batch_size", "guidance_range", "compute"))
+SHARED_SETTINGS = _settings_but("methods", "seed")  # settings that decide a context
+CELL_SETTINGS = _settings_but("methods", "seed", "run_name")  # decide a method's cell, with the method's own
+TEACHER_SETTINGS = tuple(
+    name for name in CELL_SETTINGS if name not in ("budget", "batch_size", "guidance_range", "compute")
+)
 
 
 @dataclass
-class Scene:
-    """What cells share: the settings, the dataset, the family of the teacher, and the teacher once it is needed."""
+class SharedContext:
+    """What the cells of the same settings share. The teacher and the evaluator are made when they are first needed."""
 
     config: RunConfig
     registry: Registry
@@ -63,10 +66,14 @@ class Scene:
     teacher: Teacher | None = None
     evaluator: Evaluator | None = None
     ranks: Ranks = ALONE  # the processes that train and sample together
-    scored: dict[str, Any] | None = None  # the scores' identities, while nothing changes,
-    protocol: str = ""  # and the name of the protocol
+    cached_identities: dict[str, Any] | None = None  # in a block of `identities_cached`
+    cached_protocol: str = ""  # the same
 
-    def loaded(self, progress: Progress) -> Teacher:
+    @property
+    def folder(self) -> ResultsFolder:
+        return ResultsFolder.of(self.config.results_dir)
+
+    def load_teacher(self, progress: Progress) -> Teacher:
         if self.teacher is None:
             self.teacher = self.source.load(progress).asked(self.conditioning)
             if tuple(self.teacher.image_shape) != tuple(self.dataset.shape):
@@ -78,52 +85,52 @@ class Scene:
         return self.teacher
 
     @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """A block in which weights of feature networks are looked for once, and not for each of thousands of cells."""
-        self.scored = self.metric_identities()
+    def identities_cached(self) -> Iterator[None]:
+        """Look up the weights of feature networks once in the block, and not for each of thousands of cells."""
+        self.cached_identities = self.metric_identities()
         try:
             yield
         finally:
-            self.scored, self.protocol = None, ""
+            self.cached_identities, self.cached_protocol = None, ""
 
     def metric_identities(self) -> dict[str, Any]:
-        """By name: what decides the numbers of each score, such as the weights that are there."""
-        if self.scored is not None:
-            return self.scored
+        """By metric: what decides its values, such as the weights that are installed."""
+        if self.cached_identities is not None:
+            return self.cached_identities
         return {name: cls.identity(self.weights) for name, cls in self.metrics.items()}
 
-    def trained_on(self, progress: Progress) -> Dataset:
-        """The images of the dataset, or their latents where the teacher knows nothing else."""
-        cache = Path(self.config.results_dir) / "cache" / "latents"
-        return as_trained_on(self.dataset, self.loaded(progress), cache, self.device, progress)
+    def training_images(self, progress: Progress) -> Dataset:
+        """The images of the dataset, or their latents for a latent diffusion teacher."""
+        cache = self.folder.cache("latents")
+        return as_trained_on(self.dataset, self.load_teacher(progress), cache, self.device, progress)
 
-    def evaluation(self, progress: Progress) -> Evaluator:
+    def get_evaluator(self, progress: Progress) -> Evaluator:
         if self.evaluator is None:
             networks = Networks(self.weights, self.device)
             if self.ranks.count > 1:
                 order = FeatureOrder(self.config, self.registry.selection)
                 networks = SharedNetworks(self.weights, self.device, self.ranks, order)
-            cache = Path(self.config.results_dir) / "cache" / "references"
+            cache = self.folder.cache("references")
             real = RealImages(self.dataset, networks, cache, self.references, features_kept(self.metrics))
-            answers = Path(self.config.results_dir) / "cache" / "answers"
-            parts = self.metrics, real, self.loaded(progress), progress, answers
+            answers = self.folder.cache("answers")
+            parts = self.metrics, real, self.load_teacher(progress), progress, answers
             self.evaluator = Evaluator(self.config.evaluation, *parts, self.ranks)
         return self.evaluator
 
     def release_evaluator(self) -> None:
-        """Let go of what scores keep on a GPU, feature networks among it: it is made again when it is needed."""
+        """Free the GPU memory of metrics and feature networks. They are made again when they are needed."""
         if self.device != "cpu":
             self.evaluator = None
 
     def describe_references(self, progress: Progress) -> dict[str, str]:
-        """By network: which real images the scores compare with."""
+        """By feature network: the real images that the scores compare with."""
         compared = [cls for cls in self.metrics.values() if cls.needs & {Need.real, Need.real_images}]
         networks = {cls.network for cls in compared if cls.network is not None}
-        real = self.evaluation(progress).real
+        real = self.get_evaluator(progress).real
         return {network.name: real.describe(network) for network in sorted(networks, key=lambda n: n.name)}
 
-    def missing(self) -> dict[str, str]:
-        """Metrics that will be empty for want of weights, with the reason."""
+    def unavailable_metrics(self) -> dict[str, str]:
+        """Metrics whose weights are missing, with the reason."""
         reasons = {}
         for name, cls in self.metrics.items():
             try:
@@ -138,15 +145,15 @@ class Scene:
 class Cell:
     """One method with its settings and a seed, or the teacher itself (`entry` None)."""
 
-    scene: Scene
+    shared: SharedContext
     name: str
     entry: Entry | None = None
     method_config: MethodConfig | None = None
     seed: int | None = None
     solver: Solver | None = None  # of the teacher itself
-    price: Price = field(default_factory=Price)  # foreseen
+    price: Price = field(default_factory=Price)  # estimated
     nfe: list[int] = field(default_factory=list)  # of its rows
-    trouble: str = ""  # why no price could be foreseen
+    price_error: str = ""  # why the price could not be estimated
 
     @property
     def label(self) -> str:
@@ -158,23 +165,26 @@ class Cell:
         return self.solver
 
 
-class Scenes:
-    """Scenes by their settings, each made once. Of thousands of settings most are the same objects, read once."""
+class SharedContexts:
+    """Shared contexts by their settings, each made once.
+
+    In a grid of thousands of points most settings are the same objects, so their text is cached by `id`.
+    """
 
     def __init__(self) -> None:
-        self.known: dict[Hashable, Scene] = {}
-        self._read: dict[int, tuple[Any, str]] = {}  # by the address of a group, which is kept: its settings as text
+        self.known: dict[Hashable, SharedContext] = {}
+        self._texts: dict[int, tuple[Any, str]] = {}  # by id: the settings (which keeps the id valid), and their text
 
-    def of(self, config: RunConfig, registry: Registry) -> Scene:
-        """The scene of these settings, shared by all that differ in methods and seed only."""
-        identity = self._settings(config, SHARED)
+    def of(self, config: RunConfig, registry: Registry) -> SharedContext:
+        """The context of these settings, the same for all that differ only in methods and seed."""
+        identity = self._settings(config, SHARED_SETTINGS)
         if identity not in self.known:
-            self.known[identity] = _scene(config, registry)
+            self.known[identity] = _make_context(config, registry)
         return self.known[identity]
 
     def identity(self, cell: Cell) -> Hashable:
-        """Equal for cells that a grid names twice, such as the teacher's rows at several budgets."""
-        settings = self._settings(cell.scene.config, OF_CELL if cell.entry is not None else OF_TEACHER)
+        """Equal for cells that occur twice in a grid, such as the teacher's rows at several budgets."""
+        settings = self._settings(cell.shared.config, CELL_SETTINGS if cell.entry is not None else TEACHER_SETTINGS)
         return settings, cell.name, self.text(cell.method_config), cell.seed
 
     def _settings(self, config: RunConfig, names: Sequence[str]) -> Hashable:
@@ -182,22 +192,22 @@ class Scenes:
         return tuple(value if type(value) in (str, int, float, bool) else self.text(value) for value in values)
 
     def text(self, value: Any) -> str:
-        """Settings as text: equal where they are."""
+        """The settings as JSON; equal settings have equal texts."""
         if not dataclasses.is_dataclass(value):
             return canonical_json(value)
-        if id(value) not in self._read:
-            self._read[id(value)] = value, canonical_json(plain_settings(value))
-        return self._read[id(value)][1]
+        if id(value) not in self._texts:
+            self._texts[id(value)] = value, canonical_json(plain_settings(value))
+        return self._texts[id(value)][1]
 
 
-def _scene(config: RunConfig, registry: Registry) -> Scene:
+def _make_context(config: RunConfig, registry: Registry) -> SharedContext:
     device = device_of(config)
     check_writable(Path(config.results_dir))
-    if not config.executor.elsewhere:  # which has devices of its own
+    if not config.executor.elsewhere:  # other machines have their own devices
         check_compute(config.compute, device)
         check_sampling(config.evaluation.sampling, device)
-        timed_apart = config.evaluation.timing == "process"
-        check_access(device, ["isolate=false"] * config.isolate + ["evaluation.timing=inline"] * timed_apart)
+        in_process = config.evaluation.timing == "process"
+        check_access(device, ["isolate=false"] * config.isolate + ["evaluation.timing=inline"] * in_process)
     metrics = chosen_metrics(config.evaluation, registry)
     check_source(config.energy)
     dataset, source, conditioning = make_source(config, registry, device)
@@ -205,14 +215,14 @@ def _scene(config: RunConfig, registry: Registry) -> Scene:
     schedule = source.untrained().schedule
     for solver in config.evaluation.solvers():
         for steps in config.evaluation.teacher_steps:
-            solver.times(schedule, steps)  # raises where the grid has no such steps
+            solver.times(schedule, steps)  # raises if the time grid has no such number of steps
     weights = weights_folder()
     references = read_references(config.evaluation, metrics, dataset, weights)
-    return Scene(config, registry, device, dataset, source, conditioning, metrics, weights, references)
+    return SharedContext(config, registry, device, dataset, source, conditioning, metrics, weights, references)
 
 
 def make_source(config: RunConfig, registry: Registry, device: str) -> tuple[Dataset, TeacherSource, Conditioning]:
-    """The dataset and the family of teachers that the settings name, and how both are conditioned."""
+    """The dataset, the source of the teacher and their conditioning, by the settings."""
     dataset = registry.get("datasets", config.dataset.kind).cls(config.dataset)
     if config.conditional and not dataset.classes:
         raise UserError(f"conditional=true needs class labels, and dataset={dataset.name} has none")
@@ -223,30 +233,30 @@ def make_source(config: RunConfig, registry: Registry, device: str) -> tuple[Dat
     if config.conditional:
         w_range = (drawn[0], drawn[1]) if drawn else None
         conditioning = Conditioning(dataset.classes, config.guidance, w_range, dataset.evaluated)
-    cache = Path(config.results_dir) / "cache" / "teachers"
+    cache = ResultsFolder.of(config.results_dir).cache("teachers")
     return dataset, family(config.teacher, dataset, cache, device, conditioning), conditioning
 
 
 def _check_reads(config: RunConfig, dataset: Dataset, family: type[TeacherSource]) -> None:
-    """Refuse a teacher of texts without texts, and one of classes where there are texts alone."""
+    """Refuse a text-to-image teacher without texts, and a class-conditional one with texts."""
     name = config.teacher.kind
     if family.reads == "texts" and not (config.conditional and dataset.prompts):
         missing = "conditional=true" if dataset.prompts else "a dataset with texts, such as dataset=prompts"
-        raise UserError(f"teacher={name} makes images of texts and needs {missing}")
+        raise UserError(f"teacher={name} is a text-to-image model and needs {missing}")
     if family.reads != "texts" and config.conditional and dataset.prompts:
-        raise UserError(f"conditional=true: teacher={name} knows classes, and dataset={dataset.name} has texts")
+        raise UserError(f"conditional=true: teacher={name} is class-conditional, and dataset={dataset.name} has texts")
 
 
 def build(cell: Cell, teacher: Teacher, device: str = "") -> Method:
-    """The method of a cell with its networks on `device` (the scene's), as they are before training."""
+    """The untrained method of a cell, with its networks on `device` (default: the run's)."""
     assert cell.entry is not None and cell.method_config is not None
-    return build_method(cell.entry.cls, cell.method_config, teacher, cell.seed or 0, device or cell.scene.device)
+    return build_method(cell.entry.cls, cell.method_config, teacher, cell.seed or 0, device or cell.shared.device)
 
 
 def device_of(config: RunConfig) -> str:
-    """The device of a run's cells: its first one. Where other machines do the work, this one plans on the CPU.
+    """The first device of a run. If other machines run the cells, this one plans on the CPU.
 
-    Raises UserError for one that does not exist here.
+    Raises UserError for a device that does not exist here.
     """
     if config.executor.elsewhere:
         return "cpu"
@@ -257,7 +267,7 @@ def device_of(config: RunConfig) -> str:
 
 
 def choose_device(name: str) -> str:
-    """Turn "auto" into cuda where there is one, else cpu; raise UserError for a device that does not exist here."""
+    """Resolve "auto" to cuda if torch finds a GPU, else cpu. Raises UserError for a device that does not exist here."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -274,7 +284,7 @@ def choose_device(name: str) -> str:
 
 
 def plain_settings(value: Any) -> Any:
-    """A settings dataclass as plain values."""
+    """A settings dataclass as values that JSON has."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if dataclasses.is_dataclass(value):

@@ -1,7 +1,7 @@
-"""Sampling and feature extraction by several processes: who does which batch, and how the main one gets them all.
+"""Sampling and feature extraction by several ranks: which rank makes which batch, and how rank 0 collects them.
 
-Batches, and blocks of feature networks, are those of one process alone, and an image's noise is its own: so what comes
-out is the same to the bit. An error in one process ends the work of all of them, in the same round.
+The batches are those of a single process and each image has its own noise, so the results are equal to the bit. An
+error on one rank ends the work of all ranks in the same round.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from distillbench.ranks import Ranks
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """A row that all sample: of the method with these weights, of the teacher, or the teacher's many-step answers."""
+    """All ranks sample a row: of the method with `weights`, of the teacher, or the teacher's many-step answers."""
 
-    task: Any  # the cell
+    task: Any  # CellTask
     weights: Path | None = None
     nfe: int = 0
     seed: int = 0
@@ -88,7 +88,7 @@ class SharedNetworks(Networks):
         if error is not None:
             raise error
 
-    def look_along(self, network: type[FeatureNetwork]) -> None:
+    def follow_extraction(self, network: type[FeatureNetwork]) -> None:
         """A follower's share."""
         mine = self.get(network)
         error: Exception | None = None

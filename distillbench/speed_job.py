@@ -9,12 +9,12 @@ from distillbench.speed import KnownDataset, Measurement, SpeedJob, TorchSetting
 
 
 def speed_job(cell: Cell, weights: Path | None, nfe: list[int]) -> SpeedJob:
-    """The job of a cell: its student with `weights`, or the teacher itself."""
-    scene, config = cell.scene, cell.scene.config
+    """The job of a cell: its student with `weights`, or the teacher itself. `nfe`: of its rows that are ok."""
+    shared, config = cell.shared, cell.shared.config
     evaluation = config.evaluation
     measurement = Measurement(
         tuple(nfe),
-        scene.device,
+        shared.device,
         evaluation.batch_size,
         evaluation.largest_timed_batch,
         evaluation.timing_seconds,
@@ -23,11 +23,11 @@ def speed_job(cell: Cell, weights: Path | None, nfe: list[int]) -> SpeedJob:
     return SpeedJob(
         measurement,
         TorchSettings.now(config.threads),
-        KnownDataset(scene.dataset, config.dataset),
-        type(scene.source),
+        KnownDataset(shared.dataset, config.dataset),
+        type(shared.source),
         config.teacher,
-        scene.conditioning,
-        scene.source.cache,
+        shared.conditioning,
+        shared.source.cache,
         cell.solver.name if cell.solver is not None else "",
         cell.entry.cls if cell.entry is not None else None,
         cell.method_config,

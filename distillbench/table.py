@@ -1,4 +1,4 @@
-"""Tables of results: their columns and pandas types."""
+"""Tables of results: columns, pandas types, CSV and Parquet files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIRST: dict[str, str] = {  # column: pandas type
     "reason": "string",
     "note": "string",
 }
-LATER = ("note",)  # columns that tables of older versions lack, and mean by that that they are empty
+LATER = ("note",)  # columns that tables of older versions lack; they are empty there
 COST: dict[str, str] = {
     "train_images": "Int64",
     "train_seconds": "Float64",
@@ -67,10 +67,10 @@ LAST: dict[str, str] = {
 
 
 def table_row(
-    names: dict[str, Any], row: RowRecord, training: TrainRecord | None, speed: SpeedRecord, metrics: Sequence[str],
+    columns: dict[str, Any], row: RowRecord, training: TrainRecord | None, speed: SpeedRecord, metrics: Sequence[str],
     note: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """One row of the table. `names`: what it is a row of. No training: the teacher itself."""
+    """One row of the table. `columns`: those that all rows of the cell share. `training`: None for the teacher."""
     missing = dict(row.missing)
     if training is None:
         missing["train_*"] = "the teacher is the baseline, nothing is distilled"
@@ -85,7 +85,7 @@ def table_row(
         reasons.append(f"{', '.join(c for c in missing if missing[c] == why)} empty: {why}")
     measured = {f"sample_{name}": value for name, value in timed if f"sample_{name}" in LAST}
     return {
-        **names,
+        **columns,
         "sampling_seed": row.sampling_seed,
         "nfe": row.nfe,
         "status": row.status,
@@ -104,17 +104,17 @@ def _train_columns(training: TrainRecord) -> dict[str, Any]:
 
 
 def cost_columns(cost: Cost) -> dict[str, Any]:
-    """What training cost, by column."""
+    """The columns of the training cost."""
     return {f"train_{name}": value for name, value in cost if f"train_{name}" in COST}
 
 
 def make_table(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFrame:
-    """The table, one row for each of `rows`: the same columns and types whatever happened."""
+    """The table with one row for each of `rows`. Columns and types do not depend on the rows."""
     return _typed(rows, FIRST | dict.fromkeys(metrics, "Float64") | LAST)
 
 
 def make_along(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFrame:
-    """The table of scores along training: `fraction` of the budget, what it had cost by then, and the scores."""
+    """The table of scores at checkpoints: `fraction` of the budget, the cost up to there, and the scores."""
     return _typed(
         rows,
         FIRST
@@ -126,7 +126,7 @@ def make_along(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFra
 
 
 def _typed(rows: list[dict[str, Any]], types: dict[str, str]) -> pd.DataFrame:
-    import pandas as pd  # not above: the registry needs the columns' names, and listing plugins needs no tables
+    import pandas as pd  # imported here: the registry needs only the column names
 
     usual = dict.fromkeys(LATER, "")
     given = {name: [row.get(name, usual.get(name)) for row in rows] for name in types}

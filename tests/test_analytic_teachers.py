@@ -173,7 +173,7 @@ def test_data_free_methods_need_no_images_and_the_others_are_refused(registry, t
     words = ["dataset=gmm", "teacher=gmm", "dataset.count=0", *NARROW]
     table = table_of(registry, tmp_path, "methods=[boot,sid]", *words)
     assert table["fd_efficientnet_lite0"].isna().all() and table["reason"].str.contains("grey or colour").all()
-    with pytest.raises(UserError, match="cm needs real images, and dataset=gmm comes without"):
+    with pytest.raises(UserError, match="cm needs real images, and dataset=gmm has none"):
         plan(compose_runs(["methods=[boot,cm]", *words, f"results_dir={tmp_path}"], registry), registry)
 
 

@@ -98,7 +98,7 @@ def test_a_plan_asks_whether_the_device_serves_as_many_processes_as_it_has(monke
 def test_memory_that_earlier_cells_of_the_process_hold_is_looked_for_where_there_are_some():
     def cell(isolate: bool, count: int) -> SimpleNamespace:
         return SimpleNamespace(
-            scene=SimpleNamespace(config=SimpleNamespace(isolate=isolate), ranks=SimpleNamespace(count=count))
+            shared=SimpleNamespace(config=SimpleNamespace(isolate=isolate), ranks=SimpleNamespace(count=count))
         )
 
     teacher = mlp_teacher()  # on the CPU

@@ -165,7 +165,7 @@ def first_features_only(ranks: Ranks, folder: Path) -> None:
     else:
         assert ranks.take().network == "brightness"
         with ranks.together():
-            networks.look_along(Brightness)
+            networks.follow_extraction(Brightness)
     assert not ranks.busy and ranks.gather(ranks.share.index) == [0, 1]
 
 
