@@ -175,7 +175,7 @@ def _run(registry: Registry, settings: Sequence[str], asked: Asked, need_methods
         cells = plan(configs, registry)
         if asked.dry_run:
             print_plan(console, cells)
-            raise SystemExit(SOMETHING_FAILED if any(cell.trouble for cell in cells) else 0)
+            raise SystemExit(SOMETHING_FAILED if any(cell.price_error for cell in cells) else 0)
         for config in configs:
             check_shared(config.compute, ranks.count)
         if ranks.count > 1:
@@ -351,7 +351,7 @@ def train_teacher(registry: Registry, settings: tuple[str, ...], output: str | N
     from pathlib import Path
 
     from distillbench.config import compose_runs
-    from distillbench.plan import check_writable
+    from distillbench.files import check_writable
     from distillbench.progress import Progress
     from distillbench.run import train_teacher_of
 
@@ -682,7 +682,7 @@ def _weights_in_words(cls: type[FeatureNetwork], folder: Path) -> str:
 def _npz(output: str) -> Path:
     from pathlib import Path
 
-    from distillbench.plan import check_writable
+    from distillbench.files import check_writable
 
     path = Path(output)
     if path.suffix != ".npz":
@@ -695,13 +695,13 @@ def _real_images(
     registry: Registry, settings: Sequence[str], network: str, output: str
 ) -> tuple[RealImages, type[FeatureNetwork]]:
     """The real images of the dataset in `settings`, and the network to see them through."""
-    from pathlib import Path
 
     from distillbench.config import compose_runs
     from distillbench.features import Networks
-    from distillbench.plan import choose_device
+    from distillbench.layout import ResultsFolder
     from distillbench.pretrained import weights_folder
     from distillbench.references import RealImages
+    from distillbench.shared_context import choose_device
 
     networks = _networks(registry)
     if network not in networks:
@@ -712,4 +712,4 @@ def _real_images(
         raise UserError(f"a reference is of one dataset, the settings span {len(configs)}")
     dataset = registry.get("datasets", configs[0].dataset.kind).cls(configs[0].dataset)
     seen = Networks(weights_folder(), choose_device(configs[0].device))
-    return RealImages(dataset, seen, Path(configs[0].results_dir) / "cache" / "references"), networks[network]
+    return RealImages(dataset, seen, ResultsFolder.of(configs[0].results_dir).cache("references")), networks[network]

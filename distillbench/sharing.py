@@ -1,7 +1,7 @@
-"""Sampling and feature extraction by several processes: who does which batch, and how the main one gets them all.
+"""Sampling and feature extraction by several ranks: which rank makes which batch, and how rank 0 collects them.
 
-Batches, and blocks of feature networks, are those of one process alone, and an image's noise is its own: so what comes
-out is the same to the bit. An error in one process ends the work of all of them, in the same round.
+The batches are those of a single process and each image has its own noise, so the results are equal to the bit. An
+error on one rank ends the work of all ranks in the same round.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -18,35 +18,25 @@ from distillbench.features import FeatureNetwork, Networks, blocks_of, look
 from distillbench.ranks import Ranks
 from distillbench.turns import first_error, tried
 
-if TYPE_CHECKING:
-    from distillbench.config import RunConfig
-    from distillbench.registry import Selection
-
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """A row that all sample: of the method with these weights, of the teacher, or the teacher's many-step answers."""
+    """All ranks sample a row: of the method with `weights`, of the teacher, or the teacher's many-step answers."""
 
-    task: Any  # the cell
+    task: Any  # CellTask
     weights: Path | None = None
     nfe: int = 0
     seed: int = 0
     answers: bool = False
 
 
-@dataclass(frozen=True)
-class FeatureOrder:
-    """Images that all look at through a feature network, by its name."""
-
-    config: RunConfig
-    selection: Selection
-    network: str = ""
-
-
 class SharedNetworks(Networks):
-    """The same, of which every process has a copy that looks at its share of the images."""
+    """Feature networks of which every rank has a copy, each of which extracts the features of its share of the images.
 
-    def __init__(self, folder: Path, device: str, ranks: Ranks, order: FeatureOrder) -> None:
+    `order`: a dataclass with a field `network`; the other ranks receive it with the name of the network filled in.
+    """
+
+    def __init__(self, folder: Path, device: str, ranks: Ranks, order: Any) -> None:
         super().__init__(folder, device)
         self.ranks, self.order = ranks, order
 
@@ -67,7 +57,7 @@ class SharedNetworks(Networks):
         if error is not None:
             raise error
 
-    def look_along(self, network: type[FeatureNetwork]) -> None:
+    def follow_extraction(self, network: type[FeatureNetwork]) -> None:
         """A follower's share."""
         mine = self.get(network)
         error: Exception | None = None

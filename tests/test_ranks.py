@@ -30,6 +30,7 @@ from distillbench.dropout import seed_masks
 from distillbench.energy import Energy
 from distillbench.errors import DivergedError, UserError
 from distillbench.failures import LostError, of_message
+from distillbench.feature_order import FeatureOrder
 from distillbench.features import FeatureNetwork
 from distillbench.following import check_rows
 from distillbench.launchers import by_mpi, follows, rank_and_count, started_together
@@ -43,7 +44,7 @@ from distillbench.registry import load_registry
 from distillbench.resume import Followed, Resume, States
 from distillbench.schedules import VPCosine
 from distillbench.share import WHOLE, Share
-from distillbench.sharing import FeatureOrder, SharedNetworks
+from distillbench.sharing import SharedNetworks
 from distillbench.signals import Interrupted
 from distillbench.teachers import Teacher
 from distillbench.testbench import StopAfter
@@ -163,10 +164,10 @@ def first_features_only(ranks: Ranks, folder: Path) -> None:
             assert next(features).tolist() == [[0.0], [1.0]]
             raise MemoryError
     else:
-        assert ranks.next_order().network == "brightness"
-        with ranks.follow():
-            networks.look_along(Brightness)
-    assert not ranks.busy and ranks.all_gather(ranks.share.index) == [0, 1]
+        assert ranks.take().network == "brightness"
+        with ranks.together():
+            networks.follow_extraction(Brightness)
+    assert not ranks.busy and ranks.gather(ranks.share.index) == [0, 1]
 
 
 class ThreeLayers(torch.nn.Module):
