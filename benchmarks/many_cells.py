@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from distillbench.cell import AS_IS, evaluation_inputs, run_cell
+from distillbench.cell import AS_IS, run_cell
+from distillbench.cell_keys import evaluation_inputs
 from distillbench.cell_training import STUDENT, TRAIN
 from distillbench.claims import claimed
 from distillbench.config import RunConfig, compose_runs
 from distillbench.engines import Looked
 from distillbench.files import key_of
 from distillbench.hands import OwnHands, Seen
-from distillbench.plan import Cell, plan
+from distillbench.plan import plan
 from distillbench.progress import Progress
 from distillbench.registry import Registry, load_registry
 from distillbench.reports.write import report_runs
@@ -36,6 +37,7 @@ from distillbench.results import EvaluationRecord, TrainRecord, load_record, wri
 from distillbench.run import run
 from distillbench.run_table import RunTable
 from distillbench.seen_files import SeenFiles
+from distillbench.shared_context import Cell
 from distillbench.signals import Stop
 from distillbench.terminal import print_plan, print_rows, print_table
 

@@ -28,11 +28,11 @@ from distillbench.memory import bytes_on_gpu, peak_gpu_mib, peak_rss_mib, releas
 from distillbench.method import Method
 from distillbench.optimizers import warm_up
 from distillbench.pairs import Workspace
-from distillbench.plan import Cell, build
 from distillbench.progress import Progress
 from distillbench.results import FINAL, CheckpointRecord, Cost, CurvePoint, Status, TrainRecord, write_record
 from distillbench.resume import Followed, Resume, States
 from distillbench.shards import whole
+from distillbench.shared_context import Cell, build
 from distillbench.signals import Stop
 from distillbench.tasks import Task
 from distillbench.teachers import Teacher

@@ -351,7 +351,7 @@ def train_teacher(registry: Registry, settings: tuple[str, ...], output: str | N
     from pathlib import Path
 
     from distillbench.config import compose_runs
-    from distillbench.plan import check_writable
+    from distillbench.files import check_writable
     from distillbench.progress import Progress
     from distillbench.run import train_teacher_of
 
@@ -682,7 +682,7 @@ def _weights_in_words(cls: type[FeatureNetwork], folder: Path) -> str:
 def _npz(output: str) -> Path:
     from pathlib import Path
 
-    from distillbench.plan import check_writable
+    from distillbench.files import check_writable
 
     path = Path(output)
     if path.suffix != ".npz":
@@ -699,9 +699,9 @@ def _real_images(
 
     from distillbench.config import compose_runs
     from distillbench.features import Networks
-    from distillbench.plan import choose_device
     from distillbench.pretrained import weights_folder
     from distillbench.references import RealImages
+    from distillbench.shared_context import choose_device
 
     networks = _networks(registry)
     if network not in networks:

@@ -35,7 +35,7 @@ from yaml import YAMLError
 from distillbench.budget import BudgetConfig, Limit
 from distillbench.compute import ComputeConfig
 from distillbench.errors import UserError, nearest, quoted, unknown
-from distillbench.evaluate import EvaluationConfig
+from distillbench.evaluation_settings import EvaluationConfig
 from distillbench.executor_settings import EXECUTORS, ExecutorConfig, LocalConfig, kinds_with
 from distillbench.neighbours import Neighbours
 from distillbench.options import option, require_between, require_one_of, require_positive

@@ -8,13 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from distillbench.cell import Finished, cell_folder, evaluation_inputs, protocol_key, train_inputs
+from distillbench.cell import Finished
+from distillbench.cell_keys import cell_folder, evaluation_inputs, protocol_key, train_inputs
 from distillbench.cell_training import STUDENT
 from distillbench.compute import changed, in_words
 from distillbench.environment import device_name
 from distillbench.files import key_of
-from distillbench.plan import Cell, changed_settings
-from distillbench.results import CheckpointScores, TrainRecord, cost_columns, table_row
+from distillbench.plan import changed_settings
+from distillbench.results import CheckpointScores, TrainRecord
+from distillbench.shared_context import Cell
+from distillbench.table import cost_columns, table_row
 from distillbench.teachers import Teacher
 
 

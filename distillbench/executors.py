@@ -21,8 +21,8 @@ from distillbench.environment import environment
 from distillbench.errors import UserError
 from distillbench.executor_settings import LocalConfig, RayConfig, SubmititConfig
 from distillbench.hands import Ended, Hands, OtherHands, OwnHands, Seen, Task, given_up, worked
-from distillbench.plan import Cell
 from distillbench.progress import Progress
+from distillbench.shared_context import Cell
 from distillbench.signals import Interrupted, Stop
 
 SECONDS_BETWEEN_LOOKS = 0.2  # at threads

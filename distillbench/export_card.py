@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
-from distillbench.plan import plain_settings
+from distillbench.shared_context import plain_settings
 
 if TYPE_CHECKING:
     from distillbench.export_forms import Form

@@ -27,11 +27,11 @@ from distillbench.config import RunConfig
 from distillbench.errors import UserError, unknown
 from distillbench.files import sha256_file
 from distillbench.method import Method
-from distillbench.plan import Cell, Scene, build, make_source, plain_settings
 from distillbench.progress import Progress
 from distillbench.registry import Registry
 from distillbench.results import TrainRecord, load_record
 from distillbench.run_settings import FULL, SEPARATOR, read_settings
+from distillbench.shared_context import Cell, Scene, build, make_source, plain_settings
 from distillbench.teachers import Teacher
 
 WEIGHTS = re.compile(r"(?P<method>.+)-seed(?P<seed>\d+)-(?P<key>[0-9a-f]{16})\.safetensors")

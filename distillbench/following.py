@@ -11,10 +11,11 @@ from distillbench.cell_training import TrainOrder, free_memory, train_along
 from distillbench.config import RunConfig
 from distillbench.errors import UserError
 from distillbench.executor_settings import LocalConfig
-from distillbench.plan import Cell, Scene, Scenes
+from distillbench.feature_order import FeatureOrder
 from distillbench.progress import Progress
 from distillbench.ranks import Ranks
-from distillbench.sharing import FeatureOrder, SampleOrder
+from distillbench.shared_context import Cell, Scene, Scenes
+from distillbench.sharing import SampleOrder
 from distillbench.signals import Stop
 
 

@@ -21,10 +21,10 @@ from distillbench.cell import Policy, found_cell, keep_ending, run_cell
 from distillbench.claims import claimed, is_claimed, waiting
 from distillbench.done import About, Done, about, done
 from distillbench.errors import UserError
-from distillbench.plan import Cell
 from distillbench.processes import ProcessError, Worker
 from distillbench.progress import Progress, Step
 from distillbench.seen_files import SeenFiles
+from distillbench.shared_context import Cell
 from distillbench.signals import Interrupted, Stop, stopping
 from distillbench.tasks import Task, cells_of
 

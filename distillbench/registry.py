@@ -32,7 +32,7 @@ from distillbench.errors import UserError, nearest, quoted, unknown
 from distillbench.features import FeatureNetwork
 from distillbench.method import Method, MethodConfig
 from distillbench.metrics import DIRECTIONS, Metric, Need
-from distillbench.results import FIRST, LAST
+from distillbench.table import FIRST, LAST
 from distillbench.teachers import TeacherConfig, TeacherSource
 
 GROUP = "distillbench"

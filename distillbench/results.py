@@ -15,23 +15,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ConfigDict
 
 from distillbench.files import canonical_json, key_of_text, signed, sync, write_atomically
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
+    pass
 
 SCHEMA: Literal[3] = 3
 MIGRATED = (2,)  # older schemas that are read: 2 had no checksum
 LARGEST_RECORD = 2**28  # bytes
-MOST_LINES = 200  # of a picture of samples
 Status = Literal["ok", "failed", "diverged", "oom", "timeout"]
 FINAL: tuple[Status, ...] = ("ok", "diverged")  # what to try again would not change
 
@@ -177,7 +174,6 @@ class SpeedRecord(_Record):
     environment: dict[str, Any]
 
 
-T = TypeVar("T")
 AnyRecord = TypeVar("AnyRecord", TrainRecord, EvaluationRecord, SpeedRecord)
 
 
@@ -230,136 +226,6 @@ def read_record(path: Path, kind: type[AnyRecord], inputs: dict[str, Any]) -> An
     return record
 
 
-FIRST: dict[str, str] = {  # column: pandas type
-    "dataset": "string",
-    "teacher": "string",
-    "guidance": "Float64",
-    "method": "string",
-    "training_seed": "Int64",
-    "sampling_seed": "Int64",
-    "nfe": "Int64",
-    "images": "Int64",
-    "budget": "string",
-    "protocol": "string",
-    "status": "string",
-    "reason": "string",
-    "note": "string",
-}
-LATER = ("note",)  # columns that tables of older versions lack, and mean by that that they are empty
-COST: dict[str, str] = {
-    "train_images": "Int64",
-    "train_seconds": "Float64",
-    "train_teacher_seconds": "Float64",
-    "train_student_seconds": "Float64",
-    "train_compile_seconds": "Float64",
-    "train_other_seconds": "Float64",
-    "train_teacher_nfe": "Int64",
-    "train_student_nfe": "Int64",
-    "train_tflops": "Float64",
-    "train_joules": "Float64",
-}
-LAST: dict[str, str] = {
-    **COST,
-    "train_peak_gpu_mib": "Float64",
-    "train_peak_gpu_reserved_mib": "Float64",
-    "train_peak_device_mib": "Float64",
-    "train_peak_rss_mib": "Float64",
-    "sample_latency_p50_ms": "Float64",
-    "sample_latency_p95_ms": "Float64",
-    "sample_images_per_second": "Float64",
-    "sample_best_batch": "Int64",
-    "sample_gflops": "Float64",
-    "sample_decoder_latency_ms": "Float64",
-    "sample_text_encoder_latency_ms": "Float64",
-    "sample_peak_gpu_mib": "Float64",
-    "sample_peak_gpu_reserved_mib": "Float64",
-    "sample_peak_device_mib": "Float64",
-    "sample_peak_rss_mib": "Float64",
-    "parameters": "Int64",
-    "settings": "string",
-    "compute": "string",
-    "reference": "string",
-    "device": "string",
-    "key": "string",
-}
-
-
-def table_row(
-    names: dict[str, Any], row: RowRecord, training: TrainRecord | None, speed: SpeedRecord, metrics: Sequence[str],
-    note: str = "",
-) -> dict[str, Any]:  # fmt: skip
-    """One row of the table. `names`: what it is a row of. No training: the teacher itself."""
-    missing = dict(row.missing)
-    if training is None:
-        missing["train_*"] = "the teacher is the baseline, nothing is distilled"
-    else:
-        missing |= {f"train_{name}": why for name, why in training.missing.items()}
-    timed = next((found for found in speed.rows if found.nfe == row.nfe), SpeedRow(nfe=row.nfe))
-    missing |= {f"sample_{name}": why for name, why in timed.missing.items()}
-    if speed.reason:
-        missing["sample_*"] = speed.reason
-    reasons = [row.reason] if row.reason else []
-    for why in dict.fromkeys(missing.values()):
-        reasons.append(f"{', '.join(c for c in missing if missing[c] == why)} empty: {why}")
-    measured = {f"sample_{name}": value for name, value in timed if f"sample_{name}" in LAST}
-    return {
-        **names,
-        "sampling_seed": row.sampling_seed,
-        "nfe": row.nfe,
-        "status": row.status,
-        "reason": "; ".join(reasons),
-        "note": note,
-        **{metric: row.scores.get(metric) for metric in metrics},
-        **(_train_columns(training) if training is not None else {}),
-        **measured,
-        "parameters": timed.parameters,
-    }
-
-
-def _train_columns(training: TrainRecord) -> dict[str, Any]:
-    peaks = {f"train_{name}": value for name, value in training if f"train_{name}" in LAST}
-    return peaks | (cost_columns(training.cost) if training.cost is not None else {})
-
-
-def cost_columns(cost: Cost) -> dict[str, Any]:
-    """What training cost, by column."""
-    return {f"train_{name}": value for name, value in cost if f"train_{name}" in COST}
-
-
-def make_table(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFrame:
-    """The table, one row for each of `rows`: the same columns and types whatever happened."""
-    return _typed(rows, FIRST | dict.fromkeys(metrics, "Float64") | LAST)
-
-
-def make_along(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFrame:
-    """The table of scores along training: `fraction` of the budget, what it had cost by then, and the scores."""
-    return _typed(
-        rows,
-        FIRST
-        | {"fraction": "Float64"}
-        | COST
-        | dict.fromkeys(metrics, "Float64")
-        | {"settings": "string", "compute": "string"},
-    )
-
-
-def _typed(rows: list[dict[str, Any]], types: dict[str, str]) -> pd.DataFrame:
-    import pandas as pd  # not above: the registry needs the columns' names, and listing plugins needs no tables
-
-    usual = dict.fromkeys(LATER, "")
-    given = {name: [row.get(name, usual.get(name)) for row in rows] for name in types}
-    columns = {name: pd.array(values, dtype=types[name]) for name, values in given.items()}  # type: ignore[call-overload]
-    return pd.DataFrame(columns)
-
-
-def write_table(table: pd.DataFrame, folder: Path, name: str = "table") -> None:
-    """<name>.csv and <name>.parquet."""
-    write_atomically(folder / f"{name}.csv", lambda path: table.to_csv(path, index=False))
-    write_atomically(
-        folder / f"{name}.parquet", lambda path: table.to_parquet(path, index=False, write_page_checksum=True)
-    )
-
-
 def link_all(links: Mapping[Path, Path]) -> None:
     """:func:`link_or_copy` each source to its target, the key. In one folder, which is read once."""
     there: dict[Path, dict[str, int]] = {}
@@ -398,46 +264,3 @@ def link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, path)
 
     write_atomically(target, write)
-
-
-def sample_grid(rows: list[tuple[str, Tensor]], columns: int = 16, cell: int = 48) -> Image.Image:
-    """A picture: a line for each of the first (label, images (N,C,H,W) uint8), the same noise in each column."""
-    if not rows:
-        return Image.new("RGB", (cell, cell), "white")
-    font = ImageFont.load_default(size=15)
-    more, rows = max(0, len(rows) - MOST_LINES), rows[:MOST_LINES]
-    label = max(int(font.getlength(text)) for text, _ in rows) + 20
-    count = min(columns, min(len(images) for _, images in rows))
-    side = max(cell, rows[0][1].shape[-1])
-    height = (len(rows) + (more > 0)) * (side + 4) + 4
-    picture = Image.new("RGB", (label + count * (side + 4), height), "white")
-    draw = ImageDraw.Draw(picture)
-    if more:
-        draw.text((10, height - side / 2), f"and {more:,} more", fill="black", font=font, anchor="lm")
-    for j, (text, images) in enumerate(rows):
-        top = 4 + j * (side + 4)
-        draw.text((10, top + side / 2), text, fill="black", font=font, anchor="lm")
-        for k in range(count):
-            image = Image.fromarray(_rgb(images[k]).permute(1, 2, 0).contiguous().numpy().astype("uint8"))
-            image = image.resize((side, side), Image.Resampling.NEAREST)
-            picture.paste(image, (label + k * (side + 4), top))
-    return picture
-
-
-def _rgb(image: Tensor) -> Tensor:
-    """(C,H,W) to (3,H,W): grey is repeated, two channels are red and green, of more the first three are shown."""
-    if len(image) == 1:
-        return image.expand(3, -1, -1)
-    import torch  # not above: reports read records and need no torch, which takes seconds to import
-
-    return torch.cat([image, torch.zeros_like(image[:1])])[:3]
-
-
-def stack_shown(shown: list[Tensor]) -> dict[str, Tensor]:
-    """Samples of an evaluation's rows as named tensors, ready for safetensors."""
-    return {str(index): images.contiguous() for index, images in enumerate(shown)}
-
-
-def unstack_shown(tensors: dict[str, T]) -> list[T]:
-    """The inverse of :func:`stack_shown`, of tensors or of arrays."""
-    return [tensors[str(index)] for index in range(len(tensors))]

@@ -17,10 +17,11 @@ from distillbench.executors import Executor, executor_of
 from distillbench.files import key_of
 from distillbench.hands import Seen
 from distillbench.memory import release_memory
-from distillbench.plan import Cell, choose_device, make_source, notes_of
+from distillbench.plan import notes_of
 from distillbench.progress import Progress
 from distillbench.registry import Registry
 from distillbench.run_table import Outcome, RunTable
+from distillbench.shared_context import Cell, choose_device, make_source
 from distillbench.signals import Interrupted, Stop
 
 

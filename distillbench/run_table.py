@@ -15,11 +15,13 @@ from distillbench.config import RunConfig, to_yaml
 from distillbench.done import About, Done
 from distillbench.engines import Looked
 from distillbench.files import write_atomically
-from distillbench.plan import Cell
-from distillbench.results import link_all, make_along, make_table, sample_grid, write_table
+from distillbench.results import link_all
 from distillbench.run_settings import write_settings
+from distillbench.sample_grid import sample_grid
 from distillbench.seen_files import SeenFiles
+from distillbench.shared_context import Cell
 from distillbench.statistics import summarise
+from distillbench.table import make_along, make_table, write_table
 
 SHARE = 0.05  # of the time, at most, that writing the folder takes while rows come in
 ALWAYS_SECONDS = 0.2  # a folder that is written so quickly is written at once

@@ -10,17 +10,13 @@ import itertools
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from distillbench.failures import Failure, LostError, worst
 from distillbench.features import FeatureNetwork, Networks, blocks_of, look
 from distillbench.ranks import Ranks
-
-if TYPE_CHECKING:
-    from distillbench.config import RunConfig
-    from distillbench.registry import Selection
 
 
 @dataclass(frozen=True)
@@ -32,15 +28,6 @@ class SampleOrder:
     nfe: int = 0
     seed: int = 0
     answers: bool = False
-
-
-@dataclass(frozen=True)
-class FeatureOrder:
-    """Images that all look at through a feature network, by its name."""
-
-    config: RunConfig
-    selection: Selection
-    network: str = ""
 
 
 def in_turns(count: int, make: Callable[[int], Tensor], ranks: Ranks) -> tuple[list[Tensor], Exception | None]:
@@ -75,9 +62,12 @@ def _first_error(error: Exception | None, ranks: Ranks) -> Exception | None:
 
 
 class SharedNetworks(Networks):
-    """The same, of which every process has a copy that looks at its share of the images."""
+    """Feature networks of which every rank has a copy, each of which extracts the features of its share of the images.
 
-    def __init__(self, folder: Path, device: str, ranks: Ranks, order: FeatureOrder) -> None:
+    `order`: a dataclass with a field `network`; the other ranks receive it with the name of the network filled in.
+    """
+
+    def __init__(self, folder: Path, device: str, ranks: Ranks, order: Any) -> None:
         super().__init__(folder, device)
         self.ranks, self.order = ranks, order
 

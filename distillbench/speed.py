@@ -54,7 +54,6 @@ from distillbench.teachers import Teacher, TeacherSource
 
 if TYPE_CHECKING:  # the fresh process imports no more than what it measures
     from distillbench.evaluate import Sampler
-    from distillbench.plan import Cell
 
 WARM_UP_CALLS = 3
 LEAST_CALLS = 20  # of a latency; fewer have no 95th percentile
@@ -189,34 +188,6 @@ class SpeedJob:
     method_config: Any = None
     seed: int = 0
     weights: Path | None = None  # of the student, safetensors
-
-
-def speed_job(cell: Cell, weights: Path | None, nfe: list[int]) -> SpeedJob:
-    """The job of a cell: its student with `weights`, or the teacher itself."""
-    scene, config = cell.scene, cell.scene.config
-    evaluation = config.evaluation
-    measurement = Measurement(
-        tuple(nfe),
-        scene.device,
-        evaluation.batch_size,
-        evaluation.largest_timed_batch,
-        evaluation.timing_seconds,
-        evaluation.sampling,
-    )
-    return SpeedJob(
-        measurement,
-        TorchSettings.now(config.threads),
-        KnownDataset(scene.dataset, config.dataset),
-        type(scene.source),
-        config.teacher,
-        scene.conditioning,
-        scene.source.cache,
-        cell.solver.name if cell.solver is not None else "",
-        cell.entry.cls if cell.entry is not None else None,
-        cell.method_config,
-        cell.seed or 0,
-        weights,
-    )
 
 
 # --- in which process ------------------------------------------------------------------------------------------------

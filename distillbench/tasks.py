@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from distillbench.config import RunConfig
 from distillbench.executor_settings import LocalConfig
-from distillbench.plan import Cell, Scenes, cell_of
+from distillbench.plan import cell_of
 from distillbench.registry import Registry, Selection
+from distillbench.shared_context import Cell, Scenes
 
 
 @dataclass(frozen=True)

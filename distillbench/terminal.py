@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from distillbench.plan import Cell
     from distillbench.progress import Progress
+    from distillbench.shared_context import Cell
 
 WIDEST_TEXT = 120
 LONGEST_VERDICT = 1000  # characters
@@ -249,7 +249,7 @@ def _verdicts(summary: pd.DataFrame, directions: dict[str, str]) -> list[str]:
 
 def _scores(table: pd.DataFrame) -> list[str]:
     """The columns between those that name a row and those that say what it cost."""
-    from distillbench.results import FIRST, LAST
+    from distillbench.table import FIRST, LAST
 
     return [name for name in table.columns if name not in FIRST and name not in LAST]
 

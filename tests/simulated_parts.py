@@ -29,7 +29,8 @@ from distillbench.cuda_graphs import Captured  # noqa: E402
 from distillbench.data_stream import DataStream  # noqa: E402
 from distillbench.denoiser import Denoiser, NetworkCall  # noqa: E402
 from distillbench.edm_networks import DhariwalUNet, SongUNet  # noqa: E402
-from distillbench.evaluate import EvaluationConfig, Evaluator, features_kept, teacher_sampler  # noqa: E402
+from distillbench.evaluate import Evaluator, features_kept, teacher_sampler  # noqa: E402
+from distillbench.evaluation_settings import EvaluationConfig  # noqa: E402
 from distillbench.features import FeatureNetwork, Networks  # noqa: E402
 from distillbench.latents import as_trained_on  # noqa: E402
 from distillbench.networks import DiT, ResidualMLP, UNet  # noqa: E402

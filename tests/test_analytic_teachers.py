@@ -15,12 +15,13 @@ from distillbench.conditions import UNCONDITIONAL
 from distillbench.config import compose_runs
 from distillbench.errors import UserError
 from distillbench.noise import Noise, stream_key
-from distillbench.plan import make_source, plan
+from distillbench.plan import plan
 from distillbench.progress import Progress
 from distillbench.registry import load_registry
 from distillbench.run import run
 from distillbench.samplers import Solver, time_like
 from distillbench.schedules import SCHEDULES
+from distillbench.shared_context import make_source
 from distillbench.teachers import Teacher
 
 IMAGES = "dataset.means=[[-0.5,0.1,0.3,0.2],[0.4,-0.3,0,0.6]]", "dataset.stds=[[0.1],[0.13]]", "dataset.weights=[.4,.6]"

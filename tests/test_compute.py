@@ -18,7 +18,7 @@ from torch.func import functional_call
 from analytic import gaussian_images, gaussian_teacher, make_batch, make_workspace, mlp_teacher, weights_of
 from distillbench import network_calls
 from distillbench.budget import BudgetConfig, Meter
-from distillbench.cell import evaluation_inputs, protocol_key, speed_inputs, train_inputs
+from distillbench.cell_keys import evaluation_inputs, protocol_key, speed_inputs, train_inputs
 from distillbench.compute import (
     ComputeConfig,
     Sampling,

@@ -16,7 +16,7 @@ import distillbench.pairs
 from distillbench import Dataset, latents, prompts
 from distillbench.builtin.digits import Digits
 from distillbench.builtin.trained import METADATA, Trained
-from distillbench.cell import speed_inputs
+from distillbench.cell_keys import speed_inputs
 from distillbench.conditions import Conditioning
 from distillbench.config import compose_runs
 from distillbench.done import _device

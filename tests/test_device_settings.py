@@ -87,7 +87,7 @@ def test_rows_say_which_algorithms_were_asked_for():
 
 def test_a_plan_asks_whether_the_device_serves_as_many_processes_as_it_has(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr("distillbench.plan.check_access", lambda device, alone: asked.append((device, alone)))
+    monkeypatch.setattr("distillbench.shared_context.check_access", lambda device, alone: asked.append((device, alone)))
     registry, words = load_registry(), ["dataset=digits", "methods=[direct]", "device=cpu", f"results_dir={tmp_path}"]
     for more in ([], ["isolate=false"], ["isolate=false", "evaluation.timing=inline"]):
         plan(compose_runs([*words, *more], registry), registry)

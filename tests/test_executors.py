@@ -30,10 +30,11 @@ from distillbench.errors import UserError
 from distillbench.executor_settings import EXECUTORS, LocalConfig, RayConfig, SubmititConfig
 from distillbench.executors import Elsewhere, OneByOne, SideBySide, executor_of
 from distillbench.hands import Ended, Seen
-from distillbench.plan import device_of, plan
+from distillbench.plan import plan
 from distillbench.progress import Progress
 from distillbench.registry import Selection, load_registry
 from distillbench.run import run
+from distillbench.shared_context import device_of
 from distillbench.signals import Interrupted, Stop, stopping
 
 WORDS = ["dataset=gmm", "teacher=gmm", "teacher.width=16", "budget.images=40", "batch_size=10", "run_name=run"]
@@ -148,7 +149,7 @@ def test_a_missing_package_says_how_to_get_it(registry, kind, package, extra, mo
 
 
 def test_keys_and_planned_prices_do_not_depend_on_the_executor(registry, tmp_path):
-    from distillbench.cell import evaluation_inputs, train_inputs
+    from distillbench.cell_keys import evaluation_inputs, train_inputs
 
     given = ["methods=[boot]", *WORDS, "device=cpu", f'results_dir="{tmp_path}"']
     several = (["executor.workers=2"], ["executor=submitit"], ["executor=ray", "executor.cpus=2"])

@@ -25,15 +25,15 @@ from distillbench.errors import UserError
 from distillbench.hands import OwnHands
 from distillbench.method import MethodConfig
 from distillbench.options import option
-from distillbench.plan import plain_settings
 from distillbench.progress import Progress
 from distillbench.registry import Entry, Plugin, load_registry
 from distillbench.reports.runs import read_run
-from distillbench.results import sample_grid
 from distillbench.run import run
 from distillbench.run_settings import BUT, read_settings, write_settings
 from distillbench.run_table import Rarely, RunTable
+from distillbench.sample_grid import MOST_ROWS, sample_grid
 from distillbench.seen_files import SeenFiles
+from distillbench.shared_context import plain_settings
 from distillbench.signals import Stop
 from distillbench.statistics import summarise
 from distillbench.terminal import MOST_LINES, print_plan, print_rows, print_table
@@ -284,7 +284,7 @@ def test_a_run_that_finds_all_its_cells_writes_its_folder_once(done, count):
     assert len(outcome.table) == 301 and len(list((outcome.folder / "weights").iterdir())) == 300
     assert "301 rows: 301 ok" in said.getvalue() and said.getvalue().count("\n") < 5
     with Image.open(outcome.folder / "samples.png") as picture:
-        assert picture.height < (results.MOST_LINES + 2) * 52
+        assert picture.height < (MOST_ROWS + 2) * 52
     assert read_run(outcome.folder).problems == []
     shown = io.StringIO()
     print_table(Console(file=shown, width=200), outcome.table, outcome.summary, {"teacher_rmse": "lower"})
@@ -398,5 +398,5 @@ def test_a_picture_of_many_rows_says_how_many_it_leaves_out():
     import torch
 
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    few, many = (sample_grid([(f"row {k}", images) for k in range(count)]) for count in (results.MOST_LINES, 5000))
+    few, many = (sample_grid([(f"row {k}", images) for k in range(count)]) for count in (MOST_ROWS, 5000))
     assert many.height == few.height + 52

@@ -30,6 +30,7 @@ from distillbench.dropout import seed_masks
 from distillbench.energy import Energy
 from distillbench.errors import DivergedError, UserError
 from distillbench.failures import LostError, of_message
+from distillbench.feature_order import FeatureOrder
 from distillbench.features import FeatureNetwork
 from distillbench.following import check_rows
 from distillbench.launchers import by_mpi, follows, rank_and_count, started_together
@@ -42,7 +43,7 @@ from distillbench.ranks import ALONE, Ranks, joined
 from distillbench.registry import load_registry
 from distillbench.resume import Followed, Resume, States
 from distillbench.schedules import VPCosine
-from distillbench.sharing import FeatureOrder, SharedNetworks
+from distillbench.sharing import SharedNetworks
 from distillbench.signals import Interrupted
 from distillbench.teachers import Teacher
 from distillbench.testbench import StopAfter

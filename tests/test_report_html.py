@@ -23,8 +23,8 @@ from distillbench.reports import charts, pictures, words
 from distillbench.reports.html import _commands, html_report, write_html
 from distillbench.reports.published import LABEL, published
 from distillbench.reports.runs import RunData, read_run
-from distillbench.results import make_along, make_table
 from distillbench.statistics import summarise
+from distillbench.table import make_along, make_table
 
 HOSTILE = [
     "<script>alert(1)</script>",

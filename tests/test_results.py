@@ -10,8 +10,6 @@ from PIL import Image
 
 from distillbench.files import key_of
 from distillbench.results import (
-    FIRST,
-    LAST,
     Cost,
     CurvePoint,
     EvaluationRecord,
@@ -21,16 +19,12 @@ from distillbench.results import (
     SpeedRow,
     TrainRecord,
     link_or_copy,
-    make_table,
     read_record,
-    sample_grid,
     signed,
-    stack_shown,
-    table_row,
-    unstack_shown,
     write_record,
-    write_table,
 )
+from distillbench.sample_grid import sample_grid, stack_shown, unstack_shown
+from distillbench.table import FIRST, LAST, make_table, table_row, write_table
 
 INPUTS = {"seed": 3, "config": {"lr": 1e-3, "steps": 8}, "method": None, "list": [1, 2]}
 NAMES = {

@@ -301,7 +301,7 @@ def refuse_work(monkeypatch):
     for name in (
         "distillbench.cell_training.train",
         "distillbench.builtin.trained.train",
-        "distillbench.plan.Evaluator",
+        "distillbench.shared_context.Evaluator",
         "distillbench.cell.measure",
     ):
         monkeypatch.setattr(name, refuse)

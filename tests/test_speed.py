@@ -25,12 +25,13 @@ from distillbench.config import compose_runs
 from distillbench.denoiser import Denoiser
 from distillbench.errors import Unavailable, UserError
 from distillbench.method import Method
-from distillbench.plan import build, plan
+from distillbench.plan import plan
 from distillbench.processes import ProcessError, call_in_fresh_process
 from distillbench.progress import Progress
 from distillbench.registry import load_registry
 from distillbench.samplers import Solver
 from distillbench.schedules import SCHEDULES, VPCosine
+from distillbench.shared_context import build
 from distillbench.speed import (
     LEAST_CALLS,
     MOST_SECONDS,
@@ -50,9 +51,9 @@ from distillbench.speed import (
     measure_in_fresh_process,
     measure_subject,
     repeat,
-    speed_job,
     timer_of,
 )
+from distillbench.speed_job import speed_job
 from distillbench.teachers import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent

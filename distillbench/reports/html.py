@@ -23,8 +23,8 @@ from distillbench.reports import charts, pictures, words
 from distillbench.reports.published import LABEL, published_section
 from distillbench.reports.runs import RunData
 from distillbench.reports.words import heading, is_known, number
-from distillbench.results import LAST
 from distillbench.statistics import COMPARABLE, KEYS, TEACHER, arrow, leaders
+from distillbench.table import LAST
 
 TEMPLATES = Path(__file__).parent / "templates"
 GROUP = [name for name in COMPARABLE if name != "nfe"]  # of rows in one section
