@@ -15,7 +15,7 @@ from distillbench.simulated_cuda.record import Record, recording
 
 if TYPE_CHECKING:
     from distillbench.method import Method
-    from distillbench.testbench import Bench
+    from distillbench.testbench import MethodBench
 
 GPU = "cuda:0"
 STEPS = 2  # of each phase; the first may make tables, and what the second waits for every step waits for
@@ -38,14 +38,14 @@ def try_method(pickled: bytes) -> Trial:
 
     from distillbench.errors import UserError
     from distillbench.simulated_cuda.checks import DevicesMixed
-    from distillbench.testbench import CONDITIONINGS, Bench
+    from distillbench.testbench import CONDITIONINGS, MethodBench
 
     torch.set_num_threads(1)
     cls, config, labels = pickle.loads(pickled)
     trial = Trial()
     for label in labels:
         try:
-            _try_on(Bench(label, cls, config, CONDITIONINGS[label], 0, device=GPU), trial)
+            _try_on(MethodBench(label, cls, config, CONDITIONINGS[label], 0, device=GPU), trial)
         except UserError:  # a refusal of this conditioning
             continue
         except Exception as error:  # a method is third-party code
@@ -57,16 +57,16 @@ def try_method(pickled: bytes) -> Trial:
 
 def _failure_on_cpu(label: str, cls: type[Method], config: Any) -> str:
     """The error of the same trial on the CPU; "" where it succeeds."""
-    from distillbench.testbench import CONDITIONINGS, Bench
+    from distillbench.testbench import CONDITIONINGS, MethodBench
 
     try:
-        _try_on(Bench(label, cls, config, CONDITIONINGS[label], 0), Trial())
+        _try_on(MethodBench(label, cls, config, CONDITIONINGS[label], 0), Trial())
     except Exception as error:
         return f"{label}: {type(error).__name__}: {' '.join(str(error).split())}"
     return ""
 
 
-def _try_on(bench: Bench, trial: Trial) -> None:
+def _try_on(bench: MethodBench, trial: Trial) -> None:
     from distillbench.testbench import USUAL_NFE
 
     method = bench.method()

@@ -30,7 +30,7 @@ from distillbench.testbench import (  # noqa: E402
     IMAGES,
     SHAPE,
     SILENT,
-    Bench,
+    MethodBench,
     changed,
     weights_of,
     workspace_of,
@@ -92,7 +92,11 @@ class Steps:
 
 
 def trained(
-    bench: Bench, config: ComputeConfig | None = None, accumulate: int = 1, folder: Path | None = None, ahead: int = 0
+    bench: MethodBench,
+    config: ComputeConfig | None = None,
+    accumulate: int = 1,
+    folder: Path | None = None,
+    ahead: int = 0,
 ) -> tuple[Method, Steps, list[Any]]:
     """A training by the harness's own loop, with real images from its own stream."""
     method = bench.method()
@@ -112,8 +116,8 @@ def trained(
     return method.eval(), watched, done.checkpoints
 
 
-def bench_of(name: str, label: str, device: str) -> Bench:
-    return Bench(label, METHODS[name], None, CONDITIONINGS[label], 0, device=device)
+def bench_of(name: str, label: str, device: str) -> MethodBench:
+    return MethodBench(label, METHODS[name], None, CONDITIONINGS[label], 0, device=device)
 
 
 def for_all(function: Any) -> dict[str, Any]:
@@ -232,7 +236,7 @@ def computed() -> dict[str, Any]:
     }
 
 
-def _waits_of(bench: Bench, config: ComputeConfig, accumulate: int = 1, ahead: int = 0) -> dict[str, int]:
+def _waits_of(bench: MethodBench, config: ComputeConfig, accumulate: int = 1, ahead: int = 0) -> dict[str, int]:
     return trained(bench, config, accumulate, ahead=ahead)[1].waits()
 
 
