@@ -136,7 +136,7 @@ def test_a_terminated_run_saves_a_state_and_resumes(tmp_path):
     running.send_signal(signal.SIGTERM)
     out, err = running.communicate(timeout=120)
     assert running.returncode == 143, out + err
-    assert "interrupted. What was reached is kept: the same command goes on from there" in err
+    assert "interrupted; progress is saved: run the same command again to resume" in err
     found = rows(tmp_path)
     assert found.loc["slow", "status"] == "interrupted"
     assert found.loc["slow", "reason"].startswith("SIGTERM: the same command resumes it")
