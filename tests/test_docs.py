@@ -159,9 +159,9 @@ def test_every_check_is_in_the_contract(kind):
 
 def test_the_bars_in_the_contract_are_the_codes():
     text = " ".join(CONTRACT.split())
-    assert f"below {conformance.LARGEST_RMSE} standard deviations of the law" in text
-    assert f"distance to the law below {conformance.LARGEST_KS}" in text
-    assert f"within {conformance.LARGEST_STD_ERROR:.0%} of the law's".replace("%", " %") in text
+    assert f"below {conformance.LARGEST_RMSE} standard deviations of the distribution" in text
+    assert f"distance to the distribution below {conformance.LARGEST_KS}" in text
+    assert f"within {conformance.LARGEST_STD_ERROR:.0%} of the distribution's".replace("%", " %") in text
     assert f"does not apply to more than {conformance.WALKED_PHASES} phases" in text
 
 
