@@ -1,4 +1,4 @@
-"""A method's class and settings made into an object on the device."""
+"""Construction of a method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distillbench.teachers import Teacher
 
 
 def build_method(cls: type[Method], config: Any, teacher: Teacher, seed: int, device: str) -> Method:
-    """A method with its networks on the device, as they are before training."""
-    torch.manual_seed(seed)  # what a method adds to the teacher's network starts from this
+    """A method as it is before training, with its networks on `device`."""
+    torch.manual_seed(seed)  # for weights that a method adds to the teacher's network
     seen = teacher.on(SCHEDULES[config.schedule]()) if config.schedule else teacher
     return cls(config, seen).to(device)

@@ -22,9 +22,9 @@ def device(bench: MethodBench) -> str:
     try:
         trial = call_in_fresh_process(try_method, pickled, LIMIT_SECONDS)
     except ProcessError as error:
-        raise NotApplicable(f"the check could not run in another process: {error}") from error
-    if trial.elsewhere:
-        raise NotApplicable(f"it fails on the CPU as well, {trial.elsewhere}")
+        raise NotApplicable(f"it could not be tried in another process: {error}") from error
+    if trial.fault_on_cpu:
+        raise NotApplicable(f"it fails on the CPU as well, {trial.fault_on_cpu}")
     if trial.fault:
         raise Fault(f"{trial.fault}. Make tensors with device=x.device, and keep them in buffers (register_buffer)")
     if trial.waits:

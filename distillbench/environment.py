@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, hardware. No host name, user name or path."""
+"""The environment of a run: versions, commit, hardware. No host name, user name or path."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """What the `device` column says: the kind of device and its model."""
+    """The value of the column `device`: cpu or cuda, and the model."""
     return f"cpu ({_cpu()})" if device == "cpu" else f"cuda ({torch.cuda.get_device_name(device)})"
 
 

@@ -1,4 +1,4 @@
-"""Modules that wait on the CPU and are on the device only while they work: text encoders, decoders of latents."""
+"""Modules offloaded to the CPU between uses, such as text encoders and decoders of latents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Offloaded:
-    """A frozen module that is on `device` only inside :meth:`on_device`; copies of what holds it share it."""
+    """A frozen module that is on `device` only inside :meth:`on_device`. Deep copies share it."""
 
     def __init__(self, module: nn.Module, device: str) -> None:
         self.module, self.device = module.eval().requires_grad_(False).to("cpu"), device
@@ -20,7 +20,7 @@ class Offloaded:
 
     @contextmanager
     def keep_on_device(self) -> Iterator[None]:
-        """A block in which the module, once it has been used, stays on the device until the block ends."""
+        """A block in which the module, once used, stays on the device until the block ends."""
         self._users += 1
         try:
             yield
@@ -29,7 +29,7 @@ class Offloaded:
 
     @contextmanager
     def on_device(self) -> Iterator[nn.Module]:
-        """The module on the device; it goes back when the outermost block ends."""
+        """The module on the device; it returns to the CPU when the outermost block ends."""
         self._users += 1
         try:
             yield self.module.to(self.device)

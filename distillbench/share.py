@@ -9,10 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Share:
-    """Every `count`-th row of a batch, from row `index` on: what one of several processes, or one part of a step, does.
+    """Every `count`-th row of a batch, from row `index` on.
 
-    So the first images of a share are among the first of the batch, and a loss on the first quarter of each share is
-    one on the first quarter of the batch.
+    The rows are interleaved: the first quarters of all shares together are the first quarter of the batch, so a method
+    may treat the first rows of a batch in another way than the rest.
     """
 
     index: int = 0

@@ -11,9 +11,9 @@ from distillbench.ranks import Ranks
 
 
 def in_turns(count: int, make: Callable[[int], Tensor], ranks: Ranks) -> tuple[list[Tensor], Exception | None]:
-    """Batches 0, ..., count - 1, number i made by process i mod their number; in the main one all of them, in order.
+    """Batches 0, ..., count - 1, number i computed by rank i mod their count. Rank 0 gets all in order, the others [].
 
-    With what went wrong in some process, where something did.
+    The second value is the error that a rank has raised, on all ranks; None without one.
     """
     made: list[Tensor] = []
     for first in range(0, count, ranks.count):
@@ -25,15 +25,17 @@ def in_turns(count: int, make: Callable[[int], Tensor], ranks: Ranks) -> tuple[l
 
 
 def tried(make: Callable[[int], Tensor], index: int, count: int) -> tuple[Tensor | None, Exception | None]:
+    """``make(index)`` or its error; (None, None) if there is no batch `index`."""
     try:
         return (make(index) if index < count else None), None
     except LostError:
         raise
-    except Exception as error:  # a method is a stranger's code, and the others must hear of it
+    except Exception as error:  # third-party code, and the other ranks must learn of it
         return None, error
 
 
 def first_error(error: Exception | None, ranks: Ranks) -> Exception | None:
+    """This rank's `error`, or else one of another rank; None if no rank has one."""
     mine = None if error is None else Failure.of(error, ranks.share.index)
     failures = [failure for failure in ranks.all_gather(mine) if failure is not None]
     if error is not None or not failures:

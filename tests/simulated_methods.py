@@ -243,7 +243,7 @@ def _waits_of(bench: MethodBench, config: ComputeConfig, accumulate: int = 1, ah
 @check
 def read_ahead() -> dict[str, Any]:
     """Waits of the steps of methods with data, where a thread reads the images ahead."""
-    held, data_stream.HELD = data_stream.HELD, 0
+    held, data_stream.HELD_BYTES = data_stream.HELD_BYTES, 0
     try:
         found = {}
         for name in [name for name, cls in METHODS.items() if cls.needs_data]:
@@ -251,7 +251,7 @@ def read_ahead() -> dict[str, Any]:
                 found[f"{name}/{label}"] = _or_error(_waits_of, bench_of(name, label, GPU), ComputeConfig(), 1, 2)
         return found
     finally:
-        data_stream.HELD = held
+        data_stream.HELD_BYTES = held
 
 
 main()

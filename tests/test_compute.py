@@ -408,7 +408,7 @@ def test_without_the_compilers_callbacks_there_are_no_seconds_but_a_reason(monke
     meter = Meter(BudgetConfig(), mlp_teacher(), "cpu")
     price = meter.price()
     meter.stop()
-    assert price.compile_seconds is None and "does not tell when its compiler works" in meter.no_compile_seconds
+    assert price.compile_seconds is None and "does not report when its compiler runs" in meter.no_compile_seconds
     assert price.teacher_seconds + price.student_seconds + price.other_seconds == pytest.approx(price.seconds)
 
 

@@ -31,9 +31,9 @@ def test_bf16_is_refused_on_the_gpu_that_has_no_units_for_it_and_on_no_other(mon
 
 def test_tf32_is_refused_on_gpus_of_another_maker(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4.43482")
-    with pytest.raises(UserError, match=r"compute\.tf32=true needs a GPU of NVIDIA's.*ROCm 6\.4"):
+    with pytest.raises(UserError, match=r"compute\.tf32=true needs an NVIDIA GPU.*ROCm 6\.4"):
         check_compute(ComputeConfig(tf32=True), "cuda")
-    with pytest.raises(UserError, match=r"evaluation\.precision=tf32 needs a GPU of NVIDIA's.*ROCm 6\.4"):
+    with pytest.raises(UserError, match=r"evaluation\.precision=tf32 needs an NVIDIA GPU.*ROCm 6\.4"):
         check_sampling(Sampling("tf32"), "cuda")
 
 

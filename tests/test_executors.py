@@ -559,7 +559,7 @@ def test_a_preempted_job_saves_its_state_and_is_queued_again(plugins, alone, tmp
     pytest.importorskip("submitit", reason="jobs of Slurm need submitit: the extra slurm")
     words = ["methods=[preempted]", "isolate=false", "executor=submitit", "executor.cluster=local", "executor.gpus=0"]
     outcome, said = go(plugins, tmp_path, *words, "executor.parallel=2")
-    assert "going on after 30 images" in said
+    assert "continuing after 30 images" in said
     assert same(outcome.table, alone, "preempted")
     (weights,) = (outcome.folder / "weights").iterdir()
     assert weights.read_bytes() == (alone.folder / "weights" / weights.name).read_bytes()

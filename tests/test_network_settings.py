@@ -86,7 +86,7 @@ def test_settings_without_their_network_are_refused():
             del self.other
 
     method = Without(Two.Config(), mlp_teacher())
-    with pytest.raises(RuntimeError, match="settings of other, and no network of that name"):
+    with pytest.raises(RuntimeError, match="the Config names other, but the method has no such network"):
         method.settings_of(method.student)
 
 

@@ -369,8 +369,8 @@ def test_a_failure_in_one_process_is_raised_in_all(two, name):
         assert (kind, text) == (type(error).__name__, str(error))
     else:
         expected = "OutOfMemoryError" if isinstance(error, torch.OutOfMemoryError) else "RuntimeError"
-        assert (kind, text) == (expected, f"in process {first}: {type(error).__name__}: {error}")
-        assert notes[0].startswith(f"Traceback of process {first}:")
+        assert (kind, text) == (expected, f"on rank {first}: {type(error).__name__}: {error}")
+        assert notes[0].startswith(f"Traceback of rank {first}:")
 
 
 def test_what_an_error_of_a_message_means():
@@ -460,7 +460,7 @@ def test_one_process_is_alone(monkeypatch):
         assert ranks is SINGLE_RANK and ranks.main and ranks.count == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="a GPU of its own"), joined("cuda:1"):
+    with pytest.raises(UserError, match="has its own GPU"), joined("cuda:1"):
         pass
 
 
@@ -591,9 +591,9 @@ def test_runs_started_by_torchrun(tmp_path):
     assert done.returncode != 0 and "has ended" not in done.stderr, done.stderr[-3000:]
     table = pd.read_csv(tmp_path / "among" / "two" / "table.csv").set_index("method")
     assert len(table) == 5
-    reason = "RuntimeError: in process 1: ValueError: no luck"
+    reason = "RuntimeError: on rank 1: ValueError: no luck"
     assert tuple(table.loc["fails_in_training", ["status", "reason"]]) == ("failed", reason)
-    reason = "OutOfMemoryError: in process 1: OutOfMemoryError: CUDA out of memory"
+    reason = "OutOfMemoryError: on rank 1: OutOfMemoryError: CUDA out of memory"
     assert table.loc["fails_in_sampling", "status"] == "oom"
     assert table.loc["fails_in_sampling", "reason"].startswith(reason)
     assert table.loc["needs_much", "status"] == "ok"

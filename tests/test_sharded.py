@@ -223,7 +223,7 @@ def test_checkpoints_and_students_are_whole(two, tmp_path):
 
 
 def test_what_cannot_be_spread_is_refused(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match=r"this is one alone. Start .* by `torchrun"):
+    with pytest.raises(UserError, match=r"this is a single process. Start .* with `torchrun"):
         training("direct", tmp_path, compute=SHARD)
     for setting, value in (("compile", "blocks"), ("channels_last", True), ("precision", "fp16")):
         with pytest.raises(UserError, match=f"compute.shard=true does not go with compute.{setting}="):
