@@ -145,7 +145,7 @@ def test_a_terminated_run_saves_a_state_and_resumes(tmp_path):
     assert 0 < images < 800
     done = subprocess.run(command(tmp_path, *words), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"going on after {images:,} images" in done.stdout
+    assert f"continuing after {images:,} images" in done.stdout
     assert rows(tmp_path).loc["slow", ["status", "train_images"]].to_list() == ["ok", 800]
     assert not (log[0].parent / "resume").exists()
 
@@ -231,7 +231,7 @@ class StopOnFirstLine(Progress):
 
 
 def test_a_function_that_cannot_be_pickled_is_an_error(tmp_path):
-    with pytest.raises(ProcessError, match="cannot be handed to another process"):
+    with pytest.raises(ProcessError, match="cannot be sent to another process"):
         Worker(lambda argument, tell: None, 1, tmp_path / "log.txt")
 
 

@@ -85,7 +85,7 @@ def test_a_fresh_process_answers_and_is_another():
         ("__import__('sys').exit('enough')", "SystemExit: enough"),
         ("__import__('os')._exit(3)", r"the process died \(exit code 3\)"),
         ("[print('so far', flush=True), __import__('os').abort()]", r"\(killed by SIGABRT\); its last words: so far$"),
-        ("lambda: 0", r"the process died \(exit code 1\); its last words: .*[Pp]ickl"),
+        ("lambda: 0", r"[Pp]ickl"),
     ],
 )
 def test_what_goes_wrong_in_it_is_one_line(code, reason, capfd):
@@ -116,7 +116,7 @@ def test_it_is_killed_when_time_is_up(tmp_path):
 
 
 def test_what_cannot_be_pickled_is_told():
-    with pytest.raises(ProcessError, match=r"cannot be handed to a fresh process: .*local"):
+    with pytest.raises(ProcessError, match=r"cannot be sent to another process: .*local"):
         call_in_fresh_process(lambda x: x, 0, 60)
 
 
@@ -583,7 +583,7 @@ def test_what_goes_wrong_around_a_measurement_is_one_error(cells, student, tmp_p
     class Local(Method):
         pass
 
-    with pytest.raises(SpeedError, match=r"cannot be handed to a fresh process: .*Local"):
+    with pytest.raises(SpeedError, match=r"cannot be sent to another process: .*Local"):
         measure_in_fresh_process(dataclasses.replace(job, method=Local), 60)
     with pytest.raises(SpeedError, match=r"FileNotFoundError|No such file"):
         measure(dataclasses.replace(job, weights=tmp_path / "none.safetensors"))
