@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-import distillbench
+from distillbench import __version__
 
 PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "pandas", "scikit-learn", "torch-fidelity")
 
@@ -22,7 +22,7 @@ PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "pandas", "sci
 def environment(device: str, threads: int) -> dict[str, Any]:
     """Versions, git commit of the source (None for an installed wheel) and hardware, as plain values."""
     return {
-        "distillbench": distillbench.__version__,
+        "distillbench": __version__,
         "git": _git(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
