@@ -48,7 +48,7 @@ def test_a_convolution_and_its_backward_pass():
     assert count_flops(lambda: layer(x.detach()).sum().backward()).flops == 2 * forward
 
 
-def test_what_has_no_formula_is_named_and_what_moves_numbers_is_not():
+def test_operators_without_a_formula_are_listed():
     x = torch.randn(4, 4)
     assert count_flops(lambda: x.exp() + x.view(2, 8).t().contiguous().sum()).not_counted == (
         "aten.add",
@@ -91,7 +91,7 @@ class Noisy(nn.Module):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_measuring_leaves_everything_as_it_is(trained):
+def test_counting_flops_changes_nothing(trained):
     denoiser = Denoiser(Noisy(), VPCosine(), "v")
     if not trained:
         denoiser.freeze()
@@ -127,7 +127,7 @@ def test_conditional_denoisers(name):
     assert student.forward == MLP_FORWARD + (2 * (FEATURES * E + E * E) if name == "drawn" else 0)
 
 
-def test_a_closed_form_has_no_weights():
+def test_an_analytic_denoiser_has_no_weights():
     law = mixture([0.3, 0.7], [[0.5, 0.0], [-1.0, 0.2]], [[0.1, 0.2], [0.3, 0.1]])
     for denoiser in (ExactDenoiser(law, VPCosine()), gaussian_teacher().denoiser):
         flops = network_flops(denoiser, (2, 1, 1))
@@ -181,7 +181,7 @@ def steps_of(method, folder):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_rows_times_flops_a_row_are_those_of_real_steps(name, tmp_path):
+def test_rows_times_flops_per_row_equal_real_steps(name, tmp_path):
     """Exactly, but for BOOT: the embedding of its second time stands before the denoiser and is not the denoiser's."""
     cls, settings = METHODS[name]
     teacher = mlp_teacher()
@@ -199,7 +199,7 @@ def test_rows_times_flops_a_row_are_those_of_real_steps(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pd", "sid"])
-def test_deputies_of_a_closed_form_cost_what_students_cost(name, tmp_path):
+def test_frozen_copies_cost_as_much_as_students_with_an_analytic_teacher(name, tmp_path):
     """They are counted as teacher, and are of another architecture."""
     law = mixture([0.3, 0.7], [[0.5, 0.0], [-1.0, 0.2]], [[0.1, 0.2], [0.3, 0.1]])
     schedule = VPCosine()

@@ -61,7 +61,7 @@ def go(registry, results, monkeypatch, room: int = 10**9) -> tuple[Disk, pd.Data
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_at_any_write_loses_nothing(registry, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_at_any_write_loses_nothing(registry, tmp_path, monkeypatch):
     disk, expected = go(registry, tmp_path / "whole", monkeypatch)
     assert expected is not None and disk.count > 30
     stopped = 0
@@ -75,7 +75,7 @@ def test_a_disk_that_fills_at_any_write_loses_nothing(registry, tmp_path, monkey
     assert stopped >= 3
 
 
-def test_the_command_line_says_so(tmp_path, monkeypatch, capsys):
+def test_the_command_line_reports_a_full_disk(tmp_path, monkeypatch, capsys):
     disk = Disk(0)
     monkeypatch.setattr(distillbench.files, "os", SimpleNamespace(**vars(os) | {"fsync": disk.fsync}))
     with pytest.raises(SystemExit) as exit:

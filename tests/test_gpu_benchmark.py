@@ -41,14 +41,14 @@ def test_the_peak_of_a_device_is_that_of_its_data_sheet(name, bf16):
     assert verdicts.peak_of(name).of("bf16") == bf16
 
 
-def test_no_data_sheet_is_taken_for_another_device_or_a_slice():
+def test_other_devices_and_slices_have_no_data_sheet():
     """An A100 has words of an A10's name in its own, and a slice has all of its board's."""
     unknown = ("NVIDIA GeForce RTX 5090", "AMD Instinct MI300X", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "cpu")
     assert [verdicts.peak_of(name) for name in unknown] == [None] * 4
     assert verdicts.peak_of("NVIDIA A100-SXM4-40GB").memory == 1555
 
 
-def test_data_sheets_are_in_order():
+def test_data_sheets_are_consistent():
     """More for less precision; and copies of an image bound a step below its products, or neither has the unit."""
     for peak in verdicts.PEAKS.values():
         known = [value for value in (peak.fp32, peak.tf32, peak.bf16) if value is not None]
@@ -150,7 +150,7 @@ def test_the_roofline_is_that_of_the_review():
     assert bf16 == pytest.approx(29 + 25, rel=0.1) and fp32 == pytest.approx(290, rel=0.05)
 
 
-def test_settings_are_put_beside_each_other():
+def test_settings_are_compared():
     ms = {"fp32": 290.0, "tf32": 75.0, "bf16": 54.0, "compile": 60.0}
     found = {
         verdict.what: verdict.level for verdict in verdicts.judge_settings(ms, {"bf16": 100.0, "recompute": 60.0}, True)
@@ -182,7 +182,7 @@ def test_waits_are_counted_by_their_warnings_and_nothing_else(monkeypatch):
     assert sum(seen.values()) == 4
 
 
-def test_weights_are_compared_by_their_size_and_to_the_bit():
+def test_weights_are_compared_by_norm_and_bit_by_bit():
     a = {"w": torch.tensor([3.0, 4.0])}
     assert weights_apart(a, {"w": torch.tensor([3.0, 4.0])}) == (0.0, True)
     apart, equal = weights_apart({"w": torch.tensor([3.0, 4.5])}, a)
@@ -201,7 +201,7 @@ def lines(folder):
     return [json.loads(line)["verdict"] for line in (folder / "lines").read_text().splitlines()]
 
 
-def test_what_goes_wrong_in_a_part_of_a_step_is_a_verdict(tmp_path):
+def test_an_error_in_a_part_of_a_step_is_a_verdict(tmp_path):
     context = context_in(tmp_path)
     with context.attempt("first"):
         raise RuntimeError("CUDA error\nsecond line")
@@ -226,7 +226,7 @@ def test_steps_are_chosen_by_name():
     ]
 
 
-def test_every_step_has_something_to_do():
+def test_every_step_has_a_function():
     from gpu_steps.child import function_of
 
     assert all(callable(function_of(name)) for name in gpu.NAMES)
@@ -259,7 +259,7 @@ def fake(monkeypatch, tmp_path):
     return gpu.Run("cuda", "gpu", tmp_path / "out", 25.0, 0)
 
 
-def test_a_step_that_crashes_or_hangs_hurts_no_other(fake, tmp_path, capsys):
+def test_a_step_that_crashes_or_hangs_does_not_stop_the_others(fake, tmp_path, capsys):
     kinds = [gpu.Kind(name, 4.0, name) for name in ("environment", "limits", "precision", "runs")]
     fake.all(kinds, tmp_path / "scratch")
     report = json.loads(fake.files[0].read_text())
@@ -287,7 +287,7 @@ def gone(pid):
     return False
 
 
-def test_what_does_not_fit_into_the_minutes_is_said_to_be_left_out(fake, tmp_path):
+def test_steps_beyond_the_time_limit_are_reported_as_skipped(fake, tmp_path):
     fake.minutes = 0.01
     fake.all([gpu.Kind("runs", 100.0, "runs"), gpu.Kind("bits", 100.0, "bits")], tmp_path / "scratch")
     report = json.loads(fake.files[0].read_text())
@@ -295,7 +295,7 @@ def test_what_does_not_fit_into_the_minutes_is_said_to_be_left_out(fake, tmp_pat
     assert summary(report) == "0 ok, 0 look, 0 wrong, 2 not run"
 
 
-def test_a_page_can_be_made_of_any_report():
+def test_a_page_can_be_rendered_from_any_report():
     verdict = {"level": "look", "what": "a|b", "figure": "1\n2", "expected": "", "advice": "x"}
     row = {"median_ms": 54.0, "images_per_second": 4740.0, "share": 0.22, "predicted_ms": None, "peak_mib": None}
     steps = {
@@ -327,13 +327,13 @@ def test_a_clone_that_is_not_installed_has_its_plugins(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--device", "cpu"], ["--only", "nothing"], ["--rehearse", "--simulated"]])
-def test_words_that_make_no_sense_are_refused(words, capsys):
+def test_invalid_arguments_are_errors(words, capsys):
     with pytest.raises(SystemExit) as end:
         gpu.main(words)
     assert end.value.code == 2 and "usage" in capsys.readouterr().err
 
 
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+def test_without_a_gpu_there_is_a_message(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "name_of", lambda device: "")
     with pytest.raises(SystemExit) as end:
         gpu.main([])

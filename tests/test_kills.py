@@ -19,11 +19,11 @@ def told(script: str, count: int) -> str:
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_a_run_ends_with_the_same_table():
+def test_a_killed_and_restarted_run_ends_with_the_same_table():
     kills, rounds, wrong = map(int, re.search(r"(\d+) kills in (\d+) .* differ: (\d+)", told("kills.py", 3)).groups())
     assert kills >= 3 and rounds and not wrong
 
 
 @pytest.mark.slow
-def test_several_processes_do_each_cell_once_and_have_the_same_table():
+def test_several_processes_compute_each_cell_once():
     assert re.search(r"^4 processes, \d+ s; exit codes \[0\]; 4 trainings$", told("together.py", 4), re.MULTILINE)

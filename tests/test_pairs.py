@@ -82,7 +82,7 @@ def test_reading_follows_the_indices_of_any_shape(tmp_path):
     assert torch.equal(some_eps, eps[[5, 0, 5]]) and torch.equal(some_x_0, x_0[[5, 0, 5]])
 
 
-def test_pairs_are_found_again_and_charged_the_same(tmp_path):
+def test_cached_pairs_are_charged_like_new_ones(tmp_path):
     made, solved, meter, _ = make(tmp_path)
     manifest = json.loads(next(tmp_path.glob("*/manifest.json")).read_text())
     found, solved_again, meter_again, lines = make(tmp_path)
@@ -94,7 +94,7 @@ def test_pairs_are_found_again_and_charged_the_same(tmp_path):
     assert manifest["seconds"] <= meter.price().seconds
 
 
-def test_whose_seconds_they_were_and_their_energy_are_kept(tmp_path):
+def test_the_manifest_has_teacher_seconds_and_energy(tmp_path):
     """Making them is the teacher's work but for the noise; on a CPU no energy is known, and so not to the finder."""
     _, _, meter, _ = make(tmp_path)
     file = next(tmp_path.glob("*/manifest.json"))
@@ -109,7 +109,7 @@ def test_whose_seconds_they_were_and_their_energy_are_kept(tmp_path):
     assert make(tmp_path)[2].charged_energy == Energy(12.5)
 
 
-def test_pairs_do_not_depend_on_the_chunks_they_are_made_in(tmp_path):
+def test_pairs_do_not_depend_on_the_batch_size(tmp_path):
     pairs, solved, meter, _ = make(tmp_path, count=BATCH + 5)
     teacher = gaussian_teacher()
     tail = Noise(stream_key("pairs", 0), range(BATCH, BATCH + 5), teacher.shape)(0)
@@ -121,7 +121,7 @@ def test_pairs_do_not_depend_on_the_chunks_they_are_made_in(tmp_path):
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"count": 13}, {"recipe": {**RECIPE, "steps": 4}}, {"sha256": "other"}]
 )
-def test_other_pairs_are_not_mistaken_for_these(tmp_path, change):
+def test_another_recipe_is_another_cache_entry(tmp_path, change):
     make(tmp_path)
     _, solved, *_ = make(tmp_path, **change)
     assert solved == change.get("count", 12)
@@ -168,7 +168,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_pairs_are_made_again(tmp_path, damage):
+def test_damaged_pairs_are_computed_again(tmp_path, damage):
     good, *_ = make(tmp_path)
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     DAMAGES[damage](folder)
@@ -205,7 +205,7 @@ class Numbered:
         return torch.zeros(count, 2, 3)
 
 
-def test_texts_of_held_pairs_are_those_of_pairs_that_are_made_when_they_are_read(monkeypatch):
+def test_texts_are_the_same_for_pairs_on_the_device_and_drawn_at_each_read(monkeypatch):
     targets, asked = torch.randn(10, 2, 1, 1), Conditioning(4, w_range=(1.0, 3.0), texts=Numbered())
     held = PairStore(7, targets, "cpu", asked)
     monkeypatch.setattr(pairs_module, "HELD_BYTES", 0)

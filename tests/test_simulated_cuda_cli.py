@@ -41,7 +41,7 @@ def run_on_gpus(folder: Path, *words: str, gpus: int = 1) -> tuple[str, pd.DataF
 
 
 @pytest.mark.slow
-def test_a_second_process_reads_what_the_first_has_computed(tmp_path):
+def test_a_second_run_reads_the_caches_of_the_first(tmp_path):
     """Teacher, its answers and the statistics of real images; the first works on its cell in another process."""
     words = ["dataset=digits", "device=cuda"]
     said, first = run_on_gpus(tmp_path, *words, "methods=[boot]", "isolate=true", "evaluation.timing=off")

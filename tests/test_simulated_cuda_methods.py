@@ -27,12 +27,12 @@ def value(results: Results, check: str, case: str):
     return found
 
 
-def test_every_method_that_ships_is_there(results):
+def test_every_shipped_method_is_covered(results):
     assert set(results["weights"]) == set(CASES)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_gives_the_weights_of_the_cpu_to_the_bit(results, case):
+def test_training_is_bit_identical_to_the_cpu(results, case):
     assert value(results, "weights", case) == []
 
 
@@ -44,19 +44,19 @@ def test_no_step_waits_for_the_device(results, case):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_checkpoints_are_those_of_the_cpu(results, name):
+def test_checkpoints_equal_the_cpu(results, name):
     cpu, gpu = value(results, "checkpoints", name)
     assert len(cpu) == 1 and cpu == gpu
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_samples_are_those_of_the_cpu_plain_and_from_cuda_graphs(results, case):
+def test_samples_equal_the_cpu_with_and_without_cuda_graphs(results, case):
     found = value(results, "samples", case)
     assert found and all(plain and first and again for plain, first, again in found.values()), found
 
 
 @pytest.mark.parametrize("case", [f"{name}/{label}" for name in METHODS for label in ("unconditional", GUIDED[1])])
-def test_a_training_that_was_cut_off_ends_with_the_same_weights(results, case):
+def test_an_interrupted_training_on_a_gpu_ends_with_the_same_weights(results, case):
     assert value(results, "restored", case) == []
 
 
@@ -66,6 +66,6 @@ def test_no_step_waits_in_other_precisions_and_in_parts(results, name, way):
     assert value(results, "computed", f"{name}/{way}") == {}
 
 
-def test_no_step_waits_for_images_that_are_read_ahead(results):
+def test_no_step_waits_for_prefetched_images(results):
     assert len(results["read_ahead"]) >= 8
     assert all(waits == {} for waits in results["read_ahead"].values()), results["read_ahead"]
