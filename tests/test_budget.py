@@ -1,4 +1,4 @@
-"""The meter: what is counted, from when, and when the budget is used."""
+"""The meter: counts, seconds, pauses, and the used share of the budget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distillbench.stopwatch import MOST_MARKS, Account, Stopwatch
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until it is moved."""
+    """A clock that only the test moves."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(distillbench.stopwatch, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
@@ -100,11 +100,11 @@ def test_a_budget_must_be_positive_and_finite(name, value):
         BudgetConfig(**{name: value})
 
 
-# --- rows that are differentiated ------------------------------------------------------------------------------------
+# --- rows with gradient --------------------------------------------------------------------------------------------
 
 
 def test_rows_with_gradient_are_counted_apart():
-    """Weights, or only the input of a network that is held."""
+    """Gradients of weights, or only of the input of a frozen network."""
     teacher = mlp_teacher()
     student, t = teacher.student(), time([0.5] * 4)
     meter = Meter(BudgetConfig(), teacher, "cpu")
@@ -121,11 +121,11 @@ def test_rows_with_gradient_are_counted_apart():
     assert (price.teacher_nfe, price.teacher_backward, price.stand_in_nfe) == (12, 8, 0)
 
 
-# --- whose seconds ---------------------------------------------------------------------------------------------------
+# --- seconds --------------------------------------------------------------------------------------------------------
 
 
 class Slow(torch.nn.Module):
-    """A network that takes `seconds` of a clock, and fails when it is told to."""
+    """A network that takes `seconds` of a clock, and may fail."""
 
     def __init__(self, clock, seconds: float, inner=None) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ def test_a_network_that_fails_leaves_the_account_as_it_was(clock):
 
 
 class Watch:
-    """Notes when it is paused."""
+    """Records its pauses."""
 
     def __init__(self, diary: list[str]) -> None:
         self.diary = diary
@@ -238,11 +238,11 @@ def test_energy_is_measured_plus_charged():
         assert watch.diary == ["off"]
 
 
-# --- the same on a GPU, which a test must imagine --------------------------------------------------------------------
+# --- on a simulated clock of a GPU ----------------------------------------------------------------------------------
 
 
 class Gpu:
-    """Work is queued at once and done later; events pass when the work before them is done."""
+    """Work is queued and done later; events pass when the work before them is done."""
 
     def __init__(self, monkeypatch) -> None:
         self.host, self.device, self.waits, self.made = 0.0, 0.0, 0, 0

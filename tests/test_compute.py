@@ -1,4 +1,4 @@
-"""How networks are computed: what each setting changes, what it may not change, and what rows and keys say of it."""
+"""Precision, compilation and memory settings of networks: what each changes and does not change, keys and rows."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 @functools.cache
 def network(kind: str) -> nn.Module:
-    """One with random weights, none of them zero; tests leave it as it is."""
+    """A network with random weights, none of them zero. Tests must not change it."""
     torch.manual_seed(0)
     made = MAKERS[kind]()
     for parameter in made.parameters():
@@ -90,7 +90,7 @@ def inputs(made: nn.Module, seed: int = 0, embedded: bool = False) -> tuple[Tens
 
 
 def answer(made: nn.Module, call: NetworkCall, *given) -> Tensor:
-    """The answer, and all gradients of its mean square, as one vector."""
+    """The output and all gradients of its mean square, as one vector."""
     for parameter in made.parameters():
         parameter.grad = None
     out = call(made, *given)
@@ -117,8 +117,8 @@ def test_half_precision_differs_from_float32_by_its_rounding(kind, precision, di
     assert {p.dtype for p in made.parameters()} == {p.grad.dtype for p in made.parameters() if p.grad is not None}
 
 
-class Watching(nn.Module):
-    """Notes what it was given and in which precision products were made."""
+class Recording(nn.Module):
+    """Records its inputs and the precision of its products."""
 
     embedding_channels = 4
 
@@ -135,19 +135,19 @@ class Watching(nn.Module):
         return out.view(x.shape)
 
 
-def watching_teacher() -> Teacher:
-    return Teacher("watching", Denoiser(Watching(), VPCosine(), "v"), (1, 2, 2), "watching")
+def recording_teacher() -> Teacher:
+    return Teacher("recording", Denoiser(Recording(), VPCosine(), "v"), (1, 2, 2), "recording")
 
 
 def method_of(teacher: Teacher) -> SimpleNamespace:
-    """What `applied` needs of a method: its teacher and its modules."""
+    """The parts of a method that `applied` needs: teacher and modules."""
     held = nn.ModuleDict({"student": teacher.student(), "deputy": teacher.deputy()})
     return SimpleNamespace(teacher=teacher, modules=held.modules, student=held["student"], deputy=held["deputy"])
 
 
 def test_times_and_outputs_stay_in_float32():
-    """Times near t_max differ by less than bf16 can tell: each is given with the digits of float32."""
-    teacher = watching_teacher()
+    """Times near t_max differ by less than the resolution of bf16."""
+    teacher = recording_teacher()
     method = method_of(teacher)
     t = (1 - torch.linspace(1e-3, 1.004e-3, 4, dtype=torch.float64)).view(-1, 1, 1, 1)
     with applied(ComputeConfig(precision="bf16"), method, "cpu"):
@@ -158,7 +158,7 @@ def test_times_and_outputs_stay_in_float32():
 
 
 def test_precision_of_students_teachers_and_their_copies():
-    teacher = watching_teacher()
+    teacher = recording_teacher()
     method = method_of(teacher)
     x, t = torch.randn(4, 1, 2, 2), torch.full((4, 1, 1, 1), 0.5, dtype=torch.float64)
 
@@ -170,7 +170,7 @@ def test_precision_of_students_teachers_and_their_copies():
         later = [copy.deepcopy(method.student), teacher.student(), teacher.on(VPCosine()).student()]
         assert {product(d) for d in [method.student, *later]} == {torch.bfloat16}
         assert {product(d) for d in (teacher.denoiser, method.deputy, teacher.deputy())} == {torch.float32}
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # of a method of its own
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # by the method itself
             assert product(teacher.denoiser) == torch.float32
     assert {product(d) for d in [method.student, *later, teacher.denoiser]} == {torch.float32}
     with applied(ComputeConfig(precision="bf16"), method, "cpu"):
@@ -211,7 +211,7 @@ def test_channels_last_changes_only_rounding_and_is_undone(kind):
 
 
 def test_a_training_in_channels_last_resumes():
-    """A state holds plain tensors; fused Adam reads weight, gradient and moments in the order of memory."""
+    """A state holds contiguous tensors; fused Adam needs weights, gradients and moments of the same strides."""
 
     def made() -> nn.ModuleDict:
         torch.manual_seed(0)
@@ -235,7 +235,7 @@ def test_a_training_in_channels_last_resumes():
 
 
 def kept_bytes(run) -> int:
-    """What autograd keeps for the backward pass, weights left out."""
+    """Bytes that autograd saves for the backward pass, without weights."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def kept_bytes(run) -> int:
 @pytest.mark.parametrize("embedded", [False, True])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_recomputation_gives_the_same_and_saves_memory(kind, embedded):
-    """Also where an embedding is added within a block, which is over once the backward pass begins."""
+    """Also with an embedding that is added within a block by an override that ends before the backward pass."""
     made = network(kind)
     given, call = inputs(made, embedded=embedded), AsAsked("cpu", recompute=True)
     assert difference(answer(made, NetworkCall(), *given), answer(made, call, *given)) < 1e-6
@@ -296,7 +296,7 @@ def test_repeated_blocks():
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Graphs compiled so far, by a compiler that traces and guards as ever and then runs plain torch."""
+    """The number of compiled graphs; the backend traces and guards as usual and then runs plain torch."""
     from torch._dynamo.utils import counters
 
     compiled = functools.cache(lambda forward: torch.compile(forward, dynamic=False, backend="eager"))
@@ -324,7 +324,7 @@ def test_compiled_networks_give_the_same_with_and_without_embedding(kind, how, r
     many = graphs()
     answer(made, call, *inputs(made, 4, True))
     answer(copy.deepcopy(made), call, *inputs(made, 5))
-    assert many > 0 and (graphs() == many or kind == "dit")  # diffusers' blocks are compared one by one
+    assert many > 0 and (graphs() == many or kind == "dit")  # diffusers' blocks have guards for each block
 
 
 def test_a_last_batch_of_fewer_images_is_not_compiled_for(graphs):
@@ -355,7 +355,7 @@ class OneLayer(nn.Module):
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_compilation_is_charged_apart(tmp_path, monkeypatch):
-    """Forward, and backward passes, which are compiled when they first run."""
+    """For forward passes, and for backward passes, which are compiled when they first run."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     teacher = Teacher("layer", Denoiser(OneLayer(), VPCosine(), "v"), (1, 2, 2), "layer")
     import torch._dynamo
@@ -478,7 +478,7 @@ def test_networks_with_other_counters_are_left_alone():
 
 
 def test_timing_uses_the_precision_of_scores_but_flops_are_of_the_plain_network():
-    teacher = watching_teacher()
+    teacher = recording_teacher()
 
     def sample(noise, nfe, c):
         x = noise(0)
@@ -505,7 +505,7 @@ def test_a_call_with_gradient_is_not_captured():
 
 
 class Recorded(Captured):
-    """Stands for captures on a machine without a GPU: notes them. A replay computes with the weights of its capture."""
+    """Records captures without a GPU. A replay computes with the weights of its capture."""
 
     def __init__(self) -> None:
         super().__init__(NetworkCall(), "cuda")
@@ -532,7 +532,7 @@ def test_a_network_is_captured_again_only_for_new_shapes_or_moved_weights():
     assert answers(made, *given) == answers(made, *given) == 1
     assert answers(made, given[0][:2], given[1][:2], None, UNCONDITIONAL) == 2
     made.load_state_dict({name: value + 0.1 for name, value in made.state_dict().items()})
-    assert answers(made, *given) == 2  # in place
+    assert answers(made, *given) == 2  # weights changed in place
     for parameter in made.parameters():
         parameter.data = parameter.data + 0.1
     assert answers(made, *given) == 3
@@ -569,7 +569,7 @@ def test_batches_are_copied_to_the_host():
     assert torch.equal(to_device(torch.arange(4), "cuda").cpu(), torch.arange(4))
 
 
-# --- what is recorded ------------------------------------------------------------------------------------------------
+# --- rows and keys ---------------------------------------------------------------------------------------------------
 
 
 def test_the_column_compute():
@@ -621,7 +621,7 @@ def test_the_keys_of_a_cell_change_with_the_settings_and_with_nothing_else(tmp_p
     assert evaluation["compute"] == speed["compute"] == {"precision": "bf16"} and evaluation["precision"] == "bf16"
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What belongs to the device that it was made on: prices that are carried, teachers, latents, the label of a row."""
+"""Caches that depend on the device: pairs, encoded texts, latents, teachers; and the device of a row."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def source(folder: Path, device: str, **changes) -> Trained:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """The file of a teacher that was made on the CPU."""
+    """The file of a teacher trained on the CPU."""
     return source(tmp_path_factory.mktemp("teachers"), "cpu").train(None, SILENT)
 
 
@@ -128,7 +128,7 @@ def test_a_teacher_is_used_on_cpu_and_gpu(made, tmp_path):
 
 @pytest.mark.parametrize("device", [None, "cuda (NVIDIA H200)"])
 def test_a_teacher_of_unknown_precision_is_not_used_on_a_gpu(made, tmp_path, device):
-    """Where it was made is not said in files of older versions: on the CPU they are found as ever."""
+    """Files of older versions do not name their device; on the CPU they are still used."""
     old = tmp_path / made.name
     changed(made, old, device=device)
     assert source(tmp_path, "cuda")._file() is None and source(tmp_path, "cpu")._file() == old
@@ -156,7 +156,7 @@ def test_old_peaks_of_sampling_are_measured_again(tmp_path):
     ("training", "evaluation", "speed", "told"),
     [
         ("a", "a", "a", "a"),
-        ("a", "b", None, "a"),  # scores do not depend on the device, what training cost does
+        ("a", "b", None, "a"),  # scores do not depend on the device, the cost of training does
         ("a", "a", "b", "a; sampling b"),
         (None, "a", "b", "b"),
         (None, "a", None, "a"),

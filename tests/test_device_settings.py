@@ -1,4 +1,4 @@
-"""What a device can do, and which of its algorithms are chosen; GPUs are made up."""
+"""Settings that a device does not support, and the choice of algorithms, for imagined GPUs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_bf16_is_an_error_on_old_gpus_only(monkeypatch):
         check_compute(ComputeConfig("bf16"), "cuda:1")
     with pytest.raises(UserError, match=r"evaluation\.precision=bf16: Tesla T4"):
         check_sampling(Sampling("bf16"), "cuda:1")
-    monkeypatch.setattr(torch.version, "hip", "6.4")  # where capabilities count something else
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # whose capabilities mean something else
     check_compute(ComputeConfig("bf16"), "cuda:1")
 
 
@@ -45,7 +45,7 @@ def test_deterministic_algorithms_are_set_in_training_only():
     before = cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
     teacher = mlp_teacher()
     method = SimpleNamespace(teacher=teacher, modules=teacher.student().modules)
-    cudnn.benchmark = True  # by whoever
+    cudnn.benchmark = True  # by other code
     try:
         with algorithms(ComputeConfig(), "cuda"):
             assert (cudnn.benchmark, cudnn.deterministic) == (False, False)

@@ -1,4 +1,4 @@
-"""Energy and memory of a GPU that a test imagines: which GPU, which edges, and what is not measured."""
+"""Energy and memory of a GPU with a faked NVML: which GPU, when measurements begin and end, and missing values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Machine:
     def __init__(self) -> None:
         self.now, self.millijoules, self.used, self.waits, self.open = 0.0, 5_000_000, 100 * MIB, 0, 0
         self.allocated = self.peak = 10 * MIB
-        self.uuid, self.errors = f"GPU-{UUID}", {"cut"}  # most GPUs cannot be cut
+        self.uuid, self.errors = f"GPU-{UUID}", {"cut"}  # most GPUs cannot be partitioned
         self.cut = self.mode = 0
 
     def run(self, seconds: float, watts: float) -> None:
@@ -114,7 +114,7 @@ def test_energy_in_a_pause_is_not_counted(machine):
 
 
 def test_a_short_measurement_has_no_value(machine):
-    """The counter moves every 20 to 100 ms; a pause does not make the measurement longer."""
+    """The counter moves every 20 to 100 ms, and a pause does not lengthen the measurement."""
     with energy("cuda") as watch:
         machine.run(1.0, 300)
         with watch.paused():
@@ -151,7 +151,7 @@ def test_the_gpu_is_found_by_its_uuid(machine):
 
 
 def test_a_slice_of_a_gpu_has_its_own_memory_and_no_energy(machine):
-    """Found by its own UUID; the counter is its GPU's, whatever NVML would say."""
+    """It has its own UUID, but the counter is that of the whole GPU."""
     machine.uuid = f"MIG-{UUID}"
     with energy("cuda:0") as watch, peak_gpu_mib("cuda:0") as peak:
         machine.run(10, 300)
@@ -160,11 +160,11 @@ def test_a_slice_of_a_gpu_has_its_own_memory_and_no_energy(machine):
 
 
 def test_a_partitioned_gpu_without_a_known_slice_has_no_values(machine):
-    """Where torch gives the UUID of the whole GPU, its joules and bytes are those of all slices."""
+    """If torch gives the UUID of the whole GPU, energy and memory would be those of all slices."""
     machine.errors.remove("cut")
     with energy("cuda") as watch:
         machine.run(10, 300)
-    assert watch.used == Energy(3000.0)  # could be cut, and is not
+    assert watch.used == Energy(3000.0)  # could be partitioned, and is not
     machine.cut = 1
     with energy("cuda") as watch, peak_gpu_mib("cuda") as peak:
         machine.run(10, 300)
@@ -189,7 +189,7 @@ def test_an_exclusive_gpu_is_an_error_for_runs_of_several_processes(machine, mon
     check_access("cuda", [])
     with pytest.raises(UserError, match=r"cuda:0 is in the compute mode EXCLUSIVE_PROCESS.*isolate=false.*-c DEFAULT"):
         check_access("cuda:0", alone)
-    (tmp_path / "control").touch()  # the Multi-Process Service: all are one to the GPU
+    (tmp_path / "control").touch()  # with the Multi-Process Service all clients are one process
     check_access("cuda", alone)
     machine.mode = 2
     with pytest.raises(UserError, match="PROHIBITED: no process may use it"):
@@ -224,7 +224,7 @@ def test_a_sum_is_known_if_both_parts_are():
 
 
 class Monitor:
-    """What distillbench uses of zeus.monitor.ZeusMonitor."""
+    """The parts of zeus.monitor.ZeusMonitor that distillbench uses."""
 
     machine: Machine
 
@@ -406,7 +406,7 @@ def test_memory_in_a_pause_is_not_sampled():
 
 
 def test_resident_memory_of_the_process():
-    """Beside the kernel's own count. Not as a growth: pages of this process may be taken back at any time."""
+    """Against the kernel's count. The growth is not tested: pages may be reclaimed at any time."""
     pages = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / MIB
     before = pages()
     with peak_rss_mib() as peak:

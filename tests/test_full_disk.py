@@ -1,4 +1,4 @@
-"""A disk that fills at any write: the run ends with a message, nothing half written is left, and it goes on later."""
+"""A disk that is full at any write: the run ends with a message, leaves no partial file, and can be resumed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNSTEADY = [name for name in LAST if "seconds" in name or "mib" in name]
 
 
 class Disk:
-    """Counts what is flushed to it, and is full from the n-th time on."""
+    """Counts calls of fsync and is full after `room` of them."""
 
     def __init__(self, room: int) -> None:
         self.room, self.count = room, 0

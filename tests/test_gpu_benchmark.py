@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: its verdicts on values made up for them, its files, and that a step hurts no other.
+"""benchmarks/gpu.py: its verdicts on given values, its files, and that a failing step does not stop the others.
 
 What it measures on a GPU cannot be tried here; `--rehearse` runs the same steps on the CPU.
 """
@@ -42,7 +42,7 @@ def test_the_peak_of_a_device_is_that_of_its_data_sheet(name, bf16):
 
 
 def test_other_devices_and_slices_have_no_data_sheet():
-    """An A100 has words of an A10's name in its own, and a slice has all of its board's."""
+    """The name of an A100 contains that of an A10, and the name of a slice that of its board."""
     unknown = ("NVIDIA GeForce RTX 5090", "AMD Instinct MI300X", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "cpu")
     assert [verdicts.peak_of(name) for name in unknown] == [None] * 4
     assert verdicts.peak_of("NVIDIA A100-SXM4-40GB").memory == 1555
@@ -163,14 +163,14 @@ def test_settings_are_compared():
 
 
 def test_power_is_integrated_over_time():
-    """100 W for a second, then 300 W for another; looks at both edges are missing."""
+    """100 W for one second, then 300 W for another; samples at both ends are missing."""
     sampled = Sampled(lambda: 0.0)
     sampled.seen = [(0.1, 100.0), (1.0, 100.0), (1.0, 300.0), (1.9, 300.0), (5.0, 9.0)]
     assert sampled.integral(0.0, 2.0) == pytest.approx(400.0)
 
 
 def test_waits_are_counted_by_their_warnings_and_nothing_else(monkeypatch):
-    """torch warns of each, and once of the mode itself; plain calls of synchronize it does not see."""
+    """torch warns of each wait, and once of the mode itself, but not of calls of synchronize."""
     mode = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda to: warnings.warn(mode, stacklevel=1))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
@@ -251,7 +251,7 @@ if order["step"] == "precision":
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Steps that say a word, and then crash, hang or end, in the place of the real ones."""
+    """Steps that print a word and then crash, hang or end, instead of the real ones."""
     (tmp_path / "gpu_steps").mkdir()
     (tmp_path / "gpu_steps" / "__init__.py").touch()
     (tmp_path / "gpu_steps" / "child.py").write_text(FAKE)
@@ -352,7 +352,7 @@ def rehearsed(tmp_path, *names):
 
 
 def test_a_rehearsal(tmp_path):
-    """Steps that take no tens of seconds."""
+    """Steps that take less than about ten seconds."""
     steps = rehearsed(tmp_path, "precision", "speed-bf16")
     assert [v["level"] for v in steps["precision"]["verdicts"]] == ["ok", "skipped", "ok", "ok"]
     assert steps["speed-bf16"]["data"]["steps"].keys() == {"direct", "ct"}
@@ -361,7 +361,7 @@ def test_a_rehearsal(tmp_path):
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_a_rehearsal_of_the_other_steps(tmp_path):
-    """Those that run the command line, and those that measure many pairs."""
+    """Steps that run the command line, and steps that measure many pairs."""
     names = "environment", "limits", "runs", "resume", "waits", "loop", "bits", "sampling", "scoring"
     steps = rehearsed(tmp_path, *names)
     cut = next(v for v in steps["resume"]["verdicts"] if v["what"] == "SIGTERM in the middle")

@@ -1,4 +1,4 @@
-"""Noise-image pairs: the same from the seed, found again, charged the same, made again when damaged."""
+"""Noise-image pairs: reproducible from the seed, cached, charged equally, and computed again when damaged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RECIPE = {"solver": "test", "steps": 3}
 
 
 class Solver:
-    """Three evaluations of the teacher an image; knows how many images it solved."""
+    """Three evaluations of the teacher per image; counts its images."""
 
     def __init__(self, teacher) -> None:
         self.teacher, self.solved = teacher, 0
@@ -36,7 +36,7 @@ class Solver:
         return x
 
 
-class Said(Progress):
+class RecordingProgress(Progress):
     def __init__(self) -> None:
         super().__init__(None)
         self.lines: list[str] = []
@@ -46,11 +46,11 @@ class Said(Progress):
 
 
 def make(folder: Path, count: int = 12, seed: int = 0, recipe=RECIPE, sha256: str = "gaussian", dry: bool = False):
-    """(pairs, images solved, meter, lines said) of one request."""
+    """(pairs, images solved, meter, printed lines) of one request."""
     teacher = gaussian_teacher()
     teacher.sha256 = sha256
     workspace = make_workspace(teacher, folder, seed=seed, dry=dry)
-    workspace.progress = Said()
+    workspace.progress = RecordingProgress()
     solver = Solver(teacher)
     return workspace.pairs(solver, count, recipe), solver.solved, workspace.meter, workspace.progress.lines
 
@@ -64,7 +64,7 @@ def same(a: PairStore, b: PairStore) -> bool:
 
 
 def test_pairs_are_the_solver_at_the_noise_of_the_stream(tmp_path):
-    """Bit for bit: eps is the i-th noise of the stream, x_0 what the solver makes of it, in float32, not quantised."""
+    """Bit for bit: eps is the i-th noise of the stream, x_0 the solver's result, in float32, not quantised."""
     pairs, solved, meter, _ = make(tmp_path)
     teacher = gaussian_teacher()
     eps = Noise(stream_key("pairs", 0), range(12), teacher.shape)(0)
@@ -95,7 +95,7 @@ def test_cached_pairs_are_charged_like_new_ones(tmp_path):
 
 
 def test_the_manifest_has_teacher_seconds_and_energy(tmp_path):
-    """Making them is the teacher's work but for the noise; on a CPU no energy is known, and so not to the finder."""
+    """All seconds but those of the noise are the teacher's. On a CPU the energy is unknown, also for later users."""
     _, _, meter, _ = make(tmp_path)
     file = next(tmp_path.glob("*/manifest.json"))
     manifest = json.loads(file.read_text())
@@ -125,7 +125,7 @@ def test_another_recipe_is_another_cache_entry(tmp_path, change):
     make(tmp_path)
     _, solved, *_ = make(tmp_path, **change)
     assert solved == change.get("count", 12)
-    assert make(tmp_path)[1] == 0  # and these are still there
+    assert make(tmp_path)[1] == 0  # these are still cached
     assert make(tmp_path, **change)[1] == 0
 
 
@@ -177,7 +177,7 @@ def test_damaged_pairs_are_computed_again(tmp_path, damage):
     assert meter.teacher_nfe == 36 and meter.charged.seconds == 0
     if damage not in ("no targets", "no manifest", "a manifest of other pairs"):
         assert len(lines) == 1 and "computed again" in lines[0]
-    assert make(tmp_path)[1] == 0  # whole again
+    assert make(tmp_path)[1] == 0  # repaired
 
 
 def test_a_dry_run_has_the_price_without_the_work(tmp_path):
@@ -196,7 +196,7 @@ def test_making_pairs_leaves_no_gradients(tmp_path):
 
 
 class Numbered:
-    """Text i is the number i, once for each token."""
+    """The encoding of text i is the number i at each token."""
 
     def __call__(self, labels, device=None):
         return labels.view(-1, 1, 1).expand(-1, 2, 3).float()

@@ -354,9 +354,7 @@ def test_buckets_are_sent_during_the_last_backward_pass_only(two):
     updates = json.loads((two / "sums-0.json").read_text())
     assert [update["sent"][0] for update in updates] == [0] * len(USES)  # not before the last part
     assert updates[0]["sent"] == [0, 0]  # the order is not known yet
-    assert (
-        updates[1]["sent"] == [0, 1] and updates[1]["buckets"] > updates[0]["buckets"]
-    )  # a weight was used for the first time
+    assert updates[1]["sent"] == [0, 1] and updates[1]["buckets"] > updates[0]["buckets"]  # newly used weights
     assert updates[-1]["sent"] == [0, updates[-1]["buckets"]] == [0, 3]  # all of them
 
 

@@ -1,4 +1,4 @@
-"""Scores from the command to the table, end to end: a stranger's score, sampling seeds, scores along training."""
+"""Scores from the command to the table, end to end: a third-party metric, sampling seeds, checkpoints."""
 
 import dataclasses
 import io
@@ -34,7 +34,7 @@ WORDS = [
 
 
 class Brightness(Metric):
-    """A stranger's score, of which the core knows nothing."""
+    """A third-party metric."""
 
     name = "brightness"
     unit = "pixel values in [-1, 1]"

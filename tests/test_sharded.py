@@ -42,11 +42,7 @@ from test_ranks import BATCH, METHODS, SHAPE, SILENT, SMALL, alike, free_port
 
 SHARD, PLAIN = ComputeConfig(shard=True), ComputeConfig()
 IMAGES = 4 * BATCH
-LAST = {
-    "parts": 3,
-    "images": IMAGES - 3,
-    "mu": 0.0,
-}  # the last batch has 5 images, in parts
+LAST = {"parts": 3, "images": IMAGES - 3, "mu": 0.0}  # the last batch has 5 images, in parts
 HALF = {"precision": "bf16", "recompute": True}
 
 

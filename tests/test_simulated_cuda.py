@@ -1,4 +1,4 @@
-"""The simulated GPUs keep what CUDA promises: devices that do not mix, waits that are counted, graphs, memory."""
+"""The simulated GPUs behave as CUDA does: mixed devices, waits, copies, graphs, memory."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def test_copies_have_direction_size_and_memory(results):
 
 def test_launches_have_a_line_and_a_part_of_the_step(results):
     found = results["places"]
-    assert found["file"] == "simulated_devices.py" and found["most"] == 6  # three times a product and a sum
+    assert found["file"] == "simulated_devices.py" and found["most"] == 6  # three products and three sums
     assert found["parts"]["network"] == 0 and found["parts"]["backward"] > 0 and found["waits"] == 1
-    assert found["parts"]["outside"] == 6 + 2  # the 1 that a backward pass begins with, the number that is read
+    assert found["parts"]["outside"] == 6 + 2  # the ones that a backward pass begins with, and the value that is read
 
 
 def test_graphs_replay_on_the_same_memory_and_raise_for_waits(results):

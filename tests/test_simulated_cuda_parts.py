@@ -1,4 +1,4 @@
-"""The parts of the harness on a simulated GPU: the CPU's numbers, on the device, without waits."""
+"""The parts of the harness on a simulated GPU: the same results as on the CPU, without waits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_scores_equal_the_cpu_for_every_kind_of_reference(results, way):
 
 
 def test_sampling_waits_only_for_copies_to_the_host(results):
-    """Four batches: each is waited for when it is read, later than it was made."""
+    """Four batches: one wait for each, when its copy is read."""
     found = results["sampled"]
     assert found["equal"] == [True, True]
     assert found["plain"] == found["graphs"] == ["event.synchronize"] * 4
