@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from distillbench.compute import ComputeConfig, kind_of
+from distillbench.compute import ComputeConfig, device_type
 from distillbench.diffusers_networks import DiT
 from distillbench.errors import UserError
 from distillbench.method import Method
@@ -27,7 +27,7 @@ from distillbench.teachers import Teacher
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
-TORCH = (2, 15)  # the oldest version that this was run with
+OLDEST_TORCH = (2, 15)  # the oldest version that this was run with
 
 
 def check_shared(config: ComputeConfig, count: int) -> None:
@@ -40,8 +40,8 @@ def check_shared(config: ComputeConfig, count: int) -> None:
             "GPU with `torchrun --nproc-per-node=2 -m distillbench run ...`, or leave compute.shard out"
         )
     version = tuple(int(number) for number in torch.__version__.split(".")[:2])
-    if version < TORCH:
-        wanted = ".".join(map(str, TORCH))
+    if version < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
         raise UserError(f"compute.shard=true needs torch {wanted} or newer, this is torch {torch.__version__}")
 
 
@@ -79,7 +79,7 @@ class Sharded:
         from torch.distributed.device_mesh import init_device_mesh
 
         self.average = copy.deepcopy(method.student).eval().requires_grad_(False) if averaged else None
-        self._mesh = init_device_mesh(kind_of(device), (ranks.count,))
+        self._mesh = init_device_mesh(device_type(device), (ranks.count,))
         roots = [method, method.teacher.denoiser, *([] if self.average is None else [self.average])]
         networks = {id(counted.network): counted.network for counted in networks_below(*roots)}
         for network in networks.values():
@@ -122,5 +122,5 @@ def _to_device(root: nn.Module, device: str) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
         for weight in module.parameters(recurse=False):
-            if kind_of(str(weight.device)) != kind_of(device):
+            if device_type(str(weight.device)) != device_type(device):
                 weight.data = weight.data.to(device)

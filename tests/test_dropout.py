@@ -24,7 +24,7 @@ from distillbench.dropout import one_mask, seed_masks
 from distillbench.embeddings import TimeEmbedding
 from distillbench.method import Batch, Method, MethodConfig
 from distillbench.modes import evaluating, held
-from distillbench.resume import masks_state, restore_masks
+from distillbench.resume import restore_torch_generators, torch_generators_state
 from distillbench.samplers import ddim_step, x_at_t_max
 from distillbench.schedules import VPCosine
 from distillbench.teachers import Teacher
@@ -442,10 +442,10 @@ def test_masks_of_processes_differ_and_are_kept():
     states = []
     for process in range(2):
         seed_masks(7, process)
-        states.append(masks_state("cpu"))
+        states.append(torch_generators_state("cpu"))
         states.append({"draw": torch.rand(3)})
     assert not torch.equal(states[1]["draw"], states[3]["draw"])
-    restore_masks(states[0], "cpu")
+    restore_torch_generators(states[0], "cpu")
     assert torch.equal(torch.rand(3), states[1]["draw"])
 
 

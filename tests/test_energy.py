@@ -15,7 +15,7 @@ import distillbench.energy
 from distillbench.compute import check_access
 from distillbench.energy import Energy, check_source, energy
 from distillbench.errors import UserError
-from distillbench.memory import MIB, Before, Sampled, bytes_in_use, bytes_on_gpu, peak_gpu_mib, peak_rss_mib
+from distillbench.memory import MIB, Before, SampledPeak, bytes_in_use, bytes_on_gpu, peak_gpu_mib, peak_rss_mib
 from distillbench.nvml import compute_mode
 
 UUID = "d2f0c1a4-0000-0000-0000-00000000beef"
@@ -393,7 +393,7 @@ def test_no_gpu_memory_on_the_cpu():
 
 def test_memory_in_a_pause_is_not_sampled():
     used = SimpleNamespace(bytes=100 * MIB)
-    with Sampled(lambda: used.bytes) as peak:
+    with SampledPeak(lambda: used.bytes) as peak:
         with peak.paused():
             used.bytes = 500 * MIB
             clock.sleep(0.06)

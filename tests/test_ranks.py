@@ -29,7 +29,7 @@ from distillbench.denoiser import Denoiser
 from distillbench.dropout import seed_masks
 from distillbench.energy import Energy
 from distillbench.errors import DivergedError, UserError
-from distillbench.failures import LostError, of_message
+from distillbench.failures import LostError, translated
 from distillbench.feature_order import FeatureOrder
 from distillbench.features import FeatureNetwork
 from distillbench.following import check_rows
@@ -375,10 +375,10 @@ def test_a_failure_on_one_rank_is_raised_on_all(two, name):
 
 def test_errors_of_torch_distributed_are_translated():
     own = torch.OutOfMemoryError("CUDA out of memory")
-    assert of_message(own) is own
-    ended = of_message(RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:46"))
-    late = of_message(RuntimeError("Timed out waiting 600000ms for recv operation to complete"))
-    other = of_message(torch.distributed.DistBackendError("NCCL error in: x.cpp:1, unhandled cuda error\nmore"))
+    assert translated(own) is own
+    ended = translated(RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:46"))
+    late = translated(RuntimeError("Timed out waiting 600000ms for recv operation to complete"))
+    other = translated(torch.distributed.DistBackendError("NCCL error in: x.cpp:1, unhandled cuda error\nmore"))
     assert all(isinstance(error, LostError) for error in (ended, late, other))
     assert "another rank has ended" in str(ended)
     assert "does not answer (Timed out waiting 600000ms" in str(late)

@@ -24,7 +24,7 @@ from distillbench.simulated_cuda.checks import (
     operator_of,
     tensors_of,
     unwrapped,
-)  # fmt: skip
+)
 from distillbench.simulated_cuda.devices import CPU_GENERATOR, DEVICES, OfDevice
 from distillbench.simulated_cuda.record import add_copy, add_launch, add_wait
 
@@ -99,8 +99,8 @@ class SimulatedTensor(OfDevice, torch.Tensor):
         return self.to("cpu")
 
     def cuda(self, device: Any = None, non_blocking: bool = False, memory_format: Any = None) -> Tensor:
-        return self.to(torch.device("cuda", DEVICES.current) if device is None else torch.device("cuda", device)
-                       if isinstance(device, int) else device)  # fmt: skip
+        device = DEVICES.current if device is None else device
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device)
 
     def numpy(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
