@@ -64,7 +64,7 @@ def count_flops(call: Callable[[], Any]) -> Counted:
 class _Names(TorchDispatchMode):
     """Records the operators that compute and have no FLOP formula.
 
-    An operator computes if it takes a tensor, returns floating-point numbers, and is neither a view nor in NO_ARITHMETIC
+    An operator computes if it takes a tensor, returns floating-point numbers, is not a view and not in NO_ARITHMETIC
     (torch's tags do not say: a copy is "pointwise" too). So comparisons, integers, allocation and random numbers are
     left out.
     """
