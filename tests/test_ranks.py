@@ -164,10 +164,10 @@ def first_features_only(ranks: Ranks, folder: Path) -> None:
             assert next(features).tolist() == [[0.0], [1.0]]
             raise MemoryError
     else:
-        assert ranks.take().network == "brightness"
-        with ranks.together():
+        assert ranks.next_order().network == "brightness"
+        with ranks.follow():
             networks.follow_extraction(Brightness)
-    assert not ranks.busy and ranks.gather(ranks.share.index) == [0, 1]
+    assert not ranks.busy and ranks.all_gather(ranks.share.index) == [0, 1]
 
 
 class ThreeLayers(torch.nn.Module):
