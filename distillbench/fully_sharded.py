@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,9 +23,6 @@ from distillbench.method import Method
 from distillbench.network_calls import networks_below, repeated_blocks
 from distillbench.ranks import Ranks
 from distillbench.teachers import Teacher
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
 
 OLDEST_TORCH = (2, 15)  # the oldest version that this was run with
 
@@ -107,7 +104,7 @@ def _called_from_elsewhere(network: nn.Module) -> list[nn.Module]:
     return [m.wrapped.transformer_blocks[0].norm1.emb for m in network.modules() if isinstance(m, DiT)]
 
 
-def _reset_order(network: FSDPModule, *of_forward: object) -> None:
+def _reset_order(network: Any, *inputs_and_output: object) -> None:  # an nn.Module and FSDPModule
     """Empty torch's list of forward passes after one of a frozen network; otherwise only a backward pass empties it.
 
     It drops gradients too, so it must not be called for a network in training.

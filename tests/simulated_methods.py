@@ -201,7 +201,7 @@ def restored() -> dict[str, Any]:
     def differing(name: str, label: str) -> Any:
         bench = bench_of(name, label, GPU)
         whole = weights_of(bench.run.method)
-        return changed(whole, weights_of(bench.train_cut_off(3)))
+        return changed(whole, weights_of(bench.train_interrupted(3)))
 
     return {
         f"{name}/{label}": value

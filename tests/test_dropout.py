@@ -299,7 +299,7 @@ EVALUATIONS = {
 @pytest.mark.parametrize("cls", METHODS)
 def test_the_check_of_methods_finds_dropout_in_order(cls):
     told = check_dropout(MethodBench("first", cls, None, WITHOUT_CLASSES, 0))
-    assert (told.startswith("evaluations an image: ") and ", 0 without" not in told) or cls in (
+    assert (told.startswith("evaluations per image: ") and ", 0 without" not in told) or cls in (
         ConsistencyTraining,
         Direct,
     )
@@ -308,7 +308,7 @@ def test_the_check_of_methods_finds_dropout_in_order(cls):
 @pytest.mark.parametrize("cls", METHODS)
 def test_a_training_with_dropout_goes_on_with_the_same_masks(cls):
     bench = MethodBench("first", cls, None, WITHOUT_CLASSES, 0, dropout=0.3)
-    assert not changed(weights_of(bench.train().method), weights_of(bench.train_cut_off(bench.steps() - 1)))
+    assert not changed(weights_of(bench.train().method), weights_of(bench.train_interrupted(bench.steps() - 1)))
 
 
 # --- the rule --------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from distillbench.simulated_cuda.checks import (
 from distillbench.simulated_cuda.devices import CPU_GENERATOR, DEVICES, OfDevice
 from distillbench.simulated_cuda.record import add_copy, add_launch, add_wait
 
+DATA: Any = torch.Tensor.data  # a descriptor
 FACTORIES = {"zeros", "ones", "empty", "empty_strided", "full", "scalar_tensor", "arange", "eye", "linspace"}
 
 
@@ -42,7 +43,7 @@ class SimulatedTensor(OfDevice, torch.Tensor):
         DEVICES.count_storage(elem, index)
         wrapper = torch.Tensor._make_wrapper_subclass(
             cls, elem.size(), strides=elem.stride(), storage_offset=elem.storage_offset(), dtype=elem.dtype,
-            layout=elem.layout, device="cpu", requires_grad=requires_grad,
+            layout=elem.layout, device=torch.device("cpu"), requires_grad=requires_grad,
         )  # fmt: skip
         wrapper.elem, wrapper.index = elem, index
         return wrapper
@@ -121,13 +122,13 @@ class SimulatedTensor(OfDevice, torch.Tensor):
 
     @property
     def data(self) -> Tensor:
-        return torch.Tensor.data.__get__(self)
+        return DATA.__get__(self)
 
     @data.setter
     def data(self, value: Tensor) -> None:
         if not isinstance(value, SimulatedTensor):
             raise RuntimeError("incompatible tensor type: data of the CPU for a tensor of a simulated GPU")
-        torch.Tensor.data.__set__(self, value)
+        DATA.__set__(self, value)
         self.elem, self.index = value.elem, value.index
 
     def __deepcopy__(self, memo: dict) -> Tensor:
