@@ -301,7 +301,7 @@ def folder(tmp_path: Path, run: RunData) -> Path:
 
 def test_reports_of_bad_runs_say_what_is_wrong(tmp_path):
     path = folder(tmp_path, good_run())
-    assert "not kept here" in html_report([read_run(path)])  # its cells are gone
+    assert "no samples: their records" in html_report([read_run(path)])  # its cells are gone
     (path / "table.parquet").write_bytes(b"PAR1 not really")
     said = Page(html_report([read_run(path)])).words
     assert "What is wrong with this run" in said and "table.parquet is damaged" in said and "boot leads" in said
@@ -335,7 +335,7 @@ def test_kept_samples_that_are_damaged_are_gone(tmp_path):
     cell.mkdir(parents=True)
     (cell / "evaluation-k.json").write_text(json.dumps({"rows": [{"nfe": 1, "sampling_seed": 0, "status": "ok"}]}))
     save_file({"unlike": torch.zeros(1)}, cell / "evaluation-k.safetensors")
-    assert "not kept here" in html_report([read_run(path)])
+    assert "no samples: their records" in html_report([read_run(path)])
 
 
 # --- foreign text ----------------------------------------------------------------------------------------------------
