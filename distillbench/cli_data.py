@@ -170,13 +170,13 @@ def _describe_weights(cls: type[FeatureNetwork], folder: Path) -> str:
 
 def _real_images(registry: Registry, settings: Sequence[str]) -> RealImages:
     """The real images of the dataset in `settings`."""
-    from pathlib import Path
 
     from distillbench.config import compose_runs
     from distillbench.features import Networks
-    from distillbench.plan import choose_device
+    from distillbench.layout import ResultsFolder
     from distillbench.pretrained import weights_folder
     from distillbench.references import RealImages
+    from distillbench.shared_context import choose_device
 
     configs = compose_runs(list(settings), registry, need_methods=False)
     if len(configs) > 1:
@@ -184,4 +184,4 @@ def _real_images(registry: Registry, settings: Sequence[str]) -> RealImages:
     config = configs[0]
     dataset = registry.get("datasets", config.dataset.kind).cls(config.dataset)
     networks = Networks(weights_folder(), choose_device(config.device))
-    return RealImages(dataset, networks, Path(config.results_dir) / "cache" / "references")
+    return RealImages(dataset, networks, ResultsFolder.of(config.results_dir).cache("references"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distillbench import clean
+from distillbench import folders
 from distillbench.doctor_findings import MIB, Finding, Installation, Level
 from distillbench.files import TEMPORARY
 from distillbench.pretrained import VARIABLE
@@ -40,7 +40,7 @@ def judge_room(what: str, disk: Disk, level: Level, advice: str) -> Finding:
     if disk.write_error:
         return Finding(level, f"{what}: cannot be written to: {disk.write_error}", advice)
     where = f"{what}: {disk.free_mib / 1024:,.1f} GiB free{disk.kind and f' on {disk.kind}'}"
-    where += ", a network file system" if disk.kind in clean.NETWORK else ""
+    where += ", a network file system" if disk.kind in folders.NETWORK_FILE_SYSTEMS else ""
     if disk.inodes is not None and disk.inodes < LITTLE_INODES:
         return Finding(level, f"{where}, room for {disk.inodes:,} more files", advice)
     if disk.free_mib < TOO_LITTLE_MIB:
@@ -56,7 +56,7 @@ def judge_files(what: str, disk: Disk) -> Iterator[Finding]:
     if disk.lock_error:
         line = f"{what}: files cannot be locked: {disk.lock_error}"
         yield Finding("wrong", line, "choose another folder, or run one process at a time in this one")
-    elif disk.kind in clean.NETWORK and (only_here := _local_locks(disk)):
+    elif disk.kind in folders.NETWORK_FILE_SYSTEMS and (only_here := _local_locks(disk)):
         line = f"{what}: other machines do not see locks ({disk.kind}: {only_here})"
         yield Finding("warning", line, "use this folder from one machine at a time, or have it mounted with locks")
     if disk.link_error:
@@ -92,7 +92,7 @@ def find_disk(folder: Path) -> Disk:
     if sys.platform != "win32":
         found = os.statvfs(parent)
         inodes = found.f_favail if found.f_files else None
-    kind, options = clean.file_system(parent)
+    kind, options = folders.file_system(parent)
     facts: dict[str, Any] = {"free_mib": usage.free / MIB, "inodes": inodes, "kind": kind, "options": options}
     try:
         if not parent.is_dir():

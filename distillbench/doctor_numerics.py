@@ -95,9 +95,7 @@ def _trained(network: Any, side: int, device: str, dtype: Any) -> Any:
             weights.copy_(0.3 * torch.randn(weights.shape, generator=generator))
     x, y = torch.randn(2, 4, 3, side, side, generator=generator).to(device, dtype)
     network.to(device, dtype)
-    optimizer = torch.optim.Adam(
-        network.parameters(), lr=1e-2, eps=1e-2
-    )  # eps: small steps for gradients near 0
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, eps=1e-2)  # eps: small steps for gradients near 0
     with tf32(default.tf32, device), algorithms(default, device):
         for _ in range(3):
             optimizer.zero_grad()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from distillbench import clean
+from distillbench import clean, folders
 from distillbench.doctor_findings import MIB, Finding, Installation, listed
 from distillbench.files import key_of, sha256_file
 from distillbench.results import EvaluationRecord, OtherVersion, SpeedRecord, TrainRecord, read_record
@@ -25,16 +25,16 @@ def check_caches(installation: Installation) -> Iterator[Finding]:
         return
     cells = clean.cells_of(root)
     sizes = {
-        clean.counted(len(cells), "cell"): clean.size_of(file for cell in cells for file in clean.files_below(cell))
+        clean.counted(len(cells), "cell"): folders.size_of(file for cell in cells for file in folders.files_below(cell))
     }
-    for folder in clean.folders_in(root / "cache"):
-        sizes[f"cache/{folder.name}"] = clean.size_of(clean.files_below(folder))
+    for folder in folders.folders_in(root / "cache"):
+        sizes[f"cache/{folder.name}"] = folders.size_of(folders.files_below(folder))
     yield Finding("ok", ", ".join(f"{name} {size / MIB:,.1f} MiB" for name, size in sizes.items()))
     spent = clean.find(root)
     files = [file for removal in spent for file in removal.files]
     if files:
         counts = ", ".join(f"{len(removal.files):,} {removal.kind}" for removal in spent if removal.files)
-        line = f"left over: {counts}, {clean.freed(files) / MIB:,.1f} MiB"
+        line = f"left over: {counts}, {folders.freed(files) / MIB:,.1f} MiB"
         yield Finding("warning", line, f"distillbench clean --results-dir {installation.results_dir}")
 
 
@@ -126,7 +126,7 @@ def check_states(installation: Installation) -> Iterator[Finding]:
 
     unfinished, states, aside, damaged = 0, [], 0, []
     for cell in clean.cells_of(installation.results_dir):
-        files = [file for file in clean.files_below(cell / "resume") if not file.is_symlink()]
+        files = [file for file in folders.files_below(cell / "resume") if not file.is_symlink()]
         here = [file for file in files if file.name.startswith("state-") and file.suffix == ".safetensors"]
         aside += sum(file.name.startswith("aside-") for file in files)
         states += here

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from distillbench.plan import Cell
     from distillbench.progress import Progress
+    from distillbench.shared_context import Cell
 
 WIDEST_TEXT = 120
 LONGEST_VERDICT = 1000  # characters
@@ -66,20 +66,20 @@ def print_plan(console: Console, cells: list[Cell]) -> None:
     """
     from distillbench.plan import notes_of, teacher_plan
 
-    by_scene: dict[int, list[Cell]] = {}
+    by_context: dict[int, list[Cell]] = {}
     for cell in cells:
-        by_scene.setdefault(id(cell.scene), []).append(cell)
-    for group, (dataset, name, origin) in zip(by_scene.values(), teacher_plan(cells), strict=True):
+        by_context.setdefault(id(cell.shared), []).append(cell)
+    for group, (dataset, name, origin) in zip(by_context.values(), teacher_plan(cells), strict=True):
         images = f", {origin.images:,} images" if origin.images else ""
         _say(console, f"dataset {dataset}, teacher {name}: {origin.origin}{images}")
         _print_plan_table(console, group)
-        for column, why in group[0].scene.missing().items():
+        for column, why in group[0].shared.unavailable_metrics().items():
             _say(console, f"{column} would be empty: {why}")
-        failing = [cell for cell in group if cell.trouble]
+        failing = [cell for cell in group if cell.price_error]
         for cell in failing[:MOST_LINES]:
-            _say(console, f"{cell.label} would fail: {cell.trouble}")
+            _say(console, f"{cell.label} would fail: {cell.price_error}")
         _say_more(console, len(failing), "cells would fail")
-        budget = group[0].scene.config.budget
+        budget = group[0].shared.config.budget
         if budget.limit == "seconds":
             _say(console, f"Each method trains {budget.seconds:g} s; its images and evaluations cannot be predicted.")
     for note in notes_of(cells):
@@ -132,7 +132,7 @@ def _more(count: int, what: str) -> str:
 
 def _cost(cell: Cell) -> tuple[int, int, int, int]:
     """Predicted: images, teacher and student evaluations of training, evaluations of sampling."""
-    evaluation = cell.scene.config.evaluation
+    evaluation = cell.shared.config.evaluation
     sampling = sum(cell.nfe) * evaluation.images * len(evaluation.seeds)
     return cell.price.images, cell.price.teacher_nfe, cell.price.student_nfe, sampling
 

@@ -1,4 +1,4 @@
-"""The site: ``sphinx-build -W -b html docs docs/_build/html``. Nothing is fetched, then or by its pages."""
+"""Sphinx configuration: ``sphinx-build -W -b html docs docs/_build/html``. Neither the build nor the pages use the network."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from distillbench import cli, terminal
 from distillbench.builtin.trained import METADATA, Trained
 from distillbench.errors import DivergedError
 from distillbench.progress import Progress
-from distillbench.results import make_table
 from distillbench.statistics import summarise
+from distillbench.table import make_table
 
 GIVEN = ["methods=[boot]", "dataset=digits"]
 HEAVY = (

@@ -159,9 +159,9 @@ def test_every_check_is_in_the_contract(kind):
 
 def test_the_bars_in_the_contract_are_the_codes():
     text = " ".join(CONTRACT.split())
-    assert f"below {conformance.LARGEST_RMSE} standard deviations of the law" in text
-    assert f"distance to the law below {conformance.LARGEST_KS}" in text
-    assert f"within {conformance.LARGEST_STD_ERROR:.0%} of the law's".replace("%", " %") in text
+    assert f"below {conformance.LARGEST_RMSE} standard deviations of the distribution" in text
+    assert f"distance to the distribution below {conformance.LARGEST_KS}" in text
+    assert f"within {conformance.LARGEST_STD_ERROR:.0%} of the distribution's".replace("%", " %") in text
     assert f"does not apply to more than {conformance.WALKED_PHASES} phases" in text
 
 
@@ -476,7 +476,7 @@ def test_the_dataset_conforms_and_runs(registry, tmp_path):
     cls = registry.datasets["discs"].cls
     assert_conforms(cls)
     words = ["methods=[boot]", "dataset=discs", "dataset.count=500", "experiment=smoke", f"results_dir={tmp_path}"]
-    assert not [cell.trouble for cell in plan(compose_runs(words, registry), registry) if cell.trouble]
+    assert not [cell.price_error for cell in plan(compose_runs(words, registry), registry) if cell.price_error]
 
 
 def test_the_teacher_conforms(registry, tmp_path):

@@ -24,8 +24,8 @@ from distillbench.reports.html import html_report, write_html
 from distillbench.reports.published import LABEL, published
 from distillbench.reports.reproduce import commands
 from distillbench.reports.runs import RunData, read_run
-from distillbench.results import make_along, make_table
 from distillbench.statistics import summarise
+from distillbench.table import make_along, make_table
 
 HOSTILE = [
     "<script>alert(1)</script>",

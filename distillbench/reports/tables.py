@@ -9,8 +9,8 @@ from typing import Any
 from distillbench.reports import words
 from distillbench.reports.entries import Entry, TableRow, why_empty
 from distillbench.reports.words import heading, number
-from distillbench.results import LAST
 from distillbench.statistics import arrow
+from distillbench.table import LAST
 
 COSTS = [name for name in LAST if name.startswith(("train_", "sample_"))]
 SHOWN = ("sample_latency_p50_ms", "train_seconds", "train_teacher_nfe")  # costs that are visible at first

@@ -1,7 +1,7 @@
-"""Reflow: straighten the paths from noise to the teacher's answers, then distil the straight flow into one step.
+"""Reflow: straighten the paths from noise to the teacher's samples, then distil the straight flow into one step.
 
 Liu, Gong & Liu 2022, "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow",
-arXiv:2209.03003, algorithm 1. The teacher's probability flow is the first flow, its answers are the coupling (as in
+arXiv:2209.03003, algorithm 1. The teacher's probability flow is the first flow, its samples are the coupling (as in
 InstaFlow, arXiv:2309.06380). Data-free. The paper's time runs from noise to data; here, as everywhere, t = 0 is data:
 
     (z_T, x_0)  z_T = sigma_T eps,  x_0 = ODE-Solver(teacher, z_T)                           (coupling)
@@ -15,7 +15,7 @@ InstaFlow, arXiv:2309.06380). Data-free. The paper's time runs from noise to dat
 | eps    | standard normal noise                                              | (B,C,H,W)  |
 | T      | t_max of the schedule alpha = 1 - t, sigma = t: 1 - 1e-4, or less  | float      |
 | z_T    | where sampling starts                                              | (B,C,H,W)  |
-| x_0    | the answer to z_T: the end of its path                             | (B,C,H,W)  |
+| x_0    | the sample for z_T: the end of its path                            | (B,C,H,W)  |
 | z_t    | point of the straight path from x_0 to z_T                         | (B,C,H,W)  |
 | t, s   | times, s < t                                                       | (B,1,1,1)  |
 | f, v   | student as a denoiser, and its velocity dz/dt                      | (B,C,H,W)  |
@@ -45,12 +45,12 @@ class Reflow(Method):
     class Config(MethodConfig):
         lr: float = option(2e-3, "peak learning rate of Adam, in both phases")
         schedule: str = option("flow_matching", "the method is defined on flow_matching, and on no other schedule")
-        steps: int = option(64, "N, steps of an answer: the teacher's, and the flow's in distil_from=flow")
-        solver: str = option("ddim", f"sampler of the teacher's answer, SAMPLER or SAMPLER/GRID: {', '.join(SAMPLERS)}")
-        pairs: int = option(32_768, "noise-image pairs made ahead; 0: every batch is solved anew")
+        steps: int = option(64, "N, steps of the teacher's sampler, and of the flow with distil_from=flow")
+        solver: str = option("ddim", f"the teacher's sampler, SAMPLER or SAMPLER/GRID: {', '.join(SAMPLERS)}")
+        pairs: int = option(32_768, "noise-image pairs generated before training; 0: solved in each batch")
         t_low: float = option(1e-3, "smallest t of training, as in the released code")
         distil_share: float = option(0.5, "budget of the distillation, relative to reflow's; 0: no such phase")
-        distil_from: str = option("teacher", "answers to distil: teacher (its pairs, again), or flow (the paper)")
+        distil_from: str = option("teacher", "samples to distil: teacher (its pairs again), or flow (the paper)")
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -60,7 +60,7 @@ class Reflow(Method):
             require_one_of(self, "schedule", ("flow_matching",))
             require_one_of(self, "distil_from", ("teacher", "flow"))
             if not Solver.parse(self.solver).deterministic:
-                raise UserError(f"solver must give one answer to each noise, {self.solver!r} adds noise of its own")
+                raise UserError(f"solver must be deterministic, and {self.solver!r} adds noise")
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
@@ -77,7 +77,7 @@ class Reflow(Method):
         self.distils = index == 1
 
     def solve(self, eps: Tensor, c: Condition) -> Tensor:
-        """x_0, the teacher's answer to eps in N steps."""
+        """x_0, the teacher's sample from eps in N steps."""
         solver = Solver.parse(self.config.solver)
         return solver.solve(partial(self.teacher.denoise, c=c), self.teacher.schedule, eps, self.config.steps)
 
@@ -89,7 +89,7 @@ class Reflow(Method):
 
     @torch.no_grad()
     def coupling(self, batch: Batch) -> tuple[Tensor, Tensor, Condition]:
-        """(z_T, x_0) and what was asked for."""
+        """(z_T, x_0) and their conditioning."""
         if self.distils and self.config.distil_from == "flow":
             z_T, c = x_at_t_max(self.teacher.schedule, batch.noise()), batch.c
             return z_T, self.euler(self.flow, z_T, self.config.steps, c), c
@@ -120,7 +120,7 @@ class Reflow(Method):
         return nfe >= 1
 
     def ready(self, nfe: int, phase: int) -> bool:
-        return nfe == 1 or phase == 1  # the flow is kept when its phase ends
+        return nfe == 1 or phase == 1  # the flow exists once its phase is over
 
     def euler(self, f: nn.Module, z: Tensor, steps: int, c: Condition) -> Tensor:
         """The end, at t = 0, of the path from z = z_T."""
