@@ -145,7 +145,7 @@ def leading(summary: pd.DataFrame, labels: Sequence[str], directions: Mapping[st
     """For each score and nfe of rows that may be compared: the best method, and whether it leads significantly.
 
     `labels` names the rows of `summary`. Keys of each: score, nfe, name (several if tied), value, leads, alone (no
-    other method has the score), why.
+    other method has the score), has_intervals (all methods have one), why.
     """
     found: list[dict[str, object]] = []
     names = pd.Series(list(labels), index=summary.index, dtype=object)
@@ -162,10 +162,12 @@ def leading(summary: pd.DataFrame, labels: Sequence[str], directions: Mapping[st
             best = values.min() if direction == "lower" else values.max()
             first = values.index[values == best]
             row = scored.loc[first[0]]
+            ends = scored[[f"{score}_training_low", f"{score}_training_high"]]
             found.append({
                 "score": score, "nfe": int(nfe), "name": " = ".join(names[first].tolist()[:3]),
                 "value": number(best, row[f"{score}_training_low"], row[f"{score}_training_high"]),
                 "leads": bool(marks[group.index].any()), "alone": len(scored) == 1,
+                "has_intervals": bool(ends.notna().all(axis=None)),
                 "why": verdict(group.reset_index(drop=True), score, direction),
             })  # fmt: skip
     return found
@@ -181,10 +183,10 @@ def conclusion(found: Sequence[Mapping[str, object]]) -> list[str]:
         for one in sure
     ]
     if unsettled:
-        single = all("no interval over retraining" in str(one["why"]) for one in unsettled)
+        one_seed = not any(one["has_intervals"] for one in unsettled)
         because = (
             "an interval needs at least two training seeds of each method"
-            if single
+            if one_seed
             else "95 % intervals over training seeds overlap or are missing, or rows are incomplete"
         )
         where = "Elsewhere" if sure else "On every score"
