@@ -43,8 +43,8 @@ def folder(tmp_path):
     (run / "config.yaml").write_text("seed: 0\nmethods: {boot: {lr: 0.1}}\n---\nseed: 1\nmethods: {boot: {lr: 0.1}}\n")
     cell = tmp_path / "results" / "cells" / "c"
     cell.mkdir(parents=True)
-    told = {"sampling_seed": 0, "status": "ok"}
-    record = {"rows": [{"nfe": 1, **told}, {"nfe": 2, **told, "status": "failed"}, {"nfe": 4, **told}]}
+    base = {"sampling_seed": 0, "status": "ok"}
+    record = {"rows": [{"nfe": 1, **base}, {"nfe": 2, **base, "status": "failed"}, {"nfe": 4, **base}]}
     (cell / "evaluation-k0.json").write_text(json.dumps(record))
     shown = [torch.full((2, 1, 4, 4), value, dtype=torch.uint8) for value in (7, 9)]
     save_file(stack_shown(shown), cell / "evaluation-k0.safetensors")
@@ -82,7 +82,7 @@ def test_a_damaged_table_is_read_from_its_other_form(folder):
 
 @pytest.mark.parametrize("name", ["columns.json", "config.yaml", "environment.json"])
 @pytest.mark.parametrize("content", [None, "{", "[1]"])
-def test_what_is_missing_or_damaged_is_said_and_the_rest_is_used(folder, name, content):
+def test_missing_and_damaged_files_are_problems_and_the_rest_is_used(folder, name, content):
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)
@@ -92,26 +92,26 @@ def test_what_is_missing_or_damaged_is_said_and_the_rest_is_used(folder, name, c
         assert any(problem.startswith(name) for problem in run.problems)
 
 
-def test_another_version_is_said(folder):
+def test_columns_of_another_version_are_a_problem(folder):
     table = pd.DataFrame(rows(0, 1)).drop(columns=["budget"]).assign(old_column=1)
     table.to_parquet(folder / "table.parquet")
     run = read_run(folder)
     assert "budget" in run.problems[0] and run.problems[0].startswith("written by another version")
-    assert run.problems[1] == "columns that nothing declares are left out: old_column"
+    assert run.problems[1] == "undeclared columns are ignored: old_column"
     assert run.table["fd_toy"].to_list() == [10.0, 11.0]
 
 
-def test_scores_along_training_that_lack_columns_are_left_out_and_said(folder):
+def test_scores_along_training_without_needed_columns_are_ignored(folder):
     pd.DataFrame({"method": ["boot"], "fraction": [0.5]}).to_csv(folder / "along.csv", index=False)
     run = read_run(folder)
-    assert run.along.empty and run.problems == ["along is damaged, or written by another version: it is left out"]
+    assert run.along.empty and run.problems == ["along is damaged or written by another version: it is ignored"]
 
 
-def test_a_table_that_measures_something_twice_is_used_and_said(folder):
+def test_the_first_of_two_rows_of_one_measurement_is_used(folder):
     write_table(make_table([*rows(0, 1), *rows(1, fd_toy=99.0)], ["fd_toy"]), folder)
     run = read_run(folder)
     assert run.summary["fd_toy"].item() == 10.5 and len(run.table) == 3
-    assert run.problems[0].startswith("rows of one measurement differ, of which the first count: ")
+    assert run.problems[0].startswith("rows of one measurement differ; the first ones are used: ")
 
 
 def test_what_is_no_run_is_refused(folder):

@@ -1,4 +1,4 @@
-"""What `distillbench compare`, `merge` and `show` do, each an exit code. Bad input is a UserError: exit code 2."""
+"""`distillbench compare`, `merge` and `show`; each returns its exit code. Bad input raises UserError: exit code 2."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from distillbench.reports.show import Rows, plain, print_csv, print_rows, run_na
 def compare_runs(a: str, b: str, tolerance: float, all_costs: bool, console: Console) -> int:
     """Print how run `b` differs from run `a`.
 
-    0: nothing is worse beyond noise. 1: a score is worse beyond noise or has no value any more, a cost is worse by more
-    than `tolerance` (0.1 is 10 %), or a row that was ok failed or vanished. 2: nothing can be compared.
+    0: nothing is significantly worse. 1: a score is significantly worse or has no value any more, a cost is worse by
+    more than `tolerance` (0.1 is 10 %), or a row that was ok failed or is missing. 2: nothing can be compared.
     """
     if not tolerance >= 0:
         raise UserError(f"--tolerance must not be negative, got {tolerance:g}")
@@ -30,7 +30,7 @@ def compare_runs(a: str, b: str, tolerance: float, all_costs: bool, console: Con
 
 
 def merge_runs(folders: Sequence[str], output: str, keep: Keep | None, console: Console) -> int:
-    """Write the runs as one into `output`, which must not be there yet; print what was kept and what was left out."""
+    """Merge the runs into the new folder `output`; print what was kept and what was left out."""
     if len(folders) < 2:
         raise UserError(f"merge takes two runs or more, got {len(folders)}")
     runs = _read(folders)
@@ -59,7 +59,7 @@ def show_runs(
 
 
 def _read(folders: Sequence[str]) -> list[RunData]:
-    """The runs; what is missing or damaged in them is said on stderr."""
+    """The runs; their problems are printed to stderr."""
     runs = [read_run(Path(folder)) for folder in folders]
     for run in runs:
         for problem in run.problems:

@@ -95,7 +95,7 @@ def _declared(runs: Sequence[RunData], names: Sequence[str]) -> tuple[dict[str, 
     for name, run in zip(names, runs, strict=True):
         for score, declared in run.columns.items():
             if columns.setdefault(score, declared) != declared:
-                clashes.append(f"{name}: {score} is declared otherwise than in {names[0]}")
+                clashes.append(f"{name}: {score} is declared differently than in {names[0]}")
     return columns, clashes
 
 

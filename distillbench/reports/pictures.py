@@ -1,4 +1,4 @@
-"""Samples of every row from the same noise, as PNG strips: one picture a row, its images side by side."""
+"""Samples of every row from the same noise, as PNG strips: one picture per row, its images side by side."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from distillbench.reports.words import counted, is_known, number, other_reasons
 
 MOST_ROWS = 200
 MOST_COLUMNS = 16
-MOST_BYTES = 24 * 2**20  # of PNG in one grid: beyond, fewer columns are shown
+MOST_BYTES = 24 * 2**20  # of the PNGs of one grid; larger ones show fewer columns
 
 
 @dataclass(frozen=True)
 class Strip:
-    """A row of a grid: `source` is a data URI of `count` images of width x height, or empty and `note` says why."""
+    """A row of a grid: `source` is a data URI of `count` images of width x height, or "" and `note` says why."""
 
     label: str
     nfe: str
@@ -43,50 +43,80 @@ class Grid:
         return max((strip.count for strip in self.strips), default=0)
 
 
-def grid(rows: Sequence[tuple[RunData, str, Mapping[str, Any]]]) -> Grid | None:
-    """The grid of rows (run, label, row of its table), which may be compared; None if there is no row at all.
+Rows = Sequence[tuple[RunData, str, Mapping[str, Any]]]  # run, label, row of its table
 
-    Of rows of one label and nfe, which differ in seeds, the first is shown. At most MOST_ROWS rows, and as many
-    columns of MOST_COLUMNS as MOST_BYTES allow.
+
+@dataclass(frozen=True)
+class _Shown:
+    """A row of the grid and its images (N,C,H,W) uint8, None if there are none."""
+
+    label: str
+    row: Mapping[str, Any]
+    images: np.ndarray | None
+
+
+def grid(rows: Rows) -> Grid | None:
+    """The grid of rows that may be compared; None without rows.
+
+    Of rows with the same label and nfe, which differ in their seeds, the first is shown. There are at most MOST_ROWS
+    rows, and as many of MOST_COLUMNS columns as MOST_BYTES allow.
     """
-    chosen: dict[tuple[str, object], tuple[RunData, Mapping[str, Any]]] = {}
-    for run, label, row in rows:
-        name = (label, row["nfe"] if is_known(row["nfe"]) else None)
-        if name not in chosen or (chosen[name][1]["status"] != "ok" and row["status"] == "ok"):
-            chosen[name] = (run, row)
+    chosen = _one_per_label(rows)
     if not chosen:
         return None
     notes = []
-    seeds = {row["training_seed"] for _, row in chosen.values() if is_known(row["training_seed"])}
+    seeds = {row["training_seed"] for _, _, row in chosen if is_known(row["training_seed"])}
     if len({(row["method"], row["training_seed"]) for _, _, row in rows}) > len({row["method"] for _, _, row in rows}):
         notes.append(f"Of several training seeds one is shown: {', '.join(map(str, sorted(seeds)))}.")
     if len(chosen) > MOST_ROWS:
         notes.append(f"The first {MOST_ROWS} of {len(chosen):,} rows are shown.")
-    kept: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    found: list[tuple[str, RunData, Mapping[str, Any], np.ndarray | None]] = []
-    for (label, _), (run, row) in list(chosen.items())[:MOST_ROWS]:
-        key = str(row["key"]) if is_known(row["key"]) else ""
-        place = (str(run.folder), key)
-        if key and place not in kept:
-            kept[place] = {nfe: images[:MOST_COLUMNS] for nfe, _, images in run.shown(key)}
-        good = row["status"] == "ok" and is_known(row["nfe"])
-        found.append((label, run, row, kept.get(place, {}).get(int(row["nfe"])) if good else None))
-    columns = MOST_COLUMNS
-    while True:
-        strips = [_strip(label, row, images, columns) for label, _, row, images in found]
-        size = sum(len(strip.source) for strip in strips)
-        if size <= MOST_BYTES or columns == 1:
-            break
-        columns = max(1, min(columns - 1, int(columns * MOST_BYTES / size)))
+    strips, columns = _strips_within_limit(_with_images(chosen[:MOST_ROWS]))
     if columns < MOST_COLUMNS:
         notes.append(f"{counted(columns, 'column')} of {MOST_COLUMNS}, to keep this file small.")
     return Grid(strips, notes)
 
 
+def _one_per_label(rows: Rows) -> Rows:
+    """The first row of each label and nfe, one that is ok if there is one."""
+    chosen: dict[tuple[str, object], tuple[RunData, str, Mapping[str, Any]]] = {}
+    for run, label, row in rows:
+        name = (label, row["nfe"] if is_known(row["nfe"]) else None)
+        if name not in chosen or (chosen[name][2]["status"] != "ok" and row["status"] == "ok"):
+            chosen[name] = (run, label, row)
+    return list(chosen.values())
+
+
+def _with_images(rows: Rows) -> list[_Shown]:
+    """The rows with their images; each record is read once."""
+    read: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    found = []
+    for run, label, row in rows:
+        images = None
+        if is_known(row["key"]):
+            place = (str(run.folder), str(row["key"]))
+            if place not in read:
+                read[place] = {nfe: images[:MOST_COLUMNS] for nfe, _, images in run.shown(place[1])}
+            if row["status"] == "ok" and is_known(row["nfe"]):
+                images = read[place].get(int(row["nfe"]))
+        found.append(_Shown(label, row, images))
+    return found
+
+
+def _strips_within_limit(rows: Sequence[_Shown]) -> tuple[list[Strip], int]:
+    """The strips, with as many columns as MOST_BYTES allow (one at least), and that number."""
+    columns = MOST_COLUMNS
+    while True:
+        strips = [_strip(shown.label, shown.row, shown.images, columns) for shown in rows]
+        size = sum(len(strip.source) for strip in strips)
+        if size <= MOST_BYTES or columns == 1:
+            return strips, columns
+        columns = max(1, min(columns - 1, int(columns * MOST_BYTES / size)))
+
+
 def _strip(label: str, row: Mapping[str, Any], images: np.ndarray | None, columns: int) -> Strip:
     nfe, key = number(row["nfe"]), str(row["key"]) if is_known(row["key"]) else ""
     if images is None or not len(images):
-        gone = "its samples are not kept here: the records in cells/ are gone or damaged"
+        gone = "no samples: their records in cells/ are missing or damaged"
         bad = f"{row['status']}: {other_reasons(row['reason']) or 'no reason given'}"
         return Strip(label, nfe, key, note=gone if row["status"] == "ok" else bad)
     x = np.asarray(images[:columns]).transpose(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""Results of the literature, as data: shown beside measured ones, never among them."""
+"""Results from the literature, shown next to measured results and never among them."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ COLUMNS: dict[str, str] = {  # column: pandas type; docs/published.md
 NEEDED = ("method", "dataset", "resolution", "metric", "value", "data_free", "source", "read")  # empty in no row
 READ = ("first-hand", "second-hand", "disputed")
 DATA_FREE = ("yes", "no", "unknown")
-CASE = ["method", "dataset", "resolution", "nfe", "metric"]  # values that differ in one case dispute each other
+CASE = ["method", "dataset", "resolution", "nfe", "metric"]  # different values of one case are disputed
 
 
 def read_published(file: Path = FILE) -> pd.DataFrame:
-    """The rows of a file of published results, typed as COLUMNS. Raises UserError that names every row at fault."""
+    """The rows of a file of published results, with the types of COLUMNS. Raises UserError with every faulty line."""
     try:
         text = pd.read_csv(file, dtype="string", keep_default_na=False, encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{file.name} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(text.index, pd.RangeIndex):  # pandas takes what is too much in a row for its name
+    if not isinstance(text.index, pd.RangeIndex):  # pandas takes surplus fields as the row's name
         raise UserError(f"{file.name} has rows of more than {len(text.columns)} fields")
     if list(text) != list(COLUMNS):
         raise UserError(f"{file.name} has columns {', '.join(map(str, text))}. Needed: {', '.join(COLUMNS)}")
@@ -57,7 +57,7 @@ def read_published(file: Path = FILE) -> pd.DataFrame:
         numbers = pd.to_numeric(text[name], errors="coerce").astype("Float64")
         numbers = numbers.mask(numbers.abs() > 2**53) if kind == "Int64" else numbers  # infinities too
         bad = text[name].notna() & (numbers.isna() | ((numbers % 1 != 0) & (kind == "Int64")))
-        faults += _said(text.index[bad.fillna(False)], f"{name} is no {'whole ' if kind == 'Int64' else ''}number")
+        faults += _fault(text.index[bad.fillna(False)], f"{name} is no {'whole ' if kind == 'Int64' else ''}number")
         frame[name] = numbers.mask(bad).astype(kind)
     faults += _faults(frame) if not faults else []
     if faults:
@@ -66,13 +66,13 @@ def read_published(file: Path = FILE) -> pd.DataFrame:
 
 
 def _faults(frame: pd.DataFrame) -> list[str]:
-    """What is wrong with typed rows, in words; [] if nothing is."""
+    """What is wrong with typed rows; [] if nothing is."""
     faults = []
     for name in NEEDED:
-        faults += _said(frame.index[frame[name].isna()], f"no {name}")
+        faults += _fault(frame.index[frame[name].isna()], f"no {name}")
     for name, possible in (("read", READ), ("data_free", DATA_FREE)):
         wrong = frame[name].notna() & ~frame[name].isin(possible)
-        faults += _said(frame.index[wrong], f"{name} is none of {', '.join(possible)}")
+        faults += _fault(frame.index[wrong], f"{name} is none of {', '.join(possible)}")
     for name, low, high in (
         ("resolution", 1, 4096),
         ("nfe", 1, 10_000),
@@ -81,23 +81,23 @@ def _faults(frame: pd.DataFrame) -> list[str]:
         ("recall", 0, 1),
     ):
         out = ~frame[name].between(low, high) & frame[name].notna()
-        faults += _said(frame.index[out.fillna(False)], f"{name} is not within {low} and {high}")
+        faults += _fault(frame.index[out.fillna(False)], f"{name} is not within {low} and {high}")
     text = [name for name, kind in COLUMNS.items() if kind == "string"]
     untidy = (
         frame[text].apply(lambda column: column.ne(column.str.strip()) | column.str.contains("[\n\r\t]")).fillna(False)
     )
-    faults += _said(frame.index[untidy.fillna(False).any(axis=1)], "spaces around a text, or a line break in it")
+    faults += _fault(frame.index[untidy.fillna(False).any(axis=1)], "spaces around a text, or a line break in it")
     again = frame.duplicated([*CASE, "teacher", "value", "source"])
-    faults += _said(frame.index[again], "the same as an earlier row")
+    faults += _fault(frame.index[again], "the same as an earlier row")
     cases = frame.groupby(CASE, dropna=False)["value"].transform("nunique")
     disputed = frame["read"].eq("disputed").fillna(False)
     case = ", ".join(CASE)
-    faults += _said(frame.index[disputed & (cases < 2)], f"disputed, but no other value has the same {case}")
-    faults += _said(frame.index[~disputed & (cases > 1)], f"another value has the same {case}: all must be disputed")
+    faults += _fault(frame.index[disputed & (cases < 2)], f"disputed, but no other value has the same {case}")
+    faults += _fault(frame.index[~disputed & (cases > 1)], f"another value has the same {case}: all must be disputed")
     return faults
 
 
-def _said(rows: pd.Index, fault: str) -> list[str]:
+def _fault(rows: pd.Index, fault: str) -> list[str]:
     return [f"line {', '.join(str(row + 2) for row in rows)}: {fault}"] if len(rows) else []
 
 
@@ -109,7 +109,7 @@ def _shipped() -> pd.DataFrame:
 def published(dataset: str, resolution: int) -> pd.DataFrame:
     """The published rows of a dataset at a resolution (side in pixels), by metric, nfe and value.
 
-    Columns and types of COLUMNS; no rows where nothing is known.
+    Columns and types are those of COLUMNS; no rows if nothing is known.
     """
     every = _shipped()
     found = every[every["dataset"].eq(dataset) & every["resolution"].eq(resolution)]
@@ -117,10 +117,10 @@ def published(dataset: str, resolution: int) -> pd.DataFrame:
 
 
 def published_section(runs: Iterable[RunData]) -> pd.DataFrame:
-    """The published rows of the very datasets and resolutions that `runs` are of, and of no others.
+    """The published rows of the datasets and resolutions of `runs`.
 
-    They are a section of their own, under LABEL, never rows among measured ones. The resolution is that of a run's
-    settings; a run whose settings name none, such as a missing config.yaml, brings no rows.
+    Reports show them in a section of their own under LABEL, never among measured rows. The resolution is that of a
+    run's settings; a run without settings (a missing config.yaml) adds no rows.
     """
     asked = {
         (str(dataset.get("kind")), dataset["resolution"])

@@ -1,4 +1,4 @@
-"""A run's folder as it is read for reports: whatever is missing or damaged is said, and the rest is used."""
+"""A run's folder as reports read it: what is missing or damaged becomes a problem, the rest is used."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from distillbench.sample_grid import unstack_shown
 from distillbench.statistics import KEYS, SEEDS, summarise
 from distillbench.table import FIRST, LAST, LATER, make_along, make_table
 
-TWICE = "rows of one measurement differ, of which the first count"
-KEY = re.compile(r"[\w-]{1,64}")  # of an evaluation: no path, no pattern
-NOT_RUNS = ("cells", "cache")  # folders beside runs that are none
+TWICE = "rows of one measurement differ; the first ones are used"
+KEY = re.compile(r"[\w-]{1,64}")  # of an evaluation; cannot be a path or a pattern
+NOT_RUNS = ("cells", "cache")  # folders beside runs
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run left. Frames are empty where it left nothing; `problems` says what is missing or damaged, in words."""
+    """The files of a run. A missing or damaged one is an empty frame or {}, and `problems` says so."""
 
     folder: Path
     table: pd.DataFrame  # docs/columns.md
-    summary: pd.DataFrame  # over seeds, computed anew from the table
+    summary: pd.DataFrame  # over seeds, computed from the table
     along: pd.DataFrame  # scores along training
     columns: dict[str, dict[str, str]]  # what each score declares: unit, direction, network, needs, protocol
     configs: list[dict[str, Any]]  # resolved settings, one for each point of the grid
@@ -46,13 +46,12 @@ class RunData:
     @property
     def directions(self) -> dict[str, str]:
         """By score: lower, higher or none."""
-        return {name: told["direction"] for name, told in self.columns.items()}
+        return {name: declared["direction"] for name, declared in self.columns.items()}
 
     def shown(self, key: str) -> list[tuple[int, int, np.ndarray]]:
-        """(nfe, sampling seed, images (N,C,H,W) uint8) that were kept of the evaluation `key`; [] if they are gone.
+        """(nfe, sampling seed, images (N,C,H,W) uint8) of the evaluation `key`; [] if its record is missing or damaged.
 
-        They are of the rows that are ok, of the first sampling seed, in the order of their nfe, from the same noise in
-        every evaluation.
+        The images are of rows that are ok, of the first sampling seed, by nfe; every evaluation has the same noise.
         """
         if not KEY.fullmatch(key):
             return []
@@ -71,13 +70,13 @@ class RunData:
 
     @functools.cached_property
     def _evaluations(self) -> dict[str, Path]:
-        """The records of evaluations beside the run, by their keys: all names are read once."""
+        """The records of all evaluations beside the run, by key."""
         found = (self.folder.parent / "cells").glob("*/evaluation-*.json")
         return {record.stem.removeprefix("evaluation-"): record for record in found}
 
 
 def read_run(folder: Path) -> RunData:
-    """The run in `folder`. Raises UserError only where there is no such folder, or it holds nothing of a run."""
+    """The run in `folder`. Raises UserError only if the folder does not exist or has no file of a run."""
     if not folder.is_dir():
         beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
         runs = [name for name in beside if name not in NOT_RUNS]
@@ -93,7 +92,7 @@ def read_run(folder: Path) -> RunData:
     table = make_table([], list(columns)) if table is None else _known(table, columns, problems)
     along = _frame(folder, "along", problems, needed=False)
     if along is not None and not {"method", "training_seed", "nfe", "fraction", "status", *columns} <= set(along):
-        problems.append("along is damaged, or written by another version: it is left out")
+        problems.append("along is damaged or written by another version: it is ignored")
         along = None
     configs = _configs(folder, problems)
     missing = _unfinished(table, configs)
@@ -106,8 +105,8 @@ def read_run(folder: Path) -> RunData:
 
 
 def _summary(table: pd.DataFrame, columns: dict[str, dict[str, str]], problems: list[str]) -> pd.DataFrame:
-    """Over seeds; of a table that measures something twice the first rows count, and that is said."""
-    directions = {name: told["direction"] for name, told in columns.items()}
+    """The summary over seeds. If a table has several rows of one measurement, the first is used, which is a problem."""
+    directions = {name: declared["direction"] for name, declared in columns.items()}
     if not len(table):
         return table
     try:
@@ -120,23 +119,23 @@ def _summary(table: pd.DataFrame, columns: dict[str, dict[str, str]], problems: 
 def _columns(folder: Path, problems: list[str]) -> dict[str, dict[str, str]]:
     declared = _json(folder / "columns.json", problems)
     good = {
-        name: told
-        for name, told in declared.items()
-        if isinstance(told, dict) and told.get("direction") in ("lower", "higher", "none")
+        name: facts
+        for name, facts in declared.items()
+        if isinstance(facts, dict) and facts.get("direction") in ("lower", "higher", "none")
     }
     if len(good) != len(declared):
-        problems.append("columns.json is damaged: some scores have no direction and are left out")
+        problems.append("columns.json is damaged: scores without a direction are ignored")
     return good
 
 
 def _known(table: pd.DataFrame, columns: dict[str, dict[str, str]], problems: list[str]) -> pd.DataFrame:
-    """The table with the columns and types of this version; what it lacks is empty, and said."""
+    """The table with the columns and types of this version; missing columns are empty, which is a problem."""
     lacking = [name for name in [*FIRST, *LAST] if name not in table and name not in LATER]
     if lacking:
-        problems.append(f"written by another version: without {', '.join(lacking)}")
+        problems.append(f"written by another version: no columns {', '.join(lacking)}")
     undeclared = [name for name in table if name not in {*FIRST, *LAST, *columns}]
     if undeclared:
-        problems.append(f"columns that nothing declares are left out: {', '.join(map(str, undeclared))}")
+        problems.append(f"undeclared columns are ignored: {', '.join(map(str, undeclared))}")
     try:
         rows: list[dict[str, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")  # type: ignore[assignment]
         return make_table(rows, list(columns))
@@ -146,7 +145,7 @@ def _known(table: pd.DataFrame, columns: dict[str, dict[str, str]], problems: li
 
 
 def _frame(folder: Path, name: str, problems: list[str], needed: bool = True) -> pd.DataFrame | None:
-    """<name>.parquet, or <name>.csv where that is missing or damaged."""
+    """<name>.parquet, or <name>.csv if that is missing or damaged."""
     readers = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
     found = False
     for suffix, read in readers.items():
@@ -156,7 +155,7 @@ def _frame(folder: Path, name: str, problems: list[str], needed: bool = True) ->
         found = True
         try:
             return read(file)
-        except Exception as error:  # pandas and pyarrow raise much for a damaged file
+        except Exception as error:  # pandas and pyarrow can raise anything for a damaged file
             problems.append(f"{file.name} is damaged: {' '.join(str(error).split())[:100]}")
     if needed and not found:
         problems.append(f"there is no {name}: the run has finished no cell")
@@ -164,16 +163,16 @@ def _frame(folder: Path, name: str, problems: list[str], needed: bool = True) ->
 
 
 class _Plain(yaml.SafeLoader):
-    """YAML without aliases: nine lines of them stand for a billion values."""
+    """YAML without aliases: nine lines of aliases can stand for a billion values."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias, which settings do not need")
+            raise yaml.YAMLError("it has an alias, which settings never have")
         return super().compose_node(parent, index)
 
 
 def _is_config(document: Any) -> bool:
-    """Whether a document may be a run's settings, as far as reports look at them."""
+    """Whether a document can be a run's settings, as far as reports use them."""
     if not isinstance(document, dict):
         return False
     methods, seed = document.get("methods"), document.get("seed")
@@ -186,7 +185,7 @@ def _configs(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
         documents = read_settings(text, lambda part: list(yaml.load_all(part, _Plain)))
         good = [document for document in documents if _is_config(document)]
         if len(good) != len(documents):
-            problems.append("config.yaml is damaged: some of it holds no settings and is left out")
+            problems.append("config.yaml is damaged: documents that are not settings are ignored")
         return good
     except FileNotFoundError:
         problems.append("config.yaml is missing: settings are not known")
@@ -209,7 +208,7 @@ def _json(file: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _unfinished(table: pd.DataFrame, configs: list[dict[str, Any]]) -> list[str]:
-    """Methods and seeds that the settings name and that have no row."""
+    """Methods and seeds of the settings that have no row."""
     there = {(row.method, row.training_seed) for row in table[["method", "training_seed"]].itertuples()}
     wanted = [(name, config.get("seed")) for config in configs for name in config.get("methods") or {}]
     return [f"{name} (seed {seed})" for name, seed in dict.fromkeys(wanted) if (name, seed) not in there]

@@ -237,7 +237,7 @@ def _section(name: str, group: _Group, along: list[Row], several_sections: bool)
 def _title(facts: dict[str, Any], several_sections: bool) -> str:
     parts = [str(facts["dataset"] or "unknown dataset"), str(facts["teacher"] or "")]
     if several_sections:
-        parts += [str(facts["budget"] or "teacher alone")]
+        parts += [str(facts["budget"] or "teacher only")]
         parts += [f"{number(facts['images'])} images"] if facts["images"] else []
         parts += [f"guidance {number(facts['guidance'])}"] if facts["guidance"] is not None else []
         parts += [f"protocol {facts['protocol']}"] if facts["protocol"] else []
@@ -250,11 +250,11 @@ def _compared(group: _Group) -> str:
     students = list(dict.fromkeys(str(entry.values["method"]) for entry in group.students))
     teacher = f"the frozen teacher {facts['teacher'] or 'of unknown name'}"
     teacher += f" on {facts['dataset'] or 'an unknown dataset'}"
-    images = f"{number(facts['images'])} samples a row" if facts["images"] else "an unknown number of samples"
+    images = f"{number(facts['images'])} samples per row" if facts["images"] else "an unknown number of samples"
     samplers = words.listed(group.samplers)
     if not students:
-        return f"Scored: {teacher} alone, sampled by {samplers}, on {images}."
-    beside = f" beside the teacher's own samples by {samplers}" if group.samplers else ""
+        return f"Only the teacher was scored: {teacher}, sampled with {samplers}, on {images}."
+    beside = f", next to the teacher sampled with {samplers}" if group.samplers else ""
     verb, each = ("was", "") if len(students) == 1 else ("were", "each ")
     return (
         f"{words.listed(students)} {verb} distilled from {teacher}, {each}within "
@@ -265,14 +265,14 @@ def _compared(group: _Group) -> str:
 def _facts(group: _Group) -> list[tuple[str, str]]:
     """The list of facts above a section's tables, without empty ones."""
     facts, students = group.facts, group.students
-    sampled_by = f", sampled by {words.listed(group.samplers)}" if group.samplers else ""
+    sampled_by = f", sampled with {words.listed(group.samplers)}" if group.samplers else ""
     devices = dict.fromkeys(entry.values["device"] for entry in group.entries if entry.values["device"])
     found = [
         ("Dataset", facts["dataset"]),
         ("Teacher", f"{facts['teacher'] or ''}{sampled_by}"),
         ("Guidance", number(facts["guidance"])),
-        ("Budget of each", facts["budget"] or ("not known" if students else "none: nothing is trained")),
-        ("Samples a row", number(facts["images"])),
+        ("Budget per method", facts["budget"] or ("not known" if students else "none: nothing is trained")),
+        ("Samples per row", number(facts["images"])),
         ("Training seeds", _span(students, "training_seeds")),
         ("Sampling seeds", _span(group.entries, "sampling_seeds")),
         ("Protocol", facts["protocol"] or "not known"),

@@ -180,7 +180,7 @@ def _score_cell(entry: Entry, score: str, leads: bool) -> Cell:
     if row.get(f"{score}_missing"):
         title = f"{title}; {row[f'{score}_missing']} of its rows have no score".lstrip("; ")
     if leads:
-        title = f"leads: no other interval reaches its own. {title}"
+        title = f"leads: its interval overlaps with no other. {title}"
     return Cell(number(value, low, high), float(value), below, "best" if leads else "", title)
 
 

@@ -1,4 +1,4 @@
-"""What `distillbench report` does: read runs and write reports, with --watch anew whenever a run has changed."""
+"""`distillbench report`: read runs and write their reports, with --watch again whenever a run has changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TABLES: dict[str, tuple[str, Literal["markdown", "latex", "csv"]]] = {
     "latex": ("table.tex", "latex"),
     "csv": ("paper.csv", "csv"),  # table.csv is the run's own
 }
-LOOKED_AT_EVERY = 5.0  # seconds
+WATCH_SECONDS = 5.0
 SETTING = re.compile(r"(\w+)=(\d+)")
 
 
@@ -28,9 +28,10 @@ def report_runs(
     folders: Sequence[str], forms: Sequence[str], output: str | None, columns: Sequence[str],
     precision: Sequence[str], sort: str | None, watch: bool, console: Console,
 ) -> None:  # fmt: skip
-    """Write the reports of the runs in `folders` to `output`, or beside the first run's table.
+    """Write reports of the runs in `folders` to `output`, or to the folder of the first run.
 
-    `forms` are of html, markdown, latex, csv and figures. Raises UserError for what does not fit.
+    `forms` are some of html, markdown, latex, csv and figures. Raises UserError for folders that are not runs and for
+    unknown columns.
     """
     target = Path(output) if output is not None else Path(folders[0])
     if output is not None:
@@ -90,7 +91,7 @@ def _watch(folders: Sequence[Path], write: Callable[[], None]) -> None:
     """Call `write` whenever a run's files have changed, until interrupted."""
     before = _state(folders)
     while True:
-        time.sleep(LOOKED_AT_EVERY)
+        time.sleep(WATCH_SECONDS)
         now = _state(folders)
         if now != before:
             write()
@@ -98,7 +99,7 @@ def _watch(folders: Sequence[Path], write: Callable[[], None]) -> None:
 
 
 def _state(folders: Sequence[Path]) -> list[tuple[str, int]]:
-    """When the files that reports are made of were written."""
+    """The modification times of the files that reports read."""
     names = ("table.parquet", "along.parquet", "columns.json", "config.yaml", "environment.json")
     files = [folder / name for folder in folders for name in names]
     return [(str(file), file.stat().st_mtime_ns) for file in files if file.is_file()]
