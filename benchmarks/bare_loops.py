@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from distillbench.embeddings import TimeEmbedding
 from distillbench.method import Batch, Method, Read
-from distillbench.networks import TimeEmbedding
 
 LOG_EVERY = 50  # steps between readings of the loss
 THETA_0, THETA_1 = math.atan(math.exp(-10)), math.atan(math.exp(10))  # log SNR from 20 to -20

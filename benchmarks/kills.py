@@ -36,9 +36,9 @@ from distillbench.files import TEMPORARY
 from distillbench.plan import plan
 from distillbench.progress import Progress, Step
 from distillbench.registry import load_registry
-from distillbench.results import LAST
 from distillbench.run import run
 from distillbench.signals import Interrupted, stopping
+from distillbench.table import LAST
 
 torch.set_num_threads(1)  # before the fork: threads do not survive it
 WORDS = [

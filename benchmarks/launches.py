@@ -62,13 +62,13 @@ class Step:
 def count_step(cls: type, guided: bool, precision: str, depth: int) -> Step:
     """The third step of the first phase of a method, as the harness makes it; raises UserError for a refusal."""
     from distillbench.budget import BudgetConfig
+    from distillbench.build import build_method
     from distillbench.compute import ComputeConfig, applied
     from distillbench.conditions import WITHOUT_CLASSES, Conditioning
     from distillbench.data_stream import DataStream
     from distillbench.denoiser import Denoiser
     from distillbench.networks import UNet
     from distillbench.schedules import VPCosine
-    from distillbench.speed import build_method
     from distillbench.teachers import Teacher
     from distillbench.testbench import SILENT, workspace_of
     from distillbench.train import Loop, train

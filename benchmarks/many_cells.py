@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from distillbench.cell import AS_IS, evaluation_inputs, run_cell
+from distillbench.cell import AS_IS, run_cell
+from distillbench.cell_keys import evaluation_inputs
 from distillbench.cell_training import STUDENT, TRAIN
 from distillbench.claims import claimed
 from distillbench.config import RunConfig, compose_runs
-from distillbench.engines import Looked
+from distillbench.done import CellDescription
 from distillbench.files import key_of
-from distillbench.hands import OwnHands, Seen
-from distillbench.plan import Cell, plan
+from distillbench.hands import InProcessWorker, Scan
+from distillbench.plan import plan
 from distillbench.progress import Progress
 from distillbench.registry import Registry, load_registry
 from distillbench.reports.write import report_runs
@@ -36,6 +37,7 @@ from distillbench.results import EvaluationRecord, TrainRecord, load_record, wri
 from distillbench.run import run
 from distillbench.run_table import RunTable
 from distillbench.seen_files import SeenFiles
+from distillbench.shared_context import Cell
 from distillbench.signals import Stop
 from distillbench.terminal import print_plan, print_rows, print_table
 
@@ -64,20 +66,27 @@ def words(seeds: int, settings: int, results: Path) -> list[str]:
     return [*WORDS, f"seed=range(0,{seeds})", f"methods.boot.lr={rates}", f'results_dir="{results}"']
 
 
-def train_one(cells: Sequence[Cell], seen: Sequence[Seen]) -> tuple[TrainRecord, EvaluationRecord, Path]:
+def train_one(
+    cells: Sequence[Cell], descriptions: Sequence[CellDescription]
+) -> tuple[TrainRecord, EvaluationRecord, Path]:
     """The records of the first student and their folder; the teacher is scored, too."""
-    for cell in cells[:2]:
-        run_cell(cell, Progress(None), AS_IS, Stop())
-    folder = seen[1].about.folder
+    for cell, description in zip(cells[:2], descriptions[:2], strict=True):
+        run_cell(cell, description, Progress(None), AS_IS, Stop())
+    folder = descriptions[1].folder
     (evaluation,) = folder.glob("evaluation-*.json")
     return load_record(folder / TRAIN, TrainRecord), load_record(evaluation, EvaluationRecord), folder
 
 
 def fabricate(
-    cell: Cell, seen: Seen, files: SeenFiles, training: TrainRecord, evaluation: EvaluationRecord, source: Path
+    cell: Cell,
+    description: CellDescription,
+    files: SeenFiles,
+    training: TrainRecord,
+    evaluation: EvaluationRecord,
+    source: Path,
 ) -> None:
     """What the training and the evaluation of `cell` would leave."""
-    inputs, folder = seen.about.train_inputs, seen.about.folder
+    inputs, folder = description.train_inputs, description.folder
     folder.mkdir(parents=True, exist_ok=True)
     key = key_of(inputs)
     os.link(source / STUDENT, folder / STUDENT)
@@ -105,22 +114,22 @@ def main(seeds: int, settings: int) -> None:
             cells = plan(configs, registry)
         with clock.stage("show the plan"):
             print_plan(Console(file=io.StringIO(), width=120), cells)
-        hands = OwnHands(progress, Stop())
+        worker = InProcessWorker(progress, Stop())
         with clock.stage("look at what is there: nothing"):
-            seen = hands.look(cells, AS_IS)
+            descriptions = worker.scan(cells, AS_IS).descriptions
         with clock.stage("claim each, one after the other"):
-            for one in seen:
-                with claimed(one.about.folder) as mine:
+            for description in descriptions:
+                with claimed(description.folder) as mine:
                     assert mine
-        records = train_one(cells, seen)
+        records = train_one(cells, descriptions)
         files = SeenFiles(Path(configs[0].results_dir) / "cells")
         with clock.stage("write the records of each"):
-            for cell, one in zip(cells[2:], seen[2:], strict=True):
-                fabricate(cell, one, files, *records)
+            for cell, description in zip(cells[2:], descriptions[2:], strict=True):
+                fabricate(cell, description, files, *records)
             files.keep()
         with clock.stage("look at what is there: everything"):
-            found = hands.look(cells, AS_IS)
-        assert all(one.done is not None for one in found)
+            found = worker.scan(cells, AS_IS)
+        assert all(result is not None for result in found.results)
         shown = Progress(Console(file=io.StringIO(), width=120))
         with clock.stage("the whole run again, to its end"):
             outcome = run(cells, configs, shown, lambda rows: print_rows(shown, rows))
@@ -129,19 +138,19 @@ def main(seeds: int, settings: int) -> None:
             print_table(Console(file=io.StringIO(), width=120), outcome.table, outcome.summary, directions)
         with clock.stage("report"):
             report_runs([str(outcome.folder)], ("html",), None, (), (), None, False, Console(file=io.StringIO()))
-        trickle(cells, configs, Looked(found, {}), shown, clock)
+        trickle(cells, configs, found, shown, clock)
 
 
-def trickle(cells: list[Cell], configs: list[RunConfig], looked: Looked, shown: Progress, clock: Clock) -> None:
+def trickle(cells: list[Cell], configs: list[RunConfig], scan: Scan, shown: Progress, clock: Clock) -> None:
     """The rows come in one by one, as from trainings that take no time."""
     folder = Path(configs[0].results_dir) / "one-by-one"
-    table = RunTable(folder, cells, configs, looked, lambda rows: print_rows(shown, rows))
-    write, written = table.writing.write, []
-    table.writing.write = lambda: (written.append(time.perf_counter()), write())
+    table = RunTable(folder, cells, configs, scan, lambda rows: print_rows(shown, rows))
+    write, written = table.writer.write, []
+    table.writer.write = lambda: (written.append(time.perf_counter()), write())
     with clock.stage("rows that come in one by one, to the end"):
-        for index, one in enumerate(looked.seen):
-            assert one.done is not None
-            table.add({index: one.done})
+        for index, result in enumerate(scan.results):
+            assert result is not None
+            table.add({index: result})
         table.finish("skipped", "")
     print(f"\nThe folder was written {len(written)} times meanwhile.")
 

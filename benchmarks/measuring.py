@@ -19,6 +19,7 @@ from bare_loops import LOOPS, Task, own_steps
 from tabulate import tabulate
 
 from distillbench.budget import BudgetConfig, Meter, Watch
+from distillbench.build import build_method
 from distillbench.builtin.digits import Digits
 from distillbench.builtin.trained import Trained
 from distillbench.config import StatesConfig
@@ -34,7 +35,6 @@ from distillbench.pairs import Workspace
 from distillbench.progress import Progress, Step
 from distillbench.resume import Resume, States
 from distillbench.schedules import VPCosine
-from distillbench.speed import build_method
 from distillbench.teachers import Teacher
 from distillbench.train import Loop, train
 from distillbench_boot import Boot

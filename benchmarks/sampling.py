@@ -21,7 +21,8 @@ from measuring import SCENES, Pair, Scene, compare, machine, print_table
 from torch import Tensor
 
 from distillbench.conditions import UNCONDITIONAL
-from distillbench.evaluate import EvaluationConfig, Evaluator, teacher_sampler
+from distillbench.evaluate import Evaluator, teacher_sampler
+from distillbench.evaluation_settings import EvaluationConfig
 from distillbench.features import Networks
 from distillbench.noise import FixedNoise
 from distillbench.progress import Progress

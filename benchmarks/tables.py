@@ -22,8 +22,8 @@ from pathlib import Path
 import pandas as pd
 from measuring import machine, print_table
 
-from distillbench.results import make_table, write_table
 from distillbench.statistics import summarise
+from distillbench.table import make_table, write_table
 from distillbench.terminal import new_console
 
 METRICS = ("fd_toy", "rmse_toy")

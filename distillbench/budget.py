@@ -1,4 +1,4 @@
-"""The budget: one limit for every method, in images, seconds or network evaluations, and the meter that holds to it."""
+"""The training budget, in images, seconds or network evaluations, and the meter that counts what is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distillbench.teachers import Teacher
 
 
 class Limit(StrEnum):
-    """What a budget is counted in."""
+    """The quantity that a budget limits."""
 
     images = "images"
     seconds = "seconds"
@@ -29,9 +29,9 @@ class BudgetConfig:
     """How long every method may train. Only the amount that `limit` names counts."""
 
     limit: Limit = option(Limit.images, "what stops training: images, seconds or nfe")
-    images: int = option(300_000, "training images, each time it is used")
-    seconds: float = option(60.0, "wall-clock seconds, what is made ahead included")
-    nfe: int = option(2_000_000, "network evaluations of teacher and student, forward, one image each")
+    images: int = option(300_000, "training images, each use of an image counted")
+    seconds: float = option(60.0, "wall-clock seconds, preparation included")
+    nfe: int = option(2_000_000, "network evaluations: forward passes of teacher and student, one per image")
 
     def __post_init__(self) -> None:
         require_positive(self, "images", "seconds", "nfe")
@@ -48,12 +48,11 @@ class BudgetConfig:
 
 @dataclass(frozen=True)
 class Price:
-    """What training has cost so far. teacher_seconds + student_seconds + compile_seconds + other_seconds are all
-    seconds.
+    """What training has cost so far. seconds = teacher_seconds + student_seconds + compile_seconds + other_seconds.
 
-    Evaluations are images (rows) that went forward through a network; `_backward` says for how many of them a gradient
-    was needed. Where the students' architecture is not the teacher's own (a closed form has none), what deputies of the
-    students' kind evaluated in the teacher's stead is named apart: it costs another number of FLOPs.
+    Evaluations are images (rows) of forward passes; `_backward` counts those that a gradient was computed for. If the
+    students' architecture differs from the teacher's (an analytic teacher has none), evaluations of frozen copies of
+    students in place of the teacher are also counted apart (`stand_in`), since their FLOPs differ.
     """
 
     images: int = 0
@@ -62,26 +61,26 @@ class Price:
     student_nfe: int = 0
     teacher_backward: int = 0  # to the input: the teacher's weights are frozen
     student_backward: int = 0
-    student_backward_input: int = 0  # of student_backward: to the input only, through weights that are held
-    stand_in_nfe: int = 0  # of teacher_nfe: by networks of another kind than the teacher's
+    student_backward_input: int = 0  # of student_backward: to the input only, through frozen weights
+    stand_in_nfe: int = 0  # of teacher_nfe: by networks of another architecture
     stand_in_backward: int = 0  # of teacher_backward
-    teacher_seconds: float = 0.0  # forwards of the teacher, and of its deputies
-    student_seconds: float = 0.0  # forwards of the student and its copies, all backward passes, optimiser steps
-    compile_seconds: float | None = 0.0  # torch's compiler; None where it does not tell: it is in the others then
+    teacher_seconds: float = 0.0  # forward passes of the teacher and of its frozen copies
+    student_seconds: float = 0.0  # forward passes of students, all backward passes, optimiser steps
+    compile_seconds: float | None = 0.0  # torch's compiler; None if torch does not report it: then it is in the others
     other_seconds: float = 0.0
 
 
 class Watch(Protocol):
-    """What is measured round a training and can leave out a stretch of it: energy, peaks of memory."""
+    """A measurement during training that can be paused: energy, peaks of memory."""
 
     def paused(self) -> AbstractContextManager[None]: ...
 
 
 class Meter:
-    """Reads the counters of a teacher's family of networks, and the clock, from the moment it is made.
+    """Counts evaluations of the teacher's and students' networks, and seconds, from its construction on.
 
-    It also has their forwards timed, until :meth:`stop`; a newer meter of the family takes that over. `watches` and
-    `energy`, measured round the training, are paused when the meter is.
+    Until :meth:`stop` it times their forward passes; a newer meter for the same teacher replaces it. `watches` and
+    `energy` are paused together with the meter.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class Meter:
         self.budget, self.teacher, self.device = budget, teacher, device
         self._watches, self._energy = [*watches, *([energy] if energy else [])], energy
         self.images = 0
-        self.charged = Price()  # done before, and not by this meter's networks
+        self.charged = Price()  # computed earlier, not by this meter's networks
         self.charged_energy = NO_ENERGY
         self.stopwatch = Stopwatch.of(device)
         self._compiler = CompileWatch(self.stopwatch)
@@ -108,7 +107,7 @@ class Meter:
         self._start = self.stopwatch.now()
 
     def stop(self) -> None:
-        """Time no more forwards, and no compiler: they are not part of the training."""
+        """Stop timing forward passes and the compiler: training is over."""
         self._compiler.stop()
         for counter, timed in self._timed.items():
             if counter.timed is timed:
@@ -116,12 +115,12 @@ class Meter:
 
     @property
     def no_compile_seconds(self) -> str:
-        """Why a price has no compile_seconds; empty where it has."""
+        """Reason for ``compile_seconds=None``; empty if there is a value."""
         return self._compiler.reason
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Nothing that the block does is charged: no seconds, no evaluations, no energy, no peaks of memory."""
+        """Charge nothing in the block: no seconds, evaluations, energy or peaks of memory."""
         self.stopwatch.wait()
         begin, before = self.stopwatch.now(), self._rows()
         try:
@@ -144,9 +143,9 @@ class Meter:
         energy: Energy = NO_ENERGY,
         compile_seconds: float = 0.0,
     ) -> None:
-        """Add work of this method that was done before and is used again, such as pairs found in the cache.
+        """Add the cost of work that was done earlier and is used again, such as cached pairs.
 
-        `teacher_seconds` are those of `seconds` that the teacher took, `compile_seconds` those of torch's compiler.
+        `teacher_seconds` and `compile_seconds` are the parts of `seconds` spent in the teacher and in torch's compiler.
         """
         self.charged = replace(
             self.charged,
@@ -158,7 +157,7 @@ class Meter:
         self.charged_energy += energy
 
     def restart(self, price: Price, energy: Energy) -> None:
-        """Go on from what an earlier process had paid; what this meter has counted so far is charged to nobody."""
+        """Continue from the cost of an earlier process; what this meter has counted so far is dropped."""
         self.stopwatch.reset()
         self._start, self._uncharged_rows = self.stopwatch.now(), self._rows()
         if self._energy is not None:
@@ -166,7 +165,7 @@ class Meter:
         self.images, self.charged, self.charged_energy = price.images, price, energy
 
     def _rows(self) -> dict[str, int]:
-        """What the counters hold, by the name that it has in a price."""
+        """The counters, by the names of the fields of a price."""
         teacher, student = self.teacher.teacher_rows, self.teacher.student_rows
         own = class_of(self.teacher.denoiser.network)
         others = [rows for kind, rows in teacher.kinds.items() if kind is not own]
@@ -189,7 +188,7 @@ class Meter:
         return self.teacher.student_rows.rows - self._uncharged_rows["student_nfe"] + self.charged.student_nfe
 
     def energy(self) -> Energy:
-        """Joules so far, what was charged included; waits for the device."""
+        """Joules so far, including those charged; waits for the device."""
         own = Energy(None, "not measured") if self._energy is None else self._energy.used
         return own + self.charged_energy
 
@@ -197,7 +196,7 @@ class Meter:
         return self.stopwatch.now() - self._start + self.charged.seconds
 
     def price(self) -> Price:
-        """The price now; waits for the device."""
+        """The price so far; waits for the device."""
         accounts, charged = self.stopwatch.read(), self.charged
         seconds = self._seconds()
         teacher = accounts[Account.teacher] + charged.teacher_seconds
@@ -215,7 +214,7 @@ class Meter:
         )
 
     def spent(self) -> float:
-        """How much of the limited quantity is used (without waiting for the device)."""
+        """The amount used of the limited quantity, without waiting for the device."""
         if self.budget.limit is Limit.images:
             return self.images
         if self.budget.limit is Limit.nfe:
@@ -223,11 +222,11 @@ class Meter:
         return self._seconds()
 
     def progress(self) -> float:
-        """Used share of the budget; 1 and above: stop."""
+        """Used share of the budget; training stops at 1."""
         return self.spent() / self.budget.amount
 
     def next_batch(self, batch_size: int) -> int:
-        """The next batch's size: the last one is cut so that a budget in images is met exactly."""
+        """The size of the next batch; the last one is smaller if that matches a budget in images."""
         if self.budget.limit is not Limit.images:
             return batch_size
         return min(batch_size, self.budget.images - self.images)

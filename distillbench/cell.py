@@ -1,4 +1,4 @@
-"""One cell: train and evaluate, or read what an earlier run left. Its key is made from all that decides its numbers."""
+"""One cell: train and evaluate it, or read the records that an earlier run left."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import distillbench
+from distillbench.cell_keys import speed_inputs
 from distillbench.cell_training import ERROR, STUDENT, TRAIN, keep_traceback, status_of, train_cell
-from distillbench.compute import sampling_identity, training_identity
+from distillbench.done import CellDescription, CellResult, result_of
 from distillbench.environment import device_name, environment
 from distillbench.errors import DivergedError, UserError
 from distillbench.evaluate import Sampler, teacher_sampler
 from distillbench.files import key_of, sha256_file, write_atomically
 from distillbench.method import Method
-from distillbench.plan import Cell, Scene, build, plain_settings
 from distillbench.progress import Progress
 from distillbench.results import (
     FINAL,
+    AnyRecord,
     CheckpointScores,
     EvaluationRecord,
     RowRecord,
@@ -33,290 +33,304 @@ from distillbench.results import (
     Status,
     TrainRecord,
     read_record,
-    stack_shown,
-    unstack_shown,
     write_record,
 )
+from distillbench.sample_grid import stack_shown, unstack_shown
 from distillbench.seen_files import SeenFiles
+from distillbench.shared_context import Cell, build
 from distillbench.sharing import SampleOrder
 from distillbench.signals import Stop
-from distillbench.speed import SpeedError, measure, measure_in_fresh_process, speed_job
-from distillbench.tasks import Task
-from distillbench.teachers import Teacher
-
-TRAIN_PROTOCOL = 5  # raise when the loop, the samplers or the networks change what a training gives
-EVALUATION_PROTOCOL = 4  # raise when evaluation changes a number that no metric's protocol names
-SPEED_PROTOCOL = 1  # raise when speed is measured in another way
+from distillbench.speed import SpeedError, measure, measure_in_fresh_process
+from distillbench.speed_job import speed_job
+from distillbench.tasks import CellTask
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What is made again, and when a run ends early."""
+    """Which cells are run again, and when a run ends early."""
 
-    retry_failed: bool = False  # cells that failed, ran out of memory or of time in an earlier run
-    force: bool = False  # every cell
-    fail_fast: bool = False  # leave out what comes after a cell that is not ok
+    retry_failed: bool = False  # run cells again that failed, ran out of memory or reached their time limit
+    force: bool = False  # run every cell again
+    fail_fast: bool = False  # end the run after the first cell that is not ok
+
+    def runs_again(self, status: Status) -> bool:
+        return self.force or (self.retry_failed and status not in FINAL)
 
 
 AS_IS = Policy()
 
 
-@dataclass
-class Finished:
-    """A cell's records, made now or found."""
-
-    cell: Cell
-    training: TrainRecord | None
-    evaluation: EvaluationRecord
-    speed: SpeedRecord
-    folder: Path
-    shown: list[Tensor]  # samples of the rows that are ok, of the first sampling seed
-
-    @property
-    def failed(self) -> bool:
-        return any(row.status != "ok" for row in [*self.evaluation.rows, *self.evaluation.along])
-
-
-def run_cell(cell: Cell, progress: Progress, policy: Policy, stop: Stop) -> Finished:
+def run_cell(cell: Cell, description: CellDescription, progress: Progress, policy: Policy, stop: Stop) -> CellResult:
     """Train and evaluate `cell`, or read what an earlier run left of it.
 
-    A training in progress goes on from its last state. Told to stop, it keeps one and raises Interrupted.
+    An interrupted training resumes from its last state. On a request to stop it saves one and raises Interrupted.
     """
-    torch.set_num_threads(cell.scene.config.threads)
-    teacher = cell.scene.loaded(progress)
-    inputs = train_inputs(cell, teacher)
-    key = key_of(inputs)
-    folder = cell_folder(cell, key)
+    torch.set_num_threads(cell.shared.config.threads)
+    runner = CellRunner(cell, description, policy, progress)
     training = None
     if cell.entry is not None:
-        training = _found_training(cell, inputs, folder, policy, progress, _intact)
+        training = runner.found_training(_intact)
         if training is None:
-            training = train_cell(cell, inputs, folder, progress, stop, policy.force)
-    found = _found_evaluation(cell, training, key, folder, policy, progress)
-    evaluation, shown = found or _evaluated(cell, training, key, folder, progress)
-    speed = _found_speed(cell, evaluation, key, folder, policy, progress)
-    speed = speed or _timed(cell, training, evaluation, key, folder, progress)
-    done = Finished(cell, training, evaluation, speed, folder, shown)
-    if not done.failed:
-        (folder / ERROR).unlink(missing_ok=True)
-    return done
+            training = train_cell(cell, description.train_inputs, description.folder, progress, stop, policy.force)
+    evaluation, shown = runner.found_evaluation(training) or runner.evaluate(training)
+    speed = runner.found_speed(evaluation) or runner.measure_speed(training, evaluation)
+    result = result_of(cell, description, training, evaluation, speed, shown)
+    if result.ok:
+        (description.folder / ERROR).unlink(missing_ok=True)
+    return result
 
 
 def found_cell(
-    cell: Cell, inputs: dict[str, Any], folder: Path, files: SeenFiles, progress: Progress, policy: Policy
-) -> Finished | None:
-    """What an earlier run left of `cell` in `folder`, by the inputs of its training; None: something is to be done."""
-    key, training = folder.name, None
+    cell: Cell, description: CellDescription, files: SeenFiles, progress: Progress, policy: Policy
+) -> CellResult | None:
+    """The result of an earlier run; None: something is left to do."""
+    runner, training = CellRunner(cell, description, policy, progress), None
     if cell.entry is not None:
-        training = _found_training(cell, inputs, folder, policy, progress, files.intact)
+        training = runner.found_training(files.intact)
         if training is None:
             return None
-    found = _found_evaluation(cell, training, key, folder, policy, progress)
-    speed = _found_speed(cell, found[0], key, folder, policy, progress) if found else None
-    return Finished(cell, training, found[0], speed, folder, found[1]) if found and speed else None
-
-
-def cell_folder(cell: Cell, train_key: str) -> Path:
-    """Where the records of a cell are."""
-    return Path(cell.scene.config.results_dir) / "cells" / train_key
-
-
-def _found_training(
-    cell: Cell, inputs: dict[str, Any], folder: Path, policy: Policy, progress: Progress,
-    intact: Callable[[Path, str], bool],
-) -> TrainRecord | None:  # fmt: skip
-    """The record of the training, if it is not to be made (again)."""
-    record: TrainRecord | None = None if policy.force else _known(folder / TRAIN, TrainRecord, inputs, progress)
-    if record is None or _again(record.status, policy):
+    found = runner.found_evaluation(training)
+    if found is None:
         return None
-    if record.status == "ok" and not intact(folder / STUDENT, record.weights_sha256):
-        progress.say(f"{cell.label}: the weights of the record are missing or damaged; training again")
-        return None
-    return record
+    evaluation, shown = found
+    speed = runner.found_speed(evaluation)
+    return None if speed is None else result_of(cell, description, training, evaluation, speed, shown)
 
 
-def _again(status: Status, policy: Policy) -> bool:
-    return policy.force or (policy.retry_failed and status not in FINAL)
-
-
-def keep_ending(
-    cell: Cell, train: dict[str, Any], evaluation: dict[str, Any], folder: Path, device: str, status: str, reason: str
-) -> None:
-    """Keep that the process of a cell ended without an answer, so that it is not tried again unasked.
-
-    `device` is the name of the one that it ran on, which may be another machine's.
-    """
-    here = environment(cell.scene.device, cell.scene.config.threads)
-    about: dict[str, Any] = {"device": device, "environment": here}
-    told: dict[str, Any] = {"status": status, "reason": reason}
+def write_failure(cell: Cell, description: CellDescription, status: str, reason: str) -> None:
+    """Record that the process of a cell returned no result, so that the next run does not try it again."""
+    here = environment(cell.shared.device, cell.shared.config.threads)
+    where: dict[str, Any] = {"device": description.columns["device"], "environment": here}
+    ending: dict[str, Any] = {"status": status, "reason": reason}
+    inputs, path = description.train_inputs, description.folder / TRAIN
     weights = ""
     if cell.entry is not None:
-        training = _known(folder / TRAIN, TrainRecord, train, Progress(None))
+        training = _read(path, TrainRecord, inputs, Progress(None))
         if training is None or training.status != "ok":
-            write_record(folder / TRAIN, TrainRecord(key=key_of(train), inputs=train, **about, **told))
+            write_record(path, TrainRecord(key=key_of(inputs), inputs=inputs, **where, **ending))
         else:
             weights = training.weights_sha256
-    key = key_of(evaluation)
-    seeds = cell.scene.config.evaluation.seeds
-    rows = [RowRecord(nfe=n, sampling_seed=seed, **told) for n in cell.nfe for seed in seeds]
-    path = folder / f"evaluation-{key}.json"
-    write_atomically(path.with_suffix(".safetensors"), lambda temporary: save_file({}, temporary))
-    write_record(path, EvaluationRecord(key=key, inputs=evaluation, **about, rows=rows, weights_sha256=weights))
-
-
-def train_inputs(cell: Cell, teacher: Teacher) -> dict[str, Any]:
-    """Everything that decides the weights and the price of a cell, as plain values."""
-    config = cell.scene.config
-    inputs: dict[str, Any] = {
-        "protocol": TRAIN_PROTOCOL,
-        "distillbench": distillbench.__version__,
-        "teacher": teacher.name,
-        "teacher_sha256": teacher.sha256,
-        "dataset": cell.scene.dataset.name,
-        "dataset_sha256": cell.scene.dataset.sha256,
-        **(cell.scene.conditioning.plain() if cell.entry is not None else {}),
-        "device": cell.scene.device.split(":")[0],
-        "threads": config.threads,
-    }
-    if cell.entry is None:
-        return inputs | {"method": None}
-    in_parts = config.accumulate > 1 or config.on_oom != "fail"
-    along = {"checkpoints": config.evaluation.checkpoints} if config.evaluation.checkpoints else {}
-    return (
-        inputs
-        | along
-        | {
-            "method": cell.entry.identity(),
-            "config": plain_settings(cell.method_config),
-            "budget": {"limit": config.budget.limit.value, "amount": config.budget.amount},
-            "batch_size": config.batch_size,
-            "seed": cell.seed,
-            "energy": config.energy,
-        }
-        | ({"accumulate": config.accumulate, "on_oom": config.on_oom} if in_parts else {})
-        | ({"processes": ranks.count} if (ranks := cell.scene.ranks).count > 1 else {})
-        | ({"compute": compute} if (compute := training_identity(config.compute, cell.scene.device)) else {})
+    rows = [RowRecord(nfe=nfe, sampling_seed=seed, **ending) for nfe, seed in description.nfe_and_seeds]
+    record = EvaluationRecord(
+        key=description.evaluation_key,
+        inputs=description.evaluation_inputs,
+        rows=rows,
+        weights_sha256=weights,
+        **where,
     )
+    _write_evaluation(_evaluation_path(description), record, [])
 
 
-def evaluation_inputs(cell: Cell, train_key: str) -> dict[str, Any]:
-    """Everything else that decides the scores of a cell's rows."""
-    seeds = cell.scene.config.evaluation.seeds
-    return _protocol(cell.scene) | _sampled(cell) | {"train_key": train_key, "nfe": cell.nfe, "seeds": seeds}
+def follow_sampling(cell: Cell, order: SampleOrder, progress: Progress) -> None:
+    """What non-zero ranks do for a row, or for the teacher's many-step samples."""
+    torch.set_num_threads(cell.shared.config.threads)
+    method = None if order.answers or order.weights is None else _restored(cell, order.weights, progress)
+    sampler = None if order.answers else _sampler(cell, method, progress)
+    evaluator = cell.shared.get_evaluator(progress)
+    evaluator.follow_sampling(sampler, order)
+    evaluator.release()
 
 
-def _protocol(scene: Scene) -> dict[str, Any]:
-    """How samples are scored: must be equal wherever scores are compared."""
-    config = scene.config.evaluation
-    return {
-        "protocol": EVALUATION_PROTOCOL,
-        "images": config.images,
-        "batch_size": config.batch_size,
-        "metrics": scene.metric_identities(),
-        "references": {file.provenance["network"]: file.sha256 for file in scene.references},
-        "reference": {"sampler": config.solvers()[0].name, "steps": max(config.teacher_steps)},
-        **({"precision": config.precision} if config.precision != "fp32" else {}),
-    }
+@dataclass
+class CellRunner:
+    """Finds the records of one cell that can be reused, and makes the others."""
+
+    cell: Cell
+    description: CellDescription
+    policy: Policy
+    progress: Progress
+
+    @property
+    def folder(self) -> Path:
+        return self.description.folder
+
+    # --- training
+
+    def found_training(self, intact: Callable[[Path, str], bool]) -> TrainRecord | None:
+        """The record of the training; None: train (again). `intact`: whether a file has a SHA-256."""
+        record = self._found(self.folder / TRAIN, TrainRecord, self.description.train_inputs)
+        if record is None or self.policy.runs_again(record.status):
+            return None
+        if record.status == "ok" and not intact(self.folder / STUDENT, record.weights_sha256):
+            self.progress.say(f"{self.cell.label}: the weights of the record are missing or damaged; training again")
+            return None
+        return record
+
+    # --- evaluation
+
+    def found_evaluation(self, training: TrainRecord | None) -> tuple[EvaluationRecord, list[Tensor]] | None:
+        """The record of the evaluation and its samples; None: evaluate (again)."""
+        path = _evaluation_path(self.description)
+        record = self._found(path, EvaluationRecord, self.description.evaluation_inputs)
+        shown = _read_shown(path.with_suffix(".safetensors"))
+        if record is None or shown is None or self.policy.runs_again(record.status):
+            return None
+        if training is None:
+            return record, shown
+        fits = record.weights_sha256 == training.weights_sha256  # otherwise the student was trained again
+        fits = fits and (training.status == "ok" or all(row.status == training.status for row in record.rows))
+        return (record, shown) if fits else None
+
+    def evaluate(self, training: TrainRecord | None) -> tuple[EvaluationRecord, list[Tensor]]:
+        shared, inputs = self.cell.shared, self.description.evaluation_inputs
+        common = self._common(inputs, training.weights_sha256 if training is not None else "")
+        shown: list[Tensor] = []
+        if training is not None and training.status != "ok":
+            record = EvaluationRecord(**common, rows=self._rows_with(training.status, training.reason))
+        else:
+            rows, shown = self._rows()
+            along = self._rows_along(training) if training is not None else []
+            references = shared.describe_references(self.progress)
+            record = EvaluationRecord(**common, rows=rows, along=along, references=references)
+            shared.get_evaluator(self.progress).release()
+        _write_evaluation(_evaluation_path(self.description), record, shown)
+        return record, shown
+
+    def _rows_with(self, status: Status, reason: str) -> list[RowRecord]:
+        return [
+            RowRecord(nfe=nfe, sampling_seed=seed, status=status, reason=reason)
+            for nfe, seed in self.description.nfe_and_seeds
+        ]
+
+    def _rows(self) -> tuple[list[RowRecord], list[Tensor]]:
+        """The rows of a trained student or of the teacher, and the samples to show of those that are ok."""
+        weights = self.folder / STUDENT if self.cell.entry is not None else None
+        try:
+            method = None if weights is None else _restored(self.cell, weights, self.progress)
+        except UserError:
+            raise
+        except Exception as error:
+            return self._rows_with(status_of(error), keep_traceback(error, self.folder, self.progress)), []
+        rows, shown = [], []
+        for nfe, seed in self.description.nfe_and_seeds:
+            row, images = self._row(method, weights, nfe, seed, self.cell.label)
+            rows.append(row)
+            if images is not None and seed == self.cell.shared.config.evaluation.seeds[0]:
+                shown.append(images)
+        return rows, shown
+
+    def _row(
+        self, method: Method | None, weights: Path | None, nfe: int, seed: int, label: str
+    ) -> tuple[RowRecord, Tensor | None]:
+        """One row, and its samples to show if it is ok."""
+        cell = self.cell
+        try:
+            evaluator = cell.shared.get_evaluator(self.progress)
+            sampler = _sampler(cell, method, self.progress)
+            keeps_noise = _keeps_noise(cell, nfe) if method is None else method.keeps_noise(nfe)
+            order = SampleOrder(CellTask.of(cell), weights) if cell.shared.ranks.count > 1 else None
+            measured = evaluator.measure(sampler, nfe, seed, keeps_noise, label, order)
+        except UserError:
+            raise
+        except DivergedError as error:
+            return RowRecord(nfe=nfe, sampling_seed=seed, status="diverged", reason=str(error)), None
+        except Exception as error:
+            reason = keep_traceback(error, self.folder, self.progress)
+            return RowRecord(nfe=nfe, sampling_seed=seed, status=status_of(error), reason=reason), None
+        row = RowRecord(nfe=nfe, sampling_seed=seed, scores=measured.scores, missing=measured.missing)
+        return row, measured.shown
+
+    def _rows_along(self, training: TrainRecord) -> list[CheckpointScores]:
+        """The scores of the student at its checkpoints; not part of the budget, and not timed."""
+        rows = []
+        for checkpoint in training.checkpoints:
+            weights = self.folder / checkpoint.file
+            method = _restored(self.cell, weights, self.progress)
+            label = f"{self.cell.label} at {checkpoint.fraction:.0%}"
+            for nfe in checkpoint.ready:
+                for seed in self.cell.shared.config.evaluation.seeds:
+                    row, _ = self._row(method, weights, nfe, seed, label)
+                    rows.append(CheckpointScores(fraction=checkpoint.fraction, **dict(row)))
+        return rows
+
+    # --- sampling cost
+
+    def found_speed(self, evaluation: EvaluationRecord) -> SpeedRecord | None:
+        """The record of the sampling cost; None: measure (again)."""
+        inputs = speed_inputs(self.cell, self.description.train_key)
+        able = any(row.status == "ok" for row in evaluation.rows)
+        if self.cell.shared.config.evaluation.timing == "off" or not able:
+            common = self._common(inputs, evaluation.weights_sha256)
+            return SpeedRecord(**common, reason="evaluation.timing=off" if able else "")
+        record = self._found(self.folder / f"speed-{key_of(inputs)}.json", SpeedRecord, inputs)
+        if record is None or self.policy.runs_again(record.status):
+            return None
+        return record if record.weights_sha256 == evaluation.weights_sha256 else None
+
+    def measure_speed(self, training: TrainRecord | None, evaluation: EvaluationRecord) -> SpeedRecord:
+        cell, config = self.cell, self.cell.shared.config.evaluation
+        inputs = speed_inputs(cell, self.description.train_key)
+        common = self._common(inputs, evaluation.weights_sha256)
+        nfe = sorted({row.nfe for row in evaluation.rows if row.status == "ok"})
+        job = speed_job(cell, self.folder / STUDENT if training is not None else None, nfe)
+        cell.shared.release_evaluator()
+        try:
+            with self.progress.step(f"{cell.label}: timing"):
+                limit = 600.0 + 300.0 * len(nfe)
+                measured = measure(job) if config.timing == "inline" else measure_in_fresh_process(job, limit)
+            rows = [SpeedRow.model_validate(dataclasses.asdict(row)) for row in measured]
+            record = SpeedRecord(**common, rows=rows)
+        except SpeedError as error:
+            self.progress.say(f"{cell.label}: {error}")
+            record = SpeedRecord(**common, status="failed", reason=str(error))
+        write_record(self.folder / f"speed-{record.key}.json", record)
+        return record
+
+    def _found(self, path: Path, kind: type[AnyRecord], inputs: dict[str, Any]) -> AnyRecord | None:
+        return None if self.policy.force else _read(path, kind, inputs, self.progress)
+
+    def _common(self, inputs: dict[str, Any], weights_sha256: str) -> dict[str, Any]:
+        """The fields that records of evaluation and of speed share."""
+        device = self.cell.shared.device
+        return {
+            "key": key_of(inputs),
+            "inputs": inputs,
+            "weights_sha256": weights_sha256,
+            "device": device_name(device),
+            "environment": environment(device, self.cell.shared.config.threads),
+        }
 
 
-def protocol_key(scene: Scene, teacher: Teacher) -> str:
-    """The name of everything that must be equal in rows that are compared: data, teacher, guidance and protocol."""
-    dataset = {"name": scene.dataset.name, "sha256": scene.dataset.sha256}
-    asked = {"conditional": scene.config.conditional, "guidance": scene.config.guidance}
-    key = scene.protocol or key_of([dataset, teacher.sha256, asked, _protocol(scene)])[:8]
-    scene.protocol = key if scene.scored is not None else ""
-    return key
+# --- samplers --------------------------------------------------------------------------------------------------------
 
 
-def speed_inputs(cell: Cell, train_key: str) -> dict[str, Any]:
-    """Everything else that decides the cost of sampling."""
-    config = cell.scene.config.evaluation
-    inputs = {
-        "protocol": SPEED_PROTOCOL,
-        "train_key": train_key,
-        "nfe": cell.nfe,
-        "batch_size": config.batch_size,
-        "timing": config.timing,
-        "timing_seconds": config.timing_seconds,
-        "largest_timed_batch": config.largest_timed_batch,
-    }
-    if cell.scene.device != "cpu":  # records from before it was so had all that was on the GPU in their peaks
-        inputs["memory"] = "what sampling takes"
-    return inputs | _sampled(cell)
+def _sampler(cell: Cell, method: Method | None, progress: Progress) -> Sampler:
+    """Of the method, or of the teacher itself."""
+    return method.sample if method is not None else teacher_sampler(cell.shared.load_teacher(progress), cell.sampler())
 
 
-def _sampled(cell: Cell) -> dict[str, Any]:
-    """How a cell's samples are made."""
-    compute = sampling_identity(cell.scene.config.evaluation.sampling, cell.scene.device)
-    inputs: dict[str, Any] = {"compute": compute} if compute else {}
-    if cell.solver is not None:
-        inputs["sampler"] = cell.solver.name
-    if cell.scene.config.conditional:
-        inputs["guidance"] = cell.scene.config.guidance
-    return inputs
+def _restored(cell: Cell, weights: Path, progress: Progress) -> Method:
+    """The method with the weights of a finished training or of a checkpoint, in eval mode."""
+    method = build(cell, cell.shared.load_teacher(progress))
+    method.load_state_dict(load_file(weights, device=cell.shared.device))
+    return method.eval()
 
 
-def _known(path: Path, kind: Any, inputs: dict[str, Any], progress: Progress) -> Any:
+def _keeps_noise(cell: Cell, nfe: int) -> bool:
+    """Whether the teacher's sample depends on eps alone: an ancestral sampler adds noise unless it takes one step."""
+    return cell.sampler().deterministic or nfe == cell.shared.conditioning.evaluations
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _evaluation_path(description: CellDescription) -> Path:
+    return description.folder / f"evaluation-{description.evaluation_key}.json"
+
+
+def _write_evaluation(path: Path, record: EvaluationRecord, shown: list[Tensor]) -> None:
+    """Write the samples first: where the record is, they are."""
+    tensors = stack_shown(shown)
+    write_atomically(path.with_suffix(".safetensors"), lambda temporary: save_file(tensors, temporary))
+    write_record(path, record)
+
+
+def _read(path: Path, kind: type[AnyRecord], inputs: dict[str, Any], progress: Progress) -> AnyRecord | None:
     try:
         return read_record(path, kind, inputs)
     except ValueError as error:
         progress.say(f"{error}; it is made again")
         return None
-
-
-def _intact(path: Path, sha256: str) -> bool:
-    return path.is_file() and sha256_file(path) == sha256
-
-
-def _found_evaluation(
-    cell: Cell, training: TrainRecord | None, train_key: str, folder: Path, policy: Policy, progress: Progress
-) -> tuple[EvaluationRecord, list[Tensor]] | None:
-    """The record of the evaluation and its samples, if it is not to be made (again)."""
-    inputs = evaluation_inputs(cell, train_key)
-    path = folder / f"evaluation-{key_of(inputs)}.json"
-    record: EvaluationRecord | None = None if policy.force else _known(path, EvaluationRecord, inputs, progress)
-    shown = _read_shown(path.with_suffix(".safetensors"))
-    if record is None or shown is None or _again(record.status, policy):
-        return None
-    if training is None:
-        return record, shown
-    fits = record.weights_sha256 == training.weights_sha256  # otherwise the student was trained again
-    fits = fits and (training.status == "ok" or all(row.status == training.status for row in record.rows))
-    return (record, shown) if fits else None
-
-
-def _evaluated(
-    cell: Cell, training: TrainRecord | None, train_key: str, folder: Path, progress: Progress
-) -> tuple[EvaluationRecord, list[Tensor]]:
-    scene = cell.scene
-    inputs = evaluation_inputs(cell, train_key)
-    key = key_of(inputs)
-    path = folder / f"evaluation-{key}.json"
-    about = _about(cell, key, inputs, training.weights_sha256 if training is not None else "")
-    if training is not None and training.status != "ok":
-        rows = _rows_without_student(cell, training)
-        record, shown = EvaluationRecord(**about, rows=rows), []
-    else:
-        rows, shown = _rows(cell, folder, progress)
-        along = _along(cell, training, folder, progress) if training is not None else []
-        record = EvaluationRecord(**about, rows=rows, along=along, references=scene.describe_references(progress))
-        scene.evaluation(progress).release()
-    tensors = stack_shown(shown)
-    write_atomically(path.with_suffix(".safetensors"), lambda temporary: save_file(tensors, temporary))
-    write_record(path, record)
-    return record, shown
-
-
-def _about(cell: Cell, key: str, inputs: dict[str, Any], weights_sha256: str) -> dict[str, Any]:
-    """What records of evaluation and of speed share."""
-    device = cell.scene.device
-    about = {"key": key, "inputs": inputs, "weights_sha256": weights_sha256, "device": device_name(device)}
-    return about | {"environment": environment(device, cell.scene.config.threads)}
-
-
-def _rows_without_student(cell: Cell, training: TrainRecord) -> list[RowRecord]:
-    told = {"status": training.status, "reason": training.reason}
-    return [RowRecord(nfe=n, sampling_seed=s, **told) for n in cell.nfe for s in cell.scene.config.evaluation.seeds]
 
 
 def _read_shown(path: Path) -> list[Tensor] | None:
@@ -326,137 +340,5 @@ def _read_shown(path: Path) -> list[Tensor] | None:
         return None
 
 
-def _rows(cell: Cell, folder: Path, progress: Progress) -> tuple[list[RowRecord], list[Tensor]]:
-    """The rows of a trained student, or of the teacher, and the samples to be shown of those that are ok."""
-    seeds = cell.scene.config.evaluation.seeds
-    wanted = [(nfe, seed) for nfe in cell.nfe for seed in seeds]
-    try:
-        weights = folder / STUDENT if cell.entry is not None else None
-        method = _restored_from(cell, weights, progress)
-    except UserError:
-        raise
-    except Exception as error:
-        told: dict[str, Any] = {"status": status_of(error), "reason": keep_traceback(error, folder, progress)}
-        return [RowRecord(nfe=n, sampling_seed=seed, **told) for n, seed in wanted], []
-    rows, shown = [], []
-    for nfe, seed in wanted:
-        row, images = _row(cell, method, weights, nfe, seed, cell.label, folder, progress)
-        rows.append(row)
-        if images is not None and seed == seeds[0]:
-            shown.append(images)
-    return rows, shown
-
-
-def sample_along(cell: Cell, order: SampleOrder, progress: Progress) -> None:
-    """A follower's part of a row, or of the teacher's many-step answers."""
-    torch.set_num_threads(cell.scene.config.threads)
-    sampler = None if order.answers else _sampler(cell, _restored_from(cell, order.weights, progress), progress)
-    evaluator = cell.scene.evaluation(progress)
-    evaluator.sample_along(sampler, order)
-    evaluator.release()
-
-
-def _restored_from(cell: Cell, weights: Path | None, progress: Progress) -> Method | None:
-    return None if weights is None else _restored(cell, weights, progress)
-
-
-def _sampler(cell: Cell, method: Method | None, progress: Progress) -> Sampler:
-    """Of the method, or of the teacher itself."""
-    return method.sample if method is not None else teacher_sampler(cell.scene.loaded(progress), cell.sampler())
-
-
-def _row(
-    cell: Cell,
-    method: Method | None,
-    weights: Path | None,
-    nfe: int,
-    seed: int,
-    label: str,
-    folder: Path,
-    progress: Progress,
-) -> tuple[RowRecord, Tensor | None]:
-    """One row, and its samples to be shown if it is ok."""
-    about: dict[str, Any] = {"nfe": nfe, "sampling_seed": seed}
-    try:
-        evaluator = cell.scene.evaluation(progress)
-        sampler = _sampler(cell, method, progress)
-        keeps_noise = _keeps_noise(cell, nfe) if method is None else method.keeps_noise(nfe)
-        order = SampleOrder(Task.of(cell), weights) if cell.scene.ranks.count > 1 else None
-        measured = evaluator.measure(sampler, nfe, seed, keeps_noise, label, order)
-    except UserError:
-        raise
-    except DivergedError as error:
-        return RowRecord(**about, status="diverged", reason=str(error)), None
-    except Exception as error:
-        about |= {"status": status_of(error), "reason": keep_traceback(error, folder, progress)}
-        return RowRecord(**about), None
-    return RowRecord(**about, scores=measured.scores, missing=measured.missing), measured.shown
-
-
-def _along(cell: Cell, training: TrainRecord, folder: Path, progress: Progress) -> list[CheckpointScores]:
-    """The scores of the student as it was at its checkpoints; outside the budget and untimed."""
-    rows = []
-    for checkpoint in training.checkpoints:
-        weights = folder / checkpoint.file
-        method = _restored(cell, weights, progress)
-        label = f"{cell.label} at {checkpoint.fraction:.0%}"
-        for nfe in checkpoint.ready:
-            for seed in cell.scene.config.evaluation.seeds:
-                row, _ = _row(cell, method, weights, nfe, seed, label, folder, progress)
-                rows.append(CheckpointScores(fraction=checkpoint.fraction, **dict(row)))
-    return rows
-
-
-def _keeps_noise(cell: Cell, nfe: int) -> bool:
-    """Whether the teacher's row is an answer to its noise: with an ancestral sampler only its single step is."""
-    return cell.sampler().deterministic or nfe == cell.scene.conditioning.evaluations
-
-
-def _restored(cell: Cell, weights: Path, progress: Progress) -> Method:
-    """The method with weights that training left, whether that was now or in an earlier run."""
-    method = build(cell, cell.scene.loaded(progress))
-    method.load_state_dict(load_file(weights, device=cell.scene.device))
-    return method.eval()
-
-
-def _found_speed(
-    cell: Cell, evaluation: EvaluationRecord, train_key: str, folder: Path, policy: Policy, progress: Progress
-) -> SpeedRecord | None:
-    """The record of the cost of sampling, if it is not to be made (again)."""
-    inputs = speed_inputs(cell, train_key)
-    timing = cell.scene.config.evaluation.timing
-    able = any(row.status == "ok" for row in evaluation.rows)
-    if timing == "off" or not able:
-        about = _about(cell, key_of(inputs), inputs, evaluation.weights_sha256)
-        return SpeedRecord(**about, reason="evaluation.timing=off" if able else "")
-    path = folder / f"speed-{key_of(inputs)}.json"
-    record: SpeedRecord | None = None if policy.force else _known(path, SpeedRecord, inputs, progress)
-    if record is None or _again(record.status, policy) or record.weights_sha256 != evaluation.weights_sha256:
-        return None
-    return record
-
-
-def _timed(
-    cell: Cell, training: TrainRecord | None, evaluation: EvaluationRecord, train_key: str, folder: Path,
-    progress: Progress,
-) -> SpeedRecord:  # fmt: skip
-    """The cost of sampling, measured now."""
-    config = cell.scene.config.evaluation
-    inputs = speed_inputs(cell, train_key)
-    key = key_of(inputs)
-    about = _about(cell, key, inputs, evaluation.weights_sha256)
-    able = sorted({row.nfe for row in evaluation.rows if row.status == "ok"})
-    path = folder / f"speed-{key}.json"
-    job = speed_job(cell, folder / STUDENT if training is not None else None, able)
-    cell.scene.release_evaluator()
-    try:
-        with progress.step(f"{cell.label}: timing"):
-            rows = (
-                measure(job) if config.timing == "inline" else measure_in_fresh_process(job, 600.0 + 300.0 * len(able))
-            )
-        record = SpeedRecord(**about, rows=[SpeedRow(**dataclasses.asdict(row)) for row in rows])
-    except SpeedError as error:
-        progress.say(f"{cell.label}: {error}")
-        record = SpeedRecord(**about, status="failed", reason=str(error))
-    write_record(path, record)
-    return record
+def _intact(path: Path, sha256: str) -> bool:
+    return path.is_file() and sha256_file(path) == sha256

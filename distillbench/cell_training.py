@@ -1,4 +1,4 @@
-"""The training of a cell: what is measured round it, what becomes of it when it fails, and its record."""
+"""The training of a cell: what is measured around it, what happens when it fails, and its record."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from distillbench.memory import bytes_on_gpu, peak_gpu_mib, peak_rss_mib, releas
 from distillbench.method import Method
 from distillbench.optimizers import warm_up
 from distillbench.pairs import Workspace
-from distillbench.plan import Cell, build
 from distillbench.progress import Progress
 from distillbench.results import FINAL, CheckpointRecord, Cost, CurvePoint, Status, TrainRecord, write_record
 from distillbench.resume import Followed, Resume, States
-from distillbench.shards import whole
+from distillbench.shards import gather_full
+from distillbench.shared_context import Cell, build
 from distillbench.signals import Stop
-from distillbench.tasks import Task
+from distillbench.tasks import CellTask
 from distillbench.teachers import Teacher
 from distillbench.train import Loop, Trained, train
 from distillbench.training_checkpoints import Checkpoints
@@ -45,129 +45,128 @@ TRAIN, STUDENT, ERROR = "train.json", "student.safetensors", "error.txt"  # in t
 def train_cell(
     cell: Cell, inputs: dict[str, Any], folder: Path, progress: Progress, stop: Stop, anew: bool = False
 ) -> TrainRecord:
-    """Train the method of `cell` and keep in `folder` what came of it: the record, and the weights if all went well.
+    """Train the method of `cell`; write the record to `folder`, and the weights if the training succeeds.
 
-    It goes on from the last state that an earlier process left, unless it is to be done `anew`. Where memory runs out
-    and the settings allow it, training begins again with each step in twice as many parts. Raises Interrupted when it
-    is told to stop.
+    Resumes from the last state that an earlier process saved, unless `anew`. If memory runs out and the settings allow
+    it, training starts again with each step in twice as many parts. Raises Interrupted on a request to stop.
     """
-    config = cell.scene.config
-    check_shared(config.compute, cell.scene.ranks.count)
-    teacher = cell.scene.loaded(progress)
-    about: dict[str, Any] = {"key": key_of(inputs), "inputs": inputs, "device": device_name(cell.scene.device)}
-    about["environment"] = environment(cell.scene.device, config.threads)
-    about["processes"] = cell.scene.ranks.count
+    config = cell.shared.config
+    check_shared(config.compute, cell.shared.ranks.count)
+    teacher = cell.shared.load_teacher(progress)
+    common: dict[str, Any] = {"key": key_of(inputs), "inputs": inputs, "device": device_name(cell.shared.device)}
+    common["environment"] = environment(cell.shared.device, config.threads)
+    common["processes"] = cell.shared.ranks.count
     parts = config.accumulate
     while True:
         states = States(folder / "resume" / str(parts), config.states.keep, progress)
         if anew:
             states.clear()
         try:
-            record = _trained(cell, teacher, about | {"accumulate": parts}, folder, progress, states, stop)
+            record = _trained(cell, teacher, common | {"accumulate": parts}, folder, progress, states, stop)
             break
         except UserError:
             raise
         except DivergedError as error:
-            record = TrainRecord(**about, status="diverged", reason=str(error))
+            record = TrainRecord(**common, status="diverged", reason=str(error))
             break
-        except Exception as error:  # a method is a stranger's code; the other cells go on
+        except Exception as error:  # a third-party method may raise anything; the other cells run
             status = status_of(error)
-            most = config.batch_size // cell.scene.ranks.count  # images of a step in one process
+            most = config.batch_size // cell.shared.ranks.count  # images of a step on one rank
             if status == "failed" or config.compute.shard or config.on_oom == "fail" or 2 * parts > most:
-                record = TrainRecord(**about, status=status, reason=keep_traceback(error, folder, progress))
+                record = TrainRecord(**common, status=status, reason=keep_traceback(error, folder, progress))
                 break
         states.clear()
         free_memory()
         parts *= 2
-        progress.say(f"{cell.label}: memory ran out; training anew, each step in {parts} parts")
+        progress.say(f"{cell.label}: memory ran out; training starts again, each step in {parts} parts")
     write_record(folder / TRAIN, record)
-    if cell.scene.ranks.busy:  # the others are in the midst of a step, which only networks that are spread do not leave
-        raise UserError(f"{cell.label}: {record.reason}. The same command goes on with the other cells")
+    if cell.shared.ranks.busy:  # with FSDP the other ranks cannot leave their step
+        raise UserError(f"{cell.label}: {record.reason}. The same command runs the other cells")
     if record.status in FINAL:
         states.clear()
-        with suppress(OSError):  # states that were set aside stay
+        with suppress(OSError):  # damaged states that were set aside stay
             (folder / "resume").rmdir()
     return record
 
 
 def status_of(error: Exception) -> Status:
-    """Of what ended with `error`: oom where memory ran out (on the CPU torch has no error of its own for it)."""
+    """The status of what raised `error`: oom if memory ran out (torch has no error class for that on the CPU)."""
     ran_out = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
     return "oom" if ran_out else "failed"
 
 
 def free_memory() -> None:
-    """What nothing refers to any more."""
+    """Collect garbage and return the memory of torch's allocators."""
     gc.collect()
     release_memory()
 
 
 @dataclass(frozen=True)
 class TrainOrder:
-    """What a follower needs to train along: the same cell, in as many parts, from the newest of the same states."""
+    """What non-zero ranks need to train: the cell, the parts of a step, and the folder of training states."""
 
-    task: Task
+    task: CellTask
     parts: int
     folder: Path
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A training that went well, and what was measured round it, in all processes."""
+    """A successful training, and what was measured on all ranks."""
 
     method: Method
     trained: Trained
-    weights: dict[str, Tensor]  # whole; {} in all processes but the main one
+    weights: dict[str, Tensor]  # gathered; {} on non-zero ranks
     energy: Energy
-    peaks: dict[str, tuple[float | None, str]]  # of the process that took most, in MiB, or why there is none
+    peaks: dict[str, tuple[float | None, str]]  # MiB on the rank with the most, or the reason for None
     no_compile_seconds: str
-    device: str  # its name; of a training that went on elsewhere, both
+    device: str  # its name; all names if the training was resumed on another
 
 
-def train_along(cell: Cell, order: TrainOrder, progress: Progress, stop: Stop) -> None:
-    """A follower's part of a training. Nothing is written."""
-    states = Followed(order.folder, cell.scene.config.states.keep, progress)
-    _train(cell, order.parts, cell.scene.loaded(progress), order.folder, progress, states, stop)
+def follow_training(cell: Cell, order: TrainOrder, progress: Progress, stop: Stop) -> None:
+    """What non-zero ranks do for a training. Writes nothing."""
+    states = Followed(order.folder, cell.shared.config.states.keep, progress)
+    _train(cell, order.parts, cell.shared.load_teacher(progress), order.folder, progress, states, stop)
 
 
 def _train(
     cell: Cell, parts: int, teacher: Teacher, folder: Path, progress: Progress, states: States, stop: Stop
 ) -> Measured:
-    """Train the method of `cell`, in this process's rows of every batch."""
-    scene, config = cell.scene, cell.scene.config
+    """Train the method of `cell` on this rank's rows of every batch."""
+    shared, config = cell.shared, cell.shared.config
     assert cell.entry is not None and cell.method_config is not None and cell.seed is not None
-    ranks, compute, needs_data = scene.ranks, config.compute, cell.entry.cls.needs_data
-    cache = Path(config.results_dir) / "cache" / "pairs"
+    ranks, compute, needs_data = shared.ranks, config.compute, cell.entry.cls.needs_data
+    cache = shared.folder.cache("pairs")
     torch.set_num_threads(config.threads)
-    warm_up(scene.device)
-    scene.release_evaluator()
-    ahead = 0 if scene.device == "cpu" else compute.prefetch
+    warm_up(shared.device)
+    shared.release_evaluator()
+    ahead = 0 if shared.device == "cpu" else compute.prefetch
     with ExitStack() as stack:
         data = None
         if needs_data:
-            data = DataStream(scene.trained_on(progress), cell.seed, scene.device, ahead, ranks.share)
+            data = DataStream(shared.training_images(progress), cell.seed, shared.device, ahead, ranks.share)
             stack.callback(data.close)
-            data.preload(progress)  # outside the budget, like all preparation of data
+            data.preload(progress)  # not part of the budget, like all preparation of data
         step = stack.enter_context(progress.step(f"{cell.label}: training"))
         rss = stack.enter_context(peak_rss_mib())
-        gpu = stack.enter_context(peak_gpu_mib(scene.device, _own_bytes(cell, teacher)))
-        joules = stack.enter_context(energy(scene.device, config.energy))
+        gpu = stack.enter_context(peak_gpu_mib(shared.device, _own_bytes(cell, teacher)))
+        joules = stack.enter_context(energy(shared.device, config.energy))
         if compute.shard:
             teacher = stack.enter_context(trained_from(teacher))
-        method = build(cell, teacher, "cpu" if compute.shard else scene.device)
+        method = build(cell, teacher, "cpu" if compute.shard else shared.device)
         seed_masks(cell.seed, ranks.share.index)
-        stack.enter_context(applied(compute, method, scene.device))
-        if not compute.shard:  # else when it is spread
-            ranks.equal(method)
-        meter = Meter(config.budget, teacher, scene.device, watches=(rss, gpu), energy=joules)
-        given = method.teacher, meter, cache, scene.device, cell.seed, progress
+        stack.enter_context(applied(compute, method, shared.device))
+        if not compute.shard:  # with FSDP that happens when it is sharded
+            ranks.broadcast_module(method)
+        meter = Meter(config.budget, teacher, shared.device, watches=(rss, gpu), energy=joules)
+        given = method.teacher, meter, cache, shared.device, cell.seed, progress
         workspace = Workspace(*given, energy_source=config.energy, ranks=ranks)
         points = config.evaluation.checkpoints
         fractions = tuple((k + 1) / (points + 1) for k in range(points))
         checkpoints = Checkpoints(fractions, folder, tuple(cell.nfe))
         order = {} if data is None else {"order": data}
         watched = {"rss": rss, "gpu": gpu, "gpu_reserved": gpu.reserved, "device": gpu.device}
-        resume = Resume(states, config.states.seconds, order, watched, stop, devices=[device_name(scene.device)])
+        resume = Resume(states, config.states.seconds, order, watched, stop, devices=[device_name(shared.device)])
         loop = Loop(config.batch_size, parts, compute, ranks)
         read = None if data is None else data.read
         trained = train(method, cell.method_config, workspace, read, loop, step, checkpoints, resume)
@@ -177,36 +176,36 @@ def _train(
         "peak_device_mib": gpu.device,
         "peak_rss_mib": rss,
     }
-    weights = whole(method.state_dict(), ranks.main)
-    largest = {name: _largest(ranks.gather((peak.mib, peak.reason))) for name, peak in peaks.items()}
-    used, device = ranks.energy(meter.energy()), ", then ".join(resume.devices)
+    weights = gather_full(method.state_dict(), ranks.main)
+    largest = {name: _largest(ranks.all_gather((peak.mib, peak.reason))) for name, peak in peaks.items()}
+    used, device = ranks.sum_energy(meter.energy()), ", then ".join(resume.devices)
     return Measured(method, trained, weights, used, largest, meter.no_compile_seconds, device)
 
 
 def _own_bytes(cell: Cell, teacher: Teacher) -> int | None:
-    """What of the GPU's memory is the cell's before it begins; None: all, since the process is there for it alone."""
-    if cell.scene.config.isolate and cell.scene.ranks.count == 1:
+    """GPU bytes of the teacher before training; None: all in use, if the process was started for this cell."""
+    if cell.shared.config.isolate and cell.shared.ranks.count == 1:
         return None
     networks = [teacher.denoiser, *([teacher.start] if teacher.start is not None else [])]
     return bytes_on_gpu(tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
 
 
 def _largest(peaks: list[tuple[float | None, str]]) -> tuple[float | None, str]:
-    """Of the processes that trained together; none where one of them has none."""
+    """The largest of all ranks; None if one rank has none."""
     missing = [peak for peak in peaks if peak[0] is None]
     return missing[0] if missing else max(peaks, key=lambda peak: peak[0] or 0.0)
 
 
 def _trained(
-    cell: Cell, teacher: Teacher, about: dict[str, Any], folder: Path, progress: Progress, states: States, stop: Stop
+    cell: Cell, teacher: Teacher, common: dict[str, Any], folder: Path, progress: Progress, states: States, stop: Stop
 ) -> TrainRecord:
-    """The record of a training that goes well. The weights are written."""
-    scene = cell.scene
-    parts = about["accumulate"]
+    """Train, write the weights and return the record."""
+    shared = cell.shared
+    parts = common["accumulate"]
     if cell.entry is not None and cell.entry.cls.needs_data:
-        scene.trained_on(progress)  # followers find what has to be made
-    order = TrainOrder(Task.of(cell), parts, states.folder)
-    with scene.ranks.ordered(order, recovers=not scene.config.compute.shard):
+        shared.training_images(progress)  # rank 0 makes the latents first, the other ranks read them
+    order = TrainOrder(CellTask.of(cell), parts, states.folder)
+    with shared.ranks.lead(order, recovers=not shared.config.compute.shard):
         measured = _train(cell, parts, teacher, folder, progress, states, stop)
     method, trained, used = measured.method, measured.trained, measured.energy
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in measured.weights.items()}
@@ -216,17 +215,17 @@ def _trained(
     missing |= {"compile_seconds": measured.no_compile_seconds} if measured.no_compile_seconds else {}
     try:
         if teacher.conditioning.small is not None:
-            raise Unavailable("the evaluations of an upscaler's base model are not told apart from its own")
-        flops = family_flops(teacher, scene.device)
+            raise Unavailable("the evaluations of an upscaler's base model are not counted apart from its own")
+        flops = family_flops(teacher, shared.device)
         not_counted = sorted({name for counted in flops for name in counted.not_counted})
     except Unavailable as reason:
         flops, not_counted = None, []
         missing["tflops"] = str(reason)
-    except Exception as error:  # a network is a stranger's code
+    except Exception as error:  # a third-party network may raise anything
         flops, not_counted = None, []
         missing["tflops"] = f"its FLOPs cannot be counted: {type(error).__name__}"
     return TrainRecord(
-        **about | {"device": measured.device},
+        **common | {"device": measured.device},
         status="ok",
         cost=_cost(trained.price, used, flops),
         **{name: mib for name, (mib, _) in measured.peaks.items()},
@@ -254,7 +253,7 @@ def _cost(price: Price, used: Energy, flops: tuple[NetworkFlops, NetworkFlops] |
 
 
 def keep_traceback(error: Exception, folder: Path, progress: Progress) -> str:
-    """One line for the row; the traceback goes to a file beside the record."""
+    """Write the traceback to a file next to the record; return one line for the row."""
     text = traceback.format_exc()
     write_atomically(folder / ERROR, lambda path: Path(path).write_text(text, encoding="utf-8"))
     line = (str(error).strip() or "no message").splitlines()[0]

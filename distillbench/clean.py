@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,17 @@ from typing import TYPE_CHECKING, Any
 from distillbench.claims import claimed, is_claimed
 from distillbench.errors import UserError, quoted, unknown
 from distillbench.files import TEMPORARY, sha256_file
+from distillbench.folders import (
+    NETWORK_FILE_SYSTEMS,
+    file_system,
+    files_below,
+    folders_below,
+    folders_in,
+    freed,
+    lstat,
+    size_of,
+    walk,
+)
 from distillbench.results import FINAL
 
 if TYPE_CHECKING:
@@ -40,10 +51,6 @@ USUAL = ("temporary", "states")  # what nobody needs any more
 CACHES = ("teachers", "pairs", "latents", "references", "prompts", "answers", "jobs")  # folders of cache/
 DAYS = {"temporary": 1.0, "orphans": 1.0}  # since the last change, where nothing else is asked for
 QUIET_SECONDS = 3600.0  # without a change, before a file that nobody has open counts as left behind
-NETWORK = {
-    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs", "9p", "virtiofs"),
-    *("panfs", "wekafs", "orangefs", "fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.ceph"),
-}  # file systems that other machines may write to
 KEY = re.compile(r"[0-9a-f]{16}")  # the name of a cell
 STUDENT = re.compile(r"-([0-9a-f]{16})\.safetensors")  # ends the name of a student in a run's weights/
 SCRATCH = re.compile(r"\..+\.[a-z0-9_]{8}")  # where an export or a merged run is made before it gets its name,
@@ -149,64 +156,9 @@ def cells_of(root: Path) -> list[Path]:
     return [folder for folder in folders_in(root / "cells") if KEY.fullmatch(folder.name)]
 
 
-def folders_in(folder: Path) -> list[Path]:
-    """The folders in `folder` that are no links; none where it is a link or cannot be read."""
-    if folder.is_symlink():
-        return []
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
-    except OSError:
-        return []
-
-
-def files_below(folder: Path) -> list[Path]:
-    """Everything below a folder that is no folder, links included. Links are not followed."""
-    found = []
-    for at, folders, files in _walk(folder):
-        found += [at / name for name in files]
-        found += [at / name for name in folders if (at / name).is_symlink()]
-    return found
-
-
-def folders_below(folder: Path) -> list[Path]:
-    """`folder` and all below it, the innermost first."""
-    return [at for at, _, _ in _walk(folder)][::-1]
-
-
-def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    if not folder.is_symlink():
-        for at, folders, files in os.walk(folder):
-            yield Path(at), folders, sorted(files)
-
-
-def size_of(files: Iterable[Path]) -> int:
-    """Bytes of the files; one that has several names counts once."""
-    stats = filter(None, map(_lstat, files))
-    return sum({(found.st_dev, found.st_ino): found.st_size for found in stats}.values())
-
-
-def freed(files: Iterable[Path]) -> int:
-    """Bytes that removing `files` gives back: of a file with several names only if all of them go."""
-    names: dict[tuple[int, int], int] = {}
-    sizes: dict[tuple[int, int], int] = {}
-    for found in filter(None, map(_lstat, files)):
-        inode = found.st_dev, found.st_ino
-        names[inode] = names.get(inode, 0) + 1
-        sizes[inode] = found.st_size if names[inode] >= found.st_nlink else 0
-    return sum(sizes.values())
-
-
-def _lstat(path: Path) -> os.stat_result | None:
-    try:
-        return path.lstat()
-    except OSError:
-        return None
-
-
 def _changed(paths: Iterable[Path]) -> float:
     """When the last of them changed, in seconds since 1970; now if none is left."""
-    return max((found.st_mtime for found in filter(None, map(_lstat, paths))), default=time.time())
+    return max((found.st_mtime for found in filter(None, map(lstat, paths))), default=time.time())
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -218,25 +170,15 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def file_system(path: Path) -> tuple[str, str]:
-    """Type and options of the file system that `path` is on, as it is mounted; empty where the system does not say."""
-    import psutil
-
-    path = path.resolve()
-    mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
-    last = max(mounts, key=lambda part: len(part.mountpoint), default=None)
-    return ("", "") if last is None else (last.fstype, last.opts)
-
-
 # --- the kinds -------------------------------------------------------------------------------------------------------
 
 
 def _temporary(root: Path, before: float, busy: Busy, removal: Removal) -> None:
     old: list[tuple[Path, os.stat_result]] = []
     young: list[tuple[Path, os.stat_result]] = []
-    for at, folders, files in _walk(root):
+    for at, folders, files in walk(root):
         for name in files:
-            found = _lstat(at / name)
+            found = lstat(at / name)
             if name.startswith(TEMPORARY) and found is not None and stat.S_ISREG(found.st_mode):
                 (old if found.st_mtime < before else young).append((at / name, found))
         for name in [name for name in folders if _is_scratch(at / name)]:
@@ -271,7 +213,7 @@ def left_behind(root: Path, files: Sequence[tuple[Path, os.stat_result]]) -> lis
     them open.
     """
     quiet = [(path, found) for path, found in files if found.st_mtime < time.time() - QUIET_SECONDS]
-    if not quiet or file_system(root)[0] in {"", *NETWORK}:
+    if not quiet or file_system(root)[0] in {"", *NETWORK_FILE_SYSTEMS}:
         return []
     held = {owner: _open_files(owner) for owner in {found.st_uid for _, found in quiet}}
     return [path for path, found in quiet if (names := held[found.st_uid]) is not None and str(path) not in names]
@@ -336,7 +278,7 @@ def _failed(root: Path, before: float, busy: Busy, removal: Removal) -> None:
         for path in sorted(cell.glob("*.json")):
             if failed_record(_json(path)):
                 files += [path, path.with_suffix(".safetensors")]
-        removal.files += [file for file in files if _lstat(file) is not None and _changed([file]) < before]
+        removal.files += [file for file in files if lstat(file) is not None and _changed([file]) < before]
 
 
 def failed_record(record: dict[str, Any]) -> bool:
@@ -380,7 +322,7 @@ def _named_by_runs(root: Path) -> tuple[set[str], set[str], list[str]]:
     trainings: set[str] = set()
     evaluations: set[str] = set()
     unreadable = []
-    for at, folders, files in _walk(root):
+    for at, folders, files in walk(root):
         if at == root:
             folders[:] = [name for name in folders if name not in ("cells", "cache")]
         tables = [at / name for name in ("table.parquet", "table.csv") if name in files]

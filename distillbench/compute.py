@@ -1,9 +1,9 @@
-"""How networks are computed: precision, memory format, compilation, recomputation. Each a setting that rows record.
+"""Precision, memory format, compilation and activation checkpointing of networks: settings that rows record.
 
-Only the networks of teacher and students are computed so. What is given to them and what they answer is in the default
-dtype, so schedules, preconditioning, targets and losses stay in float32 and float64. Settings hang on the counters that
-copies of a network share (:class:`distillbench.denoiser.Counter`): a copy is computed like its original whenever it is
-made, and a student made of the teacher like a student.
+They apply only to the networks of teacher and students. Inputs and outputs are in the default dtype, so schedules,
+preconditioning, targets and losses stay in float32 and float64. The settings are attached to the counters that copies
+of a network share (:class:`distillbench.denoiser.Counter`): a copy is computed like its original, and a student that is
+initialised from the teacher like a student.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distillbench.errors import UserError
 from distillbench.network_calls import DTYPES, AsAsked, networks_below
 from distillbench.nvml import EXCLUSIVE_PROCESS, PROHIBITED, compute_mode
 from distillbench.options import option, require_between, require_one_of
-from distillbench.precision import float32_products
+from distillbench.precision import tf32
 
 if TYPE_CHECKING:
     from distillbench.method import Method
@@ -30,34 +30,28 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 SAMPLED = ("fp32", "tf32", "bf16", "fp16")
-OF_ANSWERS = (
-    "tf32",
-    "channels_last",
-    "compile",
-)  # settings, beside the precision, that can move what a network answers
-WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with which cuBLAS repeats to the bit
+ROUNDING = ("tf32", "channels_last", "compile")  # settings, besides the precision, that can change outputs
+WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # values that make cuBLAS deterministic
 CHANGE_MODE = "Its administrator can change the mode: nvidia-smi -c DEFAULT"
 AMPERE = (8, 0)  # compute capability
-MOST_VARIANTS = 128  # of one function, compiled: a network's blocks have many shapes, with gradient and without
+MOST_VARIANTS = 128  # compiled for one function: blocks of a network have many shapes, with and without gradient
 
 
 @dataclass
 class ComputeConfig:
-    """How the networks of a training are computed."""
+    """How the networks are computed in training."""
 
-    precision: str = option("fp32", "of students' networks in training: fp32, bf16 or fp16 (fp16 with scaled losses)")
+    precision: str = option("fp32", "of students' networks in training: fp32, bf16 or fp16 (fp16 with loss scaling)")
     teacher_precision: str = option("same", "of the frozen teacher's networks in training: same, fp32, bf16 or fp16")
     tf32: bool = option(False, "on a GPU, float32 products and convolutions may round their factors to 10 bits")
     channels_last: bool = option(False, "convolutions keep the channels of a pixel together (NHWC)")
     compile: str = option("off", "torch.compile of whole networks, of their repeated blocks, or off")
-    recompute: bool = option(False, "repeated blocks are computed again in backward passes, for less memory")
-    shard: bool = option(
-        False, "FSDP: weights, gradients and moments are spread over the processes that train together"
-    )
-    prefetch: int = option(2, "batches of real images read ahead on a GPU's machine; 0: none")
-    deterministic: bool = option(False, "only algorithms that give the same bits each time; without one, a cell fails")
+    recompute: bool = option(False, "activation checkpointing: repeated blocks are recomputed in backward passes")
+    shard: bool = option(False, "FSDP: weights, gradients and moments are sharded over the ranks")
+    prefetch: int = option(2, "batches of real images that are prefetched for a GPU; 0: none")
+    deterministic: bool = option(False, "only deterministic algorithms; an operator that has none fails the cell")
     cudnn_benchmark: bool = option(
-        False, "cuDNN tries its algorithms and keeps the fastest, not the same one each time"
+        False, "cuDNN benchmarks its algorithms and takes the fastest, which may differ between runs"
     )
 
     def __post_init__(self) -> None:
@@ -81,9 +75,9 @@ class ComputeConfig:
 
 @contextmanager
 def applied(config: ComputeConfig, method: Method, device: str) -> Iterator[None]:
-    """In the block the networks of `method`, of its teacher, and of copies made meanwhile, are computed as asked.
+    """A block in which the networks of `method`, of its teacher and of new copies are computed by `config`.
 
-    After it they are plain again, and so are torch's settings. Raises UserError for what `device` cannot do.
+    Afterwards networks and torch's settings are as before. Raises UserError if `device` does not support a setting.
     """
     check_compute(config, device)
     teacher = method.teacher
@@ -99,14 +93,14 @@ def applied(config: ComputeConfig, method: Method, device: str) -> Iterator[None
         for counter, call in calls.items():
             stack.callback(call.undo)
             stack.enter_context(counter.calling(call))
-        for counted in networks_below(method, teacher.denoiser):  # now: copies and averages keep the memory format
-            if counted.counter in calls:  # others are a method's own affair
+        for counted in networks_below(method, teacher.denoiser):  # before copies are made, which keep the memory format
+            if counted.counter in calls:  # a method may have networks with other counters
                 calls[counted.counter].prepare(counted.network)
         yield
 
 
 def _call_of(config: ComputeConfig, precision: str, device: str) -> NetworkCall:
-    plain = {name: value for name, value in training_identity(config, device).items() if name in OF_ANSWERS}
+    plain = {name: value for name, value in training_identity(config, device).items() if name in ROUNDING}
     if precision != "fp32":
         plain["precision"] = precision
     if {config.precision, config.of_teacher} == {"fp32"} and not (
@@ -117,31 +111,23 @@ def _call_of(config: ComputeConfig, precision: str, device: str) -> NetworkCall:
 
 
 def grad_scaler(config: ComputeConfig, device: str) -> torch.amp.GradScaler | None:
-    """What scales losses so that gradients in fp16 do not vanish, and leaves out steps where they overflowed.
-
-    None where students are not computed in fp16.
-    """
+    """The loss scaler for fp16, which skips steps whose gradients overflowed; None for other precisions."""
     return torch.amp.GradScaler(kind_of(device)) if config.precision == "fp16" else None
 
 
 def last_batch(config: ComputeConfig) -> AbstractContextManager[Any]:
-    """For a step of fewer images than the others: what would have to be compiled for it alone runs as it is."""
+    """A block for a smaller batch than the others: what would need compilation for it runs eagerly."""
     return nullcontext() if config.compile == "off" else torch.compiler.set_stance("eager_on_recompile")
-
-
-def tf32(allowed: bool, device: str) -> AbstractContextManager[Any]:
-    """In the block float32 products and convolutions on a GPU may, or may not, use TF32."""
-    return nullcontext() if device == "cpu" else float32_products(allowed)
 
 
 @contextmanager
 def algorithms(config: ComputeConfig, device: str) -> Iterator[None]:
-    """In the block torch and cuDNN choose among algorithms as `config` says, whatever the process has set."""
+    """A block in which torch and cuDNN choose algorithms by `config`, whatever the process has set."""
     cudnn, enabled = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
     before = cudnn.benchmark, cudnn.deterministic, torch.is_deterministic_algorithms_warn_only_enabled()
     if device != "cpu":
         cudnn.benchmark, cudnn.deterministic = config.cudnn_benchmark, config.deterministic
-    if config.deterministic:  # only then: to set it imports torch's compiler
+    if config.deterministic:  # only then, since setting it imports torch's compiler
         torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -152,10 +138,10 @@ def algorithms(config: ComputeConfig, device: str) -> Iterator[None]:
 
 
 def _many_variants() -> AbstractContextManager[Any]:
-    """After a few variants of a function torch's compiler gives up and says so in a warning only."""
+    """A block with a higher limit of compiled variants of a function; beyond it torch only warns and runs eagerly."""
     import torch._dynamo.config as dynamo  # seconds to import
 
-    return dynamo.patch(cache_size_limit=MOST_VARIANTS)  # the name in every torch since 2.6
+    return dynamo.patch(cache_size_limit=MOST_VARIANTS)  # the name in all versions since 2.6
 
 
 # --- in evaluation ---------------------------------------------------------------------------------------------------
@@ -163,14 +149,14 @@ def _many_variants() -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How networks are computed where they are sampled from: for scores, and where that is timed."""
+    """How networks are computed in sampling, for scores and for timing."""
 
     precision: str = "fp32"
     cuda_graphs: bool = False
 
 
 def sampling_call(asked: Sampling, device: str) -> NetworkCall:
-    """The call that the settings ask for. With CUDA graphs it keeps what it has captured as long as it is kept."""
+    """The network call for these settings. With CUDA graphs it holds its captured graphs."""
     check_sampling(asked, device)
     call: NetworkCall = NetworkCall()
     if asked.precision in DTYPES:
@@ -180,9 +166,9 @@ def sampling_call(asked: Sampling, device: str) -> NetworkCall:
 
 @contextmanager
 def sampling(asked: Sampling, teacher: Teacher, device: str, call: NetworkCall | None = None) -> Iterator[None]:
-    """In the block the networks of `teacher` and of its students are computed as samples are made.
+    """A block in which the networks of `teacher` and of its students are computed with the settings of sampling.
 
-    `call` is that of an earlier block with the same settings, whose CUDA graphs serve again; None: a new one.
+    `call` is that of an earlier block with the same settings, whose CUDA graphs are reused; None: a new one.
     """
     call = call or sampling_call(asked, device)
     call.begin()
@@ -198,9 +184,9 @@ def sampling(asked: Sampling, teacher: Teacher, device: str, call: NetworkCall |
 
 
 def training_identity(config: ComputeConfig, device: str) -> dict[str, Any]:
-    """The settings that differ from the defaults, for the key of a training; on a GPU tf32 is always named.
+    """The settings that differ from the defaults, for the cache key of a training; on a GPU always with tf32.
 
-    Without the latter, results from before there was this setting would be found, and those had torch's defaults.
+    Otherwise results from before this setting existed would be found, which had torch's defaults.
     """
     defaults = ComputeConfig()
     plain = {name: value for name, value in vars(config).items() if value != getattr(defaults, name)}
@@ -211,15 +197,15 @@ def training_identity(config: ComputeConfig, device: str) -> dict[str, Any]:
 
 
 def sampling_identity(asked: Sampling, device: str) -> dict[str, Any]:
-    """The same of an evaluation; on a GPU the precision is always named."""
+    """The same for an evaluation; on a GPU always with the precision."""
     plain: dict[str, Any] = {"cuda_graphs": True} if asked.cuda_graphs else {}
     return plain if device == "cpu" and asked.precision == "fp32" else plain | {"precision": asked.precision}
 
 
 def in_words(config: ComputeConfig | None, asked: Sampling) -> str:
-    """What a row says of how it was computed, such as "bf16, teacher fp16, tf32; sampling fp32"; None: no training.
+    """The column `compute` of a row, such as "bf16, teacher fp16, tf32; sampling fp32"; `config` None: no training.
 
-    One "fp32" where that is all.
+    Just "fp32" if nothing differs from the defaults.
     """
     sampled = asked.precision + (", cuda_graphs" if asked.cuda_graphs else "")
     trained = sampled if config is None else _training_in_words(config)
@@ -239,7 +225,7 @@ def _training_in_words(config: ComputeConfig) -> str:
 
 
 def changed(config: ComputeConfig | None, asked: Sampling) -> list[str]:
-    """The settings that differ from their defaults, as on the command line; what tells rows apart that share a key."""
+    """The settings that differ from their defaults, as on the command line."""
     defaults: list[tuple[str, Any, Any]] = [("evaluation", asked, Sampling())]
     if config is not None:
         defaults.insert(0, ("compute", config, ComputeConfig()))
@@ -260,19 +246,21 @@ def kind_of(device: str) -> str:
 
 
 def check_compute(config: ComputeConfig, device: str) -> None:
-    """Raise UserError for settings that `device` cannot follow."""
+    """Raise UserError for settings that `device` does not support."""
     if config.tf32:
         check_tf32("compute.tf32=true", device)
     if config.cudnn_benchmark and device == "cpu":
         raise UserError("compute.cudnn_benchmark=true needs a GPU, and device is cpu")
     if config.deterministic and device != "cpu" and not torch.version.hip:
         _check_workspace()
-    halves = {config.precision, config.of_teacher}
-    _check_precision("compute.precision" if config.precision in DTYPES else "compute.teacher_precision", halves, device)
+    precisions = {config.precision, config.of_teacher}
+    _check_precision(
+        "compute.precision" if config.precision in DTYPES else "compute.teacher_precision", precisions, device
+    )
 
 
 def check_sampling(asked: Sampling, device: str) -> None:
-    """The same for settings of evaluation."""
+    """The same for the settings of evaluation."""
     if asked.cuda_graphs and device == "cpu":
         raise UserError("evaluation.cuda_graphs=true needs a GPU, and device is cpu")
     if asked.precision == "tf32":
@@ -281,9 +269,9 @@ def check_sampling(asked: Sampling, device: str) -> None:
 
 
 def check_access(device: str, alone: Sequence[str]) -> None:
-    """Raise UserError for a GPU that no process may use, or one at a time where a run has several.
+    """Raise UserError for a GPU in a compute mode that allows no process, or one where the run needs several.
 
-    `alone`: the settings with which one would do.
+    `alone`: the settings with which one process would be enough.
     """
     mode = "" if device == "cpu" else compute_mode(device)
     if mode == PROHIBITED:
@@ -296,11 +284,11 @@ def check_access(device: str, alone: Sequence[str]) -> None:
 
 
 def _check_sharded(config: ComputeConfig) -> None:
-    """Raise UserError for what does not go with weights that are spread over processes."""
+    """Raise UserError for settings that do not work with sharded weights."""
     asked = {
         f"compile={config.compile}, which was never tried with gathered weights": config.compile != "off",
-        "channels_last=true, which keeps weights in an order that cannot be cut": config.channels_last,
-        "precision=fp16, whose scale of losses each process would set for itself. Possible: bf16, fp32": (
+        "channels_last=true, whose memory format cannot be sharded": config.channels_last,
+        "precision=fp16, whose loss scale each rank would set for itself. Possible: bf16, fp32": (
             config.precision == "fp16"
         ),
     }
@@ -309,14 +297,14 @@ def _check_sharded(config: ComputeConfig) -> None:
 
 
 def check_tf32(setting: str, device: str) -> None:
-    """Raise UserError where there is no TF32."""
+    """Raise UserError if the device has no TF32."""
     if device == "cpu" or torch.version.hip:
-        here = "device is cpu" if device == "cpu" else f"this torch is built for AMD's (ROCm {torch.version.hip})"
-        raise UserError(f"{setting} needs a GPU of NVIDIA's: TF32 is a format of theirs, and {here}")
+        here = "device is cpu" if device == "cpu" else f"this torch is built for AMD GPUs (ROCm {torch.version.hip})"
+        raise UserError(f"{setting} needs an NVIDIA GPU, and {here}")
 
 
 def _check_workspace() -> None:
-    """Raise UserError where cuBLAS may add up in any order: it reads how it should once, when it is first used."""
+    """Raise UserError if cuBLAS is not deterministic. It reads the variable once, at its first use."""
     value = os.environ.get(WORKSPACE)
     if value not in WORKSPACES:
         got = "is not set" if value is None else f"is {value!r}"
@@ -327,7 +315,7 @@ def _check_workspace() -> None:
 
 
 def _check_precision(setting: str, precisions: set[str], device: str) -> None:
-    """A GPU of NVIDIA's before Ampere has no units for bf16: torch would emulate it, slower than fp32."""
+    """Raise UserError for bf16 on NVIDIA GPUs before Ampere: torch would emulate it, slower than fp32."""
     if "bf16" not in precisions or device == "cpu" or torch.version.hip:
         return
     if torch.cuda.get_device_capability(device) < AMPERE:

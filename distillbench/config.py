@@ -1,8 +1,8 @@
-"""From the words of the command line to checked, typed settings.
+"""Typed and checked settings from command-line arguments.
 
 Hydra's Compose API reads the overrides. Every registered method, teacher and dataset is a config node made from its own
 ``Config`` dataclass, so ``methods=[boot,cm]`` and ``methods.boot.lr=3e-4`` are typed like everything else. Comma sweeps
-(``seed=0,1,2``) become a grid of settings. Whatever does not fit is a :class:`UserError` that names the full setting.
+(``seed=0,1,2``) become a grid of settings. An invalid setting is a :class:`UserError` with its full name.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from yaml import YAMLError
 from distillbench.budget import BudgetConfig, Limit
 from distillbench.compute import ComputeConfig
 from distillbench.errors import UserError, nearest, quoted, unknown
-from distillbench.evaluate import EvaluationConfig
+from distillbench.evaluation_settings import EvaluationConfig
 from distillbench.executor_settings import EXECUTORS, ExecutorConfig, LocalConfig, kinds_with
-from distillbench.neighbours import Neighbours
+from distillbench.layout import CACHE, CELLS
+from distillbench.neighbours import PointBuilder
 from distillbench.options import option, require_between, require_one_of, require_positive
 from distillbench.registry import Registry
 from distillbench.written_values import expand_home, quote_home, split_values, written_value
@@ -48,15 +49,15 @@ GROUPS = {"methods": "methods", "dataset": "datasets", "teacher": "teachers"}  #
 CHOICES = (*GROUPS, "executor", "experiment")
 NAME = re.compile(r"[A-Za-z_][\w/]*(\.\w+)*", re.ASCII)
 MOST_RUNS = 100_000  # points of a grid
-KEPT_NAMES = (".", "..", "cells", "cache")  # below results_dir, used by the harness itself
-LONGEST_NAME = 200  # bytes; file systems allow 255, and files being written have longer names for a moment
-LONGEST_WORD = 10_000  # characters of a setting: Hydra's grammar takes seconds for more
+RESERVED_NAMES = (".", "..", CELLS, CACHE)  # not for runs
+LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary files have longer names
+LONGEST_WORD = 10_000  # characters of a setting; Hydra's parser takes seconds for more
 LARGEST_INTEGER = 2**63 - 1
 
 
 @dataclass
 class StatesConfig:
-    """States of a training in progress, from which it goes on when it was cut off."""
+    """Training states, from which an interrupted training resumes."""
 
     seconds: float = option(300.0, "between two states")
     keep: int = option(2, "how many of the last are kept")
@@ -115,38 +116,39 @@ class RunConfig:
         where: ExecutorConfig = self.executor
         if isinstance(where, LocalConfig) and where.count > 1 and not self.isolate:
             raise UserError(
-                f"executor.workers={where.count} needs isolate=true: cells side by side are processes of their own"
+                f"executor.workers={where.count} needs isolate=true: parallel cells run in separate processes"
             )
         if isinstance(where, LocalConfig) and where.devices and self.device != "auto":
             raise UserError(f"device={self.device} and executor.devices exclude each other")
         if where.elsewhere and self.device.startswith("cuda:"):
             raise UserError(
-                f"device={self.device} has no meaning with executor={where.kind}, which chooses. Write cuda"
+                f"device={self.device} has no meaning with executor={where.kind}, which chooses. Write device=cuda"
             )
         if where.shares and self.evaluation.timing != "off":
             later = "Write evaluation.timing=off; the same command without it, one cell at a time, measures speed later"
-            raise UserError(f"{where.shares}: cells side by side disturb each other's timing. {later}")
+            raise UserError(f"{where.shares}: parallel cells disturb each other's timing. {later}")
         if where.shares and self.budget.limit == Limit.seconds:
-            raise UserError(f"{where.shares}: cells side by side take time from each other. Use another budget.limit")
+            raise UserError(f"{where.shares}: parallel cells slow each other down. Use another budget.limit")
 
     def _check_guidance(self) -> None:
         require_between(self, 0, float("inf"), "guidance")
         asked = "guidance_range" if self.guidance_range else f"guidance={self.guidance:g}"
         if not self.conditional and (self.guidance_range or self.guidance != 1):
-            raise UserError(f"{asked} needs conditional=true: an unconditional teacher has no class to be guided to")
+            raise UserError(f"{asked} needs conditional=true: guidance needs a class-conditional teacher")
         if self.guidance_range:
             if len(self.guidance_range) != 2 or not 0 <= self.guidance_range[0] < self.guidance_range[1]:
                 raise UserError(f"guidance_range must be [LOW,HIGH] with 0 <= LOW < HIGH, got {self.guidance_range}")
-            require_between(self, *self.guidance_range, "guidance")
+            low, high = self.guidance_range
+            require_between(self, low, high, "guidance")
 
 
 def _is_folder_name(name: str) -> bool:
     plain = Path(name).name == name and name.isprintable() and len(name.encode()) <= LONGEST_NAME
-    return plain and name not in KEPT_NAMES
+    return plain and name not in RESERVED_NAMES
 
 
 def config_folder() -> Path:
-    """The folder of YAML files: inside the package (wheel) or beside it (checkout)."""
+    """The folder of YAML files: in the package (wheel) or next to it (checkout)."""
     for folder in (HERE / "configs", HERE.parent / "configs"):
         if (folder / "config.yaml").is_file():
             return folder
@@ -154,15 +156,12 @@ def config_folder() -> Path:
 
 
 def compose_runs(words: list[str], registry: Registry, need_methods: bool = True) -> list[RunConfig]:
-    """One RunConfig for each point of the grid that the overrides `words` span.
-
-    Raises UserError for whatever does not fit.
-    """
+    """One RunConfig for each point of the grid that the overrides `words` span. Raises UserError for invalid ones."""
     _store_nodes(registry)
     with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
         points = _grid([_read(word, registry) for word in words], registry)
         bases: dict[tuple[str, ...], DictConfig] = {}
-        known: dict[tuple[str, ...], Neighbours] = {}
+        known: dict[tuple[str, ...], PointBuilder] = {}
         if len(points) == 1:
             runs = [_compose(points[0], bases, registry)[1]]
         else:
@@ -182,7 +181,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _store_nodes(registry: Registry) -> None:
-    """Put the Config of everything in `registry`, and of nothing else, where Hydra looks for config groups."""
+    """Store the Config of everything in `registry`, and of nothing else, as Hydra's config groups."""
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
     for kind, config in EXECUTORS.items():
@@ -196,22 +195,22 @@ def _store_nodes(registry: Registry) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _default(config: type, name: str) -> DictConfig:
-    # Checks of a plugin's defaults run when they are composed, not here: here only the kind is filled in.
+    # Only `kind` is set here. The checks of a plugin's defaults run when they are composed.
     return typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(config), {"kind": name}))
 
 
-# --- words to points of the grid -------------------------------------------------------------------------------------
+# --- arguments to grid points ----------------------------------------------------------------------------------------
 
 
 def _read(word: str, registry: Registry) -> Override:
-    """One word of the command line as Hydra's Override, if it has the form name=value and chooses what exists."""
+    """One command-line argument as Hydra's Override. Raises UserError if it is not of the form name=value."""
     if not word.strip():
         raise UserError("an empty setting. A setting reads name=value")
     if word[0] in "+~":
         raise UserError(f"cannot use {quoted(word)}: settings are changed with name=value, none is added or deleted")
     if "=" not in word:
         raise UserError(f"{quoted(word)} is not a setting. A setting reads name=value{_meant(word, registry)}")
-    if len(name := word.partition("=")[0]) > LONGEST_NAME:  # Hydra looks for a file of this name
+    if len(name := word.partition("=")[0]) > LONGEST_NAME:  # Hydra looks for a file with this name
         raise UserError(f"no setting {quoted(name)}: its name has {len(name):,} characters")
     if len(word) > LONGEST_WORD:
         raise UserError(f"{quoted(word)} has {len(word):,} characters, a setting has at most {LONGEST_WORD:,}")
@@ -220,7 +219,7 @@ def _read(word: str, registry: Registry) -> Override:
         (setting,) = parser.parse_overrides([quote_home(word)])
     except HydraException as error:
         raise UserError(f"cannot read the setting {quoted(word)}: {_advice(word)}") from error
-    except (ValueError, RecursionError) as error:  # more digits or levels than Python reads
+    except (ValueError, RecursionError) as error:  # more digits or nesting than Python can read
         raise UserError(f"cannot read the setting {quoted(word)}: {_first_line(error)}") from error
     if setting.package is not None:
         raise UserError(f"no setting {quoted(word.partition('=')[0])}: '@' has no meaning here")
@@ -235,7 +234,7 @@ def _meant(word: str, registry: Registry) -> str:
 
 
 def _advice(word: str) -> str:
-    """How to write what Hydra's grammar cannot read."""
+    """How to write an argument that Hydra's grammar cannot read."""
     name, _, value = word.partition("=")
     for opening, closing in ("[]", "{}", "()"):
         if value.count(opening) != value.count(closing):
@@ -274,15 +273,15 @@ def _values(setting: Override, registry: Registry) -> list[Override]:
         raise _too_many()
     given = setting.value()
     if isinstance(given, RangeSweep) and setting.key_or_group not in CHOICES and not given.shuffle:
-        return [_at(setting, value) for value in setting.sweep_iterator()]  # nothing to read, of thousands
+        return [_at(setting, value) for value in setting.sweep_iterator()]  # thousands of numbers need no parsing
     written = split_values(word.partition("=")[2])
     if isinstance(given, ChoiceSweep) and given.simple_form and len(written) == len(values):
-        values = written  # Hydra's strings are of the values that it read: 20240101 for 2024_01_01
+        values = written  # Hydra gives the values that it parsed: 20240101 for 2024_01_01
     return [_read(f"{setting.get_key_element()}={value}", registry) for value in values]
 
 
 def _at(setting: Override, value: Any) -> Override:
-    """A range at one of its numbers."""
+    """The override with one number of its range."""
     word = f"{setting.get_key_element()}={value}"
     return dataclasses.replace(setting, value_type=ValueType.ELEMENT, _value=value, input_line=word)
 
@@ -299,29 +298,29 @@ def _check_choice(setting: Override, registry: Registry) -> None:
             raise registry.no(key.removesuffix("s"), "null" if name is None else str(name), possible)
     if key != "methods" and len(names) != 1:
         every = ",".join(map(str, names))
-        raise UserError(f"{key} takes one name, got [{every}]. For one after the other write {key}={every or 'NAME'}")
+        raise UserError(f"{key} takes one name, got [{every}]. To sweep over several write {key}={every or 'NAME'}")
 
 
-# --- one point to typed settings -------------------------------------------------------------------------------------
+# --- grid point to typed settings ------------------------------------------------------------------------------------
 
 
 def _settings(
-    point: list[Override], bases: dict[tuple[str, ...], DictConfig], known: dict[tuple[str, ...], Neighbours],
+    point: list[Override], bases: dict[tuple[str, ...], DictConfig], known: dict[tuple[str, ...], PointBuilder],
     registry: Registry,
 ) -> RunConfig:  # fmt: skip
-    """The settings at one point of the grid, by a point that is `known` and has the same choices, if that can be."""
+    """The settings at one grid point, made from a `known` point with the same choices if that is possible."""
     choices = _choices(point)
     if choices not in known:
         node, run = _compose(point, bases, registry)
-        known[choices] = Neighbours(node, run)
+        known[choices] = PointBuilder(node, run)
         if not known[choices].usable:
             return run
     given = [s for s in point if s.key_or_group not in CHOICES]
     try:
         node = known[choices].node
         values = [(s.key_or_group, str(s.input_line), written_value(s, node)) for s in given]
-        return known[choices].at(values, _check_number)
-    except Exception:  # it has to be composed, or does not fit: then the error is found again, with its words
+        return known[choices].build(values, _check_number)
+    except Exception:  # invalid, or not buildable: composing raises the error with its message
         return _compose(point, bases, registry)[1]
 
 
@@ -332,7 +331,7 @@ def _choices(point: list[Override]) -> tuple[str, ...]:
 def _compose(
     point: list[Override], bases: dict[tuple[str, ...], DictConfig], registry: Registry
 ) -> tuple[DictConfig, RunConfig]:
-    """The settings at one point of the grid. `bases` keeps what the choices alone give: the same for many points."""
+    """The settings at one grid point. `bases` caches the composition of the choices alone, which many points share."""
     choices = _choices(point)
     values = [s for s in point if s.key_or_group not in CHOICES]
     base: DictConfig | None = None
@@ -356,17 +355,17 @@ def _compose(
 
 
 def _keep_chosen(config: DictConfig, registry: Registry) -> DictConfig:
-    """`config` without what an experiment sets for methods that are not chosen; that is checked all the same."""
+    """`config` without an experiment's settings for methods that are not chosen. These are checked, too."""
     for name, node in list(config.methods.items()):
         if dataclasses.is_dataclass(OmegaConf.get_type(node)):
             continue
-        if name not in registry.methods and not registry.broken:  # otherwise it may be of a plugin that was left out
+        if name not in registry.methods and not registry.broken:  # otherwise it may belong to a broken plugin
             raise unknown("method", name, registry.methods, " in an experiment")
         try:
             if name in registry.methods:
                 OmegaConf.merge(_default(registry.methods[name].cls.Config, name), node)
         except (OmegaConfBaseException, ValueError) as error:
-            raise UserError(f"an experiment sets methods.{name} to what it cannot be: {_first_line(error)}") from error
+            raise UserError(f"an experiment has an invalid setting of methods.{name}: {_first_line(error)}") from error
         with open_dict(config):
             del config.methods[name]
     return config
@@ -378,7 +377,7 @@ def _check_dataset(base: DictConfig, registry: Registry) -> None:
 
 
 def _check_name(path: str, base: DictConfig) -> None:
-    """Refuse a setting that does not exist, with its nearest neighbour on the same level."""
+    """Refuse a setting that does not exist, and suggest the nearest name on the same level."""
     if path in CHOICES:
         return
     node: Any = base
@@ -387,7 +386,7 @@ def _check_name(path: str, base: DictConfig) -> None:
         where = ".".join(parts[:depth])
         if not isinstance(node, DictConfig):
             raise UserError(f"no setting {quoted(path)}: '{where}' is a value, it has no settings below it")
-        if part not in list(node):  # not `in node`: that leaves out what has no default
+        if part not in list(node):  # not `in node`, which is False for settings without a default
             raise UserError(_no_setting(path, part, where, node))
         node = None if OmegaConf.is_missing(node, part) else node[part]
 
@@ -409,7 +408,7 @@ def _no_setting(path: str, part: str, where: str, node: DictConfig) -> str:
 
 
 def _check_groups(config: DictConfig, base: DictConfig, values: list[Override]) -> None:
-    """Refuse a value in the place of a whole group of settings, and a changed kind."""
+    """Refuse a value for a whole group of settings, and a changed kind."""
     for path in ("dataset", "teacher", "executor", *(f"methods.{name}" for name in base.methods)):
         node, expected = OmegaConf.select(config, path), OmegaConf.select(base, path)
         if OmegaConf.get_type(node) is not OmegaConf.get_type(expected):
@@ -419,7 +418,7 @@ def _check_groups(config: DictConfig, base: DictConfig, values: list[Override]) 
 
 
 def _instantiate(config: DictConfig) -> RunConfig:
-    """The dataclasses of `config`, innermost first, so that an error can name the group that it is in."""
+    """Instantiate the dataclasses of `config`, innermost first, so that an error can name its group."""
     for path, node in _groups(config):
         try:
             OmegaConf.to_object(node)
@@ -427,14 +426,14 @@ def _instantiate(config: DictConfig) -> RunConfig:
             raise UserError(_located(path, node, str(error))) from error
         except OmegaConfBaseException:
             raise
-        except Exception as error:  # the checks of a stranger's Config may fail in any way
+        except Exception as error:  # a third-party Config may raise anything
             raise UserError(f"{path or 'settings'}: {type(error).__name__}: {_first_line(error)}") from error
         _check_numbers(path, node)
     run = OmegaConf.to_object(config)
     assert isinstance(run, RunConfig)
     try:
         OmegaConf.structured(run)
-    except OmegaConfBaseException as error:  # an interpolation may bring a value of another type
+    except OmegaConfBaseException as error:  # an interpolation may have a value of another type
         raise UserError(f"{error.full_key or 'settings'}: {_first_line(error)}") from error
     return run
 
@@ -449,7 +448,7 @@ def _groups(node: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]
 
 
 def _check_numbers(path: str, node: DictConfig) -> None:
-    """Refuse numbers that records cannot hold."""
+    """Refuse numbers that JSON records cannot hold."""
     for name in node:
         _check_number(_join(path, str(name)), node[name])
 
@@ -462,7 +461,7 @@ def _check_number(path: str, given: Any) -> None:
             raise UserError(f"{path} must be below 2^63, got {quoted(str(value))}")
 
 
-# --- what errors say -------------------------------------------------------------------------------------------------
+# --- error messages --------------------------------------------------------------------------------------------------
 
 
 def _located(path: str, node: DictConfig, message: str) -> str:
@@ -473,7 +472,7 @@ def _located(path: str, node: DictConfig, message: str) -> str:
 
 
 def _explained(error: Exception, values: list[Override], base: DictConfig | None) -> UserError:
-    """What Hydra and OmegaConf found, in the words of the command line."""
+    """An error of Hydra or OmegaConf, in terms of the command line."""
     if base is None or not isinstance(error, OmegaConfBaseException) or not error.full_key:
         return UserError(f"cannot use the settings: {_first_line(error, 2)}")
     path = error.full_key.partition("[")[0]
@@ -495,7 +494,7 @@ def _explained(error: Exception, values: list[Override], base: DictConfig | None
 
 
 def _given(path: str, values: list[Override]) -> str:
-    """The value on the command line that decides the setting at `path`, in quotes, or nothing."""
+    """The value on the command line that decides the setting at `path`, in quotes, or an empty string."""
     deciding = [s for s in values if path == s.key_or_group or path.startswith(f"{s.key_or_group}.")]
     return quoted(str(deciding[-1].input_line).partition("=")[2]) if deciding else ""
 
@@ -506,7 +505,7 @@ def _wanted_group(path: str, node: DictConfig) -> str:
 
 
 def type_in_words(hint: Any) -> str:
-    """A type as people say it, such as "a whole number", "a list of numbers" or "one of images, seconds, nfe"."""
+    """A type in words, such as "a whole number", "a list of numbers" or "one of images, seconds, nfe"."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     plural = {int: "whole numbers", float: "numbers", str: "names", Any: "values"}
     if _is_enum(hint):

@@ -20,7 +20,7 @@ from distillbench.files import write_atomically
 from distillbench.image_files import FileDataset
 from distillbench.progress import Progress
 from distillbench.readers import map_in_order
-from distillbench.results import sample_grid
+from distillbench.sample_grid import sample_grid
 
 if TYPE_CHECKING:
     from distillbench.registry import Registry

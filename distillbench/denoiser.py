@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.conditions import UNCONDITIONAL, Condition, Conditioning
-from distillbench.networks import GuidanceEmbedding, evaluating
+from distillbench.embeddings import GuidanceEmbedding
+from distillbench.modes import evaluating
 from distillbench.schedules import NoiseSchedule
 from distillbench.shards import class_of
 
@@ -140,7 +141,7 @@ class CountedNetwork(nn.Module):
     """A network and the counter of the rows that it has evaluated: nothing reaches the one without the other.
 
     In training mode dropout acts where the gradient reaches the network's weights, and only there: a frozen network,
-    one under ``torch.no_grad()`` and one that is held (:func:`distillbench.networks.held`) answer in evaluation mode.
+    one under ``torch.no_grad()`` and one that is held (:func:`distillbench.modes.held`) answer in evaluation mode.
     The exception is a block of :func:`distillbench.dropout.one_mask`, which sets `mask`.
     """
 

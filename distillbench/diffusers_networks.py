@@ -2,7 +2,7 @@
 
 The network itself is the attribute named `component`, as diffusers' pipelines name it, with diffusers' own keys below
 that prefix: ``network.wrapped.save_pretrained(folder)`` writes what diffusers loads. What the two calls differ by is in
-:class:`distillbench.diffusers_schedules.Call`. Where a network also predicts a variance (twice as many channels out as
+:class:`distillbench.diffusers_calls.Call`. Where a network also predicts a variance (twice as many channels out as
 in), that half of its output is dropped.
 
 `embedding` is added to the embedding of time by what stands for its module during one call.
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from distillbench.conditions import UNCONDITIONAL, Condition
-from distillbench.diffusers_schedules import Call
+from distillbench.diffusers_calls import Call
 from distillbench.errors import UserError, unsupported
-from distillbench.parked import Parked
+from distillbench.parked import Offloaded
 from distillbench.stand_ins import adding, standing_in
 
 
@@ -196,7 +196,7 @@ class Autoencoder:
         config = module.config
         for name in ("latents_mean", "latents_std"):
             _refuse(config, name, (None,))
-        self.parked = Parked(module, device)
+        self.parked = Offloaded(module, device)
         self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
 
     @staticmethod
@@ -209,14 +209,14 @@ class Autoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """(B,c,h,w) to images in [-1, 1], (B,C,H,W)."""
         module: Any
-        with self.parked.awake() as module:
+        with self.parked.on_device() as module:
             return module.decode(latents / self.scale + self.shift).sample.clamp(-1, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images in [-1, 1] to latents, (B,c,h,w): the mode of what the encoder gives."""
         module: Any
-        with self.parked.awake() as module:
+        with self.parked.on_device() as module:
             return (self._mode(module.encode(images)) - self.shift) * self.scale
 
     def _mode(self, encoded: Any) -> Tensor:

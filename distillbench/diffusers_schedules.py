@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from distillbench.denoiser import SIGMA_DATA
+from distillbench.diffusers_calls import Call, ConsistencyCall, ScoreCall
 from distillbench.errors import UserError, quoted, unsupported
 from distillbench.files import key_of
 from distillbench.schedules import BETAS, VE, DiscreteBetas, FlowMatching, NoiseSchedule
@@ -35,72 +36,6 @@ from distillbench.teachers import Clip
 
 MOST_STEPS = 100_000  # of a training process
 FINAL_SIGNAL = 2.0**-40  # abar_T where the config says 0: alpha = 1e-6, log(sigma/alpha) = 13.9 and not infinite
-
-
-# --- how a network is called -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Call:
-    """From our x and time to what a network of diffusers takes, and from what it gives to what our prediction says.
-
-    | symbol | meaning                                                  | shape     |
-    |--------|----------------------------------------------------------|-----------|
-    | x      | what our network is given (EDM's c_in x^ for "edm")      | (B,C,H,W) |
-    | time   | what our network is given: t, or log(t) / 4 for "edm"    | (B,)      |
-    | out    | what the network of diffusers gives                      | (B,C,H,W) |
-    """
-
-    scale: float
-    offset: float = 0.0
-    sign: float = 1.0
-
-    def argument(self, time: Tensor) -> Tensor:
-        """The network's own time, scale time + offset, (B,)."""
-        return self.scale * time + self.offset
-
-    def input(self, x: Tensor) -> Tensor:
-        """The network's own x, (B,C,H,W)."""
-        return x
-
-    def output(self, out: Tensor, x: Tensor, time: Tensor) -> Tensor:
-        """What our prediction says, (B,C,H,W)."""
-        return out if self.sign == 1 else self.sign * out
-
-
-@dataclass(frozen=True)
-class ScoreCall(Call):
-    """A score network of images in [0, 1] at noise level s (Song et al. 2021, NCSN++), read as eps of ours in [-1, 1].
-
-    y = (x + 1) / 2 has the noise level s = t / 2, and the network gives the score -eps / s. (diffusers samples from
-    y = s eps, which is x = 2 s eps - 1, where we start from x = 2 s eps: of no account at s = 1348.)
-    """
-
-    def input(self, x: Tensor) -> Tensor:
-        return (x + 1) / 2
-
-    def output(self, out: Tensor, x: Tensor, time: Tensor) -> Tensor:
-        return -self.argument(time).view(-1, 1, 1, 1).to(out.dtype) * out
-
-
-@dataclass(frozen=True)
-class ConsistencyCall(Call):
-    """A consistency function c_skip x^ + c_out F (Song et al. 2023, appendix C), read as an EDM network F'.
-
-    With tau the noise level, e the smallest, sd = SIGMA_DATA and n^2 = tau^2 + sd^2, of EDM's k_skip x^ + k_out F':
-
-        F' = (1 - e/tau) F + sd (2 e - e^2/tau) / ((tau - e)^2 + sd^2) x,     x = x^ / n
-
-    so that the denoiser is the consistency function itself, and one step of DDIM its one-step sample.
-    """
-
-    e: float = 0.002
-
-    def output(self, out: Tensor, x: Tensor, time: Tensor) -> Tensor:
-        tau = (4 * time.double()).exp().view(-1, 1, 1, 1)
-        inner = 1 - self.e / tau
-        skip = SIGMA_DATA * (2 * self.e - self.e**2 / tau) / ((tau - self.e) ** 2 + SIGMA_DATA**2)
-        return inner.to(out.dtype) * out + skip.to(out.dtype) * x
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is left of a cell once it is done: rows for tables, pictures, weights, all plain values."""
+"""What a cell contributes to a run: table rows, samples and weights, as plain values that can be pickled."""
 
 from __future__ import annotations
 
@@ -8,81 +8,91 @@ from typing import Any
 
 from torch import Tensor
 
-from distillbench.cell import Finished, cell_folder, evaluation_inputs, protocol_key, train_inputs
+from distillbench.cell_keys import cell_folder, evaluation_inputs, protocol_key, train_inputs
 from distillbench.cell_training import STUDENT
 from distillbench.compute import changed, in_words
 from distillbench.environment import device_name
 from distillbench.files import key_of
-from distillbench.plan import Cell, changed_settings
-from distillbench.results import CheckpointScores, TrainRecord, cost_columns, table_row
+from distillbench.plan import changed_settings
+from distillbench.results import CheckpointScores, EvaluationRecord, SpeedRecord, TrainRecord
+from distillbench.shared_context import Cell
+from distillbench.table import cost_columns, table_row
 from distillbench.teachers import Teacher
 
 
 @dataclass(frozen=True)
-class About:
-    """Which cell it is: what its rows are rows of, and the names of its records."""
+class CellDescription:
+    """Identifies a cell: its cache keys, its folder, and the columns that all its rows share."""
 
     label: str
-    names: dict[str, Any]  # columns that all its rows share
-    rows: list[tuple[int, int]]  # (nfe, sampling seed) of each
+    columns: dict[str, Any]
+    nfe_and_seeds: list[tuple[int, int]]  # (nfe, sampling seed) of each row
     folder: Path
     train_inputs: dict[str, Any]
     evaluation_inputs: dict[str, Any]
 
     @property
+    def train_key(self) -> str:
+        return self.folder.name
+
+    @property
     def evaluation_key(self) -> str:
         return key_of(self.evaluation_inputs)
 
-    def without_scores(self, status: str, reason: str) -> list[dict[str, Any]]:
-        """Its rows, where they have nothing but a status."""
-        told = {"status": status, "reason": reason}
-        return [self.names | told | {"nfe": nfe, "sampling_seed": seed} for nfe, seed in self.rows]
+    def status_rows(self, status: str, reason: str) -> list[dict[str, Any]]:
+        """The cell's rows with a status and no scores."""
+        ending = {"status": status, "reason": reason}
+        return [self.columns | ending | {"nfe": nfe, "sampling_seed": seed} for nfe, seed in self.nfe_and_seeds]
 
 
 @dataclass(frozen=True)
-class Done:
-    """A cell's part of a run."""
+class CellResult:
+    """A finished cell."""
 
-    about: About
+    description: CellDescription
     rows: list[dict[str, Any]]
-    along: list[dict[str, Any]] = field(default_factory=list)
-    ok: bool = False
-    weights: tuple[Path, str] | None = None  # the file of the student, and its name in the run's folder
+    along: list[dict[str, Any]] = field(default_factory=list)  # scores at checkpoints during training
+    ok: bool = False  # every row has scores
+    weights: tuple[Path, str] | None = None  # the student's file, and its name in the run's folder
     weights_sha256: str = ""
     shown: list[tuple[str, Tensor]] = field(default_factory=list)  # lines of the picture: label, (N,C,H,W) uint8
 
 
-def about(cell: Cell, teacher: Teacher) -> About:
-    """Which cell `cell` is, for this teacher."""
+def describe_cell(cell: Cell, teacher: Teacher) -> CellDescription:
+    """The description of `cell` with this teacher."""
     inputs = train_inputs(cell, teacher)
     key = key_of(inputs)
-    config = cell.scene.config
-    rows = [(nfe, seed) for nfe in cell.nfe for seed in config.evaluation.seeds]
+    rows = [(nfe, seed) for nfe in cell.nfe for seed in cell.shared.config.evaluation.seeds]
     evaluation = evaluation_inputs(cell, key)
-    names = _names(cell, teacher)
-    names |= {"reference": "", "device": device_name(cell.scene.device), "key": key_of(evaluation)}
-    return About(cell.label, names, rows, cell_folder(cell, key), inputs, evaluation)
+    columns = _shared_columns(cell, teacher)
+    columns |= {"reference": "", "device": device_name(cell.shared.device), "key": key_of(evaluation)}
+    return CellDescription(cell.label, columns, rows, cell_folder(cell, key), inputs, evaluation)
 
 
-def done(finished: Finished, about: About) -> Done:
-    """What the tables, the picture and the folder of a run need of `finished`."""
-    cell, training, weights = finished.cell, finished.training, None
+def result_of(
+    cell: Cell, description: CellDescription, training: TrainRecord | None, evaluation: EvaluationRecord,
+    speed: SpeedRecord, shown: list[Tensor],
+) -> CellResult:  # fmt: skip
+    """The result of a cell from its records. `training` is None for the teacher itself.
+
+    `shown`: samples of the rows that are ok, of the first sampling seed.
+    """
+    weights = None
     if training is not None and training.status == "ok":
-        weights = (finished.folder / STUDENT, f"{cell.name}-seed{cell.seed}-{training.key}.safetensors")
-    return Done(
-        about,
-        _table_rows(finished),
-        _along_rows(finished),
-        not finished.failed,
+        weights = (description.folder / STUDENT, f"{cell.name}-seed{cell.seed}-{training.key}.safetensors")
+    return CellResult(
+        description,
+        _table_rows(cell, training, evaluation, speed),
+        _along_rows(cell, training, evaluation),
+        all(row.status == "ok" for row in [*evaluation.rows, *evaluation.along]),
         weights,
         "" if training is None else training.weights_sha256,
-        _lines(finished),
+        _picture_lines(cell, evaluation, shown),
     )
 
 
-def _names(cell: Cell, teacher: Teacher, training: TrainRecord | None = None) -> dict[str, Any]:
-    """What a cell's rows are rows of."""
-    config = cell.scene.config
+def _shared_columns(cell: Cell, teacher: Teacher, training: TrainRecord | None = None) -> dict[str, Any]:
+    config = cell.shared.config
     settings = [f"guidance_range={config.guidance_range}"] if cell.entry is not None and config.guidance_range else []
     settings.append(changed_settings(cell.method_config))
     parts = config.accumulate if training is None else training.accumulate
@@ -90,43 +100,46 @@ def _names(cell: Cell, teacher: Teacher, training: TrainRecord | None = None) ->
         settings.append(
             f"accumulate={parts}" + (" (memory ran out in fewer parts)" if parts > config.accumulate else "")
         )
-    if cell.entry is not None and (processes := cell.scene.ranks.count) > 1:
+    if cell.entry is not None and (processes := cell.shared.ranks.count) > 1:
         settings.append(f"processes={processes}")
     compute = config.compute if cell.entry is not None else None
     settings += changed(compute, config.evaluation.sampling)
     return {
-        "dataset": cell.scene.dataset.name,
+        "dataset": cell.shared.dataset.name,
         "teacher": teacher.label,
         "guidance": config.guidance if config.conditional else None,
         "method": cell.name,
         "training_seed": cell.seed,
         "images": config.evaluation.images,
         "budget": f"{config.budget.in_words}, batch {config.batch_size}" if cell.entry is not None else "",
-        "protocol": protocol_key(cell.scene, teacher),
+        "protocol": protocol_key(cell.shared, teacher),
         "settings": ", ".join(filter(None, settings)),
         "compute": in_words(compute, config.evaluation.sampling),
     }
 
 
-def _table_rows(finished: Finished) -> list[dict[str, Any]]:
-    record, cell = finished.evaluation, finished.cell
-    assert cell.scene.teacher is not None
-    real = ", ".join(f"{network}: {words}" for network, words in record.references.items())
-    names = _names(cell, cell.scene.teacher, finished.training)
-    names |= {"reference": real, "device": _device(finished), "key": record.key}
-    metrics = list(cell.scene.metrics)
-    told = finished.training, finished.speed, metrics
-    return [table_row(names, row, *told, _note(cell, row.nfe)) for row in record.rows]
+def _teacher(cell: Cell) -> Teacher:
+    assert cell.shared.teacher is not None  # loaded before any record is read or written
+    return cell.shared.teacher
+
+
+def _table_rows(
+    cell: Cell, training: TrainRecord | None, evaluation: EvaluationRecord, speed: SpeedRecord
+) -> list[dict[str, Any]]:
+    real = ", ".join(f"{network}: {words}" for network, words in evaluation.references.items())
+    columns = _shared_columns(cell, _teacher(cell), training)
+    columns |= {"reference": real, "device": _device(training, evaluation, speed), "key": evaluation.key}
+    metrics = list(cell.shared.metrics)
+    return [table_row(columns, row, training, speed, metrics, _note(cell, row.nfe)) for row in evaluation.rows]
 
 
 def _note(cell: Cell, nfe: int) -> str:
-    """What a reader of a row with `nfe` evaluations must know of the sampler, and of that of the teacher's answers."""
-    assert cell.scene.teacher is not None
-    schedule, config = cell.scene.teacher.schedule, cell.scene.config.evaluation
+    """What readers must know of the sampler of the row with `nfe` evaluations, and of the reference's sampler."""
+    schedule, config = _teacher(cell).schedule, cell.shared.config.evaluation
     reference, most = config.solvers()[0], max(config.teacher_steps)
     notes = []
     if cell.solver is not None:
-        steps = cell.solver.steps(nfe // cell.scene.conditioning.evaluations)
+        steps = cell.solver.steps(nfe // cell.shared.conditioning.evaluations)
         notes.append(cell.solver.note(schedule, steps) if steps is not None else "")
     compared = reference.note(schedule, most)
     if compared and compared not in notes:
@@ -134,40 +147,37 @@ def _note(cell: Cell, nfe: int) -> str:
     return "; ".join(filter(None, notes))
 
 
-def _device(finished: Finished) -> str:
-    """Whose seconds, joules and MiB are in the rows: records that were found may be of another machine."""
-    training, speed = finished.training, finished.speed
+def _device(training: TrainRecord | None, evaluation: EvaluationRecord, speed: SpeedRecord) -> str:
+    """The device whose seconds, joules and MiB the rows hold: cached records may come from another machine."""
     sampled = speed.device if speed.rows else ""
-    device = finished.evaluation.device if training is None else training.device
+    device = evaluation.device if training is None else training.device
     if training is None and sampled:
         return sampled
     return device if sampled in ("", device) else f"{device}; sampling {sampled}"
 
 
-def _along_rows(finished: Finished) -> list[dict[str, Any]]:
-    """The scores along training, the last of them those of the finished student."""
-    training, cell = finished.training, finished.cell
-    if training is None or not finished.evaluation.along:
+def _along_rows(cell: Cell, training: TrainRecord | None, evaluation: EvaluationRecord) -> list[dict[str, Any]]:
+    """The scores at checkpoints during training; the last rows are those of the finished student."""
+    if training is None or not evaluation.along:
         return []
-    assert cell.scene.teacher is not None
     costs = {checkpoint.fraction: checkpoint.cost for checkpoint in training.checkpoints}
     if training.cost is not None:
         costs[1.0] = training.cost
-    names = _names(cell, cell.scene.teacher, training)
-    ends = [CheckpointScores(fraction=1.0, **dict(row)) for row in finished.evaluation.rows]
+    columns = _shared_columns(cell, _teacher(cell), training)
+    ends = [CheckpointScores(fraction=1.0, **dict(row)) for row in evaluation.rows]
     rows = []
-    for row in [*finished.evaluation.along, *ends]:
-        told = {"nfe": row.nfe, "sampling_seed": row.sampling_seed, "fraction": row.fraction}
-        told |= {"status": row.status, "reason": row.reason}
-        rows.append(names | told | row.scores | cost_columns(costs[row.fraction]))
+    for row in [*evaluation.along, *ends]:
+        own = {"nfe": row.nfe, "sampling_seed": row.sampling_seed, "fraction": row.fraction}
+        own |= {"status": row.status, "reason": row.reason}
+        rows.append(columns | own | row.scores | cost_columns(costs[row.fraction]))
     return rows
 
 
-def _lines(finished: Finished) -> list[tuple[str, Tensor]]:
-    """Lines of the picture: every row of the first sampling seed that is ok."""
-    config = finished.cell.scene.config
+def _picture_lines(cell: Cell, evaluation: EvaluationRecord, shown: list[Tensor]) -> list[tuple[str, Tensor]]:
+    """One line for each row of the first sampling seed that is ok."""
+    config = cell.shared.config
     first = config.evaluation.seeds[0]
-    good = [row for row in finished.evaluation.rows if row.status == "ok" and row.sampling_seed == first]
+    good = [row for row in evaluation.rows if row.status == "ok" and row.sampling_seed == first]
     guidance = f", w = {config.guidance:g}" if config.conditional else ""
-    labels = [f"{finished.cell.label}{guidance}, {row.nfe} NFE" for row in good]
-    return list(zip(labels, finished.shown, strict=True))
+    labels = [f"{cell.label}{guidance}, {row.nfe} NFE" for row in good]
+    return list(zip(labels, shown, strict=True))

@@ -1,7 +1,7 @@
-"""Energy that a GPU uses while a block runs, in joules: of the whole board, whoever works on it.
+"""Energy in joules that a GPU uses while a block runs: of the whole board, including other processes.
 
-NVML's counter is in millijoules but moves only every 20 to 100 ms, so each edge of a measurement is off by up to 0.1 s:
-what is shorter than MIN_SECONDS gets no number. Every pause adds two edges.
+NVML's counter is updated only every 20 to 100 ms, so each end of a measurement is off by up to 0.1 s: blocks shorter
+than MIN_SECONDS have no value. Every pause adds two ends.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from distillbench.errors import Unavailable, UserError, unknown
 from distillbench.nvml import Gpu, Slice, gpu_of
 
-MIN_SECONDS = 2.0  # of a measurement
+MIN_SECONDS = 2.0
 NO_GPU = "no GPU in use"
 
 
 @dataclass(frozen=True)
 class Energy:
-    """Joules; None with the reason where there are none."""
+    """Joules; None with the `reason` if they are unknown."""
 
     joules: float | None = None
     reason: str = ""
@@ -38,7 +38,7 @@ NO_ENERGY = Energy(0.0)
 
 
 class JouleMeter(Protocol):
-    """Where joules are read: `begin`, then `end` gives those used since. Either may raise Unavailable."""
+    """A source of energy: `end` returns the joules since `begin`. Both may raise Unavailable."""
 
     def begin(self) -> None: ...
 
@@ -46,7 +46,7 @@ class JouleMeter(Protocol):
 
 
 class NvmlMeter:
-    """The counter in the GPU (nvmlDeviceGetTotalEnergyConsumption): Volta and later, no MIG slices."""
+    """The GPU's energy counter (nvmlDeviceGetTotalEnergyConsumption): Volta and later, no MIG slices."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
@@ -59,23 +59,23 @@ class NvmlMeter:
 
 
 class ZeusMeter:
-    """The package zeus (ml-energy/zeus), which also serves GPUs without a counter: it adds up their power."""
+    """The package zeus (ml-energy/zeus); for GPUs without an energy counter it integrates their power."""
 
     def __init__(self, monitor: Any) -> None:
         self.monitor = monitor
 
     def begin(self) -> None:
-        with _excused():
+        with _as_unavailable():
             self.monitor.begin_window("distillbench")
 
     def end(self) -> float:
-        with _excused():
+        with _as_unavailable():
             return float(sum(self.monitor.end_window("distillbench").gpu_energy.values()))
 
 
 @contextmanager
-def _excused() -> Iterator[None]:
-    """Any error of zeus, which has classes of its own for each vendor's, is a reason: no training may fail for it."""
+def _as_unavailable() -> Iterator[None]:
+    """Raise Unavailable for any error of zeus (each vendor has its own classes): no training may fail for it."""
     try:
         yield
     except Exception as error:
@@ -93,21 +93,22 @@ def _zeus(device: str) -> Iterator[JouleMeter]:
     monitor = _zeus_monitor()
     _check_whole(device)
     index = torch.device(device).index
-    index = torch.cuda.current_device() if index is None else index  # as CUDA_VISIBLE_DEVICES leaves them, as in torch
-    with _excused():
+    # zeus counts devices as torch does, after CUDA_VISIBLE_DEVICES
+    index = torch.cuda.current_device() if index is None else index
+    with _as_unavailable():
         meter = ZeusMeter(monitor(gpu_indices=[index], cpu_indices=[]))
     yield meter
 
 
 def _check_whole(device: str) -> None:
-    """Raise Unavailable for a part of a GPU: zeus would measure all of it."""
+    """Raise Unavailable for a slice of a GPU: zeus would measure the whole GPU."""
     try:
         with gpu_of(device) as gpu:
             if gpu.is_slice:
                 raise Slice("zeus: the device is a slice of a GPU (MIG), and zeus measures the whole GPU")
     except Slice:
         raise
-    except Unavailable:  # without NVML, or on an AMD GPU, zeus has its own ways
+    except Unavailable:  # zeus does not need NVML on all devices, for example on AMD GPUs
         pass
 
 
@@ -123,7 +124,7 @@ SOURCES: dict[str, Callable[[str], AbstractContextManager[JouleMeter]]] = {"nvml
 
 
 def check_source(source: str) -> None:
-    """Raise UserError for a source of energy that does not exist, or whose package is missing."""
+    """Raise UserError for an unknown source of energy, or one whose package is not installed."""
     if source not in SOURCES:
         raise unknown("source of energy", source, SOURCES)
     if source == "zeus":
@@ -131,7 +132,7 @@ def check_source(source: str) -> None:
 
 
 class EnergyWatch:
-    """The energy of a block, in `used`: so far while it runs, all of it when it has ended."""
+    """The energy of a block until now, in `used`."""
 
     def __init__(self, device: str) -> None:
         self.device, self.reason = device, ""
@@ -147,12 +148,12 @@ class EnergyWatch:
         if self.reason:
             return Energy(None, self.reason)
         if self._seconds < MIN_SECONDS:
-            return Energy(None, f"{self._seconds:.2g} s are too short for the GPU's counter of energy")
+            return Energy(None, f"{self._seconds:.2g} s are too short for the GPU's energy counter")
         return Energy(self._joules)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is used in the block is not counted."""
+        """Do not count the energy of the block."""
         self.end()
         try:
             yield
@@ -160,12 +161,12 @@ class EnergyWatch:
             self.begin()
 
     def restart(self) -> None:
-        """Forget what was counted so far."""
+        """Set the energy and its time to 0."""
         with self.paused():
             self._joules = self._seconds = 0.0
 
     def begin(self) -> None:
-        """Wait for the device and count from here."""
+        """Wait for the device and start counting."""
         if self.meter is None or self.reason:
             return
         torch.cuda.synchronize(self.device)
@@ -176,7 +177,7 @@ class EnergyWatch:
             self.reason, self._running = str(reason), False
 
     def end(self) -> None:
-        """Wait for the device and count no further."""
+        """Wait for the device and stop counting."""
         if self.meter is None or not self._running:
             return
         torch.cuda.synchronize(self.device)
@@ -190,7 +191,7 @@ class EnergyWatch:
 
 @contextmanager
 def energy(device: str, source: str = "nvml") -> Iterator[EnergyWatch]:
-    """Energy of the GPU `device` while the block runs, read from `source`; the device is waited for at both edges."""
+    """Energy of the GPU `device` while the block runs, by `source`. Waits for the device at both ends."""
     check_source(source)
     watch = EnergyWatch(device)
     with ExitStack() as stack:

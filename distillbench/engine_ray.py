@@ -1,4 +1,4 @@
-"""Tasks of a ray cluster: one that runs, or one that is started on this machine for the run."""
+"""Tasks of a ray cluster: a running one, or one that is started on this machine for the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from distillbench.engines import Answer, Job
+from distillbench.engines import Job, JobResult
 from distillbench.errors import UserError
 from distillbench.executor_settings import RayConfig
 from distillbench.hands import SECONDS_OF_GRACE
@@ -19,29 +19,29 @@ from distillbench.processes import in_words
 from distillbench.signals import stopping
 
 
-def answered(job: Job) -> Answer:
-    """What a task does. ray cancels it by the signal of Ctrl-C."""
+def run_job(job: Job) -> JobResult:
+    """The body of a task. ray cancels it with SIGINT."""
     with stopping() as stop:
-        return job.answer(stop)
+        return job.run(stop)
 
 
-class Ray:
-    """Tasks of ray."""
+class RayBackend:
+    """Submits jobs as ray tasks."""
 
-    jobs = "ray tasks"
+    job_name = "ray tasks"
 
     def __init__(self, where: RayConfig) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers that it runs
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run`: workers take this environment
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task without GPUs sees none
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics are sent
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run`, workers use this environment
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # tasks without GPUs see none
         try:
             import ray
         except ImportError as error:
             raise UserError("executor=ray needs ray: pip install 'distillbench[ray]'") from error
-        self.ray, self.most = ray, where.parallel
+        self.ray, self.max_jobs = ray, where.parallel
         self.numbers = itertools.count()
         self.running: dict[int, Any] = {}
-        with _own_signals():
+        with _signal_handlers_kept():
             try:
                 ray.init(
                     address=where.address or "local", log_to_driver=False, logging_level=logging.ERROR,
@@ -50,15 +50,16 @@ class Ray:
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise UserError(f"executor.address={where.address!r}: {in_words(error)}") from error
         self.notes = []
-        able = ray.cluster_resources()
+        resources = ray.cluster_resources()
         for name, wanted in (("gpus", where.gpus), ("cpus", where.cpus)):
-            there = able.get(name.upper()[:-1], 0)
-            if wanted > there and not where.address:
+            available = resources.get(name.upper()[:-1], 0)
+            if wanted > available and not where.address:
                 self.close()
-                raise UserError(f"executor.{name}={wanted:g} is more than there is on this machine: {there:g}")
-            if wanted > there:
-                self.notes.append(f"executor.{name}={wanted:g}, the ray cluster has {there:g} now: tasks wait for more")
-        task = ray.remote(answered)
+                raise UserError(f"executor.{name}={wanted:g} is more than this machine has: {available:g}")
+            if wanted > available:
+                note = f"executor.{name}={wanted:g}, the ray cluster has {available:g} now: tasks wait for more"
+                self.notes.append(note)
+        task = ray.remote(run_job)
         self.task = task.options(num_cpus=where.cpus, num_gpus=where.gpus, max_retries=where.retries)
 
     def submit(self, jobs: Sequence[Job]) -> list[int]:
@@ -67,26 +68,26 @@ class Ray:
             self.running[number] = self.task.remote(job)
         return numbers
 
-    def answers(self, running: Sequence[int], seconds: float) -> list[tuple[int, Answer]]:
+    def results(self, running: Sequence[int], seconds: float) -> list[tuple[int, JobResult]]:
         by_reference = {self.running[number]: number for number in running}
         ready, _ = self.ray.wait(list(by_reference), num_returns=1, timeout=seconds)
         if ready and len(by_reference) > 1:
             ready, _ = self.ray.wait(list(by_reference), num_returns=len(by_reference), timeout=0)
-        return [(by_reference[reference], self._answer(by_reference[reference])) for reference in ready]
+        return [(by_reference[reference], self._result(by_reference[reference])) for reference in ready]
 
-    def _answer(self, number: int) -> Answer:
+    def _result(self, number: int) -> JobResult:
         errors = self.ray.exceptions
         try:
             return self.ray.get(self.running.pop(number))
         except errors.OutOfMemoryError as error:
-            return Answer("ended", ("oom", f"ray ended the task for its memory: {in_words(error)}"))
+            return JobResult("failed", ("oom", f"ray ended the task for its memory: {in_words(error)}"))
         except errors.TaskCancelledError:
-            return Answer("interrupted", "cancelled")
+            return JobResult("interrupted", "cancelled")
         except errors.RayError as error:
-            return Answer("ended", ("failed", f"ray lost the task: {in_words(error)}"))
+            return JobResult("failed", ("failed", f"ray lost the task: {in_words(error)}"))
 
     def cancel(self, running: Sequence[int]) -> None:
-        """Tasks end as they do at Ctrl-C. A cluster that was started for the run ends with it, so they are awaited."""
+        """Interrupt the tasks and wait for them: a cluster that was started for the run ends with it."""
         references = [self.running.pop(number) for number in running]
         for reference in references:
             self.ray.cancel(reference, force=False)
@@ -95,13 +96,13 @@ class Ray:
             _, references = self.ray.wait(references, num_returns=len(references), timeout=0.5)
 
     def close(self) -> None:
-        with _own_signals():
+        with _signal_handlers_kept():
             self.ray.shutdown()
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
-    """A block in which ray may set handlers of signals; afterwards they are what they were."""
+def _signal_handlers_kept() -> Iterator[None]:
+    """Restore the signal handlers after the block: ray sets its own."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     try:

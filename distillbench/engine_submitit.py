@@ -1,4 +1,4 @@
-"""Jobs of a Slurm cluster, through submitit. A job that is preempted, or runs out of time, goes back into the queue."""
+"""Slurm jobs through submitit. A job that is preempted or reaches its time limit goes back into the queue."""
 
 from __future__ import annotations
 
@@ -14,68 +14,71 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distillbench.engines import Answer, Job
+from distillbench.engines import Job, JobResult
 from distillbench.errors import UserError
 from distillbench.executor_settings import SubmititConfig
 from distillbench.hands import SECONDS_OF_GRACE
 from distillbench.signals import stopping
 
-FOLDER = "jobs"  # below the cache: what submitit keeps of jobs; that of finished ones is removed
+FOLDER = "jobs"  # in the cache: the files of submitit; those of finished jobs are removed
 LARGEST_ARRAY = 1000  # jobs; Slurm takes 1001 where nothing else is set
-SECONDS_UNTIL_TOLD = 5.0  # between SIGTERM and the signal that says that a job is preempted
+SECONDS_UNTIL_SIGNAL = 5.0  # between SIGTERM and the signal that announces preemption
 LONGEST_REASON = 300  # characters
-LOOKS_PER_SECOND = 500  # at files that answers come in
-STATUS = {"OUT_OF_MEMORY": "oom", "TIMEOUT": "timeout", "DEADLINE": "timeout"}  # by Slurm's name for it; else failed
+POLLS_PER_SECOND = 500  # of result files
+STATUS = {"OUT_OF_MEMORY": "oom", "TIMEOUT": "timeout", "DEADLINE": "timeout"}  # by Slurm's state; otherwise failed
 
 
 @dataclass
 class SubmittedJob:
     """A job as submitit calls it.
 
-    submitit would leave at once at its signal. Here the work ends as it does at SIGTERM, with its state kept; then
-    submitit is told that the signal came, asks for :meth:`checkpoint` and puts the job back into the queue.
+    submitit would exit at once at its signal. Here the run is interrupted as by SIGTERM and saves its training state.
+    Then the signal is raised again for submitit, which calls :meth:`checkpoint` and puts the job back into the queue.
     """
 
     job: Job
 
-    def __call__(self) -> Answer:
+    def __call__(self) -> JobResult:
         from submitit.core.job_environment import JobEnvironment
         from submitit.core.utils import UncompletedJobError
 
         where = JobEnvironment()
         preempted = where._usr_sig()
         with stopping((signal.SIGINT, signal.SIGTERM, preempted)) as stop:
-            answer = self.job.answer(stop)
-            if answer.kind == "interrupted" and where.cluster == "slurm":
+            result = self.job.run(stop)
+            if result.kind == "interrupted" and where.cluster == "slurm":
                 with stop.patiently():
-                    end = time.monotonic() + SECONDS_UNTIL_TOLD
+                    end = time.monotonic() + SECONDS_UNTIL_SIGNAL
                     while preempted.name not in stop.names and time.monotonic() < end:
                         time.sleep(0.1)
-        if answer.kind == "interrupted" and preempted.name in stop.names:
+        if result.kind == "interrupted" and preempted.name in stop.names:
             try:
-                signal.raise_signal(preempted)  # does not come back where the job may go on
+                signal.raise_signal(preempted)  # does not return if the job may be queued again
             except UncompletedJobError as error:
-                return Answer("ended", ("timeout", str(error)), answer.said)
-        return answer
+                return JobResult("failed", ("timeout", str(error)), result.lines)
+        return result
 
     def checkpoint(self) -> Any:
-        """What is to be done when the job begins again: the same, from the state that was kept."""
+        """The job to run when it starts again: the same, which resumes from the saved training state."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
-class Submitit:
-    """Slurm jobs, or processes of this machine that are treated as if they were."""
+class SubmititBackend:
+    """Submits Slurm jobs, or with ``cluster=local`` processes on this machine that are treated in the same way.
 
-    def __init__(self, where: SubmititConfig, results: Path) -> None:
+    `folder`: for the files of submitit.
+    """
+
+    def __init__(self, where: SubmititConfig, folder: Path) -> None:
         try:
             import submitit
         except ImportError as error:
             raise UserError("executor=submitit needs submitit: pip install 'distillbench[slurm]'") from error
-        self.where, self.folder = where, results.absolute() / "cache" / FOLDER
-        self.jobs = "Slurm jobs" if where.cluster == "slurm" else "local jobs"
-        self.most = where.parallel if where.cluster == "local" else 10**6
+        self.where, self.folder = where, folder.absolute()
+        self.job_name = "Slurm jobs" if where.cluster == "slurm" else "local jobs"
+        self.max_jobs = where.parallel if where.cluster == "local" else 10**6
         self.notes: list[str] = []
         self.numbers = itertools.count()
         self.running: dict[int, Any] = {}
@@ -108,36 +111,37 @@ class Submitit:
             self.executor.update_parameters(**self._parameters(len(jobs)))
             for first in range(0, len(jobs), LARGEST_ARRAY):
                 array = [SubmittedJob(job) for job in jobs[first : first + LARGEST_ARRAY]]
-                with self._without_ctrl_c():
+                with self._ctrl_c_ignored():
                     submitted += self.executor.submit_array(array)
         except (NameError, ValueError, AssertionError, TypeError) as error:
             raise UserError(f"executor.parameters: {_on_one_line(error)}") from error
         except (FailedJobError, FailedSubmissionError, OSError) as error:
-            raise UserError(f"Slurm does not take the jobs: {_on_one_line(error)}") from error
+            raise UserError(f"Slurm refuses the jobs: {_on_one_line(error)}") from error
         finally:
             numbers = list(itertools.islice(self.numbers, len(submitted)))
             self.running.update(zip(numbers, submitted, strict=True))
         return numbers
 
-    def answers(self, running: Sequence[int], seconds: float) -> list[tuple[int, Answer]]:
-        time.sleep(max(seconds, len(running) / LOOKS_PER_SECOND))
+    def results(self, running: Sequence[int], seconds: float) -> list[tuple[int, JobResult]]:
+        time.sleep(max(seconds, len(running) / POLLS_PER_SECOND))
         ended = [number for number in running if self.running[number].done()]
-        return [(number, self._answer(self.running.pop(number))) for number in ended]
+        return [(number, self._result(self.running.pop(number))) for number in ended]
 
-    def _answer(self, job: Any) -> Answer:
+    def _result(self, job: Any) -> JobResult:
         from submitit.core.utils import UncompletedJobError
 
         try:
-            answer = job.result()
+            result = job.result()
         except UncompletedJobError:
             state = str(job.state)
             log = f"see {job.paths.stderr}"
-            return Answer("ended", (STATUS.get(state, "failed"), f"the job gave no answer (state {state}; {log})"))
+            reason = f"the job returned no result (state {state}; {log})"
+            return JobResult("failed", (STATUS.get(state, "failed"), reason))
         _remove(job)
-        return answer
+        return result
 
     def cancel(self, running: Sequence[int]) -> None:
-        """Slurm tells each that it ends. Processes of this machine are told here, and awaited."""
+        """Cancel through Slurm. Processes on this machine get SIGTERM from here, and are waited for."""
         jobs = [self.running.pop(number) for number in running]
         if self.where.cluster == "slurm":
             for job in jobs:
@@ -153,8 +157,8 @@ class Submitit:
             _remove(job)
 
     @contextmanager
-    def _without_ctrl_c(self) -> Iterator[None]:
-        """A block in which processes that begin on this machine are deaf to Ctrl-C, which is this one's to pass on."""
+    def _ctrl_c_ignored(self) -> Iterator[None]:
+        """Make processes that are started in the block ignore Ctrl-C: this process handles it and ends them."""
         if self.where.cluster == "slurm" or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -165,7 +169,7 @@ class Submitit:
             signal.signal(signal.SIGINT, before)
 
     def close(self) -> None:
-        with suppress(OSError):  # what gave no answer keeps its log
+        with suppress(OSError):  # jobs without a result keep their logs
             for left in self.folder.glob(".submission_file_*"):
                 left.unlink()
             self.folder.rmdir()

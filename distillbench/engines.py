@@ -1,6 +1,6 @@
-"""Work that is handed to another machine, and the answer that comes back. An engine carries both.
+"""Jobs for other machines, and backends that submit them and return their results.
 
-Both machines see the same results folder, and the same paths below the folder that the run was started in.
+Both machines must see the same results folder, and the same paths below the folder in which the run was started.
 """
 
 from __future__ import annotations
@@ -9,136 +9,111 @@ import os
 import pickle
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from distillbench.cell import Policy
-from distillbench.done import Done
-from distillbench.environment import environment
+from distillbench.done import CellDescription, CellResult
 from distillbench.errors import UserError
-from distillbench.hands import Ended, Hands, OtherHands, OwnHands, Seen, Task, cells_of, look_at_all, worked
+from distillbench.hands import CellWorker, InProcessWorker, SubprocessWorker, WorkerError, run_or_record
 from distillbench.processes import in_words
 from distillbench.progress import Progress
 from distillbench.signals import Interrupted, Stop
+from distillbench.tasks import CellTask, cells_of
+
+
+def run_task_in_job(
+    task: CellTask, description: CellDescription, policy: Policy, progress: Progress, stop: Stop
+) -> CellResult | None:
+    """Run a cell in a job: in the job's process, or with ``isolate`` in a process of its own."""
+    (cell,) = cells_of([task])
+    worker: CellWorker = InProcessWorker(progress, stop)
+    if task.config.isolate:
+        worker = SubprocessWorker(progress, stop, task.config.cell_seconds)
+    return run_or_record(worker, cell, description, policy)
 
 
 @dataclass(frozen=True)
-class Looked:
-    """The cells as they are, and what they are worked on."""
+class JobResult:
+    """How a job ended, and the lines that it printed.
 
-    seen: list[Seen]
-    environment: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Look:
-    """To look at all cells of a run."""
-
-    tasks: list[Task]
-    policy: Policy
-
-    def do(self, progress: Progress, stop: Stop) -> Looked:
-        cells = cells_of(self.tasks)
-        seen = look_at_all(cells, self.policy, progress)
-        scene = cells[0].scene
-        return Looked(seen, environment(scene.device, scene.config.threads))
-
-
-@dataclass(frozen=True)
-class Work:
-    """To work on a cell."""
-
-    task: Task
-    seen: Seen
-    policy: Policy
-
-    def do(self, progress: Progress, stop: Stop) -> Done | None:
-        (cell,) = cells_of([self.task])
-        hands: Hands = OwnHands(progress, stop)
-        if self.task.config.isolate:
-            hands = OtherHands(progress, stop, self.task.config.cell_seconds)
-        return worked(hands, cell, self.seen, self.policy)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came of a job.
-
-    "answer": `value`; "refused": a UserError, its text; "interrupted": a signal ended it, its name; "ended": there is
-    no answer, the status and the reason.
+    `value` by kind: "ok": what the function returned; "user error": the message; "interrupted": the name of the signal;
+    "failed": (status, reason).
     """
 
-    kind: Literal["answer", "refused", "interrupted", "ended"]
+    kind: Literal["ok", "user error", "interrupted", "failed"]
     value: Any
-    said: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Job:
-    """Work, the folder that the run was started in, and where its modules are: plugins may be files."""
+    """A pickled call, the working directory, and the import path: plugins may be single files."""
 
     pickled: bytes
     folder: str
     path: tuple[str, ...]
 
     @staticmethod
-    def of(work: Look | Work) -> Job:
+    def of(function: Callable[..., Any], *arguments: Any) -> Job:
+        """The job that calls ``function(*arguments, progress, stop)``."""
         try:
-            pickled = pickle.dumps(work)
-        except Exception as error:  # whatever a stranger's class raises
-            raise UserError(f"a cell cannot be handed to another machine: {in_words(error)}") from error
+            pickled = pickle.dumps((function, arguments))
+        except Exception as error:  # a third-party class may raise anything
+            raise UserError(f"a cell cannot be sent to another machine: {in_words(error)}") from error
         return Job(pickled, os.getcwd(), tuple(os.path.abspath(folder) for folder in sys.path))
 
-    def answer(self, stop: Stop) -> Answer:
-        """Do it. Errors are answers."""
-        progress = Noted()
+    def run(self, stop: Stop) -> JobResult:
+        """Make the call. Errors are results."""
+        progress = RecordingProgress()
         try:
             os.chdir(self.folder)
             sys.path += [folder for folder in self.path if folder not in sys.path]
-            work: Look | Work = pickle.loads(self.pickled)
-            return Answer("answer", work.do(progress, stop), progress.said)
+            function, arguments = pickle.loads(self.pickled)
+            return JobResult("ok", function(*arguments, progress, stop), progress.lines)
         except UserError as error:
-            return Answer("refused", str(error), progress.said)
+            return JobResult("user error", str(error), progress.lines)
         except Interrupted as interrupted:
-            return Answer("interrupted", interrupted.name, progress.said)
-        except Ended as ended:
-            return Answer("ended", (ended.status, str(ended)), progress.said)
+            return JobResult("interrupted", interrupted.name, progress.lines)
+        except WorkerError as error:
+            return JobResult("failed", (error.status, str(error)), progress.lines)
         except Exception as error:
             traceback.print_exc()
-            return Answer("ended", ("failed", in_words(error)), progress.said)
+            return JobResult("failed", ("failed", in_words(error)), progress.lines)
 
 
-class Noted(Progress):
-    """Keeps the lines, for the machine that shows them; they go into the job's log, too."""
+class RecordingProgress(Progress):
+    """Keeps the lines for the machine that started the run; they are printed into the job's log, too."""
 
     def __init__(self) -> None:
         super().__init__(None)
-        self.said: list[str] = []
+        self.lines: list[str] = []
 
     def say(self, line: str) -> None:
         print(line, flush=True)
-        self.said.append(line)
+        self.lines.append(line)
 
 
-class Engine(Protocol):
-    """Carries jobs to other machines, and their answers back. A job in its hands is known by a number.
+class Backend(Protocol):
+    """Submits jobs to other machines. A running job is known by its number.
 
-    `jobs`: what it calls them; `most`: that it is given at a time; `notes`: lines that a person should see.
+    `job_name`: what to call the jobs in messages; `max_jobs`: how many may be submitted at a time; `notes`: lines to
+    show before the first job.
     """
 
-    jobs: str
-    most: int
+    job_name: str
+    max_jobs: int
     notes: list[str]
 
     def submit(self, jobs: Sequence[Job]) -> list[int]:
-        """Take them in; their numbers. Raises UserError where that is refused."""
+        """Submit the jobs and return their numbers. Raises UserError if the cluster refuses them."""
 
-    def answers(self, running: Sequence[int], seconds: float) -> list[tuple[int, Answer]]:
-        """Those that have come by now; waits some `seconds` where there is none."""
+    def results(self, running: Sequence[int], seconds: float) -> list[tuple[int, JobResult]]:
+        """The results that have arrived; waits about `seconds` if there is none."""
 
     def cancel(self, running: Sequence[int]) -> None:
-        """End them; each keeps the state of its training."""
+        """End these jobs; each saves the state of its training."""
 
     def close(self) -> None:
-        """All is done."""
+        """Free what the backend holds."""

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, hardware. No host name, user name or path."""
+"""The environment of a run: versions, commit, hardware. No host name, user name or path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-import distillbench
+from distillbench import __version__
 
 PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "pandas", "scikit-learn", "torch-fidelity")
 
@@ -22,7 +22,7 @@ PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "pandas", "sci
 def environment(device: str, threads: int) -> dict[str, Any]:
     """Versions, git commit of the source (None for an installed wheel) and hardware, as plain values."""
     return {
-        "distillbench": distillbench.__version__,
+        "distillbench": __version__,
         "git": _git(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -37,7 +37,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """What the `device` column says: the kind of device and its model."""
+    """The value of the column `device`: cpu or cuda, and the model."""
     return f"cpu ({_cpu()})" if device == "cpu" else f"cuda ({torch.cuda.get_device_name(device)})"
 
 

@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and the words they are made of."""
+"""Errors that a user can act on, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from difflib import get_close_matches
 __all__ = ["DivergedError", "Unavailable", "UserError", "nearest", "quoted", "unknown"]
 
 LONGEST_QUOTE = 60
-LONGEST_REASON = 300  # characters of what a library says
+LONGEST_REASON = 300  # characters of a library's message
 
 
 class UserError(Exception):
@@ -16,15 +16,15 @@ class UserError(Exception):
 
 
 class DivergedError(Exception):
-    """Training left the finite numbers. The cell gets status ``diverged``, the others go on."""
+    """A loss, a weight or a sample is not finite. The cell gets status ``diverged``; other cells run."""
 
 
 class Unavailable(Exception):
-    """A value cannot be measured here; the message is the reason that stands in for it."""
+    """A value cannot be measured here. The message is shown as the reason for the empty value."""
 
 
 def unknown(kind: str, got: str, possible: Iterable[str], where: str = "") -> UserError:
-    """A :class:`UserError` for a name that does not exist: what was got, the nearest match, what is possible.
+    """A :class:`UserError` for a name that does not exist: what was given, the nearest match, what is possible.
 
     >>> str(unknown("method", "bot", ["boot", "cm"]))
     "no method 'bot'. Did you mean 'boot'? Possible: boot, cm"
@@ -35,7 +35,7 @@ def unknown(kind: str, got: str, possible: Iterable[str], where: str = "") -> Us
 
 
 def unsupported(kind: str, got: str, possible: Iterable[str], where: str = "") -> UserError:
-    """The same for a name that a file gives and that is no slip of a user's: the nearest match would mislead.
+    """Like :func:`unknown`, for a name from a file, which is no typing error: the nearest match would mislead.
 
     >>> str(unsupported("scheduler", "LCMScheduler", ["PNDMScheduler", "DDIMScheduler"]))
     "no scheduler 'LCMScheduler'. Possible: DDIMScheduler, PNDMScheduler"
@@ -51,12 +51,12 @@ def nearest(got: str, possible: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with what would move a terminal's cursor, or is no text at all, spelled out: names come from strangers."""
+    """`text` with control characters escaped: names in third-party files must not move the terminal's cursor."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def quoted(got: str) -> str:
-    """What the user gave, in quotes, on one line and not too long for a message.
+    """The user's input in quotes, on one line and shortened.
 
     >>> quoted("9" * 5000)
     "'999999999999999999999999999999999999999999999999999999999999...'"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,111 +13,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillbench.compute import SAMPLED, Sampling, sampling, sampling_call, sampling_identity
+from distillbench.compute import sampling, sampling_call, sampling_identity
 from distillbench.conditions import Condition
-from distillbench.datasets import Dataset, to_uint8
+from distillbench.datasets import to_uint8
 from distillbench.denoiser import NetworkCall
-from distillbench.errors import DivergedError, Unavailable, UserError, unknown
+from distillbench.errors import DivergedError, Unavailable
+from distillbench.evaluation_settings import EvaluationConfig
 from distillbench.features import ImageSet
 from distillbench.host_copies import to_host
 from distillbench.kept_arrays import kept_array
 from distillbench.metrics import Metric, Need, Samples, check_needs
 from distillbench.noise import DrawnAhead, Noise, drawn_ahead, stream_key
-from distillbench.options import option, require_between, require_one_of, require_positive
 from distillbench.progress import Progress, Step
-from distillbench.ranks import ALONE, Ranks
-from distillbench.references import RealImages, ReferenceFile, check_reference, provenance_of, read_reference
-from distillbench.registry import Registry
-from distillbench.samplers import SAMPLERS, Solver
-from distillbench.sharing import SampleOrder, in_turns
+from distillbench.ranks import SINGLE_RANK, Ranks
+from distillbench.references import RealImages
+from distillbench.samplers import Solver
+from distillbench.sharing import SampleOrder
 from distillbench.teachers import Teacher
+from distillbench.turns import in_turns
 
 Sampler = Callable[[Callable[[int], Tensor], int, Condition], Tensor]  # (noise, nfe, c) -> x_0 (B,C,H,W)
 SHOWN = 64  # images of every row that are kept to be looked at
 ANSWERS_PROTOCOL = 2  # of the teacher's answers that are kept: raise when what is sampled changes
 READ = 1024  # images handed to feature networks at a time
-TIMINGS = ("process", "inline", "off")
-
-
-@dataclass
-class EvaluationConfig:
-    """What is sampled and scored. The teacher's row with its first sampler and the most steps is the reference."""
-
-    images: int = option(2048, "images of every row")
-    batch_size: int = option(256, "images sampled at once, also when the memory of sampling is measured")
-    nfe: list[int] = option([], "network evaluations an image; empty: those of 1, 2 and 4 that a method can do")
-    teacher_samplers: list[str] = option(["ddim"], f"of the teacher's own rows: {', '.join(SAMPLERS)}, or SAMPLER/GRID")
-    teacher_steps: list[int] = option(
-        [1, 2, 4, 8, 64], "steps of each of them; the first with the most is the reference"
-    )
-    seeds: list[int] = option([0], "sampling seeds: rows for each; an image's noise depends on it and its index alone")
-    metrics: list[str] = option(["fd_efficientnet_lite0", "teacher_rmse"], "scores, by name or pattern: '*_inception'")
-    references: list[str] = option(
-        [], "files of reference statistics (.npz) to use instead of the dataset's images", path=True
-    )
-    checkpoints: int = option(0, "points along training, between its start and end, at which students are scored too")
-    precision: str = option("fp32", "of networks where they are sampled from and timed: fp32, tf32 (GPU), bf16 or fp16")
-    cuda_graphs: bool = option(False, "on a GPU, networks are captured once for each shape and replayed by one launch")
-    timing: str = option("process", "speed is measured in a fresh process, inline (in this one), or off")
-    timing_seconds: float = option(0.25, "how long each timing measures at least, after its warm-up")
-    largest_timed_batch: int = option(256, "largest batch that is tried for the most images per second")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "images", "batch_size", "timing_seconds", "largest_timed_batch")
-        require_between(self, 0, 1000, "checkpoints")
-        require_one_of(self, "timing", TIMINGS)
-        require_one_of(self, "precision", SAMPLED)
-        for name in ("nfe", "teacher_steps"):
-            values = getattr(self, name)
-            if (not values and name != "nfe") or min(values, default=1) < 1 or len(set(values)) != len(values):
-                raise UserError(f"evaluation.{name} must list different positive numbers, got {values}")
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) != len(self.seeds):
-            raise UserError(f"evaluation.seeds must list different numbers, none negative, got {self.seeds}")
-        solvers = self.solvers()
-        if not solvers or len({solver.name for solver in solvers}) != len(solvers):
-            raise UserError(f"evaluation.teacher_samplers must list different samplers, got {self.teacher_samplers}")
-        if not solvers[0].deterministic:
-            raise UserError(
-                f"evaluation.teacher_samplers: the first gives the answers that others are compared with, and "
-                f"{solvers[0].name} adds noise. Put another before it, such as ddim"
-            )
-
-    @property
-    def sampling(self) -> Sampling:
-        """How networks are computed where they are sampled from."""
-        return Sampling(self.precision, self.cuda_graphs)
-
-    def solvers(self) -> list[Solver]:
-        """The teacher's samplers; raises UserError for one that does not exist."""
-        return [Solver.parse(name) for name in self.teacher_samplers]
-
-    def chosen(self, registry: Registry) -> dict[str, type[Metric]]:
-        """The metrics by name, patterns filled in. Raises UserError for what is not registered."""
-        names: dict[str, None] = {}
-        for name in self.metrics:
-            found = [name] if name in registry.metrics else sorted(fnmatch.filter(registry.metrics, name))
-            if not found:
-                raise unknown("metric", name, registry.metrics, " in evaluation.metrics")
-            names |= dict.fromkeys(found)
-        return {name: registry.metrics[name].cls for name in names}
-
-    def read_references(self, registry: Registry, dataset: Dataset, weights: Path) -> list[ReferenceFile]:
-        """The reference files, each of which some metric uses. Raises UserError for one that does not fit the run."""
-        networks = {cls.network.name: cls.network for cls in self.chosen(registry).values() if cls.network}
-        files: dict[str, ReferenceFile] = {}
-        for word in self.references:
-            file = read_reference(Path(word))
-            name = str(file.provenance.get("network", ""))
-            if file.provenance and name not in networks:
-                asked = ", ".join(sorted(networks)) or "none"
-                raise UserError(f"{word}: a reference of network {name!r}, and this run's metrics use: {asked}")
-            network = networks.get(name)
-            identity = network.identity(weights) if network else {}
-            check_reference(file, provenance_of(dataset, identity), network.width if network else 0)
-            if name in files:
-                raise UserError(f"{word} and {files[name].path.name} are both references of network {name!r}")
-            files[name] = file
-        return list(files.values())
 
 
 @dataclass(frozen=True)
@@ -135,7 +52,7 @@ class Evaluator:
 
     def __init__(
         self, config: EvaluationConfig, metrics: dict[str, type[Metric]], real: RealImages, teacher: Teacher,
-        progress: Progress, cache: Path | None = None, ranks: Ranks = ALONE,
+        progress: Progress, cache: Path | None = None, ranks: Ranks = SINGLE_RANK,
     ) -> None:  # fmt: skip
         self.ranks = ranks
         self.config, self.teacher, self.real, self.progress, self.cache = config, teacher, real, progress, cache
@@ -227,7 +144,7 @@ class Evaluator:
 
     def _sample(self, sampler: Sampler, nfe: int, seed: int, step: Step, order: SampleOrder | None) -> Tensor:
         if self.ranks.count > 1:
-            with self.ranks.ordered(order):
+            with self.ranks.lead(order):
                 images, error = self._in_turns(sampler, nfe, seed, step)
             if error is not None:
                 raise error
@@ -252,7 +169,7 @@ class Evaluator:
         """Free the CUDA graphs: the networks of the next cell are others, and its training wants the memory."""
         self._call = None
 
-    def sample_along(self, sampler: Sampler | None, order: SampleOrder) -> None:
+    def follow_sampling(self, sampler: Sampler | None, order: SampleOrder) -> None:
         """A follower's batches of what the main process samples."""
         nfe = self._most_nfe() if order.answers else order.nfe
         self._in_turns(self._solver() if sampler is None else sampler, nfe, order.seed, Step(lambda *told: None))

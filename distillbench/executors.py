@@ -1,233 +1,252 @@
-"""Where cells are worked on: one after the other, side by side, or elsewhere. Who owns a cell its claim decides.
+"""Executors: cells run one after the other, in parallel on this machine, or as jobs of a cluster.
 
-An executor is given cells and yields what came of them, in whatever order it comes.
+An executor receives cells and yields their results in the order in which they finish. A file lock (claims.py) keeps two
+processes from running the same cell.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from pathlib import Path
 from typing import Protocol
 
 from distillbench.cell import Policy
 from distillbench.claims import claimed, is_claimed
 from distillbench.config import RunConfig
-from distillbench.done import Done
-from distillbench.engines import Answer, Engine, Job, Look, Looked, Work
-from distillbench.environment import environment
+from distillbench.done import CellDescription, CellResult
+from distillbench.engines import Backend, Job, JobResult, run_task_in_job
 from distillbench.errors import UserError
 from distillbench.executor_settings import LocalConfig, RayConfig, SubmititConfig
-from distillbench.hands import Ended, Hands, OtherHands, OwnHands, Seen, Task, given_up, worked
-from distillbench.plan import Cell
+from distillbench.hands import (
+    CellWorker,
+    InProcessWorker,
+    Scan,
+    SubprocessWorker,
+    WorkerError,
+    record_failure,
+    run_or_record,
+    scan_tasks,
+)
+from distillbench.layout import ResultsFolder
 from distillbench.progress import Progress
+from distillbench.shared_context import Cell
 from distillbench.signals import Interrupted, Stop
+from distillbench.tasks import CellTask
 
-SECONDS_BETWEEN_LOOKS = 0.2  # at threads
-SECONDS_BETWEEN_ANSWERS = 0.5
+SECONDS_BETWEEN_POLLS = 0.2  # of threads
+SECONDS_BETWEEN_RESULTS = 0.5  # of jobs
 
-Todo = Mapping[int, tuple[Cell, Seen]]  # by the cell's index
-Came = Generator[tuple[int, Done | None], None, None]
+Todo = Mapping[int, tuple[Cell, CellDescription]]  # by the cell's index
+Results = Generator[tuple[int, CellResult | None], None, None]
 
 
 class Executor(Protocol):
-    """Spreads the work on cells. `patience`: seconds between looks at what other processes do."""
+    """Distributes cells. `poll_seconds`: how long to wait before asking again for cells that other processes run."""
 
-    patience: float
+    poll_seconds: float
 
-    def look(self, cells: Sequence[Cell], policy: Policy) -> Looked:
-        """All cells as they are. Raises UserError if the teacher does not fit, Interrupted."""
+    def scan(self, cells: Sequence[Cell], policy: Policy) -> Scan:
+        """Read what earlier runs left. Raises UserError if the teacher does not fit, Interrupted."""
 
-    def work(self, todo: Todo, policy: Policy) -> Came:
-        """What came of each cell; None: another process has it. Ends early where --fail-fast does.
+    def run(self, todo: Todo, policy: Policy) -> Results:
+        """The result of each cell; None: another process runs it. Ends early after a failure with --fail-fast.
 
-        Raises UserError or Interrupted, once all that was begun has ended. It ends so, too, when it is closed.
+        Raises UserError or Interrupted after all running cells have ended. They are also ended when this is closed.
         """
 
     def close(self) -> None:
-        """All is done."""
+        """Free what the executor holds."""
 
 
 def executor_of(config: RunConfig, progress: Progress, stop: Stop) -> Executor:
-    """The executor that the settings choose. Raises UserError where its package is missing."""
+    """The executor that the settings choose. Raises UserError if its package is missing."""
     where = config.executor
     if isinstance(where, LocalConfig):
         if where.count > 1:
-            return SideBySide(progress, stop, config.cell_seconds, where)
+            return PoolExecutor(progress, stop, config.cell_seconds, where)
+        if not config.isolate:
+            return SerialExecutor(InProcessWorker(progress, stop))
         device = where.devices[0] if where.devices else ""
-        other = OtherHands(progress, stop, config.cell_seconds, device)
-        return OneByOne(other if config.isolate else OwnHands(progress, stop))
+        return SerialExecutor(SubprocessWorker(progress, stop, config.cell_seconds, device))
     if isinstance(where, SubmititConfig):
-        from distillbench.engine_submitit import Submitit
+        from distillbench.engine_submitit import FOLDER, SubmititBackend
 
-        return Elsewhere(Submitit(where, Path(config.results_dir)), where.requeues, progress, stop)
+        jobs = ResultsFolder.of(config.results_dir).cache(FOLDER)
+        return RemoteExecutor(SubmititBackend(where, jobs), where.requeues, progress, stop)
     assert isinstance(where, RayConfig)
-    from distillbench.engine_ray import Ray
+    from distillbench.engine_ray import RayBackend
 
-    return Elsewhere(Ray(where), where.retries, progress, stop)
-
-
-def _looked(hands: Hands, cells: Sequence[Cell], policy: Policy) -> Looked:
-    scene = cells[0].scene
-    return Looked(hands.look(cells, policy), environment(scene.device, scene.config.threads))
+    return RemoteExecutor(RayBackend(where), where.retries, progress, stop)
 
 
-def _enough(done: Done | None, policy: Policy) -> bool:
-    return policy.fail_fast and done is not None and not done.ok
+def _stops_the_run(result: CellResult | None, policy: Policy) -> bool:
+    return policy.fail_fast and result is not None and not result.ok
 
 
-class OneByOne:
-    """The cells in their order, one at a time."""
+class SerialExecutor:
+    """Runs the cells in order, one at a time."""
 
-    patience = 1.0
+    poll_seconds = 1.0
 
-    def __init__(self, hands: Hands) -> None:
-        self.hands = hands
+    def __init__(self, worker: CellWorker) -> None:
+        self.worker = worker
 
-    def look(self, cells: Sequence[Cell], policy: Policy) -> Looked:
-        return _looked(self.hands, cells, policy)
+    def scan(self, cells: Sequence[Cell], policy: Policy) -> Scan:
+        return self.worker.scan(cells, policy)
 
-    def work(self, todo: Todo, policy: Policy) -> Came:
-        for index, (cell, seen) in todo.items():
-            done = worked(self.hands, cell, seen, policy)
-            yield index, done
-            if _enough(done, policy):
+    def run(self, todo: Todo, policy: Policy) -> Results:
+        for index, (cell, description) in todo.items():
+            result = run_or_record(self.worker, cell, description, policy)
+            yield index, result
+            if _stops_the_run(result, policy):
                 return
 
     def close(self) -> None:
         pass
 
 
-class SideBySide:
-    """Several cells at a time on this machine: a thread for each, which watches over a process. Each has a device.
+class PoolExecutor:
+    """Runs several cells at a time on this machine: one thread for each, which watches a process on one device.
 
-    The threads are told to stop by a Stop of their own, so that an error of one ends the others as a signal does.
+    The threads share a Stop of their own, so that an error in one ends the others as a signal would.
     """
 
-    patience = 1.0
+    poll_seconds = 1.0
 
     def __init__(self, progress: Progress, stop: Stop, seconds: float, where: LocalConfig) -> None:
-        self.stop, self.ours = stop, Stop()
+        self.stop, self.own_stop = stop, Stop()
         devices = where.devices or [""]
-        self.hands = [OtherHands(progress, self.ours, seconds, devices[k % len(devices)]) for k in range(where.count)]
-        self.first = OtherHands(progress, stop, seconds, devices[0])
+        self.workers = [
+            SubprocessWorker(progress, self.own_stop, seconds, devices[k % len(devices)]) for k in range(where.count)
+        ]
+        self.scanner = SubprocessWorker(progress, stop, seconds, devices[0])
 
-    def look(self, cells: Sequence[Cell], policy: Policy) -> Looked:
-        return _looked(self.first, cells, policy)
+    def scan(self, cells: Sequence[Cell], policy: Policy) -> Scan:
+        return self.scanner.scan(cells, policy)
 
-    def work(self, todo: Todo, policy: Policy) -> Came:
-        self.ours.name, self.ours.again = "", False
-        waiting, free = collections.deque(todo.items()), list(self.hands)
-        running: dict[Future[Done | None], tuple[int, OtherHands]] = {}
-        with self.stop.patiently(), ThreadPoolExecutor(len(self.hands)) as threads:
+    def run(self, todo: Todo, policy: Policy) -> Results:
+        self.own_stop.name, self.own_stop.again = "", False
+        waiting, free = collections.deque(todo.items()), list(self.workers)
+        running: dict[Future[CellResult | None], tuple[int, SubprocessWorker]] = {}
+        with self.stop.patiently(), ThreadPoolExecutor(len(self.workers)) as threads:
             try:
                 while running or (waiting and not self.stop()):
-                    self.ours.name = self.stop.name
+                    self.own_stop.name = self.stop.name
                     while waiting and free and not self.stop():
-                        index, (cell, seen) = waiting.popleft()
-                        hands = free.pop(0)
-                        running[threads.submit(worked, hands, cell, seen, policy)] = index, hands
-                    for future in wait(running, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED).done:
-                        index, hands = running.pop(future)
-                        free.append(hands)
+                        index, (cell, description) = waiting.popleft()
+                        worker = free.pop(0)
+                        running[threads.submit(run_or_record, worker, cell, description, policy)] = index, worker
+                    for future in wait(running, SECONDS_BETWEEN_POLLS, FIRST_COMPLETED).done:
+                        index, worker = running.pop(future)
+                        free.append(worker)
                         if isinstance(future.exception(), Interrupted):
                             continue
-                        done = future.result()
-                        yield index, done
-                        if _enough(done, policy):
+                        result = future.result()
+                        yield index, result
+                        if _stops_the_run(result, policy):
                             waiting.clear()
             finally:
-                self.ours.name = self.ours.name or self.stop.name or "another cell's error"
-                self._await(running)
+                self.own_stop.name = self.own_stop.name or self.stop.name or "another cell's error"
+                self._wait_for_all(running)
         if self.stop():
             raise Interrupted(self.stop.name)
 
-    def _await(self, running: Iterable[Future[Done | None]]) -> None:
-        """Wait for those that were told to stop. A second signal kills them."""
+    def _wait_for_all(self, running: Iterable[Future[CellResult | None]]) -> None:
+        """Wait for cells that were asked to stop. A second signal kills them."""
         left = set(running)
         while left:
-            self.ours.again = self.stop.again
-            left = wait(left, SECONDS_BETWEEN_LOOKS).not_done
+            self.own_stop.again = self.stop.again
+            left = wait(left, SECONDS_BETWEEN_POLLS).not_done
 
     def close(self) -> None:
         pass
 
 
-class Elsewhere:
-    """The cells are jobs of other machines, and the looking at them is one, too: keys depend on what is there.
+class RemoteExecutor:
+    """Runs the cells as jobs on other machines. The scan is a job, too: cache keys depend on the machine's device.
 
-    A job that a signal ended there, and not here, begins again, at most `again` times.
+    A job that a signal ended on its machine, and not here, is submitted again, at most `retries` times.
     """
 
-    patience = 30.0
+    poll_seconds = 30.0
 
-    def __init__(self, engine: Engine, again: int, progress: Progress, stop: Stop) -> None:
-        self.engine, self.again, self.progress, self.stop = engine, again, progress, stop
-        for note in engine.notes:
+    def __init__(self, backend: Backend, retries: int, progress: Progress, stop: Stop) -> None:
+        self.backend, self.retries, self.progress, self.stop = backend, retries, progress, stop
+        for note in backend.notes:
             progress.say(note)
 
-    def look(self, cells: Sequence[Cell], policy: Policy) -> Looked:
-        self.progress.say(f"looking at what is there, in one of the {self.engine.jobs}")
-        with closing(self._answers({0: Look([Task.of(cell) for cell in cells], policy)})) as answers:
-            ((_, answer),) = answers
-        if answer.kind == "ended":
-            raise UserError(f"the teacher cannot be made: {answer.value[1]}")
-        return answer.value
+    def scan(self, cells: Sequence[Cell], policy: Policy) -> Scan:
+        self.progress.say(f"reading the records of earlier runs, in one of the {self.backend.job_name}")
+        tasks = [CellTask.of(cell) for cell in cells]
+        with closing(self._results([0], lambda _: Job.of(scan_tasks, tasks, policy))) as results:
+            ((_, result),) = results
+        if result.kind != "ok":
+            raise UserError(f"the teacher cannot be made: {_failure(result)}")
+        return result.value
 
-    def work(self, todo: Todo, policy: Policy) -> Came:
-        free = {index: given for index, given in todo.items() if not is_claimed(given[1].about.folder)}
-        yield from ((index, None) for index in todo.keys() - free.keys())
-        with closing(self._answers({i: Work(Task.of(cell), seen, policy) for i, (cell, seen) in free.items()})) as came:
-            for index, answer in came:
-                done = answer.value if answer.kind == "answer" else _without_answer(*free[index], answer)
-                yield index, done
-                if _enough(done, policy):
+    def run(self, todo: Todo, policy: Policy) -> Results:
+        def job_of(index: int) -> Job:
+            cell, description = todo[index]
+            return Job.of(run_task_in_job, CellTask.of(cell), description, policy)
+
+        claimed_elsewhere = {index for index, (_, description) in todo.items() if is_claimed(description.folder)}
+        yield from ((index, None) for index in claimed_elsewhere)
+        with closing(self._results([index for index in todo if index not in claimed_elsewhere], job_of)) as results:
+            for index, job_result in results:
+                result = job_result.value if job_result.kind == "ok" else _record_failure(*todo[index], job_result)
+                yield index, result
+                if _stops_the_run(result, policy):
                     return
 
-    def _answers(self, work: Mapping[int, Look | Work]) -> Generator[tuple[int, Answer], None, None]:
-        """Answers as they come, but those that have the work done again."""
-        waiting, running, begun = collections.deque(work), dict[int, int](), collections.Counter[int]()
-        with self.stop.patiently(), self.progress.step(f"{self.engine.jobs} ({len(work):,})") as step:
+    def _results(
+        self, indices: Sequence[int], job_of: Callable[[int], Job]
+    ) -> Generator[tuple[int, JobResult], None, None]:
+        """Results as they arrive. Jobs that were interrupted are submitted again and yield nothing."""
+        waiting, running, begun = collections.deque(indices), dict[int, int](), collections.Counter[int]()
+        name, count = self.backend.job_name, len(indices)
+        with self.stop.patiently(), self.progress.step(f"{name} ({count:,})") as step:
             try:
                 while waiting or running:
                     if self.stop():
                         raise Interrupted(self.stop.name)
-                    batch = [waiting.popleft() for _ in range(min(len(waiting), self.engine.most - len(running)))]
+                    batch = [waiting.popleft() for _ in range(min(len(waiting), self.backend.max_jobs - len(running)))]
                     begun.update(batch)
-                    numbers = self.engine.submit([Job.of(work[index]) for index in batch]) if batch else []
+                    numbers = self.backend.submit([job_of(index) for index in batch]) if batch else []
                     running |= zip(numbers, batch, strict=True)
-                    for number, answer in self.engine.answers(list(running), SECONDS_BETWEEN_ANSWERS):
+                    for number, result in self.backend.results(list(running), SECONDS_BETWEEN_RESULTS):
                         index = running.pop(number)
-                        for line in answer.said:
+                        for line in result.lines:
                             self.progress.say(line)
-                        if answer.kind == "refused":
-                            raise UserError(answer.value)
-                        if answer.kind == "interrupted" and begun[index] <= self.again:
-                            self.progress.say(
-                                f"one of the {self.engine.jobs} was ended by {answer.value}; it begins again"
-                            )
+                        if result.kind == "user error":
+                            raise UserError(result.value)
+                        if result.kind == "interrupted" and begun[index] <= self.retries:
+                            self.progress.say(f"one of the {name} was ended by {result.value}; it is submitted again")
                             waiting.append(index)
                             continue
-                        yield index, answer
+                        yield index, result
                     left = len(running) + len(waiting)
-                    step.advance(1 - left / len(work), f"{len(work) - left:,} done")
+                    step.advance(1 - left / count, f"{count - left:,} done")
             finally:
                 self._cancel(list(running))
 
     def _cancel(self, running: list[int]) -> None:
         if running:
-            kept = "what they reached is kept, and the same command goes on from there"
-            self.progress.say(f"{self.engine.jobs} that are cancelled: {len(running):,}; {kept}")
-            self.engine.cancel(running)
+            saved = "their training states are saved, and the same command resumes them"
+            self.progress.say(f"{self.backend.job_name} that are cancelled: {len(running):,}; {saved}")
+            self.backend.cancel(running)
 
     def close(self) -> None:
-        self.engine.close()
+        self.backend.close()
 
 
-def _without_answer(cell: Cell, seen: Seen, answer: Answer) -> Done | None:
-    """The rows of a cell whose job gave none; None where a process of it is still at work."""
-    status, reason = ("failed", f"ended by {answer.value}") if answer.kind == "interrupted" else answer.value
-    with claimed(seen.about.folder) as mine:
-        return given_up(cell, seen.about, Ended(status, reason)) if mine else None
+def _failure(result: JobResult) -> WorkerError:
+    status, reason = ("failed", f"ended by {result.value}") if result.kind == "interrupted" else result.value
+    return WorkerError(status, reason)
+
+
+def _record_failure(cell: Cell, description: CellDescription, result: JobResult) -> CellResult | None:
+    """The rows of a cell whose job returned none; None if a process of the job still runs it."""
+    with claimed(description.folder) as mine:
+        return record_failure(cell, description, _failure(result)) if mine else None

@@ -58,12 +58,12 @@ def export(
 
 def write_student(student: Student, output: Path) -> tuple[float, str]:
     """Write the folder; returns the largest difference that its images have, and the pipeline's class."""
-    scene = student.cell.scene
+    shared = student.cell.shared
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
         folder = Path(temporary) / "folder"
         folder.mkdir()
-        parts, prompts = parts_of(scene.source), scene.dataset.prompts
+        parts, prompts = parts_of(shared.source), shared.dataset.prompts
         form, difference = write_pipeline(student.method, student.teacher, parts, prompts, folder)
         write_card(folder, Card(student, form, difference))
         mode = (folder / "README.md").stat().st_mode  # some libraries write for the owner alone

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from distillbench.conditions import Condition
 from distillbench.edm_networks import DhariwalUNet, Fourier, SongUNet
+from distillbench.embeddings import TimeEmbedding
 from distillbench.errors import UserError
 from distillbench.export_fold import OwnCore
 from distillbench.networks import ResidualMLP
@@ -80,32 +81,33 @@ class OneStepNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 def source_of(architecture: type[nn.Module]) -> str:
-    """The source of `architecture` and of all in its module that it is made of, and :class:`OneStepNetwork`.
+    """The source of `architecture`, of what it uses of its module and of `embeddings`, and of OneStepNetwork.
 
     Raises UserError where that imports what an export does not have.
     """
-    module = inspect.getmodule(architecture)
-    assert module is not None
-    text = inspect.getsource(module)
-    parts = [part for part in ast.parse(text).body if _defined(part)]
+    embeddings, module = inspect.getmodule(TimeEmbedding), inspect.getmodule(architecture)
+    assert embeddings is not None and module is not None
+    texts = [inspect.getsource(source) for source in (embeddings, module)]
+    lines = {part: text.splitlines() for text in texts for part in ast.parse(text).body if _defined(part)}
+    parts, copied = list(lines), DEFINED | set(embeddings.__all__)
     needed, wanted = set(), {architecture.__name__}
     while wanted:
         for part in [part for part in parts if part not in needed and _defined(part) & wanted]:
             needed.add(part)
             wanted |= {node.id for node in ast.walk(part) if isinstance(node, ast.Name)}
         wanted &= {name for part in parts if part not in needed for name in _defined(part)}
-    kept, lines = [HEAD.rstrip()], text.splitlines()
+    kept = [HEAD.rstrip()]
     for part in (part for part in parts if part in needed):
         foreign = {node.module for node in ast.walk(part) if isinstance(node, ast.ImportFrom) and _ours(node.module)}
         if not foreign:
             decorators: list[ast.expr] = part.decorator_list if isinstance(part, ast.ClassDef | ast.FunctionDef) else []
             first = min([part.lineno, *(node.lineno for node in decorators)])
-            kept.append("\n".join(lines[first - 1 : part.end_lineno]))
-        elif not (isinstance(part, ast.ImportFrom) and _defined(part) <= DEFINED):
+            kept.append("\n".join(lines[part][first - 1 : part.end_lineno]))
+        elif not (isinstance(part, ast.ImportFrom) and _defined(part) <= copied):
             raise UserError(
                 f"{architecture.__name__} needs {', '.join(sorted(map(str, foreign)))}: it cannot be exported"
             )
-    return "\n\n\n".join([*kept, inspect.getsource(OneStepNetwork)])
+    return "\n\n\n".join([*dict.fromkeys(kept), inspect.getsource(OneStepNetwork)])
 
 
 def _ours(module: str | None) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
-from distillbench.plan import plain_settings
+from distillbench.shared_context import plain_settings
 
 if TYPE_CHECKING:
     from distillbench.export_forms import Form
@@ -117,8 +117,8 @@ def _hints(card: Card) -> list[str]:
 def _origin(student: Student) -> list[str]:
     cell, record, teacher = student.cell, student.record, student.teacher
     assert cell.entry is not None
-    scene, plugin = cell.scene, cell.entry.plugin
-    dataset, asked, environment = scene.dataset, teacher.conditioning, record.environment
+    shared, plugin = cell.shared, cell.entry.plugin
+    dataset, asked, environment = shared.dataset, teacher.conditioning, record.environment
     packages = environment.get("packages") or {}
     git = environment.get("git") or {}
     commit = git.get("commit") or "not known (installed)"
@@ -132,7 +132,7 @@ def _origin(student: Student) -> list[str]:
         "plugin": f"{plugin.name} of {plugin.distribution} {plugin.version}",
         "dataset": f"{dataset.name} (sha256 {dataset.sha256}; licence: {dataset.licence})",
         "guidance": guidance,
-        "budget": f"{scene.config.budget.in_words}, batch {scene.config.batch_size}, seed {cell.seed}",
+        "budget": f"{shared.config.budget.in_words}, batch {shared.config.batch_size}, seed {cell.seed}",
         **_costs(student),
         "student's weights": f"sha256 {record.weights_sha256}",
         "trained on": record.device,

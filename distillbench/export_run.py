@@ -27,11 +27,11 @@ from distillbench.config import RunConfig
 from distillbench.errors import UserError, unknown
 from distillbench.files import sha256_file
 from distillbench.method import Method
-from distillbench.plan import Cell, Scene, build, make_source, plain_settings
 from distillbench.progress import Progress
 from distillbench.registry import Registry
 from distillbench.results import TrainRecord, load_record
 from distillbench.run_settings import FULL, SEPARATOR, read_settings
+from distillbench.shared_context import Cell, SharedContext, build, make_source, plain_settings
 from distillbench.teachers import Teacher
 
 WEIGHTS = re.compile(r"(?P<method>.+)-seed(?P<seed>\d+)-(?P<key>[0-9a-f]{16})\.safetensors")
@@ -119,9 +119,9 @@ def find_student(run_folder: Path, method: str, seed: int | None, registry: Regi
     dataset, source, conditioning = make_source(config, registry, "cpu")
     if source.plan().images:
         raise UserError(f"the teacher of {weights.name} is not in {str(results)!r} any more: it would be trained anew")
-    scene = Scene(config, registry, "cpu", dataset, source, conditioning, {}, Path(), [])
-    cell = Cell(scene, weights.method, registry.get("methods", method_config.kind), method_config, weights.seed)
-    teacher = scene.loaded(progress)
+    shared = SharedContext(config, registry, "cpu", dataset, source, conditioning, {}, Path(), [])
+    cell = Cell(shared, weights.method, registry.get("methods", method_config.kind), method_config, weights.seed)
+    teacher = shared.load_teacher(progress)
     if teacher.sha256 != record.inputs["teacher_sha256"]:
         raise UserError(f"the teacher {teacher.label} is not the one that {weights.name} was distilled from")
     if cell.entry is not None and cell.entry.identity() != record.inputs["method"]:

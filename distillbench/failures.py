@@ -1,4 +1,4 @@
-"""Errors of several processes: what one of them sends the others, and what a message that fails means."""
+"""Errors on several ranks: what a rank sends to the others, and what an error of torch.distributed means."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ LATE = ("Timed out", "timed out", "timeout", "Timeout")
 
 
 class LostError(UserError):
-    """The processes cannot go on together. The run ends; what was kept is kept."""
+    """The ranks cannot continue. The run ends; states that were saved stay."""
 
 
 class Failed(BaseException):
-    """All processes leave what they do together, since one of them failed. No method can catch it by mistake."""
+    """All ranks leave a joint block because one of them failed. A BaseException, so that no method catches it."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
-        self.error = error  # the same in all processes
+        self.error = error  # the same on all ranks
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An error in one process, in words that the others can be sent."""
+    """An error on one rank, as plain text that can be sent to the others."""
 
     kind: str  # diverged, refused (UserError), oom or failed
     text: str
@@ -43,31 +43,31 @@ class Failure:
         return Failure(kind, text, "".join(traceback.format_exception(error)), rank)
 
     def error(self) -> Exception:
-        """The error as the other processes raise it, with the traceback of its own process as a note."""
+        """The error as other ranks raise it, with the traceback of its rank as a note."""
         kinds = {"diverged": DivergedError, "refused": UserError, "oom": torch.OutOfMemoryError}
-        where = "" if self.kind in ("diverged", "refused") else f"in process {self.rank}: "
+        where = "" if self.kind in ("diverged", "refused") else f"on rank {self.rank}: "
         made = kinds.get(self.kind, RuntimeError)(f"{where}{self.text}")
-        made.add_note(f"Traceback of process {self.rank}:\n{self.traceback}")
+        made.add_note(f"Traceback of rank {self.rank}:\n{self.traceback}")
         return made
 
 
 def worst(failures: Sequence[Failure]) -> Failure:
-    """The failure that stands for all: memory that ran out, which fewer images at a time may help; else the first."""
+    """The failure that all ranks raise: out of memory if there is one (smaller batches may help), else the first."""
     return next((failure for failure in failures if failure.kind == "oom"), failures[0])
 
 
 def of_message(error: RuntimeError) -> Exception:
-    """What an error of torch.distributed means: one of this process's own, or that the others cannot be reached.
+    """The error that one of torch.distributed means: this rank is out of memory, or it cannot reach another rank.
 
-    gloo has no types of error, only texts.
+    gloo has no classes of errors, only texts.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return error
     text = str(error).strip()
     line = text.splitlines()[0] if text else type(error).__name__
-    again = "the same command goes on from what is kept"
+    again = "the same command continues from the last saved state"
     if any(words in text for words in CLOSED):
-        return LostError(f"another of the processes has ended, and says why itself; {again}")
+        return LostError(f"another rank has ended; its own output says why; {again}")
     if any(words in text for words in LATE):
-        return LostError(f"another of the processes does not answer ({line}); {again}")
-    return LostError(f"the processes cannot exchange messages: {type(error).__name__}: {line}; {again}")
+        return LostError(f"another rank does not answer ({line}); {again}")
+    return LostError(f"the ranks cannot exchange messages: {type(error).__name__}: {line}; {again}")

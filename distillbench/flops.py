@@ -1,16 +1,15 @@
-"""Floating-point operations, counted by torch: of any call, of one image through a network, and of a whole training.
+"""FLOPs, counted by torch: of any call, of one image through a network, and of a whole training.
 
-One multiply-add is two FLOPs. torch has formulas for matrix products, convolutions and attention, forward and backward;
-what else ran and did arithmetic is named and not guessed at (``Counted.not_counted``): for the networks of this project
-that is element-wise work, which grows with the pixels and not with the weights.
+One multiply-add is two FLOPs. torch has formulas for matrix products, convolutions and attention, forward and backward.
+Other operators that compute are listed, not estimated (``Counted.not_counted``): for the networks of this project these
+are element-wise operations, which grow with the pixels and not with the weights.
 
     FLOPs of a training = sum over networks of (images forward x FLOPs forward + images backward x FLOPs backward)
 
 with the images that the counters of teacher and students hold (:class:`distillbench.budget.Price`). A backward pass
-costs what it must compute: gradients of the weights but none of the first layer's input for a student, gradients of the
-input alone for a frozen network that a gradient flows through. The sum is what ``count_flops`` finds for real training
-steps, exactly, where all products of a method are its denoisers': a layer of its own that it puts before one, such as
-the embedding of a second time, is not in it.
+counts what it must compute: for a student gradients of the weights, without the input of the first layer; for a frozen
+network gradients of the input alone. The sum equals ``count_flops`` of real training steps if all matrix products of a
+method are in its denoisers; layers that a method adds itself, such as the embedding of a second time, are not counted.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ from distillbench.conditions import WITHOUT_CLASSES, Conditioning
 from distillbench.denoiser import Counter, Denoiser
 from distillbench.teachers import Teacher
 
-ROWS = 2  # images of a measurement; one would be too few for a network that normalises over its batch
+ROWS = 2  # images per measurement; a network with batch normalisation needs more than one
 
-# Operators that give floating-point numbers which are those of their inputs, moved, chosen or converted, or constants.
+# Operators whose floating-point outputs are copied, selected or converted inputs, constants or random numbers.
 # fmt: off
 MOVES = frozenset({
     "_to_copy", "_unsafe_index", "_unsafe_view", "cat", "clone", "constant_pad_nd", "contiguous", "copy", "copy_",
@@ -49,25 +48,25 @@ MOVES = frozenset({
 
 @dataclass(frozen=True)
 class Counted:
-    """What a call cost: FLOPs, and the names of the operators that did arithmetic and have no FLOP formula in torch."""
+    """FLOPs of a call, and the names of operators that computed but have no FLOP formula in torch."""
 
     flops: int
     not_counted: tuple[str, ...]
 
 
 def count_flops(call: Callable[[], Any]) -> Counted:
-    """FLOPs of ``call()``, a multiply-add as two, backward passes that it starts included."""
+    """FLOPs of ``call()``, including its backward passes; a multiply-add is two."""
     with _Names() as names, FlopCounterMode(display=False) as counter:
         call()
     return Counted(counter.get_total_flops(), tuple(sorted(names.seen)))
 
 
 class _Names(TorchDispatchMode):
-    """Notes the operators that do arithmetic and have no FLOP formula.
+    """Records the operators that compute and have no FLOP formula.
 
-    An operator does arithmetic if it is given a tensor, gives floating-point numbers, and is neither a view nor one of
-    MOVES (torch's own tags do not tell: a copy is "pointwise" too). So comparisons, integers, allocation and random
-    numbers are left out.
+    An operator computes if it takes a tensor, returns floating-point numbers, and is neither a view nor one of MOVES
+    (torch's tags do not say: a copy is "pointwise" too). So comparisons, integers, allocation and random numbers are
+    left out.
     """
 
     def __init__(self) -> None:
@@ -102,7 +101,7 @@ class NetworkFlops:
     """FLOPs of one image (row) through a network."""
 
     forward: int
-    backward: int  # to all weights, the input given; 0 for a closed form
+    backward: int  # to all weights, not to the input; 0 for an analytic denoiser
     backward_input: int  # to the input alone
     not_counted: tuple[str, ...] = ()
 
@@ -113,9 +112,9 @@ def network_flops(
     conditioning: Conditioning = WITHOUT_CLASSES,
     device: str = "cpu",
 ) -> NetworkFlops:
-    """What one image of `shape` (C,H,W) costs; the embedding of a guidance weight that is fed counts as the network's.
+    """FLOPs of one image of `shape` (C,H,W), including the embedding of a guidance weight.
 
-    Counters, weights, their gradients, buffers and random generators stay as they are.
+    Counters, weights, gradients, buffers and random generators are not changed.
     """
     schedule, dtype = denoiser.schedule, torch.get_default_dtype()
     x_t = torch.zeros(ROWS, *shape, device=device, dtype=dtype)
@@ -123,19 +122,19 @@ def network_flops(
     c = conditioning.of_images(range(ROWS), device)
     buffers = {name: buffer.detach().clone() for name, buffer in denoiser.named_buffers()}
 
-    def run(x: Tensor, weights_need: bool) -> tuple[Tensor, list[Tensor]]:
+    def run(x: Tensor, need_weights: bool) -> tuple[Tensor, list[Tensor]]:
         weights = {name: weight.detach() for name, weight in denoiser.named_parameters()}
-        wanted = [weight.requires_grad_() for weight in weights.values() if weights_need]
+        wanted = [weight.requires_grad_() for weight in weights.values() if need_weights]
         return functional_call(denoiser, weights | buffers, (x, t, c)), wanted
 
-    def backward(x: Tensor, weights_need: bool) -> Counted:
-        out, wanted = run(x, weights_need)
+    def backward(x: Tensor, need_weights: bool) -> Counted:
+        out, wanted = run(x, need_weights)
         inputs = wanted or [x]
         if not out.requires_grad:  # no weights, or nothing that depends on x
             return Counted(0, ())
         return count_flops(lambda: torch.autograd.grad(out.sum(), inputs, allow_unused=True))
 
-    with _uncounted(denoiser), _own_random_numbers(device), torch.inference_mode(False):
+    with _uncounted(denoiser), _restored_random_state(device), torch.inference_mode(False):
         with torch.no_grad():
             forward = count_flops(lambda: run(x_t, False))
         with torch.enable_grad():
@@ -154,21 +153,21 @@ def _uncounted(denoiser: Denoiser) -> Iterator[None]:
         denoiser.counted.counter = counter
 
 
-def _own_random_numbers(device: str) -> AbstractContextManager[None]:
-    """A block after which torch's random generators are as before."""
+def _restored_random_state(device: str) -> AbstractContextManager[None]:
+    """A block after which torch's global random generators are restored."""
     return torch.random.fork_rng([] if device == "cpu" else [device])
 
 
 def family_flops(teacher: Teacher, device: str = "cpu") -> tuple[NetworkFlops, NetworkFlops]:
-    """One image through the teacher's own network, and through those of its students and deputies."""
-    with _own_random_numbers(device):  # what is added to a student starts from them
+    """FLOPs of one image through the teacher's network, and through a student's."""
+    with _restored_random_state(device):  # new weights of a student are drawn
         student = teacher.student().to(device)
     parts = teacher.shape, teacher.conditioning, device
     return network_flops(teacher.denoiser, *parts), network_flops(student, *parts)
 
 
 def training_flops(price: Price, teacher: NetworkFlops, student: NetworkFlops) -> int:
-    """FLOPs of a training that evaluated as many images as `price` says, in the denoisers of teacher and students."""
+    """FLOPs of a training with the counts of `price`, in the denoisers of teacher and students."""
     own = price.teacher_nfe - price.stand_in_nfe
     own_backward = price.teacher_backward - price.stand_in_backward
     to_weights = price.student_backward - price.student_backward_input

@@ -1,8 +1,8 @@
-"""Networks that do not fit into one process (FSDP): weights, gradients and moments are spread over all of them.
+"""Networks that do not fit on one device (FSDP): weights, gradients and moments are sharded over all ranks.
 
-torch's ``fully_shard`` gathers the weights of one block at a time, in forward and in backward, and spreads them again;
-gradients are summed on the way back. What stands round a network, such as an embedding of a guidance weight, is small
-and is whole in every process.
+torch's ``fully_shard`` gathers the weights of one block at a time in forward and backward passes and frees them
+afterwards; gradients are summed in the backward pass. Modules outside the network, such as the embedding of a guidance
+weight, are small and replicated on every rank.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from distillbench.teachers import Teacher
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
-TORCH = (2, 15)  # the oldest that this was run with
+TORCH = (2, 15)  # the oldest version that this was run with
 
 
 def check_shared(config: ComputeConfig, count: int) -> None:
-    """Raise UserError where networks are to be spread over `count` processes and cannot be."""
+    """Raise UserError if `config` asks for sharding and `count` ranks or this torch do not support it."""
     if not config.shard:
         return
     if count == 1:
         raise UserError(
-            "compute.shard=true spreads networks over several processes, and this is one alone. Start as many as there "
-            "are GPUs, by `torchrun --nproc-per-node=2 -m distillbench run ...`, or leave compute.shard out"
+            "compute.shard=true shards networks over several ranks, and this is a single process. Start one for each "
+            "GPU with `torchrun --nproc-per-node=2 -m distillbench run ...`, or leave compute.shard out"
         )
     version = tuple(int(number) for number in torch.__version__.split(".")[:2])
     if version < TORCH:
@@ -47,9 +47,9 @@ def check_shared(config: ComputeConfig, count: int) -> None:
 
 @contextmanager
 def trained_from(teacher: Teacher) -> Iterator[Teacher]:
-    """A copy of `teacher` on the CPU, whose networks may be spread; `teacher` itself waits on the CPU meanwhile.
+    """A copy of `teacher` on the CPU, whose networks may be sharded; `teacher` itself is offloaded during the block.
 
-    Its students are made on the CPU too, so that no device ever holds them whole.
+    Its students are built on the CPU too, so that no device ever holds a full copy.
     """
     own = teacher.denoiser, teacher.start
     devices = [None if one is None else _device(one) for one in own]
@@ -70,9 +70,9 @@ def _device(module: nn.Module) -> torch.device:
 
 
 class Sharded:
-    """The networks of a method and of its teacher, spread over `ranks` from now on.
+    """Shards the networks of a method and of its teacher over `ranks`, in place.
 
-    With `averaged` there is a copy of the student for its average: a spread network cannot be copied.
+    With `averaged`, `average` is a copy of the student for its average: a sharded network cannot be copied.
     """
 
     def __init__(self, method: Method, averaged: bool, ranks: Ranks, device: str) -> None:
@@ -84,39 +84,40 @@ class Sharded:
         networks = {id(counted.network): counted.network for counted in networks_below(*roots)}
         for network in networks.values():
             if any(weight.ndim for weight in network.parameters()):
-                self._spread(network)
+                self._shard(network)
         for root in roots:
             _to_device(root, device)
-        ranks.equal(method)
+        ranks.broadcast_module(method)
 
-    def _spread(self, network: nn.Module) -> None:
+    def _shard(self, network: nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        ignored = {weight for weight in network.parameters() if not weight.ndim}  # numbers cannot be cut
+        ignored = {weight for weight in network.parameters() if not weight.ndim}  # scalars cannot be sharded
         ignored.update(weight for module in _called_from_elsewhere(network) for weight in module.parameters())
         for module in [*repeated_blocks(network), network]:
-            spread = fully_shard(module, mesh=self._mesh, reshard_after_forward=True, ignored_params=ignored)
-            spread.set_gradient_divide_factor(1.0)  # losses are weighted by this process's share already:
-            spread.set_force_sum_reduction_for_comms(True)  # a plain sum
-        network.register_forward_hook(_forget)
+            sharded = fully_shard(module, mesh=self._mesh, reshard_after_forward=True, ignored_params=ignored)
+            # A plain sum: losses are already weighted by the share of this rank.
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
+        network.register_forward_hook(_reset_order)
 
 
 def _called_from_elsewhere(network: nn.Module) -> list[nn.Module]:
-    """Parts of blocks that a network also calls outside them: they stay whole."""
+    """Modules within blocks that the network also calls outside of them, so they are not sharded."""
     return [m.wrapped.transformer_blocks[0].norm1.emb for m in network.modules() if isinstance(m, DiT)]
 
 
-def _forget(network: FSDPModule, *of_forward: object) -> None:
-    """After a forward of a frozen network: torch keeps their order in a list that only a backward pass empties.
+def _reset_order(network: FSDPModule, *of_forward: object) -> None:
+    """Empty torch's list of forward passes after one of a frozen network; otherwise only a backward pass empties it.
 
-    It forgets gradients too, so it is not for a network that is trained.
+    It drops gradients too, so it must not be called for a network in training.
     """
     if not torch.is_grad_enabled() and not any(weight.requires_grad for weight in network.parameters()):
         network.reset_iter_state()
 
 
 def _to_device(root: nn.Module, device: str) -> None:
-    """What is not spread; the rest is there."""
+    """Move all tensors that are not sharded; shards are already on the device."""
     for module in root.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

@@ -1,4 +1,4 @@
-"""Who does the work of a cell: this process, or one that is started for it. Where that is: executors.py."""
+"""Workers: a cell is run by this process, or by a process started for it. Which cells run where: executors.py."""
 
 from __future__ import annotations
 
@@ -17,24 +17,27 @@ from typing import Any, Protocol
 
 import torch
 
-from distillbench.cell import Policy, found_cell, keep_ending, run_cell
+from distillbench.cell import Policy, found_cell, run_cell, write_failure
 from distillbench.claims import claimed, is_claimed, waiting
-from distillbench.done import About, Done, about, done
+from distillbench.done import CellDescription, CellResult, describe_cell
+from distillbench.environment import environment
 from distillbench.errors import UserError
-from distillbench.plan import Cell
+from distillbench.layout import ResultsFolder
 from distillbench.processes import ProcessError, Worker
 from distillbench.progress import Progress, Step
 from distillbench.seen_files import SeenFiles
+from distillbench.shared_context import Cell
 from distillbench.signals import Interrupted, Stop, stopping
-from distillbench.tasks import Task, cells_of
+from distillbench.tasks import CellTask, cells_of
+from distillbench.teachers import Teacher
 
-LOG = "log.txt"  # in the folder of a cell: what its processes printed
-SECONDS_OF_GRACE = 60.0  # between being told to stop and being killed
-SECONDS_BETWEEN_NOTES = 0.2  # of progress
+LOG = "log.txt"  # in the folder of a cell: the output of its worker processes
+SECONDS_OF_GRACE = 60.0  # between the request to stop and the kill
+SECONDS_BETWEEN_UPDATES = 0.2  # of progress
 
 
-class Ended(Exception):
-    """The process of a cell gave no answer. `status` is that of its rows."""
+class WorkerError(Exception):
+    """The process that ran a cell returned no result. `status` is the status of the cell's rows."""
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)
@@ -42,182 +45,198 @@ class Ended(Exception):
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A cell, and what an earlier run left of it (None: something is left to do)."""
+class Scan:
+    """The cells of a run as they are on the disk, and the environment in which they will run."""
 
-    about: About
-    done: Done | None
-
-
-class Hands(Protocol):
-    """Who looks at cells and does their work."""
-
-    def look(self, cells: Sequence[Cell], policy: Policy) -> list[Seen]:
-        """All cells as they are. Trains or loads the teacher if need be; raises UserError if it does not fit."""
-
-    def work(self, cell: Cell, seen: Seen, policy: Policy) -> Done | None:
-        """Do what is left of `cell`; None if another process has it. Raises Ended, Interrupted or UserError."""
+    descriptions: list[CellDescription]
+    results: list[CellResult | None]  # of earlier runs; None: something is left to do
+    environment: dict[str, Any]
 
 
-def look_at_all(cells: Sequence[Cell], policy: Policy, progress: Progress) -> list[Seen]:
-    """The cells as they are."""
-    with ExitStack() as still:
-        for scene in {id(cell.scene): cell.scene for cell in cells}.values():
-            still.enter_context(scene.unchanged())
-        folders = {cell.scene.config.results_dir for cell in cells}
-        files = {folder: SeenFiles(Path(folder) / "cells") for folder in folders}
-        seen = [look_at(cell, files[cell.scene.config.results_dir], policy, progress) for cell in cells]
+class CellWorker(Protocol):
+    """Scans and runs cells."""
+
+    def scan(self, cells: Sequence[Cell], policy: Policy) -> Scan:
+        """Read what earlier runs left. Trains or loads the teacher if needed; raises UserError if it does not fit."""
+
+    def run(self, cell: Cell, description: CellDescription, policy: Policy) -> CellResult | None:
+        """Run what is left of `cell`; None if another process runs it. Raises WorkerError, Interrupted, UserError."""
+
+
+# --- functions for every worker --------------------------------------------------------------------------------------
+
+
+def scan_cells(cells: Sequence[Cell], policy: Policy, progress: Progress) -> Scan:
+    """Read what earlier runs left of `cells`. Each weights file is hashed once, and again only if it has changed."""
+    with ExitStack() as stack:
+        for shared in {id(cell.shared): cell.shared for cell in cells}.values():
+            stack.enter_context(shared.identities_cached())
+        folders = {cell.shared.config.results_dir for cell in cells}
+        files = {folder: SeenFiles(ResultsFolder.of(folder).cells) for folder in folders}
+        descriptions = [describe_cell(cell, load_teacher(cell, progress)) for cell in cells]
+        results = [
+            found_cell(cell, description, files[cell.shared.config.results_dir], progress, policy)
+            for cell, description in zip(cells, descriptions, strict=True)
+        ]
     for one in files.values():
         one.keep()
-    return seen
+    shared = cells[0].shared
+    return Scan(descriptions, results, environment(shared.device, shared.config.threads))
 
 
-def look_at(cell: Cell, files: SeenFiles, policy: Policy, progress: Progress) -> Seen:
-    """The cell as it is."""
-    teacher = loaded(cell, progress)
-    told = about(cell, teacher)
-    found = found_cell(cell, told.train_inputs, told.folder, files, progress, policy)
-    return Seen(told, None if found is None else done(found, told))
+def load_teacher(cell: Cell, progress: Progress) -> Teacher:
+    """The teacher. If it has to be trained, one process trains it and the others wait."""
+    shared = cell.shared
+    torch.set_num_threads(shared.config.threads)
+    if shared.teacher is None and shared.source.plan().images:
+        with waiting(shared.folder.cache("teachers"), "the teacher", progress):
+            return shared.load_teacher(progress)
+    return shared.load_teacher(progress)
 
 
-def worked(hands: Hands, cell: Cell, seen: Seen, policy: Policy) -> Done | None:
-    """What came of the work on `cell`, also where its process gave no answer; None if another process has it.
+def claim_and_run(
+    cell: Cell, description: CellDescription, policy: Policy, progress: Progress, stop: Stop
+) -> CellResult | None:
+    """Run what is left of `cell` in this process; None if another process has claimed it.
+
+    Raises WorkerError if the cell has another key here than where `description` was made.
+    """
+    here = describe_cell(cell, load_teacher(cell, progress))
+    if here.train_key != description.train_key:
+        device = cell.shared.device.partition(":")[0]
+        raise WorkerError(
+            "failed", f"the worker process computes another key for this cell (device {device}, other plugins?)"
+        )
+    with claimed(description.folder) as mine:
+        return run_cell(cell, here, progress, policy, stop) if mine else None
+
+
+def run_or_record(worker: CellWorker, cell: Cell, description: CellDescription, policy: Policy) -> CellResult | None:
+    """The result of `cell`, or rows with the reason if its process returned none; None if another process runs it.
 
     Raises Interrupted or UserError.
     """
-    if is_claimed(seen.about.folder):
+    if is_claimed(description.folder):
         return None
     try:
-        return hands.work(cell, seen, policy)
-    except Ended as ended:
-        return given_up(cell, seen.about, ended)
+        return worker.run(cell, description, policy)
+    except WorkerError as error:
+        return record_failure(cell, description, error)
 
 
-def given_up(cell: Cell, about: About, ended: Ended) -> Done:
-    """The rows of a cell whose process gave no answer; that is kept."""
-    inputs = about.train_inputs, about.evaluation_inputs
-    keep_ending(cell, *inputs, about.folder, about.names["device"], ended.status, str(ended))
-    return Done(about, about.without_scores(ended.status, str(ended)))
+def record_failure(cell: Cell, description: CellDescription, error: WorkerError) -> CellResult:
+    """The rows of a cell whose process returned no result. Its records are written, so that it is not run again."""
+    write_failure(cell, description, error.status, str(error))
+    return CellResult(description, description.status_rows(error.status, str(error)))
 
 
-def work_on(cell: Cell, folder: Path, policy: Policy, progress: Progress, stop: Stop) -> Done | None:
-    """What is left to do of the cell whose records are in `folder`; None if another process has it.
-
-    Raises Ended where it is another cell here than it was when `folder` was told.
-    """
-    here = about(cell, loaded(cell, progress))
-    if here.folder.name != folder.name:
-        device = cell.scene.device.partition(":")[0]
-        raise Ended("failed", f"it is another cell in the process that was to do it (device {device}, other plugins?)")
-    with claimed(folder) as mine:
-        if not mine:
-            return None
-        finished = run_cell(cell, progress, policy, stop)
-        return done(finished, here)
+def scan_tasks(tasks: list[CellTask], policy: Policy, progress: Progress, stop: Stop) -> Scan:
+    return scan_cells(cells_of(tasks), policy, progress)
 
 
-def loaded(cell: Cell, progress: Progress) -> Any:
-    """The teacher; only one process trains it."""
-    scene = cell.scene
-    torch.set_num_threads(scene.config.threads)
-    if scene.teacher is None and scene.source.plan().images:
-        with waiting(Path(scene.config.results_dir) / "cache" / "teachers", "the teacher", progress):
-            return scene.loaded(progress)
-    return scene.loaded(progress)
+def run_task(
+    task: CellTask, description: CellDescription, policy: Policy, progress: Progress, stop: Stop
+) -> CellResult | None:
+    (cell,) = cells_of([task])
+    return claim_and_run(cell, description, policy, progress, stop)
 
 
-class OwnHands:
-    """This process does it."""
+# --- workers ---------------------------------------------------------------------------------------------------------
+
+
+class InProcessWorker:
+    """Runs cells in this process."""
 
     def __init__(self, progress: Progress, stop: Stop) -> None:
         self.progress, self.stop = progress, stop
 
-    def look(self, cells: Sequence[Cell], policy: Policy) -> list[Seen]:
-        return look_at_all(cells, policy, self.progress)
+    def scan(self, cells: Sequence[Cell], policy: Policy) -> Scan:
+        return scan_cells(cells, policy, self.progress)
 
-    def work(self, cell: Cell, seen: Seen, policy: Policy) -> Done | None:
-        return work_on(cell, seen.about.folder, policy, self.progress, self.stop)
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
+    def run(self, cell: Cell, description: CellDescription, policy: Policy) -> CellResult | None:
+        return claim_and_run(cell, description, policy, self.progress, self.stop)
 
 
-class OtherHands:
-    """A process for each look and for each cell. It is told to stop when this one is, and killed when time is up.
+class SubprocessWorker:
+    """Starts a process for each scan and each cell, asks it to stop when this one is, and kills it after a time limit.
 
-    `device`: another than the run's.
+    `seconds`: the limit of a cell (0: none). `device`: to be used instead of the run's.
     """
 
     def __init__(self, progress: Progress, stop: Stop, seconds: float, device: str = "") -> None:
         self.progress, self.stop, self.seconds, self.device = progress, stop, seconds, device
 
-    def look(self, cells: Sequence[Cell], policy: Policy) -> list[Seen]:
-        tasks = [Task.of(cell, self.device) for cell in cells]
-        log = Path(cells[0].scene.config.results_dir) / "cells" / LOG
+    def scan(self, cells: Sequence[Cell], policy: Policy) -> Scan:
+        tasks = [CellTask.of(cell, self.device) for cell in cells]
+        log = cells[0].shared.folder.cells / LOG
         try:
-            return self._answer(_look, (tasks, policy), log, 0.0)
-        except Ended as ended:
-            raise UserError(f"the teacher cannot be made: {ended} (see {log})") from ended
+            return self._call(scan_tasks, (tasks, policy), log, 0.0)
+        except WorkerError as error:
+            raise UserError(f"the teacher cannot be made: {error} (see {log})") from error
 
-    def work(self, cell: Cell, seen: Seen, policy: Policy) -> Done | None:
-        folder = seen.about.folder
-        return self._answer(_work, (Task.of(cell, self.device), folder, policy), folder / LOG, self.seconds)
+    def run(self, cell: Cell, description: CellDescription, policy: Policy) -> CellResult | None:
+        arguments = CellTask.of(cell, self.device), description, policy
+        return self._call(run_task, arguments, description.folder / LOG, self.seconds)
 
-    def _answer(self, function: Callable[..., Any], argument: Any, log: Path, seconds: float) -> Any:
+    def _call(self, function: Callable[..., Any], arguments: tuple[Any, ...], log: Path, seconds: float) -> Any:
+        """``function(*arguments, progress, stop)`` in a process of its own."""
         end = time.monotonic() + seconds if seconds else float("inf")
         steps: dict[int, tuple[Any, Step]] = {}
-        with Worker(function, argument, log) as worker, self.stop.patiently():
+        with Worker(_in_subprocess, (function, arguments), log) as worker, self.stop.patiently():
             try:
                 while True:
                     if self.stop():
                         worker.end(SECONDS_OF_GRACE, lambda: self.stop.again)
                         raise Interrupted(self.stop.name)
                     if time.monotonic() > end:
-                        raise Ended("timeout", f"killed after cell_seconds={seconds:g}")
+                        raise WorkerError("timeout", f"killed after cell_seconds={seconds:g}")
                     if not worker.has_news(0.2):
                         continue
-                    kind, *told = worker.news()
-                    if kind == "answer":
-                        return told[0]
-                    _hear(kind, told, steps, self.progress)
+                    kind, *values = worker.news()
+                    if kind == "result":
+                        return values[0]
+                    _handle(kind, values, steps, self.progress)
             except ProcessError as error:
-                if self.stop():  # the signal came before the process could keep anything
+                if self.stop():  # the signal came before the process could save anything
                     raise Interrupted(self.stop.name) from error
-                raise Ended("failed", str(error)) from error
+                raise WorkerError("failed", str(error)) from error
             finally:
                 for context, _ in steps.values():
                     context.__exit__(None, None, None)
 
 
-def _hear(kind: str, told: list[Any], steps: dict[int, tuple[Any, Step]], progress: Progress) -> None:
-    """Show what a process tells of its progress."""
+def _handle(kind: str, values: list[Any], steps: dict[int, tuple[Any, Step]], progress: Progress) -> None:
+    """Show the progress of a worker process, or raise its error."""
     if kind == "say":
-        progress.say(told[0])
+        progress.say(values[0])
     elif kind == "begin":
-        context = progress.step(told[1])
-        steps[told[0]] = (context, context.__enter__())
+        context = progress.step(values[1])
+        steps[values[0]] = (context, context.__enter__())
     elif kind == "advance":
-        steps[told[0]][1].advance(*told[1:])
+        steps[values[0]][1].advance(*values[1:])
     elif kind == "end":
-        steps.pop(told[0])[0].__exit__(None, None, None)
+        steps.pop(values[0])[0].__exit__(None, None, None)
     elif kind == "user error":
-        raise UserError(told[0])
-    elif kind == "ended":
-        raise Ended(*told)
+        raise UserError(values[0])
+    elif kind == "worker error":
+        raise WorkerError(*values)
     elif kind == "interrupted":
-        raise Interrupted(told[0])
+        raise Interrupted(values[0])
 
 
-class Told(Progress):
-    """Progress that is told to the process that started this one; lines go into the log, too."""
+# --- in the worker process -------------------------------------------------------------------------------------------
 
-    def __init__(self, tell: Callable[..., None]) -> None:
+
+class PipeProgress(Progress):
+    """Progress that is sent to the parent process; lines are printed, too, which puts them into the log."""
+
+    def __init__(self, send: Callable[..., None]) -> None:
         super().__init__(None)
-        self.tell, self.count = tell, 0
+        self.send, self.count = send, 0
 
     def say(self, line: str) -> None:
         print(line, flush=True)
-        self.tell("say", line)
+        self.send("say", line)
 
     @contextmanager
     def step(self, label: str) -> Iterator[Step]:
@@ -226,47 +245,34 @@ class Told(Progress):
 
         def show(fraction: float, note: str) -> None:
             nonlocal last
-            if time.monotonic() - last > SECONDS_BETWEEN_NOTES:
+            if time.monotonic() - last > SECONDS_BETWEEN_UPDATES:
                 last = time.monotonic()
-                self.tell("advance", number, fraction, note)
+                self.send("advance", number, fraction, note)
 
         print(label, flush=True)
-        self.tell("begin", number, label)
+        self.send("begin", number, label)
         yield Step(show)
-        self.tell("end", number)
+        self.send("end", number)
 
 
-def _look(argument: tuple[list[Task], Policy], tell: Callable[..., None]) -> None:
-    tasks, policy = argument
-    with _answering(tell) as (progress, _):
-        tell("answer", look_at_all(cells_of(tasks), policy, progress))
-
-
-def _work(argument: tuple[Task, Path, Policy], tell: Callable[..., None]) -> None:
-    task, folder, policy = argument
-    with _answering(tell) as (progress, stop):
-        (cell,) = cells_of([task])
-        tell("answer", work_on(cell, folder, policy, progress, stop))
-
-
-@contextmanager
-def _answering(tell: Callable[..., None]) -> Iterator[tuple[Progress, Stop]]:
-    """What a started process does its work in: it stops when it is told to, or when its parent is gone."""
-    threading.Thread(target=_follow_parent, daemon=True).start()
+def _in_subprocess(call: tuple[Callable[..., Any], tuple[Any, ...]], send: Callable[..., None]) -> None:
+    """Call the function and send its result or its error. Stops on a signal, and when the parent process is gone."""
+    function, arguments = call
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         with stopping() as stop:
-            yield Told(tell), stop
+            send("result", function(*arguments, PipeProgress(send), stop))
     except UserError as error:
-        tell("user error", str(error))
+        send("user error", str(error))
     except Interrupted as interrupted:
-        tell("interrupted", interrupted.name)
-    except Ended as ended:
-        tell("ended", ended.status, str(ended))
+        send("interrupted", interrupted.name)
+    except WorkerError as error:
+        send("worker error", error.status, str(error))
     sys.stdout.flush()
 
 
-def _follow_parent() -> None:
-    """Stop, as if told to, when the process that started this one has died."""
+def _stop_with_parent() -> None:
+    """Send SIGTERM to this process once its parent has died."""
     parent = parent_process()
     if parent is not None:
         wait([parent.sentinel])

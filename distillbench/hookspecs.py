@@ -1,10 +1,10 @@
-"""The hooks through which a plugin brings methods, teachers, datasets and metrics.
+"""The hooks with which a plugin registers methods, teachers, datasets and metrics.
 
 A plugin is a module named by an entry point in the group ``distillbench``, or a file of a plugins folder. Each hook
-receives ``register``, a function to be called once for every class that the plugin brings.
+receives ``register``, a function to be called once for every class of the plugin.
 
-The contract between the core and its plugins has a version, and every hook says for which one it was written. A version
-is new whenever a plugin that kept the contract would no longer work, or would compute something else.
+The contract between the core and its plugins has a version, and every hook names the version it was written for. The
+version rises whenever a plugin that follows the contract would no longer work, or would compute something else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pluggy
 
 API = 1  # version of the plugin contract
 CHANGES: dict[int, str] = {  # version: what a plugin for the one before it must change
-    1: "write @hookimpl(api=1) on every hook, and hold what it brings against the contract: distillbench check NAME",
+    1: "write @hookimpl(api=1) on every hook, and check its classes against the contract: distillbench check NAME",
 }
 
 hookspec = pluggy.HookspecMarker("distillbench")
@@ -27,7 +27,7 @@ _versions = "distillbench_api"  # attribute of a marked function
 def hookimpl(hook: Callable[..., None] | None = None, *, api: int = 0) -> Any:
     """Mark a function as a hook of a plugin that was written for version `api` of the contract: ``@hookimpl(api=1)``.
 
-    Without a version the plugin is left out, and what is to be written is said where plugins are loaded.
+    A plugin without a version is not loaded; the error says what to write.
     """
 
     def mark(hook: Callable[..., None]) -> Callable[..., None]:
@@ -38,7 +38,7 @@ def hookimpl(hook: Callable[..., None] | None = None, *, api: int = 0) -> Any:
 
 
 def version_of(hook: Callable[..., None]) -> int:
-    """The version of the contract that a marked function was written for; 0: it does not say."""
+    """The version of the contract that a marked function was written for; 0: none is given."""
     return getattr(hook, _versions, 0)
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillbench.compute import tf32
 from distillbench.datasets import Dataset, to_float
 from distillbench.files import key_of, write_atomically
 from distillbench.host_copies import to_device
 from distillbench.kept_tensors import read_array, seal_array
+from distillbench.precision import tf32
 from distillbench.progress import Progress
 from distillbench.teachers import Teacher
 

@@ -1,4 +1,4 @@
-"""Peaks of memory: on the GPU as torch's allocator counts it and as NVML sees it, and resident of the process."""
+"""Peaks of memory: on the GPU by torch's allocator and by NVML, and of the resident memory of the process."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from distillbench.errors import Unavailable
 from distillbench.nvml import gpu_of
 
 MIB = 2**20
-BLOCK = 512  # bytes; a tensor on a GPU takes a multiple of them
+BLOCK = 512  # bytes; the memory of a tensor on a GPU is a multiple of it
 SECONDS_BETWEEN_SAMPLES = 0.02
 
 
 class Peak:
-    """A peak in MiB, filled in when the watched block ends; None with the reason where there is none."""
+    """A peak in MiB, set when the measured block ends; None with the `reason` if there is none."""
 
     def __init__(self, reason: str = "") -> None:
         self.mib: float | None = None
         self.reason = reason
 
     def raise_to(self, size: float) -> None:
-        """`size` in bytes."""
+        """Raise the peak to `size` bytes if it is lower."""
         self.mib = max(self.mib or 0.0, size / MIB)
 
 
 class Sampled(Peak):
-    """Of a size in bytes that a thread looks at every 20 ms, and that is looked at when the block begins and ends."""
+    """The peak of ``size()``, in bytes, which a thread samples every 20 ms, and at both ends of the block."""
 
     def __init__(self, size: Callable[[], float]) -> None:
         super().__init__()
-        self.size, self.awake = size, True
+        self.size, self.running = size, True
         self.lock, self.done = threading.Lock(), threading.Event()
         self.watcher = threading.Thread(target=self._watch, daemon=True)
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         with self.lock:
-            if self.reason or not self.awake:
+            if self.reason or not self.running:
                 return
             try:
                 self.raise_to(self.size())
@@ -54,41 +54,41 @@ class Sampled(Peak):
 
     def _watch(self) -> None:
         while not self.done.wait(SECONDS_BETWEEN_SAMPLES):
-            self._look()
+            self._sample()
 
     def __enter__(self) -> Sampled:
-        self._look()
+        self._sample()
         self.watcher.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.done.set()
         self.watcher.join()
-        self._look()
+        self._sample()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The block is not looked at."""
-        self._look()
+        """Do not sample in the block."""
+        self._sample()
         with self.lock:
-            self.awake = False
+            self.running = False
         try:
             yield
         finally:
-            self.awake = True
+            self.running = True
 
 
 class GpuPeak(Peak):
-    """Most memory that tensors held, and beside it what torch's allocator took from the GPU, and what was in use.
+    """The peak of memory allocated to tensors; `reserved` is that of torch's allocator, `device` that of the whole GPU.
 
-    `others`: bytes of tensors that are there from earlier on, stay, and do not count.
+    `others`: bytes of tensors from before the block, which are subtracted.
     """
 
     def __init__(self, device: str, others: int = 0) -> None:
         super().__init__()
         self.torch_device, self.others = device, others
-        self.reserved = Peak()  # by the allocator: what tensors held, and what it kept for later ones
-        self.device: Peak = Peak()  # on the whole GPU by NVML: all processes, CUDA contexts, the driver
+        self.reserved = Peak()  # by the allocator: for tensors and cached
+        self.device: Peak = Peak()  # by NVML: all processes, CUDA contexts, the driver
 
     def begin(self) -> None:
         torch.cuda.synchronize(self.torch_device)
@@ -106,7 +106,7 @@ class GpuPeak(Peak):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What the block takes and gives back does not count."""
+        """Do not count memory that the block allocates and frees."""
         if self.reason:
             yield
             return
@@ -121,14 +121,14 @@ class GpuPeak(Peak):
 
 
 def release_memory() -> None:
-    """Give back to the GPU what torch's allocator only keeps for later tensors."""
+    """Free the cached memory of torch's allocator."""
     if torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def bytes_on_gpu(tensors: Iterable[Tensor]) -> int:
-    """What `tensors`, none of them a part of another, take on GPUs; one that comes twice counts once."""
+    """Bytes of GPU memory that `tensors` take; no tensor may be a view of another. Duplicates count once."""
     sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.device.type == "cuda"}
     return sum(math.ceil(size / BLOCK) * BLOCK for size in sizes.values())
 
@@ -137,7 +137,7 @@ def bytes_on_gpu(tensors: Iterable[Tensor]) -> int:
 def peak_gpu_mib(device: str, own: int | None = None) -> Iterator[GpuPeak]:
     """Peaks on the GPU `device` during the block (``torch.cuda.max_memory_allocated``, ``_reserved``; NVML).
 
-    `own`: bytes of tensors that are there already and count; None: all that are there do.
+    `own`: bytes of existing tensors that count; None: all of them.
     """
     peak = GpuPeak(device)
     if device != "cpu":
@@ -159,7 +159,7 @@ def peak_gpu_mib(device: str, own: int | None = None) -> Iterator[GpuPeak]:
 
 
 def bytes_in_use(device: str) -> int | None:
-    """Memory of the GPU `device` that any process or the driver has, by NVML; None where nobody says."""
+    """Bytes in use on the GPU `device` by all processes and the driver, by NVML; None if it is unknown."""
     if device == "cpu":
         return None
     try:
@@ -171,13 +171,13 @@ def bytes_in_use(device: str) -> int | None:
 
 @dataclass(frozen=True)
 class Before:
-    """What was on a GPU before a measurement and is no part of it, in bytes; None where that is not known."""
+    """Bytes on a GPU before a measurement, which do not belong to it; None if unknown."""
 
     tensors: int = 0  # of this process
     in_use: int | None = None  # of all processes and of the driver, before this one began
 
     def leave_out(self, gpu: GpuPeak) -> None:
-        """Of these peaks. Where it cannot be told apart from them there is none."""
+        """Subtract them from the peaks; a peak that cannot be told apart from them becomes None."""
         shared = "earlier work of this process holds memory too (evaluation.timing=inline)"
         if gpu.mib is not None:
             gpu.mib -= self.tensors / MIB
@@ -195,7 +195,7 @@ class Before:
 
 @contextmanager
 def peak_rss_mib() -> Iterator[Sampled]:
-    """Most resident memory of this process during the block, looked at every 20 ms."""
+    """Peak of the resident memory of this process during the block, sampled every 20 ms."""
     process = psutil.Process()
     with Sampled(lambda: process.memory_info().rss) as peak:
         yield peak

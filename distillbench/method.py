@@ -1,4 +1,4 @@
-"""The contract of a distillation method: everything that a method writes, on one screen.
+"""The contract of a distillation method: what a method implements.
 
 A method owns its networks and its mathematics. The harness owns optimisers, averaging, precision, budget, devices,
 checkpoints, counting and evaluation.
@@ -8,8 +8,8 @@ checkpoints, counting and evaluation.
 | x_0    | real images                            | (B,C,H,W) in [-1, 1]      |
 | eps    | standard normal noise                  | (B,C,H,W)                 |
 | t, s   | times, s < t                           | (B,1,1,1) float64         |
-| c      | condition: class and guidance weight   | of a batch                |
-| nfe    | network evaluations for one image      | int                       |
+| c      | condition: class and guidance weight   | of B images               |
+| nfe    | network evaluations per image          | int                       |
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from distillbench.conditions import WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.host_copies import to_device
 from distillbench.options import option, require_between, require_fraction, require_one_of, require_positive
 from distillbench.schedules import SCHEDULES
+from distillbench.share import WHOLE, Share
 
 if TYPE_CHECKING:
     from distillbench.pairs import Workspace
@@ -59,11 +60,11 @@ class OptimizerConfig:
 
 @dataclass
 class NetworkConfig:
-    """How one network of a method is optimised where that is not as the method's other networks are.
+    """Settings of the optimiser of one network, where they differ from those of the method.
 
-    A method's Config has one for each network that is to have settings of its own, by the name of the method's
-    attribute: ``fake: NetworkConfig = option(NetworkConfig(grad_clip=0), "of the fake score")`` is for ``self.fake``.
-    Warm-up and decay are the method's for all its networks, and the average is of the student.
+    A method's Config has one for each such network, under the name of the method's attribute: ``fake: NetworkConfig =
+    option(NetworkConfig(grad_clip=0), "of the fake score")`` is for ``self.fake``. Warm-up and decay are the same for
+    all networks of a method, and only the student is averaged.
     """
 
     lr: float | None = option(None, "its peak learning rate; null: the method's")
@@ -79,7 +80,7 @@ class NetworkConfig:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def over(self, config: OptimizerConfig) -> OptimizerConfig:
-        """The settings of `config`, and in their place those that are set here."""
+        """The settings of `config`, replaced by those that are set here."""
         shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizerConfig)}
         return OptimizerConfig(**shared | self._own())
 
@@ -101,7 +102,7 @@ class MethodConfig(OptimizerConfig):
 class Phase:
     """A stage of training: `share` of the budget (relative to the other phases).
 
-    With `fresh`, optimisers, their learning-rate schedule and the average start anew; otherwise they go on.
+    With `fresh`, optimisers, their learning-rate schedule and the average start anew; otherwise they continue.
     """
 
     label: str = "training"
@@ -109,41 +110,15 @@ class Phase:
     fresh: bool = True
 
 
-@dataclass(frozen=True)
-class Share:
-    """Every `count`-th row of a batch, from row `index` on: what one of several processes, or one part of a step, does.
-
-    So the first images of a share are among the first of the batch, and a loss on the first quarter of each share is
-    one on the first quarter of the batch.
-    """
-
-    index: int = 0
-    count: int = 1
-
-    def of(self, rows: Tensor) -> Tensor:
-        """The rows of the share."""
-        return rows if self.count == 1 else rows[self.rows].contiguous()
-
-    def size(self, batch: int) -> int:
-        """How many rows of a batch it has."""
-        return len(range(batch)[self.rows])
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.index, None, self.count)
-
-
-WHOLE = Share()
-# n -> the real images, and their labels, of a batch of n; where processes share a batch, those of this process
+# n -> the real images of a batch of n and their labels; of several ranks each gets its own rows
 Read = Callable[[int], tuple[Tensor, Tensor | None]]
 
 
 class Batch:
-    """What one training step draws from: every random number comes from the harness's generator.
+    """The inputs of one training step. All random numbers come from the harness's generator.
 
-    Real images are read when, and only when, ``x_0`` (or, for a method that needs data, ``c``) is asked for. `size` is
-    the number of images of this batch, or of its `share` where several processes train together: all of them draw the
-    numbers of the whole batch, and each keeps its own rows.
+    Real images are read only when ``x_0`` (or, for a method that needs data, ``c``) is asked for. `size` is the number
+    of images on this rank: all ranks draw the random numbers of the whole batch, and each keeps its `share`.
     """
 
     def __init__(
@@ -161,14 +136,14 @@ class Batch:
         self._generator, self._read, self._conditioning = generator, read, conditioning
 
     def parts(self, count: int) -> list[Batch]:
-        """The batch in at most `count` parts of nearly equal size, which have the numbers of the batch."""
+        """The batch in at most `count` parts of nearly equal size, with the same random numbers as the whole batch."""
         if count == 1:
             return [self]
         drawn: list[Any] = []  # tensors and conditions
         return [_Part(self, Share(index, count), drawn) for index in range(min(count, self.size))]
 
     def _drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
-        """This batch's rows of what is drawn for the whole."""
+        """This rank's rows of what is drawn for the whole batch."""
         return to_device(self._share.of(draw(self._whole)), self.device)
 
     @functools.cached_property
@@ -184,12 +159,12 @@ class Batch:
 
     @functools.cached_property
     def c(self) -> Condition:
-        """What the images are asked to be: the classes of ``x_0``, or random ones for a method without data."""
+        """The condition: the classes of ``x_0``, or random classes for a method without data."""
         labels = self._data[1] if self._read is not None and self._conditioning.classes else None
         return self._conditioning.draw(self._whole, self._generator, self.device, labels, self._share.of)
 
     def random_c(self) -> Condition:
-        """Random classes, whatever those of ``x_0`` are, with a random w where one is drawn: anew at each call."""
+        """Random classes, independent of ``x_0``, and a random guidance weight w if there is one; new at each call."""
         return self._conditioning.draw(self._whole, self._generator, self.device, None, self._share.of)
 
     def noise(self) -> Tensor:
@@ -200,7 +175,7 @@ class Batch:
         )
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Uniform numbers in [low, high), (B,1,1,1) float64."""
+        """Uniform random numbers in [low, high), (B,1,1,1) float64."""
         g = self._generator
         return self._drawn(
             lambda size: (
@@ -209,25 +184,25 @@ class Batch:
         )
 
     def integers(self, low: int, high: int) -> Tensor:
-        """Integers in low, ..., high - 1, (B,1,1,1) int64."""
+        """Uniform random integers in low, ..., high - 1, (B,1,1,1) int64."""
         g = self._generator
         return self._drawn(lambda size: torch.randint(low, high, (size, 1, 1, 1), generator=g, device=g.device))
 
 
 class _Part(Batch):
-    """A part of a batch. The parts of a batch draw once: what the first of them asks for is kept for the others."""
+    """A part of a batch. The parts draw together: what the first one draws is stored, and each takes its rows of it."""
 
     def __init__(self, batch: Batch, share: Share, drawn: list[Any]) -> None:
         self.size, self.shape, self.device = share.size(batch.size), batch.shape, batch.device
-        self._batch, self._share, self._kept, self._asked = batch, share, drawn, 0
+        self._batch, self._share, self._stored, self._asked = batch, share, drawn, 0
         self._generator = batch._generator
 
     def _once(self, draw: Callable[[], Any]) -> Any:
-        """What the first part that asks has drawn for all."""
-        if self._asked == len(self._kept):
-            self._kept.append(draw())
+        """The next draw of this part, from the part that asked first."""
+        if self._asked == len(self._stored):
+            self._stored.append(draw())
         self._asked += 1
-        return self._kept[self._asked - 1]
+        return self._stored[self._asked - 1]
 
     def _drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
         return self._share.of(self._once(lambda: self._batch._drawn(draw)))
@@ -250,9 +225,9 @@ class Method(nn.Module, ABC):
     """A distillation method. The harness calls, in this order:
 
     ``prepare``, then for each of ``phases()``: ``start_phase``, ``train_step`` and ``after_step`` many times,
-    ``end_phase``; at the end the average is put into ``student`` and ``sample`` is called.
+    ``end_phase``; at the end the average is copied into ``student``, and ``sample`` is called.
 
-    Networks that are attributes belong to the method's state and are saved. The teacher is not.
+    Networks that are attributes belong to the method's state and are saved. The teacher is not saved.
     """
 
     name: ClassVar[str]  # as on the command line: lower-case letters, digits, underscores
@@ -270,10 +245,10 @@ class Method(nn.Module, ABC):
     teacher: Teacher
 
     def settings_of(self, network: nn.Module) -> NetworkConfig:
-        """What the settings say of `network` alone: nothing, unless one of them has the name of its attribute."""
+        """The settings of `network` alone: the NetworkConfig under the name of its attribute, or an empty one."""
         named = {name: own for name, own in vars(self.config).items() if isinstance(own, NetworkConfig)}
         if missing := named.keys() - dict(self.named_children()).keys():
-            raise RuntimeError(f"there are settings of {', '.join(sorted(missing))}, and no network of that name")
+            raise RuntimeError(f"the Config names {', '.join(sorted(missing))}, but the method has no such network")
         return next((own for name, own in named.items() if getattr(self, name) is network), NetworkConfig())
 
     def phases(self) -> list[Phase]:
@@ -281,36 +256,36 @@ class Method(nn.Module, ABC):
         return [Phase()]
 
     def prepare(self, workspace: Workspace) -> None:
-        """Once before training: what is made ahead, such as noise-image pairs. Its price is charged to the method."""
+        """Called once before training, to compute noise-image pairs for example. Its cost is charged to the method."""
 
     def start_phase(self, index: int) -> None:
         """Before the first step of phase `index`."""
 
     @abstractmethod
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        """Yield (network, loss) for each "update" line of the algorithm box; the harness updates, then goes on.
+        """Yield (network, loss) for each "update" line of the algorithm box; the harness updates, then continues here.
 
-        Must have no other effect: what happens once an optimiser step belongs into ``after_step``.
+        It must have no other effect: what is done once per optimiser step belongs into ``after_step``.
         """
 
     def after_step(self) -> None:
         """After the updates of one step, such as the moving average of a target network."""
 
     def end_phase(self, index: int, average: nn.Module) -> None:
-        """After the last step of phase `index`; `average` is the averaged student (the student itself without one)."""
+        """After the last step of phase `index`; `average` is the averaged student, or the student without averaging."""
 
     def supports(self, nfe: int) -> bool:
-        """Whether ``sample`` can work with exactly `nfe` network evaluations an image."""
+        """Whether ``sample`` can use exactly `nfe` network evaluations per image."""
         return nfe == 1
 
     def ready(self, nfe: int, phase: int) -> bool:
-        """Whether training has come far enough, in phase `phase`, to sample with `nfe` evaluations; asked meanwhile."""
+        """Whether a checkpoint in phase `phase` can already sample with `nfe` evaluations."""
         return self.supports(nfe)
 
     def keeps_noise(self, nfe: int) -> bool:
-        """Whether a sample is meant as the teacher's answer to the same noise (False: a sample of the same law)."""
+        """Whether a sample approximates the teacher's from the same noise (False: only the same distribution)."""
         return True
 
     @abstractmethod
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        """Images x_0 (B,C,H,W) of `c` from ``noise(0)`` with `nfe` network evaluations; fresh noise is ``noise(k)``."""
+        """Images x_0 (B,C,H,W) for `c` from ``noise(0)``, with `nfe` network evaluations; ``noise(k)`` is fresh."""

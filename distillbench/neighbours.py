@@ -1,7 +1,7 @@
-"""Points of a grid that differ in values alone, made from one that was composed: thousands of them in seconds.
+"""Builds thousands of grid points in seconds from one that Hydra composed, where they differ only in values.
 
-Where no setting refers to another, what a value becomes depends on its own setting only. So each value is read once, by
-OmegaConf, and each point is made by the constructors of its dataclasses, as OmegaConf makes it, with all their checks.
+If no setting refers to another one, each value can be converted on its own. So OmegaConf converts each value once, and
+each point is built by the constructors of its dataclasses, as OmegaConf would do, with all their checks.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-FRESH = "methods"  # made anew for each point, for plugins are handed them; what else does not differ is shared
+FRESH = "methods"  # built anew for each point, since plugins receive them; other equal groups are shared
 
-Value = tuple[str, str, Any]  # the setting's full name, the word that it came from, and its value
+Value = tuple[str, str, Any]  # (full name of the setting, the argument, the value)
 
 
-class Alone(Exception):
-    """A point that cannot be made from another: compose it."""
+class NotBuildable(Exception):
+    """The point has to be composed by Hydra."""
 
 
 @dataclass
 class Recipe:
-    """A dataclass, or a dict, and what it is made from."""
+    """A dataclass or dict, and the arguments of its constructor."""
 
     make: Callable[..., Any]
-    parts: dict[str, Any]  # values, and recipes of groups
-    made: list[Any] = field(default_factory=list)  # once it is, where nothing differs
+    parts: dict[str, Any]  # values, and recipes of nested groups
+    made: list[Any] = field(default_factory=list)  # [the object without changes], once it is made
 
     def __call__(self, changes: dict[str, Any], fresh: bool) -> Any:
         if self.made and not changes and not fresh:
             return self.made[0]
         given = {name: self._part(name, part, changes, fresh) for name, part in self.parts.items()}
         if unknown := changes.keys() - given.keys():
-            raise Alone(f"not of this group: {unknown}")
+            raise NotBuildable(f"not of this group: {unknown}")
         made = self.make(**given)
         if not changes and not fresh:
             self.made.append(made)
@@ -49,8 +49,8 @@ class Recipe:
         return list(value) if isinstance(value, list) else value
 
 
-class Neighbours:
-    """Makes the neighbours of a point: `node` is what was composed there, `run` what it became."""
+class PointBuilder:
+    """Builds other points from a composed one. `node`: as composed; `run`: the same, instantiated."""
 
     def __init__(self, node: DictConfig, run: Any) -> None:
         self.node = node
@@ -60,13 +60,13 @@ class Neighbours:
             try:
                 self.recipe = recipe_of(node)
                 self.usable = self.recipe({}, fresh=False) == run
-            except Alone:
+            except NotBuildable:
                 self.usable = False
 
-    def at(self, values: Iterable[Value], check: Callable[[str, Any], None]) -> Any:
-        """The point with these values. Each is checked once. Raises Alone, or what its dataclasses raise."""
+    def build(self, values: Iterable[Value], check: Callable[[str, Any], None]) -> Any:
+        """The point with these values. Each value is checked once. Raises NotBuildable, and dataclass errors."""
         if not self.usable:
-            raise Alone("settings refer to each other")
+            raise NotBuildable("settings refer to each other")
         changes: dict[str, Any] = {}
         for name, word, value in values:
             *groups, last = name.split(".")
@@ -80,23 +80,23 @@ class Neighbours:
         if (name, word) not in self.read:
             there = OmegaConf.select(self.node, name)
             if "${" in word or isinstance(value, dict) or isinstance(there, DictConfig) or name.endswith("kind"):
-                raise Alone(f"{name} is no value by itself")
+                raise NotBuildable(f"{name} cannot be converted on its own")
             OmegaConf.update(self.node, name, value)
             found = OmegaConf.select(self.node, name)
             found = OmegaConf.to_object(found) if isinstance(found, ListConfig) else found
             if isinstance(found, list) and not all(isinstance(item, int | float | str | None) for item in found):
-                raise Alone(f"{name} is a list of groups")
+                raise NotBuildable(f"{name} is a list of groups")
             check(name, found)
             self.read[name, word] = found
         return self.read[name, word]
 
 
 def recipe_of(node: DictConfig) -> Recipe:
-    """What OmegaConf would make `node` from. Raises Alone where that is not by its constructor alone."""
+    """The recipe of `node`. Raises NotBuildable if OmegaConf would do more than call its constructor."""
     parts: dict[str, Any] = {}
     for name in map(str, node):
         if OmegaConf.is_missing(node, name):
-            raise Alone(f"{name} is missing")
+            raise NotBuildable(f"{name} is missing")
         value = node[name]
         if isinstance(value, DictConfig) and not value._is_none():
             parts[name] = recipe_of(value)
@@ -106,5 +106,5 @@ def recipe_of(node: DictConfig) -> Recipe:
     if cls is dict:
         return Recipe(dict, parts)
     if parts.keys() != {f.name for f in dataclasses.fields(cls) if f.init}:
-        raise Alone(f"{cls} is not made by its constructor alone")
+        raise NotBuildable(f"{cls} has fields that its constructor does not take")
     return Recipe(cls, parts)

@@ -10,18 +10,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from distillbench.averaging import MovingAverage, move_towards
 from distillbench.conditions import UNCONDITIONAL, Condition
-from distillbench.shards import here
+from distillbench.embeddings import GuidanceEmbedding, TimeEmbedding, TimeFeatures
+from distillbench.modes import evaluating, held
 
 __all__ = [
     "NETWORKS",
@@ -37,48 +36,6 @@ __all__ = [
     "held",
     "move_towards",
 ]
-
-
-class TimeFeatures(nn.Module):
-    """Sines and cosines of `time` at frequencies from 1 to 1000: (B,) -> (B, channels)."""
-
-    frequencies: Tensor
-
-    def __init__(self, channels: int = 64) -> None:
-        super().__init__()
-        frequencies = torch.exp(torch.linspace(0, math.log(1000), channels // 2, device="cpu"))
-        # not computed on "meta" where a network is built there: torch imports its compiler for that, two seconds
-        self.register_buffer("frequencies", frequencies.to(torch.get_default_device()))
-
-    def forward(self, time: Tensor) -> Tensor:
-        angles = time[:, None] * self.frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-class TimeEmbedding(nn.Sequential):
-    """Two linear layers on :class:`TimeFeatures`: (B,) -> (B, channels)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(TimeFeatures(), nn.Linear(64, channels), nn.SiLU(), nn.Linear(channels, channels))
-
-    def zero_output(self) -> TimeEmbedding:
-        """Makes the embedding zero at every time, until it is trained."""
-        output = cast(nn.Linear, self[-1])
-        nn.init.zeros_(output.weight)
-        nn.init.zeros_(output.bias)
-        return self
-
-
-class GuidanceEmbedding(TimeEmbedding):
-    """Of a guidance weight w in [low, high]: (B,1,1,1) -> (B, channels). Zero until it is trained."""
-
-    def __init__(self, channels: int, low: float, high: float) -> None:
-        super().__init__(channels)
-        self.low, self.high = low, high
-        self.zero_output()
-
-    def forward(self, w: Tensor) -> Tensor:
-        return super().forward((w.flatten() - self.low) / (self.high - self.low))
 
 
 class _ResidualBlock(nn.Module):
@@ -164,8 +121,8 @@ class OfDiffusers(nn.Module):
     def __init__(self, shape: tuple[int, int, int], config: dict[str, Any], classes: int = 0) -> None:
         import diffusers
 
+        from distillbench.diffusers_calls import Call
         from distillbench.diffusers_networks import NETWORKS, check_classes
-        from distillbench.diffusers_schedules import Call
 
         super().__init__()
         name = str(config.get("_class_name"))
@@ -195,8 +152,8 @@ class DiT(nn.Module):
     def __init__(self, shape: tuple[int, int, int], width: int = 384, depth: int = 8, classes: int = 0) -> None:
         from diffusers import DiTTransformer2DModel
 
+        from distillbench.diffusers_calls import Call
         from distillbench.diffusers_networks import DiT as Wrapped
-        from distillbench.diffusers_schedules import Call
 
         super().__init__()
         channels, height, image_width = shape
@@ -226,68 +183,3 @@ class DiT(nn.Module):
 
 SIZED = ("mlp", "unet", "dit")  # those of a width and a depth
 NETWORKS: dict[str, type[nn.Module]] = {"mlp": ResidualMLP, "unet": UNet, "dit": DiT, "diffusers": OfDiffusers}
-
-
-@contextmanager
-def held(network: nn.Module) -> Iterator[None]:
-    """In the block the weights of `network` are constants: gradients reach its input only, and nothing is dropped.
-
-    After it, also where an error ends it, those weights take gradients that took them before. No step yields in it.
-    """
-    weights = [weight for weight in network.parameters() if weight.requires_grad]
-    try:
-        for weight in weights:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in weights:
-            weight.requires_grad_(True)
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """In the block `network` is in evaluation mode: nothing is dropped. After it every part is in the mode of before.
-
-    Networks of a teacher, and of students made from it, need it nowhere: :class:`distillbench.denoiser.CountedNetwork`.
-    """
-    training = [module for module in network.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@torch.no_grad()
-def move_towards(average: nn.Module, network: nn.Module, share: float) -> None:
-    """Move the weights of `average` by `share` of the way to those of `network`: a target network's moving average."""
-    MovingAverage(average, network).move(share)
-
-
-class MovingAverage:
-    """Moves the weights of `average` towards those of `network`; buffers are copied.
-
-    To find the tensors of a small network takes as long as to move them: they are found once, for the first move.
-    """
-
-    def __init__(self, average: nn.Module, network: nn.Module) -> None:
-        self.average, self.network = average, network
-
-    @functools.cached_property
-    def weights(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Of both."""
-        return here(self.average.parameters()), here(self.network.parameters())
-
-    @functools.cached_property
-    def buffers(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self.average.buffers(), self.network.buffers(), strict=True))
-
-    @torch.no_grad()
-    def move(self, share: float) -> None:
-        """By `share` of the way."""
-        mine_all, theirs_all = self.weights
-        torch._foreach_lerp_(mine_all, theirs_all, share)
-        for mine, theirs in self.buffers:
-            mine.copy_(theirs)

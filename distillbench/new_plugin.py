@@ -47,7 +47,7 @@ def new_plugin(name: str, kind: str, output: Path | None = None, taken: Collecti
 
 def _check_name(name: str, kind: str, taken: Collection[str]) -> None:
     from distillbench.registry import NAME, RESERVED
-    from distillbench.results import FIRST, LAST
+    from distillbench.table import FIRST, LAST
 
     if not NAME.fullmatch(name):
         near = _snake_case(name)

@@ -1,4 +1,4 @@
-"""NVIDIA's management library, asked about the GPU that torch calls by another number."""
+"""NVIDIA's management library (NVML) for the GPUs of torch, whose indices differ from NVML's."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from distillbench.errors import Unavailable
 
 EXCLUSIVE_PROCESS, PROHIBITED = "EXCLUSIVE_PROCESS", "PROHIBITED"
-MPS_PIPES = "/tmp/nvidia-mps"  # of NVIDIA's Multi-Process Service, where CUDA_MPS_PIPE_DIRECTORY does not say
+MPS_PIPES = "/tmp/nvidia-mps"  # of NVIDIA's Multi-Process Service, unless CUDA_MPS_PIPE_DIRECTORY is set
 
 
 class Slice(Unavailable):
-    """The device is a part of a GPU (MIG), and what is asked for is known of the whole GPU alone."""
+    """The device is a slice of a GPU (MIG), and the value exists only for the whole GPU."""
 
 
 class Gpu:
-    """One GPU as NVML knows it. What it cannot tell raises Unavailable, with NVML's reason."""
+    """One GPU in NVML. Methods raise Unavailable, with NVML's reason, for values that it does not know."""
 
     def __init__(self, nvml: Any, device: str) -> None:
-        """`device` as torch calls it: it is found by its UUID, since CUDA_VISIBLE_DEVICES gives other numbers."""
+        """`device` is torch's name. NVML finds it by its UUID, since CUDA_VISIBLE_DEVICES changes the indices."""
         self.nvml = nvml
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         self.is_slice = False
@@ -43,7 +43,7 @@ class Gpu:
             raise Unavailable(f"NVML: {error}") from error
 
     def _is_cut(self) -> bool:
-        """Whether it works as several slices. A GPU that cannot be cut has no answer."""
+        """Whether it is partitioned into slices (MIG). GPUs without MIG do not support the question."""
         try:
             now, _ = self._ask(self.nvml.nvmlDeviceGetMigMode, self.handle)
         except Unavailable:
@@ -51,17 +51,17 @@ class Gpu:
         return now == self.nvml.NVML_DEVICE_MIG_ENABLE
 
     def joules(self) -> float:
-        """Energy that the whole GPU has used since its driver was loaded."""
+        """Joules that the whole GPU has used since its driver was loaded."""
         if self.is_slice:
             raise Slice("NVML: a slice of a GPU (MIG) has no counter of energy, only the whole GPU has")
         return self._ask(self.nvml.nvmlDeviceGetTotalEnergyConsumption, self.handle) / 1000
 
     def used_bytes(self) -> int:
-        """Memory in use by all processes, their CUDA contexts and what the driver keeps for itself included."""
+        """Bytes in use by all processes, including CUDA contexts and the driver."""
         return int(self._ask(self.nvml.nvmlDeviceGetMemoryInfo, self.handle).used)
 
     def compute_mode(self) -> str:
-        """Who may use it: EXCLUSIVE_PROCESS, PROHIBITED, or "" where every process may."""
+        """EXCLUSIVE_PROCESS, PROHIBITED, or "" if every process may use it."""
         mode = self._ask(self.nvml.nvmlDeviceGetComputeMode, self.handle)
         names = {
             self.nvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS: EXCLUSIVE_PROCESS,
@@ -72,9 +72,9 @@ class Gpu:
 
 @contextmanager
 def gpu_of(device: str) -> Iterator[Gpu]:
-    """The GPU `device` (cuda, cuda:N) while the block runs. Raises Unavailable where NVML is not there."""
+    """The GPU `device` (cuda, cuda:N) while the block runs. Raises Unavailable without NVML."""
     if torch.version.hip:
-        raise Unavailable("NVML knows no GPUs but NVIDIA's")
+        raise Unavailable("NVML knows only NVIDIA's GPUs")
     try:
         import pynvml
     except ImportError as error:
@@ -90,9 +90,9 @@ def gpu_of(device: str) -> Iterator[Gpu]:
 
 
 def compute_mode(device: str) -> str:
-    """Who may use the GPU `device`, as :meth:`Gpu.compute_mode` says; "" where nobody says.
+    """The :meth:`Gpu.compute_mode` of the GPU `device`; "" if it is unknown.
 
-    Processes that share it through NVIDIA's Multi-Process Service are one to the GPU, and so any of them may.
+    Also "" for an exclusive GPU with NVIDIA's Multi-Process Service, whose clients are one process to the GPU.
     """
     try:
         with gpu_of(device) as gpu:

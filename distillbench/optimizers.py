@@ -1,4 +1,4 @@
-"""Optimisers and averages: the same for every method."""
+"""Optimisers and weight averages, the same for every method."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from distillbench.gradient_reduction import GradientReduction, NetworkGradients
 from distillbench.method import Method, NetworkConfig, OptimizerConfig
-from distillbench.ranks import ALONE, Ranks, Together
+from distillbench.ranks import SINGLE_RANK, DataParallelRanks, Ranks
 from distillbench.resume import State
-from distillbench.shards import class_of, here, is_spread, load, spread_like
+from distillbench.shards import class_of, is_sharded, load_full, local_shards, shard_like
 
 
 class Average:
     """Exponential moving average of a network's weights, by half-life in images.
 
-    At the start the half-life is at most 5 % of the images seen, so the initial weights are forgotten (Karras et al.
-    2022, `ema_rampup_ratio`). With half-life 0 the average is the network itself. A network that is spread over
-    processes cannot be copied: `twin` is then a network of the same kind, spread alike.
+    At the start the half-life is at most 5 % of the images seen, so that the initial weights are forgotten (Karras et
+    al. 2022, `ema_rampup_ratio`). With half-life 0 the average is the network itself. A sharded network cannot be
+    copied; `twin` is then a network of the same architecture that is sharded in the same way.
     """
 
     def __init__(self, network: nn.Module, halflife_kimg: float, twin: nn.Module | None = None) -> None:
@@ -31,8 +31,8 @@ class Average:
         self.module = network
         if self.halflife:
             self.module = copy.deepcopy(network).eval().requires_grad_(False) if twin is None else twin
-        self.mine, self.theirs = here(self.module.parameters()), here(network.parameters())
-        self.my_buffers, self.their_buffers = list(self.module.buffers()), list(network.buffers())
+        self.averages, self.weights = local_shards(self.module.parameters()), local_shards(network.parameters())
+        self.average_buffers, self.buffers = list(self.module.buffers()), list(network.buffers())
         self.images = 0
         if self.module is twin:
             self._move(1.0)
@@ -46,9 +46,9 @@ class Average:
 
     @torch.no_grad()
     def _move(self, weight: float) -> None:
-        torch._foreach_lerp_(self.mine, self.theirs, weight)
-        if self.my_buffers:
-            torch._foreach_copy_(self.my_buffers, self.their_buffers)
+        torch._foreach_lerp_(self.averages, self.weights, weight)
+        if self.average_buffers:
+            torch._foreach_copy_(self.average_buffers, self.buffers)
 
     def state(self) -> State:
         own = self.module.state_dict() if self.module is not self.network else {}
@@ -57,62 +57,61 @@ class Average:
     def restore(self, state: State) -> None:
         self.images = state.values["images"]
         if self.module is not self.network:
-            load(self.module, state.tensors)
+            load_full(self.module, state.tensors)
 
 
 def learning_rate_factor(config: OptimizerConfig, progress: float) -> float:
-    """Warm-up, then the decay, as a share of the peak learning rate; `progress` of the phase is in [0, 1]."""
+    """Warm-up times decay, as a share of the peak learning rate; `progress` of the phase is in [0, 1]."""
     warmup = min(1.0, progress / config.lr_warmup) if config.lr_warmup else 1.0
     past = max(0.0, (progress - config.lr_warmup) / max(1 - config.lr_warmup, 1e-12))
     decay = {"constant": 1.0, "linear": 1 - past, "cosine": 0.5 * (1 + math.cos(math.pi * past))}
     return warmup * decay[config.lr_decay]
 
 
-def clip(plain: list[Tensor], spread: list[Tensor], largest: float, ranks: Ranks = ALONE) -> None:
-    """Scale the gradients of a network, in place, so that their norm is at most `largest`.
+def clip(plain: list[Tensor], sharded: list[Tensor], largest: float, ranks: Ranks = SINGLE_RANK) -> None:
+    """Scale the gradients of a network, in place, so that their norm is at most `largest`; 0: do nothing.
 
-    The arithmetic of ``torch.nn.utils.clip_grad_norm_``, which sorts tensors by device and type at every step. Of
-    gradients that are spread over `ranks` the parts that are here are given, and the norm is that of all parts. Nothing
-    is done where `largest` is 0.
+    The arithmetic of ``torch.nn.utils.clip_grad_norm_``, which groups tensors by device and dtype at every step.
+    `sharded` are local shards of gradients; the norm is over the shards of all `ranks`.
     """
-    if not largest or not (plain or spread):
+    if not largest or not (plain or sharded):
         return
     norms = list(torch._foreach_norm(plain)) if plain else []
-    if spread:
-        square = torch.stack(torch._foreach_norm(spread)).square().sum()
-        ranks.sum([square])
+    if sharded:
+        square = torch.stack(torch._foreach_norm(sharded)).square().sum()
+        ranks.all_reduce([square])
         norms.append(square.sqrt())
     norm = torch.linalg.vector_norm(torch.stack(norms))
-    torch._foreach_mul_(plain + spread, (largest / (norm + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_(plain + sharded, (largest / (norm + 1e-6)).clamp(max=1.0))
 
 
 class Optimizers:
-    """One Adam for each network that a method yields, at learning rates of one schedule.
+    """One Adam for each network that a method yields, with one learning-rate schedule.
 
-    `settings_of` says what a network has of its own in the place of what `config` says for all. Losses in fp16 are
-    scaled by `scaler`. Gradients are summed over `ranks`, the processes that share a batch.
+    `settings_of` gives the settings of a network that replace those of `config`. `scaler` scales losses in fp16.
+    Gradients are summed over `ranks`.
     """
 
     def __init__(
         self,
         config: OptimizerConfig,
         scaler: torch.amp.GradScaler | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_RANK,
         settings_of: Callable[[nn.Module], NetworkConfig] | None = None,
     ) -> None:
         self.config, self.scaler, self.ranks, self.settings_of = config, scaler, ranks, settings_of
         self.by_network: dict[nn.Module, torch.optim.Optimizer] = {}
         self.settings: dict[nn.Module, OptimizerConfig] = {}
-        self.reduction = GradientReduction(ranks) if isinstance(ranks, Together) else None
-        self.summed: dict[nn.Module, NetworkGradients] = {}  # where processes share a batch
+        self.reduction = GradientReduction(ranks) if isinstance(ranks, DataParallelRanks) else None
+        self.summed: dict[nn.Module, NetworkGradients] = {}  # with several ranks
 
     def _make(self, network: nn.Module) -> torch.optim.Optimizer:
         settings = self.config if self.settings_of is None else self.settings_of(network).over(self.config)
         self.settings[network] = settings
         betas, decay = (settings.beta1, settings.beta2), settings.weight_decay
         weights = list(network.parameters())
-        kinds = [[w for w in weights if is_spread(w) is spread] for spread in (False, True)]  # no call can have both
-        groups = [{"params": kind} for kind in kinds if kind]
+        halves = [[w for w in weights if is_sharded(w) is sharded] for sharded in (False, True)]  # torch mixes no kinds
+        groups = [{"params": half} for half in halves if half]
         return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, weight_decay=decay, fused=True)
 
     def update(self, network: nn.Module, loss: Tensor, factor: float) -> None:
@@ -121,14 +120,14 @@ class Optimizers:
         self.step(network, factor)
 
     def differentiate(self, network: nn.Module, loss: Tensor, first: bool, last: bool = True) -> None:
-        """Add the gradient of `loss` to that of the parts before; with `first` there are none, with `last` none after.
+        """Add the gradient of `loss`, of the `first` to the `last` part of a step.
 
-        Only the last part's backward pass sends gradients to other processes.
+        Only the backward pass of the last part sends gradients to other ranks.
         """
         if network not in self.by_network:
             self.by_network[network] = self._make(network)
         if self.reduction is not None and network not in self.summed:
-            self.summed[network] = self.reduction.of([w for w in network.parameters() if not is_spread(w)])
+            self.summed[network] = self.reduction.of([w for w in network.parameters() if not is_sharded(w)])
         if first:
             for group in self.by_network[network].param_groups:
                 for weight in group["params"]:
@@ -137,36 +136,36 @@ class Optimizers:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def step(self, network: nn.Module, factor: float) -> None:
-        """One step down the gradient that is there, which is clipped."""
+        """One step down the accumulated gradient, which is clipped."""
         if network in self.summed:
             self.summed[network].finish()
-        optimizer, plain, spread = self.by_network[network], list[Tensor](), list[Tensor]()
+        optimizer, plain, sharded = self.by_network[network], list[Tensor](), list[Tensor]()
         settings = self.settings[network]
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * factor
             gradients = [weight.grad for weight in group["params"] if weight.grad is not None]
-            if gradients and is_spread(gradients[0]):  # as all of its group
-                spread = here(gradients)
+            if gradients and is_sharded(gradients[0]):  # and so is its whole group
+                sharded = local_shards(gradients)
             else:
                 plain = gradients
         if self.scaler is None:
-            clip(plain, spread, settings.grad_clip, self.ranks)
+            clip(plain, sharded, settings.grad_clip, self.ranks)
             optimizer.step()
             return
         self.scaler.unscale_(optimizer)
-        clip(plain, spread, settings.grad_clip, self.ranks)
-        self.scaler.step(optimizer)  # left out where a gradient overflowed
+        clip(plain, sharded, settings.grad_clip, self.ranks)
+        self.scaler.step(optimizer)  # does nothing if a gradient overflowed
         self.scaler.update()
 
     def state(self, method: Method) -> State:
-        """Adam's moments by the names that the networks have in `method`; RuntimeError for one that has none."""
+        """Adam's moments, by the names of the networks in `method`; RuntimeError for a network without a name."""
         names = {module: name for name, module in method.named_modules()}
         tensors = {}
         for network, optimizer in self.by_network.items():
             if network not in names:
                 kind = class_of(network).__name__
                 raise RuntimeError(
-                    f"train_step yields a {kind} that is no attribute of the method, so it cannot be kept"
+                    f"train_step yields a {kind} that is not an attribute of the method, so its state cannot be saved"
                 )
             for index, weight in enumerate(network.parameters()):
                 for key, value in optimizer.state[weight].items():
@@ -187,15 +186,15 @@ class Optimizers:
 
 
 def _like(weight: Tensor, moment: Tensor) -> Tensor:
-    """`moment` laid out in memory as `weight` is: fused optimisers read both by position."""
+    """`moment` with the memory format of `weight`: fused optimisers need the same strides."""
     same = moment.shape == weight.shape
-    if same and is_spread(weight):
-        return spread_like(weight, moment)
+    if same and is_sharded(weight):
+        return shard_like(weight, moment)
     return torch.empty_like(weight).copy_(moment) if same else moment.to(weight.device)
 
 
 @functools.cache
 def warm_up(device: str) -> None:
-    """Update one number: what torch loads for its first optimiser step, seconds of imports, is charged to nobody."""
+    """Update one weight before the clock starts: torch imports modules for seconds at its first optimiser step."""
     network = nn.ParameterList([torch.zeros(1, device=device)])
     Optimizers(OptimizerConfig()).update(network, network[0].square().sum(), 1.0)

@@ -1,6 +1,6 @@
-"""Settings: dataclass fields that carry their own help text, and checks that name the setting at fault.
+"""Settings: dataclass fields with a help text, and checks whose errors name the setting.
 
-A check names the setting as its dataclass knows it (``lr``); :mod:`distillbench.config` puts the way to it before that
+A check names the field of the dataclass (``lr``); :mod:`distillbench.config` prepends its path
 (``methods.boot.lr must be positive, got -1.0``).
 """
 
@@ -20,7 +20,7 @@ __all__ = ["option", "require_between", "require_fraction", "require_one_of", "r
 def option(default: Any, help: str, path: bool = False) -> Any:
     """A dataclass field with a default and the sentence that ``distillbench describe`` prints for it.
 
-    With `path` it is a file or folder, or a list of them, in which a leading ``~`` stands for the user's home.
+    `path`: the value is a path or a list of paths, in which a leading ``~`` is the user's home.
     """
     metadata = {"help": help, "path": path}
     if dataclasses.is_dataclass(default) and isinstance(default, type):

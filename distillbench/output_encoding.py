@@ -1,6 +1,6 @@
-"""Standard output and error in encodings without our characters (ASCII, cp1252): replaced, so that nothing dies of it.
+"""Substitutes for characters that the encoding of standard output lacks (ASCII, cp1252), which would raise an error.
 
-Windows consoles have such an encoding, cron has one, and PYTHONIOENCODING sets any.
+Windows consoles and cron have such an encoding, and PYTHONIOENCODING can set any.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import codecs
 import io
 import sys
 
-SUBSTITUTES = str.maketrans({"→": ">", "↑": "^", "↓": "v", "–": "-", "…": "."})  # one for one: tables stay aligned
+SUBSTITUTES = str.maketrans({"→": ">", "↑": "^", "↓": "v", "–": "-", "…": "."})  # tables stay aligned
 HANDLER = "distillbench.substitute"
 
 
 def replace_unwritable() -> None:
-    """From now on standard output and error write a substitute for a character that their encoding does not have."""
+    """Make standard output and error write a substitute for characters that their encoding lacks."""
     codecs.register_error(HANDLER, _substitute)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -1,7 +1,7 @@
-"""Noise-image pairs made ahead by the teacher: kept as seeds and targets, with a manifest that says how they were made.
+"""Noise-image pairs computed by the teacher before training and cached, with a manifest of how they were computed.
 
-The noise of pair i is the i-th of a stream (:mod:`distillbench.noise`), so a pair costs one image on disk. Targets are
-float32 and are never quantised. Whoever uses pairs pays for them, whether they were made now or found.
+The noise of pair i is the i-th of a stream (:mod:`distillbench.noise`), so only the image is stored. Targets are
+float32 and never quantised. Every method that uses pairs is charged for them, whether they were computed now or cached.
 """
 
 from __future__ import annotations
@@ -29,37 +29,36 @@ from distillbench.files import canonical_json, sha256_file, signed, write_atomic
 from distillbench.host_copies import fits_on, to_device
 from distillbench.noise import Noise, stream_key
 from distillbench.progress import Progress
-from distillbench.ranks import ALONE, Ranks
-from distillbench.sharing import in_turns
+from distillbench.ranks import SINGLE_RANK, Ranks
 from distillbench.teachers import Teacher
+from distillbench.turns import in_turns
 
 __all__ = ["PairStore", "Workspace"]
 
 TARGETS = "targets.safetensors"
 BATCH = 1024
-HELD = 2**30  # bytes of noise and targets
+HELD_BYTES = 2**30  # of noise and targets
 FORMAT = 2
 Solve = Callable[[Tensor, Condition], Tensor]  # (eps, c) -> x_0
 
 
 class PairStore:
-    """`count` pairs (eps, x_0). Up to HELD bytes of them are on the device, noise included, from the first read on; on
-    a GPU also more, up to an eighth of its free memory. Texts are looked up by their labels.
-
-    Where they are more, noise and condition are made from their seed whenever they are asked for.
+    """`count` pairs (eps, x_0). Up to HELD_BYTES of them are on the device, noise included, from the first read on; on
+    a GPU also more, up to an eighth of its free memory. Of larger stores noise and condition are drawn from their seed
+    at each read. Texts are looked up by their labels.
     """
 
     def __init__(self, stream: int, targets: Tensor, device: str, conditioning: Conditioning = WITHOUT_CLASSES) -> None:
         self.stream, self.targets, self.device, self.conditioning = stream, targets, device, conditioning
-        size = 2 * targets.nbytes
-        self._holds = conditioning.small is None and (size <= HELD or fits_on(device, size))  # else the images are more
+        size = 2 * targets.nbytes  # smaller images of a conditioning would add to it
+        self._holds = conditioning.small is None and (size <= HELD_BYTES or fits_on(device, size))
         self._held: tuple[Tensor, Tensor, Condition] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def read(self, indices: Tensor) -> tuple[Tensor, Tensor, Condition]:
-        """The pairs at `indices` (any shape with B elements): eps and x_0, each (B,C,H,W), and what was asked for."""
+        """The pairs at `indices` (any shape with B elements): eps and x_0, each (B,C,H,W), and the condition."""
         indices = indices.flatten()
         if not self._holds:
             return self._made(indices.cpu(), self.conditioning)
@@ -81,11 +80,11 @@ class PairStore:
 
 
 class Workspace:
-    """What a method may use while it prepares: the teacher, and pairs made by a solver.
+    """What a method may use in :meth:`Method.prepare`: the teacher, and pairs computed by a solver.
 
-    Where several processes train together, all prepare at the same time, and each makes its share of the pairs.
-
-    The energy that making pairs takes is read from `energy_source`, so that whoever finds them later can be charged.
+    All ranks prepare at the same time, and each computes its share of the pairs. `energy_source` measures the energy
+    that pairs take, which is stored with them so that later users of the cache can be charged. `dry`: only count
+    evaluations, with two pairs in place of all.
     """
 
     def __init__(
@@ -98,95 +97,95 @@ class Workspace:
         progress: Progress,
         dry: bool = False,
         energy_source: str = "nvml",
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_RANK,
     ) -> None:
         self.teacher, self.meter, self.cache, self.device = teacher, meter, cache, device
         self.seed, self.progress, self.dry, self.energy_source = seed, progress, dry, energy_source
         self.ranks = ranks
 
     def pairs(self, solve: Solve, count: int, recipe: dict[str, Any]) -> PairStore:
-        """`count` pairs eps -> solve(eps, c), found in the cache or made now and kept there.
+        """`count` pairs eps -> solve(eps, c), from the cache or computed now and cached.
 
         `recipe` says in plain values how `solve` works (solver, steps, ...); with the teacher's hash, the seed and the
-        count it names the pairs. The price is charged to the method's meter either way. Processes that train together
-        must all ask for the same pairs.
+        count it is the cache key. The price is charged to the method's meter either way. All ranks must ask for
+        the same pairs.
         """
         stream = stream_key("pairs", self.seed)
         if self.dry:
-            return self._priced_only(solve, count, stream)
-        ours = {
+            return self._price_only(solve, count, stream)
+        key = {
             "format": FORMAT,
             "teacher_sha256": self.teacher.sha256,
             "seed": self.seed,
             "count": count,
-            "device": device_name(self.device),  # whose price in seconds and joules it is
+            "device": device_name(self.device),  # seconds and joules depend on it
             "threads": torch.get_num_threads(),
         }
         if computed := self.teacher.teacher_rows.call.plain:
-            ours["compute"] = dict(computed)
+            key["compute"] = dict(computed)
         if self.ranks.count > 1:
-            ours["processes"] = self.ranks.count  # the same pairs, but in fewer seconds
-        recipe = ours | self.teacher.conditioning.plain() | recipe
+            key["processes"] = self.ranks.count  # the pairs are the same, the seconds are not
+        recipe = key | self.teacher.conditioning.plain() | recipe
         folder = self.cache / hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
         with ExitStack() as claim:
             targets = self._found(folder, recipe, claim) if self.ranks.main else None
-            with nullcontext() if self.ranks.main else self.meter.pause():  # the main process may wait for another run
-                found = self.ranks.agree(targets is not None)
+            with nullcontext() if self.ranks.main else self.meter.pause():  # rank 0 may wait for another run
+                found = self.ranks.broadcast_flag(targets is not None)
             if not found:
                 targets = self._make(solve, count, stream)
                 if self.ranks.main:
-                    self._keep(folder, recipe, targets)
+                    self._write(folder, recipe, targets)
         if self.ranks.count > 1:
-            targets = self._read_together(folder, targets)
+            targets = self._read_on_all_ranks(folder, targets)
         assert targets is not None
         return PairStore(stream, targets, self.device, self.teacher.conditioning)
 
     def _found(self, folder: Path, recipe: dict[str, Any], claim: ExitStack) -> Tensor | None:
-        """The pairs that are there, or are made by another run meanwhile; where there are none, with the `claim`."""
-        there = (folder / "manifest.json").exists()
-        targets = self._find(folder, recipe)
+        """The cached pairs, also those that another run computes meanwhile. Without any, `claim` holds the lock."""
+        existed = (folder / "manifest.json").exists()
+        targets = self._read(folder, recipe)
         if targets is None:
-            with self.meter.pause():  # to wait for another run costs nothing
+            with self.meter.pause():  # waiting for another run is not charged
                 claim.enter_context(waiting(folder, "noise-image pairs", self.progress))
-            targets = None if there else self._find(folder, recipe)
+            targets = None if existed else self._read(folder, recipe)
         return targets
 
-    def _read_together(self, folder: Path, targets: Tensor | None) -> Tensor:
-        """The pairs in every process: those that do not have them yet read what the main one has kept or found."""
-        self.ranks.agree(True)  # they are there
+    def _read_on_all_ranks(self, folder: Path, targets: Tensor | None) -> Tensor:
+        """The pairs on every rank: those without them read the files that rank 0 has found or written."""
+        self.ranks.broadcast_flag(True)  # wait until rank 0 has written them
         return targets if self.ranks.main and targets is not None else load_file(folder / TARGETS)["x_0"]
 
-    def _answers(self, solve: Solve, stream: int, indices: Sequence[int]) -> Tensor:
+    def _solve(self, solve: Solve, stream: int, indices: Sequence[int]) -> Tensor:
         c = self.teacher.conditioning.of_pairs(stream, indices, self.device)
         return solve(Noise(stream, indices, self.teacher.shape, self.device)(0), c).float().cpu()
 
-    def _priced_only(self, solve: Solve, count: int, stream: int) -> PairStore:
+    def _price_only(self, solve: Solve, count: int, stream: int) -> PairStore:
         before = self.meter.teacher_nfe
         with torch.no_grad():
-            targets = self._answers(solve, stream, range(2))
+            targets = self._solve(solve, stream, range(2))
         spent = self.meter.teacher_nfe - before
         self.meter.charge(0.0, spent * count // 2 - spent)
         targets = targets.expand(2, *self.teacher.shape)
         return PairStore(stream, targets, self.device, self.teacher.conditioning)
 
     def _make(self, solve: Solve, count: int, stream: int) -> Tensor:
-        """All pairs, in the main process; the others make their share of them. [] where a process has nothing else."""
+        """All targets on rank 0, after each rank has computed its share; an empty tensor on the others."""
         before = self.meter.price()
         measured = energy(self.device, self.energy_source)
-        with measured as watch, torch.no_grad(), self.progress.step("making noise-image pairs") as step:
+        with measured as watch, torch.no_grad(), self.progress.step("computing noise-image pairs") as step:
 
             def chunk(index: int) -> Tensor:
                 indices = range(index * BATCH, min((index + 1) * BATCH, count))
-                answers = self._answers(solve, stream, indices)
+                images = self._solve(solve, stream, indices)
                 step.advance(indices.stop / count)
-                return answers
+                return images
 
             chunks, error = in_turns(math.ceil(count / BATCH), chunk, self.ranks)
             if error is not None:
                 raise error
-        after, used = self.meter.price(), self.ranks.energy(watch.used)
-        evaluations = self.ranks.gather(after.teacher_nfe - before.teacher_nfe)
-        self._made = {
+        after, used = self.meter.price(), self.ranks.sum_energy(watch.used)
+        evaluations = self.ranks.all_gather(after.teacher_nfe - before.teacher_nfe)
+        self._cost = {
             "seconds": after.seconds - before.seconds,
             "teacher_seconds": after.teacher_seconds - before.teacher_seconds,
             "compile_seconds": (after.compile_seconds or 0.0) - (before.compile_seconds or 0.0),
@@ -196,13 +195,13 @@ class Workspace:
         }
         return torch.cat(chunks) if chunks else torch.empty(0)
 
-    def _keep(self, folder: Path, recipe: dict[str, Any], targets: Tensor) -> None:
+    def _write(self, folder: Path, recipe: dict[str, Any], targets: Tensor) -> None:
         write_atomically(folder / TARGETS, lambda path: save_file({"x_0": targets}, path))
-        manifest = signed({"recipe": recipe, "targets_sha256": sha256_file(folder / TARGETS), **self._made})
+        manifest = signed({"recipe": recipe, "targets_sha256": sha256_file(folder / TARGETS), **self._cost})
         text = json.dumps(manifest, indent=2)
         write_atomically(folder / "manifest.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
 
-    def _find(self, folder: Path, recipe: dict[str, Any]) -> Tensor | None:
+    def _read(self, folder: Path, recipe: dict[str, Any]) -> Tensor | None:
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             if manifest["recipe"] != recipe:
@@ -216,12 +215,12 @@ class Workspace:
                 raise ValueError(f"targets {tuple(targets.shape)}")
             seconds, teacher_seconds = float(manifest["seconds"]), float(manifest["teacher_seconds"])
             joules = None if manifest["joules"] is None else float(manifest["joules"])
-            used = Energy(joules, f"the pairs that were found: {manifest['no_joules']}" if joules is None else "")
-            compiler = float(manifest.get("compile_seconds", 0.0))  # not there before networks could be compiled
+            used = Energy(joules, f"the cached pairs: {manifest['no_joules']}" if joules is None else "")
+            compiler = float(manifest.get("compile_seconds", 0.0))  # older manifests do not have it
             self.meter.charge(seconds, int(manifest["teacher_nfe"]), teacher_seconds, used, compiler)
             return targets
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError, OSError) as error:
-            self.progress.say(f"the pairs in {folder} are damaged ({error}); they are made again")
+            self.progress.say(f"the pairs in {folder} are damaged ({error}) and are computed again")
             return None

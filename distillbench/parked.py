@@ -1,4 +1,4 @@
-"""Modules that wait on the CPU and are on the device only while they work: text encoders, decoders of latents."""
+"""Modules offloaded to the CPU between uses, such as text encoders and decoders of latents."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from contextlib import contextmanager
 from torch import nn
 
 
-class Parked:
-    """A frozen module that is on `device` only inside :meth:`awake`; copies of what holds it share it."""
+class Offloaded:
+    """A frozen module that is on `device` only inside :meth:`on_device`. Deep copies share it."""
 
     def __init__(self, module: nn.Module, device: str) -> None:
         self.module, self.device = module.eval().requires_grad_(False).to("cpu"), device
         self._users = 0
 
-    def __deepcopy__(self, memo: dict) -> Parked:
+    def __deepcopy__(self, memo: dict) -> Offloaded:
         return self
 
     @contextmanager
-    def kept_on_device(self) -> Iterator[None]:
-        """A block in which the module, once it has been used, stays on the device until the block ends."""
+    def keep_on_device(self) -> Iterator[None]:
+        """A block in which the module, once used, stays on the device until the block ends."""
         self._users += 1
         try:
             yield
@@ -28,8 +28,8 @@ class Parked:
             self._done()
 
     @contextmanager
-    def awake(self) -> Iterator[nn.Module]:
-        """The module on the device; it goes back when the outermost block ends."""
+    def on_device(self) -> Iterator[nn.Module]:
+        """The module on the device; it returns to the CPU when the outermost block ends."""
         self._users += 1
         try:
             yield self.module.to(self.device)

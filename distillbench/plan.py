@@ -1,439 +1,108 @@
-"""The plan: cells made from settings, checked as far as can be without training, each with its price foreseen.
+"""The plan of a run: its cells, checked without training, each with its estimated cost.
 
-A cell is one training of one method (or the teacher itself) and its evaluation. Planning writes nothing.
+A cell is one training of one method and its evaluation, or the evaluation of the teacher itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from distillbench.budget import Limit, Meter, Price
-from distillbench.compute import check_access, check_compute, check_sampling
-from distillbench.conditions import WITHOUT_CLASSES, Conditioning
 from distillbench.config import RunConfig
-from distillbench.data_stream import DataStream
-from distillbench.datasets import Dataset
-from distillbench.energy import check_source
-from distillbench.errors import Unavailable, UserError, printable
-from distillbench.evaluate import Evaluator, features_kept
-from distillbench.features import Networks
-from distillbench.files import canonical_json, check_writable
-from distillbench.latents import as_trained_on, placeholder
-from distillbench.method import Batch, Method, MethodConfig
-from distillbench.metrics import Metric, Need
-from distillbench.pairs import Workspace
-from distillbench.pretrained import weights_folder
-from distillbench.progress import Progress
-from distillbench.ranks import ALONE, Ranks
-from distillbench.references import RealImages, ReferenceFile
-from distillbench.registry import Entry, Registry
+from distillbench.errors import UserError, printable
+from distillbench.method import MethodConfig
+from distillbench.price import PriceCache
+from distillbench.registry import Registry
 from distillbench.samplers import Solver
-from distillbench.sharing import FeatureOrder, SharedNetworks
-from distillbench.speed import build_method
-from distillbench.teachers import Teacher, TeacherPlan, TeacherSource
+from distillbench.shared_context import Cell, SharedContext, SharedContexts
+from distillbench.teachers import TeacherPlan
 
-USUAL_NFE = (1, 2, 4)  # of the rows of a run that names none
-PRICED_IMAGES = 8  # of the step that tells the price
-
-
-def _settings_but(*names: str) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(RunConfig) if f.name not in names)
-
-
-SHARED = _settings_but("methods", "seed")  # settings that tell scenes apart,
-OF_CELL = _settings_but("methods", "seed", "run_name")  # and cells of methods, beside the method's,
-OF_TEACHER = tuple(name for name in OF_CELL if name not in ("budget", "batch_size", "guidance_range", "compute"))
-
-
-@dataclass
-class Scene:
-    """What cells share: the settings, the dataset, the family of the teacher, and the teacher once it is needed."""
-
-    config: RunConfig
-    registry: Registry
-    device: str
-    dataset: Dataset
-    source: TeacherSource
-    conditioning: Conditioning
-    metrics: dict[str, type[Metric]]
-    weights: Path  # folder of feature networks' weights
-    references: list[ReferenceFile]
-    teacher: Teacher | None = None
-    evaluator: Evaluator | None = None
-    ranks: Ranks = ALONE  # the processes that train and sample together
-    scored: dict[str, Any] | None = None  # the scores' identities, while nothing changes,
-    protocol: str = ""  # and the name of the protocol
-
-    def loaded(self, progress: Progress) -> Teacher:
-        if self.teacher is None:
-            self.teacher = self.source.load(progress).asked(self.conditioning)
-            if tuple(self.teacher.image_shape) != tuple(self.dataset.shape):
-                shape = tuple(self.teacher.image_shape)
-                raise UserError(
-                    f"the teacher does not fit the dataset: it makes images of (C,H,W) = {shape}, the dataset's are "
-                    f"{tuple(self.dataset.shape)}"
-                )
-        return self.teacher
-
-    @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """A block in which weights of feature networks are looked for once, and not for each of thousands of cells."""
-        self.scored = self.metric_identities()
-        try:
-            yield
-        finally:
-            self.scored, self.protocol = None, ""
-
-    def metric_identities(self) -> dict[str, Any]:
-        """By name: what decides the numbers of each score, such as the weights that are there."""
-        if self.scored is not None:
-            return self.scored
-        return {name: cls.identity(self.weights) for name, cls in self.metrics.items()}
-
-    def trained_on(self, progress: Progress) -> Dataset:
-        """The images of the dataset, or their latents where the teacher knows nothing else."""
-        cache = Path(self.config.results_dir) / "cache" / "latents"
-        return as_trained_on(self.dataset, self.loaded(progress), cache, self.device, progress)
-
-    def evaluation(self, progress: Progress) -> Evaluator:
-        if self.evaluator is None:
-            networks = Networks(self.weights, self.device)
-            if self.ranks.count > 1:
-                order = FeatureOrder(self.config, self.registry.selection)
-                networks = SharedNetworks(self.weights, self.device, self.ranks, order)
-            cache = Path(self.config.results_dir) / "cache" / "references"
-            real = RealImages(self.dataset, networks, cache, self.references, features_kept(self.metrics))
-            answers = Path(self.config.results_dir) / "cache" / "answers"
-            parts = self.metrics, real, self.loaded(progress), progress, answers
-            self.evaluator = Evaluator(self.config.evaluation, *parts, self.ranks)
-        return self.evaluator
-
-    def release_evaluator(self) -> None:
-        """Let go of what scores keep on a GPU, feature networks among it: it is made again when it is needed."""
-        if self.device != "cpu":
-            self.evaluator = None
-
-    def describe_references(self, progress: Progress) -> dict[str, str]:
-        """By network: which real images the scores compare with."""
-        compared = [cls for cls in self.metrics.values() if cls.needs & {Need.real, Need.real_images}]
-        networks = {cls.network for cls in compared if cls.network is not None}
-        real = self.evaluation(progress).real
-        return {network.name: real.describe(network) for network in sorted(networks, key=lambda n: n.name)}
-
-    def missing(self) -> dict[str, str]:
-        """Metrics that will be empty for want of weights, with the reason."""
-        reasons = {}
-        for name, cls in self.metrics.items():
-            try:
-                if cls.network is not None:
-                    cls.network.locate(self.weights)
-            except Unavailable as reason:
-                reasons[name] = str(reason)
-        return reasons
-
-
-@dataclass
-class Cell:
-    """One method with its settings and a seed, or the teacher itself (`entry` None)."""
-
-    scene: Scene
-    name: str
-    entry: Entry | None = None
-    method_config: MethodConfig | None = None
-    seed: int | None = None
-    solver: Solver | None = None  # of the teacher itself
-    price: Price = field(default_factory=Price)  # foreseen
-    nfe: list[int] = field(default_factory=list)  # of its rows
-    trouble: str = ""  # why no price could be foreseen
-
-    @property
-    def label(self) -> str:
-        return self.name if self.seed is None else f"{self.name} (seed {self.seed})"
-
-    def sampler(self) -> Solver:
-        """Of the teacher's rows."""
-        assert self.solver is not None
-        return self.solver
+USUAL_NFE = (1, 2, 4)  # network evaluations of rows where evaluation.nfe is empty
 
 
 def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
-    """The cells of all settings, checked as far as can be without training, each with its price. Writes nothing."""
+    """The cells of all settings, checked without training, each with its estimated cost. Writes nothing."""
     cells: list[Cell] = []
-    scenes, foresight = Scenes(), Foresight()
+    contexts, prices = SharedContexts(), PriceCache()
     seen: set[Hashable] = set()
     for config in configs:
-        scene = scenes.of(config, registry)
-        todo = [_teacher_cell(scene, config, solver) for solver in config.evaluation.solvers()]
+        shared = contexts.of(config, registry)
+        todo = [_teacher_cell(shared, config, solver) for solver in config.evaluation.solvers()]
         for name, method_config in config.methods.items():
-            todo.append(Cell(scene, name, registry.get("methods", method_config.kind), method_config, config.seed))
+            todo.append(Cell(shared, name, registry.get("methods", method_config.kind), method_config, config.seed))
         for cell in todo:
-            identity = scenes.identity(cell)
+            identity = contexts.identity(cell)
             if identity not in seen:
                 seen.add(identity)
                 if cell.entry is not None:
                     _check_data(cell)
                     cell.nfe = sorted(config.evaluation.nfe or USUAL_NFE)
-                    foresight.foresee(cell, scenes.text(cell.method_config))
+                    prices.fill_in(cell, contexts.text(cell.method_config))
                 cells.append(cell)
         _check_nfe(config, todo)
     return cells
 
 
-def cell_of(config: RunConfig, name: str, nfe: list[int], registry: Registry, scenes: Scenes) -> Cell:
-    """A cell that was planned before, by its name; scenes are shared through `scenes`. Its price is not foreseen."""
-    scene = scenes.of(config, registry)
+def cell_of(config: RunConfig, name: str, nfe: list[int], registry: Registry, contexts: SharedContexts) -> Cell:
+    """A cell of an earlier plan, by its name, without its price. Contexts are shared through `contexts`."""
+    shared = contexts.of(config, registry)
     if name in config.methods:
         settings = config.methods[name]
-        return Cell(scene, name, registry.get("methods", settings.kind), settings, config.seed, nfe=nfe)
+        return Cell(shared, name, registry.get("methods", settings.kind), settings, config.seed, nfe=nfe)
     (solver,) = (solver for solver in config.evaluation.solvers() if _name_of(solver) == name)
-    return Cell(scene, name, solver=solver, nfe=nfe)
+    return Cell(shared, name, solver=solver, nfe=nfe)
 
 
-def _teacher_cell(scene: Scene, config: RunConfig, solver: Solver) -> Cell:
-    nfe = [solver.evaluations(steps) * scene.conditioning.evaluations for steps in config.evaluation.teacher_steps]
-    return Cell(scene, _name_of(solver), nfe=sorted(nfe), solver=solver)
+def _teacher_cell(shared: SharedContext, config: RunConfig, solver: Solver) -> Cell:
+    nfe = [solver.evaluations(steps) * shared.conditioning.evaluations for steps in config.evaluation.teacher_steps]
+    return Cell(shared, _name_of(solver), nfe=sorted(nfe), solver=solver)
 
 
 def _name_of(solver: Solver) -> str:
-    """What the teacher with this sampler is called."""
+    """The name of the teacher's cell with this sampler."""
     return f"teacher:{solver.name}"
 
 
 def _check_data(cell: Cell) -> None:
-    """Refuse a method that needs real images where there are none, or none that go with what is asked for."""
+    """Refuse a method that needs real images if the dataset has none, or none that fit the teacher."""
     assert cell.entry is not None
-    scene = cell.scene
-    if not cell.entry.cls.needs_data or (len(scene.dataset) and scene.source.fits_data):
+    shared = cell.shared
+    if not cell.entry.cls.needs_data or (len(shared.dataset) and shared.source.fits_data):
         return
-    methods = scene.registry.methods
+    methods = shared.registry.methods
     free = ", ".join(sorted(name for name, entry in methods.items() if not entry.cls.needs_data))
-    why = f"dataset={scene.dataset.name} comes without"
-    if len(scene.dataset):
-        why = f"teacher={scene.source.name} enlarges images of its own base, with which real ones do not go"
-    raise UserError(f"{cell.name} needs real images, and {why}. Possible without: {free}")
+    why = f"dataset={shared.dataset.name} has none"
+    if len(shared.dataset):
+        why = f"teacher={shared.source.name} is an upscaler of images from its own base model, not of real ones"
+    raise UserError(f"{cell.name} needs real images, and {why}. Methods that need none: {free}")
 
 
 def _check_nfe(config: RunConfig, cells: list[Cell]) -> None:
-    """Refuse a number of evaluations that was asked for and that no method of the run can do."""
-    students = [cell for cell in cells if cell.entry is not None and not cell.trouble]
+    """Refuse a number of evaluations in evaluation.nfe with which no method of the run can sample."""
+    students = [cell for cell in cells if cell.entry is not None and not cell.price_error]
     for nfe in config.evaluation.nfe:
         if students and len(students) == len(config.methods) and not any(nfe in cell.nfe for cell in students):
             able = "; ".join(f"{cell.name}: {', '.join(map(str, cell.nfe))}" for cell in students)
             raise UserError(f"evaluation.nfe: no method of this run samples with {nfe} evaluations. Possible: {able}")
 
 
-class Scenes:
-    """Scenes by their settings, each made once. Of thousands of settings most are the same objects, read once."""
-
-    def __init__(self) -> None:
-        self.known: dict[Hashable, Scene] = {}
-        self._read: dict[int, tuple[Any, str]] = {}  # by the address of a group, which is kept: its settings as text
-
-    def of(self, config: RunConfig, registry: Registry) -> Scene:
-        """The scene of these settings, shared by all that differ in methods and seed only."""
-        identity = self._settings(config, SHARED)
-        if identity not in self.known:
-            self.known[identity] = _scene(config, registry)
-        return self.known[identity]
-
-    def identity(self, cell: Cell) -> Hashable:
-        """Equal for cells that a grid names twice, such as the teacher's rows at several budgets."""
-        settings = self._settings(cell.scene.config, OF_CELL if cell.entry is not None else OF_TEACHER)
-        return settings, cell.name, self.text(cell.method_config), cell.seed
-
-    def _settings(self, config: RunConfig, names: Sequence[str]) -> Hashable:
-        values = (getattr(config, name) for name in names)
-        return tuple(value if type(value) in (str, int, float, bool) else self.text(value) for value in values)
-
-    def text(self, value: Any) -> str:
-        """Settings as text: equal where they are."""
-        if not dataclasses.is_dataclass(value):
-            return canonical_json(value)
-        if id(value) not in self._read:
-            self._read[id(value)] = value, canonical_json(plain_settings(value))
-        return self._read[id(value)][1]
-
-
-def _scene(config: RunConfig, registry: Registry) -> Scene:
-    device = device_of(config)
-    check_writable(Path(config.results_dir))
-    if not config.executor.elsewhere:  # which has devices of its own
-        check_compute(config.compute, device)
-        check_sampling(config.evaluation.sampling, device)
-        timed_apart = config.evaluation.timing == "process"
-        check_access(device, ["isolate=false"] * config.isolate + ["evaluation.timing=inline"] * timed_apart)
-    metrics = config.evaluation.chosen(registry)
-    check_source(config.energy)
-    dataset, source, conditioning = make_source(config, registry, device)
-    source.plan()
-    schedule = source.untrained().schedule
-    for solver in config.evaluation.solvers():
-        for steps in config.evaluation.teacher_steps:
-            solver.times(schedule, steps)  # raises where the grid has no such steps
-    weights = weights_folder()
-    references = config.evaluation.read_references(registry, dataset, weights)
-    return Scene(config, registry, device, dataset, source, conditioning, metrics, weights, references)
-
-
-def make_source(config: RunConfig, registry: Registry, device: str) -> tuple[Dataset, TeacherSource, Conditioning]:
-    """The dataset and the family of teachers that the settings name, and how both are conditioned."""
-    dataset = registry.get("datasets", config.dataset.kind).cls(config.dataset)
-    if config.conditional and not dataset.classes:
-        raise UserError(f"conditional=true needs class labels, and dataset={dataset.name} has none")
-    drawn = tuple(config.guidance_range)
-    family = registry.get("teachers", config.teacher.kind).cls
-    _check_reads(config, dataset, family)
-    conditioning = WITHOUT_CLASSES
-    if config.conditional:
-        w_range = (drawn[0], drawn[1]) if drawn else None
-        conditioning = Conditioning(dataset.classes, config.guidance, w_range, dataset.evaluated)
-    cache = Path(config.results_dir) / "cache" / "teachers"
-    return dataset, family(config.teacher, dataset, cache, device, conditioning), conditioning
-
-
-def _check_reads(config: RunConfig, dataset: Dataset, family: type[TeacherSource]) -> None:
-    """Refuse a teacher of texts without texts, and one of classes where there are texts alone."""
-    name = config.teacher.kind
-    if family.reads == "texts" and not (config.conditional and dataset.prompts):
-        missing = "conditional=true" if dataset.prompts else "a dataset with texts, such as dataset=prompts"
-        raise UserError(f"teacher={name} makes images of texts and needs {missing}")
-    if family.reads != "texts" and config.conditional and dataset.prompts:
-        raise UserError(f"conditional=true: teacher={name} knows classes, and dataset={dataset.name} has texts")
-
-
-class Foresight:
-    """Prices of cells. What decides one are the scene and the method's settings: not the seed, and so not each cell."""
-
-    def __init__(self) -> None:
-        self.known: dict[Hashable, Cell] = {}
-        self.teachers: dict[int, Teacher] = {}  # of scenes, untrained
-
-    def foresee(self, cell: Cell, settings: str) -> None:
-        """Find the cell's rows and its price; an error of the method itself is left for its row to tell.
-
-        `settings`: the method's, as text.
-        """
-        same = id(cell.scene), cell.name, settings, tuple(cell.nfe)
-        if same in self.known:
-            known = self.known[same]
-            cell.price, cell.nfe, cell.trouble = known.price, list(known.nfe), known.trouble
-            return
-        try:
-            _price(cell, self._teacher(cell.scene))
-        except UserError:
-            raise
-        except Exception as error:  # a method is a stranger's code; the other cells go on
-            cell.trouble = " ".join(f"{type(error).__name__}: {error}".split())
-        self.known[same] = cell
-
-    def _teacher(self, scene: Scene) -> Teacher:
-        if id(scene) not in self.teachers:
-            self.teachers[id(scene)] = scene.source.untrained().asked(scene.conditioning)
-        return self.teachers[id(scene)]
-
-
-def _price(cell: Cell, teacher: Teacher) -> None:
-    """Build the method and let it take one step of a few images in each phase: what it counts is the price."""
-    scene, config = cell.scene, cell.scene.config
-    torch.set_num_threads(config.threads)
-    meter = Meter(config.budget, teacher, scene.device)
-    method = build(cell, teacher)
-    wanted = cell.nfe
-    cell.nfe = [n for n in wanted if method.supports(n)]
-    if not cell.nfe:
-        able = ", ".join(str(n) for n in range(1, 1025) if method.supports(n)) or "none up to 1024"
-        raise UserError(f"{cell.name} cannot sample with evaluation.nfe={wanted}. Possible: {able}")
-    workspace = Workspace(method.teacher, meter, Path(), scene.device, 0, Progress(None), dry=True)
-    method.prepare(workspace)
-    ahead = meter.teacher_nfe
-    if config.budget.limit == Limit.nfe and ahead >= config.budget.nfe:
-        raise UserError(
-            f"{cell.name}: what it makes ahead costs {ahead:,} evaluations, budget.nfe allows {config.budget.nfe:,}"
-        )
-    phases = method.phases()
-    per_image = [0.0, 0.0]
-    data = DataStream(placeholder(scene.dataset, teacher), 0, scene.device)
-    for index, phase in enumerate(phases):
-        method.start_phase(index)
-        before = meter.teacher_nfe, meter.student_nfe
-        for _ in method.train_step(_batch(cell, method, data)):
-            pass
-        share = phase.share / sum(p.share for p in phases)
-        per_image[0] += share * (meter.teacher_nfe - before[0]) / PRICED_IMAGES
-        per_image[1] += share * (meter.student_nfe - before[1]) / PRICED_IMAGES
-        method.end_phase(index, method.student)
-    images = config.budget.images if config.budget.limit == Limit.images else 0
-    if config.budget.limit == Limit.nfe:
-        images = int(max(0, config.budget.nfe - ahead) / sum(per_image))
-    cell.price = Price(images, 0.0, ahead + round(images * per_image[0]), round(images * per_image[1]))
-
-
-def _batch(cell: Cell, method: Method, data: DataStream) -> Batch:
-    read = data.read if method.needs_data else None
-    teacher, generator = method.teacher, torch.Generator().manual_seed(0)
-    return Batch(PRICED_IMAGES, teacher.shape, generator, cell.scene.device, read, teacher.conditioning)
-
-
-def build(cell: Cell, teacher: Teacher, device: str = "") -> Method:
-    """The method of a cell with its networks on `device` (the scene's), as they are before training."""
-    assert cell.entry is not None and cell.method_config is not None
-    return build_method(cell.entry.cls, cell.method_config, teacher, cell.seed or 0, device or cell.scene.device)
-
-
-def device_of(config: RunConfig) -> str:
-    """The device of a run's cells: its first one. Where other machines do the work, this one plans on the CPU.
-
-    Raises UserError for one that does not exist here.
-    """
-    if config.executor.elsewhere:
-        return "cpu"
-    devices = [choose_device(name) for name in config.executor.devices] or [choose_device(config.device)]
-    if len({name.partition(":")[0] for name in devices}) > 1:
-        raise UserError(f"executor.devices must be of one kind, got {', '.join(devices)}")
-    return devices[0]
-
-
-def choose_device(name: str) -> str:
-    """Turn "auto" into cuda where there is one, else cpu; raise UserError for a device that does not exist here."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return name
-    if name != "cuda" and not name.startswith("cuda:"):
-        raise UserError(f"no device {name!r}. Possible: auto, cpu, cuda, cuda:N")
-    if not torch.cuda.is_available():
-        raise UserError(f"device={name}: torch finds no CUDA device here. Possible: auto, cpu")
-    count = torch.cuda.device_count()
-    index = name.removeprefix("cuda").removeprefix(":") or "0"
-    if not (index.isdigit() and int(index) < count):
-        raise UserError(f"no device {name!r}. Possible: {', '.join(f'cuda:{i}' for i in range(count))}")
-    return name
-
-
 def teacher_plan(cells: list[Cell]) -> list[tuple[str, str, TeacherPlan]]:
-    """(dataset, teacher, plan) of every scene among the cells."""
-    scenes = {id(cell.scene): cell.scene for cell in cells}.values()
-    return [(scene.dataset.name, scene.source.name, scene.source.plan()) for scene in scenes]
+    """(dataset, teacher, plan) of every context of the cells."""
+    contexts = {id(cell.shared): cell.shared for cell in cells}.values()
+    return [(shared.dataset.name, shared.source.name, shared.source.plan()) for shared in contexts]
 
 
 def notes_of(cells: Sequence[Cell]) -> list[str]:
-    """What a user should know of how the datasets and teachers of these cells are read, each once."""
-    scenes = {id(cell.scene): cell.scene for cell in cells}.values()
-    notes = [f"dataset {scene.dataset.name}: {note}" for scene in scenes for note in scene.dataset.notes]
-    notes += [f"teacher {scene.source.name}: {note}" for scene in scenes for note in scene.source.notes()]
+    """What a user should know about how the datasets and teachers of these cells are read."""
+    contexts = {id(cell.shared): cell.shared for cell in cells}.values()
+    notes = [f"dataset {shared.dataset.name}: {note}" for shared in contexts for note in shared.dataset.notes]
+    notes += [f"teacher {shared.source.name}: {note}" for shared in contexts for note in shared.source.notes()]
     return [printable(note) for note in dict.fromkeys(notes)]
 
 
 def changed_settings(config: MethodConfig | None) -> str:
-    """The settings of a method that differ from its defaults, as "name=value, ...": what tells rows of a grid apart."""
+    """The settings of a method that differ from its defaults, as "name=value, ...". They tell grid rows apart."""
     return ", ".join(f"{name}={value}" for name, value in _changed(config)) if config is not None else ""
 
 
@@ -446,16 +115,3 @@ def _changed(config: Any, default: Any = None) -> Iterator[tuple[str, Any]]:
             yield from ((f"{f.name}.{name}", inner) for name, inner in _changed(value, usual))
         elif f.name != "kind" and value != usual:
             yield f.name, value
-
-
-def plain_settings(value: Any) -> Any:
-    """A settings dataclass as plain values."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if dataclasses.is_dataclass(value):
-        return {f.name: plain_settings(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if type(value) is list:
-        return [plain_settings(item) for item in value]
-    if type(value) is dict and all(type(name) is str for name in value):
-        return {name: plain_settings(item) for name, item in value.items()}
-    return json.loads(json.dumps(value))

@@ -1,15 +1,15 @@
-"""Whether float32 products may round their factors (TF32, bf16): torch's flags, of which there are two sets.
+"""torch's flags for rounding the factors of float32 products (TF32, bf16), of which there are two sets.
 
-Since version 2.9 torch has `fp32_precision`, for each operator, beside the older `float32_matmul_precision` and
-`allow_tf32`. Where a process has used the newer ones, reading the older ones can raise ("a mix of the legacy and new
-APIs"); and the older ones alone do not reach an operator that follows `torch.backends.fp32_precision`. So here the
-newer ones are read where torch has them, and both are set, to the same.
+Since version 2.9 torch has `fp32_precision` for each operator, besides the older `float32_matmul_precision` and
+`allow_tf32`. After a process has used the newer flags, reading the older ones can raise ("a mix of the legacy and new
+APIs"); and the older flags alone do not affect an operator that follows `torch.backends.fp32_precision`. So the newer
+flags are read if torch has them, and both sets are set to the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ CPU = ("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
 
 @dataclass(frozen=True)
 class Float32Flags:
-    """How torch computes float32 products in this process."""
+    """Precision of float32 products in this process."""
 
     operators: tuple[tuple[str, str], ...]  # `fp32_precision` of each; () before torch 2.9
     matmul: str  # float32_matmul_precision: highest, high or medium
@@ -29,28 +29,28 @@ class Float32Flags:
 
     @staticmethod
     def now() -> Float32Flags:
-        """The flags as they are. Where the older ones cannot be read, those that say the same as the newer ones."""
+        """The current flags; older ones that cannot be read are derived from the newer ones."""
         found = {name: value for name in (*CUDA, *CPU) if (value := _read(name)) is not None}
         matmul, cudnn_tf32 = _older(found)
-        with suppress(RuntimeError):  # where the process has used the newer ones
+        with suppress(RuntimeError):  # raised after the process has used the newer flags
             matmul = torch.get_float32_matmul_precision()
         with suppress(RuntimeError):
             cudnn_tf32 = torch.backends.cudnn.allow_tf32
         return Float32Flags(tuple(found.items()), matmul, cudnn_tf32)
 
     def apply(self) -> None:
-        """Set them. An operator that followed a flag for all operators keeps what it had as its own."""
+        """Set the flags. An operator that followed a flag for all operators now has its own, with the same value."""
         torch.set_float32_matmul_precision(self.matmul)
         torch.backends.cudnn.allow_tf32 = self.cudnn_tf32
-        for name, value in self.operators:  # last: the older ones change these, too
+        for name, value in self.operators:  # last, since the older flags change these too
             _operator(name).fp32_precision = value
 
 
 @contextmanager
 def float32_products(tf32: bool = False) -> Iterator[None]:
-    """In the block CUDA's float32 products and convolutions are exact to float32, or with `tf32` round their factors.
+    """A block in which float32 products and convolutions on CUDA are in full float32, or in TF32 with `tf32`.
 
-    Those of the CPU are exact either way. Afterwards all is as it was.
+    Those on the CPU are in full float32 either way. Afterwards the flags are restored.
     """
     before = Float32Flags.now()
     wanted = {name: "tf32" if tf32 and name in CUDA else "ieee" for name, _ in before.operators}
@@ -61,13 +61,18 @@ def float32_products(tf32: bool = False) -> Iterator[None]:
         before.apply()
 
 
+def tf32(allowed: bool, device: str) -> AbstractContextManager[Any]:
+    """A block in which float32 products and convolutions on a GPU may (`allowed`) or may not use TF32."""
+    return nullcontext() if device == "cpu" else float32_products(allowed)
+
+
 def _operator(name: str) -> Any:
     library, kind = name.split(".")
     return getattr(getattr(torch.backends, library), kind)
 
 
 def _read(name: str) -> str | None:
-    """`fp32_precision` of an operator; None where this torch has none."""
+    """`fp32_precision` of an operator; None if this torch does not have it."""
     try:
         return str(_operator(name).fp32_precision)
     except AttributeError:
@@ -75,7 +80,7 @@ def _read(name: str) -> str | None:
 
 
 def _older(operators: dict[str, str]) -> tuple[str, bool]:
-    """What the older flags are where the newer ones are these: float32_matmul_precision, and cuDNN's allow_tf32."""
+    """The older flags for these newer ones: float32_matmul_precision, and cuDNN's allow_tf32."""
     matmul = "high" if operators.get("cuda.matmul") == "tf32" else "highest"
     if operators.get("mkldnn.matmul") == "bf16":
         matmul = "medium"

@@ -1,4 +1,4 @@
-"""Progress of long steps: bars with the time left in a terminal, plain lines elsewhere."""
+"""Progress of long steps: bars in a terminal, plain lines elsewhere, both with the estimated time left."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rich.progress import Progress as Bars
 __all__ = ["Progress"]
 
 SECONDS_BETWEEN_LINES = 10.0
-REFRESHES_PER_SECOND = 2  # drawing takes time from what is measured
+REFRESHES_PER_SECOND = 2  # drawing takes CPU time from measurements
 
 
 class Step:
-    """A running step: ``advance(fraction, note)`` says how far it is."""
+    """A running step: ``advance(fraction, note)`` reports how much of it is done."""
 
     def __init__(self, show: Callable[[float, str], None]) -> None:
         self._show = show
@@ -28,22 +28,22 @@ class Step:
 
 
 class Progress:
-    """Where long steps report to. ``Progress(None)`` keeps silent."""
+    """Shows lines and the progress of long steps. ``Progress(None)`` shows nothing."""
 
     def __init__(self, console: Console | None) -> None:
         self.console = console
-        self._bars: Bars | None = None  # drawn while steps run; a step within or beside a step is a second line
-        self._drawn = 0  # steps that have a line
+        self._bars: Bars | None = None  # shown while steps run, one line per step
+        self._drawn = 0  # number of running steps
         self._lock = threading.Lock()
 
     def say(self, line: str) -> None:
-        """One line that stays."""
+        """Print one line."""
         if self.console is not None:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def step(self, label: str) -> Iterator[Step]:
-        """A step from 0 to 1."""
+        """A block whose progress is shown under `label`."""
         if self.console is None:
             yield Step(lambda fraction, note: None)
         elif not self.console.is_terminal:
@@ -58,7 +58,7 @@ class Progress:
 
     @contextmanager
     def _drawing(self, console: Console) -> Iterator[Bars]:
-        """The bars, drawn from the first step's begin to the last one's end, whichever thread has which."""
+        """The bars, shown from the start of the first step to the end of the last one, in any thread."""
         with self._lock:
             self._drawn += 1
             if self._bars is None:
@@ -76,7 +76,7 @@ class Progress:
 
     def _lines(self, label: str) -> Step:
         start = last = time.perf_counter()
-        first: tuple[float, float] | None = None  # time and fraction of the first report: what was before is no pace
+        first: tuple[float, float] | None = None  # time and fraction of the first report
 
         def show(fraction: float, note: str) -> None:
             nonlocal first, last
@@ -93,6 +93,6 @@ class Progress:
 
 def _bars(console: Console) -> Bars:
     columns = [TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()]
-    columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+    columns += [TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left")]
     columns += [TextColumn("{task.fields[note]}", markup=False)]
     return Bars(*columns, console=console, transient=True, refresh_per_second=REFRESHES_PER_SECOND)

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillbench.compute import tf32
 from distillbench.environment import device_name
 from distillbench.files import key_of, write_atomically
 from distillbench.host_copies import fits_on, to_device
 from distillbench.kept_tensors import read_array, seal_array
+from distillbench.precision import tf32
 from distillbench.progress import Progress
 
 BATCH = 16

@@ -1,13 +1,13 @@
-"""The processes that train one student together, each on its own rows of every batch (data parallel).
+"""The ranks that train one student, each on its own rows of every batch (data parallel).
 
-They are started by ``accelerate launch`` or ``torchrun``. The first is the main one: it plans, writes and decides; the
-others follow its orders (:mod:`distillbench.following`). All draw the numbers of whole batches from one generator, so
-that a batch is the same however many share it. Gradients are summed (:mod:`distillbench.gradient_reduction`), and the
-weights of all stay equal to the bit.
+They are started by ``accelerate launch`` or ``torchrun``. Rank 0 plans, writes files and decides; the other ranks
+follow its orders (:mod:`distillbench.following`). All draw the random numbers of whole batches from the same seed, so
+a batch does not depend on the number of ranks. Gradients are summed (:mod:`distillbench.gradient_reduction`), and the
+weights of all ranks stay bit-identical.
 
-Decisions that hang on a clock, a signal or a counter are the main one's, or are made on the sum of all: a message of a
-few bytes over gloo, for which no device waits. Each such message also says whether its process is well. Where one has
-failed, all learn of it at their next message, leave what they do together and raise the same error.
+Decisions that depend on a clock, a signal or a counter are made by rank 0, or on the sum over all ranks: a message of
+a few bytes over gloo, for which no device waits. Each such message also says whether its rank has failed. If one has,
+all ranks learn of it at their next message, leave the joint block and raise the same error.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from distillbench.energy import NO_ENERGY, Energy
 from distillbench.errors import DivergedError, UserError
 from distillbench.failures import Failed, Failure, LostError, of_message, worst
 from distillbench.launchers import by_mpi, check_alone, started_together
-from distillbench.method import WHOLE, Share
-from distillbench.shards import is_spread
+from distillbench.shards import is_sharded
+from distillbench.share import WHOLE, Share
 
 if TYPE_CHECKING:
     from distillbench.budget import Meter, Price
     from distillbench.gradient_reduction import GradientReduction
 
-# How long a process waits for the others.
-FOR_ORDERS = timedelta(days=30)  # of the main one, which may be evaluating: messages over gloo
-FOR_TENSORS = timedelta(minutes=10)  # such as gradients, which all send within a step: NCCL on GPUs
-NUMBERS = 3  # that a message can hold
+# How long a rank waits for the others.
+ORDER_TIMEOUT = timedelta(days=30)  # messages over gloo: rank 0 may be evaluating
+TENSOR_TIMEOUT = timedelta(minutes=10)  # such as gradients, which all send within a step: NCCL on GPUs
+MESSAGE_NUMBERS = 3  # most numbers in a message
 COUNTED = (
     "teacher_nfe", "student_nfe", "teacher_backward", "student_backward", "student_backward_input", "stand_in_nfe",
     "stand_in_backward",
-)  # fields of a price that add up over processes  # fmt: skip
+)  # fields of a price that are summed over ranks  # fmt: skip
 
 
 class Ranks:
-    """One process alone; what several do otherwise is in :class:`Together`."""
+    """A single process; :class:`DataParallelRanks` is for several."""
 
     share: Share = WHOLE
-    busy = False  # in the midst of what all do, where followers take no order
+    busy = False  # in a joint block, where followers take no order
 
     @property
     def count(self) -> int:
@@ -55,79 +55,79 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that decides and writes."""
+        """Whether this is rank 0, which decides and writes."""
         return self.share.index == 0
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Add up the tensors of all processes, in place."""
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Sum the tensors over all ranks, in place."""
 
-    def sum_of(self, number: float) -> float:
-        """The sum of the numbers of all processes."""
+    def all_reduce_number(self, number: float) -> float:
+        """The sum of `number` over all ranks."""
         return number
 
     def progress(self, meter: Meter) -> float:
-        """Used share of the budget: images and evaluations of all processes, seconds of the main one."""
+        """Used share of the budget: images and evaluations of all ranks, seconds of rank 0."""
         return meter.progress()
 
     def status(self, meter: Meter, due: bool) -> tuple[float, bool]:
-        """The progress, and whether a state is `due` in the main process: one message for both."""
+        """The progress, and whether a state is `due` on rank 0: one message for both."""
         return meter.progress(), due
 
-    def agree(self, decision: bool) -> bool:
-        """The decision of the main process."""
+    def broadcast_flag(self, decision: bool) -> bool:
+        """The decision of rank 0."""
         return decision
 
-    def first(self) -> AbstractContextManager[None]:
-        """A block that the main process goes through before the others."""
+    def main_first(self) -> AbstractContextManager[None]:
+        """A block that rank 0 runs before the others."""
         return _nothing()
 
-    def equal(self, module: nn.Module) -> None:
-        """Give all processes the tensors of the main one, but those that are spread over them."""
+    def broadcast_module(self, module: nn.Module) -> None:
+        """Copy the tensors of `module` from rank 0 to all ranks, except for sharded ones."""
 
-    def total(self, price: Price) -> Price:
-        """The price of all processes."""
+    def sum_price(self, price: Price) -> Price:
+        """The price of all ranks together."""
         return price
 
-    def energy(self, energy: Energy) -> Energy:
-        """The energy of all processes."""
+    def sum_energy(self, energy: Energy) -> Energy:
+        """The energy of all ranks together."""
         return energy
 
-    def own(self, price: Price, energy: Energy) -> tuple[Price, Energy]:
-        """This process's part of a price and an energy of all: the main one has it all."""
+    def own_price(self, price: Price, energy: Energy) -> tuple[Price, Energy]:
+        """This rank's part of a total price and energy: rank 0 takes them whole, the others nothing."""
         return price, energy
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in their order, in each of them."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The values of all ranks in order, on every rank."""
         return [value]
 
-    def collect(self, value: Any) -> list[Any]:
-        """The same in the main process; [] in the others."""
+    def gather(self, value: Any) -> list[Any]:
+        """The same on rank 0; [] on the others."""
         return [value]
 
     def scatter(self, values: Sequence[Any]) -> Any:
-        """This process's own of the main one's `values`."""
+        """This rank's own of the `values` of rank 0, one for each rank."""
         return values[0]
 
-    def ordered(self, order: Any, recovers: bool = True) -> AbstractContextManager[None]:
-        """A block that the followers go through as well, by this order: what it holds is done by all.
+    def lead(self, order: Any, recovers: bool = True) -> AbstractContextManager[None]:
+        """A joint block on rank 0: the other ranks receive `order` and run the same block in :meth:`follow`.
 
-        Where it fails in one process, it raises the same error in all of them, and they can be given another order;
-        not so without `recovers`, where the others may wait within the block for messages that never come.
+        If it fails on one rank, it raises the same error on all of them, and they can take another order. With
+        ``recovers=False`` they cannot: the others may wait within the block for messages that never come.
         """
         return _nothing()
 
-    def together(self, recovers: bool = True) -> AbstractContextManager[None]:
-        """The same block in a follower."""
+    def follow(self, recovers: bool = True) -> AbstractContextManager[None]:
+        """The same block on the other ranks."""
         return _nothing()
 
-    def take(self) -> Any:
-        """The next order of the main process; None: to end."""
+    def next_order(self) -> Any:
+        """The next order of rank 0; None: the run is over."""
 
-    def end(self) -> None:
-        """Part from the others, who are told to end unless they are in the midst of something."""
+    def close(self) -> None:
+        """Leave the process group. Rank 0 ends the others too, unless a joint block was interrupted."""
 
 
-ALONE = Ranks()
+SINGLE_RANK = Ranks()
 
 
 @contextmanager
@@ -135,23 +135,23 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-class Together(Ranks):
-    """Several processes, joined by Hugging Face accelerate."""
+class DataParallelRanks(Ranks):
+    """Several ranks, connected by Hugging Face accelerate."""
 
     def __init__(self, cpu: bool) -> None:
         import torch.distributed as distributed
         from accelerate import PartialState
 
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the settings' threads hold; accelerate would set its own
-        state = PartialState(cpu=cpu, timeout=FOR_TENSORS)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate would set its own; the setting `threads` decides
+        state = PartialState(cpu=cpu, timeout=TENSOR_TIMEOUT)
         self.share = Share(state.process_index, state.num_processes)
         self.device = str(state.device)
         self.reduction: GradientReduction | None = None  # of the training that runs
         self._distributed = distributed
-        self._control = distributed.new_group(backend="gloo", timeout=FOR_ORDERS)
+        self._control = distributed.new_group(backend="gloo", timeout=ORDER_TIMEOUT)
 
     def _send(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Raise LostError where another process does not answer."""
+        """Call a collective of torch.distributed. Raises LostError if another rank does not answer."""
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
@@ -159,14 +159,14 @@ class Together(Ranks):
                 raise
             raise meant from error
 
-    # --- messages of a few numbers, with which each process says that it is well ---
+    # --- messages of a few numbers, which also say whether a rank has failed ---
 
     def exchange(self, *numbers: float) -> list[list[float]]:
-        """The numbers (at most NUMBERS) of every process, in their order. Raises Failed where one has failed."""
+        """The numbers (at most MESSAGE_NUMBERS) of every rank in order. Raises Failed if a rank has failed."""
         return self._exchange(None, *numbers)
 
     def _exchange(self, error: Exception | None, *numbers: float) -> list[list[float]]:
-        numbers += (0.0,) * (NUMBERS - len(numbers))  # all messages are of one length, whatever they are about
+        numbers += (0.0,) * (MESSAGE_NUMBERS - len(numbers))  # all messages have one length, whatever they are about
         mine = torch.tensor([error is not None, *numbers], dtype=torch.float64)
         table = torch.empty(self.count * len(mine), dtype=torch.float64)
         self._send(self._distributed.all_gather_into_tensor, table, mine, group=self._control)
@@ -176,12 +176,12 @@ class Together(Ranks):
         return [theirs for _, *theirs in rows]
 
     def _agreed_error(self, error: Exception | None) -> Exception:
-        """The error that all raise: this process's own, or another's. Gradients on their way are summed first."""
+        """The error that all ranks raise, this one's or another's. Sums of gradients that have begun are completed."""
         rank = self.share.index
         failure = None if error is None else Failure.of(error, rank)
-        under_way = (0, 0) if self.reduction is None else self.reduction.under_way()
+        begun = (0, 0) if self.reduction is None else self.reduction.under_way()
         rows: list[Any] = [None] * self.count
-        self._send(self._distributed.all_gather_object, rows, (failure, under_way), group=self._control)
+        self._send(self._distributed.all_gather_object, rows, (failure, begun), group=self._control)
         if self.reduction is not None:
             self.reduction.give_up([begun for _, begun in rows])
             self.reduction = None
@@ -189,13 +189,13 @@ class Together(Ranks):
         return error if error is not None and chosen.rank == rank else chosen.error()
 
     @contextmanager
-    def ordered(self, order: Any, recovers: bool = True) -> Iterator[None]:
+    def lead(self, order: Any, recovers: bool = True) -> Iterator[None]:
         self._send(self._distributed.broadcast_object_list, [order], 0, group=self._control)
-        with self.together(recovers):
+        with self.follow(recovers):
             yield
 
     @contextmanager
-    def together(self, recovers: bool = True) -> Iterator[None]:
+    def follow(self, recovers: bool = True) -> Iterator[None]:
         self.busy = True
         error: Exception | None = None
         try:
@@ -204,7 +204,7 @@ class Together(Ranks):
             except LostError:
                 raise
             except Exception as own:
-                if not recovers and not isinstance(own, DivergedError):  # which all of them have seen
+                if not recovers and not isinstance(own, DivergedError):  # all ranks have raised it
                     raise
                 error = own
             self._exchange(error)
@@ -214,26 +214,26 @@ class Together(Ranks):
         if error is not None:
             raise error
 
-    def take(self) -> Any:
+    def next_order(self) -> Any:
         orders: list[Any] = [None]
         self._send(self._distributed.broadcast_object_list, orders, 0, group=self._control)
         return orders[0]
 
-    def end(self) -> None:
+    def close(self) -> None:
         if self.main and not self.busy:
-            with suppress(LostError):  # one of them is gone, which its launcher tells
+            with suppress(LostError):  # one of them has died, and its launcher says so
                 self._send(self._distributed.broadcast_object_list, [None], 0, group=self._control)
         if not self.busy:
             self._distributed.destroy_process_group()
 
     # --- decisions and sums of numbers ---
 
-    def sum_of(self, number: float) -> float:
+    def all_reduce_number(self, number: float) -> float:
         return sum(theirs for theirs, *_ in self.exchange(number))
 
     def progress(self, meter: Meter) -> float:
         if meter.budget.limit == "images":
-            return meter.progress()  # counted in whole batches by all
+            return meter.progress()  # every rank counts whole batches
         return self.status(meter, False)[0]
 
     def status(self, meter: Meter, due: bool) -> tuple[float, bool]:
@@ -243,39 +243,39 @@ class Together(Ranks):
             spent = sum(theirs for theirs, *_ in rows)
         return spent / meter.budget.amount, bool(due_in_main)
 
-    def agree(self, decision: bool) -> bool:
+    def broadcast_flag(self, decision: bool) -> bool:
         return bool(self.exchange(decision)[0][0])
 
     @contextmanager
-    def first(self) -> Iterator[None]:
+    def main_first(self) -> Iterator[None]:
         if not self.main:
             self.exchange()
         yield
         if self.main:
             self.exchange()
 
-    def total(self, price: Price) -> Price:
-        counts = self.gather([getattr(price, name) for name in COUNTED])
+    def sum_price(self, price: Price) -> Price:
+        counts = self.all_gather([getattr(price, name) for name in COUNTED])
         return replace(price, **{name: sum(each) for name, *each in zip(COUNTED, *counts, strict=True)})
 
-    def own(self, price: Price, energy: Energy) -> tuple[Price, Energy]:
+    def own_price(self, price: Price, energy: Energy) -> tuple[Price, Energy]:
         if self.main:
             return price, energy
         return replace(price, **dict.fromkeys(COUNTED, 0)), NO_ENERGY
 
-    def energy(self, energy: Energy) -> Energy:
-        first, *others = self.gather(energy)
+    def sum_energy(self, energy: Energy) -> Energy:
+        first, *others = self.all_gather(energy)
         return sum(others, start=first)
 
-    # --- messages of other things ---
+    # --- messages of Python objects ---
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         self.exchange()
         values: list[Any] = [None] * self.count
         self._send(self._distributed.all_gather_object, values, value, group=self._control)
         return values
 
-    def collect(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         self.exchange()
         values: list[Any] | None = [None] * self.count if self.main else None
         self._send(self._distributed.gather_object, value, values, group=self._control)
@@ -288,24 +288,24 @@ class Together(Ranks):
         self._send(self._distributed.scatter_object_list, received, given, group=self._control)
         return received[0]
 
-    # --- tensors of the device ---
+    # --- tensors on the device ---
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             self._send(self._distributed.all_reduce, tensor)
 
-    def start_sum(self, buffer: Tensor) -> Any:
-        """Add up the buffers of all processes, in place, while this one goes on; see :meth:`wait_for`."""
+    def start_all_reduce(self, buffer: Tensor) -> Any:
+        """Begin to sum the buffers of all ranks, in place; :meth:`wait_for` the result."""
         return self._send(self._distributed.all_reduce, buffer, async_op=True)
 
     def wait_for(self, work: Any) -> None:
-        """What is done with the buffer from now on comes after its sum; on a GPU, this process goes on at once."""
+        """Order what follows after the sum; on a GPU this process does not wait itself."""
         self._send(work.wait)
 
-    def equal(self, module: nn.Module) -> None:
+    def broadcast_module(self, module: nn.Module) -> None:
         self.exchange()
         for tensor in [*module.parameters(), *module.buffers()]:
-            if is_spread(tensor):
+            if is_sharded(tensor):
                 continue
             received = tensor.detach().contiguous()
             self._send(self._distributed.broadcast, received, 0)
@@ -314,21 +314,21 @@ class Together(Ranks):
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """The processes that a launcher has started together with this one, or this one alone.
+    """The ranks of the launcher that has started this process, or a single one without a launcher.
 
-    `device` is as in the settings. Raises UserError where it cannot be shared.
+    `device` is the setting. Raises UserError if several ranks cannot use it.
     """
     if not started_together():
         check_alone()
-        yield ALONE
+        yield SINGLE_RANK
         return
     if device.startswith("cuda:"):
-        raise UserError(f"device={device}: of several processes each has a GPU of its own. Possible: auto, cuda, cpu")
+        raise UserError(f"device={device}: each of several ranks has its own GPU. Possible: auto, cuda, cpu")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if by_mpi() and not on_cpu:
         raise UserError(f"device={device}: accelerate starts processes by MPI for CPUs only. Possible: cpu")
-    ranks = Together(on_cpu)
+    ranks = DataParallelRanks(on_cpu)
     try:
         yield ranks
     finally:
-        ranks.end()
+        ranks.close()

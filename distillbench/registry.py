@@ -1,8 +1,8 @@
-"""Finding plugins: entry points of the group ``distillbench``, and the files of plugins folders.
+"""Finds and loads plugins: entry points of the group ``distillbench``, and the files of plugins folders.
 
 A plugin is broken if its import fails, if it was written for another version of the contract, if it implements a hook
-that does not exist, or if what it registers is incomplete or has a name that another plugin has. It is left out and
-reported by name, and everything else works. What loads can be limited by patterns (``DISTILLBENCH_PLUGINS``).
+that does not exist, or if a class that it registers is incomplete or has the name of another one. Broken plugins are
+reported and not used; all others work. ``DISTILLBENCH_PLUGINS`` limits which plugins are loaded, by patterns.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from distillbench.errors import UserError, nearest, quoted, unknown
 from distillbench.features import FeatureNetwork
 from distillbench.method import Method, MethodConfig
 from distillbench.metrics import DIRECTIONS, Metric, Need
-from distillbench.results import FIRST, LAST
+from distillbench.table import FIRST, LAST
 from distillbench.teachers import TeacherConfig, TeacherSource
 
 GROUP = "distillbench"
@@ -46,7 +46,7 @@ RESERVED = ("null", "true", "false", "inf", "nan")  # words that the command lin
 
 @dataclass(frozen=True)
 class Kind:
-    """What a class must be to be registered."""
+    """The requirements for a class to be registered."""
 
     base: type
     config: type | None  # base of its Config
@@ -63,18 +63,18 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a plugin may come from: an entry point or a file, reduced to what is needed."""
+    """An entry point or a file that may hold a plugin."""
 
     name: str
     distribution: str
     version: str
     load: Callable[[], ModuleType]
-    helpers: tuple[Path, ...] = ()  # files beside its module that belong to it
+    helpers: tuple[Path, ...] = ()  # files next to its module that belong to it
 
 
 @dataclass
 class Plugin:
-    """A plugin that was found: what it brought, or why it was left out."""
+    """A plugin that was found: what it registered, or why it is not used."""
 
     name: str
     distribution: str
@@ -83,7 +83,7 @@ class Plugin:
     brings: list[str] = field(default_factory=list)  # "methods: boot"
     origin: str = ""  # the file of its module
     helpers: tuple[Path, ...] = ()
-    not_asked: str = ""  # why it was not loaded, though nothing is wrong with it
+    not_asked: str = ""  # why it was not loaded, although it is not broken
     error: str = ""
     traceback: str = ""
 
@@ -96,7 +96,7 @@ class Entry:
     plugin: Plugin
 
     def identity(self) -> dict[str, str]:
-        """Name, version and hash of the source: what makes results of another version of the plugin other results."""
+        """Name, version and hash of the source. They are part of the cache keys."""
         return {
             "name": self.cls.name,
             "distribution": self.plugin.distribution,
@@ -106,15 +106,15 @@ class Entry:
 
     @functools.cached_property
     def source_sha256(self) -> str:
-        """Of all that the plugin's author wrote for it, as it was loaded."""
+        """SHA-256 of the plugin's source files when it was loaded."""
         return _source_sha256(self.cls, self.plugin.helpers)
 
 
 def _source_sha256(cls: type, helpers: Sequence[Path]) -> str:
-    """SHA-256 of all that the plugin's author wrote for `cls`.
+    """SHA-256 of the source of `cls`.
 
-    That is the file of the class and of each class outside the core that it derives from; of a package all its
-    modules; of a file in a plugins folder its `helpers`.
+    Hashed are the file of the class and of each base class outside the core; for a package all its modules; for a file
+    in a plugins folder also its `helpers`.
     """
     package = cls.__module__.split(".")[0]
     foreign = {GROUP, "torch", *sys.stdlib_module_names}
@@ -131,13 +131,13 @@ def _source_sha256(cls: type, helpers: Sequence[Path]) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which plugins are loaded, as plain values: another process can load the same."""
+    """Which plugins to load, as plain values, so that other processes load the same ones."""
 
     folders: tuple[Path, ...] = ()
     only: tuple[str, ...] = ()
 
     def load(self) -> Registry:
-        """The plugins of this environment and of the folders that the patterns name."""
+        """The plugins of this environment and of the folders, as far as the patterns match them."""
         registry = load_registry([*installed(), *in_folders(self.folders)], self.only)
         registry.selection = self
         return registry
@@ -145,7 +145,7 @@ class Selection:
 
 @dataclass
 class Registry:
-    """Everything that can be named on the command line, by kind and name."""
+    """All registered classes, by kind and name."""
 
     methods: dict[str, Entry] = field(default_factory=dict)
     teachers: dict[str, Entry] = field(default_factory=dict)
@@ -166,7 +166,7 @@ class Registry:
         return entries[name]
 
     def no(self, kind: str, name: str, possible: Iterable[str], where: str = "") -> UserError:
-        """The error for a name that nothing has: that its plugin was left out, or the nearest match."""
+        """The error for an unknown name, with the error of its plugin if that is broken, or else the nearest match."""
         for plugin in self.plugins:
             if name in (plugin.name, plugin.name.removeprefix("distillbench_")) and (plugin.error or plugin.not_asked):
                 why = plugin.error or plugin.not_asked
@@ -179,7 +179,7 @@ class Registry:
 
 
 def installed() -> list[Source]:
-    """The entry points of this environment: distillbench's own first, then by distribution and name."""
+    """The entry points of this environment: distillbench's own first, then sorted by distribution and name."""
     found = []
     for point in importlib.metadata.entry_points(group=GROUP):
         distribution = point.dist.metadata["Name"] if point.dist else "?"
@@ -189,7 +189,7 @@ def installed() -> list[Source]:
 
 
 def in_folders(folders: Iterable[Path]) -> list[Source]:
-    """Each file of `folders` as a plugin of its own; those whose names start with an underscore are their helpers."""
+    """One plugin for each file in `folders`; files whose names start with an underscore are their helpers."""
     found = []
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
         if not folder.is_dir():
@@ -209,7 +209,7 @@ def in_folders(folders: Iterable[Path]) -> list[Source]:
 
 
 def _load_file(file: Path) -> ModuleType:
-    """Import it by its name, so that processes which are started later find it too."""
+    """Import the file by its module name, so that subprocesses can import it, too."""
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
         importlib.invalidate_caches()
@@ -221,9 +221,9 @@ def _load_file(file: Path) -> ModuleType:
 
 
 def load_registry(sources: Iterable[Source] | None = None, only: Sequence[str] = ()) -> Registry:
-    """Load every plugin (of `sources`, or of this environment) that one of the patterns `only` names.
+    """Load the plugins of `sources` (default: of this environment) that match one of the patterns `only`.
 
-    A pattern, such as ``my_*``, is of a plugin's or of its distribution's name. No pattern: every plugin.
+    A pattern, such as ``my_*``, is matched with the names of a plugin and of its distribution. No pattern: all plugins.
     """
     registry = Registry()
     found = installed() if sources is None else list(sources)
@@ -238,7 +238,7 @@ def load_registry(sources: Iterable[Source] | None = None, only: Sequence[str] =
             for kind, entry in _brought(plugin, source.load(), registry):
                 registry.of_kind(kind)[entry.cls.name] = entry
                 plugin.brings.append(f"{kind}: {entry.cls.name}")
-        except (Exception, SystemExit) as error:  # a stranger's code may fail in any way
+        except (Exception, SystemExit) as error:  # a third-party module may raise anything
             name = "" if isinstance(error, PluginError) else f"{type(error).__name__}: "
             plugin.error = " ".join(f"{name}{error}".split())
             plugin.traceback = traceback.format_exc()
@@ -257,12 +257,12 @@ def _check_patterns(only: Sequence[str], sources: Sequence[Source]) -> None:
 
 
 class PluginError(Exception):
-    """What a plugin registers cannot be used."""
+    """A plugin cannot be used."""
 
 
 def _brought(plugin: Plugin, module: ModuleType, registry: Registry) -> list[tuple[str, Entry]]:
-    """(kind, entry) of all that the hooks of `module` register, checked; the registry is not changed."""
-    manager = pluggy.PluginManager(GROUP)  # of its own, so that a broken plugin leaves nothing behind
+    """(kind, entry) of each class that the hooks of `module` register, checked. Does not change the registry."""
+    manager = pluggy.PluginManager(GROUP)  # a new one, so that a broken plugin leaves nothing behind
     manager.add_hookspecs(hookspecs)
     plugin.origin = module.__file__ or ""
     plugin.hooks = _hooks(manager, module)
@@ -284,7 +284,7 @@ def _brought(plugin: Plugin, module: ModuleType, registry: Registry) -> list[tup
 
 
 def _hooks(manager: pluggy.PluginManager, module: ModuleType) -> list[str]:
-    """The names of the module's hooks, each of which there is and is of this version of the contract."""
+    """The names of the module's hooks. Raises PluginError for unknown hooks and other versions of the contract."""
     known = [f"register_{kind}" for kind in KINDS]
     hooks = {name: f for name, f in inspect.getmembers(module) if manager.parse_hookimpl_opts(module, name) is not None}
     for name, hook in hooks.items():

@@ -1,10 +1,10 @@
-"""States of a training: one that was cut off goes on from its last state, and ends as if it had not been.
+"""Saved states of a training, from which an interrupted one continues.
 
-Its weights are the same to the bit wherever one seed gives the same weights twice: on a CPU, and on a GPU with
-`compute.deterministic`. Without it a GPU may add up in another order each time.
+The final weights are bit-identical to those of an uninterrupted training wherever the same seed gives the same weights
+twice: on a CPU, and on a GPU with `compute.deterministic`. Otherwise a GPU may sum in another order each time.
 
-A state is one safetensors file, whole or absent, with its plain values in the header. The first digits of its SHA-256
-are part of its name, so that a damaged one is known: it is set aside, and the one before is used.
+A state is one safetensors file, written atomically, with its plain values in the header. Its name has the first digits
+of its SHA-256, which tell a damaged file: it is renamed, and the state before is used.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from distillbench.memory import MIB, Peak
 from distillbench.progress import Progress
 from distillbench.signals import Stop
 
-FORMAT = 1  # of a state
-DIGITS = 16  # of the SHA-256 in a state's name
+FORMAT = 1  # version of the file format
+DIGITS = 16  # of the SHA-256 in the file name
 
 
 @dataclass(frozen=True)
 class State:
-    """What decides the future of a training: tensors, and values that JSON can hold."""
+    """All that the rest of a training depends on: tensors, and values that JSON can hold."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
@@ -52,13 +52,13 @@ class State:
 
 
 class States:
-    """The last `keep` states of one training, in a folder of their own."""
+    """The last `keep` states of one training, in one folder."""
 
     def __init__(self, folder: Path, keep: int, progress: Progress) -> None:
         self.folder, self.keep, self.progress = folder, keep, progress
 
     def save(self, images: int, state: State) -> None:
-        """Keep `state`, reached after so many images. A disk that is full costs the state and not the training."""
+        """Save `state`, reached after `images`. If the disk is full, the training goes on without it."""
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.tensors.items()}
         header = {"format": str(FORMAT), "values": json.dumps(state.values)}
         try:
@@ -68,24 +68,24 @@ class States:
                 lambda temporary: f"state-{images:012d}-{sha256_file(temporary)[:DIGITS]}.safetensors",
             )
         except OSError as error:
-            self.progress.say(f"the state after {images:,} images could not be kept: {error}")
+            self.progress.say(f"the state after {images:,} images could not be saved: {error}")
             return
         for old in self._files()[self.keep :]:
             old.unlink(missing_ok=True)
 
     def newest(self) -> State | None:
-        """The last state that is whole; those that are damaged, or of another format, are set aside."""
+        """The last valid state. Files that are damaged or of another format are renamed to ``aside-...``."""
         for path in self._files():
             try:
                 return _read(path)
             except ValueError as error:
                 aside = path.with_name(f"aside-{path.name}")
                 path.replace(aside)
-                self.progress.say(f"{error}; it is set aside as {aside.name}")
+                self.progress.say(f"{error}; it was renamed to {aside.name}")
         return None
 
     def clear(self) -> None:
-        """Remove every state: the training is done."""
+        """Delete all states: the training is done."""
         for path in self._files():
             path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
@@ -96,7 +96,7 @@ class States:
 
 
 class Followed(States):
-    """The same states, in a process that only reads them: another one keeps them, and has set aside the damaged."""
+    """The states on a rank other than 0, which only reads them: rank 0 writes them and renames damaged ones."""
 
     def save(self, images: int, state: State) -> None:
         pass
@@ -109,7 +109,7 @@ class Followed(States):
 
 
 def _read(path: Path) -> State:
-    """Raise ValueError, in words, for a state that cannot be used."""
+    """The state in `path`. Raises ValueError if it is damaged or of another format."""
     try:
         digits = sha256_file(path)[:DIGITS]
         if path.stem.rpartition("-")[2] != digits:
@@ -117,14 +117,14 @@ def _read(path: Path) -> State:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != str(FORMAT):
-                raise ValueError(f"its format is {header.get('format')}, this version reads {FORMAT}")
+                raise ValueError(f"its format is {header.get('format')}, this version reads format {FORMAT}")
             return State({name: file.get_tensor(name) for name in file.keys()}, json.loads(header["values"]))  # noqa: SIM118
     except (ValueError, KeyError, OSError, SafetensorError) as error:
         raise ValueError(f"the state {path.name} cannot be used: {error}") from error
 
 
 class Source(Protocol):
-    """A generator of random numbers, or what reads its numbers ahead."""
+    """A random generator, or a :class:`distillbench.data_stream.DataStream`."""
 
     def get_state(self) -> Tensor: ...
 
@@ -133,32 +133,32 @@ class Source(Protocol):
 
 @dataclass
 class Resume:
-    """How a training keeps states. `generators` and `peaks` are what the training does not know of, by name.
+    """How a training saves states. `generators` and `peaks` of memory, by name, are saved with the training's own.
 
-    `devices` are the names of those that it ran on, in their order; what it cost is that of all of them together.
+    `devices` are the names of all devices that it ran on, in order; its cost is the sum over them.
     """
 
     states: States
     seconds: float  # between two states
     generators: Mapping[str, Source] = field(default_factory=dict)
     peaks: Mapping[str, Peak] = field(default_factory=dict)
-    stop: Stop = field(default_factory=Stop)  # whether to keep a state and leave now
+    stop: Stop = field(default_factory=Stop)  # whether to save a state and stop now
     devices: list[str] = field(default_factory=list)
     last: float = field(default_factory=time.monotonic)
 
     def due(self) -> bool:
-        """Whether a state is to be kept now."""
+        """Whether to save a state now."""
         return time.monotonic() - self.last >= self.seconds or self.stop()
 
     def save(self, images: int, state: State) -> None:
-        """Keep a state."""
+        """Save a state."""
         state.values["peaks"] = {name: peak.mib for name, peak in self.peaks.items()}
         state.values["devices"] = self.devices
         self.states.save(images, state)
         self.last = time.monotonic()
 
     def restore_peaks(self, state: State) -> None:
-        """The peaks until `state`, and the devices."""
+        """Restore peaks of memory and device names from `state`."""
         before = state.values.get("devices", [])  # older states do not name them
         self.devices = before + [name for name in self.devices if name not in before[-1:]]
         for name, mib in state.values["peaks"].items():
@@ -170,36 +170,36 @@ class Resume:
 
 
 def generators_state(generators: Mapping[str, Source], device: str) -> State:
-    """The states of `generators` and of the global ones of torch, numpy and Python."""
+    """The states of `generators` and of the global generators of torch, numpy and Python."""
     tensors = {f"given/{name}": generator.get_state() for name, generator in generators.items()}
     tensors |= masks_state(device)
-    version, numbers, gauss = random.getstate()
+    version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
     return State(
         tensors,
-        {"python": [version, list(numbers), gauss], "numpy": [kind, int(position), int(has_gauss), float(cached)]},
+        {"python": [version, list(words), gauss], "numpy": [kind, int(position), int(has_gauss), float(cached)]},
     )
 
 
 def restore_generators(state: State, generators: Mapping[str, Source], device: str) -> None:
-    """Set what :func:`generators_state` has read."""
+    """Restore the result of :func:`generators_state`."""
     for name, generator in generators.items():
         generator.set_state(state.tensors[f"given/{name}"])
     restore_masks(state.tensors, device)
-    version, numbers, gauss = state.values["python"]
-    random.setstate((version, tuple(numbers), gauss))
+    version, words, gauss = state.values["python"]
+    random.setstate((version, tuple(words), gauss))
     kind, position, has_gauss, cached = state.values["numpy"]
     np.random.set_state((kind, state.tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
 
 
 def masks_state(device: str) -> dict[str, Tensor]:
-    """The states of torch's own generators, which dropout draws from: in each of several processes another."""
+    """The states of torch's global generators, which dropout draws from; they differ between ranks."""
     return {"torch": torch.get_rng_state()} | ({} if device == "cpu" else {"cuda": torch.cuda.get_rng_state(device)})
 
 
 def restore_masks(states: Mapping[str, Tensor], device: str) -> None:
-    """Set what :func:`masks_state` has read."""
+    """Restore the result of :func:`masks_state`."""
     torch.set_rng_state(states["torch"])
     if device != "cpu":
         torch.cuda.set_rng_state(states["cuda"], device)

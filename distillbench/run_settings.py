@@ -1,6 +1,6 @@
-"""config.yaml of a run: the settings at each point of its grid, one document each, all of them readable by hand.
+"""config.yaml of a run: one YAML document for each grid point.
 
-Of more than FULL points those after the first say only in which settings they differ from it:
+With more than FULL points, the documents after the first list only the settings that differ from it:
 
     like_the_first_but: {"seed": 3, "methods.boot.lr": 0.0002}
 """
@@ -16,18 +16,18 @@ from typing import Any
 
 import yaml
 
-FULL = 100  # documents with every setting
+FULL = 100  # points up to which every document has every setting
 BUT = "like_the_first_but"
-LARGEST = 10**8  # characters that a file may stand for
+LARGEST = 10**8  # characters of the expanded documents
 SEPARATOR = re.compile(r"^---\n", re.MULTILINE)
 
 
-class Unlike(Exception):
-    """Two points have other settings, and not only other values."""
+class OtherSettings(Exception):
+    """Two points have different settings, and not only different values."""
 
 
 def write_settings(points: Sequence[Any], whole: Callable[[Any], str]) -> str:
-    """The documents of `points`, which are settings dataclasses or dicts of plain values. `whole` writes all of one."""
+    """The documents of `points` (settings dataclasses or dicts). `whole` writes one with every setting."""
     if len(points) <= FULL:
         return "---\n".join(map(whole, points))
     first = points[0]
@@ -35,7 +35,7 @@ def write_settings(points: Sequence[Any], whole: Callable[[Any], str]) -> str:
 
 
 def read_settings(text: str, load: Callable[[str], Sequence[Any]]) -> list[Any]:
-    """The documents in `text`, each with every setting; `load` reads those that are YAML. Raises YAMLError, too."""
+    """The documents in `text`, each expanded to every setting. `load` reads YAML. Raises YAMLError."""
     if f"\n{BUT}: " not in text:
         return list(load(text))
     documents: list[Any] = []
@@ -47,27 +47,27 @@ def read_settings(text: str, load: Callable[[str], Sequence[Any]]) -> list[Any]:
             continue
         size = size or len(part) + len(json.dumps(documents[0], default=str))
         if size * len(documents) > LARGEST:
-            raise yaml.YAMLError(f"it stands for more than {LARGEST:,} characters")
+            raise yaml.YAMLError(f"it expands to more than {LARGEST:,} characters")
         try:
             documents.append(_changed(documents[0], changes))
         except (LookupError, TypeError, ValueError) as error:
-            raise yaml.YAMLError(f"a point differs from the first in settings that it has not: {part[:100]}") from error
+            raise yaml.YAMLError(f"a point changes settings that the first one does not have: {part[:100]}") from error
     return documents
 
 
 def differences(first: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(full name, value in `other`) of the settings that differ. Raises Unlike where they are not the same settings."""
+    """(full name, value in `other`) of the settings that differ. Raises OtherSettings."""
     if first is other:
         return
     parts, others = _parts(first), _parts(other)
     if parts is None or others is None:
         if parts is not None or others is not None:
-            raise Unlike(path)
+            raise OtherSettings(path)
         if type(first) is not type(other) or first != other:
             yield path, other.name if isinstance(other, Enum) else other
         return
     if parts.keys() != others.keys() or type(first) is not type(other) or any("." in str(name) for name in parts):
-        raise Unlike(path)
+        raise OtherSettings(path)
     for name, part in parts.items():
         yield from differences(part, others[name], f"{path}.{name}" if path else str(name))
 
@@ -79,16 +79,16 @@ def _parts(value: Any) -> dict[str, Any] | None:
 
 
 def _but(first: Any, point: Any) -> str | None:
-    """A document with the differences, or None where it needs every setting."""
+    """A document with the differences, or None if it needs every setting."""
     try:
         changed = [f"{json.dumps(name)}: {_as_json(value)}" for name, value in differences(first, point)]
-    except (Unlike, TypeError):
+    except (OtherSettings, TypeError):
         return None
     return f"{BUT}: {{{', '.join(changed)}}}\n"
 
 
 def _as_json(value: Any) -> str:
-    """JSON that YAML reads as the same."""
+    """JSON that YAML reads as the same value."""
     if isinstance(value, list):
         return f"[{', '.join(map(_as_json, value))}]"
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -96,7 +96,7 @@ def _as_json(value: Any) -> str:
 
 
 def _changes(part: str) -> dict[str, Any] | None:
-    """What a document says to differ, if it is one that does."""
+    """The differences that a document lists; None if it is an ordinary one."""
     if not part.startswith(f"{BUT}: "):
         return None
     try:
@@ -107,7 +107,7 @@ def _changes(part: str) -> dict[str, Any] | None:
 
 
 def _changed(first: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`first` with changes; what does not differ is shared."""
+    """`first` with changes; equal groups are shared."""
     made = dict(first)
     fresh = {""}
     for name, value in changes.items():

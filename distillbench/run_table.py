@@ -1,4 +1,4 @@
-"""The rows of a run as they come in, and the run's folder, which is written anew as they do."""
+"""The rows of a run as they arrive, and the run's folder, which is updated as they do."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from pathlib import Path
 import pandas as pd
 
 from distillbench.config import RunConfig, to_yaml
-from distillbench.done import About, Done
-from distillbench.engines import Looked
+from distillbench.done import CellResult
 from distillbench.files import write_atomically
-from distillbench.plan import Cell
-from distillbench.results import link_all, make_along, make_table, sample_grid, write_table
+from distillbench.hands import Scan
+from distillbench.layout import CELLS
+from distillbench.links import link_all
 from distillbench.run_settings import write_settings
+from distillbench.sample_grid import sample_grid
 from distillbench.seen_files import SeenFiles
+from distillbench.shared_context import Cell
 from distillbench.statistics import summarise
+from distillbench.table import make_along, make_table, write_table
 
-SHARE = 0.05  # of the time, at most, that writing the folder takes while rows come in
-ALWAYS_SECONDS = 0.2  # a folder that is written so quickly is written at once
+WRITING_SHARE = 0.05  # of the run's time: the most that updates of the folder take
+QUICK_SECONDS = 0.2  # a folder that is written so quickly is updated for each cell
 
 
 @dataclass
@@ -32,26 +35,26 @@ class Outcome:
     folder: Path
     table: pd.DataFrame
     summary: pd.DataFrame
-    columns: dict[str, dict[str, str]]  # what each score declares
+    columns: dict[str, dict[str, str]]  # the declarations of each score
     failed: list[str]  # labels of the cells that are not ok
 
 
-class Rarely:
-    """Has something written when it has changed, but so rarely that this takes a small share of the time.
+class ThrottledWriter:
+    """Calls `write` after changes, but so rarely that writing takes a small share of the time.
 
-    What is put off is done by a thread when its time has come, whether or not more changes until then.
+    A write that has to wait is done by a timer thread, even if nothing changes in the meantime.
     """
 
     def __init__(self, write: Callable[[], None]) -> None:
         self.write = write
-        self.lock = threading.Lock()  # of the writing
+        self.lock = threading.Lock()  # held while writing
         self.changed = False
         self.due = 0.0
         self.timer: threading.Timer | None = None
         self.error: Exception | None = None
 
-    def soon(self) -> None:
-        """It has changed. Raises what went wrong in the thread, or here."""
+    def schedule(self) -> None:
+        """Write now or later. Raises the error of an earlier write in the timer thread."""
         self.changed = True
         if self.error is not None:
             raise self.error
@@ -59,106 +62,105 @@ class Rarely:
             return
         wait = self.due - time.monotonic()
         if wait <= 0:
-            self.now()
+            self.write_now()
             return
-        self.timer = threading.Timer(wait, self._put_off)
+        self.timer = threading.Timer(wait, self._write_in_thread)
         self.timer.daemon = True
         self.timer.start()
 
-    def now(self) -> None:
+    def write_now(self) -> None:
         with self.lock:
             begin, self.changed = time.monotonic(), False
             self.write()
             end = time.monotonic()
-            self.due = end if end - begin < ALWAYS_SECONDS else end + (end - begin) * (1 / SHARE - 1)
+            self.due = end if end - begin < QUICK_SECONDS else end + (end - begin) * (1 / WRITING_SHARE - 1)
 
-    def last(self) -> None:
-        """Write now, if anything has changed, and nothing later."""
+    def flush(self) -> None:
+        """Write now if anything has changed, and stop the timer."""
         if self.timer is not None:
             self.timer.cancel()
             self.timer.join()
         if self.changed:
-            self.now()
+            self.write_now()
 
-    def _put_off(self) -> None:
+    def _write_in_thread(self) -> None:
         try:
-            self.now()
+            self.write_now()
         except Exception as error:
             self.error = error
 
 
 class RunTable:
-    """The rows that there are, in the order of the cells, and the run's folder."""
+    """The results so far, in the order of the cells, and the run's folder."""
 
     def __init__(
-        self, folder: Path, cells: Sequence[Cell], configs: list[RunConfig], looked: Looked,
+        self, folder: Path, cells: Sequence[Cell], configs: list[RunConfig], scan: Scan,
         on_rows: Callable[[pd.DataFrame], None],
     ) -> None:  # fmt: skip
         self.folder, self.configs, self.on_rows = folder, configs, on_rows
-        self.abouts: list[About] = [one.about for one in looked.seen]
-        scenes = {id(cell.scene): cell.scene for cell in cells}.values()
-        self.columns = {name: cls.describe() for scene in scenes for name, cls in scene.metrics.items()}
-        self.environment = looked.environment
-        self.done: dict[int, Done] = {}
-        self.files = SeenFiles(folder.parent / "cells")
+        self.descriptions = scan.descriptions
+        contexts = {id(cell.shared): cell.shared for cell in cells}.values()
+        self.columns = {name: cls.describe() for shared in contexts for name, cls in shared.metrics.items()}
+        self.environment = scan.environment
+        self.results: dict[int, CellResult] = {}
+        self.files = SeenFiles(folder.parent / CELLS)
         self.linked: set[Path] = set()
         self.texts: dict[str, str] = {}
-        self.writing = Rarely(self._write)
+        self.writer = ThrottledWriter(self._write)
 
     @property
     def failed(self) -> list[str]:
         """Labels of the cells that are not ok."""
-        return [done.about.label for _, done in sorted(self.done.items()) if not done.ok]
+        return [result.description.label for _, result in sorted(self.results.items()) if not result.ok]
 
-    def missing(self) -> list[int]:
-        """The cells that are not done yet."""
-        return [index for index in range(len(self.abouts)) if index not in self.done]
+    def unfinished(self) -> list[int]:
+        """The indices of the cells without a result."""
+        return [index for index in range(len(self.descriptions)) if index not in self.results]
 
-    def add(self, cells: dict[int, Done]) -> None:
-        """Show the rows of `cells`, by their index, all at once; the folder is written anew, now or soon."""
-        for done in cells.values():
-            if done.weights is not None:
-                self.files.note(done.weights[0], done.weights_sha256)
-        if cells:
-            self._show(cells)
-            self.writing.soon()
+    def add(self, results: dict[int, CellResult]) -> None:
+        """Show the rows of `results`, by the cells' indices, and update the folder now or later."""
+        for result in results.values():
+            if result.weights is not None:
+                self.files.note(result.weights[0], result.weights_sha256)
+        if results:
+            self._show(results)
+            self.writer.schedule()
 
-    def _show(self, cells: dict[int, Done]) -> None:
-        self.done.update(cells)
-        self.on_rows(make_table([row for done in cells.values() for row in done.rows], list(self.columns)))
+    def _show(self, results: dict[int, CellResult]) -> None:
+        self.results.update(results)
+        self.on_rows(make_table([row for result in results.values() for row in result.rows], list(self.columns)))
 
     def finish(self, status: str, reason: str) -> Outcome:
-        """The run as it is; cells that are missing have rows with nothing but a status."""
-        abouts = {index: self.abouts[index] for index in self.missing()}
-        if abouts:
-            self._show({index: Done(about, about.without_scores(status, reason)) for index, about in abouts.items()})
-            self.writing.changed = True
-        self.writing.last()
+        """The run as it is. Unfinished cells get rows with this status and no scores."""
+        missing = {index: self.descriptions[index] for index in self.unfinished()}
+        if missing:
+            self._show({index: CellResult(one, one.status_rows(status, reason)) for index, one in missing.items()})
+            self.writer.changed = True
+        self.writer.flush()
         self.files.keep()
         return Outcome(self.folder, *self.written, self.columns, self.failed)
 
     def _write(self) -> None:
-        """The run's folder as it is now."""
-        done = [one for _, one in sorted(dict(self.done).items())]  # of a copy: rows come in while a thread writes
-        table = make_table([row for one in done for row in one.rows], list(self.columns))
-        summary = summarise(table, {name: told["direction"] for name, told in self.columns.items()})
+        results = [one for _, one in sorted(dict(self.results).items())]  # a copy: the timer thread writes, too
+        table = make_table([row for one in results for row in one.rows], list(self.columns))
+        summary = summarise(table, {name: metric["direction"] for name, metric in self.columns.items()})
         write_table(table, self.folder)
         write_table(summary, self.folder, "summary")
-        along = [row for one in done for row in one.along]
+        along = [row for one in results for row in one.along]
         if along:
             write_table(make_along(along, list(self.columns)), self.folder, "along")
         self.texts = self.texts or self._texts()
         for name, text in self.texts.items():
             write_atomically(self.folder / name, lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))
-        links = {self.folder / "weights" / one.weights[1]: one.weights[0] for one in done if one.weights is not None}
+        links = {self.folder / "weights" / one.weights[1]: one.weights[0] for one in results if one.weights is not None}
         link_all({target: source for target, source in links.items() if target not in self.linked})
         self.linked |= links.keys()
-        lines = [line for one in done for line in one.shown]
+        lines = [line for one in results for line in one.shown]
         write_atomically(self.folder / "samples.png", lambda path: sample_grid(lines).save(path, format="png"))
         self.written = table, summary
 
     def _texts(self) -> dict[str, str]:
-        """Files that do not change any more, by their names."""
+        """The contents of files that do not change during the run, by name."""
         return {
             "config.yaml": write_settings(self.configs, to_yaml),
             "columns.json": json.dumps(self.columns, indent=2) + "\n",

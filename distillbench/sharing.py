@@ -1,89 +1,48 @@
-"""Sampling and feature extraction by several processes: who does which batch, and how the main one gets them all.
+"""Sampling and feature extraction by several ranks: which rank makes which batch, and how rank 0 collects them.
 
-Batches, and blocks of feature networks, are those of one process alone, and an image's noise is its own: so what comes
-out is the same to the bit. An error in one process ends the work of all of them, in the same round.
+The batches are those of a single process and each image has its own noise, so the results are equal to the bit. An
+error on one rank ends the work of all ranks in the same round.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from distillbench.failures import Failure, LostError, worst
 from distillbench.features import FeatureNetwork, Networks, blocks_of, look
 from distillbench.ranks import Ranks
-
-if TYPE_CHECKING:
-    from distillbench.config import RunConfig
-    from distillbench.registry import Selection
+from distillbench.turns import first_error, tried
 
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """A row that all sample: of the method with these weights, of the teacher, or the teacher's many-step answers."""
+    """All ranks sample a row: of the method with `weights`, of the teacher, or the teacher's many-step answers."""
 
-    task: Any  # the cell
+    task: Any  # CellTask
     weights: Path | None = None
     nfe: int = 0
     seed: int = 0
     answers: bool = False
 
 
-@dataclass(frozen=True)
-class FeatureOrder:
-    """Images that all look at through a feature network, by its name."""
-
-    config: RunConfig
-    selection: Selection
-    network: str = ""
-
-
-def in_turns(count: int, make: Callable[[int], Tensor], ranks: Ranks) -> tuple[list[Tensor], Exception | None]:
-    """Batches 0, ..., count - 1, number i made by process i mod their number; in the main one all of them, in order.
-
-    With what went wrong in some process, where something did.
-    """
-    made: list[Tensor] = []
-    for first in range(0, count, ranks.count):
-        batch, error = _tried(make, first + ranks.share.index, count)
-        if (wrong := _first_error(error, ranks)) is not None:
-            return made, wrong
-        made += [tensor for tensor in ranks.collect(batch) if tensor is not None]
-    return made, None
-
-
-def _tried(make: Callable[[int], Tensor], index: int, count: int) -> tuple[Tensor | None, Exception | None]:
-    try:
-        return (make(index) if index < count else None), None
-    except LostError:
-        raise
-    except Exception as error:  # a method is a stranger's code, and the others must hear of it
-        return None, error
-
-
-def _first_error(error: Exception | None, ranks: Ranks) -> Exception | None:
-    mine = None if error is None else Failure.of(error, ranks.share.index)
-    failures = [failure for failure in ranks.gather(mine) if failure is not None]
-    if error is not None or not failures:
-        return error
-    return worst(failures).error()
-
-
 class SharedNetworks(Networks):
-    """The same, of which every process has a copy that looks at its share of the images."""
+    """Feature networks of which every rank has a copy, each of which extracts the features of its share of the images.
 
-    def __init__(self, folder: Path, device: str, ranks: Ranks, order: FeatureOrder) -> None:
+    `order`: a dataclass with a field `network`; the other ranks receive it with the name of the network filled in.
+    """
+
+    def __init__(self, folder: Path, device: str, ranks: Ranks, order: Any) -> None:
         super().__init__(folder, device)
         self.ranks, self.order = ranks, order
 
     def look(self, network: type[FeatureNetwork], images: Iterable[Tensor]) -> Generator[Tensor, None, None]:
         mine = self.get(network)  # raises before the others are asked
-        with self.ranks.ordered(replace(self.order, network=network.name)):
+        with self.ranks.lead(replace(self.order, network=network.name)):
             error: Exception | None = None
             blocks = blocks_of(images, network.batch)
             while error is None and (row := list(itertools.islice(blocks, self.ranks.count))):
@@ -98,7 +57,7 @@ class SharedNetworks(Networks):
         if error is not None:
             raise error
 
-    def look_along(self, network: type[FeatureNetwork]) -> None:
+    def follow_extraction(self, network: type[FeatureNetwork]) -> None:
         """A follower's share."""
         mine = self.get(network)
         error: Exception | None = None
@@ -108,7 +67,7 @@ class SharedNetworks(Networks):
     def _round(self, network: FeatureNetwork, block: Tensor | None) -> tuple[list[Tensor], Exception | None]:
         """The features of one block for each process."""
         blocks = [] if block is None else [block]
-        seen, error = _tried(lambda _: next(look(network, blocks, self.device)).cpu(), 0, len(blocks))
-        if (wrong := _first_error(error, self.ranks)) is not None:
+        seen, error = tried(lambda _: next(look(network, blocks, self.device)).cpu(), 0, len(blocks))
+        if (wrong := first_error(error, self.ranks)) is not None:
             return [], wrong
-        return [features for features in self.ranks.collect(seen) if features is not None], None
+        return [features for features in self.ranks.gather(seen) if features is not None], None

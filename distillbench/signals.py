@@ -1,4 +1,4 @@
-"""Signals that end the work: a training keeps its state first, everything else ends at once."""
+"""Signals that stop a run: a training saves its state first, everything else stops at once."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-SECONDS_OF_ONE_WISH = 3.0
-ASKING = (signal.SIGINT, signal.SIGTERM)
+SECONDS_OF_ONE_REQUEST = 3.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """A signal ended the work. What had been reached is kept."""
+    """A signal has stopped the work. Results until then are saved."""
 
     def __init__(self, name: str = "interrupted") -> None:
         super().__init__(name)
@@ -22,12 +22,12 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """Whether a signal has asked to stop: a call answers, for whoever waits patiently."""
+    """Whether a signal has asked to stop; calling it says so."""
 
     def __init__(self) -> None:
         self.name = ""  # of the signal
         self.names: set[str] = set()  # of all that came
-        self.again = False  # whether it was asked for a second time
+        self.again = False  # whether a second request came
         self.patient = False
         self.since = 0.0
 
@@ -36,7 +36,7 @@ class Stop:
 
     @contextmanager
     def patiently(self) -> Iterator[None]:
-        """In the block a first signal only sets the name: the block asks, and ends itself when it can."""
+        """In the block a first signal only sets the name: the block polls, and ends when it has saved its state."""
         before, self.patient = self.patient, True
         try:
             yield
@@ -44,11 +44,11 @@ class Stop:
             self.patient = before
 
     def ask(self, name: str) -> None:
-        """A signal has come: raise Interrupted, but the first time to a patient block.
+        """Handle a signal: raise Interrupted, except for the first request in a patient block.
 
-        What comes within seconds is the same wish: schedulers signal every process, and so does the one above.
+        Signals within SECONDS_OF_ONE_REQUEST are one request: schedulers and launchers both signal every process.
         """
-        again = bool(self.name) and time.monotonic() - self.since > SECONDS_OF_ONE_WISH
+        again = bool(self.name) and time.monotonic() - self.since > SECONDS_OF_ONE_REQUEST
         self.again |= again
         self.names.add(name)
         if not self.name:
@@ -58,14 +58,14 @@ class Stop:
 
 
 @contextmanager
-def stopping(numbers: Sequence[signal.Signals] = ASKING) -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM, as schedulers send before they kill, ask to stop during the block; or `numbers`."""
+def stopping(numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[Stop]:
+    """In the block the signals `numbers` (Ctrl-C, and SIGTERM, which schedulers send before they kill) set the Stop."""
     stop = Stop()
 
     def ask(number: int, frame: FrameType | None) -> None:
         stop.ask(signal.Signals(number).name)
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield stop
         return
     before = [signal.signal(number, ask) for number in numbers]

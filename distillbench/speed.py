@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distillbench.build import build_method
 from distillbench.compute import Sampling, sampling
 from distillbench.conditions import Conditioning
 from distillbench.datasets import Dataset
@@ -49,12 +50,10 @@ from distillbench.noise import Noise, stream_key
 from distillbench.precision import Float32Flags
 from distillbench.processes import ProcessError, call_in_fresh_process, in_words
 from distillbench.progress import Progress
-from distillbench.schedules import SCHEDULES
 from distillbench.teachers import Teacher, TeacherSource
 
 if TYPE_CHECKING:  # the fresh process imports no more than what it measures
     from distillbench.evaluate import Sampler
-    from distillbench.plan import Cell
 
 WARM_UP_CALLS = 3
 LEAST_CALLS = 20  # of a latency; fewer have no 95th percentile
@@ -191,34 +190,6 @@ class SpeedJob:
     weights: Path | None = None  # of the student, safetensors
 
 
-def speed_job(cell: Cell, weights: Path | None, nfe: list[int]) -> SpeedJob:
-    """The job of a cell: its student with `weights`, or the teacher itself."""
-    scene, config = cell.scene, cell.scene.config
-    evaluation = config.evaluation
-    measurement = Measurement(
-        tuple(nfe),
-        scene.device,
-        evaluation.batch_size,
-        evaluation.largest_timed_batch,
-        evaluation.timing_seconds,
-        evaluation.sampling,
-    )
-    return SpeedJob(
-        measurement,
-        TorchSettings.now(config.threads),
-        KnownDataset(scene.dataset, config.dataset),
-        type(scene.source),
-        config.teacher,
-        scene.conditioning,
-        scene.source.cache,
-        cell.solver.name if cell.solver is not None else "",
-        cell.entry.cls if cell.entry is not None else None,
-        cell.method_config,
-        cell.seed or 0,
-        weights,
-    )
-
-
 # --- in which process ------------------------------------------------------------------------------------------------
 
 
@@ -276,13 +247,6 @@ def make_subject(job: SpeedJob) -> Subject:
     method.load_state_dict(load_file(job.weights, device=device))
     method.eval()
     return Subject(method.sample, method.teacher, _parameters(method.student))
-
-
-def build_method(cls: type[Method], config: Any, teacher: Teacher, seed: int, device: str) -> Method:
-    """A method with its networks on the device, as they are before training."""
-    torch.manual_seed(seed)  # what a method adds to the teacher's network starts from this
-    seen = teacher.on(SCHEDULES[config.schedule]()) if config.schedule else teacher
-    return cls(config, seen).to(device)
 
 
 def _parameters(network: torch.nn.Module) -> int:
@@ -478,7 +442,7 @@ def _apart(subject: Subject, measurement: Measurement, timer: Timer) -> _Row:
         with found.attempt(name):
             with ExitStack() as awake:  # moving a module to the device is not part of its latency
                 for module in teacher.parked:
-                    awake.enter_context(module.awake())
+                    awake.enter_context(module.on_device())
                 seconds = [] if call is None else warmed_up(call, timer, LEAST_CALLS, measurement.timing_seconds)
             found.put(name, 1000 * statistics.median(seconds) if seconds else None, reason)
     return found

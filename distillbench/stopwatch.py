@@ -1,9 +1,9 @@
-"""Whose seconds: a stopwatch that charges one account at a time.
+"""A stopwatch that splits seconds between teacher, student, compiler and the rest; it charges one account at a time.
 
-The account changes when a network begins and ends its work, so the accounts never overlap: a network within another
-takes its time out of the other's, and torch's compiler out of that of the network it compiles. On the CPU a change
-reads the clock. On a GPU, which works behind Python's back, it records an event in the stream and waits for nothing;
-what lay between two events is read once both have passed.
+The account changes when a forward pass begins and ends, so accounts never overlap: the time of a network called within
+another, or of torch's compiler, is not counted for the outer network. On the CPU a change reads the clock. On a GPU,
+which works asynchronously, it records an event in the stream without waiting; the time between two events is read after
+both have passed.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 
 import torch
 
-MOST_MARKS = 1024  # events not yet read, after which passed ones are looked for: about 3 MiB of CUDA events at most
+MOST_MARKS = 1024  # events in the queue before passed ones are read: about 3 MiB of CUDA events
 
 
 class Account(StrEnum):
-    """What time is charged to."""
+    """What seconds are charged to."""
 
-    teacher = "teacher"  # forwards of the teacher and of its deputies
-    student = "student"  # forwards of the student and its copies, backward passes, optimiser steps
+    teacher = "teacher"  # forward passes of the teacher and of its frozen copies
+    student = "student"  # forward passes of students, backward passes, optimiser steps
     compile = "compile"  # torch's compiler, forward and backward
     other = "other"
 
 
 class Charging:
-    """A block of a stopwatch's account. A class, and no generator: a step has a dozen of them."""
+    """A block that is charged to an account. Not a generator, which would be slower: a step has a dozen blocks."""
 
     __slots__ = ("account", "before", "stopwatch")
 
@@ -46,7 +46,7 @@ class Charging:
 
 
 class Stopwatch:
-    """Seconds of each account since it was made, of work that is done where it was asked for (the CPU)."""
+    """Seconds of each account since construction, for the CPU."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(Account, 0.0)
@@ -59,12 +59,12 @@ class Stopwatch:
         return Stopwatch() if device == "cpu" else CudaStopwatch(device)
 
     def charging(self, account: Account) -> Charging:
-        """What the block does is charged to `account`, and the time after it to whom it was before."""
+        """Charge the block to `account`, and the time after it to the account before."""
         return Charging(self, account)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What the block does is charged to nobody."""
+        """Charge the block to no account."""
         self._charge(None)
         self.stopped = True
         try:
@@ -74,7 +74,7 @@ class Stopwatch:
             self._begin()
 
     def switched(self, account: Account) -> Account:
-        """Charge `account` from now on; the one that was charged before."""
+        """Charge `account` from now on; returns the account before."""
         before = self.account
         self._switch(account)
         return before
@@ -91,30 +91,30 @@ class Stopwatch:
         return dict(self.seconds)
 
     def reset(self) -> None:
-        """Every account begins anew; waits for the device."""
+        """Set all accounts to 0; waits for the device."""
         self.read()
         self.seconds = dict.fromkeys(Account, 0.0)
 
     @staticmethod
     def now() -> float:
-        """The clock on the wall, in seconds."""
+        """Wall-clock time in seconds."""
         return time.perf_counter()
 
     def wait(self) -> None:
-        """Until the device has done what it was asked."""
+        """Wait for the device."""
 
     def _begin(self) -> None:
         self.last = self.now()
 
     def _charge(self, account: Account | None) -> None:
-        """Close the account that is open; `account` is the next, None for nobody."""
+        """Charge the open account until now; `account` is the next, None for no account."""
         now = self.now()
         self.seconds[self.account] += now - self.last
         self.last = now
 
 
 class CudaStopwatch(Stopwatch):
-    """The same for a GPU, by events of its current stream."""
+    """A stopwatch for a GPU, by events in its current stream."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -124,7 +124,7 @@ class CudaStopwatch(Stopwatch):
 
     def wait(self) -> None:
         torch.cuda.synchronize(self.device)
-        self._gather()
+        self._read_events()
 
     def _begin(self) -> None:
         self._mark(self.account)
@@ -134,13 +134,13 @@ class CudaStopwatch(Stopwatch):
 
     def _mark(self, account: Account | None) -> None:
         if not self.spare and len(self.marks) >= MOST_MARKS:
-            self._gather()
+            self._read_events()
         event = self.spare.pop() if self.spare else torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         self.marks.append((event, account))
 
-    def _gather(self) -> None:
-        """Charge what lies between events that have passed; the last of them stays, for it begins what is open."""
+    def _read_events(self) -> None:
+        """Charge the time between events that have passed. The last one stays: the open account begins there."""
         while len(self.marks) > 1 and self.marks[1][0].query():
             begin, account = self.marks.popleft()
             if account is not None:
@@ -149,17 +149,16 @@ class CudaStopwatch(Stopwatch):
 
 
 class CompileWatch:
-    """Charges what torch's compiler works to an account of its own, until :meth:`stop`.
+    """Charges the time of torch's compiler to Account.compile, until :meth:`stop`.
 
-    Backward passes are compiled when they first run, by autograd's thread; the compiler tells of that too. Its
-    callbacks are no stable interface of torch: where they are not there, `reason` says so, and the time stays with the
-    network.
+    This includes backward passes, which autograd's thread compiles when they first run. The compiler's callbacks are
+    not a stable interface of torch: if they are missing, `reason` says so, and the time stays with the network.
     """
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self.stopwatch, self.reason, self.before = stopwatch, "", Account.other
         self.handler: Any = None
-        if "torch._dynamo" not in sys.modules:  # seconds to import; train.warm_up has done it before a training
+        if "torch._dynamo" not in sys.modules:  # seconds to import; optimizers.warm_up() does it
             return
         try:
             from torch._dynamo.callback import callback_handler
@@ -168,7 +167,7 @@ class CompileWatch:
             callback_handler.register_end_callback(self._end)
             self.handler = callback_handler
         except (ImportError, AttributeError):
-            self.reason = f"torch {torch.__version__} does not tell when its compiler works"
+            self.reason = f"torch {torch.__version__} does not report when its compiler runs"
 
     def _begin(self, *about: object) -> None:
         self.before = self.stopwatch.switched(Account.compile)
@@ -177,9 +176,9 @@ class CompileWatch:
         self.stopwatch.switched(self.before)
 
     def stop(self) -> None:
-        """The compiler is watched no more."""
+        """Remove the callbacks."""
         if self.handler is not None:
-            with suppress(AttributeError, ValueError):  # someone cleared all callbacks
+            with suppress(AttributeError, ValueError):  # other code has removed all callbacks
                 self.handler.remove_start_callback(self._begin)
                 self.handler.remove_end_callback(self._end)
             self.handler = None

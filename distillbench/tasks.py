@@ -1,4 +1,4 @@
-"""A cell as it can be handed to another process."""
+"""A cell as it is sent to another process or machine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from distillbench.config import RunConfig
 from distillbench.executor_settings import LocalConfig
-from distillbench.plan import Cell, Scenes, cell_of
+from distillbench.plan import cell_of
 from distillbench.registry import Registry, Selection
+from distillbench.shared_context import Cell, SharedContexts
 
 
 @dataclass(frozen=True)
-class Task:
-    """A cell as it can be handed to another process: its settings, with its own method only, and its name."""
+class CellTask:
+    """A picklable cell: its name, the settings with its own method only, and which plugins to load."""
 
     config: RunConfig
     name: str
@@ -22,21 +23,25 @@ class Task:
     selection: Selection
 
     @staticmethod
-    def of(cell: Cell, device: str = "") -> Task:
-        """`device`: another than the run's."""
+    def of(cell: Cell, device: str = "") -> CellTask:
+        """`device`: to be used instead of the run's."""
         methods = {} if cell.method_config is None else {cell.name: cell.method_config}
-        seed = cell.scene.config.seed if cell.seed is None else cell.seed
-        given, where = cell.scene.config, LocalConfig(kind="local")
-        device = device or given.device
-        config = dataclasses.replace(given, methods=methods, seed=seed, device=device, executor=where)
-        return Task(config, cell.name, cell.nfe, cell.scene.registry.selection)
+        given = cell.shared.config
+        config = dataclasses.replace(
+            given,
+            methods=methods,
+            seed=given.seed if cell.seed is None else cell.seed,
+            device=device or given.device,
+            executor=LocalConfig(kind="local"),
+        )
+        return CellTask(config, cell.name, cell.nfe, cell.shared.registry.selection)
 
-    def cell(self, registry: Registry, scenes: Scenes) -> Cell:
-        return cell_of(self.config, self.name, self.nfe, registry, scenes)
+    def cell(self, registry: Registry, contexts: SharedContexts) -> Cell:
+        return cell_of(self.config, self.name, self.nfe, registry, contexts)
 
 
-def cells_of(tasks: Sequence[Task]) -> list[Cell]:
-    """The cells of `tasks`, which share what they can."""
+def cells_of(tasks: Sequence[CellTask]) -> list[Cell]:
+    """The cells of `tasks`, with one shared context for all that can share it."""
     registries = {selection: selection.load() for selection in {task.selection for task in tasks}}
-    scenes = Scenes()
-    return [task.cell(registries[task.selection], scenes) for task in tasks]
+    contexts = SharedContexts()
+    return [task.cell(registries[task.selection], contexts) for task in tasks]

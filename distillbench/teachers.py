@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from distillbench.conditions import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.denoiser import Counter, Denoiser, guided
+from distillbench.embeddings import GuidanceEmbedding
 from distillbench.errors import UserError
-from distillbench.networks import GuidanceEmbedding
 from distillbench.options import option
-from distillbench.parked import Parked
+from distillbench.parked import Offloaded
 from distillbench.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Teacher:
     to_latents: Callable[[Tensor], Tensor] | None = None  # images (B,C,H,W) to latents (B,c,h,w)
     decoded: tuple[int, int, int] | None = None  # C,H,W of the images that `decode` makes
     encode: Callable[[list[str]], Tensor] | None = None  # texts to (B,L,D); None: knows no texts
-    parked: tuple[Parked, ...] = ()  # what encodes and decodes: on the device only while it does
+    parked: tuple[Offloaded, ...] = ()  # what encodes and decodes: on the device only while it does
     clip: Clip = Clip()
     student_rows: Counter = field(default_factory=Counter)
 
@@ -148,7 +148,7 @@ class Teacher:
         """A block in which what encodes and decodes, once it is used, stays on the device: for loops over batches."""
         stack = ExitStack()
         for module in self.parked:
-            stack.enter_context(module.kept_on_device())
+            stack.enter_context(module.keep_on_device())
         return stack
 
     def student(self, fresh: bool = False) -> Denoiser:

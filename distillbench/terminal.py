@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from distillbench.plan import Cell
     from distillbench.progress import Progress
+    from distillbench.shared_context import Cell
 
 WIDEST_TEXT = 120
 LONGEST_VERDICT = 1000  # characters
@@ -61,10 +61,10 @@ def print_plan(console: Console, cells: list[Cell]) -> None:
     """
     from distillbench.plan import notes_of, teacher_plan
 
-    by_scene: dict[int, list[Cell]] = {}
+    by_context: dict[int, list[Cell]] = {}
     for cell in cells:
-        by_scene.setdefault(id(cell.scene), []).append(cell)
-    for group, (dataset, name, origin) in zip(by_scene.values(), teacher_plan(cells), strict=True):
+        by_context.setdefault(id(cell.shared), []).append(cell)
+    for group, (dataset, name, origin) in zip(by_context.values(), teacher_plan(cells), strict=True):
         price = f", {origin.images:,} images" if origin.images else ""
         console.print(f"dataset {dataset}, teacher {name}: {origin.origin}{price}", markup=False, soft_wrap=True)
         columns = ["cell", "rows at NFE", "train_images", "train_teacher_NFE", "train_student_NFE", "sampling_NFE"]
@@ -76,13 +76,13 @@ def print_plan(console: Console, cells: list[Cell]) -> None:
             table.add_row(label, ", ".join(map(str, nfe)), *map(number, numbers))
         console.print(table)
         _say_more(console, len(lines), "lines; the sum is of all")
-        for name, why in group[0].scene.missing().items():
+        for name, why in group[0].shared.unavailable_metrics().items():
             console.print(f"{name} would be empty: {why}", markup=False, soft_wrap=True)
-        failing = [cell for cell in group if cell.trouble]
+        failing = [cell for cell in group if cell.price_error]
         for cell in failing[:MOST_LINES]:
-            console.print(f"{cell.label} would fail: {cell.trouble}", markup=False, soft_wrap=True)
+            console.print(f"{cell.label} would fail: {cell.price_error}", markup=False, soft_wrap=True)
         _say_more(console, len(failing), "cells would fail")
-        budget = group[0].scene.config.budget
+        budget = group[0].shared.config.budget
         if budget.limit == "seconds":
             console.print(f"Each method trains {budget.seconds:g} s; its images and evaluations are not foreseen.")
     for note in notes_of(cells):
@@ -116,7 +116,7 @@ def _say_more(console: Console, count: int, what: str) -> None:
 
 def _price(cell: Cell) -> tuple[int, int, int, int]:
     """Foreseen: images, teacher and student evaluations of training, evaluations of sampling."""
-    evaluation = cell.scene.config.evaluation
+    evaluation = cell.shared.config.evaluation
     sampling = sum(cell.nfe) * evaluation.images * len(evaluation.seeds)
     return cell.price.images, cell.price.teacher_nfe, cell.price.student_nfe, sampling
 
@@ -249,7 +249,7 @@ def _verdicts(summary: pd.DataFrame, directions: dict[str, str]) -> list[str]:
 
 def _scores(table: pd.DataFrame) -> list[str]:
     """The columns between those that name a row and those that say what it cost."""
-    from distillbench.results import FIRST, LAST
+    from distillbench.table import FIRST, LAST
 
     return [name for name in table.columns if name not in FIRST and name not in LAST]
 

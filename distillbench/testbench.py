@@ -1,7 +1,7 @@
-"""What methods are tried on: small teachers with random weights, and a law whose denoiser and map are exact.
+"""What methods are checked on: small teachers with random weights, and a distribution with an exact denoiser and map.
 
-A bench is one way of conditioning. Its networks keep a log of every evaluation of themselves and of their copies, and
-its batches know whether real images were asked for: :mod:`distillbench.conformance` reads both.
+A bench is one way of conditioning. Its networks log every evaluation of themselves and of their copies, and its batches
+record whether real images were read; the checks of methods (:mod:`distillbench.conformance`) use both.
 
 | symbol | meaning                                     | shape                |
 |--------|---------------------------------------------|----------------------|
@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.budget import BudgetConfig, Meter
-from distillbench.checking import Fault, differ, global_generators, seed_global_generators
+from distillbench.build import build_method
+from distillbench.checking import Fault, differ, global_generators, seed_global_generators, some
 from distillbench.conditions import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.denoiser import TARGETS, Denoiser, implied_eps
 from distillbench.exact import ExactDenoiser
@@ -42,7 +43,6 @@ from distillbench.progress import Progress, Step
 from distillbench.resume import Resume, States
 from distillbench.schedules import VPCosine
 from distillbench.signals import Interrupted, Stop
-from distillbench.speed import build_method
 from distillbench.teachers import Teacher
 from distillbench.train import Loop, train
 
@@ -50,9 +50,9 @@ SHAPE = (2, 4, 4)  # of a bench's images
 CLASSES, GUIDANCE, GUIDANCE_RANGE = 3, 2.0, (1.0, 3.0)
 IMAGES = 8  # of a step, and of a sample
 STEPS = 16  # of a training
-WALKED_PHASES = 6  # phases of which one step is taken in a walk
-USUAL_NFE, MOST_NFE = (*range(1, 9), 16), 1024  # tried; searched where none of those is supported
-FIT_IMAGES, FIT_BATCH = 75_000, 256  # of the weights that students of the exact teacher start from
+WALKED_PHASES = 6  # phases at most of which a walk takes a step
+USUAL_NFE, MOST_NFE = (*range(1, 9), 16), 1024  # checked; if none is supported, the first up to MOST_NFE is
+FIT_IMAGES, FIT_BATCH = 75_000, 256  # for the weights that students of the exact teacher start from
 SILENT = Step(lambda fraction, note: None)
 
 CONDITIONINGS = {
@@ -63,7 +63,7 @@ CONDITIONINGS = {
 }
 
 
-# --- networks, batches and noise that are watched --------------------------------------------------------------------
+# --- networks, batches and noise that record their use ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,20 @@ class Call:
     rows: int
     labels: Tensor | None
     with_gradient: bool
-    trained: bool = False  # the gradient goes on to the network's weights
-    mask: Tensor | None = field(default=None, compare=False)  # of dropout; None: nothing was dropped
-    reached: list[None] = field(default_factory=list, compare=False)  # an entry for each gradient that came back to it
+    trained: bool = False  # the gradient reaches the network's weights
+    mask: Tensor | None = field(default=None, compare=False)  # of dropout; None: no dropout
+    reached: list[None] = field(default_factory=list, compare=False)  # an entry for each gradient that reached it
 
 
 class Log(list[Call]):
-    """The evaluations of a network and of all its copies: a copy keeps the same log."""
+    """The evaluations of a network and of all its copies: copies share the log."""
 
     def __deepcopy__(self, memo: dict) -> Log:
         return self
 
 
 class LoggedNetwork(ResidualMLP):
-    """The package's own network, small, with random weights none of which is zero; in training it drops pixels."""
+    """A small ResidualMLP with random weights, none of them zero. In training mode it drops pixels."""
 
     def __init__(self, classes: int, log: Log, dropout: float = 0.0) -> None:
         super().__init__(SHAPE, width=16, depth=1, classes=classes)
@@ -97,7 +97,7 @@ class LoggedNetwork(ResidualMLP):
 
     def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
         if self.classes is not None and c.labels is None:
-            raise Fault("a network that knows classes was evaluated without one: hand batch.c, or sample's c, on to it")
+            raise Fault("a conditional network was evaluated without a class: pass it batch.c, or the c of sample")
         mask = torch.nn.functional.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
         out = super().forward(x if mask is None else mask * x, time, embedding, c)
         trained = out.requires_grad and any(weight.requires_grad for weight in self.parameters())
@@ -109,7 +109,7 @@ class LoggedNetwork(ResidualMLP):
 
 
 class WatchedBatch(Batch):
-    """A batch that knows whether its real images were asked for."""
+    """A batch that records whether its real images were read."""
 
     asked = False
 
@@ -120,7 +120,7 @@ class WatchedBatch(Batch):
 
 
 class WatchedNoise(FixedNoise):
-    """Noise that is already there, and knows which of its draws were asked for."""
+    """Fixed noise that records which of its draws were used."""
 
     def __init__(self, draws: list[Tensor]) -> None:
         super().__init__(draws)
@@ -128,7 +128,7 @@ class WatchedNoise(FixedNoise):
 
     def __call__(self, k: int) -> Tensor:
         if not 0 <= k < len(self.draws):
-            raise Fault(f"sample asks for noise({k}), and there are noise(0) to noise(NFE - 1): {len(self.draws)} here")
+            raise Fault(f"sample calls noise({k}); only noise(0) to noise(NFE - 1 = {len(self.draws) - 1}) exist")
         self.asked.add(k)
         return super().__call__(k)
 
@@ -138,10 +138,10 @@ class WatchedNoise(FixedNoise):
 
 @dataclass(frozen=True)
 class Moment:
-    """A point of a walk. `what` says which:
+    """A point of a walk. `what` is one of:
 
-    "begin": the step comes next; "yielded": `item` came out of it and is not yet updated; "updated"; "stepped": the
-    step is over; "ended": so are after_step and end_phase.
+    "begin": before train_step; "yielded": it has yielded `item`; "updated": the network of `item` is updated;
+    "stepped": train_step has ended; "ended": after_step and end_phase have too.
     """
 
     what: str
@@ -157,13 +157,13 @@ class Run:
 
     method: Method
     images: int
-    averages: list[list[dict[str, Tensor]]]  # weights of the networks in each phase's average, at its end
-    evaluations: int  # of teacher and students
-    disturbed: list[str]  # global random generators that training has moved
+    averages: list[list[dict[str, Tensor]]]  # by phase: the averaged weights of each network at its end
+    evaluations: int  # of teacher and students, in images
+    disturbed: list[str]  # global random generators that training has drawn from
 
 
 class StopAfter(Stop):
-    """Says to stop from the n-th step on."""
+    """Requests a stop from the n-th step on."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -175,14 +175,14 @@ class StopAfter(Stop):
 
 
 @dataclass(frozen=True)
-class Bench:
-    """One way of conditioning, and all that is needed to try a method there. What it returns is made anew each time."""
+class MethodBench:
+    """One way of conditioning, and all that is needed to check a method with it. Methods return new objects."""
 
     label: str
     cls: type[Method]
     given: MethodConfig | None
     conditioning: Conditioning
-    law_images: int  # of the training on the exact teacher
+    law_images: int  # images of the training on the exact teacher; 0: none
     dropout: float = 0.0  # share of pixels that networks drop in training mode
     device: str = "cpu"
 
@@ -201,12 +201,12 @@ class Bench:
         return Teacher("random", denoiser, SHAPE, "random", conditioning=self.conditioning, blank=blank)
 
     def method(self, teacher: Teacher | None = None) -> Method:
-        """As the harness builds it before training."""
+        """The method as the harness builds it before training."""
         teacher, config = teacher or self.teacher(), self.config()
         return build_method(self.cls, config, teacher, 0, self.device)
 
     def read(self, generator: torch.Generator | None = None) -> Read | None:
-        """Real images: uniform in [-1, 1], with random labels. None for a method that may not see any."""
+        """Real images: uniform in [-1, 1], with random labels. None for a method that declares to need none."""
         generator = generator or torch.Generator(self.device).manual_seed(1)
         draw = {"generator": generator, "device": generator.device}
 
@@ -217,7 +217,7 @@ class Bench:
         return images if self.cls.needs_data else None
 
     def walk(self) -> Iterator[Moment]:
-        """One step of each of the first phases, as the harness makes it. Of what is made ahead there are two pairs."""
+        """One step of each of the first WALKED_PHASES phases, as in training; `prepare` makes two pairs."""
         method, read, generator = self.method(), self.read(), torch.Generator(self.device).manual_seed(0)
         method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=self.device))
         optimizers = Optimizers(method.config, settings_of=method.settings_of)
@@ -236,7 +236,7 @@ class Bench:
             yield Moment("ended", phase, method, batch)
 
     def steps_of(self, method: Method, count: int) -> Iterator[tuple[int, Callable[[], None]]]:
-        """`count` steps of each of the first phases: the number of each in its phase, and a function that takes it."""
+        """For `count` steps of each of the first WALKED_PHASES phases: its index, and a function that takes it."""
         read, generator = self.read(), torch.Generator(self.device).manual_seed(0)
         method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=self.device))
         optimizers = Optimizers(method.config, settings_of=method.settings_of)
@@ -254,10 +254,9 @@ class Bench:
             method.end_phase(phase, method.student)
 
     def train(self, seed: int = 0, global_seed: int = 0) -> Run:
-        """A short training by the harness's own loop, again with two pairs for all that are made ahead.
+        """A short training by the harness's own loop; `prepare` makes two pairs.
 
-        Weights at the start are always the same; `seed` is that of training, and `global_seed` what the random
-        generators that belong to nobody start from.
+        Initial weights are always the same; `seed` is that of training, `global_seed` that of the global generators.
         """
         method = self.method()
         averages: list[list[dict[str, Tensor]]] = []
@@ -278,7 +277,7 @@ class Bench:
         return Run(method.eval(), images, averages, rows_of(method), disturbed)
 
     def first_gradient(self, parts: int) -> Tensor:
-        """Of the first update of a training in all weights that it is for, the step computed in so many parts."""
+        """The gradient of the first update in all its weights, flattened, with the step computed in `parts` parts."""
         method, generator = self.method(), torch.Generator().manual_seed(0)
         method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True))
         method.start_phase(0)
@@ -291,11 +290,11 @@ class Bench:
         return torch.cat([weight.grad.flatten() for weight in network.parameters() if weight.grad is not None])
 
     def steps(self) -> int:
-        """Of :meth:`train`."""
+        """The number of steps of :meth:`train`."""
         return max(STEPS, len(self.method().phases()))
 
-    def train_cut_off(self, after: int) -> Method:
-        """The same training, cut off after so many steps and gone on with by a new object."""
+    def train_interrupted(self, after: int) -> Method:
+        """The same training, interrupted after `after` steps and resumed by a new object."""
         with tempfile.TemporaryDirectory() as folder:
             states = States(Path(folder), 1, Progress(None))
             for stop in (StopAfter(after), Stop()):
@@ -310,7 +309,7 @@ class Bench:
 
     @functools.cached_property
     def run(self) -> Run:
-        """One training for all checks of what comes after it. They leave it as it is."""
+        """One training, shared by all checks that come after it. They must not change it."""
         return self.train()
 
     def noise(self, indices: Iterable[int] = range(IMAGES), seed: int = 0) -> Noise:
@@ -325,7 +324,7 @@ class Bench:
             return (method or self.run.method).sample(self.noise(), n, self.c())
 
     def nfe(self) -> list[int]:
-        """The numbers of evaluations to be tried: the usual ones that the method supports, or else its smallest."""
+        """The numbers of evaluations to check: the usual ones that the method supports, else the smallest supported."""
         method = self.run.method
         usual = [n for n in USUAL_NFE if method.supports(n)]
         return usual or [n for n in range(1, MOST_NFE + 1) if method.supports(n)][:1]
@@ -357,26 +356,31 @@ def calls_of(method: Method) -> Log:
 
 
 def rows_of(method: Method) -> int:
-    """Evaluations that were counted, of teacher and students, in images."""
+    """Counted evaluations of teacher and students, in images."""
     return method.teacher.teacher_rows.rows + method.teacher.student_rows.rows
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of all tensors of its state."""
+    """Copies of all tensors of its state_dict."""
     return {name: value.detach().clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
-    """The names of the tensors that differ, or that are in one of the two only."""
+    """The names of the tensors that differ or are in only one of the two."""
     alike = [name for name in before.keys() & after.keys() if not differ(before[name], after[name])]
     return sorted((before.keys() | after.keys()) - set(alike))
 
 
-# --- the law ---------------------------------------------------------------------------------------------------------
+def attributes_of(names: list[str]) -> str:
+    """The attributes of a method that the tensors `names` of its state_dict belong to, in words."""
+    return some(list(dict.fromkeys(f"self.{name.split('.')[0]}" for name in names)))
+
+
+# --- the exact distribution ------------------------------------------------------------------------------------------
 
 
 class Fit(Method):
-    """Teaches a student the exact denoiser, as v: the weights that a trained teacher would have given it.
+    """Trains a student to be the exact denoiser, as v: stands in for the weights of a trained teacher.
 
     L = E | v(x_t, t) - (alpha_t eps_f - sigma_t f) |^2,   eps_f = (x_t - alpha_t f) / sigma_t
     """
@@ -394,23 +398,23 @@ class Fit(Method):
         yield student, (student.output(x_t, t) - target).square().mean()
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        raise NotImplementedError("it is there to make weights")
+        raise NotImplementedError("only its weights are used")
 
 
 @functools.cache
 def exact_law() -> GaussianMixture:
-    """Two modes in one dimension, where the noise-to-data map is known. Its std is .51, and 99 % lie in [-1, 1]."""
+    """Two modes in one dimension, where the noise-to-data map is known. Its std is .51; 99 % lie in [-1, 1]."""
     return mixture([0.35, 0.65], [[-0.55], [0.4]], [[0.2], [0.25]])
 
 
 def draws(seed: int) -> Read:
-    """read(n): n images of the law, without labels."""
+    """read(n): n images of the exact distribution, without labels."""
     generator = torch.Generator().manual_seed(seed)
     return lambda size: (exact_law().draw(size, generator)[0].to(torch.get_default_dtype()), None)
 
 
 def exact_teacher() -> Teacher:
-    """The law's own denoiser; students start from a network that has been fitted to it."""
+    """The exact denoiser of the distribution; students start from a network that is fitted to it."""
     teacher = _unfitted_teacher()
     assert teacher.start is not None
     teacher.start.load_state_dict(_fitted_weights())

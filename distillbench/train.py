@@ -1,6 +1,6 @@
-"""The one training loop: every method, and every teacher that the harness trains, goes through it.
+"""The training loop of all methods, and of the teachers that the harness trains.
 
-Fairness is this file: who gets how many images, which optimiser, which average, and when training stops.
+It decides what must be equal for a fair comparison: images, optimiser, averaging, and when training stops.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distillbench.method import Batch, Method, OptimizerConfig, Phase, Read
 from distillbench.optimizers import Average, Optimizers, learning_rate_factor
 from distillbench.pairs import Workspace
 from distillbench.progress import Step
-from distillbench.ranks import ALONE, Ranks
+from distillbench.ranks import SINGLE_RANK, Ranks
 from distillbench.resume import (
     Resume,
     Source,
@@ -32,18 +32,18 @@ from distillbench.resume import (
     restore_generators,
     restore_masks,
 )
-from distillbench.shards import load, whole
+from distillbench.shards import gather_full, load_full
 from distillbench.signals import Interrupted
 from distillbench.stopwatch import Account
 from distillbench.training_checkpoints import Checkpoint, Checkpoints, averaged_state
 
-STEPS_BETWEEN_CHECKS = 50  # the loss is read, and with it the device waited for, this often
-EXPLOSION = 1e6  # growth of the loss over its first value, or over 1, from which no training comes back
+STEPS_BETWEEN_CHECKS = 50  # between reads of the loss, each of which waits for the device
+EXPLOSION = 1e6  # of the loss over its first value, or over 1: training has diverged
 
 
 @dataclass(frozen=True)
 class LossPoint:
-    """A point of the training curve: the mean loss of the steps since the point before."""
+    """A point of the training curve: the mean loss of the steps since the previous point."""
 
     images: int
     seconds: float
@@ -52,7 +52,7 @@ class LossPoint:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training left: its price, its curve and the way there. The weights are in the method."""
+    """The result of a training: price, loss curve and checkpoints. The weights are in the method."""
 
     price: Price
     curve: list[LossPoint]
@@ -61,12 +61,12 @@ class Trained:
 
 @dataclass(frozen=True)
 class Loop:
-    """How steps are made, whatever the method."""
+    """How steps are computed, for every method."""
 
-    batch_size: int  # images of a step, in all processes together
-    accumulate: int = 1  # parts in which a step is computed, one after the other
+    batch_size: int  # images of a step, over all ranks
+    accumulate: int = 1  # parts in which a step is computed one after the other (gradient accumulation)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_RANK
 
 
 def train(
@@ -79,12 +79,12 @@ def train(
     checkpoints: Checkpoints | None = None,
     resume: Resume | None = None,
 ) -> Trained:
-    """Train `method` until its meter says that the budget is used, and put the averaged weights into its student.
+    """Train `method` until its meter says that the budget is used, and copy the averaged weights into its student.
 
     `read(n)` gives n real images and their labels; None for a method that may not see any. A checkpoint is written
-    before the first step after its fraction is reached; a fraction that only the last step reaches is the end, and has
-    none. With `resume` states are kept, outside the budget, and training goes on from the last of them. Raises
-    DivergedError when a loss is not finite or explodes, Interrupted when it is told to stop.
+    before the first step after its fraction of the budget is reached; if only the last step reaches it, there is none.
+    With `resume` states are saved, outside the budget, and training continues from the last one. Raises DivergedError
+    if a loss is not finite or explodes, Interrupted after a signal.
     """
     try:
         return _Training(method, config, workspace, read, loop, step, checkpoints, resume).run()
@@ -93,7 +93,7 @@ def train(
 
 
 class _Training:
-    """The loop, and what of it a state holds."""
+    """The loop, and its state as it is saved."""
 
     def __init__(
         self, method: Method, config: OptimizerConfig, workspace: Workspace, read: Read | None, loop: Loop,
@@ -105,27 +105,27 @@ class _Training:
         self.generator = torch.Generator(workspace.device).manual_seed(workspace.seed)
         self.curve = _Curve(self.meter, step, loop.ranks)
         self.written: list[Checkpoint] = []
-        self.reached = 0  # fractions at which there is a checkpoint
+        self.reached = 0  # number of checkpoints written
         self.phase = 0
         self.sharded: Sharded | None = None
-        self.begin = self.finish = 0.0  # of the learning rate's schedule, as shares of the budget
+        self.begin = self.finish = 0.0  # of the learning-rate schedule, as shares of the budget
 
     def run(self) -> Trained:
         method, meter, ranks = self.method, self.meter, self.ranks
         shard, device = self.loop.compute.shard, self.workspace.device
         check_shared(self.loop.compute, ranks.count)
         if shard:
-            method.teacher.denoiser.to(device)  # whole, while it prepares
+            method.teacher.denoiser.to(device)  # sharded only after prepare()
         if (texts := method.teacher.conditioning.texts) is not None:
             meter.charge(texts.seconds(method.teacher.conditioning.trained), 0)
-        method.prepare(self.workspace)  # in all processes at the same time; then they wait for one another
+        method.prepare(self.workspace)  # on all ranks at the same time; the next line waits for all
         if ranks.status(meter, due=False)[0] >= 1:
-            raise RuntimeError(f"what is made ahead used up the budget of {meter.budget.amount:g} {meter.budget.limit}")
+            raise RuntimeError(f"prepare() used up the budget of {meter.budget.amount:g} {meter.budget.limit}")
         if shard:
             self.sharded = Sharded(method, self.config.ema_halflife_kimg > 0, ranks, device)
         phases = method.phases()
         shares = [phase.share for phase in phases]
-        found = self._found()
+        found = self._newest_state()
         if found is not None:
             self._restore(found)
         for index in range(self.phase, len(phases)):
@@ -137,13 +137,13 @@ class _Training:
             method.end_phase(index, self.average.module)
         self.curve.log(phases[-1].label, last=True)
         method.student.load_state_dict(self.average.module.state_dict())
-        return Trained(ranks.total(meter.price()), self.curve.points, self.written)
+        return Trained(ranks.sum_price(meter.price()), self.curve.points, self.written)
 
-    def _found(self) -> State | None:
-        """The last state, the same for all processes."""
+    def _newest_state(self) -> State | None:
+        """The last saved state, the same on all ranks; None without one."""
         if self.resume is None:
             return None
-        with self.ranks.first():  # it sets aside what is damaged
+        with self.ranks.main_first():  # rank 0 renames damaged files
             return self.resume.states.newest()
 
     def _start(self, phases: list[Phase], index: int) -> None:
@@ -175,14 +175,14 @@ class _Training:
             curve.log(label)
             progress, due = self.ranks.status(meter, self.resume is not None and self.resume.due())
             if due and self.resume is not None:
-                self._keep(self.resume)
+                self._save(self.resume)
 
     def _step(self, size: int, factor: float) -> None:
-        """One step of `size` images. Its parts go side by side from update to update, each of which is of all parts."""
+        """One step of `size` images. All parts reach an update before the network is updated."""
         workspace, teacher, optimizers = self.workspace, self.workspace.teacher, self.optimizers
-        about = teacher.shape, self.generator, workspace.device, self.read, teacher.conditioning, self.ranks.share
-        least = size // self.ranks.count  # images of a process: each must have as many parts
-        parts = Batch(size, *about).parts(max(1, min(self.loop.accumulate, least)))
+        args = teacher.shape, self.generator, workspace.device, self.read, teacher.conditioning, self.ranks.share
+        least = size // self.ranks.count  # images of the smallest share: all ranks need the same number of parts
+        parts = Batch(size, *args).parts(max(1, min(self.loop.accumulate, least)))
         updates = [iter(self.method.train_step(part)) for part in parts]
         while True:
             losses: list[Tensor] = []
@@ -200,18 +200,18 @@ class _Training:
                 optimizers.step(network, factor)
             self.curve.add(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
 
-    def _keep(self, resume: Resume) -> None:
-        """A state, outside the budget; raises Interrupted if the training is to end here."""
+    def _save(self, resume: Resume) -> None:
+        """Save a state, outside the budget. Raises Interrupted if a signal has asked to stop."""
         price, used = self._price()
         with self.meter.pause():
             state = self._state(price, used)
-            resume.save(self.meter.images, State(whole(state.tensors, self.ranks.main), state.values))
-            if self.ranks.agree(resume.stop()):
+            resume.save(self.meter.images, State(gather_full(state.tensors, self.ranks.main), state.values))
+            if self.ranks.broadcast_flag(resume.stop()):
                 raise Interrupted(resume.stop.name)
 
     def _price(self) -> tuple[Price, Energy]:
-        """What all processes have cost until now."""
-        return self.ranks.total(self.meter.price()), self.ranks.energy(self.meter.energy())
+        """Price and energy of all ranks until now."""
+        return self.ranks.sum_price(self.meter.price()), self.ranks.sum_energy(self.meter.energy())
 
     def _write_checkpoints(self, progress: float) -> None:
         if self.checkpoints is None or not self.meter.images:
@@ -219,14 +219,14 @@ class _Training:
         while progress >= next(iter(self.checkpoints.fractions[self.reached :]), 2.0):
             price, used = self._price()
             with self.meter.pause():
-                tensors = whole(averaged_state(self.method, self.average.module), self.ranks.main)
+                tensors = gather_full(averaged_state(self.method, self.average.module), self.ranks.main)
                 if self.ranks.main:
-                    about = self.reached, self.method, tensors, self.phase, price, used
-                    self.written.append(self.checkpoints.write(*about))
+                    args = self.reached, self.method, tensors, self.phase, price, used
+                    self.written.append(self.checkpoints.write(*args))
             self.reached += 1
 
     def _state(self, price: Price, used: Energy) -> State:
-        """Everything that decides what comes, and what it has cost until now."""
+        """Everything that the rest of the training depends on, and what it has cost until now."""
         method = self.method
         state = State()
         state.add("method", State(method.state_dict()))
@@ -234,8 +234,8 @@ class _Training:
         state.add("optimizers", self.optimizers.state(method))
         state.add("curve", self.curve.state())
         state.add("generators", generators_state(self._generators(), self.workspace.device))
-        of_all = enumerate(self.ranks.gather(masks_state(self.workspace.device)))
-        state.add("masks", State({f"{rank}/{name}": each for rank, masks in of_all for name, each in masks.items()}))
+        of_ranks = enumerate(self.ranks.all_gather(masks_state(self.workspace.device)))
+        state.add("masks", State({f"{rank}/{name}": each for rank, masks in of_ranks for name, each in masks.items()}))
         plain: dict[str, Any] = {
             "phase": self.phase,
             "schedule": [self.begin, self.finish],
@@ -247,30 +247,30 @@ class _Training:
         return state
 
     def _restore(self, state: State) -> None:
-        """Go on from `state`: phases are entered as before, then every tensor is as it was."""
+        """Continue from `state`: start its phases again, then restore every tensor."""
         method, values = self.method, state.values
         for index in range(values["phase"] + 1):
             self.method.start_phase(index)
         self.phase = values["phase"]
         self.begin, self.finish = values["schedule"]
-        load(method, state.part("method").tensors)
+        load_full(method, state.part("method").tensors)
         self._make_optimizers()
         self.average.restore(state.part("average"))
         self.optimizers.restore(state.part("optimizers"), method)
         self.curve.restore(state.part("curve"))
         self.written = [_checkpoint(plain) for plain in values["checkpoints"]]
         self.reached = len(self.written)
-        self.meter.restart(*self.ranks.own(Price(**values["price"]), Energy(**values["energy"])))
+        self.meter.restart(*self.ranks.own_price(Price(**values["price"]), Energy(**values["energy"])))
         assert self.resume is not None
         self.resume.restore_peaks(state)
         restore_generators(state.part("generators"), self._generators(), self.workspace.device)
         mine = f"{self.ranks.share.index}/"
         masks = {n.removeprefix(mine): each for n, each in state.part("masks").tensors.items() if n.startswith(mine)}
         restore_masks(masks, self.workspace.device)
-        self.resume.states.progress.say(f"going on after {self.meter.images:,} images")
+        self.resume.states.progress.say(f"continuing after {self.meter.images:,} images")
 
     def _generators(self) -> dict[str, Source]:
-        """Every generator that training draws from, those that the method holds included."""
+        """All random generators of the training, including those that are attributes of the method."""
         own = {f"method/{name}": value for name, value in vars(self.method).items()}
         given = {} if self.resume is None else {f"data/{name}": g for name, g in self.resume.generators.items()}
         found: dict[str, Source] = {"training": self.generator} | given
@@ -282,7 +282,7 @@ def _checkpoint(plain: dict[str, Any]) -> Checkpoint:
 
 
 def _end_of_schedule(phases: list[Phase], index: int) -> float:
-    """Progress at which the learning-rate schedule that starts with phase `index` ends: before the next fresh one."""
+    """Progress at which the learning-rate schedule of phase `index` ends: where the next fresh phase begins."""
     last = index
     while last + 1 < len(phases) and not phases[last + 1].fresh:
         last += 1
@@ -290,7 +290,7 @@ def _end_of_schedule(phases: list[Phase], index: int) -> float:
 
 
 class _Curve:
-    """Gathers losses without waiting for the device, reads them every so many steps, and stops at a NaN."""
+    """The loss curve. Losses are collected on the device, read every STEPS_BETWEEN_CHECKS steps and checked."""
 
     def __init__(self, meter: Meter, step: Step, ranks: Ranks) -> None:
         self.meter, self.step, self.ranks = meter, step, ranks
@@ -306,7 +306,7 @@ class _Curve:
         return State({"losses": losses}, {"steps": self.steps, "points": [asdict(point) for point in self.points]})
 
     def restore(self, state: State) -> None:
-        self.losses = list(state.tensors["losses"].to(self.meter.device))  # where those of the next steps are
+        self.losses = list(state.tensors["losses"].to(self.meter.device))  # the device of the next steps' losses
         self.steps = state.values["steps"]
         self.points = [LossPoint(**plain) for plain in state.values["points"]]
 
@@ -315,7 +315,7 @@ class _Curve:
         if not self.losses or (self.steps % STEPS_BETWEEN_CHECKS and not last and self.steps > 1):
             return
         loss = torch.stack(self.losses).double().mean()
-        mean = self.ranks.sum_of(loss.item())  # each has the part of its own rows
+        mean = self.ranks.all_reduce_number(loss.item())  # each rank has the part of its rows
         self.losses.clear()
         if not math.isfinite(mean):
             raise DivergedError(f"the loss is {mean} after {self.meter.images} images ({label})")

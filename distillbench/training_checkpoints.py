@@ -1,4 +1,4 @@
-"""Checkpoints on the way of a training: students to be scored as they were. They cost the method nothing."""
+"""Checkpoints during training, to be evaluated afterwards. Writing them is not charged to the method."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from distillbench.method import Method
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The method as it was on the way, with the averaged weights in its student."""
+    """The method during training, with the averaged weights in its student."""
 
-    fraction: float  # of the budget, that had just been reached
+    fraction: float  # of the budget, just reached
     images: int
     price: Price
     energy: Energy  # joules until then
-    ready: list[int]  # numbers of evaluations that it could sample with
-    file: str  # safetensors, in the folder of checkpoints
+    ready: list[int]  # numbers of evaluations that it can sample with
+    file: str  # name of the safetensors file
     sha256: str
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """When checkpoints are to be written, and where. They cost the method nothing."""
+    """When and where checkpoints are written."""
 
-    fractions: Sequence[float]  # of the budget, rising, each in (0, 1): the end is none of them
+    fractions: Sequence[float]  # of the budget, rising, in (0, 1)
     folder: Path
-    nfe: Sequence[int] = ()  # numbers of evaluations for which a checkpoint says whether it is ready
+    nfe: Sequence[int] = ()  # numbers of evaluations to list in Checkpoint.ready if possible
 
     def __post_init__(self) -> None:
         if not all(a < b for a, b in pairwise([0.0, *self.fractions, 1.0])):
@@ -45,7 +45,7 @@ class Checkpoints:
     def write(
         self, number: int, method: Method, tensors: Mapping[str, Tensor], phase: int, price: Price, used: Energy
     ) -> Checkpoint:
-        """Checkpoint `number` = 0, 1, ... of `method` with these whole `tensors`, at what it has cost until then."""
+        """Write checkpoint `number` = 0, 1, ... of `method` with these full `tensors`, and its cost until then."""
         path = self.folder / f"checkpoint-{number + 1}.safetensors"
         copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         write_atomically(path, lambda temporary: save_file(copies, temporary))
@@ -54,8 +54,8 @@ class Checkpoints:
 
 
 def averaged_state(method: Method, average: nn.Module) -> dict[str, Tensor]:
-    """All tensors of `method`, with those of `average` wherever one of its student stands."""
+    """The state dict of `method` with the student's tensors replaced by those of `average`."""
     averaged = average.state_dict()
     students = {id(tensor): averaged[name] for name, tensor in method.student.state_dict(keep_vars=True).items()}
-    state = method.state_dict(keep_vars=True)  # the tensors themselves: a student may stand there under two names
+    state = method.state_dict(keep_vars=True)  # tensors, not copies: the student may occur under two names
     return {name: students.get(id(tensor), tensor) for name, tensor in state.items()}

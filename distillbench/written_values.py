@@ -1,7 +1,4 @@
-"""Values of settings as their user wrote them: texts that look like numbers, and paths that begin with ``~``.
-
-Hydra's grammar reads ``2024_01_01`` as a number and refuses an unquoted ``~``. A setting that is a text keeps the text.
-"""
+"""Text settings as the user wrote them: Hydra reads ``2024_01_01`` as a number and refuses an unquoted ``~``."""
 
 from __future__ import annotations
 
@@ -22,12 +19,12 @@ OPENING, CLOSING, QUOTES = "[{(", ")}]", "'\""
 
 
 def quote_home(word: str) -> str:
-    """``name=~/folder`` with quotes round what begins with ``~``, so that Hydra's grammar accepts it."""
+    """Put quotes around values that begin with ``~``, as in ``name=~/folder``, so that Hydra accepts them."""
     return HOME.sub(r'\1"\2"', word)
 
 
 def split_values(text: str) -> list[str]:
-    """The values that commas separate in `text`, without looking into brackets and quotes."""
+    """The comma-separated values in `text`. Commas in brackets and quotes do not separate."""
     values, depth, quote = [""], 0, ""
     escaped = False
     for character in text:
@@ -48,7 +45,7 @@ def split_values(text: str) -> list[str]:
 
 
 def written_value(setting: Override, node: DictConfig) -> Any:
-    """The value of `setting`. Where the settings `node` have a text at its name, it is the text as it was written."""
+    """The value of `setting`; for a setting of type str in `node`, the text as it was written."""
     value, hint = setting.value(), _hint(node, setting.key_or_group)
     text = str(setting.input_line).partition("=")[2].strip()
     if hint is str:
@@ -65,7 +62,7 @@ def _as_text(value: Any, text: str) -> Any:
 
 
 def _hint(node: DictConfig, name: str) -> Any:
-    """The type of the setting `name`; None where it has none of its own."""
+    """The type of the setting `name`; None if it is not a field of a dataclass."""
     parent, _, last = name.rpartition(".")
     group = OmegaConf.select(node, parent) if parent else node
     kind = OmegaConf.get_type(group) if isinstance(group, DictConfig) else None
@@ -91,7 +88,7 @@ def expand_home(config: Any) -> None:
             if field.metadata.get("path"):
                 given = getattr(group, field.name)
                 paths = [_expanded(path) for path in given] if isinstance(given, list) else _expanded(given)
-                object.__setattr__(group, field.name, paths)  # a plugin's settings may be a frozen dataclass
+                object.__setattr__(group, field.name, paths)  # the dataclass of a plugin may be frozen
 
 
 def _expanded(path: Any) -> Any:

@@ -1138,7 +1138,8 @@ def _run(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from distillbench.results import make_table, stack_shown, write_table
+    from distillbench.sample_grid import stack_shown
+    from distillbench.table import make_table, write_table
     from test_report_runs import COLUMNS, rows
 
     run, cell = folder / "mine", folder / "cells" / "c"

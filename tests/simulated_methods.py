@@ -30,7 +30,7 @@ from distillbench.testbench import (  # noqa: E402
     IMAGES,
     SHAPE,
     SILENT,
-    Bench,
+    MethodBench,
     changed,
     weights_of,
     workspace_of,
@@ -92,7 +92,11 @@ class Steps:
 
 
 def trained(
-    bench: Bench, config: ComputeConfig | None = None, accumulate: int = 1, folder: Path | None = None, ahead: int = 0
+    bench: MethodBench,
+    config: ComputeConfig | None = None,
+    accumulate: int = 1,
+    folder: Path | None = None,
+    ahead: int = 0,
 ) -> tuple[Method, Steps, list[Any]]:
     """A training by the harness's own loop, with real images from its own stream."""
     method = bench.method()
@@ -112,8 +116,8 @@ def trained(
     return method.eval(), watched, done.checkpoints
 
 
-def bench_of(name: str, label: str, device: str) -> Bench:
-    return Bench(label, METHODS[name], None, CONDITIONINGS[label], 0, device=device)
+def bench_of(name: str, label: str, device: str) -> MethodBench:
+    return MethodBench(label, METHODS[name], None, CONDITIONINGS[label], 0, device=device)
 
 
 def for_all(function: Any) -> dict[str, Any]:
@@ -232,14 +236,14 @@ def computed() -> dict[str, Any]:
     }
 
 
-def _waits_of(bench: Bench, config: ComputeConfig, accumulate: int = 1, ahead: int = 0) -> dict[str, int]:
+def _waits_of(bench: MethodBench, config: ComputeConfig, accumulate: int = 1, ahead: int = 0) -> dict[str, int]:
     return trained(bench, config, accumulate, ahead=ahead)[1].waits()
 
 
 @check
 def read_ahead() -> dict[str, Any]:
     """Waits of the steps of methods with data, where a thread reads the images ahead."""
-    held, data_stream.HELD = data_stream.HELD, 0
+    held, data_stream.HELD_BYTES = data_stream.HELD_BYTES, 0
     try:
         found = {}
         for name in [name for name, cls in METHODS.items() if cls.needs_data]:
@@ -247,7 +251,7 @@ def read_ahead() -> dict[str, Any]:
                 found[f"{name}/{label}"] = _or_error(_waits_of, bench_of(name, label, GPU), ComputeConfig(), 1, 2)
         return found
     finally:
-        data_stream.HELD = held
+        data_stream.HELD_BYTES = held
 
 
 main()

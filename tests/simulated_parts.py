@@ -29,7 +29,8 @@ from distillbench.cuda_graphs import Captured  # noqa: E402
 from distillbench.data_stream import DataStream  # noqa: E402
 from distillbench.denoiser import Denoiser, NetworkCall  # noqa: E402
 from distillbench.edm_networks import DhariwalUNet, SongUNet  # noqa: E402
-from distillbench.evaluate import EvaluationConfig, Evaluator, features_kept, teacher_sampler  # noqa: E402
+from distillbench.evaluate import Evaluator, features_kept, teacher_sampler  # noqa: E402
+from distillbench.evaluation_settings import EvaluationConfig  # noqa: E402
 from distillbench.features import FeatureNetwork, Networks  # noqa: E402
 from distillbench.latents import as_trained_on  # noqa: E402
 from distillbench.networks import DiT, ResidualMLP, UNet  # noqa: E402
@@ -237,9 +238,9 @@ def latents() -> dict[str, Any]:
 def stream() -> dict[str, Any]:
     """Batches of each device, held and read ahead, and waits for one."""
     found: dict[str, Any] = {}
-    before = data_stream.HELD
+    before = data_stream.HELD_BYTES
     for way, held in (("held", before), ("read ahead", 0)):
-        data_stream.HELD = held
+        data_stream.HELD_BYTES = held
         batches: dict[str, list[torch.Tensor]] = {}
         for device in DEVICES:
             source = DataStream(Pictures(40, SHAPE, CLASSES), 0, device, 0 if device == "cpu" else 2)
@@ -253,7 +254,7 @@ def stream() -> dict[str, Any]:
             source.close()
         equal = all(torch.equal(a, b) for a, b in zip(*batches.values(), strict=True))
         found[way] = [equal, str(x_0.device), [wait.what for wait in record.waits]]
-    data_stream.HELD = before
+    data_stream.HELD_BYTES = before
     return found
 
 

@@ -15,12 +15,13 @@ from distillbench.conditions import UNCONDITIONAL
 from distillbench.config import compose_runs
 from distillbench.errors import UserError
 from distillbench.noise import Noise, stream_key
-from distillbench.plan import make_source, plan
+from distillbench.plan import plan
 from distillbench.progress import Progress
 from distillbench.registry import load_registry
 from distillbench.run import run
 from distillbench.samplers import Solver, time_like
 from distillbench.schedules import SCHEDULES
+from distillbench.shared_context import make_source
 from distillbench.teachers import Teacher
 
 IMAGES = "dataset.means=[[-0.5,0.1,0.3,0.2],[0.4,-0.3,0,0.6]]", "dataset.stds=[[0.1],[0.13]]", "dataset.weights=[.4,.6]"
@@ -172,7 +173,7 @@ def test_data_free_methods_need_no_images_and_the_others_are_refused(registry, t
     words = ["dataset=gmm", "teacher=gmm", "dataset.count=0", *NARROW]
     table = table_of(registry, tmp_path, "methods=[boot,sid]", *words)
     assert table["fd_efficientnet_lite0"].isna().all() and table["reason"].str.contains("grey or colour").all()
-    with pytest.raises(UserError, match="cm needs real images, and dataset=gmm comes without"):
+    with pytest.raises(UserError, match="cm needs real images, and dataset=gmm has none"):
         plan(compose_runs(["methods=[boot,cm]", *words, f"results_dir={tmp_path}"], registry), registry)
 
 

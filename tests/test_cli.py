@@ -17,8 +17,8 @@ from distillbench import cli, terminal
 from distillbench.builtin.trained import METADATA, Trained
 from distillbench.errors import DivergedError
 from distillbench.progress import Progress
-from distillbench.results import make_table
 from distillbench.statistics import summarise
+from distillbench.table import make_table
 
 GIVEN = ["methods=[boot]", "dataset=digits"]
 HEAVY = (
@@ -303,7 +303,7 @@ def test_a_name_that_does_not_exist(refused):
     ("words", "expected"),
     [
         (["--output", "teacher.bin"], "--output must name a .safetensors file, got 'teacher.bin'"),
-        (["--output", "a.safetensors", "seed=0,1"], "--output takes one teacher, the settings span 2"),
+        (["--output", "a.safetensors", "seed=0,1"], "--output takes one teacher, the settings describe 2"),
         (["--output", "/proc/a.safetensors"], "cannot write to '/proc'"),
         (["results_dir=/proc/results"], "results_dir: cannot write to"),
         (["teacher.optimizer.lr=-1"], "teacher.optimizer.lr must be positive, got -1.0"),
@@ -327,7 +327,7 @@ def test_debug_shows_where_an_error_comes_from(call):
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "interrupted. What was reached is kept: the same command goes on from there"),
+        (KeyboardInterrupt(), 130, "interrupted; progress is saved: run the same command again to resume"),
         (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device"),
         (DivergedError("the loss is nan"), 1, "error: the loss is nan"),
     ],

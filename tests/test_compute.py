@@ -18,7 +18,7 @@ from torch.func import functional_call
 from analytic import gaussian_images, gaussian_teacher, make_batch, make_workspace, mlp_teacher, weights_of
 from distillbench import network_calls
 from distillbench.budget import BudgetConfig, Meter
-from distillbench.cell import evaluation_inputs, protocol_key, speed_inputs, train_inputs
+from distillbench.cell_keys import evaluation_inputs, protocol_key, speed_inputs, train_inputs
 from distillbench.compute import (
     ComputeConfig,
     Sampling,
@@ -408,7 +408,7 @@ def test_without_the_compilers_callbacks_there_are_no_seconds_but_a_reason(monke
     meter = Meter(BudgetConfig(), mlp_teacher(), "cpu")
     price = meter.price()
     meter.stop()
-    assert price.compile_seconds is None and "does not tell when its compiler works" in meter.no_compile_seconds
+    assert price.compile_seconds is None and "does not report when its compiler runs" in meter.no_compile_seconds
     assert price.teacher_seconds + price.student_seconds + price.other_seconds == pytest.approx(price.seconds)
 
 
@@ -608,9 +608,9 @@ def test_the_keys_of_a_cell_change_with_the_settings_and_with_nothing_else(tmp_p
             "evaluation.metrics=[teacher_rmse]",
         ]
         cell = plan(compose_runs([*common, *words], load_registry()), load_registry())[-1]
-        teacher = cell.scene.source.untrained()
+        teacher = cell.shared.source.untrained()
         parts = train_inputs(cell, teacher), evaluation_inputs(cell, "k"), speed_inputs(cell, "k")
-        return *parts, protocol_key(cell.scene, teacher)
+        return *parts, protocol_key(cell.shared, teacher)
 
     plain = keys()
     assert not any("compute" in part or "precision" in part for part in plain[:3])

@@ -13,10 +13,11 @@ from sklearn.svm import SVC
 from distillbench.config import compose_runs
 from distillbench.errors import UserError
 from distillbench.noise import Noise, stream_key
-from distillbench.plan import make_source, plan
+from distillbench.plan import plan
 from distillbench.progress import Progress
 from distillbench.registry import load_registry
 from distillbench.samplers import Solver
+from distillbench.shared_context import make_source
 
 IMAGES = 200
 

@@ -147,7 +147,7 @@ NAMES = {
     "methods=[[boot]]": "no method \"['boot']\". Did you mean 'boot'? Possible: ",
     "dataset=digit": f"no dataset 'digit'. Did you mean 'digits'? Possible: {DATASETS}",
     "dataset=null": f"no dataset 'null'. Possible: {DATASETS}",
-    "dataset=[digits,folder]": "dataset takes one name, got [digits,folder]. For one after the other write dataset=",
+    "dataset=[digits,folder]": "dataset takes one name, got [digits,folder]. To sweep over several write dataset=",
     "teacher=traned": f"no teacher 'traned'. Did you mean 'trained'? Possible: {TEACHERS}",
     "experiment=smoek": "no experiment 'smoek'. Did you mean 'smoke'? Possible: boot_celebahq, ",
     "experiment=null": "no experiment 'null'. Possible: boot_celebahq, ",

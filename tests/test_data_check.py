@@ -164,5 +164,5 @@ def test_what_is_left_out_is_said_in_data_check_in_a_dry_run_and_in_a_run(tmp_pa
     console = Console(file=io.StringIO(), width=200, highlight=False)
     monkeypatch.setattr(running, "executor_of", stop)
     with pytest.raises(Stopped):
-        running.run(cells, [cells[0].scene.config], Progress(console), print)
+        running.run(cells, [cells[0].shared.config], Progress(console), print)
     assert console.file.getvalue() == f"dataset folder: {note}\n"

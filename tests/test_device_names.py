@@ -16,7 +16,7 @@ import distillbench.pairs
 from distillbench import Dataset, latents, prompts
 from distillbench.builtin.digits import Digits
 from distillbench.builtin.trained import METADATA, Trained
-from distillbench.cell import speed_inputs
+from distillbench.cell_keys import speed_inputs
 from distillbench.conditions import Conditioning
 from distillbench.config import compose_runs
 from distillbench.done import _device
@@ -145,7 +145,7 @@ def test_peaks_of_sampling_that_held_what_was_there_before_are_not_found(tmp_pat
     words = ["dataset=digits", "methods=[direct]", "device=cpu", f"results_dir={tmp_path}"]
     cell = plan(compose_runs(words, registry), registry)[-1]
     on_cpu = speed_inputs(cell, "k")
-    cell.scene.device = "cuda:1"
+    cell.shared.device = "cuda:1"
     assert "memory" not in on_cpu and speed_inputs(cell, "k").items() > on_cpu.items()
 
 
@@ -163,12 +163,12 @@ def test_peaks_of_sampling_that_held_what_was_there_before_are_not_found(tmp_pat
     ],
 )
 def test_a_row_names_the_device_that_its_costs_are_of(training, evaluation, speed, told):
-    records = SimpleNamespace(
-        training=training and SimpleNamespace(device=training),
-        evaluation=SimpleNamespace(device=evaluation),
-        speed=SimpleNamespace(device=speed or "here", rows=[1] if speed else []),
+    records = (
+        training and SimpleNamespace(device=training),
+        SimpleNamespace(device=evaluation),
+        SimpleNamespace(device=speed or "here", rows=[1] if speed else []),
     )
-    assert _device(records) == told
+    assert _device(*records) == told
 
 
 def test_a_training_that_went_on_elsewhere_names_both_devices(tmp_path):

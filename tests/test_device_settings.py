@@ -31,9 +31,9 @@ def test_bf16_is_refused_on_the_gpu_that_has_no_units_for_it_and_on_no_other(mon
 
 def test_tf32_is_refused_on_gpus_of_another_maker(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4.43482")
-    with pytest.raises(UserError, match=r"compute\.tf32=true needs a GPU of NVIDIA's.*ROCm 6\.4"):
+    with pytest.raises(UserError, match=r"compute\.tf32=true needs an NVIDIA GPU.*ROCm 6\.4"):
         check_compute(ComputeConfig(tf32=True), "cuda")
-    with pytest.raises(UserError, match=r"evaluation\.precision=tf32 needs a GPU of NVIDIA's.*ROCm 6\.4"):
+    with pytest.raises(UserError, match=r"evaluation\.precision=tf32 needs an NVIDIA GPU.*ROCm 6\.4"):
         check_sampling(Sampling("tf32"), "cuda")
 
 
@@ -87,7 +87,7 @@ def test_rows_say_which_algorithms_were_asked_for():
 
 def test_a_plan_asks_whether_the_device_serves_as_many_processes_as_it_has(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr("distillbench.plan.check_access", lambda device, alone: asked.append((device, alone)))
+    monkeypatch.setattr("distillbench.shared_context.check_access", lambda device, alone: asked.append((device, alone)))
     registry, words = load_registry(), ["dataset=digits", "methods=[direct]", "device=cpu", f"results_dir={tmp_path}"]
     for more in ([], ["isolate=false"], ["isolate=false", "evaluation.timing=inline"]):
         plan(compose_runs([*words, *more], registry), registry)
@@ -98,7 +98,7 @@ def test_a_plan_asks_whether_the_device_serves_as_many_processes_as_it_has(monke
 def test_memory_that_earlier_cells_of_the_process_hold_is_looked_for_where_there_are_some():
     def cell(isolate: bool, count: int) -> SimpleNamespace:
         return SimpleNamespace(
-            scene=SimpleNamespace(config=SimpleNamespace(isolate=isolate), ranks=SimpleNamespace(count=count))
+            shared=SimpleNamespace(config=SimpleNamespace(isolate=isolate), ranks=SimpleNamespace(count=count))
         )
 
     teacher = mlp_teacher()  # on the CPU

@@ -9,10 +9,10 @@ import torch
 from torch.nn.functional import interpolate
 
 from distillbench.conditions import Condition
+from distillbench.diffusers_calls import Call
 from distillbench.diffusers_networks import DiT, PixelUNet, TextUNet, check_classes
-from distillbench.diffusers_schedules import Call
 from distillbench.errors import UserError
-from distillbench.parked import Parked
+from distillbench.parked import Offloaded
 
 diffusers = pytest.importorskip("diffusers")
 diffusers.logging.set_verbosity_error()
@@ -193,9 +193,9 @@ def test_parked_modules_are_shared_and_awake_only_while_they_work():
             self.moves = [*getattr(self, "moves", []), device]
             return self
 
-    parked = Parked(Moves(2, 2), "cuda")
-    with parked.awake() as module:
-        with parked.awake():
+    parked = Offloaded(Moves(2, 2), "cuda")
+    with parked.on_device() as module:
+        with parked.on_device():
             pass
         assert module.moves[-1] == "cuda"
     assert parked.module.moves[-1] == "cpu" and not module.weight.requires_grad

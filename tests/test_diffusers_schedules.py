@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from distillbench.diffusers_schedules import DISCRETE, Call, ConsistencyCall, ScoreCall, read_config
+from distillbench.diffusers_calls import Call, ConsistencyCall, ScoreCall
+from distillbench.diffusers_schedules import DISCRETE, read_config
 from distillbench.errors import UserError
 from distillbench.samplers import TIME_GRIDS
 from distillbench.schedules import VE, DiscreteBetas, FlowMatching

@@ -17,17 +17,18 @@ from torch.nn.functional import dropout, silu
 from analytic import make_batch, time
 from distillbench.compute import ComputeConfig, applied
 from distillbench.conditions import WITHOUT_CLASSES, Condition
-from distillbench.conformance import _check_masks
-from distillbench.conformance import dropout as check_dropout
+from distillbench.conformance_steps import check_masks
+from distillbench.conformance_steps import dropout as check_dropout
 from distillbench.denoiser import Denoiser
 from distillbench.dropout import one_mask, seed_masks
+from distillbench.embeddings import TimeEmbedding
 from distillbench.method import Batch, Method, MethodConfig
-from distillbench.networks import TimeEmbedding, evaluating, held
+from distillbench.modes import evaluating, held
 from distillbench.resume import masks_state, restore_masks
 from distillbench.samplers import ddim_step, x_at_t_max
 from distillbench.schedules import VPCosine
 from distillbench.teachers import Teacher
-from distillbench.testbench import IMAGES, SHAPE, Bench, calls_of, changed, weights_of
+from distillbench.testbench import IMAGES, SHAPE, MethodBench, calls_of, changed, weights_of
 from distillbench_boot import Boot
 from distillbench_cm import ConsistencyDistillation
 from distillbench_ct import ConsistencyTraining
@@ -297,7 +298,7 @@ EVALUATIONS = {
 
 @pytest.mark.parametrize("cls", METHODS)
 def test_the_check_of_methods_finds_dropout_in_order(cls):
-    told = check_dropout(Bench("first", cls, None, WITHOUT_CLASSES, 0))
+    told = check_dropout(MethodBench("first", cls, None, WITHOUT_CLASSES, 0))
     assert (told.startswith("evaluations an image: ") and ", 0 without" not in told) or cls in (
         ConsistencyTraining,
         Direct,
@@ -306,7 +307,7 @@ def test_the_check_of_methods_finds_dropout_in_order(cls):
 
 @pytest.mark.parametrize("cls", METHODS)
 def test_a_training_with_dropout_goes_on_with_the_same_masks(cls):
-    bench = Bench("first", cls, None, WITHOUT_CLASSES, 0, dropout=0.3)
+    bench = MethodBench("first", cls, None, WITHOUT_CLASSES, 0, dropout=0.3)
     assert not changed(weights_of(bench.train().method), weights_of(bench.train_cut_off(bench.steps() - 1)))
 
 
@@ -423,7 +424,7 @@ def test_blocks_that_are_computed_again_drop_what_they_dropped(cls, settings):
 @pytest.mark.parametrize("cls", [ConsistencyDistillation, ConsistencyTraining, ScoreIdentityDistillation])
 def test_parts_of_a_step_have_masks_of_their_own_each_shared_within_its_part(cls):
     """The parts go side by side, as in the training loop."""
-    bench = Bench("first", cls, None, WITHOUT_CLASSES, 0, dropout=0.3)
+    bench = MethodBench("first", cls, None, WITHOUT_CLASSES, 0, dropout=0.3)
     method = bench.method()
     method.start_phase(0)
     batch = Batch(IMAGES, SHAPE, torch.Generator().manual_seed(0), "cpu", bench.read())
@@ -431,7 +432,7 @@ def test_parts_of_a_step_have_masks_of_their_own_each_shared_within_its_part(cls
     start = len(calls_of(method))
     for step in parts:
         next(step)[1].backward()
-        _check_masks(calls_of(method)[start:], method)
+        check_masks(calls_of(method)[start:], method)
         start = len(calls_of(method))
     masks = [call.mask for call in calls_of(method) if call.trained]
     assert len(masks) == 2 and not torch.equal(*masks)
@@ -472,7 +473,7 @@ class Careless(Method):
 def test_the_check_of_methods_finds_what_is_careless(bare, fault):
     cls = type("Careless", (Careless,), {"bare": bare})
     with pytest.raises(Exception, match=fault):
-        check_dropout(Bench("first", cls, None, WITHOUT_CLASSES, 0))
+        check_dropout(MethodBench("first", cls, None, WITHOUT_CLASSES, 0))
 
 
 @pytest.mark.slow

@@ -120,7 +120,7 @@ def test_a_short_measurement_has_no_number(machine):
         with watch.paused():
             machine.run(60, 300)
         machine.run(0.5, 300)
-    assert watch.used == Energy(None, "1.5 s are too short for the GPU's counter of energy")
+    assert watch.used == Energy(None, "1.5 s are too short for the GPU's energy counter")
 
 
 @pytest.mark.parametrize("error", ["init", "energy"])
@@ -177,7 +177,7 @@ def test_gpus_of_another_maker_have_no_nvml(machine, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with energy("cuda") as watch:
         machine.run(10, 300)
-    assert watch.used == Energy(None, "NVML knows no GPUs but NVIDIA's") and compute_mode("cuda") == ""
+    assert watch.used == Energy(None, "NVML knows only NVIDIA's GPUs") and compute_mode("cuda") == ""
 
 
 def test_a_gpu_for_one_process_is_refused_to_runs_of_several(machine, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Cells side by side and elsewhere: the rows, statuses and files of a run are those of cells done one by one."""
+"""Executors: the rows, statuses and files of a run do not depend on where its cells run."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from distillbench import executors
 from distillbench.cell import AS_IS, Policy
 from distillbench.claims import claimed
 from distillbench.config import compose_runs, describe_options
-from distillbench.done import About, Done
-from distillbench.engines import Answer, Job
+from distillbench.done import CellDescription, CellResult
+from distillbench.engines import Job, JobResult
 from distillbench.errors import UserError
 from distillbench.executor_settings import EXECUTORS, LocalConfig, RayConfig, SubmititConfig
-from distillbench.executors import Elsewhere, OneByOne, SideBySide, executor_of
-from distillbench.hands import Ended, Seen
-from distillbench.plan import device_of, plan
+from distillbench.executors import PoolExecutor, RemoteExecutor, SerialExecutor, executor_of
+from distillbench.hands import WorkerError
+from distillbench.plan import plan
 from distillbench.progress import Progress
 from distillbench.registry import Selection, load_registry
 from distillbench.run import run
+from distillbench.shared_context import device_of
 from distillbench.signals import Interrupted, Stop, stopping
 
 WORDS = ["dataset=gmm", "teacher=gmm", "teacher.width=16", "budget.images=40", "batch_size=10", "run_name=run"]
@@ -49,7 +50,7 @@ def registry():
 
 @pytest.fixture(scope="module")
 def plugins(tmp_path_factory):
-    """The registry with the methods of tests/test_hands.py, from a file of a folder."""
+    """The registry with the methods of tests/test_hands.py, from a file in a folder."""
     folder = tmp_path_factory.mktemp("plugins")
     (folder / "executed_plugin.py").write_text(test_hands.PLUGIN)
     (folder / "preempted_plugin.py").write_text(PLUGIN)
@@ -64,8 +65,8 @@ def go(registry, results, *words, stop=None, policy=AS_IS):
     return run(plan(configs, registry), configs, progress, lambda rows: None, policy, stop), said.getvalue()
 
 
-def counted(table):
-    """What must be equal, whoever did the work and however often he was stopped."""
+def reproducible(table):
+    """The columns that must not depend on where cells run, nor on interruptions."""
     return table[[name for name in table if not any(part in name for part in MEASURED.split("|"))]]
 
 
@@ -87,7 +88,7 @@ GIVEN = ["methods=[boot]", "dataset=digits"]
         (["executor=ray", "executor.address=auto"], RayConfig("ray", address="auto")),
     ],
 )
-def test_a_word_chooses_the_executor(registry, words, expected):
+def test_settings_choose_the_executor(registry, words, expected):
     (config,) = compose_runs([*GIVEN, *words], registry)
     assert config.executor == expected
 
@@ -106,33 +107,39 @@ OFF = "evaluation.timing=off"
         (["executor=ray", "executor.gpu=1"], "no setting 'gpu' in 'executor' .executor=ray.. Did you mean 'gpus'"),
         (["executor=submitit", "executor.cluster=pbs"], "executor.cluster must be slurm or local, got 'pbs'"),
         (["executor=submitit", "executor.gpus=-1"], "executor.gpus must lie between 0 and 1024, got -1"),
-        (["executor=ray", "executor.gpus=1.5"], "executor.gpus must be a whole number where it is above 1"),
+        (["executor=ray", "executor.gpus=1.5"], "executor.gpus must be a whole number if it is above 1"),
         (["executor=local,ray"], "executor cannot be swept"),
         (["executor=ray", "executor.kind=local"], "executor.kind is 'ray' by choice"),
         (
             ["executor.workers=2"],
             "executor.workers=2 on 1 device: .* disturb each other's timing. Write evaluation.timin",
         ),
-        (["executor=ray", "executor.gpus=0"], "executor.gpus=0: cells side by side disturb each other's timing"),
-        (["executor=submitit", "executor.cluster=local"], "executor.cluster=local with executor.parallel=256: cells"),
-        (["executor.workers=2", OFF, "budget.limit=seconds"], "take time from each other. Use another budget.limit"),
+        (["executor=ray", "executor.gpus=0"], "executor.gpus=0: parallel cells disturb each other's timing"),
+        (
+            ["executor=submitit", "executor.cluster=local"],
+            "executor.cluster=local with executor.parallel=256: parallel",
+        ),
+        (["executor.workers=2", OFF, "budget.limit=seconds"], "slow each other down. Use another budget.limit"),
         (["executor.workers=2", OFF, "isolate=false"], "executor.workers=2 needs isolate=true"),
-        (["executor.workers=1", "executor.devices=[cpu,cpu]"], "executor.devices lists 2, of which executor.workers=1"),
+        (
+            ["executor.workers=1", "executor.devices=[cpu,cpu]"],
+            "executor.devices lists 2, more than executor.workers",
+        ),
         (["device=cpu", "executor.devices=[cpu]"], "device=cpu and executor.devices exclude each other"),
         (["executor=submitit", "device=cuda:1"], "device=cuda:1 has no meaning with executor=submitit"),
     ],
 )
-def test_what_does_not_fit_is_said(registry, words, told):
+def test_settings_that_do_not_fit_are_user_errors(registry, words, told):
     with pytest.raises(UserError, match=told):
         compose_runs([*GIVEN, *words], registry)
 
 
-def test_a_worker_has_a_device_and_devices_a_worker(registry):
+def test_devices_are_assigned_to_workers_in_turn(registry):
     compose = lambda *words: compose_runs([*GIVEN, OFF, *words], registry)[0]
-    side_by_side = executor_of(compose("executor.workers=3", "executor.devices=[cpu,cuda:1]"), Progress(None), Stop())
-    assert [hands.device for hands in side_by_side.hands] == ["cpu", "cuda:1", "cpu"]
-    assert executor_of(compose("executor.workers=3"), Progress(None), Stop()).hands[2].device == ""
-    assert isinstance(executor_of(compose(), Progress(None), Stop()), OneByOne)
+    pool = executor_of(compose("executor.workers=3", "executor.devices=[cpu,cuda:1]"), Progress(None), Stop())
+    assert [worker.device for worker in pool.workers] == ["cpu", "cuda:1", "cpu"]
+    assert executor_of(compose("executor.workers=3"), Progress(None), Stop()).workers[2].device == ""
+    assert isinstance(executor_of(compose(), Progress(None), Stop()), SerialExecutor)
     assert compose("executor.devices=[cuda:0,cuda:1]").executor.count == 2
     assert device_of(compose("executor.devices=[cpu]")) == device_of(compose("executor=ray", "device=cuda")) == "cpu"
     with pytest.raises(UserError, match="cuda:9"):
@@ -148,113 +155,113 @@ def test_a_missing_package_says_how_to_get_it(registry, kind, package, extra, mo
 
 
 def test_keys_and_planned_prices_do_not_depend_on_the_executor(registry, tmp_path):
-    from distillbench.cell import evaluation_inputs, train_inputs
+    from distillbench.cell_keys import evaluation_inputs, train_inputs
 
     given = ["methods=[boot]", *WORDS, "device=cpu", f'results_dir="{tmp_path}"']
     several = (["executor.workers=2"], ["executor=submitit"], ["executor=ray", "executor.cpus=2"])
     found = []
     for words in ([], *several):
         _, cell = plan(compose_runs([*given, *words], registry), registry)
-        inputs = train_inputs(cell, cell.scene.loaded(Progress(None)))
+        inputs = train_inputs(cell, cell.shared.load_teacher(Progress(None)))
         found.append((inputs, evaluation_inputs(cell, "key"), cell.price))
     assert all(one == found[0] for one in found)
 
 
-# --- threads and engines, without any work ---------------------------------------------------------------------------
+# --- threads and backends, with cells that do nothing ----------------------------------------------------------------
 
 
-def a_done(index, ok=True):
-    about = About(f"cell {index}", {"device": "a GPU"}, [(1, 0)], Path(f"/nowhere/{index}"), {}, {})
-    return Done(about, [{"status": "ok" if ok else "failed"}], ok=ok)
+def a_result(index, ok=True):
+    description = CellDescription(f"cell {index}", {"device": "a GPU"}, [(1, 0)], Path(f"/nowhere/{index}"), {}, {})
+    return CellResult(description, [{"status": "ok" if ok else "failed"}], ok=ok)
 
 
 def a_todo(count):
-    return {index: (f"cell {index}", Seen(a_done(index).about, None)) for index in range(count)}
+    return {index: (f"cell {index}", a_result(index).description) for index in range(count)}
 
 
-class Hall:
-    """Counts who is in it. `work` takes the place of `worked`."""
+class FakeCells:
+    """Counts the cells that run. `run` stands in for `run_or_record`."""
 
     def __init__(self, failing=(), refused=()):
-        self.lock, self.present, self.most, self.begun = threading.Lock(), 0, 0, []
+        self.lock, self.running, self.most, self.begun = threading.Lock(), 0, 0, []
         self.failing, self.refused, self.interrupted = failing, refused, []
 
-    def work(self, hands, cell, seen, policy):
+    def run(self, worker, cell, description, policy):
         index = int(cell.split()[1])
         with self.lock:
-            self.present += 1
-            self.most, self.begun = max(self.most, self.present), [*self.begun, index]
+            self.running += 1
+            self.most, self.begun = max(self.most, self.running), [*self.begun, index]
         try:
             end = time.monotonic() + (0.05 if index in (*self.failing, *self.refused) else 0.2)
             while time.monotonic() < end:
                 time.sleep(0.01)
-                if hands.stop():
+                if worker.stop():
                     self.interrupted.append(index)
-                    raise Interrupted(hands.stop.name)
+                    raise Interrupted(worker.stop.name)
             if index in self.refused:
                 raise UserError("this cannot be used")
-            return a_done(index, index not in self.failing)
+            return a_result(index, index not in self.failing)
         finally:
             with self.lock:
-                self.present -= 1
+                self.running -= 1
 
 
 @pytest.fixture
-def hall(monkeypatch):
-    def enter(workers=2, stop=None, **given):
-        hall = Hall(**given)
-        monkeypatch.setattr(executors, "worked", hall.work)
-        return hall, SideBySide(Progress(None), stop or Stop(), 0.0, LocalConfig("local", workers=workers))
+def pool(monkeypatch):
+    def make(workers=2, stop=None, **given):
+        cells = FakeCells(**given)
+        monkeypatch.setattr(executors, "run_or_record", cells.run)
+        return cells, PoolExecutor(Progress(None), stop or Stop(), 0.0, LocalConfig("local", workers=workers))
 
-    return enter
-
-
-def test_side_by_side_every_cell_is_done_once_and_so_many_at_a_time(hall):
-    room, side_by_side = hall(workers=3)
-    came = dict(side_by_side.work(a_todo(8), AS_IS))
-    assert {index: done.about.label for index, done in came.items()} == {k: f"cell {k}" for k in range(8)}
-    assert (sorted(room.begun), room.most) == (list(range(8)), 3)
+    return make
 
 
-def test_side_by_side_fail_fast_begins_nothing_more_and_ends_what_it_began(hall):
-    room, side_by_side = hall(failing=[1])
-    came = dict(side_by_side.work(a_todo(8), Policy(fail_fast=True)))
-    assert len(room.begun) < 8 and sorted(came) == sorted(room.begun) and not room.interrupted
+def test_pool_runs_every_cell_once_and_as_many_at_a_time_as_it_has_workers(pool):
+    cells, executor = pool(workers=3)
+    came = dict(executor.run(a_todo(8), AS_IS))
+    assert {index: done.description.label for index, done in came.items()} == {k: f"cell {k}" for k in range(8)}
+    assert (sorted(cells.begun), cells.most) == (list(range(8)), 3)
+
+
+def test_pool_with_fail_fast_starts_no_more_cells_and_finishes_running_ones(pool):
+    cells, executor = pool(failing=[1])
+    came = dict(executor.run(a_todo(8), Policy(fail_fast=True)))
+    assert len(cells.begun) < 8 and sorted(came) == sorted(cells.begun) and not cells.interrupted
     assert [index for index, done in came.items() if not done.ok] == [1]
 
 
-def test_side_by_side_an_error_of_one_ends_the_others_and_work_can_begin_again(hall):
-    room, side_by_side = hall(refused=[1])
+def test_pool_stops_the_others_on_an_error_and_can_run_again(pool):
+    cells, executor = pool(refused=[1])
     with pytest.raises(UserError, match="this cannot be used"):
-        list(side_by_side.work(a_todo(8), AS_IS))
-    assert (room.present, room.interrupted) == (0, [0])
-    assert [index for index, _ in side_by_side.work({5: a_todo(6)[5]}, AS_IS)] == [5]
+        list(executor.run(a_todo(8), AS_IS))
+    assert (cells.running, cells.interrupted) == (0, [0])
+    assert [index for index, _ in executor.run({5: a_todo(6)[5]}, AS_IS)] == [5]
 
 
-def test_side_by_side_a_signal_ends_all_and_what_was_done_counts(hall):
+def test_pool_stops_on_a_signal_and_keeps_finished_cells(pool):
     with stopping() as stop:
-        room, side_by_side = hall(stop=stop)
+        cells, executor = pool(stop=stop)
         came = []
         with pytest.raises(Interrupted, match="SIGINT"):
-            for index, _ in side_by_side.work(a_todo(8), AS_IS):
+            for index, _ in executor.run(a_todo(8), AS_IS):
                 came.append(index)
                 signal.raise_signal(signal.SIGINT)
-        assert (room.present, stop.patient) == (0, False)
-        assert sorted(came + room.interrupted) == sorted(room.begun) and len(room.begun) < 8
+        assert (cells.running, stop.patient) == (0, False)
+        assert sorted(came + cells.interrupted) == sorted(cells.begun) and len(cells.begun) < 8
 
 
-def test_side_by_side_what_is_closed_ends(hall):
-    room, side_by_side = hall()
-    came = side_by_side.work(a_todo(8), AS_IS)
+def test_pool_stops_when_closed(pool):
+    cells, executor = pool()
+    came = executor.run(a_todo(8), AS_IS)
     next(came)
     came.close()
-    assert room.present == 0 and len(room.begun) < 8
+    assert cells.running == 0 and len(cells.begun) < 8
 
 
-class Desk:
-    """An engine that has answers up its sleeve: lists, by the label of the cell."""
+class FakeBackend:
+    """A backend with prepared results: lists, by the label of the cell."""
 
-    jobs, most, notes = "jobs", 2, ["a note"]
+    job_name, max_jobs, notes = "jobs", 2, ["a note"]
 
     def __init__(self, script):
         self.script, self.running, self.number, self.cancelled, self.largest = script, {}, 0, [], 0
@@ -268,7 +275,7 @@ class Desk:
         self.largest = max(self.largest, len(self.running))
         return numbers
 
-    def answers(self, running, seconds):
+    def results(self, running, seconds):
         assert sorted(running) == sorted(self.running)
         came = [number for number in running if self.script[self.running[number]] != "silent"]
         return [(number, self.script[self.running.pop(number)].pop(0)) for number in came[:1]]
@@ -281,136 +288,137 @@ class Desk:
 
 
 @pytest.fixture
-def desk(monkeypatch):
+def remote(monkeypatch):
     """Jobs are the labels of their cells."""
-    monkeypatch.setattr(executors.Task, "of", lambda cell: cell)
-    monkeypatch.setattr(executors, "Work", lambda task, seen, policy: task)
-    monkeypatch.setattr(executors.Job, "of", lambda work: work)
+    monkeypatch.setattr(executors.CellTask, "of", lambda cell: cell)
+    monkeypatch.setattr(executors.Job, "of", lambda function, task, *rest: task)
 
-    def open_(script, again=1, stop=None):
-        desk = Desk({f"cell {index}": answers for index, answers in enumerate(script)})
+    def make(script, retries=1, stop=None):
+        backend = FakeBackend({f"cell {index}": results for index, results in enumerate(script)})
         said = io.StringIO()
-        return desk, said, Elsewhere(desk, again, Progress(Console(file=said, width=200)), stop or Stop())
+        return backend, said, RemoteExecutor(backend, retries, Progress(Console(file=said, width=200)), stop or Stop())
 
-    return open_
+    return make
 
 
 def ok(index):
-    return Answer("answer", a_done(index), [f"line of {index}"])
+    return JobResult("ok", a_result(index), [f"line of {index}"])
 
 
-def test_elsewhere_answers_come_in_any_order_and_no_more_jobs_run_than_the_engine_takes(desk):
-    engine, said, elsewhere = desk([[ok(0)], [ok(1)], [Answer("answer", None)], [ok(3)]])
-    came = dict(elsewhere.work(a_todo(4), AS_IS))
-    assert {index: done and done.about.label for index, done in came.items()} == {
+def test_remote_results_arrive_in_any_order_and_no_more_jobs_run_than_the_backend_allows(remote):
+    backend, said, executor = remote([[ok(0)], [ok(1)], [JobResult("ok", None)], [ok(3)]])
+    came = dict(executor.run(a_todo(4), AS_IS))
+    assert {index: done and done.description.label for index, done in came.items()} == {
         0: "cell 0", 1: "cell 1", 2: None, 3: "cell 3",
     }  # fmt: skip
-    assert (engine.largest, engine.cancelled) == (2, [])
+    assert (backend.largest, backend.cancelled) == (2, [])
     assert "a note" in said.getvalue() and "line of 3" in said.getvalue()
 
 
-def test_elsewhere_what_was_interrupted_there_begins_again_and_not_for_ever(desk, monkeypatch):
-    cut = Answer("interrupted", "SIGTERM")
-    given_up = []
-    monkeypatch.setattr(executors, "given_up", lambda cell, about, ended: given_up.append(ended) or a_done(1, ok=False))
+def test_remote_interrupted_jobs_are_submitted_again_up_to_a_limit(remote, monkeypatch):
+    cut = JobResult("interrupted", "SIGTERM")
+    failures = []
+    monkeypatch.setattr(
+        executors, "record_failure", lambda cell, description, error: failures.append(error) or a_result(1, ok=False)
+    )
     monkeypatch.setattr(executors, "claimed", lambda folder: contextlib.nullcontext(True))
-    engine, said, elsewhere = desk([[cut, ok(0)], [cut, cut, cut]])
-    came = dict(elsewhere.work(a_todo(2), AS_IS))
-    assert (came[0].ok, came[1].ok, engine.number) == (True, False, 4)
-    assert [(e.status, str(e)) for e in given_up] == [("failed", "ended by SIGTERM")]
-    assert said.getvalue().count("ended by SIGTERM; it begins again") == 2
+    backend, said, executor = remote([[cut, ok(0)], [cut, cut, cut]])
+    came = dict(executor.run(a_todo(2), AS_IS))
+    assert (came[0].ok, came[1].ok, backend.number) == (True, False, 4)
+    assert [(e.status, str(e)) for e in failures] == [("failed", "ended by SIGTERM")]
+    assert said.getvalue().count("ended by SIGTERM; it is submitted again") == 2
 
 
-def test_elsewhere_a_lost_job_hurts_one_row(desk, monkeypatch):
-    given_up = []
-    monkeypatch.setattr(executors, "given_up", lambda cell, about, ended: given_up.append(ended) or a_done(0, ok=False))
+def test_remote_a_lost_job_fails_one_row(remote, monkeypatch):
+    failures = []
+    monkeypatch.setattr(
+        executors, "record_failure", lambda cell, description, error: failures.append(error) or a_result(0, ok=False)
+    )
     monkeypatch.setattr(executors, "claimed", lambda folder: contextlib.nullcontext("1" not in folder.name))
-    lost = Answer("ended", ("oom", "the job gave no answer"))
-    _, _, elsewhere = desk([[lost], [lost], [ok(2)]])
-    came = dict(elsewhere.work(a_todo(3), AS_IS))
-    assert (came[0].ok, came[1], came[2].ok) == (False, None, True)  # of the second a process is still at work
-    assert [(e.status, str(e)) for e in given_up] == [("oom", "the job gave no answer")]
+    lost = JobResult("failed", ("oom", "the job returned no result"))
+    _, _, executor = remote([[lost], [lost], [ok(2)]])
+    came = dict(executor.run(a_todo(3), AS_IS))
+    assert (came[0].ok, came[1], came[2].ok) == (False, None, True)  # a process of the second job still runs
+    assert [(e.status, str(e)) for e in failures] == [("oom", "the job returned no result")]
 
 
-def test_elsewhere_a_signal_here_cancels_what_runs_there_and_says_so(desk):
+def test_remote_a_signal_cancels_the_running_jobs(remote):
     stop = Stop()
-    engine, said, elsewhere = desk([[ok(0)], "silent", "silent"], stop=stop)
+    backend, said, executor = remote([[ok(0)], "silent", "silent"], stop=stop)
     with pytest.raises(Interrupted, match="SIGINT"):
-        for _ in elsewhere.work(a_todo(3), AS_IS):
+        for _ in executor.run(a_todo(3), AS_IS):
             stop.ask("SIGINT")
-    assert engine.cancelled == ["cell 1"]
-    assert "jobs that are cancelled: 1; what they reached is kept, and the same command goes on" in said.getvalue()
+    assert backend.cancelled == ["cell 1"]
+    assert (
+        "jobs that are cancelled: 1; their training states are saved, and the same command resumes them"
+        in said.getvalue()
+    )
 
 
-def test_elsewhere_fail_fast_and_a_refusal_cancel_the_rest(desk):
-    failed = Answer("answer", a_done(0, ok=False))
-    engine, _, elsewhere = desk([[failed], "silent"])
-    assert [index for index, _ in elsewhere.work(a_todo(2), Policy(fail_fast=True))] == [0]
-    assert engine.cancelled == ["cell 1"]
-    engine, _, elsewhere = desk([[Answer("refused", "no such file")], "silent"])
+def test_remote_fail_fast_and_user_errors_cancel_the_rest(remote):
+    failed = JobResult("ok", a_result(0, ok=False))
+    backend, _, executor = remote([[failed], "silent"])
+    assert [index for index, _ in executor.run(a_todo(2), Policy(fail_fast=True))] == [0]
+    assert backend.cancelled == ["cell 1"]
+    backend, _, executor = remote([[JobResult("user error", "no such file")], "silent"])
     with pytest.raises(UserError, match="no such file"):
-        list(elsewhere.work(a_todo(2), AS_IS))
-    assert engine.cancelled == ["cell 1"]
+        list(executor.run(a_todo(2), AS_IS))
+    assert backend.cancelled == ["cell 1"]
 
 
-def test_elsewhere_what_another_process_has_is_not_submitted(desk, tmp_path):
-    engine, _, elsewhere = desk([[ok(0)]])
+def test_remote_cells_that_another_process_runs_are_not_submitted(remote, tmp_path):
+    backend, _, executor = remote([[ok(0)]])
     todo = a_todo(1)
-    about = dataclasses.replace(todo[0][1].about, folder=tmp_path / "cell")
-    with claimed(about.folder):
-        assert list(elsewhere.work({0: ("cell 0", Seen(about, None))}, AS_IS)) == [(0, None)]
-    assert engine.number == 0
+    description = dataclasses.replace(todo[0][1], folder=tmp_path / "cell")
+    with claimed(description.folder):
+        assert list(executor.run({0: ("cell 0", description)}, AS_IS)) == [(0, None)]
+    assert backend.number == 0
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Errand:
-    """Stands for the work of a job."""
-
-    what: str
-
-    def do(self, progress, stop):
-        progress.say("a line")
-        if self.what == "refused":
-            raise UserError("not with this file")
-        if self.what == "interrupted":
-            raise Interrupted("SIGTERM")
-        if self.what == "ended":
-            raise Ended("timeout", "too long")
-        if self.what == "error":
-            raise ValueError("no luck\nin two lines")
-        return os.getcwd()
+def call(ending, progress, stop):
+    """The function of a job."""
+    progress.say("a line")
+    if ending == "user error":
+        raise UserError("not with this file")
+    if ending == "interrupted":
+        raise Interrupted("SIGTERM")
+    if ending == "worker error":
+        raise WorkerError("timeout", "too long")
+    if ending == "error":
+        raise ValueError("no luck\nin two lines")
+    return os.getcwd()
 
 
 @pytest.mark.parametrize(
-    ("what", "expected"),
+    ("ending", "expected"),
     [
-        ("refused", ("refused", "not with this file")),
+        ("user error", ("user error", "not with this file")),
         ("interrupted", ("interrupted", "SIGTERM")),
-        ("ended", ("ended", ("timeout", "too long"))),
-        ("error", ("ended", ("failed", "ValueError: no luck"))),
+        ("worker error", ("failed", ("timeout", "too long"))),
+        ("error", ("failed", ("failed", "ValueError: no luck"))),
     ],
 )
-def test_errors_of_a_job_are_answers(what, expected):
-    answer = pickle.loads(pickle.dumps(Job.of(Errand(what)))).answer(Stop())
-    assert ((answer.kind, answer.value), answer.said) == (expected, ["a line"])
+def test_errors_of_a_job_are_results(ending, expected):
+    result = pickle.loads(pickle.dumps(Job.of(call, ending))).run(Stop())
+    assert ((result.kind, result.value), result.lines) == (expected, ["a line"])
 
 
-def test_a_job_finds_the_paths_and_the_modules_of_the_run_that_began_it(tmp_path, monkeypatch):
+def test_a_job_has_the_working_directory_and_import_path_of_its_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plugins").mkdir()
     monkeypatch.setattr(sys, "path", [*sys.path, "plugins"])
-    job = Job.of(Errand("answer"))
+    job = Job.of(call, "ok")
     monkeypatch.chdir("/")
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != "plugins"])
-    assert job.answer(Stop()).value == str(tmp_path)
+    assert job.run(Stop()).value == str(tmp_path)
     assert str(tmp_path / "plugins") in sys.path
 
 
-def test_what_cannot_be_handed_over_is_said():
-    with pytest.raises(UserError, match="a cell cannot be handed to another machine"):
+def test_a_cell_that_cannot_be_pickled_is_a_user_error():
+    with pytest.raises(UserError, match="a cell cannot be sent to another machine"):
         Job.of(lambda: None)
 
 
@@ -419,7 +427,7 @@ def test_what_cannot_be_handed_over_is_said():
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Commands by the names of Slurm's, which write down what they are told. No job ever runs."""
+    """Fake Slurm commands, which record their arguments. No job runs."""
     folder = tmp_path / "bin"
     folder.mkdir()
     told = tmp_path / "told"
@@ -432,47 +440,47 @@ def slurm(tmp_path, monkeypatch):
     return told
 
 
-def submitit_engine(results, **settings):
-    from distillbench.engine_submitit import Submitit
+def submitit_backend(folder, **settings):
+    from distillbench.engine_submitit import SubmititBackend
 
-    return Submitit(SubmititConfig("submitit", **settings), results)
+    return SubmititBackend(SubmititConfig("submitit", **settings), folder)
 
 
-def test_slurm_is_asked_for_what_the_settings_say(slurm, tmp_path):
+def test_settings_become_slurm_options(slurm, tmp_path):
     pytest.importorskip("submitit", reason="jobs of Slurm need submitit: the extra slurm")
     given = {"partition": "gpu", "gpus": 2, "cpus": 8, "memory_gb": 64, "hours": 1.5, "parallel": 3}
     given |= {"setup": ["module load cuda"], "parameters": {"slurm_account": "us", "slurm_signal_delay_s": 120}}
-    engine = submitit_engine(tmp_path, **given)
-    numbers = engine.submit([Job.of(Errand("answer"))] * 5)
+    backend = submitit_backend(tmp_path, **given)
+    numbers = backend.submit([Job.of(call, "ok")] * 5)
     lines = slurm.read_text().splitlines()
     expected = {"array=0-4%3", "partition=gpu", "gpus-per-node=2", "cpus-per-task=8", "mem=64GB", "time=90"}
     expected |= {"account=us", "signal=USR2@120", "job-name=distillbench"}
     assert {f"#SBATCH --{line}" for line in expected} <= set(lines)
     assert "module load cuda" in lines and any("submitit.core._submit" in line for line in lines)
-    engine.cancel(numbers[:2])
-    assert slurm.read_text().split()[-4:] == ["scancel", engine_id(numbers[0]), "scancel", engine_id(numbers[1])]
+    backend.cancel(numbers[:2])
+    assert slurm.read_text().split()[-4:] == ["scancel", job_id(numbers[0]), "scancel", job_id(numbers[1])]
 
 
-def engine_id(number):
+def job_id(number):
     return f"11_{number}"
 
 
-def test_many_jobs_are_arrays_that_slurm_takes_and_share_what_may_run(slurm, tmp_path, monkeypatch):
+def test_many_jobs_are_split_into_arrays_that_share_the_limit_of_running_jobs(slurm, tmp_path, monkeypatch):
     pytest.importorskip("submitit", reason="jobs of Slurm need submitit: the extra slurm")
     monkeypatch.setattr("distillbench.engine_submitit.LARGEST_ARRAY", 2)
-    engine = submitit_engine(tmp_path, parallel=4)
-    assert engine.submit([Job.of(Errand("answer"))] * 4) == [0, 1, 2, 3]
+    backend = submitit_backend(tmp_path, parallel=4)
+    assert backend.submit([Job.of(call, "ok")] * 4) == [0, 1, 2, 3]
     assert slurm.read_text().count("#SBATCH --array=0-1%2") == 2
 
 
-def test_a_job_that_slurm_lost_is_an_answer(slurm, tmp_path, monkeypatch):
+def test_a_job_that_slurm_lost_has_a_failed_result(slurm, tmp_path, monkeypatch):
     pytest.importorskip("submitit", reason="jobs of Slurm need submitit: the extra slurm")
     monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 0)
-    engine = submitit_engine(tmp_path)
-    numbers = engine.submit([Job.of(Errand("answer"))] * 2)
-    ((number, answer),) = engine.answers(numbers, 0.0)
-    assert (number, answer.kind, answer.value[0]) == (1, "ended", "failed")
-    assert "state NODE_FAIL" in answer.value[1]
+    backend = submitit_backend(tmp_path)
+    numbers = backend.submit([Job.of(call, "ok")] * 2)
+    ((number, result),) = backend.results(numbers, 0.0)
+    assert (number, result.kind, result.value[0]) == (1, "failed", "failed")
+    assert "state NODE_FAIL" in result.value[1]
 
 
 @pytest.mark.parametrize(
@@ -482,17 +490,17 @@ def test_a_job_that_slurm_lost_is_an_answer(slurm, tmp_path, monkeypatch):
         ({"slurm_acount": 1}, "Unknown argument 'acount"),
     ],
 )
-def test_a_wrong_parameter_is_said(slurm, tmp_path, parameters, told):
+def test_an_unknown_parameter_is_a_user_error(slurm, tmp_path, parameters, told):
     pytest.importorskip("submitit", reason="jobs of Slurm need submitit: the extra slurm")
     with pytest.raises(UserError, match=told):
-        submitit_engine(tmp_path, parameters=parameters).submit([Job.of(Errand("answer"))])
+        submitit_backend(tmp_path, parameters=parameters).submit([Job.of(call, "ok")])
 
 
-def test_without_slurm_the_executor_says_so(tmp_path, monkeypatch):
+def test_a_machine_without_slurm_is_a_user_error(tmp_path, monkeypatch):
     pytest.importorskip("submitit", reason="jobs of Slurm need submitit: the extra slurm")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"executor=submitit: Could not detect .srun"):
-        submitit_engine(tmp_path)
+        submitit_backend(tmp_path)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
@@ -505,7 +513,7 @@ from executed_plugin import Fine
 
 
 class Preempted(Fine):
-    "In a job of submitit its process is told in the third step that it is preempted, once."
+    "In a job of submitit its process receives the preemption signal in the third step, once."
     name = "preempted"
     steps = 0
 
@@ -525,7 +533,7 @@ def register_methods(register):
 
 @pytest.fixture(scope="module")
 def alone(plugins, tmp_path_factory):
-    """The run that all others must be like: one cell after the other, in this process."""
+    """The run that all others are compared with: serial, in this process."""
     words = ["methods=[fine,preempted]", "device=cpu", "isolate=false"]
     return go(plugins, tmp_path_factory.mktemp("alone"), *words)[0]
 
@@ -534,12 +542,12 @@ def same(table, alone, *methods):
     """Whether the rows of these methods are those of `alone`."""
     methods = ["teacher:ddim", *methods]
     expected, found = (one[one["method"].isin(methods)].reset_index(drop=True) for one in (alone.table, table))
-    pd.testing.assert_frame_equal(counted(found), counted(expected))
+    pd.testing.assert_frame_equal(reproducible(found), reproducible(expected))
     return True
 
 
 @pytest.mark.slow
-def test_workers_with_devices_make_the_table_of_one(plugins, alone, tmp_path):
+def test_several_workers_make_the_same_table_as_one(plugins, alone, tmp_path):
     outcome, _ = go(plugins, tmp_path, "methods=[dies,fine]", "executor.devices=[cpu,cpu]", "executor.workers=2")
     assert same(outcome.table, alone, "fine")
     assert outcome.table["method"].to_list() == ["teacher:ddim", "dies", "fine"]  # in the order of the run
@@ -547,11 +555,11 @@ def test_workers_with_devices_make_the_table_of_one(plugins, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_that_is_preempted_keeps_its_state_and_goes_back_into_the_queue(plugins, alone, tmp_path):
+def test_a_preempted_job_saves_its_state_and_is_queued_again(plugins, alone, tmp_path):
     pytest.importorskip("submitit", reason="jobs of Slurm need submitit: the extra slurm")
     words = ["methods=[preempted]", "isolate=false", "executor=submitit", "executor.cluster=local", "executor.gpus=0"]
     outcome, said = go(plugins, tmp_path, *words, "executor.parallel=2")
-    assert "going on after 30 images" in said
+    assert "continuing after 30 images" in said
     assert same(outcome.table, alone, "preempted")
     (weights,) = (outcome.folder / "weights").iterdir()
     assert weights.read_bytes() == (alone.folder / "weights" / weights.name).read_bytes()
@@ -559,7 +567,7 @@ def test_a_job_that_is_preempted_keeps_its_state_and_goes_back_into_the_queue(pl
 
 
 @pytest.mark.slow
-def test_a_lost_worker_of_ray_hurts_one_row(plugins, alone, tmp_path):
+def test_a_lost_ray_worker_fails_one_row(plugins, alone, tmp_path):
     if importlib.util.find_spec("ray") is None:  # it is not imported here: it reads its environment when it is
         pytest.skip("tasks of ray need ray: the extra ray")
     words = ["methods=[dies,fine]", "isolate=false", "executor=ray", "executor.gpus=0", "executor.retries=0"]

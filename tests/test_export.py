@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from distillbench import Denoiser, Method, MethodConfig, Teacher, UserError
 from distillbench.conditions import WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.config import compose_runs, to_yaml
+from distillbench.diffusers_calls import Call, ScoreCall
 from distillbench.diffusers_networks import PixelUNet
-from distillbench.diffusers_schedules import Call, ScoreCall
 from distillbench.edm_networks import DhariwalUNet, SongUNet
 from distillbench.networks import DiT as PixelDiT
 from distillbench.networks import OfDiffusers, ResidualMLP, UNet

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distillbench.files import canonical_json, key_of, sha256_file, sha256_tensors, write_atomically
+from distillbench.links import link_or_copy
 
 
 def names(folder):
@@ -99,3 +100,23 @@ def test_the_temporary_file_has_the_suffix_of_the_target(tmp_path):
     seen = []
     write_atomically(tmp_path / "a.png", seen.append)
     assert seen[0].endswith(".png")
+
+
+def test_a_link_replaces_what_was_there(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "new" / "target"
+    source.write_text("first")
+    link_or_copy(source, target)
+    other = tmp_path / "other"
+    other.write_text("second")
+    link_or_copy(other, target)
+    assert (target.read_text(), source.read_text()) == ("second", "first")
+
+
+def test_where_files_cannot_be_linked_they_are_copied(tmp_path, monkeypatch):
+    def fail(*paths):
+        raise OSError("no links here")
+
+    monkeypatch.setattr("os.link", fail)
+    (tmp_path / "source").write_text("text")
+    link_or_copy(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "target").read_text() == "text"

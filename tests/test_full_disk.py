@@ -18,8 +18,8 @@ from distillbench.files import TEMPORARY
 from distillbench.plan import plan
 from distillbench.progress import Progress
 from distillbench.registry import load_registry
-from distillbench.results import LAST
 from distillbench.run import run
+from distillbench.table import LAST
 
 WORDS = ["methods=[pd,direct]", "dataset=gmm", "teacher=gmm", "teacher.width=16", "isolate=false", "run_name=run"]
 WORDS += ["batch_size=32", "budget.images=320", "methods.direct.pairs=64", "methods.direct.steps=4", "states.seconds=0"]

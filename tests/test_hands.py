@@ -1,4 +1,4 @@
-"""Cells in processes of their own: crashes, time limits, signals and orphans hurt what they must, and nothing else."""
+"""Worker processes: a crash, a time limit, a signal or a killed parent ends one cell and nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from distillbench.claims import claimed, is_claimed, waiting
-from distillbench.hands import Ended, OtherHands
+from distillbench.hands import SubprocessWorker, WorkerError
 from distillbench.processes import ProcessError, Worker
 from distillbench.progress import Progress
 from distillbench.signals import Interrupted, Stop
@@ -112,7 +112,7 @@ def wait_for(condition, seconds: float = 120):
 
 
 @pytest.mark.slow
-def test_a_crash_hurts_one_row(tmp_path):
+def test_a_crash_fails_one_row(tmp_path):
     words = ["methods=[dies,fine]"]
     done = subprocess.run(command(tmp_path, *words), capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -128,7 +128,7 @@ def test_a_crash_hurts_one_row(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_terminated_run_keeps_a_state_and_goes_on(tmp_path):
+def test_a_terminated_run_saves_a_state_and_resumes(tmp_path):
     words = ["methods=[slow]"]
     running = subprocess.Popen(command(tmp_path, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = wait_for(lambda: [f for f in (tmp_path / "results").glob("cells/*/log.txt") if "training" in f.read_text()])
@@ -136,22 +136,22 @@ def test_a_terminated_run_keeps_a_state_and_goes_on(tmp_path):
     running.send_signal(signal.SIGTERM)
     out, err = running.communicate(timeout=120)
     assert running.returncode == 143, out + err
-    assert "interrupted. What was reached is kept: the same command goes on from there" in err
+    assert "interrupted; progress is saved: run the same command again to resume" in err
     found = rows(tmp_path)
     assert found.loc["slow", "status"] == "interrupted"
-    assert found.loc["slow", "reason"].startswith("SIGTERM: the same command goes on from there")
+    assert found.loc["slow", "reason"].startswith("SIGTERM: the same command resumes it")
     (state,) = log[0].parent.glob("resume/1/state-*.safetensors")
     images = int(state.name.split("-")[1])
     assert 0 < images < 800
     done = subprocess.run(command(tmp_path, *words), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"going on after {images:,} images" in done.stdout
+    assert f"continuing after {images:,} images" in done.stdout
     assert rows(tmp_path).loc["slow", ["status", "train_images"]].to_list() == ["ok", 800]
     assert not (log[0].parent / "resume").exists()
 
 
 @pytest.mark.slow
-def test_when_the_run_is_killed_the_cells_process_ends_with_a_state(tmp_path):
+def test_the_process_of_a_cell_saves_a_state_when_the_run_is_killed(tmp_path):
     running = subprocess.Popen(
         command(tmp_path, "methods=[slow]"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -182,7 +182,7 @@ def dies(argument, tell):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def test_a_worker_tells_how_it_goes_and_answers(tmp_path):
+def test_a_worker_sends_messages(tmp_path):
     with Worker(tells, 21, tmp_path / "log.txt") as worker:
         assert (worker.news(), worker.news()) == (("say", 21), ("answer", 42))
 
@@ -191,40 +191,37 @@ def test_a_worker_tells_how_it_goes_and_answers(tmp_path):
     ("function", "reason"),
     [(raises, "ValueError: no luck"), (dies, r"the process died \(killed by SIGSEGV\); its last words: last words")],
 )
-def test_a_worker_that_fails_says_why(tmp_path, function, reason):
+def test_a_worker_that_fails_gives_the_reason(tmp_path, function, reason):
     with Worker(function, 1, tmp_path / "log.txt") as worker, pytest.raises(ProcessError, match=reason):
         worker.news()
 
 
-def hangs(argument, tell):
-    tell("say", "here I am")
+def hangs(progress, stop):
     time.sleep(1000)
 
 
-def stops(argument, tell):
-    """Dies of the signal, as a process does that has not come far enough to keep anything."""
-    tell("say", "here I am")
+def dies_of_the_signal(progress, stop):
+    """Like a process that is too young to save anything."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    progress.say("ready")
     time.sleep(1000)
 
 
-def test_a_worker_that_hangs_is_killed_when_its_time_is_up(tmp_path):
-    hands = OtherHands(Progress(None), Stop(), 0.0)
-    with pytest.raises(Ended, match=r"killed after cell_seconds=15") as ended:
-        hands._answer(hangs, None, tmp_path / "log.txt", 15.0)
-    assert ended.value.status == "timeout"
+def test_a_process_that_hangs_is_killed_after_its_time_limit(tmp_path):
+    worker = SubprocessWorker(Progress(None), Stop(), 0.0)
+    with pytest.raises(WorkerError, match=r"killed after cell_seconds=3") as error:
+        worker._call(hangs, (), tmp_path / "log.txt", 3.0)
+    assert error.value.status == "timeout"
 
 
-def test_a_worker_that_dies_of_the_signal_was_interrupted(tmp_path):
+def test_a_process_that_dies_of_the_signal_was_interrupted(tmp_path):
     stop = Stop()
-    hands = OtherHands(Ask(stop), stop, 0.0)
+    worker = SubprocessWorker(StopOnFirstLine(stop), stop, 0.0)
     with pytest.raises(Interrupted, match="SIGTERM"):
-        hands._answer(stops, None, tmp_path / "log.txt", 0.0)
+        worker._call(dies_of_the_signal, (), tmp_path / "log.txt", 0.0)
 
 
-class Ask(Progress):
-    """Asks to stop as soon as something is said."""
-
+class StopOnFirstLine(Progress):
     def __init__(self, stop: Stop) -> None:
         super().__init__(None)
         self.stop = stop
@@ -233,15 +230,15 @@ class Ask(Progress):
         self.stop.ask("SIGTERM")
 
 
-def test_what_cannot_be_handed_over_is_said(tmp_path):
-    with pytest.raises(ProcessError, match="cannot be handed to another process"):
+def test_a_function_that_cannot_be_pickled_is_an_error(tmp_path):
+    with pytest.raises(ProcessError, match="cannot be sent to another process"):
         Worker(lambda argument, tell: None, 1, tmp_path / "log.txt")
 
 
 # --- claims and signals ----------------------------------------------------------------------------------------------
 
 
-def test_a_claim_is_held_by_one(tmp_path):
+def test_one_process_at_a_time_holds_a_claim(tmp_path):
     folder = tmp_path / "cell"
     assert not is_claimed(folder)
     with claimed(folder) as mine:
@@ -253,14 +250,14 @@ def test_a_claim_is_held_by_one(tmp_path):
         assert is_claimed(folder)
 
 
-def test_a_signal_ends_what_does_not_ask_and_is_told_to_what_does():
+def test_a_signal_raises_unless_the_code_asks_for_it():
     stop = Stop()
     with pytest.raises(Interrupted, match="SIGTERM"):
         stop.ask("SIGTERM")
     stop = Stop()
     with stop.patiently():
         stop.ask("SIGTERM")
-        stop.ask("SIGTERM")  # to the whole group, and passed on
+        stop.ask("SIGTERM")  # sent to the process group, and passed on by the parent
         assert stop() and stop.name == "SIGTERM"
         stop.since -= 60
         with pytest.raises(Interrupted):

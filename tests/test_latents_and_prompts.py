@@ -16,7 +16,7 @@ from distillbench.conditions import Condition, Conditioning
 from distillbench.denoiser import guided
 from distillbench.latents import as_trained_on, placeholder
 from distillbench.networks import ResidualMLP
-from distillbench.parked import Parked
+from distillbench.parked import Offloaded
 from distillbench.progress import Progress
 from distillbench.prompts import PlaceholderPrompts, encode_prompts
 from distillbench.schedules import VPCosine
@@ -101,10 +101,10 @@ class Moves(torch.nn.Linear):
 
 
 def test_an_autoencoder_stays_on_the_device_while_a_dataset_is_encoded(tmp_path):
-    encoder, unused = Parked(Moves(8, 4), "there"), Parked(Moves(2, 2), "there")
+    encoder, unused = Offloaded(Moves(8, 4), "there"), Offloaded(Moves(2, 2), "there")
 
     def to_latents(x):
-        with encoder.awake() as module:
+        with encoder.on_device() as module:
             assert module.moves[-1] == "there"
             return x[..., ::2, ::2]
 

@@ -1,4 +1,4 @@
-"""Thousands of cells: what is done once and not for each, counted and not timed; and what a person is shown of them."""
+"""Thousands of cells: what is done once and not for each cell (counted, not timed), and what is shown of them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from distillbench import config, export_run, neighbours, plan, results, run_settings, run_table, seen_files
+from distillbench import config, export_run, links, neighbours, plan, run_settings, run_table, seen_files
 from distillbench.cell import AS_IS
 from distillbench.config import compose_runs, to_yaml
 from distillbench.errors import UserError
-from distillbench.hands import OwnHands
+from distillbench.hands import InProcessWorker
 from distillbench.method import MethodConfig
 from distillbench.options import option
-from distillbench.plan import plain_settings
 from distillbench.progress import Progress
 from distillbench.registry import Entry, Plugin, load_registry
 from distillbench.reports.runs import read_run
-from distillbench.results import sample_grid
 from distillbench.run import run
 from distillbench.run_settings import BUT, read_settings, write_settings
-from distillbench.run_table import Rarely, RunTable
+from distillbench.run_table import RunTable, ThrottledWriter
+from distillbench.sample_grid import MOST_ROWS, sample_grid
 from distillbench.seen_files import SeenFiles
+from distillbench.shared_context import plain_settings
 from distillbench.signals import Stop
 from distillbench.statistics import summarise
 from distillbench.terminal import MOST_LINES, print_plan, print_rows, print_table
@@ -94,7 +94,7 @@ GIVEN = ["methods=[boot]", "dataset=digits"]
         ["executor=submitit", "executor.parameters={slurm_qos: low},{}", "seed=0"],
     ],
 )
-def test_points_that_are_made_from_a_neighbour_are_those_that_are_composed(registry, words, monkeypatch):
+def test_built_points_equal_composed_points(registry, words, monkeypatch):
     def settings():
         try:
             return compose_runs([*GIVEN, *words], registry)
@@ -102,14 +102,14 @@ def test_points_that_are_made_from_a_neighbour_are_those_that_are_composed(regis
             return str(error)
 
     made = settings()
-    monkeypatch.setattr(neighbours, "recipe_of", lambda node: (_ for _ in ()).throw(neighbours.Alone("never")))
+    monkeypatch.setattr(neighbours, "recipe_of", lambda node: (_ for _ in ()).throw(neighbours.NotBuildable("never")))
     composed = settings()
     assert made == composed
     assert isinstance(made, str) or [to_yaml(one) for one in made] == [to_yaml(one) for one in composed]
 
 
 @pytest.mark.parametrize("words", [["accumulate=1,64,65"], ["methods.boot.lr=0.1,-1"], ["seed=0,99999999999999999999"]])
-def test_a_point_that_does_not_fit_has_the_words_that_it_has_alone(registry, words):
+def test_an_invalid_point_has_the_same_message_in_a_grid_as_alone(registry, words):
     said = []
     for given in (words, [words[0].partition("=")[0] + "=" + words[0].rpartition(",")[2]]):
         with pytest.raises(UserError) as caught:
@@ -120,7 +120,7 @@ def test_a_point_that_does_not_fit_has_the_words_that_it_has_alone(registry, wor
 
 @dataclass
 class Doubling(MethodConfig):
-    """A stranger's settings that change themselves when they are made: a second time would change them again."""
+    """Third-party settings that change themselves when they are built: building twice would change them twice."""
 
     width: int = option(1, "is doubled")
     sizes: list[int] = option([1, 2], "some")
@@ -130,7 +130,7 @@ class Doubling(MethodConfig):
         self.width *= 2
 
 
-def test_settings_of_methods_are_made_once_and_shared_by_no_two_points(registry):
+def test_settings_of_methods_are_built_once_and_not_shared_by_points(registry):
     cls = type("Mine", (), {"name": "mine", "Config": Doubling})
     known = dataclasses.replace(registry, methods=registry.methods | {"mine": Entry(cls, Plugin("mine", "x", "1"))})
     runs = compose_runs(["methods=[mine,boot]", "dataset=digits", "seed=0,1,2", "methods.mine.lr=1,2"], known)
@@ -140,7 +140,7 @@ def test_settings_of_methods_are_made_once_and_shared_by_no_two_points(registry)
     assert len({id(run.methods["mine"].sizes) for run in runs}) == 6
 
 
-def test_one_point_is_composed_and_the_others_are_made_from_it(registry, count):
+def test_one_point_is_composed_and_the_others_are_built_from_it(registry, count):
     composed = count(config, "_compose")
     rates = ",".join(str(k) for k in range(1, SETTINGS + 1))
     assert len(compose_runs([*GIVEN, f"seed=range(0,{SEEDS})", f"methods.boot.lr={rates}"], registry)) == 300
@@ -173,13 +173,13 @@ def test_points_with_other_settings_are_written_whole(registry, monkeypatch):
 
 @pytest.mark.parametrize("change", ['{"a.b": 1}', '{"seed.x": 1}'])
 def test_a_point_that_differs_in_what_there_is_not_is_damage(change):
-    with pytest.raises(yaml.YAMLError, match="differs from the first in settings that it has not"):
+    with pytest.raises(yaml.YAMLError, match="changes settings that the first one does not have"):
         read_settings(f"seed: 1\n---\n{BUT}: {change}\n", lambda part: list(yaml.safe_load_all(part)))
 
 
 def test_few_words_do_not_stand_for_a_billion():
     text = f"a: {'x' * 10**6}\n" + f'---\n{BUT}: {{"a": 1}}\n' * 200
-    with pytest.raises(yaml.YAMLError, match="stands for more than"):
+    with pytest.raises(yaml.YAMLError, match="expands to more than"):
         read_settings(text, lambda part: list(yaml.safe_load_all(part)))
 
 
@@ -231,35 +231,35 @@ def test_settings_as_plain_values_are_what_json_makes_of_them(registry):
 def done(planned, benchmark):
     """The same cells, all done: one trained, the others' records made from its."""
     configs, cells, _ = planned
-    seen = OwnHands(Progress(None), Stop()).look(cells, AS_IS)
-    assert not any(one.done for one in seen)
-    records = benchmark.train_one(cells, seen)
+    scan = InProcessWorker(Progress(None), Stop()).scan(cells, AS_IS)
+    assert not any(scan.results)
+    records = benchmark.train_one(cells, scan.descriptions)
     files = SeenFiles(Path(configs[0].results_dir) / "cells")
-    for cell, one in zip(cells[2:], seen[2:], strict=True):
+    for cell, one in zip(cells[2:], scan.descriptions[2:], strict=True):
         benchmark.fabricate(cell, one, files, *records)
     files.keep()
-    return configs, cells, seen
+    return configs, cells, scan.descriptions
 
 
-def test_weights_are_read_once_and_again_where_they_have_changed(done, count):
-    _, cells, seen = done
-    hands = OwnHands(Progress(None), Stop())
+def test_weights_are_hashed_once_and_again_after_changes(done, count):
+    _, cells, descriptions = done
+    worker = InProcessWorker(Progress(None), Stop())
     hashed = count(seen_files, "sha256_file")
-    assert all(one.done is not None and one.done.ok for one in hands.look(cells, AS_IS))
+    assert all(result is not None and result.ok for result in worker.scan(cells, AS_IS).results)
     assert hashed.calls <= 1  # the one that was trained, by nobody who noted it
-    hands.look(cells, AS_IS)
+    worker.scan(cells, AS_IS)
     assert hashed.calls <= 1
-    path = seen[-1].about.folder / "student.safetensors"
+    path = descriptions[-1].folder / "student.safetensors"
     data = path.read_bytes()
     path.unlink()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert hands.look(cells, AS_IS)[-1].done is None
+    assert worker.scan(cells, AS_IS).results[-1] is None
     path.write_bytes(data)
-    assert hands.look(cells, AS_IS)[-1].done is not None
+    assert worker.scan(cells, AS_IS).results[-1] is not None
     assert hashed.calls <= 3
 
 
-def test_what_was_noted_of_files_is_only_there_to_save_time(tmp_path):
+def test_a_damaged_hash_cache_is_ignored(tmp_path):
     path = tmp_path / "cells" / "a" / "student.safetensors"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"weights")
@@ -276,34 +276,34 @@ def go(done, said):
     return run(cells, configs, progress, lambda rows: print_rows(progress, rows))
 
 
-def test_a_run_that_finds_all_its_cells_writes_its_folder_once(done, count):
+def test_a_run_that_finds_all_results_writes_its_folder_once(done, count):
     said = io.StringIO()
-    written, linked = count(run_table, "write_table"), count(results, "link_or_copy")
+    written, linked = count(run_table, "write_table"), count(links, "link_or_copy")
     outcome = go(done, said)
     assert written.calls == 2 and linked.calls == 0  # the table and its summary; links are made at once
     assert len(outcome.table) == 301 and len(list((outcome.folder / "weights").iterdir())) == 300
     assert "301 rows: 301 ok" in said.getvalue() and said.getvalue().count("\n") < 5
     with Image.open(outcome.folder / "samples.png") as picture:
-        assert picture.height < (results.MOST_LINES + 2) * 52
+        assert picture.height < (MOST_ROWS + 2) * 52
     assert read_run(outcome.folder).problems == []
     shown = io.StringIO()
     print_table(Console(file=shown, width=200), outcome.table, outcome.summary, {"teacher_rmse": "lower"})
     assert shown.getvalue().count("\n") < 20
 
 
-def test_rows_that_come_in_one_by_one_are_all_there_in_the_end(done, tmp_path, count):
+def test_rows_that_arrive_one_by_one_are_all_in_the_final_table(done, tmp_path, count):
     """Each is shown at once. The folder is written for the first, and then when its time has come."""
     configs, cells, _ = done
-    seen = OwnHands(Progress(None), Stop()).look(cells, AS_IS)
+    scan = InProcessWorker(Progress(None), Stop()).scan(cells, AS_IS)
     grown = []
-    table = RunTable(tmp_path / "run", cells, configs, run_table.Looked(seen, {}), grown.append)
+    table = RunTable(tmp_path / "run", cells, configs, scan, grown.append)
     written = count(run_table, "write_table")
-    table.writing.due = time.monotonic() + 1000
-    for index, one in enumerate(seen):
-        table.add({index: one.done})
+    table.writer.due = time.monotonic() + 1000
+    for index, result in enumerate(scan.results):
+        table.add({index: result})
     assert written.calls == 0 and len(grown) == 301
     outcome = table.finish("skipped", "")
-    assert written.calls == 2 and table.writing.timer is not None
+    assert written.calls == 2 and table.writer.timer is not None
     pd.testing.assert_frame_equal(pd.concat(grown, ignore_index=True), outcome.table)
 
 
@@ -336,23 +336,23 @@ class Slow:
 
 def test_what_is_written_quickly_is_written_at_once(monkeypatch):
     slow = Slow(monkeypatch, 0.1)
-    rarely = Rarely(slow)
+    writer = ThrottledWriter(slow)
     for _ in range(5):
-        rarely.soon()
+        writer.schedule()
     assert len(slow.times) == 5
 
 
 def test_what_takes_long_is_written_in_a_twentieth_of_the_time_and_at_the_end(monkeypatch):
     slow = Slow(monkeypatch, 1.0)
-    rarely = Rarely(slow)
+    writer = ThrottledWriter(slow)
     monkeypatch.setattr(run_table.threading, "Timer", NoTimer)
     for _ in range(1000):
-        rarely.soon()
+        writer.schedule()
         slow.now += 0.1
     assert slow.times[0] == 0 and 4 <= len(slow.times) <= 6
-    rarely.last()
+    writer.flush()
     assert slow.times[-1] >= 100
-    rarely.last()
+    writer.flush()
     assert slow.times[-1] == max(slow.times) and len(slow.times) <= 7
 
 
@@ -373,11 +373,11 @@ class NoTimer:
         pass
 
 
-def test_what_was_put_off_is_written_by_itself_when_nothing_more_comes():
+def test_a_delayed_write_happens_without_further_changes():
     written = threading.Event()
-    rarely = Rarely(written.set)
-    rarely.due = time.monotonic() + 0.05
-    rarely.soon()
+    writer = ThrottledWriter(written.set)
+    writer.due = time.monotonic() + 0.05
+    writer.schedule()
     assert not written.is_set()
     assert written.wait(5)
 
@@ -386,17 +386,17 @@ def test_what_goes_wrong_while_nobody_looks_is_raised_the_next_time():
     def full():
         raise OSError(28, "No space left on device")
 
-    rarely = Rarely(full)
-    rarely.due = time.monotonic() + 0.01
-    rarely.soon()
-    rarely.timer.join()
+    writer = ThrottledWriter(full)
+    writer.due = time.monotonic() + 0.01
+    writer.schedule()
+    writer.timer.join()
     with pytest.raises(OSError, match="No space left"):
-        rarely.soon()
+        writer.schedule()
 
 
 def test_a_picture_of_many_rows_says_how_many_it_leaves_out():
     import torch
 
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    few, many = (sample_grid([(f"row {k}", images) for k in range(count)]) for count in (results.MOST_LINES, 5000))
+    few, many = (sample_grid([(f"row {k}", images) for k in range(count)]) for count in (MOST_ROWS, 5000))
     assert many.height == few.height + 52

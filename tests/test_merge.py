@@ -15,7 +15,7 @@ from distillbench.errors import UserError
 from distillbench.reports.commands import merge_runs
 from distillbench.reports.merge import merge
 from distillbench.reports.runs import RunData, read_run
-from distillbench.results import make_along, make_table, write_table
+from distillbench.table import make_along, make_table, write_table
 from test_show import COLUMNS, FID, NAMES, TEACHER, row, run_data, run_folder, seeds
 
 BASE = row(fid=80.0, **TEACHER)

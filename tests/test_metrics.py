@@ -18,7 +18,8 @@ from distillbench.builtin.pixels import NearestRealRmse, Spread, TeacherRmse
 from distillbench.datasets import Dataset, to_float, to_uint8
 from distillbench.denoiser import NetworkCall
 from distillbench.errors import DivergedError, Unavailable, UserError
-from distillbench.evaluate import EvaluationConfig, Evaluator, teacher_sampler
+from distillbench.evaluate import Evaluator, teacher_sampler
+from distillbench.evaluation_settings import EvaluationConfig
 from distillbench.features import Networks
 from distillbench.frechet import GaussianStatistics, Moments, frechet_distance
 from distillbench.metrics import Metric, Samples, check_needs

@@ -16,9 +16,10 @@ from distillbench.files import key_of
 from distillbench.method import Method, MethodConfig, NetworkConfig, OptimizerConfig
 from distillbench.optimizers import learning_rate_factor
 from distillbench.options import option
-from distillbench.plan import changed_settings, plain_settings
+from distillbench.plan import changed_settings
 from distillbench.progress import Step
 from distillbench.registry import load_registry
+from distillbench.shared_context import plain_settings
 from distillbench.train import Loop, train
 
 RUN = ["methods=[sid]", "dataset=digits"]
@@ -85,7 +86,7 @@ def test_settings_without_their_network_are_refused():
             del self.other
 
     method = Without(Two.Config(), mlp_teacher())
-    with pytest.raises(RuntimeError, match="settings of other, and no network of that name"):
+    with pytest.raises(RuntimeError, match="the Config names other, but the method has no such network"):
         method.settings_of(method.student)
 
 

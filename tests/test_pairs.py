@@ -104,7 +104,7 @@ def test_whose_seconds_they_were_and_their_energy_are_kept(tmp_path):
     assert (manifest["joules"], manifest["no_joules"]) == (None, "no GPU in use")
     price = make(tmp_path)[2].price()
     assert price.teacher_seconds == manifest["teacher_seconds"] and price.student_seconds == 0
-    assert make(tmp_path)[2].charged_energy == Energy(None, "the pairs that were found: no GPU in use")
+    assert make(tmp_path)[2].charged_energy == Energy(None, "the cached pairs: no GPU in use")
     file.write_text(json.dumps(signed(manifest | {"joules": 12.5})))
     assert make(tmp_path)[2].charged_energy == Energy(12.5)
 
@@ -176,7 +176,7 @@ def test_damaged_pairs_are_made_again(tmp_path, damage):
     assert solved == 12 and same(again, good)
     assert meter.teacher_nfe == 36 and meter.charged.seconds == 0
     if damage not in ("no targets", "no manifest", "a manifest of other pairs"):
-        assert len(lines) == 1 and "made again" in lines[0]
+        assert len(lines) == 1 and "computed again" in lines[0]
     assert make(tmp_path)[1] == 0  # whole again
 
 
@@ -208,7 +208,7 @@ class Numbered:
 def test_texts_of_held_pairs_are_those_of_pairs_that_are_made_when_they_are_read(monkeypatch):
     targets, asked = torch.randn(10, 2, 1, 1), Conditioning(4, w_range=(1.0, 3.0), texts=Numbered())
     held = PairStore(7, targets, "cpu", asked)
-    monkeypatch.setattr(pairs_module, "HELD", 0)
+    monkeypatch.setattr(pairs_module, "HELD_BYTES", 0)
     made = PairStore(7, targets, "cpu", asked)
     assert held._holds and not made._holds
     for indices in (torch.tensor([3, 9, 0]).view(3, 1, 1, 1), torch.arange(10)):

@@ -26,7 +26,7 @@ PROCESS = """
 import os, sys
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
-from distillbench.compute import tf32
+from distillbench.precision import tf32
 from distillbench.features import full_precision
 from distillbench.precision import Float32Flags, _read, CUDA, CPU
 from distillbench.speed import TorchSettings

@@ -30,19 +30,21 @@ from distillbench.dropout import seed_masks
 from distillbench.energy import Energy
 from distillbench.errors import DivergedError, UserError
 from distillbench.failures import LostError, of_message
+from distillbench.feature_order import FeatureOrder
 from distillbench.features import FeatureNetwork
 from distillbench.following import check_rows
 from distillbench.launchers import by_mpi, follows, rank_and_count, started_together
-from distillbench.method import WHOLE, Batch, Method, OptimizerConfig, Share
+from distillbench.method import Batch, Method, OptimizerConfig
 from distillbench.networks import ResidualMLP
 from distillbench.optimizers import Optimizers
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress, Step
-from distillbench.ranks import ALONE, Ranks, joined
+from distillbench.ranks import SINGLE_RANK, Ranks, joined
 from distillbench.registry import load_registry
 from distillbench.resume import Followed, Resume, States
 from distillbench.schedules import VPCosine
-from distillbench.sharing import FeatureOrder, SharedNetworks
+from distillbench.share import WHOLE, Share
+from distillbench.sharing import SharedNetworks
 from distillbench.signals import Interrupted
 from distillbench.teachers import Teacher
 from distillbench.testbench import StopAfter
@@ -69,7 +71,7 @@ def network(kind: type[ResidualMLP] = ResidualMLP) -> ResidualMLP:
 
 
 def training(
-    name: str, folder: Path, ranks: Ranks = ALONE, parts: int = 1, limit: Limit = Limit.images, stop: int = 0,
+    name: str, folder: Path, ranks: Ranks = SINGLE_RANK, parts: int = 1, limit: Limit = Limit.images, stop: int = 0,
     kind: type[ResidualMLP] = ResidualMLP, cls: type[Method] | None = None,
 ) -> tuple[dict[str, torch.Tensor], Trained]:  # fmt: skip
     """A few steps of a method on a tiny teacher; its weights, and what the training left."""
@@ -137,9 +139,9 @@ def together(rank: int, port: int, folder: Path) -> None:
         (folder / f"sums-{rank}.json").write_text(json.dumps(summed(ranks, folder)))
         (folder / f"failures-{rank}.json").write_text(json.dumps(failures(ranks, folder)))
         first_features_only(ranks, folder)
-        assert ranks.energy(Energy(1.0)) == Energy(2.0)
-        assert ranks.energy(Energy(1.0) if rank else Energy(None, "none")).reason == "none"
-        assert ranks.main or ranks.take() is None
+        assert ranks.sum_energy(Energy(1.0)) == Energy(2.0)
+        assert ranks.sum_energy(Energy(1.0) if rank else Energy(None, "none")).reason == "none"
+        assert ranks.main or ranks.next_order() is None
 
 
 class Brightness(FeatureNetwork):
@@ -164,7 +166,7 @@ def first_features_only(ranks: Ranks, folder: Path) -> None:
     else:
         assert ranks.take().network == "brightness"
         with ranks.together():
-            networks.look_along(Brightness)
+            networks.follow_extraction(Brightness)
     assert not ranks.busy and ranks.gather(ranks.share.index) == [0, 1]
 
 
@@ -274,7 +276,7 @@ def failures(ranks: Ranks, folder: Path) -> dict[str, list[str]]:
     told = {}
     for name, (stage, error, where, step) in FAILURES.items():
         try:
-            with ranks.together():
+            with ranks.follow():
                 training("cm", folder, ranks, cls=failing(stage, error, where, step, ranks))
         except Exception as raised:
             told[name] = [type(raised).__name__, str(raised), *getattr(raised, "__notes__", [])]
@@ -367,8 +369,8 @@ def test_a_failure_in_one_process_is_raised_in_all(two, name):
         assert (kind, text) == (type(error).__name__, str(error))
     else:
         expected = "OutOfMemoryError" if isinstance(error, torch.OutOfMemoryError) else "RuntimeError"
-        assert (kind, text) == (expected, f"in process {first}: {type(error).__name__}: {error}")
-        assert notes[0].startswith(f"Traceback of process {first}:")
+        assert (kind, text) == (expected, f"on rank {first}: {type(error).__name__}: {error}")
+        assert notes[0].startswith(f"Traceback of rank {first}:")
 
 
 def test_what_an_error_of_a_message_means():
@@ -455,10 +457,10 @@ def test_one_process_is_alone(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with joined("cuda:1") as ranks:
-        assert ranks is ALONE and ranks.main and ranks.count == 1
+        assert ranks is SINGLE_RANK and ranks.main and ranks.count == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="a GPU of its own"), joined("cuda:1"):
+    with pytest.raises(UserError, match="has its own GPU"), joined("cuda:1"):
         pass
 
 
@@ -468,7 +470,7 @@ def test_what_accelerate_was_asked_for_is_known(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     with joined("cpu") as ranks:  # --cpu --num_processes 1
-        assert ranks is ALONE
+        assert ranks is SINGLE_RANK
     monkeypatch.setenv("MASTER_PORT", "29500")  # --cpu --num_processes 2
     with pytest.raises(UserError, match=r"several processes and has started one.*torchrun"), joined("cpu"):
         pass
@@ -478,7 +480,7 @@ def test_what_accelerate_was_asked_for_is_known(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")  # srun: processes that have nothing to do with one another
     assert rank_and_count() == (0, 1) and not follows() and not by_mpi()
     with joined("cpu") as ranks:
-        assert ranks is ALONE
+        assert ranks is SINGLE_RANK
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert rank_and_count() == (1, 2) and not by_mpi()
@@ -589,9 +591,9 @@ def test_runs_started_by_torchrun(tmp_path):
     assert done.returncode != 0 and "has ended" not in done.stderr, done.stderr[-3000:]
     table = pd.read_csv(tmp_path / "among" / "two" / "table.csv").set_index("method")
     assert len(table) == 5
-    reason = "RuntimeError: in process 1: ValueError: no luck"
+    reason = "RuntimeError: on rank 1: ValueError: no luck"
     assert tuple(table.loc["fails_in_training", ["status", "reason"]]) == ("failed", reason)
-    reason = "OutOfMemoryError: in process 1: OutOfMemoryError: CUDA out of memory"
+    reason = "OutOfMemoryError: on rank 1: OutOfMemoryError: CUDA out of memory"
     assert table.loc["fails_in_sampling", "status"] == "oom"
     assert table.loc["fails_in_sampling", "reason"].startswith(reason)
     assert table.loc["needs_much", "status"] == "ok"

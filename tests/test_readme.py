@@ -8,8 +8,8 @@ from distillbench.config import compose_runs
 from distillbench.plan import plan
 from distillbench.progress import Progress
 from distillbench.registry import Source, installed, load_registry
-from distillbench.results import FIRST, LAST
 from distillbench.run import run
+from distillbench.table import FIRST, LAST
 from distillbench.testing import assert_conforms
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,11 +20,12 @@ import yaml
 from safetensors.torch import save_file
 
 from distillbench.reports import charts, pictures, words
-from distillbench.reports.html import _commands, html_report, write_html
+from distillbench.reports.html import html_report, write_html
 from distillbench.reports.published import LABEL, published
+from distillbench.reports.reproduce import commands
 from distillbench.reports.runs import RunData, read_run
-from distillbench.results import make_along, make_table
 from distillbench.statistics import summarise
+from distillbench.table import make_along, make_table
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -275,7 +276,7 @@ def test_commands_come_back_as_the_settings_that_they_are_of():
         "budget.images=77",
     ]
     config = yaml.safe_load(to_yaml(compose_runs(asked, registry)[0]))
-    [(_, every)] = _commands([config, {**config, "seed": 3}])
+    [(_, every)] = commands([config, {**config, "seed": 3}])
     import shlex
 
     program, command, *settings = shlex.split(every)

@@ -24,8 +24,8 @@ from distillbench.reports import figures, papers, published
 from distillbench.reports.figures import write_figures
 from distillbench.reports.papers import decimals, paper_table
 from distillbench.reports.runs import RunData
-from distillbench.results import make_along, make_table
 from distillbench.statistics import summarise
+from distillbench.table import make_along, make_table
 
 FID = {"fid": {"unit": "", "direction": "lower", "network": "", "needs": "", "protocol": ""}}
 HOSTILE = r"a_b & 50% #1 ${x}^2~\input{/etc/passwd} <script>alert('1')</script> | `c` *d* [e](f) é → 模 " + '"q"'

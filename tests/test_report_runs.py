@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from distillbench.errors import UserError
 from distillbench.reports.runs import read_run
-from distillbench.results import make_table, stack_shown, write_table
+from distillbench.sample_grid import stack_shown
+from distillbench.table import make_table, write_table
 
 COLUMNS = {"fd_toy": {"unit": "", "direction": "lower", "network": "toy", "needs": "real", "protocol": "toy/1"}}
 ROW = {

@@ -10,8 +10,6 @@ from PIL import Image
 
 from distillbench.files import key_of
 from distillbench.results import (
-    FIRST,
-    LAST,
     Cost,
     CurvePoint,
     EvaluationRecord,
@@ -20,17 +18,12 @@ from distillbench.results import (
     SpeedRecord,
     SpeedRow,
     TrainRecord,
-    link_or_copy,
-    make_table,
     read_record,
-    sample_grid,
     signed,
-    stack_shown,
-    table_row,
-    unstack_shown,
     write_record,
-    write_table,
 )
+from distillbench.sample_grid import sample_grid, stack_shown, unstack_shown
+from distillbench.table import FIRST, LAST, make_table, table_row, write_table
 
 INPUTS = {"seed": 3, "config": {"lr": 1e-3, "steps": 8}, "method": None, "list": [1, 2]}
 NAMES = {
@@ -235,26 +228,6 @@ def numbers(table):
 
 
 # --- weights and pictures --------------------------------------------------------------------------------------------
-
-
-def test_a_link_replaces_what_was_there(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "new" / "target"
-    source.write_text("first")
-    link_or_copy(source, target)
-    other = tmp_path / "other"
-    other.write_text("second")
-    link_or_copy(other, target)
-    assert (target.read_text(), source.read_text()) == ("second", "first")
-
-
-def test_where_files_cannot_be_linked_they_are_copied(tmp_path, monkeypatch):
-    def fail(*paths):
-        raise OSError("no links here")
-
-    monkeypatch.setattr("os.link", fail)
-    (tmp_path / "source").write_text("text")
-    link_or_copy(tmp_path / "source", tmp_path / "target")
-    assert (tmp_path / "target").read_text() == "text"
 
 
 def test_samples_come_back_in_order():

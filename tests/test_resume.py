@@ -28,7 +28,7 @@ from test_train import SILENT, Weight
 STEPS = IMAGES // BATCH
 
 
-class Told(Progress):
+class RecordingProgress(Progress):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ def new(name: str) -> Method:
 
 
 def states(folder, keep=2) -> States:
-    return States(folder / "resume", keep, Told())
+    return States(folder / "resume", keep, RecordingProgress())
 
 
 def run(method, folder, kept=None, stop_after=10**6, budget=None, seconds=1e9):
@@ -94,7 +94,7 @@ def test_a_training_that_is_cut_off_anywhere_ends_as_if_it_had_not_been(name, tm
         assert counted(again.price) == counted(expected.price)
         assert losses(again) == losses(expected)
         assert checkpoints_of(again) == checkpoints_of(expected)
-        assert any(line.startswith("going on after ") for line in kept.progress.lines)
+        assert any(line.startswith("continuing after ") for line in kept.progress.lines)
 
 
 def test_keeping_states_changes_nothing(tmp_path):
@@ -172,7 +172,7 @@ def test_a_network_that_is_no_attribute_cannot_be_kept_and_says_so(tmp_path):
         def train_step(self, batch):
             yield self.hidden[0], self.hidden[0].w.square()
 
-    with pytest.raises(RuntimeError, match="yields a Weight that is no attribute of the method"):
+    with pytest.raises(RuntimeError, match="yields a Weight that is not an attribute of the method"):
         run(Astray(), tmp_path, states(tmp_path), 1)
 
 
@@ -254,7 +254,7 @@ def test_a_damaged_state_is_set_aside_and_the_one_before_is_used(damage, tmp_pat
     DAMAGE[damage](last)
     assert kept.newest().values["images"] == 10
     assert kept.progress.lines == [
-        f"the state {last.name} cannot be used: its checksum is wrong; it is set aside as aside-{last.name}"
+        f"the state {last.name} cannot be used: its checksum is wrong; it was renamed to aside-{last.name}"
     ]
     assert kept.newest().values["images"] == 10 and len(kept.progress.lines) == 1
 
@@ -265,7 +265,7 @@ def test_a_state_of_another_format_is_refused_in_words(tmp_path, monkeypatch):
     kept.save(10, State({}, {}))
     monkeypatch.undo()
     assert kept.newest() is None
-    assert "its format is 0, this version reads 1; it is set aside" in kept.progress.lines[0]
+    assert "its format is 0, this version reads format 1; it was renamed" in kept.progress.lines[0]
 
 
 def test_a_file_that_is_no_state_is_set_aside(tmp_path):
@@ -289,5 +289,5 @@ def test_a_full_disk_costs_the_state_and_not_the_training(tmp_path, monkeypatch)
     run(whole, tmp_path / "whole")
     run(method, tmp_path, kept, seconds=0.0)
     assert same_weights(weights_of(whole), weights_of(method))
-    assert "could not be kept: [Errno 28] No space left on device" in kept.progress.lines[0]
+    assert "could not be saved: [Errno 28] No space left on device" in kept.progress.lines[0]
     assert not list(kept.folder.iterdir())

@@ -301,7 +301,7 @@ def refuse_work(monkeypatch):
     for name in (
         "distillbench.cell_training.train",
         "distillbench.builtin.trained.train",
-        "distillbench.plan.Evaluator",
+        "distillbench.shared_context.Evaluator",
         "distillbench.cell.measure",
     ):
         monkeypatch.setattr(name, refuse)
@@ -583,7 +583,7 @@ def test_fail_fast_leaves_out_what_comes_after(tmp_path):
     words = ["methods=[raises,boot]", *SMALLER]
     ran = go(tmp_path, *words, registry=with_strangers(Raises), policy=Policy(fail_fast=True))
     assert ran.row("boot")["status"] == "skipped"
-    assert ran.row("boot")["reason"] == "--fail-fast, and a cell before is not ok"
+    assert ran.row("boot")["reason"] == "--fail-fast, and an earlier cell is not ok"
     assert ran.failed == ["raises (seed 0)", "boot (seed 0)"]
     whole = go(tmp_path, *words, registry=with_strangers(Raises))
     assert whole.failed == ["raises (seed 0)"]
@@ -608,7 +608,7 @@ def test_out_of_memory_has_a_status_and_may_be_met_by_smaller_parts(tmp_path):
     row = ran.row("needs_much")
     assert (row["status"], row["settings"]) == ("ok", "accumulate=8 (memory ran out in fewer parts)")
     assert row["train_images"] == BUDGET
-    assert ran.said.count("memory ran out; training anew") == 3
+    assert ran.said.count("memory ran out; training starts again") == 3
     asked = go(tmp_path, *words, "accumulate=8", registry=with_strangers(NeedsMuch)).row("needs_much")
     assert (asked["status"], asked["settings"]) == ("ok", "accumulate=8")
     assert asked["teacher_rmse"] == row["teacher_rmse"]
@@ -681,7 +681,7 @@ def test_other_data_or_another_recipe_is_another_teacher(first, words):
     registry = load_registry()
     for word in ("dataset.resolution=4", "teacher.seed=1", "teacher.width=24", "teacher.budget.images=600"):
         configs = compose_runs([*words, f'results_dir="{first.results}"', word], registry)
-        assert plan(configs, registry)[0].scene.source.plan().origin == "to be trained"
+        assert plan(configs, registry)[0].shared.source.plan().origin == "to be trained"
 
 
 def test_a_given_teacher_is_used_whatever_its_recipe(first, words, tmp_path):

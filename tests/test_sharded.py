@@ -22,16 +22,17 @@ from distillbench.compute import ComputeConfig, applied
 from distillbench.denoiser import Denoiser
 from distillbench.errors import UserError
 from distillbench.fully_sharded import Sharded, check_shared, trained_from
-from distillbench.method import WHOLE, Method, OptimizerConfig, Share
+from distillbench.method import Method, OptimizerConfig
 from distillbench.networks import ResidualMLP
 from distillbench.optimizers import Optimizers
 from distillbench.pairs import Workspace
 from distillbench.progress import Progress
-from distillbench.ranks import ALONE, Ranks, joined
+from distillbench.ranks import SINGLE_RANK, Ranks, joined
 from distillbench.registry import load_registry
 from distillbench.resume import Followed, Resume, States
 from distillbench.schedules import VPCosine
-from distillbench.shards import here, is_spread, whole
+from distillbench.shards import gather_full, is_sharded, local_shards
+from distillbench.share import WHOLE, Share
 from distillbench.signals import Interrupted
 from distillbench.teachers import Teacher
 from distillbench.testbench import StopAfter
@@ -59,7 +60,7 @@ def new(name: str, **settings) -> Method:
 
 
 def training(
-    name: str, folder: Path, ranks: Ranks = ALONE, compute: ComputeConfig = PLAIN, parts: int = 1, stop: int = 0,
+    name: str, folder: Path, ranks: Ranks = SINGLE_RANK, compute: ComputeConfig = PLAIN, parts: int = 1, stop: int = 0,
     fractions: tuple[float, ...] = (), images: int = IMAGES, **settings,
 ) -> tuple[dict[str, torch.Tensor], Trained]:  # fmt: skip
     """A few steps of a method on a tiny teacher: its whole weights (in the main process), and what training left."""
@@ -79,7 +80,7 @@ def training(
     given, loop = read if method.needs_data else None, Loop(BATCH, parts, compute, ranks)
     with applied(compute, method, "cpu"):
         left = train(method, method.config, workspace, given, loop, SILENT, points, resume)
-    return whole(method.state_dict(), ranks.main), left
+    return gather_full(method.state_dict(), ranks.main), left
 
 
 def loss(method: Method, share: Share = WHOLE) -> torch.Tensor:
@@ -97,15 +98,15 @@ def held(ranks: Ranks, folder: Path) -> dict[str, int]:
     optimizers.differentiate(student, loss(method, ranks.share), first=True)
     gradients = [weight.grad for weight in student.parameters()]
     by_name = {name: weight.grad for name, weight in student.named_parameters()}
-    if full := whole(by_name, ranks.main):
+    if full := gather_full(by_name, ranks.main):
         save_file(full, folder / "gradients.safetensors")
     optimizers.step(student, 1.0)
     moments = list(optimizers.state(method).tensors.values())
     of = [*student.parameters(), *gradients, *(moment for moment in moments if moment.ndim)]
     with pytest.raises(AssertionError, match="deepcopy"):
         method.student.copy(method.teacher.student_rows)
-    assert all(is_spread(tensor) for tensor in of)
-    return {"here": sum(tensor.numel() for tensor in here(of)), "all": sum(tensor.numel() for tensor in of)}
+    assert all(is_sharded(tensor) for tensor in of)
+    return {"here": sum(tensor.numel() for tensor in local_shards(of)), "all": sum(tensor.numel() for tensor in of)}
 
 
 def together(rank: int, port: int, folder: Path) -> None:
@@ -137,7 +138,7 @@ def together(rank: int, port: int, folder: Path) -> None:
             (folder / "copy" / state.name).write_bytes(state.read_bytes())
         keep("resumed", "tract", stop=99)
         (folder / f"told-{rank}.json").write_text(json.dumps(told))
-        assert ranks.main or ranks.take() is None
+        assert ranks.main or ranks.next_order() is None
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +223,7 @@ def test_checkpoints_and_students_are_whole(two, tmp_path):
 
 
 def test_what_cannot_be_spread_is_refused(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match=r"this is one alone. Start .* by `torchrun"):
+    with pytest.raises(UserError, match=r"this is a single process. Start .* with `torchrun"):
         training("direct", tmp_path, compute=SHARD)
     for setting, value in (("compile", "blocks"), ("channels_last", True), ("precision", "fp16")):
         with pytest.raises(UserError, match=f"compute.shard=true does not go with compute.{setting}="):

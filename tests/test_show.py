@@ -13,7 +13,7 @@ from distillbench.errors import UserError
 from distillbench.reports.commands import show_runs
 from distillbench.reports.runs import RunData, read_run
 from distillbench.reports.show import number, plain, select
-from distillbench.results import make_along, make_table, write_table
+from distillbench.table import make_along, make_table, write_table
 
 FID = {"unit": "", "direction": "lower", "network": "inception", "needs": "real", "protocol": "frechet/2"}
 COLUMNS = {"fid": FID, "recall": FID | {"direction": "higher", "protocol": "prdc/1"}}

@@ -37,10 +37,11 @@ from distillbench.conditions import Conditioning
 from distillbench.data_stream import DataStream
 from distillbench.datasets import Dataset, to_float
 from distillbench.errors import DivergedError, UserError
-from distillbench.method import Method, MethodConfig, OptimizerConfig, Phase, Share
+from distillbench.method import Method, MethodConfig, OptimizerConfig, Phase
 from distillbench.optimizers import Average, learning_rate_factor
 from distillbench.progress import Progress, Step
-from distillbench.ranks import ALONE
+from distillbench.ranks import SINGLE_RANK
+from distillbench.share import Share
 from distillbench.train import Loop, Trained, _Curve, train
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -184,7 +185,7 @@ def test_prompts_that_training_asks_for_are_charged(tmp_path):
 
 def test_losses_of_a_state_go_back_to_the_device_of_the_next_ones():
     """A device that computes nothing stands for a GPU."""
-    here, there = (_Curve(SimpleNamespace(device=device), None, ALONE) for device in ("cpu", "meta"))
+    here, there = (_Curve(SimpleNamespace(device=device), None, SINGLE_RANK) for device in ("cpu", "meta"))
     here.add(torch.tensor(1.0))
     there.restore(here.state())
     there.add(torch.ones((), device="meta"))
@@ -519,7 +520,7 @@ def test_data_stream_draws_uniformly_and_the_same_for_everybody():
 @pytest.fixture
 def large(monkeypatch):
     """No dataset is small enough to be held."""
-    monkeypatch.setattr(data_stream, "HELD", 0)
+    monkeypatch.setattr(data_stream, "HELD_BYTES", 0)
 
 
 SIZES = (30, 30, 30, 7, 30, 30)  # a smaller batch, for which nothing was read ahead
@@ -529,9 +530,9 @@ SIZES = (30, 30, 30, 7, 30, 30)  # a smaller batch, for which nothing was read a
 def test_reading_ahead_changes_no_image(large, monkeypatch, ahead):
     read = [DataStream(Numbers(), 0, "cpu", ahead).read, DataStream(Numbers(), 0, "cpu").read]
     assert all(torch.equal(read[0](size)[0], read[1](size)[0]) for size in SIZES)
-    monkeypatch.setattr(data_stream, "HELD", 2**20)
+    monkeypatch.setattr(data_stream, "HELD_BYTES", 2**20)
     held, streamed = DataStream(Numbers(), 0, "cpu"), DataStream(Numbers(), 0, "cpu")
-    monkeypatch.setattr(data_stream, "HELD", 0)
+    monkeypatch.setattr(data_stream, "HELD_BYTES", 0)
     assert held._holds and torch.equal(held.read(9)[0], streamed.read(9)[0])
 
 
@@ -569,15 +570,15 @@ def test_a_dataset_on_a_gpu_is_held_as_it_is_read_and_gives_the_same_batches(lar
 
     dataset = Numbers() if rounded else Latents()
     monkeypatch.setattr(data_stream, "fits_on", lambda device, size: size <= 200 * 4 * 4)
-    monkeypatch.setattr(data_stream, "READ", 64)
+    monkeypatch.setattr(data_stream, "PRELOAD_BATCH", 64)
     held, plain = DataStream(dataset, 3, "cpu", 2), DataStream(dataset, 3, "cpu", 2)
     held.preload(Progress(None))
     assert held._held.shape == (200, 1, 2, 2) and held._held.dtype is (torch.uint8 if rounded else torch.float32)
     assert all(torch.equal(held.read(size)[0], plain.read(size)[0]) for size in SIZES)
     assert torch.equal(held.get_state(), plain.get_state())
-    for limit in ("HELD_ON_GPU", "fits_on"):
+    for limit in ("HELD_BYTES_ON_GPU", "fits_on"):
         with monkeypatch.context() as patched:
-            patched.setattr(data_stream, limit, 799 if limit == "HELD_ON_GPU" else lambda device, size: False)
+            patched.setattr(data_stream, limit, 799 if limit == "HELD_BYTES_ON_GPU" else lambda device, size: False)
             streamed = DataStream(dataset, 3, "cpu", 2)
             streamed.preload(Progress(None))
             assert streamed._held is None

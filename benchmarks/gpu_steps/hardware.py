@@ -31,16 +31,20 @@ def environment(context: Context) -> None:
     """Doctor's checks of the device, versions, NVML, MIG, compute mode, variables."""
     from pathlib import Path
 
-    from distillbench.doctor import Patient, check_device, check_numbers, check_threads, check_torch, findings
+    from distillbench.doctor import findings
+    from distillbench.doctor_devices import check_device, check_threads
+    from distillbench.doctor_findings import Installation
+    from distillbench.doctor_numerics import check_numerics
+    from distillbench.doctor_packages import check_torch
     from distillbench.pretrained import weights_folder
     from distillbench.registry import load_registry
 
     context.keep("about", about(context.device))
-    patient = Patient(load_registry(), Path(context.folder), weights_folder())
+    installation = Installation(load_registry(), Path(context.folder), weights_folder())
     for name, check in (
-        ("torch", check_torch), ("device", check_device), ("threads", check_threads), ("numbers", check_numbers)
+        ("torch", check_torch), ("device", check_device), ("threads", check_threads), ("float32", check_numerics)
     ):  # fmt: skip
-        for finding in findings(check, patient):
+        for finding in findings(check, installation):
             context.say(Verdict(LEVELS[finding.level], f"doctor: {name}", finding.line, "", finding.advice))
     own = {name: value for name, value in os.environ.items() if name.startswith(STARTS)}
     own = {name: value for name, value in own.items() if "TOKEN" not in name and "/" not in value}

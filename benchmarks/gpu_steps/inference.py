@@ -14,7 +14,8 @@ from measuring import Pair, Scene
 from distillbench.builtin.efficientnet_lite0 import EfficientNetLite0
 from distillbench.compute import Sampling, sampling
 from distillbench.conditions import UNCONDITIONAL
-from distillbench.evaluate import EvaluationConfig, Evaluator, teacher_sampler
+from distillbench.evaluate import Evaluator, teacher_sampler
+from distillbench.evaluation_settings import EvaluationConfig
 from distillbench.features import ImageSet, Networks
 from distillbench.metrics import Samples
 from distillbench.noise import FixedNoise

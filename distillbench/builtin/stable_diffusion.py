@@ -49,7 +49,7 @@ from distillbench.diffusers_schedules import Reading
 from distillbench.errors import unsupported
 from distillbench.files import canonical_json, sha256_file
 from distillbench.options import require_positive
-from distillbench.parked import Parked
+from distillbench.parked import Offloaded
 from distillbench.progress import Progress
 from distillbench.prompts import EncodedPrompts, PlaceholderPrompts, encode_prompts
 from distillbench.teachers import PipelineFolder, TeacherPlan
@@ -106,7 +106,7 @@ def _transformers() -> Any:
     return transformers
 
 
-class ParkedOnDemand(Parked):
+class OffloadedOnDemand(Offloaded):
     """A module that is read when it is first wanted, waits on the CPU from then on, and can be let go."""
 
     def __init__(self, read: Callable[[], nn.Module], device: str) -> None:
@@ -139,7 +139,7 @@ class TextEncoder:
         index.component(("text_encoder",), list(possible))
         index.component(("tokenizer",), list(TOKENIZERS))
         self.index, self.variant = index, variant
-        self.parked = ParkedOnDemand(self._encoder, device)
+        self.parked = OffloadedOnDemand(self._encoder, device)
         self.kind = TEXT_MODELS[index.components["text_encoder"]]
         self.config = index.config("text_encoder")
         self.width = int(self.config.get(self.kind.width, LOWER))
@@ -153,7 +153,7 @@ class TextEncoder:
         )
         device = self.parked.device
         mask = tokens.attention_mask.to(device) if self.kind.masked(self.config) else None
-        with self.parked.awake() as encoder:
+        with self.parked.on_device() as encoder:
             return encoder(tokens.input_ids.to(device), attention_mask=mask).last_hidden_state
 
     def check(self) -> None:
@@ -367,7 +367,7 @@ class StableDiffusion(TextPipeline):
         size = self.config.decode_batch
 
         def sliced(x: Tensor) -> Tensor:
-            with autoencoder.parked.awake():
+            with autoencoder.parked.on_device():
                 return torch.cat([call(part) for part in x.split(size)])
 
         return sliced

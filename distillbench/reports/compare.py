@@ -18,8 +18,8 @@ from rich.text import Text
 from distillbench.reports.merge import MERGED, SAME, records
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import fits, new_table, number, plain, run_names, say
-from distillbench.results import LAST
 from distillbench.statistics import ARROWS, TEACHER
+from distillbench.table import LAST
 
 MATCH = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol"]
 COUNTED = ("train_images", "train_teacher_nfe", "train_student_nfe", "train_tflops", "sample_gflops", "parameters")

@@ -18,9 +18,9 @@ from distillbench.errors import UserError
 from distillbench.files import write_atomically
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import IDENTITY, number, plain, row_name, run_names
-from distillbench.results import FIRST, LAST, LATER, make_along, make_table, write_table
 from distillbench.run_settings import write_settings
 from distillbench.statistics import summarise
+from distillbench.table import FIRST, LAST, LATER, make_along, make_table, write_table
 
 Keep = Literal["first", "last"]
 MERGED = "merged"  # where environment.json of a merged folder has the list of its runs' environments

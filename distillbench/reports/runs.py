@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file  # without torch, which takes seconds to import
 
 from distillbench.errors import UserError, nearest
-from distillbench.results import FIRST, LAST, LATER, make_along, make_table, unstack_shown
 from distillbench.run_settings import read_settings
+from distillbench.sample_grid import unstack_shown
 from distillbench.statistics import KEYS, SEEDS, summarise
+from distillbench.table import FIRST, LAST, LATER, make_along, make_table
 
 TWICE = "rows of one measurement differ, of which the first count"
 KEY = re.compile(r"[\w-]{1,64}")  # of an evaluation: no path, no pattern

@@ -1,19 +1,19 @@
-"""Simulated CUDA devices on a CPU: to find, without a GPU, what would fail or wait on one.
+"""Simulated CUDA devices on a CPU, to find code that would fail or wait on a GPU.
 
     from distillbench.simulated_cuda import install, recording
 
-    install()  # changes torch for good: in a process of its own
+    install()  # patches torch for the rest of the process
     x = torch.randn(8, device="cuda")
     with recording() as record:
         x.sum().item()
     print(record.waits)
 
-Tensors are computed on the CPU and say ``cuda:N`` to Python. An operator that mixes devices raises RuntimeError as CUDA
-does, and so do a generator of another device and a copy or wait while a CUDA graph is captured. What is recorded are
-copies between host and device, waits of the host for the device, and launches of operators, each with its line.
+Tensors are computed on the CPU; in Python their device is ``cuda:N``. An operator that mixes devices raises the
+RuntimeError of CUDA, and so do a generator of another device and a copy or wait while a CUDA graph is captured. Copies
+between host and device, waits of the host for the device, and launches of operators are recorded with their lines.
 
-Autocast has the CPU's lists of operators, numbers are a CPU's to the bit, and times mean nothing. Streams and events
-have nothing to wait for, so a wait between streams that is missing is not found. torch.compile, NCCL and FSDP are not
+Autocast has the CPU's lists of operators, results are bit-identical to the CPU's, and times mean nothing. Streams and
+events are always finished, so a missing wait between streams is not found. torch.compile, NCCL and FSDP are not
 simulated.
 """
 

@@ -1,4 +1,4 @@
-"""What CUDA refuses, waits for and copies: the rules that every operator on a simulated GPU is held to."""
+"""The rules of CUDA for each operator on a simulated GPU: devices, waits and copies."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from distillbench.simulated_cuda.devices import DEVICES, Generator, OfDevice
 from distillbench.simulated_cuda.record import Place, add_copy, add_wait, place
 
 H2D, D2H, D2D = "host to device", "device to host", "device to device"
-# Operators for which CUDA has to know a result on the host: a size, a number or an error code.
+# Operators that need a result on the host: a size, a number or an error code.
 WAITING = {
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "allclose", "is_nonzero", "_unique", "_unique2",
     "unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount", "histc", "_linalg_eigh", "_linalg_svd",
     "_linalg_check_errors", "linalg_eig", "linalg_lstsq", "_linalg_solve_ex", "linalg_cholesky", "linalg_inv",
 }  # fmt: skip
 INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
-# They read two tensors element by element, and take a number that lies in the memory of the CPU as one of them.
-TAKES_NUMBERS = {"copy_", "fill_", "masked_fill", "masked_fill_", "addcmul_", "addcdiv_", "lerp_", "scalar_tensor"}
+# Pointwise operators that accept a CPU tensor without dimensions as one operand.
+TAKES_SCALARS = {"copy_", "fill_", "masked_fill", "masked_fill_", "addcmul_", "addcdiv_", "lerp_", "scalar_tensor"}
 
 
 @dataclass(frozen=True)
 class Operator:
-    """What the simulation knows of an operator."""
+    """Properties of an operator."""
 
     name: str
     is_view: bool
-    takes_numbers: bool  # tensors of no dimension may be the CPU's
-    draws: bool  # random numbers
+    takes_scalars: bool  # accepts CPU tensors without dimensions
+    draws: bool  # uses random numbers
     takes_generator: bool
 
 
 @cache
 def operator_of(func: Any) -> Operator:
     name = func._schema.name.split("::")[1]
-    pointwise = torch.Tag.pointwise in func.tags or name.startswith("_foreach_") or name in TAKES_NUMBERS
+    pointwise = torch.Tag.pointwise in func.tags or name.startswith("_foreach_") or name in TAKES_SCALARS
     return Operator(
         name,
         func.is_view or name in ("_unsafe_view", "_reshape_alias"),
@@ -50,7 +50,7 @@ def operator_of(func: Any) -> Operator:
 
 
 class DevicesMixed(RuntimeError):
-    """Tensors of several devices in one operator. torch raises a plain RuntimeError, with the same words."""
+    """Tensors of several devices in one operator. torch raises a plain RuntimeError with the same message."""
 
     def __init__(self, devices: str, where: str, place: Place) -> None:
         super().__init__(
@@ -61,7 +61,7 @@ class DevicesMixed(RuntimeError):
 
 
 def home(tensor: Tensor) -> int | None:
-    """The device's index; None: the CPU."""
+    """The index of the device; None for the CPU."""
     return tensor.index if isinstance(tensor, OfDevice) else None
 
 
@@ -76,7 +76,7 @@ def tensors_of(values: Iterable[Any]) -> list[Tensor]:
 
 
 def unwrapped(value: Any) -> Any:
-    """The CPU's tensors of all simulated ones in `value`."""
+    """`value` with the CPU tensors of all simulated ones."""
     if isinstance(value, OfDevice):
         return value.elem
     if isinstance(value, list | tuple):
@@ -90,7 +90,7 @@ def unwrapped(value: Any) -> Any:
 
 
 def check_devices(func: Any, operator: Operator, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
-    """Copies are noted; raise RuntimeError where torch does not take tensors of these devices together."""
+    """Record a copy; raise DevicesMixed if the operator does not accept tensors of these devices together."""
     if operator.name == "copy_":
         note_copy(args[0], args[1], bool(args[2]) if len(args) > 2 else bool(kwargs.get("non_blocking", False)))
         return
@@ -103,7 +103,7 @@ def check_devices(func: Any, operator: Operator, args: Any, kwargs: Any, tensors
             for index in (index for index in indices if home(index) is None):
                 note_copy_from_host(index.numel() * index.element_size(), DEVICES.is_pinned(index), True)
             return
-    elif operator.takes_numbers:
+    elif operator.takes_scalars:
         listed = tensors_of(value for value in args if isinstance(value, list | tuple))
         of_devices = {home(tensor) for tensor in tensors if tensor.ndim or any(tensor is one for one in listed)}
         of_devices |= {home(tensor) for tensor in tensors} - {None}
@@ -125,13 +125,13 @@ def _in_words(tensors: list[Tensor]) -> str:
 
 
 def check_generator(generator: Any, index: int | None) -> None:
-    """Raise RuntimeError for a generator that is not of the device `index`; None: the CPU."""
+    """Raise RuntimeError for a generator of another device than `index`; None is the CPU."""
     if generator is None:
         return
-    own = generator.index if isinstance(generator, Generator) else None
-    if own != index:
-        wanted, found = ("cpu" if one is None else f"cuda:{one}" for one in (index, own))
-        if own is None or index is None:  # of another kind of device
+    found_index = generator.index if isinstance(generator, Generator) else None
+    if found_index != index:
+        wanted, found = ("cpu" if one is None else f"cuda:{one}" for one in (index, found_index))
+        if found_index is None or index is None:  # CPU against GPU
             wanted, found = wanted.split(":")[0], found.split(":")[0]
         raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}' (at {place()})")
     capture = DEVICES.capture
@@ -147,7 +147,7 @@ def check_generator(generator: Any, index: int | None) -> None:
 
 
 def check_waits(operator: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Note it where CUDA waits for the device."""
+    """Record a wait if CUDA waits for the device in this operator."""
     name = operator.name
     masked = name in INDEXING and any(
         index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
@@ -160,7 +160,7 @@ def check_waits(operator: Operator, args: Sequence[Any], kwargs: dict[str, Any])
 
 
 def note_copy_from_host(size: int, pinned: bool, blocking: bool) -> None:
-    """A copy to a device. From pageable memory it is never asynchronous."""
+    """Record a copy from the host to a device; from pageable memory it is always blocking."""
     if not pinned or blocking:
         DEVICES.refuse_while_capturing("copy from the host")
     add_copy(H2D, size, pinned, blocking or not pinned)

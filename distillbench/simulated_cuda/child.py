@@ -1,4 +1,4 @@
-"""What a process imports first that was spawned by one with simulated GPUs: it has them too."""
+"""Imported first by processes that a process with simulated GPUs has spawned, so that they have them too."""
 
 from distillbench.simulated_cuda.installation import install
 

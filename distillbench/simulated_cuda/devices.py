@@ -1,4 +1,4 @@
-"""The state of the simulated devices: their memory, generators and streams, and the capture that is under way."""
+"""The state of the simulated devices: memory, generators, and the CUDA graph being captured."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from distillbench.simulated_cuda.record import place
 
 TOTAL_BYTES = 2**37
-ALLOCATION_BYTES, SEGMENT_BYTES = 512, 2**21  # an allocation and a segment of torch's caching allocator are multiples
+ALLOCATION_BYTES, SEGMENT_BYTES = 512, 2**21  # granularity of torch's caching allocator
 
 CPU_GENERATOR = torch.Generator  # the class as torch defines it
 
 
 class Generator(CPU_GENERATOR):
-    """A generator of a simulated device; it draws the numbers of a CPU's generator."""
+    """A generator of a simulated device, with the random numbers of a CPU generator."""
 
     index: int
 
@@ -31,7 +31,7 @@ class Generator(CPU_GENERATOR):
         return generator
 
     def __init__(self, index: int = 0) -> None:
-        """Nothing more than __new__ has done."""
+        """__new__ does the work."""
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +44,7 @@ class Generator(CPU_GENERATOR):
 
 
 class OfDevice:
-    """A tensor of a simulated device: `elem` is the tensor of the CPU that holds its numbers."""
+    """A tensor of a simulated device; `elem` is the CPU tensor that holds its values."""
 
     elem: Tensor
     index: int  # of the device
@@ -52,7 +52,7 @@ class OfDevice:
 
 @dataclass
 class Memory:
-    """Bytes of one device, counted from the storages that are alive."""
+    """Bytes of one device, counted over its live storages."""
 
     total: int = TOTAL_BYTES
     allocated: int = 0
@@ -60,8 +60,8 @@ class Memory:
     most_allocated: int = 0
     most_reserved: int = 0
 
-    def take(self, size: int) -> None:
-        """Raise OutOfMemoryError where the device has no `size` bytes left."""
+    def allocate(self, size: int) -> None:
+        """Count `size` more bytes. Raises OutOfMemoryError if the device does not have them."""
         if self.allocated + size > self.total:
             raise torch.OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB. The simulated GPU has a total capacity "
@@ -85,18 +85,18 @@ def _round_up(size: int, unit: int) -> int:
 
 @dataclass
 class Capture:
-    """A CUDA graph that is being captured: what is to be done again at each replay."""
+    """A CUDA graph being captured: `tape` is run again at each replay."""
 
     tape: list[Callable[[], None]] = field(default_factory=list)
-    generators: set[Any] = field(default_factory=set)  # that replays may draw from
-    mode: str = "global"  # thread_local: what cannot be captured is refused in the capturing thread only
+    generators: set[Any] = field(default_factory=set)  # whose random numbers replays may use
+    mode: str = "global"  # thread_local: operations that cannot be captured raise in the capturing thread only
     thread: int = field(default_factory=threading.get_ident)
 
-    def repeat(self, made: Tensor, again: Callable[[], Tensor]) -> None:
-        """A replay puts into `made` what `again` gives."""
+    def repeat(self, result: Tensor, again: Callable[[], Tensor]) -> None:
+        """At each replay copy ``again()`` into `result`."""
 
         def replay() -> None:
-            made.copy_(again())
+            result.copy_(again())
 
         self.tape.append(replay)
 
@@ -109,17 +109,17 @@ class Devices:
         self.generators: list[Generator] = []
         self.current = 0
         self.capture: Capture | None = None
-        self.pools: dict[Any, weakref.WeakSet] = {}  # of memory: the graphs in each
+        self.pools: dict[Any, weakref.WeakSet] = {}  # memory pools: the graphs in each
         self.pool_numbers = itertools.count(1)
-        self.storages: dict[int, weakref.ref] = {}  # of devices, by address
-        self.pinned: dict[int, weakref.ref] = {}  # of the host, by address
+        self.storages: dict[int, weakref.ref] = {}  # device memory, by address
+        self.pinned: dict[int, weakref.ref] = {}  # pinned host memory, by address
 
     def start(self, count: int, total_bytes: int) -> None:
         self.memory = [Memory(total_bytes) for _ in range(count)]
         self.generators = [Generator(index) for index in range(count)]
 
     def index_of(self, device: Any) -> int | None:
-        """The index of a device as torch's functions take it; None for one that is no GPU."""
+        """The index of `device`, given as torch's functions accept it; None if it is not a GPU."""
         if device is None:
             return None
         if isinstance(device, int) and not isinstance(device, bool):
@@ -142,7 +142,7 @@ class Devices:
             return
         size = _round_up(storage.nbytes(), ALLOCATION_BYTES)
         memory = self.memory[index]
-        memory.take(size)
+        memory.allocate(size)
 
         def free(_: weakref.ref) -> None:
             self.storages.pop(address, None)
@@ -151,7 +151,7 @@ class Devices:
         self.storages[address] = weakref.ref(storage, free)
 
     def pin(self, tensor: Tensor) -> Tensor:
-        """`tensor`, a CPU's, whose memory counts as pinned from now on."""
+        """`tensor` itself, a CPU tensor whose memory counts as pinned from now on."""
         self.refuse_while_capturing("pinned memory")
         storage = tensor.untyped_storage()
         address = storage._cdata
@@ -162,7 +162,7 @@ class Devices:
         return tensor.untyped_storage()._cdata in self.pinned
 
     def refuse_while_capturing(self, what: str) -> None:
-        """Raise RuntimeError where a CUDA graph is captured, as CUDA does."""
+        """Raise the RuntimeError of CUDA if a CUDA graph is being captured."""
         capture = self.capture
         if capture is not None and (capture.mode == "global" or capture.thread == threading.get_ident()):
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what} at {place()})")

@@ -1,4 +1,4 @@
-"""torch's functions that make tensors, and what a tensor of the CPU does with another device, for simulated GPUs."""
+"""torch's factory functions, and moves of CPU tensors to a device, for simulated GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distillbench.simulated_cuda.devices import CPU_GENERATOR, DEVICES, Generato
 from distillbench.simulated_cuda.record import add_launch, within_backward
 from distillbench.simulated_cuda.tensor import FactoriesOfOperators, SimulatedTensor, Wanted, from_python, moved
 
-MAKING = (
+CREATING = (
     "empty", "zeros", "ones", "full", "arange", "linspace", "logspace", "eye", "empty_strided", "scalar_tensor",
     "tril_indices", "triu_indices", "hann_window", "hamming_window", "bartlett_window", "kaiser_window",
     "empty_permuted", "range",
@@ -31,8 +31,8 @@ COPYING = ("tensor", "as_tensor", "asarray")
 
 
 def patch_factories() -> None:
-    """From now on torch's factories know the simulated devices."""
-    for name in (*MAKING, *DRAWING):
+    """Patch torch's factories for the simulated devices."""
+    for name in (*CREATING, *DRAWING):
         if (real := vars(torch).get(name)) is not None:
             setattr(torch, name, _making(real, draws=name in DRAWING))
     for name in COPYING:
@@ -52,7 +52,7 @@ def patch_factories() -> None:
 
 
 def _device_of(kwargs: dict[str, Any]) -> Any:
-    """What is asked for by name, or by ``with torch.device(...)``."""
+    """The device given as an argument, or by ``with torch.device(...)``."""
     device = kwargs.get("device")
     if device is not None or not torch._C._len_torch_function_stack():
         return torch.utils._device.CURRENT_DEVICE if device is None else device
@@ -101,7 +101,7 @@ def _making(real: Callable[..., Tensor], draws: bool) -> Callable[..., Tensor]:
 
 
 def _copying(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Data of the host: made on the CPU, then copied from pageable memory."""
+    """Data of the host: a tensor on the CPU, then copied from pageable memory."""
 
     @functools.wraps(real)
     def copy(data: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -164,7 +164,7 @@ def _new(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _drawing(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """With a generator of the device that the tensors are on."""
+    """Check that the generator is of the device of the tensors."""
 
     @functools.wraps(real)
     def draw(*args: Any, **kwargs: Any) -> Tensor:
@@ -175,7 +175,7 @@ def _drawing(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _home_of(values: Iterable[Any]) -> int | None:
-    """The device of the first tensor of one among `values`."""
+    """The index of the device of the first simulated tensor in `values`; None without one."""
     return next((value.index for value in values if isinstance(value, SimulatedTensor)), None)
 
 
@@ -187,7 +187,7 @@ def _patch_tensors() -> None:
 
     @functools.wraps(to)
     def move(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if isinstance(self, SimulatedTensor):  # a change of type alone
+        if isinstance(self, SimulatedTensor):  # its own method decides
             return to(self, *args, **kwargs)
         wanted = Wanted.of(args, kwargs)
         index = DEVICES.index_of(wanted.device)
@@ -222,7 +222,7 @@ class _GeneratorOfAnyDevice(type):
 
 
 class GeneratorOfAnyDevice(metaclass=_GeneratorOfAnyDevice):
-    """Stands for the class torch.Generator."""
+    """Replaces the class torch.Generator."""
 
 
 # --- backward passes -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Makes a process one with simulated GPUs, for good: torch itself is changed, so it is done in a process of its own."""
+"""Installation of simulated GPUs in a process. It patches torch and cannot be undone."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from distillbench.simulated_cuda.record import unrecorded, watch_networks
 from distillbench.simulated_cuda.runtime import current_stream, synchronize, torch_cuda
 from distillbench.simulated_cuda.tensor import SimulatedTensor
 
-COUNT, BYTES = "DISTILLBENCH_SIMULATED_GPUS", "DISTILLBENCH_SIMULATED_GPU_BYTES"  # for processes that are started
-CHILD = "distillbench.simulated_cuda.child"  # what a started process imports first
+COUNT, BYTES = "DISTILLBENCH_SIMULATED_GPUS", "DISTILLBENCH_SIMULATED_GPU_BYTES"  # read by spawned processes
+CHILD = "distillbench.simulated_cuda.child"  # imported first by spawned processes
 
 
 def installed() -> bool:
@@ -31,14 +31,14 @@ def installed() -> bool:
 
 
 def install(count: int | None = None, total_bytes: int | None = None) -> None:
-    """From now on torch has `count` GPUs of `total_bytes` each, and so have the processes that this one spawns.
+    """Give torch `count` GPUs of `total_bytes` each, in this process and in those that it spawns.
 
-    Raises RuntimeError in a process that has real ones.
+    Raises RuntimeError if there is a real GPU.
     """
     if installed():
         return
     if torch.cuda.is_available():
-        raise RuntimeError("there is a real GPU: simulated ones are for machines without")
+        raise RuntimeError("there is a real GPU; simulated ones are for machines without a GPU")
     count = int(os.environ.get(COUNT, "1")) if count is None else count
     total_bytes = int(os.environ.get(BYTES, TOTAL_BYTES)) if total_bytes is None else total_bytes
     os.environ[COUNT], os.environ[BYTES] = str(count), str(total_bytes)
@@ -62,7 +62,7 @@ def install(count: int | None = None, total_bytes: int | None = None) -> None:
 
 
 def _patch_autocast() -> None:
-    """Computed by the CPU's autocast: its lists of operators are not quite those of CUDA's."""
+    """Use the CPU's autocast; its lists of operators differ a little from CUDA's."""
     real, enabled, dtype = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
 
     class Autocast(real):  # type: ignore[misc,valid-type]
@@ -78,7 +78,7 @@ def _patch_autocast() -> None:
 
 
 def _patch_optimizers() -> None:
-    """torch groups weights in C++, by the device that C++ sees, and is fast for the types of tensors that it knows."""
+    """Optimisers group weights in C++, where they are on the CPU, and use foreach only for known tensor classes."""
     grouped = Optimizer._group_tensors_by_device_and_dtype
 
     def group(lists: Any, with_indices: bool = False) -> Any:
@@ -94,7 +94,7 @@ def _patch_optimizers() -> None:
 
 
 def _patch_modules() -> None:
-    """A module's weights stay the same objects when they move, as with CUDA: torch has them exchange their contents."""
+    """Let weights stay the same objects when a module moves, as with CUDA: torch swaps their contents."""
     apply = nn.Module._apply
 
     @functools.wraps(apply)
@@ -110,7 +110,7 @@ def _patch_modules() -> None:
 
 
 def _changes_kind(module: nn.Module, fn: Callable[..., Any]) -> bool:
-    """Whether `fn` takes the weights of `module` to a device from the host, or back."""
+    """Whether `fn` moves the weights of `module` between host and device."""
     weight = next(module.parameters(), None)
     if weight is None:
         return False
@@ -141,7 +141,7 @@ def _patch_loading() -> None:
 
 
 def _on(value: Any, device: Any) -> Any:
-    """All tensors in dictionaries and lists on `device`."""
+    """`value` with all tensors in its dictionaries and lists on `device`."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, dict):
@@ -150,7 +150,7 @@ def _on(value: Any, device: Any) -> Any:
 
 
 def _patch_spawning() -> None:
-    """A spawned process imports CHILD where others import the script that started them."""
+    """Let spawned processes import CHILD instead of the main script."""
     prepare = multiprocessing.spawn.get_preparation_data
 
     @functools.wraps(prepare)

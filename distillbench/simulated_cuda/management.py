@@ -1,4 +1,4 @@
-"""A stand-in for pynvml, NVIDIA's management library, that knows the simulated devices."""
+"""A replacement of pynvml, NVIDIA's management library, for the simulated devices."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pynvml
 from distillbench.simulated_cuda.devices import DEVICES
 from distillbench.simulated_cuda.runtime import NAME, uuid_of
 
-CONTEXT_BYTES = 2**28  # of a process that uses a device, as its CUDA context takes
+CONTEXT_BYTES = 2**28  # of the CUDA context of a process
 IDLE_WATTS = 100.0
 
 
 def management_module() -> ModuleType:
-    """The module that is imported as pynvml: its own names and errors, with other functions for devices."""
+    """The module to import as pynvml: its names and errors, with other functions for devices."""
     start = time.monotonic()
     module = ModuleType("pynvml")
 

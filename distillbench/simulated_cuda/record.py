@@ -1,4 +1,4 @@
-"""What a piece of code asks of a simulated GPU: copies, waits and launches of operators, each with its line."""
+"""Records of copies, waits and launches of operators on simulated GPUs, each with its line of code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from distillbench.denoiser import CountedNetwork
 
-NETWORK, BACKWARD, OUTSIDE = "network", "backward", "outside"  # where an operator is launched
+NETWORK, BACKWARD, OUTSIDE = "network", "backward", "outside"  # of a step, where an operator is launched
 
 _OWN = str(Path(__file__).parent)
 _LIBRARIES = tuple(str(Path(module.__file__).parent) for module in (torch, numpy, safetensors) if module.__file__)
@@ -50,7 +50,7 @@ class Copy:
     direction: str  # "host to device", "device to host", "device to device"
     bytes: int
     pinned: bool  # the host's memory
-    blocking: bool  # the host waits until it is done
+    blocking: bool  # the host waits for it
     place: Place
 
 
@@ -64,7 +64,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Launch:
-    """An operator that computes on the device. Views are none."""
+    """An operator that computes on the device (not a view)."""
 
     operator: str
     part: str  # NETWORK, BACKWARD or OUTSIDE
@@ -73,30 +73,30 @@ class Launch:
 
 @dataclass
 class Record:
-    """All that one thread asked of simulated devices while it was recorded."""
+    """All events of one thread during a :func:`recording`."""
 
     copies: list[Copy] = field(default_factory=list)
     waits: list[Wait] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
-    places: bool = True  # False: launches are counted without looking for their line, which is faster
+    places: bool = True  # False: launches without their lines, which is faster
 
     def launched(self, part: str) -> int:
-        """How many operators were launched in this part."""
+        """Number of operators launched in `part`."""
         return sum(launch.part == part for launch in self.launches)
 
 
 def by_place(events: Iterable[Copy] | Iterable[Wait] | Iterable[Launch]) -> Counter[Place]:
-    """How many of `events` each line caused."""
+    """Number of `events` of each line."""
     return Counter(event.place for event in events)
 
 
 class _Recorder(threading.local):
-    """Per thread: a wait in one thread holds up no other."""
+    """One per thread: a wait in one thread does not stop the others."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
-        self.networks = 0  # calls of networks that are under way
-        self.backward = 0  # backward passes that are under way
+        self.networks = 0  # nested calls of networks
+        self.backward = 0  # nested backward passes
 
 
 RECORDER = _Recorder()
@@ -104,7 +104,7 @@ RECORDER = _Recorder()
 
 @contextmanager
 def recording(places: bool = True) -> Iterator[Record]:
-    """Record what this thread asks of simulated devices inside the block."""
+    """Record the events of this thread in the block."""
     record = Record(places=places)
     RECORDER.records.append(record)
     try:
@@ -115,7 +115,7 @@ def recording(places: bool = True) -> Iterator[Record]:
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """A block of the simulation's own work."""
+    """A block of work of the simulation itself, which is not recorded."""
     before, RECORDER.records = RECORDER.records, []
     try:
         yield
@@ -124,7 +124,7 @@ def unrecorded() -> Iterator[None]:
 
 
 def place() -> Place:
-    """The innermost line that belongs to neither torch, the simulation nor the standard library."""
+    """The innermost line of the stack outside torch, the simulation and the standard library."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
@@ -141,7 +141,7 @@ def _is_library(file: str) -> bool:
 
 
 def add_wait(what: str) -> None:
-    """Note that the host waits for the device."""
+    """Record that the host waits for the device."""
     if RECORDER.records:
         here = place()
         for record in RECORDER.records:
@@ -149,7 +149,7 @@ def add_wait(what: str) -> None:
 
 
 def add_copy(direction: str, size: int, pinned: bool, blocking: bool) -> None:
-    """Note a copy of `size` bytes; a blocking one is a wait as well."""
+    """Record a copy of `size` bytes; a blocking one is also a wait."""
     if not RECORDER.records:
         return
     here = place()
@@ -161,7 +161,7 @@ def add_copy(direction: str, size: int, pinned: bool, blocking: bool) -> None:
 
 
 def add_launch(operator: str) -> None:
-    """Note that an operator is launched."""
+    """Record the launch of an operator."""
     if not RECORDER.records:
         return
     part = NETWORK if RECORDER.networks else BACKWARD if RECORDER.backward else OUTSIDE
@@ -171,7 +171,7 @@ def add_launch(operator: str) -> None:
 
 
 def watch_networks() -> None:
-    """From now on the record knows which operators are launched by a network of a teacher or a student."""
+    """Let records tell which operators are launched by networks of teachers and students."""
 
     def enter(module: nn.Module, *about: Any) -> None:
         if isinstance(module, CountedNetwork):
@@ -186,7 +186,7 @@ def watch_networks() -> None:
 
 
 def within_backward(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, during which operators count as those of a backward pass."""
+    """`function`, whose operators count as those of a backward pass."""
 
     def inside(*args: Any, **kwargs: Any) -> Any:
         RECORDER.backward += 1

@@ -1,4 +1,4 @@
-"""What torch.cuda has for simulated devices: events, streams, graphs, memory, names."""
+"""Replacements of the functions of torch.cuda: events, streams, graphs, memory, properties."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ARCHITECTURE, CAPABILITY = "sm_90", (9, 0)
 
 @dataclass(frozen=True)
 class Properties:
-    """Of a simulated GPU: as many units as an H200 has."""
+    """Properties of a simulated GPU, with as many multiprocessors as an H200."""
 
     name: str
     uuid: str
@@ -48,7 +48,7 @@ def _index(device: Any = None) -> int:
 
 
 class Event:
-    """Passes as soon as it is recorded: simulated devices work while Python waits."""
+    """Complete as soon as it is recorded: simulated devices are synchronous."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         self.enable_timing, self.time = enable_timing, None
@@ -67,7 +67,7 @@ class Event:
         add_wait("event.synchronize")
 
     def wait(self, stream: Any = None) -> None:
-        """Nothing is under way."""
+        """Nothing to wait for."""
 
     def elapsed_time(self, end: Event) -> float:
         if not (self.enable_timing and end.enable_timing):
@@ -78,17 +78,17 @@ class Event:
 
 
 class Stream:
-    """A stream of a device. Its work is done when it is given."""
+    """A stream of a device. Its work is done at once."""
 
     def __init__(self, device: Any = None, priority: int = 0, **about: Any) -> None:
         self.device = torch.device("cuda", _index(device))
         self.device_index, self.cuda_stream = self.device.index, id(self)
 
     def wait_stream(self, stream: Any) -> None:
-        """Nothing is under way."""
+        """Nothing to wait for."""
 
     def wait_event(self, event: Any) -> None:
-        """Nothing is under way."""
+        """Nothing to wait for."""
 
     def record_event(self, event: Event | None = None) -> Event:
         event = event or Event()
@@ -152,7 +152,7 @@ def synchronize(device: Any = None) -> None:
 
 
 class on_device:
-    """A block in which another device is the current one."""
+    """A block in which `device` is the current one."""
 
     def __init__(self, device: Any) -> None:
         self.index = DEVICES.current if device is None or device == -1 else _index(device)
@@ -172,7 +172,7 @@ def set_device(device: Any) -> None:
 
 
 class CUDAGraph:
-    """A tape of operators, which a replay computes again from and to the same memory."""
+    """A tape of operators, which a replay runs again on the same memory."""
 
     def __init__(self, keep_graph: bool = False) -> None:
         self.capture: Capture | None = None
@@ -182,7 +182,7 @@ class CUDAGraph:
         DEVICES.refuse_while_capturing("a capture within another")
         if pool is not None:
             known = DEVICES.pools.get(pool)
-            if known is not None and not known:  # torch does where something is left in it, such as a workspace
+            if known is not None and not known:  # torch raises it if a workspace is left in the pool
                 raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED: all graphs of the pool are freed")
             DEVICES.pools.setdefault(pool, weakref.WeakSet()).add(self)
         DEVICES.capture = Capture(generators=set(self.generators), mode=capture_error_mode)
@@ -211,7 +211,7 @@ class CUDAGraph:
 def graph(
     cuda_graph: CUDAGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
 ) -> Iterator[None]:
-    """Capture what the block does; torch waits for the device first."""
+    """Capture the block; torch waits for the device first."""
     synchronize()
     empty_cache()
     cuda_graph.capture_begin(pool, capture_error_mode)
@@ -274,7 +274,7 @@ def properties(device: Any = None) -> Properties:
 
 
 def torch_cuda() -> dict[str, Any]:
-    """What stands in torch.cuda, by name."""
+    """The replacements in torch.cuda, by name."""
     return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,

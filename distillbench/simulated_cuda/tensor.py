@@ -1,4 +1,4 @@
-"""A tensor that is the CPU's to torch's C++ and a GPU's to Python, and refuses to mix devices as CUDA does."""
+"""A tensor on the CPU for torch's C++ and on a GPU for Python, which raises CUDA's errors for mixed devices."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FACTORIES = {"zeros", "ones", "empty", "empty_strided", "full", "scalar_tensor",
 
 
 class SimulatedTensor(OfDevice, torch.Tensor):
-    """Wraps `elem`, a tensor of the CPU that nobody else holds, as one of device `index`."""
+    """Wraps `elem`, a CPU tensor without other users, as a tensor of device `index`."""
 
     elem: Tensor
     index: int
@@ -47,7 +47,7 @@ class SimulatedTensor(OfDevice, torch.Tensor):
         wrapper.elem, wrapper.index = elem, index
         return wrapper
 
-    # what Python sees
+    # attributes in Python
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +66,7 @@ class SimulatedTensor(OfDevice, torch.Tensor):
         raise RuntimeError(f"cannot pin '{self.type()}' only dense CPU tensors can be pinned")
 
     def record_stream(self, stream: Any) -> None:
-        """Memory is freed when nothing holds it: there is nothing to do."""
+        """Nothing to do: memory is freed when its last tensor is."""
 
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.elem.untyped_storage()
@@ -83,7 +83,7 @@ class SimulatedTensor(OfDevice, torch.Tensor):
         self._wait("repr")
         return torch.Tensor.__repr__(self.elem.detach())[:-1] + f", device='{self.device}')"
 
-    # what moves or reads it
+    # moves and reads
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         wanted = Wanted.of(args, kwargs)
@@ -115,7 +115,7 @@ class SimulatedTensor(OfDevice, torch.Tensor):
         return self.elem.tolist()
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if isinstance(value, bool | int | float):  # CUDA fills, and C++ would copy a tensor of the CPU
+        if isinstance(value, bool | int | float):  # CUDA fills; C++ would copy a CPU tensor
             value = SimulatedTensor(torch.tensor(value, dtype=self.dtype), self.index)
         torch.Tensor.__setitem__(self, key, value)
 
@@ -140,7 +140,7 @@ class SimulatedTensor(OfDevice, torch.Tensor):
         twin = SimulatedTensor(self.elem.detach().clone(), self.index, self.requires_grad)
         add_launch("clone")
         if vars(self).get("_is_param"):
-            twin._is_param = True  # what makes it a torch.nn.Parameter
+            twin._is_param = True  # marks a torch.nn.Parameter
         memo[id(self)] = twin
         return twin
 
@@ -153,7 +153,7 @@ class SimulatedTensor(OfDevice, torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """An operator that is made of others may make tensors in C++, where this device is the CPU: once more then."""
+        """A composite operator may create CPU tensors in C++ and mix devices: then run it again in a mode for them."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             try:
@@ -175,7 +175,7 @@ class SimulatedTensor(OfDevice, torch.Tensor):
 
 
 class _Python(threading.local):
-    """Whether a factory was called from Python, which names the device, and not by an operator for itself."""
+    """Whether a factory was called from Python, which names the device, and not within an operator."""
 
     depth = 0
 
@@ -193,7 +193,7 @@ def from_python() -> Iterator[None]:
 
 
 class FactoriesOfOperators(TorchDispatchMode):
-    """What C++ makes for itself "on the device of" a tensor, which to C++ is the CPU, is the simulated device's."""
+    """Tensors that C++ creates "on the device of" a simulated tensor, which is the CPU to C++, become simulated."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ def _dispatched(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     operator = operator_of(func)
     tensors = tensors_of([*args, *kwargs.values()])
     ours = [tensor for tensor in tensors if isinstance(tensor, SimulatedTensor)]
-    if not ours:  # a factory that C++ calls for itself
+    if not ours:  # a factory called within an operator
         return func(*args, **kwargs)
     index = ours[0].index
     if len(ours) != len(tensors) or any(tensor.index != index for tensor in ours):
@@ -249,20 +249,20 @@ def _wrapped(value: Any, index: int, known: dict[int, Tensor]) -> Any:
 
 
 def _again(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
-    """The same computation, from and to the same memory."""
+    """The same computation on the same memory."""
     before = tensors_of([out])
 
     def replay() -> None:
         after = tensors_of([func(*args, **kwargs)])
-        for mine, new in zip(before, after, strict=True):
-            if mine.data_ptr() != new.data_ptr():
-                mine.copy_(new)
+        for result, new in zip(before, after, strict=True):
+            if result.data_ptr() != new.data_ptr():
+                result.copy_(new)
 
     return replay
 
 
 def _with_generator(operator: Operator, args: Any, kwargs: dict[str, Any], index: int) -> dict[str, Any]:
-    """Random numbers come from a generator of the device. One that is given was checked before C++ unwrapped it."""
+    """Random numbers come from a generator of the device. A given one was checked before C++ unwrapped it."""
     given = kwargs.get("generator") or next((arg for arg in args if isinstance(arg, CPU_GENERATOR)), None)
     if given is not None or not operator.takes_generator:
         return kwargs
@@ -274,7 +274,7 @@ def _with_generator(operator: Operator, args: Any, kwargs: dict[str, Any], index
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a call of Tensor.to asks for."""
+    """The arguments of Tensor.to."""
 
     device: Any = None
     dtype: torch.dtype | None = None
@@ -303,7 +303,7 @@ class Wanted:
 
 
 class _Moved(torch.autograd.Function):
-    """A copy on another device, through which gradients flow back."""
+    """A differentiable copy on another device."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, target: int | None, wanted: Wanted) -> Tensor:
@@ -322,14 +322,14 @@ def _moved(source: Tensor, target: int | None, wanted: Wanted) -> Tensor:
 
 
 def moved(source: Tensor, target: int | None, wanted: Wanted) -> Tensor:
-    """`source` on another device; `target`: its index, None for the CPU."""
+    """`source` on another device; `target` is its index, None for the CPU."""
     if wanted.dtype is not None and wanted.dtype != source.dtype:
         source = torch.Tensor.to(unwrapped(source), wanted.dtype) if home(source) is None else source.to(wanted.dtype)
     return _moved(source, target, wanted)
 
 
 def moved_without_gradient(source: Tensor, target: int | None, wanted: Wanted) -> Tensor:
-    """The same, as a copy that no gradient knows of. One to the host that is not blocking goes to pinned memory."""
+    """The same, not differentiable. A non-blocking copy to the host goes to pinned memory."""
     size = source.numel() * source.element_size()
     plain = unwrapped(source.detach())
     if home(source) is None:

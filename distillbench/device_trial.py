@@ -1,4 +1,4 @@
-"""A method tried on a simulated GPU, in a process of its own: what the conformance suite's check ``device`` starts."""
+"""Trial of a method on a simulated GPU, in a separate process: the function behind the conformance check ``device``."""
 
 from __future__ import annotations
 
@@ -15,58 +15,60 @@ from distillbench.simulated_cuda.record import Record, recording
 
 if TYPE_CHECKING:
     from distillbench.method import Method
-    from distillbench.testbench import Bench
+    from distillbench.testbench import MethodBench
 
 GPU = "cuda:0"
-STEPS = 2  # of each phase; the first may make tables, and what the second waits for every step waits for
-ROWS = 3  # numbers of evaluations that are sampled with
+STEPS = 2  # of each phase; the first may fill caches, so waits are taken from the second
+MOST_NFE = 3  # numbers of evaluations to sample with
 
 
 @dataclass
 class Trial:
-    """What was seen under all ways of conditioning that the method takes."""
+    """The result, over all conditionings that the method supports."""
 
-    fault: str = ""  # how it failed first, and where
-    elsewhere: str = ""  # how it fails on the CPU as well: then it says nothing of GPUs
-    waits: dict[str, int] = field(default_factory=dict)  # what is waited for, and at which line: times in one step
+    fault: str = ""  # the first failure, and where
+    fault_on_cpu: str = ""  # the failure, if it fails on the CPU too
+    waits: dict[str, int] = field(
+        default_factory=dict
+    )  # operation and line -> number of waits for the device in one step
 
 
 def try_method(pickled: bytes) -> Trial:
-    """Steps of each phase, and samples, of ``pickle.dumps((class of a method, config, labels of benches))``."""
+    """Train some steps of each phase and sample; `pickled` are a method's class, its config and labels of benches."""
     install()
     import torch
 
     from distillbench.errors import UserError
     from distillbench.simulated_cuda.checks import DevicesMixed
-    from distillbench.testbench import CONDITIONINGS, Bench
+    from distillbench.testbench import CONDITIONINGS, MethodBench
 
     torch.set_num_threads(1)
     cls, config, labels = pickle.loads(pickled)
     trial = Trial()
     for label in labels:
         try:
-            _try_on(Bench(label, cls, config, CONDITIONINGS[label], 0, device=GPU), trial)
-        except UserError:  # a refusal of this conditioning
+            _try_on(MethodBench(label, cls, config, CONDITIONINGS[label], 0, device=GPU), trial)
+        except UserError:  # the method does not support this conditioning
             continue
         except Exception as error:  # a method is third-party code
-            trial.elsewhere = "" if isinstance(error, DevicesMixed) else _failure_on_cpu(label, cls, config)
-            trial.fault = "" if trial.elsewhere else f"{label}: {_in_words(error, cls)}"
+            trial.fault_on_cpu = "" if isinstance(error, DevicesMixed) else _failure_on_cpu(label, cls, config)
+            trial.fault = "" if trial.fault_on_cpu else f"{label}: {_in_words(error, cls)}"
             break
     return trial
 
 
 def _failure_on_cpu(label: str, cls: type[Method], config: Any) -> str:
-    """The error of the same trial on the CPU; "" where it succeeds."""
-    from distillbench.testbench import CONDITIONINGS, Bench
+    """The error of the same trial on the CPU; "" if it succeeds."""
+    from distillbench.testbench import CONDITIONINGS, MethodBench
 
     try:
-        _try_on(Bench(label, cls, config, CONDITIONINGS[label], 0), Trial())
+        _try_on(MethodBench(label, cls, config, CONDITIONINGS[label], 0), Trial())
     except Exception as error:
         return f"{label}: {type(error).__name__}: {' '.join(str(error).split())}"
     return ""
 
 
-def _try_on(bench: Bench, trial: Trial) -> None:
+def _try_on(bench: MethodBench, trial: Trial) -> None:
     from distillbench.testbench import USUAL_NFE
 
     method = bench.method()
@@ -76,7 +78,7 @@ def _try_on(bench: Bench, trial: Trial) -> None:
         if step:
             _note(record, trial)
     method.eval()
-    for n in [n for n in USUAL_NFE if method.supports(n)][:ROWS]:
+    for n in [n for n in USUAL_NFE if method.supports(n)][:MOST_NFE]:
         bench.sample(n, method).cpu()
 
 
@@ -90,7 +92,7 @@ def _note(record: Record, trial: Trial) -> None:
 
 
 def _in_words(error: Exception, cls: type[Method]) -> str:
-    """An error in one line, with the last line of the author's own file that it came through."""
+    """An error in one line, with the last line of the method's file in its traceback."""
     from distillbench.simulated_cuda.checks import DevicesMixed
 
     lines = _lines_of(error, cls)

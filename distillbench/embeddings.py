@@ -1,0 +1,53 @@
+"""Embeddings of a time and of a guidance weight, which networks add to their features."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["GuidanceEmbedding", "TimeEmbedding", "TimeFeatures"]
+
+
+class TimeFeatures(nn.Module):
+    """Sines and cosines of `time` at frequencies from 1 to 1000: (B,) -> (B, channels)."""
+
+    frequencies: Tensor
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__()
+        frequencies = torch.exp(torch.linspace(0, math.log(1000), channels // 2, device="cpu"))
+        # not computed on "meta" where a network is built there: torch imports its compiler for that, two seconds
+        self.register_buffer("frequencies", frequencies.to(torch.get_default_device()))
+
+    def forward(self, time: Tensor) -> Tensor:
+        angles = time[:, None] * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class TimeEmbedding(nn.Sequential):
+    """Two linear layers on :class:`TimeFeatures`: (B,) -> (B, channels)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(TimeFeatures(), nn.Linear(64, channels), nn.SiLU(), nn.Linear(channels, channels))
+
+    def zero_output(self) -> TimeEmbedding:
+        """Makes the embedding zero at every time, until it is trained."""
+        output = cast(nn.Linear, self[-1])
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
+        return self
+
+
+class GuidanceEmbedding(TimeEmbedding):
+    """Of a guidance weight w in [low, high]: (B,1,1,1) -> (B, channels). Zero until it is trained."""
+
+    def __init__(self, channels: int, low: float, high: float) -> None:
+        super().__init__(channels)
+        self.low, self.high = low, high
+        self.zero_output()
+
+    def forward(self, w: Tensor) -> Tensor:
+        return super().forward((w.flatten() - self.low) / (self.high - self.low))

@@ -1,0 +1,42 @@
+"""Blocks in which a network is evaluated with constant weights, or without dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+__all__ = ["evaluating", "held"]
+
+
+@contextmanager
+def held(network: nn.Module) -> Iterator[None]:
+    """In the block the weights of `network` are constants: gradients reach its input only, and nothing is dropped.
+
+    After it, also where an error ends it, those weights take gradients that took them before. No step yields in it.
+    """
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """In the block `network` is in evaluation mode: nothing is dropped. After it every part is in the mode of before.
+
+    Networks of a teacher, and of students made from it, need it nowhere: :class:`distillbench.denoiser.CountedNetwork`.
+    """
+    training = [module for module in network.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

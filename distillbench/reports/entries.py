@@ -1,0 +1,128 @@
+"""Rows of a report: those of the summary over seeds, each with the rows of the runs' tables behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from distillbench.reports import words
+from distillbench.reports.runs import RunData
+from distillbench.reports.words import is_known
+from distillbench.statistics import KEYS, TEACHER
+
+Row = dict[str, Any]  # None where a value is empty
+
+
+@dataclass
+class Entry:
+    """A row of the summary. `label` names its method, with settings, device and run where these differ."""
+
+    values: Row
+    label: str
+    runs: frozenset[str]
+    behind: list[Row] = field(default_factory=list)  # rows of tables that it is a mean of
+
+    @property
+    def is_teacher(self) -> bool:
+        return str(self.values["method"]).startswith(TEACHER)
+
+    def failures(self) -> str:
+        """Why rows behind it are not ok, with their seeds."""
+        seeds: dict[str, list[str]] = {}
+        for row in self.behind:
+            if row["status"] != "ok":
+                seed = "" if row["training_seed"] is None else f"seed {row['training_seed']}"
+                why = words.other_reasons(row["reason"]) or str(row["reason"] or "no reason given")
+                seeds.setdefault(f"{row['status'] or 'no status'}: {why}", []).append(seed)
+        named = {why: ", ".join(dict.fromkeys(filter(None, several))) for why, several in seeds.items()}
+        return "; ".join(f"{several} {why}".strip() for why, several in named.items())
+
+    def why_empty(self, column: str) -> str:
+        """Why a column is empty, by the rows behind it."""
+        return "; ".join(filter(None, _reasons_of(column, [self])))
+
+    def interval(self, score: str) -> tuple[float | None, float | None, str]:
+        """The ends of the interval over training seeds, else over sampling seeds, and over which."""
+        for source in ("training", "sampling"):
+            low, high = self.values.get(f"{score}_{source}_low"), self.values.get(f"{score}_{source}_high")
+            if low is not None and high is not None:
+                return float(low), float(high), source
+        return None, None, ""
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of a run's table, with the label of its entry."""
+
+    run: RunData
+    label: str
+    values: Row
+
+
+def rows_of(frame: pd.DataFrame) -> list[Row]:
+    """The rows of a frame as plain values, None for empty ones."""
+    columns = {name: [_plain(v) for v in frame[name].astype(object).tolist()] for name in frame}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    if not is_known(value):
+        return None
+    return value.item() if hasattr(value, "item") else value
+
+
+def key_without_images(row: Mapping[str, Any]) -> tuple:
+    """What a row of the summary and its rows of the table have in common; a failed row may not know its images."""
+    return tuple(_plain(row.get(name)) for name in KEYS if name != "images")
+
+
+def entries_of(summary: pd.DataFrame, several_runs: bool) -> list[Entry]:
+    """An entry for each row of a summary, whose column `run` names one run, or several joined by commas."""
+    rows = rows_of(summary)
+    runs = [str(row["run"]).split(", ") if several_runs else [row["run"]] for row in rows]
+    return [Entry(row, label, frozenset(of)) for row, label, of in zip(rows, _labels(rows), runs, strict=True)]
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    labels = [str(row["method"]) for row in rows]
+    for column in ("settings", "device", "run"):
+        values: dict[str, set] = {}
+        for label, row in zip(labels, rows, strict=True):
+            values.setdefault(label, set()).add(row.get(column))
+        labels = [
+            f"{label} [{row[column]}]" if len(values[label]) > 1 and row.get(column) else label
+            for label, row in zip(labels, rows, strict=True)
+        ]
+    return labels
+
+
+def attach(entries: Sequence[Entry], tables: Iterable[tuple[RunData, Row]]) -> list[TableRow]:
+    """Give each entry the rows of `tables` behind it; returns these rows, in the order of the tables."""
+    index: dict[tuple, list[Entry]] = {}
+    for entry in entries:
+        index.setdefault(key_without_images(entry.values), []).append(entry)
+    found = []
+    for run, row in tables:
+        for entry in index.get(key_without_images(row), []):
+            images = entry.values["images"]
+            if row["run"] in entry.runs and (row["images"] is None or images is None or row["images"] == images):
+                entry.behind.append(row)
+                found.append(TableRow(run, entry.label, row))
+                break
+    return found
+
+
+def why_empty(column: str, entries: Sequence[Entry]) -> str:
+    """Why a column is empty in all entries."""
+    reasons = _reasons_of(column, entries)
+    if column.startswith("train_"):  # a teacher is not trained
+        reasons = [reason for reason in reasons if "the teacher is the baseline" not in reason] or reasons
+    return "; ".join(filter(None, reasons)) or "no reason recorded"
+
+
+def _reasons_of(column: str, entries: Sequence[Entry]) -> list[str]:
+    """The different reasons, "" for rows without one."""
+    return list(dict.fromkeys(words.why_empty(column, row["reason"]) for entry in entries for row in entry.behind))
