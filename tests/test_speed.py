@@ -33,28 +33,30 @@ from distillbench.samplers import Solver
 from distillbench.schedules import SCHEDULES, VPCosine
 from distillbench.shared_context import build
 from distillbench.speed import (
-    LEAST_CALLS,
-    MOST_SECONDS,
-    WARM_UP_CALLS,
-    CpuTimer,
-    CudaTimer,
-    KeptNoise,
-    KnownDataset,
+    CachedNoise,
+    LazyDataset,
     Measurement,
     SpeedError,
     Subject,
     TorchSettings,
-    best_throughput,
     build_method,
     make_subject,
     measure,
     measure_in_fresh_process,
     measure_subject,
-    repeat,
-    timer_of,
 )
 from distillbench.speed_job import speed_job
 from distillbench.teachers import Teacher
+from distillbench.timing import (
+    LEAST_CALLS,
+    MOST_SECONDS,
+    WARM_UP_CALLS,
+    CpuTimer,
+    CudaTimer,
+    best_throughput,
+    repeat,
+    timer_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = (1, 2, 2)
@@ -480,7 +482,7 @@ def test_a_decoder_that_fails_costs_only_its_latency():
 
 def test_noise_is_drawn_by_the_call_that_warms_up_and_never_while_it_is_timed():
     drawn = []
-    noise = KeptNoise(lambda k: drawn.append(k) or torch.full((1,), float(k)))
+    noise = CachedNoise(lambda k: drawn.append(k) or torch.full((1,), float(k)))
     for _ in range(3):
         assert [noise(k).item() for k in (0, 3, 2)] == [0, 3, 2]
     assert drawn == [0, 3, 2]
@@ -592,12 +594,12 @@ def test_what_goes_wrong_around_a_measurement_is_one_error(cells, student, tmp_p
 
 def test_a_job_is_small_and_reads_no_image_before_it_is_asked_to(cells):
     shared = cells[0].shared
-    dataset = pickle.loads(pickle.dumps(KnownDataset(shared.dataset, shared.config.dataset)))
+    dataset = pickle.loads(pickle.dumps(LazyDataset(shared.dataset, shared.config.dataset)))
     assert len(pickle.dumps(speed_job(cells[0], None, [1]))) < 5000
     known = ("name", "licence", "shape", "sha256", "classes", "law")
     assert all(getattr(dataset, name) == getattr(shared.dataset, name) for name in known)
     assert len(dataset) == len(shared.dataset)
-    assert "whole" not in vars(dataset)
+    assert "opened" not in vars(dataset)
     indices = torch.tensor([5, 0])
     assert torch.equal(dataset.read(indices), shared.dataset.read(indices))
     assert torch.equal(dataset.labels(indices), shared.dataset.labels(indices))
