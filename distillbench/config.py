@@ -60,30 +60,34 @@ class StatesConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that a run depends on."""
+    """All settings of a run."""
 
     methods: dict[str, Any] = option({}, "the methods and their settings: methods=[boot,cm] methods.boot.lr=3e-4")
     dataset: Any = option(None, "the real images: dataset=digits")
     teacher: Any = option(None, "the frozen teacher: teacher=trained")
     conditional: bool = option(False, "class-conditional teacher and students, for a dataset with labels")
     guidance: float = option(1.0, "w of the teacher's classifier-free guidance, f_0 + w (f_c - f_0); 1: none")
-    guidance_range: list[float] = option([], "[LOW,HIGH]: students learn every w in it, and are sampled at guidance")
+    guidance_range: list[float] = option(
+        [], "[LOW,HIGH]: students are trained on every w in it, and sampled with w = guidance"
+    )
     budget: BudgetConfig = option(BudgetConfig, "how long every method trains")
     evaluation: EvaluationConfig = option(EvaluationConfig, "what is sampled and scored")
-    compute: ComputeConfig = option(ComputeConfig, "how networks are computed in training")
-    batch_size: int = option(128, "images in a training step, for every method")
-    accumulate: int = option(1, "parts in which a step is computed, one after the other, for less memory")
-    on_oom: str = option("fail", "where training runs out of memory: fail, or accumulate: anew in twice the parts")
-    seed: int = option(0, "seed of training: noise, times and the order of the data")
+    compute: ComputeConfig = option(ComputeConfig, "precision, compilation and memory of networks in training")
+    batch_size: int = option(128, "images of a training step, for every method")
+    accumulate: int = option(1, "gradient accumulation: parts of a step, computed one after the other to save memory")
+    on_oom: str = option(
+        "fail", "if training runs out of memory: fail, or accumulate (start again with twice the parts)"
+    )
+    seed: int = option(0, "training seed: noise, times and the order of the data")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    threads: int = option(1, "CPU threads; small networks are fastest, and undisturbed, on one")
-    executor: Any = option(None, "where cells are worked on: executor=local, submitit (Slurm) or ray")
-    isolate: bool = option(True, "each cell in a process of its own: a crash hurts one row")
-    cell_seconds: float = option(0.0, "longest that the process of a cell may take; 0: no limit")
-    states: StatesConfig = option(StatesConfig, "of trainings in progress")
-    energy: str = option("nvml", "how joules are counted: nvml (the GPU's counter) or zeus (an extra)")
-    results_dir: str = option("results", "where records and tables go", path=True)
-    run_name: str = option("", "folder of this run below results_dir; empty: made from the dataset and what is run")
+    threads: int = option(1, "CPU threads; small networks are fastest with one")
+    executor: Any = option(None, "where cells run: executor=local, submitit (Slurm) or ray")
+    isolate: bool = option(True, "run each cell in its own process, so that a crash fails one row only")
+    cell_seconds: float = option(0.0, "time limit of the process of a cell; 0: none")
+    states: StatesConfig = option(StatesConfig, "training states, from which an interrupted training resumes")
+    energy: str = option("nvml", "how energy is measured: nvml (the GPU's counter) or zeus (an extra)")
+    results_dir: str = option("results", "folder for records and tables", path=True)
+    run_name: str = option("", "name of this run's folder in results_dir; empty: made from the dataset and the cells")
 
     def __post_init__(self) -> None:
         require_positive(self, "batch_size")
