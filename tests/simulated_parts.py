@@ -40,8 +40,9 @@ from distillbench.prompts import EncodedPrompts  # noqa: E402
 from distillbench.references import RealImages, read_reference  # noqa: E402
 from distillbench.samplers import Solver  # noqa: E402
 from distillbench.schedules import VPCosine  # noqa: E402
-from distillbench.speed import Measurement, Subject, measure_subject, timer_of  # noqa: E402
+from distillbench.speed import Measurement, Subject, measure_subject  # noqa: E402
 from distillbench.teachers import Teacher  # noqa: E402
+from distillbench.timing import timer_of  # noqa: E402
 from simulated import check, main  # noqa: E402
 from simulated_pictures import Pictures  # noqa: E402
 

@@ -50,9 +50,10 @@ from distillbench.progress import Progress
 from distillbench.registry import load_registry
 from distillbench.resume import State
 from distillbench.schedules import VPCosine
-from distillbench.speed import CpuTimer, Measurement, Subject, measure_subject
+from distillbench.speed import Measurement, Subject, measure_subject
 from distillbench.stopwatch import Account, CompileWatch, Stopwatch
 from distillbench.teachers import Teacher
+from distillbench.timing import CpuTimer
 
 SHAPE = (1, 8, 8)
 MAKERS = {

@@ -24,7 +24,7 @@ from distillbench.builtin.image_sets import (
 from distillbench.errors import UserError
 from distillbench.image_files import CROPS, RESIZES, FileDataset, Fit
 from distillbench.registry import Source, load_registry
-from distillbench.speed import KnownDataset
+from distillbench.speed import LazyDataset
 from image_sources import edm, idx, make, pixels, png, write_folder, write_zip
 
 SETS = [Cifar10, Ffhq, ImageNet64, LsunBedroom, CelebaHq, AfhqV2, Mnist, FashionMnist]
@@ -164,7 +164,7 @@ def test_what_is_read_cannot_change_what_is_kept(tmp_path):
 def test_datasets_can_be_copied_and_sent_and_known(tmp_path):
     path = write_zip(tmp_path / "a.zip", edm(4, [1, 0, 2, 1]))
     dataset = make(Folder, path, resolution=8)
-    known = pickle.loads(pickle.dumps(KnownDataset(dataset, dataset.config)))
+    known = pickle.loads(pickle.dumps(LazyDataset(dataset, dataset.config)))
     for twin in (copy.deepcopy(dataset), pickle.loads(pickle.dumps(dataset)), known):
         assert (twin.sha256, twin.split, twin.resizer, twin.classes) == (dataset.sha256, "all", dataset.resizer, 3)
         assert torch.equal(everything(twin), everything(dataset))
