@@ -12,16 +12,12 @@ from distillbench.conformance_metrics import IMAGES
 from distillbench.pretrained import WeightsFile
 from distillbench.registry import load_registry
 from distillbench.testing import SUITES, assert_conforms, check_class
-from faults import gatherer
+from faults import failed, found_in, gatherer
 
 METRICS = load_registry().metrics
 CHECKS = [check.name for check in SUITES["metrics"].checks]
 HERE = sorted(name for name in METRICS if not METRICS[name].cls.network or name.endswith("efficientnet_lite0"))
 TOO_MANY = ("fd_infinity_efficientnet_lite0", "kd_efficientnet_lite0")  # images that these ask for
-
-
-def failed(found) -> dict[str, str]:
-    return {finding.check: finding.message for finding in found if finding.ok is False}
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -241,7 +237,7 @@ class NeedsMany(Good):
 
 @pytest.mark.parametrize(("cls", "check", "message"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_fault_is_found_by_its_own_check(cls, check, message):
-    found = failed(check_class(cls))
+    found = failed(found_in("metrics", cls, check))
     assert list(found) == [check]
     assert message in found[check] and "\n" not in found[check]
 
