@@ -1,4 +1,4 @@
-"""The conformance suite for metrics: what ships passes, and each fault is found by the one check that is for it."""
+"""The conformance suite for metrics: built-in ones pass, and each fault is found by its check and by no other."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from faults import failed, found_in, gatherer
 METRICS = load_registry().metrics
 CHECKS = [check.name for check in SUITES["metrics"].checks]
 HERE = sorted(name for name in METRICS if not METRICS[name].cls.network or name.endswith("efficientnet_lite0"))
-TOO_MANY = ("fd_infinity_efficientnet_lite0", "kd_efficientnet_lite0")  # images that these ask for
+NEED_MORE_IMAGES = ("fd_infinity_efficientnet_lite0", "kd_efficientnet_lite0")
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_what_ships_with_its_weights_conforms(name):
+def test_built_in_metrics_conform(name):
     found = check_class(METRICS[name].cls)
     assert not failed(found) and [finding.check for finding in found] == CHECKS
     applies = {finding.check: finding.ok for finding in found}
-    assert applies["scores"] is (None if name in TOO_MANY else True)
+    assert applies["scores"] is (None if name in NEED_MORE_IMAGES else True)
 
 
-def test_missing_weights_are_a_reason_and_no_fault(tmp_path, monkeypatch):
+def test_missing_weights_are_no_fault(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLBENCH_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     found = check_class(METRICS["fid"].cls)
@@ -37,7 +37,7 @@ def test_missing_weights_are_a_reason_and_no_fault(tmp_path, monkeypatch):
 
 
 class Tiny(FeatureNetwork):
-    """Four random projections of what an image's corners show."""
+    """Four random projections of an image's corners."""
 
     name, protocol, width = "tiny", "tiny/1: corners", 4
     weights = WeightsFile("none", "none", "", "none", 0)
@@ -54,7 +54,7 @@ class Tiny(FeatureNetwork):
 
 
 class Good(Metric):
-    """Distance of pixels to the teacher's answers."""
+    """Mean distance of pixels to the teacher's samples."""
 
     name, unit, direction, protocol = "good", "pixel values", "lower", "good/1: mean absolute difference"
     needs = frozenset({Need.same_noise})
@@ -68,12 +68,12 @@ class GoodFeatures(scores.FrechetDistance):
 
 
 @pytest.mark.parametrize("cls", [Good, GoodFeatures])
-def test_a_good_metric_has_nothing_against_it(cls):
+def test_a_correct_metric_passes(cls):
     found = {finding.check: finding.ok for finding in check_class(cls)}
     assert found == dict.fromkeys(CHECKS, True) | ({} if cls.network else {"network": None})
 
 
-FAULTS, fault = gatherer()  # the class is a metric with one fault, which `check` and no other finds, in these words
+FAULTS, fault = gatherer()  # (metric with one fault, the check that finds it, part of the message)
 
 
 def through(cls: type[FeatureNetwork]) -> type[Metric]:
@@ -100,8 +100,8 @@ class WrongWidth(Tiny):
     name, width = "wrong_width", 5
 
 
-class Blind(Tiny):
-    name = "blind"
+class IgnoresTheImage(Tiny):
+    name = "ignores_the_image"
 
     def __call__(self, images):
         return torch.ones(len(images), 4)
@@ -117,17 +117,17 @@ class Normalises(Tiny):
 
 FAULTS += [
     (through(WrongWidth), "network", "must give features (B, width) = (12, 5), got (12, 4)"),
-    (through(Blind), "network", "gives all images the same features"),
-    (through(Normalises), "network", "depend on the images beside"),
+    (through(IgnoresTheImage), "network", "gives the same features for all images"),
+    (through(Normalises), "network", "depend on the other images of the batch"),
 ]
 
 
-@fault("needs", "looks at real images, which not every run has")
+@fault("needs", "uses real images, which not every run has")
 class NeedsReal(GoodFeatures):
     needs = frozenset()
 
 
-@fault("needs", "not at their statistics alone: declare Need.real_images")
+@fault("needs", "not only their statistics: declare Need.real_images")
 class NeedsImages(Good):
     needs = frozenset({Need.same_noise, Need.real})
 
@@ -146,7 +146,7 @@ class HidesItsNetwork(Good):
         return super().score(samples) + 0 * samples.images.statistics(Tiny).mean.sum().item()
 
 
-@fault("needs", "compared with the answer to the same noise: declare Need.same_noise")
+@fault("needs", "compared with the teacher's for the same noise: declare Need.same_noise")
 class Paired(Good):
     needs = frozenset()
 
@@ -164,7 +164,7 @@ class GivesNan(Good):
 
 
 @fault("scores", "without a reason")
-class SaysNothing(Good):
+class GivesNoReason(Good):
     def score(self, samples):
         raise Unavailable
 
@@ -209,18 +209,18 @@ class FirstOnly(Good):
         return (samples.x_0[0] - 1).abs().max().item() + super().score(samples)
 
 
-@fault("direction", "'higher' the teacher's answers are the worst")
+@fault("direction", "'higher' the teacher's samples are the worst")
 class WrongDirection(Good):
     direction = "higher"
 
 
-@fault("direction", "it is the same whatever the samples are")
-class SaysAlwaysOne(Good):
+@fault("direction", "it does not depend on the samples")
+class IsAlwaysOne(Good):
     def score(self, samples):
         return 1.0
 
 
-@fault("sizes", "real images of 32x32 end in RuntimeError")
+@fault("sizes", "real images of 32x32: RuntimeError")
 class NeedsEqualSizes(Good):
     needs = frozenset({Need.same_noise, Need.real_images})
 
@@ -246,19 +246,19 @@ def test_there_is_a_fault_for_every_check():
     assert {check for _, check, _ in FAULTS} == set(CHECKS)
 
 
-class Several(Good):
-    """Never meant for so few images."""
+class NeedsAMillion(Good):
+    """Needs more images than the bench has."""
 
     def score(self, samples):
         raise Unavailable(f"takes a million images, here are {len(samples.x_0)}")
 
 
-def test_no_score_is_told_with_its_reason():
-    found = {finding.check: finding for finding in check_class(Several)}
+def test_a_missing_score_is_reported_with_its_reason():
+    found = {finding.check: finding for finding in check_class(NeedsAMillion)}
     assert (
         found["scores"].ok is None and found["scores"].message == f"no score: takes a million images, here are {IMAGES}"
     )
-    assert_conforms(Several)
+    assert_conforms(NeedsAMillion)
 
 
 def test_a_metric_has_no_settings():
