@@ -151,7 +151,7 @@ class MetricBench:
 
     def samples(
         self, name: str = "near", order: Tensor | None = None, teacher_order: Tensor | None = None,
-        count: int = IMAGES, real_side: int = SIDE,
+        count: int | None = None, real_side: int = SIDE,
     ) -> Samples:  # fmt: skip
         """The images `name` as samples in the order `order`, and the teacher's in `teacher_order` (None: the same)."""
         order = torch.arange(IMAGES) if order is None else order

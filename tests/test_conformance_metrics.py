@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from distillbench import FeatureNetwork, Metric, Need, Unavailable, UserError, scores
+from distillbench import FeatureNetwork, Metric, Need, Unavailable, UserError, conformance_metrics, scores
+from distillbench.builtin.efficientnet_lite0 import EfficientNetLite0
 from distillbench.conformance_metrics import IMAGES
 from distillbench.pretrained import WeightsFile
 from distillbench.registry import load_registry
@@ -20,8 +21,22 @@ HERE = sorted(name for name in METRICS if not METRICS[name].cls.network or name.
 NEED_MORE_IMAGES = ("fd_infinity_efficientnet_lite0", "kd_efficientnet_lite0")
 
 
+@pytest.fixture(scope="module")
+def few_images():
+    """A quarter of the images, and of the time, for all metrics of the module."""
+    caches = [conformance_metrics.images, conformance_metrics.extracted]
+    for cache in caches:
+        cache.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conformance_metrics, "IMAGES", 32)
+        patch.setattr(EfficientNetLite0, "batch", 32)
+        yield
+    for cache in caches:
+        cache.cache_clear()
+
+
 @pytest.mark.parametrize("name", HERE)
-def test_built_in_metrics_conform(name):
+def test_built_in_metrics_conform(few_images, name):
     found = check_class(METRICS[name].cls)
     assert not failed(found) and [finding.check for finding in found] == CHECKS
     applies = {finding.check: finding.ok for finding in found}
