@@ -525,7 +525,7 @@ def strange(tmp_path_factory):
         ("samples_nothing", 1, "ok", ""),
         ("samples_nothing", 2, "failed", "RuntimeError: samples must have shape (16, 1, 8, 8), got (16, 1, 4, 8)"),
         ("counts_wrong", 1, "ok", ""),
-        ("counts_wrong", 2, "failed", "RuntimeError: asked for 2 evaluations an image, counted 1"),
+        ("counts_wrong", 2, "failed", "RuntimeError: requested 2 evaluations per image, counted 1"),
         ("boot", 1, "ok", ""),
     ],
 )

@@ -54,7 +54,6 @@ from distillbench.timing import (
     WARM_UP_CALLS,
     CpuTimer,
     CudaTimer,
-    best_throughput,
     repeat,
     timer_of,
 )
