@@ -89,7 +89,7 @@ def test_labels_that_are_not_asked_for_are_not_looked_at(tmp_path, labels):
         pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
         sources.append(tmp_path / "c.parquet")
     for source in sources:
-        with pytest.raises(UserError, match=r"dataset\.labels=none reads the images alone"):
+        with pytest.raises(UserError, match=r"dataset\.labels=none reads only the images"):
             open_at(source)
         reader = open_at(source, labels="none")
         assert (len(reader), reader.labels, list(reader.notes)) == (2, None, [])
@@ -111,7 +111,7 @@ def test_a_class_without_images_is_said(tmp_path):
     np.savez(tmp_path / "a.npz", images=pixels(3), labels=np.array([1, 2, 1]))
     dataset = make(Folder, tmp_path / "a.npz", resolution=8)
     assert dataset.classes == 3
-    note = "class 0 has no image, of 3 classes: conditional=true asks for each of them equally often"
+    note = "class 0 has no image, of 3 classes: conditional=true samples all classes equally often"
     assert list(dataset.notes) == [note]
     np.savez(tmp_path / "b.npz", images=pixels(3), labels=np.eye(5, dtype=int)[[1, 2, 1]])
     dataset = make(Folder, tmp_path / "b.npz", resolution=8)
@@ -122,14 +122,14 @@ def test_a_class_without_images_is_said(tmp_path):
 def test_parquet_files_that_differ(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"image": [PNG], "label": [0]}), tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"image": [PNG]}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"b\.parquet has no column label, which a\.parquet has"):
+    with pytest.raises(UserError, match=r"b\.parquet has no column label, but a\.parquet has"):
         open_at(tmp_path)
     assert len(open_at(tmp_path, labels="none")) == 2
     for name, classes in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):
         told = {"huggingface": json.dumps({"info": {"features": {"label": {"names": classes}}}})}
         table = pyarrow.table({"image": [PNG], "label": [0]}).replace_schema_metadata(told)
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
-    with pytest.raises(UserError, match="name their classes differently"):
+    with pytest.raises(UserError, match="have different class names"):
         open_at(tmp_path)
 
 
@@ -138,7 +138,7 @@ def test_columns_that_are_not_read_are_named(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     reader = open_at(tmp_path / "a.parquet")
     assert reader.labels.tolist() == [3, 4]
-    assert reader.notes == ["columns that are not read: coarse_label, url (read: img, fine_label)"]
+    assert reader.notes == ["ignored columns: coarse_label, url (used: img, fine_label)"]
 
 
 # --- captions --------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_no_caption_is_the_empty_text_and_never_the_word_none(tmp_path):
     for path, name in ((tmp_path / "a.parquet", "a.parquet"), (folder, "metadata.jsonl")):
         reader = open_at(path)
         assert reader.captions == ["a", "", ""]
-        assert reader.notes == [f"{name}: 2 of 3 images have no caption: the empty text stands for it"]
+        assert reader.notes == [f"{name}: 2 of 3 images have no caption: the empty text is used"]
 
 
 def test_of_several_captions_the_first_is_taken_and_the_identity_says_so(tmp_path):
@@ -163,7 +163,7 @@ def test_of_several_captions_the_first_is_taken_and_the_identity_says_so(tmp_pat
 
     several = dataset(["a", "b"], ["c"])
     assert list(several.prompts) == ["a", "c"]
-    assert several.notes == ["a.parquet: 1 of 2 images have several captions: the first is taken"]
+    assert several.notes == ["a.parquet: 1 of 2 images have several captions: the first is used"]
     one = dataset("a", "c")
     assert list(one.prompts) == ["a", "c"] and one.notes == []
     assert one.sha256 != several.sha256
@@ -277,7 +277,7 @@ def test_labels_in_metadata_come_before_captions_as_everywhere(tmp_path):
     write_folder(tmp_path, images("0.png", "1.png") | {"metadata.jsonl": lines(*rows)})
     reader = open_at(tmp_path)
     assert (reader.labels.tolist(), reader.class_names, reader.captions) == ([1, 0], ["cat", "dog"], None)
-    assert any("captions of metadata.jsonl are not read" in note for note in reader.notes)
+    assert any("captions of metadata.jsonl are ignored" in note for note in reader.notes)
     assert open_at(tmp_path, labels="captions").captions == ["a dog", "a cat"]
 
 
@@ -285,12 +285,12 @@ def test_tables_and_captions_that_others_come_before_are_named(tmp_path):
     table = {"metadata.jsonl": lines({"file_name": "0.png", "text": "a"}), "metadata.csv": "file_name,text\n0.png,b\n"}
     reader = open_at(write_folder(tmp_path / "a", images("0.png") | table))
     assert reader.captions == ["a"]
-    assert reader.notes == ["metadata.csv is not read, as 'metadata.jsonl' lies beside it"]
+    assert reader.notes == ["metadata.csv is ignored because 'metadata.jsonl' lies beside it"]
     both = images("0.png", "1.png") | {"0.cls": "0", "1.cls": "1", "0.txt": "a", "1.txt": "b"}
     reader = open_at(folder := write_folder(tmp_path / "b", both))
     assert (reader.labels.tolist(), reader.captions) == ([0, 1], None)
     assert reader.notes == [
-        "2 captions beside images (.txt) are not read, as there are labels: dataset.labels=captions takes them"
+        "2 captions beside images (.txt) are ignored because there are labels: dataset.labels=captions uses them"
     ]
     assert open_at(folder, labels="captions").captions == ["a", "b"]
     assert open_at(folder, labels="captions").notes == []

@@ -123,7 +123,7 @@ def test_young_half_written_files_stay_and_that_is_said(root):
     put(root / "run" / ".writing-young", days_old=0.01)
     heard = Heard(root)
     assert (root / "run" / ".writing-young").exists()
-    assert "temporary: 1 file that may still be written to: left alone" in heard.text
+    assert "temporary: 1 file that may still be written to: skipped" in heard.text
 
 
 def test_a_file_that_nobody_has_open_is_left_behind(root, monkeypatch):
@@ -140,7 +140,7 @@ def test_a_file_that_is_open_stays_whatever_is_asked(root, monkeypatch):
     path = put(root / "run" / ".writing-now", days_old=0.001)
     with open(path, "rb"):
         assert names(root, days=0.0) == []
-        assert find(root, (), 0.0)[0].notes == ["1 file that may still be written to: left alone"]
+        assert find(root, (), 0.0)[0].notes == ["1 file that may still be written to: skipped"]
     assert names(root, days=0.0) == ["run/.writing-now"]
 
 
@@ -209,7 +209,7 @@ def test_a_claim_keeps_a_cell(root, tmp_path):
     put(root / "cells" / FINISHED / ".writing-old", days_old=3)
     with claimed(root / "cells" / FINISHED) as mine:
         assert mine and names(root) == []
-        assert clean._remove(root, removal.files, removal.folders) == [f"a process works on {FINISHED}: it stays"]
+        assert clean._remove(root, removal.files, removal.folders) == [f"a process is working on {FINISHED}: skipped"]
     assert path.exists() and clean._remove(root, removal.files, removal.folders) == [] and not path.exists()
 
 
@@ -228,13 +228,13 @@ def test_orphans_go_when_asked(root):
     heard = Heard(root, "orphans")
     assert heard.code == 0 and not cell.exists()
     assert (root / "cells" / FINISHED).exists() and (root / "cells" / CUT).exists()  # named; changed lately
-    assert f"1 cell: {ORPHAN}. A run that needs them trains them again" in heard.text.replace("\n", " ")
-    assert "orphans: 2 cells changed lately or worked on: left alone" in heard.text.replace("\n", " ")
+    assert f"1 cell: {ORPHAN}. A run that needs them trains again" in heard.text.replace("\n", " ")
+    assert "orphans: 2 cells changed recently or in use: skipped" in heard.text.replace("\n", " ")
 
 
 def test_trainings_that_were_cut_off_are_told(root):
     heard = Heard(root, "orphans", days=0.0, yes=False)
-    assert "orphans: with 1 training cut off that could go on" in heard.text
+    assert "orphans: including 1 interrupted training that could be resumed" in heard.text
     assert (root / "cells" / CUT).exists()
 
 
@@ -260,9 +260,9 @@ def test_caches_go_when_asked_and_say_what_they_cost(root):
     assert left(root / "cache") == [
         "latents", "pairs", "references", "references/.net-0.npz.claim", "teachers", "teachers/f.safetensors",
     ]  # fmt: skip
-    assert "pairs: making them took 61 s and 65,536 teacher evaluations" in heard.text
-    assert "latents: making them again encodes 12 images" in heard.text
-    assert "references: making them again looks at real images 1 time" in heard.text
+    assert "pairs: computing them took 61 s and 65,536 teacher evaluations" in heard.text
+    assert "latents: computing them again encodes 12 images" in heard.text
+    assert "references: computing them again reads the real images 1 time" in heard.text
 
 
 def test_older_than_counts_for_every_kind(root):
@@ -295,8 +295,8 @@ def test_what_is_told(root):
     put(root / "cells" / FINISHED / "resume" / "aside-state-1-0.safetensors", b"x" * 2**19)
     text = Heard(root, yes=False).text
     words = [" ".join(line.split()) for line in text.splitlines()]
-    assert "temporary 1 file 1.0 MiB half written by processes that were killed" in words
-    assert any(line.startswith("states 1 file 0.5 MiB states of finished trainings") for line in words)
+    assert "temporary 1 file 1.0 MiB temporary files of processes that were killed" in words
+    assert any(line.startswith("states 1 file 0.5 MiB resume states of finished") for line in words)
     assert "in all 2 files 1.5 MiB" in words
     assert max(map(len, text.splitlines())) <= 80
 
@@ -321,9 +321,9 @@ def test_shared_weights_are_told_not_to_free_space(root):
     student.write_bytes(b"x" * 2**20)
     (root / "run" / "weights" / f"a-seed0-{FINISHED}.safetensors").rename(root / "run" / "weights" / "mine")
     heard = Heard(root, "orphans", days=0.0)
-    assert "1.0 MiB of it have another name elsewhere, and stay on the disk" in heard.text
+    assert "1.0 MiB of it have other hard links and stay on the disk" in heard.text
     assert (root / "run" / "weights" / "mine").stat().st_size == 2**20
-    assert "no cell here is named by a run" in heard.text
+    assert "no run in this folder refers to any cell" in heard.text
 
 
 # --- links, other folders, trouble -----------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_a_link_that_is_made_meanwhile_is_not_followed(root, tmp_path):
 def test_another_folder_is_refused(tmp_path, content):
     folder = tmp_path / "home"
     put(folder / (content or "file"), days_old=9)
-    with pytest.raises(UserError, match="is no results folder: it has no cells/ or cache/ of a run"):
+    with pytest.raises(UserError, match="is not a results folder: it has no cells/ or cache/ of a run"):
         Heard(folder)
     assert (folder / (content or "file")).exists()
 
@@ -410,7 +410,7 @@ def test_what_cannot_be_removed_is_told(root, monkeypatch):
     heard = Heard(root)
     assert heard.code == 1 and not (root / "run" / ".writing-3").exists()
     assert "cannot remove run/.writing-0: Permission denied" in heard.text
-    assert heard.text.endswith("and 1 more could not be removed\nremoved: not all of it")
+    assert heard.text.endswith("and 1 more could not be removed\nremoved, but not everything")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may remove anything")

@@ -128,11 +128,11 @@ def test_what_the_command_refuses(tmp_path, registry):
         run(registry, "dataset=ffhq")
     with pytest.raises(UserError, match=r"--grid must name a \.png file"):
         run(registry, "dataset=digits", grid=tmp_path / "a.jpg")
-    with pytest.raises(UserError, match="data check takes one dataset, the settings span 2"):
+    with pytest.raises(UserError, match="data check takes one dataset, but the settings describe 2 runs"):
         run(registry, "dataset=digits", "seed=0,1")
     with pytest.raises(UserError, match=r"no setting 'pth' in 'dataset'.*Did you mean 'path'"):
         run(registry, "dataset=ffhq", "dataset.pth=x")
-    with pytest.raises(UserError, match=r"hub:owner/name would be fetched"):
+    with pytest.raises(UserError, match=r"hub:owner/name must be downloaded"):
         run(registry, "dataset=ffhq", "dataset.path=hub:owner/name")
 
 
@@ -147,7 +147,7 @@ def test_what_is_left_out_is_said_in_data_check_in_a_dry_run_and_in_a_run(tmp_pa
     files = {"0.png": png(pixels(1)[0]), "1.jp2": b"x", "\x1b[2J.jp2": b"x"}
     words = ["dataset=folder", f"dataset.path={write_folder(tmp_path / 'x', files)}", "dataset.resolution=8"]
     _, out = run(registry, *words)
-    note = "left out, of no image format that is read: 2 .jp2 (\\x1b[2J.jp2, 1.jp2)"
+    note = "ignored, not a supported image format: 2 .jp2 (\\x1b[2J.jp2, 1.jp2)"
     assert note in " ".join(out.split())
     every = load_registry()
     cells = plan(compose_runs(["methods=[boot]", f"results_dir={tmp_path / 'results'}", *words], every), every)

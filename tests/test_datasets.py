@@ -137,8 +137,8 @@ def test_a_folder_is_named_by_its_pixels_and_not_by_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "dataset.path: no folder"),
-        (lambda path: path.write_text("a file"), "dataset.path: no folder"),
+        (lambda path: None, "dataset.path: no file or folder"),
+        (lambda path: path.write_text("a file"), "is not a supported kind of file"),
         (lambda path: path.mkdir(), "no image"),
         (lambda path: save(path / "a.png.d" / "a.tga", np.zeros((4, 4))), r"no image .*; there are 1 \.tga \(a\.png"),
     ],

@@ -305,7 +305,7 @@ def test_the_text_encoder_may_be_that_of_another_folder(stages, cache, tmp_path)
     index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
     (folder / "model_index.json").write_text(json.dumps(index))
     assert cascade(stages, cache, path=folder).encode(["a"]).shape == (1, 77, WIDTH)
-    with pytest.raises(UserError, match=r"no text encoder in 'II': name a pipeline that has one with teacher\.text"):
+    with pytest.raises(UserError, match=r"no text encoder in 'II': give a pipeline that has one as teacher\.text"):
         source(folder, tmp_path, size=16, stage=2, base=str(stages["I"]), text=str(folder)).plan()
 
 

@@ -599,7 +599,7 @@ def test_tensors_that_a_config_has_no_place_for_are_named(tmp_path):
     asked = source(tmp_path)
     asked.plan()
     assert list(asked.notes()) == [
-        f"the weights of unet of '{tmp_path.name}' hold 1 tensors that its config describes no place for, such as "
+        f"the weights of unet of '{tmp_path.name}' have 1 tensors that its config does not describe, such as "
         "class_embedding.weight: not read"
     ]
 
@@ -622,7 +622,7 @@ def test_keys_of_a_config_that_are_not_understood_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.safetensors", r"is a file, and teacher=diffusers reads a pipeline's folder.*from_single_file"),
+        ("model.safetensors", r"is a file, but teacher=diffusers reads a pipeline's folder.*from_single_file"),
         ("model.pt", r"is a file, .*A \.pt file is a pickle, which can run code, and is not read"),
         ("unet/config.json", r"is a file, .*: name the folder '.*unet'"),
     ],
@@ -650,7 +650,7 @@ def test_code_of_a_pipeline_is_not_run(pixels, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"shape": (3, 16, 16)}, r"it makes images of \(C,H,W\) = \(3, 8, 8\), the dataset's are \(3, 16, 16\)"),
+        ({"shape": (3, 16, 16)}, r"its images are \(C,H,W\) = \(3, 8, 8\), the dataset's are \(3, 16, 16\)"),
         ({"conditioning": WITHOUT_CLASSES}, "knows 10 or 11 classes and cannot serve conditional=false"),
         ({"conditioning": Conditioning(7)}, "knows 10 or 11 classes and cannot serve conditional=true with 7 classes"),
         ({"conditioning": Conditioning(11, 2.0)}, "has no row for images of no class: it cannot be guided"),

@@ -293,9 +293,9 @@ def test_a_teacher_of_other_images_or_classes_is_refused(writer):
     for call in ("plan", "untrained"):
         with pytest.raises(UserError, match=r"makes images of \(C,H,W\) = \(3, 8, 8\), the dataset's are \(1, 8, 8\)"):
             getattr(source(path, (1, 8, 8), Conditioning(5)), call)()
-    with pytest.raises(UserError, match="knows 5 classes and cannot serve conditional=false"):
+    with pytest.raises(UserError, match="has 5 classes and does not support conditional=false"):
         source(path).plan()
-    with pytest.raises(UserError, match="knows 5 classes and cannot serve conditional=true with 7 classes"):
+    with pytest.raises(UserError, match="has 5 classes and does not support conditional=true with 7 classes"):
         source(path, conditioning=Conditioning(7)).plan()
 
 

@@ -95,7 +95,7 @@ def test_resizes_differ_and_all_resemble_the_picture():
 def test_no_resize_and_no_crop_refuse_what_they_cannot_do():
     assert np.array_equal(fitted(photo(8, 12), resize="none"), np.asarray(photo(8, 12))[2:10].transpose(2, 0, 1))
     with pytest.raises(
-        UserError, match=r"'image' is 9x9, and dataset\.resolution=8: .*dataset\.resize=pillow_bicubic\|"
+        UserError, match=r"'image' is 9x9, but dataset\.resolution=8: .*dataset\.resize=pillow_bicubic\|"
     ):
         fitted(photo(9, 9), resize="none")
     for resize in RESIZES:
@@ -111,7 +111,7 @@ def test_modes_become_colour_or_grey_and_more_than_8_bits_is_refused():
     assert np.array_equal(fitted(photo(8, 8), channels=1)[0], np.asarray(grey))
     assert np.array_equal(fitted(pixels(1, channels=1)[0])[2], pixels(1, channels=1)[0][..., 0])
     for mode in ("I;16", "I", "F"):
-        with pytest.raises(UserError, match=f"'image' has more than 8 bits a channel .*{mode}"):
+        with pytest.raises(UserError, match=f"'image' has more than 8 bits per channel .*{mode}"):
             fitted(Image.new(mode, (8, 8)))
 
 

@@ -204,7 +204,7 @@ def edited(folder, target, **changes):
         ({}, {"size": 17}, "dataset.resolution: the autoencoder of 'p' makes images of sides that are multiples of 2"),
         ({"unet": {"time_cond_proj_dim": 8}}, {}, "it is a student already, not a teacher"),
         ({"unet": {"in_channels": 9}}, {}, "takes 9 channels and gives 4, its latents have 4"),
-        ({"unet": {"cross_attention_dim": 32}}, {}, "takes texts of 32 numbers a token, its text encoder gives 16"),
+        ({"unet": {"cross_attention_dim": 32}}, {}, "takes text embeddings of width 32, its text encoder has width 16"),
         ({"model_index": {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}}, {}, "a text_encoder_2"),
         ({"model_index": {"unet": ["diffusers", "UNet3DConditionModel"]}}, {}, "no class 'UNet3DConditionModel'"),
         ({"model_index": {"tokenizer": ["evil", "System"]}}, {}, "no class 'System' as tokenizer"),
