@@ -111,7 +111,7 @@ def held(ranks: Ranks, folder: Path) -> dict[str, int]:
 
 def run_rank(rank: int, port: int, folder: Path) -> None:
     """The main function of each of two ranks."""
-    faulthandler.dump_traceback_later(50, exit=True)  # ends ranks that wait for each other
+    faulthandler.dump_traceback_later(240, exit=True)  # instead of waiting for a message that never comes
     torch.set_num_threads(1)
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in given.items()})
