@@ -1,4 +1,4 @@
-"""``distillbench data check``: what is there, what is damaged, and a picture."""
+"""``distillbench data check``: facts on the dataset, damaged images, and a picture."""
 
 import importlib
 import io
@@ -30,7 +30,7 @@ def facts(report):
     return dict(report.lines())
 
 
-def test_what_is_there(tmp_path):
+def test_the_report_describes_the_dataset(tmp_path):
     images = pixels(6, 32)
     np.savez(tmp_path / "a.npz", images=images, labels=np.array([0, 0, 3, 3, 3, 9]))
     dataset = make(Cifar10, tmp_path / "a.npz")
@@ -72,7 +72,7 @@ def test_duplicates_are_found(tmp_path):
     assert report.ok
 
 
-def test_captions_prompts_and_sets_without_files(tmp_path):
+def test_datasets_with_captions_with_prompts_and_without_files(tmp_path):
     files = {f"{k}.png": png(image) for k, image in enumerate(pixels(4))}
     files |= {f"{k}.txt": text for k, text in enumerate("abcd")}
     assert facts(check(make(Folder, write_folder(tmp_path / "a", files), resolution=8)))["captions"] == (
@@ -136,7 +136,7 @@ def test_what_the_command_refuses(tmp_path, registry):
         run(registry, "dataset=ffhq", "dataset.path=hub:owner/name")
 
 
-def test_what_is_left_out_is_said_in_data_check_in_a_dry_run_and_in_a_run(tmp_path, registry, monkeypatch):
+def test_ignored_files_are_noted_in_data_check_in_a_dry_run_and_in_a_run(tmp_path, registry, monkeypatch):
     from distillbench import run as running
     from distillbench.config import compose_runs
     from distillbench.plan import plan

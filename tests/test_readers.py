@@ -1,4 +1,4 @@
-"""Sources of images: each format as its own library writes it, and what is wrong with it in one message."""
+"""Readers of images: each format as its own library writes it, and one message for each defect."""
 
 import copy
 import gzip
@@ -62,7 +62,7 @@ def test_a_zip_and_the_folder_that_it_was_packed_from_are_the_same_data(tmp_path
     assert open_at(write_zip(tmp_path / "swapped.zip", swapped)).fingerprint() not in prints
 
 
-def test_images_are_sorted_by_path_and_hidden_files_left_out(tmp_path):
+def test_images_are_sorted_by_path_and_hidden_files_ignored(tmp_path):
     names = ["b/2.png", "a/9.png", "a-b/1.PNG", "__MACOSX/a/._9.png", ".trash/1.png", "a/._9.png", "a/notes.md"]
     for pack in (write_zip, write_folder):
         reader = open_at(pack(tmp_path / pack.__name__, dict.fromkeys(names, png(pixels(1)[0]))))
@@ -79,7 +79,7 @@ def test_folders_as_classes_and_as_splits(tmp_path):
     assert len(open_at(path)) == 3
 
 
-def test_of_val_and_test_the_latter_is_the_test_split(tmp_path):
+def test_test_is_preferred_to_val_as_the_test_split(tmp_path):
     files = dict.fromkeys(["train/1.png", "val/2.png", "test/3.png"], png(pixels(1)[0]))
     reader = open_at(write_folder(tmp_path / "x", files), split="test")
     assert [reader.name(i) for i in range(len(reader))] == ["test/3.png"]
@@ -100,7 +100,7 @@ def test_captions_of_metadata_and_of_texts_beside_images(tmp_path):
     assert (reader.labels, reader.captions) == (None, ["two cats", "a tree"])
 
 
-def test_a_zip_survives_being_copied_and_sent(tmp_path):
+def test_a_zip_reader_can_be_copied_and_pickled(tmp_path):
     reader = open_at(write_zip(tmp_path / "a.zip", edm(3, [0, 1, 1])))
     for twin in (copy.deepcopy(reader), pickle.loads(pickle.dumps(reader))):
         assert np.array_equal(opened(twin), pixels(3))
@@ -130,7 +130,7 @@ ONE = {"a.png": png(pixels(1)[0])}
     ],
 )
 @pytest.mark.parametrize("pack", [write_zip, write_folder])
-def test_a_folder_or_zip_that_is_not_whole(tmp_path, pack, files, settings, message):
+def test_a_damaged_folder_or_zip_is_refused(tmp_path, pack, files, settings, message):
     (tmp_path / "folder").mkdir()
     path = tmp_path / ("folder" if pack is write_folder else "a.zip")
     with pytest.raises(UserError, match=f"dataset.*{message}"):
@@ -170,7 +170,7 @@ def test_a_damaged_image_in_the_middle_is_named_when_it_is_read(tmp_path):
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "no image format is recognised"),
     ],
 )
-def test_what_is_no_image(tmp_path, data, message):
+def test_files_that_are_not_images_are_refused(tmp_path, data, message):
     reader = open_at(write_folder(tmp_path, {"a.png": data}))
     with pytest.raises(UserError, match=rf"cannot read 'a\.png' as an image: .*({message})") as caught:
         reader.open(0)
@@ -192,7 +192,7 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
         open_at(path).open(0)
 
 
-def test_a_path_that_is_not_there_names_its_neighbour(tmp_path):
+def test_a_missing_path_suggests_a_similar_name(tmp_path):
     write_zip(tmp_path / "ffhq-64x64.zip", ONE)
     with pytest.raises(UserError, match=r"no file or folder '.*ffhq-64\.zip'\. Did you mean 'ffhq-64x64\.zip'\?"):
         open_at(tmp_path / "ffhq-64.zip")
@@ -200,7 +200,7 @@ def test_a_path_that_is_not_there_names_its_neighbour(tmp_path):
         open_at(tmp_path / "absent" / "a.zip")
 
 
-def test_a_file_of_no_kind_and_a_single_image(tmp_path):
+def test_an_unsupported_file_and_a_single_image_are_refused(tmp_path):
     (tmp_path / "a.npz").write_text("text")
     with pytest.raises(UserError, match=r"is not a supported kind of file.*Possible: EDM's dataset zip"):
         open_at(tmp_path / "a.npz")
@@ -332,7 +332,7 @@ def test_a_damaged_batch(tmp_path, data, message):
 # --- npz -------------------------------------------------------------------------------------------------------------
 
 
-def test_arrays_with_channels_first_last_and_absent(tmp_path):
+def test_arrays_with_channels_first_last_or_missing(tmp_path):
     images = pixels(3)
     np.savez(tmp_path / "last.npz", images=images, labels=np.array([1, 0, 1], dtype=np.uint8))
     np.savez_compressed(tmp_path / "first.npz", arr_0=images.transpose(0, 3, 1, 2), arr_1=np.array([[1], [0], [1]]))
@@ -400,7 +400,7 @@ class Evil:
         ({"images": np.array([Evil()], dtype=object)}, "cannot read 'images'"),
     ],
 )
-def test_an_npz_that_is_none(tmp_path, monkeypatch, arrays, message):
+def test_an_unsupported_npz_is_refused(tmp_path, monkeypatch, arrays, message):
     monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(UserError, match=message):
@@ -483,7 +483,7 @@ def test_a_parquet_file_with_captions(tmp_path):
     assert reader.captions == ["a", "b", "c"]
 
 
-def test_parquet_files_that_are_none(tmp_path):
+def test_damaged_parquet_files_are_refused(tmp_path):
     write_parquet(tmp_path / "a.parquet", {"url": ["x"]})
     with pytest.raises(UserError, match=r"a\.parquet has no column image or .*it has url"):
         open_at(tmp_path / "a.parquet")
@@ -542,7 +542,7 @@ def test_a_hub_dataset_is_loaded_by_name_and_split():
     assert (reader.labels, reader.captions) == (None, ["a", "b"])
 
 
-def test_a_hub_dataset_needs_a_word_and_its_errors_are_told():
+def test_a_hub_dataset_needs_permission_and_its_errors_are_reported():
     def load(name, split):
         raise ConnectionError("no route\nto the hub")
 
@@ -592,7 +592,7 @@ def test_the_error_of_threads_is_that_of_the_first_item():
             map_in_order(fail, range(10), workers)
 
 
-def test_what_a_library_quotes_is_cut(tmp_path):
+def test_long_messages_of_libraries_are_truncated(tmp_path):
     """zipfile quotes the names that differ, of any length."""
     path, name = tmp_path / "long.npz", "n" * 60_000
     with zipfile.ZipFile(path, "w") as archive:
