@@ -291,7 +291,7 @@ def _verdicts(summary: pd.DataFrame, directions: dict[str, str]) -> list[str]:
 
 def _scores(table: pd.DataFrame) -> list[str]:
     """The scores: the columns between those that describe a row and its costs."""
-    from distillbench.results import FIRST, LAST
+    from distillbench.table import FIRST, LAST
 
     return [name for name in table.columns if name not in FIRST and name not in LAST]
 
