@@ -125,8 +125,8 @@ def test_students_start_random_or_fitted_and_the_fit_is_cached(registry, tmp_pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["dataset=digits", "teacher=gmm"], "teacher=gmm needs a dataset whose law is known"),
-        (["dataset=gmm", "dataset.count=0"], "teacher=trained must be trained first, and dataset=gmm has no images"),
+        (["dataset=digits", "teacher=gmm"], "teacher=gmm needs a dataset with a known distribution"),
+        (["dataset=gmm", "dataset.count=0"], "teacher=trained must be trained first, but dataset=gmm has no images"),
         (["dataset=gmm", "methods.direct.schedule=vee"], "schedule must be one of vp_cosine, .* Did you mean 've'"),
         (["dataset=gmm", "teacher=gaussian", "conditional=true"], "knows no classes"),
         (["dataset=gmm", "teacher=gmm", "dataset.stds=[[0.1],[0.1]]"], "dataset.stds"),

@@ -278,13 +278,13 @@ def test_a_dry_run_reads_no_weights_and_counts_the_base(stages, tmp_path, monkey
 @pytest.mark.parametrize(
     ("path", "settings", "message"),
     [
-        ("II", {}, "one that makes images of texts alone (stage 1) takes 3"),
-        ("I", {"stage": 2, "base": "I", "size": 16}, "one that enlarges images (stage 2) takes 6"),
-        ("II", {"stage": 2, "base": "II", "size": 16}, "teacher.base: the network in 'II' takes 6 channels"),
+        ("II", {}, "one that makes images from texts (stage 1) has 3"),
+        ("I", {"stage": 2, "base": "I", "size": 16}, "one that upscales images (stage 2) has 6"),
+        ("II", {"stage": 2, "base": "II", "size": 16}, "teacher.base: the network in 'II' has 6 input"),
         ("II", {"stage": 2, "size": 16}, "stage=2 needs base=FOLDER"),
-        ("I", {"base": "I"}, "base is of stage=2, got stage=1"),
+        ("I", {"base": "I"}, "base is a setting of stage=2, got stage=1"),
         ("I", {"stage": 3}, "stage must be one of 1, 2, got 3"),
-        ("II", {"stage": 2, "base": "I", "size": 20}, "the base 'I' makes 8x8 images"),
+        ("II", {"stage": 2, "base": "I", "size": 20}, "multiple of the base's: 'I' makes 8x8"),
         ("II", {"stage": 2, "base": "I", "size": 16, "noise_level": 1000}, "must lie between 0 and 999, got 1000"),
         ("II", {"stage": 2, "base": "I", "size": 16, "base_steps": 0}, "base_steps must lie between 1 and 1000"),
         ("", {}, "teacher=deepfloyd needs teacher.path=FOLDER"),

@@ -624,7 +624,7 @@ def test_unknown_keys_of_a_config_are_noted(tmp_path):
     [
         ("model.safetensors", r"is a file, but teacher=diffusers reads a pipeline's folder.*from_single_file"),
         ("model.pt", r"is a file, .*A \.pt file is a pickle, which can run code, and is not read"),
-        ("unet/config.json", r"is a file, .*: name the folder '.*unet'"),
+        ("unet/config.json", r"is a file, .*: give the folder '.*unet'"),
     ],
 )
 def test_a_file_instead_of_a_folder_is_refused(tmp_path, name, message):
@@ -664,7 +664,7 @@ def test_what_does_not_fit(pixels, asked, message):
 def test_text_pipelines_are_refused_with_advice(pixels, tmp_path):
     shutil.copytree(pixels, tmp_path, dirs_exist_ok=True)
     rewrite(tmp_path / "model_index.json", text_encoder=["transformers", "CLIPTextModel"])
-    with pytest.raises(UserError, match=r"reads prompts \(it has text_encoder\)"):
+    with pytest.raises(UserError, match=r"takes prompts \(it has text_encoder\)"):
         source(tmp_path, conditioning=Conditioning(10)).plan()
 
 

@@ -291,7 +291,7 @@ def test_a_missing_file_gives_the_command_and_what_is_accepted(path, words):
 def test_a_teacher_of_other_images_or_classes_is_refused(writer):
     _, path = writer.network(settings=DDPM | {"label_dim": 5})
     for call in ("plan", "untrained"):
-        with pytest.raises(UserError, match=r"makes images of \(C,H,W\) = \(3, 8, 8\), the dataset's are \(1, 8, 8\)"):
+        with pytest.raises(UserError, match=r"its images are \(C,H,W\) = \(3, 8, 8\), the dataset's are \(1, 8, 8\)"):
             getattr(source(path, (1, 8, 8), Conditioning(5)), call)()
     with pytest.raises(UserError, match="has 5 classes and does not support conditional=false"):
         source(path).plan()
@@ -302,7 +302,7 @@ def test_a_teacher_of_other_images_or_classes_is_refused(writer):
 def test_guidance_needs_an_unconditional_prediction(writer):
     _, path = writer.network(settings=DDPM | {"label_dim": 5})
     for guided in (Conditioning(5, w=2.0), Conditioning(5, w_range=(1.0, 4.0))):
-        with pytest.raises(UserError, match=r"trained with every label \(label_dropout=0\)"):
+        with pytest.raises(UserError, match=r"trained without label dropout \(label_dropout=0\)"):
             source(path, conditioning=guided).plan()
     _, path = writer.network(settings=DDPM | {"label_dim": 5, "label_dropout": 0.1})
     teacher = source(path, conditioning=Conditioning(5)).load(SILENT).asked(Conditioning(5, w=2.0))
@@ -315,9 +315,9 @@ def test_guidance_needs_an_unconditional_prediction(writer):
 
 @pytest.mark.parametrize("attributes, words", [
     ({"sigma_data": 1.0}, r"its sigma_data is 1\. Possible: 0\.5"),
-    ({"sigma_data": "0.5"}, "its sigma_data is no number"),
-    ({"sigma_max": 0.001}, "knows no noise levels between 0.002 and 80"),
-    ({"sigma_min": math.nan}, "its sigma_min is no number"),
+    ({"sigma_data": "0.5"}, "its sigma_data is not a number"),
+    ({"sigma_max": 0.001}, "its noise levels do not overlap 0.002 to 80"),
+    ({"sigma_min": math.nan}, "its sigma_min is not a number"),
 ])  # fmt: skip
 def test_other_preconditioning_is_refused(writer, attributes, words):
     with pytest.raises(UserError, match=words):
@@ -327,7 +327,7 @@ def test_other_preconditioning_is_refused(writer, attributes, words):
 @pytest.mark.parametrize("settings, words", [
     ({"resample_mode": 1}, "SongUNet: got an unexpected keyword argument 'resample_mode'"),
     ({"encoder_type": "wavelet"}, "cannot be built: encoder_type must be one of standard, skip, residual"),
-    ({"model_channels": 16}, r"its enc.8x8_conv.weight has shape \(8, 3, 3, 3\), not \(16, 3, 3, 3\)"),
+    ({"model_channels": 16}, r"its enc.8x8_conv.weight has shape \(8, 3, 3, 3\), expected \(16, 3, 3, 3\)"),
     ({"model_channels": 10**9}, "its model_channels is '1000000000'"),
     ({"model_channels": 65536, "channel_mult_emb": 65536}, "cannot be built|has shape"),
     ({"num_blocks": 2}, "it has a tensor 'dec.4x4_block1.norm2.bias', unlike the SongUNet that it describes"),
@@ -343,21 +343,21 @@ def test_other_preconditioning_is_refused(writer, attributes, words):
     ({"img_resolution": "8"}, "cannot be built"),
     ({"label_dim": 3}, "it has no 'map_label.bias'"),
     ({"augment_dim": 0}, "it has a tensor 'map_augment.weight'"),
-    ({"out_channels": 6}, "it makes 6 channels of 3"),
+    ({"out_channels": 6}, "it has 3 input and 6 output channels"),
 ])  # fmt: skip
 def test_a_description_that_does_not_match_the_weights_is_refused(writer, settings, words):
     wrapper, _ = writer.network()
     wrapper.model.built_with = wrapper.model.built_with | settings
     with pytest.raises(UserError, match=words) as caught:
         source(writer.write({"ema": wrapper})).plan()
-    assert str(caught.value).startswith("teacher.path: 'network-snapshot-001000.pkl' is not a network of EDM's: ")
+    assert str(caught.value).startswith("teacher.path: 'network-snapshot-001000.pkl' is not an EDM network: ")
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda content: [content], "no dict with a network as 'ema'"),
-    (lambda content: {"model": content["ema"]}, "no dict with a network as 'ema'"),
-    (lambda content: {"ema": {"weights": torch.ones(2)}}, "no dict with a network as 'ema'"),
-    (lambda content: {"ema": content["ema"].model}, "preconditioned by 'SongUNet'. Possible: EDMPrecond"),
+    (lambda content: [content], "not a dict with a network as 'ema'"),
+    (lambda content: {"model": content["ema"]}, "not a dict with a network as 'ema'"),
+    (lambda content: {"ema": {"weights": torch.ones(2)}}, "not a dict with a network as 'ema'"),
+    (lambda content: {"ema": content["ema"].model}, "its preconditioning is 'SongUNet'. Possible: EDMPrecond"),
     (lambda content: {"ema": EDMPrecond(linear())}, "its architecture is 'Linear'. Possible: SongUNet, Dhariwal"),
 ])  # fmt: skip
 def test_other_contents_are_refused(writer, change, words):

@@ -71,7 +71,7 @@ def test_images_that_pillow_would_read_in_part_are_refused(tmp_path):
 
 @pytest.mark.parametrize("bad", [FIFO, LINK + b"/dev/zero"])
 def test_files_that_are_not_regular_are_refused(tmp_path, bad):
-    with pytest.raises(UserError, match=r"cannot read '0\.png' as an image: it is no file"):
+    with pytest.raises(UserError, match=r"cannot read '0\.png' as an image: it is not a regular file"):
         opened(tmp_path / "a", {"0.png": bad})
 
 
@@ -103,14 +103,17 @@ def test_a_tar_with_a_link_or_a_name_that_leads_out_is_refused(tmp_path, bad, mo
     with tarfile.open(tmp_path / "a.tar", mode) as archive:
         archive.addfile(member("1.png"), io.BytesIO(ONE))
         archive.addfile(bad, io.BytesIO(ONE))
-    with pytest.raises(UserError, match=r"which points outside it|as a link, which an archive may not"):
+    with pytest.raises(UserError, match=r"which points outside it|and links in archives are refused"):
         open_source(str(tmp_path / "a.tar"))
 
 
 def test_a_zip_with_a_link_or_a_name_that_leads_out_is_refused(tmp_path):
     link = zipfile.ZipInfo("cat")
     link.external_attr = 0o120777 << 16
-    for name, data, message in ((link, "../dogs", "'cat' as a link"), ("a\\..\\..\\0.png", ONE, "leads out of it")):
+    for name, data, message in (
+        (link, "../dogs", "has the link 'cat'"),
+        ("a\\..\\..\\0.png", ONE, "points outside it"),
+    ):
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
             archive.writestr("1.png", ONE)
             archive.writestr(name, data)
@@ -181,7 +184,7 @@ def test_an_idx_of_absurd_sides_is_refused(tmp_path, sides):
 
 def test_a_gzip_bomb_is_not_unpacked(tmp_path):
     bomb = gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 1, 8, 8) + bytes(2**27))
-    with pytest.raises(UserError, match="more values than that"):
+    with pytest.raises(UserError, match="but it has more values"):
         opened(tmp_path / "a", {"train-images-idx3-ubyte": bomb})
 
 
@@ -256,7 +259,7 @@ def test_the_parts_of_a_pipeline_lie_in_its_folder(tmp_path, name):
         "model_index.json": json.dumps({"_class_name": "P", "unet": ["diffusers", "UNet2DModel"]}).encode(),
         "unet/diffusion_pytorch_model.safetensors.index.json": json.dumps(told).encode(),
     })  # fmt: skip
-    with pytest.raises(UserError, match="safetensors files beside it"):
+    with pytest.raises(UserError, match="safetensors files in the same folder"):
         weights_files(read_index(tmp_path / "p"), "unet")
 
 

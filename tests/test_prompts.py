@@ -72,7 +72,7 @@ def test_the_hash_depends_on_the_texts_and_the_evaluation_prompts(tmp_path):
 
 
 def test_there_are_no_images_to_read(tmp_path):
-    with pytest.raises(UserError, match="dataset=prompts has texts and no images"):
+    with pytest.raises(UserError, match="dataset=prompts has no images"):
         prompts(write(tmp_path, "a.txt")).read(torch.tensor([0]))
 
 
@@ -84,7 +84,7 @@ def test_there_are_no_images_to_read(tmp_path):
         ("a.txt", b"\xff\xfe\xfa", r"cannot read 'a\.txt'"),
         ("a.jsonl", "{", r"cannot read 'a\.jsonl'"),
         ("a.jsonl", '{"words": "x"}', r"line 1 of 'a\.jsonl' has no prompt, caption or text; it has words"),
-        ("a.jsonl", '{"text": 3}', r"line 1 of 'a\.jsonl' is no text"),
+        ("a.jsonl", '{"text": 3}', r"line 1 of 'a\.jsonl' is not a text"),
         ("a.csv", "id,words\n1,x\n", r"'a\.csv' has no prompt, caption or text; it has id, words"),
         ("a.csv", "", r"'a\.csv' has no prompt"),
         ("a.parquet", b"PAR1nothing", r"cannot read 'a\.parquet'"),
@@ -121,8 +121,8 @@ def test_rows_without_text_are_counted_and_the_first_of_several_texts_is_used(tm
         found = prompts(tmp_path / name)
         assert list(found.prompts) == ["a", "c"]
         assert list(found.notes) == [
-            f"{name}: 2 of 4 rows have no text and are left out",
-            f"{name}: 1 of 4 rows have several texts: the first is taken",
+            f"{name}: 2 of 4 rows have no text and are ignored",
+            f"{name}: 1 of 4 rows have several texts: the first is used",
         ]
     (tmp_path / "a.txt").write_text("a\n\nb\n")
     assert list(prompts(tmp_path / "a.txt").notes) == []

@@ -211,9 +211,9 @@ def edited(folder, target, **changes):
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({}, {"size": 17}, "dataset.resolution: the autoencoder of 'p' makes images of sides that are multiples of 2"),
-        ({"unet": {"time_cond_proj_dim": 8}}, {}, "it is a student already, not a teacher"),
-        ({"unet": {"in_channels": 9}}, {}, "takes 9 channels and gives 4, its latents have 4"),
+        ({}, {"size": 17}, "dataset.resolution must be a multiple of 2 for the autoencoder of 'p'"),
+        ({"unet": {"time_cond_proj_dim": 8}}, {}, "it is a distilled student, not a teacher"),
+        ({"unet": {"in_channels": 9}}, {}, "has 9 input and 4 output channels, its latents have 4"),
         ({"unet": {"cross_attention_dim": 32}}, {}, "takes text embeddings of width 32, its text encoder has width 16"),
         ({"model_index": {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}}, {}, "a text_encoder_2"),
         ({"model_index": {"unet": ["diffusers", "UNet3DConditionModel"]}}, {}, "no class 'UNet3DConditionModel'"),
@@ -247,7 +247,7 @@ def test_without_transformers_the_message_names_the_extra(folders, tmp_path, mon
 def test_a_dataset_without_texts_is_refused(folders, tmp_path):
     made = source(folders["epsilon"], tmp_path)
     made.dataset.prompts = None
-    with pytest.raises(UserError, match="makes images of texts, and dataset=captions has none"):
+    with pytest.raises(UserError, match="makes images from texts, but dataset=captions has none"):
         made.plan()
 
 

@@ -122,7 +122,7 @@ def test_a_dit_sees_time_and_place():
         ),
         (UNET, 10, "does not support conditional=true with 10 classes"),
         (TRANSFORMER, 0, "does not support conditional=false"),
-        ([], 0, "is not a config.json of diffusers"),
+        ([], 0, "is not a diffusers config.json"),
     ],
 )
 def test_an_architecture_that_does_not_fit_is_one_message(config, classes, message, tmp_path):
@@ -135,7 +135,7 @@ def test_an_architecture_is_the_whole_network(tmp_path, capsys):
         cli.main(
             ["score", "dataset=digits", "teacher.architecture=x.json", "teacher.width=8", f"results_dir={tmp_path}"]
         )
-    assert "teacher.architecture is the whole network" in capsys.readouterr().err
+    assert "teacher.architecture describes the whole network" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot read"):
         source(tmp_path, architecture=str(tmp_path / "none.json")).untrained()
 
