@@ -600,7 +600,7 @@ def test_tensors_that_a_config_does_not_describe_are_noted(tmp_path):
     asked.plan()
     assert list(asked.notes()) == [
         f"the weights of unet of '{tmp_path.name}' have 1 tensors that its config does not describe, such as "
-        "class_embedding.weight: not read"
+        "class_embedding.weight: ignored"
     ]
 
 
@@ -614,8 +614,8 @@ def test_unknown_keys_of_a_config_are_noted(tmp_path):
     rewrite(tmp_path / "unet" / "config.json", residual="twice")
     asked.plan()
     assert list(asked.notes()) == [
-        f"scheduler_config.json of '{tmp_path.name}': DDPMScheduler knows no predicts, twist, which is not read",
-        f"config.json of unet of '{tmp_path.name}': UNet2DModel knows no residual, which is not read",
+        f"scheduler_config.json of '{tmp_path.name}': DDPMScheduler has no parameter predicts, twist: ignored",
+        f"config.json of unet of '{tmp_path.name}': UNet2DModel has no parameter residual: ignored",
     ]
 
 

@@ -56,7 +56,7 @@ def source(folder, classes=0, **settings):
 def test_keys_of_an_architecture_that_are_not_understood_are_named(tmp_path):
     assert source(tmp_path, architecture=written(tmp_path, UNET)).notes() == []
     asked = source(tmp_path, architecture=written(tmp_path, UNET | {"twist": 3}))
-    assert asked.notes() == ["config.json: UNet2DModel knows no twist, which is not read"]
+    assert asked.notes() == ["config.json: UNet2DModel has no parameter twist: ignored"]
     assert list(source(tmp_path).notes()) == []
 
 
