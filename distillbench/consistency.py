@@ -45,8 +45,7 @@ class ConsistencyFunction(nn.Module):
         return self.denoiser.schedule
 
     def forward(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
-        name = ConsistencyFunction, self.e, self.sd, x_t.dtype
-        skip, ratio = self.schedule.kept(t, name, lambda t: self._coefficients(t, x_t.dtype))
+        skip, ratio = self._coefficients(t, x_t.dtype)
         return torch.addcmul(skip * x_t, ratio, self.denoiser(x_t, t, c))
 
     def _coefficients(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

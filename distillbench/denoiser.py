@@ -203,8 +203,7 @@ class Denoiser(nn.Module):
         """f(x_t, t, c), shape (B,C,H,W)."""
         if self.schedule is not self.native:
             x_t, t = self._at_equal_snr(x_t, t)
-        native, read = self.native, PREDICTIONS[self.prediction]
-        coefficients = native.kept(t, (read, x_t.dtype), lambda t: read(native.alpha(t), native.sigma(t)))
+        coefficients = PREDICTIONS[self.prediction](self.native.alpha(t), self.native.sigma(t))
         output = self.output(x_t, t, c, embedding)
         if not coefficients:
             return output
@@ -213,26 +212,16 @@ class Denoiser(nn.Module):
 
     def _at_equal_snr(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The same x^ at the same noise level, as the native schedule writes it."""
-        schedule, native = self.schedule, self.native
-
-        def ratio_and_time(t: Tensor) -> tuple[Tensor, Tensor]:
-            s = native.t_of_lam(schedule.lam(t))
-            return native.alpha(s) / schedule.alpha(t), s
-
-        ratio, s = schedule.kept(t, native, ratio_and_time)
-        return x_t * ratio, s
+        s = self.native.t_of_lam(self.schedule.lam(t))
+        return x_t * (self.native.alpha(s) / self.schedule.alpha(t)), s
 
     def output(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL, embedding: Tensor | None = None) -> Tensor:
         """What the network itself predicts (eps, x_0, v, ...) on its native schedule, shape (B,C,H,W)."""
         if self.guidance is not None:
             e = self.guidance(c.w)
             embedding = e if embedding is None else embedding + e
-        *n, time = self.native.kept(t, (self.prediction, x_t.dtype), lambda t: self._input(t, x_t.dtype))
-        return self.counted(x_t / n[0] if n else x_t, time.flatten(), embedding, c)
-
-    def _input(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         *n, time = INPUTS[self.prediction](t, self.native)
-        return *n, time.to(dtype)
+        return self.counted(x_t / n[0] if n else x_t, time.to(x_t.dtype).flatten(), embedding, c)
 
     def on(self, schedule: NoiseSchedule) -> Denoiser:
         """The same network, read on another schedule at equal signal-to-noise ratio (it is not copied).

@@ -15,7 +15,6 @@ where that last step would end; nothing is evaluated there, and it may equal tim
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from distillbench.errors import UserError, unknown
 from distillbench.host_copies import to_device
-from distillbench.schedules import NoiseSchedule, recorded
+from distillbench.schedules import NoiseSchedule
 
 __all__ = [
     "ONE_STEP", "SAMPLERS", "TIME_GRIDS", "Sampler", "Solver", "ancestral", "ancestral_step", "check_heun", "ddim",
@@ -43,18 +42,7 @@ def time_like(x: Tensor, value: float | Tensor) -> Tensor:
     """The time `value` for every image of x: (B,1,1,1) float64 on x's device."""
     if isinstance(value, Tensor):
         return to_device(value, x.device).to(torch.float64).expand(len(x), 1, 1, 1)
-    return (_constant if recorded(x) else _kept_constant)(len(x), value, x.device)
-
-
-def _constant(size: int, value: float, device: torch.device) -> Tensor:
-    return torch.full((), value, dtype=torch.float64, device=device).expand(size, 1, 1, 1)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_constant(size: int, value: float, device: torch.device) -> Tensor:
-    """The same tensor again: a schedule knows its alpha and sigma already."""
-    with torch.inference_mode(False):
-        return _constant(size, value, device)
+    return torch.full((), value, dtype=torch.float64, device=x.device).expand(len(x), 1, 1, 1)
 
 
 def x_at_t_max(schedule: NoiseSchedule, eps: Tensor) -> Tensor:
@@ -237,11 +225,11 @@ ONE_STEP: dict[str, Callable[[NoiseSchedule, DenoiseFunction, Tensor, Tensor, Te
 # --- samplers --------------------------------------------------------------------------------------------------------
 
 
-def _down(schedule: NoiseSchedule, times: Tensor, x: Tensor) -> Iterator[Tensor]:
+def _down(times: Tensor, x: Tensor) -> Iterator[Tensor]:
     """times[N], ..., times[1] of N+1 values, each for every image of x: (B,1,1,1) float64 on x's device."""
     times = to_device(times, x.device)  # one copy for all steps
     for k in range(len(times) - 1, 0, -1):
-        yield from schedule.pick(times, torch.full((len(x), 1, 1, 1), k, device=x.device))
+        yield times[k].expand(len(x), 1, 1, 1)
 
 
 def ddim(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor) -> Tensor:
@@ -249,7 +237,7 @@ def ddim(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor
 
     The last step ends on the data prediction itself, as every step to sigma = 0 does.
     """
-    x_t, down = x_T, _down(schedule, times, x_T)
+    x_t, down = x_T, _down(times, x_T)
     t = next(down)
     for s in down:
         x_t, t = ddim_step(schedule, x_t, f(x_t, t), t, s), s
@@ -258,7 +246,7 @@ def ddim(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor
 
 def heun(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor) -> Tensor:
     """Karras et al. (2022) algorithm 1 in x^ = x_t / alpha_t: 2N - 1 evaluations, the last step Euler's to 0."""
-    x_t, down = x_T, _down(schedule, times, x_T)
+    x_t, down = x_T, _down(times, x_T)
     t = next(down)
     for s in down:
         x_t, t = heun_step(schedule, f, x_t, t, s), s
@@ -270,7 +258,7 @@ def dpmpp_2m(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Te
 
     x_s = sigma_s/sigma_t x_t + alpha_s (1 - e^-h) D with h = lam_t - lam_s and D = f_t + h / (2 h_prev) (f_t - f_prev).
     """
-    x_t, down = x_T, _down(schedule, times, x_T)
+    x_t, down = x_T, _down(times, x_T)
     t = next(down)
     previous: tuple[Tensor, Tensor] | None = None
     for s in down:
@@ -287,7 +275,7 @@ def dpmpp_2m(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Te
 
 def ancestral(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor, noise: NoiseFunction) -> Tensor:
     """Ho et al. (2020) algorithm 2 on a grid: N evaluations and noise(1), ..., noise(N-1), none in the last step."""
-    x_t, down = x_T, _down(schedule, times, x_T)
+    x_t, down = x_T, _down(times, x_T)
     t = next(down)
     for k, s in enumerate(down, 1):
         x_t, t = ancestral_step(schedule, x_t, f(x_t, t), noise(k), t, s), s
@@ -300,7 +288,7 @@ def renoise(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Ten
     For an f that is a consistency function, such as a released one-step student. What it gives has variance e^2 of
     noise left, e the level at times[0], so tau^2 - e^2 is added. N evaluations and noise(1), ..., noise(N-1).
     """
-    x_t, e, down = x_T, schedule.noise_level(times[:1]).item(), _down(schedule, times, x_T)
+    x_t, e, down = x_T, schedule.noise_level(times[:1]).item(), _down(times, x_T)
     t = next(down)
     for k, s in enumerate(down, 1):
         tau = schedule.noise_level(s)

@@ -101,7 +101,7 @@ class Boot(Method):
         if self.config.times == "continuous":
             t = batch.uniform(self.t_min + self.delta, self.t_max)
             return t, (t - self.delta).clamp(min=self.t_min)
-        return self.teacher.schedule.pick(self.grid, k := batch.integers(1, self.config.steps + 1), k - 1)
+        return self.grid[k := batch.integers(1, self.config.steps + 1)], self.grid[k - 1]
 
     def target(self, eps: Tensor, y_t: Tensor, f_t: Tensor, t: Tensor, s: Tensor, c: Condition) -> Tensor:
         """y_s from y_t along the teacher's Signal-ODE; f_t is f(x_t, t)."""

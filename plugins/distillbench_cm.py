@@ -96,7 +96,7 @@ class ConsistencyDistillation(Method):
         schedule, grid = self.teacher.schedule, self.grid
         x_0, eps, c = batch.x_0, batch.noise(), batch.c
         n = batch.integers(0, len(grid) - 1)
-        t, s = schedule.pick(grid, n + 1, n)
+        t, s = grid[n + 1], grid[n]
         x_t = schedule.alpha(t) * x_0 + schedule.sigma(t) * eps
         with torch.no_grad():
             x_s = ONE_STEP[self.config.solver](schedule, partial(self.teacher.denoise, c=c), x_t, t, s)

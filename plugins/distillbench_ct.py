@@ -122,7 +122,7 @@ class ConsistencyTraining(Method):
         schedule, grid = self.teacher.schedule, self.grid
         x_0, eps, c = batch.x_0, batch.noise(), batch.c
         n = torch.searchsorted(self.cumulative, batch.uniform(), right=True)
-        t, s = schedule.pick(grid, n + 1, n)
+        t, s = grid[n + 1], grid[n]
         x_t, x_s = (schedule.alpha(r) * x_0 + schedule.sigma(r) * eps for r in (t, s))
         with one_mask(self.student, self.target):
             with torch.no_grad():

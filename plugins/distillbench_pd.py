@@ -82,7 +82,7 @@ class ProgressiveDistillation(Method):
 
     def times_at(self, i: Tensor) -> tuple[Tensor, ...]:
         """t = i/n, t' and t'', a half and a whole step below."""
-        return self.teacher.schedule.pick(self.grid, 2 * i, 2 * i - 1, 2 * i - 2)
+        return self.grid[2 * i], self.grid[2 * i - 1], self.grid[2 * i - 2]
 
     def target(self, z_t: Tensor, i: Tensor, times: tuple[Tensor, ...], c: Condition) -> Tensor:
         """x~ for z_t at t."""

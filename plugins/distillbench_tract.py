@@ -117,7 +117,7 @@ class Tract(Method):
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         x_0, eps, c, j = batch.x_0, batch.noise(), batch.c, batch.integers(1, len(self.grid))
         e = (j - 1) // self.group * self.group
-        t, *_ = times = self.teacher.schedule.pick(self.grid, j, (j - 1).clamp(min=1), e)  # t' = t where x~ is f
+        t, *_ = times = self.grid[j], self.grid[(j - 1).clamp(min=1)], self.grid[e]  # t' = t where x~ is f
         alpha, sigma = self.teacher.schedule.alpha(t), self.teacher.schedule.sigma(t)
         x_t = alpha * x_0 + sigma * eps
         with torch.no_grad():
