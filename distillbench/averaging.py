@@ -14,14 +14,14 @@ __all__ = ["MovingAverage", "move_towards"]
 
 @torch.no_grad()
 def move_towards(average: nn.Module, network: nn.Module, share: float) -> None:
-    """Move the weights of `average` by `share` of the way to those of `network`: a target network's moving average."""
+    """Move the weights of `average` by `share` of the way to those of `network`; buffers are copied."""
     MovingAverage(average, network).move(share)
 
 
 class MovingAverage:
     """Moves the weights of `average` towards those of `network`; buffers are copied.
 
-    To find the tensors of a small network takes as long as to move them: they are found once, for the first move.
+    The tensors are looked up once, at the first move: that takes as long as a move of a small network.
     """
 
     def __init__(self, average: nn.Module, network: nn.Module) -> None:
@@ -29,7 +29,7 @@ class MovingAverage:
 
     @functools.cached_property
     def weights(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Of both."""
+        """The weights of `average` and of `network`."""
         return local_shards(self.average.parameters()), local_shards(self.network.parameters())
 
     @functools.cached_property
@@ -38,7 +38,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def move(self, share: float) -> None:
-        """By `share` of the way."""
+        """Move by `share` of the way."""
         mine_all, theirs_all = self.weights
         torch._foreach_lerp_(mine_all, theirs_all, share)
         for mine, theirs in self.buffers:

@@ -1,12 +1,12 @@
-"""What images are asked for: a class or a text, and how strongly the teacher is guided towards it.
+"""Conditioning of a batch: classes or texts, and the weight of classifier-free guidance.
 
 Classifier-free guidance (Ho & Salimans 2021, arXiv:2207.12598) in the one convention of this project, Imagen's:
 
-    f_w = f_0 + w (f_c - f_0),     w = 1 is none; Ho & Salimans write w - 1 for it
+    f_w = f_0 + w (f_c - f_0),     w = 1 is no guidance; Ho & Salimans' own w is w - 1
 
 | symbol | meaning                                                | shape             |
 |--------|--------------------------------------------------------|-------------------|
-| c      | condition: labels and w                                | of a batch        |
+| c      | condition: labels, w, text, image                      | of a batch        |
 | labels | classes 0, ..., classes - 1; `classes` stands for none | (B,) int64        |
 | text   | texts as the teacher's text encoder gives them         | (B,L,D)           |
 | image  | images that an upscaler enlarges                       | (B,C,h,w)         |
@@ -14,7 +14,7 @@ Classifier-free guidance (Ho & Salimans 2021, arXiv:2207.12598) in the one conve
 | f_c    | denoiser given the class                               | (B,C,H,W)         |
 | f_0    | denoiser given no class                                | (B,C,H,W)         |
 
-Texts are classes with a table: label i is prompt i of the dataset, and the label for none is the empty text.
+Texts have labels too: label i is prompt i of the dataset, and the label for none is the empty text.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ __all__ = ["UNCONDITIONAL", "WITHOUT_CLASSES", "Condition", "Conditioning"]
 
 @dataclass(frozen=True)
 class Condition:
-    """What each image of a batch is asked to be. A method hands it on to every network that it evaluates."""
+    """The condition of each image of a batch. A method passes it to every network that it evaluates."""
 
     labels: Tensor | None = None  # None: unconditional
     w: Tensor | None = None  # None: not guided
-    guides: bool = True  # False: w is 1 throughout; a student is told it, the teacher needs no second evaluation
+    guides: bool = True  # False: w is 1 throughout: an input of the student, and the teacher needs no second evaluation
     text: Tensor | None = None
     image: Tensor | None = None
 
@@ -53,25 +53,25 @@ UNCONDITIONAL = Condition()
 
 
 class Texts(Protocol):
-    """Encoded prompts by label, as a run needs them again and again."""
+    """Encoded prompts, by label."""
 
     def __call__(self, labels: Tensor, device: torch.device) -> Tensor:
-        """(B,L,D) on `device` of `labels` (B,), which may be on the CPU; the one after the last prompt has no text."""
+        """(B,L,D) on `device`, of `labels` (B,) on any device; the label after the last prompt has the empty text."""
 
     def empty(self, count: int, device: torch.device) -> Tensor:
         """The empty text, `count` times: (count,L,D)."""
 
     def seconds(self, count: int) -> float:
-        """That it took to encode `count` of the prompts."""
+        """Seconds that it took to encode `count` of the prompts."""
 
 
 class SmallImages(Protocol):
-    """What an upscaler enlarges: the base model's answer to noise of its own."""
+    """The images that an upscaler enlarges: samples of the base model from its own noise."""
 
-    shape: tuple[int, int, int]  # of the noise that names an image
+    shape: tuple[int, int, int]  # of the base model's noise
 
     def __call__(self, eps: Tensor, c: Condition) -> Tensor:
-        """Images for `eps`, (B, *shape), and what is asked for, as the upscaler is shown them; without gradients."""
+        """Images from `eps` (B, *shape) for condition `c`, as the upscaler takes them; without gradients."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Conditioning:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of the teacher's answer to one image of an evaluation, which is guided by `w`."""
+        """Network evaluations of the teacher's denoiser for one image of the evaluation, which is guided by `w`."""
         return 1 if self.w == 1 else 2
 
     @property
@@ -112,7 +112,7 @@ class Conditioning:
     ) -> Condition:
         """The condition of a training batch: of its real images' `labels`, or of random classes where there are none.
 
-        Numbers are drawn for all `size` images; `share` picks the rows that are wanted, which alone are in `labels`.
+        Random numbers are drawn for all `size` images; `share` picks this rank's rows, and `labels` has only these.
         """
         if not self.classes:
             return UNCONDITIONAL
@@ -142,7 +142,7 @@ class Conditioning:
         return torch.tensor([asked[index % len(asked)] for index in indices], dtype=torch.int64)
 
     def of_pairs(self, stream: int, indices: Sequence[int], device: str) -> Condition:
-        """The condition of noise-image pairs: class i mod their number; w, where drawn, from the pair's own name."""
+        """The condition of noise-image pairs: class i mod their number; w, where drawn, belongs to the pair's index."""
         if not self.classes:
             return UNCONDITIONAL
         w = None
@@ -153,7 +153,7 @@ class Conditioning:
         return self._condition(labels, w, self._small_noise(stream, indices), device)
 
     def none(self, c: Condition) -> Condition:
-        """The same images, asked for without a class or text and not guided."""
+        """The same images without class, text and guidance."""
         assert c.labels is not None
         labels = torch.full_like(c.labels, self.classes)
         text = None if self.texts is None else self.texts.empty(len(labels), labels.device)
@@ -174,14 +174,14 @@ class Conditioning:
         return replace(c, w=to_device(w.view(-1, 1, 1, 1), device).to(torch.get_default_dtype()), guides=guides)
 
     def plain(self) -> dict[str, Any]:
-        """What decides a training, as plain values; where w is drawn, the w of evaluation is not part of it."""
+        """What a training depends on, as plain values; where w is drawn, the w of evaluation is not part of it."""
         if not self.classes:
             return {}
         drawn = self.w_range is not None
         return {"classes": self.classes, "guidance_range" if drawn else "guidance": list(self.w_range or [self.w])}
 
     def asked_of_images(self) -> dict[str, Any]:
-        """What decides what each image of an evaluation is asked to be, as plain values."""
+        """What the conditions of an evaluation depend on, as plain values."""
         evaluated = None if self.evaluated is None else [self.evaluated.start, self.evaluated.stop]
         return {"classes": self.classes, "w": self.w, "evaluated": evaluated} if self.classes else {}
 

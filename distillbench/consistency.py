@@ -1,4 +1,4 @@
-"""What consistency models share: a function exact at a trajectory's end, distances, weights, a multi-step sampler.
+"""Shared parts of consistency models: the boundary-exact function, distances, weights, a multi-step sampler.
 
 Song, Dhariwal, Chen & Sutskever 2023, arXiv:2303.01469. Noise levels are EDM's, tau = sigma_t / alpha_t, so it works on
 any schedule: x^ = x_t / alpha_t = x_0 + tau eps.
@@ -49,7 +49,7 @@ class ConsistencyFunction(nn.Module):
         return torch.addcmul(skip * x_t, ratio, self.denoiser(x_t, t, c))
 
     def _coefficients(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Of x_t and of the denoiser, (B,1,1,1)."""
+        """The factors of x_t and of the denoiser's output, (B,1,1,1)."""
         e, sd, schedule = self.e, self.sd, self.schedule
         tau = schedule.noise_level(t)  # float64: at tau = 80 the two terms nearly cancel
         c_skip, k_skip, ratio = sd**2 / ((tau - e) ** 2 + sd**2), sd**2 / (tau**2 + sd**2), 1 - e / tau

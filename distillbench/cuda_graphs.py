@@ -1,7 +1,7 @@
 """CUDA graphs: a network's call is captured once for each shape of its inputs, then replayed by one launch.
 
-From Python a GPU is given each of a network's hundreds of kernels by itself, which for one image takes longer than the
-kernels do. A replay launches all of them at once, on the same memory: inputs are copied in, the answer is copied out.
+Python launches each of a network's hundreds of kernels by itself, which for one image takes longer than the kernels
+do. A replay launches all of them at once, on the same memory: inputs are copied in, the output is copied out.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ Inputs = tuple[Tensor | None, ...]  # x, time, embedding, and the tensors of the
 
 @dataclass(frozen=True)
 class _Graph:
-    """What was captured, and where it reads and writes."""
+    """A captured graph, and the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Inputs
     output: Tensor
 
     def replay(self, inputs: Inputs) -> Tensor:
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            if mine is not None and given is not None:
-                mine.copy_(given)
+        for static, given in zip(self.inputs, inputs, strict=True):
+            if static is not None and given is not None:
+                static.copy_(given)
         self.graph.replay()
         return self.output.clone()
 
 
 class Captured(NetworkCall):
-    """Replays what `call` does, for calls without gradient. Weights may change in place between calls.
+    """Replays `call` from CUDA graphs, for calls without gradient. Weights may change in place between calls.
 
-    A graph reads weights where they were when it was captured. So :meth:`begin` is called wherever they may have been
-    replaced by other tensors: graphs of a network whose weights have moved are captured anew at its next call.
+    A graph reads weights at their addresses of the capture. So :meth:`begin` is called wherever weights may have been
+    replaced by other tensors: graphs of a network with new addresses are captured again at its next call.
 
-    Its graphs share one pool of memory: none of them runs while another does, and answers are copied out. The graphs of
-    a network are freed with the network.
+    Its graphs share one memory pool, as they never run at the same time and outputs are copied out. The graphs of a
+    network are freed with it.
     """
 
     def __init__(self, call: NetworkCall, device: str) -> None:
@@ -85,12 +85,12 @@ class Captured(NetworkCall):
         tensors: dict[str, Any] = dict(zip(_names(c), rest, strict=True))
         c = dataclasses.replace(c, **tensors)
         with torch.cuda.device(self.device):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
                 for _ in range(WARM_UP_CALLS):
                     self.call(network, x, time, embedding, c)
-            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.current_stream().wait_stream(side)
             alive = [graph for graphs in self.graphs.values() for graph in graphs.values()]
             if not alive:  # torch may refuse a pool of which all graphs are freed: cuBLAS keeps its workspace there
                 self.pool = torch.cuda.graph_pool_handle()
@@ -103,7 +103,7 @@ class Captured(NetworkCall):
 
 
 def _names(c: Condition) -> list[str]:
-    """The fields of a condition that are tensors where they are there."""
+    """The fields of a condition that are tensors or None."""
     return [field.name for field in dataclasses.fields(c) if field.name != "guides"]
 
 

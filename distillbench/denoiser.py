@@ -1,7 +1,7 @@
-"""One type of model for everything downstream: ``f(x_t, t, c) = E[x_0 | x_t, c]``.
+"""The one model type of methods and samplers: ``f(x_t, t, c) = E[x_0 | x_t, c]``.
 
-A network may predict eps, x_0, v, a flow velocity or EDM's F; :class:`Denoiser` turns each into the data prediction,
-once, and lets a network that was trained on one noise schedule be used on another, at equal signal-to-noise ratio.
+A network may predict eps, x_0, v, a flow velocity or EDM's F; :class:`Denoiser` turns each into the data prediction. It
+also reads a network that was trained on one noise schedule on another, at equal signal-to-noise ratio.
 
 | symbol   | meaning                                              | shape      |
 |----------|------------------------------------------------------|------------|
@@ -45,7 +45,7 @@ def _edm_target(x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tenso
     return (sigma * x_0 - alpha * SIGMA_DATA**2 * eps) / (SIGMA_DATA * n)
 
 
-# From alpha and sigma the a and b of f = a x_t + b out; nothing where f is out. The row of v = alpha eps - sigma x_0
+# From alpha and sigma the a and b of f = a x_t + b out; empty where f = out. The row of v = alpha eps - sigma x_0
 # keeps its denominator, which is 1 only where alpha^2 + sigma^2 = 1.
 PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
     "eps": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
@@ -55,7 +55,7 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
     "edm": _edm,
 }
 
-# What each of these networks is trained to output, from x_0 and eps.
+# The training target of each of these networks, from x_0 and eps.
 TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "eps": lambda x_0, eps, alpha, sigma: eps,
     "x0": lambda x_0, eps, alpha, sigma: x_0,
@@ -64,8 +64,7 @@ TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "edm": _edm_target,
 }
 
-# What the network itself is given for x_t and t: (t, schedule) -> its time, and before that the n of its input x_t / n
-# where that is not x_t.
+# The inputs of the network: (t, schedule) -> its time, preceded by the n of its input x_t / n where that is not x_t.
 INPUTS: dict[str, Callable[[Tensor, NoiseSchedule], tuple[Tensor, ...]]] = dict.fromkeys(
     ("eps", "x0", "v", "flow"), lambda t, schedule: (t,)
 )
@@ -81,36 +80,36 @@ INPUTS["edm"] = _edm_input
 
 
 class NetworkCall:
-    """How the networks of a counter are called. This one: as they are.
+    """How the networks of a counter are called. The base class calls them as they are.
 
-    `plain` says, in plain values, what of it can move a number.
+    `plain` has, in plain values, the settings that can change results.
     """
 
     def __init__(self, plain: Mapping[str, Any] | None = None) -> None:
         self.plain: Mapping[str, Any] = plain or {}
 
     def begin(self) -> None:
-        """Before calls of networks whose weights may be other tensors than at the calls before."""
+        """Called before networks whose weights may be other tensors than at earlier calls."""
 
     def prepare(self, network: nn.Module) -> None:
-        """Before the first call of `network`: what its copies are to have too."""
+        """Called before the first call of `network` and before it is copied."""
 
     def undo(self) -> None:
-        """What was done to networks is done no longer."""
+        """Undo what :meth:`prepare` did."""
 
     def __call__(self, network: nn.Module, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
         return network(x, time, embedding, c)
 
 
 class Counter:
-    """Rows (images) that went through the networks it is attached to. A copy of a network keeps the same counter."""
+    """Rows (images) that the networks of this counter evaluated. Copies of a network share its counter."""
 
     def __init__(self) -> None:
         self.rows = 0
-        self.rows_with_gradient = 0  # whose output needs a gradient, so that a backward pass is to be expected
-        self.rows_to_input = 0  # of these, those of networks whose weights need none: it flows through, to the input
+        self.rows_with_gradient = 0  # whose output needs a gradient: a backward pass is expected
+        self.rows_to_input = 0  # of these, those of networks with constant weights: the gradient reaches the input only
         self.kinds: dict[type[nn.Module], tuple[int, int]] = {}  # class of network: its rows, and with gradient
-        self.timed: Callable[[], AbstractContextManager[None]] = nullcontext  # what a meter has every forward timed by
+        self.timed: Callable[[], AbstractContextManager[None]] = nullcontext  # in which a meter times every forward
         self.call = NetworkCall()
 
     def __deepcopy__(self, memo: dict) -> Counter:
@@ -129,7 +128,7 @@ class Counter:
 
     @contextmanager
     def calling(self, call: NetworkCall) -> Iterator[None]:
-        """In the block the networks are called in another way."""
+        """In the block the networks are called by `call`."""
         before, self.call = self.call, call
         try:
             yield
@@ -138,10 +137,10 @@ class Counter:
 
 
 class CountedNetwork(nn.Module):
-    """A network and the counter of the rows that it has evaluated: nothing reaches the one without the other.
+    """A network whose evaluated rows are always counted.
 
-    In training mode dropout acts where the gradient reaches the network's weights, and only there: a frozen network,
-    one under ``torch.no_grad()`` and one that is held (:func:`distillbench.modes.held`) answer in evaluation mode.
+    In training mode dropout acts only where gradients reach the network's weights: a frozen network, one under
+    ``torch.no_grad()`` and one that is held (:func:`distillbench.modes.held`) run in evaluation mode.
     The exception is a block of :func:`distillbench.dropout.one_mask`, which sets `mask`.
     """
 
@@ -159,7 +158,7 @@ class CountedNetwork(nn.Module):
         return out
 
     def _mode(self) -> AbstractContextManager[None]:
-        """A block in which the network drops features, or not, as this evaluation is to."""
+        """A block with the dropout mode of this evaluation."""
         if self.mask is not None:
             self.mask()
             return nullcontext()
@@ -175,10 +174,10 @@ class Denoiser(nn.Module):
     """A network, its schedule and its parameterisation, read as f(x_t, t, c) = E[x_0 | x_t, c].
 
     The network is called as ``network(x, time, embedding, c)`` with x (B,C,H,W), time (B,), an optional embedding
-    (B, network.embedding_channels) that is added to its embedding of time, and what is asked for.
+    (B, network.embedding_channels) that is added to its embedding of time, and the condition c.
 
-    `schedule` is the one that x_t and t are of; `native` is the one that the network knows. They differ after
-    :meth:`on`. A student that is told its guidance weight has an embedding of it in `guidance`.
+    `schedule` is that of x_t and t, `native` that of the network. They differ after :meth:`on`. A student with the
+    guidance weight as an input has its embedding in `guidance`.
     """
 
     def __init__(
@@ -211,7 +210,7 @@ class Denoiser(nn.Module):
         return torch.addcmul(a * x_t, b, output)
 
     def _at_equal_snr(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The same x^ at the same noise level, as the native schedule writes it."""
+        """x_t and t of the native schedule with the same x^ and noise level."""
         s = self.native.t_of_lam(self.schedule.lam(t))
         return x_t * (self.native.alpha(s) / self.schedule.alpha(t)), s
 
@@ -226,7 +225,7 @@ class Denoiser(nn.Module):
     def on(self, schedule: NoiseSchedule) -> Denoiser:
         """The same network, read on another schedule at equal signal-to-noise ratio (it is not copied).
 
-        The schedule is cut to the range of noise levels that the network knows.
+        The schedule is restricted to the noise levels of the native one.
         """
         ends = torch.tensor([self.native.t_min, self.native.t_max], dtype=torch.float64)
         low, high = self.native.lam(ends).tolist()

@@ -13,13 +13,13 @@ __all__ = ["Call", "ConsistencyCall", "ScoreCall"]
 
 @dataclass(frozen=True)
 class Call:
-    """From our x and time to what a network of diffusers takes, and from what it gives to what our prediction says.
+    """Converts our x and time to the inputs of a network of diffusers, and its output to our prediction.
 
     | symbol | meaning                                                  | shape     |
     |--------|----------------------------------------------------------|-----------|
-    | x      | what our network is given (EDM's c_in x^ for "edm")      | (B,C,H,W) |
-    | time   | what our network is given: t, or log(t) / 4 for "edm"    | (B,)      |
-    | out    | what the network of diffusers gives                      | (B,C,H,W) |
+    | x      | input of our network (EDM's c_in x^ for "edm")           | (B,C,H,W) |
+    | time   | time of our network: t, or log(t) / 4 for "edm"          | (B,)      |
+    | out    | output of the network of diffusers                       | (B,C,H,W) |
     """
 
     scale: float
@@ -35,7 +35,7 @@ class Call:
         return x
 
     def output(self, out: Tensor, x: Tensor, time: Tensor) -> Tensor:
-        """What our prediction says, (B,C,H,W)."""
+        """Our prediction, (B,C,H,W)."""
         return out if self.sign == 1 else self.sign * out
 
 

@@ -1,11 +1,11 @@
 """Networks of diffusers in our call, ``network(x, time, embedding, c)``.
 
 The network itself is the attribute named `component`, as diffusers' pipelines name it, with diffusers' own keys below
-that prefix: ``network.wrapped.save_pretrained(folder)`` writes what diffusers loads. What the two calls differ by is in
-:class:`distillbench.diffusers_calls.Call`. Where a network also predicts a variance (twice as many channels out as
-in), that half of its output is dropped.
+that prefix: ``network.wrapped.save_pretrained(folder)`` writes what diffusers loads. The two calls are converted by
+:class:`distillbench.diffusers_calls.Call`. Where a network also predicts a variance (twice as many channels out as in),
+that half of its output is dropped.
 
-`embedding` is added to the embedding of time by what stands for its module during one call.
+`embedding` is added to the embedding of time: the forward of its module is overridden during one call.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from distillbench.conditions import UNCONDITIONAL, Condition
 from distillbench.diffusers_calls import Call
 from distillbench.errors import UserError, unsupported
 from distillbench.parked import Offloaded
-from distillbench.stand_ins import adding, standing_in
+from distillbench.stand_ins import adding, overridden
 
 
 def added(modules: list[nn.Module], embedding: Tensor | None) -> AbstractContextManager[None]:
-    """While it lasts `embedding` (B,D) is added to what each of `modules` gives."""
-    return standing_in({} if embedding is None else {module: adding(module, embedding) for module in modules})
+    """In the block `embedding` (B,D) is added to the output of each of `modules`."""
+    return overridden({} if embedding is None else {module: adding(module, embedding) for module in modules})
 
 
 class DiffusersNetwork(nn.Module, ABC):
-    """A network of diffusers, told x and time as `call` says."""
+    """A network of diffusers, which is called as `call` says."""
 
     component: ClassVar[str]
     embedding_channels: int
@@ -98,8 +98,8 @@ class TextUNet(DiffusersNetwork):
     """A UNet2DConditionModel: c.text is what it attends to.
 
     An upscaler is given c.image too, enlarged to the size of x where it is smaller (bilinear, corners on corners) and
-    set beside x as further channels. `noise_level` is how much noise the upscaler is told that c.image has, an index
-    of its own schedule (DeepFloyd IF's class label); the noise itself is added by who gives c.image.
+    set beside x as further channels. `noise_level` is the noise level of c.image, an input of the upscaler: an index
+    of its own schedule (DeepFloyd IF's class label). c.image has that noise already.
     """
 
     component = "unet"
@@ -112,7 +112,7 @@ class TextUNet(DiffusersNetwork):
         _refuse(config, "encoder_hid_dim_type", (None, "text_proj"))
         self.embedding_channels = unet.time_embedding.linear_2.out_features
         self.noise_level = noise_level
-        self.told_noise = config.class_embed_type == "timestep"
+        self.takes_noise_level = config.class_embed_type == "timestep"
 
     def _time_embeddings(self) -> list[nn.Module]:
         return [self.wrapped.time_embedding]
@@ -121,7 +121,7 @@ class TextUNet(DiffusersNetwork):
         if c.image is not None:
             large = interpolate(c.image.to(x.dtype), x.shape[-2:], mode="bilinear", align_corners=True)
             x = torch.cat([x, large], dim=1)
-        noise = torch.full((len(x),), self.noise_level, device=x.device) if self.told_noise else None
+        noise = torch.full((len(x),), self.noise_level, device=x.device) if self.takes_noise_level else None
         text = None if c.text is None else c.text.to(x.dtype)
         return self.wrapped(x, argument, encoder_hidden_states=text, class_labels=noise).sample
 
@@ -139,7 +139,7 @@ class DiT(DiffusersNetwork):
         super().__init__(transformer, call)
         self.embedding_channels = transformer.inner_dim
         for block in transformer.transformer_blocks:
-            block.norm1.emb.class_embedder.dropout_prob = 0.0  # in training it would forget labels by itself
+            block.norm1.emb.class_embedder.dropout_prob = 0.0  # labels are dropped by methods, not by the network
 
     def _time_embeddings(self) -> list[nn.Module]:
         return [block.norm1.emb.timestep_embedder for block in self.wrapped.transformer_blocks]
@@ -163,7 +163,7 @@ NETWORKS: dict[str, type[DiffusersNetwork]] = {
 def check_classes(serves: Mapping[int, bool], classes: int, guided: bool, name: str) -> None:
     """Raise UserError unless a network that `serves` these numbers of classes serves `classes`, `guided` or not.
 
-    `name` says whose network it is.
+    `name` is the setting that an error names.
     """
     if classes not in serves:
         wanted = f"conditional=true with {classes} classes" if classes else "conditional=false"
@@ -224,7 +224,7 @@ class Autoencoder:
 
 
 class Quantiser(Autoencoder):
-    """The same by a VQModel, whose encoder gives latents and not a law of them; decoding rounds to its code book."""
+    """A VQModel: its encoder gives latents and no distribution of them; decoding rounds to its code book."""
 
     def _mode(self, encoded: Any) -> Tensor:
         return encoded.latents

@@ -1,7 +1,7 @@
-"""One dropout mask for several evaluations: what a loss compares must not differ by what was dropped.
+"""One dropout mask for several evaluations, so that a loss does not compare different masks.
 
-Where dropout acts at all is decided by :class:`distillbench.denoiser.CountedNetwork`. Dropout draws from the random
-generator of the device that belongs to torch, the default one: the same state of it gives the same masks.
+Where dropout acts at all is decided by :class:`distillbench.denoiser.CountedNetwork`. Dropout draws from torch's
+default generator of the device: the same state gives the same masks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["one_mask"]
 
 
 def seed_masks(seed: int, process: int) -> None:
-    """Before a training: what its masks are drawn from, of each of several processes other numbers."""
+    """Before a training: seed the generator of its masks, differently in each process."""
     torch.manual_seed(stream_key(f"dropout of process {process}", seed))
 
 
@@ -28,10 +28,10 @@ def one_mask(*networks: nn.Module) -> Iterator[None]:
     """In the block every evaluation of `networks` drops the same features, also without gradients or frozen.
 
     For losses that compare two evaluations of the network that is trained, or of it and its average: the student and
-    the target network of a consistency model (Song et al. 2023, as released). The evaluations must be of equally many
-    images, and the networks of one architecture. After the block the generator is as after the last evaluation alone.
+    the target network of a consistency model (Song et al. 2023, as released). The evaluations must have equally many
+    images, and the networks one architecture. After the block the generator is as after the last evaluation alone.
 
-    A network that is in evaluation mode drops nothing here either. RuntimeError where a step yields within the block.
+    A network in evaluation mode drops nothing here either. Raises RuntimeError where a step yields within the block.
     """
     counted = [found for network in networks for found in _counted(network)]
     device = next((str(weight.device) for network in networks for weight in network.parameters()), "cpu")
@@ -46,7 +46,7 @@ def one_mask(*networks: nn.Module) -> Iterator[None]:
             one.mask = mask
         yield
         if any(one.mask is not mask for one in counted):
-            raise RuntimeError("train_step yields in a block of one_mask: end the block before")
+            raise RuntimeError("train_step must not yield within a block of one_mask: end the block before the yield")
     finally:
         for one, other in zip(counted, before, strict=True):
             one.mask = other

@@ -8,13 +8,11 @@ called what they are called in the released files, so that their weights load as
 |-----------|-----------------------------------------------------------|-------------------------|
 | x         | c_in x^, the noisy image scaled to variance 1             | (B,C,H,W)               |
 | time      | c_noise = log(tau) / 4 at noise level tau                 | (B,)                    |
-| e         | embedding of noise level, class, and what a student is    | (B, embedding_channels) |
-|           | told beside                                               |                         |
+| e         | embedding of noise level, class and `embedding`           | (B, embedding_channels) |
 | h, aux    | features; the image (or features) that runs beside them   | (B,c,h,w)               |
 
-An `embedding` that is handed to a network is added to its own right before the last activation: e = silu(own +
-embedding), which is what every block sees. Labels equal to `label_dim`, or none at all, are a row of zeros in place of
-a one-hot row.
+`embedding` is added to the network's own before the last activation: every block gets e = silu(own + embedding).
+Labels equal to `label_dim`, and no labels, are a row of zeros instead of a one-hot row.
 """
 
 from __future__ import annotations
@@ -139,7 +137,7 @@ class Fourier(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut, told e in between, then attention where there are `heads`.
+    """Two convolutions with a shortcut, e between them, then attention where there are `heads`.
 
     h = (shortcut(x) + conv1(silu(norm1(conv0(silu(norm0 x))) with e))) scale,    h = (h + proj(attention(h))) scale
 
@@ -184,18 +182,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         h = self.conv0(silu(self.norm0(x)))
-        told = self.affine(e)[:, :, None, None]
+        modulation = self.affine(e)[:, :, None, None]
         if self.adaptive:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = modulation.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm1(h), scale + 1)
         else:
-            h = self.norm1(h + told)
+            h = self.norm1(h + modulation)
         h = self.conv1(dropout(silu(h), self.dropout, self.training))
         h = (h + (x if self.skip is None else self.skip(x))) * self.scale
         return (h + self.attend(h)) * self.scale if self.heads else h
 
     def attend(self, h: Tensor) -> Tensor:
-        """What the pixels of h (B,c,h,w) add to each other."""
+        """The output of self-attention, (B,c,h,w)."""
         batch, channels, height, width = h.shape
         parts = self.qkv(self.norm2(h)).view(batch, self.heads, channels // self.heads, 3, height * width)
         q, k, v = parts.permute(3, 0, 1, 4, 2)  # each (B, heads, pixels, channels of a head)
@@ -241,17 +239,17 @@ class _UNet(nn.Module):
     def _build(self, init: Init, block: Callable[..., Block], heads: Callable[[int], int], attends_last: bool) -> None:
         """Make the blocks of both ways. On the way up, with `attends_last`, only a side's last block attends."""
         levels = list(zip(self.sides, self.widths, strict=True))
-        width, kept = self.model_channels, [self.model_channels]
+        width, skips = self.model_channels, [self.model_channels]
         self.enc[_name(self.sides[0], "conv")] = Conv(self.in_channels, width, 3, init=init)
         for side, wide in levels:
             if side != self.sides[0]:
                 self.enc[_name(side, "down")] = block(width, width, heads=0, down=True)
-                kept.append(width)
+                skips.append(width)
             for i in range(self.num_blocks):
                 attends = side in self.attn_resolutions
                 self.enc[_name(side, f"block{i}")] = block(width, wide, heads=heads(wide) if attends else 0)
                 width = wide
-                kept.append(width)
+                skips.append(width)
         for side, wide in reversed(levels):
             if side == self.sides[-1]:
                 self.dec[_name(side, "in0")] = block(width, width, heads=heads(width))
@@ -260,12 +258,12 @@ class _UNet(nn.Module):
                 self.dec[_name(side, "up")] = block(width, width, heads=0, up=True)
             for i in range(self.num_blocks + 1):
                 attends = side in self.attn_resolutions and (i == self.num_blocks or not attends_last)
-                into = width + kept.pop()
+                into = width + skips.pop()
                 self.dec[_name(side, f"block{i}")] = block(into, wide, heads=heads(wide) if attends else 0)
                 width = wide
 
     def embed(self, time: Tensor, c: Condition) -> Tensor:
-        """What the network itself knows of noise level and class, before the last activation: (B, channels)."""
+        """The network's own embedding of noise level and class, before the last activation: (B, channels)."""
         raise NotImplementedError
 
     def reads(self, side: int, h: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,7 +271,7 @@ class _UNet(nn.Module):
         return h, aux
 
     def writes(self, side: int, h: Tensor, image: Tensor | None) -> Tensor | None:
-        """The image so far, once a side's features are there on the way up."""
+        """The image so far, after a side's features on the way up."""
         raise NotImplementedError
 
     def one_hot(self, time: Tensor, c: Condition) -> Tensor:
@@ -286,22 +284,22 @@ class _UNet(nn.Module):
         own = self.embed(time, c)
         e = silu(own if embedding is None else own + embedding)
         h = aux = x
-        kept: list[Tensor] = []
+        skips: list[Tensor] = []
         for side in self.sides:
             if side == self.sides[0]:
                 h = self.enc[_name(side, "conv")](h)
             else:
                 h, aux = self.reads(side, self.enc[_name(side, "down")](h, e), aux)
-            kept.append(h)
+            skips.append(h)
             for i in range(self.num_blocks):
                 h = self.enc[_name(side, f"block{i}")](h, e)
-                kept.append(h)
+                skips.append(h)
         image: Tensor | None = None
         for side in reversed(self.sides):
             for what in ("in0", "in1") if side == self.sides[-1] else ("up",):
                 h = self.dec[_name(side, what)](h, e)
             for i in range(self.num_blocks + 1):
-                h = self.dec[_name(side, f"block{i}")](torch.cat([h, kept.pop()], dim=1), e)
+                h = self.dec[_name(side, f"block{i}")](torch.cat([h, skips.pop()], dim=1), e)
             image = self.writes(side, h, image)
         assert image is not None
         return image
@@ -337,7 +335,7 @@ class SongUNet(_UNet):
         num_blocks: int = 4,
         attn_resolutions: Sequence[int] = (16,),
         dropout: float = 0.10,
-        label_dropout: float = 0.0,  # of the training that the file comes from: nothing here
+        label_dropout: float = 0.0,  # a setting of EDM's training; unused here
         embedding_type: str = "positional",
         channel_mult_noise: int = 1,
         encoder_type: str = "standard",
@@ -375,7 +373,7 @@ class SongUNet(_UNet):
         self._build_aside(out_channels, resample_filter, init, init_last)
 
     def _build_aside(self, out_channels: int, taps: Sequence[float], init: Init, init_last: Init) -> None:
-        """Make what runs beside the features."""
+        """Make the path of the image beside the features."""
         aux = self.in_channels
         for side, above in zip(self.sides[1:], self.widths, strict=False):
             if self.encoder_type == "skip":
@@ -394,7 +392,7 @@ class SongUNet(_UNet):
 
     def embed(self, time: Tensor, c: Condition) -> Tensor:
         cos, sin = self.map_noise(time).chunk(2, dim=1)
-        e = torch.cat([sin, cos], dim=1)  # the order of Song et al., which the weights know
+        e = torch.cat([sin, cos], dim=1)  # the order of Song et al., for which the weights were trained
         if self.map_label is not None:
             e = e + self.map_label(self.one_hot(time, c) * math.sqrt(self.classes))
         return self.map_layer1(silu(self.map_layer0(e)))
@@ -416,7 +414,7 @@ class SongUNet(_UNet):
 
 
 class DhariwalUNet(_UNet):
-    """ADM of Dhariwal & Nichol: adaptive group norms, attention of 64 channels a head in every block of its sides."""
+    """ADM of Dhariwal & Nichol: adaptive group norms, attention with 64 channels a head in every block of its sides."""
 
     def __init__(
         self,
@@ -431,7 +429,7 @@ class DhariwalUNet(_UNet):
         num_blocks: int = 3,
         attn_resolutions: Sequence[int] = (32, 16, 8),
         dropout: float = 0.10,
-        label_dropout: float = 0.0,  # of the training that the file comes from: nothing here
+        label_dropout: float = 0.0,  # a setting of EDM's training; unused here
     ) -> None:
         super().__init__(
             *(img_resolution, in_channels, label_dim, model_channels),

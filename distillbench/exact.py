@@ -1,4 +1,4 @@
-"""The denoiser of a law in closed form (:mod:`distillbench.laws`), evaluated and counted like a network."""
+"""The closed-form denoiser of a distribution (:mod:`distillbench.laws`), evaluated and counted like a network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ExactDenoiser"]
 
 
 class LawNetwork(nn.Module):
-    """E[x_0 | x_t, component] of a law, on a schedule; it has no weights."""
+    """E[x_0 | x_t, component] of a distribution, on a schedule; it has no weights."""
 
     embedding_channels = 0
 
@@ -27,7 +27,7 @@ class LawNetwork(nn.Module):
 
 
 class ExactDenoiser(Denoiser):
-    """The denoiser of a law. Its network is given the time in float64: rounding it would not be exact."""
+    """The exact denoiser of a distribution. Its network takes the time in float64, as rounding is not exact."""
 
     def __init__(self, law: Law, schedule: NoiseSchedule) -> None:
         super().__init__(LawNetwork(law, schedule), schedule, "x0")

@@ -1,8 +1,8 @@
-"""Laws of x_0 whose optimal denoiser is known in closed form: teachers without a trained network.
+"""Distributions of x_0 whose optimal denoiser is known in closed form: teachers without a trained network.
 
 With V = alpha^2 v + sigma^2, taken along each eigenvector of a covariance, where v is its eigenvalue:
 
-| law of x_0                    | denoiser f = E[x_0 given x_t]   | probability-flow map, x_t to x_s              |
+| distribution of x_0           | denoiser f = E[x_0 given x_t]   | probability-flow map, x_t to x_s              |
 |-------------------------------|---------------------------------|-----------------------------------------------|
 | N(m, S)                       | m + alpha v / V (x_t - alpha m) | alpha_s m + sqrt(V_s / V_t) (x_t - alpha_t m) |
 | sum_k w_k N(m_k, diag(s_k^2)) | sum_k r_k f_k, f_k as above     | D = 1: equal quantiles, F_s(x_s) = F_t(x_t)   |
@@ -15,7 +15,7 @@ With V = alpha^2 v + sigma^2, taken along each eigenvector of a covariance, wher
 | m, S, v      | mean, covariance, eigenvalues of the covariance            | float64        |
 | w, m_k, s_k  | weights, means, standard deviations of the components      | float64        |
 | r_k          | responsibility, proportional to w_k N(x_t; alpha m_k, V_k) | (B,K)          |
-| F_t          | distribution function of x_t                               |                |
+| F_t          | cumulative distribution function of x_t                    |                |
 | component    | the component that x_0 is of; K means "not conditioned"    | (B,) int64     |
 
 Everything is computed in float64; results have the dtype and the device of x_t. The Gaussian's f and map follow from
@@ -47,7 +47,7 @@ LARGEST_EXPONENT = 700.0  # exp of it is still finite in float64
 
 @dataclass(frozen=True, eq=False)
 class Law(ABC):
-    """A law of x_0 and what follows from it exactly. Equal to another law of the same kind with equal numbers."""
+    """A distribution of x_0 and what follows from it exactly. Equal to another of the same class and parameters."""
 
     @property
     @abstractmethod
@@ -57,7 +57,7 @@ class Law(ABC):
     @property
     @abstractmethod
     def components(self) -> int:
-        """How many components the law has: 1 for a Gaussian."""
+        """How many components it has: 1 for a Gaussian."""
 
     @property
     def has_map(self) -> bool:
@@ -78,7 +78,7 @@ class Law(ABC):
 
     @abstractmethod
     def plain(self) -> dict[str, Any]:
-        """What identifies the law, in strings, numbers and lists of them: fit for JSON."""
+        """What identifies the distribution, as JSON values."""
 
     def _map(self, x: Tensor, start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]) -> Tensor:
         """:meth:`transport` for x (B,D) float64 and (alpha, sigma), (B,1) each, at its two ends."""
@@ -99,24 +99,24 @@ class Law(ABC):
         return self._map(x_t.double().flatten(1), start, end).view(x_t.shape).to(x_t.dtype)
 
     def _on(self, device: torch.device, *names: str) -> list[Tensor]:
-        """The attributes `names`, copied to `device` once."""
+        """The attributes `names` on `device`; copies are cached."""
         if device.type == "cpu":
             return [getattr(self, name) for name in names]
-        kept = self.__dict__.setdefault("_kept", {})
-        with torch.inference_mode(False):  # what is kept must serve a backward pass later
+        copies = self.__dict__.setdefault("_copies", {})
+        with torch.inference_mode(False):  # copies must serve a backward pass later
             for name in names:
-                if (name, device) not in kept:
-                    kept[name, device] = getattr(self, name).to(device)
-        return [kept[name, device] for name in names]
+                if (name, device) not in copies:
+                    copies[name, device] = getattr(self, name).to(device)
+        return [copies[name, device] for name in names]
 
-    def _numbers(self) -> list[Tensor]:
+    def _parameters(self) -> list[Tensor]:
         return [getattr(self, f.name) for f in fields(self) if f.init]
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and all(map(torch.equal, self._numbers(), other._numbers()))
+        return type(self) is type(other) and all(map(torch.equal, self._parameters(), other._parameters()))
 
     def __hash__(self) -> int:
-        return hash((type(self), self.shape, *(number.sum().item() for number in self._numbers())))
+        return hash((type(self), self.shape, *(value.sum().item() for value in self._parameters())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,11 +139,12 @@ class Gaussian(Law):
             )
         allowed = SLACK * S.abs().max()
         if (S - S.T).abs().max() > allowed:
-            raise UserError("covariance: it is not symmetric")
+            gap = (S - S.T).abs().max().item()
+            raise UserError(f"covariance: a symmetric matrix is needed, got entries that differ by up to {gap:.3g}")
         S = (S + S.T) / 2
         v, U = torch.linalg.eigh(S)
         if v.min() < -allowed:
-            raise UserError(f"covariance: it has the negative eigenvalue {v.min().item():.3g}")
+            raise UserError(f"covariance: eigenvalues of at least 0 are needed, got {v.min().item():.3g}")
         _set(self, mean=mean, covariance=S, _m=mean.flatten(), _v=v.clamp(min=0), _U=U)
 
     @property
@@ -332,7 +333,7 @@ def _excess(log_w: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
         F(z) - sum_{k<j} w_k = R - L,   R = sum_{k>=j} w_k Phi(z_k),   L = sum_{k<j} w_k Phi(-z_k)
 
     so F can be compared through R - L, and for the j with the smallest R + L no digits are lost: j = 0 in the lower
-    tail, j = K in the upper one, and others in a gap between components. R and L are kept as logarithms.
+    tail, j = K in the upper one, and others in a gap between components. R and L are computed as logarithms.
     """
     from_right = (log_w + log_ndtr(z)).flip(1).logcumsumexp(dim=1).flip(1)
     from_left = (log_w + log_ndtr(-z)).logcumsumexp(dim=1)
@@ -357,10 +358,10 @@ def _excess(log_w: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda z: difference(*two_sums(z)) - wanted
 
 
-def _set(law: Law, **values: Tensor) -> None:
-    """What a frozen dataclass needs to settle its own fields."""
+def _set(distribution: Law, **values: Tensor) -> None:
+    """Set fields of a frozen dataclass."""
     for name, value in values.items():
-        object.__setattr__(law, name, value)
+        object.__setattr__(distribution, name, value)
 
 
 def _table(value: Any, name: str) -> Tensor:

@@ -12,9 +12,9 @@ __all__ = ["evaluating", "held"]
 
 @contextmanager
 def held(network: nn.Module) -> Iterator[None]:
-    """In the block the weights of `network` are constants: gradients reach its input only, and nothing is dropped.
+    """In the block the weights of `network` are constants: gradients reach its input only, and dropout is off.
 
-    After it, also where an error ends it, those weights take gradients that took them before. No step yields in it.
+    After it, also after an error, the same weights require gradients as before. A step must not yield within it.
     """
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     try:
@@ -28,9 +28,10 @@ def held(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """In the block `network` is in evaluation mode: nothing is dropped. After it every part is in the mode of before.
+    """In the block `network` is in evaluation mode. After it every module has its mode of before.
 
-    Networks of a teacher, and of students made from it, need it nowhere: :class:`distillbench.denoiser.CountedNetwork`.
+    Networks of a teacher and of students made from it do not need it: see
+    :class:`distillbench.denoiser.CountedNetwork`.
     """
     training = [module for module in network.modules() if module.training]
     try:

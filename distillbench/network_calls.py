@@ -1,7 +1,7 @@
 """How a network is called: under autocast, in channels_last, compiled, recomputed in backward passes.
 
-Nothing of a network is replaced: its class, its state and its copies stay what they are. What stands for a forward is
-there for the time of one call, as a compiled function of its class that is shared by all networks of that class.
+A network's class, state and copies stay as they are. The forward of its modules is overridden during one call; compiled
+forwards are functions of a class, which all networks of that class share.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from distillbench.conditions import Condition
 from distillbench.denoiser import CountedNetwork, NetworkCall
 from distillbench.shards import class_of
-from distillbench.stand_ins import StandIns, instead, standing_below, standing_in
+from distillbench.stand_ins import Overrides, calling, overridden, overrides_below
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_REPEATS = 3  # of a class of modules in a network, for it to be its repeated block
@@ -35,10 +35,10 @@ def networks_below(*modules: nn.Module) -> list[CountedNetwork]:
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks that `network` is a repetition of, none of them within another.
+    """The repeated blocks of `network`, none of them within another.
 
-    diffusers names those of its networks; of others they are, from the top down, modules with children whose class
-    occurs at least three times. Containers of torch.nn are none.
+    diffusers names those of its networks. In other networks they are the topmost modules with children whose class
+    occurs at least three times. Containers of torch.nn do not count.
     """
     named = {name for module in network.modules() for name in getattr(class_of(module), "_repeated_blocks", None) or ()}
     counts = Multiset(class_of(module) for module in network.modules())
@@ -60,20 +60,20 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
-    """A block that computes in `precision`, fp32 included: an autocast round it does not reach in."""
+    """Autocast to `precision`. With fp32 it is off, also within another autocast."""
     dtype = DTYPES.get(precision)
     return torch.autocast(device, dtype=dtype) if dtype else torch.autocast(device, enabled=False)
 
 
 @functools.cache
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled for each shape anew."""
+    """`forward`, compiled separately for each shape of its inputs."""
     return torch.compile(forward, dynamic=False)
 
 
 @dataclass(eq=False)
 class AsAsked(NetworkCall):
-    """The call that the settings ask for. `plain` names, in plain values, what of them differs from the default."""
+    """The call that the settings ask for. `plain` has, in plain values, the settings that differ from the default."""
 
     device: str  # kind: cpu, cuda
     precision: str = "fp32"
@@ -82,12 +82,10 @@ class AsAsked(NetworkCall):
     recompute: bool = False
     plain: Mapping[str, Any] = field(default_factory=dict)
     _blocks: WeakKeyDictionary[nn.Module, list[nn.Module]] = field(default_factory=WeakKeyDictionary)
-    _turned: WeakSet[nn.Module] = field(default_factory=WeakSet)  # to channels_last
+    _converted: WeakSet[nn.Module] = field(default_factory=WeakSet)  # networks in channels_last
 
-    def __call__(
-        self, network: nn.Module, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition
-    ) -> Tensor:  # fmt: skip
-        if not any(True for _ in network.parameters()):  # a closed form
+    def __call__(self, network: nn.Module, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
+        if not any(True for _ in network.parameters()):  # a closed-form denoiser
             return network(x, time, embedding, c)
         self.prepare(network)
         given = x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
@@ -96,31 +94,32 @@ class AsAsked(NetworkCall):
         return out.to(x.dtype).contiguous()
 
     def prepare(self, network: nn.Module) -> None:
-        """Its weights in their memory format; that is kept by copies."""
-        if self.channels_last and network not in self._turned:
+        """Convert its weights to their memory format, which copies of the network have too."""
+        if self.channels_last and network not in self._converted:
             network.to(memory_format=torch.channels_last)
-            self._turned.add(network)
+            self._converted.add(network)
 
     def undo(self) -> None:
-        """Weights as they were."""
-        for network in self._turned:
+        """Convert the weights back."""
+        for network in self._converted:
             network.to(memory_format=torch.contiguous_format)
-        self._turned.clear()
+        self._converted.clear()
 
     def _changed(self, network: nn.Module) -> AbstractContextManager[Any]:
-        """A block in which modules of `network` run compiled, or note what to compute again."""
-        again = self.recompute and torch.is_grad_enabled()
-        if self.compile == "off" and not again:
+        """A block in which modules of `network` run compiled, or are recomputed in the backward pass."""
+        recompute = self.recompute and torch.is_grad_enabled()
+        if self.compile == "off" and not recompute:
             return nullcontext()
         forwards: dict[nn.Module, Callable[..., Any]] = {}
         if self.compile == "blocks":
             forwards = {block: _compiled_forward(block) for block in self._blocks_of(network)}
-        if again:
+        if recompute:
             blocks = self._blocks_of(network)
-            forwards = {block: functools.partial(_again, block, forwards.get(block, block.forward)) for block in blocks}
+            inner = {block: forwards.get(block, block.forward) for block in blocks}
+            forwards = {block: functools.partial(_checkpointed, block, forward) for block, forward in inner.items()}
         if self.compile == "whole":
             forwards[network] = _compiled_forward(network)
-        return standing_in({module: instead(forward) for module, forward in forwards.items()})
+        return overridden({module: calling(forward) for module, forward in forwards.items()})
 
     def _blocks_of(self, network: nn.Module) -> list[nn.Module]:
         if network not in self._blocks:
@@ -132,22 +131,22 @@ def _compiled_forward(module: nn.Module) -> Callable[..., Any]:
     return MethodType(compiled(type(module).forward), module)
 
 
-def _again(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """forward(...), of which nothing is kept for the backward pass: it is computed again, as it is now.
+def _checkpointed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """forward(...) under activation checkpointing: recomputed in the backward pass with its present weights and modes.
 
-    Dropout draws the same masks again: torch's checkpoint keeps the random generators' states.
+    Dropout draws the same masks again: torch's checkpoint restores the random generators' states.
     """
     modes = [(module, module.training) for module in block.modules()]
-    contexts = functools.partial(_now_and_later, standing_below(block), _weights(block), modes)
+    contexts = functools.partial(_contexts, overrides_below(block), _weights(block), modes)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """What a module has as a weight, and whether it needs a gradient.
+    """A weight of a module, and whether it needs a gradient.
 
-    A method may hold weights for one forward: torch.func.functional_call puts others in their place, which are gone
-    when the backward pass begins.
+    It may differ in the forward and in the backward pass: torch.func.functional_call replaces weights during a forward
+    only, and a method may switch gradients off for one.
     """
 
     module: nn.Module
@@ -173,19 +172,19 @@ def _weights(block: nn.Module) -> list[_Weight]:
 Modes = list[tuple[nn.Module, bool]]  # modules, and whether each is in training mode
 
 
-def _now_and_later(
-    stands: StandIns, weights: list[_Weight], modes: Modes
+def _contexts(
+    overrides: Overrides, weights: list[_Weight], modes: Modes
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return nullcontext(), _as_it_was(stands, weights, modes)
+    return nullcontext(), _restored(overrides, weights, modes)
 
 
 @contextmanager
-def _as_it_was(stands: StandIns, weights: list[_Weight], modes: Modes) -> Iterator[None]:
+def _restored(overrides: Overrides, weights: list[_Weight], modes: Modes) -> Iterator[None]:
     now = [
         _Weight(w.module, w.name, v := w.module._parameters[w.name], v is not None and v.requires_grad) for w in weights
     ]
     other = [module for module, training in modes if module.training is not training]
-    with standing_in(stands):
+    with overridden(overrides):
         try:
             for weight in weights:
                 weight.put()

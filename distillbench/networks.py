@@ -1,11 +1,11 @@
-"""Networks that teachers and students are made of. Each is called as ``network(x, time, embedding, c)``.
+"""Networks of teachers and students. Each is called as ``network(x, time, embedding, c)``.
 
 | argument  | meaning                                                        | shape                         |
 |-----------|----------------------------------------------------------------|-------------------------------|
 | x         | noisy image                                                    | (B,C,H,W)                     |
 | time      | time of the schedule                                           | (B,)                          |
 | embedding | optional, added to the embedding of time (a second time, ...)  | (B, embedding_channels)       |
-| c         | what is asked for: classes, texts                              | of a batch                    |
+| c         | condition: classes, texts                                      | of a batch                    |
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _ResidualBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """A residual perceptron over flattened pixels, modulated by time: the cheap network for very small images."""
+    """A residual perceptron over flattened pixels, modulated by time: a cheap network for very small images."""
 
     def __init__(self, shape: tuple[int, int, int], width: int = 256, depth: int = 4, classes: int = 0) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class UNet(nn.Module):
 
 
 class OfDiffusers(nn.Module):
-    """Any UNet2DModel or DiTTransformer2DModel: `config` is what its config.json holds, with `_class_name`.
+    """Any UNet2DModel or DiTTransformer2DModel: `config` is the content of its config.json, with `_class_name`.
 
     The config's sizes must be those of the images, and it needs a row of its table for each class and one for none.
     """

@@ -1,7 +1,7 @@
 """Noise that belongs to an image index: the same for every method, batch size and machine.
 
-Evaluation, and noise-image pairs, name their noise by (stream, index). A counter-based generator (Philox) turns the
-name into the tensor, so nothing has to be stored and no batch size or order can change it.
+Evaluation and noise-image pairs identify their noise by (stream, index), the key of a counter-based generator (Philox).
+So nothing has to be stored, and neither batch size nor order changes it.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 
 
 def stream_key(purpose: str, seed: int) -> int:
-    """The 64-bit name of a stream. Streams of different purposes never meet: pairs are not the evaluation's noise."""
+    """The 64-bit key of a stream. Purposes have different streams: pairs never have the evaluation's noise."""
     return int.from_bytes(hashlib.sha256(f"{purpose}/{seed}".encode()).digest()[:8], "little")
 
 
 def uniform(stream: int, indices: Sequence[int]) -> np.ndarray:
     """A number in [0, 1) for each of the images `indices` of a stream, (N,) float64, independent of their noise."""
-    names = (np.array([stream, index], np.uint64) for index in indices)
+    keys = (np.array([stream, index], np.uint64) for index in indices)
     counter = np.array([0, 0, 1, 0], np.uint64)
-    return np.array([np.random.Generator(np.random.Philox(key=name, counter=counter)).random() for name in names])
+    return np.array([np.random.Generator(np.random.Philox(key=key, counter=counter)).random() for key in keys])
 
 
 class Noise:
     """Standard normal noise for the images `indices` of a stream; calling it with k gives the k-th draw, (B,C,H,W).
 
-    ``noise(0)`` is the initial noise eps that every method and the teacher answer. Samplers that add fresh noise at
-    step k ask for ``noise(k)``.
+    ``noise(0)`` is the initial noise eps from which every method and the teacher sample. Samplers that add fresh noise
+    at step k ask for ``noise(k)``.
     """
 
     def __init__(self, stream: int, indices: Sequence[int], shape: tuple[int, int, int], device: str = "cpu") -> None:
@@ -41,24 +41,24 @@ class Noise:
         return self.on_device(self.drawn(k))
 
     def drawn(self, k: int) -> Tensor:
-        """The k-th draw, float32 in the memory of the CPU, which is pinned where a GPU is to have it."""
+        """The k-th draw, float32 in CPU memory, pinned where it will be copied to a GPU."""
         rows = np.empty((len(self.indices), *self.shape), dtype=np.float32)
         for row, index in zip(rows, self.indices, strict=True):
-            name, draw = np.array([self.stream, index], np.uint64), np.array([0, 0, 0, k], np.uint64)
-            generator = np.random.Generator(np.random.Philox(key=name, counter=draw))
+            key, draw = np.array([self.stream, index], np.uint64), np.array([0, 0, 0, k], np.uint64)
+            generator = np.random.Generator(np.random.Philox(key=key, counter=draw))
             generator.standard_normal(out=row, dtype=np.float32)
         drawn = torch.from_numpy(rows)
         return drawn if self.device == "cpu" else drawn.pin_memory()
 
     def on_device(self, rows: Tensor) -> Tensor:
-        """A draw where it is used, in the default dtype; nothing waits for the copy to a GPU."""
+        """A draw on the device, in the default dtype; the copy to a GPU is asynchronous."""
         return rows.to(self.device, non_blocking=True).to(torch.get_default_dtype())
 
 
 class DrawnAhead:
-    """The same noise, drawn by a thread before it is asked for: the CPU draws while the GPU computes.
+    """The same noise, drawn ahead by a thread: the CPU draws while the GPU computes.
 
-    Draw 0 is begun at once and kept, because some samplers ask for it twice. `expected` is the last draw that the
+    Draw 0 is begun at once and stored, because some samplers ask for it twice. `expected` is the last draw that the
     sampler will probably ask for; each is begun when the one before it is asked for.
     """
 
@@ -82,22 +82,22 @@ def drawn_ahead(noises: Iterable[Noise], device: str) -> Iterator[Noise | DrawnA
         yield from noises
         return
     with ThreadPoolExecutor(1, "drawing noise") as drawing:
-        waiting: DrawnAhead | None = None
+        ready: DrawnAhead | None = None
         last = 0
         for noise in noises:
-            following = DrawnAhead(noise, drawing, last)
-            if waiting is not None:
-                waiting.expected = last
-                yield waiting
-                last = max(last, waiting.last)
-            waiting = following
-        if waiting is not None:
-            waiting.expected = last
-            yield waiting
+            upcoming = DrawnAhead(noise, drawing, last)
+            if ready is not None:
+                ready.expected = last
+                yield ready
+                last = max(last, ready.last)
+            ready = upcoming
+        if ready is not None:
+            ready.expected = last
+            yield ready
 
 
 class FixedNoise:
-    """Noise that is already there: what timing calls use, so that drawing it is not timed."""
+    """Noise that was drawn before, so that timing does not include drawing it."""
 
     def __init__(self, draws: list[Tensor]) -> None:
         self.draws = draws

@@ -1,4 +1,4 @@
-"""Samplers as pure functions over one denoiser type ``f(x_t, t) -> x_0``, and the time grids that they go down.
+"""Samplers as pure functions of a denoiser ``f(x_t, t) -> x_0``, and their time grids.
 
 | symbol   | meaning                                             | shape     |
 |----------|-----------------------------------------------------|-----------|
@@ -8,9 +8,9 @@
 | f        | denoiser, E[x_0 given x_t]                          | (B,C,H,W) |
 | noise(k) | fresh standard normal noise, k = 1, 2, ...          | (B,C,H,W) |
 
-Every sampler starts at times[-1] and returns its last data prediction, the one at times[1], as every step to sigma = 0
-does (EDM's Heun, DPM-Solver++ with first order at the end and the DDPM posterior mean agree on that). times[0] is only
-where that last step would end; nothing is evaluated there, and it may equal times[1].
+Every sampler starts at times[-1] and returns its last data prediction, the one at times[1]: so does every step to
+sigma = 0 (EDM's Heun, DPM-Solver++ with first order at the end, the DDPM posterior mean). times[0] is where that last
+step would end; nothing is evaluated there, and it may equal times[1].
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def uniform_lambda_times(schedule: NoiseSchedule, steps: int) -> Tensor:
     """t_0 < ... < t_N, uniform in lam from t_min to t_max, shape (N+1,) float64 (Lu et al. 2022, DPM-Solver)."""
     low, high = schedule.lam(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).tolist()
     times = schedule.t_of_lam(torch.linspace(low, high, steps + 1, dtype=torch.float64))
-    times[0], times[-1] = schedule.t_min, schedule.t_max  # free of rounding
+    times[0], times[-1] = schedule.t_min, schedule.t_max  # without rounding
     return times
 
 
@@ -98,7 +98,7 @@ def consistency_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
     """t_min, then N of 40 Karras levels, evenly spread over their indices from the top; shape (N+1,) float64.
 
     Where a consistency function is evaluated (Song et al. 2023, algorithm 1; 40 levels are the paper's for ImageNet).
-    More than 39 steps have a level each.
+    For more than 39 steps there are as many levels as steps, and one.
     """
     count = max(LEVELS, steps + 1)
     levels = karras_times(schedule, count, 0.002, 80.0)
@@ -305,11 +305,11 @@ SampleFunction = Callable[[DenoiseFunction, NoiseSchedule, Tensor, Tensor, Noise
 
 @dataclass(frozen=True)
 class Sampler:
-    """What there is to know of a sampler: N steps make `per_step` (N - 1) + 1 evaluations of f."""
+    """A sampler and its properties: N steps make `per_step` (N - 1) + 1 evaluations of f."""
 
     run: SampleFunction
     grid: str  # default, a name of TIME_GRIDS
-    per_step: int = 1  # evaluations of f by every step but the last, which makes one
+    per_step: int = 1  # evaluations of f in every step but the last, which makes one
     deterministic: bool = True
 
 
@@ -318,7 +318,7 @@ def _without_noise(sampler: Callable[[DenoiseFunction, NoiseSchedule, Tensor, Te
 
 
 def _no_noise(k: int) -> Tensor:
-    raise ValueError("this sampler draws fresh noise on its way: give solve() its noise")
+    raise ValueError("this sampler adds noise: solve() needs the argument `noise`")
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -377,13 +377,13 @@ class Solver:
         return TIME_GRIDS[self.grid](schedule, steps)
 
     def check(self, schedule: NoiseSchedule, steps: int) -> None:
-        """Raise UserError for steps that the grid does not have, or that are too long for the sampler."""
+        """Raise UserError where the grid has no such number of steps, or they are too long for the sampler."""
         times = self.times(schedule, steps)
         if SAMPLERS[self.sampler].per_step == 2:
             check_heun(schedule, times[1:])  # the last step, to times[0], is Euler's
 
     def note(self, schedule: NoiseSchedule, steps: int) -> str:
-        """What a row of these steps must say of itself; empty where there is nothing to say."""
+        """The warning that a row of these steps carries; empty if there is none."""
         if SAMPLERS[self.sampler].per_step < 2:
             return ""
         weight = _heun_weight(schedule, self.times(schedule, steps)[1:])

@@ -1,7 +1,7 @@
-"""What stands for the forward of a module during one call of its network, and is gone after it.
+"""Overrides the forward of modules during one call of their network.
 
-Not a hook: torch's compiler does not notice hooks that come and go, and what is computed again in a backward pass would
-miss them. What stands for a forward is an attribute of the module, which is looked up and compared.
+Hooks do not serve: torch's compiler does not notice hooks that are added and removed, and recomputation in a backward
+pass would not run them. An override is an attribute of the module, which the compiler looks up and compares.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 
 FORWARD, ADDED = "forward", "added_embedding"
-StandIns = Mapping[nn.Module, Mapping[str, Any]]  # attributes, by name
+Overrides = Mapping[nn.Module, Mapping[str, Any]]  # attributes of modules, by name
 
 
 @contextmanager
-def standing_in(attributes: StandIns) -> Iterator[None]:
-    """In the block each module has these attributes, before those of its class."""
-    before = {module: {name: module.__dict__.get(name) for name in given} for module, given in attributes.items()}
-    for module, given in attributes.items():
+def overridden(overrides: Overrides) -> Iterator[None]:
+    """In the block each module has these attributes instead of those of its class."""
+    before = {module: {name: module.__dict__.get(name) for name in given} for module, given in overrides.items()}
+    for module, given in overrides.items():
         module.__dict__.update(given)
     try:
         yield
@@ -34,8 +34,8 @@ def standing_in(attributes: StandIns) -> Iterator[None]:
                     module.__dict__[name] = value
 
 
-def standing_below(module: nn.Module) -> StandIns:
-    """What stands in modules below `module` now, for :func:`standing_in` later."""
+def overrides_below(module: nn.Module) -> Overrides:
+    """The present overrides of the modules below `module`."""
     found = {}
     for child in module.modules():
         if child is not module and FORWARD in child.__dict__:
@@ -43,13 +43,13 @@ def standing_below(module: nn.Module) -> StandIns:
     return found
 
 
-def instead(forward: Callable[..., Any]) -> Mapping[str, Any]:
-    """The attribute for which `forward` is called."""
+def calling(forward: Callable[..., Any]) -> Mapping[str, Any]:
+    """The override that calls `forward`."""
     return {FORWARD: forward}
 
 
 def adding(module: nn.Module, embedding: Tensor) -> Mapping[str, Any]:
-    """The attributes with which `module` adds `embedding` (B,D) to what it gives."""
+    """The override that adds `embedding` (B,D) to the output of `module`."""
     return {FORWARD: MethodType(_with_embedding, module), ADDED: embedding}
 
 

@@ -20,7 +20,7 @@ noise: E[x_0 + tau_s eps given x_t] is one Euler step of the data's probability-
 | F, F^- | consistency function of the student and of the target network      | (B,C,H,W)  |
 
 Where networks have dropout, F and F^- drop the same features, as iCT has it. For infinite N the optimum is the map of
-the data's ODE, the teacher's own where that is exact: so one step, though not its answer, is compared with its answers.
+the data's ODE, and the teacher's where that is exact: so samples of one step are compared with the teacher's own.
 At finite N pseudo_huber ends further from it than l2: it aims at medians, not means, until |F - F^-| is below its c.
 """
 
@@ -59,7 +59,7 @@ class ConsistencyTraining(Method):
         mu: float = option(0.95, "decay of the target network; 0: the student itself, stop-gradient")
         metric: str = option("l2", "d: l2 (squared), or pseudo_huber, whose optimum is biased for few pixels")
         weight: str = option("inv_step", "lambda: uniform (1), or inv_step, 1/(tau_t - tau_s)")
-        levels: str = option("lognormal", "law of the noise levels of a batch: lognormal, or uniform over the grid")
+        levels: str = option("lognormal", "distribution of a batch's noise levels: lognormal, or uniform over the grid")
         p_mean: float = option(-1.1, "mean of ln tau of that log-normal")
         p_std: float = option(2.0, "standard deviation of ln tau of that log-normal")
         sigma_min: float = option(0.002, "e, smallest noise level")

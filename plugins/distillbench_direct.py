@@ -1,4 +1,4 @@
-"""Direct distillation: regress the teacher's deterministic answer to each noise.
+"""Direct distillation: regress the teacher's deterministic sample from each noise.
 
 Luhman & Luhman 2021, "Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed",
 arXiv:2101.02388. Data-free: it learns from noise-image pairs that the teacher makes.
@@ -8,13 +8,13 @@ arXiv:2101.02388. Data-free: it learns from noise-image pairs that the teacher m
 | symbol | meaning                                              | shape     |
 |--------|------------------------------------------------------|-----------|
 | eps    | noise; x_T = sigma_T eps                             | (B,C,H,W) |
-| x_0    | the teacher's answer to eps                          | (B,C,H,W) |
+| x_0    | the teacher's sample from eps                        | (B,C,H,W) |
 | f      | teacher, f(x_t, t) = E[x_0 given x_t]                | (B,C,H,W) |
 | g      | student: the teacher's network at the fixed time T   | (B,C,H,W) |
 | c      | condition: class and guidance of the teacher         | of a batch|
 
-Online, every batch is solved anew (N teacher evaluations an image). Offline (the paper), `pairs` are made ahead and
-used again and again. Unlike the released code, targets are not stored as truncated 8-bit values.
+Online, every batch is solved anew (N teacher evaluations per image). Offline (the paper), `pairs` are made ahead and
+used repeatedly. Unlike the released code, targets are not stored as truncated 8-bit values.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Direct(Method):
     @dataclass
     class Config(MethodConfig):
         lr: float = option(2e-3, "peak learning rate of Adam")
-        steps: int = option(64, "N, steps of the teacher's answer")
-        solver: str = option("ddim", f"sampler of the answer, SAMPLER or SAMPLER/GRID: {', '.join(SAMPLERS)}")
+        steps: int = option(64, "N, steps of the teacher's sampler")
+        solver: str = option("ddim", f"the teacher's sampler, SAMPLER or SAMPLER/GRID: {', '.join(SAMPLERS)}")
         loss: str = option("l2", "l2 (squared) or l1 (the paper's choice for CIFAR-10)")
         online: bool = option(False, "solve for every batch instead of making pairs ahead")
         pairs: int = option(32_768, "noise-image pairs made ahead (offline)")
@@ -51,10 +51,10 @@ class Direct(Method):
             require_positive(self, "steps", "pairs")
             require_one_of(self, "loss", ("l1", "l2"))
             if not Solver.parse(self.solver).deterministic:
-                raise UserError(f"solver must give one answer to each noise, {self.solver!r} adds noise of its own")
+                raise UserError(f"solver must be deterministic, got {self.solver!r}, which adds noise of its own")
 
     def solve(self, eps: Tensor, c: Condition) -> Tensor:
-        """ODE-Solver(f, eps, T -> 0): the teacher's answer in N steps."""
+        """ODE-Solver(f, eps, T -> 0): the teacher's sample in N steps."""
         solver = Solver.parse(self.config.solver)
         return solver.solve(partial(self.teacher.denoise, c=c), self.teacher.schedule, eps, self.config.steps)
 

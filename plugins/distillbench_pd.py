@@ -64,7 +64,7 @@ class ProgressiveDistillation(Method):
             raise UserError("pd: a one-step student cannot predict eps (1/alpha at t_max); take an x0 or v teacher")
         self.register_buffer("times", TIME_GRIDS[config.times](teacher.schedule, config.steps), persistent=False)
         self.halvings = [config.steps >> k for k in range(1, config.steps.bit_length())]  # n: N/2, ..., 2, 1
-        self.deputy = teacher.deputy()  # stands for the teacher once a student has become it
+        self.deputy = teacher.deputy()  # copy that takes a student's weights: the teacher of later phases
         self.students = nn.ModuleDict({str(n): teacher.student().freeze() for n in self.halvings})
 
     def phases(self) -> list[Phase]:
@@ -115,7 +115,7 @@ class ProgressiveDistillation(Method):
         return nfe in self.halvings
 
     def ready(self, nfe: int, phase: int) -> bool:
-        return nfe in self.halvings[:phase]  # a phase's student is kept when it ends
+        return nfe in self.halvings[:phase]  # a phase's student is stored when it ends
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         schedule, grid = self.teacher.schedule, self.grid_of(nfe)

@@ -1,4 +1,4 @@
-"""SiD: score identity distillation. A one-step generator is fitted to the teacher's law through its own noised samples.
+"""SiD: score identity distillation. A one-step generator learns the teacher's distribution from its noised samples.
 
 Zhou, Zheng, Wang, Yin & Huang 2024, "Score identity Distillation: Exponentially Fast Distillation of Pretrained
 Diffusion Models for One-Step Generation", arXiv:2404.04057, as the authors' code has it. Data-free. Noise levels are
@@ -9,8 +9,8 @@ EDM's, tau = sigma_t / alpha_t, so it works on any schedule: x_t = alpha_t (x + 
     L_G   = E d [ (D_phi(x_t, t) - x) - alpha d ] / sg[ mean|x - D_phi(x_t, t)| ],   d = D_phi(x_t, t) - D_psi(x_t, t)
 
 L_G has gradients through x, and through x_t in both D_phi and D_psi, but moves only G. At the optimal psi, E[x given
-x_t] = D_psi, so without its denominator L_G = (1 - alpha) E|d|^2: zero where the laws agree and negative elsewhere for
-alpha > 1. Its value does not tell how far training has come. For images of a single pixel 1 / |x - D_phi| has no mean,
+x_t] = D_psi, so without its denominator L_G = (1 - alpha) E|d|^2: zero where the distributions agree and negative
+elsewhere for alpha > 1. Its value does not measure progress. For images of a single pixel 1 / |x - D_phi| has no mean,
 and training is erratic; from two pixels on it has one.
 
 | symbol         | meaning                                                                        | shape      |
@@ -19,7 +19,7 @@ and training is erratic; from two pixels on it has one.
 | t, t'          | time of x_t, drawn for each image; time of the generator's input               | (B,1,1,1)  |
 | x, x_t         | generated image; the same noised                                               | (B,C,H,W)  |
 | D_phi          | teacher, E[x_0 given x_t, c], guided where c says so                           | (B,C,H,W)  |
-| D_psi          | fake score network: the denoiser of the generator's law, given c               | (B,C,H,W)  |
+| D_psi          | fake score network: denoiser of the generator's distribution, given c          | (B,C,H,W)  |
 | D_G            | student as a denoiser; both start from the teacher's weights                   | (B,C,H,W)  |
 | alpha          | of L_G (the schedule's is alpha_t)                                             | float      |
 | sd             | standard deviation of the data                                                 | float      |
@@ -129,7 +129,7 @@ class ScoreIdentityDistillation(Method):
         yield self.student, (product / scale).mean()
 
     def keeps_noise(self, nfe: int) -> bool:
-        return False  # only the law is fitted
+        return False  # only the distribution is fitted
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         return self.G(noise(0), c)

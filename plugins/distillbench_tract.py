@@ -82,7 +82,7 @@ class Tract(Method):
         self.register_buffer("k", torch.zeros((), dtype=torch.int64))
         self.updates = 0  # k as a plain number, for which no device is waited for
         self.register_load_state_dict_post_hook(lambda method, _: setattr(method, "updates", int(method.k)))
-        self.deputy = teacher.deputy()  # stands for the teacher once an average has become it
+        self.deputy = teacher.deputy()  # copy that takes an average's weights: the teacher of later phases
         self.students = nn.ModuleDict({str(n): teacher.student().freeze() for n in config.steps[1:]})
 
     def prepare(self, workspace: Workspace) -> None:
@@ -138,7 +138,7 @@ class Tract(Method):
         return nfe in self.config.steps[1:]
 
     def ready(self, nfe: int, phase: int) -> bool:
-        return nfe in self.config.steps[1 : phase + 1]  # a phase's student is kept when it ends
+        return nfe in self.config.steps[1 : phase + 1]  # a phase's student is stored when it ends
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         schedule, grid = self.teacher.schedule, self.grid_of(nfe)
