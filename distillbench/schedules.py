@@ -9,7 +9,7 @@
 | sigma_t | noise coefficient                    | (B,1,1,1), computed in float64, in the default dtype  |
 | lam_t   | log(sigma_t / alpha_t), grows with t | (B,1,1,1) float64                                     |
 
-There are three conventions for the sign and the factor of lambda. Here it is BOOT's, with the sign of EDM's noise level:
+There are three conventions for the sign and the factor of lambda. Here it is BOOT's, with the sign of EDM's level:
 ``lam = log(sigma/alpha)``, so ``exp(lam)`` is EDM's sigma, log SNR is ``-2 lam``, and DPM-Solver's lambda is ``-lam``.
 """
 

@@ -1,8 +1,8 @@
-"""Teachers whose every answer is known in closed form, and the small things that tests of methods share.
+"""Teachers with closed-form denoisers and maps, and helpers that tests of methods share.
 
 With V = alpha^2 v + sigma^2:
 
-| law of x_0                | denoiser f = E[x_0 given x_t]     | noise-to-data map, x_t to x_s                 |
+| distribution of x_0       | denoiser f = E[x_0 given x_t]     | noise-to-data map, x_t to x_s                 |
 |---------------------------|-----------------------------------|-----------------------------------------------|
 | N(m, diag(v))             | m + alpha v / V (x_t - alpha m)   | alpha_s m + sqrt(V_s / V_t) (x_t - alpha_t m) |
 | sum_k w_k N(m_k, s_k^2 I) | sum_k r_k(x_t) f_k(x_t)           | equal quantiles (one pixel)                   |
@@ -11,8 +11,10 @@ With V = alpha^2 v + sigma^2:
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +45,12 @@ def time(value: float | Tensor) -> Tensor:
 def schedules() -> list[str]:
     """Every registered schedule by name, for `pytest.mark.parametrize`."""
     return list(SCHEDULES)
+
+
+def some_schedules() -> list[Any]:
+    """The same for what depends on a schedule through alpha and sigma only: one of each family, the others nightly."""
+    families = "vp_cosine", "ve", "flow_matching"
+    return [name if name in families else pytest.param(name, marks=pytest.mark.nightly) for name in SCHEDULES]
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float = 0.0, atol: float = 0.0) -> None:

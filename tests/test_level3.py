@@ -54,7 +54,7 @@ METHODS = {
 
 
 class Plane(Gmm):
-    """The law of the specification, which reaches beyond [-1, 1]: nothing is clipped here."""
+    """The distribution of the specification, which reaches beyond [-1, 1]: nothing is clipped here."""
 
     def __init__(self) -> None:
         self.law, self.shape, self.classes = LAW, LAW.shape, LAW.components

@@ -1,4 +1,4 @@
-"""Consistency distillation against the paper's formulas, oracle students and the exact law of its samples."""
+"""Consistency distillation against the paper's formulas, oracle students and the exact distribution of its samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from analytic import (
     make_workspace,
     mixture_teacher,
     mlp_teacher,
-    schedules,
+    some_schedules,
     time,
     weights_of,
 )
@@ -57,7 +57,7 @@ def batch_of(method, size: int = 32, seed: int = 0) -> Batch:
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v", "flow", "eps"])
-@pytest.mark.parametrize("name", schedules())
+@pytest.mark.parametrize("name", some_schedules())
 def test_boundary(name, prediction):
     """F(x_e, e) = x^ = x_e / alpha_e whatever the network says."""
     schedule = SCHEDULES[name]()
@@ -128,7 +128,7 @@ def test_it_depends_on_the_schedule_only_through_the_noise_level():
 # --- solver, loss, target network ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", schedules())
+@pytest.mark.parametrize("name", some_schedules())
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
 def test_solver_step_on_a_gaussian(name, solver):
     """Euler's and Heun's factors for dx^/dtau = tau (x^ - m) / (v + tau^2), over the whole grid."""
@@ -304,9 +304,9 @@ class ExactGaussian(nn.Module):
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 3])
-@pytest.mark.parametrize("name", schedules())
-def test_samples_of_an_exact_consistency_function_have_the_law(name, nfe):
-    """sample is affine in its draws, so its law follows from unit draws: N(m, v + e^2), but for where it starts.
+@pytest.mark.parametrize("name", some_schedules())
+def test_samples_of_an_exact_consistency_function_have_the_distribution(name, nfe):
+    """sample is affine in its draws, so unit draws give its distribution: N(m, v + e^2), but for where it starts.
 
     It starts at N(0, T^2) instead of N(m, v + T^2), and every jump brings the two closer. e = .3, so that the e^2 that
     x_e already carries is not lost in the tolerance.

@@ -1,4 +1,4 @@
-"""Consistency training against quadrature, the papers' tables, a Gaussian's closed forms and the law of its samples."""
+"""Consistency training against quadrature, the papers' tables, a Gaussian's closed forms and its samples' distribution."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from analytic import (
     mixture_teacher,
     mlp_teacher,
     same_weights,
-    schedules,
+    some_schedules,
     table_teacher,
     time,
     weights_of,
@@ -123,7 +123,7 @@ def test_the_second_image_is_on_average_one_euler_step_of_the_data_s_ode(name, n
     close(mean, x_hat + (tau_s - tau_t) * (x_hat - f) / tau_t, rtol=1e-7)
 
 
-@pytest.mark.parametrize("name", schedules())
+@pytest.mark.parametrize("name", some_schedules())
 def test_both_images_are_of_one_x_0_and_one_noise_at_neighbouring_levels(name):
     schedule = SCHEDULES[name]()
     method = ct(gaussian_teacher(schedule), s0=6, s1=6)
@@ -305,7 +305,7 @@ def test_loss(metric, weight):
     close(loss, (weights * images_between(F_t, F_s, metric)).mean(), rtol=1e-7)
 
 
-@pytest.mark.parametrize("name", schedules())
+@pytest.mark.parametrize("name", some_schedules())
 def test_in_single_precision_it_is_finite_on_the_finest_grid(name):
     torch.set_default_dtype(torch.float32)
     teacher, settings = mlp_teacher(SCHEDULES[name]()), ConsistencyTraining.Config(start="teacher", s1=160)
@@ -555,7 +555,7 @@ class ExactGaussian(nn.Module):
 
 @pytest.mark.parametrize(("tau", "factor"), [(0.5, 1.2), (2.0, 1.1)])
 @pytest.mark.parametrize("name", ["ve", "vp_cosine"])
-def test_steps_of_an_exact_function_preserve_the_law_and_too_much_noise_does_not(name, tau, factor):
+def test_steps_of_an_exact_function_preserve_the_distribution_and_too_much_noise_does_not(name, tau, factor):
     """Kolmogorov and Smirnov's distance from N(m, v + e^2) below 1.63 / sqrt(n); specification 5.5."""
     schedule, n, m, v, e = SCHEDULES[name](), 20_000, 0.3, 0.25, 0.002
     grid = schedule.t_of_lam(torch.tensor([e, tau, 80.0]).log())
@@ -570,7 +570,7 @@ def test_steps_of_an_exact_function_preserve_the_law_and_too_much_noise_does_not
     assert distance(1) < bound and distance(2) < bound < distance(2, factor)
 
 
-@pytest.mark.parametrize("name", schedules())
+@pytest.mark.parametrize("name", some_schedules())
 def test_what_is_left_of_e_is_not_added_again(name):
     """Exactly, at e = .3: after two steps the variance is v + e^2, but for the start at N(0, T^2)."""
     schedule, m, v, e, tau = SCHEDULES[name](), 0.3, 0.25, 0.3, 0.9

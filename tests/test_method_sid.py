@@ -1,7 +1,7 @@
-"""Score identity distillation against closed forms on a Gaussian, finite differences and the law of its samples.
+"""Score identity distillation against closed forms on a Gaussian, finite differences and its samples' distribution.
 
-The generator of the closed forms is G(z) = a z, so x ~ N(0, a^2), and the teacher's law is N(0, v). Then every product
-of the losses is a quadratic form in (z, eps), whose expectation is exactly its value at (1, 0) plus that at (0, 1).
+The generator of the closed forms is G(z) = a z, so x ~ N(0, a^2), and the teacher's distribution is N(0, v). Then every
+product of the losses is a quadratic form in (z, eps), whose expectation is exactly its value at (1, 0) plus that at (0, 1).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from analytic import (
     mixture_teacher,
     mlp_teacher,
     same_weights,
-    schedules,
+    some_schedules,
     time,
     weights_of,
 )
@@ -46,7 +46,7 @@ from distillbench.teachers import Teacher
 from distillbench.train import Loop, train
 from distillbench_sid import ScoreIdentityDistillation
 
-V = 0.25  # variance of the teacher's law in the closed forms
+V = 0.25  # variance of the teacher's distribution in the closed forms
 
 
 def sid(teacher=None, **settings) -> ScoreIdentityDistillation:
@@ -89,7 +89,7 @@ class Scaled(nn.Module):
 
 
 def scaled(a: float, name: str = "vp_cosine", pixels: int = 1, fake_variance: float | None = None, **settings):
-    """A method with the teacher's law N(0, V), the generator a z, and the exact fake score of N(0, a^2)."""
+    """A method with the teacher's distribution N(0, V), the generator a z, and the exact fake score of N(0, a^2)."""
     schedule = SCHEDULES[name]()
     method = sid(gaussian_teacher(schedule, (0.0,) * pixels, (V,) * pixels), **settings)
     method.student = Scaled(method, a)
@@ -126,9 +126,9 @@ def test_gradient_of_a_gaussian_generator(a, tau, alpha):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", schedules())
+@pytest.mark.parametrize("name", some_schedules())
 @pytest.mark.parametrize(("a", "gradient"), [(0.3, -0.086), (0.5, 0.0), (0.9, 0.193)])
-def test_gradient_points_to_the_teacher_s_law_on_every_schedule(name, a, gradient):
+def test_gradient_points_to_the_teacher_s_distribution_on_every_schedule(name, a, gradient):
     """Specification 9.5, at noise level .8."""
     method = scaled(a, name)
     expected_product(method, 0.8).backward()
@@ -146,8 +146,8 @@ def test_gradient_flips_for_a_far_too_wide_generator_at_tiny_noise():
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("a", "sign"), [(0.3, -1), (0.5, 0), (0.9, 1)])
-def test_gradient_of_a_whole_step_points_to_the_teacher_s_law(a, sign):
-    """With the denominator and all noise levels: no change of sign, and nothing at all where the laws agree."""
+def test_gradient_of_a_whole_step_points_to_the_teacher_s_distribution(a, sign):
+    """With the denominator and all noise levels: no change of sign, and zero where the distributions agree."""
     method = scaled(a, pixels=16)
     *_, (network, loss) = method.train_step(make_batch(2000, (16, 1, 1)))
     loss.backward()
@@ -278,9 +278,9 @@ def learnable_teacher(schedule: NoiseSchedule, mean: float, variance: float) -> 
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", schedules())
+@pytest.mark.parametrize("name", some_schedules())
 @pytest.mark.parametrize("tau", [0.1, 0.8, 3.0])
-def test_the_optimal_fake_score_is_the_denoiser_of_the_generator_s_law(name, tau):
+def test_the_optimal_fake_score_is_the_denoiser_of_the_generator_s_distribution(name, tau):
     """E L_psi = (1/tau^2 + 1/sd^2) [(k - 1)^2 a^2 + k^2 tau^2], least at k = a^2 / (a^2 + tau^2)."""
     a, sd = 0.7, 0.4
     schedule = SCHEDULES[name]()
@@ -301,7 +301,7 @@ def test_the_optimal_fake_score_is_the_denoiser_of_the_generator_s_law(name, tau
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_trained_fake_score_is_the_denoiser_of_the_generator_s_law():
+def test_a_trained_fake_score_is_the_denoiser_of_the_generator_s_distribution():
     """Only psi is trained: the generator starts as x = m + k (2.5 z - m), k = v / (v + 2.5^2), a Gaussian law."""
     method = sid(learnable_teacher(VPCosine(), 0.3, V), lr=0.03, lr_warmup=0.0, grad_clip=1e6)
     optimizers, steps = Optimizers(method.config), 600
@@ -334,7 +334,7 @@ def test_the_fake_score_s_loss_is_edm_s():
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["ve", "vp_cosine", "vp_linear", "flow_matching"])
-def test_noise_levels_have_the_released_laws(name):
+def test_noise_levels_have_the_released_distributions(name):
     """L_G: tau^(1/7) uniform over 80 % of the ramp from .002 to 80, up to 24.4; L_psi: log tau ~ N(-1.2, 1.2^2)."""
     method = sid(mlp_teacher(SCHEDULES[name](), "x0"))
     schedule, batch = method.teacher.schedule, make_batch(20_000)
@@ -359,7 +359,7 @@ def test_a_narrow_schedule_bounds_the_noise_levels(schedule):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", schedules())
+@pytest.mark.parametrize("name", some_schedules())
 def test_the_least_random_number_is_no_trouble(name):
     """uniform() may be 0, where the normal quantile is -inf."""
     method, batch = sid(mlp_teacher(SCHEDULES[name](), "x0")), make_batch(3)
@@ -459,7 +459,7 @@ def test_training_is_deterministic_and_leaves_the_teacher_alone(tmp_path):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("sigma_init", [0.5, 2.5])
-@pytest.mark.parametrize("name", schedules())
+@pytest.mark.parametrize("name", some_schedules())
 def test_an_untrained_sample_is_the_denoised_noise_at_sigma_init(name, sigma_init, tmp_path):
     """E[x_0 given x_0 + tau eps = tau z] = m + v / (v + tau^2) (tau z - m)."""
     teacher = gaussian_teacher(SCHEDULES[name]())
@@ -492,7 +492,7 @@ def distances_of_laws(method, exact: Tensor, directions: Tensor) -> tuple[list[f
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("alpha", [1.0, 1.2])
-def test_a_trained_generator_has_the_teacher_s_law(alpha, tmp_path):
+def test_a_trained_generator_has_the_teacher_s_distribution(alpha, tmp_path):
     """N(.3, .25): the generator starts with a standard deviation of .096 and has to find .5."""
     method = sid(learnable_teacher(VPCosine(), 0.3, V), alpha=alpha, lr=0.01, ema_halflife_kimg=2.0)
     exact = 0.3 + V**0.5 * torch.randn(10_000, 1, generator=torch.Generator().manual_seed(9))
@@ -512,7 +512,7 @@ def three_modes(n: int, generator: torch.Generator) -> Tensor:
 
 
 def fitted_start(schedule: NoiseSchedule, exact: nn.Module, steps: int) -> Denoiser:
-    """A perceptron trained as a denoiser of the law: what stands in for the weights of a teacher."""
+    """A perceptron trained as a denoiser of the distribution: what stands in for the weights of a teacher."""
     torch.manual_seed(0)
     start = Denoiser(ResidualMLP((2, 1, 1), width=48, depth=2), schedule, "v")
     optimizers = Optimizers(ScoreIdentityDistillation.Config(lr=3e-3, beta1=0.9))
@@ -529,10 +529,10 @@ def fitted_start(schedule: NoiseSchedule, exact: nn.Module, steps: int) -> Denoi
 
 @pytest.mark.level3
 @pytest.mark.usefixtures("float64")
-def test_a_trained_perceptron_has_the_law_of_a_mixture(tmp_path):
+def test_a_trained_perceptron_has_the_distribution_of_a_mixture(tmp_path):
     """With the default settings; both coordinates and their sum.
 
-    Against 50,000 draws of the law the distances are .016 to .027, .010 to .011 and .017 to .025 for three seeds. After
+    Against 50,000 draws the distances are .016 to .027, .010 to .011 and .017 to .025 for three seeds. After
     1,000 steps that of the sum is .034 to .041: whether it then stays below the bound is decided by the last digits.
     """
     schedule, directions = VPCosine(), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])

@@ -24,7 +24,7 @@ from analytic import (
     mixture_teacher,
     mlp_teacher,
     same_weights,
-    schedules,
+    some_schedules,
     table_teacher,
     time,
     weights_of,
@@ -159,7 +159,7 @@ def two_parts(method: Tract, j: Tensor):
 
 @pytest.mark.parametrize("phase", [0, 1])
 @pytest.mark.parametrize("times", ["uniform", "karras"])
-@pytest.mark.parametrize("name", schedules())
+@pytest.mark.parametrize("name", some_schedules())
 def test_the_target_is_the_released_one_and_lands_on_the_two_part_chain(name, times, phase):
     """All groups but the last: both forms of x~ agree, and DDIM(x_t, x~, t -> t'') = x_t''."""
     schedule = SCHEDULES[name]()
@@ -179,7 +179,7 @@ def test_forms_of_the_target_agree_to_machine_precision():
 
 
 @pytest.mark.parametrize("times", TIME_GRIDS)
-@pytest.mark.parametrize("name", schedules())
+@pytest.mark.parametrize("name", some_schedules())
 def test_the_last_group_ends_on_a_data_prediction(name, times):
     """e = 0: the teacher's at j = 1, else the self-teacher's at t'; exact, finite, and nobody is asked at t_0."""
     teacher = mixture_teacher(SCHEDULES[name]())
@@ -220,7 +220,7 @@ CHAINS = [[16, 1], [16, 4, 1], [16, 8, 4, 2, 1], [12, 6, 2, 1]]
 
 
 @pytest.mark.parametrize("steps", CHAINS, ids=str)
-@pytest.mark.parametrize("name", schedules())
+@pytest.mark.parametrize("name", some_schedules())
 def test_phases_with_trained_students_are_ddim(name, steps):
     """TRACT = DDIM with T_0 steps: here the closed-form product of gains of a Gaussian."""
     teacher = gaussian_teacher(SCHEDULES[name]())
@@ -286,7 +286,7 @@ def heun_chain(schedule, x_T: Tensor, times: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("steps", [[16, 1], [16, 4, 1]], ids=str)
-@pytest.mark.parametrize("name", schedules())
+@pytest.mark.parametrize("name", some_schedules())
 def test_phases_with_heun_are_heun_s_chain(name, steps):
     """Only the first teacher takes Heun's steps: its student has learnt jumps of DDIM."""
     schedule = SCHEDULES[name]()
@@ -661,7 +661,7 @@ def test_sample_is_ddim_with_the_student_of_that_many_steps(nfe, tmp_path):
     assert [n for n in range(20) if method.supports(n)] == [1, 2, 8] and method.keeps_noise(nfe)
 
 
-@pytest.mark.parametrize("name", schedules())
+@pytest.mark.parametrize("name", some_schedules())
 def test_sample_answers_the_noise_scaled_to_the_schedule(name):
     """eps stands for x_T = sigma_T eps, also where sigma_T is 80 (VE)."""
     teacher = gaussian_teacher(SCHEDULES[name](), (0.0,), (6400.0,))
