@@ -1,4 +1,4 @@
-"""Consistency training against quadrature, the papers' tables, a Gaussian's closed forms and its samples' distribution."""
+"""Consistency training against quadrature, the papers' tables, Gaussian closed forms and its samples' distribution."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Score identity distillation against closed forms on a Gaussian, finite differences and its samples' distribution.
 
 The generator of the closed forms is G(z) = a z, so x ~ N(0, a^2), and the teacher's distribution is N(0, v). Then every
-product of the losses is a quadratic form in (z, eps), whose expectation is exactly its value at (1, 0) plus that at (0, 1).
+product of the losses is a quadratic form in (z, eps). Its expectation is its value at (1, 0) plus that at (0, 1).
 """
 
 from __future__ import annotations
