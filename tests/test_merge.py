@@ -288,7 +288,7 @@ def test_lost_settings_and_environments_are_said(runs, tmp_path):
 
 
 def test_the_output_must_not_be_there_yet(runs, tmp_path):
-    with pytest.raises(UserError, match="--output must name a folder that is not there yet"):
+    with pytest.raises(UserError, match="--output must name a folder that does not exist"):
         merged(runs, runs[0])
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="not there yet"):
