@@ -204,10 +204,11 @@ def _score(row: Row, old: Rows, new: Rows, name: str, direction: str) -> Change 
 
 def _costs(row: Row, old: Rows, new: Rows, tolerance: float) -> list[Change]:
     """How costs changed: counted ones over all devices, measured ones for each device that both runs have."""
-    places = [("", old, new, COUNTED)]
-    measured = tuple(name for name in COSTS if name not in COUNTED)
+    places: list[tuple[str, Rows, Rows, Sequence[str]]] = [("", old, new, COUNTED)]
+    measured = [name for name in COSTS if name not in COUNTED]
     for device in sorted(_on_devices(old) & _on_devices(new)):
-        places.append((device, *([row for row in rows if row["device"] == device] for rows in (old, new)), measured))
+        a, b = ([row for row in rows if row["device"] == device] for rows in (old, new))
+        places.append((device, a, b, measured))
     found = []
     for device, a, b, names in places:
         for name in names:

@@ -15,7 +15,7 @@ import pandas as pd
 import yaml
 
 from distillbench.errors import UserError
-from distillbench.files import write_atomically
+from distillbench.files import write_text
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import IDENTITY, number, plain, row_name, run_names
 from distillbench.run_settings import write_settings
@@ -99,7 +99,7 @@ def write(merged: Merged, folder: Path) -> None:
         if merged.configs:
             texts["config.yaml"] = write_settings(merged.configs, _yaml)
         for name, text in texts.items():
-            write_atomically(made / name, lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))
+            write_text(made / name, text)
         if folder.is_dir():
             folder.rmdir()
         os.replace(made, folder)
