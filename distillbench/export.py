@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distillbench.errors import UserError
 from distillbench.export_card import Card, write_card
-from distillbench.export_fold import OneStep, Seen, fit, fold, watch
+from distillbench.export_fold import OneStep, RecordedStep, fit, fold, record_step
 from distillbench.export_forms import EXAMPLES, Form, Parts, form_of, parts_of
 from distillbench.export_run import Student, find_student
 from distillbench.method import Method
@@ -84,10 +84,10 @@ def write_pipeline(
     conditioning = teacher.conditioning
     c = conditioning.of_images(range(CHECKED), "cpu")
     others = conditioning.of_images(range(CHECKED, CHECKED + WATCHED), "cpu")
-    seen = watch(method, noise(WATCH_SEED, WATCHED, teacher), others)
+    seen = record_step(method, noise(WATCH_SEED, WATCHED, teacher), others)
     core = fold(seen)
     step = fit(seen, core)
-    checked = watch(method, noise(CHECK_SEED, CHECKED, teacher), c)
+    checked = record_step(method, noise(CHECK_SEED, CHECKED, teacher), c)
     labels = [] if c.labels is None else c.labels.tolist()
     texts = [] if prompts is None else [prompts[label] for label in labels]
     form = form_of(core, step, teacher, parts, labels, texts)
@@ -110,7 +110,7 @@ def noise(seed: int, size: int, teacher: Teacher) -> Tensor:
     return torch.randn(size, *teacher.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def check(folder: Path, form: Form, seen: Seen, step: OneStep, teacher: Teacher) -> float:
+def check(folder: Path, form: Form, seen: RecordedStep, step: OneStep, teacher: Teacher) -> float:
     """Load the folder as its user will; returns its images' largest difference from the student's, in [-1, 1].
 
     Raises UserError if that is above ALLOWED and above the rounding error of the step's terms in float32: a student

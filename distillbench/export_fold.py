@@ -57,7 +57,7 @@ LEAST_BETA = 2.0**-20  # 1 - alpha^2 for alpha = 1, which is then 5e-7 too small
 
 
 @dataclass(frozen=True)
-class Seen:
+class RecordedStep:
     """A recorded step of a student: the inputs and outputs of its sampler and its network."""
 
     network: nn.Module
@@ -70,7 +70,7 @@ class Seen:
     x_0: Tensor
 
 
-def watch(method: Method, eps: Tensor, c: Condition) -> Seen:
+def record_step(method: Method, eps: Tensor, c: Condition) -> RecordedStep:
     """Record the student's one step from `eps`. Raises UserError unless it is one evaluation at one time for all."""
     calls: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []
 
@@ -100,7 +100,7 @@ def watch(method: Method, eps: Tensor, c: Condition) -> Seen:
         raise _unsupported("the time differs from image to image")
     if embedding is not None and (embedding - embedding[:1]).abs().max() > ALLOWED * embedding.abs().max():
         raise _unsupported("its embedding beside the time differs from image to image")
-    return Seen(network, eps, x, time[:1], None if embedding is None else embedding[:1], condition, out, x_0)
+    return RecordedStep(network, eps, x, time[:1], None if embedding is None else embedding[:1], condition, out, x_0)
 
 
 def _unsupported(why: str) -> UserError:
@@ -122,7 +122,7 @@ class OneStep:
     q: float
 
 
-def fit(seen: Seen, core: Core) -> OneStep:
+def fit(seen: RecordedStep, core: Core) -> OneStep:
     """The coefficients of the step with `core` as F, by least squares. Raises UserError if it has another form."""
     x = core.input(seen.x)
     with torch.no_grad():
@@ -214,7 +214,7 @@ class Core(ABC):
 class OwnCore(Core):
     """A network of this package; it is given the time and the embedding at every call."""
 
-    def __init__(self, seen: Seen) -> None:
+    def __init__(self, seen: RecordedStep) -> None:
         super().__init__(seen.network, lambda x: x, seen.eps.shape[1])
         self.time = seen.time
         nothing = seen.x.new_zeros(1, self.module.embedding_channels)
@@ -331,11 +331,11 @@ def _features(unet: Any, argument: Tensor) -> Tensor:
         return unet.time_proj(argument).to(unet.dtype)
 
 
-def _fold_own(seen: Seen) -> Core:
+def _fold_own(seen: RecordedStep) -> Core:
     return OwnCore(seen)
 
 
-def _fold_unet(seen: Seen) -> Core:
+def _fold_unet(seen: RecordedStep) -> Core:
     """Our UNet: the embedding that it adds becomes part of the fixed one, its classes become diffusers' own."""
     network: Any = seen.network
     channels = seen.eps.shape[1]
@@ -350,17 +350,17 @@ def _fold_unet(seen: Seen) -> Core:
     return UNetCore(unet, lambda x: x, channels)
 
 
-def _fold_pixel_unet(seen: Seen) -> Core:
+def _fold_pixel_unet(seen: RecordedStep) -> Core:
     return _fold_wrapped(seen, UNetCore)
 
 
-def _fold_text_unet(seen: Seen) -> Core:
+def _fold_text_unet(seen: RecordedStep) -> Core:
     if seen.c.image is not None:
         raise UserError("students that enlarge images cannot be exported. Possible: the base stage of a cascade")
     return _fold_wrapped(seen, TextCore)
 
 
-def _fold_wrapped(seen: Seen, core: type[Core]) -> Core:
+def _fold_wrapped(seen: RecordedStep, core: type[Core]) -> Core:
     network, channels = _wrapped(seen), seen.eps.shape[1]
     unet = _rebuilt(network.wrapped, channels, {"sample_size": _size(seen.eps.shape)}, {})
     features = _features(network.wrapped, network.call.argument(seen.time).to(seen.x.dtype))
@@ -368,7 +368,7 @@ def _fold_wrapped(seen: Seen, core: type[Core]) -> Core:
     return core(unet, network.call.input, channels)
 
 
-def _fold_transformer(seen: Seen) -> Core:
+def _fold_transformer(seen: RecordedStep) -> Core:
     network = _wrapped(seen)
     whole = network.wrapped
     fresh = type(whole).from_config({name: value for name, value in whole.config.items() if name[0] != "_"})
@@ -381,18 +381,18 @@ def _fold_transformer(seen: Seen) -> Core:
     return TransformerCore(fresh, network.call.input, seen.eps.shape[1])
 
 
-def _fold_inner(seen: Seen) -> Core:
+def _fold_inner(seen: RecordedStep) -> Core:
     """A network that wraps a known one and passes its inputs on."""
     network: Any = seen.network
     return fold(dataclasses.replace(seen, network=network.inner))
 
 
-def _wrapped(seen: Seen) -> DiffusersNetwork:
+def _wrapped(seen: RecordedStep) -> DiffusersNetwork:
     assert isinstance(seen.network, DiffusersNetwork)
     return seen.network
 
 
-FOLDS: dict[type[nn.Module], Callable[[Seen], Core]] = {
+FOLDS: dict[type[nn.Module], Callable[[RecordedStep], Core]] = {
     UNet: _fold_unet,
     PixelUNet: _fold_pixel_unet,
     TextUNet: _fold_text_unet,
@@ -405,7 +405,7 @@ FOLDS: dict[type[nn.Module], Callable[[Seen], Core]] = {
 }
 
 
-def fold(seen: Seen) -> Core:
+def fold(seen: RecordedStep) -> Core:
     """The folded network of a step. Raises UserError for networks that are not in FOLDS."""
     network = type(seen.network)
     if network not in FOLDS:

@@ -56,7 +56,7 @@ from diffusers.utils import dynamic_modules_utils  # noqa: E402
 from distillbench import export as exporting  # noqa: E402
 from distillbench import export_bundle, export_card, export_run  # noqa: E402
 from distillbench.builtin.diffusers_pipelines import Diffusers  # noqa: E402
-from distillbench.export_fold import OneStep, ddim_of, fit, fold, watch  # noqa: E402
+from distillbench.export_fold import OneStep, ddim_of, fit, fold, record_step  # noqa: E402
 from distillbench.export_forms import Form, parts_of  # noqa: E402
 
 try:
@@ -173,7 +173,7 @@ def exported(folder: Path, method: Method, source: Any = None, prompts: Any = No
     with torch.no_grad():
         x_0 = method.sample(lambda k: eps, 1, teacher.conditioning.of_images(range(8), "cpu"))
         images = x_0 if teacher.decode is None else teacher.decode(x_0)
-    seen = watch(method, eps, teacher.conditioning.of_images(range(8), "cpu"))
+    seen = record_step(method, eps, teacher.conditioning.of_images(range(8), "cpu"))
     return Exported(folder, form, x_0, images.clamp(-1, 1), difference, fit(seen, fold(seen)))
 
 

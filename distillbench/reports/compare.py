@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,8 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from distillbench.reports.merge import MERGED, SAME, records
+from distillbench.reports.differences import environment_differences, heading, settings_differences, value_text
+from distillbench.reports.merge import SAME, records
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import fits, new_table, number, plain, run_names, say
 from distillbench.statistics import ARROWS, TEACHER
@@ -26,7 +26,6 @@ COUNTED = ("train_images", "train_teacher_nfe", "train_student_nfe", "train_tflo
 HIGHER = ("sample_images_per_second",)  # costs for which higher is better
 NO_COST = ("sample_best_batch",)  # numbers that are not costs
 COSTS = [name for name, kind in LAST.items() if kind != "string" and name not in NO_COST]
-IGNORED = ("results_dir", "run_name")  # settings that do not affect results
 LEVEL = 0.95
 NOTHING_WORSE, SOMETHING_WORSE, BAD_INPUT = 0, 1, 2  # exit codes
 
@@ -128,10 +127,21 @@ def compare(a: RunData, b: RunData, tolerance: float = 0.1) -> Comparison:
             if not _on_devices(old) & _on_devices(new):
                 notes.append(f"{_devices(old)} in A, {_devices(new)} in B: speed and memory are not compared")
     notes = list(dict.fromkeys(notes))
+    names = run_names([a, b])
     return Comparison(
-        (_heading("A", run_names([a, b])[0], a), _heading("B", run_names([a, b])[1], b)), tolerance,
-        _settings(a, b), _environment(a, b), rows, lost, scores, costs, directions, len(shared), protocols, notes,
-    )  # fmt: skip
+        runs=(heading("A", names[0], a), heading("B", names[1], b)),
+        tolerance=tolerance,
+        settings=settings_differences(a, b),
+        environment=environment_differences(a, b),
+        rows=rows,
+        lost=lost,
+        scores=scores,
+        costs=costs,
+        directions=directions,
+        matched=len(shared),
+        protocols=protocols,
+        notes=notes,
+    )
 
 
 def welch(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
@@ -297,7 +307,7 @@ def _unmatched(left: Mapping[Row, Rows], right: Mapping[Row, Rows], name: _Namer
 
 def _how(row: Row, other: Row) -> dict[str, str]:
     pairs = zip(MATCH, row, other, strict=True)
-    return {column: f"{_value(x)} → {_value(y)}" for column, x, y in pairs if x != y}
+    return {column: f"{value_text(x)} → {value_text(y)}" for column, x, y in pairs if x != y}
 
 
 class _Namer:
@@ -316,11 +326,11 @@ class _Namer:
     def __call__(self, row: Row, without: Container[str] = ()) -> str:
         told = dict(zip(MATCH, row, strict=True))
         more = [
-            f"{column} {_value(told[column])}"
+            f"{column} {value_text(told[column])}"
             for column in self.columns
             if told[column] is not None and column not in without
         ]
-        return ", ".join([str(told["method"]), f"{_value(told['nfe'])} NFE", *more])
+        return ", ".join([str(told["method"]), f"{value_text(told['nfe'])} NFE", *more])
 
 
 def _devices(rows: Rows) -> str:
@@ -340,94 +350,13 @@ def _same_scores(a: RunData, b: RunData, notes: list[str]) -> dict[str, str]:
     return found
 
 
-# --- settings and environment ----------------------------------------------------------------------------------------
-
-
-def _settings(a: RunData, b: RunData) -> list[str]:
-    if not a.configs or not b.configs:
-        return [f"settings of {', '.join('AB'[k] for k, run in enumerate((a, b)) if not run.configs)} are not known"]
-    return _differences(_facts(a.configs, IGNORED), _facts(b.configs, IGNORED))
-
-
-def _environment(a: RunData, b: RunData) -> list[str]:
-    if not a.environment or not b.environment:
-        lacking = ", ".join("AB"[k] for k, run in enumerate((a, b)) if not run.environment)
-        return [f"the environment of {lacking} is not known"]
-    return _differences(_facts(_environments(a), ("run",)), _facts(_environments(b), ("run",)))
-
-
-def _environments(run: RunData) -> list[dict[str, Any]]:
-    merged = run.environment.get(MERGED)
-    return [one for one in merged if isinstance(one, dict)] if isinstance(merged, list) else [run.environment]
-
-
-def _facts(documents: Iterable[Mapping[str, Any]], ignored: Sequence[str]) -> dict[str, list[str]]:
-    """The different values, as texts, of every dotted name in the documents."""
-    found: dict[str, list[str]] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for name, inner in value.items():
-                walk(f"{prefix}.{name}" if prefix else str(name), inner)
-            return
-        values = found.setdefault(prefix, [])
-        text = _value(value)
-        if text not in values:
-            values.append(text)
-
-    for document in documents:
-        walk("", {name: value for name, value in document.items() if name not in ignored})
-    return found
-
-
-def _differences(a: Mapping[str, list[str]], b: Mapping[str, list[str]]) -> list[str]:
-    """Texts on values that differ, and on the shortest names that only one run has."""
-    lines: dict[str, None] = {}
-    for name in dict.fromkeys([*a, *b]):
-        if name in a and name in b:
-            if set(a[name]) != set(b[name]):
-                lines[f"{name}: {', '.join(a[name])} → {', '.join(b[name])}"] = None
-            continue
-        here, there, side = (a, b, "A") if name in a else (b, a, "B")
-        parts = name.split(".")
-        prefixes = [".".join(parts[:k]) for k in range(1, len(parts) + 1)]
-        whole = next(p for p in prefixes if not any(other == p or other.startswith(f"{p}.") for other in there))
-        value = f" ({', '.join(here[name])})" if whole == name else ""
-        lines[f"{whole}: only in {side}{value}"] = None
-    return list(lines)
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool | list | dict):
-        return json.dumps(value, default=str)
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value) if value != "" else "''"
-
-
-def _heading(letter: str, name: str, run: RunData) -> str:
-    words = [f"{letter}: {name}"]
-    versions = []
-    for one in _environments(run):
-        git = one.get("git")
-        if isinstance(git, dict):
-            versions.append(f"commit {str(git.get('commit'))[:8]}" + (" and changes" if git.get("dirty") else ""))
-        elif one.get("distillbench"):
-            versions.append(f"distillbench {one['distillbench']}")
-    words += dict.fromkeys(versions)
-    count = len(run.table)
-    return ", ".join([*words, f"{count:,} row{'s' * (count != 1)}"])
-
-
 # --- printing ------------------------------------------------------------------------------------------------------
 
 
 def print_comparison(console: Console, found: Comparison, all_costs: bool = False) -> None:
     """Print what differs, the tables and the conclusion. Costs within the tolerance only with `all_costs`."""
-    for heading in found.runs:
-        say(console, heading)
+    for line in found.runs:
+        say(console, line)
     for title, lines in (("settings", found.settings), ("environment", found.environment)):
         say(console, f"{title}: {'' if lines else 'no difference'}".rstrip())
         for line in lines:
