@@ -1,17 +1,17 @@
-"""Labels and captions: in files beside images, and in columns of tables.
+"""Labels and captions, from files beside images and from columns of tables.
 
-| file                               | what it gives                                                          |
+| file                               | content                                                                |
 |------------------------------------|------------------------------------------------------------------------|
 | dataset.json                       | EDM's layout: {"labels": [["00000/img00000000.png", 3], ...]}, or null |
-| metadata.jsonl, .csv or .parquet   | as `datasets` has it: file_name, and a column of labels or of texts    |
-| NAME.cls, NAME.txt beside NAME.png | a label, a caption (WebDataset has both)                               |
+| metadata.jsonl, .csv or .parquet   | layout of `datasets`: file_name, and a column of labels or captions    |
+| NAME.cls, NAME.txt beside NAME.png | a label, a caption (WebDataset's layout)                               |
 
-A file of the first two kinds serves the images of its own folder and below; that in the root serves all of them. Names
-are matched after Unicode's NFC, since file systems and programs differ in how they compose letters.
+A file of the first two kinds applies to the images in its folder and below; one in the root applies to all images.
+Names are compared in Unicode's NFC, because file systems and programs normalise differently.
 
-Labels become classes 0, 1, ... where they say so without doubt: whole numbers (also as floats or text), one-hot
-vectors, and texts, whose classes are numbered in sorted order. -1 and null stand for no label. A caption is a text;
-null is none, and the empty text stands for it; of a list of texts the first is taken.
+Labels become classes 0, 1, ... if they are whole numbers (also as floats or text), one-hot vectors, or texts, whose
+classes are numbered in sorted order. -1 and null mean no label. A caption is a text; null becomes the empty text, and
+of a list of texts the first is used.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from distillbench.readers import DAMAGE, EncodedReader, some, split_folder, trou
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 LABELS_FILE = "dataset.json"
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of several, the first
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the first that exists is used
 BESIDE = (".txt", ".cls")
 FILE_NAME = "file_name"
 WHOLE = re.compile(r"[+-]?\d{1,15}(\.0*)?")  # a whole number in text
 NO_LABEL = -1
-MOST_ROWS = 100  # of a table of metadata, for each file that it can be about
-READ_WITHOUT = "dataset.labels=none reads the images alone"
+MOST_ROWS = 100  # in metadata.parquet, per file of the source
+READ_WITHOUT = "dataset.labels=none reads only the images"
 
 
 # --- labels as classes -----------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ READ_WITHOUT = "dataset.labels=none reads the images alone"
 
 @dataclass(frozen=True)
 class Labels:
-    """`numbers` (N,) int64, or None where no image has a label; the classes' names, and their count if it is said."""
+    """`numbers` (N,) int64, or None if no image has a label; names of classes, and their declared count or 0."""
 
     numbers: np.ndarray | None
     names: Sequence[str] = ()
@@ -59,7 +59,7 @@ class Labels:
 
 
 def as_classes(values: Sequence[Any], where: str, name: Callable[[int], str] | None = None) -> Labels:
-    """Labels as they are stored, as classes; raises UserError where these are not clear. `name`: of image i."""
+    """Stored labels to classes. Raises UserError if they are ambiguous. ``name(i)`` is the name of image i."""
     numbers = isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iu" and values.size
     if numbers and values.min() >= 0 and values.max() < 2**31:  # type: ignore[attr-defined]
         return Labels(values.astype(np.int64))  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ def as_classes(values: Sequence[Any], where: str, name: Callable[[int], str] | N
 
 
 def _plain(value: Any) -> Any:
-    """A label as int, text, list or None where it is one of these in another dress; else as it is."""
+    """A label of numpy, bytes, float or nested type as int, text, list or None; other values unchanged."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if isinstance(value, bytes):
@@ -107,7 +107,7 @@ def _plain(value: Any) -> Any:
 
 
 def _without_vectors(values: list[Any]) -> tuple[list[Any], int]:
-    """One-hot vectors of one length as the places of their ones, and that length; other labels as they are, and 0."""
+    """One-hot vectors of equal length as indices, and that length; other labels unchanged, and 0."""
     first = values[0] if values else None
     if not isinstance(first, list | tuple):
         return values, 0
@@ -130,7 +130,7 @@ def set_labels(reader: Any, labels: Labels) -> None:
 
 
 def set_captions(reader: Any, values: Sequence[Any], where: str) -> None:
-    """Give `reader` captions as they are stored: texts, lists of texts, or null. Raises UserError for others."""
+    """Set the captions of `reader` from stored texts, lists of texts, or null. Raises UserError for other values."""
     try:
         texts = [texts_in(value) for value in values]
     except ValueError as error:
@@ -139,16 +139,16 @@ def set_captions(reader: Any, values: Sequence[Any], where: str) -> None:
     bare, several = sum(not found or not found[0].strip() for found in texts), sum(len(found) > 1 for found in texts)
     notes = []
     if bare:
-        notes.append(f"{where}: {bare:,} of {len(texts):,} images have no caption: the empty text stands for it")
+        notes.append(f"{where}: {bare:,} of {len(texts):,} images have no caption: the empty text is used")
     if several:
-        notes.append(f"{where}: {several:,} of {len(texts):,} images have several captions: the first is taken")
+        notes.append(f"{where}: {several:,} of {len(texts):,} images have several captions: the first is used")
     reader.notes = [*reader.notes, *notes]
     reader.captions = [found[0] if found else "" for found in texts] if any(texts) else None
     reader.several_captions = several > 0
 
 
 def texts_in(value: Any) -> list[str]:
-    """The captions of one image: none, one or several. Raises ValueError for what is no text."""
+    """The captions of one image: none, one or several. Raises ValueError for values that are not text."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -163,12 +163,12 @@ def texts_in(value: Any) -> list[str]:
 
 
 def check_texts(texts: Iterable[str], what: str) -> None:
-    """Raise UserError for halves of surrogate pairs, which JSON can spell and no text encoder takes."""
+    """Raise UserError for unpaired surrogates, which JSON can express and no text encoder accepts."""
     for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise trouble(f"{what} is no text: {quoted(text)}") from error
+            raise trouble(f"{what} is not valid text: {quoted(text)}") from error
 
 
 # --- files beside images ---------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def check_texts(texts: Iterable[str], what: str) -> None:
 
 @dataclass(frozen=True)
 class Beside:
-    """The files of a source: all that are shown, the images of every split, and how one is read."""
+    """The files of a source: all that are not hidden, the images of all splits, and how to read a file."""
 
     every: Sequence[str]
     images: Sequence[str]
@@ -184,7 +184,7 @@ class Beside:
 
 
 def belongs_to_images(name: str, stems: Container[str] | None = None) -> bool:
-    """Whether a file may hold labels or captions by its name. `stems`: the images' names without their suffixes."""
+    """Whether a file's name allows it to hold labels or captions. `stems`: the images' names without suffix."""
     if name.rpartition("/")[2] in (LABELS_FILE, *METADATA):
         return True
     stem, suffix = os.path.splitext(name)
@@ -192,7 +192,7 @@ def belongs_to_images(name: str, stems: Container[str] | None = None) -> bool:
 
 
 def annotate(reader: EncodedReader, beside: Beside, labels: str) -> None:
-    """Find labels and captions among the files beside images, as far as the setting `labels` asks for them."""
+    """Set labels or captions of `reader` from the files beside images, as the setting `labels` asks."""
     if labels == "none":
         return
     if labels == "folders":
@@ -204,14 +204,14 @@ def annotate(reader: EncodedReader, beside: Beside, labels: str) -> None:
 
 
 def _read_beside(reader: EncodedReader, beside: Beside, metadata: dict[str, list[str]], labels: str) -> None:
-    """Labels by `labels` from dataset.json, else from metadata, else from files of each image; captions likewise."""
+    """Labels from dataset.json, else from metadata, else from one file per image; captions from the last two."""
     if labels == "auto" and (files := _serving((LABELS_FILE,), reader.names, beside)):
         pairs = {file: _labels_file(beside, file) for file in files}
         if any(found is not None for found in pairs.values()):
             _set_labels(reader, beside, files, {file: found or [] for file, found in pairs.items()})
             if metadata:
                 unread = some(sorted(metadata))
-                reader.notes.append(f"{unread} is not read, as there are labels: dataset.labels=captions takes it")
+                reader.notes.append(f"{unread} is ignored because there are labels: dataset.labels=captions uses it")
             return
     if metadata:
         _metadata(reader, beside, metadata, labels)
@@ -223,19 +223,19 @@ def _read_beside(reader: EncodedReader, beside: Beside, metadata: dict[str, list
 
 
 def _note_unread(reader: EncodedReader, beside: Beside, metadata: dict[str, list[str]]) -> None:
-    """Name second tables of one folder, and captions in files of their own that labels or metadata come before."""
+    """Add notes on ignored files: second tables in one folder, and captions that labels or metadata replace."""
     taken = {file.rpartition("/")[0]: file for file in metadata}
     for file in beside.every:
         folder, _, kind = file.rpartition("/")
         if kind in METADATA and folder in taken and file != taken[folder]:
-            reader.notes.append(f"{file} is not read, as {quoted(taken[folder])} lies beside it")
+            reader.notes.append(f"{file} is ignored because {quoted(taken[folder])} lies beside it")
     captions = {os.path.splitext(composed(name))[0] for name in beside.every if name.endswith(".txt")}
     texts = sum(os.path.splitext(composed(name))[0] in captions for name in reader.names) if captions else 0
-    why = "there are labels: dataset.labels=captions takes them" if reader.labels is not None else ""
+    why = "there are labels: dataset.labels=captions uses them" if reader.labels is not None else ""
     if reader.captions is not None and metadata:
         why = f"{some(sorted(metadata))} has captions"
     if texts and why:
-        reader.notes.append(f"{texts:,} captions beside images (.txt) are not read, as {why}")
+        reader.notes.append(f"{texts:,} captions beside images (.txt) are ignored because {why}")
 
 
 def _label_by_folder(reader: EncodedReader) -> None:
@@ -244,9 +244,9 @@ def _label_by_folder(reader: EncodedReader) -> None:
         parts, cut = name.split("/")[:-1], split_folder(name)
         parts = parts[parts.index(cut[0]) + 1 :] if cut else parts
         if not parts:
-            raise trouble(f"labels=folders: {name!r} lies in no folder that could name its class")
+            raise trouble(f"labels=folders: {name!r} is not in a folder that could name its class")
         folders.append(parts[0])
-    classes: dict[str, str] = {}  # by the composed name, the first as it is spelled
+    classes: dict[str, str] = {}  # by the NFC name; the first spelling is shown
     for folder in sorted(set(folders)):
         classes.setdefault(composed(folder), folder)
     reader.class_names = list(classes.values())
@@ -255,7 +255,7 @@ def _label_by_folder(reader: EncodedReader) -> None:
 
 
 def _serving(kinds: Sequence[str], images: Sequence[str], beside: Beside) -> dict[str, list[str]]:
-    """The files of these names that serve one of `images`, each with those that it serves, in order."""
+    """The files with a name in `kinds` that apply to some image, each with its images in order."""
     by_folder: dict[str, str] = {}
     for kind in reversed(kinds):
         by_folder |= {name.rpartition("/")[0]: name for name in beside.every if name.rpartition("/")[2] == kind}
@@ -272,7 +272,7 @@ def _serving(kinds: Sequence[str], images: Sequence[str], beside: Beside) -> dic
     bare = serving.pop("", [])
     if bare and serving:
         raise trouble(
-            f"{quoted(bare[0])} has no {' or '.join(kinds)} in its folder or above it, as other images have "
+            f"{quoted(bare[0])} has no {' or '.join(kinds)} in its folder or above it, but other images have "
             f"({next(iter(serving))}). {READ_WITHOUT}"
         )
     return serving
@@ -302,11 +302,11 @@ def _in_order(
     reader: EncodedReader, beside: Beside, files: dict[str, list[str]], pairs: dict[str, list[tuple[Any, Any]]],
     what: str,
 ) -> list[list[Any]]:  # fmt: skip
-    """What `files` say of each image, in their order. Raises where a name is not there, or an image has nothing."""
+    """Each image's values in `files`, in order. Raises UserError if a named file or an image's value is missing."""
     known: dict[str, str] = {}
     for image in beside.images:
         if known.setdefault(composed(image), image) != image:
-            raise trouble(f"{quoted(image)} is there twice, in names that look the same (Unicode's NFC and NFD)")
+            raise trouble(f"{quoted(image)} exists twice, with names that differ only in Unicode's NFC and NFD")
     every: set[str] | None = None
     values: dict[str, list[Any]] = {}
     for file in files:
@@ -323,21 +323,21 @@ def _in_order(
         if absent:
             more = f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""
             near = nearest(absent[0], reader.names[:10_000])
-            raise trouble(f"{file} names {quoted(absent[0])}{more}, which is not there.{near}")
+            raise trouble(f"{file} names {quoted(absent[0])}{more}, which does not exist.{near}")
     bare = [name for name in reader.names if name not in values]
     if bare:
         more = f" and {len(bare) - 1:,} more" if len(bare) > 1 else ""
-        raise trouble(f"{next(iter(files))} has not {what} for {quoted(bare[0])}{more}. {READ_WITHOUT}")
+        raise trouble(f"{next(iter(files))} lacks {what} for {quoted(bare[0])}{more}. {READ_WITHOUT}")
     return [values[name] for name in reader.names]
 
 
 def composed(name: str) -> str:
-    """A name in Unicode's NFC."""
+    """`name` in Unicode's NFC."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def clean(name: str) -> str:
-    """A name in an archive or table as a path with `/` and without `./`, whichever system wrote it."""
+    """A name in an archive or table as a path with `/` and without `./`, on whichever system it was written."""
     if "\\" not in name and "//" not in name and not name.startswith(("/", "./")) and "/./" not in name:
         return name
     return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
@@ -347,7 +347,7 @@ def clean(name: str) -> str:
 
 
 def _metadata(reader: EncodedReader, beside: Beside, files: dict[str, list[str]], labels: str) -> None:
-    """Labels of metadata, if any row has one and they are asked for; else captions."""
+    """Labels from metadata, if some row has one and `labels` is "auto"; else captions."""
     tables = {file: METADATA_READERS[os.path.splitext(file)[1]](beside, file) for file in files}
     rows = [row for table in tables.values() for _, row in table]
     by_label = labels == "auto" and any(column in row for row in rows for column in LABEL_COLUMNS)
@@ -363,7 +363,9 @@ def _metadata(reader: EncodedReader, beside: Beside, files: dict[str, list[str]]
     first = next(iter(files))
     if by_label:
         if any(column in row for row in rows for column in CAPTION_COLUMNS):
-            reader.notes.append(f"captions of {first} are not read, as it has labels: dataset.labels=captions")
+            reader.notes.append(
+                f"captions of {first} are ignored because it has labels: dataset.labels=captions uses them"
+            )
         _set_labels(reader, beside, files, pairs)
     else:
         found = _in_order(reader, beside, files, pairs, "a caption")
@@ -371,16 +373,18 @@ def _metadata(reader: EncodedReader, beside: Beside, files: dict[str, list[str]]
 
 
 def _listed(value: Any) -> Sequence[Any]:
-    """What one row says of its image: a list of captions as it is, another value as the only one."""
+    """The captions of one row as a list."""
     return value if isinstance(value, list) else [value]
 
 
-Rows = list[tuple[str, dict[str, Any]]]  # what a row is called, and its values
+Rows = list[tuple[str, dict[str, Any]]]  # of each row, its name in messages and its values
 
 
 def _jsonl(beside: Beside, file: str) -> Rows:
     rows = []
-    for number, line in enumerate(_text(beside.read, file).split("\n"), 1):  # other ends of lines may be in a text
+    for number, line in enumerate(
+        _text(beside.read, file).split("\n"), 1
+    ):  # splitlines() would also split at characters that a text may contain
         if line.strip():
             row = _parsed(line, f"{file}, line {number}")
             if not isinstance(row, dict):
@@ -394,7 +398,7 @@ def _csv(beside: Beside, file: str) -> Rows:
         table = csv.DictReader(io.StringIO(_text(beside.read, file), newline=""), strict=True)
         rows = [(f"{file}, line {table.line_num}", {k: v for k, v in row.items() if k is not None}) for row in table]
     except csv.Error as error:
-        raise trouble(f"{file} is not CSV: {str(error)[:LONGEST_REASON]}") from error
+        raise trouble(f"{file} is not valid CSV: {str(error)[:LONGEST_REASON]}") from error
     return rows
 
 
@@ -405,10 +409,10 @@ def _parquet(beside: Beside, file: str) -> Rows:
     try:
         with ParquetFile(pa.BufferReader(beside.read(file)), page_checksum_verification=True) as table:
             if not 0 <= table.metadata.num_rows <= MOST_ROWS * len(beside.every):
-                raise ValueError(f"it says that it has {table.metadata.num_rows:,} rows")
+                raise ValueError(f"its header declares {table.metadata.num_rows:,} rows")
             wanted = [c for c in (FILE_NAME, *LABEL_COLUMNS, *CAPTION_COLUMNS) if c in table.schema_arrow.names]
             return [(f"{file}, row {number}", row) for number, row in enumerate(table.read(wanted).to_pylist())]
-    except Exception as error:  # pyarrow raises much for a damaged file
+    except Exception as error:  # pyarrow raises many types for a damaged file
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise trouble(f"cannot read {quoted(file)} as parquet: {why[:LONGEST_REASON]}") from error
 
@@ -420,14 +424,14 @@ METADATA_READERS: dict[str, Callable[[Beside, str], Rows]] = {".jsonl": _jsonl, 
 
 
 def _of_each(reader: EncodedReader, beside: Beside, suffix: str, what: str) -> list[str] | None:
-    """The text in NAME.suffix beside each NAME.png; None where no image has one."""
+    """The text in NAME.suffix beside each NAME.png; None if no image has one."""
     there = {composed(name): name for name in beside.every if name.endswith(suffix)}
     wanted = [os.path.splitext(name)[0] + suffix for name in reader.names]
     found = [there.get(composed(name)) for name in wanted]
     if not any(found):
         return None
     if None in found:
-        raise trouble(f"no {what} {wanted[found.index(None)]!r}, while other images have theirs. {READ_WITHOUT}")
+        raise trouble(f"no {what} {wanted[found.index(None)]!r}, but other images have one. {READ_WITHOUT}")
     return [" ".join(_text(beside.read, name).split()) for name in found if name is not None]
 
 
@@ -442,4 +446,4 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise trouble(f"{where} is not JSON: {error}") from error
+        raise trouble(f"{where} is not valid JSON: {error}") from error

@@ -1,7 +1,7 @@
-"""Images that are stored as arrays of pixels: npz, npy, idx (MNIST), the batches of CIFAR and Downsampled ImageNet.
+"""Readers of pixel arrays: npz, npy, idx (MNIST), the pickled batches of CIFAR and Downsampled ImageNet.
 
-Uncompressed npz arrays are mapped into memory; everything else is loaded once, as uint8. Batches are pickles: they are
-read by :mod:`distillbench.safe_pickle`, which builds plain containers and numeric arrays and executes nothing.
+Uncompressed npz arrays are memory-mapped; everything else is loaded once, as uint8. Pickled batches are read by
+:mod:`distillbench.safe_pickle`, which builds plain containers and numeric arrays and executes nothing.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from distillbench.readers import DAMAGE, Reader, of_split, some, split_named, tr
 from distillbench.safe_pickle import Array, RefusedName, read_arrays
 
 BATCH = re.compile(r"((train_)?data_batch(_\d+)?|test_batch|val_data)")  # file names of pickled batches
-CIFAR100, CIFAR100_FOLDER = ("train", "test"), "cifar-100-python"  # those of CIFAR-100, and their folder
+CIFAR100, CIFAR100_FOLDER = ("train", "test"), "cifar-100-python"  # its file names and their folder
 CHUNK = 1024  # images hashed at a time
-USUAL_UNREAD = ("mean",)  # arrays beside images that are no images and no labels
-MAP = "map_clsloc.txt"  # of Downsampled ImageNet: "n02119789 1 kit_fox" for each class
+USUAL_UNREAD = ("mean",)  # arrays that are ignored without a note
+MAP = "map_clsloc.txt"  # Downsampled ImageNet's class list, with lines such as "n02119789 1 kit_fox"
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Part:
 
     name: str
     images: np.ndarray  # (N,H,W,C) uint8
-    labels: np.ndarray | None = None  # (N,) or, one-hot, (N,K), as they are stored
+    labels: np.ndarray | None = None  # as stored: (N,), or (N,K) one-hot
 
 
 class ArrayReader(Reader):
-    """Images of one or more arrays."""
+    """Images in one or several arrays."""
 
     encoded = False
 
@@ -53,11 +53,11 @@ class ArrayReader(Reader):
         self.kind, self.parts, self.notes = kind, list(parts), list(notes)
         self._ends = np.array(list(accumulate(len(part.images) for part in self.parts)), dtype=np.int64)
         if not len(self):
-            raise trouble(f"no image in {', '.join(part.name for part in parts)}")
+            raise trouble(f"no images in {', '.join(part.name for part in parts)}")
         labels = [part.labels for part in self.parts if part.labels is not None]
         if labels and len(labels) < len(self.parts):
             bare = next(part.name for part in self.parts if part.labels is None)
-            raise trouble(f"{bare} has no labels, while other arrays have theirs. {READ_WITHOUT}")
+            raise trouble(f"{bare} has no labels, but other arrays have. {READ_WITHOUT}")
         if labels and len({(label.ndim, label.dtype.kind in "iub") for label in labels}) == 1:
             set_labels(self, as_classes(np.concatenate(labels), self.parts[0].name, self.name))
         elif labels:
@@ -86,7 +86,7 @@ class ArrayReader(Reader):
         return zlib.crc32(image.tobytes()), image.nbytes
 
     def fingerprint(self, workers: int = 1) -> str:
-        """SHA-256 of the pixels, (N,H,W,C): the same for all formats of arrays."""
+        """SHA-256 of the pixels as (N,H,W,C), independent of the file format."""
         digest = hashlib.sha256()
         for part in self.parts:
             for start in range(0, len(part.images), CHUNK):
@@ -98,25 +98,25 @@ class ArrayReader(Reader):
 
 
 def _pixels(array: np.ndarray, name: str) -> np.ndarray:
-    """Images as (N,H,W,C), a view: channels may come first or last, or be absent where images are grey."""
+    """A view of `array` as (N,H,W,C). Channels may be first or last, or missing if images are grey."""
     if array.dtype != np.uint8:
         raise trouble(f"{name} must hold 8-bit values (uint8), got {array.dtype}{_to_8_bits(array)}")
     one = array.ndim == 3 and array.shape[1] != array.shape[2] and array.shape[2] in (1, 3, 4)
     if array.ndim == 3 and not one:
         return array[..., None]
-    for channels in ((1, 3), (4,)):  # an alpha channel only where nothing else is meant
+    for channels in ((1, 3), (4,)):  # (N,4,H,W) is tried last, as 4 may also be a height
         if array.ndim == 4 and array.shape[3] in channels:
             return array
         if array.ndim == 4 and array.shape[1] in channels:
             return array.transpose(0, 2, 3, 1)
-    hint = ", which looks like one image: stack several, np.stack(images)" if one else ""
+    hint = ", which looks like a single image: use np.stack(images)" if one else ""
     raise trouble(
         f"{name} must be images (N,H,W,C), (N,C,H,W) or (N,H,W) of 1, 3 or 4 channels, got {array.shape}{hint}"
     )
 
 
 def _to_8_bits(array: np.ndarray) -> str:
-    """How an array of another type is made of 8-bit values, as the end of a message."""
+    """How to convert an array of another type to 8 bits, as the end of a message."""
     if array.dtype.kind == "f" and array.size:
         low, high = float(array.min()), float(array.max())
         if low >= 0 and high <= 1:
@@ -130,7 +130,7 @@ def _to_8_bits(array: np.ndarray) -> str:
 
 
 def _flat_pixels(array: np.ndarray, name: str) -> np.ndarray:
-    """CIFAR's rows (N, 3*S*S), red first, as (N,S,S,3), a view."""
+    """A view of CIFAR's rows (N, 3*S*S), red first, as (N,S,S,3)."""
     side = round((array.shape[1] / 3) ** 0.5) if array.ndim == 2 else 0
     if array.ndim != 2 or array.shape[1] != 3 * side * side:
         return _pixels(array, name)
@@ -138,7 +138,7 @@ def _flat_pixels(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _numbers(array: np.ndarray, images: np.ndarray, name: str) -> np.ndarray:
-    """Labels as they are stored, (N,) or one-hot (N,K)."""
+    """Labels as stored, (N,) or (N,K) one-hot, checked against the number of images."""
     one_hot = array.ndim == 2 and len(array) == len(images) and array.shape[1] > 1
     if (array.size != len(images) and not one_hot) or array.dtype.kind not in "iubfUS":
         raise trouble(f"{name} must be {len(images)} whole numbers, got {array.dtype} {array.shape}. {READ_WITHOUT}")
@@ -149,9 +149,9 @@ def _numbers(array: np.ndarray, images: np.ndarray, name: str) -> np.ndarray:
 
 
 def open_npz(files: Sequence[Path], split: str, labelled: bool) -> ArrayReader:
-    """Arrays `images` and `labels` (or arr_0, arr_1), NAME_images and NAME_labels, x_train and y_train, or `data`.
+    """Arrays `images` and `labels`, arr_0 and arr_1, NAME_images and NAME_labels, x_train and y_train, or `data`.
 
-    The last is Downsampled ImageNet's, (N, 3*S*S): its labels count from 1.
+    `data` is Downsampled ImageNet's (N, 3*S*S), whose labels start at 1.
     """
     files = [Path(name) for name in _batches(map(str, files), split, quoted(str(files[0].parent)))]
     flat: list[Part] = []
@@ -169,12 +169,12 @@ def open_npz(files: Sequence[Path], split: str, labelled: bool) -> ArrayReader:
             flat.append(arrays.part("data", "labels", _flat_pixels, labelled))
         else:
             parts += [arrays.part(key, pairs[key], _pixels, labelled) for key in _batches(pairs, split, path.name)]
-    notes = [f"arrays that are not read ({len(unread):,}): {some(unread)}"] if unread else []
+    notes = [f"ignored arrays ({len(unread):,}): {some(unread)}"] if unread else []
     return ArrayReader("npz arrays", [*parts, *_from_one(flat, files[0].parent)], notes)
 
 
 def _pairs(names: Sequence[str]) -> dict[str, str]:
-    """The arrays of images among `names`, each with the name that its labels would have."""
+    """The image arrays among `names`, each with the name of its labels, which need not exist."""
     fixed = {"images": "labels", "arr_0": "arr_1"}
     found = next(({images: labels} for images, labels in fixed.items() if images in names), {})
     found |= {name: f"{name.removesuffix('_images')}_labels" for name in names if name.endswith("_images")}
@@ -182,7 +182,7 @@ def _pairs(names: Sequence[str]) -> dict[str, str]:
 
 
 def _batches(names: Iterable[str], split: str, what: str) -> list[str]:
-    """Names of a split, batch 10 after batch 9 and test after train."""
+    """The names of a split in natural order: batch 10 after batch 9, test after train."""
 
     def key(name: str) -> tuple[bool, list[Any]]:
         stem = PurePath(name).name
@@ -197,13 +197,13 @@ def _split_in(name: str) -> str:
 
 
 class _Npz(Npz):
-    """The arrays of an npz by name, as UserErrors where they are damaged."""
+    """The arrays of an npz file by name. Raises UserError if it is damaged."""
 
     def __init__(self, path: Path) -> None:
         try:
             super().__init__(path, mapped=True)
         except ValueError as error:
-            raise trouble(f"{str(path)!r} is an npz that is damaged or cut off: {error}") from error
+            raise trouble(f"{str(path)!r} is a damaged or truncated npz file: {error}") from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         try:
@@ -220,9 +220,9 @@ class _Npz(Npz):
 
 
 def _from_one(parts: Sequence[Part], folder: Path) -> list[Part]:
-    """Downsampled ImageNet: labels from 1, renumbered by WordNet id where its map of classes lies beside the files.
+    """Downsampled ImageNet's labels from 1 to labels from 0, in the order of WordNet ids if MAP lies beside the files.
 
-    The field's class-conditional checkpoints count the 1,000 classes in the order of their WordNet ids.
+    Published class-conditional checkpoints number the 1,000 classes in that order.
     """
     labels = [part.labels for part in parts if part.labels is not None]
     if not labels or any(part.ndim > 1 or part.dtype.kind not in "iu" for part in labels):
@@ -232,7 +232,7 @@ def _from_one(parts: Sequence[Part], folder: Path) -> list[Part]:
     order = _wordnet_order(folder / MAP)
     most = max(part.max() for part in labels if len(part))
     if order is not None and most > len(order):
-        raise trouble(f"{MAP} knows {len(order)} classes, the files have {most}")
+        raise trouble(f"{MAP} has {len(order)} classes, but the files have {most}")
     return [
         Part(part.name, part.images, None if part.labels is None else _renumbered(part.labels - 1, order))
         for part in parts
@@ -244,7 +244,7 @@ def _renumbered(labels: np.ndarray, order: np.ndarray | None) -> np.ndarray:
 
 
 def _wordnet_order(path: Path) -> np.ndarray | None:
-    """(K,) place among the sorted WordNet ids of the class that a file calls k + 1; None without the map."""
+    """(K,) the rank of class k + 1 of a file among the sorted WordNet ids; None if there is no map."""
     if not path.is_file():
         return None
     try:
@@ -266,7 +266,7 @@ def is_npy(start: bytes) -> bool:
 
 
 def open_npy(files: Sequence[Path], split: str, labelled: bool) -> ArrayReader:
-    """Arrays in files of their own, called as in an npz: images.npy and labels.npy, ...; a single file of any name."""
+    """One array per file, named as in an npz (images.npy and labels.npy, ...), or a single file of any name."""
     beside = {path.stem: path for path in files[0].parent.glob("*.npy")}
     names = [path.stem for path in files]
     pairs = _pairs(names)
@@ -274,8 +274,8 @@ def open_npy(files: Sequence[Path], split: str, labelled: bool) -> ArrayReader:
         pairs = {names[0]: f"{names[0]}_labels"}
     if not pairs:
         raise trouble(
-            f"{str(files[0].parent)!r} holds {len(files):,} .npy files, and none is called images, NAME_images or "
-            "x_train. Save them in one array (N,H,W,C): np.save('images.npy', np.stack(images))"
+            f"{str(files[0].parent)!r} has {len(files):,} .npy files, but none is called images, NAME_images or "
+            "x_train. Save them as one array (N,H,W,C): np.save('images.npy', np.stack(images))"
         )
     parts = []
     for name in _batches(pairs, split, quoted(str(files[0].parent))):
@@ -284,9 +284,7 @@ def open_npy(files: Sequence[Path], split: str, labelled: bool) -> ArrayReader:
             labels = _numbers(_npy(beside[pairs[name]]), images, f"{pairs[name]}.npy")
         parts.append(Part(f"{name}.npy", images, labels))
     unread = sorted(f"{name}.npy" for name in names if name not in {*pairs, *pairs.values()})
-    return ArrayReader(
-        "npy arrays", parts, [f"files that are not read ({len(unread):,}): {some(unread)}"] if unread else []
-    )
+    return ArrayReader("npy arrays", parts, [f"ignored files ({len(unread):,}): {some(unread)}"] if unread else [])
 
 
 def _npy(path: Path) -> np.ndarray:
@@ -300,12 +298,12 @@ def _npy(path: Path) -> np.ndarray:
 
 
 def is_idx(start: bytes) -> bool:
-    """Whether a file that starts so is an idx file of 8-bit images: two zeros, type 8, three dimensions."""
+    """Whether a file with this start is an idx file of 8-bit images: two zeros, type 8, three dimensions."""
     return start[:4] == b"\0\0\x08\x03"
 
 
 def open_idx(files: Sequence[Path], split: str, labelled: bool) -> ArrayReader:
-    """The idx files of MNIST and its kin, each plain or gzipped; labels lie in a file beside them."""
+    """idx files as of MNIST, plain or gzipped, with labels in a file beside the images."""
     images = [Path(name) for name in _batches([str(f) for f in files if "images" in f.name or len(files) == 1], split,
                                               quoted(str(files[0].parent)))]  # fmt: skip
     parts = []
@@ -323,21 +321,21 @@ def _idx(path: Path) -> np.ndarray:
         with open_plain(path) as file:
             start = file.read(4)
             if len(start) < 4 or start[:3] != b"\0\0\x08" or start[3] not in (1, 3):
-                raise trouble(f"{path.name!r} is no idx file of 8-bit images or labels")
+                raise trouble(f"{path.name!r} is not an idx file of 8-bit images or labels")
             shape = np.frombuffer(file.read(4 * start[3]), dtype=">u4").tolist()
             size = math.prod(shape)
             check_memory(size)
-            data = file.read(size + 1) if len(shape) == start[3] else b""  # one more than there should be
+            data = file.read(size + 1) if len(shape) == start[3] else b""  # one byte more, to notice extra data
     except DAMAGE as error:
         raise trouble(f"cannot read {path.name!r} as idx: {error}") from error
     if len(shape) != start[3] or len(data) != size:
-        found = f"{len(data):,} values" if len(data) <= size else "more values than that"
-        raise trouble(f"{path.name!r} is cut off or damaged: its header says {shape}, it has {found}")
+        found = f"{len(data):,} values" if len(data) <= size else "more values"
+        raise trouble(f"{path.name!r} is damaged or truncated: its header says {shape}, but it has {found}")
     return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """A file, decompressed where it is gzipped."""
+    """Open a file, decompressing it if it is gzipped."""
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     return gzip.open(path) if zipped else open(path, "rb")  # type: ignore[return-value]
@@ -347,7 +345,7 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def open_batches(folder: Path, split: str, labelled: bool) -> ArrayReader | None:
-    """CIFAR's or Downsampled ImageNet's python batches in a folder, or one below it; None where there are none."""
+    """CIFAR's or Downsampled ImageNet's pickled batches in a folder or in its subfolders; None if there are none."""
     files = [*folder.glob("*"), *folder.glob("*/*")]
     meta = {file.parent for file in files if file.name == "meta"}
     found = [file for file in files if _is_batch(file, file.parent in meta) and file.is_file()]
@@ -364,7 +362,7 @@ def open_batches(folder: Path, split: str, labelled: bool) -> ArrayReader | None
 
 
 def _is_batch(path: PurePath, beside_meta: bool = False) -> bool:
-    """Whether a file is called as one of CIFAR's batches. CIFAR-100's lie in a folder of its name, or beside "meta"."""
+    """Whether a file has the name of a CIFAR batch. CIFAR-100's lie in CIFAR100_FOLDER or beside a file "meta"."""
     hundred = path.name in CIFAR100 and (path.parent.name == CIFAR100_FOLDER or beside_meta)
     return hundred or BATCH.fullmatch(path.name) is not None
 
@@ -372,17 +370,17 @@ def _is_batch(path: PurePath, beside_meta: bool = False) -> bool:
 def _of_batches(parts: Sequence[Part], paths: Iterable[PurePath]) -> ArrayReader:
     notes = []
     if any(path.name in CIFAR100 for path in paths) and any(part.labels is not None for part in parts):
-        notes.append("labels are the 100 fine classes of CIFAR-100; its 20 coarse ones are not read")
+        notes.append("labels are the 100 fine classes of CIFAR-100; its 20 coarse classes are ignored")
     return ArrayReader("CIFAR's python batches", parts, notes)
 
 
 def holds_batches(names: Iterable[str]) -> bool:
-    """Whether files of these names in an archive are such batches."""
+    """Whether an archive with these names holds pickled batches."""
     return any(_is_batch(PurePath(name)) for name in names)
 
 
 def open_batch_archive(path: Path, split: str, labelled: bool) -> ArrayReader:
-    """The same in a tar that holds some, read without unpacking it."""
+    """Pickled batches in a tar, read without unpacking it."""
     parts: dict[str, Part | None] = {}
     try:
         with tarfile.open(path) as archive:
@@ -395,7 +393,7 @@ def open_batch_archive(path: Path, split: str, labelled: bool) -> ArrayReader:
                     else:
                         parts[name.name] = _batch(io.BytesIO(file.read()), name.name, labelled)
     except (*DAMAGE, tarfile.TarError) as error:
-        raise trouble(f"{path.name!r} is a tar that is damaged or cut off: {error}") from error
+        raise trouble(f"{path.name!r} is a damaged or truncated tar: {error}") from error
     chosen = [parts[name] for name in _batches(list(parts), split, path.name)]
     return _of_batches([part for part in chosen if part is not None], map(PurePath, parts))
 
@@ -405,14 +403,14 @@ def _batch(file: BinaryIO, name: str, labelled: bool) -> Part:
         content = read_arrays(file)
     except RefusedName as error:
         what = quoted(error.name)[1:-1]
-        raise trouble(f"{name!r} asks for {what} and may do harm: refused, nothing of it was executed") from error
+        raise trouble(f"{name!r} refers to {what}, which could run code: refused, nothing was executed") from error
     except ValueError as error:
-        raise trouble(f"{name!r} is no batch of CIFAR: {quoted(str(error))}") from error
+        raise trouble(f"{name!r} is not a CIFAR batch: {quoted(str(error))}") from error
     if isinstance(content, dict):
         content = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
     data = content.get("data") if isinstance(content, dict) else None
     if not (isinstance(data, Array) and data.value is not None):
-        raise trouble(f"{name!r} is no batch of CIFAR: it must hold a dictionary with an array 'data'")
+        raise trouble(f"{name!r} is not a CIFAR batch: it must hold a dictionary with an array 'data'")
     images = _flat_pixels(data.value, name)
     labels = content.get("labels", content.get("fine_labels"))
     if labels is None or not labelled:

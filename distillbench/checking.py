@@ -1,7 +1,7 @@
-"""How checks are run, whatever they look at: one by one on benches, each with a finding in words.
+"""How conformance checks are run: one by one on benches, each with a finding in words.
 
-A check is a function of a bench. It returns what it saw where a promise of the contract is kept, raises Fault where it
-is not, and NotApplicable where there is nothing to look at. An error of its own is its finding, and the others go on.
+A check is a function of a bench. If a promise of the contract is kept, it returns what it saw; if not, it raises Fault;
+if it does not apply, NotApplicable. Any other error is a fault that this check reports; the other checks still run.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from distillbench.config import describe_options
 
 
 class Fault(Exception):
-    """What is wrong, in words for the author: what was expected, what was seen, what to do."""
+    """What is wrong, in words for the author of the class: what was expected, what was found, how to fix it."""
 
 
 class NotApplicable(Exception):
-    """Why there is nothing to look at."""
+    """Why a check does not apply."""
 
 
 class Doubt(str):
-    """What a check saw that may be right or wrong, as only the author can know."""
+    """What a check saw that may be right or wrong; only the author of the class can tell."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found. `ok` is None where it does not apply; `message` says in words what was seen, and why.
+    """What a check found: `ok` is None if it does not apply, `message` says in words what was found and why.
 
-    With `doubt` it is ok if the author meant it.
+    With `doubt`, `ok` is True, and the author of the class should confirm that what `message` says is intended.
     """
 
     check: str
@@ -50,7 +50,7 @@ class Finding:
 
 
 class Bench(Protocol):
-    """A situation in which a class is tried."""
+    """What a class is checked on, such as a way of conditioning or a kind of images."""
 
     @property
     def label(self) -> str: ...
@@ -60,34 +60,34 @@ class Bench(Protocol):
 
     @property
     def conditional(self) -> bool:
-        """Whether images are asked for by class."""
+        """Whether the class is checked with class labels."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a check said on each bench, by the bench's label."""
+    """What a check found on each bench, by the bench's label."""
 
     passed: dict[str, str]
     faults: dict[str, str]
     excused: dict[str, str]
-    closed: dict[str, str]  # benches of no use to the checks that need this one: the check at fault; "": a refusal
+    closed: dict[str, str]  # benches closed to checks that need this one: the check that failed, "" for a refusal
 
     def finding(self, check: Check) -> Finding:
         if self.faults:
-            return Finding(check.name, False, self._told(self.faults))
+            return Finding(check.name, False, self._in_words(self.faults))
         if self.passed:
             first = next(iter(self.passed.values()))
             first = next((seen for seen in self.passed.values() if isinstance(seen, Doubt)), first)
-            message = f"{first}; {self._told(self.excused)}" if self.excused else str(first)
+            message = f"{first}; {self._in_words(self.excused)}" if self.excused else str(first)
             return Finding(check.name, True, message, isinstance(first, Doubt))
         if self.excused:
-            return Finding(check.name, False if check.must_apply else None, self._told(self.excused))
+            return Finding(check.name, False if check.must_apply else None, self._in_words(self.excused))
         causes = ", ".join(sorted(set(filter(None, self.closed.values()))))
-        refused = "what it would look at is refused" if self.closed else "no bench for it"
-        return Finding(check.name, None, f"not looked at before {causes} is ok" if causes else refused)
+        refused = "not run: the class refuses what it needs" if self.closed else "not run: it applies to no bench"
+        return Finding(check.name, None, f"not run: {causes} must pass first" if causes else refused)
 
-    def _told(self, by_label: dict[str, str]) -> str:
-        """The first message, with the benches on which there is one unless it is all of them."""
+    def _in_words(self, by_label: dict[str, str]) -> str:
+        """The first message, preceded by the benches that have one, unless all have."""
         message = next(iter(by_label.values()))
         count = len(self.passed) + len(self.faults) + len(self.excused)
         return message if len(by_label) == count else f"{', '.join(by_label)}: {message}"
@@ -95,9 +95,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Check:
-    """A check and where it is run: on "every" bench, on the "first" one, or on those with classes ("conditional").
+    """A check and the benches that it runs on: "every" one, the "first", or those with classes ("conditional").
 
-    It is not run where a check that it `needs` has failed. With `must_apply` it fails where it applies to no bench.
+    It does not run on a bench where a check that it `needs` has failed. With `must_apply` it fails if it applies to no
+    bench.
     """
 
     run: Callable[[Any], str]
@@ -110,7 +111,7 @@ class Check:
         return self.run.__name__
 
     def on(self, benches: Sequence[Bench], closed: dict[str, dict[str, str]]) -> Result:
-        """Run where it can be; `closed` is what the checks before have closed."""
+        """Run on all benches that earlier checks have not closed; `closed`, by check, is :attr:`Result.closed`."""
         shut = {label: cause for need in self.needs for label, cause in closed[need].items()}
         result = Result({}, {}, {}, shut)
         for bench in self._chosen([bench for bench in benches if bench.label not in shut]):
@@ -121,7 +122,7 @@ class Check:
                 result.excused[bench.label] = str(reason)
             except Fault as fault:
                 result.faults[bench.label] = str(fault)
-            except (Exception, SystemExit) as error:  # a stranger's code may fail in any way
+            except (Exception, SystemExit) as error:  # third-party code may fail in any way
                 result.faults[bench.label] = where(error, bench.cls)
         for bench in benches:
             if bench.label in result.faults or (self.benches == "first" and result.faults):
@@ -137,8 +138,8 @@ class Check:
 
 
 def examine(checks: Sequence[Check], benches: Sequence[Bench]) -> Iterator[Finding]:
-    """What each check finds, one by one as it is known."""
-    closed: dict[str, dict[str, str]] = {}  # check: benches closed to those that need it, each with the check at fault
+    """The finding of each check, yielded when it is known."""
+    closed: dict[str, dict[str, str]] = {}  # by check: its Result.closed
     for check in checks:
         result = check.on(benches, closed)
         closed[check.name] = result.closed
@@ -149,15 +150,15 @@ def examine(checks: Sequence[Check], benches: Sequence[Bench]) -> Iterator[Findi
 
 
 def check_declared(kind: str, cls: type) -> None:
-    """The class is one that the registry takes."""
+    """Raise Fault unless the registry accepts the class."""
     try:
         registry.check_class(kind, cls)
     except registry.PluginError as error:
-        raise Fault(f"as a plugin it would be left out: {error}") from error
+        raise Fault(f"the registry would reject this plugin: {error}") from error
 
 
 def settings_with_help(config: type) -> int:
-    """How many settings a Config has; each must say what it is."""
+    """The number of settings of a Config; raises Fault unless each has a help text."""
     options = describe_options(config)
     silent = [name for name, _, text in options if not text.strip()]
     if silent:
@@ -170,7 +171,7 @@ def settings_with_help(config: type) -> int:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """One thread, float32 and gradients inside; afterwards all global state is as it was."""
+    """One thread, float32 and gradients inside; restores all global state afterwards."""
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     dtype, threads, gradients = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
     try:
@@ -188,7 +189,7 @@ def isolated() -> Iterator[None]:
 
 
 def global_generators() -> dict[str, Any]:
-    """The states of the random generators that belong to nobody."""
+    """The states of the global random generators."""
     return {
         "torch": torch.get_rng_state().tolist(),
         "numpy": pickle.dumps(np.random.get_state()),
@@ -204,19 +205,19 @@ def seed_global_generators(seed: int) -> None:
 
 @contextmanager
 def undisturbed(what: str, instead: str) -> Iterator[None]:
-    """Raise Fault if what is done inside moves a global random generator; `instead` says what to draw from."""
+    """Raise Fault if the block draws from a global random generator; `instead` says what to draw from."""
     before = global_generators()
     yield
-    moved = [name for name, state in global_generators().items() if state != before[name]]
-    if moved:
-        raise Fault(f"{what} draws from the global generator of {' and '.join(moved)}: {instead}")
+    used = [name for name, state in global_generators().items() if state != before[name]]
+    if used:
+        raise Fault(f"{what} draws from the global generator of {' and '.join(used)}: {instead}")
 
 
 # --- words and comparisons -------------------------------------------------------------------------------------------
 
 
 def where(error: BaseException, cls: type) -> str:
-    """An error in one line, with the last line of the author's own file that it came through."""
+    """An error in one line, with the last line of its traceback in the file that defines `cls`."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     try:
         file = inspect.getfile(cls)
@@ -227,7 +228,7 @@ def where(error: BaseException, cls: type) -> str:
 
 
 def some(names: Sequence[str]) -> str:
-    """At most three of them."""
+    """At most three of the names, in words."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -1,7 +1,7 @@
-"""``distillbench clean``: what of a results folder can go. It is told first, and removed only when that is confirmed.
+"""``distillbench clean``: list the files of a results folder that can be removed, and remove them when confirmed.
 
-Only files below cells/ and cache/ are ever removed, and half-written ones wherever they are: never a run's tables or
-its weights. Symbolic links are not followed.
+Only files below cells/ and cache/, and temporary files anywhere, are removed: never a run's tables or weights. Symbolic
+links are not followed.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ from distillbench.results import FINAL
 if TYPE_CHECKING:
     from rich.console import Console
 
-KINDS = {  # what can be asked for, with what it is
-    "temporary": "half written by processes that were killed",
-    "states": "states of finished trainings, and damaged ones that were set aside",
-    "failed": "records and tracebacks of what failed; without them the next run tries it again",
-    "orphans": "cells that no table of a run here names",
-    "pairs": "noise-image pairs; methods that need them make them again",
-    "latents": "encoded images; the next run on them encodes them again",
-    "references": "real images as networks see them; the next run that scores looks again",
-    "answers": "the teacher's many-step answers that scores compare with; the next run makes them again",
+KINDS = {  # the kinds of files that can be removed, with a description
+    "temporary": "temporary files of processes that were killed",
+    "states": "resume states of finished trainings, and damaged ones that were set aside",
+    "failed": "records and tracebacks of failed work; without them the next run tries again",
+    "orphans": "cells that no run in this folder refers to",
+    "pairs": "noise-image pairs; methods that need them compute them again",
+    "latents": "encoded images; the next run that needs them encodes them again",
+    "references": "features of real images; the next run that scores extracts them again",
+    "answers": "the teacher's many-step samples that scores compare with; the next run samples them again",
 }
-USUAL = ("temporary", "states")  # what nobody needs any more
+USUAL = ("temporary", "states")  # the default: files that nothing needs any more
 CACHES = ("teachers", "pairs", "latents", "references", "prompts", "answers", "jobs")  # folders of cache/
-DAYS = {"temporary": 1.0, "orphans": 1.0}  # since the last change, where nothing else is asked for
-QUIET_SECONDS = 3600.0  # without a change, before a file that nobody has open counts as left behind
-KEY = re.compile(r"[0-9a-f]{16}")  # the name of a cell
-STUDENT = re.compile(r"-([0-9a-f]{16})\.safetensors")  # ends the name of a student in a run's weights/
-SCRATCH = re.compile(r"\..+\.[a-z0-9_]{8}")  # where an export or a merged run is made before it gets its name,
-SCRATCH_HOLDS = {"folder", "run", "package"}  # and what is in there
+DAYS = {"temporary": 1.0, "orphans": 1.0}  # the default minimum age
+QUIET_SECONDS = 3600.0  # without a change, after which a file that no process has open counts as abandoned
+KEY = re.compile(r"[0-9a-f]{16}")  # the name of a cell's folder
+STUDENT = re.compile(r"-([0-9a-f]{16})\.safetensors")  # the end of a student's file name in a run's weights/
+SCRATCH = re.compile(r"\..+\.[a-z0-9_]{8}")  # temporary folders of exports and merged runs
+SCRATCH_HOLDS = {"folder", "run", "package"}  # the only names in such a folder
 MIB = 2**20
-SHOWN = 5  # names or errors that are printed
+SHOWN = 5  # most names or errors to print
 
-Busy = Callable[[Path], bool]  # whether a process works on the cell in this folder
+Busy = Callable[[Path], bool]  # whether a process is working on the cell in this folder
 
 
 @dataclass
 class Removal:
-    """What of one kind can go. `folders` go once they are empty. Notes are lines for the person who decides."""
+    """The files of one kind to remove. `folders` are removed if they are empty then. `notes` are printed."""
 
     kind: str
     files: list[Path] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Removal:
     notes: list[str] = field(default_factory=list)
 
     def add(self, folder: Path) -> None:
-        """All of a folder."""
+        """Add a folder with everything below it."""
         self.files += files_below(folder)
         self.folders += folders_below(folder)
 
@@ -80,21 +80,21 @@ def clean(
     results_dir: Path, what: Sequence[str], older_than_days: float | None, yes: bool, console: Console,
     confirm: Callable[[str], bool], busy: Busy = is_claimed,
 ) -> int:  # fmt: skip
-    """Print what of the kinds `what` (none: USUAL) would be removed, and remove it if `yes` or ``confirm(question)``.
+    """Print the files of the kinds `what` (empty: USUAL), and remove them if `yes` or ``confirm(question)``.
 
-    `older_than_days`: only what has not changed for so long; None: as DAYS has it. Returns 1 if something could not be
-    removed, else 0. Raises UserError for a folder that is none of results.
+    `older_than_days`: only files unchanged for so long; None: DAYS. Returns 1 if something could not be removed,
+    else 0. Raises UserError if the folder is not a results folder.
     """
     root = results_folder(results_dir)
     found = find(root, what, older_than_days, busy)
-    _tell(console, results_dir, found)
+    _report(console, results_dir, found)
     if not any(removal.files or removal.folders for removal in found):
         return 0
     if not yes:
         if not confirm("Remove this?"):
             _say(console, "nothing was removed (--yes removes without asking)")
             return 0
-        found = _still(found, find(root, what, older_than_days, busy))  # a person may take hours to answer
+        found = _still(found, find(root, what, older_than_days, busy))  # confirming may have taken hours
     files = [file for removal in found for file in removal.files]
     folders = [folder for removal in found for folder in removal.folders]
     size = freed(files)
@@ -105,32 +105,32 @@ def clean(
         _say(console, f"and {len(troubles) - SHOWN:,} more could not be removed")
     _say(
         console,
-        "removed: not all of it" if troubles else f"removed: {counted(len(files), 'file')}, {size / MIB:,.1f} MiB",
+        "removed, but not everything" if troubles else f"removed: {counted(len(files), 'file')}, {size / MIB:,.1f} MiB",
     )
     return 1 if troubles else 0
 
 
 def results_folder(folder: Path) -> Path:
-    """`folder`, resolved. Raises UserError if it does not look like one that runs have left results in."""
+    """`folder`, resolved. Raises UserError if it does not look like a results folder."""
     root = folder.resolve()
     if not root.is_dir():
         raise UserError(f"no results folder {quoted(str(folder))}")
     if not is_results_folder(root):
         below = [child.name for child in folders_in(root) if is_results_folder(child)]
         hint = f". Did you mean {str(folder / below[0])!r}?" if below else ""
-        raise UserError(f"{quoted(str(folder))} is no results folder: it has no cells/ or cache/ of a run{hint}")
+        raise UserError(f"{quoted(str(folder))} is not a results folder: it has no cells/ or cache/ of a run{hint}")
     return root
 
 
 def is_results_folder(root: Path) -> bool:
-    """Whether it has cells, or a cache, as runs make them."""
+    """Whether it has cells or a cache of runs."""
     return bool(cells_of(root)) or any((root / "cache" / name).is_dir() for name in CACHES)
 
 
 def find(
     root: Path, what: Sequence[str] = (), older_than_days: float | None = None, busy: Busy = is_claimed
 ) -> list[Removal]:
-    """What could be removed of the results folder `root`, by kind; no file is in two of them. Changes nothing."""
+    """The files of the results folder `root` that could be removed, by kind. No file is listed twice."""
     for name in what:
         if name not in KINDS:
             raise unknown("kind", name, KINDS)
@@ -148,21 +148,21 @@ def find(
     return found
 
 
-# --- reading a folder ------------------------------------------------------------------------------------------------
+# --- reading a results folder ----------------------------------------------------------------------------------------
 
 
 def cells_of(root: Path) -> list[Path]:
-    """The folders of cells, none of them behind a link."""
+    """The folders of cells, without links."""
     return [folder for folder in folders_in(root / "cells") if KEY.fullmatch(folder.name)]
 
 
 def _changed(paths: Iterable[Path]) -> float:
-    """When the last of them changed, in seconds since 1970; now if none is left."""
+    """The latest modification time of `paths` in seconds since 1970; the current time if none exists."""
     return max((found.st_mtime for found in filter(None, map(lstat, paths))), default=time.time())
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty if there is none."""
+    """The JSON object in a file; empty if it cannot be read."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -185,17 +185,19 @@ def _temporary(root: Path, before: float, busy: Busy, removal: Removal) -> None:
             folders.remove(name)
             if _changed([at / name, *files_below(at / name)]) < before:
                 removal.add(at / name)
-    held = _held([part for part in old if part[1].st_mtime > time.time() - 86400])  # --older-than may ask for these
+    held = _held(
+        [part for part in old if part[1].st_mtime > time.time() - 86400]
+    )  # these are listed only with --older-than
     gone = [path for path, _ in old if str(path) not in held] + left_behind(root, young)
     gone = [path for path in gone if (cell := _cell(root, path)) is None or not busy(cell)]
     removal.files += gone
     stay = len(old) + len(young) - len(gone)
     if stay:
-        removal.notes.append(f"{counted(stay, 'file')} that may still be written to: left alone")
+        removal.notes.append(f"{counted(stay, 'file')} that may still be written to: skipped")
 
 
 def _is_scratch(folder: Path) -> bool:
-    """Whether an export, a merge or a probe was made in this folder."""
+    """Whether this is a temporary folder of an export, a merge or a probe."""
     if folder.is_symlink():
         return False
     if folder.name.startswith(TEMPORARY):
@@ -207,10 +209,9 @@ def _is_scratch(folder: Path) -> bool:
 
 
 def left_behind(root: Path, files: Sequence[tuple[Path, os.stat_result]]) -> list[Path]:
-    """Those of `files` that no process can be writing to any more, though they are young.
+    """The `files` that no process can still be writing to, although they are young.
 
-    Nothing has changed them for QUIET_SECONDS, no other machine can see them, and none of their owner's processes has
-    them open.
+    They are unchanged for QUIET_SECONDS, not visible to other machines, and not open in any of their owner's processes.
     """
     quiet = [(path, found) for path, found in files if found.st_mtime < time.time() - QUIET_SECONDS]
     if not quiet or file_system(root)[0] in {"", *NETWORK_FILE_SYSTEMS}:
@@ -220,12 +221,12 @@ def left_behind(root: Path, files: Sequence[tuple[Path, os.stat_result]]) -> lis
 
 
 def _held(files: Sequence[tuple[Path, os.stat_result]]) -> set[str]:
-    """Those of `files` that one of their owner's processes is known to have open."""
+    """The `files` that a process of their owner is known to have open."""
     return set().union(*(_open_files(owner) or set() for owner in {found.st_uid for _, found in files}))
 
 
 def _open_files(owner: int) -> set[str] | None:
-    """Every file that a process of user `owner` has open; None where that cannot be known."""
+    """All files that processes of user `owner` have open; None if that cannot be determined."""
     import psutil
 
     names: set[str] = set()
@@ -250,7 +251,7 @@ def _states(root: Path, before: float, busy: Busy, removal: Removal) -> None:
         spent = []
         for file in files:
             changed = _changed([file])
-            done = file.name.startswith("state-") and changed <= until  # a later one is of a training made anew
+            done = file.name.startswith("state-") and changed <= until  # later states belong to a new training
             if (done or file.name.startswith("aside-")) and changed < before:
                 spent.append(file)
         removal.files += spent
@@ -258,7 +259,7 @@ def _states(root: Path, before: float, busy: Busy, removal: Removal) -> None:
 
 
 def _finished(cell: Path) -> float:
-    """When the training in `cell` was finished; 0 if it was not, or if its weights are not whole."""
+    """When the training in `cell` finished; 0 if it did not, or if its weights are damaged."""
     record = _json(cell / "train.json")
     if record.get("status") not in FINAL:
         return 0.0
@@ -282,7 +283,7 @@ def _failed(root: Path, before: float, busy: Busy, removal: Removal) -> None:
 
 
 def failed_record(record: dict[str, Any]) -> bool:
-    """Whether a record says that its work, or one of its rows, failed."""
+    """Whether the work of a record, or one of its rows, failed."""
     lists = [rows for name in ("rows", "along") if isinstance(rows := record.get(name), list)]
     parts = [record, *(row for rows in lists for row in rows if isinstance(row, dict))]
     stated = [part["status"] for part in parts if isinstance(part.get("status"), str)]
@@ -292,7 +293,7 @@ def failed_record(record: dict[str, Any]) -> bool:
 def _orphans(root: Path, before: float, busy: Busy, removal: Removal) -> None:
     trainings, evaluations, unreadable = _named_by_runs(root)
     if unreadable:
-        removal.notes.append(f"{_listed(unreadable)} cannot be read: which cells it names is not known, all stay")
+        removal.notes.append(f"{_listed(unreadable)} cannot be read, so the cells in use are unknown: none is removed")
         return
     named = young = unfinished = 0
     for cell in cells_of(root):
@@ -306,19 +307,17 @@ def _orphans(root: Path, before: float, busy: Busy, removal: Removal) -> None:
             unfinished += not (cell / "train.json").is_file() and any(cell.glob("resume/**/state-*.safetensors"))
     cells = [folder.name for folder in removal.folders if folder.parent == root / "cells"]
     if cells:
-        removal.notes.append(
-            f"{counted(len(cells), 'cell')}: {_listed(cells)}. A run that needs them trains them again"
-        )
+        removal.notes.append(f"{counted(len(cells), 'cell')}: {_listed(cells)}. A run that needs them trains again")
     if unfinished:
-        removal.notes.append(f"with {counted(unfinished, 'training')} cut off that could go on")
+        removal.notes.append(f"including {counted(unfinished, 'interrupted training')} that could be resumed")
     if young:
-        removal.notes.append(f"{counted(young, 'cell')} changed lately or worked on: left alone")
+        removal.notes.append(f"{counted(young, 'cell')} changed recently or in use: skipped")
     if cells and not named:
-        removal.notes.append("no cell here is named by a run: are the runs' folders elsewhere?")
+        removal.notes.append("no run in this folder refers to any cell: are the runs' folders elsewhere?")
 
 
 def _named_by_runs(root: Path) -> tuple[set[str], set[str], list[str]]:
-    """Keys of trainings and of evaluations that runs below `root` name, and the tables that cannot be read."""
+    """The keys of trainings and evaluations of all runs below `root`, and the tables that cannot be read."""
     trainings: set[str] = set()
     evaluations: set[str] = set()
     unreadable = []
@@ -336,14 +335,14 @@ def _named_by_runs(root: Path) -> tuple[set[str], set[str], list[str]]:
 
 
 def _keys(tables: Sequence[Path]) -> set[str] | None:
-    """What stands in the column `key` of the first of `tables` that can be read."""
+    """The column `key` of the first of `tables` that can be read; None if none can."""
     import pandas as pd
 
     for table in tables:
         read = pd.read_parquet if table.suffix == ".parquet" else pd.read_csv
         try:
             return set(read(table)["key"].dropna().astype(str))
-        except Exception:  # pandas and pyarrow raise much for a damaged file
+        except Exception:  # pandas and pyarrow raise many types for a damaged file
             continue
     return None
 
@@ -356,21 +355,21 @@ def _pairs(root: Path, before: float, busy: Busy, removal: Removal) -> None:
         evaluations += int(_amount(made.get("teacher_nfe")))
         removal.add(folder)
     if removal.files:
-        removal.notes.append(f"making them took {seconds:,.0f} s and {counted(evaluations, 'teacher evaluation')}")
+        removal.notes.append(f"computing them took {seconds:,.0f} s and {counted(evaluations, 'teacher evaluation')}")
 
 
 def _latents(root: Path, before: float, busy: Busy, removal: Removal) -> None:
     removal.files += _old(_kept(_cache(root, "latents")), before)
     images = sum(_rows(file) for file in removal.files if file.suffix == ".npy")
     if removal.files:
-        removal.notes.append(f"making them again encodes {counted(images, 'image')}")
+        removal.notes.append(f"computing them again encodes {counted(images, 'image')}")
 
 
 def _references(root: Path, before: float, busy: Busy, removal: Removal) -> None:
     removal.files += _old(_kept(_cache(root, "references")), before)
     statistics = sum(file.suffix == ".npz" for file in removal.files)
     if removal.files:
-        removal.notes.append(f"making them again looks at real images {counted(statistics, 'time')}")
+        removal.notes.append(f"computing them again reads the real images {counted(statistics, 'time')}")
 
 
 def _answers(root: Path, before: float, busy: Busy, removal: Removal) -> None:
@@ -382,7 +381,7 @@ def _answers(root: Path, before: float, busy: Busy, removal: Removal) -> None:
             recipe = recipe if isinstance(recipe, dict) else {}
             evaluations += int(_amount(recipe.get("images")) * _amount(recipe.get("nfe")))
     if removal.files:
-        removal.notes.append(f"making them took {counted(evaluations, 'teacher evaluation')}")
+        removal.notes.append(f"sampling them took {counted(evaluations, 'teacher evaluation')}")
 
 
 FINDERS: dict[str, Callable[[Path, float, Busy, Removal], None]] = {
@@ -398,17 +397,17 @@ FINDERS: dict[str, Callable[[Path, float, Busy, Removal], None]] = {
 
 
 def _cache(root: Path, name: str) -> Path:
-    """A folder of the cache; one that is not there where a link leads to it."""
+    """The folder of a cache; a path that does not exist if cache/ is a link."""
     return root / "cache" / name if not (root / "cache").is_symlink() else root / "cache" / TEMPORARY
 
 
 def _kept(folder: Path) -> list[Path]:
-    """What is below a folder of the cache; not the claims of who makes something there."""
+    """The files below a folder of the cache, without lock files."""
     return [file for file in files_below(folder) if file.suffix != ".claim"]
 
 
 def _old(paths: Iterable[Path], before: float) -> list[Path]:
-    """Those of `paths` that have not changed since `before`, nor what is in them."""
+    """The `paths` of which neither the folder nor its content changed since `before`."""
     return [path for path in paths if _changed([path, *files_below(path)]) < before]
 
 
@@ -428,10 +427,10 @@ def _amount(value: object) -> float:
 # --- removing --------------------------------------------------------------------------------------------------------
 
 
-def _still(told: list[Removal], now: list[Removal]) -> list[Removal]:
-    """What was told and can still go."""
-    files = {file for removal in told for file in removal.files}
-    folders = {folder for removal in told for folder in removal.folders}
+def _still(printed: list[Removal], now: list[Removal]) -> list[Removal]:
+    """The files that were printed and can still be removed."""
+    files = {file for removal in printed for file in removal.files}
+    folders = {folder for removal in printed for folder in removal.folders}
     return [
         Removal(r.kind, [f for f in r.files if f in files], [f for f in r.folders if f in folders], r.notes)
         for r in now
@@ -439,7 +438,7 @@ def _still(told: list[Removal], now: list[Removal]) -> list[Removal]:
 
 
 def _remove(root: Path, files: Sequence[Path], folders: Sequence[Path]) -> list[str]:
-    """Remove them, those of a cell while it is claimed. Returns what could not be removed, in words."""
+    """Remove files and folders, locking each cell meanwhile. Returns messages for what could not be removed."""
     troubles: list[str] = []
     parts: dict[Path | None, tuple[list[Path], list[Path]]] = {}
     for k, paths in enumerate((files, folders)):
@@ -449,26 +448,26 @@ def _remove(root: Path, files: Sequence[Path], folders: Sequence[Path]) -> list[
         try:
             with claimed(cell) if cell is not None and cell.is_dir() else nullcontext(True) as mine:
                 troubles += (
-                    _remove_part(root, *part) if mine else [f"a process works on {cell and cell.name}: it stays"]
+                    _remove_part(root, *part) if mine else [f"a process is working on {cell and cell.name}: skipped"]
                 )
         except OSError as error:
-            troubles.append(f"cannot claim {cell and cell.name}: {error.strerror or error}")
+            troubles.append(f"cannot lock {cell and cell.name}: {error.strerror or error}")
     return troubles
 
 
 def _cell(root: Path, path: Path) -> Path | None:
-    """The folder of the cell that `path` is in."""
+    """The folder of the cell that `path` is in, or None."""
     names = path.relative_to(root).parts
     return root / names[0] / names[1] if names[0] == "cells" and len(names) > 1 and KEY.fullmatch(names[1]) else None
 
 
 def _remove_part(root: Path, files: Iterable[Path], folders: Iterable[Path]) -> list[str]:
-    """What has gone already is no trouble."""
+    """Remove files and empty folders; ones that no longer exist are no error. Returns messages for failures."""
     troubles = []
     for file in files:
         try:
             if not file.parent.resolve().is_relative_to(root):
-                troubles.append(f"{file.relative_to(root)} stays: a link leads out of the results folder")
+                troubles.append(f"{file.relative_to(root)} skipped: a link leads out of the results folder")
                 continue
             file.unlink()
         except FileNotFoundError:
@@ -487,8 +486,8 @@ def _remove_part(root: Path, files: Iterable[Path], folders: Iterable[Path]) -> 
     return troubles
 
 
-def _tell(console: Console, results_dir: Path, found: list[Removal]) -> None:
-    """What would go: a line for each kind, and what there is to know before it goes."""
+def _report(console: Console, results_dir: Path, found: list[Removal]) -> None:
+    """Print one line for each kind of files to remove, and the notes."""
     from rich.table import Table
 
     total = [file for removal in found for file in removal.files]
@@ -515,7 +514,7 @@ def _tell(console: Console, results_dir: Path, found: list[Removal]) -> None:
             _say(console, f"{removal.kind}: {note}")
     shared = size_of(total) - freed(total)
     if shared:
-        _say(console, f"{shared / MIB:,.1f} MiB of it have another name elsewhere, and stay on the disk")
+        _say(console, f"{shared / MIB:,.1f} MiB of it have other hard links and stay on the disk")
 
 
 def _amounts(files: Sequence[Path]) -> tuple[str, str]:

@@ -107,12 +107,12 @@ def _call_of(config: ComputeConfig, precision: str, device: str) -> NetworkCall:
         config.channels_last or config.compile != "off" or config.recompute
     ):
         return NetworkCall(plain)
-    return AsAsked(kind_of(device), precision, config.channels_last, config.compile, config.recompute, plain)
+    return AsAsked(device_type(device), precision, config.channels_last, config.compile, config.recompute, plain)
 
 
 def grad_scaler(config: ComputeConfig, device: str) -> torch.amp.GradScaler | None:
     """The loss scaler for fp16, which skips steps whose gradients overflowed; None for other precisions."""
-    return torch.amp.GradScaler(kind_of(device)) if config.precision == "fp16" else None
+    return torch.amp.GradScaler(device_type(device)) if config.precision == "fp16" else None
 
 
 def last_batch(config: ComputeConfig) -> AbstractContextManager[Any]:
@@ -160,7 +160,7 @@ def sampling_call(asked: Sampling, device: str) -> NetworkCall:
     check_sampling(asked, device)
     call: NetworkCall = NetworkCall()
     if asked.precision in DTYPES:
-        call = AsAsked(kind_of(device), asked.precision, plain=sampling_identity(asked, device))
+        call = AsAsked(device_type(device), asked.precision, plain=sampling_identity(asked, device))
     return Captured(call, device) if asked.cuda_graphs else call
 
 
@@ -240,7 +240,7 @@ def changed(config: ComputeConfig | None, asked: Sampling) -> list[str]:
 # --- what a device can do --------------------------------------------------------------------------------------------
 
 
-def kind_of(device: str) -> str:
+def device_type(device: str) -> str:
     """cpu or cuda."""
     return device.split(":")[0]
 

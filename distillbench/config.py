@@ -10,10 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import itertools
 import math
 import os
-import re
 import types
 import typing
 from collections.abc import Iterator
@@ -24,9 +22,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep, ValueType
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
@@ -40,18 +36,13 @@ from distillbench.executor_settings import EXECUTORS, ExecutorConfig, LocalConfi
 from distillbench.layout import CACHE, CELLS
 from distillbench.neighbours import PointBuilder
 from distillbench.options import option, require_between, require_one_of, require_positive
+from distillbench.overrides import CHOICES, GROUPS, LONGEST_NAME, first_line, grid_points, parse_override
 from distillbench.registry import Registry
-from distillbench.written_values import expand_home, quote_home, split_values, written_value
+from distillbench.written_values import expand_home, written_value
 
 ON_OOM = ("fail", "accumulate")
 HERE = Path(__file__).resolve().parent
-GROUPS = {"methods": "methods", "dataset": "datasets", "teacher": "teachers"}  # config group: kind in the registry
-CHOICES = (*GROUPS, "executor", "experiment")
-NAME = re.compile(r"[A-Za-z_][\w/]*(\.\w+)*", re.ASCII)
-MOST_RUNS = 100_000  # points of a grid
 RESERVED_NAMES = (".", "..", CELLS, CACHE)  # not for runs
-LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary files have longer names
-LONGEST_WORD = 10_000  # characters of a setting; Hydra's parser takes seconds for more
 LARGEST_INTEGER = 2**63 - 1
 
 
@@ -69,30 +60,34 @@ class StatesConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that a run depends on."""
+    """All settings of a run."""
 
     methods: dict[str, Any] = option({}, "the methods and their settings: methods=[boot,cm] methods.boot.lr=3e-4")
     dataset: Any = option(None, "the real images: dataset=digits")
     teacher: Any = option(None, "the frozen teacher: teacher=trained")
     conditional: bool = option(False, "class-conditional teacher and students, for a dataset with labels")
     guidance: float = option(1.0, "w of the teacher's classifier-free guidance, f_0 + w (f_c - f_0); 1: none")
-    guidance_range: list[float] = option([], "[LOW,HIGH]: students learn every w in it, and are sampled at guidance")
+    guidance_range: list[float] = option(
+        [], "[LOW,HIGH]: students are trained on every w in it, and sampled with w = guidance"
+    )
     budget: BudgetConfig = option(BudgetConfig, "how long every method trains")
     evaluation: EvaluationConfig = option(EvaluationConfig, "what is sampled and scored")
-    compute: ComputeConfig = option(ComputeConfig, "how networks are computed in training")
-    batch_size: int = option(128, "images in a training step, for every method")
-    accumulate: int = option(1, "parts in which a step is computed, one after the other, for less memory")
-    on_oom: str = option("fail", "where training runs out of memory: fail, or accumulate: anew in twice the parts")
-    seed: int = option(0, "seed of training: noise, times and the order of the data")
+    compute: ComputeConfig = option(ComputeConfig, "precision, compilation and memory of networks in training")
+    batch_size: int = option(128, "images of a training step, for every method")
+    accumulate: int = option(1, "gradient accumulation: parts of a step, computed one after the other to save memory")
+    on_oom: str = option(
+        "fail", "if training runs out of memory: fail, or accumulate (start again with twice the parts)"
+    )
+    seed: int = option(0, "training seed: noise, times and the order of the data")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    threads: int = option(1, "CPU threads; small networks are fastest, and undisturbed, on one")
-    executor: Any = option(None, "where cells are worked on: executor=local, submitit (Slurm) or ray")
-    isolate: bool = option(True, "each cell in a process of its own: a crash hurts one row")
-    cell_seconds: float = option(0.0, "longest that the process of a cell may take; 0: no limit")
-    states: StatesConfig = option(StatesConfig, "of trainings in progress")
-    energy: str = option("nvml", "how joules are counted: nvml (the GPU's counter) or zeus (an extra)")
-    results_dir: str = option("results", "where records and tables go", path=True)
-    run_name: str = option("", "folder of this run below results_dir; empty: made from the dataset and what is run")
+    threads: int = option(1, "CPU threads; small networks are fastest with one")
+    executor: Any = option(None, "where cells run: executor=local, submitit (Slurm) or ray")
+    isolate: bool = option(True, "run each cell in its own process, so that a crash fails one row only")
+    cell_seconds: float = option(0.0, "time limit of the process of a cell; 0: none")
+    states: StatesConfig = option(StatesConfig, "training states, from which an interrupted training resumes")
+    energy: str = option("nvml", "how energy is measured: nvml (the GPU's counter) or zeus (an extra)")
+    results_dir: str = option("results", "folder for records and tables", path=True)
+    run_name: str = option("", "name of this run's folder in results_dir; empty: made from the dataset and the cells")
 
     def __post_init__(self) -> None:
         require_positive(self, "batch_size")
@@ -159,7 +154,7 @@ def compose_runs(words: list[str], registry: Registry, need_methods: bool = True
     """One RunConfig for each point of the grid that the overrides `words` span. Raises UserError for invalid ones."""
     _store_nodes(registry)
     with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-        points = _grid([_read(word, registry) for word in words], registry)
+        points = grid_points([parse_override(word, registry) for word in words], registry)
         bases: dict[tuple[str, ...], DictConfig] = {}
         known: dict[tuple[str, ...], PointBuilder] = {}
         if len(points) == 1:
@@ -197,108 +192,6 @@ def _store_nodes(registry: Registry) -> None:
 def _default(config: type, name: str) -> DictConfig:
     # Only `kind` is set here. The checks of a plugin's defaults run when they are composed.
     return typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(config), {"kind": name}))
-
-
-# --- arguments to grid points ----------------------------------------------------------------------------------------
-
-
-def _read(word: str, registry: Registry) -> Override:
-    """One command-line argument as Hydra's Override. Raises UserError if it is not of the form name=value."""
-    if not word.strip():
-        raise UserError("an empty setting. A setting reads name=value")
-    if word[0] in "+~":
-        raise UserError(f"cannot use {quoted(word)}: settings are changed with name=value, none is added or deleted")
-    if "=" not in word:
-        raise UserError(f"{quoted(word)} is not a setting. A setting reads name=value{_meant(word, registry)}")
-    if len(name := word.partition("=")[0]) > LONGEST_NAME:  # Hydra looks for a file with this name
-        raise UserError(f"no setting {quoted(name)}: its name has {len(name):,} characters")
-    if len(word) > LONGEST_WORD:
-        raise UserError(f"{quoted(word)} has {len(word):,} characters, a setting has at most {LONGEST_WORD:,}")
-    try:
-        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        (setting,) = parser.parse_overrides([quote_home(word)])
-    except HydraException as error:
-        raise UserError(f"cannot read the setting {quoted(word)}: {_advice(word)}") from error
-    except (ValueError, RecursionError) as error:  # more digits or nesting than Python can read
-        raise UserError(f"cannot read the setting {quoted(word)}: {_first_line(error)}") from error
-    if setting.package is not None:
-        raise UserError(f"no setting {quoted(word.partition('=')[0])}: '@' has no meaning here")
-    return setting
-
-
-def _meant(word: str, registry: Registry) -> str:
-    for group, kind in GROUPS.items():
-        if word in registry.of_kind(kind):
-            return f". Did you mean {group}={f'[{word}]' if group == 'methods' else word}?"
-    return ", such as budget.images=400000"
-
-
-def _advice(word: str) -> str:
-    """How to write an argument that Hydra's grammar cannot read."""
-    name, _, value = word.partition("=")
-    for opening, closing in ("[]", "{}", "()"):
-        if value.count(opening) != value.count(closing):
-            return f"{opening} and {closing} do not match. Quote what the shell would split: 'methods=[NAME,NAME]'"
-    if not NAME.fullmatch(name):
-        return "a setting reads name=value, such as budget.images=400000"
-    return f"a value with unusual characters needs quotes of its own, inside the shell's: '{name}=\"VALUE\"'"
-
-
-def _grid(settings: list[Override], registry: Registry) -> list[list[Override]]:
-    """Every combination of the values that the settings are swept over."""
-    axes = [_values(setting, registry) for setting in settings]
-    if math.prod(map(len, axes)) > MOST_RUNS:
-        raise _too_many()
-    points = [list(point) for point in itertools.product(*axes)]
-    for setting in itertools.chain.from_iterable(axes):
-        _check_choice(setting, registry)
-    return points
-
-
-def _too_many() -> UserError:
-    return UserError(f"the sweeps span more than {MOST_RUNS:,} runs")
-
-
-def _values(setting: Override, registry: Registry) -> list[Override]:
-    word = str(setting.input_line)
-    if not setting.is_sweep_override():
-        return [setting]
-    try:
-        values = list(itertools.islice(setting.sweep_string_iterator(), MOST_RUNS + 1))
-    except HydraException as error:
-        raise UserError(f"cannot sweep {quoted(word)}. List the values, or use range(START,STOP)") from error
-    if not values:
-        raise UserError(f"{quoted(word)} spans no value")
-    if len(values) > MOST_RUNS:
-        raise _too_many()
-    given = setting.value()
-    if isinstance(given, RangeSweep) and setting.key_or_group not in CHOICES and not given.shuffle:
-        return [_at(setting, value) for value in setting.sweep_iterator()]  # thousands of numbers need no parsing
-    written = split_values(word.partition("=")[2])
-    if isinstance(given, ChoiceSweep) and given.simple_form and len(written) == len(values):
-        values = written  # Hydra gives the values that it parsed: 20240101 for 2024_01_01
-    return [_read(f"{setting.get_key_element()}={value}", registry) for value in values]
-
-
-def _at(setting: Override, value: Any) -> Override:
-    """The override with one number of its range."""
-    word = f"{setting.get_key_element()}={value}"
-    return dataclasses.replace(setting, value_type=ValueType.ELEMENT, _value=value, input_line=word)
-
-
-def _check_choice(setting: Override, registry: Registry) -> None:
-    key = setting.key_or_group
-    if key not in CHOICES:
-        return
-    value = setting.value()
-    names = value if isinstance(value, list) else [value]
-    possible = GlobalHydra.instance().config_loader().get_group_options(key)
-    for name in names:
-        if name not in possible:
-            raise registry.no(key.removesuffix("s"), "null" if name is None else str(name), possible)
-    if key != "methods" and len(names) != 1:
-        every = ",".join(map(str, names))
-        raise UserError(f"{key} takes one name, got [{every}]. To sweep over several write {key}={every or 'NAME'}")
 
 
 # --- grid point to typed settings ------------------------------------------------------------------------------------
@@ -365,7 +258,7 @@ def _keep_chosen(config: DictConfig, registry: Registry) -> DictConfig:
             if name in registry.methods:
                 OmegaConf.merge(_default(registry.methods[name].cls.Config, name), node)
         except (OmegaConfBaseException, ValueError) as error:
-            raise UserError(f"an experiment has an invalid setting of methods.{name}: {_first_line(error)}") from error
+            raise UserError(f"an experiment has an invalid setting of methods.{name}: {first_line(error)}") from error
         with open_dict(config):
             del config.methods[name]
     return config
@@ -427,14 +320,14 @@ def _instantiate(config: DictConfig) -> RunConfig:
         except OmegaConfBaseException:
             raise
         except Exception as error:  # a third-party Config may raise anything
-            raise UserError(f"{path or 'settings'}: {type(error).__name__}: {_first_line(error)}") from error
+            raise UserError(f"{path or 'settings'}: {type(error).__name__}: {first_line(error)}") from error
         _check_numbers(path, node)
     run = OmegaConf.to_object(config)
     assert isinstance(run, RunConfig)
     try:
         OmegaConf.structured(run)
     except OmegaConfBaseException as error:  # an interpolation may have a value of another type
-        raise UserError(f"{error.full_key or 'settings'}: {_first_line(error)}") from error
+        raise UserError(f"{error.full_key or 'settings'}: {first_line(error)}") from error
     return run
 
 
@@ -474,7 +367,7 @@ def _located(path: str, node: DictConfig, message: str) -> str:
 def _explained(error: Exception, values: list[Override], base: DictConfig | None) -> UserError:
     """An error of Hydra or OmegaConf, in terms of the command line."""
     if base is None or not isinstance(error, OmegaConfBaseException) or not error.full_key:
-        return UserError(f"cannot use the settings: {_first_line(error, 2)}")
+        return UserError(f"cannot use the settings: {first_line(error, 2)}")
     path = error.full_key.partition("[")[0]
     parent, _, name = path.rpartition(".")
     node = OmegaConf.select(base, parent) if parent else base
@@ -482,13 +375,13 @@ def _explained(error: Exception, values: list[Override], base: DictConfig | None
     if name not in list(node):
         return UserError(_no_setting(path, name, parent, node))
     if name not in hints:
-        return UserError(f"cannot use {path}={_given(path, values)}: {_first_line(error)}")
+        return UserError(f"cannot use {path}={_given(path, values)}: {first_line(error)}")
     wanted = _wanted_group(path, node[name]) if dataclasses.is_dataclass(hints[name]) else type_in_words(hints[name])
     given = _given(path, values)
     if isinstance(error, MissingMandatoryValue):
         return UserError(f"{path} must be given: {wanted}")
     if not given or isinstance(error, InterpolationResolutionError):
-        return UserError(f"{path} must be {wanted}: {_first_line(error)}")
+        return UserError(f"{path} must be {wanted}: {first_line(error)}")
     near = nearest(given.strip("'"), [member.name for member in hints[name]]) if _is_enum(hints[name]) else ""
     return UserError(f"{path} must be {wanted}, got {given}{near and '.'}{near}")
 
@@ -520,11 +413,6 @@ def type_in_words(hint: Any) -> str:
 
 def _is_enum(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, Enum)
-
-
-def _first_line(error: BaseException, count: int = 1) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:count]) if lines else type(error).__name__
 
 
 def _join(path: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What ``distillbench data check`` says of a dataset: every image is read once."""
+"""``distillbench data check``: read every image of a dataset once and report what is found."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from distillbench.registry import Registry
 
 BATCH = 256  # images read at a time
-LISTED = 10  # names in a list, before a count stands for the rest
-COLUMNS, ROWS = 8, 8  # of the picture
+LISTED = 10  # names that a list shows
+COLUMNS, ROWS = 8, 8  # of the grid of images
 
 
 @dataclass
 class Report:
-    """What is there. `facts` are (name, value) in words; images are named as their source names them."""
+    """The findings. `facts` are (name, value) texts; images have the names of their source."""
 
     facts: list[tuple[str, str]]
     images: int = 0
-    damaged: list[str] = field(default_factory=list)  # one message for each
-    duplicates: list[list[str]] = field(default_factory=list)  # groups of images that are stored with the same bytes
-    mean: list[float] = field(default_factory=list)  # by channel, of [-1, 1]
+    damaged: list[str] = field(default_factory=list)  # one message per damaged image
+    duplicates: list[list[str]] = field(default_factory=list)  # names of images with identical bytes
+    mean: list[float] = field(default_factory=list)  # per channel, of pixels in [-1, 1]
     std: list[float] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)  # what Pillow says of images that it reads, each once
+    remarks: list[str] = field(default_factory=list)  # distinct warnings of Pillow
     shown: Tensor | None = None  # (N,C,H,W) uint8, the first images
 
     @property
@@ -58,7 +58,7 @@ class Report:
             repeated = sum(len(group) - 1 for group in self.duplicates)
             groups = [" = ".join(group[:3]) + (" = ..." if len(group) > 3 else "") for group in self.duplicates]
             found.append(("duplicates", f"{repeated:,}: {_listed(groups)}" if repeated else "none"))
-            found += [("Pillow says", _listed(self.remarks))] if self.remarks else []
+            found += [("warnings of Pillow", _listed(self.remarks))] if self.remarks else []
             found.append(("damaged", f"{len(self.damaged):,}: {_listed(self.damaged)}" if self.damaged else "none"))
         return found
 
@@ -102,7 +102,7 @@ def check(dataset: Dataset, progress: Progress | None = None) -> Report:
 
 
 def _read(dataset: Dataset, indices: range, report: Report) -> Tensor:
-    """The images at `indices` that can be read, uint8; the others go into the report."""
+    """The readable images at `indices`, uint8; the messages of the others are added to the report."""
     if not isinstance(dataset, FileDataset):
         return to_uint8(dataset.read(torch.tensor(indices)))
 
@@ -145,10 +145,10 @@ def _classes(dataset: Dataset) -> list[tuple[str, str]]:
     counts = torch.bincount(dataset.labels(torch.arange(len(dataset))), minlength=dataset.classes).tolist()
     names = list(dataset.class_names) if isinstance(dataset, FileDataset) else []
     names = names if len(names) == len(counts) else [str(number) for number in range(len(counts))]
-    told = [f"{name} {number:,}" for name, number in zip(names, counts, strict=True)]
+    listed = [f"{name} {number:,}" for name, number in zip(names, counts, strict=True)]
     empty = sum(not number for number in counts)
     spread = f"{min(counts):,} to {max(counts):,} images each" + (f", {empty:,} without any" if empty else "")
-    return [("classes", f"{dataset.classes:,}, {spread}" + (f": {', '.join(told)}" if len(told) <= 20 else ""))]
+    return [("classes", f"{dataset.classes:,}, {spread}" + (f": {', '.join(listed)}" if len(listed) <= 20 else ""))]
 
 
 def _duplicates(dataset: FileDataset) -> list[list[str]]:
@@ -160,16 +160,16 @@ def _duplicates(dataset: FileDataset) -> list[list[str]]:
 
 
 def grid_picture(images: Tensor) -> Image.Image:
-    """The first images (N,C,H,W) uint8, `COLUMNS` a line, each line with the number of its first."""
+    """A picture of the first images (N,C,H,W) uint8, `COLUMNS` per line, with the index of the first in each line."""
     lines = images[: COLUMNS * ROWS].split(COLUMNS)
-    if len(lines) > 1 and len(lines[-1]) < COLUMNS:  # a picture is as wide as its shortest line
+    if len(lines) > 1 and len(lines[-1]) < COLUMNS:  # sample_grid is as wide as its shortest line
         missing = COLUMNS - len(lines[-1])
         lines = (*lines[:-1], torch.cat([lines[-1], images.new_full((missing, *images.shape[1:]), 255)]))
     return sample_grid([(f"{number * COLUMNS}", line) for number, line in enumerate(lines)], columns=COLUMNS)
 
 
 def command(settings: Sequence[str], registry: Registry, grid: Path | None, console: Console) -> int:
-    """``distillbench data check SETTINGS``: print what the dataset is, write a picture to `grid`. The exit code."""
+    """``distillbench data check SETTINGS``: print the report, write a picture to `grid`, return the exit code."""
     from rich import box
     from rich.table import Table
 
@@ -179,7 +179,7 @@ def command(settings: Sequence[str], registry: Registry, grid: Path | None, cons
         raise UserError(f"--grid must name a .png file, got {str(grid)!r}")
     configs = compose_runs(list(settings), registry, need_methods=False)
     if len(configs) > 1:
-        raise UserError(f"data check takes one dataset, the settings span {len(configs)}")
+        raise UserError(f"data check takes one dataset, but the settings describe {len(configs)} runs")
     dataset = registry.get("datasets", configs[0].dataset.kind).cls(configs[0].dataset)
     report = check(dataset, Progress(console))
     table = Table(box=box.SIMPLE_HEAD, show_header=False, show_edge=False, padding=(0, 1, 0, 0))
@@ -195,5 +195,5 @@ def command(settings: Sequence[str], registry: Registry, grid: Path | None, cons
         write_atomically(grid, lambda path: picture.save(path, format="png"))
         console.print(f"written: {grid}", markup=False, soft_wrap=True)
     if grid is not None and report.shown is None:
-        console.print(f"no image to show: {grid} is not written", markup=False, soft_wrap=True)
+        console.print(f"no images, so {grid} is not written", markup=False, soft_wrap=True)
     return 0 if report.ok else 1

@@ -1,4 +1,4 @@
-"""Datasets: real images by index, as 8-bit values."""
+"""The interface of datasets: real images by index, usually as 8-bit values."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Dataset(ABC):
     Config: ClassVar[type[DatasetConfig]]
     licence: ClassVar[str]
     shape: tuple[int, int, int]  # C,H,W
-    sha256: str  # of the pixels: identifies the data, wherever they were read from
-    split: str = "all"  # which part of the dataset, as its authors cut it
-    resizer: str = "none"  # how images came to their shape: it moves every score
+    sha256: str  # of the pixels: identifies the data, wherever it was read from
+    split: str = "all"  # which of the authors' splits
+    resizer: str = "none"  # how images were cropped and resized, which changes every score
     classes: int = 0  # number of classes; 0: the images have no labels
-    prompts: Sequence[str] | None = None  # texts, one for each class: the caption of image i is prompt i
-    evaluated: range | None = None  # the classes that evaluation asks for, after those of training; None: all
-    notes: Sequence[str] = ()  # what a user should know of how it was read: what was left out, and why
-    law: Law | None = None  # what the images are drawn from, where that is known exactly
+    prompts: Sequence[str] | None = None  # texts, one per class: the caption of image i is prompt i
+    evaluated: range | None = None  # the classes used by evaluation only, after those of training; None: all
+    notes: Sequence[str] = ()  # for the user: what was left out when reading, and why
+    law: Law | None = None  # the distribution of the images, if it is known in closed form
 
     @abstractmethod
     def __init__(self, config: Any) -> None:
@@ -47,25 +47,25 @@ class Dataset(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of images; 0 where there are none, which serves data-free methods only."""
+        """Number of images; 0 for a dataset without images, which only data-free methods can use."""
 
     @abstractmethod
     def read(self, indices: Tensor) -> Tensor:
-        """The images at `indices`, (B,C,H,W): uint8, or floating point in [-1, 1] where they were never rounded."""
+        """The images at `indices`, (B,C,H,W): uint8, or floating point in [-1, 1] if they were never quantised."""
 
     def labels(self, indices: Tensor) -> Tensor:
-        """The classes of the images at `indices`, (B,) int64. Datasets with ``classes`` define it."""
+        """The classes of the images at `indices`, (B,) int64. Datasets with ``classes`` override it."""
         raise NotImplementedError(f"{self.name} declares {self.classes} classes but no labels")
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Images as they were read, uint8 or floating point, to [-1, 1] in the default dtype."""
+    """Images as read (uint8, or floating point in [-1, 1]) to [-1, 1] in the default dtype."""
     x_0 = images.to(torch.get_default_dtype())
     return x_0 / 127.5 - 1 if images.dtype == torch.uint8 else x_0
 
 
 def to_uint8(x_0: Tensor) -> Tensor:
-    """[-1, 1] to uint8, clipped and rounded to the nearest level; uint8 stays as it is."""
+    """[-1, 1] to uint8, clipped and rounded to the nearest level; uint8 is returned unchanged."""
     if x_0.dtype == torch.uint8:
         return x_0
     return ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

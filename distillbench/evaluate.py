@@ -1,4 +1,4 @@
-"""Evaluation: the same noise for every method and the teacher, and the same scores."""
+"""Evaluation: every method and the teacher are sampled from the same noise and scored by the same metrics."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from distillbench.teachers import Teacher
 from distillbench.turns import in_turns
 
 Sampler = Callable[[Callable[[int], Tensor], int, Condition], Tensor]  # (noise, nfe, c) -> x_0 (B,C,H,W)
-SHOWN = 64  # images of every row that are kept to be looked at
-ANSWERS_PROTOCOL = 2  # of the teacher's answers that are kept: raise when what is sampled changes
-READ = 1024  # images handed to feature networks at a time
+SHOWN = 64  # images of every row that are saved for viewing
+ANSWERS_PROTOCOL = 2  # version of the cached teacher samples: increase it when samples change
+READ = 1024  # images passed to feature networks at a time
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The scores of one row; None where `missing` gives the reason."""
+    """The scores of one row; None if undefined, for the reason in `missing`."""
 
     scores: dict[str, float | None]
     missing: dict[str, str]
@@ -48,7 +48,7 @@ class Measured:
 
 
 class Evaluator:
-    """Scores samplers on one dataset against one teacher. Made once for all of them, so that all meet the same."""
+    """Scores samplers on one dataset against one teacher. One object serves all samplers: same noise, same metrics."""
 
     def __init__(
         self, config: EvaluationConfig, metrics: dict[str, type[Metric]], real: RealImages, teacher: Teacher,
@@ -60,50 +60,53 @@ class Evaluator:
         self.metrics = [cls() for cls in metrics.values()]
         self.kept = features_kept(metrics)
         self._answers: dict[int, tuple[Tensor, ImageSet]] = {}  # by sampling seed
-        self._call: NetworkCall | None = None  # of all rows of a cell
+        self._call: NetworkCall | None = None  # shared by all rows of a cell
 
     def answers(self, seed: int, order: SampleOrder | None = None) -> tuple[Tensor, ImageSet]:
-        """The teacher's many-step answers to the noise of `seed`: (N,C,H,W), and as 8-bit images.
+        """The teacher's many-step samples for the noise of `seed`: (N,C,H,W), and as 8-bit images.
 
-        Where there is a cache they are made once for all processes, and kept. `order` tells others how to help.
+        With a cache they are computed once for all processes and stored. `order` tells other ranks what to sample.
         """
         if seed not in self._answers:
-            told = order and replace(order, answers=True, seed=seed)
-            x_0 = self._made_answers(seed, told) if self.cache is None else self._kept_answers(seed, self.cache, told)
+            order = order and replace(order, answers=True, seed=seed)
+            if self.cache is None:
+                x_0 = self._sample_teacher(seed, order)
+            else:
+                x_0 = self._cached_answers(seed, self.cache, order)
             self._answers[seed] = x_0, self._images(x_0)
         return self._answers[seed]
 
-    def _made_answers(self, seed: int, order: SampleOrder | None) -> Tensor:
+    def _sample_teacher(self, seed: int, order: SampleOrder | None) -> Tensor:
         with self.progress.step("the teacher's many-step answers") as step:
             return self._sample(self._solver(), self._most_nfe(), seed, step, order)
 
     def _solver(self) -> Sampler:
-        """Of the many-step answers."""
+        """The sampler of the many-step samples."""
         return teacher_sampler(self.teacher, self.config.solvers()[0])
 
     def _most_nfe(self) -> int:
-        """Network evaluations of a many-step answer."""
+        """Network evaluations of one many-step sample."""
         steps = max(self.config.teacher_steps)
         return self.config.solvers()[0].evaluations(steps) * self.teacher.conditioning.evaluations
 
-    def _kept_answers(self, seed: int, cache: Path, order: SampleOrder | None) -> Tensor:
+    def _cached_answers(self, seed: int, cache: Path, order: SampleOrder | None) -> Tensor:
         recipe = {
             "protocol": ANSWERS_PROTOCOL,
             "teacher_sha256": self.teacher.sha256,
             "sampler": self.config.solvers()[0].name,
             "nfe": self._most_nfe(),
             "images": self.config.images,
-            "batch_size": self.config.batch_size,  # another one moves the last bits, as do devices and threads
+            "batch_size": self.config.batch_size,  # changes the last bits, as do devices and threads
             "seed": seed,
             "device": self.device.split(":")[0],
             "threads": torch.get_num_threads(),
-            "dataset_sha256": self.real.dataset.sha256,  # with its texts, and the images that an upscaler enlarges
+            "dataset_sha256": self.real.dataset.sha256,  # includes its texts, and the images that an upscaler enlarges
             **self.teacher.conditioning.asked_of_images(),
             **({"compute": computed} if (computed := sampling_identity(self.config.sampling, self.device)) else {}),
         }
 
         def fill(array: np.ndarray) -> None:
-            array[:] = self._made_answers(seed, order).numpy()
+            array[:] = self._sample_teacher(seed, order).numpy()
 
         shape = (self.config.images, *self.teacher.image_shape)
         array = kept_array(cache, "the teacher's answers", recipe, shape, fill, self.progress)
@@ -112,15 +115,15 @@ class Evaluator:
     def measure(
         self, sampler: Sampler, nfe: int, seed: int, keeps_noise: bool, label: str, order: SampleOrder | None = None
     ) -> Measured:
-        """The scores of `sampler` at `nfe` evaluations an image, on the noise of sampling seed `seed`.
+        """The scores of `sampler` at `nfe` evaluations per image, on the noise of sampling seed `seed`.
 
-        Where several processes sample, `order` tells the others of which cell and with which weights.
+        If several ranks sample, `order` tells the others the cell and the weights.
         """
         teacher_x_0, teacher = self.answers(seed, order)
         with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:
             x_0 = self._sample(sampler, nfe, seed, step, order and replace(order, nfe=nfe, seed=seed))
-        asked = self.teacher.conditioning
-        labels = asked.labels_of_images(range(len(x_0))) if asked.classes else None
+        conditioning = self.teacher.conditioning
+        labels = conditioning.labels_of_images(range(len(x_0))) if conditioning.classes else None
         texts = self.real.dataset.prompts
         prompts = [texts[label] for label in labels.tolist()] if texts is not None and labels is not None else None
         samples = Samples(x_0, teacher_x_0, self._images(x_0), teacher, self.real, keeps_noise, labels, prompts)
@@ -155,7 +158,7 @@ class Evaluator:
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
-        """A block in which rows are sampled. CUDA graphs are captured once for all rows of a cell."""
+        """A context for sampling rows. CUDA graphs are captured once for all rows of a cell."""
         self._call = self._call or sampling_call(self.config.sampling, self.device)
         computed = sampling(self.config.sampling, self.teacher, self.device, self._call)
         with torch.no_grad(), self.teacher.autoencoder_kept_on_device(), computed:
@@ -166,32 +169,32 @@ class Evaluator:
                 raise
 
     def release(self) -> None:
-        """Free the CUDA graphs: the networks of the next cell are others, and its training wants the memory."""
+        """Free the CUDA graphs: the next cell has other networks, and its training needs the memory."""
         self._call = None
 
     def follow_sampling(self, sampler: Sampler | None, order: SampleOrder) -> None:
-        """A follower's batches of what the main process samples."""
+        """Sample this rank's batches of rank 0's row; `sampler` None: the teacher's many-step sampler."""
         nfe = self._most_nfe() if order.answers else order.nfe
-        self._in_turns(self._solver() if sampler is None else sampler, nfe, order.seed, Step(lambda *told: None))
+        self._in_turns(self._solver() if sampler is None else sampler, nfe, order.seed, Step(lambda *_: None))
 
     def _in_turns(self, sampler: Sampler, nfe: int, seed: int, step: Step) -> tuple[list[Tensor], Exception | None]:
-        """The batches of a row, each made by one of several processes."""
+        """The batches of a row, each sampled by one of several ranks."""
         count = math.ceil(self.config.images / self.config.batch_size)
 
-        def make(index: int) -> Tensor:
-            made = to_host(self._batches(sampler, nfe, seed, range(index, index + 1)), self.device)
-            (images,) = self._checked(made, nfe, step, index * self.config.batch_size)
+        def sample_batch(index: int) -> Tensor:
+            batches = to_host(self._batches(sampler, nfe, seed, range(index, index + 1)), self.device)
+            (images,) = self._checked(batches, nfe, step, index * self.config.batch_size)
             return images
 
         with self._sampling():
-            return in_turns(count, make, self.ranks)
+            return in_turns(count, sample_batch, self.ranks)
 
     def _batches(
         self, sampler: Sampler, nfe: int, seed: int, which: range | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images of a row in batches (None: all), and whether each batch was finite before it was clipped.
 
-        Both stay on the device. To look at the flag here would wait for the batch, and for what comes after it.
+        Both stay on the device: reading the flag here would wait for the device.
         """
         size = self.config.batch_size
         indices = which or range(math.ceil(self.config.images / size))
@@ -200,7 +203,7 @@ class Evaluator:
             yield self.teacher.to_images(x_0), torch.isfinite(x_0).all()
 
     def _checked(self, batches: Iterable[tuple[Tensor, ...]], nfe: int, step: Step, done: int = 0) -> Iterator[Tensor]:
-        """The images of batches that have arrived on the host; raises DivergedError at one that is not finite."""
+        """The images of batches on the host; raises DivergedError if a batch is not finite."""
         for images, finite in batches:
             if not finite:
                 raise DivergedError(f"samples with {nfe} evaluations are not finite")
@@ -209,13 +212,15 @@ class Evaluator:
             step.advance(done / self.config.images)
 
     def _counted(self, sampler: Sampler, noise: Noise | DrawnAhead, size: int, nfe: int) -> Tensor:
-        """A batch of samples, held to the number of evaluations and the shape that a row promises."""
-        c = self.teacher.conditioning.of_images(noise.indices, self.device)  # an upscaler's base is not of the row
+        """A batch of samples; raises RuntimeError if its shape or its number of evaluations is wrong."""
+        c = self.teacher.conditioning.of_images(
+            noise.indices, self.device
+        )  # before counting: an upscaler's base samples are not part of the row
         before = self._rows()
         x_0 = sampler(noise, nfe, c)
         counted = self._rows() - before
         if counted != nfe * size:
-            raise RuntimeError(f"asked for {nfe} evaluations an image, counted {counted / size:g}")
+            raise RuntimeError(f"requested {nfe} evaluations per image, counted {counted / size:g}")
         if x_0.shape != (size, *self.teacher.shape):
             raise RuntimeError(f"samples must have shape {(size, *self.teacher.shape)}, got {tuple(x_0.shape)}")
         return x_0
@@ -225,7 +230,7 @@ class Evaluator:
 
 
 def features_kept(metrics: dict[str, type[Metric]]) -> frozenset:
-    """The networks of which some metric needs every feature, and not the moments alone."""
+    """The networks of which some metric needs every feature, not only mean and covariance."""
     return frozenset(cls.network for cls in metrics.values() if cls.network and Need.features in cls.needs)
 
 
@@ -245,7 +250,7 @@ def teacher_sampler(teacher: Teacher, solver: Solver) -> Sampler:
     def sample(noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         steps = solver.steps(nfe // evaluations)
         if steps is None or nfe % evaluations:
-            raise ValueError(f"{solver.name} cannot use exactly {nfe} evaluations, {evaluations} of them an answer")
+            raise ValueError(f"{solver.name} cannot use exactly {nfe} evaluations, {evaluations} for each denoising")
         return solver.solve(partial(teacher.denoise, c=c), teacher.schedule, noise(0), steps, noise)
 
     return sample

@@ -11,7 +11,7 @@ import torch
 from distillbench.errors import DivergedError, UserError
 
 CLOSED = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Socket closed", "failed to recv")
-LATE = ("Timed out", "timed out", "timeout", "Timeout")
+TIMED_OUT = ("Timed out", "timed out", "timeout", "Timeout")
 
 
 class LostError(UserError):
@@ -56,7 +56,7 @@ def worst(failures: Sequence[Failure]) -> Failure:
     return next((failure for failure in failures if failure.kind == "oom"), failures[0])
 
 
-def of_message(error: RuntimeError) -> Exception:
+def translated(error: RuntimeError) -> Exception:
     """The error that one of torch.distributed means: this rank is out of memory, or it cannot reach another rank.
 
     gloo has no classes of errors, only texts.
@@ -68,6 +68,6 @@ def of_message(error: RuntimeError) -> Exception:
     again = "the same command continues from the last saved state"
     if any(words in text for words in CLOSED):
         return LostError(f"another rank has ended; its own output says why; {again}")
-    if any(words in text for words in LATE):
+    if any(words in text for words in TIMED_OUT):
         return LostError(f"another rank does not answer ({line}); {again}")
     return LostError(f"the ranks cannot exchange messages: {type(error).__name__}: {line}; {again}")

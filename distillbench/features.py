@@ -1,7 +1,7 @@
-"""Feature networks, and sets of images seen through them.
+"""Feature networks, and sets of images with their features.
 
-A network always sees blocks of its own size, whatever sizes images come in: convolutions of another batch size give
-other last digits, and a score must not depend on how images were batched.
+A network always gets batches of its own fixed size, whatever the batches that images come in: convolutions of another
+batch size round differently, and a score must not depend on how images were batched.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ __all__ = ["FeatureNetwork", "ImageSet", "full_precision", "resized"]
 
 
 class FeatureNetwork(ABC):
-    """A pretrained network whose features scores are made of, with its preprocessing.
+    """A pretrained network, with its preprocessing, whose features metrics use.
 
-    Constructed with the file of its weights, which is whole and unchanged, and the device.
+    Constructed with the file of its weights, whose SHA-256 has been checked, and the device.
     """
 
     name: ClassVar[str]
-    protocol: ClassVar[str]  # everything that decides the features, with a version
+    protocol: ClassVar[str]  # everything but the weights that determines the features, with a version
     width: ClassVar[int]  # D
     weights: ClassVar[WeightsFile]
-    also: ClassVar[tuple[WeightsFile, ...]] = ()  # further files, by the same rules: a vocabulary
-    batch: ClassVar[int] = 128  # images of a block
+    also: ClassVar[tuple[WeightsFile, ...]] = ()  # further files that are found and checked alike, such as a vocabulary
+    batch: ClassVar[int] = 128  # images per batch
 
     @classmethod
     def locate(cls, folder: Path) -> Path:
-        """The file of its weights, looked for in `folder` too; raises Unavailable if a file is missing or another."""
+        """The file of its weights, in `folder` or torch.hub's. Raises Unavailable like :func:`pretrained.locate`."""
         for file in cls.also:
             locate(cls.name, file, folder)
         return locate(cls.name, cls.weights, folder)
@@ -55,7 +55,7 @@ class FeatureNetwork(ABC):
 
     @classmethod
     def identity(cls, folder: Path) -> dict[str, Any]:
-        """What decides its features, as plain values; without weights, their hash is None."""
+        """All that determines its features, as plain values; without the weights, their hash is None."""
         try:
             cls.locate(folder)
         except Unavailable:
@@ -64,29 +64,29 @@ class FeatureNetwork(ABC):
 
 
 class Networks:
-    """The feature networks of a run on one device, each loaded when it is first needed."""
+    """The feature networks of a run on one device; each is loaded when it is first needed."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.folder, self.device = folder, device
         self._loaded: dict[type[FeatureNetwork], FeatureNetwork] = {}
 
     def get(self, network: type[FeatureNetwork]) -> FeatureNetwork:
-        """Raises Unavailable where its weights are missing."""
+        """The loaded network; raises Unavailable if its weights are missing."""
         if network not in self._loaded:
             self._loaded[network] = network(network.locate(self.folder), self.device)
         return self._loaded[network]
 
     def look(self, network: type[FeatureNetwork], images: Iterable[Tensor]) -> Generator[Tensor, None, None]:
-        """Features of uint8 images (b,C,H,W) that come in batches of any size, in blocks (at most network.batch, D).
+        """Features of uint8 images (b,C,H,W) in batches of any size, in blocks (at most network.batch, D).
 
-        Whoever may not want all of them closes it: other processes may help.
+        Close it if not all features are read: a subclass may use other processes.
         """
         return look(self.get(network), images, self.device)
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 throughout: no TF32, no autocast, whatever the run trains with."""
+    """float32 inside the block: no TF32, no autocast, and deterministic cuDNN, whatever the run trains with."""
     dtype, cudnn = torch.get_default_dtype(), torch.backends.cudnn
     before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
     torch.set_default_dtype(torch.float32)
@@ -100,18 +100,18 @@ def full_precision() -> Iterator[None]:
 
 
 def resized(images: Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    """resize(picture (H,W,3) uint8) of each of `images` (B,3,H,W) uint8, as float32 (B,3,h,w) on their device.
+    """Apply `resize` (uint8 (H,W,3) -> (h,w,3)) to each of `images` (B,3,H,W) uint8; float32 (B,3,h,w) on their device.
 
-    For networks that are defined on the resizing of another library, which works on one picture at a time.
+    For networks whose preprocessing uses the resizing of another library, one image at a time.
     """
-    pictures = [resize(picture) for picture in images.permute(0, 2, 3, 1).cpu().numpy()]
-    return to_device(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float(), images.device)
+    arrays = [resize(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+    return to_device(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float(), images.device)
 
 
 def look(network: FeatureNetwork, images: Iterable[Tensor], device: str) -> Generator[Tensor, None, None]:
-    """Features of uint8 images (b,C,H,W) that come in batches of any size, in blocks (at most network.batch, D).
+    """Features of uint8 images (b,C,H,W) in batches of any size, in blocks (at most network.batch, D).
 
-    Grey images are repeated to three channels. The last block is filled up with copies of its last image.
+    Grey images are repeated to three channels. The last block is padded with copies of its last image.
     """
     with torch.inference_mode(), full_precision():
         for block in blocks_of(images, network.batch):
@@ -123,26 +123,26 @@ def look(network: FeatureNetwork, images: Iterable[Tensor], device: str) -> Gene
 
 
 def blocks_of(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """The images in blocks of `size`, the last one as it comes."""
-    held: list[Tensor] = []
+    """The images in blocks of `size`; the last block may be smaller."""
+    parts: list[Tensor] = []
     count = 0
     for batch in images:
         for part in batch.split(size):
-            held.append(part)
+            parts.append(part)
             count += len(part)
             if count >= size:
-                joined = torch.cat(held) if len(held) > 1 else held[0]
+                joined = torch.cat(parts) if len(parts) > 1 else parts[0]
                 yield joined[:size]
-                held, count = [joined[size:]] if count > size else [], count - size
+                parts, count = [joined[size:]] if count > size else [], count - size
     if count:
-        yield torch.cat(held)
+        yield torch.cat(parts)
 
 
 class ImageSet:
-    """Images, uint8 (N,C,H,W), seen through networks: each network looks once.
+    """Images, uint8 (N,C,H,W), and their features: each network is run once.
 
-    `read` gives the images in batches, anew at each call. Of the networks in `kept` all features stay in memory,
-    because a score asks for them; of others only their moments.
+    `read` returns an iterable of batches of the images at each call. All features of the networks in `kept` stay in
+    memory, because a metric needs them; of other networks only their mean and covariance do.
     """
 
     def __init__(
@@ -157,30 +157,31 @@ class ImageSet:
     def statistics(self, network: type[FeatureNetwork]) -> GaussianStatistics:
         """Mean and covariance of the features; raises Unavailable without weights or with fewer than two images."""
         if network not in self._statistics:
-            self._see(network, network in self._kept)
+            self._extract(network, network in self._kept)
         return self._statistics[network]
 
     def features(self, network: type[FeatureNetwork]) -> Tensor:
         """All features (N,D) float32, on the CPU; raises Unavailable like :meth:`statistics`."""
         if network not in self._features:
-            self._see(network, True)
+            self._extract(network, True)
         return self._features[network]
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
-        """compute(), or what it gave the first time: for several scores that share work."""
+        """compute(), or its earlier result under this `name`: for metrics that share work."""
         if name not in self._results:
             self._results[name] = compute()
         return self._results[name]
 
-    def _see(self, network: type[FeatureNetwork], keep: bool) -> None:
+    def _extract(self, network: type[FeatureNetwork], keep: bool) -> None:
+        """Run `network` over the images: store statistics and, with `keep`, all features."""
         if self.shape[0] not in (1, 3):
-            raise Unavailable(f"{network.name} sees grey or colour images, not {self.shape[0]} channels")
+            raise Unavailable(f"{network.name} takes images of 1 or 3 channels, these have {self.shape[0]}")
         if self.count < 2:
-            raise Unavailable(f"a covariance needs at least two images, here {'is one' if self.count else 'are none'}")
+            raise Unavailable(f"a covariance needs at least two images, got {self.count}")
         moments, device = Moments(), self.networks.device
         kept: list[Tensor] = []
-        with closing(self.networks.look(network, self.read())) as seen:
-            blocks = _added(moments, seen)
+        with closing(self.networks.look(network, self.read())) as features:
+            blocks = _added(moments, features)
             if keep:
                 kept.extend(block for (block,) in to_host(((block,) for block in blocks), device))
             else:
@@ -191,7 +192,7 @@ class ImageSet:
 
 
 def _added(moments: Moments, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The blocks, each once it is added to the moments."""
+    """The blocks, each after it is added to `moments`."""
     for block in blocks:
         moments.add(block)
         yield block

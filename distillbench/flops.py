@@ -34,7 +34,7 @@ ROWS = 2  # images per measurement; a network with batch normalisation needs mor
 
 # Operators whose floating-point outputs are copied, selected or converted inputs, constants or random numbers.
 # fmt: off
-MOVES = frozenset({
+NO_ARITHMETIC = frozenset({
     "_to_copy", "_unsafe_index", "_unsafe_view", "cat", "clone", "constant_pad_nd", "contiguous", "copy", "copy_",
     "embedding", "empty_like", "fill", "fill_", "flip", "full_like", "gather", "index", "index_select",
     "lift_fresh", "masked_fill", "masked_fill_", "masked_select", "native_channel_shuffle", "new_empty",
@@ -64,7 +64,7 @@ def count_flops(call: Callable[[], Any]) -> Counted:
 class _Names(TorchDispatchMode):
     """Records the operators that compute and have no FLOP formula.
 
-    An operator computes if it takes a tensor, returns floating-point numbers, and is neither a view nor one of MOVES
+    An operator computes if it takes a tensor, returns floating-point numbers, is not a view and not in NO_ARITHMETIC
     (torch's tags do not say: a copy is "pointwise" too). So comparisons, integers, allocation and random numbers are
     left out.
     """
@@ -77,7 +77,7 @@ class _Names(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         name = packet.__name__
-        if packet not in flop_registry and name not in MOVES and not func.is_view and _floating(out):
+        if packet not in flop_registry and name not in NO_ARITHMETIC and not func.is_view and _floating(out):
             given = [*args, *(kwargs or {}).values()]
             if any(True for _ in _tensors(given)):
                 self.seen.add(f"{func.namespace}.{name}")

@@ -1,4 +1,4 @@
-"""The Fréchet distance between Gaussians fitted to features, and the moments that it needs, gathered in one pass.
+"""The Fréchet distance between Gaussians fitted to features, and the moments that it needs, computed in one pass.
 
     d^2 = |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)     Dowson & Landau 1982; Heusel et al. 2017
 
@@ -7,8 +7,8 @@
 | m, S   | mean and covariance (divided by n - 1) of n features | (D,), (D,D) |
 | R      | a factor of the covariance, S = R^T R               | (r,D)        |
 
-With any factor R of S_a the last trace is the sum of the roots of the eigenvalues of R S_b R^T, a symmetric matrix:
-no complex number enters, and where n < D, R has n rows and the matrix is n x n.
+With any factor R of S_a the last trace is the sum of the square roots of the eigenvalues of R S_b R^T. That matrix is
+symmetric, so no complex numbers occur; if n < D, R has n rows and the matrix is n x n.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class GaussianStatistics:
-    """Mean and covariance of `n` features, float64. Few features (n <= D) are kept as `rows` instead.
+    """Mean and covariance of `n` features, float64. If n <= D, `rows` are stored instead of the covariance.
 
     `rows` are the centred features over sqrt(n - 1), (n,D), so that S = rows^T rows; otherwise `covariance` is given.
     """
@@ -59,7 +59,7 @@ class GaussianStatistics:
         return GaussianStatistics(self.n, self.mean.to(device), given, rows)
 
     def dense(self) -> GaussianStatistics:
-        """The same with its covariance as a matrix: what a file holds."""
+        """The same with its covariance as a matrix, as in files."""
         return GaussianStatistics(self.n, self.mean, given=self.covariance)
 
     @functools.cached_property
@@ -70,13 +70,13 @@ class GaussianStatistics:
 
     @functools.cached_property
     def root(self) -> Tensor:
-        """R (D,D) from the eigenvectors of S, which may be singular."""
+        """R (D,D) from the eigenvectors of S; S may be singular."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return (vectors * values.clamp(min=0).sqrt()).T
 
 
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
-    """The squared Fréchet distance d^2 (what is called FID is this square); a rounding error below 0 is 0."""
+    """The squared Fréchet distance d^2 (FID is this square); a negative rounding error becomes 0."""
     R, other = _factor(a, b)
     if other.rows is not None:
         half = R @ other.rows.T
@@ -89,10 +89,10 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
 
 
 def _factor(a: GaussianStatistics, b: GaussianStatistics) -> tuple[Tensor, GaussianStatistics]:
-    """The factor of one of them that is cheapest to have, and the other one: few rows, else Cholesky, else a root."""
-    few = [s for s in (a, b) if s.rows is not None]
-    if few:
-        first = min(few, key=lambda s: s.n)
+    """The cheapest factor of one of them, and the other one: few rows, else Cholesky, else from eigenvectors."""
+    with_rows = [s for s in (a, b) if s.rows is not None]
+    if with_rows:
+        first = min(with_rows, key=lambda s: s.n)
         assert first.rows is not None
         return first.rows, b if first is a else a
     for first, other in ((a, b), (b, a)):
@@ -102,32 +102,32 @@ def _factor(a: GaussianStatistics, b: GaussianStatistics) -> tuple[Tensor, Gauss
 
 
 class Moments:
-    """Mean and covariance of features that come in blocks: one pass, float64, memory of D x D whatever their number.
+    """Mean and covariance of features in blocks: one pass, float64, O(D x D) memory for any number of features.
 
-    Blocks, and whole Moments of other processes, are merged by the update of Chan, Golub & LeVeque (1983), which loses
-    no digits to a large mean.
+    Blocks, and Moments of other processes, are merged by the update of Chan, Golub & LeVeque (1983), which is accurate
+    even if the mean is large compared with the spread.
     """
 
     def __init__(self) -> None:
         self.n = 0
         self._mean: Tensor | None = None  # (D,)
-        self._scatter: Tensor | None = None  # (D,D), sum of squared deviations of the features folded in
-        self._folded = 0  # how many those are
-        self._kept: list[Tensor] = []  # the other features, at most D of them: one large product beats many small ones
+        self._scatter: Tensor | None = None  # (D,D), sum of squared deviations of the folded features
+        self._folded = 0  # number of folded features
+        self._pending: list[Tensor] = []  # the others, at most D: one large product is faster than many small ones
 
     def add(self, features: Tensor) -> None:
         """Add a block (b,D)."""
         x = features.double()
         if self.n - self._folded + len(x) > x.shape[1]:
             self._fold()
-        self._kept.append(x)
+        self._pending.append(x)
         self.n += len(x)
         if len(x) > x.shape[1]:
             self._fold()
 
     def merge(self, other: Moments) -> None:
-        """Add what another one gathered of other features."""
-        for block in other._kept:
+        """Add the features of `other`."""
+        for block in other._pending:
             self.add(block)
         if other._scatter is not None and other._mean is not None:
             self._fold()
@@ -135,11 +135,11 @@ class Moments:
             self.n += other._folded
 
     def statistics(self) -> GaussianStatistics:
-        """Raises ValueError for fewer than two features, which have no covariance."""
+        """Mean and covariance; raises ValueError for fewer than two features."""
         if self.n < 2:
             raise ValueError(f"a covariance needs at least two features, got {self.n}")
-        if self._scatter is None and self.n <= self._kept[0].shape[1]:
-            x = torch.cat(self._kept)
+        if self._scatter is None and self.n <= self._pending[0].shape[1]:
+            x = torch.cat(self._pending)
             mean = x.mean(dim=0)
             return GaussianStatistics(self.n, mean, rows=(x - mean) / (self.n - 1) ** 0.5)
         self._fold()
@@ -147,11 +147,11 @@ class Moments:
         return GaussianStatistics(self.n, self._mean, given=self._scatter / (self.n - 1))
 
     def _fold(self) -> None:
-        if self._kept:
-            x = torch.cat(self._kept)
+        if self._pending:
+            x = torch.cat(self._pending)
             mean = x.mean(dim=0)
             centred = x - mean
-            self._kept = []
+            self._pending = []
             self._update(len(x), mean, centred.T @ centred)
 
     def _update(self, n: int, mean: Tensor, scatter: Tensor) -> None:

@@ -11,12 +11,12 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
 
-from distillbench.compute import ComputeConfig, kind_of
+from distillbench.compute import ComputeConfig, device_type
 from distillbench.diffusers_networks import DiT
 from distillbench.errors import UserError
 from distillbench.method import Method
@@ -24,10 +24,7 @@ from distillbench.network_calls import networks_below, repeated_blocks
 from distillbench.ranks import Ranks
 from distillbench.teachers import Teacher
 
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
-
-TORCH = (2, 15)  # the oldest version that this was run with
+OLDEST_TORCH = (2, 15)  # the oldest version that this was run with
 
 
 def check_shared(config: ComputeConfig, count: int) -> None:
@@ -40,8 +37,8 @@ def check_shared(config: ComputeConfig, count: int) -> None:
             "GPU with `torchrun --nproc-per-node=2 -m distillbench run ...`, or leave compute.shard out"
         )
     version = tuple(int(number) for number in torch.__version__.split(".")[:2])
-    if version < TORCH:
-        wanted = ".".join(map(str, TORCH))
+    if version < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
         raise UserError(f"compute.shard=true needs torch {wanted} or newer, this is torch {torch.__version__}")
 
 
@@ -79,7 +76,7 @@ class Sharded:
         from torch.distributed.device_mesh import init_device_mesh
 
         self.average = copy.deepcopy(method.student).eval().requires_grad_(False) if averaged else None
-        self._mesh = init_device_mesh(kind_of(device), (ranks.count,))
+        self._mesh = init_device_mesh(device_type(device), (ranks.count,))
         roots = [method, method.teacher.denoiser, *([] if self.average is None else [self.average])]
         networks = {id(counted.network): counted.network for counted in networks_below(*roots)}
         for network in networks.values():
@@ -107,7 +104,7 @@ def _called_from_elsewhere(network: nn.Module) -> list[nn.Module]:
     return [m.wrapped.transformer_blocks[0].norm1.emb for m in network.modules() if isinstance(m, DiT)]
 
 
-def _reset_order(network: FSDPModule, *of_forward: object) -> None:
+def _reset_order(network: Any, *inputs_and_output: object) -> None:  # an nn.Module and FSDPModule
     """Empty torch's list of forward passes after one of a frozen network; otherwise only a backward pass empties it.
 
     It drops gradients too, so it must not be called for a network in training.
@@ -122,5 +119,5 @@ def _to_device(root: nn.Module, device: str) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
         for weight in module.parameters(recurse=False):
-            if kind_of(str(weight.device)) != kind_of(device):
+            if device_type(str(weight.device)) != device_type(device):
                 weight.data = weight.data.to(device)

@@ -1,4 +1,4 @@
-"""Datasets of image files: what a path is, found out by content; labels and notes; images kept as read."""
+"""Datasets of image files: detect the kind of source at a path, read its labels, cache decoded images."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ ACCEPTED = (
     "EDM's dataset zip or any zip of images, a folder of images, .npz, .npy, idx or .parquet files, tars of images, "
     "CIFAR's python batches, or a hub dataset as hub:OWNER/NAME with dataset.download=true"
 )
-TO_DO = {  # with files of other kinds, by suffix
+ADVICE = {  # for files of unsupported kinds, by suffix
     **dict.fromkeys((".h5", ".hdf5", ".mat", ".pt", ".pth", ".pkl", ".pickle"), "save its arrays by np.savez('a.npz', "
                     "images=images, labels=labels), images uint8 (N,H,W,C)"),
     **dict.fromkeys((".mdb", ".lmdb", ".tfrecord", ".tfrecords", ".rec"), "write its images to a folder or zip"),
@@ -76,14 +76,14 @@ TO_DO = {  # with files of other kinds, by suffix
 }  # fmt: skip
 
 
-# --- what a path is --------------------------------------------------------------------------------------------------
+# --- detecting the kind of source ------------------------------------------------------------------------------------
 
 
 def open_source(path: str, split: str = "all", labels: str = "auto", download: bool = False) -> Reader:
-    """The images of a split at `path`, whatever kind of source it is. Raises UserError.
+    """A reader for the images of a split at `path`, for every supported kind of source. Raises UserError.
 
-    `labels`: "auto" takes what the source has, labels before captions; "folders": the folders of images are classes;
-    "captions": captions only; "none": neither.
+    `labels`: "auto" takes the source's labels, or its captions if it has no labels; "folders": the folder of an image
+    is its class; "captions": captions only; "none": neither.
     """
     if path.startswith(HUB):
         reader = _open_hub(path.removeprefix(HUB), split, download, labels=labels)
@@ -99,7 +99,7 @@ def open_source(path: str, split: str = "all", labels: str = "auto", download: b
 
 
 def _found(path: Path) -> Path:
-    """`path`, or what is called the same in another composition of its letters (Unicode's NFC, NFD)."""
+    """`path`, or an existing file whose name differs only in Unicode normalisation (NFC, NFD)."""
     try:
         if path.exists() or not path.parent.is_dir():
             return path
@@ -112,11 +112,11 @@ def _open_path(path: Path, split: str, labels: str) -> Reader:
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise trouble(f"cannot look at {quoted(str(path))}: {error.strerror}") from error
+        raise trouble(f"cannot access {quoted(str(path))}: {error.strerror}") from error
     if is_folder:
         return _open_folder(path, split, labels)
     if not is_file:
-        raise trouble(f"no folder {str(path)!r}, and no file of that name.{_neighbour(path)}")
+        raise trouble(f"no file or folder {str(path)!r}.{_suggestion(path)}")
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -138,18 +138,18 @@ def _open_path(path: Path, split: str, labels: str) -> Reader:
         if holds_batches(members):
             return open_batch_archive(path, split, labelled)
         return TarReader({path: members}, split, labels)
-    raise trouble(_of_no_kind(path, start))
+    raise trouble(_unsupported(path, start))
 
 
-def _of_no_kind(path: Path, start: bytes) -> str:
-    """What to say of a file of another kind."""
+def _unsupported(path: Path, start: bytes) -> str:
+    """The message for a file of an unsupported kind."""
     if why := git_lfs_pointer(start):
         return f"{str(path)!r} cannot be read: {why}"
     if path.suffix.lower() in SUFFIXES:
-        return f"{str(path)!r} is a single image: name its folder"
-    to_do = TO_DO.get(path.suffix.lower())
-    hint = f". For {path.suffix} files: {to_do}" if to_do else ""
-    return f"no folder, and no kind of file that is read here: {str(path)!r}{hint}. Possible: {ACCEPTED}"
+        return f"{str(path)!r} is a single image: give its folder"
+    advice = ADVICE.get(path.suffix.lower())
+    hint = f". For {path.suffix} files: {advice}" if advice else ""
+    return f"{str(path)!r} is not a supported kind of file{hint}. Possible: {ACCEPTED}"
 
 
 def _is_tar(path: Path) -> bool:
@@ -160,7 +160,7 @@ def _is_tar(path: Path) -> bool:
 
 
 def _open_folder(path: Path, split: str, labels: str) -> Reader:
-    """A folder is what it holds: batches, idx, npz, npy, parquet files, images, or tars of them."""
+    """The kind of a folder follows from its files: CIFAR batches, idx, npz, npy, parquet, images, or tars."""
     every = files_below(path)
     shown = sorted(name for name in every if not is_hidden(name))
     images = [name for name in shown if is_image(name)]
@@ -169,7 +169,7 @@ def _open_folder(path: Path, split: str, labels: str) -> Reader:
     if reader is None:
         return FolderReader(path, every, split, labels)
     if images:
-        reader.notes = [*reader.notes, f"left out, beside {reader.kind}: {by_suffix(images)}"]
+        reader.notes = [*reader.notes, f"ignored beside {reader.kind}: {by_suffix(images)}"]
     return reader
 
 
@@ -203,11 +203,11 @@ def _open_tars(paths: list[Path], split: str, labels: str) -> Reader:
     return TarReader({path: tar_members(path) for path in paths}, split, labels)
 
 
-def _neighbour(path: Path) -> str:
-    """`` Did you mean 'x'?`` for the nearest name in the folder that `path` would lie in."""
+def _suggestion(path: Path) -> str:
+    """`` Did you mean 'x'?`` for the most similar name in the folder of `path`."""
     folder = next(parent for parent in [*path.parents, Path(".")] if parent.is_dir())
     if folder != path.parent:
-        return f" There is no folder {str(path.parent)!r} either"
+        return f" The folder {str(path.parent)!r} does not exist either"
     try:
         names = [entry.name for entry in folder.iterdir()]
     except OSError:
@@ -216,12 +216,9 @@ def _neighbour(path: Path) -> str:
 
 
 def _open_hub(name: str, split: str, download: bool, library: ModuleType | None = None, labels: str = "auto") -> Reader:
-    """A dataset through the `datasets` library, which is imported unless it is given."""
+    """A dataset of the `datasets` library, which is imported unless the caller passes it."""
     if not download and not Path(name).is_dir():
-        raise UserError(
-            f"dataset.path={HUB}{name} would be fetched from the network, and nothing is downloaded unasked: "
-            "add dataset.download=true"
-        )
+        raise UserError(f"dataset.path={HUB}{name} must be downloaded: allow it with dataset.download=true")
     if library is None:
         try:
             library = importlib.import_module("datasets")
@@ -235,19 +232,19 @@ def _open_hub(name: str, split: str, download: bool, library: ModuleType | None 
 
 @dataclass
 class FileConfig(DatasetConfig):
-    """Settings of every dataset of files. Each dataset has its own defaults."""
+    """Settings of all datasets of files. Each dataset has its own defaults."""
 
     path: str = option(
         "", "the images: EDM's zip, a folder, npz, idx, parquet, CIFAR's batches or hub:OWNER/NAME", path=True
     )
     split: str = option("all", "which part, where the source has parts: train, test or all")
-    resolution: int = option(32, "side in pixels")
+    resolution: int = option(32, "height and width in pixels")
     crop: str = option("center", "center: the largest centred square; none: images must be square")
     resize: str = option("pillow_bicubic", f"{', '.join(RESIZES)} (images must have the side already)")
     labels: str = option("auto", "auto: those in the source, else its captions; folders, captions or none")
     download: bool = option(False, "allow the library 'datasets' to fetch hub:OWNER/NAME")
-    workers: int = option(4, "threads that decode images; results do not depend on it")
-    memory_mib: int = option(1024, "decoded images are kept in memory if all of them fit into so many MiB")
+    workers: int = option(4, "threads that decode images; results are the same for any number")
+    memory_mib: int = option(1024, "decoded images are cached in memory if all of them fit into this size in MiB")
 
     def __post_init__(self) -> None:
         require_positive(self, "resolution")
@@ -260,17 +257,17 @@ class FileConfig(DatasetConfig):
 
 
 class FileDataset(Dataset):
-    """Images at ``dataset.path``. A dataset of the field says what it consists of and where it is found."""
+    """Images at ``dataset.path``. A subclass for a published dataset says what it contains and where to get it."""
 
     Config: ClassVar[type[FileConfig]]
-    title: ClassVar[str]  # what it is, in a line
-    origin: ClassVar[str]  # where it is found, and how its usual files are made
-    usual: ClassVar[str]  # name of its usual file
-    count: ClassVar[Mapping[str, int]] = {}  # images in each split, as published; empty: not known
-    known_classes: ClassVar[int] = 0  # classes as published; 0: as many as are found
+    title: ClassVar[str]  # a description of one line
+    origin: ClassVar[str]  # where to get it, and how its usual file is made
+    usual: ClassVar[str]  # the name of its usual file
+    count: ClassVar[Mapping[str, int]] = {}  # published number of images in each split; empty: unknown
+    known_classes: ClassVar[int] = 0  # published number of classes; 0: as many as the source has
     known_names: ClassVar[Sequence[str]] = ()
     channels: ClassVar[int] = 3
-    installed: ClassVar[str] = ""  # where a package of a distribution puts its files
+    installed: ClassVar[str] = ""  # where a package of a Linux distribution installs its files
 
     def __init__(self, config: FileConfig) -> None:
         self.config = config
@@ -287,20 +284,20 @@ class FileDataset(Dataset):
         self.workers = config.workers if self.reader.encoded else 1
         self.split = self._split()
         self._label()
-        self._decode([0])  # what cannot be read at all is said before a run begins
+        self._decode([0])  # so that an unreadable source fails before a run begins
         self.sha256 = self._sha256()
         self.resizer = self._resizer()
         self.notes = [*self.reader.notes, *self._notes()]
         small = len(self) * int(np.prod(self.shape)) <= config.memory_mib * 2**20
-        self._kept = torch.empty(len(self) if small else 0, *self.shape, dtype=torch.uint8)
-        self._there = torch.zeros(len(self._kept), dtype=torch.bool)
+        self._cache = torch.empty(len(self) if small else 0, *self.shape, dtype=torch.uint8)
+        self._cached = torch.zeros(len(self._cache), dtype=torch.bool)
 
     def _channels(self) -> int:
         return self.channels
 
     def _missing(self) -> str:
         return (
-            f"dataset={self.name} needs dataset.path=PATH, the files of {self.title}. PATH may be {ACCEPTED}. Write: "
+            f"dataset={self.name} needs dataset.path=PATH, the files of {self.title}. PATH may be {ACCEPTED}. Example: "
             f"distillbench run 'methods=[boot,cm]' dataset={self.name} dataset.path={self.usual}. {self.origin}"
         )
 
@@ -324,30 +321,30 @@ class FileDataset(Dataset):
             self.classes = len(self.prompts)
 
     def _sha256(self) -> str:
-        """Of what is stored, of how it is brought to its shape, and of labels or captions where there are some."""
-        told: dict[str, Any] = {
+        """SHA-256 over the stored images, how they are cropped and resized, and their labels or captions."""
+        identity: dict[str, Any] = {
             "stored": self.reader.fingerprint(self.workers),
             "shape": self.shape,
             "fit": [self.fit.crop, self.fit.resize],
             "split": self.config.split,
         }
         if self.targets is not None:
-            told["labels"] = hashlib.sha256(self.targets.numpy().astype("<i8").tobytes()).hexdigest()
+            identity["labels"] = hashlib.sha256(self.targets.numpy().astype("<i8").tobytes()).hexdigest()
         elif self.prompts is not None:
-            told["captions"] = list(self.prompts)
+            identity["captions"] = list(self.prompts)
             if self.reader.several_captions:
-                told["of_several_captions"] = "first"
+                identity["of_several_captions"] = "first"
         if self.reader.transparent:
-            told["transparency"] = TRANSPARENCY
-        return hashlib.sha256(canonical_json(told).encode()).hexdigest()
+            identity["transparency"] = TRANSPARENCY
+        return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
 
     def _resizer(self) -> str:
-        """How images came to their shape. That they were laid over white is said where it changed some."""
+        """How images were cropped and resized, and that transparent ones were composited over white."""
         words = [self.fit.words] if self.fit.words != "none" or not self.reader.transparent else []
         return ", ".join([TRANSPARENCY, *words] if self.reader.transparent else words)
 
     def _notes(self) -> list[str]:
-        """What a user of the labels should know."""
+        """Notes on the labels for the user."""
         if self.targets is None:
             return []
         counts = torch.bincount(self.targets, minlength=self.classes)
@@ -356,7 +353,7 @@ class FileDataset(Dataset):
         if empty:
             which = f"class {empty[0]} has" if len(empty) == 1 else f"{len(empty):,} classes ({some(empty)}) have"
             notes.append(
-                f"{which} no image, of {self.classes:,} classes: conditional=true asks for each of them equally often"
+                f"{which} no image, of {self.classes:,} classes: conditional=true samples all classes equally often"
             )
         if (named := len(self.reader.class_names)) > self.classes:
             notes.append(f"the source names {named:,} classes, and its labels are below {self.classes:,}")
@@ -366,20 +363,20 @@ class FileDataset(Dataset):
         return len(self.reader)
 
     def read(self, indices: Tensor) -> Tensor:
-        if not len(self._kept):
+        if not len(self._cache):
             return self._decode(indices.tolist())
-        missing = indices[~self._there[indices]].unique()
+        missing = indices[~self._cached[indices]].unique()
         if len(missing):
-            self._kept[missing] = self._decode(missing.tolist())
-            self._there[missing] = True
-        return self._kept[indices]
+            self._cache[missing] = self._decode(missing.tolist())
+            self._cached[missing] = True
+        return self._cache[indices]
 
     def labels(self, indices: Tensor) -> Tensor:
-        """Classes; the images' own numbers where they have captions."""
+        """Classes (B,). With captions, the class of an image is its index."""
         return indices.clone() if self.targets is None else self.targets[indices]
 
     def image(self, index: int) -> np.ndarray:
-        """Image `index` (C,H,W) uint8, read anew. Raises UserError where it is damaged."""
+        """Image `index` (C,H,W) uint8, decoded from its source. Raises UserError if it is damaged."""
         return self.fit(self.reader.open(index), self.reader.name(index))
 
     def _decode(self, indices: list[int]) -> Tensor:

@@ -1,12 +1,12 @@
-"""From an image as it is stored to the shape of its dataset, by settings with names.
+"""Crop and resize stored images to the shape of a dataset.
 
-| setting  | words in `resizer`                                                              |
+| setting  | meaning                                                                         |
 |----------|---------------------------------------------------------------------------------|
 | `crop`   | center: the largest centred square; none: images must be square                 |
-| `resize` | pillow_bicubic, pillow_lanczos, pillow_box: one resize of Pillow, which smooths |
-|          | adm: Dhariwal and Nichol's; none: images must have the side already             |
+| `resize` | pillow_bicubic, pillow_lanczos, pillow_box: one antialiased resize of Pillow    |
+|          | adm: as Dhariwal and Nichol; none: images must have the right size already      |
 
-Transparent images are laid over white before anything else.
+Transparent images are composited over white first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RESIZES = {
 
 @dataclass(frozen=True)
 class Fit:
-    """Brings images to C,H,W = `channels`, `side`, `side`, 8 bits. One that has the side already is not touched."""
+    """Converts images to uint8 of C,H,W = `channels`, `side`, `side`. Images of the right size are not resized."""
 
     channels: int
     side: int
@@ -46,23 +46,25 @@ class Fit:
 
     @property
     def words(self) -> str:
-        """What `Dataset.resizer` says. It names the settings, whether or not they change any image."""
+        """The value of `Dataset.resizer`, whether or not any image is resized."""
         if (self.crop, self.resize) == ("none", "none"):
             return "none"
         return f"{CROPS[self.crop]}, {RESIZES[self.resize]}, 8 bits"
 
     def __call__(self, image: Image.Image | np.ndarray, name: str) -> np.ndarray:
-        """(C,H,W) uint8. Raises UserError where the settings do not allow it; `name` is that of the image."""
+        """`image` as (C,H,W) uint8. Raises UserError if the settings do not allow it; `name` is for messages."""
         shape = self.side, self.side, self.channels
         if isinstance(image, np.ndarray):
             if image.shape == shape:
                 return image.transpose(2, 0, 1)
             image = Image.fromarray(image[..., 0] if image.shape[2] == 1 else np.ascontiguousarray(image))
         if image.mode.startswith(("I", "F")):
-            raise trouble(f"{name!r} has more than 8 bits a channel (Pillow's mode {image.mode}): convert it to 8 bits")
+            raise trouble(
+                f"{name!r} has more than 8 bits per channel (Pillow's mode {image.mode}): convert it to 8 bits"
+            )
         try:
             image = over_white(image).convert("RGB" if self.channels == 3 else "L")
-        except DAMAGE as error:  # colours of another kind, such as CIELAB
+        except DAMAGE as error:  # unsupported colour spaces such as CIELAB
             raise unreadable(name, error) from error
         if image.size != (self.side, self.side):
             image = self._resized(image, name)
@@ -77,22 +79,22 @@ class Fit:
         if self.resize == "none" and side != self.side:
             choices = "|".join(name for name in RESIZES if name != "none")
             raise trouble(
-                f"{name!r} is {width}x{height}, and dataset.resolution={self.side}: choose how it is resized "
+                f"{name!r} is {width}x{height}, but dataset.resolution={self.side}: choose how to resize it "
                 f"(dataset.resize={choices}) or set the resolution"
             )
         if self.resize == ADM:
             return self._resized_as_adm(image, name)
-        if width != height:  # cut first: a resize of Pillow's `box` would see pixels beyond it
+        if width != height:  # crop first: Pillow's resize(box=...) would use pixels outside the box
             image = image.crop((left, top, left + side, top + side))
         return image if self.resize == "none" else image.resize((self.side, self.side), FILTERS[self.resize])
 
     def _resized_as_adm(self, image: Image.Image, name: str) -> Image.Image:
-        """Halve by averages while that leaves enough, resize the shorter side, crop the centre."""
+        """Halve by averaging while the result stays large enough, resize the shorter side, crop the centre."""
         while min(image.size) >= 2 * self.side:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         scale = self.side / min(image.size)
         if image.width * image.height * scale**2 > LARGEST_IMAGE:
-            raise trouble(f"{quoted(name)} is {image.width}x{image.height}: too long to be resized by {ADM}")
+            raise trouble(f"{quoted(name)} is {image.width}x{image.height}: too elongated to be resized by {ADM}")
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         left, top = (image.width - self.side) // 2, (image.height - self.side) // 2
         return image.crop((left, top, left + self.side, top + self.side))

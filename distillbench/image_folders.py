@@ -1,7 +1,7 @@
-"""Encoded images that lie in a folder, a zip or tars, and which files beside them are left out.
+"""Readers of encoded images in a folder, a zip or tars, and notes on the files that they ignore.
 
-Names are paths with `/`: the backslash of an archive made on Windows is one, and `./` is nothing. Links in a folder are
-followed, since its user made them; a link in an archive, and a name that leads out of it, are refused.
+Names are paths with `/`; backslashes of archives made on Windows become `/`, and `./` is removed. Links in a folder are
+followed, because its user made them. A link in an archive, or a name that points outside it, is refused.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from distillbench.readers import (
     unreadable,
 )
 
-MOST_LINKED = 100_000  # folders that are entered through links
-MOST_EXPANDED = 200  # times the size of a packed file: images do not shrink as far
-OF_SYSTEMS = ("._", "__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")  # files that nobody made
+MOST_LINKED = 100_000  # linked folders that are entered
+MOST_EXPANDED = 200  # times the archive's size: images compress far less than that
+OF_SYSTEMS = ("._", "__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")  # files that operating systems create
 ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar")
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-HEAD = 4096  # bytes of a member of a zip that tell whether it may be transparent
-EDM_IMAGE = re.compile(r"\d{5}/img\d{8}\.png")  # as EDM's dataset tool names images, which are grey or RGB
+HEAD = 4096  # first bytes of a zip member, enough to see whether it may be transparent
+EDM_IMAGE = re.compile(r"\d{5}/img\d{8}\.png")  # the names of EDM's dataset tool, whose images are grey or RGB
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
 def member_name(name: str, archive: str) -> str:
-    """The clean name of a member. Raises UserError for one that leads out of the archive."""
+    """The cleaned name of a member. Raises UserError if it points outside the archive."""
     cleaned = clean(name)
     if ".." in cleaned.split("/"):
-        raise trouble(f"{archive!r} has {quoted(name)}, which leads out of it")
+        raise trouble(f"{archive!r} has {quoted(name)}, which points outside it")
     return cleaned
 
 
@@ -70,16 +70,18 @@ def is_image(name: str) -> bool:
 
 
 def files_below(root: Path) -> list[str]:
-    """Every file below `root` as a path with `/`, through links too. Raises UserError for a link that leads nowhere,
-    for one that leads back to a folder that it lies in, and for a folder that cannot be read."""
+    """Every file below `root`, also through links, as a path with `/`.
+
+    Raises UserError for a broken link, a link to a folder that contains it, and a folder that cannot be read.
+    """
     found: list[str] = []
     linked = 0
-    todo = [("", (_identity(root),))]  # folders, each with the identities of those that it lies in, and its own
+    todo = [("", (_identity(root),))]  # folders, each with the identities of its parents and its own
     while todo:
         prefix, above = todo.pop()
         for entry in _entries(root, prefix):
             name = prefix + entry.name
-            if entry.is_symlink() and (why := _leads_nowhere(entry)):
+            if entry.is_symlink() and (why := _broken(entry)):
                 if is_hidden(name):
                     continue
                 raise trouble(f"{quoted(name)} is a link to {quoted(os.readlink(entry.path))}, {why}")
@@ -88,7 +90,7 @@ def files_below(root: Path) -> list[str]:
                 continue
             identity = _identity(Path(entry.path))
             if identity in above:
-                raise trouble(f"{quoted(name)} is a link to a folder that it lies in, so there is no end to it")
+                raise trouble(f"{quoted(name)} is a link to a folder that contains it")
             linked += entry.is_symlink()
             if linked > MOST_LINKED:
                 raise trouble(f"more than {MOST_LINKED:,} folders below {str(root)!r} are links")
@@ -101,15 +103,15 @@ def _entries(root: Path, prefix: str) -> list[os.DirEntry[str]]:
         with os.scandir(root / prefix) as entries:
             return list(entries)
     except OSError as error:
-        raise trouble(f"cannot look into the folder {quoted(prefix or str(root))}: {error.strerror}") from error
+        raise trouble(f"cannot list the folder {quoted(prefix or str(root))}: {error.strerror}") from error
 
 
-def _leads_nowhere(entry: os.DirEntry[str]) -> str:
-    """Why a link has no end, or nothing."""
+def _broken(entry: os.DirEntry[str]) -> str:
+    """Why a link is broken, or an empty string."""
     try:
         entry.stat()
     except OSError as error:
-        return "which leads back to it" if error.errno == errno.ELOOP else "which is not there"
+        return "which links back to it" if error.errno == errno.ELOOP else "which does not exist"
     return ""
 
 
@@ -118,7 +120,7 @@ def _identity(folder: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-# --- which files are read --------------------------------------------------------------------------------------------
+# --- choosing files --------------------------------------------------------------------------------------------------
 
 
 class ImageFiles(EncodedReader):
@@ -126,7 +128,7 @@ class ImageFiles(EncodedReader):
 
     @abstractmethod
     def content(self, name: str) -> bytes:
-        """A file by its clean name, whole. Raises one of :data:`DAMAGE` where it cannot be read."""
+        """The bytes of a file by its cleaned name. Raises one of :data:`DAMAGE` if it cannot be read."""
 
     def data(self, index: int) -> bytes:
         try:
@@ -135,9 +137,9 @@ class ImageFiles(EncodedReader):
             raise unreadable(self.names[index], error) from error
 
     def _choose(self, every: Sequence[str], split: str, labels: str, where: str) -> None:
-        """Choose the images of a split among the files `every`, sorted by path, and find their labels or captions.
+        """Choose the images of a split among the files `every`, sorted by path, and set their labels or captions.
 
-        `where` names the source, as in "below 'faces'".
+        `where` names the source in messages, as in "below 'faces'".
         """
         shown = [name for name in every if not is_hidden(name)]
         images = sorted(filter(is_image, shown), key=lambda name: name.split("/"))
@@ -145,33 +147,33 @@ class ImageFiles(EncodedReader):
             _check_depth(images, split)
         super().__init__(of_split(images, split, split_folder, where.partition(" ")[2]))
         if not self.names:
-            raise trouble(f"no image ({', '.join(sorted(SUFFIXES))}) {where}{_instead(shown)}")
-        self.notes += _left_out(every, images, split)
+            raise trouble(f"no image ({', '.join(sorted(SUFFIXES))}) {where}{_alternatives(shown)}")
+        self.notes += _ignored(every, images, split)
         annotate(self, Beside(shown, images, self.content), labels)
 
 
 def _check_depth(images: Sequence[str], split: str) -> None:
-    """Raise UserError where splits have folders that lie too deep to be taken as such: all images would be of each."""
+    """Raise UserError if the folders of splits lie too deep to be found: every split would hold all images."""
     deep = next((name for name in images if split_folder(name, deepest=len(name))), None)
     if deep is not None and not any(map(split_folder, images)):
         raise trouble(
-            f"split={split}: the folders of splits may lie at most two deep, got {quoted(deep)}. Give the folder above "
-            "them as dataset.path (of an archive: unpack it), or take all images (dataset.split=all)"
+            f"split={split}: the folders of splits may be at most two levels deep, got {quoted(deep)}. Give their "
+            "parent folder as dataset.path (unpack an archive first), or use all images (dataset.split=all)"
         )
 
 
-def _left_out(every: Sequence[str], images: Sequence[str], split: str) -> list[str]:
-    """Notes on files that are not read, and why."""
+def _ignored(every: Sequence[str], images: Sequence[str], split: str) -> list[str]:
+    """Notes on ignored files, with the reason."""
     notes = []
     known = set(images)
     others = [name for name in every if not is_hidden(name) and name not in known]
     stems = {composed(os.path.splitext(name)[0]) for name in images} if others else set()
     if others := [name for name in others if not _of_a_system(name) and not belongs_to_images(name, stems)]:
-        notes.append(f"left out, of no image format that is read: {by_suffix(others)}")
+        notes.append(f"ignored, not a supported image format: {by_suffix(others)}")
     if hidden := sorted(name for name in every if is_hidden(name) and is_image(name) and not _of_a_system(name)):
-        notes.append(f"left out, hidden by a dot: {by_suffix(hidden)}")
+        notes.append(f"ignored, hidden by a dot: {by_suffix(hidden)}")
     if split != "all" and (outside := [n for n in images if not split_folder(n)]) and len(outside) < len(images):
-        notes.append(f"left out, in no folder of a split: {by_suffix(outside)}")
+        notes.append(f"ignored, not in the folder of a split: {by_suffix(outside)}")
     return notes
 
 
@@ -180,31 +182,31 @@ def _of_a_system(name: str) -> bool:
 
 
 def by_suffix(names: Iterable[str]) -> str:
-    """How many files there are of each suffix, with the first names."""
+    """The number of files with each suffix, and the first names, for messages."""
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
         groups.setdefault(os.path.splitext(name)[1].lower() or "without suffix", []).append(name)
     return ", ".join(f"{len(group):,} {suffix} ({some(group)})" for suffix, group in sorted(groups.items()))
 
 
-def _instead(shown: Sequence[str]) -> str:
-    """Where to look instead, where there is no image but something else."""
+def _alternatives(shown: Sequence[str]) -> str:
+    """What a source without images holds, as the end of a message."""
     archives = sorted(name for name in shown if name.endswith(ARCHIVES))
     if archives:
-        return f"; there is {archives[0]!r}, which dataset.path may name"
+        return f"; there is {archives[0]!r}, which may be given as dataset.path"
     return f"; there are {by_suffix(shown)[:LONGEST_REASON]}" if shown else ""
 
 
 def check_size(size: int) -> None:
     if size > LARGEST_FILE:
-        raise ValueError(f"it has {size:,} bytes, at most {LARGEST_FILE:,} are read")
+        raise ValueError(f"it has {size:,} bytes, at most {LARGEST_FILE:,} are allowed")
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
 class FolderReader(ImageFiles):
-    """Image files below a folder, in the order of their paths."""
+    """Image files below a folder, sorted by path."""
 
     kind = "folder of images"
 
@@ -220,19 +222,19 @@ class FolderReader(ImageFiles):
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a file. Raises ValueError for what is none, such as a pipe."""
+    """The content of a regular file. Raises ValueError for anything else, such as a pipe."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no file")
+        raise ValueError("it is not a regular file")
     check_size(found.st_size)
     return path.read_bytes()
 
 
 def read_inside(root: Path, name: str) -> bytes:
-    """The content of the file that a table calls `name`. Raises ValueError for what does not lie below `root`."""
+    """The content of the file that a table calls `name`. Raises ValueError if it does not lie below `root`."""
     path = root / name
     if not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"it leads out of the folder {str(root)!r}: copy the file there")
+        raise ValueError(f"it lies outside the folder {str(root)!r}: copy the file there")
     return read_file(path)
 
 
@@ -246,7 +248,7 @@ def _check_twice(names: Sequence[str], what: str) -> None:
 
 
 class ZipReader(ImageFiles):
-    """Images in a zip, among them those that EDM's dataset tool writes, in the order of their paths."""
+    """Images in a zip, such as those of EDM's dataset tool, sorted by path."""
 
     def __init__(self, path: Path, split: str, labels: str) -> None:
         self.path = path
@@ -267,10 +269,8 @@ class ZipReader(ImageFiles):
         try:
             self._zip = zipfile.ZipFile(self.path)
         except DAMAGE as error:
-            raise trouble(
-                f"{str(self.path)!r} is a zip that is damaged or cut off: {str(error)[:LONGEST_REASON]}"
-            ) from error
-        self._lock = threading.Lock()  # decoding is what takes time, and needs no lock
+            raise trouble(f"{str(self.path)!r} is a damaged or truncated zip: {str(error)[:LONGEST_REASON]}") from error
+        self._lock = threading.Lock()  # for reading only; decoding, which takes longer, needs no lock
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_zip", "_lock")}
@@ -283,11 +283,13 @@ class ZipReader(ImageFiles):
         image = super().open(index)
         name = self.names[index]
         if isinstance(image, Image.Image) and self._taken_as_opaque(name) and not is_opaque(image):
-            raise unreadable(name, ValueError("it is transparent, which its name does not say: call it NAME.png"))
+            raise unreadable(
+                name, ValueError("it is transparent, but images of this name must be opaque: call it NAME.png")
+            )
         return image
 
     def content(self, name: str) -> bytes:
-        """A member, and of one that goes on beyond its size no more than that."""
+        """The bytes of a member, at most its declared size."""
         info = self._infos[name]
         check_size(info.file_size)
         data = self._start(info, info.file_size)
@@ -300,38 +302,40 @@ class ZipReader(ImageFiles):
             return file.read(size)
 
     def checksum(self, index: int) -> tuple[int, int]:
-        """Of the central directory: of an image no more is read than tells whether it is transparent."""
+        """CRC-32 and size from the central directory. The image is read only if it may be transparent."""
         info = self._infos[self.names[index]]
         if not self.transparent and not self._taken_as_opaque(self.names[index]):
             try:
                 if may_be_transparent(self._start(info, HEAD)) and is_transparent(self.content(self.names[index])):
                     self.transparent = True
             except DAMAGE:
-                pass  # which is said when the image is read
+                pass  # reported when the image is read
         return info.CRC, info.file_size
 
     def _taken_as_opaque(self, name: str) -> bool:
-        """Whether the name of an image says enough: to look into a million of them would take minutes."""
+        """Whether an image counts as opaque by its name. Opening a million images would take minutes."""
         return name.lower().endswith(OPAQUE) or (self._edm and EDM_IMAGE.fullmatch(name) is not None)
 
 
 def _link(archive: str, name: str, how: str) -> UserError:
-    return trouble(f"{archive!r} has {quoted(name)} as a link, which an archive may not: pack the files ({how})")
+    return trouble(
+        f"{archive!r} has the link {quoted(name)}, and links in archives are refused: pack the files instead ({how})"
+    )
 
 
 # --- tars ------------------------------------------------------------------------------------------------------------
 
 
 class TarReader(ImageFiles):
-    """Images in one or several tars, WebDataset's shards among them, in the order of their paths.
+    """Images in one or several tars, such as the shards of a WebDataset, sorted by path.
 
-    Of a tar without compression images are read in place; a packed one is unpacked into memory.
+    Images in an uncompressed tar are read in place; a compressed one is unpacked into memory.
     """
 
     def __init__(self, tars: Mapping[Path, Members], split: str, labels: str) -> None:
         self.paths = list(tars)
-        self._places: dict[str, tuple[int, int, int]] = {}  # number of the tar, and where in it the file is
-        self._kept: dict[str, bytes] = {}
+        self._places: dict[str, tuple[int, int, int]] = {}  # index of the tar, and start and size of the file in it
+        self._unpacked: dict[str, bytes] = {}
         by_tar = list(tars.values())
         if sum(map(len, by_tar)) > len({name for names in by_tar for name in names}):  # keys of shards may repeat
             if labels == "folders":
@@ -343,16 +347,16 @@ class TarReader(ImageFiles):
         for number, names in enumerate(by_tar):
             for name, place in names.items():
                 if isinstance(place, bytes):
-                    self._kept[name] = place
+                    self._unpacked[name] = place
                 else:
                     self._places[name] = (number, *place)
         where = f"in {str(self.paths[0])!r}" + (f" and {len(self.paths) - 1:,} more tars" if self.paths[1:] else "")
-        self._choose([*self._places, *self._kept], split, labels, where)
+        self._choose([*self._places, *self._unpacked], split, labels, where)
         self.kind = "tar of images" if len(self.paths) == 1 else f"{len(self.paths):,} tars of images"
 
     def content(self, name: str) -> bytes:
-        if name in self._kept:
-            return self._kept[name]
+        if name in self._unpacked:
+            return self._unpacked[name]
         number, start, size = self._places[name]
         check_size(size)
         with open(self.paths[number], "rb") as file:
@@ -363,11 +367,11 @@ class TarReader(ImageFiles):
         return data
 
 
-Members = dict[str, tuple[int, int] | bytes]  # by clean name: start and size of a file in its tar, or what it holds
+Members = dict[str, tuple[int, int] | bytes]  # by cleaned name: start and size of a file in its tar, or its bytes
 
 
 def tar_members(path: Path) -> Members:
-    """The files in a tar; of a packed one, images and what may annotate them are read. Raises UserError."""
+    """The files in a tar. From a compressed tar, images and their labels and captions are read. Raises UserError."""
     packed, size, held = not _is_plain_tar(path), path.stat().st_size, 0
     found: Members = {}
     try:
@@ -390,7 +394,7 @@ def tar_members(path: Path) -> Members:
                     found[name] = b"" if file is None else file.read()
     except (*DAMAGE, tarfile.TarError) as error:
         why = str(error)[:LONGEST_REASON]
-        raise trouble(f"{path.name!r} is a tar that is damaged or cut off: {why}") from error
+        raise trouble(f"{path.name!r} is a damaged or truncated tar: {why}") from error
     return found
 
 
@@ -403,6 +407,6 @@ def _is_plain_tar(path: Path) -> bool:
 
 
 def check_expanded(member: tarfile.TarInfo, size: int) -> None:
-    """Refuse a member before it is decompressed, if it is larger than images packed into `size` bytes can be."""
+    """Raise ValueError before a member is decompressed if its size is implausible for an archive of `size` bytes."""
     if member.size < 0 or member.offset_data + member.size > MOST_EXPANDED * size + 2**20:
-        raise ValueError(f"{quoted(member.name)} would have {member.size:,} bytes, as no packed images have")
+        raise ValueError(f"{quoted(member.name)} would have {member.size:,} bytes, too many for compressed images")

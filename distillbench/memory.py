@@ -34,7 +34,7 @@ class Peak:
         self.mib = max(self.mib or 0.0, size / MIB)
 
 
-class Sampled(Peak):
+class SampledPeak(Peak):
     """The peak of ``size()``, in bytes, which a thread samples every 20 ms, and at both ends of the block."""
 
     def __init__(self, size: Callable[[], float]) -> None:
@@ -56,7 +56,7 @@ class Sampled(Peak):
         while not self.done.wait(SECONDS_BETWEEN_SAMPLES):
             self._sample()
 
-    def __enter__(self) -> Sampled:
+    def __enter__(self) -> SampledPeak:
         self._sample()
         self.watcher.start()
         return self
@@ -112,7 +112,7 @@ class GpuPeak(Peak):
             return
         self.end()
         with ExitStack() as stack:
-            if isinstance(self.device, Sampled):
+            if isinstance(self.device, SampledPeak):
                 stack.enter_context(self.device.paused())
             try:
                 yield
@@ -150,7 +150,7 @@ def peak_gpu_mib(device: str, own: int | None = None) -> Iterator[GpuPeak]:
         return
     with ExitStack() as stack:
         try:
-            peak.device = stack.enter_context(Sampled(stack.enter_context(gpu_of(device)).used_bytes))
+            peak.device = stack.enter_context(SampledPeak(stack.enter_context(gpu_of(device)).used_bytes))
         except Unavailable as reason:
             peak.device = Peak(str(reason))
         peak.begin()
@@ -194,8 +194,8 @@ class Before:
 
 
 @contextmanager
-def peak_rss_mib() -> Iterator[Sampled]:
+def peak_rss_mib() -> Iterator[SampledPeak]:
     """Peak of the resident memory of this process during the block, sampled every 20 ms."""
     process = psutil.Process()
-    with Sampled(lambda: process.memory_info().rss) as peak:
+    with SampledPeak(lambda: process.memory_info().rss) as peak:
         yield peak

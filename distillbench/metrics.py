@@ -1,4 +1,4 @@
-"""The contract of a score: what it is given, what it declares."""
+"""The contract of a metric: what it is given, what it declares."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from distillbench.features import FeatureNetwork, ImageSet
 
 __all__ = ["DIRECTIONS", "Metric", "Need", "Samples"]
 
-DIRECTIONS = ("lower", "higher", "none")  # none: a diagnostic, of which neither is better
+DIRECTIONS = ("lower", "higher", "none")  # none: a diagnostic; neither is better
 
 
 class Need(StrEnum):
-    """What a score cannot do without. Where it is missing the score is empty, with the reason."""
+    """What a metric requires. Without it the score is empty, with the reason."""
 
-    real = "real"  # statistics of the real images: the dataset's, or of a reference file
+    real = "real"  # statistics of real images: the dataset's, or a reference file's
     real_images = "real_images"  # the real images themselves
-    features = "features"  # every sample's features, not their mean and covariance alone
-    same_noise = "same_noise"  # samples that are answers to the noise that the teacher answered
-    prompts = "prompts"  # texts that the samples were asked to show
+    features = "features"  # the features of every sample, not only their mean and covariance
+    same_noise = "same_noise"  # samples computed from the same noise as the teacher's
+    prompts = "prompts"  # the texts that the samples are conditioned on
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated images and what they can be compared with.
+    """Generated images and what they are compared with.
 
-    `x_0` and `teacher_x_0`, the teacher's many-step answers to the same noise, are (N,C,H,W) in [-1, 1], clipped.
-    `images` and `teacher` are the same two as 8-bit images, rounded once, seen through networks; `real` are the real
-    ones. `keeps_noise` is False for samples that are not meant as answers to that noise.
+    `x_0` and `teacher_x_0`, the teacher's many-step samples for the same noise, are (N,C,H,W) in [-1, 1], clipped.
+    `images` and `teacher` are the same two as sets of 8-bit images, rounded once; `real` are the real images.
+    `keeps_noise` is False if the samples are not meant to match the teacher's for the same noise.
     """
 
     x_0: Tensor
@@ -43,29 +43,29 @@ class Samples:
     teacher: ImageSet
     real: ImageSet
     keeps_noise: bool
-    labels: Tensor | None = None  # (N,), the classes asked for
+    labels: Tensor | None = None  # (N,), the classes that the samples are conditioned on
     prompts: list[str] | None = None
 
 
 class Metric(ABC):
-    """A score of generated images: one column of the table, named by `name`."""
+    """A score of generated images: one column of the table, called `name`."""
 
-    name: ClassVar[str]  # the column; says the network, unless the score is defined on one
+    name: ClassVar[str]  # the column; contains the network's name unless the metric is defined with one network
     unit: ClassVar[str]
-    direction: ClassVar[str]  # of DIRECTIONS: which is better
-    protocol: ClassVar[str]  # everything that decides the number beside the network, with a version
+    direction: ClassVar[str]  # one of DIRECTIONS: which is better
+    protocol: ClassVar[str]  # everything but the network that determines the score, with a version
     network: ClassVar[type[FeatureNetwork] | None] = None
     needs: ClassVar[frozenset[Need]] = frozenset()
 
     @abstractmethod
     def score(self, samples: Samples) -> float:
-        """The score; raise Unavailable(reason) where it has no meaning."""
+        """The score; raises Unavailable(reason) if it is undefined."""
 
     @classmethod
     def identity(cls, weights_folder: Path) -> dict[str, Any]:
-        """What decides its numbers, as plain values: part of every record's key."""
-        seen = {} if cls.network is None else cls.network.identity(weights_folder)
-        return {"protocol": cls.protocol, "seen": seen}
+        """All that determines its scores, as plain values: part of every record's key."""
+        network = {} if cls.network is None else cls.network.identity(weights_folder)
+        return {"protocol": cls.protocol, "seen": network}
 
     @classmethod
     def describe(cls) -> dict[str, str]:
@@ -80,10 +80,10 @@ class Metric(ABC):
 
 
 def check_needs(metric: type[Metric], samples: Samples) -> None:
-    """Raise Unavailable if `samples` lack what `metric` declares to need."""
+    """Raise Unavailable if `samples` lack anything that `metric` needs."""
     if Need.same_noise in metric.needs and not samples.keeps_noise:
-        raise Unavailable("these samples add fresh noise, so they are not answers to the teacher's noise")
+        raise Unavailable("sampling adds fresh noise, so these samples do not match the teacher's for the same noise")
     if Need.prompts in metric.needs and samples.prompts is None:
-        raise Unavailable("the samples were asked for without prompts")
+        raise Unavailable("the samples have no prompts")
     if Need.real_images in metric.needs and not samples.real.count:
         raise Unavailable("there are no real images to compare with")

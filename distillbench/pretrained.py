@@ -1,4 +1,4 @@
-"""Weights of feature networks: files that are fetched once, on request, and believed only by their SHA-256."""
+"""Weights of feature networks: files that are downloaded on request and identified by their SHA-256."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from distillbench.files import sha256_file, write_atomically
 
 __all__ = ["WeightsFile", "locate"]
 
-VARIABLE = "DISTILLBENCH_WEIGHTS"  # environment variable that names another folder
+VARIABLE = "DISTILLBENCH_WEIGHTS"  # environment variable: the folder of weights
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file of weights. `file` is its name in the weights folder; `others` are names that the same file goes by."""
+    """A file of weights. `file` is its name in the weights folder; `others` are other names of the same file."""
 
     file: str
     sha256: str
@@ -32,15 +32,15 @@ class WeightsFile:
 
 
 def weights_folder() -> Path:
-    """Where weights are kept: $DISTILLBENCH_WEIGHTS, or the user's cache."""
+    """The folder of weights: $DISTILLBENCH_WEIGHTS, or one in the user's cache."""
     named = os.environ.get(VARIABLE, "")
     return Path(named) if named else user_cache_path("distillbench") / "weights"
 
 
 def locate(network: str, weights: WeightsFile, folder: Path) -> Path:
-    """The file, in `folder` or where torch.hub keeps its own, whole and unchanged.
+    """The path of the file, in `folder` or in torch.hub's folder, with the right SHA-256.
 
-    Raises Unavailable with what is missing, or what it is instead.
+    Raises Unavailable if it is missing or has another SHA-256.
     """
     wrong = ""
     for place in (folder, _torch_hub()):
@@ -56,9 +56,9 @@ def locate(network: str, weights: WeightsFile, folder: Path) -> Path:
 
 
 def fetch(network: str, weights: WeightsFile, folder: Path, source: Path | None) -> Path:
-    """Put the file into `folder`: downloaded, or a copy of `source`, a file or a folder that holds it by its name.
+    """Download the file into `folder`, or copy it from `source`: the file, or a folder that holds it by its name.
 
-    Only the right bytes get there.
+    Raises UserError if it cannot be downloaded, does not exist, or has another SHA-256.
     """
     from torch.hub import download_url_to_file
 
@@ -67,8 +67,8 @@ def fetch(network: str, weights: WeightsFile, folder: Path, source: Path | None)
     if source is None:
         try:
             download_url_to_file(weights.url, str(target), hash_prefix=weights.sha256)
-        except (RuntimeError, OSError, HTTPException) as error:  # RuntimeError: the hash is another
-            raise UserError(f"cannot fetch {weights.url}: {error}") from error
+        except (RuntimeError, OSError, HTTPException) as error:  # RuntimeError: another hash
+            raise UserError(f"cannot download {weights.url}: {error}") from error
         return target
     if source.is_dir():
         source = source / target.name
@@ -89,5 +89,5 @@ def _torch_hub() -> Path:
 
 @functools.lru_cache(maxsize=64)
 def _sha256(path: Path, size: int, modified: int) -> str:
-    """Of a file as it is; `size` and `modified` are in the key, so that a changed file is read again."""
+    """The hash of a file; `size` and `modified` are part of the cache key, so a changed file is read again."""
     return sha256_file(path)

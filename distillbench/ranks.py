@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from distillbench.energy import NO_ENERGY, Energy
 from distillbench.errors import DivergedError, UserError
-from distillbench.failures import Failed, Failure, LostError, of_message, worst
+from distillbench.failures import Failed, Failure, LostError, translated, worst
 from distillbench.launchers import by_mpi, check_alone, started_together
 from distillbench.shards import is_sharded
 from distillbench.share import WHOLE, Share
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 ORDER_TIMEOUT = timedelta(days=30)  # messages over gloo: rank 0 may be evaluating
 TENSOR_TIMEOUT = timedelta(minutes=10)  # such as gradients, which all send within a step: NCCL on GPUs
 MESSAGE_NUMBERS = 3  # most numbers in a message
-COUNTED = (
+SUMMED_FIELDS = (
     "teacher_nfe", "student_nfe", "teacher_backward", "student_backward", "student_backward_input", "stand_in_nfe",
     "stand_in_backward",
 )  # fields of a price that are summed over ranks  # fmt: skip
@@ -155,7 +155,7 @@ class DataParallelRanks(Ranks):
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
-            if (meant := of_message(error)) is error:
+            if (meant := translated(error)) is error:
                 raise
             raise meant from error
 
@@ -255,13 +255,13 @@ class DataParallelRanks(Ranks):
             self.exchange()
 
     def sum_price(self, price: Price) -> Price:
-        counts = self.all_gather([getattr(price, name) for name in COUNTED])
-        return replace(price, **{name: sum(each) for name, *each in zip(COUNTED, *counts, strict=True)})
+        counts = self.all_gather([getattr(price, name) for name in SUMMED_FIELDS])
+        return replace(price, **{name: sum(each) for name, *each in zip(SUMMED_FIELDS, *counts, strict=True)})
 
     def own_price(self, price: Price, energy: Energy) -> tuple[Price, Energy]:
         if self.main:
             return price, energy
-        return replace(price, **dict.fromkeys(COUNTED, 0)), NO_ENERGY
+        return replace(price, **dict.fromkeys(SUMMED_FIELDS, 0)), NO_ENERGY
 
     def sum_energy(self, energy: Energy) -> Energy:
         first, *others = self.all_gather(energy)

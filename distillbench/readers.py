@@ -1,4 +1,4 @@
-"""Where images come from: each source of files behind one small contract, :class:`Reader`.
+"""The common interface of all sources of images, :class:`Reader`, and what they share.
 
 | module        | sources                                                                     |
 |---------------|-----------------------------------------------------------------------------|
@@ -6,10 +6,10 @@
 | tables        | parquet files, or a dataset of a hub, whose rows hold encoded images        |
 | array_files   | arrays of pixels                                                            |
 
-A reader keeps names and labels in memory and reads an image when it is asked for. Its fingerprint tells the data apart,
-not the place: a zip and the folder that it was packed from have the same.
+A reader holds names and labels in memory and reads images on demand. Its fingerprint depends on the data and not on the
+place: a zip has the same fingerprint as the folder that it was packed from.
 
-Every error is a UserError that names ``dataset.path`` and the file at fault.
+Every error is a UserError that names ``dataset.path`` and the faulty file.
 """
 
 from __future__ import annotations
@@ -37,44 +37,44 @@ SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 }
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # all that is decoded, whatever a file is called
-OPAQUE = (".jpg", ".jpeg", ".jpe", ".jfif", ".ppm", ".pgm", ".pbm", ".pnm")  # formats that know no transparency
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # that are decoded, whatever the suffix
+OPAQUE = (".jpg", ".jpeg", ".jpe", ".jfif", ".ppm", ".pgm", ".pbm", ".pnm")  # formats without transparency
 LARGEST_FILE = 2**28  # bytes of one encoded image, and of a file of labels or captions
-LARGEST_IMAGE = Image.MAX_IMAGE_PIXELS or 2**26  # pixels; Pillow warns from there, and here that is an error
+LARGEST_IMAGE = Image.MAX_IMAGE_PIXELS or 2**26  # pixels; above that Pillow warns, which is an error here
 PNG_START = b"\x89PNG\r\n\x1a\n"
-PNG_DEPTH, PNG_COLOURS = 24, 25  # where a PNG has the bits of a channel, and what its channels are
+PNG_DEPTH, PNG_COLOURS = 24, 25  # byte offsets of the bits per channel and of the colour type
 PNG_ALPHA = (4, 6)  # grey and alpha, colour and alpha
-BITS_PER_SAMPLE = 258  # a tag of TIFF
-SPLITS = {"train": ("train", "training", "data"), "test": ("test", "t10k", "val", "valid", "validation")}  # their names
-LISTED = 3  # names in a note, before a count stands for the rest
+BITS_PER_SAMPLE = 258  # TIFF tag
+SPLITS = {"train": ("train", "training", "data"), "test": ("test", "t10k", "val", "valid", "validation")}  # by our name
+LISTED = 3  # names that a note lists
 
-# What decoders raise at damaged files.
+# What decoders raise for damaged files.
 DAMAGE = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, RuntimeError, NotImplementedError),
     *(ArithmeticError, MemoryError, AssertionError, AttributeError),
     *(struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile),
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata: what damages pixels is an error of Pillow's
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata: Pillow raises errors for damaged pixels
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 T = TypeVar("T")
 
 
 class Reader(ABC):
-    """Images by number, as they are stored. Labels and captions belong to images; either may be absent.
+    """Stored images by index, with labels or captions if there are any.
 
-    `notes` are sentences for the user: what was found and is not read, and what was chosen where there was a choice.
+    `notes` are sentences for the user: which files were found and ignored, and which choices were made.
     """
 
-    kind: str  # what the source is, in words
-    encoded: bool = True  # images take time to decode, outside of Python's lock: threads pay
+    kind: str  # a description of the source
+    encoded: bool = True  # decoding takes time and releases the GIL, so that threads help
     labels: np.ndarray | None = None  # (N,) int64
-    class_names: Sequence[str] = ()  # by label, where the source names them
-    class_count: int = 0  # classes that the source says it has, with or without images; 0: it does not say
+    class_names: Sequence[str] = ()  # by label; empty: the source names none
+    class_count: int = 0  # number of classes declared by the source; 0: unknown
     captions: Sequence[str] | None = None  # N texts
-    several_captions: bool = False  # an image had more than one, of which the first was taken
-    transparent: bool = False  # an image is not opaque; known once its checksums are
+    several_captions: bool = False  # some image has several captions, of which the first is used
+    transparent: bool = False  # some image is not opaque; set by checksum() and fingerprint()
     notes: Sequence[str] = ()
 
     @abstractmethod
@@ -83,28 +83,28 @@ class Reader(ABC):
 
     @abstractmethod
     def open(self, index: int) -> Image.Image | np.ndarray:
-        """Image `index`, decoded: of Pillow, or uint8 (H,W,C). Raises UserError where it is damaged."""
+        """Image `index`, decoded: a Pillow image, or uint8 (H,W,C). Raises UserError if it is damaged."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What image `index` is called in its source."""
+        """The name of image `index` in its source."""
 
     @abstractmethod
     def checksum(self, index: int) -> tuple[int, int]:
-        """CRC-32 and size of image `index` as it is stored."""
+        """CRC-32 and size in bytes of image `index` as stored."""
 
     def checksums(self, workers: int = 1) -> list[tuple[int, int]]:
-        """That of every image. Whether all images are opaque is known after that."""
+        """The checksum of every image. Sets `transparent`."""
         return map_in_order(self.checksum, range(len(self)), workers)
 
     def fingerprint(self, workers: int = 1) -> str:
-        """SHA-256 over what is stored, in order: the same for the same images, wherever they lie."""
+        """SHA-256 over the stored images in order. Sets `transparent`."""
         checksums = np.array(self.checksums(workers), dtype="<u8")
         return hashlib.sha256(checksums.tobytes()).hexdigest()
 
 
 def map_in_order(call: Callable[[Any], T], items: Sequence[Any], workers: int) -> list[T]:
-    """``[call(item) for item in items]`` on `workers` threads. An error is that of the first item that has one."""
+    """``[call(item) for item in items]`` on `workers` threads. Raises the error of the first failing item."""
     if workers < 2 or len(items) < 2:
         return [call(item) for item in items]
     size = math.ceil(len(items) / workers)
@@ -114,17 +114,18 @@ def map_in_order(call: Callable[[Any], T], items: Sequence[Any], workers: int) -
 
 
 def trouble(message: str) -> UserError:
+    """The error of a source of images."""
     return UserError(f"dataset.path: {message}")
 
 
 def unreadable(name: str, error: Exception) -> UserError:
-    """`name` cannot be read as an image, in words that hold no address of an object."""
+    """The error for an image that cannot be decoded. Its text holds no object address, so that it is reproducible."""
     why = "no image format is recognised" if isinstance(error, UnidentifiedImageError) else str(error)
     return trouble(f"cannot read {quoted(name)} as an image: {why[:LONGEST_REASON] or type(error).__name__}")
 
 
 def some(names: Sequence[Any]) -> str:
-    """The first of `names`, and whether there are more."""
+    """The first few of `names`, with ``...`` if there are more."""
     shown = ", ".join(map(str, names[:LISTED]))
     return f"{shown}, ..." if len(names) > LISTED else shown
 
@@ -139,14 +140,14 @@ def decode(data: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > LARGEST_IMAGE:
-            raise ValueError(f"it has {image.width:,} x {image.height:,} pixels, at most {LARGEST_IMAGE:,} are read")
+            raise ValueError(f"it has {image.width:,} x {image.height:,} pixels, at most {LARGEST_IMAGE:,} are allowed")
         if image.format in ("PNG", "WEBP", "GIF", "TIFF") and image.is_animated:  # type: ignore[attr-defined]
             kind = "a file" if image.format == "TIFF" else "an animation"
-            raise ValueError(f"it is {kind} of {image.n_frames:,} pictures")  # type: ignore[attr-defined]
-        if _deep(image, data):  # Pillow drops half the bits of colours
-            raise ValueError("it has more than 8 bits a channel: convert it to 8 bits")
+            raise ValueError(f"it is {kind} of {image.n_frames:,} frames")  # type: ignore[attr-defined]
+        if _deep(image, data):  # Pillow would drop half the bits of colour images
+            raise ValueError("it has more than 8 bits per channel: convert it to 8 bits")
         if image.format == "PNG":
-            Image.open(io.BytesIO(data), formats=("PNG",)).verify()  # compares checksums, which load() does not
+            Image.open(io.BytesIO(data), formats=("PNG",)).verify()  # unlike load(), it verifies checksums
         image.load()
     except DAMAGE as error:
         raise unreadable(name, error) from error
@@ -154,9 +155,9 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 def _deep(image: Image.Image, data: bytes) -> bool:
-    """Whether a file has more than 8 bits a channel though Pillow's mode does not say so."""
+    """Whether a file has more than 8 bits per channel although Pillow's mode does not show it."""
     if image.mode.startswith(("I", "F")):
-        return False  # the mode says so
+        return False  # the mode shows it
     if image.format == "PNG":
         return data[PNG_DEPTH] > 8
     if image.format == "TIFF":
@@ -167,12 +168,12 @@ def _deep(image: Image.Image, data: bytes) -> bool:
 
 
 def is_opaque(image: Image.Image) -> bool:
-    """Whether no pixel of an image lets through what is behind it."""
+    """Whether no pixel of an image is transparent."""
     return not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema()[0] == 255
 
 
 def over_white(image: Image.Image) -> Image.Image:
-    """`image` without transparency: laid over white, as pages show it. One that is opaque keeps its colours."""
+    """`image` composited over white, as web pages show it. An opaque image keeps its colours."""
     if not image.has_transparency_data:
         return image
     image = image.convert("RGBA")
@@ -180,8 +181,8 @@ def over_white(image: Image.Image) -> Image.Image:
 
 
 def may_be_transparent(data: bytes) -> bool:
-    """Whether the file that starts with `data` is of a kind that may hold transparent pixels."""
-    if data[:2] == b"\xff\xd8" or data[:1] == b"P" or data[12:16] == b"VP8 ":  # JPEG, PPM and its kin, lossy WebP
+    """Whether the format of the file that starts with `data` allows transparent pixels."""
+    if data[:2] == b"\xff\xd8" or data[:1] == b"P" or data[12:16] == b"VP8 ":  # JPEG, the PPM family, lossy WebP
         return False
     if data[:8] != PNG_START or data[PNG_COLOURS] in PNG_ALPHA:
         return True
@@ -195,7 +196,7 @@ def may_be_transparent(data: bytes) -> bool:
 
 
 def is_transparent(data: bytes) -> bool:
-    """Whether the image in `data` has a pixel that is not opaque. What cannot be decoded has none."""
+    """Whether the image in `data` has a transparent pixel. False if it cannot be decoded."""
     if len(data) <= PNG_COLOURS or not may_be_transparent(data):
         return False
     try:
@@ -208,12 +209,12 @@ def is_transparent(data: bytes) -> bool:
 
 
 class EncodedReader(Reader):
-    """Images that are stored as files of an image format."""
+    """Images stored in an image format such as PNG."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self.notes: list[str] = []
-        self._checksums: np.ndarray | None = None  # (N,2), once they are known
+        self._checksums: np.ndarray | None = None  # (N,2), once computed
 
     def __len__(self) -> int:
         return len(self.names)
@@ -223,7 +224,7 @@ class EncodedReader(Reader):
 
     @abstractmethod
     def data(self, index: int) -> bytes:
-        """Image `index` as it is stored. Raises UserError."""
+        """The bytes of image `index` as stored. Raises UserError."""
 
     def open(self, index: int) -> Image.Image | np.ndarray:
         return decode(self.data(index), self.name(index))
@@ -240,20 +241,20 @@ class EncodedReader(Reader):
         return list(map(tuple, self._checksums.tolist()))
 
 
-# --- parts of a dataset ----------------------------------------------------------------------------------------------
+# --- splits ----------------------------------------------------------------------------------------------------------
 
 
 def split_named(word: str) -> str:
-    """The split that a folder, file or array is named for ("t10k-images", "validation"), or nothing."""
+    """The split in the name of a folder, file or array ("t10k-images" and "validation" are test), or ""."""
     first = word.lower().replace("_", "-").split(".")[0].split("-")[0]
     return next((split for split, names in SPLITS.items() if first in names), "")
 
 
 def of_split(names: Sequence[str], split: str, words: Callable[[str], Sequence[str]], what: str) -> list[str]:
-    """Those of `names` that belong to `split`, by the words in each that may name one.
+    """The `names` that belong to `split`; ``words(name)`` are the parts of a name that may name a split.
 
-    All of them where no word names a split, or `split` is "all". Of several names for one split the first in
-    :data:`SPLITS` is taken: images called val are not the test set where there is one called test.
+    Returns all names if no word names a split, or if `split` is "all". If a split has several names, the first in
+    :data:`SPLITS` is used: images in val are not the test set if there is also a folder test.
     """
     named = {name: next((word for word in words(name) if split_named(word)), "") for name in names}
     if split == "all" or not any(named.values()):
@@ -261,13 +262,13 @@ def of_split(names: Sequence[str], split: str, words: Callable[[str], Sequence[s
     ours = {word for word in named.values() if split_named(word) == split}
     if not ours:
         others = ", ".join(sorted({word for word in named.values() if word}))
-        raise trouble(f"{what} has nothing of split={split}, only {others}")
+        raise trouble(f"{what} has no split={split}, only {others}")
     spelled = {word: word.lower().replace("_", "-").split(".")[0].split("-")[0] for word in ours}
     best = min(spelled.values(), key=SPLITS[split].index)
     return [name for name in names if spelled.get(named[name]) == best]
 
 
 def split_folder(name: str, deepest: int = 2) -> list[str]:
-    """The upper `deepest` folders that are called as a split and nothing more: train in "afhq/train/cat/1.png"."""
+    """The folders among the upper `deepest` whose whole name is a split's: train in "afhq/train/cat/1.png"."""
     every = {alias for names in SPLITS.values() for alias in names} - {"data"}
     return [part for part in name.split("/")[:-1][:deepest] if part.lower() in every]

@@ -1,8 +1,7 @@
-"""Reference statistics: the real images through a network, computed once, kept, exported and imported.
+"""Reference statistics: features of the real images, computed once, cached, exported and imported.
 
-A file is an .npz in the layout of pytorch-fid and EDM: `mu` (D,) and `sigma` (D,D), and beside them `provenance`, JSON
-that says of which images, through which network and preprocessing they are. What says otherwise than the run is
-refused.
+A file is an .npz in the layout of pytorch-fid and EDM: `mu` (D,) and `sigma` (D,D), plus `provenance`, JSON that names
+the images, the network and the preprocessing. A file whose provenance does not match the run is refused.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from distillbench.npz_files import Npz
 
 BATCH = 256  # images read at a time
 LARGEST = 2**29  # bytes of an array in a file: 8,192 features
-PIXELS = ("dataset", "dataset_sha256", "split", "shape", "resizer")  # what provenance says of the images
-EYES = ("network", "protocol", "weights_sha256")  # and of the network
+IMAGE_KEYS = ("dataset", "dataset_sha256", "split", "shape", "resizer")  # keys of provenance for the images
+NETWORK_KEYS = ("network", "protocol", "weights_sha256")  # and for the network
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class ReferenceFile:
 
 
 def write_reference(path: Path, statistics: GaussianStatistics, provenance: dict[str, Any]) -> None:
-    """Write an .npz; float64."""
+    """Write an .npz with float64 arrays and with `provenance`, to which the number of images is added."""
     arrays = {
         "mu": statistics.mean.cpu().numpy(),
         "sigma": statistics.covariance.cpu().numpy(),
@@ -50,22 +49,22 @@ def write_reference(path: Path, statistics: GaussianStatistics, provenance: dict
     }
 
     def write(temporary: str) -> None:
-        with open(temporary, "wb") as file:  # given a name, numpy would append .npz to it
+        with open(temporary, "wb") as file:  # given a path, numpy would append .npz to it
             np.savez(file, **arrays)
 
     write_atomically(path, write)
 
 
 def read_reference(path: Path) -> ReferenceFile:
-    """Read an .npz of ours, of pytorch-fid or of EDM. Raises UserError for what is not one."""
+    """Read an .npz of distillbench, pytorch-fid or EDM; raises UserError if `path` is not one."""
     try:
         arrays = Npz(path)
         missing = [name for name in ("mu", "sigma") if name not in arrays.names]
         if missing:
             raise UserError(f"{path.name}: no array {missing[0]!r}; a reference holds mu and sigma")
         read = [arrays.infos[name] for name in ("mu", "sigma", "provenance") if name in arrays.infos]
-        if any(info.file_size > LARGEST for info in read):  # ADM's batches hold their images too
-            raise ValueError(f"an array has more than {LARGEST:,} bytes, no network has so many features")
+        if any(info.file_size > LARGEST for info in read):  # ADM's files hold the images too
+            raise ValueError(f"an array has more than {LARGEST:,} bytes, more than any network's features")
         mu, sigma = arrays["mu"], arrays["sigma"]
         provenance = json.loads(str(arrays["provenance"])) if "provenance" in arrays.names else {}
     except FileNotFoundError:
@@ -83,13 +82,13 @@ def read_reference(path: Path) -> ReferenceFile:
         raise UserError(f"{path.name}: provenance is not a JSON object")
     n = provenance.get("images", 0)
     if type(n) is not int or not 0 <= n < 2**53:
-        raise UserError(f"{path.name}: provenance must say of how many images it is, got {quoted(repr(n))}")
+        raise UserError(f"{path.name}: images in provenance must be their number, got {quoted(repr(n))}")
     statistics = GaussianStatistics(n, torch.from_numpy(mu), given=torch.from_numpy(sigma))
     return ReferenceFile(path, statistics, provenance, sha256_file(path))
 
 
 def provenance_of(dataset: Dataset, network: dict[str, Any]) -> dict[str, Any]:
-    """What a reference of `dataset` through a network (its identity) says of itself."""
+    """The provenance of a reference of `dataset` with `network`, the identity of a feature network."""
     return {
         "dataset": dataset.name,
         "dataset_sha256": dataset.sha256 if len(dataset) else None,
@@ -101,26 +100,29 @@ def provenance_of(dataset: Dataset, network: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_reference(file: ReferenceFile, wanted: dict[str, Any], width: int) -> None:
-    """Raise UserError unless `file` is of the images and the network that `wanted` (:func:`provenance_of`) names."""
+    """Raise UserError unless `file` has the provenance `wanted` (:func:`provenance_of`) and `width` features."""
     name = file.path.name
     if not file.provenance:
-        raise UserError(f"{name} does not say what it is of. Declare it once: distillbench reference import {name} ...")
-    for fact in (*PIXELS, *EYES):
-        theirs, ours = file.provenance.get(fact), wanted[fact]
-        if theirs != ours and not (fact == "dataset_sha256" and None in (theirs, ours)):
-            raise UserError(f"{name} is a reference of another {fact}: {theirs!r}, this run has {ours!r}")
+        raise UserError(f"{name} has no provenance. Declare it once: distillbench reference import {name} ...")
+    for key in (*IMAGE_KEYS, *NETWORK_KEYS):
+        found, expected = file.provenance.get(key), wanted[key]
+        if found != expected and not (key == "dataset_sha256" and None in (found, expected)):
+            raise UserError(f"{name} is a reference of another {key}: {found!r}, this run has {expected!r}")
     if len(file.statistics.mean) != width:
         raise UserError(f"{name} holds {len(file.statistics.mean)} features, {wanted['network']} has {width}")
     if not isinstance(file.provenance.get("images"), int) or file.statistics.n < 2:
-        raise UserError(f"{name} does not say of how many images it is")
+        raise UserError(f"{name} does not say how many images it was computed from")
 
 
 def declared(
     file: ReferenceFile, wanted: dict[str, Any], width: int, images: int
 ) -> tuple[GaussianStatistics, dict[str, Any]]:
-    """Statistics of another tool, and their provenance as the user declares it. Raises UserError for what is known."""
+    """Statistics of another tool's file, and their provenance as the user declares it.
+
+    Raises UserError if the file has a provenance, or another number of features than `width`.
+    """
     if file.provenance:
-        raise UserError(f"{file.path.name} says what it is of already, it needs no import")
+        raise UserError(f"{file.path.name} already has a provenance: it needs no import")
     if len(file.statistics.mean) != width:
         raise UserError(f"{file.path.name} holds {len(file.statistics.mean)} features, {wanted['network']} has {width}")
     statistics = GaussianStatistics(images, file.statistics.mean, given=file.statistics.covariance)
@@ -129,7 +131,7 @@ def declared(
 
 
 class RealImages(ImageSet):
-    """The real images of a dataset. What networks see of them is kept on disk, under a key of all that decides it."""
+    """The real images of a dataset. Their features are cached on disk, under a key of all that determines them."""
 
     def __init__(
         self, dataset: Dataset, networks: Networks, cache: Path, files: Iterable[ReferenceFile] = (),
@@ -141,7 +143,7 @@ class RealImages(ImageSet):
         self._imported: dict[type[FeatureNetwork], GaussianStatistics] = {}  # those of `files`, on the device
 
     def describe(self, network: type[FeatureNetwork]) -> str:
-        """Which reference a score through `network` has, in words."""
+        """The reference that metrics of `network` use, in words."""
         file = self.files.get(network.name)
         if file is None:
             return f"{self.count} images"
@@ -160,30 +162,30 @@ class RealImages(ImageSet):
             self._imported[network] = file.statistics.to(self.networks.device)
         return self._imported[network]
 
-    def _see(self, network: type[FeatureNetwork], keep: bool) -> None:
+    def _extract(self, network: type[FeatureNetwork], keep: bool) -> None:
         wanted = provenance_of(self.dataset, network.identity(self.networks.folder))
         path = self.cache / f"{network.name}-{key_of(wanted)}.npz"
-        if self._found(network, path, wanted, keep):
+        if self._read_cached(network, path, wanted, keep):
             return
-        super()._see(network, keep)
-        self._statistics[network] = self._statistics[network].dense()  # as the file has it: the same numbers next time
+        super()._extract(network, keep)
+        self._statistics[network] = self._statistics[network].dense()  # as in the file: the same digits next time
         write_reference(path, self._statistics[network], wanted)
         if keep:
-            write_tensors(_beside(path), {"features": self._features[network].contiguous()})
+            write_tensors(_features_path(path), {"features": self._features[network].contiguous()})
 
-    def _found(self, network: type[FeatureNetwork], path: Path, wanted: dict[str, Any], keep: bool) -> bool:
-        """Read what is kept; False if it is not there, not whole or lacks the features that are asked for."""
+    def _read_cached(self, network: type[FeatureNetwork], path: Path, wanted: dict[str, Any], keep: bool) -> bool:
+        """Read the cached files; False if they are missing, damaged, or lack the features that `keep` requires."""
         try:
             file = read_reference(path)
             check_reference(file, wanted, network.width)
-            features = read_tensors(_beside(path))["features"] if keep else None
+            features = read_tensors(_features_path(path))["features"] if keep else None
         except (UserError, OSError, ValueError, KeyError):
             return False
         if features is not None:
             if features.shape != (self.count, network.width):
                 return False
             self._features[network] = features
-        self._statistics[network] = file.statistics.to(self.networks.device)  # where the samples' moments are
+        self._statistics[network] = file.statistics.to(self.networks.device)  # the device of the samples' moments
         return True
 
 
@@ -192,5 +194,5 @@ def _batches(dataset: Dataset) -> Iterator[Tensor]:
         yield to_uint8(dataset.read(indices))
 
 
-def _beside(path: Path) -> Path:
+def _features_path(path: Path) -> Path:
     return path.with_suffix(".features.safetensors")

@@ -172,7 +172,7 @@ class Resume:
 def generators_state(generators: Mapping[str, Source], device: str) -> State:
     """The states of `generators` and of the global generators of torch, numpy and Python."""
     tensors = {f"given/{name}": generator.get_state() for name, generator in generators.items()}
-    tensors |= masks_state(device)
+    tensors |= torch_generators_state(device)
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
@@ -186,20 +186,20 @@ def restore_generators(state: State, generators: Mapping[str, Source], device: s
     """Restore the result of :func:`generators_state`."""
     for name, generator in generators.items():
         generator.set_state(state.tensors[f"given/{name}"])
-    restore_masks(state.tensors, device)
+    restore_torch_generators(state.tensors, device)
     version, words, gauss = state.values["python"]
     random.setstate((version, tuple(words), gauss))
     kind, position, has_gauss, cached = state.values["numpy"]
     np.random.set_state((kind, state.tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
 
 
-def masks_state(device: str) -> dict[str, Tensor]:
+def torch_generators_state(device: str) -> dict[str, Tensor]:
     """The states of torch's global generators, which dropout draws from; they differ between ranks."""
     return {"torch": torch.get_rng_state()} | ({} if device == "cpu" else {"cuda": torch.cuda.get_rng_state(device)})
 
 
-def restore_masks(states: Mapping[str, Tensor], device: str) -> None:
-    """Restore the result of :func:`masks_state`."""
+def restore_torch_generators(states: Mapping[str, Tensor], device: str) -> None:
+    """Restore the result of :func:`torch_generators_state`."""
     torch.set_rng_state(states["torch"])
     if device != "cpu":
         torch.cuda.set_rng_state(states["cuda"], device)

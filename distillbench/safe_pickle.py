@@ -1,13 +1,13 @@
 """Pickles of NVIDIA's EDM networks, read without executing anything that they hold.
 
-Such a file asks its reader to call things: classes, functions, and (``torch_utils.persistence``) the source text of the
-network, which it carries. Here :mod:`pickletools` cuts the file into opcodes and a stack machine follows those that
-build plain values. A name in the file is looked up in :data:`CALLS`, :data:`CONTAINERS` and :data:`DTYPES` alone, and
-what is found there are this module's own functions: a network comes out as a :class:`PersistentObject`, its class by
-name and its attributes as values, and the source text is never looked at. A name that is not there refuses the file.
+Such a file makes its reader call classes and functions, and (``torch_utils.persistence``) execute the network's source
+code, which the file contains. Here :mod:`pickletools` splits the file into opcodes, and a stack machine executes only
+those that build plain values. Names in the file are looked up only in :data:`CALLS`, :data:`CONTAINERS` and
+:data:`DTYPES`, which hold functions of this module: a network becomes a :class:`PersistentObject` with the name of its
+class and its attributes, and the source code is ignored. A file with any other name is refused.
 
-Python's own ``pickle.Unpickler`` with a narrow ``find_class`` would call nothing else either, but sets attributes of
-whatever it was given, crashes the process on dict keys of deeply nested tuples, and takes the size of its memo from
+Python's own ``pickle.Unpickler`` with a restricted ``find_class`` would not call anything else either, but it sets
+attributes of any object, crashes the process on dict keys of deeply nested tuples, and takes the size of its memo from
 the file.
 """
 
@@ -29,16 +29,16 @@ from torch import Tensor
 
 from distillbench.errors import LONGEST_QUOTE, UserError, quoted
 
-# What the reading of a file that is no pickle, or no whole one, ends in.
+# What reading a damaged pickle can raise.
 DAMAGED = ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError
 
 
 class Refused(ValueError):
-    """What a file asks for that it does not get."""
+    """A file contains something that is not allowed."""
 
 
 class RefusedName(Refused):
-    """A name that a file asks for, `name`, and that nothing answers."""
+    """A file refers to `name`, which is not allowed."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"asks for {quoted(name)}, which no network needs")
@@ -47,7 +47,7 @@ class RefusedName(Refused):
 
 @dataclass
 class PersistentObject:
-    """An object of a class that is known by name only: the class's name, and the object's attributes."""
+    """An object represented by the name of its class and its attributes."""
 
     class_name: str
     state: dict[str, Any]
@@ -55,7 +55,7 @@ class PersistentObject:
 
 @dataclass
 class _Dtype:
-    """numpy's name of a type without its byte order, such as "f8", and the byte order."""
+    """A numpy dtype: its code without the byte order, such as "f8", and the byte order."""
 
     code: str
     order: str = "="
@@ -67,29 +67,29 @@ class _Dtype:
 
 @dataclass
 class Array:
-    """A numpy array whose values come later in the file."""
+    """A numpy array, whose values come later in the file."""
 
     value: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class _Bytes:
-    """A tensor's storage as the file has it, not read."""
+    """A tensor's storage that is not read."""
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A name of the file that is answered: by calling `call`, where it may be called."""
+    """An allowed name, and the function that replaces it."""
 
     name: str
     call: Callable[..., Any]
 
 
 def read_pickle(file: Path, tensors: bool = True) -> Any:
-    """What `file` holds: plain values, tensors on the CPU, and a :class:`PersistentObject` for each other object.
+    """The content of `file`: plain values, tensors on the CPU, and a :class:`PersistentObject` for each other object.
 
-    Without `tensors` their values are passed over, and tensors have shapes only (device "meta"). Raises UserError for
-    a file that cannot be read, is no pickle, or asks for anything else.
+    With ``tensors=False`` their values are skipped, and tensors have only shapes (device "meta"). Raises UserError for
+    a file that cannot be read, is not a pickle, or contains anything else.
     """
     try:
         with open(file, "rb") as stream:
@@ -105,7 +105,7 @@ def read_pickle(file: Path, tensors: bool = True) -> Any:
 
 
 def read_arrays(stream: BinaryIO) -> Any:
-    """Plain values and numpy arrays in a pickle of any protocol, the texts of Python 2 as str. Raises ValueError."""
+    """Plain values and numpy arrays in a pickle of any protocol; strings of Python 2 become str. Raises ValueError."""
     try:
         return _Machine(CALLS_FOR_ARRAYS, old=True).run(pickletools.genops(stream))
     except Refused:
@@ -114,7 +114,7 @@ def read_arrays(stream: BinaryIO) -> Any:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-# --- what the names in a file stand for ------------------------------------------------------------------------------
+# --- functions for the allowed names ---------------------------------------------------------------------------------
 
 
 def _persistent_object(meta: Any) -> PersistentObject:
@@ -131,19 +131,19 @@ def _empty_dict() -> dict:
     return {}
 
 
-# What `torch.save` in the format before 1.6 begins with: the magic number that a pickled tensor's storage carries too.
+# The start of a file of torch.save before 1.6: the magic number, which a pickled tensor's storage has too.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def _storage(content: Any) -> torch.storage.TypedStorage:
-    """A tensor's values. They are in a file of torch.save's old format, which is a pickle again."""
+    """A tensor's values, stored in the old format of torch.save, which is itself a pickle."""
     if not (isinstance(content, bytes) and content.startswith(LEGACY_MAGIC)):
         raise Refused("has a tensor whose values are not in torch's own format")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, that typed storages are on their way out
+            warnings.simplefilter("ignore")  # torch warns that typed storages are deprecated
             storage = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # of a second unpickler: pickle.UnpicklingError, struct.error, EOFError, ...
+    except Exception as error:  # pickle.UnpicklingError, struct.error, EOFError, ...
         why = " ".join(str(error).split())[:LONGEST_QUOTE]
         raise Refused(f"has a tensor whose values torch does not load with weights_only=True ({why}...)") from error
     if not isinstance(storage, torch.storage.TypedStorage):
@@ -152,7 +152,7 @@ def _storage(content: Any) -> torch.storage.TypedStorage:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, *_: Any) -> Tensor:
-    """A tensor of its own storage: within it, and without values that it has twice."""
+    """A tensor that lies within its storage and has no overlapping elements."""
     if not isinstance(storage, torch.storage.TypedStorage):
         raise Refused("has a tensor without values")
     untyped, dtype = storage._untyped_storage, storage.dtype
@@ -164,7 +164,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: An
 
 
 def _distinct(size: list[int], stride: list[int]) -> bool:
-    """Whether each element of a tensor has a place of its own."""
+    """Whether no two elements of a tensor share memory."""
     dims = sorted((step, n) for n, step in zip(size, stride, strict=True) if n > 1)
     return all(step > 0 for step, _ in dims) and all(b >= a * n for (a, n), (b, _) in pairwise(dims))
 
@@ -205,7 +205,7 @@ def _array(cls: Any, shape: Any, typecode: Any) -> Array:
 
 
 def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> Array:
-    """How protocol 5 writes arrays."""
+    """An array as protocol 5 writes it."""
     return Array(_array_of((1, shape, dtype, order == "F", content)))
 
 
@@ -219,7 +219,7 @@ def _collection(make: Callable[[list], Any]) -> Callable[..., Any]:
 
 
 def _encode(text: Any, encoding: Any = "") -> bytes:
-    """How protocols below 3 write bytes."""
+    """Bytes as protocols below 3 write them."""
     if not (isinstance(text, str) and encoding == "latin1"):
         raise Refused("asks for a text in another encoding than latin1")
     return text.encode("latin1")
@@ -233,7 +233,7 @@ def _never(*_: Any) -> NoReturn:
     raise Refused("calls a name that stands for a type")
 
 
-# What a file may call, by name.
+# The functions that a file may call, by name.
 CALLS: dict[str, Callable[..., Any]] = {
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
     "dnnlib.util.EasyDict": _empty_dict,
@@ -266,7 +266,7 @@ CALLS_FOR_ARRAYS = {name: call for name, call in CALLS.items() if name.startswit
     f"{module}.numeric._frombuffer": _from_buffer for module in ("numpy.core", "numpy._core")
 }
 
-# torch's modules that hold others: objects of these classes come out as a PersistentObject too.
+# Container modules of torch, which become a PersistentObject too.
 CONTAINERS = {f"torch.nn.modules.container.{name}": name for name in ("ModuleDict", "ModuleList", "Sequential")}
 
 DTYPES = {
@@ -275,11 +275,11 @@ DTYPES = {
 }
 
 
-# --- the machine -----------------------------------------------------------------------------------------------------
+# --- the stack machine -----------------------------------------------------------------------------------------------
 
 
 def _key(value: Any) -> Any:
-    """A key of a dict or item of a set: something of one piece, so that hashing it is cheap."""
+    """A key of a dict or item of a set, which must be a scalar, so that hashing it is cheap."""
     if not isinstance(value, str | int | float | bytes | None | torch.dtype):
         raise Refused(f"has a {type(value).__name__} as a key")
     return value
@@ -309,14 +309,14 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 }
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
-# Of protocols 0 and 1, of Python 2's texts and of protocol 5's buffers: arrays come in them, EDM's networks do not.
+# Opcodes of protocols 0 and 1, Python 2's strings and protocol 5's buffers: used for arrays, not for EDM's networks.
 _OLD_VALUES = ("INT", "LONG", "FLOAT", "STRING", "UNICODE", "BINSTRING", "SHORT_BINSTRING", "BYTEARRAY8")
 
 
 class _Machine:
-    """The stack machine of pickle's protocols 2 to 5, as far as it builds values and answers names.
+    """The stack machine of pickle's protocols 2 to 5, restricted to opcodes that build values and look up names.
 
-    `old`: of protocols 0 and 1 too.
+    `old`: protocols 0 and 1 too.
     """
 
     def __init__(self, calls: dict[str, Callable[..., Any]], old: bool = False) -> None:
@@ -325,7 +325,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, opcodes: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> Any:
-        """Follow `opcodes` to the end of the pickle; what is on the stack then."""
+        """Execute `opcodes` to the end of the pickle. Returns the value on the stack."""
         steps: dict[str, Callable[[Any], None]] = {
             "GLOBAL": lambda arg: self.push(self.look_up(*arg.split(" ", 1))),
             "STACK_GLOBAL": lambda arg: self.push(self.look_up(*self.pop(2))),
@@ -375,7 +375,7 @@ class _Machine:
         self.stack.append(value)
 
     def pop(self, count: int) -> list[Any]:
-        """The `count` values on top of the stack, taken off it."""
+        """Pop the `count` values on top of the stack."""
         values = self.stack[-count:]
         if len(values) < count or any(value is _MARK for value in values):
             raise Refused("takes values that it did not give")
@@ -383,7 +383,7 @@ class _Machine:
         return values
 
     def pop_to_mark(self) -> list[Any]:
-        """The values above the last mark, taken off the stack with it."""
+        """Pop the values above the last mark, and the mark."""
         values: list[Any] = []
         while self.stack:
             value = self.stack.pop()
@@ -423,7 +423,7 @@ class _Machine:
         return self.memo[index]
 
     def look_up(self, module: Any, name: Any) -> Any:
-        """What stands for a name of the file here."""
+        """The replacement of a name in the file."""
         full = f"{module}.{name}"
         if full in DTYPES:
             return DTYPES[full]
@@ -434,7 +434,7 @@ class _Machine:
         raise RefusedName(full)
 
     def call(self, name: Any, args: Any) -> Any:
-        """What a name of the file makes of `args`."""
+        """The result of calling the replacement of a name with `args`."""
         if not (isinstance(name, _Name) and isinstance(args, tuple)):
             raise Refused("calls what is no name")
         try:
@@ -443,7 +443,7 @@ class _Machine:
             raise Refused(f"gives {name.name} other values than it takes") from error
 
     def build(self, state: Any) -> None:
-        """Give the object on top of the stack its state, where it is one that has any."""
+        """Set the state of the object on top of the stack."""
         target = self.top(object)
         if isinstance(target, PersistentObject) and isinstance(state, dict):
             target.state.update(state)
@@ -451,12 +451,12 @@ class _Machine:
             target.order = _byte_order(state)
         elif isinstance(target, Array):
             target.value = _array_of(state)
-        elif state != {}:  # which a plain dict may have, for it has no attributes
+        elif state != {}:  # a plain dict may have an empty state
             raise Refused(f"sets attributes of a {type(target).__name__}")
 
 
 def _byte_order(state: Any) -> str:
-    """numpy.dtype's state: (version, byte order, ...)."""
+    """The byte order in numpy.dtype's state (version, byte order, ...)."""
     order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
     if order not in ("<", ">", "|", "="):
         raise Refused("has a numpy type without a byte order")
@@ -464,7 +464,7 @@ def _byte_order(state: Any) -> str:
 
 
 def _array_of(state: Any) -> np.ndarray:
-    """numpy.ndarray's state: (version, shape, dtype, whether columns come first, bytes)."""
+    """The array of numpy.ndarray's state (version, shape, dtype, whether the order is Fortran's, bytes)."""
     if not (isinstance(state, tuple) and len(state) == 5):
         raise Refused("has a numpy array without values")
     _, shape, dtype, columns_first, content = state

@@ -1,10 +1,10 @@
-"""Scores made of features, for any network: a plugin names the network and the column.
+"""Metrics of features, for any feature network: a plugin names the network and the column.
 
     class FdMyNetwork(FrechetDistance):
         name, network = "fd_my_network", MyNetwork
 
-Distances and kernels are computed in float64, on the device of the feature networks where the features fit: a squared
-distance is a difference of squared norms, and float32 loses it where the features' mean is large beside their spread.
+Distances and kernels are computed in float64, on the device of the feature networks if the features fit there. A
+squared distance is a difference of squared norms; float32 loses it if the features' mean is large beside their spread.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = [
     "Recall", "density_and_coverage", "nearest", "precision_and_recall", "spread_ratio",
 ]  # fmt: skip
 
-ROWS = 1000  # of a distance matrix at a time, at most,
-MOST_DISTANCES = 2**26  # and distances: 512 MiB
-SEED = 2020  # of subsets: torch-fidelity's default
+ROWS = 1000  # at most, of a distance matrix at a time
+MOST_DISTANCES = 2**26  # at most, at a time: 512 MiB
+SEED = 2020  # of random subsets; torch-fidelity's default
 
 
 class FeatureMetric(Metric):
-    """A score that looks through `network`."""
+    """A metric of the features of `network`."""
 
     network: ClassVar[type[FeatureNetwork]]
 
@@ -43,7 +43,7 @@ class FeatureMetric(Metric):
 class FrechetDistance(FeatureMetric):
     """Squared Fréchet distance between Gaussians fitted to the features of all real images and of the samples.
 
-    Biased upwards for few samples: compare at equal numbers of images only.
+    Biased upwards for few samples: compare it only at equal numbers of images.
     """
 
     unit = "squared feature distance"
@@ -56,7 +56,7 @@ class FrechetDistance(FeatureMetric):
 
 
 class FrechetDistanceToTeacher(FeatureMetric):
-    """Squared Fréchet distance to the teacher's many-step answers to the same noise: 0 for a perfect student."""
+    """Squared Fréchet distance to the teacher's many-step samples for the same noise: 0 for a perfect student."""
 
     unit = "squared feature distance"
     direction = "lower"
@@ -69,22 +69,22 @@ class FrechetDistanceToTeacher(FeatureMetric):
 class FrechetDistanceExtrapolated(FeatureMetric):
     """The Fréchet distance extrapolated to infinitely many samples (Chong & Forsyth 2020, arXiv:1911.07023).
 
-    The bias falls like 1/n, so a line in 1/n through the distances of subsets is read off at 0. That holds where n is a
-    few times the number D of features: with subsets of 2 D, a tenth of the bias is left; of D, a third. The number of
-    real images is what it is: their part of the bias stays.
+    The bias falls like 1/n, so a line in 1/n is fitted to the distances of subsets and evaluated at 0. That holds if n
+    is a few times the number D of features: with subsets of 2 D, a tenth of the bias remains; of D, a third. The bias
+    that comes from the finite number of real images remains.
     """
 
     unit = "squared feature distance"
     direction = "lower"
     protocol = f"frechet_extrapolated/1: 8 subsets of n/2 to n >= 4 D samples, evenly spaced in n, seed {SEED}"
     needs = frozenset({Need.real, Need.features})
-    subsets, smallest, fewest = 8, 0.5, 2  # the smallest subset, of n; and the fewest samples in it, of D
+    subsets, smallest, fewest = 8, 0.5, 2  # the smallest subset, relative to n; its least size, relative to D
 
     def score(self, samples: Samples) -> float:
         features, real = samples.images.features(self.network), samples.real.statistics(self.network)
         n, width = features.shape
         if self.smallest * n < self.fewest * width:
-            raise Unavailable(f"a line in 1/n takes {self.fewest * width / self.smallest:.0f} samples, here are {n}")
+            raise Unavailable(f"the extrapolation needs {self.fewest * width / self.smallest:.0f} samples, got {n}")
         generator, features = torch.Generator().manual_seed(SEED), features.to(real.mean.device)
         sizes = torch.linspace(self.smallest * n, n, self.subsets).round().long().tolist()
         distances = []
@@ -106,21 +106,21 @@ class KernelDistance(FeatureMetric):
     subsets, subset = 100, 1000
 
     def score(self, samples: Samples) -> float:
-        ours, real = _both(samples, self.network)  # first: without weights that is the reason to give
+        ours, real = _float64_features(samples, self.network)  # first: missing weights are the more helpful reason
         few = min(len(ours), len(real))
         if few < self.subset:
-            raise Unavailable(f"a kernel distance takes subsets of {self.subset} images, here are {few}")
-        random, found = np.random.RandomState(SEED), []
+            raise Unavailable(f"a kernel distance needs {self.subset} images for a subset, got {few}")
+        random, distances = np.random.RandomState(SEED), []
         for _ in range(self.subsets):
             x, y = (features[_drawn(random, len(features), self.subset, features.device)] for features in (ours, real))
-            found.append(_squared_mmd(x, y))
-        return torch.stack(found).mean().item()
+            distances.append(_squared_mmd(x, y))
+        return torch.stack(distances).mean().item()
 
 
 class Precision(FeatureMetric):
-    """Share of samples within a real image's ball, which reaches to its third neighbour (Kynkäänniemi et al. 2019).
+    """Share of samples within the ball of a real image up to its third neighbour (Kynkäänniemi et al. 2019).
 
-    arXiv:1904.06991, whose network is VGG-16: values on another network are others.
+    arXiv:1904.06991 uses VGG-16; values with another network are not comparable.
     """
 
     unit = "share"
@@ -133,7 +133,7 @@ class Precision(FeatureMetric):
 
 
 class Recall(FeatureMetric):
-    """Share of real images within a sample's ball, which reaches to its third neighbour (Kynkäänniemi et al. 2019)."""
+    """Share of real images within the ball of a sample up to its third neighbour (Kynkäänniemi et al. 2019)."""
 
     unit = "share"
     direction = "higher"
@@ -145,7 +145,7 @@ class Recall(FeatureMetric):
 
 
 class Density(FeatureMetric):
-    """Mean number of real images' balls (to the fifth neighbour) that a sample lies in, over 5 (Naeem et al. 2020)."""
+    """Mean number of balls of real images (up to neighbour 5) that hold a sample, over 5 (Naeem et al. 2020)."""
 
     unit = "balls over k"
     direction = "higher"
@@ -157,7 +157,7 @@ class Density(FeatureMetric):
 
 
 class Coverage(FeatureMetric):
-    """Share of real images whose ball (to the fifth neighbour) holds a sample (Naeem et al. 2020, arXiv:2002.09797)."""
+    """Share of real images whose ball (up to neighbour 5) holds a sample (Naeem et al. 2020, arXiv:2002.09797)."""
 
     unit = "share"
     direction = "higher"
@@ -169,7 +169,7 @@ class Coverage(FeatureMetric):
 
 
 class FeatureDistanceToTeacher(FeatureMetric):
-    """Mean distance between the features of a sample and of the teacher's answer to the same noise."""
+    """Mean distance between the features of a sample and of the teacher's for the same noise."""
 
     unit = "feature distance"
     direction = "lower"
@@ -182,9 +182,9 @@ class FeatureDistanceToTeacher(FeatureMetric):
 
 
 class FeatureSpread(FeatureMetric):
-    """Standard deviation of the samples' features over noise, relative to the teacher's answers: 1 is as diverse.
+    """Standard deviation of the samples' features over noise, relative to the teacher's: 1 is as diverse.
 
-    Of a conditional run it is that within each class.
+    In a conditional run it is the standard deviation within each class.
     """
 
     unit = "ratio to the teacher's"
@@ -200,7 +200,7 @@ class FeatureSpread(FeatureMetric):
 class NearestReal(FeatureMetric):
     """Median distance of a sample to the nearest real image, over that of a real image to the nearest other one.
 
-    A diagnostic of copying: well below 1 means that samples lie closer to training images than these to one another.
+    A diagnostic of copying: well below 1, samples are closer to training images than these are to each other.
     """
 
     unit = "ratio to that of real images"
@@ -209,39 +209,39 @@ class NearestReal(FeatureMetric):
     needs = frozenset({Need.real_images, Need.features})
 
     def score(self, samples: Samples) -> float:
-        ours, real = _both(samples, self.network)
-        among = samples.real.once(f"nearest {self.network.name}", lambda: nearest(real, real, skip=1).median())
-        if among == 0:
-            raise Unavailable("more than half of the real images are there twice")
-        return (nearest(ours, real).median() / among).item()
+        ours, real = _float64_features(samples, self.network)
+        among_real = samples.real.once(f"nearest {self.network.name}", lambda: nearest(real, real, skip=1).median())
+        if among_real == 0:
+            raise Unavailable("more than half of the real images are duplicates")
+        return (nearest(ours, real).median() / among_real).item()
 
 
 def device_for(images: ImageSet, numbers: int) -> str:
-    """The device of the networks that look at `images`, if float64 `numbers` fit there; otherwise the CPU."""
+    """The device of the feature networks of `images` if so many float64 `numbers` fit there; otherwise the CPU."""
     device = images.networks.device
     return device if device == "cpu" or fits_on(device, 8 * numbers) else "cpu"
 
 
-def _both(samples: Samples, network: type[FeatureNetwork]) -> tuple[Tensor, Tensor]:
-    """Features of the samples and of the real images, float64, on the networks' device where both fit there."""
+def _float64_features(samples: Samples, network: type[FeatureNetwork]) -> tuple[Tensor, Tensor]:
+    """Features of the samples and of the real images, float64, on the networks' device if both fit there."""
     ours, real = samples.images.features(network), samples.real.features(network)
     device = device_for(samples.images, ours.numel() + real.numel())
     return ours.to(device).double(), real.to(device).double()
 
 
 def _drawn(random: np.random.RandomState, count: int, size: int, device: torch.device) -> Tensor:
-    """`size` of the indices 0, ..., count - 1, each once."""
+    """`size` different indices out of 0, ..., count - 1."""
     return to_device(torch.from_numpy(random.choice(count, size, replace=False)), device)
 
 
 def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """The unbiased squared mean discrepancy of x and y, (m,D) both, without the kernels of points with themselves."""
+    """The unbiased squared mean discrepancy of x and y, both (m,D), without the kernels of points with themselves."""
     m = len(x)
     return (_sum_of_pairs(x) + _sum_of_pairs(y)) / (m * (m - 1)) - 2 * _kernel(x, y).mean()
 
 
 def _sum_of_pairs(x: Tensor) -> Tensor:
-    """The kernels of all pairs of two different points; those of two blocks of points are computed once."""
+    """The sum of the kernel over all ordered pairs of different points; between two blocks it is computed once."""
     blocks = x.chunk(4)
     across = sum(_kernel(a, b).sum() for a, b in itertools.combinations(blocks, 2))
     within = (_kernel(block, block) for block in blocks)
@@ -253,36 +253,36 @@ def _kernel(f: Tensor, g: Tensor) -> Tensor:
 
 
 def precision_and_recall(samples: Samples, network: type[FeatureNetwork], k: int = 3) -> tuple[float, float]:
-    """Both at once, and once for these samples."""
+    """Precision and recall, computed together and once for these samples."""
     if min(len(samples.images.features(network)), len(samples.real.features(network))) <= k:
-        raise Unavailable("a third neighbour needs four images")
+        raise Unavailable(f"neighbour {k} needs more than {k} samples and real images")
     return samples.images.once(f"precision {network.name}", lambda: _precision_and_recall(samples, network, k))
 
 
 def _precision_and_recall(samples: Samples, network: type[FeatureNetwork], k: int) -> tuple[float, float]:
-    ours, real = _both(samples, network)
-    among_real = _real_radii(samples, network, real, k)
-    return _share_inside(ours, real, among_real), _share_inside(real, ours, nearest(ours, ours, skip=k))
+    ours, real = _float64_features(samples, network)
+    real_radii = _real_radii(samples, network, real, k)
+    return _share_inside(ours, real, real_radii), _share_inside(real, ours, nearest(ours, ours, skip=k))
 
 
 def _real_radii(samples: Samples, network: type[FeatureNetwork], real: Tensor, k: int) -> Tensor:
-    """Distance of each real image to its k-th neighbour among the others, (M,), computed once for all rows."""
+    """Distance of each real image to its k-th neighbour among the others, (M,), computed once for all samples."""
     return samples.real.once(f"radii {network.name} {k}", lambda: nearest(real, real, skip=k)).to(real.device)
 
 
 def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """Share of `points` (N,D) that lie in some ball round `centres` (M,D) of `radii` (M,), its surface included."""
-    near = [(distances <= radii).any(dim=1).sum() for _, distances in _distances(points, centres)]
-    return torch.stack(near).sum().item() / len(points)
+    """Share of `points` (N,D) in any closed ball around `centres` (M,D) with `radii` (M,)."""
+    counts = [(distances <= radii).any(dim=1).sum() for _, distances in _distances(points, centres)]
+    return torch.stack(counts).sum().item() / len(points)
 
 
 def density_and_coverage(samples: Samples, network: type[FeatureNetwork], k: int = 5) -> tuple[float, float]:
-    """Both at once, and once for these samples."""
+    """Density and coverage, computed together and once for these samples."""
     if len(samples.real.features(network)) <= k:
         raise Unavailable(f"neighbour {k} needs more than {k} real images")
 
     def compute() -> tuple[float, float]:
-        ours, real = _both(samples, network)
+        ours, real = _float64_features(samples, network)
         radii = _real_radii(samples, network, real, k)
         inside, covered = torch.zeros((2,), dtype=torch.int64, device=real.device)
         for rows, distances in _distances(real, ours):
@@ -295,9 +295,9 @@ def density_and_coverage(samples: Samples, network: type[FeatureNetwork], k: int
 
 
 def _distances(points: Tensor, others: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Distances of `points` (N,D) to all `others` (M,D): some rows at a time, and which they are."""
+    """Distances of `points` (N,D) to all `others` (M,D), in blocks: (rows, distances of these rows)."""
     size = max(1, min(ROWS, MOST_DISTANCES // max(1, len(others))))
-    centre = others.mean(dim=0)  # what is far from the origin loses digits, in float64 too
+    centre = others.mean(dim=0)  # far from the origin, distances lose digits even in float64
     others = others - centre
     for first in range(0, len(points), size):
         rows = slice(first, first + size)
@@ -305,26 +305,26 @@ def _distances(points: Tensor, others: Tensor) -> Iterator[tuple[slice, Tensor]]
 
 
 def nearest(points: Tensor, others: Tensor, skip: int = 0) -> Tensor:
-    """Distance of each of `points` (N,D) to its nearest among `others` (M,D), the first `skip` left out, (N,).
+    """Distance of each of `points` (N,D) to the nearest of `others` (M,D) after the first `skip`, (N,).
 
-    cdist of many loses the digits of short distances, so it finds the neighbour and the distance is computed anew.
+    cdist of many points is inaccurate for short distances: it only finds the neighbour; its distance is computed again.
     """
-    found = []
+    result = []
     for rows, distances in _distances(points, others):
         index = distances.kthvalue(skip + 1).indices
-        found.append(torch.linalg.vector_norm(points[rows] - others[index], dim=1))
-    return torch.cat(found)
+        result.append(torch.linalg.vector_norm(points[rows] - others[index], dim=1))
+    return torch.cat(result)
 
 
 def spread_ratio(ours: Tensor, theirs: Tensor, labels: Tensor | None) -> float:
-    """Root of the ratio of summed variances, (N,D) both, within each of the classes `labels` (N,)."""
-    mine, teachers = _variance(ours, labels), _variance(theirs, labels)
+    """Square root of the ratio of variances within each class of `labels` (N,); `ours` and `theirs` are (N,D)."""
+    teachers = _variance(theirs, labels)
     if teachers == 0:
-        raise Unavailable("the teacher's answers do not differ")
-    return (mine / teachers) ** 0.5
+        raise Unavailable("the teacher's samples are all equal")
+    return (_variance(ours, labels) / teachers) ** 0.5
 
 
 def _variance(points: Tensor, labels: Tensor | None) -> float:
-    """Squared distance to the mean of the class, summed over classes."""
+    """Sum of squared distances to the mean of the class, over all points and classes."""
     groups = [points] if labels is None else [points[labels == label] for label in labels.unique()]
     return sum((g.double() - g.double().mean(dim=0)).square().sum().item() for g in groups)

@@ -31,7 +31,7 @@ class SampleOrder:
 
 
 class SharedNetworks(Networks):
-    """Feature networks of which every rank has a copy, each of which extracts the features of its share of the images.
+    """Feature networks with a copy on every rank, which extracts the features of its share of the images.
 
     `order`: a dataclass with a field `network`; the other ranks receive it with the name of the network filled in.
     """
@@ -50,7 +50,7 @@ class SharedNetworks(Networks):
                 found, error = self._round(mine, self.ranks.scatter([(True, block) for block in row])[1])
                 try:
                     yield from found
-                except GeneratorExit:  # the features are not wanted any longer, and the others must hear of it
+                except GeneratorExit:  # the caller needs no more features, and the other ranks have to know
                     break
             if error is None:
                 self.ranks.scatter([(False, None)] * self.ranks.count)
@@ -58,14 +58,14 @@ class SharedNetworks(Networks):
             raise error
 
     def follow_extraction(self, network: type[FeatureNetwork]) -> None:
-        """A follower's share."""
+        """What non-zero ranks do."""
         mine = self.get(network)
         error: Exception | None = None
         while error is None and (told := self.ranks.scatter([]))[0]:
             _, error = self._round(mine, told[1])
 
     def _round(self, network: FeatureNetwork, block: Tensor | None) -> tuple[list[Tensor], Exception | None]:
-        """The features of one block for each process."""
+        """The features of one block for each rank."""
         blocks = [] if block is None else [block]
         seen, error = tried(lambda _: next(look(network, blocks, self.device)).cpu(), 0, len(blocks))
         if (wrong := first_error(error, self.ranks)) is not None:

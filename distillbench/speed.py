@@ -1,23 +1,23 @@
-"""The cost of sampling, measured in the same way for every method and the teacher, in a process of its own.
+"""The cost of sampling, measured in the same way for every method and the teacher, in a fresh process.
 
 | pass       | images at once            | what                                                                     |
 |------------|---------------------------|--------------------------------------------------------------------------|
-| memory     | ``evaluation.batch_size`` | peaks while sampling, after one call that is not watched                 |
-| latency    | 1                         | 3 calls to warm up; then at least 20, for at least ``timing_seconds``    |
-| throughput | 1, 2, 4, ...              | of each batch one call to warm up, then calls for ``timing_seconds``     |
+| memory     | ``evaluation.batch_size`` | peaks while sampling, after one warm-up call                             |
+| latency    | 1                         | 3 warm-up calls; then at least 20, for at least ``timing_seconds``       |
+| throughput | 1, 2, 4, ...              | per batch size one warm-up call, then calls for ``timing_seconds``       |
 | FLOPs      | 1                         | by torch's counter                                                       |
-| apart      | 1                         | latency of the teacher's decoder of latents, and of its encoder of texts |
+| components | 1                         | latency of the teacher's latent decoder and of its text encoder          |
 
-Each pass goes over all nfe in ascending order before the next begins. What one measurement leaves behind (resident
-memory, the allocator's blocks, modules) can move the next, so the order is the same for every method: memory before
-the large batches of throughput, FLOPs last since their counter imports torch's compiler, and rows with few evaluations
-before those with more, so that none is charged for memory that a hungrier one left. Nothing is compiled; networks are
-computed as for scores, in ``evaluation.precision`` and, if asked, in CUDA graphs that the calls to warm up capture.
-FLOPs are those of the plain network. Noise and conditions are drawn before a call is timed.
+Each pass covers all nfe in ascending order before the next pass begins. A measurement can affect later ones (resident
+memory, the allocator's blocks, imported modules), so the order is the same for every method: memory before the large
+batches of throughput, FLOPs last since their counter imports torch's compiler, and few evaluations before many, so that
+no row is charged for memory that another one left. Nothing is compiled. Networks run as for scores: in
+``evaluation.precision``, and with ``cuda_graphs`` in CUDA graphs that the warm-up calls capture. FLOPs are those of the
+network without CUDA graphs. Noise and conditioning are drawn before a call is timed.
 
-A timed call waits for the device before and after: on the CPU the clock is read, on CUDA a pair of events is recorded
-on the idle device, so a latency holds the launches from Python. No measurement takes calls for more than 60 s. What
-cannot be measured is left empty, with the reason; the rest is measured all the same.
+The device is idle before and after a timed call. On the CPU the clock is read, on CUDA a pair of events is recorded, so
+a latency includes the kernel launches from Python. A measurement takes at most 60 s of calls. A value that cannot be
+measured is None, with the reason; the others are measured.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ import dataclasses
 import functools
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -52,27 +51,34 @@ from distillbench.processes import ProcessError, call_in_fresh_process, in_words
 from distillbench.progress import Progress
 from distillbench.teachers import Teacher, TeacherSource
 
-if TYPE_CHECKING:  # the fresh process imports no more than what it measures
+if TYPE_CHECKING:  # the fresh process imports no more than it needs
     from distillbench.evaluate import Sampler
+from distillbench.timing import (
+    LEAST_CALLS,
+    MOST_SECONDS,
+    OUT_OF_MEMORY,
+    Timer,
+    best_throughput,
+    repeat,
+    timer_of,
+    warmed_up,
+)
 
-WARM_UP_CALLS = 3
-LEAST_CALLS = 20  # of a latency; fewer have no 95th percentile
-MOST_SECONDS = 60.0  # of calls in one measurement
-WATCHED_SECONDS = 0.25  # of sampling while memory is looked at, every 20 ms
-GROWTH = 1.03  # of throughput from one doubling of the batch to the next, for it to count
-STALLS = 2  # doublings in a row without it, after which no larger batch is tried
+WATCHED_SECONDS = 0.25  # of sampling while memory is measured, every 20 ms
 TEXT = "a photograph of a cat on a wooden table"
-
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 class SpeedError(Unavailable):
-    """Nothing could be measured; the message, one line, stands in for all values."""
+    """Nothing could be measured. The message, one line, is the reason for all empty values."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What sampling with `nfe` evaluations costs; None where `missing` gives the reason. `notes` are about values."""
+    """The cost of sampling with `nfe` evaluations; `missing` has the reasons for None, `notes` remarks on values.
+
+    It has the fields of :class:`distillbench.results.SpeedRow`, without pydantic: that would add to the memory measured
+    in the fresh process.
+    """
 
     nfe: int
     latency_p50_ms: float | None = None  # batch 1, without decoder and text encoder
@@ -92,12 +98,12 @@ class Speed:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-# --- what is measured, as plain values -------------------------------------------------------------------------------
+# --- jobs for a fresh process ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TorchSettings:
-    """How torch computes in a process."""
+    """Global settings of torch in a process."""
 
     threads: int
     dtype: torch.dtype
@@ -108,7 +114,7 @@ class TorchSettings:
 
     @staticmethod
     def now(threads: int) -> TorchSettings:
-        """Those of this process, on `threads` threads."""
+        """Those of this process, with `threads` threads."""
         return TorchSettings(
             threads,
             torch.get_default_dtype(),
@@ -124,79 +130,79 @@ class TorchSettings:
         self.float32.apply()
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
         torch.backends.cudnn.deterministic = self.cudnn_deterministic
-        if torch.are_deterministic_algorithms_enabled() != self.deterministic:  # setting it imports torch's compiler
+        if torch.are_deterministic_algorithms_enabled() != self.deterministic:  # this call imports torch's compiler
             torch.use_deterministic_algorithms(self.deterministic)
 
 
-class KnownDataset(Dataset):
-    """What a run knows of its dataset, small enough to be handed on; the images are read if someone asks for them.
+class LazyDataset(Dataset):
+    """The attributes of a dataset, small enough to be pickled; it is opened again only if its images are read.
 
-    Reading a dataset can take longer than all that is measured here, and few teachers look at an image.
+    Opening a dataset can take longer than all measurements, and few teachers read images.
     """
 
     def __init__(self, dataset: Dataset, config: Any) -> None:
         self.kind, self.config, self.count = type(dataset), config, len(dataset)
-        for name in Dataset.__annotations__:  # all that the contract knows
+        for name in Dataset.__annotations__:  # the attributes of the contract
             setattr(self, name, getattr(dataset, name))
 
     @functools.cached_property
-    def whole(self) -> Dataset:
+    def opened(self) -> Dataset:
         return self.kind(self.config)
 
     def __len__(self) -> int:
         return self.count
 
     def read(self, indices: Tensor) -> Tensor:
-        return self.whole.read(indices)
+        return self.opened.read(indices)
 
     def labels(self, indices: Tensor) -> Tensor:
-        return self.whole.labels(indices)
+        return self.opened.labels(indices)
 
     def __getattr__(self, name: str) -> Any:
-        """What the contract does not know: a teacher of the same plugin may ask for it."""
-        if name.startswith("__") or name == "whole":
+        """Attributes outside the contract, which a teacher of the same plugin may use."""
+        if name.startswith("__") or name == "opened":
             raise AttributeError(name)
-        return getattr(self.whole, name)
+        return getattr(self.opened, name)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured of a sampler, and how long."""
+    """What to measure, and for how long."""
 
     nfe: tuple[int, ...]
     device: str
-    batch_size: int  # while memory is watched
-    largest: int  # batch that is tried for throughput
+    batch_size: int  # while memory is measured
+    largest: int  # batch size to try for throughput
     timing_seconds: float
-    sampling: Sampling = Sampling()  # how networks are computed
+    sampling: Sampling = Sampling()  # how networks run
     before: Before = Before()
 
 
 @dataclass(frozen=True)
 class SpeedJob:
-    """A measurement and all that a fresh process needs to make what is measured."""
+    """A measurement, and all that a fresh process needs to build the student or the teacher."""
 
     measurement: Measurement
     torch_settings: TorchSettings
-    dataset: KnownDataset
+    dataset: LazyDataset
     source: type[TeacherSource]
     teacher_config: Any
     conditioning: Conditioning
-    cache: Path  # of teachers
-    solver: str = ""  # of the teacher itself, where there is no method
+    cache: Path  # folder of teachers
+    solver: str = ""  # of the teacher, if there is no method
     method: type[Method] | None = None
     method_config: Any = None
     seed: int = 0
     weights: Path | None = None  # of the student, safetensors
 
 
-# --- in which process ------------------------------------------------------------------------------------------------
+# --- processes -------------------------------------------------------------------------------------------------------
 
 
 def measure_in_fresh_process(job: SpeedJob, limit_seconds: float) -> list[Speed]:
-    """:func:`measure` in a process that is started for it and killed after `limit_seconds`; raises SpeedError.
+    """Run :func:`measure` in a fresh process, which is killed after `limit_seconds`. Raises SpeedError.
 
-    The caller's torch gives memory that it only keeps back to the GPU first; what it holds on to does not count.
+    The caller returns its cached GPU memory first. What it still holds is subtracted from the peaks.
     """
     release_memory()
     before = Before(in_use=bytes_in_use(job.measurement.device))
@@ -208,7 +214,7 @@ def measure_in_fresh_process(job: SpeedJob, limit_seconds: float) -> list[Speed]
 
 
 def measure(job: SpeedJob) -> list[Speed]:
-    """The cost of sampling for each nfe of `job`, ascending, measured in this process; raises SpeedError."""
+    """The cost of sampling for each nfe of `job`, ascending, measured in this process. Raises SpeedError."""
     measurement = job.measurement
     if measurement.device != "cpu":
         release_memory()
@@ -217,27 +223,27 @@ def measure(job: SpeedJob) -> list[Speed]:
     try:
         job.torch_settings.apply()
         subject = make_subject(job)
-    except Exception as error:  # a method and a teacher are a stranger's code
+    except Exception as error:  # third-party methods and teachers may raise anything
         raise SpeedError(in_words(error)) from error
     return measure_subject(subject, measurement, timer_of(measurement.device))
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a sampler, and the teacher that knows its images and conditions."""
+    """The sampler to measure, and the teacher with its shapes and conditioning."""
 
     sampler: Sampler
     teacher: Teacher
-    parameters: int | None = None  # weights of the network that samples
+    parameters: int | None = None  # of the network that samples
 
 
 def make_subject(job: SpeedJob) -> Subject:
-    """The student of `job` as training left it, or the teacher with its solver."""
+    """The trained student of `job`, or the teacher with its solver."""
     device = job.measurement.device
     source = job.source(job.teacher_config, job.dataset, job.cache, device, job.conditioning)
     teacher = source.load(Progress(None)).asked(job.conditioning)
     if job.method is None or job.weights is None:
-        from distillbench.evaluate import teacher_sampler  # half a second that students do not need
+        from distillbench.evaluate import teacher_sampler  # takes half a second to import, which students do not need
         from distillbench.samplers import Solver
 
         return Subject(teacher_sampler(teacher, Solver.parse(job.solver)), teacher, _parameters(teacher.denoiser))
@@ -253,66 +259,11 @@ def _parameters(network: torch.nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-# --- clocks ----------------------------------------------------------------------------------------------------------
-
-
-class Timer(Protocol):
-    """Times one call: seconds from an idle device to an idle device."""
-
-    def seconds(self, call: Callable[[], object]) -> float: ...
-
-
-class CpuTimer:
-    """By the clock, where work is done when a call returns."""
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-
-class CudaTimer:
-    """By a pair of events in the stream; `cuda` is torch.cuda, but for tests without a GPU."""
-
-    def __init__(self, device: str, cuda: Any = torch.cuda) -> None:
-        self.device, self.cuda = device, cuda
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        start, end = self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True)
-        stream = self.cuda.current_stream(self.device)
-        self.cuda.synchronize(self.device)
-        start.record(stream)
-        call()
-        end.record(stream)
-        self.cuda.synchronize(self.device)
-        return start.elapsed_time(end) / 1000
-
-
-def timer_of(device: str) -> Timer:
-    return CpuTimer() if device == "cpu" else CudaTimer(device)
-
-
-def repeat(call: Callable[[], object], timer: Timer, least_calls: int, least_seconds: float) -> list[float]:
-    """Seconds of each call: at least so many calls and so long, but never begun after 60 s of them."""
-    seconds: list[float] = []
-    total = 0.0
-    while (len(seconds) < least_calls or total < least_seconds) and total < MOST_SECONDS:
-        seconds.append(timer.seconds(call))
-        total += seconds[-1]
-    return seconds
-
-
-def warmed_up(call: Callable[[], object], timer: Timer, least_calls: int, least_seconds: float) -> list[float]:
-    """The same, after three calls that do not count."""
-    repeat(call, timer, WARM_UP_CALLS, 0)
-    return repeat(call, timer, least_calls, least_seconds)
-
-
 # --- the passes ------------------------------------------------------------------------------------------------------
 
 
-class KeptNoise:
-    """Noise that is drawn when it is first asked for, by the call that warms up, and kept: later calls draw nothing."""
+class CachedNoise:
+    """Draws noise in the warm-up call and returns the same tensors later, so that timed calls draw none."""
 
     def __init__(self, noise: Noise) -> None:
         self.noise = noise
@@ -326,7 +277,7 @@ class KeptNoise:
 
 @dataclass
 class _Row:
-    """The values of one nfe, as they are found."""
+    """The values of one nfe so far."""
 
     nfe: int
     values: dict[str, Any] = field(default_factory=dict)
@@ -340,12 +291,12 @@ class _Row:
 
     @contextmanager
     def attempt(self, *names: str) -> Iterator[None]:
-        """Whatever goes wrong in the block leaves those of the values `names` empty that are not yet there."""
+        """If the block raises, the values `names` that are not there yet are missing, with the error as reason."""
         try:
             yield
         except OUT_OF_MEMORY:
             reason = "memory ran out"
-        except Exception as error:  # a sampler is a stranger's code
+        except Exception as error:  # a third-party sampler may raise anything
             reason = in_words(error)
         else:
             return
@@ -360,10 +311,10 @@ def measure_subject(subject: Subject, measurement: Measurement, timer: Timer) ->
             for row in rows:
                 one_pass(row, subject, measurement, timer)
                 _clean_up(measurement.device)
-        apart = _apart(subject, measurement, timer)
-    for row in rows:  # the same for all: it does not depend on nfe
-        row.values |= apart.values
-        row.missing |= apart.missing
+        components = _components(subject, measurement, timer)
+    for row in rows:  # they do not depend on nfe
+        row.values |= components.values
+        row.missing |= components.missing
     return [
         Speed(row.nfe, **row.values, parameters=subject.parameters, missing=row.missing, notes=row.notes)
         for row in rows
@@ -371,23 +322,23 @@ def measure_subject(subject: Subject, measurement: Measurement, timer: Timer) ->
 
 
 def _clean_up(device: str) -> None:
-    """What the pass before needs no longer goes back to the device."""
+    """Return the GPU memory of the last pass."""
     if device != "cpu":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def _call(subject: Subject, device: str, nfe: int, size: int, keep: bool = True) -> Callable[[], Tensor]:
-    """Sampling `size` images; with `keep` the first call draws the noise for all."""
+    """A call that samples `size` images; with `keep` the first call draws the noise for all calls."""
     indices = range(size)
     noise: Any = Noise(stream_key("timing", 0), indices, subject.teacher.shape, device)
-    noise = KeptNoise(noise) if keep else noise
+    noise = CachedNoise(noise) if keep else noise
     c = subject.teacher.conditioning.of_images(indices, device)
     return lambda: subject.sampler(noise, nfe, c)
 
 
 def _memory(row: _Row, subject: Subject, measurement: Measurement, timer: Timer) -> None:
-    """Noise is drawn anew in each call: kept draws are no memory that sampling needs."""
+    """Draws new noise in each call: cached noise is not memory that sampling needs."""
     names = ("peak_gpu_mib", "peak_gpu_reserved_mib", "peak_device_mib", "peak_rss_mib")
     with row.attempt(*names):
         call = _call(subject, measurement.device, row.nfe, measurement.batch_size, keep=False)
@@ -423,15 +374,15 @@ def _throughput(row: _Row, subject: Subject, measurement: Measurement, timer: Ti
 
 def _flops(row: _Row, subject: Subject, measurement: Measurement, timer: Timer) -> None:
     with row.attempt("gflops"):
-        teacher, plain = subject.teacher, NetworkCall()  # a replayed graph shows no operators
+        teacher, plain = subject.teacher, NetworkCall()  # the counter sees no operators in a replayed graph
         with teacher.teacher_rows.calling(plain), teacher.student_rows.calling(plain):
             counted = count_flops(_call(subject, measurement.device, row.nfe, 1))
         row.put("gflops", counted.flops / 1e9)
         row.values["flops_not_counted"] = counted.not_counted
 
 
-def _apart(subject: Subject, measurement: Measurement, timer: Timer) -> _Row:
-    """The decoder and the text encoder, which no latency of sampling contains."""
+def _components(subject: Subject, measurement: Measurement, timer: Timer) -> _Row:
+    """The latent decoder and the text encoder, which are not part of the sampling latency."""
     teacher, found = subject.teacher, _Row(nfe=0)
     latent = Noise(stream_key("timing", 0), range(1), teacher.shape, measurement.device)(0)
     calls: dict[str, Callable[[], object] | None] = {
@@ -446,38 +397,3 @@ def _apart(subject: Subject, measurement: Measurement, timer: Timer) -> _Row:
                 seconds = [] if call is None else warmed_up(call, timer, LEAST_CALLS, measurement.timing_seconds)
             found.put(name, 1000 * statistics.median(seconds) if seconds else None, reason)
     return found
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """The most images a second that were found, at which batch, and what kept larger ones from being tried."""
-
-    images_per_second: float
-    batch: int
-    note: str = ""
-
-
-def best_throughput(
-    make_call: Callable[[int], Callable[[], object]], timer: Timer, largest: int, least_seconds: float
-) -> Throughput:
-    """Tries batches of 1, 2, 4, ... up to `largest`, until two doublings in a row bring less than 3 % or memory ends.
-
-    `make_call(size)` gives the call that makes `size` images. Raises what it raises; OutOfMemoryError only for one.
-    """
-    best = Throughput(0.0, 0)
-    stalls, size = 0, 1
-    while size <= largest and stalls < STALLS:
-        try:
-            call = make_call(size)
-            timer.seconds(call)
-            seconds = repeat(call, timer, 1, least_seconds)
-        except OUT_OF_MEMORY:
-            if not best.batch:
-                raise
-            return dataclasses.replace(best, note=f"memory ran out at batch {size}")
-        rate = size * len(seconds) / sum(seconds)
-        stalls = 0 if rate >= GROWTH * best.images_per_second else stalls + 1
-        if rate > best.images_per_second:
-            best = Throughput(rate, size)
-        size *= 2
-    return best

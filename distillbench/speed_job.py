@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distillbench.shared_context import Cell
-from distillbench.speed import KnownDataset, Measurement, SpeedJob, TorchSettings
+from distillbench.speed import LazyDataset, Measurement, SpeedJob, TorchSettings
 
 
 def speed_job(cell: Cell, weights: Path | None, nfe: list[int]) -> SpeedJob:
@@ -23,7 +23,7 @@ def speed_job(cell: Cell, weights: Path | None, nfe: list[int]) -> SpeedJob:
     return SpeedJob(
         measurement,
         TorchSettings.now(config.threads),
-        KnownDataset(shared.dataset, config.dataset),
+        LazyDataset(shared.dataset, config.dataset),
         type(shared.source),
         config.teacher,
         shared.conditioning,

@@ -1,8 +1,8 @@
-"""How sure the scores of a table are: means over seeds with their intervals, and whether a method leads.
+"""Means of scores over seeds, their confidence intervals, and whether a method leads significantly.
 
-Two things are drawn by chance. The training seed makes another student; the sampling seed makes other samples of the
-same student. The noise of a sampling seed is the same for every student, so scores of two students that were sampled
-with the same seed err together: a sampling seed is one draw, however many students were sampled with it.
+There are two sources of randomness. Each training seed gives another student; each sampling seed gives other samples of
+the same student. All students get the same noise for a sampling seed, so the errors of their scores are correlated: a
+sampling seed is one draw, no matter how many students were sampled with it.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-COMPARABLE = ["dataset", "teacher", "guidance", "nfe", "images", "budget", "protocol"]  # of rows that may be compared
+COMPARABLE = ["dataset", "teacher", "guidance", "nfe", "images", "budget", "protocol"]  # equal in comparable rows
 KEYS = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol", "device"]
 SEEDS = ["training_seed", "sampling_seed"]
-TEACHER = "teacher:"  # how the method of a baseline's row begins
-FEWEST = 6  # values that are resampled; see summarise
+TEACHER = "teacher:"  # prefix of the method column in baseline rows
+FEWEST = 6  # values from which on the bootstrap is used; see summarise
 ARROWS = {"lower": "↓", "higher": "↑", "none": ""}
 
 _TYPES = {"guidance": "Float64", "nfe": "Int64", "images": "Int64", "training_seed": "Int64", "sampling_seed": "Int64"}
 _TYPES |= dict.fromkeys(
     ("dataset", "teacher", "method", "settings", "budget", "protocol", "device", "status"), "string"
 )
-_CHUNK = 100  # resamples, and rows, that are held in memory at once: they fit the processor's cache
+_CHUNK = 100  # resamples and rows in memory at a time: they fit the CPU cache
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
 def arrow(direction: str) -> str:
-    """The arrow that a heading carries: down where lower is better, up where higher is, else none."""
+    """The arrow for a heading: down if lower is better, up if higher is better, else none."""
     _check_direction(direction)
     return ARROWS[direction]
 
@@ -41,32 +41,32 @@ def arrow(direction: str) -> str:
 def summarise(
     table: pd.DataFrame, directions: Mapping[str, str], confidence: float = 0.95, resamples: int = 9999
 ) -> pd.DataFrame:
-    """One row for each of KEYS, sorted by them: the number of different seeds, status, scores, costs.
+    """One row for each of KEYS, sorted by them: the numbers of seeds, status, scores, costs.
 
     For each metric M of `directions` (name: lower, higher or none), from the rows that are ok:
 
     M            mean over training seeds of the mean over their sampling seeds
-    M_missing    rows that are ok and have no M: what the mean leaves out
+    M_missing    rows that are ok and have no M; the mean leaves them out
     M_training_* std (n - 1) of the training seeds' means over their sampling seeds; low, high: interval of M over
-                 training seeds. What sampling adds to those means is included
+                 training seeds. It includes the variance that sampling adds to these means
     M_sampling_* std (n - 1) over the sampling seeds of one student, pooled over students by n - 1; low, high: interval
-                 of M over sampling seeds for these very students. What is resampled is the sampling seed, with all
-                 students that it sampled (see the module)
-    M_*_interval how the interval was found: "t" or "bootstrap"
+                 of M over sampling seeds for these students. Resampled are the sampling seeds, each with all
+                 its students (see the module)
+    M_*_interval method of the interval: "t" or "bootstrap"
 
     and the means of the numeric columns train_* and sample_*, over training seeds in the same way. Empty: fewer than
     two seeds, or, for the interval over sampling seeds, a student with a single sampling seed.
 
-    From FEWEST values on: the bootstrap of the mean, BCa (Efron 1987, scipy.stats.bootstrap). Resampled means never
-    leave the range of the n values and vary by sqrt((n - 1) / n) too little: at n = 6 a plain 95 % interval holds the
-    truth in 86 % of trials. The level is therefore widened to 2 Phi(sqrt(n / (n - 1)) t) - 1, with Student's t for
-    n - 1 degrees of freedom (Hesterberg 2015, "What teachers should know about the bootstrap"): 92 to 95 % for normal
-    values. BCa and not the percentile, because it holds skewed scores better (exponential, n = 10: 92 % and not 90 %).
+    From FEWEST values on: the BCa bootstrap of the mean (Efron 1987, scipy.stats.bootstrap). The standard deviation of
+    resampled means is too small by sqrt((n - 1) / n): at n = 6 a plain 95 % interval covers the truth in 86 % of
+    trials. The level is therefore widened to 2 Phi(sqrt(n / (n - 1)) t) - 1, with Student's t for n - 1 degrees of
+    freedom (Hesterberg 2015, "What teachers should know about the bootstrap"): 92 to 95 % for normal values. BCa covers
+    better than the percentile bootstrap for skewed scores (exponential, n = 10: 92 % instead of 90 %).
 
-    Below FEWEST, where the range itself is too narrow: Student's t with n - 1 degrees of freedom, exact for normal
-    values and too narrow for very skewed ones. Where values are equal, so are the interval's ends.
+    Below FEWEST, where the range of the values is too narrow: Student's t with n - 1 degrees of freedom, exact for
+    normal values and too narrow for very skewed ones. Equal values give an interval of no width.
 
-    The same rows give the same summary in any order, and a row does not depend on the other groups.
+    The summary does not depend on the order of rows, and a row does not depend on other groups.
     """
     _check(table, directions, confidence)
     table = _tidy(table)
@@ -94,10 +94,11 @@ def summarise(
 
 
 def leaders(summary: pd.DataFrame, metric: str, direction: str) -> pd.Series:
-    """True for the student whose interval over retraining lies on the better side of all others' in its group.
+    """True for the student whose interval over training seeds is better than and disjoint from all others in its group.
 
-    A group is rows that are equal in COMPARABLE. At most one of its rows is marked, never a teacher, a method without a
-    rival, or one of which a row failed or has no score; nobody where a student has no interval, as one trained once.
+    Rows of a group are equal in COMPARABLE. At most one row of a group is True; never a teacher, a method without
+    others to compare with, or one of which a row failed or has no score; none if some student has no interval, such as
+    one that was trained once.
     """
     _check_direction(direction)
     marks = np.zeros(len(summary), dtype=bool)
@@ -113,7 +114,7 @@ def leaders(summary: pd.DataFrame, metric: str, direction: str) -> pd.Series:
 
 
 def verdict(group: pd.DataFrame, metric: str, direction: str) -> str:
-    """Why a student of `group` leads, or why nobody does. `group`: rows of a summary that are equal in COMPARABLE."""
+    """Why a student of `group` leads, or why none does. `group`: rows of a summary that are equal in COMPARABLE."""
     _check_direction(direction)
     if len(np.unique(_group_numbers(group))) > 1:
         raise ValueError(f"a verdict is about rows that are equal in {', '.join(COMPARABLE)}")
@@ -121,7 +122,7 @@ def verdict(group: pd.DataFrame, metric: str, direction: str) -> str:
 
 
 def _judge(group: pd.DataFrame, metric: str, direction: str) -> tuple[int | None, str]:
-    """The place of the leader in `group`, or None; and why."""
+    """The position of the leader in `group`, or None; and the reason."""
     if direction == "none":
         return None, "direction none: neither is better"
     low, high = _floats(group[f"{metric}_training_low"]), _floats(group[f"{metric}_training_high"])
@@ -157,7 +158,7 @@ def _judge(group: pd.DataFrame, metric: str, direction: str) -> tuple[int | None
 
 
 def _labels(group: pd.DataFrame) -> list[str]:
-    """Names that tell the rows apart: the method, its settings if it comes twice, its device if that is not enough."""
+    """Distinct names of the rows: the method, with its settings and then its device if names are equal."""
     names = group["method"].tolist()
     for column in ("settings", "device"):
         often = Counter(names)
@@ -167,7 +168,7 @@ def _labels(group: pd.DataFrame) -> list[str]:
 
 
 def _group_numbers(summary: pd.DataFrame) -> Ints:
-    """(N,) numbers, equal where COMPARABLE is; empty equals empty."""
+    """(N,) group numbers: equal for rows that are equal in COMPARABLE. Empty equals empty."""
     number = np.zeros(len(summary), dtype=np.int64)
     for column in COMPARABLE:
         codes, different = pd.factorize(summary[column], use_na_sentinel=False)
@@ -181,7 +182,7 @@ def _check_direction(direction: str) -> None:
 
 
 def _check(table: pd.DataFrame, directions: Mapping[str, str], confidence: float) -> None:
-    """Raise ValueError for arguments that no summary can be made of."""
+    """Raise ValueError for invalid arguments."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}, it must lie between 0 and 1")
     for direction in directions.values():
@@ -193,7 +194,7 @@ def _check(table: pd.DataFrame, directions: Mapping[str, str], confidence: float
     made += [metric + ending for metric in directions for ending in _ENDINGS]
     twice = sorted({name for name in made if made.count(name) > 1})
     if twice:
-        raise ValueError(f"metrics named like this make two columns of one name: {', '.join(twice)}")
+        raise ValueError(f"these names of metrics give columns of the same name: {', '.join(twice)}")
 
 
 def _costs(table: pd.DataFrame, directions: Mapping[str, str]) -> list[str]:
@@ -202,13 +203,13 @@ def _costs(table: pd.DataFrame, directions: Mapping[str, str]) -> list[str]:
 
 
 def _tidy(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the types of KEYS and SEEDS, each once, sorted by them.
+    """The rows without duplicates, with the types of KEYS and SEEDS, sorted by them.
 
-    A failed row that knows no number of images is counted in every group that it may belong to. Raises ValueError for
-    two measurements with the same keys and seeds: they differ in something that KEYS do not tell.
+    A failed row without a number of images is counted in every group that it may belong to. Raises ValueError for two
+    different rows with the same keys and seeds.
     """
     table = table.astype(_TYPES)
-    table["settings"] = table["settings"].fillna("")  # as "" comes back from a CSV file
+    table["settings"] = table["settings"].fillna("")  # CSV files turn "" into empty
     table = table.drop_duplicates()
     lost = ~_is_ok(table) & table["images"].isna()
     if lost.any():
@@ -231,7 +232,7 @@ def _is_ok(table: pd.DataFrame) -> pd.Series:
 
 @dataclass(frozen=True)
 class _Design:
-    """Which group, training and sampling seed each of R rows belongs to, numbered over all groups."""
+    """The group, training seed and sampling seed of each of R rows, numbered over all groups."""
 
     groups: int
     group: Ints  # (R,)
@@ -241,14 +242,14 @@ class _Design:
     named: NDArray[np.bool_]  # (T,), False for the teacher, which has no training seed
 
     def different(self, seeds: pd.Series) -> pd.arrays.IntegerArray:
-        """(G,) how many different ones of `seeds` (R,) there are in each group; empty is none."""
+        """(G,) number of different `seeds` (R,) in each group; empty ones do not count."""
         pairs = pd.DataFrame({"group": self.group, "seed": seeds.to_numpy()})[seeds.notna().to_numpy()]
         counts = np.bincount(pairs.drop_duplicates()["group"], minlength=self.groups)
         return pd.array(counts, dtype="Int64")
 
 
 def _design(table: pd.DataFrame, group: Ints, groups: int) -> _Design:
-    """The design of rows that are sorted by group (R,) and training seed."""
+    """The design of rows that are sorted by `group` (R,) and training seed."""
     seeds, different = pd.factorize(table["training_seed"], use_na_sentinel=False)
     pairs, training = np.unique(group * (len(different) + 1) + seeds, return_inverse=True)
     owner, unnamed = np.zeros(len(pairs), dtype=np.int64), np.zeros(len(pairs), dtype=bool)
@@ -263,7 +264,7 @@ _ENDINGS += [f"_{seed}_{what}" for seed in ("training", "sampling") for what in 
 
 
 def _scores(values: Floats, design: _Design, confidence: float, resamples: int) -> dict[str, object]:
-    """The columns of one metric, by _ENDINGS, each (G,), from its values (R,), NaN where there is none."""
+    """The columns of one metric, by _ENDINGS, each (G,), from its values (R,), NaN if missing."""
     known = ~np.isnan(values)
     group, training = design.group[known], design.training[known]
     values, size = values[known], design.groups
@@ -302,10 +303,10 @@ def _scores(values: Floats, design: _Design, confidence: float, resamples: int) 
 def _intervals(
     values: Floats, group: Ints, fewest: Ints, confidence: float, resamples: int
 ) -> tuple[Floats, Floats, list[str | None]]:
-    """Interval (G,), (G,) of the mean of the values (K,) of each group, and how it was found.
+    """Interval (G,), (G,) of the mean of the values (K,) of each group, and its method.
 
-    `fewest` (G,) decides that, and the degrees of freedom: it is the number of the values, or, where they are sums over
-    strata, of the smallest stratum. Less than 2: no interval.
+    `fewest` (G,) decides the method and the degrees of freedom: the number of values, or for sums over strata the size
+    of the smallest stratum. Less than 2: no interval.
     """
     low, high = np.full(len(fewest), np.nan), np.full(len(fewest), np.nan)
     order = np.lexsort((values, group))
@@ -314,7 +315,7 @@ def _intervals(
     finite = np.bincount(group, ~np.isfinite(values), minlength=len(fewest)) == 0
     usable = (fewest >= 2) & finite
     for n, m in sorted(set(zip(sizes[usable].tolist(), fewest[usable].tolist(), strict=True))):
-        from scipy import stats  # here: most tables have no seeds to compare, and it takes half a second
+        from scipy import stats  # imported here: it takes half a second, and most tables have one seed
 
         these = usable & (sizes == n) & (fewest == m)
         rows = values[these[group]].reshape(-1, n)
@@ -325,7 +326,7 @@ def _intervals(
             low[these], high[these] = mean - reach * std / np.sqrt(n), mean + reach * std / np.sqrt(n)
             continue
         ends = np.zeros((2, len(rows)))
-        varied = std > 0  # equal values: resampling finds the mean again
+        varied = std > 0  # without variance, resampling only gives the mean
         ends[:, varied] = _bootstrap((rows - mean[:, None])[varied] / std[varied, None], reach, resamples)
         low[these], high[these] = mean + ends * std
     kind = [("t" if m < FEWEST else "bootstrap") if u else None for m, u in zip(fewest, usable, strict=True)]
@@ -348,14 +349,16 @@ def _bootstrap(rows: Floats, reach: float, resamples: int) -> Floats:
 
 
 def _means_of_known(per_seed: Floats, design: _Design) -> Floats:
-    """(G,) means of what training seeds (T,) have, NaN where they have nothing."""
+    """(G,) means over training seeds (T,) without NaN; NaN if all are NaN."""
     known = ~np.isnan(per_seed)
     return _means(per_seed[known], design.owner[known], design.groups)
 
 
 def _means(values: Floats, index: Ints, size: int) -> Floats:
-    """(size,) means of the values of each index, NaN where there are none. Rounding never takes one out of their range,
-    so equal values have their own mean and no deviation."""
+    """(size,) means of the values of each index, NaN if there are none.
+
+    They are clipped to the range of the values, so that equal values have exactly their mean and no deviation.
+    """
     low, high = np.full(size, np.inf), np.full(size, -np.inf)
     np.minimum.at(low, index, values)
     np.maximum.at(high, index, values)
@@ -366,7 +369,7 @@ def _means(values: Floats, index: Ints, size: int) -> Floats:
 
 
 def _root_mean_square(off: Floats, index: Ints, freedom: Ints) -> Floats:
-    """(size,) roots of the sums of squared deviations of each index over their degrees of freedom, NaN at none."""
+    """(size,) roots of the sums of squared deviations of each index over their degrees of freedom; NaN without any."""
     sums = np.bincount(index, off**2, minlength=len(freedom))
     return np.sqrt(np.where(freedom > 0, sums, np.nan) / np.maximum(freedom, 1))
 

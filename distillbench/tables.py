@@ -1,4 +1,4 @@
-"""Rows of tables that hold encoded images: parquet files, and datasets that the library `datasets` loads."""
+"""Readers of tables of encoded images: parquet files, and datasets of the library `datasets`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from distillbench.readers import DAMAGE, EncodedReader, trouble, unreadable
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-KEPT_ROWS = 2**30  # bytes of parquet row groups that are kept decompressed
+CACHED_BYTES = 2**30  # of decompressed parquet row groups
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "png")
 
 
 class TableReader(EncodedReader):
-    """Rows with an image, and maybe a label and a caption, each in a column of its own."""
+    """Rows with a column of images, and optional columns of labels and captions."""
 
     def _choose(self, columns: Sequence[str], labels: str, where: str) -> tuple[str, str | None, str | None]:
-        """The columns of images, labels and captions that the setting `labels` asks for, labels before captions."""
+        """The columns of images, labels and captions, as the setting `labels` asks."""
         image = next((column for column in IMAGE_COLUMNS if column in columns), None)
         if image is None:
             raise trouble(f"{where} has no column {' or '.join(IMAGE_COLUMNS)}; it has {', '.join(columns)}")
@@ -41,7 +41,7 @@ class TableReader(EncodedReader):
         self, where: str, columns: Sequence[str], chosen: tuple[str, str | None, str | None],
         values: Callable[[str], list[Any]], labels: str,
     ) -> None:  # fmt: skip
-        """Take labels, or captions where there are none, from `values` of a column. Note what is not read."""
+        """Set labels, or else captions, from ``values(column)``. Adds a note on the ignored columns."""
         image, label, caption = chosen
         read = [image]
         if label is not None:
@@ -51,22 +51,22 @@ class TableReader(EncodedReader):
             set_captions(self, values(caption), where)
             read.append(caption)
         if labels != "none" and (unread := [column for column in columns if column not in read]):
-            self.notes.append(f"columns that are not read: {', '.join(unread)} (read: {', '.join(read)})")
+            self.notes.append(f"ignored columns: {', '.join(unread)} (used: {', '.join(read)})")
 
 
 class ParquetReader(TableReader):
     """Rows of parquet files: encoded images, with labels or captions beside them.
 
-    Row groups are decompressed when one of their rows is asked for, and kept up to :data:`KEPT_ROWS` bytes together;
-    of a larger set, reading in random order decompresses the same groups again and again.
+    Row groups are decompressed on demand and cached up to :data:`CACHED_BYTES` in total. Reading a larger dataset in
+    random order decompresses the same groups repeatedly.
     """
 
     kind = "parquet files"
 
     def __init__(self, files: Sequence[Path], labels: str) -> None:
         self.files = list(files)
-        self._groups: list[tuple[int, int]] = []  # number of the file, and of the group in it
-        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._groups: list[tuple[int, int]] = []  # index of the file, and of the group in it
+        self._cache: OrderedDict[int, Any] = OrderedDict()
         super().__init__(())
         counts: list[int] = []
         named: list[Sequence[str]] = []
@@ -76,11 +76,11 @@ class ParquetReader(TableReader):
             with _table_errors(path), _parquet(path) as file:
                 here = file.schema_arrow.names
                 groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-                if min(groups, default=0) < 0 or sum(groups) > path.stat().st_size:  # an image has a byte at least
-                    raise ValueError(f"it says that it has {sum(groups):,} rows")
+                if min(groups, default=0) < 0 or sum(groups) > path.stat().st_size:  # an image has at least one byte
+                    raise ValueError(f"its header declares {sum(groups):,} rows")
                 chosen = chosen or self._choose(here, labels, path.name)
                 if missing := [column for column in chosen if column is not None and column not in here]:
-                    raise trouble(f"{path.name} has no column {missing[0]}, which {self.files[0].name} has")
+                    raise trouble(f"{path.name} has no column {missing[0]}, but {self.files[0].name} has")
                 named += [_names_in(file.schema_arrow.metadata or {}, chosen[1])] if chosen[1] and sum(groups) else []
             columns |= dict.fromkeys(here)
             self._groups += [(number, group) for group in range(len(groups))]
@@ -88,10 +88,10 @@ class ParquetReader(TableReader):
         self._ends = np.array(list(accumulate(counts)), dtype=np.int64)
         total = int(self._ends[-1]) if counts else 0
         if not total or chosen is None:
-            raise trouble(f"{self.files[0].name!r} holds no row")
+            raise trouble(f"{self.files[0].name!r} has no rows")
         if any(list(names) != list(named[0]) for names in named):
-            raise trouble(f"{self.files[0].name!r} and other files name their classes differently: read one of them")
-        self.names, self.column = range(total), chosen[0]  # type: ignore[assignment]  # rows have numbers, no names
+            raise trouble(f"{self.files[0].name!r} and other files have different class names: read one of them")
+        self.names, self.column = range(total), chosen[0]  # type: ignore[assignment]  # rows have no names
         self.class_names = named[0] if named else ()
         self._annotate(self.files[0].name, list(columns), chosen, self._values, labels)
         self._lock = threading.Lock()
@@ -104,13 +104,13 @@ class ParquetReader(TableReader):
         return values
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_lock": None, "_kept": OrderedDict()}
+        return self.__dict__ | {"_lock": None, "_cache": OrderedDict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"_lock": threading.Lock()})
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Row group, and row in it."""
+        """The row group of image `index`, and its row in it."""
         group = int(np.searchsorted(self._ends, index, side="right"))
         return group, index - (int(self._ends[group - 1]) if group else 0)
 
@@ -121,10 +121,10 @@ class ParquetReader(TableReader):
     def data(self, index: int) -> bytes:
         group, row = self._place(index)
         with self._lock:
-            rows = self._kept.pop(group) if group in self._kept else self._read(group)
-            self._kept[group] = rows
-            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_ROWS:
-                self._kept.popitem(last=False)
+            rows = self._cache.pop(group) if group in self._cache else self._read(group)
+            self._cache[group] = rows
+            while len(self._cache) > 1 and sum(cached.nbytes for cached in self._cache.values()) > CACHED_BYTES:
+                self._cache.popitem(last=False)
         with _table_errors(self.files[self._groups[group][0]]):
             cell = rows[row].as_py()
         return stored(cell, self.name(index), self.files[self._groups[group][0]].parent)
@@ -142,7 +142,7 @@ def _parquet(path: Path) -> ParquetFile:
 
 
 class _table_errors:
-    """What pyarrow raises, as a UserError about the file."""
+    """Turns errors of pyarrow into a UserError that names the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -151,13 +151,13 @@ class _table_errors:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError):  # pyarrow raises much for a damaged file
+        if isinstance(error, Exception) and not isinstance(error, UserError):  # pyarrow raises many types
             why = (str(error).splitlines() or [type(error).__name__])[0]
             raise trouble(f"cannot read {self.path.name!r} as parquet: {why[:LONGEST_REASON]}") from error
 
 
 def stored(cell: Any, name: str, folder: Path) -> bytes:
-    """The encoded image in a table's cell: bytes, or {"bytes": ..., "path": ...} with a path below `folder`."""
+    """The encoded image in a table cell: bytes, or {"bytes": ..., "path": ...} with a path below `folder`."""
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if data is None and isinstance(cell, dict) and isinstance(cell.get("path"), str):
         try:
@@ -165,13 +165,13 @@ def stored(cell: Any, name: str, folder: Path) -> bytes:
         except DAMAGE as error:
             raise unreadable(name, error) from error
     if not isinstance(data, bytes):
-        what = "no image" if data is None else f"{type(data).__name__}, no encoded image"
+        what = "no image" if data is None else f"{type(data).__name__}, not an encoded image"
         raise trouble(f"cannot read {name!r} as an image: it holds {what}")
     return data
 
 
 def _names_in(metadata: dict[bytes, bytes], label: str) -> Sequence[str]:
-    """The names of classes that the `datasets` library leaves in a parquet file."""
+    """The class names that the library `datasets` stores in a parquet file."""
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
         return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
@@ -180,7 +180,7 @@ def _names_in(metadata: dict[bytes, bytes], label: str) -> Sequence[str]:
 
 
 class HubReader(TableReader):
-    """A dataset that the `datasets` library loads: of a hub, or a local folder in a layout that it knows."""
+    """A dataset loaded by the library `datasets`: from the hub, or from a local folder in a layout that it supports."""
 
     def __init__(self, name: str, split: str, library: ModuleType, labels: str = "auto") -> None:
         super().__init__(())
@@ -190,12 +190,12 @@ class HubReader(TableReader):
             self.rows = rows.cast_column(self.column, library.Image(decode=False))
         except UserError:
             raise
-        except Exception as error:  # the library, the network or the dataset's own files may fail in any way
+        except Exception as error:  # errors of the library, the network or the files
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise trouble(f"the library 'datasets' cannot load {name!r}, split {split!r}: {lines[0]}") from error
         self.names = range(len(self.rows))  # type: ignore[assignment]
         if not len(self.rows):
-            raise trouble(f"{name!r} holds no row")
+            raise trouble(f"{name!r} has no rows")
         self.kind, self.dataset = "dataset of the library 'datasets'", name
         feature = None if label is None else rows.features.get(label)
         self.class_names = feature.names if isinstance(feature, library.ClassLabel) else ()

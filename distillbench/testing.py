@@ -1,4 +1,4 @@
-"""A conformance suite: the contracts of methods, datasets, teachers and metrics, held against ours or a stranger's.
+"""Conformance suites for methods, datasets, teachers and metrics, built-in or third-party.
 
     from distillbench.testing import assert_conforms
 
@@ -8,11 +8,10 @@
     def test_my_teacher():
         assert_conforms(MyTeacher, MyTeacher.Config(path="weights.pt"), dataset=MyDataset(MyDataset.Config()))
 
-On the command line: ``distillbench check NAME``. Each check runs by itself on a bench, and an error in one is its
-finding. The checks of a kind, with what each of them needs, are the list at the end of its module:
-:mod:`distillbench.conformance` (methods), :mod:`distillbench.conformance_datasets`,
-:mod:`distillbench.conformance_teachers`, :mod:`distillbench.conformance_metrics`. Nothing global is left changed, and
-nothing is written but into a temporary folder.
+On the command line: ``distillbench check NAME``. Checks are independent: an error in one is its finding, and the others
+still run. The checks of each kind are listed at the end of its module: :mod:`distillbench.conformance` (methods),
+:mod:`distillbench.conformance_datasets`, :mod:`distillbench.conformance_teachers`,
+:mod:`distillbench.conformance_metrics`. Global state is restored, and files are written to a temporary folder only.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from distillbench.method import Method, MethodConfig
 
 __all__ = ["LAW_IMAGES", "Finding", "assert_conforms", "check_class", "check_method", "findings", "findings_of"]
 
-LAW_IMAGES = 200_000  # of the training on an exact teacher, with which every method that ships passes
+LAW_IMAGES = 200_000  # of the training on an exact teacher; enough for every built-in method to pass
 
 
 @dataclass(frozen=True)
 class Suite:
-    """How a kind is checked. `benches(cls, config, law_images, dataset)` opens what its classes are tried on."""
+    """How a kind is checked. `benches(cls, config, law_images, dataset)` is a context manager of its benches."""
 
     checks: Sequence[Check]
     benches: Callable[[Any, Any, int, Dataset | None], AbstractContextManager[Sequence[Bench]]]
@@ -52,7 +51,7 @@ SUITES = {
 def assert_conforms(
     cls: type, config: Any = None, law_images: int = LAW_IMAGES, dataset: Dataset | None = None
 ) -> None:
-    """Raise AssertionError, with the messages, if any check of its kind fails."""
+    """Raise AssertionError with the messages of all failed checks, if there are any. Arguments: :func:`check_class`."""
     failed = [finding for finding in findings(cls, config, law_images, dataset) if finding.ok is False]
     lines = [f"{finding.check}: {finding.message}" for finding in failed]
     if lines:
@@ -63,40 +62,41 @@ def assert_conforms(
 def check_class(
     cls: type, config: Any = None, law_images: int = LAW_IMAGES, dataset: Dataset | None = None
 ) -> list[Finding]:
-    """What every check of its kind finds in `cls`, a subclass of Method, TeacherSource, Dataset or Metric.
+    """The findings of all checks of `cls`, a subclass of Method, TeacherSource, Dataset or Metric.
 
-    `config` are its settings (None: its defaults). `law_images` is how long the last check of a method, ``matches``,
-    trains on an exact teacher; 0 leaves it out. `dataset` is the one that a teacher is built on (None: a small mixture
-    of Gaussians, 1x8x8 with three classes, whose law is known).
+    `config` holds its settings (None: the defaults). `law_images` is the number of images for which the last check of a
+    method, ``matches``, trains on an exact teacher; 0 leaves that check out. `dataset` is the one that a teacher is
+    built on (None: a small mixture of Gaussians, 1x8x8 with three classes, whose distribution is known).
+    Raises UserError if `cls` is of none of these kinds or takes no such argument.
     """
     return list(findings(cls, config, law_images, dataset))
 
 
 def check_method(cls: type[Method], config: MethodConfig | None = None, law_images: int = LAW_IMAGES) -> list[Finding]:
-    """:func:`check_class` of what is meant as a method."""
+    """:func:`check_class` for a class that is meant to be a method."""
     return list(findings_of("methods", cls, config, law_images))
 
 
 def findings(
     cls: type, config: Any = None, law_images: int = LAW_IMAGES, dataset: Dataset | None = None
 ) -> Iterator[Finding]:
-    """What :func:`check_class` returns, one by one as it is known."""
+    """The findings of :func:`check_class`, yielded one by one."""
     return findings_of(kind_of(cls), cls, config, law_images, dataset)
 
 
 def findings_of(
     kind: str, cls: type, config: Any = None, law_images: int = LAW_IMAGES, dataset: Dataset | None = None
 ) -> Iterator[Finding]:
-    """The same for a class that is meant to be of `kind`: "methods", "teachers", "datasets" or "metrics"."""
+    """:func:`findings` of a class that is meant to be of `kind`: "methods", "teachers", "datasets" or "metrics"."""
     suite = SUITES[kind]
     with suite.benches(cls, config, law_images, dataset) as benches:
         yield from examine(suite.checks, benches)
 
 
 def kind_of(cls: Any) -> str:
-    """The kind of a class; raises UserError where it is of none."""
+    """The kind of a class; raises UserError if it is of none."""
     for kind, rules in registry.KINDS.items():
         if isinstance(cls, type) and issubclass(cls, rules.base):
             return kind
     bases = ", ".join(rules.base.__name__ for rules in registry.KINDS.values())
-    raise UserError(f"what can be checked is a subclass of one of {bases}, got {cls!r}")
+    raise UserError(f"a class to check must be a subclass of one of {bases}, got {cls!r}")

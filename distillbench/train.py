@@ -28,9 +28,9 @@ from distillbench.resume import (
     Source,
     State,
     generators_state,
-    masks_state,
     restore_generators,
-    restore_masks,
+    restore_torch_generators,
+    torch_generators_state,
 )
 from distillbench.shards import gather_full, load_full
 from distillbench.signals import Interrupted
@@ -96,9 +96,16 @@ class _Training:
     """The loop, and its state as it is saved."""
 
     def __init__(
-        self, method: Method, config: OptimizerConfig, workspace: Workspace, read: Read | None, loop: Loop,
-        step: Step, checkpoints: Checkpoints | None, resume: Resume | None,
-    ) -> None:  # fmt: skip
+        self,
+        method: Method,
+        config: OptimizerConfig,
+        workspace: Workspace,
+        read: Read | None,
+        loop: Loop,
+        step: Step,
+        checkpoints: Checkpoints | None,
+        resume: Resume | None,
+    ) -> None:
         self.method, self.config, self.workspace, self.read = method, config, workspace, read
         self.loop, self.checkpoints, self.resume = loop, checkpoints, resume
         self.meter, self.ranks, self.charging = workspace.meter, loop.ranks, workspace.meter.stopwatch.charging
@@ -234,7 +241,7 @@ class _Training:
         state.add("optimizers", self.optimizers.state(method))
         state.add("curve", self.curve.state())
         state.add("generators", generators_state(self._generators(), self.workspace.device))
-        of_ranks = enumerate(self.ranks.all_gather(masks_state(self.workspace.device)))
+        of_ranks = enumerate(self.ranks.all_gather(torch_generators_state(self.workspace.device)))
         state.add("masks", State({f"{rank}/{name}": each for rank, masks in of_ranks for name, each in masks.items()}))
         plain: dict[str, Any] = {
             "phase": self.phase,
@@ -266,7 +273,7 @@ class _Training:
         restore_generators(state.part("generators"), self._generators(), self.workspace.device)
         mine = f"{self.ranks.share.index}/"
         masks = {n.removeprefix(mine): each for n, each in state.part("masks").tensors.items() if n.startswith(mine)}
-        restore_masks(masks, self.workspace.device)
+        restore_torch_generators(masks, self.workspace.device)
         self.resume.states.progress.say(f"continuing after {self.meter.images:,} images")
 
     def _generators(self) -> dict[str, Source]:

@@ -1,4 +1,4 @@
-"""Sphinx configuration: ``sphinx-build -W -b html docs docs/_build/html``. Neither the build nor the pages use the network."""
+"""Sphinx configuration: ``sphinx-build -W -b html docs docs/_build/html``. Build and pages work offline."""
 
 from __future__ import annotations
 

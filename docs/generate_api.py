@@ -1,4 +1,4 @@
-"""Makes docs/api.md, the page of public names, from the code: ``python docs/generate_api.py``.
+"""Generates docs/api.md, the page of public names, from the code: ``python docs/generate_api.py``.
 
 The page is Markdown and no more, so that it reads the same in an editor, on GitHub and on the site. It shows source,
 not objects: signatures, defaults and comments are as they were written, and equal for every machine.
@@ -21,16 +21,16 @@ SOURCES = Path(distillbench.__file__).resolve().parent
 FIRST = ("method", "datasets", "teachers", "metrics", "features", "scores")  # the rest follows by name
 HEAD = """# Public names
 
-What a plugin may import: the names of `distillbench` itself, and those of the modules below. Everything else is
-private. [The contract](contract.md) says what they promise. Of a class its own members are shown, not those that it
-inherits. This page is made by `docs/generate_api.py`.
+A plugin may import the names of `distillbench` itself, and those of the modules below. Everything else is private. [The
+contract](contract.md) says what they guarantee. Inherited members of a class are not listed. `docs/generate_api.py`
+generates this page from the code.
 """
 SPECIAL = ("__init__", "__call__", "__len__", "__getitem__")
 WIDTH = 100  # of a signature
 LONGEST_CONSTANT = 6  # lines that are shown as they are
 ROLE = re.compile(r":\w+:`~?([^`]+)`")
 CODE = re.compile(r"(`[^`\n]+`)")
-SPECIAL_TEXT = re.compile(r"(\*|<(?=\w)|(?<!\w)_|_(?!\w)|\](?=\())")  # what Markdown would not show as it stands
+SPECIAL_TEXT = re.compile(r"(\*|<(?=\w)|(?<!\w)_|_(?!\w)|\](?=\())")  # characters that Markdown would interpret
 
 
 def page() -> str:
@@ -54,7 +54,7 @@ def _contents(modules: list[_Module]) -> str:
 
 
 def _own(modules: list[_Module]) -> str:
-    """The names of distillbench itself: links to their modules, or here if they are in no public one."""
+    """The names of distillbench itself: links to their modules, and a list of those in no public module."""
     shown = {name: f"[{name}](#{_slug(m.headings[name])})" for m in modules for name in m.names}
     rest = [name for name in distillbench.__all__ if name not in shown]
     links = ",\n".join([*(shown[name] for name in distillbench.__all__ if name in shown), *(f"`{n}`" for n in rest)])
@@ -150,7 +150,7 @@ class _Module:
         return self.raw(node)
 
     def raw(self, node: ast.stmt) -> list[str]:
-        """As it was written, with its comments."""
+        """The source text, with its comments."""
         text = textwrap.dedent("\n".join(self.lines[node.lineno - 1 : node.end_lineno]))
         return re.sub(r"\s*# (fmt|noqa|type):.*", "", text).splitlines()
 
@@ -204,7 +204,7 @@ def _function(node: ast.FunctionDef, docstring: bool) -> list[str]:
 
 
 def _attributes(node: ast.FunctionDef) -> str:
-    """Public attributes that a constructor gives an object, in words."""
+    """A sentence that lists the public attributes that a constructor sets."""
     if node.name != "__init__":
         return ""
     stored = [a for a in ast.walk(node) if isinstance(a, ast.Attribute) and isinstance(a.ctx, ast.Store)]
@@ -256,7 +256,7 @@ def _escaped(line: str) -> str:
 
 
 def _quoted(code: str) -> str:
-    """Strings with the quotation marks that the rest of the code has."""
+    """String literals with the quotation marks of the rest of the code."""
     return re.sub(r"'([^'\"\\]*)'", r'"\1"', code)
 
 

@@ -1,4 +1,4 @@
-"""The picture of a report in the README: python docs/screenshot.py results/digits docs/report.png (needs chromium)."""
+"""Take the README's picture of a report: python docs/screenshot.py results/digits docs/report.png (needs chromium)."""
 
 from __future__ import annotations
 

@@ -1,14 +1,18 @@
-"""Classes with one fault each, gathered by a decorator that says which check finds it, and in which words."""
+"""Classes with one fault each, and how they are checked: a decorator names the check that finds the fault."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+
+from distillbench.checking import Finding, examine
+from distillbench.testing import SUITES
 
 Fault = tuple[type, str, str]  # the class, the check, a part of its message
 
 
 def gatherer() -> tuple[list[Fault], Callable[[str, str], Callable[[type], type]]]:
-    """A list, and ``fault(check, message)``: a decorator that puts its class there."""
+    """A list of faults, and ``fault(check, message)``: a decorator that adds its class to the list."""
     faults: list[Fault] = []
 
     def fault(check: str, message: str) -> Callable[[type], type]:
@@ -19,3 +23,20 @@ def gatherer() -> tuple[list[Fault], Callable[[str, str], Callable[[type], type]
         return add
 
     return faults, fault
+
+
+def failed(found: list[Finding]) -> dict[str, str]:
+    """The messages of the failed checks, by check."""
+    return {finding.check: finding.message for finding in found if finding.ok is False}
+
+
+def found_in(kind: str, cls: type, check: str) -> list[Finding]:
+    """The findings of all checks of `kind`: `check` runs on all its benches, every other one on its first bench only.
+
+    Whether another check fails does not depend on the bench, as the faults of the tests do not.
+    """
+    suite = SUITES[kind]
+    once = {c.name: dataclasses.replace(c, benches="first") for c in suite.checks if c.benches == "every"}
+    checks = [c if c.name == check else once.get(c.name, c) for c in suite.checks]
+    with suite.benches(cls, None, 0, None) as benches:
+        return list(examine(checks, benches))

@@ -1,4 +1,4 @@
-"""Damaged and hostile files for every reader: small real files, what is done to them, and what a reader makes of it.
+"""Damaged and hostile files for every reader: small real files, their mutations, and the outcome of reading them.
 
 Each reader is a :class:`Subject`. Its files are made by the libraries that make them elsewhere, damaged in one of many
 ways, and read in a process of its own that has little memory and little time. What came of it is one of

@@ -1,12 +1,13 @@
-"""Tests on simulated GPUs: a script's checks, run in one fresh process, and their results as JSON.
+"""Tests on simulated GPUs: a script's checks, run in one fresh process, with results as JSON.
 
-torch is changed for good by the simulation, so no test of this process may have it. A script has functions decorated
-with ``@check``, and ends with ``main()``; the test module asks :func:`results_of` for what all of them returned.
+The simulation patches torch for the rest of the process, so it must not run in the process of the tests. A script has
+functions decorated with ``@check`` and ends with ``main()``; test modules get the return values by :func:`results_of`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,13 +21,13 @@ CHECKS: dict[str, Callable[[], Any]] = {}
 
 
 def check(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Register a function whose return value, as JSON, is a result."""
+    """Register a function; its return value, as JSON, is a result."""
     CHECKS[function.__name__] = function
     return function
 
 
 def main() -> None:
-    """Run the checks of the script, or those that are named on the command line; print or write what they return."""
+    """Run all checks of the script, or those named on the command line, and print or write their results."""
     out, *names = sys.argv[1:] or ["-"]
     results = {}
     for name in names or CHECKS:
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 class Results(dict):
-    """What the checks returned; looking one up that failed fails with its traceback."""
+    """Results of checks. Looking up one that raised an error fails with its traceback."""
 
     def __getitem__(self, name: str) -> Any:
         result = super().__getitem__(name)
@@ -51,14 +52,15 @@ class Results(dict):
         return result
 
 
-def results_of(script: str, seconds: float = 600) -> Results:
-    """The results of tests/`script`, run in a process of its own."""
+def results_of(script: str, *checks: str, seconds: float = 600, **environment: str) -> Results:
+    """The results of `checks` (all by default) of tests/`script`, run in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.json"
         paths = [str(HERE), str(HERE.parent), str(HERE.parent / "plugins")]
-        code = f"import sys, runpy; sys.path[:0] = {paths!r}; sys.argv = ['x', {str(out)!r}]; "
+        code = f"import sys, runpy; sys.path[:0] = {paths!r}; sys.argv = {['x', str(out), *checks]!r}; "
         code += f"runpy.run_path({str(HERE / script)!r}, run_name='__main__')"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds)
+        command, environ = [sys.executable, "-c", code], os.environ | environment
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environ)
         if not out.is_file():
             raise AssertionError(f"{script} ended without results:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
         return Results(json.loads(out.read_text()))

@@ -24,7 +24,7 @@ from simulated import check, main  # noqa: E402
 
 
 def message(call: Callable[[], Any]) -> str:
-    """What it raises, or nothing."""
+    """The error that it raises, or ""."""
     try:
         call()
     except (RuntimeError, TypeError, ValueError) as error:
@@ -123,7 +123,7 @@ def random() -> dict[str, Any]:
 
 @check
 def waits() -> dict[str, list[str]]:
-    """What is waited for in each call, and nothing where nothing is."""
+    """The waits of each call."""
     x, indices = gpu(4, 3), torch.tensor([0, 1])
     pinned, pageable = torch.ones(4, 3).pin_memory(), torch.ones(4, 3)
     target = torch.empty(4, 3, pin_memory=True)
@@ -302,7 +302,7 @@ def _error(call: Callable[[], Any]) -> Exception | None:
 
 @check
 def training() -> dict[str, Any]:
-    """Optimisers and scaled losses, against the CPU to the bit."""
+    """Optimisers and scaled losses: bit-identical to the CPU?"""
     found: dict[str, Any] = {}
     for name, settings in {"fused": {"fused": True}, "foreach": {"foreach": True}, "for": {"foreach": False}}.items():
         for scaled in (False, True):

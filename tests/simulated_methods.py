@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -41,11 +42,12 @@ from simulated import check, main  # noqa: E402
 from simulated_pictures import Pictures  # noqa: E402
 
 GPU = "cuda:0"
+LABELS = os.environ.get("CONDITIONINGS", ",".join(CONDITIONINGS)).split(",")
 METHODS = {n: e.cls for n, e in load_registry().methods.items() if e.plugin.distribution == "distillbench"}
 
 
 class Steps:
-    """How many waits the record had at the end of each step of each phase."""
+    """The number of recorded waits at the end of each step of each phase."""
 
     def __init__(self, record: Record) -> None:
         self.record, self.phase = record, -1
@@ -69,10 +71,10 @@ class Steps:
         finally:
             del method.__dict__["start_phase"], method.__dict__["after_step"]
 
-    def _stretches(self) -> list[tuple[int, int]]:
-        """From the end of a step to that of the next in its phase, but for the first of a phase.
+    def _ranges(self) -> list[tuple[int, int]]:
+        """Index ranges of the waits between the ends of two steps of a phase, without those of its first step.
 
-        A phase's first step makes tables, and the first loss of all is read after it.
+        The first step of a phase fills caches, and after the first step of all the loss is read.
         """
         ends = [(-1, 0), *self.ends]
         return [
@@ -82,13 +84,13 @@ class Steps:
         ]
 
     def waits(self) -> dict[str, int]:
-        """In those stretches, by line."""
-        waits = (wait for begin, end in self._stretches() for wait in self.record.waits[begin:end])
+        """Number of waits in those ranges, by line."""
+        waits = (wait for begin, end in self._ranges() for wait in self.record.waits[begin:end])
         return Counter(f"{wait.place}: {wait.what}" for wait in waits)
 
     def counted(self) -> int:
-        """How many steps :meth:`waits` is about."""
-        return len(self._stretches())
+        """Number of steps in :meth:`waits`."""
+        return len(self._ranges())
 
 
 def trained(
@@ -98,7 +100,7 @@ def trained(
     folder: Path | None = None,
     ahead: int = 0,
 ) -> tuple[Method, Steps, list[Any]]:
-    """A training by the harness's own loop, with real images from its own stream."""
+    """A training by the harness's loop, with real images from its data stream."""
     method = bench.method()
     stream = DataStream(Pictures(64, SHAPE, CLASSES), 0, bench.device, ahead) if method.needs_data else None
     steps = 6 if len(method.phases()) == 1 else 4 * len(method.phases())
@@ -121,10 +123,10 @@ def bench_of(name: str, label: str, device: str) -> MethodBench:
 
 
 def for_all(function: Any) -> dict[str, Any]:
-    """What `function` returns for every method under every conditioning; None where it refuses the latter."""
+    """The values of `function` for every method and conditioning; None if the method does not support it."""
     found = {}
     for name in METHODS:
-        for label in CONDITIONINGS:
+        for label in LABELS:
             try:
                 found[f"{name}/{label}"] = function(name, label)
             except UserError:
@@ -141,7 +143,7 @@ def on_both(name: str, label: str) -> tuple[Any, Any]:
 
 @check
 def weights() -> dict[str, Any]:
-    """The names of weights that differ from those of the CPU's run, in any bit."""
+    """Names of weights that are not bit-identical to those of the run on the CPU."""
 
     def differing(name: str, label: str) -> Any:
         (cpu, _, _), (gpu, _, _) = on_both(name, label)
@@ -152,13 +154,13 @@ def weights() -> dict[str, Any]:
 
 @check
 def waits() -> dict[str, Any]:
-    """Waits of the steps that no loss is read in, by line, and how many steps were looked at."""
+    """Waits of steps that do not read the loss, by line, and the number of these steps."""
     return for_all(lambda name, label: [(steps := on_both(name, label)[1][1]).waits(), steps.counted()])
 
 
 @check
 def checkpoints() -> dict[str, Any]:
-    """The sums of the checkpoints that are written half way, on both devices."""
+    """Checksums of the checkpoints at half of the budget, on both devices."""
 
     def sums(name: str) -> list[list[str]]:
         found = []
@@ -173,7 +175,7 @@ def checkpoints() -> dict[str, Any]:
 
 @check
 def samples() -> dict[str, Any]:
-    """By number of evaluations, whether samples of both devices are equal; plain and from CUDA graphs."""
+    """By number of evaluations: whether samples equal those of the CPU, plain and from CUDA graphs."""
 
     def equal(name: str, label: str) -> Any:
         (cpu, _, _), (gpu, _, _) = on_both(name, label)
@@ -194,12 +196,12 @@ def samples() -> dict[str, Any]:
 
 @check
 def restored() -> dict[str, Any]:
-    """The names of weights that differ where a training was cut off and gone on with by a new object."""
+    """Names of weights that differ after a training was interrupted and resumed by a new object."""
 
     def differing(name: str, label: str) -> Any:
         bench = bench_of(name, label, GPU)
         whole = weights_of(bench.run.method)
-        return changed(whole, weights_of(bench.train_cut_off(3)))
+        return changed(whole, weights_of(bench.train_interrupted(3)))
 
     return {
         f"{name}/{label}": value
@@ -228,7 +230,7 @@ COMPUTED = {
 
 @check
 def computed() -> dict[str, Any]:
-    """Waits of steps in other precisions, and in two parts; losses must be finite, or the training would fail."""
+    """Waits of steps in other precisions and in two parts. Losses must be finite, or the training would fail."""
     return {
         f"{name}/{way}": _or_error(_waits_of, bench_of(name, "unconditional", GPU), config, 2)
         for way, config in COMPUTED.items()
@@ -242,7 +244,7 @@ def _waits_of(bench: MethodBench, config: ComputeConfig, accumulate: int = 1, ah
 
 @check
 def read_ahead() -> dict[str, Any]:
-    """Waits of the steps of methods with data, where a thread reads the images ahead."""
+    """Waits of the steps of methods with data, with prefetched images."""
     held, data_stream.HELD_BYTES = data_stream.HELD_BYTES, 0
     try:
         found = {}

@@ -40,8 +40,9 @@ from distillbench.prompts import EncodedPrompts  # noqa: E402
 from distillbench.references import RealImages, read_reference  # noqa: E402
 from distillbench.samplers import Solver  # noqa: E402
 from distillbench.schedules import VPCosine  # noqa: E402
-from distillbench.speed import Measurement, Subject, measure_subject, timer_of  # noqa: E402
+from distillbench.speed import Measurement, Subject, measure_subject  # noqa: E402
 from distillbench.teachers import Teacher  # noqa: E402
+from distillbench.timing import timer_of  # noqa: E402
 from simulated import check, main  # noqa: E402
 from simulated_pictures import Pictures  # noqa: E402
 
@@ -88,7 +89,7 @@ def teacher_on(device: str, conditioning: Conditioning, decode: Callable | None 
 
 @check
 def scores() -> dict[str, Any]:
-    """Every score on features, of a teacher's samples, for references computed, read from the cache, and imported."""
+    """All feature metrics of a teacher's samples, for references that are computed, cached and imported."""
     found: dict[str, Any] = {}
     config = EvaluationConfig(images=96, batch_size=32, teacher_steps=[1, 4])
     conditioning = Conditioning(CLASSES, 2.0)
@@ -109,7 +110,7 @@ def scores() -> dict[str, Any]:
 
 @check
 def sampled() -> dict[str, Any]:
-    """Waits of a row of four batches, decoded, and whether its images are the CPU's; plain and from CUDA graphs."""
+    """Waits while sampling four batches with a decoder, and whether images equal the CPU's; also with CUDA graphs."""
     found: dict[str, Any] = {}
     images = {}
     for way, device, graphs in (("cpu", "cpu", False), ("plain", GPU, False), ("graphs", GPU, True)):
@@ -140,7 +141,7 @@ def _networks() -> dict[str, tuple[tuple[int, int, int], Callable[[], torch.nn.M
 
 @check
 def networks() -> dict[str, Any]:
-    """Each network: waits of a call, and whether replays of a capture equal plain calls after all has changed."""
+    """Per network: waits of a call, and whether replays equal plain calls after weights and inputs have changed."""
     found = {}
     for name, (shape, make) in _networks().items():
         torch.manual_seed(0)
@@ -164,7 +165,7 @@ def networks() -> dict[str, Any]:
 
 @check
 def graphs_one_after_the_other() -> list[bool]:
-    """Of networks of which each is freed before the next is captured, while another thread pins memory."""
+    """Captures of networks, each freed before the next one, while another thread pins memory."""
     (shape, make), *_ = _networks().values()
     captured, same = Captured(NetworkCall(), GPU), []
     with torch.no_grad(), ThreadPoolExecutor(1) as thread:
@@ -186,7 +187,7 @@ def graphs_one_after_the_other() -> list[bool]:
 
 @check
 def conditions() -> dict[str, Any]:
-    """Conditions are the CPU's, on the device; those of a step do not wait. Texts too."""
+    """Conditions equal the CPU's, are on the device and do not wait; texts too."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.npy"
@@ -201,7 +202,7 @@ def conditions() -> dict[str, Any]:
             made = {}
             for device in DEVICES:
                 generator = torch.Generator(device).manual_seed(0)
-                conditioning.none(conditioning.draw(4, generator, device, None))  # tables are made
+                conditioning.none(conditioning.draw(4, generator, device, None))  # fills caches
                 with recording() as record:
                     drawn = conditioning.draw(4, generator, device, None)
                     empty = conditioning.none(drawn) if conditioning.guided else drawn
@@ -236,7 +237,7 @@ def latents() -> dict[str, Any]:
 
 @check
 def stream() -> dict[str, Any]:
-    """Batches of each device, held and read ahead, and waits for one."""
+    """Batches of each device, from device memory and prefetched, and waits for one batch."""
     found: dict[str, Any] = {}
     before = data_stream.HELD_BYTES
     for way, held in (("held", before), ("read ahead", 0)):
@@ -260,7 +261,7 @@ def stream() -> dict[str, Any]:
 
 @check
 def timing() -> dict[str, Any]:
-    """All columns of a sampler's cost."""
+    """All columns of the cost of sampling."""
     teacher = teacher_on(GPU, Conditioning(CLASSES, 2.0))
     measurement = Measurement((2,), GPU, 4, 2, 0.01)
     subject = Subject(teacher_sampler(teacher, Solver.parse("ddim")), teacher)

@@ -1,4 +1,4 @@
-"""Teachers in closed form, and the dataset that draws from the same law, as a run sees them."""
+"""Closed-form teachers and the dataset with the same distribution, alone and in runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def teacher_of(registry, tmp_path, *words) -> Teacher:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_its_samples_have_the_law_that_the_dataset_is_drawn_from(registry, tmp_path, name):
+def test_teacher_samples_have_the_distribution_of_the_dataset(registry, tmp_path, name):
     """One pixel, 64 steps of DPM-Solver++(2M): Kolmogorov-Smirnov against real images, at a level of about 1 %."""
     words = ["dataset=gmm", "teacher=gmm", *ONE, f"teacher.schedule={name}", "dataset.count=5000"]
     teacher = teacher_of(registry, tmp_path, *words)
@@ -76,7 +76,7 @@ def test_the_gaussian_teacher_is_the_best_linear_denoiser_of_any_images(registry
     close(f, expected, atol=2e-5)
 
 
-def test_the_exact_map_of_a_gaussian_is_where_many_steps_end(registry, tmp_path):
+def test_many_steps_converge_to_the_exact_map_of_a_gaussian(registry, tmp_path):
     words = "dataset.means=[[0.2,-0.1]]", "dataset.stds=[[0.26,0.1]]", "dataset.weights=[1]"
     teacher = teacher_of(registry, tmp_path, "dataset=gmm", "teacher=gaussian", *words)
     law = teacher.denoiser.network.law
@@ -104,7 +104,7 @@ def test_classes_are_components_and_no_class_is_the_mixture(registry, tmp_path):
         assert teacher.teacher_rows.rows == 3000 * 32 * (2 if w == 0 else 1)
 
 
-def test_students_start_fresh_or_fitted_and_the_fit_is_found_again(registry, tmp_path):
+def test_students_start_random_or_fitted_and_the_fit_is_cached(registry, tmp_path):
     """A fitted denoiser is far closer to the exact one than a fresh one, and is read from the cache bit for bit."""
     words = "dataset=gmm", "teacher=gmm", *IMAGES, "dataset.shape=[1,2,2]", "teacher.width=32", "teacher.depth=1"
     fresh = teacher_of(registry, tmp_path, *words)
@@ -177,7 +177,10 @@ def test_data_free_methods_need_no_images_and_the_others_are_refused(registry, t
         plan(compose_runs(["methods=[boot,cm]", *words, f"results_dir={tmp_path}"], registry), registry)
 
 
-@pytest.mark.parametrize("guidance", [["guidance=2"], ["guidance=2", "guidance_range=[1,3]"]])
+@pytest.mark.parametrize(
+    "guidance",
+    [pytest.param(["guidance=2"], marks=pytest.mark.nightly), ["guidance=2", "guidance_range=[1,3]"]],
+)
 def test_every_method_that_has_a_teacher_distils_a_guided_one(registry, tmp_path, guidance):
     """Two counted evaluations wherever the guided teacher answers; a later phase's teacher is a student, at one."""
     words = ["dataset=gmm", "teacher=gmm", *IMAGES, "dataset.shape=[1,2,2]", "dataset.count=256", *NARROW]
@@ -195,7 +198,7 @@ def test_every_method_that_has_a_teacher_distils_a_guided_one(registry, tmp_path
         plan(compose_runs(["methods=[ct]", *words[:-1], *guidance, f"results_dir={tmp_path}"], registry), registry)
 
 
-def test_a_drawn_w_is_trained_once_for_all_that_it_is_sampled_at(registry, tmp_path):
+def test_one_training_with_drawn_w_serves_all_sampled_weights(registry, tmp_path):
     words = ["dataset=gmm", "teacher=gmm", *NARROW, "conditional=true", "guidance_range=[1,3]", "guidance=1,3"]
     table = table_of(registry, tmp_path, "methods=[cm]", *words)
     students = table[(table["method"] == "cm") & (table["nfe"] == 1)]
@@ -207,7 +210,7 @@ def test_a_drawn_w_is_trained_once_for_all_that_it_is_sampled_at(registry, tmp_p
     assert teacher[1.0] == [1, 4] and teacher[3.0] == [2, 8]  # at w = 1 the class alone is asked for
 
 
-def test_boot_hands_over_to_the_teacher_where_that_is_asked_for(registry, tmp_path):
+def test_boot_passes_to_the_teacher_if_asked_for(registry, tmp_path):
     words = ["dataset=gmm", "teacher=gmm", *NARROW, "methods.boot.handover=0.5", "evaluation.nfe=[1,3]"]
     table = table_of(registry, tmp_path, "methods=[boot]", *words)
     students = table[table["method"] == "boot"]
@@ -272,7 +275,7 @@ def test_phases_start_from_the_top_of_their_own_grid(registry, tmp_path, name, t
         close(x, t.float() * eps(0), rtol=1e-6)
 
 
-def test_pairs_of_a_drawn_w_are_found_again(registry, tmp_path):
+def test_pairs_with_drawn_guidance_weights_are_cached(registry, tmp_path):
     words = ["methods=[direct]", "dataset=gmm", "teacher=gmm", *NARROW, *SMALL, "conditional=true", "guidance=2"]
     for lr in (1e-3, 2e-3):
         more = [f"methods.direct.lr={lr}", "methods.direct.pairs=64", "guidance_range=[1,3]"]

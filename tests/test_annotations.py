@@ -1,4 +1,4 @@
-"""Labels and captions beside images and in tables: what is unambiguous is read, and nothing is lost without a word."""
+"""Labels and captions beside images and in tables: what is unambiguous is read, and what is ignored is noted."""
 
 import json
 import unicodedata
@@ -52,7 +52,7 @@ def open_at(path, **settings):
         (["-1", ""], None, (), 0),
     ],
 )
-def test_labels_that_say_what_they_mean(values, numbers, names, count):
+def test_unambiguous_labels_become_classes(values, numbers, names, count):
     found = as_classes(values, "a")
     assert (None if found.numbers is None else found.numbers.tolist()) == numbers
     assert (list(found.names), found.count) == (list(names), count)
@@ -73,13 +73,13 @@ def test_labels_that_say_what_they_mean(values, numbers, names, count):
         ([{"a": 1}], "must be a class"),
     ],
 )
-def test_labels_that_do_not(values, message):
+def test_ambiguous_labels_are_refused(values, message):
     with pytest.raises(UserError, match=f"labels must be classes 0, 1, .*{message}"):
         as_classes(values, "a")
 
 
 @pytest.mark.parametrize("labels", [[0, -1], ["x", 0.5], [[1, 1], [0, 1]], [{"a": 1}, 0]])
-def test_labels_that_are_not_asked_for_are_not_looked_at(tmp_path, labels):
+def test_labels_are_not_read_unless_asked_for(tmp_path, labels):
     pairs = [list(pair) for pair in zip(["0.png", "1.png"], labels, strict=True)]
     write_folder(tmp_path / "a", images("0.png", "1.png") | {"dataset.json": json.dumps({"labels": pairs})})
     np.savez(tmp_path / "b.npz", images=pixels(2), labels=np.array([0.5, -1.0]))
@@ -89,7 +89,7 @@ def test_labels_that_are_not_asked_for_are_not_looked_at(tmp_path, labels):
         pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
         sources.append(tmp_path / "c.parquet")
     for source in sources:
-        with pytest.raises(UserError, match=r"dataset\.labels=none reads the images alone"):
+        with pytest.raises(UserError, match=r"dataset\.labels=none reads only the images"):
             open_at(source)
         reader = open_at(source, labels="none")
         assert (len(reader), reader.labels, list(reader.notes)) == (2, None, [])
@@ -107,11 +107,11 @@ def test_a_test_split_without_labels_has_none_and_a_note(tmp_path):
         make(Folder, tmp_path, resolution=8)
 
 
-def test_a_class_without_images_is_said(tmp_path):
+def test_a_class_without_images_is_noted(tmp_path):
     np.savez(tmp_path / "a.npz", images=pixels(3), labels=np.array([1, 2, 1]))
     dataset = make(Folder, tmp_path / "a.npz", resolution=8)
     assert dataset.classes == 3
-    note = "class 0 has no image, of 3 classes: conditional=true asks for each of them equally often"
+    note = "class 0 has no image, of 3 classes: conditional=true samples all classes equally often"
     assert list(dataset.notes) == [note]
     np.savez(tmp_path / "b.npz", images=pixels(3), labels=np.eye(5, dtype=int)[[1, 2, 1]])
     dataset = make(Folder, tmp_path / "b.npz", resolution=8)
@@ -122,29 +122,29 @@ def test_a_class_without_images_is_said(tmp_path):
 def test_parquet_files_that_differ(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"image": [PNG], "label": [0]}), tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"image": [PNG]}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"b\.parquet has no column label, which a\.parquet has"):
+    with pytest.raises(UserError, match=r"b\.parquet has no column label, but a\.parquet has"):
         open_at(tmp_path)
     assert len(open_at(tmp_path, labels="none")) == 2
     for name, classes in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):
         told = {"huggingface": json.dumps({"info": {"features": {"label": {"names": classes}}}})}
         table = pyarrow.table({"image": [PNG], "label": [0]}).replace_schema_metadata(told)
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
-    with pytest.raises(UserError, match="name their classes differently"):
+    with pytest.raises(UserError, match="have different class names"):
         open_at(tmp_path)
 
 
-def test_columns_that_are_not_read_are_named(tmp_path):
+def test_ignored_columns_are_noted(tmp_path):
     table = pyarrow.table({"img": [PNG, PNG], "coarse_label": [0, 1], "fine_label": [3, 4], "url": ["a", "b"]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     reader = open_at(tmp_path / "a.parquet")
     assert reader.labels.tolist() == [3, 4]
-    assert reader.notes == ["columns that are not read: coarse_label, url (read: img, fine_label)"]
+    assert reader.notes == ["ignored columns: coarse_label, url (used: img, fine_label)"]
 
 
 # --- captions --------------------------------------------------------------------------------------------------------
 
 
-def test_no_caption_is_the_empty_text_and_never_the_word_none(tmp_path):
+def test_a_missing_caption_is_the_empty_text_and_not_the_word_none(tmp_path):
     table = pyarrow.table({"image": [PNG] * 3, "text": ["a", None, ""]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     rows = [{"file_name": f"{k}.png", "text": text} for k, text in enumerate(["a", None, ""])]
@@ -152,10 +152,10 @@ def test_no_caption_is_the_empty_text_and_never_the_word_none(tmp_path):
     for path, name in ((tmp_path / "a.parquet", "a.parquet"), (folder, "metadata.jsonl")):
         reader = open_at(path)
         assert reader.captions == ["a", "", ""]
-        assert reader.notes == [f"{name}: 2 of 3 images have no caption: the empty text stands for it"]
+        assert reader.notes == [f"{name}: 2 of 3 images have no caption: the empty text is used"]
 
 
-def test_of_several_captions_the_first_is_taken_and_the_identity_says_so(tmp_path):
+def test_the_first_of_several_captions_is_used_and_changes_the_hash(tmp_path):
     def dataset(*texts):
         table = pyarrow.table({"image": [PNG] * 2, "text": texts})
         pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
@@ -163,7 +163,7 @@ def test_of_several_captions_the_first_is_taken_and_the_identity_says_so(tmp_pat
 
     several = dataset(["a", "b"], ["c"])
     assert list(several.prompts) == ["a", "c"]
-    assert several.notes == ["a.parquet: 1 of 2 images have several captions: the first is taken"]
+    assert several.notes == ["a.parquet: 1 of 2 images have several captions: the first is used"]
     one = dataset("a", "c")
     assert list(one.prompts) == ["a", "c"] and one.notes == []
     assert one.sha256 != several.sha256
@@ -185,7 +185,7 @@ def test_without_any_caption_there_are_none(tmp_path):
         open_at(tmp_path / "a.parquet", labels="captions")
 
 
-def test_a_caption_that_is_no_text(tmp_path):
+def test_a_caption_that_is_not_text_is_refused(tmp_path):
     rows = {"file_name": "0.png", "text": {"raw": "a"}}
     write_folder(tmp_path, images("0.png") | {"metadata.jsonl": lines(rows)})
     with pytest.raises(UserError, match="a caption must be a text or a list of texts"):
@@ -203,7 +203,7 @@ def test_lines_end_at_newlines_only(tmp_path):
 @pytest.mark.parametrize("of_files", ["NFC", "NFD"])
 @pytest.mark.parametrize("of_names", ["NFC", "NFD"])
 @pytest.mark.parametrize("pack", [write_folder, write_zip])
-def test_names_are_matched_however_their_letters_are_composed(tmp_path, pack, of_files, of_names):
+def test_names_are_matched_in_every_unicode_normalisation(tmp_path, pack, of_files, of_names):
     there, named = (unicodedata.normalize(form, "café.png") for form in (of_files, of_names))
     path = pack(tmp_path / "a", images(there) | {"metadata.jsonl": lines({"file_name": named, "text": "a cup"})})
     assert open_at(path).captions == ["a cup"]
@@ -220,7 +220,7 @@ def test_names_are_matched_however_their_letters_are_composed(tmp_path, pack, of
     )
 
 
-def test_classes_whose_names_look_the_same_are_one(tmp_path):
+def test_classes_whose_names_differ_in_normalisation_are_one(tmp_path):
     names = [f"{unicodedata.normalize(form, 'é')}/{form}.png" for form in ("NFC", "NFD")]
     reader = open_at(write_folder(tmp_path, images(*names, "f/1.png")), labels="folders")
     assert sorted(reader.labels.tolist()) == [0, 0, 1]
@@ -277,20 +277,20 @@ def test_labels_in_metadata_come_before_captions_as_everywhere(tmp_path):
     write_folder(tmp_path, images("0.png", "1.png") | {"metadata.jsonl": lines(*rows)})
     reader = open_at(tmp_path)
     assert (reader.labels.tolist(), reader.class_names, reader.captions) == ([1, 0], ["cat", "dog"], None)
-    assert any("captions of metadata.jsonl are not read" in note for note in reader.notes)
+    assert any("captions of metadata.jsonl are ignored" in note for note in reader.notes)
     assert open_at(tmp_path, labels="captions").captions == ["a dog", "a cat"]
 
 
-def test_tables_and_captions_that_others_come_before_are_named(tmp_path):
+def test_ignored_tables_and_captions_are_noted(tmp_path):
     table = {"metadata.jsonl": lines({"file_name": "0.png", "text": "a"}), "metadata.csv": "file_name,text\n0.png,b\n"}
     reader = open_at(write_folder(tmp_path / "a", images("0.png") | table))
     assert reader.captions == ["a"]
-    assert reader.notes == ["metadata.csv is not read, as 'metadata.jsonl' lies beside it"]
+    assert reader.notes == ["metadata.csv is ignored because 'metadata.jsonl' lies beside it"]
     both = images("0.png", "1.png") | {"0.cls": "0", "1.cls": "1", "0.txt": "a", "1.txt": "b"}
     reader = open_at(folder := write_folder(tmp_path / "b", both))
     assert (reader.labels.tolist(), reader.captions) == ([0, 1], None)
     assert reader.notes == [
-        "2 captions beside images (.txt) are not read, as there are labels: dataset.labels=captions takes them"
+        "2 captions beside images (.txt) are ignored because there are labels: dataset.labels=captions uses them"
     ]
     assert open_at(folder, labels="captions").captions == ["a", "b"]
     assert open_at(folder, labels="captions").notes == []

@@ -19,7 +19,7 @@ from overhead import measure  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("float64")
 TOLERANCE = 1e-8
-STEPS = 12  # the four phases of pd have two steps at least
+STEPS = 12  # each of the four phases of pd has at least two
 
 
 def weights_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def test_a_bare_loop_trains_the_same_weights_as_the_harness(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_its_own_steps_in_a_bare_loop_train_the_same_weights(name, tmp_path):
+def test_steps_in_a_bare_loop_train_the_same_weights(name, tmp_path):
     scene = tiny_mlp()
     pair = Pair(scene, name, STEPS * scene.batch - 5, "cpu", tmp_path)
     pair.train()
@@ -54,13 +54,13 @@ def test_its_own_steps_in_a_bare_loop_train_the_same_weights(name, tmp_path):
 
 
 @pytest.mark.parametrize("against", ["hand", "own"])
-def test_the_overhead_is_measured_of_as_many_steps_of_both(against, tmp_path):
+def test_the_overhead_is_over_equal_numbers_of_steps(against, tmp_path):
     ratio = measure(tiny_mlp(), "direct", 2, "cpu", tmp_path, against=against)
     assert 0 < ratio.low <= ratio.value <= ratio.high
 
 
-def test_a_ratio_is_the_median_of_those_of_pairs_and_its_interval_comes_from_them():
-    slow = [1.0, 2.0, 4.0, 8.0, 16.0]  # a machine that drifts moves both
+def test_a_ratio_is_the_median_over_pairs_with_its_interval():
+    slow = [1.0, 2.0, 4.0, 8.0, 16.0]  # a drift of the machine affects both
     ratio = Ratio.of([2 * value for value in slow], slow)
     assert (ratio.value, ratio.low, ratio.high) == (2.0, 2.0, 2.0)
     assert Ratio.of([1.0, 2.0, 9.0], [1.0, 1.0, 3.0]).value == 2.0

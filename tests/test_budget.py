@@ -1,4 +1,4 @@
-"""The meter: what is counted, from when, and when the budget is used."""
+"""The meter: counts, seconds, pauses, and the used share of the budget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distillbench.stopwatch import MOST_MARKS, Account, Stopwatch
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until it is moved."""
+    """A clock that only the test moves."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(distillbench.stopwatch, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
@@ -29,7 +29,7 @@ def evaluate(network, images: int) -> None:
     network(torch.zeros(images, 2, 1, 1), time([0.5]).expand(images, 1, 1, 1))
 
 
-def test_meter_counts_teacher_and_students_from_when_it_was_made(clock):
+def test_meter_counts_evaluations_from_its_construction_on(clock):
     teacher = gaussian_teacher()
     evaluate(teacher.denoise, 7)
     evaluate(teacher.student(), 5)
@@ -45,7 +45,7 @@ def test_meter_counts_teacher_and_students_from_when_it_was_made(clock):
     assert (price.images, price.seconds, price.teacher_nfe, price.student_nfe) == (8, 2.5, 7, 30)
 
 
-def test_two_meters_do_not_disturb_each_other():
+def test_two_meters_are_independent():
     teacher = gaussian_teacher()
     first = Meter(BudgetConfig(), teacher, "cpu")
     evaluate(teacher.denoise, 3)
@@ -100,11 +100,11 @@ def test_a_budget_must_be_positive_and_finite(name, value):
         BudgetConfig(**{name: value})
 
 
-# --- rows that are differentiated ------------------------------------------------------------------------------------
+# --- rows with gradient --------------------------------------------------------------------------------------------
 
 
-def test_rows_with_gradient_are_told_by_what_needs_it():
-    """Weights, or only the input of a network that is held."""
+def test_rows_with_gradient_are_counted_apart():
+    """Gradients of weights, or only of the input of a frozen network."""
     teacher = mlp_teacher()
     student, t = teacher.student(), time([0.5] * 4)
     meter = Meter(BudgetConfig(), teacher, "cpu")
@@ -121,11 +121,11 @@ def test_rows_with_gradient_are_told_by_what_needs_it():
     assert (price.teacher_nfe, price.teacher_backward, price.stand_in_nfe) == (12, 8, 0)
 
 
-# --- whose seconds ---------------------------------------------------------------------------------------------------
+# --- seconds --------------------------------------------------------------------------------------------------------
 
 
 class Slow(torch.nn.Module):
-    """A network that takes `seconds` of a clock, and fails when it is told to."""
+    """A network that takes `seconds` of a clock, and may fail."""
 
     def __init__(self, clock, seconds: float, inner=None) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def test_seconds_are_split_into_teacher_student_and_the_rest(clock):
     assert teacher.teacher_rows.timed is teacher.student_rows.timed is nullcontext
 
 
-def test_a_network_within_a_network_takes_its_time_out_of_the_others(clock):
+def test_time_of_a_nested_network_is_charged_once(clock):
     teacher, student = slow_family(clock)
     meter = Meter(BudgetConfig(), teacher, "cpu")
     student.network.inner = lambda: evaluate(teacher.denoise, 1)
@@ -190,7 +190,7 @@ def test_a_network_that_fails_leaves_the_account_as_it_was(clock):
 
 
 class Watch:
-    """Notes when it is paused."""
+    """Records its pauses."""
 
     def __init__(self, diary: list[str]) -> None:
         self.diary = diary
@@ -224,7 +224,7 @@ def test_a_pause_is_not_charged(clock):
     assert (price.teacher_nfe, price.student_nfe, meter.progress()) == (3, 1, 5 / 8)
 
 
-def test_energy_is_the_watchs_and_what_was_charged():
+def test_energy_is_measured_plus_charged():
     teacher = gaussian_teacher()
     assert Meter(BudgetConfig(), teacher, "cpu").energy() == Energy(None, "not measured")
     watch = Watch([])
@@ -238,11 +238,11 @@ def test_energy_is_the_watchs_and_what_was_charged():
         assert watch.diary == ["off"]
 
 
-# --- the same on a GPU, which a test must imagine --------------------------------------------------------------------
+# --- on a simulated clock of a GPU ----------------------------------------------------------------------------------
 
 
 class Gpu:
-    """Work is queued at once and done later; events pass when the work before them is done."""
+    """Work is queued and done later; events pass when the work before them is done."""
 
     def __init__(self, monkeypatch) -> None:
         self.host, self.device, self.waits, self.made = 0.0, 0.0, 0, 0
@@ -279,7 +279,7 @@ class Gpu:
         self.device = max(self.device, self.host) + seconds
 
 
-def test_a_gpus_time_is_charged_to_who_asked_for_it_and_nobody_waits(monkeypatch):
+def test_time_of_a_gpu_is_split_without_waiting(monkeypatch):
     gpu = Gpu(monkeypatch)
     meter = Meter(BudgetConfig(), gaussian_teacher(), "cuda:1")
     waits = gpu.waits
@@ -310,7 +310,7 @@ def test_a_gpus_pause(monkeypatch):
     assert split(meter.price()) == pytest.approx((6.0, 0.0, 0.0))
 
 
-def test_events_are_read_when_they_have_passed_and_used_again(monkeypatch):
+def test_passed_events_are_read_and_reused(monkeypatch):
     gpu = Gpu(monkeypatch)
     watch = Stopwatch.of("cuda:1")
     for _ in range(5 * MOST_MARKS):

@@ -1,4 +1,4 @@
-"""What clean removes, and above all what it does not; on real folders."""
+"""What clean removes, and above all what it keeps, on real folders."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Heard:
 # --- what is safe ----------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_in_order_has_nothing_to_remove(root):
+def test_a_clean_folder_has_nothing_to_remove(root):
     before = left(root)
     heard = Heard(root, yes=False)
     assert (heard.code, heard.asked) == (0, [])
@@ -111,7 +111,7 @@ def test_a_folder_in_order_has_nothing_to_remove(root):
     assert left(root) == before
 
 
-def test_half_written_files_go_after_a_day_wherever_they_are(root):
+def test_temporary_files_are_removed_after_a_day_in_any_folder(root):
     before = left(root)
     for place in ("cells/" + FINISHED, "cache/pairs/e", "run", "run/weights", "."):
         put(root / place / ".writing-abc.json", days_old=1.1)
@@ -119,14 +119,14 @@ def test_half_written_files_go_after_a_day_wherever_they_are(root):
     assert left(root) == before
 
 
-def test_young_half_written_files_stay_and_that_is_said(root):
+def test_young_temporary_files_are_skipped_with_a_note(root):
     put(root / "run" / ".writing-young", days_old=0.01)
     heard = Heard(root)
     assert (root / "run" / ".writing-young").exists()
-    assert "temporary: 1 file that may still be written to: left alone" in heard.text
+    assert "temporary: 1 file that may still be written to: skipped" in heard.text
 
 
-def test_a_file_that_nobody_has_open_is_left_behind(root, monkeypatch):
+def test_a_file_that_no_process_has_open_counts_as_abandoned(root, monkeypatch):
     monkeypatch.setattr(clean, "file_system", lambda path: ("ext4", "rw"))
     monkeypatch.setattr(psutil, "process_iter", lambda: [psutil.Process()])  # all that this test may look at everywhere
     path = put(root / "run" / ".writing-quiet", days_old=0.2)
@@ -135,30 +135,30 @@ def test_a_file_that_nobody_has_open_is_left_behind(root, monkeypatch):
     assert names(root) == ["run/.writing-quiet"]
 
 
-def test_a_file_that_is_open_stays_whatever_is_asked(root, monkeypatch):
+def test_an_open_file_is_never_removed(root, monkeypatch):
     monkeypatch.setattr(psutil, "process_iter", lambda: [psutil.Process()])
     path = put(root / "run" / ".writing-now", days_old=0.001)
     with open(path, "rb"):
         assert names(root, days=0.0) == []
-        assert find(root, (), 0.0)[0].notes == ["1 file that may still be written to: left alone"]
+        assert find(root, (), 0.0)[0].notes == ["1 file that may still be written to: skipped"]
     assert names(root, days=0.0) == ["run/.writing-now"]
 
 
 @pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.sshfs", ""])
-def test_where_other_machines_write_too_a_day_is_waited_for(root, monkeypatch, kind):
+def test_on_a_network_file_system_files_must_be_a_day_old(root, monkeypatch, kind):
     monkeypatch.setattr(clean, "file_system", lambda path: (kind, "rw"))
     put(root / "run" / ".writing-quiet", days_old=0.2)
     assert names(root) == []
 
 
-def test_processes_that_cannot_be_seen_keep_the_file(root, monkeypatch):
+def test_files_are_kept_if_open_files_cannot_be_determined(root, monkeypatch):
     monkeypatch.setattr(clean, "file_system", lambda path: ("ext4", "rw"))
     monkeypatch.setattr(clean, "_open_files", lambda owner: None)
     put(root / "run" / ".writing-quiet", days_old=0.2)
     assert names(root) == []
 
 
-def test_folders_of_exports_that_were_cut_off_go(root):
+def test_folders_of_interrupted_exports_are_removed(root):
     before = left(root)
     for folder, inner in ((".boot.ab12_x9z", "folder"), (".all.abcdefgh", "run"), (".writing-probe", "")):
         put(root / folder / inner / "deep" / "file", days_old=2)
@@ -172,7 +172,7 @@ def test_folders_of_exports_that_were_cut_off_go(root):
     assert kept == [".mine.abcdefgh", ".mine.abcdefgh/notes.txt", new, f"{new}/folder", f"{new}/folder/file"]
 
 
-def test_states_of_a_finished_training_go_and_those_of_another_stay(root):
+def test_states_of_finished_trainings_are_removed_and_others_kept(root):
     before = left(root)
     for name in ("state-000000000001-0.safetensors", "1/aside-state-000000000002-0.safetensors"):
         put(root / "cells" / FINISHED / "resume" / name, days_old=0.1)
@@ -182,7 +182,7 @@ def test_states_of_a_finished_training_go_and_those_of_another_stay(root):
     assert left(root) == before
 
 
-def test_states_stay_where_the_weights_are_damaged_or_the_training_is_made_anew(root):
+def test_states_are_kept_if_weights_are_damaged_or_training_runs_again(root):
     put(root / "cells" / FINISHED / "resume" / "state-000000000001-0.safetensors", days_old=-0.1)
     assert names(root, "states") == []  # younger than train.json
     age(root / "cells" / FINISHED / "resume" / "state-000000000001-0.safetensors", 1)
@@ -193,7 +193,7 @@ def test_states_stay_where_the_weights_are_damaged_or_the_training_is_made_anew(
     assert names(root, "states") == []
 
 
-def test_a_cell_that_is_worked_on_is_left_alone(root):
+def test_a_cell_in_use_is_skipped(root):
     put(root / "cells" / FINISHED / "resume" / "aside-state-1-0.safetensors")
     orphan(root)
     what = ("states", "failed", "orphans")
@@ -201,7 +201,7 @@ def test_a_cell_that_is_worked_on_is_left_alone(root):
     assert [removal.files for removal in find(root, what, 0.0, busy=lambda cell: True)] == [[], [], []]
 
 
-def test_a_claim_keeps_a_cell(root, tmp_path):
+def test_a_locked_cell_is_skipped(root, tmp_path):
     """Before it is listed, and between listing and removing."""
     path = put(root / "cells" / FINISHED / "resume" / "1" / "aside-state-1-0.safetensors")
     removal = find(root, ["states"])[0]
@@ -209,37 +209,37 @@ def test_a_claim_keeps_a_cell(root, tmp_path):
     put(root / "cells" / FINISHED / ".writing-old", days_old=3)
     with claimed(root / "cells" / FINISHED) as mine:
         assert mine and names(root) == []
-        assert clean._remove(root, removal.files, removal.folders) == [f"a process works on {FINISHED}: it stays"]
+        assert clean._remove(root, removal.files, removal.folders) == [f"a process is working on {FINISHED}: skipped"]
     assert path.exists() and clean._remove(root, removal.files, removal.folders) == [] and not path.exists()
 
 
 # --- only when asked -------------------------------------------------------------------------------------------------
 
 
-def test_what_failed_goes_when_asked(root):
+def test_failed_records_are_removed_when_asked(root):
     heard = Heard(root, "failed")
     assert (heard.code, left(root / "cells" / FAILED)) == (0, [])
     assert (root / "cells" / FINISHED / "train.json").exists()
 
 
-def test_orphans_go_when_asked(root):
+def test_orphans_are_removed_when_asked(root):
     cell = orphan(root)
     assert names(root) == []
     heard = Heard(root, "orphans")
     assert heard.code == 0 and not cell.exists()
     assert (root / "cells" / FINISHED).exists() and (root / "cells" / CUT).exists()  # named; changed lately
-    assert f"1 cell: {ORPHAN}. A run that needs them trains them again" in heard.text.replace("\n", " ")
-    assert "orphans: 2 cells changed lately or worked on: left alone" in heard.text.replace("\n", " ")
+    assert f"1 cell: {ORPHAN}. A run that needs them trains again" in heard.text.replace("\n", " ")
+    assert "orphans: 2 cells changed recently or in use: skipped" in heard.text.replace("\n", " ")
 
 
-def test_trainings_that_were_cut_off_are_told(root):
+def test_interrupted_trainings_are_noted(root):
     heard = Heard(root, "orphans", days=0.0, yes=False)
-    assert "orphans: with 1 training cut off that could go on" in heard.text
+    assert "orphans: including 1 interrupted training that could be resumed" in heard.text
     assert (root / "cells" / CUT).exists()
 
 
 @pytest.mark.parametrize("lost", ["table.parquet", "weights"])
-def test_one_sign_of_a_run_is_enough_for_its_cells(root, lost):
+def test_one_reference_of_a_run_keeps_a_cell(root, lost):
     if lost == "weights":
         (root / "run" / "weights" / f"a-seed0-{FINISHED}.safetensors").unlink()
     else:
@@ -255,14 +255,14 @@ def test_a_table_that_cannot_be_read_keeps_every_cell(root):
     assert "nested/run2/table.parquet cannot be read" in heard.text
 
 
-def test_caches_go_when_asked_and_say_what_they_cost(root):
+def test_caches_are_removed_when_asked_with_a_note_on_their_cost(root):
     heard = Heard(root, "pairs", "latents", "references")
     assert left(root / "cache") == [
         "latents", "pairs", "references", "references/.net-0.npz.claim", "teachers", "teachers/f.safetensors",
     ]  # fmt: skip
-    assert "pairs: making them took 61 s and 65,536 teacher evaluations" in heard.text
-    assert "latents: making them again encodes 12 images" in heard.text
-    assert "references: making them again looks at real images 1 time" in heard.text
+    assert "pairs: computing them took 61 s and 65,536 teacher evaluations" in heard.text
+    assert "latents: computing them again encodes 12 images" in heard.text
+    assert "references: computing them again reads the real images 1 time" in heard.text
 
 
 def test_older_than_counts_for_every_kind(root):
@@ -271,7 +271,7 @@ def test_older_than_counts_for_every_kind(root):
     assert len(names(root, *what, days=0.0)) == len(set(names(root, *what, days=0.0))) > 8
 
 
-def test_a_run_s_folder_loses_nothing_whatever_is_asked(root):
+def test_no_kind_removes_files_of_a_runs_folder(root):
     kept = {path: path.read_bytes() for path in (root / "run").rglob("*") if path.is_file()}
     (root / "run" / "table.parquet").touch()
     Heard(root, *KINDS, days=0.0)
@@ -281,7 +281,7 @@ def test_a_run_s_folder_loses_nothing_whatever_is_asked(root):
 # --- telling first ---------------------------------------------------------------------------------------------------
 
 
-def test_nothing_goes_before_it_is_confirmed(root):
+def test_nothing_is_removed_before_confirmation(root):
     path = put(root / "run" / ".writing-abc", b"x" * 2**20, days_old=2)
     heard = Heard(root, yes=False)
     assert path.exists() and heard.asked == ["Remove this?"] and heard.code == 0
@@ -290,40 +290,40 @@ def test_nothing_goes_before_it_is_confirmed(root):
     assert not path.exists() and heard.text.endswith("removed: 1 file, 1.0 MiB")
 
 
-def test_what_is_told(root):
+def test_what_is_printed(root):
     put(root / "run" / ".writing-abc", b"x" * 2**20, days_old=2)
     put(root / "cells" / FINISHED / "resume" / "aside-state-1-0.safetensors", b"x" * 2**19)
     text = Heard(root, yes=False).text
     words = [" ".join(line.split()) for line in text.splitlines()]
-    assert "temporary 1 file 1.0 MiB half written by processes that were killed" in words
-    assert any(line.startswith("states 1 file 0.5 MiB states of finished trainings") for line in words)
+    assert "temporary 1 file 1.0 MiB temporary files of processes that were killed" in words
+    assert any(line.startswith("states 1 file 0.5 MiB resume states of finished") for line in words)
     assert "in all 2 files 1.5 MiB" in words
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_what_changed_while_a_person_thought_stays(root):
+def test_what_changed_before_confirmation_is_kept(root):
     path = put(root / "run" / ".writing-abc", days_old=2)
     console = Console(file=open(os.devnull, "w"))  # noqa: SIM115
     assert clean.clean(root, (), None, False, console, lambda text: not os.utime(path)) == 0
     assert path.exists()
 
 
-def test_hard_links_free_nothing_until_the_last_name_goes(tmp_path):
+def test_hard_links_free_space_only_with_the_last_name(tmp_path):
     a, b = put(tmp_path / "a", b"x" * 1000), tmp_path / "b"
     os.link(a, b)
     assert (size_of([a, b]), freed([a]), freed([a, b]), freed([tmp_path / "gone"])) == (1000, 0, 1000, 0)
 
 
-def test_shared_weights_are_told_not_to_free_space(root):
+def test_shared_weights_are_reported_not_to_free_space(root):
     (root / "run" / "table.csv").unlink()
     (root / "run" / "table.parquet").unlink()
     student = root / "cells" / FINISHED / "student.safetensors"
     student.write_bytes(b"x" * 2**20)
     (root / "run" / "weights" / f"a-seed0-{FINISHED}.safetensors").rename(root / "run" / "weights" / "mine")
     heard = Heard(root, "orphans", days=0.0)
-    assert "1.0 MiB of it have another name elsewhere, and stay on the disk" in heard.text
+    assert "1.0 MiB of it have other hard links and stay on the disk" in heard.text
     assert (root / "run" / "weights" / "mine").stat().st_size == 2**20
-    assert "no cell here is named by a run" in heard.text
+    assert "no run in this folder refers to any cell" in heard.text
 
 
 # --- links, other folders, trouble -----------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def test_links_are_not_followed_out_of_the_folder(root, tmp_path):
 
 
 @pytest.mark.parametrize("linked", ["cells", "cache"])
-def test_a_part_that_is_a_link_is_left_alone(root, tmp_path, linked):
+def test_a_linked_part_is_skipped(root, tmp_path, linked):
     (root / linked).rename(tmp_path / "moved")
     (root / linked).symlink_to(tmp_path / "moved")
     before = left(tmp_path / "moved")
@@ -352,7 +352,7 @@ def test_a_part_that_is_a_link_is_left_alone(root, tmp_path, linked):
     assert left(tmp_path / "moved") == before
 
 
-def test_a_link_that_is_made_meanwhile_is_not_followed(root, tmp_path):
+def test_a_link_created_meanwhile_is_not_followed(root, tmp_path):
     folder = root / "cache" / "pairs" / "e"
     removal = find(root, ["pairs"])[0]
     folder.rename(tmp_path / "e")
@@ -368,12 +368,12 @@ def test_a_link_that_is_made_meanwhile_is_not_followed(root, tmp_path):
 def test_another_folder_is_refused(tmp_path, content):
     folder = tmp_path / "home"
     put(folder / (content or "file"), days_old=9)
-    with pytest.raises(UserError, match="is no results folder: it has no cells/ or cache/ of a run"):
+    with pytest.raises(UserError, match="is not a results folder: it has no cells/ or cache/ of a run"):
         Heard(folder)
     assert (folder / (content or "file")).exists()
 
 
-def test_the_folder_above_says_which_is_meant(root):
+def test_the_parent_folder_suggests_the_results_folder(root):
     with pytest.raises(UserError, match=re.escape(f"Did you mean {str(root)!r}?")):
         results_folder(root.parent)
     with pytest.raises(UserError, match="no results folder"):
@@ -388,7 +388,7 @@ def test_wrong_words_are_refused(root):
             Heard(root, days=days)
 
 
-def test_what_vanishes_meanwhile_is_no_trouble(root):
+def test_files_that_vanish_meanwhile_are_no_error(root):
     removal = find(root, ["pairs"])[0]
     for file in removal.files:
         file.unlink()
@@ -396,7 +396,7 @@ def test_what_vanishes_meanwhile_is_no_trouble(root):
     assert clean._remove(root, removal.files, removal.folders) == []
 
 
-def test_what_cannot_be_removed_is_told(root, monkeypatch):
+def test_failures_to_remove_are_reported(root, monkeypatch):
     for k in range(7):
         put(root / "run" / f".writing-{k}", days_old=2)
     unlink = Path.unlink
@@ -410,11 +410,11 @@ def test_what_cannot_be_removed_is_told(root, monkeypatch):
     heard = Heard(root)
     assert heard.code == 1 and not (root / "run" / ".writing-3").exists()
     assert "cannot remove run/.writing-0: Permission denied" in heard.text
-    assert heard.text.endswith("and 1 more could not be removed\nremoved: not all of it")
+    assert heard.text.endswith("and 1 more could not be removed\nremoved, but not everything")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may remove anything")
-def test_a_read_only_folder_is_told(root):
+def test_a_read_only_folder_is_reported(root):
     put(root / "run" / ".writing-a", days_old=2)
     (root / "run").chmod(0o500)
     try:

@@ -239,7 +239,7 @@ def teacher_files(folder):
         ("plain", "was not written by `distillbench teacher train`"),
         (
             "large",
-            "does not fit the dataset: it makes images of (C,H,W) = (3, 32, 32), the dataset's are (1, 8, 8)",
+            "does not fit the dataset: its images are (C,H,W) = (3, 32, 32), the dataset's are (1, 8, 8)",
         ),
         ("other", "cannot be used"),
     ],

@@ -1,4 +1,4 @@
-"""The CLIP score against CLIP's own forward, with a small model of random weights and a vocabulary of bytes."""
+"""The CLIP score against CLIP's own forward, with a small model of random weights and a byte vocabulary."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_images_are_processed_as_by_transformers_with_pil(size):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "vocab.json", "merges.txt"])
-def test_every_file_must_be_there_and_unchanged(tiny, tmp_path, monkeypatch, name):
+def test_every_file_must_exist_and_be_unchanged(tiny, tmp_path, monkeypatch, name):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     tiny.network.locate(tmp_path)
     file = tmp_path / FOLDER / name

@@ -62,7 +62,7 @@ def test_a_teacher_that_knows_no_classes_is_refused(tmp_path):
     (config,) = compose_runs(["methods=[boot]", "dataset=digits"], registry)
     file = make_source(config, registry, "cpu")[1]._file()
     words = ["methods=[boot]", "dataset=digits", f"teacher.path={file}", f"results_dir={tmp_path}"]
-    with pytest.raises(UserError, match=r"knows no classes and cannot serve conditional=true with 10 classes"):
+    with pytest.raises(UserError, match=r"has no classes and does not support conditional=true with 10 classes"):
         plan(compose_runs([*words, "conditional=true"], registry), registry)
 
 

@@ -44,7 +44,7 @@ def message(registry, *words):
 # --- what is understood ----------------------------------------------------------------------------------------------
 
 
-def test_settings_are_typed_and_the_rest_is_default(registry):
+def test_settings_are_typed_and_have_defaults(registry):
     words = ["methods=[boot,cm]", "dataset=digits", "methods.boot.lr=3e-4", "budget.images=1_000", "teacher.width=32"]
     (run,) = compose_runs(words, registry)
     assert list(run.methods) == ["boot", "cm"]
@@ -99,12 +99,12 @@ def test_datasets_can_be_swept(registry):
 
 
 @pytest.mark.parametrize("text", ["a b/c", "ü/日本", "a=b", "it's", "#1", "[x]", "a,b"])
-def test_any_path_can_be_given_in_quotes(registry, text):
+def test_any_path_can_be_quoted(registry, text):
     (run,) = compose_runs([*GIVEN, f'results_dir="{text}"'], registry)
     assert run.results_dir == text
 
 
-def test_the_yaml_says_everything_and_can_be_read_by_anything(registry):
+def test_the_yaml_has_every_setting_and_is_plain(registry):
     (run,) = compose_runs([*GIVEN, "methods.boot.lr=0.5"], registry)
     assert yaml.safe_load(to_yaml(run)) == dataclasses.asdict(run) | {
         "budget": dataclasses.asdict(run.budget) | {"limit": "images"},
@@ -113,14 +113,14 @@ def test_the_yaml_says_everything_and_can_be_read_by_anything(registry):
     assert yaml.safe_load(to_yaml(run))["methods"]["boot"]["lr"] == 0.5
 
 
-def test_the_defaults_of_every_registered_class_are_fit(registry):
+def test_the_defaults_of_every_registered_class_are_valid(registry):
     for name in registry.methods:
         compose_runs([f"methods=[{name}]", "dataset=digits"], registry)
     for name in registry.datasets:
         compose_runs(["methods=[boot]", f"dataset={name}"], registry)
 
 
-def test_one_registry_leaves_nothing_for_the_next(registry):
+def test_a_registry_does_not_affect_the_next(registry):
     compose_runs(["methods=[mine]", "dataset=digits"], with_method(registry, MethodConfig))
     assert message(registry, "methods=[mine]", "dataset=digits").startswith("no method 'mine'.")
 
@@ -266,18 +266,18 @@ def composed_once():
 
 
 @pytest.mark.parametrize("word", [*NAMES, *VALUES, *FORMS], ids=lambda word: word[:40])
-def test_what_does_not_fit_is_one_message(registry, word, composed_once, monkeypatch):
+def test_invalid_settings_are_one_message(registry, word, composed_once, monkeypatch):
     monkeypatch.setattr(config, "compose", lambda name, choices: composed_once(name, *choices))
     assert message(registry, *GIVEN, word).startswith((NAMES | VALUES | FORMS)[word])
 
 
-def test_what_must_be_given(registry):
+def test_required_settings(registry):
     assert message(registry, "dataset=digits") == f"no method given. Write methods=[NAME,...]; {METHODS.lower()}"
     expected = f"no dataset given. Write dataset=NAME; possible: {DATASETS}"
     assert message(registry) == message(registry, "methods=[boot]") == expected
 
 
-def test_the_bounds_of_a_grid(registry):
+def test_the_largest_grid(registry):
     assert len(compose_runs(["methods=[boot]", "dataset=digits", "seed=range(0,20)"], registry)) == 20
     assert "100,000 runs" in message(registry, *GIVEN, "seed=range(0,400)", "batch_size=range(1,400)")
 
@@ -313,7 +313,7 @@ class Fussy(MethodConfig):
         (["methods.mine.path=cursed"], "methods.mine: ZeroDivisionError: a fault"),
     ],
 )
-def test_the_checks_of_a_stranger_are_located(registry, words, expected):
+def test_errors_of_a_third_party_config_have_their_path(registry, words, expected):
     assert message(with_method(registry, Fussy), "methods=[mine]", "dataset=digits", *words) == expected
 
 
@@ -357,7 +357,7 @@ def test_default_lists_are_not_shared():
     assert WithList().values == [1]
 
 
-def test_settings_are_described_with_the_defaults_that_hold(registry):
+def test_settings_are_described_with_their_defaults(registry):
     described = {name: (default, text) for name, default, text in describe_options(Trained.Config)}
     assert "kind" not in described
     assert ("some", "null", "how many") in describe_options(Fussy)
@@ -393,14 +393,14 @@ def test_an_experiment_can_choose_and_set_everything(registry, experiment):
     assert run.methods["cm"].lr == 0.25
 
 
-def test_what_an_experiment_sets_for_other_methods_does_not_matter(registry, experiment):
+def test_experiment_settings_of_other_methods_are_ignored(registry, experiment):
     experiment("methods:\n  cm:\n    lr: 0.5\n  boot:\n    lr: 0.75\n")
     (run,) = compose_runs(["experiment=mine", *GIVEN], registry)
     assert {name: method.lr for name, method in run.methods.items()} == {"boot": 0.75}
     assert "'cm' is not among methods=[boot]" in message(registry, "experiment=mine", *GIVEN, "methods.cm.lr=1")
 
 
-def test_a_plugin_that_was_left_out_spoils_no_experiment(registry, experiment):
+def test_a_broken_plugin_does_not_break_experiments(registry, experiment):
     experiment("methods:\n  lost:\n    lr: 0.5\n")
     assert "no method 'lost'" in message(registry, "experiment=mine", *GIVEN)
     broken = dataclasses.replace(registry, plugins=[*registry.plugins, Plugin("lost", "x", "1", error="no luck")])
@@ -430,7 +430,7 @@ def test_an_experiment_cannot_choose_what_does_not_exist(registry, experiment):
     assert "methods/bot" in message(registry, "experiment=mine", "dataset=digits")
 
 
-def test_every_prepared_experiment_is_fit(registry):
+def test_every_shipped_experiment_is_valid(registry):
     """With every method; those that choose no dataset with digits."""
     files = sorted((config_folder() / "experiment").glob("*.yaml"))
     assert len(files) > 1
@@ -452,7 +452,7 @@ def test_an_incomplete_installation_is_an_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["2024_01_01", "1e3", "true", "007", "1_0", "0x10", "inf"])
-def test_a_text_setting_keeps_its_word(registry, text):
+def test_a_text_setting_keeps_its_text(registry, text):
     (run,) = compose_runs([*GIVEN, f"run_name={text}"], registry)
     assert run.run_name == text
     (quoted,) = compose_runs([*GIVEN, f"run_name='{text}'"], registry)
@@ -468,7 +468,7 @@ def test_numbers_stay_numbers(registry):
     assert (run.budget.images, run.evaluation.seeds, run.guidance) == (1000, [10, 2], 1.0)
 
 
-def test_a_leading_tilde_is_the_home_folder_in_every_path(registry, monkeypatch, tmp_path):
+def test_a_leading_tilde_is_expanded_in_every_path(registry, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     words = ["methods=[boot]", "dataset=folder", "dataset.path=~/images", "results_dir=~/my results"]
     words += ["evaluation.references=[~/a.npz,'~/b.npz','c~.npz']", "run_name=~x"]

@@ -1,4 +1,4 @@
-"""The conformance suite for datasets: what ships passes, and each fault is found by the one check that is for it."""
+"""The conformance suite for datasets: built-in ones pass, and each fault is found by its check and by no other."""
 
 from __future__ import annotations
 
@@ -13,26 +13,21 @@ from distillbench import Dataset, DatasetConfig, Method, UserError, option
 from distillbench.laws import mixture
 from distillbench.registry import load_registry
 from distillbench.testing import SUITES, assert_conforms, check_class, findings_of
-from faults import gatherer
+from faults import failed, gatherer
 
 DATASETS = load_registry().datasets
 CHECKS = [check.name for check in SUITES["datasets"].checks]
 
 
-def failed(found) -> dict[str, str]:
-    return {finding.check: finding.message for finding in found if finding.ok is False}
-
-
 @pytest.mark.parametrize("name", ["digits", "gmm"])
-def test_what_ships_without_files_conforms(name):
+def test_built_in_datasets_conform(name):
     found = check_class(DATASETS[name].cls)
     assert not failed(found) and [finding.check for finding in found] == CHECKS
-    assert_conforms(DATASETS[name].cls)
 
 
-def test_what_needs_files_says_so():
+def test_missing_files_are_reported():
     found = check_class(DATASETS["cifar10"].cls)
-    assert "not built with these settings: dataset=cifar10 needs dataset.path=PATH" in failed(found)["builds"]
+    assert "cannot be built with these settings: dataset=cifar10 needs dataset.path=PATH" in failed(found)["builds"]
     assert {finding.ok for finding in found[2:]} == {None}
 
 
@@ -61,7 +56,7 @@ class Good(Dataset):
         return self.targets[indices]
 
 
-def test_a_good_dataset_has_nothing_against_it():
+def test_a_correct_dataset_passes():
     found = check_class(Good)
     assert {finding.ok for finding in found} == {True}
     assert {finding.check: finding.message for finding in found}["builds"] == "500 images"
@@ -71,12 +66,12 @@ def test_settings_are_used():
     assert check_class(Good, Good.Config(count=7))[1].message == "7 images"
 
 
-def test_without_images_there_is_little_to_look_at():
+def test_without_images_only_declarations_are_checked():
     found = {finding.check: finding.ok for finding in check_class(Good, Good.Config(count=0))}
     assert found == dict.fromkeys(CHECKS) | dict.fromkeys(("declared", "builds", "described"), True)
 
 
-FAULTS, fault = gatherer()  # the class is a dataset with one fault, which `check` and no other finds, in these words
+FAULTS, fault = gatherer()  # (dataset with one fault, the check that finds it, part of the message)
 
 
 @fault("declared", "licence is empty")
@@ -96,7 +91,7 @@ class Unfinished(Good):
     read = Dataset.read
 
 
-@fault("builds", "not built with these settings: no file")
+@fault("builds", "cannot be built with these settings: no file")
 class Missing(Good):
     def __init__(self, config) -> None:
         raise UserError("no file")
@@ -115,7 +110,7 @@ class DrawsGlobally(Good):
         self.images = self.images + torch.randn(self.images.shape) / 100
 
 
-@fault("described", "shape must be a tuple (C, H, W) of positive whole numbers, got [1, 2, 3]")
+@fault("described", "shape must be a tuple (C, H, W) of positive integers, got [1, 2, 3]")
 class ListShape(Good):
     shape = [1, 2, 3]
 
@@ -161,13 +156,13 @@ class NotFinite(Good):
         return self.images[indices] / 0
 
 
-@fault("images", "images at different indices are all the same")
+@fault("images", "images at different indices are all equal")
 class OneImage(Good):
     def read(self, indices):
         return self.images[:1].expand(len(indices), -1, -1, -1)
 
 
-@fault("images", "read draws from the global generator of torch: an image is a function of its index")
+@fault("images", "read draws from the global generator of torch: an image must depend on its index alone")
 class Flips(Good):
     def read(self, indices):
         x_0 = self.images[indices]
@@ -196,14 +191,14 @@ class NoDuplicates(Good):
         return self.images[indices if whole else torch.arange(len(indices))]
 
 
-@fault("by_index", "let nothing be computed over the batch")
+@fault("by_index", "compute nothing over the batch")
 class Centres(Good):
     def read(self, indices):
         x_0 = self.images[indices]
         return x_0 if len(x_0) > 1 else x_0 * 0.9
 
 
-@fault("by_index", "changes the indices that it is given")
+@fault("by_index", "changes the given indices in place")
 class ChangesIndices(Good):
     def read(self, indices):
         x_0 = self.images[indices]
@@ -242,7 +237,7 @@ class CountsFromOne(Good):
         return self.targets[indices] + 1
 
 
-@fault("labels", "labels do not go with their indices")
+@fault("labels", "labels do not match their indices")
 class LabelsByPosition(Good):
     def labels(self, indices):
         return self.targets[: len(indices)]
@@ -253,13 +248,13 @@ class ForgetsClasses(Good):
     classes = 0
 
 
-@fault("law", "do not have the mean of the law")
+@fault("law", "do not have the mean of law")
 class OtherMean(Good):
     def read(self, indices):
         return self.images[indices] + 0.1
 
 
-@fault("law", "do not have the standard deviation of the law but 0.50 of it")
+@fault("law", "do not have the standard deviation of law but 0.50 of it")
 class TooNarrow(Good):
     def read(self, indices):
         mean, _ = self.law.moments()
@@ -279,7 +274,7 @@ def test_there_is_a_fault_for_every_check():
 
 
 class Unit(Good):
-    """Images in [0, 1]: not refused, since a law may be positive, but told."""
+    """Images in [0, 1]: no fault, since a distribution may be positive, but mentioned."""
 
     law = None
 
@@ -295,14 +290,14 @@ class Bits(Unit):
 
 
 @pytest.mark.parametrize(
-    ("cls", "words"), [(Unit, "were images in [0, 1] meant to be spread"), (Bits, "no 8-bit value is above 1")]
+    ("cls", "words"), [(Unit, "should images in [0, 1] be scaled"), (Bits, "no 8-bit value is above 1")]
 )
-def test_ranges_that_look_wrong_are_told(cls, words):
+def test_suspicious_ranges_are_mentioned(cls, words):
     found = {finding.check: finding for finding in check_class(cls)}
     assert found["images"].ok and words in found["images"].message
 
 
-def test_what_is_no_dataset_is_told():
+def test_a_class_that_is_no_dataset_is_reported():
     (first, *others) = findings_of("datasets", Method)
     assert not first.ok and "takes subclasses of Dataset" in first.message
     assert {finding.ok for finding in others} == {None}

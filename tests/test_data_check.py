@@ -1,4 +1,4 @@
-"""``distillbench data check``: what is there, what is damaged, and a picture."""
+"""``distillbench data check``: facts on the dataset, damaged images, and a picture."""
 
 import importlib
 import io
@@ -30,7 +30,7 @@ def facts(report):
     return dict(report.lines())
 
 
-def test_what_is_there(tmp_path):
+def test_the_report_describes_the_dataset(tmp_path):
     images = pixels(6, 32)
     np.savez(tmp_path / "a.npz", images=images, labels=np.array([0, 0, 3, 3, 3, 9]))
     dataset = make(Cifar10, tmp_path / "a.npz")
@@ -72,7 +72,7 @@ def test_duplicates_are_found(tmp_path):
     assert report.ok
 
 
-def test_captions_prompts_and_sets_without_files(tmp_path):
+def test_datasets_with_captions_with_prompts_and_without_files(tmp_path):
     files = {f"{k}.png": png(image) for k, image in enumerate(pixels(4))}
     files |= {f"{k}.txt": text for k, text in enumerate("abcd")}
     assert facts(check(make(Folder, write_folder(tmp_path / "a", files), resolution=8)))["captions"] == (
@@ -128,15 +128,15 @@ def test_what_the_command_refuses(tmp_path, registry):
         run(registry, "dataset=ffhq")
     with pytest.raises(UserError, match=r"--grid must name a \.png file"):
         run(registry, "dataset=digits", grid=tmp_path / "a.jpg")
-    with pytest.raises(UserError, match="data check takes one dataset, the settings span 2"):
+    with pytest.raises(UserError, match="data check takes one dataset, but the settings describe 2 runs"):
         run(registry, "dataset=digits", "seed=0,1")
     with pytest.raises(UserError, match=r"no setting 'pth' in 'dataset'.*Did you mean 'path'"):
         run(registry, "dataset=ffhq", "dataset.pth=x")
-    with pytest.raises(UserError, match=r"hub:owner/name would be fetched"):
+    with pytest.raises(UserError, match=r"hub:owner/name must be downloaded"):
         run(registry, "dataset=ffhq", "dataset.path=hub:owner/name")
 
 
-def test_what_is_left_out_is_said_in_data_check_in_a_dry_run_and_in_a_run(tmp_path, registry, monkeypatch):
+def test_ignored_files_are_noted_in_data_check_in_a_dry_run_and_in_a_run(tmp_path, registry, monkeypatch):
     from distillbench import run as running
     from distillbench.config import compose_runs
     from distillbench.plan import plan
@@ -147,7 +147,7 @@ def test_what_is_left_out_is_said_in_data_check_in_a_dry_run_and_in_a_run(tmp_pa
     files = {"0.png": png(pixels(1)[0]), "1.jp2": b"x", "\x1b[2J.jp2": b"x"}
     words = ["dataset=folder", f"dataset.path={write_folder(tmp_path / 'x', files)}", "dataset.resolution=8"]
     _, out = run(registry, *words)
-    note = "left out, of no image format that is read: 2 .jp2 (\\x1b[2J.jp2, 1.jp2)"
+    note = "ignored, not a supported image format: 2 .jp2 (\\x1b[2J.jp2, 1.jp2)"
     assert note in " ".join(out.split())
     every = load_registry()
     cells = plan(compose_runs(["methods=[boot]", f"results_dir={tmp_path / 'results'}", *words], every), every)

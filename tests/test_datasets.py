@@ -1,4 +1,4 @@
-"""The datasets that ship: digits as scikit-learn has them, and any folder of images."""
+"""The built-in datasets digits and folder, and the conversion of pixels."""
 
 import hashlib
 
@@ -34,7 +34,7 @@ def digits():
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_grey_level_survives_the_way_to_the_networks_and_back():
+def test_every_grey_level_survives_conversion_to_float_and_back():
     levels = torch.arange(256, dtype=torch.uint8)
     x = to_float(levels)
     assert (x.min(), x.max()) == (-1, 1)
@@ -61,7 +61,7 @@ def test_digits_are_those_of_scikit_learn(digits):
     assert len(images.unique()) == 17
 
 
-def test_digits_are_named_by_their_pixels(digits):
+def test_hash_of_digits_is_that_of_their_pixels(digits):
     """The shipped teacher is found by this hash: with another one, it would be trained anew."""
     assert digits.sha256 == hashlib.sha256(everything(digits).numpy().tobytes()).hexdigest()
     assert digits.sha256 == "b41ca9fd335466eee997366c2e6f6bbe0a1b4582afe091fc4eba35f4a254182f"
@@ -75,7 +75,7 @@ def test_digits_by_index(digits):
 # --- folder ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_image_of_the_right_size_is_kept_to_the_bit(tmp_path):
+def test_an_image_of_the_right_size_is_unchanged(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
     save(tmp_path / "a.png", pixels)
     dataset = folder(tmp_path, resolution=8)
@@ -83,14 +83,14 @@ def test_an_image_of_the_right_size_is_kept_to_the_bit(tmp_path):
     assert torch.equal(everything(dataset)[0], torch.tensor(pixels, dtype=torch.uint8).permute(2, 0, 1))
 
 
-def test_the_order_is_that_of_the_paths_below_the_folder(tmp_path):
+def test_images_are_sorted_by_path_below_the_folder(tmp_path):
     for level, name in [(30, "c.png"), (10, "a.PNG"), (20, "b/x.bmp"), (25, "b/y.webp")]:
         save(tmp_path / name, np.full((4, 4), level), **({"lossless": True} if name.endswith("webp") else {}))
     (tmp_path / "notes.txt").write_text("not an image")
     assert everything(folder(tmp_path, resolution=4, channels=1))[:, 0, 0, 0].tolist() == [10, 20, 25, 30]
 
 
-def test_the_centred_square_is_cut_out(tmp_path):
+def test_the_centred_square_is_cropped(tmp_path):
     wide = np.zeros((4, 10), dtype=np.uint8)
     wide[:, 3:7] = 200
     save(tmp_path / "wide.png", wide)
@@ -122,7 +122,7 @@ def test_palette_and_alpha_are_read_as_colour(tmp_path):
     assert images[0, :, 0, 0].tolist() == [1, 2, 3]
 
 
-def test_a_folder_is_named_by_its_pixels_and_not_by_its_place(tmp_path):
+def test_the_hash_depends_on_pixels_and_not_on_the_path(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3))
     for place in ("one", "two"):
         for name, image in zip("ab", pixels, strict=True):
@@ -137,13 +137,13 @@ def test_a_folder_is_named_by_its_pixels_and_not_by_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "dataset.path: no folder"),
-        (lambda path: path.write_text("a file"), "dataset.path: no folder"),
+        (lambda path: None, "dataset.path: no file or folder"),
+        (lambda path: path.write_text("a file"), "is not a supported kind of file"),
         (lambda path: path.mkdir(), "no image"),
         (lambda path: save(path / "a.png.d" / "a.tga", np.zeros((4, 4))), r"no image .*; there are 1 \.tga \(a\.png"),
     ],
 )
-def test_a_folder_that_is_not_one_is_an_error(tmp_path, make, message):
+def test_a_path_without_images_is_an_error(tmp_path, make, message):
     make(tmp_path / "images")
     with pytest.raises(UserError, match=message):
         folder(tmp_path / "images")

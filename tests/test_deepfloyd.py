@@ -1,4 +1,4 @@
-"""The cascade of DeepFloyd IF as teachers: the same images as diffusers' own pipelines, and what the base costs."""
+"""The cascade of DeepFloyd IF as teachers: the same images as diffusers' pipelines, and the cost of the base."""
 
 import copy
 import io
@@ -84,7 +84,7 @@ def given(monkeypatch, pipeline, start):
 
 
 @pytest.mark.parametrize("w", [1.0, 7.0])
-@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize("steps", [5, pytest.param(20, marks=pytest.mark.nightly)])
 def test_stage_1_makes_the_images_of_diffusers(stages, cache, monkeypatch, w, steps):
     teacher = loaded(stages["I plain"], cache, w=w)
     eps = torch.randn(3, *teacher.shape, generator=torch.Generator().manual_seed(1))
@@ -118,7 +118,7 @@ def test_the_threshold_is_that_of_diffusers(quantile, largest):
     assert torch.equal(Clip("dynamic", quantile, largest)(f), scheduler._threshold_sample(f))
 
 
-def test_answers_are_thresholded_as_the_scheduler_says(stages, cache):
+def test_predictions_are_thresholded_as_in_the_scheduler(stages, cache):
     """Against diffusers' own step, with eps recomputed from the thresholded answer as ours is."""
     teacher = loaded(stages["I"], cache, w=7.0)
     assert teacher.clip == Clip("dynamic", 0.95, 1.5)
@@ -136,7 +136,7 @@ def test_answers_are_thresholded_as_the_scheduler_says(stages, cache):
     assert x.abs().max() <= 1 and (ours - x).abs().max() < 1e-4
 
 
-def test_times_end_where_the_data_can_still_be_told(stages, cache):
+def test_times_end_at_t_max(stages, cache):
     teacher = loaded(stages["I"], cache, t_max=0.981)
     assert teacher.schedule.t_max == pytest.approx(0.981) and teacher.provenance["t_max"] == 0.981
     assert 1 / teacher.schedule.alpha(torch.tensor(0.981)) == pytest.approx(33.8, abs=0.1)
@@ -151,9 +151,9 @@ def cascade(stages, cache, **settings):
     return loaded(settings.pop("path", stages["II plain"]), cache, **settings)
 
 
-@pytest.mark.parametrize("w", [1.0, 4.0])
+@pytest.mark.parametrize("w", [pytest.param(1.0, marks=pytest.mark.nightly), 4.0])
 def test_stage_2_makes_the_images_of_diffusers_from_the_images_of_the_base(stages, cache, monkeypatch, w):
-    """The whole cascade: the base's images, enlarged and noised by the pipeline itself, and its own DDIM."""
+    """The whole cascade: the base's images, upsampled and noised by the pipeline itself, and its own DDIM."""
     teacher, steps = cascade(stages, cache, w=w, noise_level=100), 5
     c = teacher.conditioning.of_images(range(2), "cpu")
     eps = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(1))
@@ -235,7 +235,7 @@ def test_the_base_is_counted_as_the_teachers(stages, cache, base_guidance, evalu
     assert not c.image.requires_grad
 
 
-def test_what_is_enlarged_belongs_to_the_image_and_is_not_trained(stages, cache):
+def test_the_upscalers_input_belongs_to_the_sample_and_is_not_trained(stages, cache):
     teacher = cascade(stages, cache)
     c = teacher.conditioning.of_images(range(4), "cpu")
     torch.testing.assert_close(teacher.conditioning.of_images([3, 1], "cpu").image, c.image[[3, 1]])
@@ -246,7 +246,7 @@ def test_what_is_enlarged_belongs_to_the_image_and_is_not_trained(stages, cache)
     assert copy.deepcopy(teacher.conditioning.small) is teacher.conditioning.small  # one copy of the base
 
 
-def test_all_that_decides_the_answers_is_in_the_name(stages, cache, tmp_path):
+def test_the_hash_depends_on_everything_that_changes_predictions(stages, cache, tmp_path):
     settings = [
         {},
         {"base_steps": 4},
@@ -290,7 +290,7 @@ def test_a_dry_run_reads_no_weights_and_counts_the_base(stages, tmp_path, monkey
         ("", {}, "teacher=deepfloyd needs teacher.path=FOLDER"),
     ],
 )
-def test_what_does_not_fit_is_told_before_any_weights_are_read(stages, tmp_path, path, settings, message):
+def test_what_does_not_fit_is_refused_before_weights_are_read(stages, tmp_path, path, settings, message):
     if "base" in settings:
         settings = settings | {"base": str(stages[settings["base"]])}
     with pytest.raises(UserError) as error:
@@ -305,7 +305,7 @@ def test_the_text_encoder_may_be_that_of_another_folder(stages, cache, tmp_path)
     index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
     (folder / "model_index.json").write_text(json.dumps(index))
     assert cascade(stages, cache, path=folder).encode(["a"]).shape == (1, 77, WIDTH)
-    with pytest.raises(UserError, match=r"no text encoder in 'II': name a pipeline that has one with teacher\.text"):
+    with pytest.raises(UserError, match=r"no text encoder in 'II': give a pipeline that has one as teacher\.text"):
         source(folder, tmp_path, size=16, stage=2, base=str(stages["I"]), text=str(folder)).plan()
 
 
@@ -330,8 +330,8 @@ def test_boot_distils_the_upscaler_and_the_base_is_charged(stages, tmp_path):
     assert student["nfe"] == 1
 
 
-def test_a_student_of_stage_1_goes_home_as_a_pipeline_and_is_the_base_of_stage_2(stages, tmp_path):
-    """The whole cascade: stage 1 distilled, its student exported, read by diffusers, and enlarged."""
+def test_a_student_of_stage_1_is_exported_as_a_pipeline_and_used_as_base(stages, tmp_path):
+    """The whole cascade: stage 1 is distilled, its student exported, read by diffusers, and used as base."""
     (tmp_path / "prompts.txt").write_text("a cat\na dog\ntwo birds\n")
     common = ["methods=[boot]", "conditional=true", "dataset=prompts", f'dataset.path="{tmp_path}/prompts.txt"']
     common += ["experiment=smoke", "budget.images=8", "batch_size=4", "evaluation.images=8", "device=cpu"]

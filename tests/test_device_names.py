@@ -1,4 +1,4 @@
-"""What belongs to the device that it was made on: prices that are carried, teachers, latents, the label of a row."""
+"""Caches that depend on the device: pairs, encoded texts, latents, teachers; and the device of a row."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OTHER = "cpu (another model)"
 # --- prices ----------------------------------------------------------------------------------------------------------
 
 
-def test_pairs_are_found_on_the_device_that_their_price_is_of_and_on_no_other(tmp_path, monkeypatch):
+def test_pairs_are_cached_per_device(tmp_path, monkeypatch):
     solved = lambda: make(tmp_path)[1]
     assert (solved(), solved()) == (12, 0)
     monkeypatch.setattr(distillbench.pairs, "device_name", lambda device: OTHER)
@@ -46,7 +46,7 @@ def test_pairs_are_found_on_the_device_that_their_price_is_of_and_on_no_other(tm
     assert {recipe.pop("device") for recipe in recipes} == {OTHER, device_name("cpu")} and recipes[0] == recipes[1]
 
 
-def test_texts_are_encoded_on_the_device_that_their_price_is_of(tmp_path, monkeypatch):
+def test_encoded_texts_are_cached_per_device(tmp_path, monkeypatch):
     calls: list[tuple[int, Float32Flags]] = []
 
     def encode(texts: list[str]) -> torch.Tensor:
@@ -67,7 +67,7 @@ def test_texts_are_encoded_on_the_device_that_their_price_is_of(tmp_path, monkey
 # --- latents and teachers in float32 ---------------------------------------------------------------------------------
 
 
-def test_latents_of_a_gpu_are_made_in_float32_and_have_another_name(tmp_path, monkeypatch):
+def test_latents_on_a_gpu_are_in_float32_under_another_key(tmp_path, monkeypatch):
     seen: list[Float32Flags] = []
 
     def encode(dataset, teacher, path: Path, shape, device, progress) -> None:
@@ -99,7 +99,7 @@ def source(folder: Path, device: str, **changes) -> Trained:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """The file of a teacher that was made on the CPU."""
+    """The file of a teacher trained on the CPU."""
     return source(tmp_path_factory.mktemp("teachers"), "cpu").train(None, SILENT)
 
 
@@ -111,7 +111,7 @@ def changed(file: Path, to: Path, **about) -> None:
     save_file(load_file(file), to, metadata={METADATA: json.dumps(told)})
 
 
-def test_a_teacher_says_where_it_was_made_and_those_of_cpus_keep_their_name(made):
+def test_a_teacher_names_its_device_and_cpu_keys_stay(made):
     recipe = source(made.parent, "cpu").recipe()
     assert "tf32" not in recipe and source(made.parent, "cuda").recipe() == recipe | {"tf32": False}
     with safe_open(made, framework="pt") as tensors:
@@ -119,7 +119,7 @@ def test_a_teacher_says_where_it_was_made_and_those_of_cpus_keep_their_name(made
     assert told["device"] == device_name("cpu") and told["recipe"] == recipe
 
 
-def test_a_teacher_from_a_cpu_serves_on_a_gpu_and_the_other_way_round(made, tmp_path):
+def test_a_teacher_is_used_on_cpu_and_gpu(made, tmp_path):
     assert source(made.parent, "cpu")._file() == source(made.parent, "cuda")._file() == made
     on_gpu = tmp_path / source(tmp_path, "cuda")._name(source(tmp_path, "cuda").recipe())
     changed(made, on_gpu, device="cuda (NVIDIA H200)")
@@ -127,20 +127,20 @@ def test_a_teacher_from_a_cpu_serves_on_a_gpu_and_the_other_way_round(made, tmp_
 
 
 @pytest.mark.parametrize("device", [None, "cuda (NVIDIA H200)"])
-def test_a_teacher_whose_precision_nobody_noted_is_not_found_on_a_gpu(made, tmp_path, device):
-    """Where it was made is not said in files of older versions: on the CPU they are found as ever."""
+def test_a_teacher_of_unknown_precision_is_not_used_on_a_gpu(made, tmp_path, device):
+    """Files of older versions do not name their device; on the CPU they are still used."""
     old = tmp_path / made.name
     changed(made, old, device=device)
     assert source(tmp_path, "cuda")._file() is None and source(tmp_path, "cpu")._file() == old
 
 
-def test_a_teacher_with_tf32_is_another_one(made):
+def test_a_teacher_with_tf32_has_another_key(made):
     assert source(made.parent, "cuda", tf32=True)._file() is None
-    with pytest.raises(distillbench.UserError, match=r"teacher\.tf32=true needs a GPU"):
+    with pytest.raises(distillbench.UserError, match=r"teacher\.tf32=true needs an NVIDIA GPU"):
         source(made.parent, "cpu", tf32=True).plan()
 
 
-def test_peaks_of_sampling_that_held_what_was_there_before_are_not_found(tmp_path):
+def test_old_peaks_of_sampling_are_measured_again(tmp_path):
     registry = load_registry()
     words = ["dataset=digits", "methods=[direct]", "device=cpu", f"results_dir={tmp_path}"]
     cell = plan(compose_runs(words, registry), registry)[-1]
@@ -156,13 +156,13 @@ def test_peaks_of_sampling_that_held_what_was_there_before_are_not_found(tmp_pat
     ("training", "evaluation", "speed", "told"),
     [
         ("a", "a", "a", "a"),
-        ("a", "b", None, "a"),  # scores do not depend on the device, what training cost does
+        ("a", "b", None, "a"),  # scores do not depend on the device, the cost of training does
         ("a", "a", "b", "a; sampling b"),
         (None, "a", "b", "b"),
         (None, "a", None, "a"),
     ],
 )
-def test_a_row_names_the_device_that_its_costs_are_of(training, evaluation, speed, told):
+def test_a_row_names_the_device_of_its_costs(training, evaluation, speed, told):
     records = (
         training and SimpleNamespace(device=training),
         SimpleNamespace(device=evaluation),
@@ -171,7 +171,7 @@ def test_a_row_names_the_device_that_its_costs_are_of(training, evaluation, spee
     assert _device(*records) == told
 
 
-def test_a_training_that_went_on_elsewhere_names_both_devices(tmp_path):
+def test_a_training_resumed_on_another_device_names_both(tmp_path):
     states = States(tmp_path, 2, SILENT)
 
     def went_on(device: str) -> list[str]:

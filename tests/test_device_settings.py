@@ -1,4 +1,4 @@
-"""What a device can do, and which of its algorithms are chosen; GPUs are made up."""
+"""Settings that a device does not support, and the choice of algorithms, for imagined GPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distillbench.plan import plan
 from distillbench.registry import load_registry
 
 
-def test_bf16_is_refused_on_the_gpu_that_has_no_units_for_it_and_on_no_other(monkeypatch):
+def test_bf16_is_an_error_on_old_gpus_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device == "cuda:1" else (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     check_compute(ComputeConfig("bf16"), "cuda:0")
@@ -25,11 +25,11 @@ def test_bf16_is_refused_on_the_gpu_that_has_no_units_for_it_and_on_no_other(mon
         check_compute(ComputeConfig("bf16"), "cuda:1")
     with pytest.raises(UserError, match=r"evaluation\.precision=bf16: Tesla T4"):
         check_sampling(Sampling("bf16"), "cuda:1")
-    monkeypatch.setattr(torch.version, "hip", "6.4")  # where capabilities count something else
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # whose capabilities mean something else
     check_compute(ComputeConfig("bf16"), "cuda:1")
 
 
-def test_tf32_is_refused_on_gpus_of_another_maker(monkeypatch):
+def test_tf32_is_an_error_on_amd_gpus(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4.43482")
     with pytest.raises(UserError, match=r"compute\.tf32=true needs an NVIDIA GPU.*ROCm 6\.4"):
         check_compute(ComputeConfig(tf32=True), "cuda")
@@ -40,12 +40,12 @@ def test_tf32_is_refused_on_gpus_of_another_maker(monkeypatch):
 # --- algorithms ------------------------------------------------------------------------------------------------------
 
 
-def test_deterministic_algorithms_are_asked_for_in_training_alone():
+def test_deterministic_algorithms_are_set_in_training_only():
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
     teacher = mlp_teacher()
     method = SimpleNamespace(teacher=teacher, modules=teacher.student().modules)
-    cudnn.benchmark = True  # by whoever
+    cudnn.benchmark = True  # by other code
     try:
         with algorithms(ComputeConfig(), "cuda"):
             assert (cudnn.benchmark, cudnn.deterministic) == (False, False)
@@ -62,7 +62,7 @@ def test_deterministic_algorithms_are_asked_for_in_training_alone():
         torch.use_deterministic_algorithms(before[2])
 
 
-def test_deterministic_training_needs_a_workspace_of_cublas(monkeypatch):
+def test_deterministic_training_needs_the_cublas_workspace(monkeypatch):
     deterministic = ComputeConfig(deterministic=True)
     check_compute(deterministic, "cpu")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -85,7 +85,7 @@ def test_rows_say_which_algorithms_were_asked_for():
 # --- processes that share a GPU --------------------------------------------------------------------------------------
 
 
-def test_a_plan_asks_whether_the_device_serves_as_many_processes_as_it_has(monkeypatch, tmp_path):
+def test_a_plan_checks_the_compute_mode(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr("distillbench.shared_context.check_access", lambda device, alone: asked.append((device, alone)))
     registry, words = load_registry(), ["dataset=digits", "methods=[direct]", "device=cpu", f"results_dir={tmp_path}"]
@@ -95,7 +95,7 @@ def test_a_plan_asks_whether_the_device_serves_as_many_processes_as_it_has(monke
     assert asked == [("cpu", ["isolate=false", inline]), ("cpu", [inline]), ("cpu", [])]
 
 
-def test_memory_that_earlier_cells_of_the_process_hold_is_looked_for_where_there_are_some():
+def test_memory_of_earlier_cells_is_subtracted_if_there_are_any():
     def cell(isolate: bool, count: int) -> SimpleNamespace:
         return SimpleNamespace(
             shared=SimpleNamespace(config=SimpleNamespace(isolate=isolate), ranks=SimpleNamespace(count=count))

@@ -1,4 +1,4 @@
-"""Schedulers' configs read: alpha, sigma and the network's time are those that diffusers computes."""
+"""Scheduler configs: alpha, sigma and the network's time equal those that diffusers computes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_prediction_types():
         assert reading.family == "flow" and isinstance(reading.schedule, FlowMatching)
 
 
-def test_flow_is_told_steps_times_t():
+def test_a_flow_network_gets_steps_times_t():
     reading = read_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(4)
@@ -109,14 +109,14 @@ def test_flow_is_told_steps_times_t():
     torch.testing.assert_close(reading.call.argument(t), scheduler.timesteps.double(), rtol=1e-6, atol=0)
 
 
-def test_score_networks_are_told_the_noise_level_of_images_in_0_1():
+def test_score_networks_get_the_noise_level_of_images_in_0_1():
     reading = read_config({"_class_name": "ScoreSdeVeScheduler", "sigma_max": 348.0})
     assert isinstance(reading.schedule, VE) and isinstance(reading.call, ScoreCall)
     assert (reading.schedule.t_min, reading.schedule.t_max) == (0.02, 696.0)
     assert reading.call.argument(torch.tensor([696.0])) == 348
 
 
-def test_edm_and_consistency_are_told_the_logarithm_of_the_noise_level():
+def test_edm_and_consistency_networks_get_the_logarithm_of_the_noise_level():
     edm, scheduler = read_config({"_class_name": "EDMEulerScheduler"}), diffusers.EDMEulerScheduler()
     scheduler.set_timesteps(5)
     levels = scheduler.sigmas[:-1].double()
@@ -154,7 +154,7 @@ def test_clipping():
         read(clip_sample_range=3.0)
 
 
-def test_what_is_read_is_recorded_and_nothing_else():
+def test_only_settings_that_are_used_are_recorded():
     """Settings of diffusers' sampler are no part of the teacher's identity; those of the process are."""
     read = lambda **config: read_config({"_class_name": "DDIMScheduler", **config}).plain
     assert read() == read(timestep_spacing="trailing", steps_offset=1, set_alpha_to_one=False)
@@ -188,7 +188,7 @@ def test_what_is_read_is_recorded_and_nothing_else():
         ({"_class_name": "DDIMScheduler", "trained_betas": [0.1, 2.0]}, r"above 0 and below 1"),
     ],
 )
-def test_what_is_refused(config, message):
+def test_unsupported_configs_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         read_config(config)
 

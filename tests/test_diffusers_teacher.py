@@ -457,7 +457,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsiz
     ],
     ids=["garbage", "cut off", "pointer"],
 )
-def test_the_plan_looks_at_the_headers_of_weights_and_untrained_at_none(pixels, tmp_path, damage, message):
+def test_the_plan_reads_headers_of_weights_and_untrained_reads_none(pixels, tmp_path, damage, message):
     shutil.copytree(pixels, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
@@ -474,7 +474,7 @@ def test_the_plan_looks_at_the_headers_of_weights_and_untrained_at_none(pixels, 
         asked.load(Progress(None))
 
 
-def test_students_start_as_the_teacher_or_from_none(pixels):
+def test_students_start_from_the_teacher_or_random(pixels):
     teacher = teacher_of(pixels, conditioning=Conditioning(10))
     x, t, c = noise(PIXELS), time_like(noise(PIXELS), 0.5), Condition(torch.tensor([1, 10]))
     student = teacher.student().eval()
@@ -486,7 +486,7 @@ def test_students_start_as_the_teacher_or_from_none(pixels):
     assert all(weight.grad is not None for weight in fresh.parameters())
 
 
-def test_a_student_goes_home_as_a_pipeline(pixels, tmp_path):
+def test_a_student_is_exported_as_a_pipeline(pixels, tmp_path):
     student = teacher_of(pixels, conditioning=Conditioning(10)).student()
     student.network.wrapped.save_pretrained(tmp_path / "unet")
     back = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet")
@@ -536,7 +536,7 @@ def test_pickled_weights_are_refused_and_not_opened(tmp_path):
             act()
 
 
-def test_missing_tensors_are_not_made_up(tmp_path):
+def test_missing_tensors_are_an_error(tmp_path):
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
     file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
@@ -550,7 +550,7 @@ def test_missing_tensors_are_not_made_up(tmp_path):
         source(tmp_path).plan()
 
 
-def test_tensors_of_attention_under_their_old_names_are_there(tmp_path):
+def test_old_names_of_attention_tensors_are_accepted(tmp_path):
     """As Stable Diffusion's autoencoder has them: diffusers renames them as it loads."""
     pipeline = diffusers.DDPMPipeline(unet(channels=4), diffusers.DDPMScheduler(clip_sample=False))
     pipeline.save_pretrained(tmp_path)
@@ -576,7 +576,7 @@ def test_tensors_of_attention_under_their_old_names_are_there(tmp_path):
     torch.testing.assert_close(teacher_of(tmp_path, (3, 16, 16)).decode(z), vae.decode(z / 0.18215).sample.clamp(-1, 1))
 
 
-def test_an_old_config_that_predicts_images_gives_what_the_new_one_gives(tmp_path):
+def test_predict_epsilon_equals_the_prediction_type_that_replaced_it(tmp_path):
     """predict_epsilon=false of diffusers before 0.8 is prediction_type=sample."""
     scheduler = diffusers.DDPMScheduler(prediction_type="sample", clip_sample=False)
     diffusers.DDPMPipeline(unet(), scheduler).save_pretrained(tmp_path)
@@ -589,7 +589,7 @@ def test_an_old_config_that_predicts_images_gives_what_the_new_one_gives(tmp_pat
     torch.testing.assert_close(old.denoise(x, t), network(x, torch.full((2,), 499)).sample)
 
 
-def test_tensors_that_a_config_has_no_place_for_are_named(tmp_path):
+def test_tensors_that_a_config_does_not_describe_are_noted(tmp_path):
     """Such as those of classes, where the config has lost its num_class_embeds."""
     diffusers.DDPMPipeline(unet(num_class_embeds=4), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
     asked = source(tmp_path, conditioning=Conditioning(4))
@@ -599,12 +599,12 @@ def test_tensors_that_a_config_has_no_place_for_are_named(tmp_path):
     asked = source(tmp_path)
     asked.plan()
     assert list(asked.notes()) == [
-        f"the weights of unet of '{tmp_path.name}' hold 1 tensors that its config describes no place for, such as "
+        f"the weights of unet of '{tmp_path.name}' have 1 tensors that its config does not describe, such as "
         "class_embedding.weight: not read"
     ]
 
 
-def test_keys_of_a_config_that_are_not_understood_are_named(tmp_path):
+def test_unknown_keys_of_a_config_are_noted(tmp_path):
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
     rewrite(tmp_path / "scheduler" / "scheduler_config.json", tensor_format="pt", skip_prk_steps=True)
     asked = source(tmp_path)
@@ -622,12 +622,12 @@ def test_keys_of_a_config_that_are_not_understood_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.safetensors", r"is a file, and teacher=diffusers reads a pipeline's folder.*from_single_file"),
+        ("model.safetensors", r"is a file, but teacher=diffusers reads a pipeline's folder.*from_single_file"),
         ("model.pt", r"is a file, .*A \.pt file is a pickle, which can run code, and is not read"),
         ("unet/config.json", r"is a file, .*: name the folder '.*unet'"),
     ],
 )
-def test_a_file_in_the_place_of_a_folder(tmp_path, name, message):
+def test_a_file_instead_of_a_folder_is_refused(tmp_path, name, message):
     (tmp_path / "unet").mkdir()
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UserError, match=message):
@@ -650,7 +650,7 @@ def test_code_of_a_pipeline_is_not_run(pixels, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"shape": (3, 16, 16)}, r"it makes images of \(C,H,W\) = \(3, 8, 8\), the dataset's are \(3, 16, 16\)"),
+        ({"shape": (3, 16, 16)}, r"its images are \(C,H,W\) = \(3, 8, 8\), the dataset's are \(3, 16, 16\)"),
         ({"conditioning": WITHOUT_CLASSES}, "knows 10 or 11 classes and cannot serve conditional=false"),
         ({"conditioning": Conditioning(7)}, "knows 10 or 11 classes and cannot serve conditional=true with 7 classes"),
         ({"conditioning": Conditioning(11, 2.0)}, "has no row for images of no class: it cannot be guided"),
@@ -661,7 +661,7 @@ def test_what_does_not_fit(pixels, asked, message):
         source(pixels, **{"conditioning": Conditioning(10)} | asked).plan()
 
 
-def test_text_pipelines_are_sent_elsewhere(pixels, tmp_path):
+def test_text_pipelines_are_refused_with_advice(pixels, tmp_path):
     shutil.copytree(pixels, tmp_path, dirs_exist_ok=True)
     rewrite(tmp_path / "model_index.json", text_encoder=["transformers", "CLIPTextModel"])
     with pytest.raises(UserError, match=r"reads prompts \(it has text_encoder\)"):
@@ -674,7 +674,7 @@ def test_settings_are_checked(tmp_path, setting):
         source(tmp_path, **setting)
 
 
-def test_where_there_is_no_pipeline(tmp_path, monkeypatch):
+def test_a_missing_pipeline_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     for path, message in (
         ("", "needs teacher.path=FOLDER"),

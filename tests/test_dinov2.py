@@ -170,7 +170,7 @@ def test_the_large_network_is_the_one_of_the_official_file():
     assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
 
-def test_without_the_weights_there_is_a_command(tmp_path, monkeypatch):
+def test_without_weights_the_reason_has_a_command(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(Unavailable, match=r"distillbench fetch dinov2\)"):
         DinoV2.locate(tmp_path)

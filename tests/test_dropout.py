@@ -24,7 +24,7 @@ from distillbench.dropout import one_mask, seed_masks
 from distillbench.embeddings import TimeEmbedding
 from distillbench.method import Batch, Method, MethodConfig
 from distillbench.modes import evaluating, held
-from distillbench.resume import masks_state, restore_masks
+from distillbench.resume import restore_torch_generators, torch_generators_state
 from distillbench.samplers import ddim_step, x_at_t_max
 from distillbench.schedules import VPCosine
 from distillbench.teachers import Teacher
@@ -299,7 +299,7 @@ EVALUATIONS = {
 @pytest.mark.parametrize("cls", METHODS)
 def test_the_check_of_methods_finds_dropout_in_order(cls):
     told = check_dropout(MethodBench("first", cls, None, WITHOUT_CLASSES, 0))
-    assert (told.startswith("evaluations an image: ") and ", 0 without" not in told) or cls in (
+    assert (told.startswith("evaluations per image: ") and ", 0 without" not in told) or cls in (
         ConsistencyTraining,
         Direct,
     )
@@ -308,7 +308,7 @@ def test_the_check_of_methods_finds_dropout_in_order(cls):
 @pytest.mark.parametrize("cls", METHODS)
 def test_a_training_with_dropout_goes_on_with_the_same_masks(cls):
     bench = MethodBench("first", cls, None, WITHOUT_CLASSES, 0, dropout=0.3)
-    assert not changed(weights_of(bench.train().method), weights_of(bench.train_cut_off(bench.steps() - 1)))
+    assert not changed(weights_of(bench.train().method), weights_of(bench.train_interrupted(bench.steps() - 1)))
 
 
 # --- the rule --------------------------------------------------------------------------------------------------------
@@ -442,10 +442,10 @@ def test_masks_of_processes_differ_and_are_kept():
     states = []
     for process in range(2):
         seed_masks(7, process)
-        states.append(masks_state("cpu"))
+        states.append(torch_generators_state("cpu"))
         states.append({"draw": torch.rand(3)})
     assert not torch.equal(states[1]["draw"], states[3]["draw"])
-    restore_masks(states[0], "cpu")
+    restore_torch_generators(states[0], "cpu")
     assert torch.equal(torch.rand(3), states[1]["draw"])
 
 

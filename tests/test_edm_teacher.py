@@ -165,20 +165,20 @@ def test_a_file_denoises_as_the_network_that_it_was_written_from(writer, cls, se
     assert teacher.provenance["settings"]["model_channels"] == settings["model_channels"]
 
 
-def test_what_an_unpickler_would_execute_is_live(writer):
+def test_the_code_in_the_test_file_would_run_in_an_unpickler(writer):
     _, path = writer.network()
     with pytest.raises(Exception):  # noqa: B017
         pickle.loads(path.read_bytes()).ema  # noqa: B018
     assert writer.marker.exists()
 
 
-def test_other_objects_in_the_file_are_held_to_the_same_rules(writer):
+def test_other_objects_in_the_file_obey_the_same_rules(writer):
     wrapper, _ = writer.network()
     with pytest.raises(UserError, match=r"asks for 'functools\.partial'"):
         source(writer.write({"ema": wrapper, "augment_pipe": partial(print)})).plan()
 
 
-def test_it_is_a_family_of_teachers_by_name():
+def test_it_is_registered_by_name():
     check_class("teachers", Edm)
     found = []
     edm.register_teachers(found.append)
@@ -204,7 +204,7 @@ def test_students_start_as_copies_and_train(writer, cls, settings):
     assert torch.equal(copied(x_t, t, c), student(x_t, t, c))
 
 
-def test_students_may_start_fresh_and_be_told_a_second_time(writer):
+def test_students_may_start_random_and_get_a_second_time(writer):
     teacher = source(writer.network()[1]).load(SILENT)
     x_t, t, c = batch()
     fresh = teacher.student(fresh=True)
@@ -214,7 +214,7 @@ def test_students_may_start_fresh_and_be_told_a_second_time(writer):
     assert not torch.allclose(student(x_t, t, c, embedding), student(x_t, t, c))
 
 
-def test_students_drop_features_where_asked_to(writer):
+def test_students_use_dropout_if_asked_to(writer):
     path = writer.network(settings=NCSN)[1]
     teacher = source(path, dropout=0.5).load(SILENT)
     x_t, t, c = batch()
@@ -253,7 +253,7 @@ def test_half_precision_weights_are_read_in_float32(writer):
     assert {w.dtype for w in teacher.denoiser.state_dict().values()} == {torch.float32}
 
 
-def test_noise_levels_are_those_that_the_network_knows(writer):
+def test_noise_levels_are_those_of_the_network(writer):
     wrapper, _ = writer.network(sigma_min=0.01, sigma_max=50)
     teacher = source(writer.write({"ema": wrapper})).load(SILENT)
     assert (teacher.schedule.t_min, teacher.schedule.t_max) == (0.01, 50.0)
@@ -293,13 +293,13 @@ def test_a_teacher_of_other_images_or_classes_is_refused(writer):
     for call in ("plan", "untrained"):
         with pytest.raises(UserError, match=r"makes images of \(C,H,W\) = \(3, 8, 8\), the dataset's are \(1, 8, 8\)"):
             getattr(source(path, (1, 8, 8), Conditioning(5)), call)()
-    with pytest.raises(UserError, match="knows 5 classes and cannot serve conditional=false"):
+    with pytest.raises(UserError, match="has 5 classes and does not support conditional=false"):
         source(path).plan()
-    with pytest.raises(UserError, match="knows 5 classes and cannot serve conditional=true with 7 classes"):
+    with pytest.raises(UserError, match="has 5 classes and does not support conditional=true with 7 classes"):
         source(path, conditioning=Conditioning(7)).plan()
 
 
-def test_guidance_needs_a_network_that_knows_no_class(writer):
+def test_guidance_needs_an_unconditional_prediction(writer):
     _, path = writer.network(settings=DDPM | {"label_dim": 5})
     for guided in (Conditioning(5, w=2.0), Conditioning(5, w_range=(1.0, 4.0))):
         with pytest.raises(UserError, match=r"trained with every label \(label_dropout=0\)"):
@@ -345,7 +345,7 @@ def test_other_preconditioning_is_refused(writer, attributes, words):
     ({"augment_dim": 0}, "it has a tensor 'map_augment.weight'"),
     ({"out_channels": 6}, "it makes 6 channels of 3"),
 ])  # fmt: skip
-def test_a_description_that_is_not_of_the_weights_is_refused(writer, settings, words):
+def test_a_description_that_does_not_match_the_weights_is_refused(writer, settings, words):
     wrapper, _ = writer.network()
     wrapper.model.built_with = wrapper.model.built_with | settings
     with pytest.raises(UserError, match=words) as caught:
@@ -372,7 +372,7 @@ def linear() -> nn.Module:
     return layer
 
 
-def test_a_module_in_two_places_is_refused(writer):
+def test_a_module_that_occurs_twice_is_refused(writer):
     """Doubling modules would take exponential time to walk through."""
     wrapper, _ = writer.network()
     inner: nn.Module = nn.ModuleDict()

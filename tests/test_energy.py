@@ -1,4 +1,4 @@
-"""Energy and memory of a GPU that a test imagines: which GPU, which edges, and what is not measured."""
+"""Energy and memory of a GPU with a faked NVML: which GPU, when measurements begin and end, and missing values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import distillbench.energy
 from distillbench.compute import check_access
 from distillbench.energy import Energy, check_source, energy
 from distillbench.errors import UserError
-from distillbench.memory import MIB, Before, Sampled, bytes_in_use, bytes_on_gpu, peak_gpu_mib, peak_rss_mib
+from distillbench.memory import MIB, Before, SampledPeak, bytes_in_use, bytes_on_gpu, peak_gpu_mib, peak_rss_mib
 from distillbench.nvml import compute_mode
 
 UUID = "d2f0c1a4-0000-0000-0000-00000000beef"
@@ -31,7 +31,7 @@ class Machine:
     def __init__(self) -> None:
         self.now, self.millijoules, self.used, self.waits, self.open = 0.0, 5_000_000, 100 * MIB, 0, 0
         self.allocated = self.peak = 10 * MIB
-        self.uuid, self.errors = f"GPU-{UUID}", {"cut"}  # most GPUs cannot be cut
+        self.uuid, self.errors = f"GPU-{UUID}", {"cut"}  # most GPUs cannot be partitioned
         self.cut = self.mode = 0
 
     def run(self, seconds: float, watts: float) -> None:
@@ -103,7 +103,7 @@ def test_joules_of_the_block_and_of_nothing_else(machine):
     assert machine.waits >= 2 and machine.open == 0
 
 
-def test_what_is_used_in_a_pause_is_not_counted(machine):
+def test_energy_in_a_pause_is_not_counted(machine):
     with energy("cuda") as watch:
         machine.run(10, 200)
         with watch.paused():
@@ -113,8 +113,8 @@ def test_what_is_used_in_a_pause_is_not_counted(machine):
     assert watch.used == Energy(3000.0)
 
 
-def test_a_short_measurement_has_no_number(machine):
-    """The counter moves every 20 to 100 ms; a pause does not make the measurement longer."""
+def test_a_short_measurement_has_no_value(machine):
+    """The counter moves every 20 to 100 ms, and a pause does not lengthen the measurement."""
     with energy("cuda") as watch:
         machine.run(1.0, 300)
         with watch.paused():
@@ -124,7 +124,7 @@ def test_a_short_measurement_has_no_number(machine):
 
 
 @pytest.mark.parametrize("error", ["init", "energy"])
-def test_what_nvml_cannot_tell_is_named(machine, error):
+def test_errors_of_nvml_are_the_reason(machine, error):
     machine.errors.add(error)
     with energy("cuda") as watch:
         machine.run(10, 300)
@@ -133,7 +133,7 @@ def test_what_nvml_cannot_tell_is_named(machine, error):
     assert watch.used == Energy(None, "NVML: Not Supported") and machine.open == 0
 
 
-def test_a_counter_that_fails_on_the_way_gives_no_number(machine):
+def test_a_counter_that_fails_later_gives_no_value(machine):
     with energy("cuda") as watch:
         machine.run(10, 300)
         machine.errors.add("energy")
@@ -151,7 +151,7 @@ def test_the_gpu_is_found_by_its_uuid(machine):
 
 
 def test_a_slice_of_a_gpu_has_its_own_memory_and_no_energy(machine):
-    """Found by its own UUID; the counter is its GPU's, whatever NVML would say."""
+    """It has its own UUID, but the counter is that of the whole GPU."""
     machine.uuid = f"MIG-{UUID}"
     with energy("cuda:0") as watch, peak_gpu_mib("cuda:0") as peak:
         machine.run(10, 300)
@@ -159,12 +159,12 @@ def test_a_slice_of_a_gpu_has_its_own_memory_and_no_energy(machine):
     assert peak.device.mib == 100
 
 
-def test_of_a_gpu_that_is_cut_nothing_is_said_in_the_name_of_a_slice(machine):
-    """Where torch gives the UUID of the whole GPU, its joules and bytes are those of all slices."""
+def test_a_partitioned_gpu_without_a_known_slice_has_no_values(machine):
+    """If torch gives the UUID of the whole GPU, energy and memory would be those of all slices."""
     machine.errors.remove("cut")
     with energy("cuda") as watch:
         machine.run(10, 300)
-    assert watch.used == Energy(3000.0)  # could be cut, and is not
+    assert watch.used == Energy(3000.0)  # could be partitioned, and is not
     machine.cut = 1
     with energy("cuda") as watch, peak_gpu_mib("cuda") as peak:
         machine.run(10, 300)
@@ -173,14 +173,14 @@ def test_of_a_gpu_that_is_cut_nothing_is_said_in_the_name_of_a_slice(machine):
     assert peak.mib == 10 and machine.open == 0
 
 
-def test_gpus_of_another_maker_have_no_nvml(machine, monkeypatch):
+def test_amd_gpus_have_no_nvml(machine, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with energy("cuda") as watch:
         machine.run(10, 300)
     assert watch.used == Energy(None, "NVML knows only NVIDIA's GPUs") and compute_mode("cuda") == ""
 
 
-def test_a_gpu_for_one_process_is_refused_to_runs_of_several(machine, monkeypatch, tmp_path):
+def test_an_exclusive_gpu_is_an_error_for_runs_of_several_processes(machine, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
     alone = ["isolate=false", "evaluation.timing=inline"]
     check_access("cuda", alone)
@@ -189,7 +189,7 @@ def test_a_gpu_for_one_process_is_refused_to_runs_of_several(machine, monkeypatc
     check_access("cuda", [])
     with pytest.raises(UserError, match=r"cuda:0 is in the compute mode EXCLUSIVE_PROCESS.*isolate=false.*-c DEFAULT"):
         check_access("cuda:0", alone)
-    (tmp_path / "control").touch()  # the Multi-Process Service: all are one to the GPU
+    (tmp_path / "control").touch()  # with the Multi-Process Service all clients are one process
     check_access("cuda", alone)
     machine.mode = 2
     with pytest.raises(UserError, match="PROHIBITED: no process may use it"):
@@ -205,26 +205,26 @@ def test_without_nvml(machine, monkeypatch):
     assert watch.used == Energy(None, "NVML: the package nvidia-ml-py is not installed")
 
 
-def test_on_the_cpu_there_is_no_gpus_energy():
+def test_no_energy_on_the_cpu():
     with energy("cpu") as watch, watch.paused():
         pass
     assert watch.used == Energy(None, "no GPU in use")
 
 
-def test_an_error_in_the_block_is_not_swallowed(machine):
+def test_errors_in_the_block_are_raised(machine):
     with pytest.raises(KeyError), energy("cuda") as watch:
         machine.run(10, 200)
         raise KeyError
     assert watch.used == Energy(2000.0) and machine.open == 0
 
 
-def test_sums_are_known_where_both_parts_are():
+def test_a_sum_is_known_if_both_parts_are():
     assert Energy(1.0) + Energy(2.0) == Energy(3.0)
     assert Energy(None, "a") + Energy(2.0) == Energy(2.0) + Energy(None, "a") == Energy(None, "a")
 
 
 class Monitor:
-    """What distillbench uses of zeus.monitor.ZeusMonitor."""
+    """The parts of zeus.monitor.ZeusMonitor that distillbench uses."""
 
     machine: Machine
 
@@ -260,7 +260,7 @@ def test_zeus_measures_the_same(machine, monkeypatch, device, index):
     assert watch.used == Energy(None, "no GPU in use")
 
 
-def test_zeus_is_not_asked_about_a_slice(machine, monkeypatch):
+def test_zeus_is_not_used_for_a_slice(machine, monkeypatch):
     module = ModuleType("zeus.monitor")
     module.ZeusMonitor = Monitor
     monkeypatch.setitem(sys.modules, "zeus", ModuleType("zeus"))
@@ -271,7 +271,7 @@ def test_zeus_is_not_asked_about_a_slice(machine, monkeypatch):
     assert watch.used.reason == "zeus: the device is a slice of a GPU (MIG), and zeus measures the whole GPU"
 
 
-def test_zeus_that_cannot_measure_is_named(machine, monkeypatch):
+def test_errors_of_zeus_are_the_reason(machine, monkeypatch):
     def broken(**settings):
         raise RuntimeError("no permission")
 
@@ -284,7 +284,7 @@ def test_zeus_that_cannot_measure_is_named(machine, monkeypatch):
     assert watch.used == Energy(None, "zeus: no permission")
 
 
-def test_zeus_that_fails_on_the_way_gives_no_number(machine, monkeypatch):
+def test_zeus_that_fails_later_gives_no_value(machine, monkeypatch):
     Monitor.machine = machine
     module = ModuleType("zeus.monitor")
     module.ZeusMonitor = Monitor
@@ -296,7 +296,7 @@ def test_zeus_that_fails_on_the_way_gives_no_number(machine, monkeypatch):
     assert watch.used.joules is None and watch.used.reason.startswith("zeus:")
 
 
-def test_a_missing_package_and_an_unknown_source_are_the_users_errors(monkeypatch):
+def test_a_missing_package_and_an_unknown_source_are_user_errors(monkeypatch):
     monkeypatch.setitem(sys.modules, "zeus", None)
     with pytest.raises(UserError, match=r"pip install distillbench\[zeus\]"):
         check_source("zeus")
@@ -335,7 +335,7 @@ def test_peaks_of_a_gpu(machine):
     assert peak.reason == peak.reserved.reason == peak.device.reason == "" and machine.open == 0
 
 
-def test_what_earlier_work_of_the_process_holds_is_no_part_of_a_peak(machine):
+def test_memory_of_earlier_work_is_not_part_of_a_peak(machine):
     machine.hold(500 * MIB)
     with peak_gpu_mib("cuda", own=20 * MIB) as peak:  # the teacher, of 500 MiB
         machine.hold(570 * MIB)
@@ -356,7 +356,7 @@ def test_tensors_take_whole_blocks_of_a_gpu_and_count_once():
     assert bytes_on_gpu([tensor(0, 4), tensor(512, 1024), tensor(0, 4), tensor(4096, 99, "cpu")]) == 512 + 1024
 
 
-def test_what_was_there_before_sampling_is_no_part_of_its_peaks(machine):
+def test_memory_before_sampling_is_not_part_of_its_peaks(machine):
     machine.used = 900 * MIB
     assert bytes_in_use("cuda") == 900 * MIB and bytes_in_use("cpu") is None
 
@@ -377,23 +377,23 @@ def test_what_was_there_before_sampling_is_no_part_of_its_peaks(machine):
 
 
 @pytest.mark.parametrize("error", ["init", "memory"])
-def test_memory_that_nvml_cannot_tell_is_named(machine, error):
+def test_errors_of_nvml_are_the_reason_for_missing_memory(machine, error):
     machine.errors.add(error)
     with peak_gpu_mib("cuda") as peak, peak.paused():
         pass
     assert peak.mib == 10 and (peak.device.mib, peak.device.reason) == (None, "NVML: Not Supported")
 
 
-def test_on_the_cpu_there_is_no_gpus_memory():
+def test_no_gpu_memory_on_the_cpu():
     with peak_gpu_mib("cpu") as peak, peak.paused():
         pass
     for each in (peak, peak.reserved, peak.device):
         assert (each.mib, each.reason) == (None, "no GPU in use")
 
 
-def test_what_happens_in_a_pause_is_not_looked_at():
+def test_memory_in_a_pause_is_not_sampled():
     used = SimpleNamespace(bytes=100 * MIB)
-    with Sampled(lambda: used.bytes) as peak:
+    with SampledPeak(lambda: used.bytes) as peak:
         with peak.paused():
             used.bytes = 500 * MIB
             clock.sleep(0.06)
@@ -406,7 +406,7 @@ def test_what_happens_in_a_pause_is_not_looked_at():
 
 
 def test_resident_memory_of_the_process():
-    """Beside the kernel's own count. Not as a growth: pages of this process may be taken back at any time."""
+    """Against the kernel's count. The growth is not tested: pages may be reclaimed at any time."""
     pages = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / MIB
     before = pages()
     with peak_rss_mib() as peak:

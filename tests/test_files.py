@@ -1,4 +1,4 @@
-"""Files are whole or absent, and content names itself the same way for ever."""
+"""Atomic writes, stable hashes of content, and hard links."""
 
 import hashlib
 import math
@@ -23,7 +23,7 @@ def test_key_does_not_depend_on_the_order_of_a_mapping():
     assert key_of({"a": 1}) != key_of({"a": 1.5})
 
 
-def test_key_is_what_records_on_disk_already_have():
+def test_keys_are_those_of_existing_records():
     """A change of this function would make every finished cell be run again."""
     text = '{"a":[1,2.5,null,true],"b":"\\u00fc"}'
     assert canonical_json({"b": "ü", "a": [1, 2.5, None, True]}) == text
@@ -31,7 +31,7 @@ def test_key_is_what_records_on_disk_already_have():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_numbers_that_json_has_not_are_refused(value):
+def test_infinities_and_nan_are_refused(value):
     with pytest.raises(ValueError):
         key_of({"a": value})
 
@@ -77,7 +77,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert (path.read_text(), names(tmp_path)) == ("old", ["a.txt"])
 
 
-def test_a_reader_never_sees_a_part(tmp_path):
+def test_readers_never_see_a_partial_file(tmp_path):
     path = tmp_path / "a.txt"
 
     def write(temporary):

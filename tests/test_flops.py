@@ -1,4 +1,4 @@
-"""FLOPs: torch's formulas against counts by hand, and rows times FLOPs a row against whole training steps."""
+"""FLOPs: torch's formulas against counts by hand, and rows times FLOPs per row against whole training steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_multiply_add_is_two_flops():
 
 
 def test_a_convolution_and_its_backward_pass():
-    """k^2 C_in C_out multiply-adds a pixel; as many again for the weights, and again for the input."""
+    """k^2 C_in C_out multiply-adds per pixel; as many for the gradient of the weights, and for that of the input."""
     layer, x = nn.Conv2d(3, 8, 3, padding=1), torch.randn(2, 3, 6, 6, requires_grad=True)
     forward = 2 * 2 * 36 * 9 * 3 * 8
     assert count_flops(lambda: layer(x)).flops == forward
@@ -48,7 +48,7 @@ def test_a_convolution_and_its_backward_pass():
     assert count_flops(lambda: layer(x.detach()).sum().backward()).flops == 2 * forward
 
 
-def test_what_has_no_formula_is_named_and_what_moves_numbers_is_not():
+def test_operators_without_a_formula_are_listed():
     x = torch.randn(4, 4)
     assert count_flops(lambda: x.exp() + x.view(2, 8).t().contiguous().sum()).not_counted == (
         "aten.add",
@@ -66,11 +66,11 @@ def test_what_has_no_formula_is_named_and_what_moves_numbers_is_not():
 
 
 def test_the_perceptron_by_hand():
-    """Each layer m x n costs 2mn; its weights' gradient as much, its input's too, where one is needed."""
+    """Each m x n layer costs 2mn, and the gradients of its weights and of its input as much each."""
     teacher = mlp_teacher()
     flops = network_flops(teacher.denoiser, teacher.shape)
     assert flops.forward == MLP_FORWARD
-    first = 2 * (FEATURES * E + P * W)  # the layers that time and image enter by: no gradient of their input
+    first = 2 * (FEATURES * E + P * W)  # the first layers of time and image, without a gradient of their input
     assert flops.backward == 2 * MLP_FORWARD - first
     through_time = 2 * (FEATURES * E + E * E + E * 2 * W)
     assert flops.backward_input == MLP_FORWARD - through_time
@@ -91,7 +91,7 @@ class Noisy(nn.Module):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_measuring_leaves_everything_as_it_is(trained):
+def test_counting_flops_changes_nothing(trained):
     denoiser = Denoiser(Noisy(), VPCosine(), "v")
     if not trained:
         denoiser.freeze()
@@ -117,7 +117,7 @@ CLASSES = {
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_conditional_denoisers(name):
-    """An embedding of classes is looked up, for nothing; that of a guidance weight that is fed has two layers."""
+    """An embedding of classes is a free look-up; that of a guidance weight has two layers."""
     blank = lambda: ResidualMLP((2, 1, 1), width=W, depth=1, classes=3)
     teacher = Teacher("t", Denoiser(blank(), VPCosine(), "v"), (2, 1, 1), "t", conditioning=CLASSES[name], blank=blank)
     before = torch.get_rng_state()
@@ -127,7 +127,7 @@ def test_conditional_denoisers(name):
     assert student.forward == MLP_FORWARD + (2 * (FEATURES * E + E * E) if name == "drawn" else 0)
 
 
-def test_a_closed_form_has_no_weights():
+def test_an_analytic_denoiser_has_no_weights():
     law = mixture([0.3, 0.7], [[0.5, 0.0], [-1.0, 0.2]], [[0.1, 0.2], [0.3, 0.1]])
     for denoiser in (ExactDenoiser(law, VPCosine()), gaussian_teacher().denoiser):
         flops = network_flops(denoiser, (2, 1, 1))
@@ -135,7 +135,7 @@ def test_a_closed_form_has_no_weights():
 
 
 def test_a_unet_costs_twice_as_much_backward():
-    """But for the first layer's input. Its attention has a formula too."""
+    """Except for the input of the first layer. Attention has a formula too."""
     denoiser = Denoiser(UNet((1, 8, 8), width=8, depth=1), VPCosine(), "v")
     flops = network_flops(denoiser, (1, 8, 8))
     assert 1.8 * flops.forward < flops.backward < 2.3 * flops.forward
@@ -161,7 +161,7 @@ METHODS = {
 
 
 def steps_of(method, folder):
-    """(price, counted) of all that a training does before its end: pairs, and one step in each phase."""
+    """(price, counted FLOPs) of prepare() and one step of each phase."""
     read = (lambda n: (torch.randn(n, 2, 1, 1), None)) if method.needs_data else None
     meter = Meter(BudgetConfig(), method.teacher, "cpu")
     workspace = make_workspace(method.teacher, folder)
@@ -181,8 +181,8 @@ def steps_of(method, folder):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_rows_times_flops_a_row_are_those_of_real_steps(name, tmp_path):
-    """Exactly, but for BOOT: the embedding of its second time stands before the denoiser and is not the denoiser's."""
+def test_rows_times_flops_per_row_equal_real_steps(name, tmp_path):
+    """Exactly, except for BOOT: the embedding of its second time is outside the denoiser."""
     cls, settings = METHODS[name]
     teacher = mlp_teacher()
     method = cls(cls.Config(**settings), teacher)
@@ -199,8 +199,8 @@ def test_rows_times_flops_a_row_are_those_of_real_steps(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pd", "sid"])
-def test_deputies_of_a_closed_form_cost_what_students_cost(name, tmp_path):
-    """They are counted as teacher, and are of another architecture."""
+def test_frozen_copies_cost_as_much_as_students_with_an_analytic_teacher(name, tmp_path):
+    """They count as teacher but have another architecture."""
     law = mixture([0.3, 0.7], [[0.5, 0.0], [-1.0, 0.2]], [[0.1, 0.2], [0.3, 0.1]])
     schedule = VPCosine()
     start = mlp_teacher().denoiser

@@ -1,4 +1,4 @@
-"""A disk that fills at any write: the run ends with a message, nothing half written is left, and it goes on later."""
+"""A disk that is full at any write: the run ends with a message, leaves no partial file, and can be resumed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNSTEADY = [name for name in LAST if "seconds" in name or "mib" in name]
 
 
 class Disk:
-    """Counts what is flushed to it, and is full from the n-th time on."""
+    """Counts calls of fsync and is full after `room` of them."""
 
     def __init__(self, room: int) -> None:
         self.room, self.count = room, 0
@@ -61,7 +61,7 @@ def go(registry, results, monkeypatch, room: int = 10**9) -> tuple[Disk, pd.Data
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_at_any_write_loses_nothing(registry, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_at_any_write_loses_nothing(registry, tmp_path, monkeypatch):
     disk, expected = go(registry, tmp_path / "whole", monkeypatch)
     assert expected is not None and disk.count > 30
     stopped = 0
@@ -75,7 +75,7 @@ def test_a_disk_that_fills_at_any_write_loses_nothing(registry, tmp_path, monkey
     assert stopped >= 3
 
 
-def test_the_command_line_says_so(tmp_path, monkeypatch, capsys):
+def test_the_command_line_reports_a_full_disk(tmp_path, monkeypatch, capsys):
     disk = Disk(0)
     monkeypatch.setattr(distillbench.files, "os", SimpleNamespace(**vars(os) | {"fsync": disk.fsync}))
     with pytest.raises(SystemExit) as exit:

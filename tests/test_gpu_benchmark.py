@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: its verdicts on values made up for them, its files, and that a step hurts no other.
+"""benchmarks/gpu.py: its verdicts on given values, its files, and that a failing step does not stop the others.
 
 What it measures on a GPU cannot be tried here; `--rehearse` runs the same steps on the CPU.
 """
@@ -41,14 +41,14 @@ def test_the_peak_of_a_device_is_that_of_its_data_sheet(name, bf16):
     assert verdicts.peak_of(name).of("bf16") == bf16
 
 
-def test_no_data_sheet_is_taken_for_another_device_or_a_slice():
-    """An A100 has words of an A10's name in its own, and a slice has all of its board's."""
+def test_other_devices_and_slices_have_no_data_sheet():
+    """The name of an A100 contains that of an A10, and the name of a slice that of its board."""
     unknown = ("NVIDIA GeForce RTX 5090", "AMD Instinct MI300X", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "cpu")
     assert [verdicts.peak_of(name) for name in unknown] == [None] * 4
     assert verdicts.peak_of("NVIDIA A100-SXM4-40GB").memory == 1555
 
 
-def test_data_sheets_are_in_order():
+def test_data_sheets_are_consistent():
     """More for less precision; and copies of an image bound a step below its products, or neither has the unit."""
     for peak in verdicts.PEAKS.values():
         known = [value for value in (peak.fp32, peak.tf32, peak.bf16) if value is not None]
@@ -150,7 +150,7 @@ def test_the_roofline_is_that_of_the_review():
     assert bf16 == pytest.approx(29 + 25, rel=0.1) and fp32 == pytest.approx(290, rel=0.05)
 
 
-def test_settings_are_put_beside_each_other():
+def test_settings_are_compared():
     ms = {"fp32": 290.0, "tf32": 75.0, "bf16": 54.0, "compile": 60.0}
     found = {
         verdict.what: verdict.level for verdict in verdicts.judge_settings(ms, {"bf16": 100.0, "recompute": 60.0}, True)
@@ -163,14 +163,14 @@ def test_settings_are_put_beside_each_other():
 
 
 def test_power_is_integrated_over_time():
-    """100 W for a second, then 300 W for another; looks at both edges are missing."""
+    """100 W for one second, then 300 W for another; samples at both ends are missing."""
     sampled = Sampled(lambda: 0.0)
     sampled.seen = [(0.1, 100.0), (1.0, 100.0), (1.0, 300.0), (1.9, 300.0), (5.0, 9.0)]
     assert sampled.integral(0.0, 2.0) == pytest.approx(400.0)
 
 
 def test_waits_are_counted_by_their_warnings_and_nothing_else(monkeypatch):
-    """torch warns of each, and once of the mode itself; plain calls of synchronize it does not see."""
+    """torch warns of each wait, and once of the mode itself, but not of calls of synchronize."""
     mode = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda to: warnings.warn(mode, stacklevel=1))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
@@ -182,7 +182,7 @@ def test_waits_are_counted_by_their_warnings_and_nothing_else(monkeypatch):
     assert sum(seen.values()) == 4
 
 
-def test_weights_are_compared_by_their_size_and_to_the_bit():
+def test_weights_are_compared_by_norm_and_bit_by_bit():
     a = {"w": torch.tensor([3.0, 4.0])}
     assert weights_apart(a, {"w": torch.tensor([3.0, 4.0])}) == (0.0, True)
     apart, equal = weights_apart({"w": torch.tensor([3.0, 4.5])}, a)
@@ -201,7 +201,7 @@ def lines(folder):
     return [json.loads(line)["verdict"] for line in (folder / "lines").read_text().splitlines()]
 
 
-def test_what_goes_wrong_in_a_part_of_a_step_is_a_verdict(tmp_path):
+def test_an_error_in_a_part_of_a_step_is_a_verdict(tmp_path):
     context = context_in(tmp_path)
     with context.attempt("first"):
         raise RuntimeError("CUDA error\nsecond line")
@@ -226,7 +226,7 @@ def test_steps_are_chosen_by_name():
     ]
 
 
-def test_every_step_has_something_to_do():
+def test_every_step_has_a_function():
     from gpu_steps.child import function_of
 
     assert all(callable(function_of(name)) for name in gpu.NAMES)
@@ -251,7 +251,7 @@ if order["step"] == "precision":
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Steps that say a word, and then crash, hang or end, in the place of the real ones."""
+    """Steps that print a word and then crash, hang or end, instead of the real ones."""
     (tmp_path / "gpu_steps").mkdir()
     (tmp_path / "gpu_steps" / "__init__.py").touch()
     (tmp_path / "gpu_steps" / "child.py").write_text(FAKE)
@@ -259,7 +259,7 @@ def fake(monkeypatch, tmp_path):
     return gpu.Run("cuda", "gpu", tmp_path / "out", 25.0, 0)
 
 
-def test_a_step_that_crashes_or_hangs_hurts_no_other(fake, tmp_path, capsys):
+def test_a_step_that_crashes_or_hangs_does_not_stop_the_others(fake, tmp_path, capsys):
     kinds = [gpu.Kind(name, 4.0, name) for name in ("environment", "limits", "precision", "runs")]
     fake.all(kinds, tmp_path / "scratch")
     report = json.loads(fake.files[0].read_text())
@@ -287,7 +287,7 @@ def gone(pid):
     return False
 
 
-def test_what_does_not_fit_into_the_minutes_is_said_to_be_left_out(fake, tmp_path):
+def test_steps_beyond_the_time_limit_are_reported_as_skipped(fake, tmp_path):
     fake.minutes = 0.01
     fake.all([gpu.Kind("runs", 100.0, "runs"), gpu.Kind("bits", 100.0, "bits")], tmp_path / "scratch")
     report = json.loads(fake.files[0].read_text())
@@ -295,7 +295,7 @@ def test_what_does_not_fit_into_the_minutes_is_said_to_be_left_out(fake, tmp_pat
     assert summary(report) == "0 ok, 0 look, 0 wrong, 2 not run"
 
 
-def test_a_page_can_be_made_of_any_report():
+def test_a_page_can_be_rendered_from_any_report():
     verdict = {"level": "look", "what": "a|b", "figure": "1\n2", "expected": "", "advice": "x"}
     row = {"median_ms": 54.0, "images_per_second": 4740.0, "share": 0.22, "predicted_ms": None, "peak_mib": None}
     steps = {
@@ -327,13 +327,13 @@ def test_a_clone_that_is_not_installed_has_its_plugins(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--device", "cpu"], ["--only", "nothing"], ["--rehearse", "--simulated"]])
-def test_words_that_make_no_sense_are_refused(words, capsys):
+def test_invalid_arguments_are_errors(words, capsys):
     with pytest.raises(SystemExit) as end:
         gpu.main(words)
     assert end.value.code == 2 and "usage" in capsys.readouterr().err
 
 
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+def test_without_a_gpu_there_is_a_message(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "name_of", lambda device: "")
     with pytest.raises(SystemExit) as end:
         gpu.main([])
@@ -352,7 +352,7 @@ def rehearsed(tmp_path, *names):
 
 
 def test_a_rehearsal(tmp_path):
-    """Steps that take no tens of seconds."""
+    """Steps that take less than about ten seconds."""
     steps = rehearsed(tmp_path, "precision", "speed-bf16")
     assert [v["level"] for v in steps["precision"]["verdicts"]] == ["ok", "skipped", "ok", "ok"]
     assert steps["speed-bf16"]["data"]["steps"].keys() == {"direct", "ct"}
@@ -361,7 +361,7 @@ def test_a_rehearsal(tmp_path):
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_a_rehearsal_of_the_other_steps(tmp_path):
-    """Those that run the command line, and those that measure many pairs."""
+    """Steps that run the command line, and steps that measure many pairs."""
     names = "environment", "limits", "runs", "resume", "waits", "loop", "bits", "sampling", "scoring"
     steps = rehearsed(tmp_path, *names)
     cut = next(v for v in steps["resume"]["verdicts"] if v["what"] == "SIGTERM in the middle")

@@ -1,4 +1,4 @@
-"""Hostile files and words end in one message: a sample, and each defect. The full set is benchmarks/hostile.py."""
+"""Hostile files and settings give one error message: a sample, and known defects. benchmarks/hostile.py has all."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def opened(root, files, name="", **options):
 
 @pytest.mark.parametrize("name", ["one PNG", "CIFAR's batches", "reference statistics"])
 def test_a_sample_of_the_full_set(name):
-    found = fuzz(name, written=8, drawn=10)
-    assert [outcome for outcome in found if outcome.outcome not in GOOD] == [] and len(found) == 18
+    found = fuzz(name, written=4, drawn=4)
+    assert [outcome for outcome in found if outcome.outcome not in GOOD] == [] and len(found) == 8
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -59,18 +59,18 @@ def test_a_png_with_a_wrong_checksum_is_refused(tmp_path):
         opened(tmp_path / "a", {"0.png": bad})
 
 
-def test_what_pillow_would_take_in_part_is_refused(tmp_path):
+def test_images_that_pillow_would_read_in_part_are_refused(tmp_path):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     file = io.BytesIO()
     frames[0].save(file, "png", save_all=True, append_images=frames[1:])
-    with pytest.raises(UserError, match="an animation of 2 pictures"):
+    with pytest.raises(UserError, match="an animation of 2 frames"):
         opened(tmp_path / "a", {"0.png": file.getvalue()})
     with pytest.raises(UserError, match=r"pixels"):
         opened(tmp_path / "a", {"0.png": _bomb(12_000, 12_000)})
 
 
 @pytest.mark.parametrize("bad", [FIFO, LINK + b"/dev/zero"])
-def test_what_is_no_file_is_refused(tmp_path, bad):
+def test_files_that_are_not_regular_are_refused(tmp_path, bad):
     with pytest.raises(UserError, match=r"cannot read '0\.png' as an image: it is no file"):
         opened(tmp_path / "a", {"0.png": bad})
 
@@ -103,7 +103,7 @@ def test_a_tar_with_a_link_or_a_name_that_leads_out_is_refused(tmp_path, bad, mo
     with tarfile.open(tmp_path / "a.tar", mode) as archive:
         archive.addfile(member("1.png"), io.BytesIO(ONE))
         archive.addfile(bad, io.BytesIO(ONE))
-    with pytest.raises(UserError, match=r"which leads out of it|as a link, which an archive may not"):
+    with pytest.raises(UserError, match=r"which points outside it|as a link, which an archive may not"):
         open_source(str(tmp_path / "a.tar"))
 
 
@@ -124,11 +124,11 @@ def test_metadata_that_unpacks_to_very_many_rows_is_refused(tmp_path):
 
     (tmp_path / "0.png").write_bytes(ONE)
     pq.write_table(pa.table({"file_name": pa.repeat("0.png", 10**6)}), tmp_path / "metadata.parquet")
-    with pytest.raises(UserError, match="it says that it has 1,000,000 rows"):
+    with pytest.raises(UserError, match="its header declares 1,000,000 rows"):
         open_source(str(tmp_path))
 
 
-def test_a_class_beyond_all_is_refused(tmp_path):
+def test_an_absurd_class_is_refused(tmp_path):
     from distillbench.builtin.folder import Folder
 
     _write(tmp_path / "a", {"0.png": ONE, "dataset.json": json.dumps({"labels": [["0.png", 2**30]]}).encode()})
@@ -139,7 +139,7 @@ def test_a_class_beyond_all_is_refused(tmp_path):
 # --- archives and arrays ---------------------------------------------------------------------------------------------
 
 
-def test_a_zip_that_lies_of_its_size_gives_no_more_than_it_says(tmp_path):
+def test_a_zip_member_gives_at_most_its_declared_size(tmp_path):
     lying = bytearray(_zip({"0.png": bytes(2**26)}, zipfile.ZIP_DEFLATED))
     for mark, place in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
         struct.pack_into("<I", lying, lying.rindex(mark) + place, 100)
@@ -197,7 +197,7 @@ def test_a_hostile_batch_of_cifar_is_refused(tmp_path, bad):
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "/dev/zero", "\0"])
-def test_a_parquet_cannot_name_files_outside_of_its_folder(tmp_path, path):
+def test_a_parquet_file_cannot_refer_to_files_outside_its_folder(tmp_path, path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -231,7 +231,7 @@ def test_a_teacher_of_absurd_sizes_takes_no_memory(tmp_path, network):
     assert time.monotonic() - began < 30
 
 
-def test_kept_tensors_and_arrays_have_a_checksum(tmp_path):
+def test_stored_tensors_and_arrays_have_a_checksum(tmp_path):
     write_tensors(tmp_path / "a.safetensors", {"x": torch.arange(4.0)})
     np.save(tmp_path / "a.npy", np.arange(4.0))
     seal_array(tmp_path / "a.npy", {"of": "nothing"})
@@ -286,17 +286,17 @@ NAME = st.sampled_from(
 )
 
 
-@settings(max_examples=25, deadline=None, database=None, derandomize=True,
+@settings(max_examples=12, deadline=None, database=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(name=NAME, value=TEXT)
-def test_any_word_is_read_or_refused(registry, name, value):
+def test_any_setting_is_read_or_refused(registry, name, value):
     try:
         compose_runs(["methods=[boot]", "dataset=digits", f"{name}={value}"], registry)
     except UserError as error:
         assert 0 < len(str(error)) < 2000
 
 
-def test_a_word_is_not_endless(registry):
+def test_a_sweep_has_a_limited_length(registry):
     with pytest.raises(UserError, match="at most 10,000"):
         compose_runs([f"seed=[{'1,' * 50_000}1]"], registry)
 

@@ -1,4 +1,4 @@
-"""Folders, zips and tars as people have them: links, Windows' names, formats, transparency, and what is left out."""
+"""Folders, zips and tars: links, names from Windows, formats, transparency, and notes on ignored files."""
 
 import hashlib
 import io
@@ -78,14 +78,14 @@ def test_annotations_and_tables_that_are_links_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("link", "target", "message"),
     [
-        ("set/cat", "../store/cat", r"'cat' is a link to '\.\./store/cat', which is not there"),
-        ("set/0.png", "gone.png", r"'0\.png' is a link to 'gone\.png', which is not there"),
-        ("set/0.png", "0.png", r"'0\.png' is a link to '0\.png', which leads back to it"),
-        ("set/a/b/up", "..", r"'a/b/up' is a link to a folder that it lies in"),
-        ("set/a/b/set", "../../../set", r"'a/b/set' is a link to a folder that it lies in"),
+        ("set/cat", "../store/cat", r"'cat' is a link to '\.\./store/cat', which does not exist"),
+        ("set/0.png", "gone.png", r"'0\.png' is a link to 'gone\.png', which does not exist"),
+        ("set/0.png", "0.png", r"'0\.png' is a link to '0\.png', which links back to it"),
+        ("set/a/b/up", "..", r"'a/b/up' is a link to a folder that contains it"),
+        ("set/a/b/set", "../../../set", r"'a/b/set' is a link to a folder that contains it"),
     ],
 )
-def test_links_that_lead_nowhere_or_in_a_circle(tmp_path, link, target, message):
+def test_broken_and_circular_links_are_refused(tmp_path, link, target, message):
     write_folder(tmp_path / "set", {"a/b/1.png": PNG, ".git/1": "x"})
     (tmp_path / "set" / ".git" / "old").symlink_to("gone")  # which is nobody's image
     (tmp_path / link).symlink_to(target)
@@ -97,11 +97,11 @@ def test_two_folders_that_link_to_each_other(tmp_path):
     write_folder(tmp_path, {"a/1.png": PNG, "b/1.png": PNG})
     (tmp_path / "a" / "b").symlink_to("../b")
     (tmp_path / "b" / "a").symlink_to("../a")
-    with pytest.raises(UserError, match="is a link to a folder that it lies in"):
+    with pytest.raises(UserError, match="is a link to a folder that contains it"):
         open_at(tmp_path)
 
 
-def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch):
+def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
     scandir = os.scandir
 
     def refusing(path):
@@ -111,7 +111,7 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch):
 
     write_folder(tmp_path, {"cat/1.png": PNG, "dog/1.png": PNG})
     monkeypatch.setattr("distillbench.image_folders.os.scandir", refusing)
-    with pytest.raises(UserError, match="cannot look into the folder 'cat/': Permission denied"):
+    with pytest.raises(UserError, match="cannot list the folder 'cat/': Permission denied"):
         open_at(tmp_path)
 
 
@@ -130,13 +130,13 @@ def test_splits_and_classes_of_a_zip_made_on_windows(tmp_path, prefix, joint):
         assert len(opened(reader)) == 1
 
 
-def test_such_a_zip_unpacked_where_backslashes_are_letters(tmp_path):
+def test_a_windows_zip_unpacked_on_posix_is_read(tmp_path):
     write_folder(tmp_path, {"train\\cat\\1.png": PNG, "test\\dog\\2.png": PNG})
     reader = open_at(tmp_path, split="train", labels="folders")
     assert (names(reader), reader.class_names, len(opened(reader))) == (["train/cat/1.png"], ["cat"], 1)
 
 
-def test_a_name_twice_once_it_is_read(tmp_path):
+def test_duplicate_names_after_cleaning_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has 'a/1\.png' twice"):
         open_at(write_zip(tmp_path / "a.zip", {"a/1.png": PNG, "a\\1.png": PNG}))
 
@@ -166,10 +166,10 @@ def test_a_tar_is_the_folder_that_it_was_packed_from(tmp_path, mode, workers):
 
 
 @pytest.mark.parametrize("pack", [write_folder, write_zip])
-def test_folders_of_splits_that_lie_too_deep_are_not_passed_over(tmp_path, pack):
+def test_splits_in_folders_that_are_too_deep_are_refused(tmp_path, pack):
     path = pack(tmp_path / "a", {f"set/images/{split}/cat/0.png": PNG for split in ("train", "test")})
     for split in ("train", "test"):
-        with pytest.raises(UserError, match=f"split={split}: the folders of splits may lie at most two deep"):
+        with pytest.raises(UserError, match=f"split={split}: the folders of splits may be at most two levels deep"):
             open_at(path, split=split)
     assert len(open_at(path, split="all")) == 2
     inner = pack(tmp_path / "b", {f"train/{name}/test/0.png": PNG for name in "ab"})  # a class, not a split
@@ -186,8 +186,8 @@ def test_shards_of_webdataset(tmp_path):
     reader = open_at(tmp_path, split="train")
     assert np.array_equal(opened(reader), pixels(4)) and reader.labels.tolist() == [0, 1, 0, 1]
     assert reader.notes == [
-        "left out, of no image format that is read: 2 .json (0.json, 2.json)",
-        "4 captions beside images (.txt) are not read, as there are labels: dataset.labels=captions takes them",
+        "ignored, not a supported image format: 2 .json (0.json, 2.json)",
+        "4 captions beside images (.txt) are ignored because there are labels: dataset.labels=captions uses them",
     ]
     assert open_at(tmp_path, split="train", labels="captions").captions == [f"picture {k}" for k in range(4)]
     assert len(open_at(tmp_path, split="test")) == 1
@@ -203,7 +203,7 @@ def test_shards_whose_keys_repeat(tmp_path):
 
 
 def test_a_tar_of_tars_says_what_is_in_it(tmp_path):
-    with pytest.raises(UserError, match=r"no image .*; there is 'n01440764\.tar', which dataset\.path may name"):
+    with pytest.raises(UserError, match=r"no image .*; there is 'n01440764\.tar', which may be given as dataset\.path"):
         open_at(write_tar(tmp_path / "a.tar", {"n01440764.tar": "x"}))
 
 
@@ -239,7 +239,7 @@ def test_every_format_of_8_bits_is_read(tmp_path):
     ],
 )
 def test_more_than_8_bits_is_refused_in_every_format(tmp_path, name, data):
-    with pytest.raises(UserError, match="more than 8 bits a channel"):
+    with pytest.raises(UserError, match="more than 8 bits per channel"):
         read({name: data}, tmp_path)
 
 
@@ -252,7 +252,7 @@ def test_tiff_of_16_bits_of_colour_is_refused(tmp_path):
     assert len(data) == 134
     data += struct.pack("<3H", 16, 16, 16) + struct.pack("<3H", 257, 514, 771)
     assert Image.open(io.BytesIO(data)).mode == "RGB"
-    with pytest.raises(UserError, match="more than 8 bits a channel"):
+    with pytest.raises(UserError, match="more than 8 bits per channel"):
         read({"a.tif": data}, tmp_path)
 
 
@@ -268,32 +268,32 @@ def test_colours_that_are_not_converted_are_refused_by_name(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("kind", ["gif", "tiff", "webp", "png"])
-def test_several_pictures_in_one_file_are_refused(tmp_path, kind):
+def test_files_with_several_frames_are_refused(tmp_path, kind):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
-    with pytest.raises(UserError, match=r"(an animation|a file) of 2 pictures"):
+    with pytest.raises(UserError, match=r"(an animation|a file) of 2 frames"):
         read({f"a.{kind}": data}, tmp_path)
 
 
 @pytest.mark.parametrize("pack", [write_folder, write_zip, write_tar])
-def test_what_is_left_out_is_counted_with_its_reason(tmp_path, pack):
+def test_ignored_files_are_counted_with_the_reason(tmp_path, pack):
     files = dict.fromkeys(["train/1.png", "extra/2.png", "a.jp2", "b.JP2", "c.md", ".trash/3.png", "._1.png"], PNG)
     files |= {"train/1.txt": "a caption", "train/readme.txt": "no caption", "__MACOSX/1.png": PNG, "Thumbs.db": PNG}
     reader = open_at(pack(tmp_path / "a", files), split="train", labels="none")
     assert names(reader) == ["train/1.png"]
     assert reader.notes == [
-        "left out, of no image format that is read: 2 .jp2 (a.jp2, b.JP2), 1 .md (c.md), 1 .txt (train/readme.txt)",
-        "left out, hidden by a dot: 1 .png (.trash/3.png)",
-        "left out, in no folder of a split: 1 .png (extra/2.png)",
+        "ignored, not a supported image format: 2 .jp2 (a.jp2, b.JP2), 1 .md (c.md), 1 .txt (train/readme.txt)",
+        "ignored, hidden by a dot: 1 .png (.trash/3.png)",
+        "ignored, not in the folder of a split: 1 .png (extra/2.png)",
     ]
 
 
-def test_images_beside_arrays_are_left_out_with_a_word(tmp_path):
+def test_images_beside_arrays_are_ignored_with_a_note(tmp_path):
     np.savez(tmp_path / "a.npz", images=pixels(2), weights=np.zeros(2))
     write_folder(tmp_path, {"0.png": PNG})
     assert open_at(tmp_path).notes == [
-        "arrays that are not read (1): a.npz:weights",
-        "left out, beside npz arrays: 1 .png (0.png)",
+        "ignored arrays (1): a.npz:weights",
+        "ignored beside npz arrays: 1 .png (0.png)",
     ]
 
 
@@ -301,7 +301,7 @@ def test_images_beside_arrays_are_left_out_with_a_word(tmp_path):
     ("name", "message"),
     [("a.h5", "np.savez"), ("a.mdb", "write its images to a folder"), ("a.7z", "unpack it"), ("a.arrow", "to_parquet")],
 )
-def test_kinds_of_files_that_are_not_read_say_what_to_do(tmp_path, name, message):
+def test_unsupported_files_say_what_to_do(tmp_path, name, message):
     (tmp_path / name).write_bytes(b"something else")
     with pytest.raises(UserError, match=rf"For \.\w+ files: .*{message}.*Possible: "):
         open_at(tmp_path / name)
@@ -310,7 +310,7 @@ def test_kinds_of_files_that_are_not_read_say_what_to_do(tmp_path, name, message
 
 
 @pytest.mark.parametrize("name", ["0.png", "a.npz", "a.parquet", "a.zip"])
-def test_a_pointer_of_git_lfs_is_called_by_its_name(tmp_path, name):
+def test_a_git_lfs_pointer_is_recognised(tmp_path, name):
     (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123456\n")
     with pytest.raises(UserError, match=r"it is a pointer of Git LFS.*`git lfs pull`"):
         make(Folder, tmp_path if name == "0.png" else tmp_path / name, resolution=8)
@@ -332,7 +332,7 @@ def rgba():
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "tiff", "npz", "tall"])
-def test_transparent_images_are_laid_over_white(tmp_path, kind):
+def test_transparent_images_are_composited_over_white(tmp_path, kind):
     image = rgba()
     if kind == "npz":
         np.savez(tmp_path / "a.npz", images=image[None])
@@ -367,7 +367,7 @@ def test_every_kind_of_transparency(tmp_path, channels):
     assert dataset.resizer.startswith("alpha over white") and check(dataset).ok
 
 
-def test_what_is_opaque_is_as_before_and_has_no_word_of_it(tmp_path):
+def test_opaque_images_are_unchanged_and_have_no_note(tmp_path):
     image = Image.fromarray(pixels(1)[0])
     files = {"0.png": encoded(image.convert("RGBA"), "png"), "1.png": encoded(image, "png", transparency=(1, 2, 3))}
     files |= {"2.png": encoded(image.quantize(16), "png", transparency=bytes([255] * 16))}
@@ -380,7 +380,7 @@ def test_what_is_opaque_is_as_before_and_has_no_word_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [write_folder, write_zip, write_tar])
-def test_the_identity_is_another_where_pixels_are_and_only_there(tmp_path, pack):
+def test_the_hash_changes_only_with_the_pixels(tmp_path, pack):
     """The hash before transparency was looked at is that of what is stored, and of the settings."""
 
     def before(dataset):
@@ -402,7 +402,7 @@ def test_the_identity_is_another_where_pixels_are_and_only_there(tmp_path, pack)
             assert (dataset.sha256 == before(dataset)) == same == ("alpha" not in dataset.resizer)
 
 
-def test_of_edms_zip_no_image_is_opened_to_look_for_transparency_and_one_is_refused(tmp_path, monkeypatch):
+def test_images_in_edms_zip_are_not_opened_to_check_transparency(tmp_path, monkeypatch):
     files, members, open_member = edm(3), [], zipfile.ZipFile.open
 
     def watched(archive, name, *rest, **settings):
@@ -416,11 +416,11 @@ def test_of_edms_zip_no_image_is_opened_to_look_for_transparency_and_one_is_refu
     monkeypatch.undo()
     path = write_zip(tmp_path / "b.zip", files | {"00000/img00000002.png": png(rgba())})
     dataset = make(Ffhq, path, resolution=8)
-    with pytest.raises(UserError, match="it is transparent, which its name does not say"):
+    with pytest.raises(UserError, match="it is transparent, but images of this name must be opaque"):
         dataset.read(torch.tensor([2]))
 
 
-def test_reading_an_image_with_transparency_warns_of_nothing(tmp_path):
+def test_reading_a_transparent_image_gives_no_warning(tmp_path):
     data = encoded(Image.fromarray(pixels(1)[0]).quantize(16), "png", transparency=bytes([9] * 16))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -437,7 +437,7 @@ def test_warnings_of_pillow_are_a_line_of_data_check(tmp_path, monkeypatch, capf
 
     monkeypatch.setattr(FileDataset, "image", warning)
     report = check(dataset)
-    assert dict(report.lines())["Pillow says"] == "Corrupt EXIF data" and report.ok
+    assert dict(report.lines())["warnings of Pillow"] == "Corrupt EXIF data" and report.ok
     assert "EXIF" not in "".join(capfd.readouterr())
 
 
@@ -462,7 +462,7 @@ def test_arrays_in_files_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (pixels(1)[0][:7], r"looks like one image: stack several, np\.stack"),
+        (pixels(1)[0][:7], r"looks like a single image: use np\.stack"),
         (pixels(2) / 255, r"between 0 and 1: save \(255 \* images\)\.round"),
         (pixels(2) / 127.5 - 1, r"between -1 and 1: save \(127\.5"),
         (pixels(2).astype(int), r"of values between 0 and 255: save images\.astype"),
@@ -475,22 +475,22 @@ def test_arrays_that_are_not_images_say_what_to_do(tmp_path, array, message):
         open_at(tmp_path / "a.npy")
 
 
-def test_a_cut_off_npy(tmp_path):
+def test_a_truncated_npy_is_refused(tmp_path):
     np.save(tmp_path / "a.npy", pixels(3))
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-1])
     with pytest.raises(UserError, match=r"cannot read 'a\.npy' as an array: its header says uint8"):
         open_at(tmp_path / "a.npy")
 
 
-def test_one_image_a_file_says_how_to_stack_them(tmp_path):
+def test_one_image_per_npy_file_says_how_to_stack_them(tmp_path):
     for k in range(2):
         np.save(tmp_path / f"{k}.npy", pixels(2)[k])
-    with pytest.raises(UserError, match=r"holds 2 \.npy files, and none is called images.*np\.stack"):
+    with pytest.raises(UserError, match=r"has 2 \.npy files, but none is called images.*np\.stack"):
         open_at(tmp_path)
 
 
 @pytest.mark.parametrize("pack", [write_folder, lambda path, files: write_tar(path, files, "w:gz")])
-def test_cifar_100_has_its_fine_classes_and_says_so(tmp_path, pack):
+def test_cifar_100_has_its_fine_classes_and_a_note(tmp_path, pack):
     images = pixels(3, side=32)
     rows = images.transpose(0, 3, 1, 2).reshape(3, -1)
 
@@ -504,7 +504,7 @@ def test_cifar_100_has_its_fine_classes_and_says_so(tmp_path, pack):
     for split, numbers, which in (("train", [19, 99], [0, 1]), ("test", [7], [2])):
         reader = open_at(path, split=split)
         assert reader.labels.tolist() == numbers and np.array_equal(opened(reader), images[which])
-        assert reader.notes == ["labels are the 100 fine classes of CIFAR-100; its 20 coarse ones are not read"]
+        assert reader.notes == ["labels are the 100 fine classes of CIFAR-100; its 20 coarse classes are ignored"]
     assert open_at(path, labels="none").notes == []
     if path.is_dir():
         (path / "cifar-100-python").rename(path / "renamed")

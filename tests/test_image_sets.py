@@ -1,4 +1,4 @@
-"""Datasets of files: crops and resizes, what is kept in memory, what identifies the data, and the sets of the field."""
+"""Datasets of files: cropping and resizing, the cache in memory, the hash of the data, and published datasets."""
 
 import copy
 import pickle
@@ -24,7 +24,7 @@ from distillbench.builtin.image_sets import (
 from distillbench.errors import UserError
 from distillbench.image_files import CROPS, RESIZES, FileDataset, Fit
 from distillbench.registry import Source, load_registry
-from distillbench.speed import KnownDataset
+from distillbench.speed import LazyDataset
 from image_sources import edm, idx, make, pixels, png, write_folder, write_zip
 
 SETS = [Cifar10, Ffhq, ImageNet64, LsunBedroom, CelebaHq, AfhqV2, Mnist, FashionMnist]
@@ -50,7 +50,7 @@ def fitted(image, crop="center", resize="pillow_bicubic", side=8, channels=3):
 
 @pytest.mark.parametrize("crop", CROPS)
 @pytest.mark.parametrize("resize", RESIZES)
-def test_what_has_its_size_is_not_touched(crop, resize):
+def test_images_of_the_right_size_are_not_resized(crop, resize):
     image = pixels(1)[0]
     for given in (image, Image.fromarray(image)):
         assert np.array_equal(fitted(given, crop, resize), image.transpose(2, 0, 1))
@@ -92,10 +92,10 @@ def test_resizes_differ_and_all_resemble_the_picture():
         assert np.abs(result - results["pillow_box"]).mean() < 12
 
 
-def test_no_resize_and_no_crop_refuse_what_they_cannot_do():
+def test_without_resize_or_crop_other_sizes_are_refused():
     assert np.array_equal(fitted(photo(8, 12), resize="none"), np.asarray(photo(8, 12))[2:10].transpose(2, 0, 1))
     with pytest.raises(
-        UserError, match=r"'image' is 9x9, and dataset\.resolution=8: .*dataset\.resize=pillow_bicubic\|"
+        UserError, match=r"'image' is 9x9, but dataset\.resolution=8: .*dataset\.resize=pillow_bicubic\|"
     ):
         fitted(photo(9, 9), resize="none")
     for resize in RESIZES:
@@ -111,11 +111,11 @@ def test_modes_become_colour_or_grey_and_more_than_8_bits_is_refused():
     assert np.array_equal(fitted(photo(8, 8), channels=1)[0], np.asarray(grey))
     assert np.array_equal(fitted(pixels(1, channels=1)[0])[2], pixels(1, channels=1)[0][..., 0])
     for mode in ("I;16", "I", "F"):
-        with pytest.raises(UserError, match=f"'image' has more than 8 bits a channel .*{mode}"):
+        with pytest.raises(UserError, match=f"'image' has more than 8 bits per channel .*{mode}"):
             fitted(Image.new(mode, (8, 8)))
 
 
-def test_the_resizer_names_the_settings_whether_or_not_they_changed_an_image(tmp_path):
+def test_the_resizer_does_not_depend_on_the_images(tmp_path):
     path = write_zip(tmp_path / "a.zip", edm(2))
     words = {"center": "centre crop, ", "none": "no crop, "}
     for crop in CROPS:
@@ -130,7 +130,7 @@ def test_the_resizer_names_the_settings_whether_or_not_they_changed_an_image(tmp
 
 
 @pytest.mark.parametrize("memory_mib", [0, 1024])
-def test_any_order_any_number_of_workers_kept_or_not(tmp_path, memory_mib):
+def test_results_do_not_depend_on_order_workers_or_cache(tmp_path, memory_mib):
     images = torch.from_numpy(pixels(20)).permute(0, 3, 1, 2)
     path = write_zip(tmp_path / "a.zip", edm(20))
     for workers in (1, 3, 64):
@@ -155,16 +155,16 @@ def test_images_that_fit_are_decoded_once(tmp_path, monkeypatch):
     assert sorted(opened) == [3, 3, 4, 4]
 
 
-def test_what_is_read_cannot_change_what_is_kept(tmp_path):
+def test_changing_a_returned_image_does_not_change_the_cache(tmp_path):
     dataset = make(Folder, write_zip(tmp_path / "a.zip", edm(3)), resolution=8)
     dataset.read(torch.tensor([1])).zero_()
     assert torch.equal(dataset.read(torch.tensor([1]))[0], torch.from_numpy(pixels(3)[1]).permute(2, 0, 1))
 
 
-def test_datasets_can_be_copied_and_sent_and_known(tmp_path):
+def test_datasets_can_be_copied_pickled_and_compared(tmp_path):
     path = write_zip(tmp_path / "a.zip", edm(4, [1, 0, 2, 1]))
     dataset = make(Folder, path, resolution=8)
-    known = pickle.loads(pickle.dumps(KnownDataset(dataset, dataset.config)))
+    known = pickle.loads(pickle.dumps(LazyDataset(dataset, dataset.config)))
     for twin in (copy.deepcopy(dataset), pickle.loads(pickle.dumps(dataset)), known):
         assert (twin.sha256, twin.split, twin.resizer, twin.classes) == (dataset.sha256, "all", dataset.resizer, 3)
         assert torch.equal(everything(twin), everything(dataset))
@@ -186,7 +186,7 @@ def test_a_damaged_image_is_an_error_when_it_is_read_and_the_first_one_at_once(t
 # --- what identifies the data ----------------------------------------------------------------------------------------
 
 
-def test_the_hash_is_of_what_is_stored_and_of_every_setting_that_moves_a_pixel(tmp_path):
+def test_the_hash_depends_on_stored_data_and_on_settings_that_change_pixels(tmp_path):
     files = edm(4, [0, 1, 2, 3])
     path = write_zip(tmp_path / "a.zip", files)
     plain = make(Folder, path, resolution=8).sha256
@@ -211,7 +211,7 @@ def test_the_hash_is_of_what_is_stored_and_of_every_setting_that_moves_a_pixel(t
     assert re.fullmatch("[0-9a-f]{64}", plain)
 
 
-def test_captions_are_classes_of_one_image_each(tmp_path):
+def test_every_caption_is_a_class(tmp_path):
     files = {f"{k}.png": png(image) for k, image in enumerate(pixels(3))}
     files |= {f"{k}.txt": text for k, text in enumerate(["a cat", "a dog", "a cat"])}
     dataset = make(Folder, write_folder(tmp_path / "a", files), resolution=8)
@@ -225,7 +225,7 @@ def test_captions_are_classes_of_one_image_each(tmp_path):
 
 
 @pytest.mark.parametrize("cls", SETS, ids=lambda cls: cls.name)
-def test_a_set_without_its_files_says_what_to_do_in_one_message(cls, monkeypatch):
+def test_a_dataset_without_files_says_what_to_do(cls, monkeypatch):
     monkeypatch.setattr(cls, "installed", "")
     with pytest.raises(UserError) as caught:
         make(cls)
@@ -239,7 +239,7 @@ def test_a_set_without_its_files_says_what_to_do_in_one_message(cls, monkeypatch
 
 
 @pytest.mark.parametrize("cls", SETS, ids=lambda cls: cls.name)
-def test_every_set_declares_what_it_is_and_reads_its_files(cls, tmp_path):
+def test_every_dataset_declares_its_facts_and_reads_its_files(cls, tmp_path):
     config = cls.Config()
     assert config.split in cls.count and all(cls.count.values())
     assert cls.licence and cls.title and f"{cls.count[config.split]:,}" in cls.__doc__ + cls.title
@@ -253,7 +253,7 @@ def test_every_set_declares_what_it_is_and_reads_its_files(cls, tmp_path):
 
 
 @pytest.mark.parametrize("cls", [Ffhq, AfhqV2, CelebaHq, LsunBedroom], ids=lambda cls: cls.name)
-def test_numbers_of_folders_are_no_classes_of_a_set_without_any(cls, tmp_path):
+def test_folder_numbers_are_not_classes_of_an_unlabelled_dataset(cls, tmp_path):
     path = write_zip(tmp_path / "a.zip", edm(3, [0, 1, 1]))
     dataset = make(cls, path, resolution=8)
     assert dataset.classes == 0
@@ -270,7 +270,7 @@ def test_they_are_registered_under_their_names_with_typed_settings():
 
 
 @pytest.mark.parametrize("cls", [Cifar10, Mnist])
-def test_a_set_of_ten_classes_keeps_them_where_few_are_there(cls, tmp_path):
+def test_a_dataset_keeps_its_ten_classes_if_images_have_fewer(cls, tmp_path):
     side, channels = cls.Config().resolution, cls.channels
     np.savez(tmp_path / "a.npz", images=pixels(3, side, channels), labels=np.array([2, 0, 2]))
     dataset = make(cls, tmp_path / "a.npz")
@@ -280,7 +280,7 @@ def test_a_set_of_ten_classes_keeps_them_where_few_are_there(cls, tmp_path):
         make(cls, tmp_path / "b.npz")
 
 
-def test_a_whole_set_has_the_plain_name_of_its_split(tmp_path, monkeypatch):
+def test_a_complete_split_has_its_plain_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Cifar10, "count", {"train": 2, "test": 1})
     np.savez(tmp_path / "a.npz", images=pixels(2, 32))
     assert make(Cifar10, tmp_path / "a.npz").split == "train"
@@ -307,12 +307,12 @@ def test_an_installed_package_is_found_without_a_path(tmp_path, monkeypatch):
         ({"resolution": 0}, "resolution must be positive, got 0"),
     ],
 )
-def test_settings_that_cannot_be(settings, message):
+def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(UserError, match=re.escape(message)):
         Ffhq.Config(**settings)
 
 
-def test_a_split_that_a_set_does_not_have(tmp_path):
+def test_an_unknown_split_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"dataset\.split must be one of train for ffhq, got 'test'"):
         make(Ffhq, write_zip(tmp_path / "a.zip", edm(2)), split="test")
 

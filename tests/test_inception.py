@@ -1,4 +1,4 @@
-"""FID and its company against torch-fidelity, clean-fid and pytorch-fid's network, on one file of random weights."""
+"""FID and other Inception scores against torch-fidelity, clean-fid and pytorch-fid, on random weights."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_a_file_of_weights_is_not_executed(tmp_path):
 
 
 @pytest.mark.parametrize("metric", [Fid, FidClean, Kid, InceptionScore])
-def test_without_the_weights_there_is_no_value_but_a_command(metric, tmp_path, monkeypatch):
+def test_without_weights_the_value_is_empty_and_the_reason_has_a_command(metric, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(InceptionV3, "weights", OFFICIAL)
     samples = samples_of(pictures(4, 8, 1.0, 0), pictures(4, 8, 1.0, 1), Networks(tmp_path, "cpu"))

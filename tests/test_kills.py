@@ -1,4 +1,4 @@
-"""Short samples of ``benchmarks/kills.py`` and ``together.py``: killed at random instants; done by several at once."""
+"""Short runs of ``benchmarks/kills.py`` (killed at random times) and ``together.py`` (several processes at once)."""
 
 import re
 import subprocess
@@ -10,8 +10,8 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-def told(script: str, count: int) -> str:
-    """What it prints. In a process of its own: it forks, which a process with threads should not."""
+def output_of(script: str, count: int) -> str:
+    """Its output. It forks, so it runs in a process without threads."""
     command = [sys.executable, BENCHMARKS / script, str(count)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -19,11 +19,12 @@ def told(script: str, count: int) -> str:
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_a_run_ends_with_the_same_table():
-    kills, rounds, wrong = map(int, re.search(r"(\d+) kills in (\d+) .* differ: (\d+)", told("kills.py", 3)).groups())
+def test_a_killed_and_restarted_run_ends_with_the_same_table():
+    found = re.search(r"(\d+) kills in (\d+) .* differ: (\d+)", output_of("kills.py", 3))
+    kills, rounds, wrong = map(int, found.groups())
     assert kills >= 3 and rounds and not wrong
 
 
 @pytest.mark.slow
-def test_several_processes_do_each_cell_once_and_have_the_same_table():
-    assert re.search(r"^4 processes, \d+ s; exit codes \[0\]; 4 trainings$", told("together.py", 4), re.MULTILINE)
+def test_several_processes_compute_each_cell_once():
+    assert re.search(r"^4 processes, \d+ s; exit codes \[0\]; 4 trainings$", output_of("together.py", 4), re.MULTILINE)

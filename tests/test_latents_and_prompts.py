@@ -1,4 +1,4 @@
-"""What is made once of the data: latents of images, encoded prompts."""
+"""Cached latents of images and cached text embeddings."""
 
 import copy
 import dataclasses
@@ -54,7 +54,7 @@ def latent_teacher(calls):
     return Teacher("toy", denoiser, (1, 4, 4), "1" * 64, to_latents=to_latents, decode=decode, decoded=(1, 8, 8))
 
 
-def test_latents_are_made_once_and_read_by_row(tmp_path):
+def test_latents_are_cached_and_read_by_row(tmp_path):
     calls, pictures = [], Pictures()
     teacher = latent_teacher(calls)
     latents = as_trained_on(pictures, teacher, tmp_path, "cpu", SILENT)
@@ -113,7 +113,7 @@ def test_an_autoencoder_stays_on_the_device_while_a_dataset_is_encoded(tmp_path)
     assert encoder.module.moves == ["cpu"] + ["there"] * 4 + ["cpu"] and "there" not in unused.module.moves
 
 
-def test_damaged_latents_are_made_again(tmp_path):
+def test_damaged_latents_are_computed_again(tmp_path):
     calls = []
     teacher = latent_teacher(calls)
     as_trained_on(Pictures(), teacher, tmp_path, "cpu", SILENT)
@@ -150,7 +150,7 @@ def test_prompts_are_encoded_once_and_found_by_label(tmp_path):
         assert torch.equal(other(torch.tensor([1])), table(torch.tensor([1])))
 
 
-def test_what_encoding_took_is_kept_and_charged_by_share(tmp_path, monkeypatch):
+def test_the_time_of_encoding_is_stored_and_charged_by_share(tmp_path, monkeypatch):
     """Four prompts in 8 s, of which training asks for three. Loading the encoder, for the empty text, is nobody's."""
     now = [100.0]
     monkeypatch.setattr(prompts.time, "perf_counter", lambda: now[0])
@@ -172,7 +172,7 @@ def test_what_encoding_took_is_kept_and_charged_by_share(tmp_path, monkeypatch):
     assert now[0] == 100 + 2 * (50 + 8) and json.loads(file.read_text())["seconds"] == 8.0
 
 
-def test_a_table_that_fits_stays_on_a_gpu_and_of_another_the_empty_text(tmp_path, monkeypatch):
+def test_a_small_table_stays_on_the_gpu_and_of_a_large_one_only_the_empty_text(tmp_path, monkeypatch):
     """Once it has been copied its file is not read again."""
     table = encode_prompts(PROMPTS, encode([]), "e", tmp_path, "cpu", SILENT)
     labels, cpu = torch.tensor([2, 0, 3, 2]), torch.device("cpu")
@@ -189,7 +189,7 @@ def test_a_table_that_fits_stays_on_a_gpu_and_of_another_the_empty_text(tmp_path
 
 
 @pytest.mark.parametrize("change", ["texts", "encoder", "damage"])
-def test_other_prompts_another_encoder_and_damage_are_encoded_anew(tmp_path, change):
+def test_other_prompts_another_encoder_and_damage_cause_encoding(tmp_path, change):
     calls = []
     encode_prompts(PROMPTS, encode(calls), "e", tmp_path, "cpu", SILENT)
     if change == "damage":
@@ -243,7 +243,7 @@ class Doubled:
         return 2 * eps
 
 
-def test_small_images_belong_to_the_image_and_are_drawn_anew_in_training():
+def test_low_resolution_images_belong_to_the_sample_and_are_drawn_again_in_training():
     asked = Conditioning(3, small=Doubled())
     of = asked.of_images(range(6), "cpu").image
     torch.testing.assert_close(asked.of_images([4, 1], "cpu").image, of[[4, 1]])
@@ -252,7 +252,7 @@ def test_small_images_belong_to_the_image_and_are_drawn_anew_in_training():
     assert a.shape == (6, 1, 2, 2) and not torch.equal(a, b)
 
 
-def test_answers_stay_in_the_range_of_images_where_that_is_asked_for():
+def test_predictions_are_clipped_if_asked_for():
     class Far(torch.nn.Module):
         embedding_channels = 1
 

@@ -18,7 +18,18 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from distillbench import config, export_run, links, neighbours, plan, run_settings, run_table, seen_files
+from distillbench import (
+    config,
+    export_run,
+    links,
+    neighbours,
+    plan,
+    price,
+    run_settings,
+    run_table,
+    seen_files,
+    shared_context,
+)
 from distillbench.cell import AS_IS
 from distillbench.config import compose_runs, to_yaml
 from distillbench.errors import UserError
@@ -188,24 +199,25 @@ def test_few_words_do_not_stand_for_a_billion():
 
 @pytest.fixture(scope="module")
 def planned(registry, benchmark, tmp_path_factory):
-    """300 cells of which nothing is there yet, and how often a price was foreseen and a scene made."""
+    """300 cells without results, and how often a price was estimated and a shared context made."""
     results_dir = tmp_path_factory.mktemp("many") / "results"
     configs = compose_runs(benchmark.words(SEEDS, SETTINGS, results_dir), registry)
     with pytest.MonkeyPatch.context() as patch:
-        counted = {name: Counted(getattr(plan, name)) for name in ("_price", "_scene")}
+        places = {"_price": price, "_make_context": shared_context}
+        counted = {name: Counted(getattr(module, name)) for name, module in places.items()}
         for name, function in counted.items():
-            patch.setattr(plan, name, function)
+            patch.setattr(places[name], name, function)
         cells = plan.plan(configs, registry)
     return configs, cells, {name: function.calls for name, function in counted.items()}
 
 
-def test_a_price_is_foreseen_for_each_setting_and_not_for_each_seed(planned):
+def test_a_price_is_estimated_for_each_setting_and_not_for_each_seed(planned):
     _, cells, calls = planned
-    assert len(cells) == 301 and calls == {"_price": SETTINGS, "_scene": 1}
+    assert len(cells) == 301 and calls == {"_price": SETTINGS, "_make_context": 1}
     assert len({(str(cell.price), tuple(cell.nfe)) for cell in cells[1:]}) == 1 and cells[1].price.student_nfe > 0
 
 
-def test_a_plan_of_many_cells_is_lines_that_a_person_can_read(planned):
+def test_a_plan_of_many_cells_is_printed_in_few_lines(planned):
     _, cells, _ = planned
     said = io.StringIO()
     print_plan(Console(file=said, width=150), cells)
@@ -217,7 +229,7 @@ def test_a_plan_of_many_cells_is_lines_that_a_person_can_read(planned):
     assert "sum (301 cells)" in total and f"{256 * 300:,}" in total
 
 
-def test_settings_as_plain_values_are_what_json_makes_of_them(registry):
+def test_plain_settings_equal_a_round_trip_through_json(registry):
     import json
 
     (one,) = compose_runs([*GIVEN, "evaluation.nfe=[1,2]"], registry)

@@ -71,7 +71,7 @@ def refused(folders, output, keep=None):
 # --- what comes out --------------------------------------------------------------------------------------------------
 
 
-def test_a_merged_folder_is_read_like_a_run(runs, tmp_path):
+def test_a_merged_folder_is_read_as_a_run(runs, tmp_path):
     said = merged(runs, tmp_path / "m")
     run = read_run(tmp_path / "m")
     assert run.problems == []
@@ -156,7 +156,7 @@ def again(made):
     return RunData(Path("m"), made.table, made.summary, made.along, made.columns, made.configs, made.environment)
 
 
-def test_a_run_that_is_read_from_csv_is_the_same_run(runs, tmp_path):
+def test_a_run_read_from_csv_is_the_same(runs, tmp_path):
     copy = shutil.copytree(runs[0], tmp_path / "copy")
     for name in ("table", "along"):
         (copy / f"{name}.parquet").unlink()
@@ -165,7 +165,7 @@ def test_a_run_that_is_read_from_csv_is_the_same_run(runs, tmp_path):
     assert "3 rows are in several runs" in said and "along training: 2 rows are in several runs" in said
 
 
-def test_it_says_where_the_records_are(runs, tmp_path):
+def test_it_records_where_the_records_are(runs, tmp_path):
     assert f"there are no records in {tmp_path / 'cells'}" in merged(runs, tmp_path / "m")
     (tmp_path / "cells").mkdir()
     said = merged(runs, tmp_path / "n")
@@ -278,7 +278,7 @@ def test_an_empty_run_is_refused(runs, tmp_path):
     assert "empty: no rows to merge" in refused([runs[0], empty], tmp_path / "m")
 
 
-def test_lost_settings_and_environments_are_said(runs, tmp_path):
+def test_missing_settings_and_environments_are_reported(runs, tmp_path):
     (runs[0] / "config.yaml").unlink(), (runs[0] / "environment.json").unlink()
     assert "a: its settings are not known" in merged(runs, tmp_path / "m")
     assert read_run(tmp_path / "m").environment["merged"][0] == {"run": "a"}
@@ -287,23 +287,23 @@ def test_lost_settings_and_environments_are_said(runs, tmp_path):
 # --- where to --------------------------------------------------------------------------------------------------------
 
 
-def test_the_output_must_not_be_there_yet(runs, tmp_path):
+def test_the_output_must_not_exist(runs, tmp_path):
     with pytest.raises(UserError, match="--output must name a folder that does not exist"):
         merged(runs, runs[0])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="not there yet"):
+    with pytest.raises(UserError, match="does not exist"):
         merged(runs, tmp_path / "file")
     (tmp_path / "void").mkdir()
     merged(runs, tmp_path / "void")
     assert len(read_run(tmp_path / "void").table) == 6
 
 
-def test_it_takes_two_runs_that_are_there(runs, tmp_path):
+def test_it_takes_two_existing_runs(runs, tmp_path):
     assert "two runs or more, got 1" in refused(runs[:1], tmp_path / "m")
     assert "no run" in refused([runs[0], tmp_path / "none"], tmp_path / "m")
 
 
-def test_hostile_names_do_nothing(tmp_path):
+def test_hostile_names_are_harmless(tmp_path):
     name = "[red]\x1b[31m"
     a, b = (run_folder(tmp_path / f"{k}[b]", [row(method=name, fid=float(k))]) for k in (1, 2))
     message = refused([a, b], tmp_path / "m")

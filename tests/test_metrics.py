@@ -281,7 +281,7 @@ def test_the_reference_is_the_teacher_with_most_steps_on_that_noise():
 @pytest.mark.parametrize("evaluations", [0, 1, 3])
 def test_a_wrong_number_of_evaluations_is_refused(evaluations):
     judge = evaluator()
-    with pytest.raises(RuntimeError, match=f"asked for 2 evaluations an image, counted {evaluations}"):
+    with pytest.raises(RuntimeError, match=f"requested 2 evaluations per image, counted {evaluations}"):
         judge.measure(Sampler(judge.teacher, evaluations), 2, 0, True, "test")
 
 

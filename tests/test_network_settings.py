@@ -55,7 +55,7 @@ class Numbers(nn.Module):
 
 
 @pytest.mark.usefixtures("float64")
-def test_each_network_is_optimised_as_its_own_settings_say(tmp_path):
+def test_each_network_has_its_own_optimizer_settings(tmp_path):
     """Held against torch's AdamW and torch's clipping, step by step."""
     steps, size = 6, 8
     method = Two(Two.Config(ema_halflife_kimg=0.0), mlp_teacher())
@@ -90,7 +90,7 @@ def test_settings_without_their_network_are_refused():
         method.settings_of(method.student)
 
 
-def test_they_are_typed_on_the_command_line_and_part_of_the_key():
+def test_they_are_typed_and_part_of_the_key():
     registry = load_registry()
     read = lambda *words: compose_runs([*RUN, *words], registry)
     (usual,), (changed,) = read(), read("methods.sid.fake.lr=1e-4", "methods.sid.fake.grad_clip=null")
@@ -119,6 +119,6 @@ def test_they_are_typed_on_the_command_line_and_part_of_the_key():
         ("grad_clip=-1", r"methods\.sid\.grad_clip must be at least 0, got -1"),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_its_full_name(word, message):
+def test_invalid_values_are_refused_with_their_full_name(word, message):
     with pytest.raises(UserError, match=message):
         compose_runs([*RUN, f"methods.sid.{word}"], load_registry())

@@ -13,7 +13,7 @@ from distillbench.output_encoding import replace_unwritable
 @pytest.mark.parametrize(
     ("encoding", "shown"), [("ascii", "fd v 1 > 2 ? ?"), ("cp1252", "fd v 1 > 2 \u00e9 ?"), ("utf-8", "fd ↓ 1 → 2 é ?")]
 )
-def test_what_an_encoding_lacks_is_replaced(monkeypatch, encoding, shown):
+def test_characters_missing_in_an_encoding_are_replaced(monkeypatch, encoding, shown):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", io.StringIO())  # some other stream is left as it is
@@ -39,7 +39,7 @@ def test_tables_are_printed_in_any_encoding(encoding):
     assert "fd" in done.stdout.decode(encoding)
 
 
-def test_a_notebooks_backend_does_not_reach_matplotlib():
+def test_the_backend_of_a_notebook_does_not_reach_matplotlib():
     code = "from distillbench.cli import main\ntry:\n    main(['--version'])\nfinally:\n    import matplotlib"
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""Noise-image pairs: the same from the seed, found again, charged the same, made again when damaged."""
+"""Noise-image pairs: reproducible from the seed, cached, charged equally, and computed again when damaged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RECIPE = {"solver": "test", "steps": 3}
 
 
 class Solver:
-    """Three evaluations of the teacher an image; knows how many images it solved."""
+    """Three evaluations of the teacher per image; counts its images."""
 
     def __init__(self, teacher) -> None:
         self.teacher, self.solved = teacher, 0
@@ -36,7 +36,7 @@ class Solver:
         return x
 
 
-class Said(Progress):
+class RecordingProgress(Progress):
     def __init__(self) -> None:
         super().__init__(None)
         self.lines: list[str] = []
@@ -46,11 +46,11 @@ class Said(Progress):
 
 
 def make(folder: Path, count: int = 12, seed: int = 0, recipe=RECIPE, sha256: str = "gaussian", dry: bool = False):
-    """(pairs, images solved, meter, lines said) of one request."""
+    """(pairs, images solved, meter, printed lines) of one request."""
     teacher = gaussian_teacher()
     teacher.sha256 = sha256
     workspace = make_workspace(teacher, folder, seed=seed, dry=dry)
-    workspace.progress = Said()
+    workspace.progress = RecordingProgress()
     solver = Solver(teacher)
     return workspace.pairs(solver, count, recipe), solver.solved, workspace.meter, workspace.progress.lines
 
@@ -64,7 +64,7 @@ def same(a: PairStore, b: PairStore) -> bool:
 
 
 def test_pairs_are_the_solver_at_the_noise_of_the_stream(tmp_path):
-    """Bit for bit: eps is the i-th noise of the stream, x_0 what the solver makes of it, in float32, not quantised."""
+    """Bit for bit: eps is the i-th noise of the stream, x_0 the solver's result, in float32, not quantised."""
     pairs, solved, meter, _ = make(tmp_path)
     teacher = gaussian_teacher()
     eps = Noise(stream_key("pairs", 0), range(12), teacher.shape)(0)
@@ -82,7 +82,7 @@ def test_reading_follows_the_indices_of_any_shape(tmp_path):
     assert torch.equal(some_eps, eps[[5, 0, 5]]) and torch.equal(some_x_0, x_0[[5, 0, 5]])
 
 
-def test_pairs_are_found_again_and_charged_the_same(tmp_path):
+def test_cached_pairs_are_charged_like_new_ones(tmp_path):
     made, solved, meter, _ = make(tmp_path)
     manifest = json.loads(next(tmp_path.glob("*/manifest.json")).read_text())
     found, solved_again, meter_again, lines = make(tmp_path)
@@ -94,8 +94,8 @@ def test_pairs_are_found_again_and_charged_the_same(tmp_path):
     assert manifest["seconds"] <= meter.price().seconds
 
 
-def test_whose_seconds_they_were_and_their_energy_are_kept(tmp_path):
-    """Making them is the teacher's work but for the noise; on a CPU no energy is known, and so not to the finder."""
+def test_the_manifest_has_teacher_seconds_and_energy(tmp_path):
+    """All seconds but those of the noise are the teacher's. On a CPU the energy is unknown, also for later users."""
     _, _, meter, _ = make(tmp_path)
     file = next(tmp_path.glob("*/manifest.json"))
     manifest = json.loads(file.read_text())
@@ -109,7 +109,7 @@ def test_whose_seconds_they_were_and_their_energy_are_kept(tmp_path):
     assert make(tmp_path)[2].charged_energy == Energy(12.5)
 
 
-def test_pairs_do_not_depend_on_the_chunks_they_are_made_in(tmp_path):
+def test_pairs_do_not_depend_on_the_batch_size(tmp_path):
     pairs, solved, meter, _ = make(tmp_path, count=BATCH + 5)
     teacher = gaussian_teacher()
     tail = Noise(stream_key("pairs", 0), range(BATCH, BATCH + 5), teacher.shape)(0)
@@ -121,11 +121,11 @@ def test_pairs_do_not_depend_on_the_chunks_they_are_made_in(tmp_path):
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"count": 13}, {"recipe": {**RECIPE, "steps": 4}}, {"sha256": "other"}]
 )
-def test_other_pairs_are_not_mistaken_for_these(tmp_path, change):
+def test_another_recipe_is_another_cache_entry(tmp_path, change):
     make(tmp_path)
     _, solved, *_ = make(tmp_path, **change)
     assert solved == change.get("count", 12)
-    assert make(tmp_path)[1] == 0  # and these are still there
+    assert make(tmp_path)[1] == 0  # these are still cached
     assert make(tmp_path, **change)[1] == 0
 
 
@@ -168,7 +168,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_pairs_are_made_again(tmp_path, damage):
+def test_damaged_pairs_are_computed_again(tmp_path, damage):
     good, *_ = make(tmp_path)
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     DAMAGES[damage](folder)
@@ -177,7 +177,7 @@ def test_damaged_pairs_are_made_again(tmp_path, damage):
     assert meter.teacher_nfe == 36 and meter.charged.seconds == 0
     if damage not in ("no targets", "no manifest", "a manifest of other pairs"):
         assert len(lines) == 1 and "computed again" in lines[0]
-    assert make(tmp_path)[1] == 0  # whole again
+    assert make(tmp_path)[1] == 0  # repaired
 
 
 def test_a_dry_run_has_the_price_without_the_work(tmp_path):
@@ -196,7 +196,7 @@ def test_making_pairs_leaves_no_gradients(tmp_path):
 
 
 class Numbered:
-    """Text i is the number i, once for each token."""
+    """The encoding of text i is the number i at each token."""
 
     def __call__(self, labels, device=None):
         return labels.view(-1, 1, 1).expand(-1, 2, 3).float()
@@ -205,7 +205,7 @@ class Numbered:
         return torch.zeros(count, 2, 3)
 
 
-def test_texts_of_held_pairs_are_those_of_pairs_that_are_made_when_they_are_read(monkeypatch):
+def test_texts_are_the_same_for_pairs_on_the_device_and_drawn_at_each_read(monkeypatch):
     targets, asked = torch.randn(10, 2, 1, 1), Conditioning(4, w_range=(1.0, 3.0), texts=Numbered())
     held = PairStore(7, targets, "cpu", asked)
     monkeypatch.setattr(pairs_module, "HELD_BYTES", 0)

@@ -36,7 +36,7 @@ def method(name):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_each_file_is_a_plugin_and_those_with_an_underscore_are_helpers(folder):
+def test_files_are_plugins_and_files_with_an_underscore_are_helpers(folder):
     helped = "from _pf_help import VALUE\n" + method("pf_b")
     here = folder(pf_a=method("pf_a") + METRIC, pf_b=helped, _pf_help="VALUE = 1\n")
     registry = load_registry(in_folders([here, here / "." / ""]))
@@ -47,7 +47,7 @@ def test_each_file_is_a_plugin_and_those_with_an_underscore_are_helpers(folder):
     assert b.brings == ["methods: pf_b"]
 
 
-def test_the_identity_of_a_file_is_its_own_and_its_helpers(folder):
+def test_the_identity_of_a_file_includes_its_helpers(folder):
     here = folder(pf_c=method("pf_c"), pf_other="")
 
     def identity():
@@ -63,7 +63,7 @@ def test_the_identity_of_a_file_is_its_own_and_its_helpers(folder):
     assert identity()["source_sha256"] not in (first["source_sha256"], second["source_sha256"])
 
 
-def test_the_identity_of_a_package_is_all_its_modules_and_that_of_a_base_class_counts(tmp_path, monkeypatch):
+def test_the_identity_includes_all_modules_of_a_package_and_base_classes(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     package = tmp_path / "pf_package"
     package.mkdir()
@@ -91,19 +91,19 @@ def test_the_identity_of_a_package_is_all_its_modules_and_that_of_a_base_class_c
     assert second[0] != third[0] and second[1] != third[1]
 
 
-def test_a_file_with_the_name_of_another_module_is_left_out(folder):
+def test_a_file_named_like_another_module_is_not_used(folder):
     registry = load_registry(in_folders([folder(numpy=method("pf_f"))]))
     (plugin,) = registry.broken
     assert plugin.error.startswith("numpy.py has the name of another module, ") and "rename it" in plugin.error
 
 
-def test_a_file_may_not_take_a_name_that_is_there(folder):
+def test_a_class_name_that_is_taken_is_refused(folder):
     registry = load_registry([*installed(), *in_folders([folder(pf_g=method("boot"))])])
     assert registry.broken[0].error == "the name 'boot' of methods is taken by plugin boot (distillbench)"
 
 
 @pytest.mark.parametrize("what", ["missing", "file", "empty", "helpers only"])
-def test_a_folder_without_plugins_is_the_users_error(tmp_path, what):
+def test_a_folder_without_plugins_is_a_user_error(tmp_path, what):
     (tmp_path / "file").write_text("")
     (tmp_path / "helpers only").mkdir()
     (tmp_path / "helpers only" / "_help.py").write_text("")
@@ -125,7 +125,7 @@ def test_on_the_command_line(folder, capsys, monkeypatch):
     assert "left out: RuntimeError: no luck" in " ".join(out.split()) and "Traceback" in err
 
 
-def test_a_run_from_a_file_is_timed_in_a_process_of_its_own(folder, tmp_path):
+def test_a_method_from_a_file_is_timed_in_a_fresh_process(folder, tmp_path):
     """The process that measures speed is handed the method, so it must find the file as well."""
     results = tmp_path / "results"
     trained = method("pf_i").replace("batch.noise()", "self.student(batch.noise(), batch.uniform(), batch.c)")
@@ -157,7 +157,7 @@ def test_patterns_limit_what_loads(folder):
     assert "pf_j" not in load_registry(sources, ["distillbench"]).methods
 
 
-def test_a_pattern_that_names_nothing_is_the_users_error(monkeypatch, capsys):
+def test_a_pattern_without_matches_is_a_user_error(monkeypatch, capsys):
     monkeypatch.setenv("DISTILLBENCH_PLUGINS", "distillbench, bot")
     with pytest.raises(SystemExit) as exit:
         cli.main(["list", "methods"])
@@ -168,7 +168,7 @@ def test_a_pattern_that_names_nothing_is_the_users_error(monkeypatch, capsys):
 # --- versions of the contract ----------------------------------------------------------------------------------------
 
 
-def test_a_plugin_for_an_older_contract_is_told_every_change_since(folder, monkeypatch):
+def test_a_plugin_for_an_older_contract_gets_the_list_of_changes(folder, monkeypatch):
     changes = {1: "begin", 2: "rename a to b", 3: "return c"}
     monkeypatch.setattr(hookspecs, "API", 3)
     monkeypatch.setattr(hookspecs, "CHANGES", changes)
@@ -183,5 +183,5 @@ def test_a_plugin_for_an_older_contract_is_told_every_change_since(folder, monke
     assert three.brings == ["methods: pf_n"]
 
 
-def test_every_version_says_what_to_change():
+def test_every_contract_version_has_a_change_note():
     assert set(hookspecs.CHANGES) == set(range(1, hookspecs.API + 1))

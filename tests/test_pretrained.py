@@ -182,7 +182,7 @@ def test_a_download_of_other_bytes_is_refused_and_leaves_nothing_behind(folder, 
 def test_a_download_that_fails_leaves_nothing_behind(folder, tmp_path):
     weights = served(tmp_path / "server" / "net.pth", CONTENT)
     (tmp_path / "server" / "net.pth").unlink()
-    with pytest.raises(UserError, match="cannot fetch"):
+    with pytest.raises(UserError, match="cannot download"):
         fetch("net", weights, folder, None)
     assert files(folder) == []
 

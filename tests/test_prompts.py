@@ -1,4 +1,4 @@
-"""dataset=prompts: texts from every kind of file, and what evaluation asks for."""
+"""dataset=prompts: texts from every kind of file, and separate prompts for evaluation."""
 
 import json
 
@@ -46,12 +46,12 @@ def test_lines_of_jsonl_may_be_texts(tmp_path):
     assert prompts(tmp_path / "a.jsonl").prompts == ["a cat", "a dog"]
 
 
-def test_empty_lines_are_left_out_and_white_space_is_one_space(tmp_path):
+def test_empty_lines_are_ignored_and_white_space_is_one_space(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeff a\tcat \r\n\n   \na dog", encoding="utf-8")
     assert prompts(tmp_path / "a.txt").prompts == ["a cat", "a dog"]
 
 
-def test_prompts_of_evaluation_come_last_and_are_not_trained_on(tmp_path):
+def test_evaluation_prompts_come_last_and_are_not_trained_on(tmp_path):
     trained, asked = write(tmp_path, "a.txt"), write(tmp_path, "b.csv", ["x", "y"])
     dataset = prompts(trained, evaluation_path=str(asked), limit=3, resolution=64)
     assert dataset.prompts == [*TEXTS[:3], "x", "y"]
@@ -62,7 +62,7 @@ def test_prompts_of_evaluation_come_last_and_are_not_trained_on(tmp_path):
     assert conditioning.trained == 3
 
 
-def test_the_hash_is_of_the_texts_and_of_what_is_asked(tmp_path):
+def test_the_hash_depends_on_the_texts_and_the_evaluation_prompts(tmp_path):
     a, b = write(tmp_path, "a.txt", ["x", "y"]), write(tmp_path, "b.txt", ["x"])
     c = write(tmp_path, "c.txt", ["y"])
     hashes = [prompts(a).sha256, prompts(b).sha256, prompts(b, evaluation_path=str(c)).sha256]
@@ -92,7 +92,7 @@ def test_there_are_no_images_to_read(tmp_path):
     ],
 )
 @pytest.mark.parametrize("setting", ["path", "evaluation_path"])
-def test_a_file_that_holds_no_prompts(tmp_path, name, content, message, setting):
+def test_a_file_without_prompts_is_refused(tmp_path, name, content, message, setting):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     paths = {"path": str(write(tmp_path, "good.txt"))} | {setting: str(tmp_path / name)}
     with pytest.raises(UserError, match=message) as caught:
@@ -110,7 +110,7 @@ def test_no_path_and_a_wrong_path(tmp_path):
         Prompts.Config(limit=-1)
 
 
-def test_rows_without_a_text_are_counted_and_of_several_texts_the_first_is_taken(tmp_path):
+def test_rows_without_text_are_counted_and_the_first_of_several_texts_is_used(tmp_path):
     import pyarrow
     import pyarrow.parquet
 

@@ -1,4 +1,4 @@
-"""Several processes that train one student: the same student as one process alone, counted and kept once."""
+"""Several ranks that train one student: the same student as a single process, counted and saved once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from distillbench.denoiser import Denoiser
 from distillbench.dropout import seed_masks
 from distillbench.energy import Energy
 from distillbench.errors import DivergedError, UserError
-from distillbench.failures import LostError, of_message
+from distillbench.failures import LostError, translated
 from distillbench.feature_order import FeatureOrder
 from distillbench.features import FeatureNetwork
 from distillbench.following import check_rows
@@ -57,8 +57,8 @@ SILENT = Step(lambda fraction, note: None)
 METHODS = sorted(load_registry().methods)
 
 
-class Forgetful(ResidualMLP):
-    """Half of the pixels are dropped in training."""
+class WithDropout(ResidualMLP):
+    """Drops half of the pixels in training."""
 
     def forward(self, x, time, embedding=None, c=UNCONDITIONAL):
         return super().forward(torch.nn.functional.dropout(x, 0.5, self.training), time, embedding, c)
@@ -74,7 +74,7 @@ def training(
     name: str, folder: Path, ranks: Ranks = SINGLE_RANK, parts: int = 1, limit: Limit = Limit.images, stop: int = 0,
     kind: type[ResidualMLP] = ResidualMLP, cls: type[Method] | None = None,
 ) -> tuple[dict[str, torch.Tensor], Trained]:  # fmt: skip
-    """A few steps of a method on a tiny teacher; its weights, and what the training left."""
+    """A few steps of a method on a tiny teacher; its weights and the result of the training."""
     cls = cls or load_registry().methods[name].cls
     torch.manual_seed(0)
     made = partial(network, kind)
@@ -103,10 +103,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def together(rank: int, port: int, folder: Path) -> None:
-    """What each of two processes does."""
+def run_rank(rank: int, port: int, folder: Path) -> None:
+    """The main function of each of two ranks."""
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(240, exit=True)  # rather than wait for a message that never comes
+    faulthandler.dump_traceback_later(240, exit=True)  # instead of waiting for a message that never comes
     gradient_reduction.BUCKET_BYTES, pairs.BATCH = SMALL_BUCKET, PAIRS_AT_ONCE
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in given.items()})
@@ -120,7 +120,7 @@ def together(rank: int, port: int, folder: Path) -> None:
         _, left = training("cm", folder, ranks, limit=Limit.nfe)
         counted["cm, nfe"] = asdict(left.price)
         try:
-            training("cm", folder, ranks, stop=3 if ranks.main else 99)  # the follower is told nothing
+            training("cm", folder, ranks, stop=3 if ranks.main else 99)  # rank 1 is not told to stop
         except Interrupted:
             counted["interrupted"] = True
         weights, left = training("cm", folder, ranks, stop=99)
@@ -130,7 +130,7 @@ def together(rank: int, port: int, folder: Path) -> None:
         for stop in (0, 3, 99):
             kept = 99 if stop == 3 and not ranks.main else stop
             with suppress(Interrupted):
-                weights, _ = training("cm", folder / "forgetful", ranks, stop=kept, kind=Forgetful)
+                weights, _ = training("cm", folder / "forgetful", ranks, stop=kept, kind=WithDropout)
                 save_file(weights, folder / f"forgetful-{stop}-{rank}.safetensors")
         counted["mask"] = torch.rand(4).tolist()
         (folder / f"counted-{rank}.json").write_text(json.dumps(counted))
@@ -155,7 +155,7 @@ class Brightness(FeatureNetwork):
 
 
 def first_features_only(ranks: Ranks, folder: Path) -> None:
-    """The main process fails after the first block of eight that both look at; the next order finds both of them."""
+    """Rank 0 fails after the first of eight blocks of features; both ranks then take the next message."""
     networks = SharedNetworks(folder, "cpu", ranks, FeatureOrder(None, None))
     networks._loaded[Brightness] = Brightness()
     images = torch.arange(16, dtype=torch.uint8).reshape(-1, 1, 1, 1)
@@ -164,14 +164,14 @@ def first_features_only(ranks: Ranks, folder: Path) -> None:
             assert next(features).tolist() == [[0.0], [1.0]]
             raise MemoryError
     else:
-        assert ranks.take().network == "brightness"
-        with ranks.together():
+        assert ranks.next_order().network == "brightness"
+        with ranks.follow():
             networks.follow_extraction(Brightness)
-    assert not ranks.busy and ranks.gather(ranks.share.index) == [0, 1]
+    assert not ranks.busy and ranks.all_gather(ranks.share.index) == [0, 1]
 
 
 class ThreeLayers(torch.nn.Module):
-    """Not every one of them is used."""
+    """A network of which some layers are not used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ USES = [((0,), (0, 0)), ((0, 0), (0, 1)), ((1, 0), (1,)), ((0, 2, 2), (1,)), ((2
 
 
 def part_loss(network: ThreeLayers, update: int, rank: int, part: int) -> torch.Tensor:
-    """Of one process, in one of two parts: the layers of USES, one after the other."""
+    """The loss of a rank in one of two parts, through the layers of USES in order."""
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(100 * update + 10 * rank + part))
     for index in USES[update][rank]:
         x = torch.tanh(network.layers[index](x))
@@ -193,9 +193,9 @@ def part_loss(network: ThreeLayers, update: int, rank: int, part: int) -> torch.
 def summed(ranks: Ranks, folder: Path) -> list[dict[str, list[int]]]:
     """For each update: which gradients are None, and how many buckets were sent before and in the last backward pass.
 
-    The gradients are kept in `folder`.
+    The gradients are saved in `folder`.
     """
-    told, network, optimizers = [], ThreeLayers(), Optimizers(OptimizerConfig(), ranks=ranks)
+    updates, network, optimizers = [], ThreeLayers(), Optimizers(OptimizerConfig(), ranks=ranks)
     for update in range(len(USES)):
         counts = []
         for part in range(2):
@@ -206,12 +206,12 @@ def summed(ranks: Ranks, folder: Path) -> list[dict[str, list[int]]]:
         gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
         none = [name for name, weight in network.named_parameters() if weight.grad is None]
         save_file({name: g.clone() for name, g in gradients.items()}, folder / f"sum-{update}-{ranks.share.index}.st")
-        told.append({"none": none, "sent": counts, "buckets": len(optimizers.summed[network].buckets)})
-    return told
+        updates.append({"none": none, "sent": counts, "buckets": len(optimizers.summed[network].buckets)})
+    return updates
 
 
 def failing(stage: str, error: Exception, where: tuple[int, ...], step: int, ranks: Ranks) -> type[Method]:
-    """Consistency distillation that raises `error` in the processes `where`."""
+    """Consistency distillation that raises `error` on the ranks `where`."""
     cls, here = load_registry().methods["cm"].cls, ranks.share.index in where
 
     class Failing(cls):
@@ -254,46 +254,46 @@ def failing(stage: str, error: Exception, where: tuple[int, ...], step: int, ran
     return Failing
 
 
-FAILURES = {  # stage, error, processes, step
-    "one, before its first backward pass": ("forward", ValueError("boom"), (1,), 1),
-    "one, in a forward pass": ("forward", ValueError("boom"), (1,), 3),
-    "the main one, in a forward pass": ("forward", ValueError("boom"), (0,), 3),
+FAILURES = {  # stage, error, ranks, step
+    "rank 1, before its first backward pass": ("forward", ValueError("boom"), (1,), 1),
+    "rank 1, in a forward pass": ("forward", ValueError("boom"), (1,), 3),
+    "rank 0, in a forward pass": ("forward", ValueError("boom"), (0,), 3),
     "both": ("forward", ValueError("boom"), (0, 1), 3),
-    "one, in a backward pass": ("backward", ValueError("boom"), (1,), 3),
-    "one, for want of memory": ("backward", torch.OutOfMemoryError("CUDA out of memory"), (1,), 3),
-    "one, for want of memory for its buckets": ("bucket", torch.OutOfMemoryError("CUDA out of memory"), (1,), 1),
-    "one, as it prepares": ("prepare", ValueError("boom"), (1,), 0),
-    "one, after an update": ("after the update", ValueError("boom"), (1,), 3),
-    "the main one, after a step": ("after_step", ValueError("boom"), (0,), STEPS),
-    "one, at the end": ("end_phase", ValueError("boom"), (1,), 0),
-    "one, what a user can change": ("forward", UserError("set it to 2"), (1,), 3),
-    "one, not finite": ("forward", DivergedError("nan"), (1,), 3),
+    "rank 1, in a backward pass": ("backward", ValueError("boom"), (1,), 3),
+    "rank 1, out of memory": ("backward", torch.OutOfMemoryError("CUDA out of memory"), (1,), 3),
+    "rank 1, out of memory for its buckets": ("bucket", torch.OutOfMemoryError("CUDA out of memory"), (1,), 1),
+    "rank 1, in prepare": ("prepare", ValueError("boom"), (1,), 0),
+    "rank 1, after an update": ("after the update", ValueError("boom"), (1,), 3),
+    "rank 0, after a step": ("after_step", ValueError("boom"), (0,), STEPS),
+    "rank 1, at the end": ("end_phase", ValueError("boom"), (1,), 0),
+    "rank 1, UserError": ("forward", UserError("set it to 2"), (1,), 3),
+    "rank 1, not finite": ("forward", DivergedError("nan"), (1,), 3),
 }
 
 
 def failures(ranks: Ranks, folder: Path) -> dict[str, list[str]]:
-    """What each training raises, here; those that go well between them end with the weights that they always have."""
-    told = {}
+    """What each training raises on this rank. After each of them a training without errors gives the usual weights."""
+    raised_by = {}
     for name, (stage, error, where, step) in FAILURES.items():
         try:
             with ranks.follow():
                 training("cm", folder, ranks, cls=failing(stage, error, where, step, ranks))
         except Exception as raised:
-            told[name] = [type(raised).__name__, str(raised), *getattr(raised, "__notes__", [])]
+            raised_by[name] = [type(raised).__name__, str(raised), *getattr(raised, "__notes__", [])]
         weights, _ = training("cm", folder, ranks)
         assert all(torch.equal(tensor, weights[key]) for key, tensor in load_file(folder / "cm-0.safetensors").items())
-    return told
+    return raised_by
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(together, (free_port(), folder), nprocs=2)
+    torch.multiprocessing.spawn(run_rank, (free_port(), folder), nprocs=2)
     return folder
 
 
 def alike(ours, theirs):
-    """Equal but for the order in which float32 numbers were added, whose last digits Adam's first steps magnify."""
+    """Equal except for the order of float32 sums, whose rounding Adam's first steps magnify."""
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(
@@ -302,7 +302,7 @@ def alike(ours, theirs):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_processes_train_what_one_does(two, name, tmp_path):
+def test_two_ranks_train_the_same_weights_as_one(two, name, tmp_path):
     torch.set_num_threads(1)
     weights, left = training(name, tmp_path)
     main, follower = (load_file(two / f"{name}-{rank}.safetensors") for rank in range(2))
@@ -315,13 +315,13 @@ def test_two_processes_train_what_one_does(two, name, tmp_path):
     assert counted["losses"] == pytest.approx([point.loss for point in left.curve], rel=1e-4)
 
 
-def test_steps_in_parts_of_two_processes_are_the_whole_steps(two, tmp_path):
+def test_gradient_accumulation_on_two_ranks_changes_nothing(two, tmp_path):
     torch.set_num_threads(1)
     alike(load_file(two / "parts-0.safetensors"), training("sid", tmp_path)[0])
 
 
-def test_gradients_are_the_sums_of_those_of_all_whichever_weights_they_used(two):
-    """In the main process's own network every process's losses are differentiated one after the other."""
+def test_gradients_are_sums_over_ranks_whichever_weights_each_used(two):
+    """Against one network in which the losses of all ranks are differentiated one after the other."""
     torch.set_num_threads(1)
     network = ThreeLayers()
     for update in range(len(USES)):
@@ -337,8 +337,8 @@ def test_gradients_are_the_sums_of_those_of_all_whichever_weights_they_used(two)
             assert torch.equal(theirs[0][name], theirs[1][name])
 
 
-def test_a_gradient_in_a_bucket_lies_in_memory_as_its_weight_does():
-    """Fused optimisers read both by position."""
+def test_a_gradient_in_a_bucket_has_the_strides_of_its_weight():
+    """Fused optimisers need the same strides."""
     weight = torch.nn.Parameter(torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last))
     other = torch.nn.Parameter(torch.zeros(5))
     weight.grad = gradient = torch.randn(4, 3, 2, 2)
@@ -351,20 +351,20 @@ def test_a_gradient_in_a_bucket_lies_in_memory_as_its_weight_does():
 
 
 def test_buckets_are_sent_during_the_last_backward_pass_only(two):
-    told = json.loads((two / "sums-0.json").read_text())
-    assert [update["sent"][0] for update in told] == [0] * len(USES)  # more is to be added
-    assert told[0]["sent"] == [0, 0]  # the order is not known yet
-    assert told[1]["sent"] == [0, 1] and told[1]["buckets"] > told[0]["buckets"]  # a weight used for the first time
-    assert told[-1]["sent"] == [0, told[-1]["buckets"]] == [0, 3]  # all of them: nothing is left to be sent
+    updates = json.loads((two / "sums-0.json").read_text())
+    assert [update["sent"][0] for update in updates] == [0] * len(USES)  # not before the last part
+    assert updates[0]["sent"] == [0, 0]  # the order is not known yet
+    assert updates[1]["sent"] == [0, 1] and updates[1]["buckets"] > updates[0]["buckets"]  # newly used weights
+    assert updates[-1]["sent"] == [0, updates[-1]["buckets"]] == [0, 3]  # all of them
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_in_one_process_is_raised_in_all(two, name):
+def test_a_failure_on_one_rank_is_raised_on_all(two, name):
     _, error, where, _ = FAILURES[name]
-    told = [json.loads((two / f"failures-{rank}.json").read_text())[name] for rank in range(2)]
+    raised = [json.loads((two / f"failures-{rank}.json").read_text())[name] for rank in range(2)]
     first, other = where[0], 1 - where[0]
-    assert told[first][:2] == [type(error).__name__, str(error)]
-    kind, text, *notes = told[other]
+    assert raised[first][:2] == [type(error).__name__, str(error)]
+    kind, text, *notes = raised[other]
     if isinstance(error, UserError | DivergedError):
         assert (kind, text) == (type(error).__name__, str(error))
     else:
@@ -373,20 +373,20 @@ def test_a_failure_in_one_process_is_raised_in_all(two, name):
         assert notes[0].startswith(f"Traceback of rank {first}:")
 
 
-def test_what_an_error_of_a_message_means():
+def test_errors_of_torch_distributed_are_translated():
     own = torch.OutOfMemoryError("CUDA out of memory")
-    assert of_message(own) is own
-    ended = of_message(RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:46"))
-    late = of_message(RuntimeError("Timed out waiting 600000ms for recv operation to complete"))
-    other = of_message(torch.distributed.DistBackendError("NCCL error in: x.cpp:1, unhandled cuda error\nmore"))
+    assert translated(own) is own
+    ended = translated(RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:46"))
+    late = translated(RuntimeError("Timed out waiting 600000ms for recv operation to complete"))
+    other = translated(torch.distributed.DistBackendError("NCCL error in: x.cpp:1, unhandled cuda error\nmore"))
     assert all(isinstance(error, LostError) for error in (ended, late, other))
-    assert "another of the processes has ended" in str(ended)
+    assert "another rank has ended" in str(ended)
     assert "does not answer (Timed out waiting 600000ms" in str(late)
     assert "DistBackendError: NCCL error in: x.cpp:1, unhandled cuda error;" in str(other)
 
 
-def test_processes_make_pairs_together(two, tmp_path, monkeypatch):
-    """The file is that of one process, to the bit, under a name of its own, for its seconds; both are charged."""
+def test_ranks_share_the_computation_of_pairs(two, tmp_path, monkeypatch):
+    """The file is bit-identical to that of one rank, but under another key, since its seconds differ."""
     torch.set_num_threads(1)
     monkeypatch.setattr(pairs, "BATCH", PAIRS_AT_ONCE)
     training("direct", tmp_path)
@@ -398,19 +398,19 @@ def test_processes_make_pairs_together(two, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_steps_in_parts_are_the_whole_steps(name, tmp_path):
+def test_gradient_accumulation_changes_nothing(name, tmp_path):
     torch.set_num_threads(1)
     alike(training(name, tmp_path, parts=2)[0], training(name, tmp_path)[0])
 
 
-def test_a_budget_in_evaluations_is_that_of_all(two, tmp_path):
+def test_a_budget_in_evaluations_counts_all_ranks(two, tmp_path):
     counted = json.loads((two / "counted-0.json").read_text())["cm, nfe"]
     _, left = training("cm", tmp_path, limit=Limit.nfe)
     assert counted["images"] == left.price.images
     assert counted["teacher_nfe"] == left.price.teacher_nfe and counted["student_nfe"] == left.price.student_nfe
 
 
-def test_all_stop_together_and_go_on_together(two):
+def test_all_ranks_stop_and_resume_together(two):
     counted = [json.loads((two / f"counted-{rank}.json").read_text()) for rank in range(2)]
     assert [each["interrupted"] for each in counted] == [True, True]
     resumed, whole = load_file(two / "resumed-0.safetensors"), load_file(two / "cm-0.safetensors")
@@ -418,8 +418,8 @@ def test_all_stop_together_and_go_on_together(two):
     assert counted[0]["resumed"]["teacher_nfe"] == counted[0]["cm"]["teacher_nfe"]
 
 
-def test_masks_differ_between_processes_and_go_on_in_each(two):
-    """The weights of all are equal to the bit, and those of a training that was never disturbed."""
+def test_dropout_masks_differ_between_ranks_and_are_restored(two):
+    """The weights of all ranks are bit-identical, also to those of an uninterrupted training."""
     whole, resumed = (
         [load_file(two / f"forgetful-{stop}-{rank}.safetensors") for rank in range(2)] for stop in (0, 99)
     )
@@ -429,19 +429,19 @@ def test_masks_differ_between_processes_and_go_on_in_each(two):
     assert masks[0] != masks[1]
 
 
-def test_shares_are_the_batch():
+def test_shares_together_are_the_batch():
     draw = lambda share: Batch(7, SHAPE, torch.Generator().manual_seed(0), "cpu", None, share=share)
     whole, shares = draw(WHOLE), [draw(Share(index, 3)) for index in range(3)]
     assert [share.size for share in shares] == [3, 2, 2] and sum(share.size for share in shares) == whole.size
     for numbers in (Batch.noise, Batch.uniform, lambda batch: batch.integers(0, 100)):
         rows = [numbers(share) for share in shares]
-        together = numbers(whole)
+        expected = numbers(whole)
         for index, part in enumerate(rows):
-            assert torch.equal(part, together[index::3])
-        assert torch.equal(rows[0][:1], together[:1])  # the first of the first share is the first of all
+            assert torch.equal(part, expected[index::3])
+        assert torch.equal(rows[0][:1], expected[:1])  # the first row of the first share is the first of the batch
 
 
-def test_parts_draw_once():
+def test_parts_of_a_batch_share_random_numbers():
     generator = torch.Generator().manual_seed(0)
     batch = Batch(5, SHAPE, generator, "cpu", None)
     first, second = batch.parts(2)
@@ -453,7 +453,7 @@ def test_parts_draw_once():
     assert batch.parts(1) == [batch] and len(batch.parts(9)) == 5
 
 
-def test_one_process_is_alone(monkeypatch):
+def test_one_process_is_a_single_rank(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with joined("cuda:1") as ranks:
@@ -464,8 +464,8 @@ def test_one_process_is_alone(monkeypatch):
         pass
 
 
-def test_what_accelerate_was_asked_for_is_known(monkeypatch):
-    """The environments that `accelerate launch` made here, and those of MPI, which was not at hand."""
+def test_the_environment_of_accelerate_is_understood(monkeypatch):
+    """Environments recorded from `accelerate launch`, and those of MPI by its documentation (not run here)."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "PMI_RANK", "PMI_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
@@ -477,7 +477,7 @@ def test_what_accelerate_was_asked_for_is_known(monkeypatch):
     monkeypatch.setenv("PMI_RANK", "1")  # --cpu --num_processes 2 --mpirun_hostfile FILE
     monkeypatch.setenv("PMI_SIZE", "2")
     assert rank_and_count() == (1, 2) and started_together() and follows() and by_mpi()
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")  # srun: processes that have nothing to do with one another
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")  # srun: independent processes
     assert rank_and_count() == (0, 1) and not follows() and not by_mpi()
     with joined("cpu") as ranks:
         assert ranks is SINGLE_RANK
@@ -491,13 +491,13 @@ def test_what_accelerate_was_asked_for_is_known(monkeypatch):
     [(2, 640, 128, ""), (2, 641, 128, "budget.images=641 leaves a last batch of 1"), (3, 642, 128, "last batch of 2"),
      (4, 6, 3, "batch_size=3, and each of 4 processes"), (2, 642, 128, "")],
 )  # fmt: skip
-def test_every_process_must_have_a_row_of_every_batch(count, images, batch, refused):
+def test_every_rank_must_have_a_row_of_every_batch(count, images, batch, refused):
     config = RunConfig(budget=BudgetConfig(images=images), batch_size=batch)
     with pytest.raises(UserError, match=refused) if refused else nullcontext():
         check_rows(config, count)
 
 
-STRANGERS = """
+THIRD_PARTY = """
 import os
 import signal
 
@@ -509,7 +509,7 @@ from distillbench.samplers import time_like
 FOLLOWS = os.environ.get("RANK") == "1"
 
 
-class Stranger(Method):
+class Failing(Method):
     paper, needs_data, steps = "none", False, 0
     Config = MethodConfig
 
@@ -526,14 +526,14 @@ class Stranger(Method):
         return self.student(noise(0), time_like(noise(0), self.teacher.schedule.t_max))
 
 
-class FailsInTraining(Stranger):
+class FailsInTraining(Failing):
     name = "fails_in_training"
 
     def third_step(self, batch):
         raise ValueError("no luck")
 
 
-class FailsInSampling(Stranger):
+class FailsInSampling(Failing):
     name = "fails_in_sampling"
 
     def sample(self, noise, nfe, c):
@@ -542,7 +542,7 @@ class FailsInSampling(Stranger):
         return super().sample(noise, nfe, c)
 
 
-class NeedsMuch(Stranger):
+class NeedsMuch(Failing):
     name = "needs_much"
 
     def third_step(self, batch):
@@ -550,7 +550,7 @@ class NeedsMuch(Stranger):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-class Dies(Stranger):
+class Dies(Failing):
     name = "dies"
 
     def third_step(self, batch):
@@ -566,11 +566,11 @@ def register_methods(register):
 
 @pytest.mark.slow
 def test_runs_started_by_torchrun(tmp_path):
-    """Rows, files and weights are there once. A cell that fails in one process is a row, and the others are as without
-    it; a process that is killed ends the run, with one message, and costs no row that was there.
+    """Rows, files and weights are written once. A cell that fails on one rank is a row, and other rows do not change; a
+    rank that is killed ends the run with one message, and finished rows stay.
     """
     (tmp_path / "plugins").mkdir()
-    (tmp_path / "plugins" / "strangers.py").write_text(STRANGERS)
+    (tmp_path / "plugins" / "failing.py").write_text(THIRD_PARTY)
     words = [
         "dataset=digits", "budget.images=640", "methods.direct.pairs=64", "evaluation.images=64", "device=cpu",
         "evaluation.batch_size=16", "evaluation.timing=off", "evaluation.teacher_steps=[4]", "run_name=two",
@@ -602,7 +602,7 @@ def test_runs_started_by_torchrun(tmp_path):
     assert "in third_step" in traceback
 
     done = run("[direct,dies]", "alone")
-    assert done.returncode != 0 and done.stderr.count("another of the processes has ended") == 1, done.stderr[-3000:]
+    assert done.returncode != 0 and done.stderr.count("another rank has ended") == 1, done.stderr[-3000:]
     assert done.stdout.count("direct seed 0") + done.stderr.count("direct seed 0") == 1
     (train, scores), (train_among, scores_among) = records("alone"), records("among")
     assert train["processes"] == 2 and train["cost"]["images"] == 640 and train["status"] == "ok"

@@ -76,19 +76,19 @@ def error_of(registry, name="stranger"):
 # --- what ships ------------------------------------------------------------------------------------------------------
 
 
-def test_what_ships_is_found_by_entry_points():
+def test_built_in_classes_are_found_by_entry_points():
     registry = load_registry()
     assert not registry.broken
     for kind, names in SHIPPED.items():
         assert names <= set(registry.of_kind(kind))
 
 
-def test_own_plugins_come_first_so_that_no_stranger_takes_their_names():
+def test_own_plugins_are_loaded_first():
     first = list(itertools.takewhile(lambda s: s.distribution == "distillbench", installed()))
     assert {s.name for s in first} >= {"boot", "cm", "trained", "digits", "folder", "inception", "efficientnet_lite0"}
 
 
-def test_an_entry_says_what_makes_results_of_another_version_others(source):
+def test_the_identity_of_an_entry_changes_with_its_version_and_source(source):
     first, same, other = (load_registry([source(code)]) for code in (METHOD, METHOD, METHOD + "\n# changed\n"))
     identities = [registry.get("methods", "mine").identity() for registry in (first, same, other)]
     assert identities[0] == identities[1] != identities[2]
@@ -96,7 +96,7 @@ def test_an_entry_says_what_makes_results_of_another_version_others(source):
     assert identities[0]["version"] == "1.0"
 
 
-def test_an_unknown_name_is_an_error_with_the_nearest_one():
+def test_an_unknown_name_is_an_error_with_a_suggestion():
     with pytest.raises(UserError, match=r"no method 'bot'\. Did you mean 'boot'\? Possible: boot, cm, ct, dir"):
         load_registry().get("methods", "bot")
 
@@ -104,7 +104,7 @@ def test_an_unknown_name_is_an_error_with_the_nearest_one():
 # --- strangers -------------------------------------------------------------------------------------------------------
 
 
-def test_a_stranger_is_loaded_like_what_ships(source):
+def test_a_third_party_plugin_is_loaded_like_built_in_ones(source):
     registry = load_registry([*installed(), source(METHOD + METRIC)])
     assert not registry.broken
     assert registry.plugins[-1].brings == ["methods: mine", "metrics: score"]
@@ -202,7 +202,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_plugin_is_named_and_left_out(source, fault):
+def test_a_broken_plugin_is_reported_and_not_used(source, fault):
     code, message = BROKEN[fault]
     registry = load_registry([*installed(), source(code), source(METHOD, name="good")])
     assert message in error_of(registry)
@@ -211,28 +211,28 @@ def test_a_broken_plugin_is_named_and_left_out(source, fault):
     assert registry.get("methods", "boot").plugin.distribution == "distillbench"
 
 
-def test_a_plugin_is_left_out_as_a_whole(source):
+def test_a_broken_plugin_registers_nothing(source):
     """What it registered before it failed is not kept."""
     registry = load_registry([source(METHOD + METRIC.replace('"lower"', '"up"'))])
     error_of(registry)
     assert registry.methods == registry.metrics == {}
 
 
-def test_a_class_without_a_source_file_is_left_out(source):
+def test_a_class_without_a_source_file_is_not_used(source):
     """Its hash is part of every key; without it, results of two versions could not be told apart."""
     code = f"namespace = {{'__name__': 'nowhere'}}\nexec({IMPORTS + METHOD!r}, namespace)\n"
     registry = load_registry([source(code + "register_methods = namespace['register_methods']")])
     assert "TypeError" in error_of(registry)
 
 
-def test_two_strangers_of_one_name(source):
+def test_two_plugins_with_the_same_class_name(source):
     registry = load_registry([source(METHOD, name="one"), source(METHOD, name="two")])
     assert error_of(registry, "two") == "the name 'mine' of methods is taken by plugin one (one-package)"
     assert registry.get("methods", "mine").plugin.name == "one"
 
 
 @pytest.mark.parametrize("words", [["list", "methods"], ["describe", "boot"]], ids=" ".join)
-def test_the_command_line_warns_and_works(tmp_path, monkeypatch, capsys, words):
+def test_the_command_line_warns_of_broken_plugins(tmp_path, monkeypatch, capsys, words):
     (tmp_path / "stranger_cli.py").write_text("raise RuntimeError('no luck')")
     info = tmp_path / "stranger-1.0.dist-info"
     info.mkdir()

@@ -83,20 +83,20 @@ def row(training=None, speed=SPEED, **changes):
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_comes_back_as_it_was_written(tmp_path):
+def test_a_record_is_read_as_it_was_written(tmp_path):
     record = train_record()
     write_record(tmp_path / "train.json", record)
     assert read_record(tmp_path / "train.json", TrainRecord, INPUTS) == record
 
 
-def test_a_record_can_be_read_by_anything_that_reads_json(tmp_path):
+def test_a_record_is_plain_json(tmp_path):
     write_record(tmp_path / "train.json", train_record())
     plain = json.loads((tmp_path / "train.json").read_text())
     assert (plain["inputs"], plain["schema_version"]) == (INPUTS, 3)
     assert plain["key"] == key_of(plain["inputs"])
 
 
-def test_no_record_is_none(tmp_path):
+def test_a_missing_record_is_none(tmp_path):
     assert read_record(tmp_path / "train.json", TrainRecord, INPUTS) is None
 
 
@@ -122,13 +122,13 @@ def damages():
 
 
 @pytest.mark.parametrize("damage", damages())
-def test_a_damaged_record_is_said_to_be_damaged(tmp_path, damage):
+def test_a_damaged_record_is_an_error(tmp_path, damage):
     (tmp_path / "train.json").write_bytes(damages()[damage])
     with pytest.raises(ValueError, match=r"train\.json is damaged"):
         read_record(tmp_path / "train.json", TrainRecord, INPUTS)
 
 
-def test_a_record_of_another_version_is_read_or_refused_in_words(tmp_path):
+def test_older_records_are_read_and_newer_ones_refused(tmp_path):
     record, path = train_record(), tmp_path / "train.json"
     plain = json.loads(record.model_dump_json())
     path.write_text(json.dumps(plain | {"schema_version": 2}))  # had no checksum
@@ -138,13 +138,13 @@ def test_a_record_of_another_version_is_read_or_refused_in_words(tmp_path):
         read_record(path, TrainRecord, INPUTS)
 
 
-def test_a_folder_in_the_place_of_a_record_is_damage(tmp_path):
+def test_a_folder_instead_of_a_record_is_an_error(tmp_path):
     (tmp_path / "train.json").mkdir()
     with pytest.raises(ValueError, match="damaged"):
         read_record(tmp_path / "train.json", TrainRecord, INPUTS)
 
 
-def test_a_record_of_other_inputs_is_not_taken(tmp_path):
+def test_a_record_with_other_inputs_is_an_error(tmp_path):
     write_record(tmp_path / "train.json", train_record())
     with pytest.raises(ValueError, match="other inputs"):
         read_record(tmp_path / "train.json", TrainRecord, INPUTS | {"seed": 4})
@@ -163,7 +163,7 @@ def test_an_evaluation_is_final_unless_a_row_failed(statuses, whole):
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_of_a_student_says_what_its_training_cost():
+def test_a_student_row_has_the_training_cost():
     cells = row(train_record())
     assert {name: cells[name] for name in ("train_images", "train_seconds", "train_peak_rss_mib")} == {
         "train_images": 1000,
@@ -175,14 +175,14 @@ def test_a_row_of_a_student_says_what_its_training_cost():
     assert (cells["sampling_seed"], cells["sample_latency_p50_ms"], cells["train_tflops"]) == (7, 0.5, 0.125)
 
 
-def test_a_row_takes_the_speed_of_its_own_number_of_evaluations():
+def test_a_row_has_the_speed_of_its_nfe():
     """And has none, with the reason, where speed was not measured."""
     assert row(train_record(), nfe=2).get("sample_latency_p50_ms") is None
     without = row(train_record(), SPEED.model_copy(update={"rows": [], "reason": "killed"}))
     assert without["sample_latency_p50_ms"] is None and "sample_* empty: killed" in without["reason"]
 
 
-def test_the_reason_names_every_empty_value():
+def test_the_reason_lists_every_empty_column():
     reason = row(train_record())["reason"]
     assert "rmse empty: fresh noise" in reason
     assert "train_peak_gpu_mib, sample_peak_gpu_mib empty: no GPU in use" in reason
@@ -192,7 +192,7 @@ def test_the_reason_of_a_failure_comes_first():
     assert row(train_record(), status="failed", reason="ValueError: no")["reason"].startswith("ValueError: no; ")
 
 
-def test_a_row_of_the_teacher_has_no_training_and_says_so():
+def test_a_teacher_row_has_no_training_cost():
     cells = row(None)
     assert all(cells.get(name) is None for name in LAST if name.startswith("train_"))
     assert "nothing is distilled" in cells["reason"]
@@ -230,7 +230,7 @@ def numbers(table):
 # --- weights and pictures --------------------------------------------------------------------------------------------
 
 
-def test_samples_come_back_in_order():
+def test_samples_keep_their_order():
     shown = [torch.full((2, 1, 4, 4), k, dtype=torch.uint8) for k in range(12)]
     restored = unstack_shown(dict(reversed(list(stack_shown(shown).items()))))
     assert all(torch.equal(a, b) for a, b in zip(restored, shown, strict=True))
@@ -245,7 +245,7 @@ def columns_of(picture, line, count, side=48):
     return [pixels[top : top + side, left : left + side] for left in lefts]
 
 
-def test_the_picture_has_a_line_for_each_row_and_the_same_noise_in_each_column():
+def test_the_picture_has_a_line_for_each_row():
     grey = torch.arange(3 * 64, dtype=torch.uint8).view(3, 1, 8, 8)
     picture = sample_grid([("boot, 1 NFE", grey), ("a much longer label", 255 - grey)])
     assert picture.height == 4 + 2 * (48 + 4)
@@ -255,7 +255,7 @@ def test_the_picture_has_a_line_for_each_row_and_the_same_noise_in_each_column()
             assert np.array_equal(seen, expected.numpy())
 
 
-def test_the_picture_keeps_colour_and_large_images_as_they_are(tmp_path):
+def test_the_picture_shows_colours_and_large_images(tmp_path):
     colour = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     sample_grid([("colour", colour)]).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
@@ -263,5 +263,5 @@ def test_the_picture_keeps_colour_and_large_images_as_they_are(tmp_path):
             assert np.array_equal(seen, image.permute(1, 2, 0).numpy())
 
 
-def test_a_picture_of_nothing_is_a_picture():
+def test_a_picture_without_rows_can_be_written():
     assert sample_grid([]).size == (48, 48)

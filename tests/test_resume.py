@@ -1,4 +1,4 @@
-"""A training that is cut off goes on from its last state, and nothing tells that it was: weights, price, curve."""
+"""An interrupted training continues from its last state and ends with the same weights, price and loss curve."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEPS = IMAGES // BATCH
 
 
 class RecordingProgress(Progress):
-    """Keeps what it is told."""
+    """Records the lines."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -50,7 +50,7 @@ def states(folder, keep=2) -> States:
 
 
 def run(method, folder, kept=None, stop_after=10**6, budget=None, seconds=1e9):
-    """Train, with states in `kept` every so many seconds, until it is told to stop."""
+    """Train, saving states to `kept` every `seconds`; stop after `stop_after` steps."""
     generator = torch.Generator().manual_seed(7)
     read = lambda n: (torch.randn(n, 2, 1, 1, generator=generator), None)
     workspace = make_workspace(method.teacher, folder, budget or BudgetConfig(images=IMAGES))
@@ -75,29 +75,34 @@ def checkpoints_of(trained):
     return [(c.fraction, c.images, c.ready, c.file, c.sha256, counted(c.price)) for c in trained.checkpoints]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_training_that_is_cut_off_anywhere_ends_as_if_it_had_not_been(name, tmp_path):
-    whole = new(name)
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        *((name, 7) for name in METHODS),
+        ("pd", 1),
+        ("pd", STEPS - 2),
+        *(pytest.param(name, n, marks=pytest.mark.nightly) for name in METHODS for n in (1, STEPS - 2) if name != "pd"),
+    ],
+)
+def test_an_interrupted_training_ends_with_the_same_weights(name, first, tmp_path):
+    """Three processes are interrupted, the first after `first` steps; the fourth runs to the end."""
+    whole, method, kept = new(name), new(name), states(tmp_path)
     expected = run(whole, tmp_path / "whole")
-    for first in (1, 7, STEPS - 2):
-        folder = tmp_path / f"{name} {first}".replace(",", "")
-        kept = states(folder)
-        for stop_after in (first, 1, 3):  # of each process, the last of which may come to the end before
-            torch.manual_seed(stop_after)  # what the process did before
-            try:
-                run(new(name), folder, kept, stop_after)
-            except Interrupted:
-                assert kept.newest() is not None
-        method = new(name)
-        again = run(method, folder, kept)
-        assert same_weights(weights_of(whole), weights_of(method))
-        assert counted(again.price) == counted(expected.price)
-        assert losses(again) == losses(expected)
-        assert checkpoints_of(again) == checkpoints_of(expected)
-        assert any(line.startswith("continuing after ") for line in kept.progress.lines)
+    for stop_after in (first, 1, 3):  # the last of them may end before it is interrupted
+        torch.manual_seed(stop_after)  # each process has another state of the global generator
+        try:
+            run(new(name), tmp_path, kept, stop_after)
+        except Interrupted:
+            assert kept.newest() is not None
+    again = run(method, tmp_path, kept)
+    assert same_weights(weights_of(whole), weights_of(method))
+    assert counted(again.price) == counted(expected.price)
+    assert losses(again) == losses(expected)
+    assert checkpoints_of(again) == checkpoints_of(expected)
+    assert any(line.startswith("continuing after ") for line in kept.progress.lines)
 
 
-def test_keeping_states_changes_nothing(tmp_path):
+def test_saving_states_changes_nothing(tmp_path):
     with_some, without = new("pd"), new("pd")
     kept = states(tmp_path)
     one, other = run(with_some, tmp_path / "a", kept, seconds=0.0), run(without, tmp_path / "b")
@@ -105,11 +110,11 @@ def test_keeping_states_changes_nothing(tmp_path):
     assert len(list(kept.folder.iterdir())) == kept.keep
 
 
-# --- what else decides the future ------------------------------------------------------------------------------------
+# --- other state of a training ---------------------------------------------------------------------------------------
 
 
 class Odd(Method):
-    """Draws from a generator of its own, from the global ones, and trains two networks in two phases."""
+    """Draws from its own generator and the global ones, and trains two networks in three phases."""
 
     name, paper, needs_data, Config = "odd", "", False, MethodConfig
 
@@ -127,7 +132,7 @@ class Odd(Method):
     def start_phase(self, index):
         self.scale = [1.0, 2.0, 4.0][index]
         if not index:
-            self.offset = 0.25  # what only the first phase sets
+            self.offset = 0.25  # set only by the first phase
 
     def train_step(self, batch):
         drawn = torch.randn((), generator=self.generator) + torch.randn(()) + random.random() + np.random.rand()
@@ -146,7 +151,7 @@ def seed_everything() -> None:
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 6, 7, 8, 13, 14, 19])
-def test_generators_phases_and_several_networks_go_on(stop_after, tmp_path):
+def test_generators_phases_and_several_networks_are_restored(stop_after, tmp_path):
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         whole, method = Odd(), Odd()
@@ -163,7 +168,7 @@ def test_generators_phases_and_several_networks_go_on(stop_after, tmp_path):
     assert losses(again) == losses(expected)
 
 
-def test_a_network_that_is_no_attribute_cannot_be_kept_and_says_so(tmp_path):
+def test_a_network_that_is_not_an_attribute_cannot_be_saved(tmp_path):
     class Astray(Odd):
         def prepare(self, workspace):
             super().prepare(workspace)
@@ -179,9 +184,9 @@ def test_a_network_that_is_no_attribute_cannot_be_kept_and_says_so(tmp_path):
 # --- the price -------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_paid_before_is_charged_once(tmp_path):
-    """Pairs that are found again on the way are not charged again; what was spent before counts to the budget."""
-    budget = BudgetConfig(limit=Limit.nfe, nfe=400)  # 12 pairs of 4 evaluations, then 24 a step
+def test_cost_before_an_interruption_is_charged_once(tmp_path):
+    """Cached pairs are not charged again after a restart; what was spent before counts for the budget."""
+    budget = BudgetConfig(limit=Limit.nfe, nfe=400)  # 12 pairs of 4 evaluations, then 24 per step
     expected = run(new("direct"), tmp_path / "whole", budget=budget).price
     kept = states(tmp_path)
     with pytest.raises(Interrupted):
@@ -190,14 +195,14 @@ def test_what_was_paid_before_is_charged_once(tmp_path):
     assert counted(again) == counted(expected) and again.teacher_nfe == 48
 
 
-def test_seconds_go_on_and_the_way_back_is_free(tmp_path, monkeypatch):
+def test_seconds_continue_and_restoring_is_not_charged(tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr("distillbench.stopwatch.time.perf_counter", lambda: clock[0])
     meter = Meter(BudgetConfig(limit=Limit.seconds, seconds=10), mlp_teacher(), "cpu")
     clock[0] += 3
     meter.charge(5, 7, 2)
     price = replace(meter.price(), images=9, student_seconds=1.5)
-    clock[0] += 90  # the process died, and another comes up
+    clock[0] += 90  # the process died, and another starts
     later = Meter(BudgetConfig(limit=Limit.seconds, seconds=10), mlp_teacher(), "cpu")
     later.charge(5, 7, 2)
     clock[0] += 4
@@ -212,7 +217,7 @@ def test_seconds_go_on_and_the_way_back_is_free(tmp_path, monkeypatch):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_state_is_what_was_kept(tmp_path):
+def test_a_state_is_restored_as_it_was_saved(tmp_path):
     kept, state = states(tmp_path), State()
     state.add("a", State({"x": torch.arange(3), "y/z": torch.tensor(1.5)}, {"n": [1, None]}))
     state.values["price"] = {"seconds": 0.1}
@@ -225,7 +230,7 @@ def test_a_state_is_what_was_kept(tmp_path):
     assert kept.newest() is None and not kept.folder.exists()
 
 
-def test_the_last_two_are_kept(tmp_path):
+def test_only_the_last_two_states_stay(tmp_path):
     kept = states(tmp_path)
     for images in (5, 100, 20):
         kept.save(images, State({}, {"images": images}))
@@ -246,7 +251,7 @@ def flipped(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_state_is_set_aside_and_the_one_before_is_used(damage, tmp_path):
+def test_a_damaged_state_is_renamed_and_the_previous_one_is_used(damage, tmp_path):
     kept = states(tmp_path)
     for images in (10, 20):
         kept.save(images, State({"x": torch.full((9,), images)}, {"images": images}))
@@ -259,7 +264,7 @@ def test_a_damaged_state_is_set_aside_and_the_one_before_is_used(damage, tmp_pat
     assert kept.newest().values["images"] == 10 and len(kept.progress.lines) == 1
 
 
-def test_a_state_of_another_format_is_refused_in_words(tmp_path, monkeypatch):
+def test_a_state_of_another_format_is_not_used(tmp_path, monkeypatch):
     kept = states(tmp_path)
     monkeypatch.setattr(distillbench.resume, "FORMAT", 0)
     kept.save(10, State({}, {}))
@@ -268,7 +273,7 @@ def test_a_state_of_another_format_is_refused_in_words(tmp_path, monkeypatch):
     assert "its format is 0, this version reads format 1; it was renamed" in kept.progress.lines[0]
 
 
-def test_a_file_that_is_no_state_is_set_aside(tmp_path):
+def test_a_file_that_is_not_a_state_is_renamed(tmp_path):
     kept = states(tmp_path)
     kept.folder.mkdir(parents=True)
     path = kept.folder / "state-000000000001-0.safetensors"
@@ -279,7 +284,7 @@ def test_a_file_that_is_no_state_is_set_aside(tmp_path):
     assert load_file(kept.folder / f"aside-{named.name}")
 
 
-def test_a_full_disk_costs_the_state_and_not_the_training(tmp_path, monkeypatch):
+def test_a_full_disk_loses_the_state_but_not_the_training(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""From the command to the table, end to end at a tiny size: what is written, found again, repaired and reported."""
+"""Whole small runs: what they write, reuse, repair and report."""
 
 import dataclasses
 import io
@@ -57,7 +57,7 @@ TEACHER = ["teacher.width=16", "teacher.depth=1", "teacher.budget.images=512"]
 
 @dataclasses.dataclass
 class Ran:
-    """A run in process: its outcome, the rows as they came, what it said, and where it wrote."""
+    """A run in this process: its outcome, the rows as they arrived, its output, and its folder."""
 
     table: pd.DataFrame
     folder: Path
@@ -89,7 +89,7 @@ def go(results, *words, registry=None, policy=AS_IS):
 
 
 def state(folder):
-    """Every file below `folder` with its content and the time it was written at."""
+    """Every file below `folder` with its content and modification time."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): (sha256_file(path), path.stat().st_mtime_ns) for path in files}
 
@@ -100,7 +100,7 @@ def scores(table):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder of a dozen images that no teacher ships for."""
+    """A folder of a dozen images."""
     folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for index in range(12):
@@ -145,7 +145,7 @@ def copied(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_columns_are_those_of_the_issue_in_that_order(first):
+def test_the_columns_have_a_fixed_order(first):
     assert list(first.table.columns) == COLUMNS.split()
 
 
@@ -165,7 +165,7 @@ def test_there_is_one_row_for_each_dataset_teacher_method_seed_and_nfe(first):
     assert first.table["teacher"].nunique() == 1
 
 
-def test_everything_went_well_and_empty_values_have_reasons(first):
+def test_all_rows_are_ok_and_empty_values_have_reasons(first):
     assert first.failed == []
     assert (first.table["status"] == "ok").all()
     assert first.table["sample_peak_gpu_mib"].isna().all()
@@ -194,7 +194,7 @@ def test_every_method_trained_on_the_same_number_of_images(first):
     assert np.allclose(parts.sum(axis=1).astype(float), students["train_seconds"].astype(float), rtol=1e-9)
 
 
-def test_the_plan_foresaw_the_price(first, words):
+def test_the_plan_estimated_the_exact_price(first, words):
     registry = load_registry()
     cells = plan(compose_runs([*words, f'results_dir="{first.results}"'], registry), registry)
     for cell in (cell for cell in cells if cell.entry is not None):
@@ -204,14 +204,14 @@ def test_the_plan_foresaw_the_price(first, words):
         assert cell.price.student_nfe == pytest.approx(row["train_student_nfe"], rel=0.02)
 
 
-def test_rows_came_one_after_the_other(first):
+def test_rows_arrive_one_by_one(first):
     pd.testing.assert_frame_equal(first.grown.reset_index(drop=True), first.table)
 
 
 # --- the files -------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_has_what_the_readme_says(first):
+def test_the_folder_has_the_files_that_the_readme_lists(first):
     names = {path.name for path in first.folder.iterdir()}
     tables = {f"{name}.{kind}" for name in ("table", "summary") for kind in ("csv", "parquet")}
     assert names == tables | {"columns.json", "samples.png", "weights", "config.yaml", "environment.json"}
@@ -257,7 +257,7 @@ def test_keys_are_the_hashes_of_the_inputs_in_the_records(first):
     assert set(first.table["key"]) == evaluations
 
 
-def test_the_inputs_are_all_that_decides_a_training(first):
+def test_the_inputs_are_everything_that_decides_a_training(first):
     inputs = json.loads((first.cell("boot", 1) / "train.json").read_bytes())["inputs"]
     assert inputs["seed"] == 1
     assert inputs["budget"] == {"limit": "images", "amount": BUDGET}
@@ -272,7 +272,7 @@ def first_config(ran):
     return next(iter(yaml.safe_load_all((ran.folder / "config.yaml").read_text())))
 
 
-def test_the_resolved_settings_are_beside_the_table(first, images):
+def test_the_resolved_settings_are_next_to_the_table(first, images):
     runs = list(yaml.safe_load_all((first.folder / "config.yaml").read_text()))
     assert [run["seed"] for run in runs] == [0, 1]
     assert list(runs[0]["methods"]) == ["boot", "cm", "pd", "direct"]
@@ -280,7 +280,7 @@ def test_the_resolved_settings_are_beside_the_table(first, images):
     assert runs[0]["budget"]["images"] == BUDGET
 
 
-def test_the_environment_is_beside_the_table_and_names_no_one(first):
+def test_the_environment_is_next_to_the_table_without_names_or_paths(first):
     text = (first.folder / "environment.json").read_text()
     environment = json.loads(text)
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
@@ -293,7 +293,7 @@ def test_the_environment_is_beside_the_table_and_names_no_one(first):
 
 
 def refuse_work(monkeypatch):
-    """From here on, training and sampling are errors."""
+    """Make training and sampling raise."""
 
     def refuse(*arguments, **more):
         raise AssertionError("a finished cell is run again")
@@ -307,7 +307,7 @@ def refuse_work(monkeypatch):
         monkeypatch.setattr(name, refuse)
 
 
-def test_the_same_command_again_does_nothing_and_gives_the_same(first, words, monkeypatch):
+def test_the_same_command_again_finds_all_results(first, words, monkeypatch):
     assert first.said.count("training the teacher") == 1
     before = state(first.results / "cells"), state(first.results / "cache")
     refuse_work(monkeypatch)
@@ -318,7 +318,7 @@ def test_the_same_command_again_does_nothing_and_gives_the_same(first, words, mo
     assert "training the teacher" not in again.said
 
 
-def test_a_part_of_a_run_is_found_too(first, words, monkeypatch):
+def test_a_part_of_a_run_is_found(first, words, monkeypatch):
     refuse_work(monkeypatch)
     part = go(first.results, *words, "methods=[cm]", "seed=1")
     assert part.folder != first.folder
@@ -334,8 +334,8 @@ def test_other_settings_are_another_training(copied, word, monkeypatch):
     assert "AssertionError: a finished cell is run again" in another.said
 
 
-def test_two_runs_with_one_seed_give_the_same(small, tmp_path):
-    """In fresh folders, to the last bit: scores, weights and samples."""
+def test_two_runs_with_the_same_seed_are_equal(small, tmp_path):
+    """Scores, weights and samples are equal to the bit in new folders."""
     other = go(tmp_path, "methods=[boot]", *SMALLER)
     pd.testing.assert_frame_equal(scores(other.table), scores(small.table))
     hashes = [json.loads((ran.cell("boot") / "train.json").read_bytes())["weights_sha256"] for ran in (other, small)]
@@ -366,7 +366,7 @@ def edit(path, **fields):
 
 
 def flip(path):
-    """A digit of a number."""
+    """Change a digit of a number."""
     text = path.read_text()
     at = re.search(r"\d\.\d+", text).start() + 2
     path.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
@@ -394,7 +394,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_damaged_is_reported_and_made_again(small, copied, damage):
+def test_damaged_files_are_reported_and_made_again(small, copied, damage):
     pattern, harm, message = DAMAGE[damage]
     (path,) = copied.cell("boot").glob(pattern)
     harm(path)
@@ -416,7 +416,7 @@ def test_after_a_repair_nothing_is_left_to_do(copied, monkeypatch):
 
 
 class Stranger(Method):
-    """A method that does what its settings say, and that is right but for that."""
+    """A correct method, except for the fault in its settings."""
 
     paper, needs_data = "none", False
     Config = MethodConfig
@@ -507,7 +507,7 @@ def with_strangers(*classes):
 
 @pytest.fixture(scope="module")
 def strange(tmp_path_factory):
-    """Methods that fail in every way, and one that works, at the end."""
+    """Methods that fail in every way, and a last one that works."""
     names = ",".join(cls.name for cls in STRANGERS)
     results = tmp_path_factory.mktemp("strange")
     return go(results, f"methods=[{names},boot]", *SMALLER, registry=with_strangers(*STRANGERS))
@@ -525,11 +525,11 @@ def strange(tmp_path_factory):
         ("samples_nothing", 1, "ok", ""),
         ("samples_nothing", 2, "failed", "RuntimeError: samples must have shape (16, 1, 8, 8), got (16, 1, 4, 8)"),
         ("counts_wrong", 1, "ok", ""),
-        ("counts_wrong", 2, "failed", "RuntimeError: asked for 2 evaluations an image, counted 1"),
+        ("counts_wrong", 2, "failed", "RuntimeError: requested 2 evaluations per image, counted 1"),
         ("boot", 1, "ok", ""),
     ],
 )
-def test_what_fails_gets_its_status_and_reason_and_the_others_finish(strange, method, nfe, status, reason):
+def test_failed_cells_have_a_status_and_reason_and_the_others_finish(strange, method, nfe, status, reason):
     row = strange.row(method, nfe)
     assert row["status"] == status
     assert row["reason"].startswith(reason)
@@ -541,7 +541,7 @@ def test_the_run_says_which_cells_are_not_ok(strange):
     assert strange.failed == [f"{cls.name} (seed 0)" for cls in STRANGERS]
 
 
-def test_a_failure_in_training_costs_nothing_and_leaves_no_weights(strange):
+def test_a_failed_training_has_no_cost_and_no_weights(strange):
     for method in ("raises", "becomes_nan"):
         row = strange.row(method)
         assert pd.isna(row["train_images"])
@@ -550,20 +550,20 @@ def test_a_failure_in_training_costs_nothing_and_leaves_no_weights(strange):
     assert names == {"samples_nan", "samples_nothing", "counts_wrong", "boot"}
 
 
-def test_the_traceback_is_kept_beside_the_record(strange):
+def test_the_traceback_is_next_to_the_record(strange):
     text = (strange.cell("raises") / "error.txt").read_text()
     assert text.startswith("Traceback")
     assert "no luck\nin two lines" in text
     assert str(strange.cell("raises") / "error.txt") in strange.said
 
 
-def test_the_picture_shows_what_there_is(strange):
+def test_the_picture_shows_the_rows_that_are_ok(strange):
     with Image.open(strange.folder / "samples.png") as picture:
         assert picture.height == 4 + (strange.table["status"] == "ok").sum() * (48 + 4)
 
 
 @pytest.mark.slow
-def test_a_failed_cell_is_tried_again_when_asked_and_a_diverged_one_when_forced(tmp_path):
+def test_retry_failed_runs_failed_cells_and_force_runs_all(tmp_path):
     words = ["methods=[raises,becomes_nan]", *SMALLER]
     first = go(tmp_path, *words, registry=with_strangers(Raises, BecomesNan))
     (error,) = tmp_path.glob("cells/*/error.txt")
@@ -579,7 +579,7 @@ def test_a_failed_cell_is_tried_again_when_asked_and_a_diverged_one_when_forced(
     assert (forced.row("becomes_nan")["status"], forced.failed) == ("ok", [])
 
 
-def test_fail_fast_leaves_out_what_comes_after(tmp_path):
+def test_fail_fast_skips_later_cells(tmp_path):
     words = ["methods=[raises,boot]", *SMALLER]
     ran = go(tmp_path, *words, registry=with_strangers(Raises), policy=Policy(fail_fast=True))
     assert ran.row("boot")["status"] == "skipped"
@@ -600,7 +600,7 @@ class NeedsMuch(Stranger):
         yield from super().train_step(batch)
 
 
-def test_out_of_memory_has_a_status_and_may_be_met_by_smaller_parts(tmp_path):
+def test_out_of_memory_has_a_status_or_splits_the_steps(tmp_path):
     words = ["methods=[needs_much]", *SMALLER]
     failed = go(tmp_path, *words, registry=with_strangers(NeedsMuch)).row("needs_much")
     assert failed["status"] == "oom" and "Tried to allocate 1 PiB" in failed["reason"]
@@ -622,8 +622,8 @@ def test_out_of_memory_has_a_status_and_may_be_met_by_smaller_parts(tmp_path):
         (Peeks, "RuntimeError: the method declares needs_data = False but asks for real images"),
     ],
 )
-def test_what_fails_when_it_is_planned_fails_alone(tmp_path, cls, reason):
-    """A stranger's error is found while planning, but it is the row of that method that has to say so."""
+def test_a_method_that_fails_in_the_plan_fails_alone(tmp_path, cls, reason):
+    """An error of a third-party method in the plan is reported in its row."""
     ran = go(tmp_path, f"methods=[{cls.name},boot]", *SMALLER, registry=with_strangers(cls))
     row = ran.row(cls.name)
     assert (row["status"], row["reason"][: len(reason)]) == ("failed", reason)
@@ -684,7 +684,7 @@ def test_other_data_or_another_recipe_is_another_teacher(first, words):
         assert plan(configs, registry)[0].shared.source.plan().origin == "to be trained"
 
 
-def test_a_given_teacher_is_used_whatever_its_recipe(first, words, tmp_path):
+def test_a_given_teacher_file_is_used_with_any_recipe(first, words, tmp_path):
     (file,) = (first.results / "cache" / "teachers").iterdir()
     shutil.copy(file, tmp_path / "mine.safetensors")
     quick = [*words, "methods=[boot]", "seed=0", "evaluation.metrics=[teacher_rmse]", "teacher.width=0"]
@@ -706,7 +706,7 @@ def test_a_damaged_teacher_in_the_cache_is_made_again(first, words, tmp_path):
 
 
 def test_a_grid_over_datasets_is_one_table(images, tmp_path):
-    """Rows of both, the picture included, though the images differ in size."""
+    """Rows and pictures of both datasets, although their images differ in size."""
     data = ["dataset=folder", f"dataset.path={images}", "dataset.resolution=8,4", "dataset.channels=1"]
     ran = go(tmp_path, "methods=[boot]", *data, *SMALL, *TEACHER, "evaluation.metrics=[teacher_rmse]")
     assert len(ran.table) == 2 * 3
@@ -722,13 +722,13 @@ def test_one_setting_of_a_method_can_be_swept(copied):
     assert len(list((ran.folder / "weights").glob("boot-seed0-*"))) == 2 + 1  # and that of the run before
 
 
-def test_what_two_points_of_a_grid_share_is_done_once(copied, monkeypatch):
+def test_results_that_two_grid_points_share_are_made_once(copied, monkeypatch):
     ran = go(copied.results, "methods=[boot],[boot,direct]", *SMALLER, "seed=0,1")
     assert ran.table["method"].value_counts().to_dict() == {"teacher:ddim": 2, "boot": 2, "direct": 2}
 
 
-def test_rows_say_where_heun_is_unstable(tmp_path):
-    """The teacher's own, and those that are compared with its answers."""
+def test_rows_have_a_note_if_heun_is_unstable(tmp_path):
+    """The teacher's rows, and those that are compared with its samples."""
     words = ["methods=[boot]", *SMALLER, *TEACHER, "evaluation.timing=off", "budget.images=64"]
     ran = go(tmp_path, *words, "evaluation.teacher_samplers=[heun]", "evaluation.teacher_steps=[1,4]")
     notes = {(row["method"], row["nfe"]): row["note"] for row in ran.table.to_dict("records")}

@@ -1,4 +1,4 @@
-"""Scores from the command to the table, end to end: a stranger's score, sampling seeds, scores along training."""
+"""Scores from the command to the table, end to end: a third-party metric, sampling seeds, checkpoints."""
 
 import dataclasses
 import io
@@ -34,7 +34,7 @@ WORDS = [
 
 
 class Brightness(Metric):
-    """A stranger's score, of which the core knows nothing."""
+    """A third-party metric."""
 
     name = "brightness"
     unit = "pixel values in [-1, 1]"
@@ -59,14 +59,14 @@ def ran(registry, tmp_path_factory):
     return run(plan(configs, registry), configs, Progress(Console(file=io.StringIO())), lambda rows: None)
 
 
-def test_a_strangers_score_has_its_column_its_unit_and_its_direction(ran):
+def test_a_third_party_metric_has_column_unit_and_direction(ran):
     assert ran.table["brightness"].between(-1, 1).all()
     declared = json.loads((ran.folder / "columns.json").read_text())["brightness"]
     assert (declared["unit"], declared["direction"]) == ("pixel values in [-1, 1]", "higher")
     assert "brightness" in pd.read_csv(ran.folder / "summary.csv").columns
 
 
-def test_a_strangers_score_has_its_arrow_on_the_terminal(registry, tmp_path, monkeypatch, capsys):
+def test_a_third_party_metric_has_its_arrow_on_the_terminal(registry, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("distillbench.registry.load_registry", lambda *selected: registry)
     words = [*WORDS, "evaluation.seeds=[0]", "evaluation.checkpoints=0", f"results_dir={tmp_path}"]
     cli.main(["run", *words])
@@ -81,7 +81,7 @@ def test_every_sampling_seed_has_its_row_from_one_training(ran):
     assert student["teacher_rmse"].nunique() == 3  # other noise, other scores
 
 
-def test_the_summary_is_over_the_sampling_seeds_and_says_so(ran):
+def test_the_summary_is_over_sampling_seeds(ran):
     summary = pd.read_csv(ran.folder / "summary.csv")
     (row,) = summary[summary["method"] == "direct"].to_dict("records")
     values = ran.table[ran.table["method"] == "direct"]["teacher_rmse"]
@@ -91,7 +91,7 @@ def test_the_summary_is_over_the_sampling_seeds_and_says_so(ran):
     assert row["teacher_rmse_sampling_low"] < values.mean() < row["teacher_rmse_sampling_high"]
 
 
-def test_scores_along_training_lie_over_their_cost(ran):
+def test_scores_of_checkpoints_have_their_cost(ran):
     along = pd.read_csv(ran.folder / "along.csv")
     assert sorted(along["fraction"].unique()) == [0.25, 0.5, 0.75, 1.0]
     assert along.groupby("fraction")["train_images"].first().to_list() == [100, 200, 300, 400]

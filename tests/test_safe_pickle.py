@@ -1,4 +1,4 @@
-"""Pickles give plain values and tensors; whatever else they ask for is refused by name, and nothing of it happens."""
+"""Pickles give plain values and tensors; everything else is refused by name and not executed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_plain_values_come_out_as_they_went_in(file, protocol):
     assert read(file, pickle.dumps(PLAIN, protocol)) == PLAIN
 
 
-def test_what_is_named_twice_is_one_object(file):
+def test_a_value_referred_to_twice_is_one_object(file):
     shared = [1]
     first, second = read(file, pickle.dumps([shared, shared]))
     assert first is second
@@ -115,13 +115,13 @@ def test_numpys_numbers_come_out_as_pythons(file, protocol):
         assert np.array_equal(read(file, pickle.dumps(pushed, protocol)).value, pushed)
 
 
-def test_numpys_older_names_are_known(file):
+def test_older_names_of_numpy_are_supported(file):
     dtype = call("numpy.dtype", "f8", False, True)
     scalar = call("numpy.core.multiarray.scalar", dtype, _latin1(np.float64(0.25).tobytes()))
     assert read(file, pickled(scalar)) == 0.25
 
 
-def test_modules_that_hold_others_come_out_as_records(file):
+def test_container_modules_come_out_as_persistent_objects(file):
     module = nn.ModuleDict({"a": nn.ModuleList(), "b": nn.Sequential()})
     out = read(file, pickle.dumps(module))
     assert isinstance(out, PersistentObject) and out.class_name == "ModuleDict"
@@ -136,7 +136,7 @@ def persistent(source: str, class_name: str = "Linear") -> bytes:
     return call("torch_utils.persistence._reconstruct_persistent_obj", easy)
 
 
-def test_the_source_text_in_a_file_is_not_looked_at(file, marker):
+def test_the_source_code_in_a_file_is_ignored(file, marker):
     out = read(file, pickled(persistent(f"open({str(marker)!r}, 'w')\nclass Linear: pass")))
     assert out == PersistentObject("Linear", {"n": 1})
     assert not marker.exists()
@@ -252,7 +252,7 @@ def buffer_of(save) -> bytes:
     (lambda marker: b"", "not in torch's own format"),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
-def test_values_of_tensors_are_held_to_their_format(file, marker, content, words):
+def test_values_of_tensors_must_have_torchs_format(file, marker, content, words):
     pushed = pickle.dumps(content(marker), 4)[2:]
     proto4 = b"\x80\x04" + name("torch.storage._load_from_bytes") + _unframed(pushed) + b"\x85R."
     with pytest.raises(UserError, match=words):
@@ -348,7 +348,7 @@ def test_opcodes_cannot_be_misused(file, opcodes, words):
 # --- what would crash or fill the machine ----------------------------------------------------------------------------
 
 
-def test_neither_depth_nor_memo_nor_doubling_does_harm(file):
+def test_deep_nesting_large_memos_and_doubling_are_harmless(file):
     start = time.monotonic()
     with pytest.raises(UserError, match="a tuple as a key"):
         read(file, pickled(b"})" + b"\x85" * 200_000 + b"Ns"))  # Python's own reader overflows the C stack here
@@ -385,7 +385,7 @@ def sample() -> bytes:
     return pickle.dumps(state, 4)
 
 
-def test_every_cut_is_one_message(file):
+def test_every_truncation_is_one_message(file):
     content = sample()
     for length in range(len(content)):
         with pytest.raises(UserError):

@@ -1,4 +1,4 @@
-"""Scores made of features against their definitions written out, and against Gaussians whose distance is known."""
+"""Metrics of features against their definitions written out, and against Gaussians with a known distance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distillbench.scores import nearest
 
 
 class Given(FeatureNetwork):
-    """Stands for a network; the features are given."""
+    """A network whose features are given."""
 
     name, protocol, width = "given", "given/1", 0
 
@@ -29,7 +29,7 @@ class Given(FeatureNetwork):
 
 
 class Known(ImageSet):
-    """Images of which the features (N,D) are known."""
+    """Images whose features (N,D) are given."""
 
     def __init__(self, features: Tensor) -> None:
         super().__init__(lambda: [], len(features), (3, 1, 1), Networks(Path(), "cpu"))
@@ -65,33 +65,34 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def radius(points: Tensor, i: int, k: int) -> float:
-    """From point i to its k-th neighbour among the others."""
+    """The distance of point i to its k-th neighbour among the others."""
     return sorted(distance(points[i], points[j]) for j in range(len(points)) if j != i)[k - 1]
 
 
 def inside(centres: Tensor, others: Tensor, k: int) -> np.ndarray:
-    """(centre, other): whether the other lies in the ball of the centre that reaches to its k-th neighbour."""
+    """(centre, other): whether the other is in the ball of the centre up to its k-th neighbour."""
     found = np.zeros((len(centres), len(others)), dtype=bool)
-    for i, j in product(range(len(centres)), range(len(others))):
-        found[i, j] = distance(centres[i], others[j]) <= radius(centres, i, k)
+    for i in range(len(centres)):
+        reach = radius(centres, i, k)
+        found[i] = [distance(centres[i], other) <= reach for other in others]
     return found
 
 
-def test_precision_and_recall_are_the_shares_in_balls_to_the_third_neighbour():
+def test_precision_and_recall_count_balls_up_to_the_third_neighbour():
     found = [on(score).score(samples(OURS, REAL)) for score in (scores.Precision, scores.Recall)]
     expected = [inside(REAL, OURS, 3).any(axis=0).mean(), inside(OURS, REAL, 3).any(axis=0).mean()]
     assert found == pytest.approx(expected, rel=1e-6)
     assert min(found) > 0.1 and max(found) < 0.95 and found[0] != found[1]
 
 
-def test_density_and_coverage_count_balls_to_the_fifth_neighbour():
+def test_density_and_coverage_count_balls_up_to_the_fifth_neighbour():
     found = [on(score).score(samples(OURS, REAL)) for score in (scores.Density, scores.Coverage)]
     balls = inside(REAL, OURS, 5)
     assert found == pytest.approx([balls.sum() / (5 * len(OURS)), balls.any(axis=1).mean()], rel=1e-6)
     assert min(found) > 0.1 and max(found) < 0.95
 
 
-def test_density_and_coverage_of_many_images_are_put_together_of_blocks(monkeypatch):
+def test_shares_do_not_depend_on_the_blocks_of_distances(monkeypatch):
     both = scores.Density, scores.Coverage, scores.Precision, scores.Recall
     whole = [on(score).score(samples(OURS, REAL)) for score in both]
     for limit, value in (("ROWS", 7), ("MOST_DISTANCES", 100)):
@@ -100,7 +101,7 @@ def test_density_and_coverage_of_many_images_are_put_together_of_blocks(monkeypa
             assert [on(score).score(samples(OURS, REAL)) for score in both] == whole
 
 
-def test_two_scores_of_one_computation_compute_once(monkeypatch):
+def test_precision_and_recall_share_one_computation(monkeypatch):
     calls = []
     monkeypatch.setattr(scores, "_precision_and_recall", lambda *_: calls.append(1) or (0.25, 0.75))
     both = samples(OURS, REAL)
@@ -109,7 +110,7 @@ def test_two_scores_of_one_computation_compute_once(monkeypatch):
 
 @pytest.mark.parametrize("score", [scores.Precision, scores.Recall, scores.Density, scores.Coverage])
 def test_neighbours_need_images(score):
-    with pytest.raises(Unavailable, match="neighbour"):
+    with pytest.raises(Unavailable, match=r"neighbour \d needs more than"):
         on(score).score(samples(OURS, REAL[:3]))
 
 
@@ -124,8 +125,8 @@ FAR_OURS = (0.95 * normal(20, 64, 0) + 300.1).float().double()  # a mean of 300 
 FAR_REAL = (normal(80, 64, 1) + 300).float().double()
 
 
-def test_neighbours_are_right_where_the_mean_is_large_beside_the_spread():
-    """In float32 density was 14.5 for 12.8 there. The truth: differences, squared, in float64."""
+def test_neighbours_are_accurate_if_the_mean_is_large_beside_the_spread():
+    """Expected values come from squared differences in float64. (In float32, density was 14.5 instead of 12.8.)"""
     far = samples(FAR_OURS, FAR_REAL)
     across = (FAR_REAL[:, None] - FAR_OURS).square().sum(dim=2).sqrt()
     among_real = (FAR_REAL[:, None] - FAR_REAL).square().sum(dim=2).sqrt().sort(dim=1).values
@@ -143,7 +144,7 @@ def test_neighbours_are_right_where_the_mean_is_large_beside_the_spread():
     assert 0 < found[scores.Coverage] < 1 and 0 < found[scores.Precision] < 1 and found[scores.Density] > 0.1
 
 
-def test_neighbours_and_kernels_are_torch_fidelitys_in_float64():
+def test_neighbours_and_kernels_agree_with_torch_fidelity():
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -166,13 +167,13 @@ def test_neighbours_and_kernels_are_torch_fidelitys_in_float64():
 
 
 def test_copies_of_real_images_have_distance_zero():
-    """Also far from the origin, where the distances of torch.cdist keep few digits."""
+    """Also far from the origin, where torch.cdist is inaccurate."""
     real = normal(60, 500, 3) + 3
     assert on(scores.NearestReal).score(samples(real[:20], real)) == 0
     close = real[:20] + 1e-3 * normal(20, 500, 4)
     expected = (close - real[:20]).norm(dim=1)
     torch.testing.assert_close(nearest(close.float(), real.float()).double(), expected, rtol=1e-3, atol=0)
-    with pytest.raises(Unavailable, match="twice"):
+    with pytest.raises(Unavailable, match="duplicates"):
         on(scores.NearestReal).score(samples(real[:20], torch.cat([real, real])))
 
 
@@ -180,7 +181,7 @@ def test_copies_of_real_images_have_distance_zero():
 
 
 def test_kernel_distance_is_the_unbiased_mmd():
-    """Subsets of all images, so that each of the hundred is the whole."""
+    """With subsets of the size of the whole set."""
 
     class Whole(scores.KernelDistance):
         subset = 30
@@ -196,8 +197,8 @@ def test_kernel_distance_is_the_unbiased_mmd():
     assert on(Whole).score(samples(OURS, REAL[:30])) == pytest.approx(within - 2 * across, rel=1e-5)
 
 
-def test_kernel_distance_of_one_law_is_zero_on_average():
-    """Of another it is E k(x,x') + E k(y,y') - 2 E k(x,y): with D = 1 and means 0 and 1, of moments of normals."""
+def test_kernel_distance_of_equal_distributions_is_zero_on_average():
+    """Else it is E k(x,x') + E k(y,y') - 2 E k(x,y), here from moments of normals with D = 1 and means 0 and 1."""
 
     class Small(scores.KernelDistance):
         subset = 200
@@ -218,7 +219,7 @@ def test_kernel_distance_needs_a_subset_of_images():
 
 
 def whitened(n: int, width: int, seed: int) -> Tensor:
-    """Points (n,width) with mean 0 and covariance 1 over n - 1, exactly."""
+    """Points (n,width) with mean 0 and identity covariance (over n - 1), exactly."""
     x = normal(n, width, seed)
     q = torch.linalg.qr(x - x.mean(dim=0))[0]
     return q * (n - 1) ** 0.5
@@ -238,8 +239,8 @@ def test_frechet_distance_of_fitted_gaussians_is_the_closed_form():
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("decay", [0, 1])
 @pytest.mark.parametrize("multiple", [4, 8])
-def test_extrapolation_takes_away_most_of_the_bias(decay, multiple, seed):
-    """Independent normal features of which 4 D or 8 D are seen; all real ones are (their covariance is exact)."""
+def test_extrapolation_removes_most_of_the_bias(decay, multiple, seed):
+    """Independent normal features, 4 D or 8 D of them; the covariance of the real ones is exact."""
     width, shift, scale = 64, 0.03, 1.1
     s = torch.arange(1, width + 1, dtype=torch.float64) ** (-decay / 2)
     s = s * (width / s.square().sum()).sqrt()
@@ -251,14 +252,14 @@ def test_extrapolation_takes_away_most_of_the_bias(decay, multiple, seed):
     assert plain > 1 and abs(extrapolated) < 0.35 * plain
 
 
-def test_extrapolation_is_refused_where_the_bias_is_no_line():
+def test_extrapolation_needs_enough_samples():
     score = on(scores.FrechetDistanceExtrapolated)
     assert score.score(samples(normal(24, 6, 0), REAL)) is not None
-    with pytest.raises(Unavailable, match="takes 24 samples, here are 23"):
+    with pytest.raises(Unavailable, match="needs 24 samples, got 23"):
         score.score(samples(normal(23, 6, 0), REAL))
 
 
-# --- the teacher's answers -------------------------------------------------------------------------------------------
+# --- comparisons with the teacher ------------------------------------------------------------------------------------
 
 
 def test_feature_distance_to_teacher_is_a_mean_over_pairs():
@@ -268,11 +269,11 @@ def test_feature_distance_to_teacher_is_a_mean_over_pairs():
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_spread_is_that_of_the_teacher_times_the_scale_whatever_the_mean():
+def test_spread_is_the_scale_whatever_the_mean():
     assert on(scores.FeatureSpread).score(samples(0.4 * OURS + 7, REAL, OURS)) == pytest.approx(0.4, rel=1e-6)
 
 
-def test_spread_within_classes_does_not_see_the_distance_between_them():
+def test_spread_within_classes_ignores_the_distance_between_them():
     labels = torch.arange(30) % 3
     apart = 100.0 * labels[:, None].double()
     score = on(scores.FeatureSpread)
@@ -280,6 +281,6 @@ def test_spread_within_classes_does_not_see_the_distance_between_them():
     assert score.score(samples(2 * OURS + apart, REAL, OURS)) > 20
 
 
-def test_there_is_no_spread_relative_to_a_constant_teacher():
-    with pytest.raises(Unavailable, match="do not differ"):
+def test_spread_is_undefined_for_a_constant_teacher():
+    with pytest.raises(Unavailable, match="are all equal"):
         on(scores.FeatureSpread).score(samples(OURS, REAL, torch.ones(30, 6)))

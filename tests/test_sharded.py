@@ -1,4 +1,4 @@
-"""Networks that are spread over two processes: the same students as from one process, kept whole."""
+"""Networks sharded over two ranks: the same students as from one process, saved as full tensors."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from test_ranks import BATCH, METHODS, SHAPE, SILENT, SMALL, alike, free_port
 
 SHARD, PLAIN = ComputeConfig(shard=True), ComputeConfig()
 IMAGES = 4 * BATCH
-LAST = {"parts": 3, "images": IMAGES - 3, "mu": 0.0}  # 5 images, of two processes, in parts; its own target
+LAST = {"parts": 3, "images": IMAGES - 3, "mu": 0.0}  # the last batch has 5 images, in parts
 HALF = {"precision": "bf16", "recompute": True}
 
 
 def network() -> ResidualMLP:
-    made = ResidualMLP(SHAPE, width=7, depth=3)  # odd: one process has more rows than the other
+    made = ResidualMLP(SHAPE, width=7, depth=3)  # odd: one rank has more rows than the other
     torch.nn.init.normal_(made.exit.weight, std=0.3)
     return made
 
@@ -63,7 +63,7 @@ def training(
     name: str, folder: Path, ranks: Ranks = SINGLE_RANK, compute: ComputeConfig = PLAIN, parts: int = 1, stop: int = 0,
     fractions: tuple[float, ...] = (), images: int = IMAGES, **settings,
 ) -> tuple[dict[str, torch.Tensor], Trained]:  # fmt: skip
-    """A few steps of a method on a tiny teacher: its whole weights (in the main process), and what training left."""
+    """A few steps of a method on a tiny teacher: its full weights (on rank 0) and the result of the training."""
     method = new(name, **settings)
     meter = Meter(BudgetConfig(limit=Limit.images, images=images), method.teacher, "cpu")
     workspace = Workspace(method.teacher, meter, folder, "cpu", 0, Progress(None), ranks=ranks)
@@ -84,14 +84,14 @@ def training(
 
 
 def loss(method: Method, share: Share = WHOLE) -> torch.Tensor:
-    """Of the share's rows of four images."""
+    """A loss on the share's rows of four images."""
     generator = torch.Generator().manual_seed(2)
     images, times = torch.randn(4, *SHAPE, generator=generator), torch.rand(4, 1, 1, 1, generator=generator)
     return method.student(share.of(images), share.of(times)).square().sum()
 
 
 def held(ranks: Ranks, folder: Path) -> dict[str, int]:
-    """Numbers of a network, its gradients and its moments that this process holds, and that there are."""
+    """Elements of a network, its gradients and its moments: on this rank, and in full."""
     method = new("direct")
     Sharded(method, True, ranks, "cpu")
     student, optimizers = method.student, Optimizers(OptimizerConfig(), ranks=ranks)
@@ -109,9 +109,9 @@ def held(ranks: Ranks, folder: Path) -> dict[str, int]:
     return {"here": sum(tensor.numel() for tensor in local_shards(of)), "all": sum(tensor.numel() for tensor in of)}
 
 
-def together(rank: int, port: int, folder: Path) -> None:
-    """What each of two processes does."""
-    faulthandler.dump_traceback_later(50, exit=True)  # processes that wait for each other end
+def run_rank(rank: int, port: int, folder: Path) -> None:
+    """The main function of each of two ranks."""
+    faulthandler.dump_traceback_later(50, exit=True)  # ends ranks that wait for each other
     torch.set_num_threads(1)
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in given.items()})
@@ -129,7 +129,7 @@ def together(rank: int, port: int, folder: Path) -> None:
         keep("parts", "boot", parts=2)
         keep("last", "cm", **LAST)
         keep("half", "sid", ComputeConfig(**HALF, shard=True), grad_clip=1e9)
-        keep("half unspread", "sid", ComputeConfig(**HALF), grad_clip=1e9)
+        keep("half unsharded", "sid", ComputeConfig(**HALF), grad_clip=1e9)
         with pytest.raises(Interrupted):
             training("tract", folder, ranks, SHARD, stop=3 if ranks.main else 99)
         if ranks.main:
@@ -144,7 +144,7 @@ def together(rank: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(together, (free_port(), folder), nprocs=2)
+    torch.multiprocessing.spawn(run_rank, (free_port(), folder), nprocs=2)
     return folder
 
 
@@ -153,7 +153,7 @@ def told(two: Path, rank: int = 0) -> dict:
 
 
 @pytest.mark.parametrize("name", [*METHODS, "parts", "last"])
-def test_spread_networks_train_as_whole_ones_do(two, name, tmp_path):
+def test_sharded_networks_train_the_same_weights(two, name, tmp_path):
     torch.set_num_threads(1)
     how = {"parts": {"name": "boot", "parts": 4}, "last": {"name": "cm"} | LAST}.get(name, {"name": name})
     weights, left = training(folder=tmp_path, **how)
@@ -164,30 +164,33 @@ def test_spread_networks_train_as_whole_ones_do(two, name, tmp_path):
     assert theirs["losses"] == pytest.approx([point.loss for point in left.curve], rel=1e-4)
 
 
-def test_in_half_precision_and_recomputed_they_are_what_whole_networks_of_two_processes_are(two):
-    ours, theirs = (load_file(two / f"{name}.safetensors") for name in ("half", "half unspread"))
+def test_sharding_changes_nothing_in_half_precision_with_recomputation(two):
+    ours, theirs = (load_file(two / f"{name}.safetensors") for name in ("half", "half unsharded"))
     assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():  # but for the last digit: Adam's first and last numbers are not of its vectors
+    for (
+        name,
+        tensor,
+    ) in ours.items():  # Adam rounds the ends of a tensor differently (no vectors)
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-8)
 
 
-def test_each_process_holds_its_part_of_weights_gradients_and_moments(two):
+def test_each_rank_holds_its_shards_of_weights_gradients_and_moments(two):
     counts = [told(two, rank)["held"] for rank in range(2)]
     assert counts[0]["here"] + counts[1]["here"] == counts[0]["all"] == counts[1]["all"]
     assert all(0.45 < count["here"] / count["all"] < 0.55 for count in counts)
 
 
-def test_gradients_are_summed(two):
-    """Adam hardly minds their scale: trainings alone would not show it."""
+def test_gradients_of_sharded_networks_are_summed(two):
+    """Adam is nearly invariant to their scale, so trainings alone would not show an error."""
     method = new("direct")
-    for rank in range(2):  # on some CPUs the gradient of the whole batch is rounded otherwise, by 1e-6 of the largest
+    for rank in range(2):  # one share at a time: on some CPUs a whole batch is rounded differently, by 1e-6
         loss(method, Share(rank, 2)).backward()
     spread = load_file(two / "gradients.safetensors")
     for name, weight in method.student.named_parameters():
         torch.testing.assert_close(spread[name], weight.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_a_spread_training_goes_on_to_the_bit(two):
+def test_a_sharded_training_resumes_bit_identically(two):
     resumed, straight = load_file(two / "resumed.safetensors"), load_file(two / "tract.safetensors")
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in straight.items())
     assert told(two)["resumed"]["teacher_nfe"] == told(two)["tract"]["teacher_nfe"]
@@ -199,21 +202,21 @@ def layout(path: Path) -> dict[str, tuple]:
         return {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in tensors.items()}
 
 
-def test_a_state_of_spread_networks_is_one_of_whole_ones(two, tmp_path):
+def test_a_state_of_sharded_networks_has_full_tensors(two, tmp_path):
     torch.set_num_threads(1)
     with pytest.raises(Interrupted):
         training("tract", tmp_path / "ours", stop=3)
     (ours,), (theirs,) = ((folder).iterdir() for folder in (tmp_path / "ours" / "states", two / "copy"))
     of_two = {name: kind for name, kind in layout(theirs).items() if not name.startswith("masks/1/")}
-    assert layout(ours) == of_two  # which have masks of dropout of their own
+    assert layout(ours) == of_two  # rank 1 adds its own state of dropout
     (two / "copy").rename(two / "states-of-one")
     (tmp_path / "one").mkdir()
     (two / "states-of-one").rename(tmp_path / "one" / "states")
-    weights, _ = training("tract", tmp_path / "one", stop=99)  # one process goes on from the state of two
+    weights, _ = training("tract", tmp_path / "one", stop=99)  # a single process resumes from the state of two ranks
     alike(weights, load_file(two / "tract.safetensors"))
 
 
-def test_checkpoints_and_students_are_whole(two, tmp_path):
+def test_checkpoints_and_students_have_full_tensors(two, tmp_path):
     torch.set_num_threads(1)
     weights, _ = training("cm", tmp_path, fractions=(0.5,))
     assert layout(two / "cm.safetensors") == {name: ("F32", list(tensor.shape)) for name, tensor in weights.items()}
@@ -222,7 +225,7 @@ def test_checkpoints_and_students_are_whole(two, tmp_path):
     alike(load_file(theirs), load_file(ours))
 
 
-def test_what_cannot_be_spread_is_refused(monkeypatch, tmp_path):
+def test_settings_that_do_not_work_with_sharding_are_errors(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"this is a single process. Start .* with `torchrun"):
         training("direct", tmp_path, compute=SHARD)
     for setting, value in (("compile", "blocks"), ("channels_last", True), ("precision", "fp16")):
@@ -234,7 +237,7 @@ def test_what_cannot_be_spread_is_refused(monkeypatch, tmp_path):
     check_shared(PLAIN, 1)
 
 
-def test_a_teacher_is_copied_to_be_spread_and_keeps_its_counters():
+def test_a_copied_teacher_keeps_its_counters():
     method = new("cm")
     teacher = method.teacher
     with trained_from(teacher) as copied:
@@ -244,7 +247,7 @@ def test_a_teacher_is_copied_to_be_spread_and_keeps_its_counters():
 
 
 @pytest.mark.slow
-def test_a_run_of_spread_networks_started_by_torchrun(tmp_path):
+def test_a_sharded_run_started_by_torchrun(tmp_path):
     words = [
         "methods=[direct]", "dataset=digits", "budget.images=640", "methods.direct.pairs=64", "evaluation.images=64",
         "evaluation.timing=off", "evaluation.teacher_steps=[4]", "evaluation.metrics=[teacher_rmse]", "device=cpu",

@@ -1,4 +1,4 @@
-"""The simulated GPUs keep what CUDA promises: devices that do not mix, waits that are counted, graphs, memory."""
+"""The simulated GPUs behave as CUDA does: mixed devices, waits, copies, graphs, memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def results() -> Results:
     return results_of("simulated_devices.py")
 
 
-def test_operators_refuse_tensors_of_two_devices(results):
+def test_operators_raise_for_tensors_of_two_devices(results):
     for name, message in results["mixed"].items():
         assert message.startswith("DevicesMixed: Expected all tensors to be on the same device"), name
         assert "simulated_devices.py:" in message, name
@@ -25,7 +25,7 @@ def test_operators_refuse_tensors_of_two_devices(results):
     assert "cuda:0" in results["mixed"]["other GPU"] and "cuda:1" in results["mixed"]["other GPU"]
 
 
-def test_what_torch_allows_is_allowed(results):
+def test_mixed_devices_that_torch_allows_work(results):
     assert set(results["allowed"].values()) == {""}, results["allowed"]
 
 
@@ -41,7 +41,7 @@ def test_generators_belong_to_a_device(results):
     assert found["device"] == "cuda:0" and found["is a generator"] and found["as the CPU's"]
 
 
-def test_what_waits_is_counted_and_nothing_else(results):
+def test_waits_are_counted_exactly(results):
     assert {name for name, waits in results["waits"].items() if not waits} == set(NO_WAIT)
     assert all(len(waits) == 1 for name, waits in results["waits"].items() if name not in NO_WAIT), results["waits"]
 
@@ -54,14 +54,14 @@ def test_copies_have_direction_size_and_memory(results):
     ]
 
 
-def test_launches_have_a_line_and_a_part(results):
+def test_launches_have_a_line_and_a_part_of_the_step(results):
     found = results["places"]
-    assert found["file"] == "simulated_devices.py" and found["most"] == 6  # three times a product and a sum
+    assert found["file"] == "simulated_devices.py" and found["most"] == 6  # three products and three sums
     assert found["parts"]["network"] == 0 and found["parts"]["backward"] > 0 and found["waits"] == 1
-    assert found["parts"]["outside"] == 6 + 2  # the 1 that a backward pass begins with, the number that is read
+    assert found["parts"]["outside"] == 6 + 2  # the ones that a backward pass begins with, and the value that is read
 
 
-def test_graphs_replay_on_the_same_memory_and_refuse_to_wait(results):
+def test_graphs_replay_on_the_same_memory_and_raise_for_waits(results):
     found = results["graphs"]
     assert found["replayed"] == [[17.0, 7.0, 7.0], [5.0, 5.0, 5.0]]
     assert found["capturing"] == [True, False] and found["new noise"] and not found["factory"]
@@ -73,7 +73,7 @@ def test_graphs_replay_on_the_same_memory_and_refuse_to_wait(results):
     assert "register_generator_state" in found["generator"] and "without a preceding" in found["not captured"]
 
 
-def test_memory_is_counted_from_what_lives(results):
+def test_memory_is_counted_over_live_tensors(results):
     found, size = results["memory"], 4 * 1024**2
     assert found["held"] == found["by a view"] == size and found["after"] == 0
     assert 2 * size - 4096 <= found["peak"] <= 2 * size + 1024
@@ -82,7 +82,7 @@ def test_memory_is_counted_from_what_lives(results):
     assert found["other GPU"] == 0
 
 
-def test_optimisers_and_scaled_losses_give_the_numbers_of_the_cpu(results):
+def test_optimisers_and_scaled_losses_equal_the_cpu(results):
     assert len(results["training"]) == 6 and all(results["training"].values()), results["training"]
 
 

@@ -1,4 +1,4 @@
-"""The command line on simulated GPUs: two processes, one results folder, and processes that they start."""
+"""The command line on simulated GPUs: two runs in one results folder, and worker processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = [
 
 
 def run_on_gpus(folder: Path, *words: str, gpus: int = 1) -> tuple[str, pd.DataFrame]:
-    """What a run prints, and the table of its folder."""
+    """The output of a run, and its table."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")])
     before = set(folder.glob("*/table.csv"))
     done = subprocess.run(
@@ -41,8 +41,8 @@ def run_on_gpus(folder: Path, *words: str, gpus: int = 1) -> tuple[str, pd.DataF
 
 
 @pytest.mark.slow
-def test_a_second_process_reads_what_the_first_has_computed(tmp_path):
-    """Teacher, its answers and the statistics of real images; the first works on its cell in another process."""
+def test_a_second_run_reads_the_caches_of_the_first(tmp_path):
+    """Caches of the teacher, its samples and the statistics of real images; the first run uses a worker process."""
     words = ["dataset=digits", "device=cuda"]
     said, first = run_on_gpus(tmp_path, *words, "methods=[boot]", "isolate=true", "evaluation.timing=off")
     assert "device cuda (Simulated GPU)" in said
@@ -57,7 +57,7 @@ def test_a_second_process_reads_what_the_first_has_computed(tmp_path):
 
 @pytest.mark.slow
 def test_two_workers_on_two_gpus_make_one_table(tmp_path):
-    """A tensor of one GPU that met one of the other would fail its cell."""
+    """An operator with tensors of both GPUs would fail its cell."""
     words = ["dataset=gmm", "teacher=gmm", "methods=[boot,ct]", "isolate=true", "evaluation.timing=off"]
     _, table = run_on_gpus(tmp_path, *words, "executor.workers=2", "executor.devices=[cuda:0,cuda:1]", gpus=2)
     assert {"boot", "ct"} <= set(table["method"])

@@ -1,4 +1,4 @@
-"""The parts of the harness on a simulated GPU: the CPU's numbers, on the device, without waits."""
+"""The parts of the harness on a simulated GPU: the same results as on the CPU, without waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def results() -> Results:
 
 
 @pytest.mark.parametrize("way", ["computed", "cached", "imported"])
-def test_scores_are_those_of_the_cpu_wherever_the_reference_comes_from(results, way):
+def test_scores_equal_the_cpu_for_every_kind_of_reference(results, way):
     """Fréchet and kernel distances, precision, recall, density, coverage, distances to the teacher."""
     expected, _ = results["scores"]["cpu/computed"]
     scores, missing = results["scores"][f"cuda:0/{way}"]
@@ -23,8 +23,8 @@ def test_scores_are_those_of_the_cpu_wherever_the_reference_comes_from(results, 
     assert scores == pytest.approx(expected, rel=1e-9)
 
 
-def test_sampling_waits_only_for_images_that_arrive(results):
-    """Four batches: each is waited for when it is read, later than it was made."""
+def test_sampling_waits_only_for_copies_to_the_host(results):
+    """Four batches: one wait for each, when its copy is read."""
     found = results["sampled"]
     assert found["equal"] == [True, True]
     assert found["plain"] == found["graphs"] == ["event.synchronize"] * 4
@@ -36,22 +36,22 @@ def test_a_network_does_not_wait_and_replays_equal_plain_calls(results, name):
     assert same == [True] * 3 and waits == []
 
 
-def test_networks_that_come_and_go_are_captured_each(results):
+def test_each_new_network_is_captured(results):
     assert results["graphs_one_after_the_other"] == [True] * 3
 
 
 @pytest.mark.parametrize("name", ["classes", "guided", "drawn", "texts"])
-def test_conditions_are_those_of_the_cpu_and_do_not_wait(results, name):
+def test_conditions_equal_the_cpu_and_do_not_wait(results, name):
     equal, devices, waits = results["conditions"][name]
     assert equal and devices == ["cuda:0"] and waits == []
 
 
-def test_latents_are_those_of_the_cpu(results):
+def test_latents_equal_the_cpu(results):
     assert results["latents"] == {"equal": True, "device": "cpu"}
 
 
 @pytest.mark.parametrize("way", ["held", "read ahead"])
-def test_real_images_come_in_the_same_order_without_waits(results, way):
+def test_real_images_are_in_the_same_order_without_waits(results, way):
     equal, device, waits = results["stream"][way]
     assert equal and device == "cuda:0" and waits == []
 

@@ -34,13 +34,8 @@ from distillbench.samplers import Solver
 from distillbench.schedules import SCHEDULES, VPCosine
 from distillbench.shared_context import build
 from distillbench.speed import (
-    LEAST_CALLS,
-    MOST_SECONDS,
-    WARM_UP_CALLS,
-    CpuTimer,
-    CudaTimer,
-    KeptNoise,
-    KnownDataset,
+    CachedNoise,
+    LazyDataset,
     Measurement,
     SpeedError,
     Subject,
@@ -50,11 +45,18 @@ from distillbench.speed import (
     measure,
     measure_in_fresh_process,
     measure_subject,
-    repeat,
-    timer_of,
 )
 from distillbench.speed_job import speed_job
 from distillbench.teachers import Teacher
+from distillbench.timing import (
+    LEAST_CALLS,
+    MOST_SECONDS,
+    WARM_UP_CALLS,
+    CpuTimer,
+    CudaTimer,
+    repeat,
+    timer_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = (1, 2, 2)
@@ -71,7 +73,7 @@ def brief_looks(monkeypatch):
 # --- a process of its own: children that import no torch -------------------------------------------------------------
 
 
-def test_a_fresh_process_answers_and_is_another():
+def test_a_call_runs_in_another_process():
     assert call_in_fresh_process(eval, "1 + 1", 60) == 2
     pid, loaded = call_in_fresh_process(eval, "__import__('os').getpid(), list(__import__('sys').modules)", 60)
     assert pid != os.getpid() and not psutil.pid_exists(pid)
@@ -88,7 +90,7 @@ def test_a_fresh_process_answers_and_is_another():
         ("lambda: 0", r"[Pp]ickl"),
     ],
 )
-def test_what_goes_wrong_in_it_is_one_line(code, reason, capfd):
+def test_its_errors_are_one_line(code, reason, capfd):
     with pytest.raises(ProcessError, match=reason) as caught:
         call_in_fresh_process(eval, code, 60)
     assert "\n" not in str(caught.value)
@@ -101,13 +103,13 @@ def test_its_traceback_is_a_note():
     assert "Traceback" in caught.value.__notes__[0]
 
 
-def test_errors_that_are_written_to_be_read_alone_stay_as_they_are():
+def test_messages_of_user_errors_are_not_changed():
     code = "from distillbench.errors import UserError as E\nraise E('no such file')"
     with pytest.raises(ProcessError, match=r"^no such file\nTraceback"):
         call_in_fresh_process(exec, code, 60)
 
 
-def test_it_is_killed_when_time_is_up(tmp_path):
+def test_it_is_killed_after_its_time_limit(tmp_path):
     file = tmp_path / "pid"
     code = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(100)"
     with pytest.raises(ProcessError, match=r"killed: it was not done after 1\.5 s"):
@@ -115,7 +117,7 @@ def test_it_is_killed_when_time_is_up(tmp_path):
     assert not file.exists() or not psutil.pid_exists(int(file.read_text()))
 
 
-def test_what_cannot_be_pickled_is_told():
+def test_an_argument_that_cannot_be_pickled_is_an_error():
     with pytest.raises(ProcessError, match=r"cannot be sent to another process: .*local"):
         call_in_fresh_process(lambda x: x, 0, 60)
 
@@ -128,7 +130,7 @@ print(call_in_fresh_process(eval, "6 * 7", 60))
 
 
 @pytest.mark.parametrize("how", ["stdin", "-c", "file", "-m"])
-def test_it_starts_from_any_script_and_does_not_start_that_again(how, tmp_path):
+def test_it_starts_from_any_script_without_running_the_script_again(how, tmp_path):
     (tmp_path / "unguarded.py").write_text(UNGUARDED)
     words = {"stdin": ["-"], "-c": ["-c", UNGUARDED], "file": ["unguarded.py"], "-m": ["-m", "unguarded"]}[how]
     done = subprocess.run(
@@ -237,7 +239,7 @@ def test_the_cpu_is_timed_by_the_clock():
     ("cost", "calls"),
     [(0.01, 50), (0.5, 20), (10.0, 6), (100.0, 1)],  # by seconds, by calls, at most 60 s, at least one
 )
-def test_calls_are_repeated_long_and_often_enough_but_not_longer_than_a_minute(cost, calls):
+def test_calls_are_repeated_by_count_and_seconds_up_to_a_minute(cost, calls):
     assert len(repeat(lambda: 1, ImaginedTimer(lambda size: cost), LEAST_CALLS, 0.4999999)) == calls
 
 
@@ -268,7 +270,7 @@ def best(rates, largest=256, out_of_memory_at=10**9):
         ([100, 90, 103, 104, 105, 999], 16, 5),  # growth counts from the best so far
     ],
 )
-def test_the_batch_is_doubled_until_two_doublings_bring_less_than_three_per_cent(rates, batch, tried):
+def test_the_batch_doubles_until_two_doublings_gain_less_than_three_per_cent(rates, batch, tried):
     found, sizes = best(rates)
     assert found.batch == batch
     assert found.images_per_second == pytest.approx(rates[int(math.log2(batch))])
@@ -281,14 +283,14 @@ def test_no_batch_is_larger_than_the_largest():
     assert (found.batch, sizes) == (16, [1, 2, 4, 8, 16])
 
 
-def test_where_memory_runs_out_the_largest_that_worked_counts():
+def test_out_of_memory_ends_the_search_for_the_best_batch():
     found, _ = best([1.5**k for k in range(9)], out_of_memory_at=16)
     assert (found.batch, found.note) == (8, "memory ran out at batch 16")
     with pytest.raises(torch.OutOfMemoryError):
         best([1.0], out_of_memory_at=1)
 
 
-def test_throughput_is_images_by_seconds_of_all_calls_but_the_first():
+def test_throughput_leaves_out_the_warm_up_call():
     times = iter([9.0, 0.1, 0.3])
     found = best_throughput(lambda size: lambda: size, ImaginedTimer(lambda size: next(times)), 1, 0.35)
     assert found.images_per_second == pytest.approx(2 / 0.4)
@@ -333,7 +335,7 @@ def test_flops_are_those_of_the_layers_once_for_each_evaluation():
     assert one.parameters == two.parameters == 16
 
 
-def test_rows_ascend_and_every_value_is_there_or_has_its_reason():
+def test_rows_ascend_and_empty_values_have_reasons():
     rows = measure_subject(toy(), brief([4, 1, 2]), CpuTimer())
     assert [row.nfe for row in rows] == [1, 2, 4]
     for row in rows:
@@ -360,7 +362,7 @@ def check_complete(row):
         assert row.latency_p95_ms >= row.latency_p50_ms
 
 
-def test_the_peaks_of_a_gpu_are_three(monkeypatch):
+def test_a_gpu_has_three_memory_peaks(monkeypatch):
     @contextmanager
     def peak_gpu_mib(device):
         device_wide = SimpleNamespace(mib=None, reason="NVML: Not Supported")
@@ -372,7 +374,7 @@ def test_the_peaks_of_a_gpu_are_three(monkeypatch):
     assert row.missing["peak_device_mib"] == "NVML: Not Supported"
 
 
-def test_every_nfe_meets_the_same_passes_in_the_same_order():
+def test_passes_cover_all_nfe_in_a_fixed_order():
     def calls(order):
         log = []
 
@@ -391,7 +393,7 @@ def test_every_nfe_meets_the_same_passes_in_the_same_order():
     assert log == calls([2, 1])
 
 
-def test_latency_is_of_calls_after_the_warm_up():
+def test_latency_leaves_out_warm_up_calls():
     times = iter([50.0, 0.0, 0.0, *[k / 1000 for k in range(1, 20)], 1.0])
     subject, measurement = toy(), brief([1])
     row = distillbench.speed._Row(1)
@@ -406,7 +408,7 @@ def test_slow_samplers_have_no_95th_percentile():
     assert row.missing["latency_p95_ms"] == f"only 3 calls in {MOST_SECONDS:g} s"
 
 
-def test_running_out_of_memory_costs_only_what_needs_it():
+def test_out_of_memory_empties_only_the_values_that_need_it():
     def sampler(noise, nfe, c):
         if len(noise(0)) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -427,7 +429,7 @@ def test_running_out_of_memory_costs_only_what_needs_it():
     assert {row.missing[name] for name in TIMED} == {"memory ran out"}
 
 
-def test_a_sampler_that_fails_has_no_values_and_says_why_and_the_others_do():
+def test_a_failing_sampler_has_reasons_and_other_rows_have_values():
     def sampler(noise, nfe, c):
         if nfe == 2:
             raise ValueError("two is\ntoo many")
@@ -438,7 +440,7 @@ def test_a_sampler_that_fails_has_no_values_and_says_why_and_the_others_do():
     assert not set(one.missing) & {*TIMED, "gflops", "peak_rss_mib"}
 
 
-def test_where_flops_cannot_be_counted_only_they_are_empty(monkeypatch):
+def test_uncountable_flops_empty_only_their_column(monkeypatch):
     def count_flops(call):
         raise Unavailable("no formula")
 
@@ -448,7 +450,7 @@ def test_where_flops_cannot_be_counted_only_they_are_empty(monkeypatch):
     assert row.latency_p50_ms and row.images_per_second and row.peak_rss_mib
 
 
-def test_decoder_and_text_encoder_are_timed_apart():
+def test_decoder_and_text_encoder_are_timed_separately():
     given = []
 
     def decode(latents):
@@ -472,21 +474,21 @@ def test_decoder_and_text_encoder_are_timed_apart():
     assert all(len(text) == 1 and text[0] for text in texts)
 
 
-def test_a_decoder_that_fails_costs_only_its_latency():
+def test_a_failing_decoder_empties_only_its_latency():
     row = measure_subject(toy(decode=lambda latents: latents.no_such), brief([1]), CpuTimer())[0]
     assert row.missing["decoder_latency_ms"].startswith("AttributeError: ")
     assert row.latency_p50_ms and row.missing["text_encoder_latency_ms"] == "no texts"
 
 
-def test_noise_is_drawn_by_the_call_that_warms_up_and_never_while_it_is_timed():
+def test_noise_is_drawn_in_the_warm_up_call_and_not_while_timed():
     drawn = []
-    noise = KeptNoise(lambda k: drawn.append(k) or torch.full((1,), float(k)))
+    noise = CachedNoise(lambda k: drawn.append(k) or torch.full((1,), float(k)))
     for _ in range(3):
         assert [noise(k).item() for k in (0, 3, 2)] == [0, 3, 2]
     assert drawn == [0, 3, 2]
 
 
-def test_images_are_asked_to_be_of_their_classes():
+def test_images_are_sampled_with_their_classes():
     seen = set()
 
     def sampler(noise, nfe, c):
@@ -536,7 +538,7 @@ def test_a_method_is_built_as_for_training(cells):
         assert torch.equal(ours.state_dict()[name], tensor)
 
 
-def test_a_job_makes_the_student_that_training_left(cells, student):
+def test_a_job_rebuilds_the_trained_student(cells, student):
     method, file = student
     job = pickle.loads(pickle.dumps(speed_job(cells[-1], file, [1, 2])))
     subject = make_subject(job)
@@ -548,7 +550,7 @@ def test_a_job_makes_the_student_that_training_left(cells, student):
     assert subject.teacher.sha256 == method.teacher.sha256
 
 
-def test_without_weights_it_is_the_teacher_with_its_solver(cells):
+def test_a_job_without_weights_builds_the_teacher_with_its_solver(cells):
     job = dataclasses.replace(speed_job(cells[0], None, [2]), solver="heun")
     subject, noise = make_subject(job), torch.randn(2, 1, 8, 8)
     heun, teacher = Solver.parse("heun"), subject.teacher
@@ -575,7 +577,7 @@ def test_the_teacher_in_this_process(cells):
     assert two.gflops == 2 * one.gflops > 0
 
 
-def test_what_goes_wrong_around_a_measurement_is_one_error(cells, student, tmp_path):
+def test_errors_around_a_measurement_are_speed_errors(cells, student, tmp_path):
     job = speed_job(cells[-1], student[1], [1])
     with pytest.raises(SpeedError, match=r"killed: it was not done after 0\.01 s"):
         measure_in_fresh_process(job, 0.01)
@@ -590,14 +592,14 @@ def test_what_goes_wrong_around_a_measurement_is_one_error(cells, student, tmp_p
     assert issubclass(SpeedError, Unavailable)
 
 
-def test_a_job_is_small_and_reads_no_image_before_it_is_asked_to(cells):
+def test_a_job_is_small_and_opens_the_dataset_only_on_demand(cells):
     shared = cells[0].shared
-    dataset = pickle.loads(pickle.dumps(KnownDataset(shared.dataset, shared.config.dataset)))
+    dataset = pickle.loads(pickle.dumps(LazyDataset(shared.dataset, shared.config.dataset)))
     assert len(pickle.dumps(speed_job(cells[0], None, [1]))) < 5000
     known = ("name", "licence", "shape", "sha256", "classes", "law")
     assert all(getattr(dataset, name) == getattr(shared.dataset, name) for name in known)
     assert len(dataset) == len(shared.dataset)
-    assert "whole" not in vars(dataset)
+    assert "opened" not in vars(dataset)
     indices = torch.tensor([5, 0])
     assert torch.equal(dataset.read(indices), shared.dataset.read(indices))
     assert torch.equal(dataset.labels(indices), shared.dataset.labels(indices))
@@ -606,14 +608,14 @@ def test_a_job_is_small_and_reads_no_image_before_it_is_asked_to(cells):
         dataset.no_such  # noqa: B018
 
 
-def test_a_law_goes_with_its_dataset(registry, tmp_path):
+def test_an_analytic_teacher_travels_with_its_dataset(registry, tmp_path):
     words = ["methods=[cm]", "dataset=gmm", "teacher=gmm", "experiment=smoke", "device=cpu", "evaluation.metrics=[]"]
     cell = plan(compose_runs([*words, f"results_dir={tmp_path}"], registry), registry)[0]
     subject = make_subject(pickle.loads(pickle.dumps(speed_job(cell, None, [1]))))
     assert subject.teacher.sha256 == cell.shared.load_teacher(Progress(None)).sha256
 
 
-def test_torch_is_set_as_in_the_process_that_made_the_job():
+def test_torch_settings_are_those_of_the_parent_process():
     before = TorchSettings.now(torch.get_num_threads())
     try:
         torch.set_float32_matmul_precision("high")
@@ -628,7 +630,7 @@ def test_torch_is_set_as_in_the_process_that_made_the_job():
         before.apply()
 
 
-def test_user_errors_keep_their_words(cells, monkeypatch):
+def test_user_errors_keep_their_message(cells, monkeypatch):
     def load(source, progress):
         raise UserError("the teacher is missing")
 

@@ -68,11 +68,21 @@ def diffusers_answers(folder, latents, w, steps, output, **scheduler):
     ).images
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(("spacing", "steps"), [("leading", 5), ("leading", 20), ("trailing", 5)])
-@pytest.mark.parametrize("w", [1.0, 7.5])
+FEW = [("epsilon", "leading", 5, 7.5), ("v_prediction", "trailing", 5, 7.5), ("epsilon", "leading", 5, 1.0)]
+ALL = [
+    (kind, *grid, w)
+    for kind in ("epsilon", "v_prediction")
+    for grid in (("leading", 5), ("leading", 20), ("trailing", 5))
+    for w in (1.0, 7.5)
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "spacing", "steps", "w"),
+    [pytest.param(*case, marks=() if case in FEW else pytest.mark.nightly) for case in ALL],
+)
 def test_images_are_those_of_diffusers(folders, cache, kind, spacing, steps, w):
-    """DDIM on the same latents and prompts. Ours starts from sigma_t eps, diffusers from what it is given."""
+    """DDIM on the same latents and prompts. Ours starts from sigma_t eps, diffusers from the latents passed to it."""
     teacher = loaded(folders[kind], cache, w=w)
     eps = torch.randn(3, *teacher.shape, generator=torch.Generator().manual_seed(1))
     c = teacher.conditioning.of_images(range(3), "cpu")
@@ -89,7 +99,7 @@ def test_images_are_those_of_diffusers(folders, cache, kind, spacing, steps, w):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_an_offset_of_steps_is_a_grid_of_its_own(folders, cache, kind):
+def test_a_steps_offset_is_a_separate_grid(folders, cache, kind):
     """diffusers' leading spacing with steps_offset=1, as Stable Diffusion has it: indices 1, q + 1, 2q + 1, ..."""
     teacher, steps = loaded(folders[kind], cache, w=3.0), 10
     eps = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(2))
@@ -175,7 +185,7 @@ def test_nothing_is_read_for_a_dry_run(folders, tmp_path, reads):
     assert teacher.decode(x).shape == (2, *teacher.image_shape) == (2, 3, 16, 16)
 
 
-def test_the_provenance_says_where_resolution_is_not_the_networks_own(folders, cache):
+def test_the_provenance_records_another_resolution_than_the_networks(folders, cache):
     teacher = loaded(folders["epsilon"], cache, size=24)
     assert teacher.shape == (4, 12, 12) and teacher.image_shape == (3, 24, 24)
     assert teacher.provenance["sample_size"] == 8 and teacher.provenance["latents"] == [4, 12, 12]
@@ -204,7 +214,7 @@ def edited(folder, target, **changes):
         ({}, {"size": 17}, "dataset.resolution: the autoencoder of 'p' makes images of sides that are multiples of 2"),
         ({"unet": {"time_cond_proj_dim": 8}}, {}, "it is a student already, not a teacher"),
         ({"unet": {"in_channels": 9}}, {}, "takes 9 channels and gives 4, its latents have 4"),
-        ({"unet": {"cross_attention_dim": 32}}, {}, "takes texts of 32 numbers a token, its text encoder gives 16"),
+        ({"unet": {"cross_attention_dim": 32}}, {}, "takes text embeddings of width 32, its text encoder has width 16"),
         ({"model_index": {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}}, {}, "a text_encoder_2"),
         ({"model_index": {"unet": ["diffusers", "UNet3DConditionModel"]}}, {}, "no class 'UNet3DConditionModel'"),
         ({"model_index": {"tokenizer": ["evil", "System"]}}, {}, "no class 'System' as tokenizer"),
@@ -214,14 +224,14 @@ def edited(folder, target, **changes):
         ({}, {"decode_batch": 0}, "decode_batch must be positive, got 0"),
     ],
 )
-def test_what_does_not_fit_is_told_before_any_weights_are_read(folders, tmp_path, reads, changes, settings, message):
+def test_what_does_not_fit_is_refused_before_weights_are_read(folders, tmp_path, reads, changes, settings, message):
     folder = edited(folders["epsilon"], tmp_path / "p", **changes)
     with pytest.raises(UserError) as error:
         source(folder, tmp_path, **settings).plan()
     assert message in str(error.value) and not reads
 
 
-def test_a_path_that_is_not_there(tmp_path):
+def test_a_missing_path_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"teacher=stable_diffusion needs teacher\.path=FOLDER"):
         source("", tmp_path).plan()
     with pytest.raises(UserError, match="no folder"):
@@ -269,7 +279,7 @@ def go(results, monkeypatch, *words):
 
     def watched(method, config, workspace, *more):
         vae, text = method.teacher.parked
-        ran.held.append((vae._users, text._users, text._kept is not None))
+        ran.held.append((vae._users, text._users, text._loaded is not None))
         training.append(1)
         try:
             return train(method, config, workspace, *more)
@@ -284,13 +294,13 @@ def go(results, monkeypatch, *words):
 @pytest.mark.parametrize(
     ("words", "data"),
     [
-        (["methods=[boot]", "guidance=3", "dataset.images=0"], False),
+        pytest.param(["methods=[boot]", "guidance=3", "dataset.images=0"], False, marks=pytest.mark.nightly),
         (["methods=[boot]", "guidance=3", "guidance_range=[1,5]", "dataset.images=0"], False),
         (["methods=[boot,cm]", "guidance=3"], True),
     ],
 )
 def test_a_run_ends_with_a_table(folders, tmp_path, monkeypatch, words, data):
-    """BOOT from prompts alone, at one w or at all; and in latents from images with captions, as LCM does."""
+    """BOOT from prompts only, at one w or a range; and in latents from images with captions, as LCM does."""
     monkeypatch.setenv("DISTILLBENCH_WEIGHTS", str(tmp_path / "no weights"))
     ran = go(tmp_path, monkeypatch, *words, f"teacher.path={folders['v_prediction']}")
     table = ran.table
@@ -313,7 +323,7 @@ def test_a_run_ends_with_a_table(folders, tmp_path, monkeypatch, words, data):
 
 
 @pytest.mark.slow
-def test_the_decoder_and_the_text_encoder_are_timed_apart(folders, tmp_path):
+def test_decoder_and_text_encoder_are_timed_separately(folders, tmp_path):
     words = ["methods=[boot]", "guidance=3", "dataset.images=0", "evaluation.metrics=[teacher_rmse]"]
     timing = ["evaluation.timing=inline", "evaluation.timing_seconds=0.001", "evaluation.largest_timed_batch=1"]
     table = run_here(tmp_path, StableDiffusion, *words, *timing, f"teacher.path={folders['epsilon']}")

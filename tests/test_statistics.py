@@ -66,7 +66,7 @@ def coverage(values, truth, kind, **options):
 # --- arithmetic by hand ---------------------------------------------------------------------------------------------
 
 
-def test_means_deviations_and_t_intervals_are_those_of_the_textbook():
+def test_means_deviations_and_t_intervals_match_the_textbook():
     row = only(summarise(table(grid([[1, 3], [4, 8], [6, 6]])), FD))
     # per training seed 2, 6, 6; per sampling seed 11 / 3, 17 / 3
     assert (row["training_seeds"], row["sampling_seeds"], row["status"], row["fd_missing"]) == (3, 2, "ok", 0)
@@ -80,7 +80,7 @@ def test_means_deviations_and_t_intervals_are_those_of_the_textbook():
     assert (row["fd_training_interval"], row["fd_sampling_interval"]) == ("t", "t")
 
 
-def test_a_mean_weighs_training_seeds_alike_however_often_each_was_sampled():
+def test_training_seeds_have_equal_weights_in_a_mean():
     scores = {(0, 0): 1.0, (0, 1): 2.0, (0, 2): 3.0, (1, 0): 10.0, (1, 1): 14.0}
     row = only(summarise(table(rows(scores)), FD))
     assert row["fd"] == 7
@@ -90,7 +90,7 @@ def test_a_mean_weighs_training_seeds_alike_however_often_each_was_sampled():
     assert row["fd_sampling_high"] - 7 == pytest.approx(half, rel=1e-6)
 
 
-def test_one_seed_has_a_mean_and_nothing_else():
+def test_one_seed_has_a_mean_and_no_interval():
     row = only(summarise(table(trained([5.0])), FD))
     assert row["fd"] == 5 and row["training_seeds"] == 1 and row["sampling_seeds"] == 1
     empty = [f"fd_{seed}_{what}" for seed in ("training", "sampling") for what in ("std", "low", "high", "interval")]
@@ -124,7 +124,7 @@ def test_costs_are_counted_once_for_each_training_seed():
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 6, 7, 11])
-def test_equal_values_have_their_own_mean_and_intervals_of_no_width(count):
+def test_equal_values_have_intervals_of_no_width(count):
     made = trained([0.1] * count), grid([[0.1] * count], method="cm")
     summary = summarise(table(*made), FD).set_index("method")
     for method, seed in (("boot", "training"), ("cm", "sampling")):
@@ -141,19 +141,19 @@ def test_infinite_scores_have_no_interval():
 
 
 @pytest.mark.parametrize("status", ["failed", "diverged"])
-def test_failed_rows_enter_no_mean_and_are_seen(status):
+def test_failed_rows_are_counted_and_not_averaged(status):
     row = only(summarise(table(rows({(0, 0): 1.0, (1, 0): status, (2, 0): 3.0})), FD))
     assert (row["fd"], row["status"], row["training_seeds"]) == (2, "2 of 3 ok", 2)
     row = only(summarise(table(rows({(0, 0): status})), FD))
     assert (row["status"], row["training_seeds"], row["sampling_seeds"]) == ("0 of 1 ok", 0, 0) and pd.isna(row["fd"])
 
 
-def test_what_a_failed_row_says_is_not_averaged():
+def test_values_of_failed_rows_are_not_averaged():
     made = rows({(0, 0): 1.0}) + rows({(1, 0): 99.0}, status="diverged")
     assert only(summarise(table(made), FD))["fd"] == 1
 
 
-def test_a_failed_row_that_knows_no_number_of_images_counts_where_it_may_belong():
+def test_a_failed_row_without_images_counts_in_every_possible_group():
     made = [*trained([1.0, 2.0]), *trained([1.0, 2.0], images=512), *rows({(2, 0): "failed"}, images=None)]
     made += trained([3.0], method="cm") + rows({(0, 0): "failed"}, method="pd", images=None)
     made += rows({(0, 0): 4.0}, nfe=2)
@@ -168,14 +168,14 @@ def test_a_failed_row_that_knows_no_number_of_images_counts_where_it_may_belong(
     ]
 
 
-def test_scores_that_an_ok_row_lacks_are_counted():
+def test_missing_scores_of_ok_rows_are_counted():
     made = trained([1.0, None, 3.0, float("nan")])
     row = only(summarise(table(made), FD))
     assert (row["fd"], row["fd_missing"], row["status"], row["training_seeds"]) == (2, 2, "ok", 4)
     assert row["fd_training_std"] == pytest.approx(2**0.5)
 
 
-def test_two_measurements_of_one_name_are_refused_and_one_told_twice_is_not():
+def test_conflicting_rows_are_refused_and_duplicates_are_not():
     made = trained([1.0, 2.0])
     assert_frame_equal(summarise(table(made, made), FD), summarise(table(made), FD))
     with pytest.raises(ValueError, match=r"two different rows for .*method=boot.*training_seed=1"):
@@ -194,7 +194,7 @@ def mixed():
     return table(*made)
 
 
-def test_the_order_of_rows_changes_nothing_nor_does_the_rest_of_the_table():
+def test_a_summary_depends_neither_on_row_order_nor_on_other_groups():
     frame = mixed()
     summary = summarise(frame, FD)
     assert len(summary) == 5
@@ -204,7 +204,7 @@ def test_the_order_of_rows_changes_nothing_nor_does_the_rest_of_the_table():
     assert_frame_equal(alone, summary[summary["method"] == "cm"].reset_index(drop=True))
 
 
-def test_a_table_is_left_as_it_was_and_one_read_from_a_file_gives_the_same(tmp_path):
+def test_the_input_is_not_changed_and_a_table_from_a_file_gives_the_same(tmp_path):
     frame = mixed()
     before = frame.copy(deep=True)
     summary = summarise(frame, FD)
@@ -226,7 +226,7 @@ def test_an_empty_table_has_the_same_columns_and_types():
     assert str(full["status"].dtype) == str(full["fd_training_interval"].dtype) == "string"
 
 
-def test_groups_with_empty_keys_are_kept_and_settings_tell_groups_apart():
+def test_empty_keys_and_settings_form_groups():
     made = [trained([1.0, 2.0], settings=""), trained([3.0, 4.0], settings="lr=1"), trained([5.0], guidance=2.0)]
     summary = summarise(table(*made), FD)
     assert summary["fd"].tolist() == [5, 1.5, 3.5] and summary["guidance"].isna().tolist() == [False, True, True]
@@ -258,7 +258,7 @@ def test_metrics_whose_columns_would_collide_are_refused():
         summarise(table(trained([1.0])).assign(fd_training_std=1), {"fd": "lower", "fd_training_std": "lower"})
 
 
-def test_wrong_arguments_are_refused():
+def test_invalid_arguments_are_refused():
     frame = table(trained([1.0]))
     with pytest.raises(ValueError, match="no column kid"):
         summarise(frame, {"kid": "lower"})
@@ -279,7 +279,7 @@ def test_arrows():
 # --- intervals ------------------------------------------------------------------------------------------------------
 
 
-def test_the_bootstrap_starts_at_its_count_and_is_scipys():
+def test_the_bootstrap_starts_at_six_values_and_matches_scipy():
     values = np.random.default_rng(2).exponential(size=FEWEST)
     made = [trained(values), trained(values[:-1], method="cm"), grid([values], method="pd")]
     summary = summarise(table(*made), FD).set_index("method")
@@ -294,7 +294,7 @@ def test_the_bootstrap_starts_at_its_count_and_is_scipys():
     assert both == pytest.approx(summary.loc["boot", ["fd_training_low", "fd_training_high"]].tolist())
 
 
-def test_an_interval_moves_and_stretches_with_its_values():
+def test_an_interval_shifts_and_scales_with_its_values():
     values = np.random.default_rng(2).exponential(size=8)
     low, high = only(summarise(table(trained(values)), FD))[["fd_training_low", "fd_training_high"]]
     for scale, shift in ((1e-12, 0), (1e12, 0), (3, 1e4)):
@@ -304,7 +304,7 @@ def test_an_interval_moves_and_stretches_with_its_values():
         assert found == pytest.approx(expected, abs=0.01 * scale * values.std())
 
 
-def test_a_confidence_may_be_chosen():
+def test_a_higher_confidence_gives_a_wider_interval():
     for values in (range(3), range(9)):
         frame = table(trained(list(values)))
         wide, narrow = (only(summarise(frame, FD, confidence=c)) for c in (0.99, 0.5))
@@ -329,7 +329,7 @@ def test_coverage_over_training_seeds_of_skewed_scores(count, least):
 
 @pytest.mark.parametrize(("training", "sampling"), [(1, 3), (4, 3), (4, 6), (2, 10)])
 @pytest.mark.parametrize("shared", [0.0, 0.5, 1.0])
-def test_coverage_over_sampling_seeds_whether_or_not_students_err_together(training, sampling, shared):
+def test_coverage_over_sampling_seeds_with_correlated_students(training, sampling, shared):
     """`shared`: the part of the variance that a sampling seed gives to all students alike. The truth is the mean of
     these students over all sampling seeds."""
     generator = np.random.default_rng(training + 10 * sampling)
@@ -339,7 +339,7 @@ def test_coverage_over_sampling_seeds_whether_or_not_students_err_together(train
     assert 0.91 < coverage(values, students.mean(axis=(1, 2)), "sampling", resamples=1999) < 0.975
 
 
-def test_coverage_over_training_seeds_is_not_spoilt_by_sampling():
+def test_coverage_over_training_seeds_with_sampling_noise():
     generator = np.random.default_rng(3)
     values = generator.normal(170, 2, size=(800, 4, 1)) + generator.normal(0, 5, size=(800, 4, 3))
     assert 0.925 < coverage(values, 170, "training") < 0.975
@@ -358,14 +358,14 @@ def judged(*groups, direction="lower"):
     return summary.loc[marks, "method"].tolist(), verdict(summary, "fd", direction)
 
 
-def test_who_is_apart_from_all_others_leads():
+def test_a_disjoint_interval_leads():
     both = trained(LOW, method="boot"), trained(HIGH, method="cm")
     assert judged(*both) == (["boot"], "boot 8.516 to 13.48 leads: no other interval reaches its own")
     assert judged(*both, direction="higher")[0] == ["cm"]
     assert judged(*both, direction="none") == ([], "direction none: neither is better")
 
 
-def test_who_overlaps_any_other_does_not_lead():
+def test_an_overlapping_interval_does_not_lead():
     three = trained(LOW, method="boot"), trained(MIDDLE, method="cm"), trained(HIGH, method="pd")
     assert judged(*three) == ([], "intervals overlap: boot 8.516 to 13.48, cm 10.52 to 15.48")
     assert judged(*three, direction="higher")[0] == ["pd"]
@@ -373,7 +373,7 @@ def test_who_overlaps_any_other_does_not_lead():
     assert judged(trained([1, 1], method="boot"), trained([1, 1, 1], method="cm"))[0] == []  # a tie of no width
 
 
-def test_nobody_leads_where_one_was_trained_once():
+def test_nobody_leads_if_a_student_was_trained_once():
     expected = "no interval over retraining: cm (1 training seed)"
     assert judged(trained(LOW), trained([99.0], method="cm")) == ([], expected)
     often = grid([range(99, 104)], method="cm")  # sampled often says nothing of that
@@ -382,7 +382,7 @@ def test_nobody_leads_where_one_was_trained_once():
     assert why == "no interval over retraining: boot (1 training seed), cm (1 training seed)"
 
 
-def test_who_has_no_rival_does_not_lead():
+def test_a_single_method_does_not_lead():
     assert judged(trained(LOW)) == ([], "no other method to compare with boot")
     teacher = rows({(None, seed): 99.0 + seed for seed in range(3)}, method="teacher:ddim")
     assert judged(trained(LOW), teacher) == ([], "no other method to compare with boot")
@@ -393,17 +393,17 @@ def test_who_has_no_rival_does_not_lead():
     assert judged(trained(LOW), without) == ([], "no other method to compare with boot; no score: sid")
 
 
-def test_a_teacher_neither_leads_nor_stands_in_the_way():
+def test_teachers_are_ignored():
     teacher = rows({(None, seed): 1.0 + seed / 9 for seed in range(3)}, method="teacher:ddim")
     assert judged(trained(LOW), trained(HIGH, method="cm"), teacher)[0] == ["boot"]
 
 
-def test_who_failed_is_no_rival_and_is_named():
+def test_failed_methods_are_named_and_not_compared():
     leading, why = judged(trained(LOW), trained(HIGH, method="cm"), trained(["diverged"], method="pd"))
     assert leading == ["boot"] and why.endswith("; failed: pd")
 
 
-def test_who_failed_in_part_stands_in_the_way_and_does_not_lead():
+def test_incomplete_methods_are_compared_and_do_not_lead():
     part, whole = trained([*LOW, "diverged"], method="boot"), trained(HIGH, method="cm")
     expected = "boot 8.516 to 13.48 is best, but incomplete; incomplete: boot (3 of 4 ok)"
     assert judged(part, whole) == ([], expected)
@@ -422,7 +422,7 @@ def test_who_failed_in_part_stands_in_the_way_and_does_not_lead():
     ],
     ids=lambda names: next(iter(names)),
 )
-def test_only_what_is_comparable_is_compared(other):
+def test_only_comparable_rows_are_compared(other):
     made = [trained(LOW), trained(HIGH, method="cm"), trained([0.0, 0.1, 0.2], method="pd", **other)]
     summary = summarise(table(*made), FD)
     assert summary.loc[leaders(summary, "fd", "lower"), "method"].tolist() == ["boot"]
@@ -430,14 +430,14 @@ def test_only_what_is_comparable_is_compared(other):
         verdict(summary, "fd", "lower")
 
 
-def test_settings_of_one_method_are_rivals_and_are_named():
+def test_settings_of_one_method_are_compared_and_named():
     leading, why = judged(trained(LOW), trained(HIGH, settings="lr=1"))
     assert leading == ["boot"] and why.startswith("boot 8.516")
     _, why = judged(trained(LOW, settings="lr=1"), trained(MIDDLE, settings="lr=1", device="cuda"))
     assert why == "intervals overlap: boot [lr=1] [cpu] 8.516 to 13.48, boot [lr=1] [cuda] 10.52 to 15.48"
 
 
-def test_marks_belong_to_rows_in_any_order_and_under_any_index():
+def test_marks_follow_the_index_of_the_rows():
     made = [trained(LOW), trained(HIGH, method="cm"), trained(HIGH, nfe=2), trained(LOW, method="cm", nfe=2)]
     summary = summarise(table(*made), FD).sample(frac=1, random_state=3)
     summary.index = [7] * len(summary)

@@ -1,4 +1,4 @@
-"""The conformance suite: every method that ships passes, and each fault is found by the one check that is for it."""
+"""The conformance suite for methods: built-in ones pass, and each fault is found by its check and by no other."""
 
 from __future__ import annotations
 
@@ -36,21 +36,17 @@ from distillbench.noise import Noise
 from distillbench.registry import Source, installed, load_registry
 from distillbench.samplers import ddim, time_like, uniform_times, x_at_t_max
 from distillbench.testing import SUITES, Finding, assert_conforms, check_class, check_method
-from faults import gatherer
+from faults import failed, found_in, gatherer
 
 METHODS = load_registry().methods
 CHECKS = SUITES["methods"].checks
-
-
-def failed(found: list[Finding]) -> dict[str, str]:
-    return {finding.check: finding.message for finding in found if finding.ok is False}
 
 
 # --- what ships ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_method_that_ships_conforms(name):
+def test_every_built_in_method_conforms(name):
     found = check_method(METHODS[name].cls, law_images=0)
     assert not failed(found)
     assert [finding.check for finding in found] == [check.name for check in CHECKS]
@@ -59,15 +55,15 @@ def test_every_method_that_ships_conforms(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_method_that_ships_matches_an_exact_teacher(name):
+def test_every_built_in_method_matches_an_exact_teacher(name):
     (found,) = law_findings(METHODS[name].cls)
     assert found.ok, found.message
 
 
 def law_findings(cls, config=None, images=testing.LAW_IMAGES) -> list[Finding]:
-    """What the check on the law finds, without those before it."""
+    """The finding of the check `matches` alone."""
     check = next(check for check in CHECKS if check.name == "matches")
-    bench = testbench.Bench("unconditional", cls, config, testbench.WITHOUT_CLASSES, images)
+    bench = testbench.MethodBench("unconditional", cls, config, testbench.WITHOUT_CLASSES, images)
     return [check.on([bench], {need: {} for need in check.needs}).finding(check)]
 
 
@@ -75,7 +71,7 @@ def law_findings(cls, config=None, images=testing.LAW_IMAGES) -> list[Finding]:
 
 
 class Good(Method):
-    """The teacher's answer in a few steps, regressed; a target network holds the student back a little."""
+    """Regression on the teacher's sample in a few steps, plus a small pull towards a target network."""
 
     name, paper, needs_data = "good", "none: a test", False
 
@@ -119,18 +115,17 @@ class Good(Method):
         return self.g(noise(0), c)
 
 
-def test_a_good_method_has_nothing_against_it():
+def test_a_correct_method_passes():
     found = check_method(Good, law_images=20_000)
     assert {finding.ok for finding in found} == {True}
     told = {finding.check: finding.message for finding in found}
     assert "students 1 with gradient and 1 without, teacher 4 without" in told["gradients"]
     assert "RMSE to the exact map 0." in told["matches"]
-    assert_conforms(Good, law_images=0)
 
 
 # --- one fault each --------------------------------------------------------------------------------------------------
 
-FAULTS, fault = gatherer()  # the class is a method with one fault, which `check` and no other finds, in these words
+FAULTS, fault = gatherer()  # (method with one fault, the check that finds it, part of the message)
 
 
 @fault("declared", "settings without a help text: k")
@@ -216,7 +211,7 @@ class LossOfEachImage(Good):
         yield self.student, (self.g(eps, c) - self.answer(eps, c)).square().mean(dim=(1, 2, 3), keepdim=True)
 
 
-@fault("steps", "a loss has no gradient")
+@fault("steps", "a loss does not require a gradient")
 class Detached(Good):
     def train_step(self, batch):
         yield self.student, self.loss(batch.noise(), batch.c).detach()
@@ -258,13 +253,13 @@ class StepExits(Good):
         sys.exit("enough")
 
 
-@fault("condition", "evaluated without one: hand batch.c")
+@fault("condition", "evaluated without a class: pass it batch.c")
 class DropsTheClass(Good):
     def train_step(self, batch):
         yield self.student, self.loss(batch.noise(), UNCONDITIONAL)
 
 
-@fault("condition", "without its guidance: ask self.teacher.denoise")
+@fault("condition", "without its guidance: call self.teacher.denoise")
 class DropsTheGuidance(Good):
     def answer(self, eps, c):
         return self.solved(lambda x_t, t: self.teacher.denoiser(x_t, t, c), eps)
@@ -324,7 +319,7 @@ class MovesTheTeacher(Good):
 
 
 @fault("teacher_untouched", "in training mode")
-class WakesTheTeacher(Good):
+class PutsTheTeacherInTrainingMode(Good):
     def start_phase(self, index):
         self.teacher.denoiser.train()
 
@@ -400,8 +395,8 @@ class CountsInANumber(Good):
         self.count += 1
 
 
-@fault("resumes", "it cannot go on: AttributeError: 'RemembersInANumber' object has no attribute 'seen'")
-class RemembersInANumber(Good):
+@fault("resumes", "it cannot be resumed: AttributeError: 'StoresANumber' object has no attribute 'seen'")
+class StoresANumber(Good):
     """What its later steps look up exists in the object that made the first one only."""
 
     def __init__(self, config, teacher) -> None:
@@ -417,7 +412,7 @@ class RemembersInANumber(Good):
         self.seen = 1
 
 
-@fault("price", "foresees 192 evaluations, training made 288")
+@fault("price", "estimates 192 evaluations from one step of each phase, training made 288")
 class GrowsDearer(Good):
     steps = 0
 
@@ -469,13 +464,13 @@ class TwoPhases(Good):
         return [Phase("first"), Phase("second")]
 
 
-@fault("ready", "is [True, False] over the phases: what is ready once must stay so")
+@fault("ready", "is [True, False] over the phases: once True it must stay True")
 class ReadyNoMore(TwoPhases):
     def ready(self, nfe, phase):
         return nfe == 1 and phase == 0
 
 
-@fault("ready", "ready(1, 0) is True, and sampled in that phase it ends in RuntimeError: not yet")
+@fault("ready", "ready(1, 0) is True, but sampling in that phase fails: RuntimeError: not yet")
 class NotReady(TwoPhases):
     def __init__(self, config, teacher) -> None:
         super().__init__(config, teacher)
@@ -514,7 +509,7 @@ class SampleCrashes(Good):
         return self.nowhere(noise(0))
 
 
-@fault("condition_sampled", "evaluated without one: hand batch.c, or sample's c, on")
+@fault("condition_sampled", "evaluated without a class: pass it batch.c, or the c of sample")
 class SamplesWithoutClass(Good):
     def sample(self, noise, nfe, c):
         return self.g(noise(0))
@@ -527,13 +522,13 @@ class SamplesOneClass(Good):
         return self.g(eps, self.teacher.conditioning.of_images([0] * len(eps), str(eps.device)))
 
 
-@fault("nfe", "asked for 1 evaluations an image, counted 2")
+@fault("nfe", "requested 1 evaluations per image, counted 2")
 class EvaluatesTwice(Good):
     def sample(self, noise, nfe, c):
         return self.g(self.g(noise(0), c), c)
 
 
-@fault("nfe", "asked for 2 evaluations an image, counted 1")
+@fault("nfe", "requested 2 evaluations per image, counted 1")
 class EvaluatesOnce(Good):
     def supports(self, nfe):
         return nfe in (1, 2)
@@ -559,13 +554,13 @@ class DrawsItsOwnNoise(Good):
         return self.g(noise(0) + torch.randn(noise(0).shape), c)
 
 
-@fault("noise", "asks for noise(1)")
+@fault("noise", "sample calls noise(1)")
 class AsksForMoreNoise(Good):
     def sample(self, noise, nfe, c):
         return self.g(noise(0) + noise(1), c)
 
 
-@fault("noise", "never asks for noise(0)")
+@fault("noise", "never calls noise(0)")
 class NeverAsks(Good):
     def supports(self, nfe):
         return nfe == 2
@@ -574,7 +569,7 @@ class NeverAsks(Good):
         return self.g(self.g(noise(1), c), c)
 
 
-@fault("noise", "overwrites the noise")
+@fault("noise", "overwrites the given noise")
 class OverwritesNoise(Good):
     def sample(self, noise, nfe, c):
         return self.g(noise(0).mul_(2), c)
@@ -590,7 +585,7 @@ class AddsFreshNoise(Good):
         return x_0 if nfe == 1 else self.g(x_0 + noise(1), c)
 
 
-@fault("batch_independent", "with those beside them in the batch")
+@fault("batch_independent", "with the other images of the batch")
 class CentresTheBatch(Good):
     def sample(self, noise, nfe, c):
         x_0 = super().sample(noise, nfe, c)
@@ -603,7 +598,7 @@ class SamplesItsTarget(Good):
         return self.g(noise(0), c, self.target)
 
 
-@fault("average", "nothing but the teacher is sampled")
+@fault("average", "only the teacher is evaluated")
 class SamplesTheTeacher(Good):
     def supports(self, nfe):
         return nfe == self.teacher.conditioning.evaluations
@@ -613,7 +608,7 @@ class SamplesTheTeacher(Good):
         return self.teacher.denoise(x_at_t_max(schedule, eps), time_like(eps, schedule.t_max), c)
 
 
-@fault("save_load", "plain tensors, which are lost: self.shift")
+@fault("save_load", "plain tensors are lost: self.shift")
 class KeepsAPlainTensor(Good):
     def __init__(self, config, teacher) -> None:
         super().__init__(config, teacher)
@@ -636,7 +631,7 @@ class SetsUpInTraining(Good):
         return super().sample(noise, nfe, c) * self.scale
 
 
-@fault("save_load", "not what a new one has (self.final)")
+@fault("save_load", "other keys than that of a new one (self.final)")
 class GrowsANetwork(Good):
     def end_phase(self, index, average):
         self.final = copy.deepcopy(average)
@@ -659,7 +654,7 @@ class Waits(Good):
 def test_a_method_that_waits_for_the_device_is_told(small):
     found = {finding.check: finding for finding in check_method(Waits, law_images=0)}
     assert not failed(found.values()) and found["device"].doubt
-    assert re.search(r"waits for the device 1 times a step at test_testing.py:\d+ \(item\)", found["device"].message)
+    assert re.search(r"waits for the device 1 times per step at test_testing.py:\d+ \(item\)", found["device"].message)
     found = {finding.check: finding for finding in check_method(Good, law_images=0)}
     assert found["device"].ok and "no step waits" in found["device"].message
 
@@ -724,7 +719,7 @@ def test_several_networks_and_phases_are_fine(small):
 
 @pytest.mark.parametrize(("cls", "check", "message"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_fault_is_found_by_its_own_check(small, cls, check, message):
-    found = check_method(cls, law_images=0)
+    found = found_in("methods", cls, check)
     assert list(failed(found)) == [check]
     assert message in failed(found)[check]
     assert "\n" not in failed(found)[check]
@@ -764,9 +759,9 @@ class NeverFinite(Good):
 @pytest.mark.parametrize(
     ("cls", "ok", "message"),
     [
-        (OtherNoise, False, "not the teacher's answers to the same noise: RMSE to the exact map"),
-        (OtherNoiseDeclared, True, "KS distance to the law"),
-        (TooNarrow, False, "do not have the teacher's law: KS distance"),
+        (OtherNoise, False, "do not match the teacher's for the same noise: RMSE to the exact map"),
+        (OtherNoiseDeclared, True, "KS distance to the distribution"),
+        (TooNarrow, False, "do not have the teacher's distribution: KS distance"),
         (NeverFinite, False, "DivergedError"),
     ],
 )
@@ -791,8 +786,8 @@ def test_ks_is_the_greatest_distance():
 def test_what_waits_for_a_fault_says_so(small):
     found = {finding.check: finding for finding in check_method(NanLoss, law_images=0)}
     assert found["steps"].ok is True
-    assert found["trains"].ok is None and found["trains"].message == "not looked at before losses is ok"
-    assert found["save_load"].message == "not looked at before losses is ok"
+    assert found["trains"].ok is None and found["trains"].message == "not run: losses must pass first"
+    assert found["save_load"].message == "not run: losses must pass first"
 
 
 def test_a_loss_that_compares_images_is_told(small):
@@ -819,7 +814,7 @@ def test_a_refusal_is_no_fault_and_is_told(small):
     found = check_method(Unguided, law_images=0)
     assert not failed(found)
     assert found[1] == Finding("builds", True, "a student is built; guided: refused (no guidance)")
-    assert found[5] == Finding("condition", None, "what it would look at is refused")
+    assert found[5] == Finding("condition", None, "not run: the class refuses what it needs")
 
 
 def test_a_fault_names_the_benches_that_it_is_on(small):
@@ -856,7 +851,7 @@ def test_the_schedule_of_the_settings_is_used(small):
 
 
 def test_what_is_of_no_kind_is_refused():
-    with pytest.raises(UserError, match="a subclass of one of Method, TeacherSource, Dataset, Metric, got"):
+    with pytest.raises(UserError, match="must be a subclass of one of Method, TeacherSource, Dataset, Metric, got"):
         check_class(Noise)
 
 

@@ -1,6 +1,6 @@
 """The training loop, with toy methods whose weights have a closed form.
 
-The gradient of a toy's loss is a constant, so Adam moves its weight by exactly lr x factor a step.
+The gradient of a toy's loss is constant, so Adam moves its weight by exactly lr x factor per step.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SILENT = Step(lambda fraction, note: None)
 
 
 class Weight(nn.Module):
-    """One number."""
+    """A network with one weight."""
 
     def __init__(self, value: float = 0.0) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Weight(nn.Module):
 
 
 class Ramp(Method):
-    """loss = -sign(step) w + extra_loss(step), in the given phases; keeps a diary."""
+    """loss = -sign(step) w + extra_loss(step), in the given phases; `diary` lists the calls of hooks."""
 
     name, paper, needs_data, Config = "ramp", "", False, MethodConfig
 
@@ -154,7 +154,7 @@ def test_a_budget_in_seconds_stops_with_the_step_that_reaches_it(tmp_path, monke
     assert trained.price.seconds == 11.0 and trained.price.images == 30
 
 
-def test_a_budget_that_preparing_used_up_is_refused(tmp_path):
+def test_a_budget_used_up_by_prepare_is_an_error(tmp_path):
     class Greedy(Ramp):
         def prepare(self, workspace):
             workspace.meter.charge(0.0, 5000)
@@ -166,14 +166,14 @@ def test_a_budget_that_preparing_used_up_is_refused(tmp_path):
 
 
 class Dear:
-    """Texts of which each took 7 s to encode."""
+    """Texts that took 7 s each to encode."""
 
     def seconds(self, count: int) -> float:
         return 7.0 * count
 
 
-def test_prompts_that_training_asks_for_are_charged(tmp_path):
-    """Three of five: 21 s, also of a budget in seconds, and to other than the networks."""
+def test_encoding_of_training_prompts_is_charged(tmp_path):
+    """Three of five, 21 s, are charged as other_seconds and count for a budget in seconds."""
     method = Ramp()
     asked = Conditioning(5, texts=Dear(), evaluated=range(3, 5))
     method.__dict__["teacher"] = dataclasses.replace(method.teacher, conditioning=asked)
@@ -183,8 +183,8 @@ def test_prompts_that_training_asks_for_are_charged(tmp_path):
         run(method, tmp_path, budget=BudgetConfig(limit=Limit.seconds, seconds=20.0))
 
 
-def test_losses_of_a_state_go_back_to_the_device_of_the_next_ones():
-    """A device that computes nothing stands for a GPU."""
+def test_restored_losses_are_on_the_device_of_the_next_ones():
+    """The meta device stands for a GPU."""
     here, there = (_Curve(SimpleNamespace(device=device), None, SINGLE_RANK) for device in ("cpu", "meta"))
     here.add(torch.tensor(1.0))
     there.restore(here.state())
@@ -221,18 +221,15 @@ def test_the_learning_rate_goes_on_in_a_phase_that_is_not_fresh(tmp_path):
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_adam_starts_anew_in_a_fresh_phase_only(tmp_path, fresh):
-    """When the gradient's sign turns with the phase, Adam's momentum shows in the first move, if it is kept."""
+    """The gradient's sign changes with the phase: the first move shows whether Adam's momentum was kept."""
     method = Ramp([Phase("a", 1.0), Phase("b", 1.0, fresh=fresh)], sign=lambda step: 1.0 if step < 5 else -1.0)
     run(method, tmp_path, images=100, beta1=0.9, beta2=0.999)
     remembered = (0.9 * (1 - 0.9**5) - 0.1) / (1 - 0.9**6)  # Adam's bias-corrected mean of five +1 and one -1
     assert method.moves[5] == pytest.approx(-0.5 if fresh else 0.5 * remembered, rel=1e-6)
 
 
-def test_the_schedule_of_a_phase_begins_with_its_first_step_also_after_costly_preparation(tmp_path):
-    """lr_warmup is a "share of a phase over which the learning rate rises from 0": preparation is no part of it.
-
-    Half of the budget goes into preparation; ten steps are left. Linear decay over those ten: lr (1 - k / 10).
-    """
+def test_the_learning_rate_schedule_begins_after_prepare(tmp_path):
+    """prepare() uses half of the budget, and ten steps are left. Linear decay over those ten: lr (1 - k / 10)."""
 
     class Prepared(Costly):
         def prepare(self, workspace):
@@ -248,7 +245,7 @@ def test_the_schedule_of_a_phase_begins_with_its_first_step_also_after_costly_pr
 
 
 def test_learning_rate_factor():
-    """Rises in a straight line to 1 at the end of the warm-up, then falls to 0 at 1 (values from the definition)."""
+    """Linear to 1 at the end of the warm-up, then decay to 0 at 1 (values from the definition)."""
     points = {0.0: 0.0, 0.1: 0.5, 0.2: 1.0}
     after = {
         "constant": {0.4: 1.0, 0.6: 1.0, 1.0: 1.0},
@@ -272,14 +269,14 @@ def test_the_factor_reaches_the_weights(tmp_path):
 
 
 def test_gradients_are_clipped_to_their_norm(tmp_path):
-    """Gradients 1000, 1, 1, ... clipped to 1 are all 1 to Adam: every move is lr. Unclipped, v would remember 1000."""
+    """Gradients 1000, 1, 1, ... are all clipped to 1: every move is lr. Unclipped, Adam's v would remember 1000."""
     method = Ramp(sign=lambda step: 1000.0 if step == 0 else 1.0)
     run(method, tmp_path, images=50, grad_clip=1.0)
     assert method.moves == pytest.approx([0.5] * 5, rel=1e-5)
 
 
 def test_weight_decay_is_decoupled(tmp_path):
-    """Without a gradient, w shrinks by 1 - lr decay a step (Loshchilov & Hutter 2019)."""
+    """Without a gradient, w shrinks by 1 - lr decay per step (Loshchilov & Hutter 2019)."""
     method = Ramp(sign=lambda step: 0.0)
     nn.init.constant_(method.student.w, 2.0)
     run(method, tmp_path, images=50, weight_decay=0.2)
@@ -291,7 +288,7 @@ def test_weight_decay_is_decoupled(tmp_path):
 
 @pytest.mark.parametrize("batches", [1, 4, 100])
 def test_the_average_has_moved_half_way_after_one_half_life(batches):
-    """Weight 0 for long, then 1: after `halflife` more images the average is 1/2, however they are cut into batches."""
+    """Weight 0 for long, then 1: after `halflife` more images the average is 1/2, for any batch size."""
     network = Weight(0.0)
     average = Average(network, halflife_kimg=2.0)
     average.update(100_000)
@@ -341,7 +338,7 @@ def test_without_a_half_life_the_average_is_the_student(tmp_path):
     assert method.averages == [(True, method.path[-1])] and method.student.w.item() == method.path[-1]
 
 
-def test_the_average_is_no_network_to_train_and_follows_the_buffers():
+def test_the_average_is_frozen_and_copies_buffers():
     network = nn.BatchNorm1d(2).train()
     average = Average(network, halflife_kimg=1.0)
     network(torch.randn(8, 2, generator=torch.Generator().manual_seed(0)))
@@ -378,7 +375,7 @@ def test_the_curve_has_the_mean_loss_since_the_point_before(tmp_path):
 
 
 class Two(Ramp):
-    """Two networks; the first loss has a gradient in both, the second in the second alone; a third is only used."""
+    """The first loss has a gradient in two networks, the second in one; a third network is never trained."""
 
     def __init__(self, yields=("student", "critic")) -> None:
         super().__init__()
@@ -400,7 +397,7 @@ def test_only_the_yielded_network_changes(tmp_path):
     assert method.critic.w.item() == method.bystander.w.item() == 1.0
 
 
-def test_a_loss_moves_no_other_network_not_even_at_its_own_turn(tmp_path):
+def test_a_loss_leaves_no_gradient_in_other_networks(tmp_path):
     """The gradient +5 that the student's loss leaves in the critic must not outweigh the critic's own -1."""
     method = Two()
     run(method, tmp_path, images=50)
@@ -409,7 +406,7 @@ def test_a_loss_moves_no_other_network_not_even_at_its_own_turn(tmp_path):
     assert method.bystander.w.item() == 1.0
 
 
-def test_the_harness_updates_before_the_method_goes_on(tmp_path):
+def test_the_network_is_updated_before_train_step_continues(tmp_path):
     seen = []
 
     class Looks(Ramp):
@@ -443,13 +440,13 @@ def test_one_seed_gives_the_same_weights_bit_for_bit(tmp_path, name):
     def weights(seed: int, folder: str):
         teacher = mlp_teacher()
         teachers_weights = weights_of(teacher.denoiser)
-        torch.manual_seed(seed)  # new layers, such as BOOT's embedding, start from the global generator
+        torch.manual_seed(seed)  # new layers, such as BOOT's embedding, are drawn from the global generator
         method = cls(cls.Config(**settings), teacher)
         images = gaussian_images(seed)
         read = (lambda n: (images(n)[0].float(), None)) if cls.needs_data else None
         workspace = make_workspace(teacher, tmp_path / folder, BudgetConfig(images=300), seed)
         train(method, method.config, workspace, read, Loop(32), SILENT)
-        assert same_weights(weights_of(teacher.denoiser), teachers_weights)  # the teacher stays as it is
+        assert same_weights(weights_of(teacher.denoiser), teachers_weights)  # the teacher does not change
         return weights_of(method)
 
     first = weights(0, "a")
@@ -457,7 +454,7 @@ def test_one_seed_gives_the_same_weights_bit_for_bit(tmp_path, name):
     assert not same_weights(first, weights(1, "c"))
 
 
-# --- what a step draws from ------------------------------------------------------------------------------------------
+# --- inputs of a step ------------------------------------------------------------------------------------------------
 
 
 def test_batch_draws_have_the_promised_shapes_and_ranges():
@@ -506,7 +503,7 @@ class Numbers(Dataset):
         return indices.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
 
 
-def test_data_stream_draws_uniformly_and_the_same_for_everybody():
+def test_data_stream_draws_uniformly_in_the_same_order_for_all():
     stream = DataStream(Numbers(), 0, "cpu")
     images = torch.cat([stream.read(size)[0] for size in (30, 70)])
     again = DataStream(Numbers(), 0, "cpu")
@@ -519,15 +516,15 @@ def test_data_stream_draws_uniformly_and_the_same_for_everybody():
 
 @pytest.fixture
 def large(monkeypatch):
-    """No dataset is small enough to be held."""
+    """No dataset is small enough to stay on the device."""
     monkeypatch.setattr(data_stream, "HELD_BYTES", 0)
 
 
-SIZES = (30, 30, 30, 7, 30, 30)  # a smaller batch, for which nothing was read ahead
+SIZES = (30, 30, 30, 7, 30, 30)  # the smaller batch was not prefetched
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_reading_ahead_changes_no_image(large, monkeypatch, ahead):
+def test_prefetching_changes_no_image(large, monkeypatch, ahead):
     read = [DataStream(Numbers(), 0, "cpu", ahead).read, DataStream(Numbers(), 0, "cpu").read]
     assert all(torch.equal(read[0](size)[0], read[1](size)[0]) for size in SIZES)
     monkeypatch.setattr(data_stream, "HELD_BYTES", 2**20)
@@ -537,21 +534,21 @@ def test_reading_ahead_changes_no_image(large, monkeypatch, ahead):
 
 
 @pytest.mark.parametrize("after", range(len(SIZES)))
-def test_a_stream_goes_on_where_it_was_whatever_was_read_ahead(large, after):
+def test_a_stream_is_restored_whatever_was_prefetched(large, after):
     whole, cut = DataStream(Numbers(), 0, "cpu"), DataStream(Numbers(), 0, "cpu", 2)
     expected = [whole.read(size)[0] for size in SIZES]
     for size in SIZES[:after]:
         cut.read(size)
     state = cut.get_state().clone()
     cut.close()
-    gone_on = DataStream(Numbers(), 5, "cpu", 2)
-    gone_on.read(11)
-    gone_on.set_state(state)
+    restored = DataStream(Numbers(), 5, "cpu", 2)
+    restored.read(11)
+    restored.set_state(state)
     for size, images in zip(SIZES[after:], expected[after:], strict=True):
-        assert torch.equal(gone_on.read(size)[0], images)
+        assert torch.equal(restored.read(size)[0], images)
 
 
-def test_what_goes_wrong_while_reading_ahead_is_raised(large):
+def test_errors_while_prefetching_are_raised(large):
     class Damaged(Numbers):
         def read(self, indices):
             raise UserError("image 3 is cut off")
@@ -561,8 +558,8 @@ def test_what_goes_wrong_while_reading_ahead_is_raised(large):
 
 
 @pytest.mark.parametrize("rounded", [True, False])
-def test_a_dataset_on_a_gpu_is_held_as_it_is_read_and_gives_the_same_batches(large, monkeypatch, rounded):
-    """8-bit images as bytes, latents as float32. Past the limits it is read as before."""
+def test_a_preloaded_dataset_gives_the_same_batches(large, monkeypatch, rounded):
+    """8-bit images as uint8, latents as float32. Beyond the limits the dataset is streamed."""
 
     class Latents(Numbers):
         def read(self, indices):
@@ -584,7 +581,7 @@ def test_a_dataset_on_a_gpu_is_held_as_it_is_read_and_gives_the_same_batches(lar
             assert streamed._held is None
 
 
-def test_processes_read_their_own_images(large):
+def test_each_rank_reads_its_share_of_images(large):
     shares = [DataStream(Numbers(), 0, "cpu", 1, Share(index, 3)) for index in range(3)]
     whole = DataStream(Numbers(), 0, "cpu").read(10)[0]
     for index, stream in enumerate(shares):
@@ -596,15 +593,15 @@ def test_uint8_becomes_minus_one_to_one():
 
 
 @pytest.mark.parametrize("growth", [1e7, 1e300])
-def test_a_loss_that_explodes_is_found_at_the_next_look(growth, tmp_path):
-    """Within 50 steps, while it is still a number."""
+def test_an_exploding_loss_is_found_at_the_next_check(growth, tmp_path):
+    """Within 50 steps, while it is still finite."""
     method = Ramp(extra_loss=lambda step: growth if step >= 60 else 1.0)
     with pytest.raises(DivergedError, match=r"the loss exploded from .* after 1000 images \(training\)"):
         run(method, tmp_path, images=4000, lr=1e-9)
     assert len(method.sizes) == 100
 
 
-def test_a_loss_that_grows_much_may_go_on(tmp_path):
+def test_a_loss_may_grow_below_the_limit(tmp_path):
     method = Ramp(extra_loss=lambda step: 1e5 if step >= 60 else 1.0)
     assert run(method, tmp_path, images=2000, lr=1e-9).price.images == 2000
 
@@ -624,5 +621,5 @@ def test_a_step_in_parts_is_one_step_of_the_whole_batch(parts, tmp_path):
     trained = train(method, optimizer(), workspace, None, Loop(10, parts), SILENT)
     assert sum(method.sizes) == 100 and trained.price.images == 100
     assert len(method.sizes) == 10 * parts
-    assert method.student.w.item() == pytest.approx(whole.student.w.item(), abs=1e-12)  # the same numbers are drawn
+    assert method.student.w.item() == pytest.approx(whole.student.w.item(), abs=1e-12)  # the same random numbers
     assert [p.loss for p in trained.curve] == pytest.approx([p.loss for p in expected.curve], abs=1e-12)

@@ -120,8 +120,8 @@ def test_a_dit_sees_time_and_place():
             0,
             "_class_name must be one of UNet2DModel, DiTTransformer2DModel, got 'UNet3D'",
         ),
-        (UNET, 10, "cannot serve conditional=true with 10 classes"),
-        (TRANSFORMER, 0, "cannot serve conditional=false"),
+        (UNET, 10, "does not support conditional=true with 10 classes"),
+        (TRANSFORMER, 0, "does not support conditional=false"),
         ([], 0, "is not a config.json of diffusers"),
     ],
 )

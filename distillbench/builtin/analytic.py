@@ -1,7 +1,7 @@
-"""Teachers in closed form: E[x_0 | x_t] of a Gaussian or of a Gaussian mixture, exact at every noise level.
+"""Teachers in closed form: E[x_0 | x_t] of a Gaussian or a Gaussian mixture, exact at every noise level.
 
-They have no weights, so students get a network of their own: with fresh weights, or, with ``teacher.fit_images=N``,
-with those that N draws of the law taught it by denoising score matching (what a trained teacher's weights would be).
+They have no weights. Students start from a network with random weights, or, with ``teacher.fit_images=N``, from one
+that is first trained by denoising score matching on N samples of the distribution, like a trained teacher.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from distillbench.teachers import TeacherPlan
 from distillbench.train import Loop, train
 
 FIT_BATCH = 256
-LARGEST_COVARIANCE = 4096  # values of an image
+LARGEST_COVARIANCE = 4096  # most values of an image
 
 
 class Analytic(TeacherSource):
-    """What both kinds of closed-form teachers share."""
+    """The common part of both closed-form teachers."""
 
     @dataclass
     class Config(TeacherConfig):
         schedule: str = option("vp_cosine", f"noise schedule: {', '.join(SCHEDULES)}")
-        network: str = option("auto", "architecture of the students: mlp, unet, dit, or auto, as for teacher=trained")
+        network: str = option("auto", "architecture of the students: mlp, unet, dit, or auto, as in teacher=trained")
         width: int = option(0, "channels; 0: the network's default (mlp 256, unet 64)")
-        depth: int = option(0, "blocks; 0: the network's default (mlp 4, unet 2 a level)")
+        depth: int = option(0, "blocks; 0: the network's default (mlp 4, unet 2 per level)")
         prediction: str = option("v", f"what students predict: {', '.join(TARGETS)}")
-        fit_images: int = option(0, "draws that the students' first weights are fitted to; 0: fresh weights")
-        seed: int = option(0, "seed of the students' first weights")
+        fit_images: int = option(0, "samples that the students' initial weights are trained on; 0: random weights")
+        seed: int = option(0, "seed of the students' initial weights")
 
         def __post_init__(self) -> None:
             require_one_of(self, "schedule", SCHEDULES)
@@ -61,7 +61,7 @@ class Analytic(TeacherSource):
     @functools.cached_property
     @abstractmethod
     def law(self) -> Law:
-        """The law of x_0; raises UserError where the dataset has none of this kind."""
+        """The distribution of x_0. Raises UserError if the dataset has none of this kind."""
 
     def plan(self) -> TeacherPlan:
         self.untrained()
@@ -83,7 +83,7 @@ class Analytic(TeacherSource):
         return plain | {"fit_batch": FIT_BATCH, "classes": self.conditioning.classes, "law": self.law.plain()}
 
     def _first(self) -> nn.Module:
-        """What students start from, before any fitting."""
+        """The students' initial network before any training."""
         torch.manual_seed(self.config.seed)
         try:
             return self._blank()
@@ -109,13 +109,13 @@ class Analytic(TeacherSource):
         )
 
     def _fit(self, start: nn.Module, progress: Progress) -> None:
-        """Give `start` the weights after fitting, from the cache or made now."""
+        """Load the trained initial weights into `start`, from the cache or by training now."""
         file = self.cache / f"{self.name}-{key_of(self._recipe())}.safetensors"
         try:
             start.load_state_dict(read_tensors(file))
             return
         except (ValueError, RuntimeError):
-            pass  # not there, or damaged: it is made (again)
+            pass  # missing or damaged: train (again)
         teacher = self._teacher(start, "untrained")
         training = TeacherTraining(ema_halflife_kimg=self.config.fit_images / 10_000)
         method = DenoisingTraining(training, teacher).to(self.device)
@@ -127,7 +127,7 @@ class Analytic(TeacherSource):
             x_0, component = law.draw(size, generator)
             return to_float(x_0).to(self.device), component
 
-        with progress.step(f"students' first weights for teacher={self.name}") as step:
+        with progress.step(f"students' initial weights for teacher={self.name}") as step:
             train(method, training, workspace, read, Loop(FIT_BATCH), step)
         tensors = {k: v.detach().cpu().contiguous() for k, v in method.student.network.state_dict().items()}
         write_tensors(file, tensors)
@@ -135,9 +135,9 @@ class Analytic(TeacherSource):
 
 
 class GaussianTeacher(Analytic):
-    """N(m, S) with the mean and the covariance of the dataset: the best linear denoiser of its images.
+    """N(m, S) with the mean and covariance of the dataset: the best linear denoiser of its images.
 
-    For ``dataset=gmm`` the moments are those of the law, for others those of all images.
+    For ``dataset=gmm`` these are the exact moments, for other datasets the moments of all images.
     """
 
     name = "gaussian"
@@ -147,10 +147,12 @@ class GaussianTeacher(Analytic):
     def law(self) -> Law:
         size = torch.Size(self.dataset.shape).numel()
         if self.conditioning.classes:
-            raise UserError("teacher=gaussian is one Gaussian and knows no classes: conditional=true cannot be met")
+            raise UserError(
+                "teacher=gaussian is a single Gaussian without classes and does not support conditional=true"
+            )
         if size > LARGEST_COVARIANCE:
             raise UserError(
-                f"teacher=gaussian holds a covariance: {size} values an image, at most {LARGEST_COVARIANCE}"
+                f"teacher=gaussian stores a covariance: images have {size} values, at most {LARGEST_COVARIANCE}"
             )
         if self.dataset.law is not None:
             mean, covariance = self.dataset.law.moments()
@@ -161,7 +163,7 @@ class GaussianTeacher(Analytic):
 
 
 class GmmTeacher(Analytic):
-    """The exact denoiser of the mixture that ``dataset=gmm`` draws from; its classes are the components."""
+    """The exact denoiser of the mixture of ``dataset=gmm``. Classes are the components."""
 
     name = "gmm"
     Config = Analytic.Config
@@ -169,7 +171,9 @@ class GmmTeacher(Analytic):
     @functools.cached_property
     def law(self) -> Law:
         if self.dataset.law is None:
-            raise UserError(f"teacher=gmm needs a dataset whose law is known (dataset=gmm), got {self.dataset.name}")
+            raise UserError(
+                f"teacher=gmm needs a dataset with a known distribution (dataset=gmm), got {self.dataset.name}"
+            )
         return self.dataset.law
 
 

@@ -1,4 +1,4 @@
-"""CLIP: how well images show the texts that they were asked for (Hessel et al. 2021, arXiv:2104.08718)."""
+"""CLIP score: how well images match their prompts (Hessel et al. 2021, arXiv:2104.08718)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distillbench.pretrained import WeightsFile, locate
 
 SIDE = 224  # pixels of the input
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images
-TOKENS = 77  # of a text, with its start and its end
+TOKENS = 77  # of a text, with start and end tokens
 FOLDER = "clip-vit-large-patch14"
 SOURCE = f"https://huggingface.co/openai/{FOLDER}/resolve/32bd64288804d66eefd0ccbe215aa642df71cc41"
 
@@ -31,9 +31,9 @@ def _file(name: str, sha256: str, mib: int) -> WeightsFile:
 
 
 class ClipViTL14(FeatureNetwork):
-    """OpenAI's CLIP ViT-L/14 (Radford et al. 2021, arXiv:2103.00020): directions of images and of texts, 768 each.
+    """OpenAI's CLIP ViT-L/14 (Radford et al. 2021, arXiv:2103.00020): unit vectors of images and texts, 768 each.
 
-    Needs the package transformers, an extra. Its folder is in transformers' layout; each file is known by its SHA-256.
+    Needs the extra package transformers. The folder has transformers' layout, and each file is checked by its SHA-256.
     """
 
     name = "clip_vit_l14"
@@ -53,7 +53,7 @@ class ClipViTL14(FeatureNetwork):
 
     @classmethod
     def locate(cls, folder: Path) -> Path:
-        """The file of weights, with the others beside it."""
+        """The file of weights; the other files must be in the same folder."""
         if importlib.util.find_spec("transformers") is None:
             raise Unavailable(f"{cls.name} needs transformers (pip install distillbench[text])")
         path = super().locate(folder)
@@ -71,7 +71,7 @@ class ClipViTL14(FeatureNetwork):
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
         model, loaded = found
-        if loaded["missing_keys"]:  # transformers goes on with random weights for them
+        if loaded["missing_keys"]:  # transformers would continue with random weights
             raise RuntimeError(f"{file} lacks {', '.join(sorted(loaded['missing_keys']))}")
         self.model = model.float().eval().requires_grad_(False).to(device)
         self.tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
@@ -82,7 +82,7 @@ class ClipViTL14(FeatureNetwork):
         return normalize(self.model.visual_projection(seen))
 
     def texts(self, prompts: list[str]) -> Tensor:
-        """Directions (N,768) of texts, float32, on the CPU."""
+        """Unit vectors (N,768) of texts, float32, on the CPU."""
         found = []
         with torch.inference_mode(), full_precision():
             for first in range(0, len(prompts), self.batch):
@@ -97,7 +97,7 @@ class ClipViTL14(FeatureNetwork):
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """transformers shows one while it loads weights, among our own progress."""
+    """Hide the progress bar of transformers, which would disturb our own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -112,7 +112,7 @@ def _no_progress_bar() -> Iterator[None]:
 def network_input(images: Tensor) -> Tensor:
     """uint8 images (B,3,H,W) to the network's input (B,3,224,224).
 
-    By PIL, as OpenAI's code does: transformers' processors give other last digits from one version to the next.
+    Resized by PIL, as in OpenAI's code: results of transformers' processors differ slightly between versions.
     """
     x = resized(images, _middle) / 255
     return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
@@ -128,10 +128,10 @@ def _middle(picture: np.ndarray) -> np.ndarray:
 
 
 class ClipScore(scores.FeatureMetric):
-    """Mean of 100 max(cos, 0) between an image and its prompt, as torchmetrics and diffusers' guide report it.
+    """Mean of 100 max(cos, 0) between an image and its prompt, as in torchmetrics and diffusers' guide.
 
-    Hessel et al. multiply by 2.5 instead of 100 and use ViT-B/32: theirs is this divided by 40 on another network.
-    Papers differ in the network too, so the column names it.
+    Hessel et al. multiply by 2.5 instead of 100 and use ViT-B/32. Papers use different networks, so the column names
+    the network.
     """
 
     name, network = "clip_score_vit_l14", ClipViTL14

@@ -1,25 +1,26 @@
-"""DeepFloyd IF, a cascade in pixels: a base of 64x64 images from texts, and an upscaler to 256x256 that is given them.
+"""DeepFloyd IF, a cascade in pixel space: a base that makes 64x64 images from texts, and an upscaler to 256x256.
 
     stage 1:  f(x_t, t, text)                           text: T5's, 77 tokens
     stage 2:  f(x_t, t, text, y),   y = a B(base(eps, text)) + b n
 
 | symbol | meaning                                                                        | shape     |
 |--------|--------------------------------------------------------------------------------|-----------|
-| base   | stage 1 itself, or its student, from noise of its own                          | (B,C,h,w) |
-| B      | enlargement, bilinear, corners on corners                                      | (B,C,H,W) |
-| n      | noise against the base's errors, of the same draw as eps                       | (B,C,H,W) |
-| a, b   | of the upscaler's `image_noising_scheduler` at the index `noise_level`         |           |
+| base   | stage 1 or its student, with its own noise                                     | (B,C,h,w) |
+| B      | bilinear upsampling with align_corners=True                                    | (B,C,H,W) |
+| n      | augmentation noise, drawn together with eps                                    | (B,C,H,W) |
+| a, b   | alpha, sigma of the `image_noising_scheduler` at the index `noise_level`       |           |
 | y      | ``c.image``                                                                    | (B,C,H,W) |
 
-The stages are distilled one after the other: stage 1, its export, then stage 2 with ``teacher.base=`` the export. What
-the base evaluates is counted as the teacher's (it is frozen), and stands before sampling: no row's nfe contains it.
+The stages are distilled one after the other: stage 1, its export, then stage 2 with ``teacher.base=`` the export.
+Evaluations of the base count as the teacher's, because it is frozen. They happen before sampling, so no row's nfe
+contains them.
 
-The variance that both networks predict is dropped. Data predictions are thresholded as the scheduler's config says
-(Saharia et al. 2022, section 2.3, with the largest divisor that diffusers adds).
+The variance that both networks predict is ignored. Data predictions are thresholded as in the scheduler's config
+(Saharia et al. 2022, section 2.3, with the maximum that diffusers adds).
 
-At t = 1 the schedule of IF has alpha = 5e-5: data predicted from a predicted noise has errors 20,000 times its errors,
-which no student of one step can live with. ``t_max=.981`` ends the schedule where diffusers' own 50 steps begin, at
-1 / alpha = 34; a method's own ``schedule`` can end it too.
+At t = 1 IF's schedule has alpha = 5e-5, so that errors of the predicted noise are multiplied by 20,000 in the data
+prediction, which ruins one-step students. ``t_max=.981`` ends the schedule where diffusers' 50 steps begin, at
+1 / alpha = 34. A method's own ``schedule`` can do the same.
 """
 
 from __future__ import annotations
@@ -62,19 +63,19 @@ from distillbench.samplers import TIME_GRIDS, ddim
 from distillbench.schedules import NoiseSchedule
 from distillbench.teachers import TeacherPlan
 
-STUDENT_TIMES = 2  # a scheduler of so few is that of an exported one-step student, which is asked at the last of them
+STUDENT_TIMES = 2  # most timesteps in the scheduler of an exported one-step student
 NOISING = "image_noising_scheduler"
-GRID = "leading"  # of a base that takes several steps
-AT_ONCE = 64  # images that the base makes at once
+GRID = "leading"  # time grid of a base with several steps
+AT_ONCE = 64  # batch size of the base
 
 
 # --- the base --------------------------------------------------------------------------------------------------------
 
 
 class BaseImages:
-    """What the upscaler enlarges, by `base`, for noise that names all of it: C channels of eps, then n, reshaped.
+    """The upscaler's input images, computed by `base` from noise: C channels of eps for the base, then n, reshaped.
 
-    The base starts from eps as diffusers does, not from sigma_t eps. `noising` is the schedule of n and its time.
+    As in diffusers, the base starts from eps and not from sigma_t eps. `noising` is the schedule of n and its time.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class BaseImages:
         return schedule.alpha(t) * large + schedule.sigma(t) * n
 
     def _small(self, eps: Tensor, c: Condition) -> Tensor:
-        """The base's images of what `c` asks for, (B,C,h,w) in [-1, 1]."""
+        """The base's images for the condition `c`, (B,C,h,w) in [-1, 1]."""
         w = None if self.w == 1 else eps.new_full((len(eps), 1, 1, 1), self.w)
         asked = Condition(c.labels, w, text=c.text)
         return ddim(partial(self.base.denoise, c=asked), self.base.schedule, eps, self.times).clamp(-1, 1)
@@ -118,18 +119,18 @@ class BaseImages:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A pipeline of the cascade, as its configs say."""
+    """A pipeline of the cascade, as its configs describe it."""
 
     index: Index
     reading: Reading
-    shape: tuple[int, int, int]  # C,H,W of what it makes
+    shape: tuple[int, int, int]  # C,H,W of its images
     variant: str
-    local: bool  # a folder, not of the hub
-    student: bool  # of one step
+    local: bool  # a local folder, not on the hub
+    student: bool  # a one-step student
 
 
 class DeepFloyd(TextPipeline):
-    """A stage of a cascade of DeepFloyd IF's layout; the upscaler is conditioned on what a base makes."""
+    """A stage of a cascade with DeepFloyd IF's layout. The upscaler is conditioned on images of a base."""
 
     name = "deepfloyd"
     encoders = ("T5EncoderModel",)
@@ -137,19 +138,13 @@ class DeepFloyd(TextPipeline):
 
     @dataclass
     class Config(PipelineConfig):
-        stage: int = option(1, "1: the base, images from texts; 2: the upscaler")
-        base: str = option(
-            "", "of stage 2: folder of an exported one-step student of stage 1, or of stage 1 itself", path=True
-        )
-        base_steps: int = option(50, "DDIM steps of a base that is stage 1 itself; a student makes one")
-        base_guidance: float = option(7.0, "w of a base that is stage 1 itself; a student answers guided by itself")
-        t_max: float = option(
-            1.0, "largest time that is used; below 1 spares students of one step a division by 20,000"
-        )
-        noise_level: int = option(250, f"noise added to what is enlarged, an index of the {NOISING}")
-        text: str = option(
-            "", "folder whose tokenizer and text encoder are used; empty: those of path, or of base", path=True
-        )
+        stage: int = option(1, "1: the base, from texts to images; 2: the upscaler")
+        base: str = option("", "for stage 2: folder of stage 1, or of an exported one-step student of it", path=True)
+        base_steps: int = option(50, "DDIM steps of a base that is stage 1; a student takes one step")
+        base_guidance: float = option(7.0, "guidance weight w of a base that is stage 1; a student has it built in")
+        t_max: float = option(1.0, "largest time; below 1 avoids that one-step students divide by alpha = 1/20,000")
+        noise_level: int = option(250, f"noise added to the upscaler's input, an index of the {NOISING}")
+        text: str = option("", "folder with the tokenizer and text encoder; empty: path, or base", path=True)
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -158,8 +153,8 @@ class DeepFloyd(TextPipeline):
             require_between(self, 0.01, 1, "t_max")
             require_between(self, 0, float("inf"), "base_guidance", "noise_level")
             if (self.stage == 2) != bool(self.base):
-                wanted = "stage=2 needs base=FOLDER, what makes the images that are enlarged"
-                raise UserError(wanted if self.stage == 2 else f"base is of stage=2, got stage={self.stage}")
+                wanted = "stage=2 needs base=FOLDER, which generates the images to upscale"
+                raise UserError(wanted if self.stage == 2 else f"base is a setting of stage=2, got stage={self.stage}")
 
     @property
     def fits_data(self) -> bool:
@@ -193,10 +188,10 @@ class DeepFloyd(TextPipeline):
         teacher = self._cascade(stages, texts, read, sha256)
         return dataclasses.replace(teacher, encode=encoder, parked=(encoder.parked,))
 
-    # --- what the folders say ---
+    # --- reading the configs ---
 
     def _stages(self, weights: bool) -> list[_Stage]:
-        """The stage that is the teacher and, where it enlarges, its base; UserError where they do not fit."""
+        """The teacher's stage and, for an upscaler, its base. Raises UserError if they do not fit each other."""
         self._prompts()
         config = self.config
         _, height, width = self.dataset.shape
@@ -215,14 +210,14 @@ class DeepFloyd(TextPipeline):
         _, low, across = base.shape
         if height % low or width % across or (height, width) == (low, across):
             raise UserError(
-                f"dataset.resolution: the base {base.index.name!r} makes {low}x{across} images, which are enlarged to "
-                f"a multiple of that, got {height}x{width}"
+                f"dataset.resolution must be a multiple of the base's: {base.index.name!r} makes {low}x{across}, "
+                f"got {height}x{width}"
             )
         self._noising(stage.index)
         return [stage, base]
 
     def _stage(self, path: str, variant: str, shape: tuple[int, int, int] | None, wanted: tuple[str, ...]) -> _Stage:
-        """The pipeline at `path`, which makes images of `shape`, or of its network's own size."""
+        """The pipeline at `path`, for images of `shape`, or of its network's own size."""
         index = self._index(path, wanted)
         reading = self._reading(index)
         unet = index.full_config("unet")
@@ -237,16 +232,16 @@ class DeepFloyd(TextPipeline):
     def _check_channels(self, stage: _Stage, setting: str, enlarges: bool) -> None:
         unet, channels = stage.index.full_config("unet"), self.dataset.shape[0]
         name, got = stage.index.name, (unet["in_channels"], unet["out_channels"])
-        wanted, told_noise = 2 * channels if enlarges else channels, unet["class_embed_type"] is not None
-        if got[0] != wanted or got[1] not in (channels, 2 * channels) or told_noise != enlarges:
-            kind = "enlarges images (stage 2)" if enlarges else "makes images of texts alone (stage 1)"
+        wanted, takes_level = 2 * channels if enlarges else channels, unet["class_embed_type"] is not None
+        if got[0] != wanted or got[1] not in (channels, 2 * channels) or takes_level != enlarges:
+            kind = "upscales images (stage 2)" if enlarges else "makes images from texts (stage 1)"
             raise UserError(
-                f"teacher.{setting}: the network in {name!r} takes {got[0]} channels and gives {got[1]}; one "
-                f"that {kind} takes {wanted} and gives {channels}, or {2 * channels} with a variance"
+                f"teacher.{setting}: the network in {name!r} has {got[0]} input and {got[1]} output channels; one "
+                f"that {kind} has {wanted} and {channels}, or {2 * channels} with a variance"
             )
 
     def _noising(self, index: Index) -> tuple[NoiseSchedule, float]:
-        """The schedule of the noise that is added to what is enlarged, and its time."""
+        """The schedule of the noise added to the upscaler's input, and its time."""
         index.component((NOISING,))
         schedule = read_config(read_json(index.folder / NOISING / "scheduler_config.json", index.name)).schedule
         level, steps = self.config.noise_level, round(1 / schedule.t_min)
@@ -255,21 +250,21 @@ class DeepFloyd(TextPipeline):
         return schedule, (level + 1) / steps
 
     def _encoder(self, stages: list[_Stage], weights: bool) -> TextEncoder:
-        """The text encoder of the first pipeline that has one; UserError where none has, or it does not fit."""
+        """The text encoder of the first pipeline that has one. Raises UserError if none has, or it does not fit."""
         places = [(stage.index, stage.variant) for stage in stages]
         if self.config.text:
             places = [(self._index(self.config.text, ("text_encoder",) if weights else ()), self.config.variant)]
         with_one = [place for place in places if "text_encoder" in place[0].components]
         if not with_one:
             names = " and ".join(repr(index.name) for index, _ in places)
-            raise UserError(f"no text encoder in {names}: name a pipeline that has one with teacher.text=FOLDER")
+            raise UserError(f"no text encoder in {names}: give a pipeline that has one as teacher.text=FOLDER")
         encoder = TextEncoder(*with_one[0], self.device, self.encoders)
         for stage in stages:
             self._check_width(stage.index, encoder.width)
         return encoder
 
     def _settings(self, stages: list[_Stage]) -> dict[str, Any]:
-        """What else decides the teacher's answers, as plain values."""
+        """The settings that change the teacher's predictions, as plain values."""
         plain: dict[str, Any] = {"t_max": self.config.t_max}
         for base in stages[1:]:
             steps, w = self._base_sampling(base)
@@ -277,10 +272,10 @@ class DeepFloyd(TextPipeline):
         return plain
 
     def _base_sampling(self, base: _Stage) -> tuple[int, float]:
-        """Steps of the base and its w."""
+        """The base's number of steps and guidance weight w."""
         return (1, 1.0) if base.student else (self.config.base_steps, self.config.base_guidance)
 
-    # --- what is made of them ---
+    # --- building the teacher ---
 
     def _cascade(self, stages: list[_Stage], texts: Texts, unet: Callable[[_Stage], Any], sha256: str) -> Teacher:
         stage, *bases = stages
@@ -288,7 +283,7 @@ class DeepFloyd(TextPipeline):
         teacher.provenance.update(self._provenance(stage.index, stage.reading) | {"stage": self.config.stage})
         teacher.provenance.update(self._settings(stages))
         for base in bases:
-            counter = teacher.denoiser.counted.counter  # the base is frozen too: evaluations of the teacher's
+            counter = teacher.denoiser.counted.counter  # evaluations of the frozen base count as the teacher's
             steps, w = self._base_sampling(base)
             small = BaseImages(
                 self._teacher(base, texts, unet, "base", counter),

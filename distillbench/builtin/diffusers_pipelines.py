@@ -1,8 +1,8 @@
-"""Teachers in diffusers' own format: a folder with model_index.json, or one on the hub where downloads are allowed.
+"""Teachers in diffusers' format: a local folder with model_index.json, or a repository on the hub.
 
-Of a pipeline only data is read: its configs and its safetensors. Its network and its autoencoder are built by
-diffusers' own classes, chosen from a list; code that comes with a pipeline is never run, and pickled weights (.bin) are
-refused. What the scheduler's config says becomes a schedule and a parameterisation (:mod:`..diffusers_schedules`).
+Only data is read from a pipeline: its configs and safetensors. Network and autoencoder are built by diffusers' own
+classes, chosen from a fixed list. Code in a pipeline is never run, and pickled weights (.bin) are refused. The
+scheduler's config becomes a noise schedule and a parameterisation (:mod:`..diffusers_schedules`).
 
 | pipeline                                     | network               | autoencoder             | classes |
 |----------------------------------------------|-----------------------|-------------------------|---------|
@@ -39,26 +39,32 @@ from distillbench.teachers import CLIPS, Clip, PipelineFolder, TeacherPlan
 
 INDEX = "model_index.json"
 LARGEST_JSON = 2**26  # bytes
-LARGEST, LONGEST = 2**20, 4096  # of the numbers in a network's config, and of its lists
-DEEPEST = 512  # of the numbers that are of layers
-DEPTHS = ("layers_per_block", "num_layers", "num_hidden_layers", "num_decoder_layers", "transformer_layers_per_block")
+LARGEST, LONGEST = 2**20, 4096  # most that a number in a config may be, and most entries of a list
+DEEPEST = 512  # most layers
+DEPTHS = (  # settings that count layers
+    "layers_per_block",
+    "num_layers",
+    "num_hidden_layers",
+    "num_decoder_layers",
+    "transformer_layers_per_block",
+)
 PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 WEIGHTS = (".safetensors", *PICKLED)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 VARIANT = re.compile(r"[\w-]*")
 
-# What the weights of a component of each library are called, less ".safetensors".
+# By library: the file name of a component's weights without ".safetensors".
 LIBRARIES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
-# The classes that components may have, and the library of each.
+# The supported classes of components, and their library.
 COMPONENTS = {
     **dict.fromkeys((*NETWORKS, *AUTOENCODERS), "diffusers"),
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",
     "T5EncoderModel": "transformers",
 }
-DENOISERS = ("unet", "transformer")  # what pipelines call their network
-DECODERS = ("vae", "vqvae")  # and their autoencoder
+DENOISERS = ("unet", "transformer")  # names of the network in pipelines
+DECODERS = ("vae", "vqvae")  # names of the autoencoder
 
 
 # --- a pipeline's folder ---------------------------------------------------------------------------------------------
@@ -66,15 +72,15 @@ DECODERS = ("vae", "vqvae")  # and their autoencoder
 
 @dataclass(frozen=True)
 class Index:
-    """What model_index.json says: the pipeline's class and the class of each of its components."""
+    """The content of model_index.json: the class of the pipeline and of each of its components."""
 
     folder: Path
-    name: str  # the folder's own name or that on the hub, for messages and records
+    name: str  # the folder's name or the name on the hub, for messages and records
     pipeline: str
     components: dict[str, str]
 
     def component(self, names: tuple[str, ...], possible: list[str] | None = None) -> str:
-        """The first of `names` that the pipeline has; raises UserError where it has none, or of another class."""
+        """The first of `names` that the pipeline has. Raises UserError if it has none, or one of another class."""
         for name in names:
             if name in self.components:
                 if possible is not None and self.components[name] not in possible:
@@ -84,26 +90,26 @@ class Index:
         raise UserError(f"the {self.pipeline} in {self.name!r} has no {' or '.join(names)}")
 
     def place(self, component: str) -> Path:
-        """The folder of a component: its own, or in old pipelines the pipeline's."""
+        """The folder of a component, which in old pipelines is the pipeline's own folder."""
         own = self.folder / component
         return own if own.is_dir() else self.folder
 
     def config(self, component: str) -> dict[str, Any]:
-        """A component's config, as its file has it."""
+        """A component's config as in its file."""
         config = read_json(self.place(component) / "config.json", self.name)
         _check_numbers(config, f"config.json of {component} of {self.name!r}")
         return config
 
     def full_config(self, component: str) -> dict[str, Any]:
-        """The config of a component of diffusers, with its class's defaults."""
+        """A diffusers component's config with the defaults of its class."""
         return with_defaults(self.components[component], self.config(component))
 
 
 def read_index(folder: Path, name: str = "") -> Index:
-    """The index of the pipeline in `folder`; raises UserError where there is none."""
+    """The index of the pipeline in `folder`. Raises UserError if there is none."""
     name = name or folder.name
     if not (folder / INDEX).is_file():
-        raise UserError(f"teacher.path: {name!r} is not a pipeline of diffusers: it has no {INDEX}")
+        raise UserError(f"teacher.path: {name!r} is not a diffusers pipeline: it has no {INDEX}")
     plain = read_json(folder / INDEX, name)
     components = {
         key: str(value[1])
@@ -114,7 +120,7 @@ def read_index(folder: Path, name: str = "") -> Index:
 
 
 def read_json(file: Path, name: str) -> dict[str, Any]:
-    """A JSON object; raises UserError, in the name of the pipeline, if the file is missing or holds something else."""
+    """The JSON object in `file`. Raises UserError, with the pipeline's `name`, if there is none."""
     try:
         if file.stat().st_size > LARGEST_JSON:
             raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
@@ -127,7 +133,7 @@ def read_json(file: Path, name: str) -> dict[str, Any]:
 
 
 def _check_numbers(value: Any, where: str, name: str = "") -> None:
-    """Raise UserError for a config that no network has: numbers and lists beyond all bounds."""
+    """Raise UserError for implausibly large numbers or lists in a config."""
     if isinstance(value, dict):
         for key, part in value.items():
             _check_numbers(part, where, key)
@@ -143,7 +149,7 @@ def _check_numbers(value: Any, where: str, name: str = "") -> None:
 
 
 def read_schedule(index: Index) -> tuple[Reading, dict[str, Any]]:
-    """How the pipeline's network is read, and the scheduler's config that says so."""
+    """How to use the pipeline's network, and the scheduler's config from which that follows."""
     config = read_json(index.place("scheduler") / "scheduler_config.json", index.name)
     return read_config(config), config
 
@@ -152,7 +158,7 @@ def read_schedule(index: Index) -> tuple[Reading, dict[str, Any]]:
 
 
 def weights_files(index: Index, component: str, variant: str = "") -> list[Path]:
-    """The safetensors of a component, all its parts; raises UserError where they are missing, or only pickled."""
+    """The safetensors files of a component. Raises UserError if some are missing, or only pickled ones exist."""
     place = index.place(component)
     base, suffix = LIBRARIES[library(index, component)], f".{variant}" if variant else ""
     whole = place / f"{base}{suffix}.safetensors"
@@ -166,32 +172,34 @@ def weights_files(index: Index, component: str, variant: str = "") -> list[Path]
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise UserError(
                     f"teacher.path: {parts.name} of {index.name!r} names {quoted(name)}. Possible: .safetensors files "
-                    "beside it"
+                    "in the same folder"
                 )
         files = [place / name for name in sorted(names)]
         missing = [file.name for file in files if not file.is_file()]
         if files and not missing:
             return files
         raise UserError(f"teacher.path: {component} of {index.name!r} lacks {', '.join(missing) or 'all its weights'}")
-    raise UserError(f"teacher.path: {component} of {index.name!r} has no weights {whole.name}{_instead(place, base)}")
+    raise UserError(
+        f"teacher.path: {component} of {index.name!r} has no weights {whole.name}{_alternatives(place, base)}"
+    )
 
 
-def _instead(place: Path, base: str) -> str:
-    """What a folder without the wanted safetensors has in their place, as the end of a message."""
+def _alternatives(place: Path, base: str) -> str:
+    """What a folder without the expected file holds, as the end of a message."""
     found = sorted(place.glob(f"{base}*.safetensors"))
     if found:
         names = ", ".join(file.name for file in found)
-        return f". Found: {names} (teacher.variant names what stands before .safetensors)"
+        return f". Found: {names} (teacher.variant selects the part before .safetensors)"
     if list(place.glob(f"{base}*.bin")):
         return (
-            ". Its .bin is a pickle, which can run code, and is not read; convert it where you trust it: "
+            ". Its .bin file is a pickle, which can run code, and is not read. If you trust it, convert it: "
             "DiffusionPipeline.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW)"
         )
     return ""
 
 
 def library(index: Index, component: str) -> str:
-    """The library of a component's class; raises UserError for a class that is not built here."""
+    """The library of a component's class. Raises UserError for an unsupported class."""
     name = index.components[component]
     if name not in COMPONENTS:
         raise unsupported("class", name, COMPONENTS, f" as {component} of the {index.pipeline} in {index.name!r}")
@@ -212,7 +220,7 @@ def _class(index: Index, component: str) -> Any:
 
 
 def load_component(index: Index, component: str, variant: str = "") -> Any:
-    """A component with its weights, on the CPU in the default dtype; raises UserError where they do not fit it."""
+    """A component with its weights, on the CPU in the default dtype. Raises UserError if the weights do not fit."""
     from diffusers.utils import is_accelerate_available
 
     weights_files(index, component, variant)
@@ -225,7 +233,7 @@ def load_component(index: Index, component: str, variant: str = "") -> Any:
     _check_size(index, component, variant)
     try:
         module, info = _class(index, component).from_pretrained(str(index.place(component)), **settings)
-    except Exception as error:  # diffusers, transformers and safetensors raise much at what is damaged
+    except Exception as error:  # these libraries raise many types for damaged files
         raise _unusable(index, component, first_line(error)) from error
     if lost := [*info["missing_keys"], *info["mismatched_keys"]]:
         raise _unusable(index, component, f"{len(lost)} tensors are missing or of another shape, such as {lost[0]}")
@@ -233,9 +241,9 @@ def load_component(index: Index, component: str, variant: str = "") -> Any:
 
 
 def check_component(index: Index, component: str, variant: str = "") -> list[str]:
-    """Raise UserError unless the files of a component hold all its tensors, as far as their headers say.
+    """Raise UserError unless the headers of a component's files list all its tensors.
 
-    Returns a note where they hold more: a config that says too little describes another network than they are of.
+    Returns a note if they list more: the config may then describe another network than the weights belong to.
     """
     try:
         shapes = tensor_shapes(weights_files(index, component, variant))
@@ -244,49 +252,51 @@ def check_component(index: Index, component: str, variant: str = "") -> list[str
     _check_size(index, component, variant)
     with torch.device("meta"):
         network = blank_component(index, component)
-    whole_models = library(index, component) == "transformers"  # whose files may be of a model that has more parts
+    whole_models = library(index, component) == "transformers"  # whose files may contain more parts
     if lost := missing_tensors(network, shapes, prefixed=whole_models):
         raise _unusable(index, component, f"{len(lost)} tensors are missing or of another shape, such as {lost[0]}")
     more = [] if whole_models else unread_tensors(network, shapes)
     if not more:
         return []
     where = f"the weights of {component} of {index.name!r}"
-    return [f"{where} hold {len(more)} tensors that its config describes no place for, such as {more[0]}: not read"]
+    return [f"{where} have {len(more)} tensors that its config does not describe, such as {more[0]}: ignored"]
 
 
 def unread_settings(index: Index, components: Iterable[str]) -> list[str]:
-    """Notes on keys in the configs of a pipeline that mean nothing to the classes that they are for."""
+    """Notes on settings in a pipeline's configs that their classes have no parameter for."""
     scheduler = read_json(index.place("scheduler") / "scheduler_config.json", index.name)
     configs = [("scheduler_config.json", str(scheduler.get("_class_name")), scheduler)]
     configs += [(f"config.json of {name}", index.components[name], index.config(name)) for name in components]
     return [
-        f"{file} of {index.name!r}: {cls} knows no {', '.join(keys)}, which is not read"
+        f"{file} of {index.name!r}: {cls} has no parameter {', '.join(keys)}: ignored"
         for file, cls, config in configs
         if (keys := unknown_keys(config, cls))
     ]
 
 
 def _check_size(index: Index, component: str, variant: str) -> None:
-    """Raise UserError before memory is taken, where a component is much larger than its files of weights."""
+    """Raise UserError, before allocating memory, if a component is larger than its files of weights."""
     with torch.device("meta"):
         described = sum(tensor.numel() for tensor in blank_component(index, component).parameters())
     held = sum(file.stat().st_size for file in weights_files(index, component, variant))
-    if described > held:  # a number takes a byte at least
-        raise _unusable(index, component, f"its config describes {described:,} numbers, its files have {held:,} bytes")
+    if described > held:  # a number takes at least one byte
+        raise _unusable(
+            index, component, f"its config describes {described:,} numbers, but its files have {held:,} bytes"
+        )
 
 
 def blank_component(index: Index, component: str) -> Any:
-    """A component with fresh weights, from torch's generator."""
+    """A component with random weights from torch's global generator."""
     config, cls = index.config(component), _class(index, component)
     ours = library(index, component) == "diffusers"
     try:
         return cls.from_config(config) if ours else cls(cls.config_class.from_dict(config))
-    except Exception as error:  # and at a config that is none of theirs
+    except Exception as error:  # many types for an invalid config
         raise _unusable(index, component, first_line(error)) from error
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, on one line."""
+    """The first line of an error's message."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:LONGEST_REASON]
 
 
@@ -295,7 +305,7 @@ def _unusable(index: Index, component: str, why: str) -> UserError:
 
 
 def identity(index: Index, components: list[str], variant: str, reading: Reading) -> str:
-    """SHA-256 over how the teacher is read, the configs of its components and the bytes of their weights' files."""
+    """SHA-256 over the reading, the configs of the components and the bytes of their weight files."""
     configs = {name: index.config(name) for name in components}
     plain = {name: _plain({k: v for k, v in config.items() if k[:1] != "_"}) for name, config in configs.items()}
     hashes = [sha256_file(file) for name in components for file in weights_files(index, name, variant)]
@@ -306,9 +316,9 @@ def identity(index: Index, components: list[str], variant: str, reading: Reading
 
 
 def hub_folder(name: str, repository: str, revision: str, download: bool, patterns: list[str]) -> Path:
-    """The folder of a repository of the hub with the files that match `patterns`, fetched first if `download`.
+    """The local folder of a repository on the hub with the files that match `patterns`.
 
-    `name` is the teacher's. Without `download`, what is in the hub's cache on this machine serves.
+    Missing files are downloaded only with `download`; otherwise the hub's local cache is used. `name` is the teacher's.
     """
     if not HUB_ID.fullmatch(repository):
         raise UserError(f"teacher.path: no folder {repository!r}")
@@ -325,7 +335,7 @@ def hub_folder(name: str, repository: str, revision: str, download: bool, patter
         if download:
             raise UserError(f"teacher.path: cannot fetch {repository!r} from the hub: {first_line(error)}") from error
         raise UserError(
-            f"teacher.path: no folder {repository!r}. If it is a repository of the hub, allow its download: "
+            f"teacher.path: no folder {repository!r}. If it is a repository on the hub, allow its download: "
             f"teacher={name} teacher.path={repository} teacher.download=true"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -333,7 +343,7 @@ def hub_folder(name: str, repository: str, revision: str, download: bool, patter
 
 
 def patterns_of(components: tuple[str, ...], variant: str) -> list[str]:
-    """The files of a repository that hold the weights of `components`, where it has them."""
+    """File name patterns for the weights of `components`."""
     suffix = f".{variant}" if variant else ""
     return [
         f"{place}{base}{part}.safetensors"
@@ -348,12 +358,12 @@ def patterns_of(components: tuple[str, ...], variant: str) -> list[str]:
 
 @dataclass
 class PipelineConfig(TeacherConfig):
-    """Settings of all teachers that are read from a pipeline."""
+    """Settings of all teachers that are diffusers pipelines."""
 
     path: str = option("", "a pipeline's folder (with model_index.json), or its name on the hub (required)", path=True)
-    download: bool = option(False, "may the hub be asked for what is not on this machine")
-    revision: str = option("", "branch, tag or commit on the hub; empty: its main branch")
-    variant: str = option("", "which weights, as in diffusion_pytorch_model.VARIANT.safetensors: fp16, ...")
+    download: bool = option(False, "allow downloads from the hub")
+    revision: str = option("", "branch, tag or commit on the hub; empty: the main branch")
+    variant: str = option("", "variant of the weights, as in diffusion_pytorch_model.VARIANT.safetensors: fp16, ...")
 
     def __post_init__(self) -> None:
         if not VARIANT.fullmatch(self.variant):
@@ -361,7 +371,7 @@ class PipelineConfig(TeacherConfig):
 
 
 def find_index(teacher: str, config: PipelineConfig, path: str, patterns: Sequence[str]) -> Index:
-    """The index of the pipeline at `path`; of one on the hub, with the files of `patterns` beside it."""
+    """The index of the pipeline at `path`. From the hub, the files that match `patterns` are fetched too."""
     if not path:
         raise UserError(f"teacher={teacher} needs teacher.path=FOLDER, a folder with {INDEX}")
     if Path(path).is_dir():
@@ -371,33 +381,35 @@ def find_index(teacher: str, config: PipelineConfig, path: str, patterns: Sequen
 
 
 def _check_no_file(teacher: str, path: str) -> None:
-    """Raise UserError with what to do where `path` is a file of weights, or is called like one."""
+    """Raise UserError with advice if `path` is a file, or has the suffix of a file of weights."""
     suffix = Path(path).suffix.lower()
     if not Path(path).is_file():
         if suffix in WEIGHTS:
-            raise UserError(f"teacher.path: no file {path!r}, and teacher={teacher} reads a folder with {INDEX}")
+            raise UserError(f"teacher.path: no file {path!r}; teacher={teacher} reads a folder with {INDEX}")
         return
-    message = f"teacher.path: {path!r} is a file, and teacher={teacher} reads a pipeline's folder with {INDEX}"
+    message = f"teacher.path: {path!r} is a file, but teacher={teacher} reads a pipeline's folder with {INDEX}"
     if Path(path).name in (INDEX, "config.json"):
-        raise UserError(f"{message}: name the folder {str(Path(path).parent)!r}")
+        raise UserError(f"{message}: give the folder {str(Path(path).parent)!r}")
     pickled = f". A {suffix} file is a pickle, which can run code, and is not read" if suffix in PICKLED else ""
     raise UserError(
-        f"{message}{pickled}. Of a whole model in one file that you trust, diffusers makes a folder, such as by "
+        f"{message}{pickled}. diffusers converts a whole model in one file that you trust into a folder, as by "
         "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER). A file of `distillbench teacher "
-        "train` is read by teacher=trained, a .pkl of EDM's by teacher=edm"
+        "train` is read by teacher=trained, a .pkl of EDM by teacher=edm"
     )
 
 
 class Diffusers(TeacherSource):
-    """A pipeline of diffusers, on pixels or latents, unconditional or class-conditional."""
+    """A diffusers pipeline in pixel or latent space, unconditional or class-conditional."""
 
     name = "diffusers"
-    families: ClassVar[tuple[str, ...]] = ("discrete", "flow", "score", "edm")  # of readings
-    _unread: Sequence[str] = ()  # what the configs say and is not understood, once the plan has looked
+    families: ClassVar[tuple[str, ...]] = ("discrete", "flow", "score", "edm")  # supported families of schedulers
+    _unread: Sequence[str] = ()  # notes on ignored settings in the configs, set by plan()
 
     @dataclass
     class Config(PipelineConfig):
-        clip: str = option("auto", "of data predictions: none, static, dynamic; auto: as the scheduler's config says")
+        clip: str = option(
+            "auto", "clipping of data predictions: none, static, dynamic; auto: as in the scheduler's config"
+        )
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -434,7 +446,7 @@ class Diffusers(TeacherSource):
         return not Path(self.config.path).is_dir()
 
     def _index(self, weights: bool) -> Index:
-        """The pipeline's index; of one on the hub, `weights` says whether its weights are wanted too."""
+        """The pipeline's index. From the hub, `weights` fetches its weights too."""
         patterns = ["*.json", *(patterns_of((*DENOISERS, *DECODERS), self.config.variant) if weights else ())]
         return find_index(self.name, self.config, self.config.path, patterns)
 
@@ -442,29 +454,30 @@ class Diffusers(TeacherSource):
         return index.component(DENOISERS, ["UNet2DModel", "DiTTransformer2DModel"])
 
     def _components(self, index: Index) -> list[str]:
-        """The network, and the autoencoder where there is one."""
+        """The names of the network and of the autoencoder, if there is one."""
         decoders = [name for name in DECODERS if name in index.components]
         for name in decoders:
             index.component((name,), list(AUTOENCODERS))
         return [self._denoiser(index), *decoders[:1]]
 
     def _check(self, index: Index) -> Reading:
-        """How the pipeline is read; raises UserError unless it fits the family, the dataset and what is asked."""
+        """How to use the pipeline. Raises UserError unless it fits this source, the dataset and the conditioning."""
         if texts := [name for name in index.components if name.startswith("text_encoder")]:
             raise UserError(
-                f"the {index.pipeline} in {index.name!r} reads prompts (it has {texts[0]}), teacher={self.name} classes"
+                f"the {index.pipeline} in {index.name!r} takes prompts (it has {texts[0]}), "
+                f"teacher={self.name} takes classes"
             )
         reading, _ = read_schedule(index)
         if reading.family not in self.families:
             raise UserError(
                 f"the scheduler of the {index.pipeline} in {index.name!r} is of the {reading.family} family, which "
-                f"teacher={self.name} does not read. Possible: {', '.join(self.families)}"
+                f"teacher={self.name} does not support. Possible: {', '.join(self.families)}"
             )
         component = self._denoiser(index)
         try:
             serves = NETWORKS[index.components[component]].serves(index.full_config(component))
         except (KeyError, TypeError) as error:
-            raise _unusable(index, component, "its config does not say how many classes it knows") from error
+            raise _unusable(index, component, "its config does not have the number of classes") from error
         check_classes(serves, self.conditioning.classes, self.conditioning.guided, index.name)
         if self.config.clip != "auto":
             clip = Clip("" if self.config.clip == "none" else self.config.clip)
@@ -472,24 +485,24 @@ class Diffusers(TeacherSource):
         _, made = self._shapes(index)
         if made != tuple(self.dataset.shape):
             raise UserError(
-                f"the teacher does not fit the dataset: it makes images of (C,H,W) = {made}, the dataset's are "
+                f"the teacher does not fit the dataset: its images are (C,H,W) = {made}, the dataset's are "
                 f"{self.dataset.shape}"
             )
         return reading
 
     def _shapes(self, index: Index) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """C,H,W of what the network denoises, and of the images that it becomes."""
+        """C,H,W of the network's input, and of the decoded images."""
         try:
-            return self._told_shapes(index)
+            return self._config_shapes(index)
         except (KeyError, TypeError, ValueError, OverflowError, MemoryError) as error:
             raise UserError(
-                f"teacher.path: the configs of {index.name!r} do not say of what shape its images are"
+                f"teacher.path: the configs of {index.name!r} do not have the shape of its images"
             ) from error
 
-    def _told_shapes(self, index: Index) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    def _config_shapes(self, index: Index) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         component, *decoders = self._components(index)
         config = index.full_config(component)
-        size = config["sample_size"] or self.dataset.shape[1:]  # one that does not say its size has the dataset's
+        size = config["sample_size"] or self.dataset.shape[1:]  # null: that of the dataset
         height, width = (size, size) if isinstance(size, int) else size
         shape = (config["in_channels"], height, width)
         if not decoders:
@@ -534,14 +547,14 @@ class Diffusers(TeacherSource):
 
 
 class Consistency(Diffusers):
-    """A released consistency model, a ConsistencyModelPipeline, as it stands: one step of its DDIM is its answer."""
+    """A released consistency model, a ConsistencyModelPipeline. One DDIM step is its one-step sample."""
 
     name = "consistency"
     families = ("consistency",)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A config for records: without infinities, which JSON does not have."""
+    """A config for records, with infinities as text, because JSON has none."""
     finite = lambda value: not isinstance(value, float) or math.isfinite(value)
     return {name: value if finite(value) else str(value) for name, value in config.items()}
 

@@ -1,4 +1,4 @@
-"""Handwritten digits, 8x8: 1,797 real images that come with scikit-learn, so nothing is downloaded.
+"""Handwritten digits, 8x8: 1,797 real images that are part of scikit-learn, so that no download is needed.
 
 Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
 """
@@ -15,7 +15,7 @@ from distillbench import Dataset, DatasetConfig, hookimpl
 
 
 class Digits(Dataset):
-    """Handwritten digits 0 to 9, one channel, 8x8, 17 grey levels stored as 0, ..., 16 and spread over 0, ..., 255."""
+    """Handwritten digits 0 to 9, one channel, 8x8. The 17 grey levels 0, ..., 16 are scaled to 0, ..., 255."""
 
     name = "digits"
     licence = "CC BY 4.0 (UCI Machine Learning Repository)"

@@ -1,8 +1,8 @@
-"""DINOv2 features, on which distances follow people's judgement better than on Inception's (Stein et al. 2023,
-arXiv:2306.04675), and the scores made of them.
+"""Scores on DINOv2 features, which agree with human judgement better than Inception's (Stein et al. 2023,
+arXiv:2306.04675).
 
-The network is timm's with the official weights; resizing and position embeddings are those of dgm-eval, the code of
-that paper, so that values can be compared with the ones it gives.
+The network is timm's with the official weights. Resizing and position embeddings are those of dgm-eval, the code of
+that paper, so that values can be compared with its values.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from distillbench import hookimpl, scores
 from distillbench.features import FeatureNetwork, resized
 from distillbench.pretrained import WeightsFile
 
-SIDE, PATCH = 224, 14  # pixels of the input and of a patch
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
-OFFSET = 0.1  # of the grid's side, in DINOv2's own interpolation of position embeddings
+SIDE, PATCH = 224, 14  # side in pixels of the input and of a patch
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's pixels in [0, 1]
+OFFSET = 0.1  # that DINOv2 adds to the grid's side when it interpolates position embeddings
 
 
 class DinoV2(FeatureNetwork):
@@ -48,9 +48,9 @@ class DinoV2(FeatureNetwork):
     batch = 64
 
     def __init__(self, file: Path, device: str) -> None:
-        """timm's names are the official ones; every name and shape must fit."""
+        """timm uses the official names of tensors; every name and shape must match."""
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-        del tensors["mask_token"]  # of training
+        del tensors["mask_token"]  # used only in training
         tensors["pos_embed"] = interpolated(tensors["pos_embed"], SIDE // PATCH)
         with torch.device("meta"):
             network = vision_transformer(self.width, self.depth, self.heads, SIDE)
@@ -62,7 +62,7 @@ class DinoV2(FeatureNetwork):
 
 
 def vision_transformer(width: int, depth: int, heads: int, side: int) -> nn.Module:
-    """The architecture of DINOv2 for images of `side` pixels, which gives the normalised class token."""
+    """DINOv2's architecture for images of `side` pixels, which returns the normalised class token."""
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
@@ -74,8 +74,8 @@ def vision_transformer(width: int, depth: int, heads: int, side: int) -> nn.Modu
 def interpolated(positions: Tensor, side: int) -> Tensor:
     """Position embeddings (1,1+n*n,D) of a class token and n x n patches, for side x side patches.
 
-    Bicubic, not antialiased, n / (side + 0.1) old patches to a new one: what the official network does when it meets
-    images of another size. The token's embedding stays.
+    Bicubic, not antialiased, with scale (side + 0.1) / n, as in the official network for images of another size. The
+    class token's embedding is unchanged.
     """
     token, grid = positions[:, :1], positions[:, 1:]
     n = math.isqrt(grid.shape[1])

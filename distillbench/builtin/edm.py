@@ -1,9 +1,9 @@
 """Teachers from the network pickles of NVIDIA's EDM release (Karras et al. 2022, arXiv:2206.00364).
 
-The files are read without executing anything that they hold (:mod:`distillbench.safe_pickle`), into this package's own
-networks of the same architecture (:mod:`distillbench.edm_networks`). Those named "vp" and "ve" hold the two
-architectures of Song et al.; both are preconditioned as EDM's, so that here they are teachers of one kind: they predict
-F at noise levels between .002 and 80. Networks that were released in half precision compute in float32 here.
+The files are read without executing any code in them (:mod:`distillbench.safe_pickle`), into this package's own
+implementations of the same networks (:mod:`distillbench.edm_networks`). The names "vp" and "ve" stand for the two
+architectures of Song et al. Both use EDM's preconditioning, so that all are teachers of one kind: they predict F at
+noise levels between .002 and 80. Networks that were released in half precision compute in float32.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from distillbench.safe_pickle import PersistentObject, read_pickle
 from distillbench.schedules import VE
 from distillbench.teachers import TeacherPlan
 
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # noise levels that EDM samples between (table 1)
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # range of noise levels in EDM's sampling (table 1)
 PUBLISHED = {  # by dataset
     "cifar10": "edm-cifar10-32x32-uncond-vp.pkl",
     "ffhq": "edm-ffhq-64x64-uncond-vp.pkl",
     "afhqv2": "edm-afhqv2-64x64-uncond-vp.pkl",
     "imagenet64": "edm-imagenet-64x64-cond-adm.pkl",
 }
-LARGEST = 65536  # of the numbers that describe a network
-LONGEST = 64  # of its lists, and most of its blocks
+LARGEST = 65536  # most that a number in a network's settings may be
+LONGEST = 64  # most entries of a list in them, and most blocks
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a file says of its network, as plain values."""
+    """The description of a network in a file, as plain values."""
 
     network: str
-    settings: dict[str, Any]  # what the network is built with
+    settings: dict[str, Any]  # arguments of the network's class
     sigma_min: float
     sigma_max: float
 
@@ -68,7 +68,7 @@ class Description:
         return dataclasses.replace(self, settings=self.settings | {"dropout": share})
 
     def build(self) -> nn.Module:
-        """The network with fresh weights."""
+        """The network with random weights."""
         return NETWORKS[self.network](**self.settings)
 
 
@@ -80,7 +80,7 @@ class Edm(TeacherSource):
     @dataclass
     class Config(TeacherConfig):
         path: str = option("", f"the file (required), such as {PUBLISHED['ffhq']}", path=True)
-        dropout: float = option(0.0, "share of features that students forget in training (EDM trains with .05 to .25)")
+        dropout: float = option(0.0, "dropout of students in training (EDM trains with .05 to .25)")
 
         def __post_init__(self) -> None:
             require_fraction(self, "dropout")
@@ -118,15 +118,15 @@ class Edm(TeacherSource):
     def _file(self) -> Path:
         example = PUBLISHED.get(self.dataset.name, PUBLISHED["ffhq"])
         accepted = (
-            f"Possible: a network of NVIDIA's EDM release ({', '.join(PUBLISHED.values())} and their variants), which "
-            f"the README of NVlabs/edm on GitHub says where to get, or a snapshot of its training: distillbench run "
+            f"Possible: a network of NVIDIA's EDM release ({', '.join(PUBLISHED.values())} and their variants; see "
+            f"the README of NVlabs/edm on GitHub), or a snapshot of its training script: distillbench run "
             f"'methods=[boot,cm]' dataset={self.dataset.name} teacher=edm teacher.path=FOLDER/{example}"
         )
         if not self.config.path:
             raise UserError(f"teacher=edm needs teacher.path=FILE. {accepted}")
         file = Path(self.config.path)
         if file.is_dir():
-            raise UserError(f"teacher.path: {self.config.path!r} is a folder, and teacher=edm reads a file. {accepted}")
+            raise UserError(f"teacher.path: {self.config.path!r} is a folder, but teacher=edm reads a file. {accepted}")
         if not file.is_file():
             raise UserError(f"teacher.path: no file {self.config.path!r}. {accepted}")
         with open(file, "rb") as start:
@@ -136,7 +136,7 @@ class Edm(TeacherSource):
 
     @functools.cached_property
     def _description(self) -> Description:
-        """What the file says of its network, once its weights are known to be those of such a network."""
+        """The description of the network in the file, after checking that its weights match."""
         described, model = _model(self._file, tensors=False)
         try:
             with torch.device("meta"):
@@ -147,22 +147,22 @@ class Edm(TeacherSource):
         return described.with_dropout(self.config.dropout)
 
     def _check(self) -> None:
-        """Raise UserError unless the file is there, and fits the dataset and what the run asks for."""
+        """Raise UserError unless the file exists and fits the dataset and the run's conditioning."""
         theirs, classes, asked = self._description.shape, self._description.classes, self.conditioning
         if theirs != tuple(self.dataset.shape):
             raise UserError(
-                f"the teacher does not fit the dataset: it makes images of (C,H,W) = {theirs}, the dataset's are "
+                f"the teacher does not fit the dataset: its images are (C,H,W) = {theirs}, the dataset's are "
                 f"{tuple(self.dataset.shape)}"
             )
         if classes != asked.classes:
             wanted = f"conditional=true with {asked.classes} classes" if asked.classes else "conditional=false"
             raise UserError(
-                f"the teacher in {self._file.name!r} knows {classes or 'no'} classes and cannot serve {wanted}"
+                f"the teacher in {self._file.name!r} has {classes or 'no'} classes and does not support {wanted}"
             )
         if asked.guided and not self._description.settings.get("label_dropout", 0):
             raise UserError(
-                f"the teacher in {self._file.name!r} was trained with every label (label_dropout=0): without one its "
-                "answer means nothing, and there is nothing to guide away from. Possible: guidance=1"
+                f"the teacher in {self._file.name!r} was trained without label dropout (label_dropout=0), so it has no "
+                "unconditional prediction, which guidance needs. Possible: guidance=1"
             )
 
 
@@ -170,17 +170,17 @@ class Edm(TeacherSource):
 
 
 def _unfit(file: Path, why: str) -> UserError:
-    return UserError(f"teacher.path: {file.name!r} is not a network of EDM's: {why}")
+    return UserError(f"teacher.path: {file.name!r} is not an EDM network: {why}")
 
 
 def _model(file: Path, tensors: bool) -> tuple[Description, PersistentObject]:
-    """The network in `file`: what is said of it, and itself as its attributes."""
+    """The description of the network in `file`, and the network's attributes."""
     content = read_pickle(file, tensors)
     wrapper = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(wrapper, PersistentObject):
-        raise _unfit(file, "it is no dict with a network as 'ema'")
+        raise _unfit(file, "it is not a dict with a network as 'ema'")
     if wrapper.class_name != "EDMPrecond":
-        raise _unfit(file, f"it is preconditioned by {quoted(wrapper.class_name)}. Possible: EDMPrecond")
+        raise _unfit(file, f"its preconditioning is {quoted(wrapper.class_name)}. Possible: EDMPrecond")
     modules = wrapper.state.get("_modules")
     model = modules.get("model") if isinstance(modules, dict) else None
     if not isinstance(model, PersistentObject) or model.class_name not in NETWORKS:
@@ -192,22 +192,22 @@ def _model(file: Path, tensors: bool) -> tuple[Description, PersistentObject]:
     low = max(SIGMA_MIN, _number(file, wrapper, "sigma_min", 0.0))
     high = min(SIGMA_MAX, _number(file, wrapper, "sigma_max", math.inf))
     if not low < high:
-        raise _unfit(file, f"it knows no noise levels between {SIGMA_MIN:g} and {SIGMA_MAX:g}")
+        raise _unfit(file, f"its noise levels do not overlap {SIGMA_MIN:g} to {SIGMA_MAX:g}")
     return Description(model.class_name, _settings(file, model), low, high), model
 
 
 def _number(file: Path, record: PersistentObject, name: str, default: float) -> float:
     value = record.state.get(name, default)
     if type(value) not in (int, float) or math.isnan(value):
-        raise _unfit(file, f"its {name} is no number")
+        raise _unfit(file, f"its {name} is not a number")
     return float(value)
 
 
 def _settings(file: Path, model: PersistentObject) -> dict[str, Any]:
-    """What the network was built with, by name, without surprises."""
+    """The arguments of the network's class by name, checked to be plain and of plausible size."""
     args, kwargs = model.state.get("_init_args", ()), model.state.get("_init_kwargs", {})
     if not (isinstance(args, tuple | list) and isinstance(kwargs, dict) and all(isinstance(k, str) for k in kwargs)):
-        raise _unfit(file, "it does not say what it was built with")
+        raise _unfit(file, "it has no arguments of its class")
     try:
         settings = inspect.signature(NETWORKS[model.class_name]).bind(*args, **kwargs).arguments
     except TypeError as error:
@@ -219,7 +219,7 @@ def _settings(file: Path, model: PersistentObject) -> dict[str, Any]:
             if not plain or (isinstance(value, list) and len(value) > LONGEST):
                 raise _unfit(file, f"its {name} is {quoted(reprlib.repr(value))}")
     if settings["in_channels"] != settings["out_channels"]:
-        raise _unfit(file, f"it makes {settings['out_channels']} channels of {settings['in_channels']}")
+        raise _unfit(file, f"it has {settings['in_channels']} input and {settings['out_channels']} output channels")
     if settings.get("num_blocks", 0) not in range(LONGEST):
         raise _unfit(file, f"its num_blocks is {settings['num_blocks']}")
     return settings
@@ -235,7 +235,7 @@ def _weights(file: Path, model: PersistentObject) -> dict[str, Tensor]:
 def _named_tensors(module: PersistentObject, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a module's parameters and buffers and of all below it, as its state_dict would name them."""
     if id(module) in seen:
-        raise TypeError("a module is in two places")
+        raise TypeError("a module occurs twice")
     seen.add(id(module))
     unsaved = module.state.get("_non_persistent_buffers_set", ())
     for group in ("_parameters", "_buffers"):
@@ -256,7 +256,7 @@ def _check_shapes(file: Path, network: nn.Module, weights: dict[str, Tensor]) ->
         raise _unfit(file, f"it {lacks} {quoted(name)}, unlike the {type(network).__name__} that it describes")
     for name, shape in ours.items():
         if theirs[name] != shape:
-            raise _unfit(file, f"its {name} has shape {theirs[name]}, not {shape}")
+            raise _unfit(file, f"its {name} has shape {theirs[name]}, expected {shape}")
 
 
 @hookimpl(api=1)

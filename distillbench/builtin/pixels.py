@@ -1,4 +1,4 @@
-"""Scores made of pixels: distance to the teacher's answers, spread, and distance to the real images. No network."""
+"""Scores on pixels, without a network: distance to the teacher's samples, spread, distance to real images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHUNK = 1024  # images at a time
 
 
 class TeacherRmse(Metric):
-    """Root mean square difference to the teacher's many-step answers to the same noise, images clipped to [-1, 1]."""
+    """Root mean square difference to the teacher's many-step samples from the same noise, clipped to [-1, 1]."""
 
     name = "teacher_rmse"
     unit = "pixel values in [-1, 1]"
@@ -29,9 +29,9 @@ class TeacherRmse(Metric):
 
 
 class Spread(Metric):
-    """Standard deviation of the samples' pixels over noise, relative to the teacher's answers: 1 is as diverse.
+    """Standard deviation of the samples' pixels relative to the teacher's samples: 1 means equally diverse.
 
-    Of a conditional run it is that within each class.
+    In a conditional run it is computed within each class.
     """
 
     name = "spread"
@@ -44,7 +44,7 @@ class Spread(Metric):
 
 
 class NearestRealRmse(Metric):
-    """Median root mean square difference of a sample to the nearest real image: near 0, samples are copies."""
+    """Median root mean square difference between a sample and its nearest real image. Near 0, samples are copies."""
 
     name = "nearest_real_rmse"
     unit = "pixel values in [-1, 1]"

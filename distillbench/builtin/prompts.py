@@ -1,4 +1,4 @@
-"""Texts without images, for data-free distillation of text-to-image teachers."""
+"""Prompts without images, for data-free distillation of text-to-image teachers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from distillbench.files import canonical_json
 from distillbench.options import require_between, require_positive
 
 LARGEST_FILE = 2**30  # bytes
-COLUMNS = ("prompt", "caption", "text")  # of a table or of an object, the first that is there
+COLUMNS = ("prompt", "caption", "text")  # of which the first that exists is used
 
 
 class Prompts(Dataset):
-    """Prompts alone: no images. A text-to-image teacher is distilled from them without data.
+    """Prompts without images, for data-free distillation of a text-to-image teacher.
 
-    Prompt i is class i. Those of `evaluation_path` come last, and evaluation asks for them only; training asks for
-    those of `path`. Without `evaluation_path` both ask for all.
+    Prompt i is class i. The prompts of `evaluation_path` come last and are used only for evaluation, those of `path`
+    only for training. Without `evaluation_path` both use all prompts.
     """
 
     name = "prompts"
@@ -34,12 +34,10 @@ class Prompts(Dataset):
 
     @dataclass
     class Config(DatasetConfig):
-        path: str = option("", "the prompts (required): .txt (one a line), .jsonl, .csv or .parquet", path=True)
-        evaluation_path: str = option(
-            "", "prompts for evaluation only, in such a file; empty: those of path", path=True
-        )
-        limit: int = option(0, "the first so many prompts of path; 0: all")
-        resolution: int = option(512, "side in pixels of the images that the teacher makes")
+        path: str = option("", "file of prompts (required): .txt (one per line), .jsonl, .csv or .parquet", path=True)
+        evaluation_path: str = option("", "file of prompts for evaluation only; empty: those of path", path=True)
+        limit: int = option(0, "number of prompts of path to use; 0: all")
+        resolution: int = option(512, "height and width of the generated images in pixels")
 
         def __post_init__(self) -> None:
             require_positive(self, "resolution")
@@ -47,7 +45,7 @@ class Prompts(Dataset):
 
     def __init__(self, config: Config) -> None:
         if not config.path:
-            formats = ".txt with a prompt a line, or .jsonl, .csv or .parquet with a column prompt, caption or text"
+            formats = ".txt with one prompt per line, or .jsonl, .csv or .parquet with a column prompt, caption or text"
             raise UserError(f"dataset=prompts needs dataset.path=FILE, the prompts: {formats}")
         trained, notes = read_prompts(config.path, "dataset.path")
         trained, asked, more = trained[: config.limit or None], [], []
@@ -65,16 +63,16 @@ class Prompts(Dataset):
         return 0
 
     def read(self, indices: Tensor) -> Tensor:
-        raise UserError("dataset=prompts has texts and no images: take a dataset of images with captions")
+        raise UserError("dataset=prompts has no images: use a dataset of images with captions")
 
 
 def read_prompts(path: str, setting: str) -> tuple[list[str], list[str]]:
-    """The texts of a file, in order, without empty ones, and notes on these. Raises UserError in the setting's name."""
+    """The non-empty texts of a file in order, and notes. `setting` names the file in messages. Raises UserError."""
     file = Path(path)
     try:
         there = file.is_file()
     except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise UserError(f"{setting}: cannot look at {quoted(path)}: {error.strerror}") from error
+        raise UserError(f"{setting}: cannot access {quoted(path)}: {error.strerror}") from error
     if not there:
         names = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
         raise UserError(f"{setting}: no file {quoted(path)}.{nearest(file.name, names)}")
@@ -86,21 +84,21 @@ def read_prompts(path: str, setting: str) -> tuple[list[str], list[str]]:
         rows = READERS[file.suffix](file)
     except UserError as error:
         raise UserError(f"{setting}: {error}") from error
-    except Exception as error:  # pyarrow raises much for a damaged file
+    except Exception as error:  # pyarrow raises many types for a damaged file
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{setting}: cannot read {file.name!r}: {first}") from error
     texts = [" ".join(row[0].split()) for row in rows if row]
     texts = [text for text in texts if text]
     for text in texts:
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # which JSON can spell and no encoder takes
-            raise UserError(f"{setting}: half of a surrogate pair in {file.name!r}: {quoted(text)}")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # possible in JSON, but no text encoder accepts it
+            raise UserError(f"{setting}: unpaired surrogate in {file.name!r}: {quoted(text)}")
     if not texts:
         raise UserError(f"{setting}: no prompt in {file.name!r}")
     notes, several = [], sum(len(row) > 1 for row in rows)
-    if file.suffix != ".txt" and len(texts) < len(rows):  # an empty line of a text is no prompt that is missing
-        notes.append(f"{file.name}: {len(rows) - len(texts):,} of {len(rows):,} rows have no text and are left out")
+    if file.suffix != ".txt" and len(texts) < len(rows):  # an empty line of a .txt file is not a missing prompt
+        notes.append(f"{file.name}: {len(rows) - len(texts):,} of {len(rows):,} rows have no text and are ignored")
     if several:
-        notes.append(f"{file.name}: {several:,} of {len(rows):,} rows have several texts: the first is taken")
+        notes.append(f"{file.name}: {several:,} of {len(rows):,} rows have several texts: the first is used")
     return texts, notes
 
 
@@ -123,7 +121,7 @@ def _lines(file: Path) -> Rows:
 
 
 def _objects(file: Path) -> Rows:
-    """Each line is an object, or a text."""
+    """JSON lines, each an object or a text."""
     rows: Rows = []
     for number, line in enumerate(_text_lines(file), 1):
         if line.strip():
@@ -132,7 +130,7 @@ def _objects(file: Path) -> Rows:
             if isinstance(entry, dict):
                 entry = entry[_column(list(entry), where)]
             if isinstance(entry, bool | int | float):
-                raise UserError(f"{where} is no text: {quoted(line)}")
+                raise UserError(f"{where} is not a text: {quoted(line)}")
             rows.append(texts_in(entry))
     return rows
 
@@ -149,8 +147,8 @@ def _parquet(file: Path) -> Rows:
 
     with ParquetFile(file, page_checksum_verification=True) as table:
         column = _column(table.schema_arrow.names, repr(file.name))
-        if not 0 <= table.metadata.num_rows <= file.stat().st_size:  # beyond, it is one text again and again
-            raise UserError(f"{file.name!r} says that it has {table.metadata.num_rows:,} rows")
+        if not 0 <= table.metadata.num_rows <= file.stat().st_size:  # more rows would all be the same text
+            raise UserError(f"the header of {file.name!r} declares {table.metadata.num_rows:,} rows")
         return [texts_in(text) for text in table.read([column])[column].to_pylist()]
 
 

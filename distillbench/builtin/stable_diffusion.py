@@ -1,16 +1,16 @@
-"""Teachers that make images of texts, and the first of them: Stable Diffusion 1.5, 2.1 and pipelines of their layout.
+"""Text-to-image teachers: what they share, and Stable Diffusion 1.5, 2.1 and pipelines with their layout.
 
-Read from a folder of diffusers (:mod:`.diffusers_pipelines` says how little of a folder is believed). Texts are encoded
-once, into a table on disk; the text encoder is read only if the table is missing, or a text comes that is not of it.
+They are read from a diffusers folder, of which only data is trusted (:mod:`.diffusers_pipelines`). Prompts are encoded
+once and cached on disk. The text encoder is loaded only if the cache has no entry, or for a text that is not in it.
 
-| part         | class                | where it is while students train |
+| part         | class                | device while students train      |
 |--------------|----------------------|----------------------------------|
 | unet         | UNet2DConditionModel | on the device                    |
 | vae          | AutoencoderKL        | on the CPU                       |
-| text_encoder | CLIPTextModel        | nowhere                          |
-| tokenizer    | CLIPTokenizer        | nowhere                          |
+| text_encoder | CLIPTextModel        | not loaded                       |
+| tokenizer    | CLIPTokenizer        | not loaded                       |
 
-Guidance is that of diffusers' StableDiffusionPipeline, f_0 + w (f_c - f_0) with the empty text as the one for none.
+Guidance is that of diffusers' StableDiffusionPipeline, f_0 + w (f_c - f_0), where f_0 is conditioned on the empty text.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from distillbench.prompts import EncodedPrompts, PlaceholderPrompts, encode_prom
 from distillbench.teachers import PipelineFolder, TeacherPlan
 
 TEXT_EXTRA = "reading texts needs the library transformers: pip install 'distillbench[text]'"
-LOWER = 512  # D of a text encoder whose config leaves it out, as transformers fills it in
+DEFAULT_WIDTH = 512  # D if a text encoder's config lacks it, as in transformers
 
 TOKENIZERS = (
     "CLIPTokenizer",
@@ -67,17 +67,17 @@ TOKENIZERS = (
 )
 
 
-# --- texts -----------------------------------------------------------------------------------------------------------
+# --- text encoders ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """How pipelines use a class of text encoders."""
+    """How a class of text encoders is used."""
 
-    width: str  # the setting of its config that is D
-    length: Callable[[Mapping[str, Any], Mapping[str, Any]], int]  # of the configs of tokenizer and encoder
-    masked: Callable[[Mapping[str, Any]], bool]  # is the encoder told, by its config, which tokens are padding
-    prepare: Callable[[str], str]  # what is done to a text before
+    width: str  # the key of D in its config
+    length: Callable[[Mapping[str, Any], Mapping[str, Any]], int]  # L, from the configs of tokenizer and encoder
+    masked: Callable[[Mapping[str, Any]], bool]  # whether it gets an attention mask, from its config
+    prepare: Callable[[str], str]  # preprocessing of a text
 
 
 def _clip_length(tokenizer: Mapping[str, Any], encoder: Mapping[str, Any]) -> int:
@@ -85,13 +85,13 @@ def _clip_length(tokenizer: Mapping[str, Any], encoder: Mapping[str, Any]) -> in
     return min(int(tokenizer.get("model_max_length") or most), most)
 
 
-T5_LENGTH = 77  # of DeepFloyd IF, whatever the tokenizer's own
+T5_LENGTH = 77  # in DeepFloyd IF, whatever the tokenizer's config says
 
 TEXT_MODELS = {
     "CLIPTextModel": TextModel(
         "hidden_size", _clip_length, lambda config: bool(config.get("use_attention_mask")), lambda text: text
     ),
-    # IF also offers to clean captions of web pages (clean_caption); that is left to who writes the prompts.
+    # IF's optional cleaning of captions from web pages (clean_caption) is not applied.
     "T5EncoderModel": TextModel(
         "d_model", lambda tokenizer, encoder: T5_LENGTH, lambda config: True, lambda text: text.lower().strip()
     ),
@@ -107,32 +107,32 @@ def _transformers() -> Any:
 
 
 class OffloadedOnDemand(Offloaded):
-    """A module that is read when it is first wanted, waits on the CPU from then on, and can be let go."""
+    """A module that is loaded at its first use, then offloaded to the CPU between uses, and can be unloaded."""
 
     def __init__(self, read: Callable[[], nn.Module], device: str) -> None:
         self.read, self.device = read, device
         self._users = 0
-        self._kept: nn.Module | None = None
+        self._loaded: nn.Module | None = None
 
     @property
     def module(self) -> nn.Module:  # type: ignore[override]
-        if self._kept is None:
-            self._kept = self.read().eval().requires_grad_(False).to("cpu")
-        return self._kept
+        if self._loaded is None:
+            self._loaded = self.read().eval().requires_grad_(False).to("cpu")
+        return self._loaded
 
     def _to_cpu(self) -> None:
-        if self._kept is not None:
-            self._kept.to("cpu")
+        if self._loaded is not None:
+            self._loaded.to("cpu")
 
-    def let_go(self) -> None:
-        """Give its memory back; it is read again if it is wanted again."""
-        self._kept = None
+    def unload(self) -> None:
+        """Free its memory. The next use loads it again."""
+        self._loaded = None
 
 
 class TextEncoder:
     """A pipeline's tokenizer and text encoder: texts to (B,L,D), the encoder's last hidden state after its last norm.
 
-    Each text is cut or padded to L tokens. Nothing is read before a text comes.
+    Each text is truncated or padded to L tokens. Weights are loaded at the first call.
     """
 
     def __init__(self, index: Index, variant: str, device: str, possible: tuple[str, ...]) -> None:
@@ -142,7 +142,7 @@ class TextEncoder:
         self.parked = OffloadedOnDemand(self._encoder, device)
         self.kind = TEXT_MODELS[index.components["text_encoder"]]
         self.config = index.config("text_encoder")
-        self.width = int(self.config.get(self.kind.width, LOWER))
+        self.width = int(self.config.get(self.kind.width, DEFAULT_WIDTH))
         self.length = self.kind.length(self._tokenizer_config(), self.config)
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class TextEncoder:
             return encoder(tokens.input_ids.to(device), attention_mask=mask).last_hidden_state
 
     def check(self) -> None:
-        """Raise UserError where a file of weights, or what reads texts, is missing."""
+        """Raise UserError if a file of weights, the tokenizer, or the library transformers is missing."""
         if importlib.util.find_spec("transformers") is None:
             raise UserError(TEXT_EXTRA)
         check_component(self.index, "text_encoder", self.variant)
@@ -166,7 +166,7 @@ class TextEncoder:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of all that turns a text into numbers."""
+        """SHA-256 of everything that decides the embedding of a text."""
         how = {
             "encoder": self.index.components["text_encoder"],
             "config": {name: value for name, value in self.config.items() if name[0] != "_"},
@@ -178,9 +178,9 @@ class TextEncoder:
         hashes = {file.name: sha256_file(file) for file in files}
         return hashlib.sha256(canonical_json([how, hashes]).encode()).hexdigest()
 
-    def let_go(self) -> None:
-        """Give the encoder's memory back."""
-        self.parked.let_go()
+    def unload(self) -> None:
+        """Free the encoder's memory."""
+        self.parked.unload()
 
     def _tokenizer_files(self) -> list[Path]:
         folder = self.index.folder / "tokenizer"
@@ -191,7 +191,7 @@ class TextEncoder:
         return read_json(file, self.index.name) if file.is_file() else {}
 
     def _encoder(self) -> Any:
-        """The encoder with its weights, without transformers' bar of progress: ours is shown."""
+        """The encoder with its weights, loaded without transformers' progress bar, which would disturb our own."""
         logging = _transformers().utils.logging
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
@@ -211,16 +211,16 @@ class TextEncoder:
             raise UserError(f"teacher.path: tokenizer of {self.index.name!r} cannot be used: {why}") from error
 
 
-# --- pipelines that read texts ---------------------------------------------------------------------------------------
+# --- text-to-image pipelines -----------------------------------------------------------------------------------------
 
 
 class TextPipeline(TeacherSource):
-    """A pipeline of diffusers with a UNet2DConditionModel that attends to texts."""
+    """A diffusers pipeline with a UNet2DConditionModel that attends to texts."""
 
     reads = "texts"
-    encoders: ClassVar[tuple[str, ...]]  # classes that its text encoder may be of
-    families: ClassVar[tuple[str, ...]] = ("discrete", "flow")  # of readings
-    _unread: Sequence[str] = ()  # what the configs say and is not understood, once the plan has looked
+    encoders: ClassVar[tuple[str, ...]]  # supported classes of the text encoder
+    families: ClassVar[tuple[str, ...]] = ("discrete", "flow")  # supported families of schedulers
+    _unread: Sequence[str] = ()  # notes on ignored settings in the configs, set by plan()
 
     def notes(self) -> Sequence[str]:
         return self._unread
@@ -229,7 +229,7 @@ class TextPipeline(TeacherSource):
         return PipelineFolder(self._index(self.config.path).folder, self.config.variant)
 
     def _index(self, path: str, wanted: tuple[str, ...] = ()) -> Index:
-        """The index of the pipeline at `path`; of one on the hub, with the weights of its components `wanted`."""
+        """The index of the pipeline at `path`. From the hub, the weights of the components `wanted` are fetched too."""
         patterns = ["*.json", "tokenizer/*.txt", "tokenizer/*.model"]
         patterns += patterns_of(wanted, self.config.variant) if wanted else ()
         return find_index(self.name, self.config, path, patterns)
@@ -237,30 +237,30 @@ class TextPipeline(TeacherSource):
     def _prompts(self) -> list[str]:
         if not self.dataset.prompts:
             raise UserError(
-                f"teacher={self.name} makes images of texts, and dataset={self.dataset.name} has none. Possible: "
+                f"teacher={self.name} makes images from texts, but dataset={self.dataset.name} has none. Possible: "
                 "dataset=prompts, or images with captions"
             )
         return list(self.dataset.prompts)
 
     def _encoded(self, encoder: TextEncoder, progress: Progress) -> EncodedPrompts:
-        """The table of the dataset's prompts, found or made now; the encoder is let go after that."""
+        """The embeddings of the dataset's prompts, from the cache or computed now. Unloads the encoder."""
         cache = self.cache.parent / "prompts"
         table = encode_prompts(self._prompts(), encoder, encoder.sha256, cache, self.device, progress)
-        encoder.let_go()
+        encoder.unload()
         return table
 
     def _reading(self, index: Index) -> Reading:
-        """How the network is read; raises UserError where a part of the pipeline is of another kind than is read."""
+        """How to use the network. Raises UserError if a component of the pipeline is not supported."""
         index.component(("unet",), ["UNet2DConditionModel"])
         if more := [name for name in index.components if name.startswith("text_encoder_")]:
             raise UserError(
-                f"the {index.pipeline} in {index.name!r} has a {more[0]}, and teacher={self.name} reads one text "
-                "encoder. Possible: pipelines of the layout of Stable Diffusion 1.5 and 2.1, or DeepFloyd IF"
+                f"the {index.pipeline} in {index.name!r} has a {more[0]}, but teacher={self.name} supports one text "
+                "encoder. Possible: pipelines with the layout of Stable Diffusion 1.5 and 2.1, or DeepFloyd IF"
             )
         if index.full_config("unet")["time_cond_proj_dim"] is not None:
             raise UserError(
-                f"the {index.pipeline} in {index.name!r} is told its guidance weight (time_cond_proj_dim): it is a "
-                "student already, not a teacher"
+                f"the {index.pipeline} in {index.name!r} takes the guidance weight as an input (time_cond_proj_dim): "
+                "it is a distilled student, not a teacher"
             )
         reading, _ = read_schedule(index)
         if reading.family not in self.families:
@@ -268,13 +268,13 @@ class TextPipeline(TeacherSource):
         return reading
 
     def _check_width(self, index: Index, width: int) -> None:
-        """Raise UserError unless the network takes texts of `width` numbers a token."""
+        """Raise UserError unless the network takes text embeddings of `width`."""
         config = index.full_config("unet")
         wanted = config["encoder_hid_dim"] or config["cross_attention_dim"]
         if isinstance(wanted, int) and wanted != width:
             raise UserError(
-                f"teacher.path: the network in {index.name!r} takes texts of {wanted} numbers a token, its text "
-                f"encoder gives {width}"
+                f"teacher.path: the network in {index.name!r} takes text embeddings of width {wanted}, its text "
+                f"encoder has width {width}"
             )
 
     @abstractmethod
@@ -298,7 +298,7 @@ class TextPipeline(TeacherSource):
 
 @dataclass(frozen=True)
 class _Latents:
-    """What a pipeline's configs say of its latents and texts."""
+    """A pipeline's latents and text encoder, as its configs describe them."""
 
     reading: Reading
     encoder: TextEncoder
@@ -306,14 +306,14 @@ class _Latents:
 
 
 class StableDiffusion(TextPipeline):
-    """A latent text-to-image pipeline of the layout of Stable Diffusion 1.5 and 2.1."""
+    """A latent text-to-image pipeline with the layout of Stable Diffusion 1.5 and 2.1."""
 
     name = "stable_diffusion"
     encoders = ("CLIPTextModel",)
 
     @dataclass
     class Config(PipelineConfig):
-        decode_batch: int = option(4, "images that the autoencoder decodes or encodes at once")
+        decode_batch: int = option(4, "batch size of the autoencoder")
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -330,7 +330,7 @@ class StableDiffusion(TextPipeline):
         return TeacherPlan(index.name)
 
     def untrained(self) -> Teacher:
-        """Of the network's architecture; decoding gives grey images, and no text is read."""
+        """A teacher with random weights. Decoding returns grey images, and no text encoder is loaded."""
         index = self._index(self.config.path)
         latents = self._latents(index)
         shape = latents.shape
@@ -363,7 +363,7 @@ class StableDiffusion(TextPipeline):
         return dataclasses.replace(teacher, encode=encoder, parked=(autoencoder.parked, encoder.parked))
 
     def _in_slices(self, autoencoder: Autoencoder, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """`call` on a few images at a time: at 512 pixels a side an image takes gigabytes."""
+        """`call` in batches of `decode_batch`: an image of 512x512 takes gigabytes."""
         size = self.config.decode_batch
 
         def sliced(x: Tensor) -> Tensor:
@@ -373,7 +373,7 @@ class StableDiffusion(TextPipeline):
         return sliced
 
     def _latents(self, index: Index) -> _Latents:
-        """What the configs say; raises UserError where they do not fit each other, or the dataset."""
+        """Read the configs. Raises UserError if they do not fit each other or the dataset."""
         self._prompts()
         reading, encoder = self._reading(index), TextEncoder(index, self.config.variant, self.device, self.encoders)
         index.component(("vae",), ["AutoencoderKL"])
@@ -382,21 +382,21 @@ class StableDiffusion(TextPipeline):
         channels = vae["latent_channels"]
         if (unet["in_channels"], unet["out_channels"]) != (channels, channels):
             raise UserError(
-                f"teacher.path: the network in {index.name!r} takes {unet['in_channels']} channels and gives "
-                f"{unet['out_channels']}, its latents have {channels}: it edits or enlarges images and does not make "
-                "them of texts alone"
+                f"teacher.path: the network in {index.name!r} has {unet['in_channels']} input and "
+                f"{unet['out_channels']} output channels, its latents have {channels}: it edits or upscales images "
+                "and does not make them from texts only"
             )
         _, *factors = Autoencoder.image_shape(vae, (channels, 1, 1))
         _, height, width = self.dataset.shape
         if height % factors[0] or width % factors[1]:
             raise UserError(
-                f"dataset.resolution: the autoencoder of {index.name!r} makes images of sides that are multiples of "
-                f"{factors[0]}, got {height}x{width}"
+                f"dataset.resolution must be a multiple of {factors[0]} for the autoencoder of {index.name!r}, "
+                f"got {height}x{width}"
             )
         shape = (channels, height // factors[0], width // factors[1])
         if (made := Autoencoder.image_shape(vae, shape)) != tuple(self.dataset.shape):
             raise UserError(
-                f"the teacher does not fit the dataset: it makes images of (C,H,W) = {made}, the dataset's are "
+                f"the teacher does not fit the dataset: its images are (C,H,W) = {made}, the dataset's are "
                 f"{tuple(self.dataset.shape)}"
             )
         return _Latents(reading, encoder, shape)

@@ -1,12 +1,12 @@
-"""Teachers that the harness trains itself, on the dataset of the run, and keeps by content.
+"""Teachers that distillbench trains on the run's dataset and caches.
 
-The recipe (dataset's hash, network, schedule, training; on a GPU also whether with TF32) names the weights. Weights of
-a recipe are looked for among those that ship with distillbench, then in the cache of the results folder; only if
-neither has them is the teacher trained, once. ``teacher.path=FILE`` takes a given file instead.
+The cache key is the recipe: the dataset's hash, network, schedule and training, and on a GPU whether TF32 was used.
+Weights are first looked up among those shipped with distillbench, then in the cache of the results folder. Only if both
+lack them is the teacher trained, once. ``teacher.path=FILE`` loads a given file instead.
 
 Training is denoising score matching: minimise E |target(x_0, eps, t) - network(x_t, t, c)|^2 over t uniform in
 [t_min, t_max], with the target of the network's parameterisation (v: Salimans & Ho 2022, appendix D). A conditional
-teacher forgets one label in ten, so that it can be guided (Ho & Salimans 2021, algorithm 1).
+teacher drops one label in ten, so that it supports guidance (Ho & Salimans 2021, algorithm 1).
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ from distillbench.train import Loop, train
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 METADATA = "distillbench_teacher"
 FORMAT = 1
-MLP_UP_TO = 16  # pixels a side
-LARGEST, LONGEST = 65536, 64  # of the numbers that describe a network, and of its lists
-DEEPEST, DEPTHS = 128, ("depth", "layers_per_block", "num_layers")  # of the numbers that are of layers
-KEPT_STATES, SECONDS_BETWEEN_STATES = 2, 300.0  # of a teacher's training, from which it goes on when it was cut off
-FORGOTTEN = 0.1  # share of labels
+MLP_UP_TO = 16  # pixels per side
+LARGEST, LONGEST = 65536, 64  # most that a number in a recipe may be, and most entries of a list
+DEEPEST, DEPTHS = 128, ("depth", "layers_per_block", "num_layers")  # most layers, and the settings that count them
+KEPT_STATES, SECONDS_BETWEEN_STATES = 2, 300.0  # resume states of a teacher's training
+FORGOTTEN = 0.1  # probability of dropping a label
 
 
 @dataclass
 class TeacherTraining(OptimizerConfig):
     """How a teacher is optimised."""
 
-    ema_halflife_kimg: float = option(300.0, "half-life of the weights' average in 1000 images; 0: no average")
+    ema_halflife_kimg: float = option(300.0, "half-life of the weight average in 1000 images; 0: no average")
 
 
 class DenoisingTraining(Method):
-    """Denoising score matching: how the teacher itself comes about, in the same loop as the methods."""
+    """Denoising score matching, which trains the teacher in the same loop as the methods."""
 
     name = "denoising"
     Config = TeacherTraining
@@ -81,7 +81,7 @@ class DenoisingTraining(Method):
         yield student, (output - target).square().mean()
 
     def forget_some(self, batch: Batch) -> Condition:
-        """The classes of a batch, some of them replaced by the one that stands for none."""
+        """The classes of a batch, some of them replaced by the class that means none."""
         labels = batch.c.labels
         if labels is None:
             return batch.c
@@ -89,22 +89,24 @@ class DenoisingTraining(Method):
         return Condition(labels.masked_fill(forgotten, self.teacher.conditioning.classes))
 
     def sample(self, noise, nfe: int, c: Condition) -> Tensor:
-        raise NotImplementedError("a teacher is sampled by the harness's own samplers")
+        raise NotImplementedError("a teacher is sampled by distillbench's own samplers")
 
 
 class Trained(TeacherSource):
-    """A network trained on the dataset by this harness, found by its recipe or trained once."""
+    """A network that distillbench trained on the dataset, from the cache or trained now."""
 
     name = "trained"
 
     @dataclass
     class Config(TeacherConfig):
-        path: str = option("", "safetensors file written by `distillbench teacher train`; empty: by recipe", path=True)
-        network: str = option("auto", f"mlp, unet, dit, or auto: mlp up to {MLP_UP_TO} pixels a side, else unet")
+        path: str = option(
+            "", "safetensors file written by `distillbench teacher train`; empty: from the cache, or trained", path=True
+        )
+        network: str = option("auto", f"mlp, unet, dit, or auto: mlp up to {MLP_UP_TO} pixels per side, else unet")
         width: int = option(0, "channels; 0: the network's default (mlp 256, unet 64, dit 384)")
-        depth: int = option(0, "blocks; 0: the network's default (mlp 4, unet 2 a level, dit 8)")
+        depth: int = option(0, "blocks; 0: the network's default (mlp 4, unet 2 per level, dit 8)")
         architecture: str = option(
-            "", "config.json of a UNet2DModel or DiTTransformer2DModel of diffusers, instead", path=True
+            "", "config.json of a diffusers UNet2DModel or DiTTransformer2DModel to use instead", path=True
         )
         prediction: str = option("v", f"what the network predicts: {', '.join(TARGETS)}")
         schedule: str = option("vp_cosine", f"noise schedule: {', '.join(SCHEDULES)}")
@@ -119,7 +121,9 @@ class Trained(TeacherSource):
         def __post_init__(self) -> None:
             require_one_of(self, "network", ("auto", *SIZED))
             if self.architecture and (self.network != "auto" or self.width or self.depth):
-                raise UserError("architecture is the whole network: leave network, width and depth at their defaults")
+                raise UserError(
+                    "architecture describes the whole network: leave network, width and depth at their defaults"
+                )
             require_one_of(self, "prediction", TARGETS)
             require_one_of(self, "schedule", SCHEDULES)
             require_positive(self, "batch_size")
@@ -133,7 +137,7 @@ class Trained(TeacherSource):
         config = _read_architecture(file)
         cls = str(config.get("_class_name"))
         keys = unknown_keys(config, cls)
-        return [f"{file.name}: {cls} knows no {', '.join(keys)}, which is not read"] if keys else []
+        return [f"{file.name}: {cls} has no parameter {', '.join(keys)}: ignored"] if keys else []
 
     def plan(self) -> TeacherPlan:
         if self.config.tf32:
@@ -143,7 +147,7 @@ class Trained(TeacherSource):
             self._read(file, "cpu")
             return TeacherPlan(str(file.name))
         if not len(self.dataset):
-            raise UserError(f"teacher=trained must be trained first, and dataset={self.dataset.name} has no images")
+            raise UserError(f"teacher=trained must be trained first, but dataset={self.dataset.name} has no images")
         images = self.config.budget.images
         return TeacherPlan("to be trained", images, images)
 
@@ -173,7 +177,7 @@ class Trained(TeacherSource):
         return self._read(file, self.device)
 
     def recipe(self) -> dict[str, Any]:
-        """Everything that the weights follow from, as plain values; `tf32` where they are made on a GPU."""
+        """Everything that the weights depend on, as plain values; on a GPU also `tf32`."""
         return self._recipe(on_gpu=self.device != "cpu")
 
     def _recipe(self, on_gpu: bool) -> dict[str, Any]:
@@ -201,14 +205,14 @@ class Trained(TeacherSource):
         return {"name": name, **size}
 
     def _name(self, recipe: dict[str, Any]) -> str:
-        """What a file with the weights of this recipe is called."""
+        """The file name of the weights of a recipe."""
         return f"{self.dataset.name}-{key_of(recipe)}.safetensors"
 
     def _places(self) -> Iterator[Path]:
-        """Where a teacher of this recipe may be: shipped, made on a device of this kind, or of the other.
+        """Where a teacher of this recipe may be: shipped, trained on this kind of device, or on the other kind.
 
-        Files that were written before they said where they were made have the name of those from CPUs. On a GPU they
-        are left alone: they may have been made on one, with torch's default, which is TF32 in convolutions.
+        Older files do not record their device and have the name of those from CPUs. On a GPU they are ignored, because
+        they may have been trained on a GPU with torch's default, TF32 in convolutions.
         """
         cpu, gpu = self._name(self._recipe(on_gpu=False)), self._name(self._recipe(on_gpu=True))
         if not self.config.tf32:
@@ -224,8 +228,8 @@ class Trained(TeacherSource):
         if self.config.path:
             if Path(self.config.path).is_dir():
                 raise UserError(
-                    f"teacher.path: {self.config.path!r} is a folder, and teacher=trained reads a file that "
-                    "`distillbench teacher train` wrote. For a pipeline of diffusers: teacher=diffusers"
+                    f"teacher.path: {self.config.path!r} is a folder, but teacher=trained reads a file that "
+                    "`distillbench teacher train` wrote. For a diffusers pipeline: teacher=diffusers"
                 )
             if not Path(self.config.path).is_file():
                 raise UserError(f"teacher.path: no file {self.config.path!r}")
@@ -233,7 +237,7 @@ class Trained(TeacherSource):
         return next((file for file in self._places() if file.is_file() and self._readable(file)), None)
 
     def _readable(self, file: Path) -> bool:
-        """Whether `file`, found by its name, holds a teacher; if not it counts as missing and is made again."""
+        """Whether `file` holds a teacher. If not, it counts as missing and the teacher is trained again."""
         try:
             self._read(file, "cpu")
         except UserError:
@@ -245,7 +249,7 @@ class Trained(TeacherSource):
         kept = self.cache / self._name(recipe)
         file = output or kept
         progress.say(f"training the teacher on {self.dataset.name}")
-        torch.manual_seed(config.seed)  # the initial weights
+        torch.manual_seed(config.seed)  # for the initial weights
         fresh = self._untrained(recipe)
         method = DenoisingTraining(config.optimizer, fresh).to(self.device)
         workspace = Workspace(
@@ -273,25 +277,25 @@ class Trained(TeacherSource):
 
 
 def _read_architecture(file: Path) -> dict[str, Any]:
-    """The settings in a config.json of diffusers, without what the file says of where it comes from."""
+    """The settings in a diffusers config.json, without its metadata."""
     try:
         config = json.loads(file.read_text())
         return {name: value for name, value in config.items() if name == "_class_name" or name[:1] != "_"}
     except OSError as error:
         raise UserError(f"teacher.architecture: cannot read {str(file)!r}: {error.strerror}") from error
     except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"teacher.architecture: {file.name!r} is not a config.json of diffusers") from error
+        raise UserError(f"teacher.architecture: {file.name!r} is not a diffusers config.json") from error
 
 
 def network_of_size(name: str, width: int, depth: int, shape: tuple[int, int, int]) -> tuple[str, dict[str, int]]:
-    """The network that settings name, and those of its sizes that they set."""
+    """The network's name and the sizes that are not at their default."""
     if name == "auto":
         name = "mlp" if max(shape[1:]) <= MLP_UP_TO else "unet"
     return name, {k: v for k, v in (("width", width), ("depth", depth)) if v}
 
 
 def read_teacher(file: Path, shape: tuple[int, int, int], classes: int, device: str) -> Teacher:
-    """The frozen teacher in `file`; raises UserError if the file is damaged or made for other images or classes."""
+    """The frozen teacher in `file`. Raises UserError if it is damaged or was trained on other images or classes."""
     recipe = _read_recipe(file, shape, classes)
     try:
         weights = read_tensors(file, sealed=False)
@@ -308,7 +312,7 @@ def read_teacher(file: Path, shape: tuple[int, int, int], classes: int, device: 
 
 
 def _check_shapes(recipe: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Raise before memory is taken, where `recipe` describes a network of other weights."""
+    """Raise an error, before allocating memory, if `weights` do not match the network of `recipe`."""
     _check_numbers(recipe["network"])
     with torch.device("meta"):
         blank = _denoiser(recipe).network
@@ -316,7 +320,7 @@ def _check_shapes(recipe: dict[str, Any], weights: dict[str, Tensor]) -> None:
 
 
 def _check_numbers(value: Any, name: str = "") -> None:
-    """Raise UserError for a recipe that no network has: numbers and lists beyond all bounds."""
+    """Raise UserError for implausibly large numbers or lists in a recipe."""
     named = (
         value.items()
         if isinstance(value, dict)
@@ -342,27 +346,27 @@ def _read_recipe(file: Path, shape: tuple[int, int, int], classes: int) -> dict[
             recipe = json.loads((tensors.metadata() or {})[METADATA])["recipe"]
         theirs, known = tuple(recipe["shape"]), int(recipe.get("classes", 0))
         if not isinstance(recipe["network"], dict):
-            raise TypeError("its network is no description of one")
+            raise TypeError("its network is not a dict")
     except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"teacher.path: {file.name!r} is not a readable safetensors file: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         message = (
             f"teacher.path: {file.name!r} was not written by `distillbench teacher train`: it has no recipe. For a "
-            "checkpoint of diffusers: teacher=diffusers teacher.path=FOLDER"
+            "diffusers checkpoint: teacher=diffusers teacher.path=FOLDER"
         )
         raise UserError(message) from error
     if theirs != tuple(shape):
         raise UserError(
-            f"the teacher does not fit the dataset: it makes images of (C,H,W) = {theirs}, the dataset's are {shape}"
+            f"the teacher does not fit the dataset: its images are (C,H,W) = {theirs}, the dataset's are {shape}"
         )
     if known != classes:
         wanted = f"conditional=true with {classes} classes" if classes else "conditional=false"
-        raise UserError(f"the teacher in {file.name!r} knows {known or 'no'} classes and cannot serve {wanted}")
+        raise UserError(f"the teacher in {file.name!r} has {known or 'no'} classes and does not support {wanted}")
     return recipe
 
 
 def _made_on(file: Path) -> str:
-    """The kind of device that the teacher in `file` was made on; "" where it is not there or does not say."""
+    """The kind of device that the teacher in `file` was trained on; "" if the file is missing or does not record it."""
     try:
         with safe_open(file, framework="pt") as tensors:
             return str(json.loads((tensors.metadata() or {})[METADATA])["device"]).partition(" ")[0]
@@ -371,14 +375,14 @@ def _made_on(file: Path) -> str:
 
 
 def _network(recipe: dict[str, Any]) -> nn.Module:
-    """The architecture of a recipe with fresh weights."""
+    """The network of a recipe with random weights."""
     network = dict(recipe["network"])
     build = NETWORKS[network.pop("name")]
     return build(tuple(recipe["shape"]), classes=int(recipe.get("classes", 0)), **network)
 
 
 def _denoiser(recipe: dict[str, Any]) -> Denoiser:
-    """The same, as a denoiser; raises UserError where the recipe asks for what does not exist."""
+    """The network of a recipe as a denoiser. Raises UserError if the recipe is not supported."""
     try:
         return Denoiser(_network(recipe), SCHEDULES[recipe["schedule"]](), recipe["prediction"])
     except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:

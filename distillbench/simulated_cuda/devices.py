@@ -26,7 +26,7 @@ class Generator(CPU_GENERATOR):
     index: int
 
     def __new__(cls, index: int = 0) -> Generator:
-        generator = super().__new__(cls, "cpu")
+        generator = super().__new__(cls, "cpu")  # type: ignore[call-arg]  # not in torch's stubs
         generator.index = index
         return generator
 

@@ -47,7 +47,7 @@ def patch_factories() -> None:
         setattr(torch, name, _drawing(vars(torch)[name]))
         setattr(torch.Tensor, name, _drawing(getattr(torch.Tensor, name, vars(torch)[name])))
     _patch_tensors()
-    torch.Generator = GeneratorOfAnyDevice  # type: ignore[misc,assignment]
+    torch.Generator = GeneratorOfAnyDevice  # type: ignore[misc]
     torch.autograd._engine_run_backward = _backward(torch.autograd._engine_run_backward)
 
 
@@ -200,12 +200,12 @@ def _patch_tensors() -> None:
     def pin_memory(self: Tensor, device: Any = None) -> Tensor:
         return self if DEVICES.is_pinned(self) else DEVICES.pin(self.clone())
 
-    torch.Tensor.to = move  # type: ignore[method-assign]
-    torch.Tensor.cuda = cuda  # type: ignore[method-assign]
-    torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign]
-    torch.Tensor.is_pinned = lambda self, device=None: DEVICES.is_pinned(self)  # type: ignore[method-assign]
+    torch.Tensor.to = move
+    torch.Tensor.cuda = cuda
+    torch.Tensor.pin_memory = pin_memory
+    torch.Tensor.is_pinned = lambda self, device=None: DEVICES.is_pinned(self)  # type: ignore[arg-type]
     type_as = torch.Tensor.type_as
-    torch.Tensor.type_as = lambda self, other: (  # type: ignore[method-assign]
+    torch.Tensor.type_as = lambda self, other: (
         self.to(other)
         if isinstance(other, SimulatedTensor) or isinstance(self, SimulatedTensor)
         else type_as(self, other)

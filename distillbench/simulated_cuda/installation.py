@@ -72,8 +72,8 @@ def _patch_autocast() -> None:
             super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
     kind = lambda device: "cpu" if device == "cuda" else device
-    torch.autocast = torch.amp.autocast = torch.amp.autocast_mode.autocast = Autocast  # type: ignore[misc,assignment]
-    torch.is_autocast_enabled = lambda device="cuda": enabled(kind(device))  # type: ignore[assignment]
+    torch.autocast = torch.amp.autocast = torch.amp.autocast_mode.autocast = Autocast  # type: ignore[misc]
+    torch.is_autocast_enabled = lambda device="cuda": enabled(kind(device))
     torch.get_autocast_dtype = lambda device: dtype(kind(device))
 
 
@@ -106,7 +106,7 @@ def _patch_modules() -> None:
         finally:
             torch.__future__.set_swap_module_params_on_conversion(before)
 
-    nn.Module._apply = swapping  # type: ignore[method-assign]
+    nn.Module._apply = swapping
 
 
 def _changes_kind(module: nn.Module, fn: Callable[..., Any]) -> bool:
@@ -114,11 +114,11 @@ def _changes_kind(module: nn.Module, fn: Callable[..., Any]) -> bool:
     weight = next(module.parameters(), None)
     if weight is None:
         return False
-    simulated = isinstance(weight, SimulatedTensor)
     nothing = torch.empty(0)
+    given = SimulatedTensor(nothing, weight.index) if isinstance(weight, SimulatedTensor) else nothing
     with unrecorded():
-        found = fn(SimulatedTensor(nothing, weight.index) if simulated else nothing)
-    return isinstance(found, SimulatedTensor) is not simulated
+        found = fn(given)
+    return type(found) is not type(given)
 
 
 def _patch_loading() -> None:

@@ -51,7 +51,8 @@ class Event:
     """Complete as soon as it is recorded: simulated devices are synchronous."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
-        self.enable_timing, self.time = enable_timing, None
+        self.enable_timing = enable_timing
+        self.time: float | None = None  # when it was recorded
 
     def record(self, stream: Any = None) -> None:
         if self.enable_timing:

@@ -24,10 +24,11 @@ from distillbench.simulated_cuda.checks import (
     operator_of,
     tensors_of,
     unwrapped,
-)  # fmt: skip
+)
 from distillbench.simulated_cuda.devices import CPU_GENERATOR, DEVICES, OfDevice
 from distillbench.simulated_cuda.record import add_copy, add_launch, add_wait
 
+DATA: Any = torch.Tensor.data  # a descriptor
 FACTORIES = {"zeros", "ones", "empty", "empty_strided", "full", "scalar_tensor", "arange", "eye", "linspace"}
 
 
@@ -42,7 +43,7 @@ class SimulatedTensor(OfDevice, torch.Tensor):
         DEVICES.count_storage(elem, index)
         wrapper = torch.Tensor._make_wrapper_subclass(
             cls, elem.size(), strides=elem.stride(), storage_offset=elem.storage_offset(), dtype=elem.dtype,
-            layout=elem.layout, device="cpu", requires_grad=requires_grad,
+            layout=elem.layout, device=torch.device("cpu"), requires_grad=requires_grad,
         )  # fmt: skip
         wrapper.elem, wrapper.index = elem, index
         return wrapper
@@ -99,8 +100,8 @@ class SimulatedTensor(OfDevice, torch.Tensor):
         return self.to("cpu")
 
     def cuda(self, device: Any = None, non_blocking: bool = False, memory_format: Any = None) -> Tensor:
-        return self.to(torch.device("cuda", DEVICES.current) if device is None else torch.device("cuda", device)
-                       if isinstance(device, int) else device)  # fmt: skip
+        device = DEVICES.current if device is None else device
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device)
 
     def numpy(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
@@ -121,13 +122,13 @@ class SimulatedTensor(OfDevice, torch.Tensor):
 
     @property
     def data(self) -> Tensor:
-        return torch.Tensor.data.__get__(self)
+        return DATA.__get__(self)
 
     @data.setter
     def data(self, value: Tensor) -> None:
         if not isinstance(value, SimulatedTensor):
             raise RuntimeError("incompatible tensor type: data of the CPU for a tensor of a simulated GPU")
-        torch.Tensor.data.__set__(self, value)
+        DATA.__set__(self, value)
         self.elem, self.index = value.elem, value.index
 
     def __deepcopy__(self, memo: dict) -> Tensor:
