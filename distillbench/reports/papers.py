@@ -47,7 +47,7 @@ def paper_table(
     data = SummaryData.of(runs)
     asked = list(dict.fromkeys(columns)) if columns is not None else None
     if asked is not None and not asked:
-        raise UserError(f"columns must not be empty. Possible: {', '.join(data.possible)}")
+        raise UserError(f"no columns are given. Possible: {', '.join(data.possible)}")
     for name in [*(asked or []), *(precision or {}), *([sort.removeprefix("-")] if sort else [])]:
         if name not in data.possible:
             close = nearest(name, data.possible)
