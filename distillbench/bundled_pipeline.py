@@ -1,17 +1,17 @@
-"""A one-step student as a pipeline of diffusers, for networks that no pipeline of diffusers samples.
+"""A one-step student as a diffusers pipeline, for networks that diffusers has no pipeline for.
 
     x_0 = a eps + b F(k eps + q, class)
 
-This file is copied as pipeline.py into the folders that `distillbench export` writes. It needs torch and diffusers and
-nothing else. Load and sample with
+`distillbench export` copies this file as pipeline.py into its folder. It needs only torch and diffusers. Load and
+sample with
 
     pipeline = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
-    images = pipeline(batch_size=4).images                # of a class-conditional student: class_labels=[0, 1, 2]
+    images = pipeline(batch_size=4).images                # class-conditional students: class_labels=[0, 1, 2]
 
 | symbol     | meaning                                             | shape     |
 |------------|-----------------------------------------------------|-----------|
 | eps        | standard normal noise                               | (B,C,H,W) |
-| F          | the network, told its one time and its one guidance | (B,C,H,W) |
+| F          | the network, at its fixed time and guidance         | (B,C,H,W) |
 | x_0        | images in [-1, 1], or latents of them               | (B,C,H,W) |
 | a, b, k, q | numbers in model_index.json                         |           |
 """
@@ -24,11 +24,11 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-TIMESTEP = 1  # what the network is told: it answers alike to every time, but some divide by it
+TIMESTEP = 1  # the network's output does not depend on it, but some networks divide by it
 
 
 class OneStepPipeline(DiffusionPipeline):
-    """Samples a student in one step. `network` is F; `vae`, where there is one, decodes latents to images."""
+    """Samples a student in one step. `network` is F; `vae`, if there is one, decodes latents to images."""
 
     model_cpu_offload_seq: Any = "network->vae"
     _optional_components = ["vae"]
@@ -43,7 +43,7 @@ class OneStepPipeline(DiffusionPipeline):
         q: float = 0.0,
         shape: list[int] | None = None,  # C,H,W of the noise
         classes: int = 0,
-        label: int | None = None,  # what the network is told where there are no classes to ask for
+        label: int | None = None,  # the network's class if the student is unconditional
     ) -> None:
         super().__init__()
         self.register_modules(network=network, vae=vae)
@@ -59,7 +59,7 @@ class OneStepPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Images, as many as there are `class_labels` (of a class-conditional student) or else `batch_size`.
+        """Sample one image for each of `class_labels` (class-conditional students), else `batch_size` images.
 
         `latents` is the noise eps to start from. `output_type`: pil, np ((B,H,W,C) in [0, 1]), pt ((B,C,H,W) in [0, 1])
         or latent (x_0 itself, (B,C,H,W)).

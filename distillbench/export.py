@@ -1,6 +1,6 @@
-"""``distillbench export``: a trained student as a folder that diffusers samples in one step, without distillbench.
+"""``distillbench export``: write a student as a pipeline that diffusers samples in one step, without distillbench.
 
-run folder -> settings, teacher, student (export_run) -> its one step, folded into its network (export_fold)
+run folder -> settings, teacher, student (export_run) -> its one step, folded into the network (export_fold)
            -> pipeline (export_forms, export_bundle) -> read back and compared -> model card (export_card)
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distillbench.errors import UserError
 from distillbench.export_card import Card, write_card
-from distillbench.export_fold import OneStep, Seen, fit, fold, watch
+from distillbench.export_fold import OneStep, RecordedStep, fit, fold, record_step
 from distillbench.export_forms import EXAMPLES, Form, Parts, form_of, parts_of
 from distillbench.export_run import Student, find_student
 from distillbench.method import Method
@@ -28,11 +28,11 @@ from distillbench.progress import Progress
 from distillbench.registry import Registry
 from distillbench.teachers import Teacher
 
-CHECKED = EXAMPLES  # images
-WATCHED = 4  # others, on which the step is found
-ALLOWED = 1e-4  # largest difference of a pixel in [-1, 1]
-ROUNDINGS = 4  # of float32, of the terms of a step, that are allowed where that is more
-PATHS = {"_name_or_path", "name_or_path"}  # where components keep where they were read from
+CHECKED = EXAMPLES  # images that are compared
+WATCHED = 4  # other images, on which the step is fitted
+ALLOWED = 1e-4  # largest difference of a pixel, in [-1, 1]
+ROUNDINGS = 4  # float32 roundings of the step's terms that are allowed, if that is more than ALLOWED
+PATHS = {"_name_or_path", "name_or_path"}  # settings with the path that a component was read from
 CHECK_SEED, WATCH_SEED = 0, 1
 
 
@@ -41,12 +41,12 @@ def export(
 ) -> None:
     """Write the student of `method` in the run at `run_folder` to the new folder `output`.
 
-    `seed` tells trainings of one method apart and may be None where there is one; `method` may also be the name of a
-    file in the run's weights/ (less its ending), which tells all of them apart. Raises UserError for whatever does not
-    fit, and leaves nothing then.
+    `seed` is the training seed; it may be None if the run has one student of the method. `method` may also be the name
+    of a file in the run's weights/ without its suffix. Raises UserError if the student cannot be found or exported, and
+    writes nothing then.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"{str(output)!r} exists already: export writes a new folder")
+        raise UserError(f"{str(output)!r} exists already: --output must name a new folder")
     student = find_student(run_folder, method, seed, registry, progress)
     with progress.step(f"exporting {student.cell.label}"):
         difference, pipeline = write_student(student, output)
@@ -57,7 +57,7 @@ def export(
 
 
 def write_student(student: Student, output: Path) -> tuple[float, str]:
-    """Write the folder; returns the largest difference that its images have, and the pipeline's class."""
+    """Write the folder; returns its images' largest difference from the student's, and the pipeline's class."""
     shared = student.cell.shared
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
@@ -66,7 +66,7 @@ def write_student(student: Student, output: Path) -> tuple[float, str]:
         parts, prompts = parts_of(shared.source), shared.dataset.prompts
         form, difference = write_pipeline(student.method, student.teacher, parts, prompts, folder)
         write_card(folder, Card(student, form, difference))
-        mode = (folder / "README.md").stat().st_mode  # some libraries write for the owner alone
+        mode = (folder / "README.md").stat().st_mode  # some libraries write files that only the owner can read
         for file in folder.rglob("*"):
             if file.is_file():
                 file.chmod(mode)
@@ -79,14 +79,15 @@ def write_pipeline(
 ) -> tuple[Form, float]:
     """Write the pipeline of a student into the empty `folder`; returns it and the largest difference of its images.
 
-    `parts` are those of the teacher's pipeline, where it is one of diffusers; `prompts` are the texts by label.
+    `parts` are the components of the teacher's diffusers pipeline, if it has one; `prompts` are the texts by label.
     """
-    asked = teacher.conditioning
-    others, c = asked.of_images(range(CHECKED, CHECKED + WATCHED), "cpu"), asked.of_images(range(CHECKED), "cpu")
-    seen = watch(method, noise(WATCH_SEED, WATCHED, teacher), others)
+    conditioning = teacher.conditioning
+    c = conditioning.of_images(range(CHECKED), "cpu")
+    others = conditioning.of_images(range(CHECKED, CHECKED + WATCHED), "cpu")
+    seen = record_step(method, noise(WATCH_SEED, WATCHED, teacher), others)
     core = fold(seen)
     step = fit(seen, core)
-    checked = watch(method, noise(CHECK_SEED, CHECKED, teacher), c)
+    checked = record_step(method, noise(CHECK_SEED, CHECKED, teacher), c)
     labels = [] if c.labels is None else c.labels.tolist()
     texts = [] if prompts is None else [prompts[label] for label in labels]
     form = form_of(core, step, teacher, parts, labels, texts)
@@ -97,7 +98,7 @@ def write_pipeline(
 
 
 def _forget_paths(file: Path) -> None:
-    """Take from a config where on this machine its component was read from."""
+    """Remove from a config the path on this machine that its component was read from."""
     settings = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(settings, dict) and not PATHS.isdisjoint(settings):
         kept = {name: value for name, value in settings.items() if name not in PATHS}
@@ -105,15 +106,15 @@ def _forget_paths(file: Path) -> None:
 
 
 def noise(seed: int, size: int, teacher: Teacher) -> Tensor:
-    """eps (size,C,H,W), as pipelines of diffusers draw it from a generator with this seed."""
+    """eps (size,C,H,W), as diffusers pipelines draw it from a generator with this seed."""
     return torch.randn(size, *teacher.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def check(folder: Path, form: Form, seen: Seen, step: OneStep, teacher: Teacher) -> float:
-    """Read the folder as its user will; the largest difference between its images and the student's, in [-1, 1].
+def check(folder: Path, form: Form, seen: RecordedStep, step: OneStep, teacher: Teacher) -> float:
+    """Load the folder as its user will; returns its images' largest difference from the student's, in [-1, 1].
 
-    Raises UserError if that is above ALLOWED, or above what float32 leaves of the terms of the step if that is more: a
-    student that predicts eps subtracts terms of size a, and varies as much from one batch size to another.
+    Raises UserError if that is above ALLOWED and above the rounding error of the step's terms in float32: a student
+    that predicts eps subtracts terms of size a, and its images vary as much between batch sizes.
     """
     got = sample(folder, form, CHECK_SEED)
     with torch.no_grad():
@@ -130,7 +131,7 @@ def check(folder: Path, form: Form, seen: Seen, step: OneStep, teacher: Teacher)
 
 
 def sample(folder: Path, form: Form, seed: int) -> Tensor:
-    """Images of an exported folder in [-1, 1], (B,C,H,W), for what its form asks."""
+    """Images (B,C,H,W) in [-1, 1] of an exported folder, with the arguments of its form."""
     shown = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
     try:

@@ -1,8 +1,8 @@
-"""Networks of this package as components of a pipeline that is read without this package.
+"""Networks of this package as components of a pipeline that loads without this package.
 
-Such a component is a folder with the architecture's own source, cut loose from distillbench, a config that says what it
-is built with, and safetensors. :class:`OneStepNetwork` is copied into that source: it has the call of diffusers' own
-networks and holds the one time and the one embedding that the student was told.
+Such a component is a folder with the source of the architecture as standalone code, a config with its settings, and
+safetensors. :class:`OneStepNetwork` is copied into that source: it has the signature of diffusers' networks and holds
+the student's fixed time and embedding.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from distillbench.errors import UserError
 from distillbench.export_fold import OwnCore
 from distillbench.networks import ResidualMLP
 
-FILE = "network"  # of the source, less ".py"
+FILE = "network"  # name of the source file without .py
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-HEAD = '''"""The network of a one-step student, written by `distillbench export`: architecture, and call by diffusers.
+HEAD = '''"""A one-step student's network with the signature of diffusers' networks, written by `distillbench export`.
 
-It needs torch and diffusers and nothing else.
+It needs only torch and diffusers.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Condition:
-    """What each image of a batch is asked to be: `labels` (B,) int64, or nothing."""
+    """The conditions of a batch of images: `labels` (B,) int64, or none."""
 
     labels: Tensor | None = None
 
 
 UNCONDITIONAL = Condition()
 '''
-DEFINED = {"Condition", "UNCONDITIONAL"}  # what HEAD has in the place of distillbench's own
+DEFINED = {"Condition", "UNCONDITIONAL"}  # defined in HEAD instead of imported from distillbench
 
 
 class OneStepNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """A network with the call of a UNet2DModel. It is told the same time and embedding whatever `timestep` is."""
+    """A network with the signature of a UNet2DModel. Its time and embedding are fixed; `timestep` is ignored."""
 
     @register_to_config
     def __init__(self, architecture: str, settings: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ class OneStepNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
 def source_of(architecture: type[nn.Module]) -> str:
     """The source of `architecture`, of what it uses of its module and of `embeddings`, and of OneStepNetwork.
 
-    Raises UserError where that imports what an export does not have.
+    Raises UserError if that imports more of distillbench than HEAD defines.
     """
     embeddings, module = inspect.getmodule(TimeEmbedding), inspect.getmodule(architecture)
     assert embeddings is not None and module is not None
@@ -115,7 +115,7 @@ def _ours(module: str | None) -> bool:
 
 
 def _defined(part: ast.stmt) -> set[str]:
-    """The names that a statement of a module gives a meaning, without those of __future__."""
+    """The names that a statement of a module defines, without those of __future__."""
     if isinstance(part, ast.Import | ast.ImportFrom):
         known = isinstance(part, ast.ImportFrom) and part.module == "__future__"
         return set() if known else {(name.asname or name.name).split(".")[0] for name in part.names}
@@ -125,7 +125,7 @@ def _defined(part: ast.stmt) -> set[str]:
     return {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
 
 
-# --- what a network was built with -----------------------------------------------------------------------------------
+# --- settings of a built network -------------------------------------------------------------------------------------
 
 
 def _of_mlp(network: Any, shape: tuple[int, int, int]) -> dict[str, Any]:

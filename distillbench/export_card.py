@@ -1,7 +1,7 @@
 """The model card of an exported student: README.md with the front matter that model hubs read.
 
-Whatever comes from plugins, teachers and data is escaped: as YAML by yaml, in Markdown by :func:`plain` and by fences
-that are longer than any in their text.
+Text from plugins, teachers and data is escaped: as YAML by yaml, in Markdown by :func:`plain` and by fences that are
+longer than any in the text.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ KEYS = ("dataset", "teacher", "guidance", "method", "nfe", "images", "budget", "
 
 @dataclass(frozen=True)
 class Card:
-    """What a card is about."""
+    """The subject of a card."""
 
     student: Student
     form: Form
-    difference: float  # of the images, in [-1, 1]
+    difference: float  # largest one between the images and the student's, in [-1, 1]
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -53,24 +53,24 @@ def card_text(card: Card) -> str:
         f"---\n{yaml.safe_dump(about, sort_keys=False, allow_unicode=True)}---",
         f"# {plain(teacher.label)} in one step, by {plain(method)}",
         f"A student that {plain(method)} distilled from the diffusion model {plain(teacher.label)}, written by "
-        "`distillbench export`. Its licence follows from those of the teacher and of the data, which distillbench does "
-        "not know: look them up before you use or share it.",
+        "`distillbench export`. Its licence depends on those of the teacher and the data, which distillbench does not "
+        "know: check them before you use or share it.",
         "## Sampling",
         _fenced(_example(card), "python"),
         *_hints(card),
-        "## Where it comes from",
+        "## Origin",
         *_origin(student),
         "## Scores",
         *_scores(student),
-        "## How it became a pipeline",
-        f"{card.form.fold} Read back from this folder, its images differ from the student's own by at most "
+        "## Conversion to a pipeline",
+        f"{card.form.fold} Loaded from this folder, its images differ from the student's by at most "
         f"{card.difference:.1e} in [-1, 1].",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def plain(text: Any) -> str:
-    """A text on one line in which Markdown and HTML have no meaning.
+    """A text on one line, with the special characters of Markdown and HTML escaped.
 
     >>> plain("a|b\\n<c>")
     'a\\\\|b \\\\<c\\\\>'
@@ -108,7 +108,7 @@ def _hints(card: Card) -> list[str]:
     if card.form.loading:
         hints.append("`trust_remote_code=True` lets diffusers run the Python files of this folder: read them first.")
     if "num_inference_steps" in card.form.asks:
-        hints.append("The one step is all there is: `num_inference_steps` must be 1.")
+        hints.append("The student samples in one step: `num_inference_steps` must be 1.")
     if "guidance_scale" in card.form.asks:
         hints.append("Guidance is distilled into the weights: `guidance_scale` must be 1.")
     return hints
@@ -118,13 +118,13 @@ def _origin(student: Student) -> list[str]:
     cell, record, teacher = student.cell, student.record, student.teacher
     assert cell.entry is not None
     shared, plugin = cell.shared, cell.entry.plugin
-    dataset, asked, environment = shared.dataset, teacher.conditioning, record.environment
+    dataset, conditioning, environment = shared.dataset, teacher.conditioning, record.environment
     packages = environment.get("packages") or {}
     git = environment.get("git") or {}
     commit = git.get("commit") or "not known (installed)"
-    guidance = "none" if not asked.guided else f"w = {asked.w:g}, f_0 + w (f_c - f_0)"
-    if asked.w_range is not None:
-        guidance += f"; the student was trained for every w in {list(asked.w_range)} and is fixed at this one"
+    guidance = "none" if not conditioning.guided else f"w = {conditioning.w:g}, f_0 + w (f_c - f_0)"
+    if conditioning.w_range is not None:
+        guidance += f"; trained for every w in {list(conditioning.w_range)}, exported for this one"
     facts = {
         "teacher": teacher.label,
         "teacher's weights": f"sha256 {teacher.sha256}",
@@ -145,7 +145,7 @@ def _origin(student: Student) -> list[str]:
         "\n".join(["| | |", "|---|---|", *rows]),
         f"Settings of {plain(cell.name)}:",
         _fenced(yaml.safe_dump(plain_settings(cell.method_config), sort_keys=False, allow_unicode=True), "yaml"),
-        "The teacher, as distillbench read or trained it:",
+        "The teacher, as distillbench loaded or trained it:",
         _fenced(json.dumps(teacher.provenance, indent=2, default=str, ensure_ascii=False), "json"),
     ]
 
@@ -166,32 +166,33 @@ def _costs(student: Student) -> dict[str, str]:
 
 
 def _scores(student: Student) -> list[str]:
-    """Of one step: the student's own, and with several seeds the intervals of its method."""
+    """The student's scores at one step, with the intervals of its method if the run has several seeds."""
     table, cell = pd.read_csv(student.run / "table.csv"), student.cell
     kept = table[(table["method"] == cell.name) & (table["training_seed"] == cell.seed) & (table["nfe"] == 1)]
     kept = kept[kept["status"] == "ok"]
     columns = _json(student.run / "columns.json")
     metrics = [name for name in columns if name in kept and kept[name].notna().any()]
     if not metrics:
-        return ["None was measured at one step."]
+        return ["No score was measured at one step."]
     summary = _summary(student.run, kept)
     lines = ["| score | value | unit | better | interval |", "|---|---|---|---|---|"]
     for name in metrics:
-        told = columns[name]
+        declared = columns[name]
         value = kept[name].dropna()
-        cells = [name, f"{value.mean():.6g}", told.get("unit", ""), told.get("direction", ""), _interval(summary, name)]
-        lines.append(f"| {' | '.join(plain(cell) for cell in cells)} |")
+        facts = (f"{value.mean():.6g}", declared.get("unit", ""), declared.get("direction", ""))
+        cells = [name, *facts, _interval(summary, name)]
+        lines.append(f"| {' | '.join(map(plain, cells))} |")
     images = ", ".join(f"{int(n):,}" for n in sorted(set(kept["images"])))
     seeds = len(set(kept["sampling_seed"]))
     return [
         "\n".join(lines),
-        f"n = {images} images a sampling seed, means over {seeds} sampling seed{'s' if seeds > 1 else ''}; compared "
+        f"n = {images} images per sampling seed, means over {seeds} sampling seed{'s' if seeds > 1 else ''}; compared "
         f"with: {plain(', '.join(sorted(set(kept['reference'].dropna()))) or 'the teacher')}.",
     ]
 
 
 def _summary(run: Path, kept: pd.DataFrame) -> pd.DataFrame:
-    """The row of summary.csv that the rows `kept` went into."""
+    """The row of summary.csv that is the mean of the rows `kept`."""
     try:
         summary = pd.read_csv(run / "summary.csv")
     except (OSError, ValueError):

@@ -1,12 +1,12 @@
-"""A student's one step, found by watching it, and folded into the network of diffusers that takes it.
+"""A student's one step, fitted to a recorded call and folded into the diffusers network that computes it.
 
-Whatever the method, a one-step student is a map x_0 = sample(eps, c) around one evaluation of its network. Watched on
-some noise it turns out to be
+Whatever the method, a one-step student is a map x_0 = sample(eps, c) around one evaluation of its network. If it is
+affine in the noise and the network's output, it can be exported:
 
     x = k eps,     out = network(x, time, embedding, c),     x_0 = a eps + b out
 
-with the same time and the same embedding for every image. Then the embedding of time is one vector, which becomes the
-bias of the layer that makes it, and what is left is what one step of DDIM computes with a suitable alpha:
+with the same time and embedding for every image. The embedding of time is then one vector, which becomes the bias of
+the layer that computes it, and the rest is one step of DDIM with a suitable alpha:
 
     epsilon:       x_0 = (eps - sigma out') / alpha = a eps + b out    for alpha = 1/a, out' = -(b alpha / sigma) out
     v_prediction:  x_0 = alpha eps - sigma out'     = a eps + b out    for alpha = a,   out' = -(b / sigma) out
@@ -14,10 +14,10 @@ bias of the layer that makes it, and what is left is what one step of DDIM compu
 | symbol     | meaning                                                      | shape         |
 |------------|--------------------------------------------------------------|---------------|
 | eps        | noise                                                        | (B,C,H,W)     |
-| x, out     | what our network is given and gives                          | (B,C,H,W)     |
-| F          | the folded network of diffusers, whose input is k eps + q    | (B,C,H,W)     |
-| time       | what our network is told of the noise level                  | (1,)          |
-| embedding  | what it is told besides: a second time, guidance             | (1,D) or None |
+| x, out     | input and output of our network                              | (B,C,H,W)     |
+| F          | the folded diffusers network, whose input is k eps + q       | (B,C,H,W)     |
+| time       | the time that our network is given                           | (1,)          |
+| embedding  | its further input: a second time, guidance                   | (1,D) or None |
 | v          | the embedding of both                                        | (D,)          |
 | a, b, k, q | x_0 = a eps + b F(k eps + q)                                 | float         |
 """
@@ -46,19 +46,19 @@ from distillbench.errors import UserError
 from distillbench.method import Method
 from distillbench.networks import DiT, OfDiffusers, ResidualMLP, UNet
 
-ALLOWED = 1e-5  # what may be left of a fit, relative to its terms
-NOTHING = 1e-6  # below this a coefficient of numbers of size 1 is 0
+ALLOWED = 1e-5  # residual of a fit, relative to its terms
+NOTHING = 1e-6  # coefficients of terms of size 1 below this are 0
 UNIT = 2.0**-24  # 1 - beta of a float32 beta is a multiple of this
-CANDIDATES = 4096  # pairs of betas that are tried
-LEAST_BETA = 2.0**-20  # 1 - alpha^2 where alpha is 1: 5e-7 away from it
+CANDIDATES = 4096  # pairs of betas to try
+LEAST_BETA = 2.0**-20  # 1 - alpha^2 for alpha = 1, which is then 5e-7 too small
 
 
-# --- watching --------------------------------------------------------------------------------------------------------
+# --- recording -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One step of a student, seen on some noise."""
+class RecordedStep:
+    """A recorded step of a student: the inputs and outputs of its sampler and its network."""
 
     network: nn.Module
     eps: Tensor
@@ -70,13 +70,13 @@ class Seen:
     x_0: Tensor
 
 
-def watch(method: Method, eps: Tensor, c: Condition) -> Seen:
-    """The student's one step from `eps`. Raises UserError unless it is one evaluation at one time for all images."""
+def record_step(method: Method, eps: Tensor, c: Condition) -> RecordedStep:
+    """Record the student's one step from `eps`. Raises UserError unless it is one evaluation at one time for all."""
     calls: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []
 
     def noise(k: int) -> Tensor:
         if k:
-            raise _foreign("it draws further noise")
+            raise _unsupported("it draws further noise")
         return eps
 
     def record(network: nn.Module, given: tuple[Any, ...], out: Tensor) -> None:
@@ -88,20 +88,22 @@ def watch(method: Method, eps: Tensor, c: Condition) -> Seen:
             hooks.callback(network.register_forward_hook(record).remove)
         x_0 = method.sample(noise, 1, c)
     if len(calls) != 1:
-        raise _foreign(f"it evaluates its network {len(calls)} times")
-    network, (x, time, embedding, told), out = calls[0]
+        raise _unsupported(f"it evaluates its network {len(calls)} times")
+    network, (x, time, embedding, condition), out = calls[0]
     if x.shape != eps.shape or out.shape != eps.shape or x_0.shape != eps.shape:
-        raise _foreign(f"noise of shape {tuple(eps.shape)} becomes x of {tuple(x.shape)}, x_0 of {tuple(x_0.shape)}")
+        raise _unsupported(
+            f"noise of shape {tuple(eps.shape)} becomes x of {tuple(x.shape)}, x_0 of {tuple(x_0.shape)}"
+        )
     if not torch.isfinite(x_0).all():
         raise UserError("the student's samples are not finite: it cannot be exported")
     if bool((time != time[0]).any()):
-        raise _foreign("the time differs from image to image")
+        raise _unsupported("the time differs from image to image")
     if embedding is not None and (embedding - embedding[:1]).abs().max() > ALLOWED * embedding.abs().max():
-        raise _foreign("what it is told beside the time differs from image to image")
-    return Seen(network, eps, x, time[:1], None if embedding is None else embedding[:1], told, out, x_0)
+        raise _unsupported("its embedding beside the time differs from image to image")
+    return RecordedStep(network, eps, x, time[:1], None if embedding is None else embedding[:1], condition, out, x_0)
 
 
-def _foreign(why: str) -> UserError:
+def _unsupported(why: str) -> UserError:
     return UserError(
         f"the student's one step is not of the form x_0 = a eps + b network(k eps), which is what is exported: {why}"
     )
@@ -120,8 +122,8 @@ class OneStep:
     q: float
 
 
-def fit(seen: Seen, core: Core) -> OneStep:
-    """The coefficients of the step with `core` as F, by least squares. Raises UserError if it is of another form."""
+def fit(seen: RecordedStep, core: Core) -> OneStep:
+    """The coefficients of the step with `core` as F, by least squares. Raises UserError if it has another form."""
     x = core.input(seen.x)
     with torch.no_grad():
         out = core(x, seen.c)
@@ -131,14 +133,14 @@ def fit(seen: Seen, core: Core) -> OneStep:
 
 
 def _coefficients(y: Tensor, u: Tensor, v: Tensor, otherwise: str) -> tuple[float, float]:
-    """(p, r) of y = p u + r v."""
+    """(p, r) of y = p u + r v. Raises UserError with the text `otherwise` if the residual is not small."""
     wanted, terms = y.double().flatten(), torch.stack([u.double().flatten(), v.double().flatten()], dim=1)
     sizes = terms.norm(dim=0)
     columns = terms / sizes.clamp(min=torch.finfo(torch.float64).tiny)
     solution = torch.linalg.lstsq(columns.cpu(), wanted.cpu()[:, None], driver="gelsd").solution[:, 0]
     left = (wanted.cpu() - columns.cpu() @ solution).norm() / solution.abs().sum().clamp(min=wanted.norm().cpu())
-    if not left <= ALLOWED:  # also if it is not a number
-        raise _foreign(f"{otherwise}, up to {float(left):.1e} of it")
+    if not left <= ALLOWED:  # true for nan too
+        raise _unsupported(f"{otherwise}, up to {float(left):.1e} of it")
     p, r = (float(s) / float(size) if size else 0.0 for s, size in zip(solution, sizes, strict=True))
     return p, r
 
@@ -148,16 +150,16 @@ def _coefficients(y: Tensor, u: Tensor, v: Tensor, otherwise: str) -> tuple[floa
 
 @dataclass(frozen=True)
 class Ddim:
-    """The step as one of diffusers' DDIMScheduler: what the network must be multiplied by, and the settings."""
+    """The step as one of diffusers' DDIMScheduler: the factor of the network's output, and the scheduler's settings."""
 
     gain: float
     settings: dict[str, Any]
 
 
 def ddim_of(step: OneStep) -> Ddim | None:
-    """The step with k = 1 and q = 0 as one of DDIM; None where a is negative, which DDIM's cannot be.
+    """The step with k = 1 and q = 0 as one of DDIM; None if a is negative, which is impossible in DDIM.
 
-    abar = (1 - beta_0)(1 - beta_1) is found among pairs of float32 numbers, as a single one is too coarse for a small
+    abar = (1 - beta_0)(1 - beta_1) is chosen among pairs of float32 numbers, as a single one is too coarse for a small
     abar: 1 - beta is a multiple of 6e-8.
     """
     a = 0.0 if abs(step.a) < NOTHING else step.a
@@ -170,7 +172,7 @@ def ddim_of(step: OneStep) -> Ddim | None:
     settings = {
         "num_train_timesteps": len(betas),
         "trained_betas": betas,
-        "steps_offset": 1,  # so that the timestep of one step is 1, and more steps find no beta
+        "steps_offset": 1,  # one step is at timestep 1, and more steps raise, as they find no beta
         "timestep_spacing": "leading",
         "prediction_type": prediction,
         "clip_sample": False,
@@ -180,7 +182,7 @@ def ddim_of(step: OneStep) -> Ddim | None:
 
 
 def _betas(abar: float) -> tuple[list[float], float]:
-    """(beta_0, beta_1) with (1 - beta_0)(1 - beta_1) close to `abar` as float32 multiplies, and that product."""
+    """(beta_0, beta_1) whose (1 - beta_0)(1 - beta_1) in float32 is closest to `abar`, and that product."""
     first = round(math.sqrt(abar) / UNIT) + np.arange(CANDIDATES) - CANDIDATES // 2
     first = first[(first >= 1) & (first * UNIT <= 1) & (first * UNIT >= abar)].astype(np.float64)
     if not len(first):
@@ -195,7 +197,7 @@ def _betas(abar: float) -> tuple[list[float], float]:
 
 
 class Core(ABC):
-    """F: a network that knows its one time and what else the student was told. `channels` are those of the images."""
+    """F: a network with its time and embedding built in. `input` maps x to its input; `channels` are the images'."""
 
     def __init__(self, module: Any, input: Callable[[Tensor], Tensor], channels: int) -> None:
         self.module, self.input, self.channels = module.eval(), input, channels
@@ -205,14 +207,14 @@ class Core(ABC):
         """F(x, c), (B,C,H,W)."""
 
     def scale(self, k: float, q: float, gain: float) -> bool:
-        """Make it gain F(k x + q), within its first and last layer; False where these cannot do it."""
+        """Change the first and last layer so that F becomes gain F(k x + q); False if they cannot do that."""
         return False
 
 
 class OwnCore(Core):
-    """A network of this package, told the time and the embedding at every call."""
+    """A network of this package; it is given the time and the embedding at every call."""
 
-    def __init__(self, seen: Seen) -> None:
+    def __init__(self, seen: RecordedStep) -> None:
         super().__init__(seen.network, lambda x: x, seen.eps.shape[1])
         self.time = seen.time
         nothing = seen.x.new_zeros(1, self.module.embedding_channels)
@@ -224,7 +226,7 @@ class OwnCore(Core):
 
 
 class UNetCore(Core):
-    """A UNet2DModel; where it has skip paths of pixels, its first and last layers see only a part."""
+    """A UNet2DModel. With skip paths of pixels its first and last layer cannot scale everything."""
 
     def __call__(self, x: Tensor, c: Condition) -> Tensor:
         labels = c.labels if self.module.config.num_class_embeds else None
@@ -232,7 +234,7 @@ class UNetCore(Core):
 
     def scale(self, k: float, q: float, gain: float) -> bool:
         config = self.module.config
-        if config.center_input_sample:  # the module itself takes 2 x - 1
+        if config.center_input_sample:  # the module computes 2 x - 1 itself
             k, q = 2 * k, 2 * q - 1
         skips = any("Skip" in kind for kind in (*config.down_block_types, *config.up_block_types))
         if skips or abs(q) > NOTHING * max(1.0, abs(k)):
@@ -243,7 +245,7 @@ class UNetCore(Core):
 
 
 class TextCore(Core):
-    """A UNet2DConditionModel that attends to texts."""
+    """A UNet2DConditionModel of texts."""
 
     def __call__(self, x: Tensor, c: Condition) -> Tensor:
         text = None if c.text is None else c.text.to(x.dtype)
@@ -257,9 +259,9 @@ class TextCore(Core):
 
 
 class TransformerCore(Core):
-    """A DiTTransformer2DModel, which is told the first class where no class is asked for.
+    """A DiTTransformer2DModel; without conditioning it is given class 0.
 
-    Channels of a variance stay: DiTPipeline drops them itself.
+    The channels of a variance stay, as DiTPipeline drops them.
     """
 
     def __call__(self, x: Tensor, c: Condition) -> Tensor:
@@ -271,15 +273,15 @@ class TransformerCore(Core):
         if q:
             return False
         last, channels = self.module.proj_out_2, self.module.out_channels
-        answers = torch.arange(last.out_features) % channels < self.channels  # rows are (p, q, channel) of a patch
+        image_rows = torch.arange(last.out_features) % channels < self.channels  # rows are (p, q, channel) of a patch
         _multiply(self.module.pos_embed.proj.weight, k)
-        _multiply(last.weight, gain, answers)
-        _multiply(last.bias, gain, answers)
+        _multiply(last.weight, gain, image_rows)
+        _multiply(last.bias, gain, image_rows)
         return True
 
 
 def _scale_convolutions(unet: Any, channels: int, k: float, gain: float) -> None:
-    """The first convolution sees k times the noise, and any other channels as they are; the last gives gain times."""
+    """Multiply the weights of the noise's channels in the first convolution by k, and the last convolution by gain."""
     weight = unet.conv_in.weight
     noise = torch.arange(weight.shape[1]) < channels
     _multiply(weight, k, (slice(None), noise))
@@ -289,12 +291,12 @@ def _scale_convolutions(unet: Any, channels: int, k: float, gain: float) -> None
 
 @torch.no_grad()
 def _multiply(weight: Tensor, factor: float, where: Any = ...) -> None:
-    """`weight` times `factor`, rounded once."""
+    """Multiply by `factor` in place, with one rounding."""
     weight[where] = (weight[where].double() * factor).to(weight.dtype)
 
 
 def _rebuilt(unet: Any, channels: int, more: dict[str, Any], weights: dict[str, Tensor]) -> Any:
-    """A UNet2D(Condition)Model with the same weights and `channels` channels out; `more` changes its config."""
+    """A copy of a UNet2D(Condition)Model with `channels` output channels; `more` changes its config."""
     config = {name: value for name, value in unet.config.items() if name[0] != "_"}
     fresh = type(unet).from_config(config | more | {"out_channels": channels})
     kept = {name: tensor.detach().cpu() for name, tensor in unet.state_dict().items()} | weights
@@ -311,16 +313,16 @@ def _size(shape: torch.Size) -> int | list[int]:
 
 
 @torch.no_grad()
-def _tell_once(made_of: Any, features: Tensor, embedding: Tensor | None, told: Any) -> None:
-    """Make `told`, a copy of `made_of`, answer alike to every time: as that answers `features`, plus `embedding`."""
-    v = made_of(features)
+def _fix_time(original: Any, features: Tensor, embedding: Tensor | None, copy: Any) -> None:
+    """Make `copy` return for every time what `original` returns for `features`, plus `embedding`."""
+    v = original(features)
     v = v[0] if embedding is None else v[0] + embedding[0]
-    last = told.linear_2
-    if told.post_act is not None or last.bias is None:
-        raise UserError("the network's embedding of time ends in no linear layer with a bias: it cannot be folded")
-    for layer in (told.linear_1, last):
+    last = copy.linear_2
+    if copy.post_act is not None or last.bias is None:
+        raise UserError("the network's time embedding does not end in a linear layer with a bias: it cannot be folded")
+    for layer in (copy.linear_1, last):
         layer.weight.zero_()
-    told.linear_1.bias.zero_()
+    copy.linear_1.bias.zero_()
     last.bias.copy_(v)
 
 
@@ -329,12 +331,12 @@ def _features(unet: Any, argument: Tensor) -> Tensor:
         return unet.time_proj(argument).to(unet.dtype)
 
 
-def _fold_own(seen: Seen) -> Core:
+def _fold_own(seen: RecordedStep) -> Core:
     return OwnCore(seen)
 
 
-def _fold_unet(seen: Seen) -> Core:
-    """Our UNet: what it adds as class labels becomes part of the one embedding, its classes diffusers' own."""
+def _fold_unet(seen: RecordedStep) -> Core:
+    """Our UNet: the embedding that it adds becomes part of the fixed one, its classes become diffusers' own."""
     network: Any = seen.network
     channels = seen.eps.shape[1]
     more: dict[str, Any] = {"class_embed_type": None, "sample_size": _size(seen.eps.shape)}
@@ -344,29 +346,29 @@ def _fold_unet(seen: Seen) -> Core:
         more["num_class_embeds"] = network.classes.num_embeddings
     unet = _rebuilt(network.unet, channels, more, weights)
     features = _features(network.unet, 1000 * seen.time)
-    _tell_once(network.unet.time_embedding, features, seen.embedding, unet.time_embedding)
+    _fix_time(network.unet.time_embedding, features, seen.embedding, unet.time_embedding)
     return UNetCore(unet, lambda x: x, channels)
 
 
-def _fold_pixel_unet(seen: Seen) -> Core:
+def _fold_pixel_unet(seen: RecordedStep) -> Core:
     return _fold_wrapped(seen, UNetCore)
 
 
-def _fold_text_unet(seen: Seen) -> Core:
+def _fold_text_unet(seen: RecordedStep) -> Core:
     if seen.c.image is not None:
-        raise UserError("a student that enlarges images is not exported. Possible: the base stage of a cascade")
+        raise UserError("students that enlarge images cannot be exported. Possible: the base stage of a cascade")
     return _fold_wrapped(seen, TextCore)
 
 
-def _fold_wrapped(seen: Seen, core: type[Core]) -> Core:
+def _fold_wrapped(seen: RecordedStep, core: type[Core]) -> Core:
     network, channels = _wrapped(seen), seen.eps.shape[1]
     unet = _rebuilt(network.wrapped, channels, {"sample_size": _size(seen.eps.shape)}, {})
     features = _features(network.wrapped, network.call.argument(seen.time).to(seen.x.dtype))
-    _tell_once(network.wrapped.time_embedding, features, seen.embedding, unet.time_embedding)
+    _fix_time(network.wrapped.time_embedding, features, seen.embedding, unet.time_embedding)
     return core(unet, network.call.input, channels)
 
 
-def _fold_transformer(seen: Seen) -> Core:
+def _fold_transformer(seen: RecordedStep) -> Core:
     network = _wrapped(seen)
     whole = network.wrapped
     fresh = type(whole).from_config({name: value for name, value in whole.config.items() if name[0] != "_"})
@@ -375,22 +377,22 @@ def _fold_transformer(seen: Seen) -> Core:
     argument = network.call.argument(seen.time).to(seen.x.dtype)
     for old, new in zip(whole.transformer_blocks, fresh.transformer_blocks, strict=True):
         features = old.norm1.emb.time_proj(argument).to(whole.dtype)
-        _tell_once(old.norm1.emb.timestep_embedder, features, seen.embedding, new.norm1.emb.timestep_embedder)
+        _fix_time(old.norm1.emb.timestep_embedder, features, seen.embedding, new.norm1.emb.timestep_embedder)
     return TransformerCore(fresh, network.call.input, seen.eps.shape[1])
 
 
-def _fold_inner(seen: Seen) -> Core:
-    """A network around one that is known, told the same."""
+def _fold_inner(seen: RecordedStep) -> Core:
+    """A network that wraps a known one and passes its inputs on."""
     network: Any = seen.network
     return fold(dataclasses.replace(seen, network=network.inner))
 
 
-def _wrapped(seen: Seen) -> DiffusersNetwork:
+def _wrapped(seen: RecordedStep) -> DiffusersNetwork:
     assert isinstance(seen.network, DiffusersNetwork)
     return seen.network
 
 
-FOLDS: dict[type[nn.Module], Callable[[Seen], Core]] = {
+FOLDS: dict[type[nn.Module], Callable[[RecordedStep], Core]] = {
     UNet: _fold_unet,
     PixelUNet: _fold_pixel_unet,
     TextUNet: _fold_text_unet,
@@ -403,10 +405,10 @@ FOLDS: dict[type[nn.Module], Callable[[Seen], Core]] = {
 }
 
 
-def fold(seen: Seen) -> Core:
-    """The network of a step, folded. Raises UserError for a network that is not known."""
+def fold(seen: RecordedStep) -> Core:
+    """The folded network of a step. Raises UserError for networks that are not in FOLDS."""
     network = type(seen.network)
     if network not in FOLDS:
         names = ", ".join(sorted({cls.__name__ for cls in FOLDS}))
-        raise UserError(f"no way to export a student with a network of class {network.__name__}. Possible: {names}")
+        raise UserError(f"cannot export a student with a network of class {network.__name__}. Possible: {names}")
     return FOLDS[network](seen)

@@ -1,6 +1,6 @@
-"""The pipelines that a folded student becomes.
+"""The diffusers pipelines that a folded student is written as.
 
-| network               | of a student that asks for | pipeline                                                      |
+| network               | conditioning               | pipeline                                                      |
 |-----------------------|----------------------------|---------------------------------------------------------------|
 | UNet2DModel           | nothing                    | DDIMPipeline; of latents of a VQModel LDMPipeline             |
 | DiTTransformer2DModel | classes                    | DiTPipeline                                                   |
@@ -30,10 +30,10 @@ from distillbench.export_fold import Core, OneStep, OwnCore, TextCore, Transform
 from distillbench.teachers import Teacher, TeacherSource
 
 diffusers: Any = untyped_diffusers
-EXAMPLES = 8  # images that a form asks for
+EXAMPLES = 8  # images per call in the check and the card
 INDEX = "model_index.json"
 
-# What is taken along from a teacher's pipeline, and the library of each class.
+# Components that are copied from a teacher's pipeline, and the library of each class.
 TOKENIZERS = (
     *("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"),
     *("PreTrainedTokenizerFast", "TokenizersBackend"),
@@ -46,25 +46,25 @@ COMPONENTS = {
 
 @dataclass(frozen=True)
 class Form:
-    """A pipeline: how it is written, read and asked."""
+    """A pipeline: how it is written, loaded and called."""
 
     pipeline: str
     write: Callable[[Path], None]
-    loading: dict[str, Any]  # beside the folder, for DiffusionPipeline.from_pretrained
-    asks: dict[str, Any]  # for images of a condition, as examples in the card show them
-    fold: str  # what was done to the network, for the card
+    loading: dict[str, Any]  # arguments of DiffusionPipeline.from_pretrained
+    asks: dict[str, Any]  # arguments of a call, as in the card's example
+    fold: str  # how the network was changed, for the card
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The components of the teacher's pipeline, which is a folder of diffusers' format."""
+    """The components of the teacher's pipeline, a folder in diffusers' format."""
 
     folder: Path
     index: dict[str, Any]  # its model_index.json
-    variant: str  # of the weights
+    variant: str  # of the weights, such as fp16
 
     def kind(self, name: str) -> str:
-        """The class of a component. Raises UserError where there is none, or one that is not taken along."""
+        """The class of a component. Raises UserError if there is none, or one that is not in COMPONENTS."""
         found = self.index.get(name)
         kind = str(found[1]) if isinstance(found, list) and len(found) == 2 else "none"
         if kind not in COMPONENTS:
@@ -72,7 +72,7 @@ class Parts:
         return kind
 
     def load(self, name: str) -> Any:
-        """A component, with its weights in float32 where it has any."""
+        """Load a component, its weights in float32."""
         kind = self.kind(name)
         cls = getattr(importlib.import_module(COMPONENTS[kind]), kind)
         settings: dict[str, Any] = {"local_files_only": True}
@@ -83,12 +83,12 @@ class Parts:
         return cls.from_pretrained(str(self.folder / name), use_safetensors=True, **settings).to(torch.float32)
 
     def decoder(self) -> str:
-        """What the pipeline calls its autoencoder."""
+        """The name of the autoencoder in the pipeline."""
         return "vqvae" if "vqvae" in self.index else "vae"
 
 
 def parts_of(source: TeacherSource) -> Parts | None:
-    """Those of the pipeline that a teacher is read from; None where it is read from none."""
+    """The components of the pipeline that a teacher is loaded from; None for other teachers."""
     pipeline = source.pipeline()
     if pipeline is None:
         return None
@@ -98,18 +98,18 @@ def parts_of(source: TeacherSource) -> Parts | None:
 def form_of(
     core: Core, step: OneStep, teacher: Teacher, parts: Parts | None, labels: list[int], prompts: list[str]
 ) -> Form:
-    """The pipeline for a step; `labels` or `prompts` are what is asked of it. Scales the network of `core`."""
+    """The pipeline for a step; `labels` or `prompts` are its conditions in the check. Changes the network of `core`."""
     if teacher.decode is not None and parts is None:
-        raise UserError(f"teacher={teacher.name} decodes latents by what diffusers cannot read: no way to export it")
+        raise UserError(f"teacher={teacher.name} has a decoder that diffusers cannot load: no way to export students")
     ddim = ddim_of(step)
-    fitted = _bundles if ddim is None else FORMS[type(core)]
+    fitted = _bundled if ddim is None else FORMS[type(core)]
     scheduler = None if ddim is None else diffusers.DDIMScheduler(**ddim.settings)
-    return fitted(Asked(core, step, scheduler, ddim.gain if ddim else 0.0, teacher, parts, labels, prompts))
+    return fitted(Folded(core, step, scheduler, ddim.gain if ddim else 0.0, teacher, parts, labels, prompts))
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What forms are made of."""
+class Folded:
+    """A folded student, and what its pipeline needs."""
 
     core: Core
     step: OneStep
@@ -121,37 +121,37 @@ class Asked:
     prompts: list[str]
 
     def scaled(self) -> bool:
-        """Fold k and the gain into the network; False where it cannot take them."""
+        """Fold k and the gain into the network; False if that is not possible."""
         return self.core.scale(self.step.k, self.step.q, self.gain)
 
 
-def _told(asked: Asked, scaled: bool) -> str:
-    """What was done to the network, in three sentences."""
-    step, own = asked.step, isinstance(asked.core, OwnCore)
-    embedding = "stands beside its weights" if own else "became the bias of the layer that embeds the time"
+def _explain(student: Folded, scaled: bool) -> str:
+    """How the network was changed, for the card."""
+    step, own = student.step, isinstance(student.core, OwnCore)
+    embedding = "is stored beside its weights" if own else "became the bias of the layer that embeds the time"
     rest = "a, b, k and q are in model_index.json, and the bundled pipeline computes the sum."
     if scaled:
         rest = (
             "k became part of the first layer's weights, and a DDIMScheduler for one step, of prediction_type "
-            f"{asked.scheduler.config.prediction_type}, gives the sum once the last layer is multiplied by "
-            f"{asked.gain:.6g}."
+            f"{student.scheduler.config.prediction_type}, gives the sum once the last layer is multiplied by "
+            f"{student.gain:.6g}."
         )
     return (
         "The student's one step is x_0 = a eps + b F(k eps + q), F its network at one time and with one embedding for "
         f"all images, here with a = {step.a:.6g}, b = {step.b:.6g}, k = {step.k:.6g} and q = {step.q:.6g}. The "
-        f"embedding {embedding}, so that the network answers alike to every timestep. {rest}"
+        f"embedding {embedding}, so that the network returns the same for every timestep. {rest}"
     )
 
 
-def _unconditional(asked: Asked) -> Form:
-    """Of a UNet2DModel."""
-    config, decoded = asked.core.module.config, asked.teacher.decode is not None
-    decoder = asked.parts.decoder() if decoded and asked.parts is not None else ""
-    quantised = decoder and asked.parts is not None and asked.parts.kind(decoder) == "VQModel"
+def _unconditional(student: Folded) -> Form:
+    """The pipeline of a UNet2DModel."""
+    config, decoded = student.core.module.config, student.teacher.decode is not None
+    decoder = student.parts.decoder() if decoded and student.parts is not None else ""
+    quantised = decoder and student.parts is not None and student.parts.kind(decoder) == "VQModel"
     fits = not config.num_class_embeds and (not decoded or (quantised and isinstance(config.sample_size, int)))
-    if not fits or not asked.scaled():
-        return _bundles(asked)
-    unet, scheduler, parts = asked.core.module, asked.scheduler, asked.parts
+    if not fits or not student.scaled():
+        return _bundled(student)
+    unet, scheduler, parts = student.core.module, student.scheduler, student.parts
     asks = {"batch_size": EXAMPLES, "num_inference_steps": 1}
 
     def write(folder: Path) -> None:
@@ -161,43 +161,43 @@ def _unconditional(asked: Asked) -> Form:
             vqvae = parts.load(decoder)
             diffusers.LDMPipeline(vqvae=vqvae, unet=unet, scheduler=scheduler).save_pretrained(folder)
 
-    return Form("LDMPipeline" if decoded else "DDIMPipeline", write, {}, asks, _told(asked, True))
+    return Form("LDMPipeline" if decoded else "DDIMPipeline", write, {}, asks, _explain(student, True))
 
 
-def _of_classes(asked: Asked) -> Form:
-    """Of a DiTTransformer2DModel."""
-    parts = asked.parts
-    if parts is None or asked.teacher.decode is None or not asked.labels or not asked.scaled():
-        return _bundles(asked)
+def _of_classes(student: Folded) -> Form:
+    """The pipeline of a DiTTransformer2DModel."""
+    parts = student.parts
+    if parts is None or student.teacher.decode is None or not student.labels or not student.scaled():
+        return _bundled(student)
 
     def write(folder: Path) -> None:
         names = parts.index.get("id2label")
         names = names if isinstance(names, dict) else None
         vae = parts.load(parts.decoder())
-        pipeline = diffusers.DiTPipeline(asked.core.module, vae, asked.scheduler, names)
+        pipeline = diffusers.DiTPipeline(student.core.module, vae, student.scheduler, names)
         if names:
             pipeline.register_to_config(id2label=names)
         pipeline.save_pretrained(folder)
 
-    asks = {"class_labels": asked.labels, "num_inference_steps": 1, "guidance_scale": 1.0}
-    return Form("DiTPipeline", write, {}, asks, _told(asked, True))
+    asks = {"class_labels": student.labels, "num_inference_steps": 1, "guidance_scale": 1.0}
+    return Form("DiTPipeline", write, {}, asks, _explain(student, True))
 
 
-def _of_texts(asked: Asked) -> Form:
-    """Of a UNet2DConditionModel."""
-    parts = asked.parts
-    if parts is None or asked.teacher.conditioning.small is not None:
-        raise UserError("students of texts are exported where they make images from texts alone; upscalers are not")
-    if not asked.scaled():
-        raise UserError("the student's one step is not one of DDIM, which is all that pipelines of texts take")
-    asks = {"prompt": asked.prompts, "num_inference_steps": 1, "guidance_scale": 1.0}
+def _of_texts(student: Folded) -> Form:
+    """The pipeline of a UNet2DConditionModel."""
+    parts = student.parts
+    if parts is None or student.teacher.conditioning.small is not None:
+        raise UserError("text-to-image students can be exported, students that also take an image (upscalers) cannot")
+    if not student.scaled():
+        raise UserError("the student's one step is not a DDIM step, which text-to-image pipelines need")
+    asks = {"prompt": student.prompts, "num_inference_steps": 1, "guidance_scale": 1.0}
 
     def write_pixels(folder: Path) -> None:
-        settings = dict(asked.scheduler.config) | {"variance_type": "fixed_small"}  # IFPipeline asks what it is
+        settings = dict(student.scheduler.config) | {"variance_type": "fixed_small"}  # IFPipeline reads it
         diffusers.IFPipeline(
             text_encoder=parts.load("text_encoder"),
             tokenizer=parts.load("tokenizer"),
-            unet=_with_variance(asked.core.module, asked.core.channels),
+            unet=_with_variance(student.core.module, student.core.channels),
             scheduler=diffusers.DDIMScheduler.from_config(settings),
             safety_checker=None,
             feature_extractor=None,
@@ -205,26 +205,26 @@ def _of_texts(asked: Asked) -> Form:
             requires_safety_checker=False,
         ).save_pretrained(folder)
 
-    if asked.teacher.decode is None:
-        return Form("IFPipeline", write_pixels, {}, asks, _told(asked, True))
+    if student.teacher.decode is None:
+        return Form("IFPipeline", write_pixels, {}, asks, _explain(student, True))
 
     def write(folder: Path) -> None:
         diffusers.StableDiffusionPipeline(
             vae=parts.load("vae"),
             text_encoder=parts.load("text_encoder"),
             tokenizer=parts.load("tokenizer"),
-            unet=asked.core.module,
-            scheduler=asked.scheduler,
+            unet=student.core.module,
+            scheduler=student.scheduler,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         ).save_pretrained(folder)
 
-    return Form("StableDiffusionPipeline", write, {}, asks, _told(asked, True))
+    return Form("StableDiffusionPipeline", write, {}, asks, _explain(student, True))
 
 
 def _with_variance(unet: Any, channels: int) -> Any:
-    """The same network with further channels of zeros, where IFPipeline looks for a variance that it then drops."""
+    """The network with additional zero channels, which IFPipeline takes for a variance and drops."""
     config = {name: value for name, value in unet.config.items() if name[0] != "_"}
     wide, weights = type(unet).from_config(config | {"out_channels": 2 * channels}), dict(unet.state_dict())
     for name in ("conv_out.weight", "conv_out.bias"):
@@ -233,12 +233,12 @@ def _with_variance(unet: Any, channels: int) -> Any:
     return wide.eval()
 
 
-def _bundles(asked: Asked) -> Form:
-    """With the bundled pipeline: any network but those of texts, as it is."""
-    core, step, teacher, parts = asked.core, asked.step, asked.teacher, asked.parts
+def _bundled(student: Folded) -> Form:
+    """The bundled pipeline, which takes any network except text-to-image ones, unchanged."""
+    core, step, teacher, parts = student.core, student.step, student.teacher, student.parts
     if isinstance(core, TextCore):
-        raise UserError(f"the student's one step, {step}, is not one of DDIM, which is all that it can be with texts")
-    labels = asked.labels
+        raise UserError(f"the student's one step, {step}, is not a DDIM step, which text-to-image students need")
+    labels = student.labels
     name = bundled_pipeline.OneStepPipeline.__name__
 
     def write(folder: Path) -> None:
@@ -262,12 +262,12 @@ def _bundles(asked: Asked) -> Form:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     asks = {"class_labels": labels} if labels else {"batch_size": EXAMPLES}
-    return Form(name, write, {"trust_remote_code": True}, asks, _told(asked, False))
+    return Form(name, write, {"trust_remote_code": True}, asks, _explain(student, False))
 
 
-FORMS: dict[type[Core], Callable[[Asked], Form]] = {
+FORMS: dict[type[Core], Callable[[Folded], Form]] = {
     UNetCore: _unconditional,
     TransformerCore: _of_classes,
     TextCore: _of_texts,
-    OwnCore: _bundles,
+    OwnCore: _bundled,
 }

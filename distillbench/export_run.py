@@ -1,6 +1,6 @@
-"""The student that `distillbench export` is asked for, found in a run's folder.
+"""Finding the student for `distillbench export` in a run's folder.
 
-<results>/<run>/config.yaml, table.csv              the settings, one document for each point of a grid; the rows
+<results>/<run>/config.yaml, table.csv              settings, one document for each point of a grid; rows
 <results>/<run>/weights/NAME-seedS-KEY.safetensors  the students
 <results>/cells/KEY/train.json                      their records
 """
@@ -52,7 +52,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Student:
-    """A trained student and where it comes from."""
+    """A trained student and its origin."""
 
     run: Path
     cell: Cell
@@ -62,7 +62,7 @@ class Student:
 
 
 def read_config(text: str, registry: Registry) -> list[RunConfig]:
-    """The settings in a run's config.yaml, one for each of its documents. Raises UserError for what cannot be read."""
+    """The settings in a run's config.yaml, one for each document. Raises UserError if they cannot be read."""
     return _typed_all(_documents(text), registry)
 
 
@@ -88,7 +88,7 @@ def _readable() -> Iterator[None]:
 
 def _typed(document: Any, registry: Registry) -> RunConfig:
     plain: Any = OmegaConf.create(document)
-    plain.pop("executor", None)  # where the cells were worked on says nothing of the student
+    plain.pop("executor", None)  # does not affect the student
     typed: Any = OmegaConf.structured(RunConfig)
     entries = [("dataset", "datasets", "dataset"), ("teacher", "teachers", "teacher")]
     entries += [(f"methods.{name}", "methods", f"methods.{name}") for name in plain.methods]
@@ -101,11 +101,11 @@ def _typed(document: Any, registry: Registry) -> RunConfig:
 
 
 def find_student(run_folder: Path, method: str, seed: int | None, registry: Registry, progress: Progress) -> Student:
-    """The student of `method` and `seed` with its weights, on the CPU. Raises UserError where there is none."""
+    """The student of `method` and `seed` with its weights, on the CPU. Raises UserError if there is none."""
     documents = _documents(_text(run_folder, "config.yaml"))
     table = list(csv.DictReader(io.StringIO(_text(run_folder, "table.csv"), newline="")))
     if len(documents) <= FULL:
-        _typed_all(documents, registry)  # what cannot be read is said first
+        _typed_all(documents, registry)  # unreadable settings are the first error
     weights = _chosen(run_folder, method, seed, documents, table)
     configs = _typed_all([document for document in documents if document["seed"] == weights.seed], registry)
     results = run_folder.absolute().parent
@@ -118,7 +118,7 @@ def find_student(run_folder: Path, method: str, seed: int | None, registry: Regi
     method_config = config.methods[weights.method]
     dataset, source, conditioning = make_source(config, registry, "cpu")
     if source.plan().images:
-        raise UserError(f"the teacher of {weights.name} is not in {str(results)!r} any more: it would be trained anew")
+        raise UserError(f"the teacher of {weights.name} is no longer in {str(results)!r}: it would be trained again")
     shared = SharedContext(config, registry, "cpu", dataset, source, conditioning, {}, Path(), [])
     cell = Cell(shared, weights.method, registry.get("methods", method_config.kind), method_config, weights.seed)
     teacher = shared.load_teacher(progress)
@@ -147,7 +147,7 @@ def _text(run_folder: Path, name: str) -> str:
 def _chosen(
     run_folder: Path, method: str, seed: int | None, documents: list[Any], table: list[dict[str, str]]
 ) -> Weights:
-    """The one training that `method` and `seed` name."""
+    """The training that `method` and `seed` select."""
     names = sorted({name for document in documents for name in document["methods"]})
     files = sorted((run_folder / "weights").glob("*.safetensors"))
     found = [Weights(m["method"], int(m["seed"]), m["key"]) for f in files if (m := WEIGHTS.fullmatch(f.name))]
@@ -163,13 +163,13 @@ def _chosen(
     if fitting:
         listed = ", ".join(weights.name for weights in fitting)
         raise UserError(f"the run has {len(fitting)} students of {method}: name a seed, or one of {listed}")
-    asked = method if seed is None else f"{method} (seed {seed})"
+    student = method if seed is None else f"{method} (seed {seed})"
     rows = [row for row in table if row["method"] == method and seed in (None, int(row["training_seed"] or -1))]
     bad = next((row for row in rows if row["status"] != "ok"), None)
     if bad is not None:
-        raise UserError(f"{asked} was not trained to the end: {bad['status']}: {bad['reason']}")
+        raise UserError(f"{student} was not trained to the end: {bad['status']}: {bad['reason']}")
     others = ", ".join(str(weights.seed) for weights in of_method)
-    raise UserError(f"the run {run_folder.name!r} has no weights of {asked}. Seeds that it has: {others or 'none'}")
+    raise UserError(f"the run {run_folder.name!r} has no weights of {student}. Seeds that it has: {others or 'none'}")
 
 
 def _record(file: Path, weights: Weights) -> TrainRecord:
@@ -185,14 +185,14 @@ def _record(file: Path, weights: Weights) -> TrainRecord:
 
 
 def _describes(config: RunConfig, name: str, record: TrainRecord) -> bool:
-    """Whether a training of `config` is the record's."""
+    """Whether the record is of a training of the method `name` with `config`."""
     if name not in config.methods:
         return False
     conditional: dict[str, Any] = {}
     if config.conditional:
         drawn = bool(config.guidance_range)
         conditional = {"guidance_range" if drawn else "guidance": config.guidance_range or [config.guidance]}
-    told = {
+    wanted = {
         "dataset": config.dataset.kind,
         "teacher": config.teacher.kind,
         "config": plain_settings(config.methods[name]),
@@ -201,11 +201,11 @@ def _describes(config: RunConfig, name: str, record: TrainRecord) -> bool:
         "seed": config.seed,
         **conditional,
     }
-    return all(record.inputs.get(key) == value for key, value in told.items())
+    return all(record.inputs.get(key) == value for key, value in wanted.items())
 
 
 def _intact(run_folder: Path, cell_folder: Path, weights: Weights, record: TrainRecord) -> Path:
-    """The file with the weights of the record."""
+    """The weights file of the record, with the recorded hash."""
     files = [cell_folder / "student.safetensors", run_folder / "weights" / f"{weights.name}.safetensors"]
     for file in files:
         if file.is_file() and sha256_file(file) == record.weights_sha256:

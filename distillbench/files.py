@@ -70,6 +70,11 @@ def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
     write_named(path.parent, write, lambda temporary: path.name, path.suffix)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8 as :func:`write_atomically` writes."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
 def write_named(folder: Path, write: Callable[[str], Any], name: Callable[[Path], str], suffix: str = "") -> Path:
     """``write(temporary_path)``, then rename to ``name(temporary_path)`` in `folder`, which may depend on the content.
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: it answers at once, reads well, and says in one line what is wrong."""
+"""The command line: --help is fast, output fits the terminal, and errors are one line."""
 
 import io
 import json
@@ -13,10 +13,11 @@ import yaml
 from rich.console import Console
 from safetensors.torch import save_file
 
-from distillbench import cli, terminal
+from distillbench import cli, cli_options, terminal
 from distillbench.builtin.trained import METADATA, Trained
 from distillbench.errors import DivergedError
 from distillbench.progress import Progress
+from distillbench.registry import load_registry
 from distillbench.statistics import summarise
 from distillbench.table import make_table
 
@@ -36,9 +37,18 @@ HEAVY = (
 )
 
 
+@pytest.fixture(scope="module")
+def registry():
+    return load_registry()
+
+
 @pytest.fixture
-def call(tmp_path, monkeypatch, capfd):
-    """``call(*words)``: exit code, output and errors of distillbench in an empty folder, 80 columns wide."""
+def call(tmp_path, monkeypatch, capfd, registry):
+    """``call(*words)``: exit code, output and errors of distillbench in an empty folder, 80 columns wide.
+
+    The plugins are loaded once for all calls.
+    """
+    monkeypatch.setattr(cli_options, "load_plugins", lambda folders: registry)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
@@ -57,7 +67,7 @@ def below(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-# --- it answers at once ----------------------------------------------------------------------------------------------
+# --- fast help -----------------------------------------------------------------------------------------------------
 
 
 def loaded_by(words):
@@ -85,7 +95,7 @@ def test_help_shows_the_commands(call):
     assert max(map(len, out.splitlines())) <= 80
 
 
-# --- what can be named -----------------------------------------------------------------------------------------------
+# --- listing plugins -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,7 +170,7 @@ def test_a_dry_run_of_a_dataset_without_a_teacher_says_so(call):
     assert "teacher trained: to be trained, 70,000 images" in out
 
 
-def test_a_dry_run_by_time_does_not_pretend(call):
+def test_a_dry_run_by_time_predicts_no_images(call):
     _, out, _ = call("run", *GIVEN, "budget.limit=seconds", "budget.seconds=5", "--dry-run")
     assert "Each method trains 5 s" in out
 
@@ -234,10 +244,14 @@ def teacher_files(folder):
         ("other", "cannot be used"),
     ],
 )
-@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry", "real"])
-def test_a_teacher_that_cannot_be_used(refused, tmp_path, name, expected, dry):
+def test_a_teacher_that_cannot_be_used(refused, tmp_path, name, expected):
     teacher_files(tmp_path)
-    assert expected in refused("run", *GIVEN, f"teacher.path={name}.safetensors", *dry)
+    assert expected in refused("run", *GIVEN, f"teacher.path={name}.safetensors", "--dry-run")
+
+
+def test_a_teacher_that_cannot_be_used_ends_a_run_too(refused, tmp_path):
+    teacher_files(tmp_path)
+    assert "cannot be used" in refused("run", *GIVEN, "teacher.path=other.safetensors")
 
 
 def image_folder(folder):
@@ -262,7 +276,7 @@ def test_a_dataset_that_cannot_be_used(refused, tmp_path, words, expected):
     assert refused("run", "methods=[boot]", "dataset=folder", *words).startswith(expected)
 
 
-@pytest.mark.parametrize("place", ["/proc/results", "/proc", "/dev/null", "/dev/null/results", "file", "file/results"])
+@pytest.mark.parametrize("place", ["/proc/results", "/dev/null", "file/results"])
 def test_results_that_cannot_be_written(refused, tmp_path, place):
     (tmp_path / "file").write_text("")
     assert "results_dir: cannot write to" in refused("run", *GIVEN, f"results_dir={place}")
@@ -289,7 +303,7 @@ def test_settings_that_cannot_be_used(refused, word, expected):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:9"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:9"])
 def test_no_cuda_here(refused, device):
     assert refused("run", *GIVEN, f"device={device}").startswith(f"device={device}: torch finds no CUDA device here.")
 
@@ -321,7 +335,7 @@ def test_debug_shows_where_an_error_comes_from(call):
     assert err.rstrip().splitlines()[-1].startswith("error: no method 'bot'.")
 
 
-# --- what happens while it runs --------------------------------------------------------------------------------------
+# --- while it runs ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -332,7 +346,7 @@ def test_debug_shows_where_an_error_comes_from(call):
         (DivergedError("the loss is nan"), 1, "error: the loss is nan"),
     ],
 )
-def test_what_stops_a_run_is_said_in_one_line(call, monkeypatch, error, code, message):
+def test_what_stops_a_run_is_one_line(call, monkeypatch, error, code, message):
     def stop(*arguments):
         raise error
 
@@ -401,7 +415,7 @@ def test_the_table_fits_the_terminal(width):
     assert "status" not in text and "no method is marked as best" in text
 
 
-def test_scores_have_arrows_intervals_and_a_star_only_beyond_doubt():
+def test_scores_have_arrows_intervals_and_a_star_only_for_a_significant_lead():
     """Three training seeds each: boot is far better on one score, and no different on the other."""
     rows = []
     for seed in range(3):
@@ -416,7 +430,7 @@ def test_scores_have_arrows_intervals_and_a_star_only_beyond_doubt():
     assert "teacher_rmse, 1 NFE: intervals overlap" in text
 
 
-def test_what_differs_is_shown():
+def test_columns_that_differ_are_shown():
     text = printed(table({}, {"dataset": "folder"}), 120)
     assert re.search(r"^dataset +method", text, re.MULTILINE)
     text = printed(table({}, {"settings": "lr=0.5"}), 120)
@@ -425,7 +439,7 @@ def test_what_differs_is_shown():
     assert re.search(r"^boot +1 +other ", text, re.MULTILINE)
 
 
-def test_what_failed_is_shown_with_its_reason():
+def test_failed_rows_are_shown_with_their_reasons():
     failed = {"status": "failed", "reason": "ValueError: a [b] c", "teacher_rmse": None, "fd_efficientnet_lite0": None}
     text = printed(table({}, failed | {"training_seed": 1}), 80)
     assert "boot seed 1, 1 NFE, noise 0: failed: ValueError: a [b] c" in text
@@ -442,7 +456,7 @@ def test_numbers_are_short():
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
-def test_elsewhere_than_in_a_terminal_progress_is_plain_lines(monkeypatch, capsys):
+def test_without_a_terminal_progress_is_plain_lines(monkeypatch, capsys):
     now = 0.0
     monkeypatch.setattr("distillbench.progress.time.perf_counter", lambda: now)
     with Progress(Console(width=80)).step("a step") as step:
@@ -452,7 +466,7 @@ def test_elsewhere_than_in_a_terminal_progress_is_plain_lines(monkeypatch, capsy
     assert lines == ["a step: 25%, 11 s, about 33 s left  a note", "a step: 50%, 22 s, about 22 s left  a note"]
 
 
-def test_in_a_terminal_progress_is_bars_that_vanish_and_steps_can_lie_within_steps(capsys):
+def test_in_a_terminal_progress_is_bars_that_vanish_and_steps_can_be_nested(capsys):
     console = Console(force_terminal=True, width=100)
     progress = Progress(console)
     for _ in range(2):
@@ -467,7 +481,7 @@ def test_in_a_terminal_progress_is_bars_that_vanish_and_steps_can_lie_within_ste
     assert progress._bars is None
 
 
-def test_no_console_is_silence(capsys):
+def test_without_a_console_nothing_is_printed(capsys):
     with Progress(None).step("a step") as step:
         step.advance(0.5)
         Progress(None).say("a line")

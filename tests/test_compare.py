@@ -262,7 +262,7 @@ def test_the_rest_is_compared_where_some_protocols_differ(runs):
     old = [*seeds(NOISY), row(method="cm", fid=1.0)]
     code, text = runs.code(old, [*seeds(SHIFTED), row(method="cm", fid=99.0, protocol="bbbb")])
     assert code == 1 and "cm, 1 NFE: cannot be compared, protocol aaaa → bbbb" in text and "cm, 1 NFE  " not in text
-    assert "Protocols differ: scores of the rows named above cannot be compared, and are not." in text
+    assert "Protocols differ: scores of the rows named above are not compared." in text
 
 
 def test_a_score_that_is_declared_differently_is_not_compared():

@@ -288,10 +288,10 @@ def test_missing_settings_and_environments_are_reported(runs, tmp_path):
 
 
 def test_the_output_must_not_exist(runs, tmp_path):
-    with pytest.raises(UserError, match="--output must name a folder that is not there yet"):
+    with pytest.raises(UserError, match="--output must name a folder that does not exist"):
         merged(runs, runs[0])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="not there yet"):
+    with pytest.raises(UserError, match="does not exist"):
         merged(runs, tmp_path / "file")
     (tmp_path / "void").mkdir()
     merged(runs, tmp_path / "void")

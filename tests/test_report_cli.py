@@ -22,7 +22,7 @@ def done(*words):
     return ended.value.code
 
 
-def test_report_writes_what_is_asked_for(run, tmp_path, capsys):
+def test_report_writes_the_requested_forms(run, tmp_path, capsys):
     forms = [word for form in ("html", "markdown", "latex", "csv", "figures") for word in ("--as", form)]
     cli.main(["report", str(run), *forms, "-o", str(tmp_path / "out"), "--precision", "teacher_rmse=2"])
     written = {
@@ -46,7 +46,7 @@ def test_report_is_written_beside_the_table(run):
         (["--as", "markdown", "--columns", "methud"], "error: no column 'methud'. Did you mean 'method'?"),
     ],
 )
-def test_bad_input_is_one_message(run, tmp_path, capsys, words, message):
+def test_bad_input_is_one_line(run, tmp_path, capsys, words, message):
     assert done("report", run, "-o", tmp_path / "out", *words) == 2
     assert capsys.readouterr().err.startswith(message)
 

@@ -1,12 +1,11 @@
-"""Two runs against each other: what differs in them, and which scores and costs changed beyond noise."""
+"""Comparison of two runs: what differs between them, and which scores and costs changed significantly."""
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,8 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from distillbench.reports.merge import MERGED, SAME, records
+from distillbench.reports.differences import environment_differences, heading, settings_differences, value_text
+from distillbench.reports.merge import SAME, records
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import fits, new_table, number, plain, run_names, say
 from distillbench.statistics import ARROWS, TEACHER
@@ -23,18 +23,17 @@ from distillbench.table import LAST
 
 MATCH = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol"]
 COUNTED = ("train_images", "train_teacher_nfe", "train_student_nfe", "train_tflops", "sample_gflops", "parameters")
-HIGHER = ("sample_images_per_second",)  # costs of which more is better
-NO_COST = ("sample_best_batch",)  # found, not paid
+HIGHER = ("sample_images_per_second",)  # costs for which higher is better
+NO_COST = ("sample_best_batch",)  # numbers that are not costs
 COSTS = [name for name, kind in LAST.items() if kind != "string" and name not in NO_COST]
-IGNORED = ("results_dir", "run_name")  # settings that decide no number
 LEVEL = 0.95
 NOTHING_WORSE, SOMETHING_WORSE, BAD_INPUT = 0, 1, 2  # exit codes
 
 SAME_VALUE, WITHIN, ONE_SEED, CHANGED = "same", "within noise", "one seed: not known", "changed"
 BETTER, WORSE, GONE, NEW = "better", "worse", "no value any more", "new"
 
-Row = tuple[Any, ...]  # the values of MATCH, None where there is none
-Rows = list[dict[str, Any]]  # rows of the table, None where a value is empty
+Row = tuple[Any, ...]  # the values of MATCH, None for empty ones
+Rows = list[dict[str, Any]]  # rows of the table, None for empty values
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Change:
 
     @property
     def relative(self) -> float | None:
-        """The change over what was before; None where that is zero or not finite."""
+        """The change relative to the value before; None if that is zero or not finite."""
         if not (math.isfinite(self.before) and math.isfinite(self.after)) or self.before == 0:
             return None
         return (self.after - self.before) / abs(self.before)
@@ -61,24 +60,24 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs have in common and what not. Texts are ready to be printed, except for control characters."""
+    """How two runs differ. Texts can be printed after control characters are escaped."""
 
     runs: tuple[str, str]
     tolerance: float
     settings: list[str]
     environment: list[str]
-    rows: list[str]  # that appeared, vanished, failed, or cannot be compared
-    lost: list[str]  # rows that were ok and are not any more
+    rows: list[str]  # rows that are new, missing, failed, or cannot be compared
+    lost: list[str]  # rows that were ok and no longer are
     scores: list[Change]
     costs: list[Change]
     directions: dict[str, str]
-    matched: int  # rows that are in both
-    protocols: bool  # differ for some row
+    matched: int  # number of rows that are in both
+    protocols: bool  # whether the protocols of some row differ
     notes: list[str] = field(default_factory=list)
 
     @property
     def comparable(self) -> bool:
-        """Whether there is anything to conclude from: a row in both, or one that is lost."""
+        """Whether anything can be concluded: there is a row in both, or a lost one."""
         return bool(self.matched or self.lost)
 
     @property
@@ -90,7 +89,7 @@ class Comparison:
 
     @property
     def worse(self) -> list[Change]:
-        """Scores worse beyond noise or without a value, and costs worse beyond the tolerance."""
+        """Scores that are significantly worse or lost their value, and costs that are worse beyond the tolerance."""
         return [one for one in self.scores if one.verdict in (WORSE, GONE)] + [
             one for one in self.costs if one.verdict == WORSE
         ]
@@ -100,13 +99,13 @@ class Comparison:
 
 
 def compare(a: RunData, b: RunData, tolerance: float = 0.1) -> Comparison:
-    """How run `b` differs from run `a`. Rows are the same that are equal in MATCH; devices may differ.
+    """How run `b` differs from run `a`. Rows that are equal in MATCH are compared; their devices may differ.
 
-    A score is compared by the means of its training seeds over their sampling seeds (the teacher, which is not trained,
-    by its sampling seeds): Welch's t-test, and its 95 % interval of the difference of the two means. It is beyond noise
-    where that interval does not hold zero. With fewer than two seeds a side nothing is known but whether values are
-    equal. Costs have no interval: they are flagged where their mean changed by more than `tolerance` of what it was.
-    Those that depend on the device are compared on equal devices only.
+    A score has one value per training seed, the mean over its sampling seeds (for the teacher, one per sampling seed).
+    They are compared by Welch's t-test and its 95 % interval of the difference of the two means; a change is beyond
+    noise if that interval does not contain zero. With fewer than two seeds on a side it is only known whether values
+    are equal. Costs have no interval: they are flagged if their mean changed by more than `tolerance`, relatively.
+    Costs that depend on the device are compared on equal devices only.
     """
     left, right = _groups(a.table), _groups(b.table)
     shared = [row for row in left if row in right]
@@ -128,10 +127,21 @@ def compare(a: RunData, b: RunData, tolerance: float = 0.1) -> Comparison:
             if not _on_devices(old) & _on_devices(new):
                 notes.append(f"{_devices(old)} in A, {_devices(new)} in B: speed and memory are not compared")
     notes = list(dict.fromkeys(notes))
+    names = run_names([a, b])
     return Comparison(
-        (_heading("A", run_names([a, b])[0], a), _heading("B", run_names([a, b])[1], b)), tolerance,
-        _settings(a, b), _environment(a, b), rows, lost, scores, costs, directions, len(shared), protocols, notes,
-    )  # fmt: skip
+        runs=(heading("A", names[0], a), heading("B", names[1], b)),
+        tolerance=tolerance,
+        settings=settings_differences(a, b),
+        environment=environment_differences(a, b),
+        rows=rows,
+        lost=lost,
+        scores=scores,
+        costs=costs,
+        directions=directions,
+        matched=len(shared),
+        protocols=protocols,
+        notes=notes,
+    )
 
 
 def welch(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
@@ -148,7 +158,7 @@ def welch(before: Sequence[float], after: Sequence[float]) -> tuple[float, float
 
 
 def _groups(table: pd.DataFrame) -> dict[Row, Rows]:
-    """The rows of a table by their values of MATCH, in the order of the table."""
+    """The rows of a table by MATCH, in the order of the table."""
     found: dict[Row, Rows] = {}
     for row in records(table):
         found.setdefault(tuple(None if row[name] == "" else row[name] for name in MATCH), []).append(row)
@@ -164,7 +174,7 @@ def _on_devices(rows: Rows) -> set[str]:
 
 
 def _per_seed(rows: Rows, name: str) -> dict[Any, float]:
-    """The mean of a column for each training seed; for the teacher, for each sampling seed. Without empty values."""
+    """The mean of a column for each training seed, for the teacher for each sampling seed; empty values are ignored."""
     by = "sampling_seed" if str(rows[0]["method"]).startswith(TEACHER) else "training_seed"
     values: dict[Any, list[float]] = {}
     for row in rows:
@@ -178,7 +188,7 @@ def _close(a: float, b: float) -> bool:
 
 
 def _score(row: Row, old: Rows, new: Rows, name: str, direction: str) -> Change | None:
-    """How a score changed; None where neither side has it."""
+    """How a score changed; None if neither run has it."""
     a, b = _per_seed(old, name), _per_seed(new, name)
     if not a and not b:
         return None
@@ -203,11 +213,12 @@ def _score(row: Row, old: Rows, new: Rows, name: str, direction: str) -> Change 
 
 
 def _costs(row: Row, old: Rows, new: Rows, tolerance: float) -> list[Change]:
-    """How costs changed: counted ones over all devices, measured ones on each device that both sides have."""
-    places = [("", old, new, COUNTED)]
-    measured = tuple(name for name in COSTS if name not in COUNTED)
+    """How costs changed: counted ones over all devices, measured ones for each device that both runs have."""
+    places: list[tuple[str, Rows, Rows, Sequence[str]]] = [("", old, new, COUNTED)]
+    measured = [name for name in COSTS if name not in COUNTED]
     for device in sorted(_on_devices(old) & _on_devices(new)):
-        places.append((device, *([row for row in rows if row["device"] == device] for rows in (old, new)), measured))
+        a, b = ([row for row in rows if row["device"] == device] for rows in (old, new))
+        places.append((device, a, b, measured))
     found = []
     for device, a, b, names in places:
         for name in names:
@@ -229,7 +240,7 @@ def _judged(name: str, before: float, after: float, tolerance: float) -> str:
 
 
 def _statuses(old: Rows, new: Rows) -> tuple[list[str], list[str]]:
-    """What failed, recovered or has other seeds, in words; and what of it was ok before and is not any more."""
+    """Texts on what failed and recovered, and texts on what was ok before and failed."""
     a, b = _seeds(old), _seeds(new)
     reasons: dict[str, list[str]] = {}
     lost: dict[str, list[str]] = {}
@@ -246,7 +257,7 @@ def _statuses(old: Rows, new: Rows) -> tuple[list[str], list[str]]:
 
 
 def _seeds(rows: Rows) -> dict[tuple[Any, Any], tuple[str, str]]:
-    """Status and reason by training and sampling seed; of several devices, one that is not ok."""
+    """Status and reason by (training seed, sampling seed); of several devices, those of one that is not ok."""
     found: dict[tuple[Any, Any], tuple[str, str]] = {}
     for row in rows:
         seeds = row["training_seed"], row["sampling_seed"]
@@ -261,10 +272,10 @@ def _seeds_in_words(seeds: tuple[Any, Any]) -> str:
 
 
 def _unmatched(left: Mapping[Row, Rows], right: Mapping[Row, Rows], name: _Namer) -> tuple[list[str], list[str], bool]:
-    """Rows of one run only, in words; those of A that were ok and vanished; whether protocols differ.
+    """Texts on rows that only one run has; texts on those of A that were ok; whether protocols differ.
 
-    A row of A is paired with that row of B, of the same data, method and number of evaluations, that differs in fewest
-    of MATCH: where the protocol is among them, it has not vanished, it cannot be compared.
+    A row of A is paired with the row of B of the same dataset, method and number of evaluations that differs in the
+    fewest columns of MATCH. If the protocol differs, the row is not missing: it cannot be compared.
     """
     rest = [row for row in right if row not in left]
     told: list[str] = []
@@ -296,11 +307,11 @@ def _unmatched(left: Mapping[Row, Rows], right: Mapping[Row, Rows], name: _Namer
 
 def _how(row: Row, other: Row) -> dict[str, str]:
     pairs = zip(MATCH, row, other, strict=True)
-    return {column: f"{_value(x)} → {_value(y)}" for column, x, y in pairs if x != y}
+    return {column: f"{value_text(x)} → {value_text(y)}" for column, x, y in pairs if x != y}
 
 
 class _Namer:
-    """Names rows: the method, its evaluations, and of the rest of MATCH what it takes to tell `rows` apart."""
+    """Names rows by method, evaluations, and the columns of MATCH that it takes to tell `rows` apart."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.columns: list[str] = []
@@ -315,11 +326,11 @@ class _Namer:
     def __call__(self, row: Row, without: Container[str] = ()) -> str:
         told = dict(zip(MATCH, row, strict=True))
         more = [
-            f"{column} {_value(told[column])}"
+            f"{column} {value_text(told[column])}"
             for column in self.columns
             if told[column] is not None and column not in without
         ]
-        return ", ".join([str(told["method"]), f"{_value(told['nfe'])} NFE", *more])
+        return ", ".join([str(told["method"]), f"{value_text(told['nfe'])} NFE", *more])
 
 
 def _devices(rows: Rows) -> str:
@@ -327,7 +338,7 @@ def _devices(rows: Rows) -> str:
 
 
 def _same_scores(a: RunData, b: RunData, notes: list[str]) -> dict[str, str]:
-    """Direction by score, of those that are declared alike wherever they are declared; the others go to `notes`."""
+    """Direction by score, if both runs declare it the same way; otherwise a note says so."""
     found = {}
     for name in dict.fromkeys([*a.columns, *b.columns]):
         x, y = a.columns.get(name), b.columns.get(name)
@@ -339,94 +350,13 @@ def _same_scores(a: RunData, b: RunData, notes: list[str]) -> dict[str, str]:
     return found
 
 
-# --- settings and environment ----------------------------------------------------------------------------------------
-
-
-def _settings(a: RunData, b: RunData) -> list[str]:
-    if not a.configs or not b.configs:
-        return [f"settings of {', '.join('AB'[k] for k, run in enumerate((a, b)) if not run.configs)} are not known"]
-    return _differences(_facts(a.configs, IGNORED), _facts(b.configs, IGNORED))
-
-
-def _environment(a: RunData, b: RunData) -> list[str]:
-    if not a.environment or not b.environment:
-        lacking = ", ".join("AB"[k] for k, run in enumerate((a, b)) if not run.environment)
-        return [f"the environment of {lacking} is not known"]
-    return _differences(_facts(_environments(a), ("run",)), _facts(_environments(b), ("run",)))
-
-
-def _environments(run: RunData) -> list[dict[str, Any]]:
-    merged = run.environment.get(MERGED)
-    return [one for one in merged if isinstance(one, dict)] if isinstance(merged, list) else [run.environment]
-
-
-def _facts(documents: Iterable[Mapping[str, Any]], ignored: Sequence[str]) -> dict[str, list[str]]:
-    """Dotted names of all values of the documents, each with its different values in words, in order."""
-    found: dict[str, list[str]] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for name, inner in value.items():
-                walk(f"{prefix}.{name}" if prefix else str(name), inner)
-            return
-        values = found.setdefault(prefix, [])
-        text = _value(value)
-        if text not in values:
-            values.append(text)
-
-    for document in documents:
-        walk("", {name: value for name, value in document.items() if name not in ignored})
-    return found
-
-
-def _differences(a: Mapping[str, list[str]], b: Mapping[str, list[str]]) -> list[str]:
-    """What differs: a value, or the shortest name that only one side has."""
-    lines: dict[str, None] = {}
-    for name in dict.fromkeys([*a, *b]):
-        if name in a and name in b:
-            if set(a[name]) != set(b[name]):
-                lines[f"{name}: {', '.join(a[name])} → {', '.join(b[name])}"] = None
-            continue
-        here, there, side = (a, b, "A") if name in a else (b, a, "B")
-        parts = name.split(".")
-        prefixes = [".".join(parts[:k]) for k in range(1, len(parts) + 1)]
-        whole = next(p for p in prefixes if not any(other == p or other.startswith(f"{p}.") for other in there))
-        value = f" ({', '.join(here[name])})" if whole == name else ""
-        lines[f"{whole}: only in {side}{value}"] = None
-    return list(lines)
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool | list | dict):
-        return json.dumps(value, default=str)
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value) if value != "" else "''"
-
-
-def _heading(letter: str, name: str, run: RunData) -> str:
-    words = [f"{letter}: {name}"]
-    versions = []
-    for one in _environments(run):
-        git = one.get("git")
-        if isinstance(git, dict):
-            versions.append(f"commit {str(git.get('commit'))[:8]}" + (" and changes" if git.get("dirty") else ""))
-        elif one.get("distillbench"):
-            versions.append(f"distillbench {one['distillbench']}")
-    words += dict.fromkeys(versions)
-    count = len(run.table)
-    return ", ".join([*words, f"{count:,} row{'s' * (count != 1)}"])
-
-
-# --- what is printed -------------------------------------------------------------------------------------------------
+# --- printing ------------------------------------------------------------------------------------------------------
 
 
 def print_comparison(console: Console, found: Comparison, all_costs: bool = False) -> None:
-    """What differs, the tables, and the conclusion in words. Costs within the tolerance only with `all_costs`."""
-    for heading in found.runs:
-        say(console, heading)
+    """Print what differs, the tables and the conclusion. Costs within the tolerance only with `all_costs`."""
+    for line in found.runs:
+        say(console, line)
     for title, lines in (("settings", found.settings), ("environment", found.environment)):
         say(console, f"{title}: {'' if lines else 'no difference'}".rstrip())
         for line in lines:
@@ -448,7 +378,7 @@ def print_comparison(console: Console, found: Comparison, all_costs: bool = Fals
 
 
 def _print_changes(console: Console, changes: list[Change], name: _Namer, directions: Mapping[str, str]) -> None:
-    """One line for each change. The columns that every line lacks are left out."""
+    """Print one line for each change, without columns that are empty in all."""
     intervals = any(one.low is not None for one in changes)
     devices, seeds = len({one.device for one in changes if one.device}) > 1, any(one.seeds != (1, 1) for one in changes)
     headings = ["row", "what", *["seeds"] * seeds, "A", "B", "change"]
@@ -471,7 +401,7 @@ def _print_changes(console: Console, changes: list[Change], name: _Namer, direct
 
 
 def _change(one: Change, width: float) -> str:
-    """In per cent of what was before, or absolute where that is zero."""
+    """The change in per cent of the value before, or absolute if that is zero."""
     if one.verdict in (SAME_VALUE, GONE, NEW):
         return "-"
     if one.relative is None:
@@ -480,13 +410,13 @@ def _change(one: Change, width: float) -> str:
 
 
 def conclusion(found: Comparison) -> list[str]:
-    """What follows, in words."""
+    """The conclusion, as lines of text."""
     if not found.comparable:
         why = "protocols differ" if found.protocols else "the runs have no row in common"
         return [f"Nothing can be compared: {why}."]
     lines = []
     if found.protocols:
-        lines.append("Protocols differ: scores of the rows named above cannot be compared, and are not.")
+        lines.append("Protocols differ: scores of the rows named above are not compared.")
     name = _Namer([one.row for one in found.scores + found.costs])
     worse = found.worse
     for one in worse:

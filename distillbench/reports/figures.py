@@ -1,4 +1,4 @@
-"""Figures for papers, drawn by matplotlib without a screen: PDF, SVG and PNG, the same bytes for the same run."""
+"""Figures for papers as PDF, SVG and PNG, drawn by matplotlib; the same run gives the same bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from distillbench.errors import unknown
 from distillbench.files import write_atomically
-from distillbench.reports.papers import GROUP, HEADINGS, _Data, _sets
+from distillbench.reports.paper_data import GROUP, HEADINGS, SummaryData, comparable_sets
 from distillbench.statistics import TEACHER, arrow
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("pdf", "svg", "png")
 AXES = {"nfe": "nfe", "latency": "sample_latency_p50_ms", "training": "train_seconds"}  # end of a file's name: column
-# Okabe and Ito's colours, told apart by all kinds of colour vision, without yellow, which is too pale on white
+# Okabe and Ito's colours, distinct for all kinds of colour vision; without yellow, which is too pale on white
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX<>h"
 LINES = ("-", "--", "-.", ":")
@@ -51,7 +51,7 @@ _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "lines.linewidth": 1.4,
     "lines.markersize": 5,
-    "text.parse_math": False,  # names are names: "$" means nothing in them
+    "text.parse_math": False,  # a "$" in a name is no formula
     "axes.formatter.use_mathtext": False,
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "distillbench",
@@ -64,29 +64,37 @@ _METADATA: dict[str, dict[str, Any]] = {
     "svg": {"Creator": "distillbench", "Date": None},
     "png": {"Software": "distillbench"},
 }
-_ALONG = [*GROUP, "method", "settings", "nfe", "training_seed", "fraction", "train_images"]  # a damaged table has less
+_ALONG = [
+    *GROUP,
+    "method",
+    "settings",
+    "nfe",
+    "training_seed",
+    "fraction",
+    "train_images",
+]
 _MOST_ROWS, _MOST_COLUMNS = 40, 10  # of a grid of samples
 
 
 def write_figures(runs: Sequence[RunData], folder: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
-    """Draw the figures of `runs` into `folder` (made if missing), each in all `formats`; the files that were written.
+    """Draw the figures of `runs` into `folder` (created if missing) in all `formats`; returns the written files.
 
-    SCORE-nfe, SCORE-latency, SCORE-training: the summary's score against evaluations, latency and seconds of training,
-    with the interval over training seeds where there is one. SCORE-along: along training. samples: images of every
-    method and the teacher from the same noise. What has no values has no file. Rows that may not be compared stand in
-    figures of their own: the second set's end in -2. With several runs, each has samples of its own.
+    SCORE-nfe, SCORE-latency, SCORE-training: a score of the summary over evaluations, latency and seconds of training,
+    with its interval over training seeds, if there is one. SCORE-along: over training. samples: images of every method
+    and the teacher from the same noise. A figure without values is left out. Rows that may not be compared are in
+    separate figures: those of the second set end in -2. Each of several runs has its own samples.
 
-    An axis is logarithmic where its values are positive and span more than a decade. A method has the same colour,
-    marker and line in all figures of one call. Raises UserError for an unknown format.
+    An axis is logarithmic if its values are positive and span more than a decade. A method has the same colour, marker
+    and line in all figures of one call. Raises UserError for an unknown format.
     """
     for form in formats:
         if form not in FORMATS:
             raise unknown("format", str(form), FORMATS)
-    data = _Data.of(runs)
+    data = SummaryData.of(runs)
     files = _Files(folder, tuple(dict.fromkeys(formats)))
     with _style():
         looks = _looks(data, runs)
-        for number, rows in enumerate(_sets(data.summary)):
+        for number, rows in enumerate(comparable_sets(data.summary)):
             for score in data.columns:
                 for end, column in AXES.items():
                     figure = _against(rows, data, score, column, looks)
@@ -106,7 +114,7 @@ def write_figures(runs: Sequence[RunData], folder: Path, formats: Sequence[str] 
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """matplotlib's own defaults, whatever the user has set, for the time of drawing."""
+    """matplotlib's defaults and our style while drawing, whatever the user has configured."""
     with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
@@ -119,8 +127,8 @@ class _Look:
     line: str
 
 
-def _looks(data: _Data, runs: Sequence[RunData]) -> dict[str, _Look]:
-    """By method. Sorted by name, so that the order of rows does not matter."""
+def _looks(data: SummaryData, runs: Sequence[RunData]) -> dict[str, _Look]:
+    """The look of each method, by name, so that the order of rows does not matter."""
     names = set(data.summary["method"].dropna()) | {str(m) for run in runs for m in run.along.get("method", [])}
     teachers = sorted(name for name in names if name.startswith(TEACHER))
     looks = {name: _Look(GREY, "*", LINES[i % len(LINES)]) for i, name in enumerate(teachers)}
@@ -131,17 +139,17 @@ def _looks(data: _Data, runs: Sequence[RunData]) -> dict[str, _Look]:
 
 
 def _plain(text: str, longest: int = 60) -> str:
-    """Text for a figure: on one line, without characters that XML forbids, not too long, and never hidden by "_"."""
+    """Text on one line, without characters that XML forbids, at most `longest` long; matplotlib hides a leading "_"."""
     kinds = ("Cc", "Cs", "Cn", "Co", "Zl", "Zp")
     text = " ".join("".join(" " if unicodedata.category(c) in kinds else c for c in str(text)).split())
     text = text if len(text) <= longest else text[: longest - 1] + "…"
     return f" {text}" if text.startswith("_") else text
 
 
-def _score_label(data: _Data, score: str) -> str:
-    told = data.columns[score]
-    unit = f"\n({_plain(told['unit'])})" if told.get("unit") else ""
-    return f"{_plain(score)} {arrow(told['direction'])}".rstrip() + unit
+def _score_label(data: SummaryData, score: str) -> str:
+    declared = data.columns[score]
+    unit = f"\n({_plain(declared['unit'])})" if declared.get("unit") else ""
+    return f"{_plain(score)} {arrow(declared['direction'])}".rstrip() + unit
 
 
 def _new(columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -152,7 +160,7 @@ def _new(columns: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def _scale(axes: Axes, which: str, values: Sequence[float], ticks: Sequence[float] = ()) -> None:
-    """Make an axis logarithmic where its positive values span more than a decade. Numbers in plain writing."""
+    """Make an axis logarithmic if its positive values span more than a decade; ticks are plain numbers."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     good = [v for v in values if math.isfinite(v)]
     plain = FuncFormatter(_tick)
@@ -189,8 +197,8 @@ def _floats(column: pd.Series) -> NDArray[np.float64]:
     return pd.to_numeric(column, errors="coerce").astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan)
 
 
-def _against(rows: pd.DataFrame, data: _Data, score: str, column: str, looks: dict[str, _Look]) -> Figure | None:
-    """The score against a column of the summary, a line through each method; None where no row has both."""
+def _against(rows: pd.DataFrame, data: SummaryData, score: str, column: str, looks: dict[str, _Look]) -> Figure | None:
+    """The score over a column of the summary, with a line for each method; None if no row has both."""
     if column not in rows:
         return None
     x, y = _floats(rows[column]), _floats(rows[score])
@@ -229,7 +237,7 @@ def _against(rows: pd.DataFrame, data: _Data, score: str, column: str, looks: di
 
 
 def _series(rows: pd.DataFrame) -> list[str]:
-    """What one line is drawn through: rows of one method, settings, device and run, named as far as is needed."""
+    """The series of each row: its method, with settings, device and run if they are needed to tell rows apart."""
     names = rows["method"].astype(object).fillna("").tolist()
     for column in ("settings", "device", "run"):
         often = pd.Series(list(zip(names, rows["nfe"].fillna(-1), strict=True))).duplicated(keep=False)
@@ -242,14 +250,14 @@ def _series(rows: pd.DataFrame) -> list[str]:
 
 
 def _alike(along: pd.DataFrame) -> list[pd.DataFrame]:
-    """Rows along training that may be compared, but for the number of evaluations."""
+    """Sets of rows along training that may be compared, apart from the number of evaluations."""
     if not len(along):
         return []
     return [part for _, part in along.groupby(GROUP, dropna=False, sort=False)]
 
 
-def _along(rows: pd.DataFrame, data: _Data, score: str, looks: dict[str, _Look]) -> Figure | None:
-    """The score along training, one panel for each number of evaluations: training seeds faint, their mean strong."""
+def _along(rows: pd.DataFrame, data: SummaryData, score: str, looks: dict[str, _Look]) -> Figure | None:
+    """The score along training, a panel for each number of evaluations; seeds are thin, their mean is thick."""
     if score not in rows:
         return None
     points = pd.DataFrame(
@@ -299,8 +307,10 @@ def _along_series(rows: pd.DataFrame) -> list[str]:
 
 
 def _samples(run: RunData) -> Figure | None:
-    """One line of images for each method and number of evaluations, the teacher's best first, the same noise below each
-    other; None where no images were kept."""
+    """A row of images for each method and number of evaluations, the teacher's best first; a column for each noise.
+
+    None if the run's records have no images.
+    """
     lines: list[tuple[str, NDArray[np.uint8]]] = []
     first = run.table[run.table["status"].eq("ok").fillna(False) & run.table["key"].notna()]
     first = first.drop_duplicates(["method", "settings", "teacher", "dataset"])
@@ -335,7 +345,7 @@ def _twice(rows: pd.DataFrame, method: str) -> bool:
 
 
 def _strip(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(N,C,H,W) side by side with a white gap: (H, N (W + gap)) or with three channels last."""
+    """Images (N,C,H,W) side by side with a white gap: (H, N (W + gap)), for colours (..., 3)."""
     n, channels, height, width = images.shape
     gap = max(1, width // 16)
     if channels == 2:
@@ -350,14 +360,14 @@ def _strip(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 class _Files:
-    """Writes figures under names that any file system takes, each name once."""
+    """Writes figures under unique names that are valid in any file system."""
 
     def __init__(self, folder: Path, formats: tuple[str, ...]) -> None:
         self.folder, self.formats = folder, formats
         self.written: list[Path] = []
 
     def write(self, figure: Figure | None, name: str, number: int) -> None:
-        """`number`: of the set of rows, from 0, or of the run."""
+        """`number` is that of the set of rows, or of the run, from 0."""
         if figure is None:
             return
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:80] + (f"-{number + 1}" if number else "")

@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from distillbench.files import write_atomically
+from distillbench.files import write_text
 from distillbench.reports import charts, words
 from distillbench.reports.entries import rows_of
 from distillbench.reports.published import LABEL, published_section
@@ -30,8 +30,7 @@ MOST_CONFIGS = 100  # points of a grid that are shown
 
 def write_html(runs: Sequence[RunData], path: Path) -> None:
     """Write the report of `runs` to `path`."""
-    text = html_report(runs)
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(path, html_report(runs))
 
 
 def html_report(runs: Sequence[RunData]) -> str:

@@ -1,4 +1,4 @@
-"""Runs of several machines or dates as one folder in the layout of a run."""
+"""Merging runs, such as those of several machines, into one folder in the layout of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pandas as pd
 import yaml
 
 from distillbench.errors import UserError
-from distillbench.files import write_atomically
+from distillbench.files import write_text
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import IDENTITY, number, plain, row_name, run_names
 from distillbench.run_settings import write_settings
@@ -23,15 +23,15 @@ from distillbench.statistics import summarise
 from distillbench.table import FIRST, LAST, LATER, make_along, make_table, write_table
 
 Keep = Literal["first", "last"]
-MERGED = "merged"  # where environment.json of a merged folder has the list of its runs' environments
+MERGED = "merged"  # key of the list of the runs' environments in environment.json of a merged folder
 TEXTS = [name for name, kind in (FIRST | LAST).items() if kind == "string"]
 MOST_NAMED = 5  # conflicts in a message
-SAME = 1e-12  # relative difference of scores that are equal: CSV files are not always read to the last bit
+SAME = 1e-12  # largest relative difference of equal scores: reading CSV can change the last bit
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merged folder will hold."""
+    """The content of a merged folder."""
 
     table: pd.DataFrame
     summary: pd.DataFrame
@@ -39,16 +39,16 @@ class Merged:
     columns: dict[str, dict[str, str]]
     configs: list[dict[str, Any]]
     environment: dict[str, Any]
-    notes: list[str]  # what was left out, kept once or chosen, in words
+    notes: list[str]  # texts on what was left out, kept once or chosen
 
 
 def merge(runs: Sequence[RunData], keep: Keep | None = None) -> Merged:
-    """The rows of all runs, in their order, each measurement once.
+    """The rows of all runs, in order, each measurement once.
 
     Rows with equal IDENTITY are one measurement if status, key and scores are equal: the first is kept, with its costs.
     Otherwise they are a conflict: a UserError that names them, or with `keep` the first or last of them. Rows of
-    different devices never meet, so no cost is averaged across devices. UserError as well where runs were written by
-    versions whose columns differ in more than empty ones, or declare a score differently.
+    different devices are different measurements, so no cost is averaged across devices. Raises UserError also if runs
+    were written by versions whose columns differ (apart from empty ones), or declare a score differently.
 
     Merging is associative: merge(merge(a, b), c), merge(a, merge(b, c)) and merge(a, b, c) hold the same.
     """
@@ -64,7 +64,7 @@ def merge(runs: Sequence[RunData], keep: Keep | None = None) -> Merged:
     _check_schema(runs, names, "along", [*make_along([], []).columns, "device"])
     alongs = [_tidy(_with_device(run, scores)) for run in runs]
     along, more = _once(alongs, names, [*IDENTITY, "fraction"], scores, keep)
-    directions = {score: told["direction"] for score, told in columns.items()}
+    directions = {score: declared["direction"] for score, declared in columns.items()}
     try:
         summary = summarise(table, directions)
     except ValueError as error:
@@ -81,12 +81,12 @@ def merge(runs: Sequence[RunData], keep: Keep | None = None) -> Merged:
 
 
 def write(merged: Merged, folder: Path) -> None:
-    """Write the folder, whole or not at all. It must not be there yet."""
+    """Write the folder completely or not at all. It must not exist."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"--output must name a folder that is not there yet, got {plain(folder)!r}")
+        raise UserError(f"--output must name a folder that does not exist, got {plain(folder)!r}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:100]}.") as temporary:
-        made = Path(temporary) / "run"  # not the temporary folder itself, which is for its owner only
+        made = Path(temporary) / "run"  # not the temporary folder itself, which only its owner can read
         made.mkdir()
         write_table(merged.table, made)
         write_table(merged.summary, made, "summary")
@@ -99,7 +99,7 @@ def write(merged: Merged, folder: Path) -> None:
         if merged.configs:
             texts["config.yaml"] = write_settings(merged.configs, _yaml)
         for name, text in texts.items():
-            write_atomically(made / name, lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))
+            write_text(made / name, text)
         if folder.is_dir():
             folder.rmdir()
         os.replace(made, folder)
@@ -110,7 +110,7 @@ def _yaml(config: dict[str, Any]) -> str:
 
 
 def left_out(runs: Sequence[RunData], output: Path) -> list[str]:
-    """What of the runs is not in `output`, in words: pictures, students and records stay where they are."""
+    """Texts on what of the runs is not in `output`: pictures, students and records stay where they are."""
     lines = ["samples.png and weights/ are not merged: they stay in the runs' folders"]
     for place in dict.fromkeys(run.folder.resolve().parent for run in runs):
         if not (place / "cells").is_dir():
@@ -122,30 +122,30 @@ def left_out(runs: Sequence[RunData], output: Path) -> list[str]:
     return lines
 
 
-# --- what must agree -------------------------------------------------------------------------------------------------
+# --- declarations ----------------------------------------------------------------------------------------------------
 
 
 def _declared(runs: Sequence[RunData], names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """What the scores of all runs declare. UserError where two runs declare one score differently."""
+    """The declarations of all scores. Raises UserError if two runs declare one score differently."""
     columns: dict[str, dict[str, str]] = {}
     origin: dict[str, str] = {}
     for run, name in zip(runs, names, strict=True):
-        for score, told in run.columns.items():
+        for score, declared in run.columns.items():
             if score not in columns:
-                columns[score], origin[score] = told, name
+                columns[score], origin[score] = declared, name
                 continue
             before = columns[score]
-            for fact in dict.fromkeys([*before, *told]):
-                if before.get(fact) != told.get(fact):
+            for fact in dict.fromkeys([*before, *declared]):
+                if before.get(fact) != declared.get(fact):
                     raise UserError(
                         f"{plain(score)} is declared differently: its {plain(fact)} is {before.get(fact)!r} in "
-                        f"{origin[score]} and {told.get(fact)!r} in {name}. These are two scores and cannot be merged"
+                        f"{origin[score]} and {declared.get(fact)!r} in {name}. These two scores cannot be merged"
                     )
     return columns
 
 
 def _check_schema(runs: Sequence[RunData], names: Sequence[str], file: str, known: Sequence[str]) -> list[str]:
-    """The columns that some run's file lacks; they are empty in the others. UserError for any other difference."""
+    """Columns that some run's file lacks and that are empty in the others. Raises UserError for other differences."""
     raw: dict[str, pd.DataFrame] = {}
     for run, name in zip(runs, names, strict=True):
         frame = _raw(run, name, file)
@@ -174,7 +174,7 @@ def _check_schema(runs: Sequence[RunData], names: Sequence[str], file: str, know
 
 
 def _raw(run: RunData, name: str, file: str) -> pd.DataFrame | None:
-    """The file as it was written; None if there is none, UserError if no form of it can be read."""
+    """The file as it was written; None if there is none. Raises UserError if it cannot be read."""
     found = False
     for suffix, read in {".parquet": pd.read_parquet, ".csv": pd.read_csv}.items():
         path = run.folder / f"{file}{suffix}"
@@ -198,18 +198,18 @@ def _empty(column: pd.Series) -> bool:
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows as plain values, None where there is none."""
+    """The rows as plain values, None for empty ones."""
     columns = [[None if pd.isna(x) else x for x in frame[name].tolist()] for name in frame]
     return [dict(zip(frame.columns, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """No text is "", as a run writes it, and not empty, as it comes back from a CSV file."""
+    """Replace empty texts by "", as a run writes them; reading CSV makes them empty."""
     return frame.assign(**{name: frame[name].fillna("") for name in TEXTS if name in frame})
 
 
 def _with_device(run: RunData, scores: list[str]) -> pd.DataFrame:
-    """The rows along training with the device that the table names for each of them."""
+    """The rows along training, with their device from the table."""
     try:
         along = make_along(records(run.along), scores)
     except (TypeError, ValueError) as error:
@@ -224,7 +224,7 @@ def _with_device(run: RunData, scores: list[str]) -> pd.DataFrame:
 def _once(
     frames: Sequence[pd.DataFrame], names: Sequence[str], identity: list[str], scores: list[str], keep: Keep | None
 ) -> tuple[pd.DataFrame, list[str]]:
-    """All rows, those of one identity once; notes. UserError for a conflict, unless `keep` says which is right."""
+    """All rows, each measurement once, and notes. Raises UserError for a conflict, unless `keep` chooses a row."""
     filled = [frame for frame in frames if len(frame)]
     if not filled:
         return frames[0], []
@@ -258,7 +258,7 @@ def _once(
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any], scores: list[str]) -> tuple[str, Any, Any] | None:
-    """What differs, and both values; None for rows of one measurement."""
+    """(column, value, value) of a difference; None for rows of one measurement."""
     for score in scores:
         a, b = (np.nan if row[score] is None else row[score] for row in (one, other))
         if not np.isclose(a, b, rtol=SAME, atol=0, equal_nan=True):
@@ -270,7 +270,7 @@ def _difference(one: dict[str, Any], other: dict[str, Any], scores: list[str]) -
 
 
 def _environments(run: RunData) -> list[dict[str, Any]]:
-    """The environment of a run, or of each run that it was merged from, each with its run's name."""
+    """The environment of a run, or those of the runs that it was merged from, each with the run's name."""
     merged = run.environment.get(MERGED)
     if isinstance(merged, list):
         return [one for one in merged if isinstance(one, dict)]
@@ -278,7 +278,7 @@ def _environments(run: RunData) -> list[dict[str, Any]]:
 
 
 def _different(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each document once, in order."""
+    """The documents in order, without repeats."""
     found: dict[str, dict[str, Any]] = {}
     for document in documents:
         found.setdefault(json.dumps(document, sort_keys=True, default=str), document)

@@ -1,4 +1,4 @@
-"""The table of runs in the terminal or as CSV: columns chosen, rows filtered and sorted; what failed stays visible."""
+"""The table of runs in the terminal or as CSV, with chosen columns, filtered and sorted; failed rows stay visible."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from distillbench.statistics import ARROWS, KEYS, SEEDS, leaders
 
 Rows = Literal["summary", "all"]
 RUN = "run"  # the column that tells runs apart where several are shown
-STAR = " best"  # ends the name of a column, of no run, that is true where a method leads in a score
+STAR = " best"  # suffix of columns that are true where a method leads in a score
 COSTS = ("sample_latency_p50_ms", "train_seconds", "sample_images_per_second", "train_teacher_nfe", "train_student_nfe")
 WIDEST = 10_000
-IDENTITY = [*KEYS, *SEEDS]  # of a measurement: columns that a failed row has as well
+IDENTITY = [*KEYS, *SEEDS]  # identify a measurement; failed rows have these columns too
 
 _FILTER = re.compile(r"\s*(?P<column>[^<>=!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.*?)\s*", re.DOTALL)
 _SIGNS: dict[str, Callable[[pd.Series, float], pd.Series]] = {
@@ -38,7 +38,7 @@ _SIGNS: dict[str, Callable[[pd.Series, float], pd.Series]] = {
 
 
 def plain(text: object) -> str:
-    """Text that does nothing to a terminal: what cannot be printed is shown as in Python (line ends as \\n).
+    """Text in which unprintable characters are escaped as in Python (a line end is \\n).
 
     >>> plain("a\\x1b[31mb")
     'a\\\\x1b[31mb'
@@ -47,12 +47,12 @@ def plain(text: object) -> str:
 
 
 def say(console: Console, line: str) -> None:
-    """A line as it is: no markup, no control characters, not broken."""
+    """Print a line without markup, control characters and line breaks."""
     console.print(Text(plain(line)), soft_wrap=True)
 
 
 def number(value: object, width: object = None) -> str:
-    """A value with as many digits as `width`, half its interval, allows: two of its own. No width: four digits.
+    """A value rounded to two digits of `width`, half its interval; without a width to four digits.
 
     >>> number(176.84304, 7.7658), number(1870.512704), number(0.1561677, 0.0003), number(1797), number(None)
     ('176.8', '1,871', '0.15617', '1,797', '-')
@@ -74,7 +74,7 @@ def number(value: object, width: object = None) -> str:
 
 
 def row_name(row: dict[str, object]) -> str:
-    """Which row of the table this is, in words."""
+    """The name of a row of the table."""
     seed = row.get("training_seed")
     words = [str(row["method"]) + (f" [{row['settings']}]" if _there(row["settings"]) else "")]
     words += [f"seed {seed}"] if _there(seed) else []
@@ -87,7 +87,7 @@ def _there(value: object) -> bool:
 
 
 def new_table(headings: Sequence[str], text: Sequence[bool], fold: bool = False) -> Table:
-    """An empty table in the look of `distillbench run`. Columns with `text` are flush left; `fold` breaks long ones."""
+    """An empty table that looks like that of `distillbench run`. `text` columns are left-aligned; `fold` wraps them."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for heading, left in zip(headings, text, strict=True):
         lines = Text("\n".join(plain(part) for part in heading.split("_")))
@@ -97,7 +97,7 @@ def new_table(headings: Sequence[str], text: Sequence[bool], fold: bool = False)
 
 
 def fits(console: Console, table: Table) -> bool:
-    """Whether no value of the table would be broken."""
+    """Whether the table is as narrow as the console."""
     return console.measure(table, options=console.options.update(max_width=WIDEST)).maximum <= console.width
 
 
@@ -106,7 +106,7 @@ def fits(console: Console, table: Table) -> bool:
 
 @dataclass(frozen=True)
 class Shown:
-    """Rows that were asked for, of one run or several."""
+    """The selected rows of one or several runs."""
 
     frame: pd.DataFrame
     directions: dict[str, str]  # by score
@@ -127,8 +127,8 @@ def select(
     directions = {score: direction for run in runs for score, direction in run.directions.items()}
     parts = [_rows_of(run, rows) for run in runs]
     if len(runs) > 1:
-        told = [pd.array([name] * len(part), dtype="string") for part, name in zip(parts, names, strict=True)]
-        parts = [part.assign(**{RUN: name}) for part, name in zip(parts, told, strict=True)]
+        labels = [pd.array([name] * len(part), dtype="string") for part, name in zip(parts, names, strict=True)]
+        parts = [part.assign(**{RUN: name}) for part, name in zip(parts, labels, strict=True)]
     filled = [part for part in parts if len(part)] or parts[:1]
     order = list(dict.fromkeys(name for part in parts for name in part.columns))
     frame = pd.concat(filled, ignore_index=True).reindex(columns=order)
@@ -154,13 +154,13 @@ def select(
 
 
 def run_names(runs: Sequence[RunData]) -> list[str]:
-    """What tells the runs apart: the folders' names, or their paths where names are equal."""
+    """Unique names of the runs: their folders' names, or their paths if names are equal."""
     names = [run.name for run in runs]
     return [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
 
 
 def _rows_of(run: RunData, rows: Rows) -> pd.DataFrame:
-    """The table, or its summary in the order of the run, with what leads there."""
+    """The table, or its summary in the order of the run, with columns of leaders."""
     if rows == "all" or not len(run.table):
         return run.table.copy()
     summary = run.summary
@@ -182,7 +182,7 @@ def _check_column(name: str, possible: Sequence[str], rows: Rows) -> None:
 
 
 def _passes(frame: pd.DataFrame, text: str, possible: Sequence[str], rows: Rows, strict: bool) -> pd.Series:
-    """True where a row meets the comparison in `text`. Not `strict`: columns and values that are not there let pass."""
+    """True where a row meets the condition `text`. Unless `strict`, unknown columns and values exclude no row."""
     found = _FILTER.fullmatch(text)
     if not found:
         raise UserError(f"--where takes COLUMN, one of = != < <= > >=, and a value, as in 'nfe<=2', got {quoted(text)}")
@@ -224,7 +224,7 @@ def _passes_number(column: pd.Series, name: str, sign: str, value: str, text: st
 
 
 def _float(part: str, name: str, text: str) -> float | None:
-    """A number, or None for no value."""
+    """The number, or None for an empty text."""
     if not part:
         return None
     try:
@@ -236,11 +236,11 @@ def _float(part: str, name: str, text: str) -> float | None:
     return x
 
 
-# --- what is printed -------------------------------------------------------------------------------------------------
+# --- printing ------------------------------------------------------------------------------------------------------
 
 
 def print_csv(console: Console, shown: Shown) -> None:
-    """The rows as CSV, every digit, as they are."""
+    """Write the rows as CSV with all digits."""
     names = shown.columns or [name for name in shown.frame.columns if not name.endswith(STAR)]
     if shown.several and not shown.columns:
         names = [RUN, *(name for name in names if name != RUN)]
@@ -248,7 +248,7 @@ def print_csv(console: Console, shown: Shown) -> None:
 
 
 def print_rows(console: Console, shown: Shown, rows: Rows) -> None:
-    """The rows as a table with as many columns as fit, or with those that were asked for; below it what failed."""
+    """Print the rows as a table with the chosen columns, or with as many as fit; then failed rows and notes."""
     frame = shown.frame
     if not len(frame):
         say(console, "no rows")
@@ -269,11 +269,13 @@ def print_rows(console: Console, shown: Shown, rows: Rows) -> None:
 
 def _print_what_fits(console: Console, shown: Shown, rows: Rows) -> None:
     frame = shown.frame
-    told = {
+    values = {
         name: frame[name].replace("", pd.NA).dropna().unique() for name in ("dataset", "teacher", "budget", "device")
     }
-    say(console, ", ".join(f"{name} {values[0]}" for name, values in told.items() if len(values) == 1))
-    names = [RUN] * shown.several + [name for name in ("dataset", "teacher") if len(told[name]) > 1] + ["method", "nfe"]
+    say(console, ", ".join(f"{name} {found[0]}" for name, found in values.items() if len(found) == 1))
+    names = (
+        [RUN] * shown.several + [name for name in ("dataset", "teacher") if len(values[name]) > 1] + ["method", "nfe"]
+    )
     seeds = SEEDS if rows == "all" else []
     for telling_apart in ("settings", "guidance", "budget", "images", "device", "protocol"):
         differs = frame[telling_apart].nunique(dropna=False) > 1
@@ -289,7 +291,7 @@ def _print_what_fits(console: Console, shown: Shown, rows: Rows) -> None:
     drawn = _drawn(shown, names)
     console.print(drawn if fits(console, drawn) else _drawn(shown, names, fold=True))
     hidden = [name for name in scores if name in cut]
-    notes = [f"not shown, it is too wide: {', '.join(hidden)} (--columns, --csv)"] if hidden else []
+    notes = [f"not shown, as too wide: {', '.join(hidden)} (--columns, --csv)"] if hidden else []
     for source in ("training", "sampling"):
         ends = [f"{name}_{source}_low" for name in scores]
         if any(end in frame and frame[end].notna().any() for end in ends):
@@ -310,7 +312,7 @@ def _drawn(shown: Shown, names: Sequence[str], fold: bool = False) -> Table:
 
 
 def _cell(row: dict, name: str) -> str:
-    """A value; of a score with its interval, and a star where it leads beyond doubt."""
+    """A value; a score with its interval, and a star if it leads."""
     for source in ("training", "sampling"):
         low, high = row.get(f"{name}_{source}_low"), row.get(f"{name}_{source}_high")
         if low is not None and high is not None and not pd.isna(low) and not pd.isna(high):

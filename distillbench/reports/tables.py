@@ -155,7 +155,7 @@ def _cell(data: Comparison, at: int, column: Column) -> Cell:
     if name == "status":
         reasons = entry.failures()
         below = reasons if len(reasons) <= 160 else reasons[:159] + "…"
-        return Cell(value, value, below, "failed" if value != "ok" else "", reasons)
+        return Cell(str(value), value, below, "failed" if value != "ok" else "", reasons)
     if name == "key":
         keys = list(dict.fromkeys(str(row["key"]) for row in entry.behind if row.get("key")))
         return Cell(" ".join(keys), keys[0] if keys else None)

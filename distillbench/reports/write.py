@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from distillbench.errors import UserError
-from distillbench.files import check_writable, write_atomically
+from distillbench.files import check_writable, write_text
 from distillbench.reports.runs import RunData, read_run
 
 TABLES: dict[str, tuple[str, Literal["markdown", "latex", "csv"]]] = {
@@ -72,7 +72,7 @@ def _write(
 
             file, kind = TABLES[form]
             text = paper_table(runs, columns, precision, sort, kind)
-            write_atomically(target / file, lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))
+            write_text(target / file, text)
             written.append(target / file)
     return written
 
