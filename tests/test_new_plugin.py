@@ -204,9 +204,9 @@ def test_the_folder_is_named_after_the_distribution(tmp_path, monkeypatch):
         ("a\nb", "method", "Did you mean 'a_b'?"),
         ("a" * (LONGEST_NAME + 1), "method", f"at most {LONGEST_NAME} characters, got {LONGEST_NAME + 1}"),
         ("true", "method", "reads 'true' as a value: it cannot be a name. Choose another, such as 'my_true'"),
-        ("known", "method", "a method called 'known' is registered already. Choose another, such as 'my_known'"),
+        ("known", "method", "a method called 'known' is already registered. Choose another, such as 'my_known'"),
         ("nfe", "metric", "every table has a column 'nfe'"),
-        ("boot", "dataset", "a module distillbench_boot is installed already"),
+        ("boot", "dataset", "a module distillbench_boot is already installed"),
         ("fresh", "methods", "no kind of plugin 'methods'. Did you mean 'method'? Possible: dataset, method, metric"),
     ],
 )

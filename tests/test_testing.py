@@ -947,7 +947,7 @@ def test_the_command_fails_where_a_check_does(call):
         (["good", "methods.good.pul=1"], "Did you mean 'pull'?"),
         (["good", "methods.good.lr=fast"], "methods.good.lr must be a number, got 'fast'"),
         (["good", "seed=3"], "check good takes settings that begin with methods.good., got 'seed=3'"),
-        (["good", "methods.good.lr=1,2"], "one value of each setting, the settings span 2"),
+        (["good", "methods.good.lr=1,2"], "one value of each setting, these settings have 2 combinations"),
         (["good", "--quick", "--thorough"], "exclude each other"),
     ],
 )
