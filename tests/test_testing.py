@@ -180,7 +180,7 @@ class NoShare(Good):
         return [Phase("a"), Phase("b", share=0.0)]
 
 
-@fault("data", "needs_data = False and asks for real images")
+@fault("data", "needs_data = False and reads real images")
 class ReadsData(Good):
     def train_step(self, batch):
         yield self.student, self.loss(batch.noise(), batch.c) + batch.x_0.mean()
