@@ -172,7 +172,7 @@ class Evaluator:
         self._call = None
 
     def sample_along(self, sampler: Sampler | None, order: SampleOrder) -> None:
-        """A follower's batches of what the main process samples."""
+        """Sample this rank's batches of rank 0's row; `sampler` None: the teacher's many-step sampler."""
         nfe = self._most_nfe() if order.answers else order.nfe
         self._in_turns(self._solver() if sampler is None else sampler, nfe, order.seed, Step(lambda *_: None))
 
