@@ -1,4 +1,4 @@
-"""``distillbench check NAME``: the conformance suite on whatever is called so, a line for each check."""
+"""``distillbench check NAME``: run the conformance suite on everything of that name, and print a line per check."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from distillbench.terminal import width
 from distillbench.testing import findings_of
 
 WORDS = {True: "ok", False: "FAIL", None: "-"}
-DEFAULTS = {"dataset": "gmm", "teacher": "gmm"}  # what a run of a method needs beside it
+DEFAULTS = {"dataset": "gmm", "teacher": "gmm"}  # to compose the settings of a run
 
 
 def check_name(registry: Registry, name: str, settings: Sequence[str], law_images: int) -> bool:
-    """Print what is found in everything called `name`; True if nothing breaks its contract."""
+    """Check everything called `name` and print the findings; True if no check fails."""
     kinds = [kind for kind in KINDS if name in registry.of_kind(kind)]
     if not kinds:
         raise registry.no("method, teacher, dataset or metric", name, {n for k in KINDS for n in registry.of_kind(k)})
@@ -34,7 +34,7 @@ def check_name(registry: Registry, name: str, settings: Sequence[str], law_image
 
 
 def _settings_of(kind: str, name: str) -> list[str]:
-    """How the settings begin that a check of this kind takes."""
+    """The prefixes of the settings that a check of this kind accepts."""
     own = {"methods": [f"methods.{name}."], "teachers": ["teacher.", "dataset=", "dataset."], "datasets": ["dataset."]}
     return own.get(kind, [])
 
@@ -51,13 +51,13 @@ def _check(registry: Registry, kind: str, name: str, settings: Sequence[str], la
         doubts += finding.doubt
         click.echo(click.wrap_text(finding.message, width(), heading, " " * len(heading)))
     look = f" ({doubts} to look at)" if doubts else ""
-    told = f"{counts[True]} ok{look}, {counts[False]} failed, {counts[None]} not applicable"
-    click.echo(f"{kind.removesuffix('s')} {name}: {told}")
+    summary = f"{counts[True]} ok{look}, {counts[False]} failed, {counts[None]} not applicable"
+    click.echo(f"{kind.removesuffix('s')} {name}: {summary}")
     return not counts[False]
 
 
 def _composed(registry: Registry, kind: str, name: str, settings: Sequence[str]) -> tuple[Any, Dataset | None]:
-    """The settings of what is checked, and the dataset that a teacher is to be checked on, where one is named."""
+    """The settings of the class to check, and the dataset to check a teacher on, if one is named."""
     group = kind.removesuffix("s")
     if kind == "metrics":
         return None, None
@@ -66,7 +66,7 @@ def _composed(registry: Registry, kind: str, name: str, settings: Sequence[str])
     words = [f"{key}={value}" for key, value in chosen.items() if not (named and key == "dataset")]
     configs = compose_runs([*words, *settings], registry, need_methods=kind == "methods")
     if len(configs) > 1:
-        raise UserError(f"check takes one value of each setting, the settings span {len(configs)}")
+        raise UserError(f"check takes one value of each setting, these settings have {len(configs)} combinations")
     if kind == "methods":
         return configs[0].methods[name], None
     if not named or kind == "datasets":

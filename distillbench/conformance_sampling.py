@@ -136,11 +136,11 @@ def uncounted(bench: MethodBench) -> str:
     """No network evaluation bypasses its counter."""
     for n in bench.nfe():
         bench.sample(n)
-    made, counted = sum(call.rows for call in calls_of(bench.run.method)), rows_of(bench.run.method)
-    if made != counted:
+    evaluated, counted = sum(call.rows for call in calls_of(bench.run.method)), rows_of(bench.run.method)
+    if evaluated != counted:
         raise Fault(
-            f"networks were evaluated on {made:,} images in training and sampling, but {counted:,} were counted: call "
-            "denoisers or their .output(), never their .network, and leave their counters in place"
+            f"networks were evaluated on {evaluated:,} images in training and sampling, but {counted:,} were counted: "
+            "call denoisers or their .output(), never their .network, and leave their counters in place"
         )
     return "every evaluation is counted"
 

@@ -95,7 +95,7 @@ def loads(bench: TeacherBench) -> str:
         raise Fault("loaded twice, its sha256 differs: results of one would never be found for the other")
     if first.sha256 == bench.source().untrained().sha256:
         raise Fault('untrained() has the sha256 of the loaded teacher: let it be "untrained"')
-    outputs = [bench.random_images(made, time_of(made.schedule, 1.0)).denoised(made) for made in (first, second)]
+    outputs = [bench.random_images(one, time_of(one.schedule, 1.0)).denoised(one) for one in (first, second)]
     if differ(*outputs):
         raise Fault(
             "loaded twice from the same settings, it gives other outputs: weights must come from a file, or from a "
@@ -146,16 +146,16 @@ def student(bench: TeacherBench) -> str:
     """Students can be trained, start at the teacher's weights or at `start`, and share no weights with the teacher."""
     teacher = bench.teacher
     noised = bench.random_images(teacher, time_of(teacher.schedule, 1.0))
-    made = teacher.student()
-    if not any(weight.requires_grad for weight in made.parameters()):
+    trained = teacher.student()
+    if not any(weight.requires_grad for weight in trained.parameters()):
         raise Fault("student() has no weights to train: give the Teacher a `start`, a Denoiser with your own network")
     before = noised.denoised(teacher)
     with torch.no_grad():
-        error = (made.eval()(noised.x_t, noised.t, noised.c) - before).abs().max().item()
+        error = (trained.eval()(noised.x_t, noised.t, noised.c) - before).abs().max().item()
     if teacher.start is None and error > SAME * max(1.0, before.abs().max().item()):
         raise Fault(f"a student with the teacher's weights gives other outputs, by up to {error:.2g}")
     counts = teacher.teacher_rows.rows, teacher.student_rows.rows
-    _train_a_little(made, noised)
+    _train_a_little(trained, noised)
     if (teacher.teacher_rows.rows - counts[0], teacher.student_rows.rows - counts[1]) != (0, FEW):
         raise Fault("evaluations of a student must be counted as the student's: leave the counters of copies alone")
     if differ(noised.denoised(teacher), before):
@@ -170,15 +170,15 @@ def student(bench: TeacherBench) -> str:
     return f"{text}, or randomly initialized"
 
 
-def _train_a_little(made: Denoiser, noised: Noised) -> None:
+def _train_a_little(trained: Denoiser, noised: Noised) -> None:
     """One step of gradient descent."""
-    loss = made.train()(noised.x_t, noised.t, noised.c).square().mean()
+    loss = trained.train()(noised.x_t, noised.t, noised.c).square().mean()
     loss.backward()
-    gradients = [weight.grad for weight in made.parameters() if weight.grad is not None]
+    gradients = [weight.grad for weight in trained.parameters() if weight.grad is not None]
     if not any(gradient.abs().max() > 0 for gradient in gradients):
         raise Fault("no gradient reaches the weights of a student: is the network evaluated under torch.no_grad()?")
     with torch.no_grad():
-        for weight in made.parameters():
+        for weight in trained.parameters():
             if weight.grad is not None:
                 weight.add_(weight.grad.sign(), alpha=0.01)
 
@@ -192,11 +192,11 @@ def embedding(bench: TeacherBench) -> str:
             "the students' network must declare the width of its embedding of time (embedding_channels, a positive "
             f"integer), got {channels!r}"
         )
-    made = bench.teacher.student().eval()
-    _perturb(made)
+    denoiser = bench.teacher.student().eval()
+    _perturb(denoiser)
     noised = bench.random_images(bench.teacher, time_of(bench.teacher.schedule, 1.0))
     with torch.no_grad():
-        none, zero, other = (made(noised.x_t, noised.t, noised.c, e) for e in (None, *_embeddings(channels)))
+        none, zero, other = (denoiser(noised.x_t, noised.t, noised.c, e) for e in (None, *_embeddings(channels)))
     if (none - zero).abs().max().item() > SAME * max(1.0, none.abs().max().item()):
         raise Fault("an embedding of zeros must change nothing: add it to the network's embedding of time")
     if not differ(none, other):
@@ -204,11 +204,11 @@ def embedding(bench: TeacherBench) -> str:
     return f"{channels} channels"
 
 
-def _perturb(made: Denoiser) -> None:
+def _perturb(denoiser: Denoiser) -> None:
     """Add noise to all weights: networks often start with layers of zeros, whose output does not depend on anything."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for weight in made.parameters():
+        for weight in denoiser.parameters():
             weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.05)
 
 

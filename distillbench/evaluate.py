@@ -59,7 +59,7 @@ class Evaluator:
         self.networks, self.device = real.networks, real.networks.device
         self.metrics = [cls() for cls in metrics.values()]
         self.kept = features_kept(metrics)
-        self._answers: dict[int, tuple[Tensor, ImageSet]] = {}  # by sampling seed
+        self._teacher_samples: dict[int, tuple[Tensor, ImageSet]] = {}  # by sampling seed
         self._call: NetworkCall | None = None  # shared by all rows of a cell
 
     def answers(self, seed: int, order: SampleOrder | None = None) -> tuple[Tensor, ImageSet]:
@@ -67,17 +67,17 @@ class Evaluator:
 
         With a cache they are computed once for all processes and stored. `order` tells other ranks what to sample.
         """
-        if seed not in self._answers:
+        if seed not in self._teacher_samples:
             order = order and replace(order, answers=True, seed=seed)
             if self.cache is None:
                 x_0 = self._sample_teacher(seed, order)
             else:
-                x_0 = self._cached_answers(seed, self.cache, order)
-            self._answers[seed] = x_0, self._images(x_0)
-        return self._answers[seed]
+                x_0 = self._cached_teacher_samples(seed, self.cache, order)
+            self._teacher_samples[seed] = x_0, self._images(x_0)
+        return self._teacher_samples[seed]
 
     def _sample_teacher(self, seed: int, order: SampleOrder | None) -> Tensor:
-        with self.progress.step("the teacher's many-step answers") as step:
+        with self.progress.step("the teacher's many-step samples") as step:
             return self._sample(self._solver(), self._most_nfe(), seed, step, order)
 
     def _solver(self) -> Sampler:
@@ -89,7 +89,7 @@ class Evaluator:
         steps = max(self.config.teacher_steps)
         return self.config.solvers()[0].evaluations(steps) * self.teacher.conditioning.evaluations
 
-    def _cached_answers(self, seed: int, cache: Path, order: SampleOrder | None) -> Tensor:
+    def _cached_teacher_samples(self, seed: int, cache: Path, order: SampleOrder | None) -> Tensor:
         recipe = {
             "protocol": ANSWERS_PROTOCOL,
             "teacher_sha256": self.teacher.sha256,
@@ -109,7 +109,7 @@ class Evaluator:
             array[:] = self._sample_teacher(seed, order).numpy()
 
         shape = (self.config.images, *self.teacher.image_shape)
-        array = kept_array(cache, "the teacher's answers", recipe, shape, fill, self.progress)
+        array = kept_array(cache, "the teacher's samples", recipe, shape, fill, self.progress)
         return torch.from_numpy(array).to(torch.get_default_dtype())
 
     def measure(

@@ -1,4 +1,4 @@
-"""A new plugin as a small installable package, written from the template that ships in ``plugin_template``."""
+"""Write a new plugin as a small installable package, from the template in ``plugin_template``."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ LONGEST_NAME = 32
 
 
 def new_plugin(name: str, kind: str, output: Path | None = None, taken: Collection[str] = ()) -> Path:
-    """Write a plugin that brings the `kind` called `name`, into the folder `output`; returns the folder.
+    """Write a plugin with a `kind` called `name` into the folder `output`; returns the folder.
 
-    `output` is ``distillbench-NAME`` by default; it must not exist, or be empty. `taken` are the names that are
-    registered already. Raises UserError for what cannot be used, and then leaves nothing behind.
+    `output` is ``distillbench-NAME`` by default; it must be empty or not exist. `taken` are the names that are already
+    registered. Raises UserError for a name or a folder that cannot be used, and then leaves no files behind.
     """
     if kind not in KINDS:
         raise unknown("kind of plugin", kind, KINDS)
@@ -59,11 +59,11 @@ def _check_name(name: str, kind: str, taken: Collection[str]) -> None:
     if name in RESERVED:
         raise UserError(f"the command line reads '{name}' as a value: it cannot be a name. {other}")
     if name in taken:
-        raise UserError(f"a {kind} called '{name}' is registered already. {other}")
+        raise UserError(f"a {kind} called '{name}' is already registered. {other}")
     if kind == "metric" and name in (*FIRST, *LAST, "fraction"):
         raise UserError(f"every table has a column '{name}': no metric can have this name. {other}")
     if importlib.util.find_spec(f"distillbench_{name}") is not None:
-        raise UserError(f"a module distillbench_{name} is installed already. {other}")
+        raise UserError(f"a module distillbench_{name} is already installed. {other}")
 
 
 def _check_free(target: Path) -> None:
@@ -74,17 +74,19 @@ def _check_free(target: Path) -> None:
         raise UserError(f"{str(target)!r} is not a folder. Name one that does not exist, with -o FOLDER")
 
 
-# --- what the template is told ---------------------------------------------------------------------------------------
+# --- values for the template -----------------------------------------------------------------------------------------
 
 
 def _answers(name: str, kind: str) -> dict[str, Any]:
-    """What copier.yml asks for."""
+    """The values of the questions in copier.yml."""
     from packaging.version import Version
 
     from distillbench.hookspecs import API
 
     major, minor = Version(distillbench.__version__).release[:2]
-    too_new = f"{major + 1}" if major else f"0.{minor + 1}"  # of a version 0, every minor one may break
+    too_new = (
+        f"{major + 1}" if major else f"0.{minor + 1}"
+    )  # before version 1, any minor version may break compatibility
     author, email = _git("user.name"), _git("user.email")
     return {
         "name": name,
@@ -101,7 +103,7 @@ def _answers(name: str, kind: str) -> dict[str, Any]:
 
 
 def _class_name(name: str, kind: str) -> str:
-    """my_method: MyMethod; with the kind after it where Python, or the template, has this word for something else."""
+    """my_method: MyMethod; with the kind appended if Python or the template already uses this name."""
     camel = "".join(part.capitalize() for part in name.split("_"))
     words = {word for file in (TEMPLATE / "kinds" / kind).iterdir() for word in re.findall(r"\w+", file.read_text())}
     used = camel in words or camel in vars(builtins) or keyword.iskeyword(camel)
@@ -115,7 +117,7 @@ def _snake_case(name: str) -> str:
 
 
 def _git(setting: str) -> str:
-    """What ``git config`` says; nothing where there is no git, or no such setting."""
+    """The value of a git setting; "" without git or without the setting."""
     command = ["git", "config", "--get", setting]
     try:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
@@ -135,7 +137,7 @@ def _authors(name: str, email: str) -> str:
 
 
 def _rendered(answers: dict[str, Any], folder: Path) -> Path:
-    """The package in `folder`, which copier makes. The user's own settings of copier play no part."""
+    """Render the template into `folder` by copier; the user's own settings of copier are not used."""
     import copier
 
     settings = copier.Settings()
@@ -146,7 +148,7 @@ def _rendered(answers: dict[str, Any], folder: Path) -> Path:
 
 
 def _move(folder: Path, target: Path) -> None:
-    """`folder` becomes `target`, or fills it where it is there, and empty: it may be where the user's shell is."""
+    """Rename `folder` to `target`. An existing, empty `target` is filled: it may be the user's working directory."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(target)

@@ -42,15 +42,12 @@ class ReferenceFile:
 
 def write_reference(path: Path, statistics: GaussianStatistics, provenance: dict[str, Any]) -> None:
     """Write an .npz with float64 arrays and with `provenance`, to which the number of images is added."""
-    arrays = {
-        "mu": statistics.mean.cpu().numpy(),
-        "sigma": statistics.covariance.cpu().numpy(),
-        "provenance": np.array(json.dumps(provenance | {"images": statistics.n}, sort_keys=True)),
-    }
+    mu, sigma = statistics.mean.cpu().numpy(), statistics.covariance.cpu().numpy()
+    text = np.array(json.dumps(provenance | {"images": statistics.n}, sort_keys=True))
 
     def write(temporary: str) -> None:
         with open(temporary, "wb") as file:  # given a path, numpy would append .npz to it
-            np.savez(file, **arrays)
+            np.savez(file, mu=mu, sigma=sigma, provenance=text)
 
     write_atomically(path, write)
 

@@ -243,9 +243,10 @@ def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
 def _sum_of_pairs(x: Tensor) -> Tensor:
     """The sum of the kernel over all ordered pairs of different points; between two blocks it is computed once."""
     blocks = x.chunk(4)
-    across = sum(_kernel(a, b).sum() for a, b in itertools.combinations(blocks, 2))
+    zero = x.new_zeros(())
+    across = sum((_kernel(a, b).sum() for a, b in itertools.combinations(blocks, 2)), start=zero)
     within = (_kernel(block, block) for block in blocks)
-    return 2 * across + sum(kernel.sum() - kernel.diagonal().sum() for kernel in within)
+    return 2 * across + sum((kernel.sum() - kernel.diagonal().sum() for kernel in within), start=zero)
 
 
 def _kernel(f: Tensor, g: Tensor) -> Tensor:

@@ -33,10 +33,11 @@ def failed(found: list[Finding]) -> dict[str, str]:
 def found_in(kind: str, cls: type, check: str) -> list[Finding]:
     """The findings of all checks of `kind`: `check` runs on all its benches, every other one on its first bench only.
 
-    Whether another check fails does not depend on the bench, as the faults of the tests do not.
+    `device`, which starts a process for each class, runs only if it is the check in question.
     """
     suite = SUITES[kind]
     once = {c.name: dataclasses.replace(c, benches="first") for c in suite.checks if c.benches == "every"}
-    checks = [c if c.name == check else once.get(c.name, c) for c in suite.checks]
+    chosen = [c for c in suite.checks if c.name != "device" or check == "device"]
+    checks = [c if c.name == check else once.get(c.name, c) for c in chosen]
     with suite.benches(cls, None, 0, None) as benches:
         return list(examine(checks, benches))

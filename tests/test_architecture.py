@@ -1,6 +1,7 @@
-"""The core knows no method, a plugin needs no core but its contract, and nothing is imported before it is needed."""
+"""The core names no method, a plugin imports only the contract, and importing the package is light."""
 
 import ast
+import functools
 import importlib
 import subprocess
 import sys
@@ -13,20 +14,26 @@ from distillbench.plan import plan
 from distillbench.registry import Source, installed, load_registry
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE = sorted((ROOT / "distillbench").glob("*.py"))
-BUILTIN = sorted((ROOT / "distillbench" / "builtin").glob("*.py"))
+PACKAGE = ROOT / "distillbench"
+BUILTIN = sorted((PACKAGE / "builtin").glob("*.py"))
+CORE = [
+    path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] not in ("builtin", "configs")
+]
 PLUGINS = sorted((ROOT / "plugins").glob("*.py"))
 METHODS = [path for path in PLUGINS if "register_methods" in path.read_text()]
 
 
-def tree(path):
-    return ast.parse(path.read_text(), str(path))
+@functools.cache
+def nodes(path):
+    """All nodes of a file's syntax tree."""
+    return list(ast.walk(ast.parse(path.read_text(), str(path))))
 
 
+@functools.cache
 def imported(path):
     """Full names of all modules that a file imports, wherever in the file."""
     names = set()
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -35,14 +42,18 @@ def imported(path):
     return names
 
 
+def modules(path):
+    """The modules and packages below distillbench that a file imports."""
+    places = {name: ROOT / name.replace(".", "/") for name in imported(path) if name.startswith("distillbench.")}
+    return {name for name, place in places.items() if place.with_suffix(".py").exists() or place.is_dir()}
+
+
 def strings(path):
     """The constant strings of a file that are values: everything but docstrings and texts for people.
 
-    A text for people is one with a space in it, such as an error's or a setting's help: a method's name has none.
+    A text for people, such as an error message or the help of a setting, has a space in it; a method's name has none.
     """
-    texts = [
-        node.value for node in ast.walk(tree(path)) if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    ]
+    texts = [node.value for node in nodes(path) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return {text for text in texts if " " not in text.strip()}
 
 
@@ -50,14 +61,28 @@ def identifiers(path):
     """Every name that a file binds, reads, defines, passes or looks up."""
     fields = {ast.Name: "id", ast.Attribute: "attr", ast.arg: "arg", ast.keyword: "arg", ast.alias: "asname"}
     fields |= dict.fromkeys((ast.FunctionDef, ast.ClassDef), "name")
-    nodes = list(ast.walk(tree(path)))
-    return {getattr(node, field) for node in nodes for kind, field in fields.items() if isinstance(node, kind)}
+    return {getattr(node, fields[type(node)]) for node in nodes(path) if type(node) in fields}
+
+
+def compared(path):
+    """All constants in the comparisons and match cases of a file."""
+    parts = [node for node in nodes(path) if isinstance(node, ast.Compare | ast.match_case)]
+    return {node.value for part in parts for node in ast.walk(part) if isinstance(node, ast.Constant)}
+
+
+def found(paths, search):
+    """By file, what `search` finds in it; files without a finding are left out."""
+    return {str(path.relative_to(ROOT)): what for path in paths if (what := search(path))}
 
 
 @pytest.fixture(scope="module")
-def names():
-    """The names of the methods that ship, with their classes."""
-    registry = load_registry()
+def registry():
+    return load_registry()
+
+
+@pytest.fixture(scope="module")
+def names(registry):
+    """The names of the built-in methods, with their classes."""
     own = {name: entry for name, entry in registry.methods.items() if entry.plugin.distribution == "distillbench"}
     assert len(own) >= 4
     return {name: entry.cls.__name__ for name, entry in own.items()}
@@ -66,38 +91,37 @@ def names():
 # --- the core --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", CORE + BUILTIN, ids=lambda path: path.name)
-def test_the_core_imports_no_plugin(path):
-    assert not [name for name in imported(path) if name.startswith("distillbench_")]
+def test_the_core_is_found_wherever_its_modules_lie():
+    assert len(CORE) > 100 and PACKAGE / "registry.py" in CORE
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
-def test_the_core_does_not_know_what_is_built_in(path):
-    """Teachers, datasets and metrics that ship come by the same door as plugins."""
-    assert not [name for name in imported(path) if name.startswith("distillbench.builtin")]
+def test_the_core_imports_no_plugin():
+    assert not found(CORE + BUILTIN, lambda path: {n for n in imported(path) if n.startswith("distillbench_")})
 
 
-@pytest.mark.parametrize("path", CORE + BUILTIN, ids=lambda path: path.name)
-def test_the_core_names_no_method(path, names):
-    """No value, module, class or variable of the core is called as a method or its class is.
+def test_the_core_imports_nothing_built_in():
+    """Built-in teachers, datasets and metrics are registered like plugins."""
+    assert not found(CORE, lambda path: {name for name in imported(path) if name.startswith("distillbench.builtin")})
 
-    One local name is exempt because all the world writes ``import pandas as pd``.
+
+def test_the_core_names_no_method(names):
+    """No value, module, class or variable of the core is called like a method or its class.
+
+    One local name is exempt, because everyone writes ``import pandas as pd``.
     """
-    values = strings(path)
-    assert not values & set(names)
-    assert not values & {plugin.stem for plugin in PLUGINS}
-    exempt = {"pd"} if "pandas" in imported(path) else set()
-    assert not identifiers(path) & (set(names) | set(names.values())) - exempt
+    taken = set(names) | set(names.values())
+
+    def search(path):
+        exempt = {"pd"} if "pandas" in imported(path) else set()
+        return strings(path) & (set(names) | {plugin.stem for plugin in PLUGINS}) | identifiers(path) & taken - exempt
+
+    assert not found(CORE + BUILTIN, search)
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
-def test_the_core_names_no_dataset_teacher_or_metric_but_as_a_default(path):
-    """Defaults may name what ships; code that asks "is it this one?" may not."""
-    registry = load_registry()
+def test_the_core_compares_with_no_dataset_teacher_or_metric(registry):
+    """Defaults may name what is built in; code that asks "is it this one?" may not."""
     shipped = {*registry.teachers, *registry.datasets, *registry.metrics}
-    compared = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Compare | ast.match_case)]
-    texts = {node.value for part in compared for node in ast.walk(part) if isinstance(node, ast.Constant)}
-    assert not texts & shipped
+    assert not found(CORE, lambda path: compared(path) & shipped)
 
 
 def test_importing_the_package_is_light():
@@ -107,7 +131,7 @@ def test_importing_the_package_is_light():
     assert not heavy & set(done.stdout.split())
 
 
-def test_the_public_names_are_there():
+def test_the_public_names_exist():
     import distillbench
 
     for name in distillbench.__all__:
@@ -119,20 +143,25 @@ def test_the_public_names_are_there():
 # --- plugins ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.name)
-def test_plugins_need_only_torch_numpy_and_the_contract(path):
-    roots = {name.split(".")[0] for name in imported(path)}
-    assert roots - set(sys.stdlib_module_names) <= {"torch", "numpy", "distillbench"}
+def test_plugins_import_only_torch_numpy_and_distillbench():
+    allowed = {*sys.stdlib_module_names, "torch", "numpy", "distillbench"}
+    assert not found(PLUGINS, lambda path: {name.split(".")[0] for name in imported(path)} - allowed)
 
 
-@pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.name)
-def test_plugins_do_not_reach_into_the_harness(path):
-    """They use the contract and the mathematics; how training is driven, counted and stored is not theirs."""
-    allowed = {"conditions", "consistency", "denoiser", "dropout", "losses"}
-    allowed |= {"networks", "options", "samplers", "schedules"}
-    modules = {name.split(".")[1] for name in imported(path) if name.startswith("distillbench.")}
-    submodules = {module for module in modules if (ROOT / "distillbench" / f"{module}.py").exists()}
-    assert submodules <= allowed
+def test_plugins_import_only_the_contract_and_the_mathematics():
+    """How training is run, counted and stored is not their concern."""
+    allowed = {
+        "distillbench.conditions",
+        "distillbench.consistency",
+        "distillbench.denoiser",
+        "distillbench.dropout",
+        "distillbench.losses",
+        "distillbench.networks",
+        "distillbench.options",
+        "distillbench.samplers",
+        "distillbench.schedules",
+    }
+    assert not found(PLUGINS, lambda path: modules(path) - allowed)
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.name)
@@ -146,37 +175,46 @@ def test_a_method_names_no_other(path, names):
     assert not strings(path) & (set(names) - set(own))
 
 
-def test_every_method_file_is_a_plugin_of_this_project():
+def test_every_method_file_is_registered_in_pyproject():
     points = (ROOT / "pyproject.toml").read_text().split("[project.entry-points.distillbench]")[1].split("[tool")[0]
     for path in PLUGINS:
         assert f'"{path.stem}"' in points
 
 
+def planned(registry, folder):
+    """What a plan says of each method: its settings, its rows and its price."""
+    words = [f"methods=[{','.join(registry.methods)}]", "dataset=digits", "experiment=smoke"]
+    cells = plan(compose_runs([*words, f"results_dir={folder / 'results'}"], registry), registry)
+    return {cell.name: (vars(cell.method_config), cell.nfe, cell.price) for cell in cells if cell.entry}
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """The registry as it is, one with all methods' files in modules of another distribution, and their plans."""
+    folder = tmp_path_factory.mktemp("moved")
+    others = [source for source in installed() if f"distillbench_{source.name}" not in {path.stem for path in METHODS}]
+
+    def registry(prefix, distribution):
+        modules = [f"{prefix}{path.stem}" for path in METHODS]
+        own = [Source(name, distribution, "9.9", functools.partial(importlib.import_module, name)) for name in modules]
+        return load_registry([*others, *own])
+
+    for path in METHODS:
+        (folder / f"another_{path.stem}.py").write_text(path.read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        here, there = registry("", "distillbench"), registry("another_", "elsewhere")
+        assert not there.broken
+        yield here, there, planned(here, folder), planned(there, folder)
+
+
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.name)
-def test_a_method_can_move_to_a_stranger(path, tmp_path, monkeypatch):
-    """The same file, under another module, plugin and distribution, does the same."""
-    monkeypatch.syspath_prepend(tmp_path)
-    moved = f"a_stranger_s_{path.stem}"
-    (tmp_path / f"{moved}.py").write_text(path.read_text())
-
-    others = [source for source in installed() if source.name != path.stem.removeprefix("distillbench_")]
-
-    def with_file(module, plugin, distribution):
-        return load_registry([*others, Source(plugin, distribution, "9.9", lambda: importlib.import_module(module))])
-
-    here, there = with_file(path.stem, "own", "distillbench"), with_file(moved, "other_name", "stranger")
-    assert not there.broken
-    assert there.plugins[-1].brings == here.plugins[-1].brings != []
-    for name in there.methods:
-        assert there.methods[name].identity()["source_sha256"] == here.methods[name].identity()["source_sha256"]
-    name = there.plugins[-1].brings[0].removeprefix("methods: ")
+def test_a_method_can_move_to_another_package(path, moved):
+    """The same file in another module, plugin and distribution gives the same identity and the same plan."""
+    here, there, planned_here, planned_there = moved
+    brings = {plugin.name.removeprefix("another_"): plugin.brings for plugin in there.plugins}[path.stem]
+    name = brings[0].removeprefix("methods: ")
+    assert brings == {plugin.name: plugin.brings for plugin in here.plugins}[path.stem] != []
+    assert there.methods[name].identity()["source_sha256"] == here.methods[name].identity()["source_sha256"]
     assert there.methods[name].cls is not here.methods[name].cls
-    assert priced(here, name, tmp_path) == priced(there, name, tmp_path)
-
-
-def priced(registry, name, folder):
-    """What a plan says of a method: its settings, its rows, its price."""
-    words = [f"methods=[{name}]", "dataset=digits", "experiment=smoke", f"results_dir={folder / 'results'}"]
-    configs = compose_runs(words, registry)
-    cell = plan(configs, registry)[-1]
-    return vars(cell.method_config), cell.nfe, cell.price
+    assert planned_here[name] == planned_there[name]

@@ -1,4 +1,4 @@
-"""The Frechet distance against closed forms and torch_fidelity; and what evaluation guarantees to every row."""
+"""The Frechet distance against closed forms and torch_fidelity, and the guarantees of the evaluator."""
 
 from __future__ import annotations
 
@@ -91,15 +91,15 @@ def test_frechet_distance_of_fewer_images_than_features():
     assert large == pytest.approx(small, rel=1e-6) and small > 1
 
 
-def test_frechet_distance_is_symmetric_and_zero_at_home():
+def test_frechet_distance_is_symmetric_and_zero_for_equal_statistics():
     a, b = statistics(100, 6, 0), statistics(100, 6, 1)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-10)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert torch.allclose(a.root.T @ a.root, a.covariance) and torch.allclose(a.cholesky.T @ a.cholesky, a.covariance)
 
 
-def test_frechet_distance_where_both_covariances_are_singular():
-    """Dead features: a matrix root of the others alone is the truth. No Cholesky factor exists."""
+def test_frechet_distance_of_two_singular_covariances():
+    """Constant features: the expected value is a matrix root of the others alone. No Cholesky factor exists."""
 
     def dead(s):
         return GaussianStatistics(
@@ -112,8 +112,8 @@ def test_frechet_distance_where_both_covariances_are_singular():
 
 
 @pytest.mark.parametrize("cuts", [[50], [1] * 50, [3, 30, 17], [20, 30]])
-def test_moments_do_not_depend_on_how_features_came(cuts):
-    """Few features (n <= D) are kept as rows, more are folded: both against numpy, with a large mean."""
+def test_moments_do_not_depend_on_blocks(cuts):
+    """Few features (n <= D) are stored as rows, more are folded: both against numpy, with a large mean."""
     x = 1e3 + torch.randn(50, 20, generator=generator())
     moments = Moments()
     for part in x.split(cuts):
@@ -170,7 +170,7 @@ def samples(x, y, keeps_noise=True, labels=None):
     return Samples(x, y, None, None, None, keeps_noise, labels)
 
 
-def test_teacher_rmse_is_a_root_mean_square_and_not_for_samples_with_noise_of_their_own():
+def test_teacher_rmse_is_a_root_mean_square_and_undefined_for_samples_with_fresh_noise():
     x = torch.zeros(3, 2, 1, 1)
     y = x.clone()
     y[0, 0], y[2, 1] = 0.3, -0.4
@@ -180,7 +180,7 @@ def test_teacher_rmse_is_a_root_mean_square_and_not_for_samples_with_noise_of_th
 
 
 def test_spread_is_relative_to_the_teacher_and_within_classes():
-    """Halved about the mean: 0.5. Two classes that collapsed to a point each: 0, though they differ."""
+    """Half the distance to the mean: 0.5. Two different classes, each collapsed to a point: 0."""
     y = torch.randn(64, 1, 4, 4, generator=generator())
     assert Spread().score(samples(y / 2, y)) == pytest.approx(0.5, rel=1e-12)
     labels = torch.arange(64) % 2
@@ -237,7 +237,7 @@ def evaluator(**changes) -> Evaluator:
 
 
 class Sampler:
-    """One evaluation of the teacher a step; remembers the noise of images (not of timing) that it was given."""
+    """One evaluation of the teacher per step; records the noise of images (not of timing) that it gets."""
 
     def __init__(self, teacher, evaluations=None, result=lambda x: x) -> None:
         self.teacher, self.evaluations, self.result, self.seen = teacher, evaluations, result, []
@@ -251,7 +251,7 @@ class Sampler:
         return self.result(x)
 
 
-def test_every_sampler_answers_the_same_noise_in_batches_of_any_size():
+def test_every_sampler_gets_the_same_noise_in_batches_of_any_size():
     seen = []
     for batch_size in (3, 4, 10):
         judge = evaluator(batch_size=batch_size)
@@ -268,7 +268,7 @@ def test_every_sampler_answers_the_same_noise_in_batches_of_any_size():
 
 
 def test_the_reference_is_the_teacher_with_most_steps_on_that_noise():
-    """Closed-form DDIM with 8 steps, clipped; a sampler that gives just that has distance 0."""
+    """Closed-form DDIM with 8 steps, clipped: a sampler that gives the same has distance 0."""
     judge = evaluator(teacher_steps=[1, 8, 4])
     eps = Noise(stream_key("evaluation", 0), range(10), (2, 1, 1))(0)
     expected = ddim_chain(judge.teacher.schedule, eps, uniform_times(judge.teacher.schedule, 8)).clamp(-1, 1)
@@ -306,7 +306,7 @@ def test_samples_of_the_wrong_shape_are_refused(result):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_samples_that_are_not_finite_have_diverged(bad):
+def test_samples_that_are_not_finite_raise_diverged_error(bad):
     def spoil(x):
         x = x.clone()
         x[-1, -1] = bad
@@ -317,8 +317,8 @@ def test_samples_that_are_not_finite_have_diverged(bad):
         judge.measure(Sampler(judge.teacher, result=spoil), 1, 0, True, "test")
 
 
-def test_whether_samples_are_finite_is_looked_at_when_they_have_arrived(monkeypatch):
-    """On a GPU to look earlier would wait. All batches are under way here before the first one arrives."""
+def test_samples_are_checked_only_on_the_host(monkeypatch):
+    """An earlier check would wait for a GPU. Here all batches are computed before the first one is on the host."""
     judge, made = evaluator(), []
 
     def sampler(noise, nfe, c):
@@ -350,7 +350,7 @@ def test_networks_are_captured_once_for_all_rows_of_a_cell(monkeypatch):
     assert len(calls) == 2 and judge.teacher.teacher_rows.call is not calls[1]
 
 
-def test_samples_are_clipped_and_scores_without_a_value_have_a_reason():
+def test_samples_are_clipped_and_undefined_scores_have_a_reason():
     judge = evaluator(metrics=(TeacherRmse, Broken))
     measured = judge.measure(Sampler(judge.teacher, result=lambda x: torch.full_like(x, 5.0)), 1, 0, True, "test")
     expected = (1 - judge.answers(0)[0]).square().mean().sqrt().item()
@@ -361,7 +361,7 @@ def test_samples_are_clipped_and_scores_without_a_value_have_a_reason():
     assert fresh.scores["teacher_rmse"] is None and fresh.missing["teacher_rmse"]
 
 
-def test_no_nfe_asks_for_the_usual_ones_but_the_teacher_needs_steps():
+def test_nfe_may_be_empty_but_teacher_steps_may_not():
     assert EvaluationConfig(nfe=[]).nfe == []
     with pytest.raises(UserError, match="teacher_steps"):
         EvaluationConfig(teacher_steps=[])

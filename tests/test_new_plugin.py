@@ -1,4 +1,4 @@
-"""``new-plugin``: the package of each kind is whole, clean and correct as it is written; refusals leave nothing."""
+"""``new-plugin``: the package of each kind is complete, passes ruff and its tests; refusals leave no files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def packages(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_package_is_whole(packages, kind):
+def test_the_package_is_complete(packages, kind):
     name = name_of(kind)
     module, test = f"src/distillbench_{name}.py", f"tests/test_{name}.py"
     assert files(packages[kind]) == [".gitignore", "README.md", "pyproject.toml", module, test]
@@ -71,7 +71,7 @@ def test_it_is_a_plugin_of_this_version_of_the_contract(packages, kind, monkeypa
 
 @pytest.mark.slow
 def test_its_own_tests_pass(packages, tmp_path):
-    """All four at once: what takes time is to import torch."""
+    """All four in one process, because importing torch takes most of the time."""
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib -p no:cacheprovider\n")
     paths = [str(package / "src") for package in packages.values()]
     environment = os.environ | {
@@ -87,8 +87,8 @@ def test_its_own_tests_pass(packages, tmp_path):
 @pytest.mark.skipif(RUFF is None, reason="ruff is not installed")
 @pytest.mark.parametrize("name", [None, "a", LONG], ids=["usual", "short", "long"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_clean(packages, kind, name, tmp_path):
-    """Also where a name moves line ends."""
+def test_it_passes_ruff(packages, kind, name, tmp_path):
+    """Also with names that change the length of lines."""
     package = packages[kind] if name is None else write(name, kind, tmp_path / "package")
     rules = ["--select=E,F,W,I,UP,B,SIM,RUF", "--ignore=E731,RUF001,RUF002,RUF003,RUF009,RUF012", "--no-cache"]
     for command in (["check", *rules], ["format", "--check", "--no-cache"]):
@@ -96,8 +96,8 @@ def test_it_is_clean(packages, kind, name, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_templates_take_public_names_only():
-    """distillbench, and its modules that have a list of public names."""
+def test_templates_use_public_names_only():
+    """Names in the ``__all__`` of distillbench or of one of its modules."""
     texts = [path.read_text() for path in TEMPLATE.rglob("*.py.jinja")]
     lines = [line for text in texts for line in text.splitlines() if line.startswith(("import ", "from "))]
     for line in (line for line in lines if "distillbench" in line and "{{" not in line):
@@ -126,7 +126,7 @@ def git_says(monkeypatch, name: str, email: str) -> None:
         ("", "", None),
     ],
 )
-def test_the_author_is_git_s_or_nobody(tmp_path, monkeypatch, name, email, authors):
+def test_the_author_comes_from_git(tmp_path, monkeypatch, name, email, authors):
     git_says(monkeypatch, name, email)
     folder = write("fresh", "metric", tmp_path / "package")
     assert project(folder).get("authors") == authors
@@ -135,7 +135,7 @@ def test_the_author_is_git_s_or_nobody(tmp_path, monkeypatch, name, email, autho
 
 
 def test_neither_git_nor_a_home_is_needed(tmp_path, monkeypatch):
-    """copier looks for git; the user's settings of copier, here damaged ones, play no part; nothing is left behind."""
+    """copier looks for git; the user's settings of copier, here damaged, are not read; no files are left behind."""
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     (home / ".config" / "copier").mkdir(parents=True)
     (home / ".config" / "copier" / "settings.yml").write_text("defaults: [damaged")
@@ -204,9 +204,9 @@ def test_the_folder_is_named_after_the_distribution(tmp_path, monkeypatch):
         ("a\nb", "method", "Did you mean 'a_b'?"),
         ("a" * (LONGEST_NAME + 1), "method", f"at most {LONGEST_NAME} characters, got {LONGEST_NAME + 1}"),
         ("true", "method", "reads 'true' as a value: it cannot be a name. Choose another, such as 'my_true'"),
-        ("known", "method", "a method called 'known' is registered already. Choose another, such as 'my_known'"),
+        ("known", "method", "a method called 'known' is already registered. Choose another, such as 'my_known'"),
         ("nfe", "metric", "every table has a column 'nfe'"),
-        ("boot", "dataset", "a module distillbench_boot is installed already"),
+        ("boot", "dataset", "a module distillbench_boot is already installed"),
         ("fresh", "methods", "no kind of plugin 'methods'. Did you mean 'method'? Possible: dataset, method, metric"),
     ],
 )
@@ -217,7 +217,7 @@ def test_bad_names_and_kinds(tmp_path, name, kind, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_target_that_is_there_is_left_as_it_is(tmp_path):
+def test_an_existing_target_is_not_changed(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -230,7 +230,7 @@ def test_a_target_that_is_there_is_left_as_it_is(tmp_path):
     assert files(tmp_path) == ["file", "full/mine.txt"]
 
 
-def test_an_empty_target_is_filled_and_a_missing_parent_made(tmp_path, monkeypatch):
+def test_an_empty_target_is_filled_and_a_missing_parent_created(tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -279,7 +279,7 @@ def test_filling_an_empty_folder_that_stops_midway_empties_it(tmp_path, monkeypa
     assert len(moved) == last + 1 and not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_is_full_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     def full(*_, **__) -> None:
         raise OSError(28, "No space left on device")
 
@@ -289,11 +289,11 @@ def test_a_disk_that_is_full_is_told(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_copier_is_imported_when_it_is_needed():
+def test_copier_is_imported_only_when_needed():
     code = "import sys, distillbench.new_plugin; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"copier", "torch", "jinja2"} & set(done.stdout.split())
 
 
-def test_this_version_is_that_of_the_package():
+def test_the_version_agrees_with_pyproject():
     assert tomllib.loads((TEMPLATE.parent.parent / "pyproject.toml").read_text())["project"]["version"] == __version__

@@ -66,7 +66,7 @@ def test_the_file_is_found_by_its_names_in_the_folder_and_in_torch_hubs(folder, 
     assert locate("net", WEIGHTS, folder) == path
 
 
-def test_the_folder_comes_before_torch_hubs_but_the_bytes_before_both(folder, hub):
+def test_the_hash_decides_and_then_the_folder_comes_before_torch_hubs(folder, hub):
     first, second = put(folder / "old-name.pth", CONTENT), put(hub / "net.pth", CONTENT)
     assert locate("net", WEIGHTS, folder) == first
     put(first, OTHER)
@@ -111,14 +111,14 @@ def test_an_environment_variable_names_the_folder(monkeypatch, tmp_path):
 # --- fetching --------------------------------------------------------------------------------------------------------
 
 
-def test_fetch_copies_a_file_that_has_the_right_bytes(folder, tmp_path):
+def test_fetch_copies_a_file_with_the_right_hash(folder, tmp_path):
     source = put(tmp_path / "elsewhere" / "any-name.bin", CONTENT)
     path = fetch("net", WEIGHTS, folder, source)
     assert path == folder / "net.pth" == locate("net", WEIGHTS, folder)
     assert source.read_bytes() == CONTENT and files(folder) == ["net.pth"]
 
 
-def test_fetch_copies_a_file_out_of_a_folder_in_which_it_has_its_name(folder, tmp_path):
+def test_fetch_copies_a_file_from_a_folder(folder, tmp_path):
     weights = pinned(CONTENT, "model-1/model.safetensors")
     put(tmp_path / "download" / "model.safetensors", CONTENT)
     assert fetch("net", weights, folder, tmp_path / "download") == folder / "model-1" / "model.safetensors"
@@ -143,7 +143,7 @@ def test_fetch_of_a_path_that_is_not_there(folder, tmp_path):
             fetch("net", WEIGHTS, folder, source)
 
 
-def test_fetch_puts_the_right_file_in_place_of_a_wrong_one(folder, tmp_path):
+def test_fetch_replaces_a_wrong_file(folder, tmp_path):
     put(folder / "net.pth", OTHER)
     fetch("net", WEIGHTS, folder, put(tmp_path / "net.pth", CONTENT))
     assert locate("net", WEIGHTS, folder).read_bytes() == CONTENT

@@ -1,4 +1,4 @@
-"""What the core offers a plugin is public, typed and documented, and plugins use nothing else."""
+"""Public names are listed, typed and documented, and plugins use no others."""
 
 import ast
 import importlib
@@ -11,7 +11,7 @@ import distillbench
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [f"distillbench.{name}" for name in distillbench.PUBLIC_MODULES]
-STRANGERS = sorted((ROOT / "plugins").glob("*.py")) + sorted((ROOT / "examples").glob("*/src/*.py"))
+THIRD_PARTY = sorted((ROOT / "plugins").glob("*.py")) + sorted((ROOT / "examples").glob("*/src/*.py"))
 
 
 def exported(module):
@@ -21,7 +21,7 @@ def exported(module):
 
 
 def public():
-    """(module.name, value) of everything that is public."""
+    """(module.name, value) of every public name."""
     for module in ["distillbench", *MODULES]:
         for name, value in exported(module).items():
             yield f"{module}.{name}", value
@@ -48,7 +48,7 @@ def unwrap(member):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_every_public_module_says_what_is_public(module):
+def test_every_public_module_lists_its_public_names(module):
     names = list(importlib.import_module(module).__all__)
     assert names and len(set(names)) == len(names)
     assert all(not name.startswith("_") for name in names)
@@ -56,7 +56,7 @@ def test_every_public_module_says_what_is_public(module):
 
 
 @pytest.mark.parametrize("name", CALLABLE)
-def test_what_is_public_is_documented(name):
+def test_public_names_are_documented(name):
     assert inspect.getdoc(CALLABLE[name]), name
     if inspect.isclass(CALLABLE[name]):
         text = vars(CALLABLE[name])["__doc__"]
@@ -64,7 +64,7 @@ def test_what_is_public_is_documented(name):
 
 
 @pytest.mark.parametrize("name", CALLABLE)
-def test_what_is_public_is_typed(name):
+def test_public_names_are_typed(name):
     for function in functions(CALLABLE[name]):
         parameters = list(inspect.signature(function).parameters.values())
         untyped = [p.name for p in parameters if p.annotation is p.empty and p.name not in ("self", "cls")]
@@ -73,12 +73,12 @@ def test_what_is_public_is_typed(name):
         assert returned is not inspect.Signature.empty or function.__module__ == "dataclasses", function.__qualname__
 
 
-def test_the_package_says_that_it_is_typed():
+def test_the_package_is_marked_as_typed():
     assert (ROOT / "distillbench" / "py.typed").is_file()
 
 
-@pytest.mark.parametrize("path", STRANGERS, ids=lambda path: path.stem)
-def test_plugins_use_what_is_public_only(path):
+@pytest.mark.parametrize("path", THIRD_PARTY, ids=lambda path: path.stem)
+def test_plugins_use_public_names_only(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             assert not [alias.name for alias in node.names if alias.name.startswith("distillbench.")]
