@@ -22,6 +22,17 @@ from distillbench.registry import Entry, Plugin, load_registry
 GIVEN = ["methods=[boot]", "dataset=digits"]
 
 
+@functools.cache
+def compose_cached(name, *choices):
+    return hydra.compose(name, list(choices))
+
+
+@pytest.fixture
+def composed_once(monkeypatch):
+    """Cache what Hydra composes, which takes a tenth of a second each time."""
+    monkeypatch.setattr(config, "compose", lambda name, choices: compose_cached(name, *choices))
+
+
 @pytest.fixture(scope="module")
 def registry():
     return load_registry()
@@ -55,6 +66,7 @@ def test_settings_are_typed_and_have_defaults(registry):
     assert (run.dataset.kind, run.teacher.kind) == ("digits", "trained")
 
 
+@pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize(
     ("words", "seeds"),
     [
@@ -98,6 +110,7 @@ def test_datasets_can_be_swept(registry):
     assert [run.dataset.kind for run in runs] == ["digits", "folder"]
 
 
+@pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize("text", ["a b/c", "ü/日本", "a=b", "it's", "#1", "[x]", "a,b"])
 def test_any_path_can_be_quoted(registry, text):
     (run,) = compose_runs([*GIVEN, f'results_dir="{text}"'], registry)
@@ -114,8 +127,7 @@ def test_the_yaml_has_every_setting_and_is_plain(registry):
 
 
 def test_the_defaults_of_every_registered_class_are_valid(registry):
-    for name in registry.methods:
-        compose_runs([f"methods=[{name}]", "dataset=digits"], registry)
+    compose_runs([f"methods=[{','.join(registry.methods)}]", "dataset=digits"], registry)
     for name in registry.datasets:
         compose_runs(["methods=[boot]", f"dataset={name}"], registry)
 
@@ -259,15 +271,9 @@ FORMS = {
 }
 
 
-@pytest.fixture(scope="module")
-def composed_once():
-    """What Hydra makes of choices, kept: it takes a tenth of a second each time."""
-    return functools.cache(lambda name, *choices: hydra.compose(name, list(choices)))
-
-
+@pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize("word", [*NAMES, *VALUES, *FORMS], ids=lambda word: word[:40])
-def test_invalid_settings_are_one_message(registry, word, composed_once, monkeypatch):
-    monkeypatch.setattr(config, "compose", lambda name, choices: composed_once(name, *choices))
+def test_invalid_settings_are_one_message(registry, word):
     assert message(registry, *GIVEN, word).startswith((NAMES | VALUES | FORMS)[word])
 
 
@@ -430,6 +436,7 @@ def test_an_experiment_cannot_choose_what_does_not_exist(registry, experiment):
     assert "methods/bot" in message(registry, "experiment=mine", "dataset=digits")
 
 
+@pytest.mark.nightly  # tests/test_experiments.py composes each with its own methods
 def test_every_shipped_experiment_is_valid(registry):
     """With every method; those that choose no dataset with digits."""
     files = sorted((config_folder() / "experiment").glob("*.yaml"))
@@ -451,6 +458,7 @@ def test_an_incomplete_installation_is_an_error(tmp_path, monkeypatch):
 # --- values as they were written -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize("text", ["2024_01_01", "1e3", "true", "007", "1_0", "0x10", "inf"])
 def test_a_text_setting_keeps_its_text(registry, text):
     (run,) = compose_runs([*GIVEN, f"run_name={text}"], registry)

@@ -378,7 +378,7 @@ DAMAGE = {
     "the record of training is of other inputs": (
         "train.json",
         lambda p: edit(p, inputs={}),
-        "train.json belongs to other",
+        "train.json has other inputs",
     ),
     "the weights are cut": ("student.safetensors", cut, "weights of the record are missing or damaged"),
     "the weights are missing": ("student.safetensors", Path.unlink, "weights of the record are missing or damaged"),

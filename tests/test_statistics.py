@@ -20,6 +20,7 @@ NAMES |= {
     "key": "k",
 }
 FD = {"fd": "lower"}
+nightly = pytest.mark.nightly
 
 
 def rows(scores, **names):
@@ -315,19 +316,21 @@ def test_a_higher_confidence_gives_a_wider_interval():
 # Standard error of a coverage of 0.95 in 800 trials: 0.008.
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 6, 10])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=nightly), 5, 6, pytest.param(10, marks=nightly)])
 def test_coverage_over_training_seeds_of_normal_scores(count):
     values = np.random.default_rng(count).normal(170, 5, size=(800, count, 1))
     assert 0.91 < coverage(values, 170, "training", resamples=1999) < 0.975
 
 
-@pytest.mark.parametrize(("count", "least"), [(3, 0.85), (6, 0.86), (10, 0.88), (20, 0.9)])
+@pytest.mark.parametrize(("count", "least"), [(3, 0.85), (6, 0.86), pytest.param(10, 0.88, marks=nightly), (20, 0.9)])
 def test_coverage_over_training_seeds_of_skewed_scores(count, least):
     values = np.random.default_rng(count).exponential(size=(800, count, 1))
     assert least < coverage(values, 1, "training", resamples=1999) < 0.98
 
 
-@pytest.mark.parametrize(("training", "sampling"), [(1, 3), (4, 3), (4, 6), (2, 10)])
+@pytest.mark.parametrize(
+    ("training", "sampling"), [pytest.param(1, 3, marks=nightly), (4, 3), (4, 6), pytest.param(2, 10, marks=nightly)]
+)
 @pytest.mark.parametrize("shared", [0.0, 0.5, 1.0])
 def test_coverage_over_sampling_seeds_with_correlated_students(training, sampling, shared):
     """`shared`: the part of the variance that a sampling seed gives to all students alike. The truth is the mean of
