@@ -116,7 +116,8 @@ def import_reference(
     distillbench cannot verify which dataset and network FILE was computed with.
 
     \b
-    distillbench reference import cifar10-32x32.npz dataset=cifar10 --network inception --images 50000 -o cifar10.npz
+    distillbench reference import cifar10-32x32.npz dataset=cifar10 dataset.path=cifar-10-python.tar.gz \\
+      --network inception --images 50000 -o cifar10.npz
     """
     from pathlib import Path
 

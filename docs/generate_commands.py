@@ -18,15 +18,15 @@ from distillbench.executor_settings import EXECUTORS
 PAGE = Path(__file__).resolve().parent / "commands.md"
 HEAD = """# Command reference
 
-Every command with its options, then every setting of a run. This page is written by `docs/generate_commands.py` from the
-code; `distillbench COMMAND --help` prints the same. Every command also takes `--help` (`-h`).
+Every command with its options, then every setting of a run. This page is written by `docs/generate_commands.py` from
+the code; `distillbench COMMAND --help` prints the same. Every command also takes `--help` (`-h`).
 
 ## Exit codes
 
 | code | meaning |
 |---|---|
 | 0 | success |
-| 1 | the command ran, and something failed: a cell that is not ok, a check, a damaged file, a regression found by `compare` |
+| 1 | the command ran, and something failed: a cell that is not ok, a check, a damaged file, a regression |
 | 2 | wrong input: the message says what was given and what is possible; nothing was trained |
 | 130, 143 | interrupted by Ctrl-C or SIGTERM; the same command resumes |
 
@@ -50,11 +50,15 @@ grid. `--show-config` prints all of them with their values. The settings of one 
 def page() -> str:
     """The content of docs/commands.md."""
     sections = [HEAD, _contents()]
-    sections += [_section(name, command) for name, command in _commands(cli, "distillbench")]
+    sections += [_section(name, command) for name, command in _all()]
     sections += [SETTINGS, _settings(RunConfig, "", skip=("executor",))]
     for kind, config in sorted(EXECUTORS.items()):
         sections += [f"With `executor={kind}`:\n", _settings(config, "executor.", skip=("kind",))]
     return "\n".join(sections)
+
+
+def _all() -> Iterator[tuple[str, click.Command]]:
+    return _commands(cli, "distillbench")
 
 
 def _commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Command]]:
@@ -67,15 +71,15 @@ def _commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Comman
 
 
 def _contents() -> str:
-    rows = [
-        f"| [{name.removeprefix('distillbench ')}](#{name.replace(' ', '-')}) | {_cell(command.get_short_help_str(200))} |"
-        for name, command in _commands(cli, "distillbench")
-    ]
+    links = ((f"[{name.removeprefix('distillbench ')}](#{name.replace(' ', '-')})", c) for name, c in _all())
+    rows = [f"| {link} | {_cell(command.get_short_help_str(200))} |" for link, command in links]
     return "\n".join(["## Commands\n", "| command | |", "|---|---|", *rows, ""])
 
 
 def _section(name: str, command: click.Command) -> str:
-    arguments = " ".join(p.make_metavar(click.Context(command)) for p in command.params if isinstance(p, click.Argument))
+    arguments = " ".join(
+        p.make_metavar(click.Context(command)) for p in command.params if isinstance(p, click.Argument)
+    )
     lines = [f"## {name}\n", f"    {name} {'[OPTIONS] ' * _has_options(command)}{arguments}".rstrip() + "\n"]
     lines += _help(command)
     rows = [_option(p) for p in command.params if isinstance(p, click.Option)]
@@ -101,7 +105,9 @@ def _option(option: click.Option) -> str:
     names = ", ".join(f"`{name}`" for name in sorted(option.opts, key=len, reverse=True))
     if not option.is_flag:
         names += f" {option.make_metavar(click.Context(click.Command('')))}"
-    notes = ["required"] * option.required + ["several allowed"] * (option.multiple and "several" not in (option.help or ""))
+    notes = ["required"] * option.required + ["several allowed"] * (
+        option.multiple and "several" not in (option.help or "")
+    )
     if option.show_default and option.default is not None:
         notes.append(f"default: {option.default}")
     return f"| {_cell(names)} | {_cell(' '.join([option.help or '', *(f'({note})' for note in notes)]).strip())} |"

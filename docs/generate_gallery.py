@@ -1,6 +1,6 @@
 """Writes docs/gallery.md, one row for each method, from the plugins: ``python docs/generate_gallery.py``.
 
-What a row says is what the class declares or what one step of it counts, at default settings on digits, without training.
+A row has what the class declares and what one step of it counts, at default settings on digits. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ TAIL = """
 - **learns**: the teacher's *map* means that a student's sample is compared with the teacher's sample for the same noise
   (`teacher_rmse`); a method that learns the *distribution* only has no such score.
 - **NFE**: numbers of network evaluations per image at which it can sample, of 1, 2 and 4.
-- **teacher, student**: network evaluations per training image, pairs made ahead included, as `distillbench run --dry-run`
-  counts them. A budget in images treats all methods alike in images, not in evaluations: `budget.limit=nfe` does that.
+- **teacher, student**: network evaluations per training image, pairs made ahead included, as
+  `distillbench run --dry-run` counts them. A budget in images gives all methods as many images, not as many
+  evaluations: `budget.limit=nfe` does that.
 - **phases**: stages of training with targets of their own.
 """
 

@@ -1,4 +1,4 @@
-"""Writes the table of docs/results.md and docs/samples.png from results/reference/digits: ``python docs/generate_results.py``."""
+"""Writes docs/samples.png and the table of docs/results.md: ``python docs/generate_results.py``."""
 
 from __future__ import annotations
 

@@ -11,13 +11,14 @@ from distillbench.registry import Source, installed, load_registry
 from distillbench.run import run
 from distillbench.table import FIRST, LAST
 from distillbench.testing import assert_conforms
+from test_docs import page_generator
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_method_in_twelve_lines_runs(tmp_path):
-    """The README's method, loaded as a stranger's plugin, trains and gets its row."""
+def test_the_method_runs(tmp_path):
+    """The README's method, loaded as a third-party plugin, trains and gets its row."""
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
     source = tmp_path / "my_module.py"
     source.write_text(code)
@@ -31,7 +32,7 @@ def test_method_in_twelve_lines_runs(tmp_path):
         exec(compile(code, str(source), "exec"), module.__dict__)
         return module
 
-    registry = load_registry([*installed(), Source("one_step", "stranger", "1.0", load)])
+    registry = load_registry([*installed(), Source("one_step", "third party", "1.0", load)])
     assert not registry.broken
     words = [
         "methods=[one_step]",
@@ -56,10 +57,32 @@ def test_two_commands_are_there():
     ]
 
 
-def test_files_of_the_map_exist():
-    for words in re.findall(r"^\| (`[^|]*`) \|", README.split("## Map of the code")[1], re.MULTILINE):
-        for name in re.findall(r"`([^`]+)`", words):
-            assert (ROOT / name).exists() or (ROOT / "distillbench" / name).exists() or name in ("config.yaml",), name
+def test_it_is_as_short_as_it_should_be():
+    """One screenful per topic; what is longer has a page. The method has as many lines as the text says."""
+    assert len(README.splitlines()) <= 150
+    (lines,) = re.findall(r"a whole method, in (\d+) lines", README)
+    assert len(re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1).splitlines()) == int(lines)
+
+
+def test_links_lead_somewhere():
+    for page in (README, (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / "CHANGELOG.md").read_text()):
+        for target in re.findall(r"\]\(([^)\s]+)\)", page):
+            assert "://" in target or (ROOT / target.partition("#")[0]).exists(), target
+
+
+def test_table_is_that_of_the_reference_run():
+    """Every number of a method's row, as docs/generate_results.py writes it from summary.csv."""
+    rows = page_generator("generate_results").short_table().splitlines()[2:]
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        shown = [line for line in README.splitlines() if line.startswith((f"| [`{cells[0]}`]", "| teacher, "))]
+        shown = [[cell.strip() for cell in line.strip("|").split("|")][1:5] for line in shown]
+        assert cells[1:5] in shown, row
+
+
+def test_every_method_has_a_row():
+    methods = load_registry([source for source in installed() if source.distribution == "distillbench"]).methods
+    assert re.findall(r"^\| \[`(\w+)`\]", README, re.MULTILINE) == sorted(methods)
 
 
 def test_every_column_is_documented():
