@@ -180,7 +180,7 @@ def as_written(command_line, words, params):
     read = ["results/digits", *params.get("runs", ()), *(params[side] for side in ("a", "b") if side in params)]
     for folder in read:
         shutil.copytree(REFERENCE, str(folder).lstrip("/"), dirs_exist_ok=True)
-    Path("results/cells").mkdir(exist_ok=True)
+    Path("results/cache/pairs").mkdir(parents=True, exist_ok=True)
     words = [re.sub(r"^/", "", re.sub(r"\bfid\b", "fd_efficientnet_lite0", word)) for word in words]
     if words[0] == "new-plugin":  # the name of a plugin that `registry` has from another page
         words[1] += "_too"
