@@ -83,7 +83,7 @@ def documented():
         for line in lines_of(page.read_text()):
             for words in words_of(line):
                 if words and re.fullmatch(r"--?[a-z]+|[a-z-]+", words[0]) and "[OPTIONS]" not in words:
-                    found[page.name if page.parent.name != "src" else page, tuple(words)] = None
+                    found[str(page.relative_to(ROOT)), tuple(words)] = None
     return [pytest.param(*key, id=f"{key[0]}: {' '.join(key[1])}") for key in found]
 
 
