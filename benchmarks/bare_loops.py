@@ -7,7 +7,8 @@ cos(phi - theta) x + sin(phi - theta) v. So every target is a sum of images, eac
 time alone. Those numbers are computed ahead in float64, one row of a table for each time of a grid.
 
 A loop is a generator that yields after each step. Random numbers come from the task's generators, in the order in which
-the harness's Batch draws them: the weights at the end are the harness's, up to rounding (tests/test_bare_loops.py).
+the harness's Batch draws them: the weights at the end are the harness's, up to rounding
+(tests/training/test_bare_loops.py).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from distillbench.embeddings import TimeEmbedding
-from distillbench.method import Batch, Method, Read
+from distillbench.diffusion.embeddings import TimeEmbedding
+from distillbench.training.method import Batch, Method, Read
 
 LOG_EVERY = 50  # steps between readings of the loss
 THETA_0, THETA_1 = math.atan(math.exp(-10)), math.atan(math.exp(10))  # log SNR from 20 to -20

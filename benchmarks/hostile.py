@@ -3,7 +3,7 @@
     python benchmarks/hostile.py [--inputs 80] [--seed 0] [--only NAME ...]
 
 Each reader gets its own hostile inputs (bombs, links, code, absurd numbers) and `--inputs` random ones on top. What the
-classes mean is said in tests/fuzz.py. The exit code is 1 if there is a defect.
+classes mean is said in tests/support/fuzz.py. The exit code is 1 if there is a defect.
 """
 
 from __future__ import annotations

@@ -31,14 +31,14 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from distillbench.config import compose_runs
-from distillbench.files import TEMPORARY
-from distillbench.plan import plan
-from distillbench.progress import Progress, Step
+from distillbench.execution.run import run
+from distillbench.records.table import LAST
 from distillbench.registry import load_registry
-from distillbench.run import run
-from distillbench.signals import Interrupted, stopping
-from distillbench.table import LAST
+from distillbench.runs.config import compose_runs
+from distillbench.runs.plan import plan
+from distillbench.storage.files import TEMPORARY
+from distillbench.system.progress import Progress, Step
+from distillbench.system.signals import Interrupted, stopping
 
 torch.set_num_threads(1)  # before the fork: threads do not survive it
 WORDS = [

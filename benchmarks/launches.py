@@ -61,17 +61,17 @@ class Step:
 
 def count_step(cls: type, guided: bool, precision: str, depth: int) -> Step:
     """The third step of the first phase of a method, as the harness makes it; raises UserError for a refusal."""
-    from distillbench.budget import BudgetConfig
-    from distillbench.build import build_method
-    from distillbench.compute import ComputeConfig, applied
-    from distillbench.conditions import WITHOUT_CLASSES, Conditioning
-    from distillbench.data_stream import DataStream
-    from distillbench.denoiser import Denoiser
-    from distillbench.networks import UNet
-    from distillbench.schedules import VPCosine
-    from distillbench.teachers import Teacher
-    from distillbench.testbench import SILENT, workspace_of
-    from distillbench.train import Loop, train
+    from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Conditioning
+    from distillbench.diffusion.denoiser import Denoiser
+    from distillbench.diffusion.schedules import VPCosine
+    from distillbench.networks.architectures import UNet
+    from distillbench.teachers.teacher import Teacher
+    from distillbench.testing.method_bench import SILENT, workspace_of
+    from distillbench.training.budget import BudgetConfig
+    from distillbench.training.build import build_method
+    from distillbench.training.compute import ComputeConfig, applied
+    from distillbench.training.data_stream import DataStream
+    from distillbench.training.loop import Loop, train
 
     conditioning = Conditioning(CLASSES, 2.0) if guided else WITHOUT_CLASSES
     make = lambda: UNet(SMALL, NARROW, depth, conditioning.classes)
@@ -106,7 +106,7 @@ def count_step(cls: type, guided: bool, precision: str, depth: int) -> Step:
 
 
 def _pictures() -> Any:
-    from distillbench.datasets import Dataset
+    from distillbench.datasets.dataset import Dataset
 
     class Pictures(Dataset):
         name, licence, shape, sha256, classes = "pictures", "none", SMALL, "0" * 64, CLASSES
@@ -175,7 +175,7 @@ def work_of(call: Callable[[], Any]) -> Work:
 
 def network_work(side: int, width: int, depth: int) -> tuple[int, Work, Work]:
     """Parameters of the U-Net, and the work of a forward without gradient and of a backward pass."""
-    from distillbench.networks import UNet
+    from distillbench.networks.architectures import UNet
 
     network = UNet((3, side, side), width, depth).to("meta")
 

@@ -18,8 +18,8 @@ from measuring import SCENES, compare, machine, print_table
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from distillbench.data_stream import DataStream
-from distillbench.datasets import Dataset, to_float
+from distillbench.datasets.dataset import Dataset, to_float
+from distillbench.training.data_stream import DataStream
 
 
 def loaders(dataset: Dataset, batch: int, batches: int, device: str) -> dict[str, Callable[[], None]]:

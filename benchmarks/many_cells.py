@@ -21,25 +21,25 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from distillbench.cell import AS_IS, run_cell
-from distillbench.cell_keys import evaluation_inputs
-from distillbench.cell_training import STUDENT, TRAIN
-from distillbench.claims import claimed
-from distillbench.config import RunConfig, compose_runs
-from distillbench.done import CellDescription
-from distillbench.files import key_of
-from distillbench.hands import InProcessWorker, Scan
-from distillbench.plan import plan
-from distillbench.progress import Progress
+from distillbench.cli.terminal import print_plan, print_rows, print_table
+from distillbench.execution.run import run
+from distillbench.execution.run_folder import RunTable
+from distillbench.execution.workers import InProcessWorker, Scan
+from distillbench.records.records import EvaluationRecord, TrainRecord, load_record, write_record
 from distillbench.registry import Registry, load_registry
 from distillbench.reports.write import report_runs
-from distillbench.results import EvaluationRecord, TrainRecord, load_record, write_record
-from distillbench.run import run
-from distillbench.run_table import RunTable
-from distillbench.seen_files import SeenFiles
-from distillbench.shared_context import Cell
-from distillbench.signals import Stop
-from distillbench.terminal import print_plan, print_rows, print_table
+from distillbench.runs.cell import AS_IS, run_cell
+from distillbench.runs.cell_keys import evaluation_inputs
+from distillbench.runs.cell_result import CellDescription
+from distillbench.runs.cell_training import STUDENT, TRAIN
+from distillbench.runs.config import RunConfig, compose_runs
+from distillbench.runs.plan import plan
+from distillbench.runs.shared_context import Cell
+from distillbench.storage.files import key_of
+from distillbench.storage.hash_cache import HashCache
+from distillbench.storage.locks import try_lock
+from distillbench.system.progress import Progress
+from distillbench.system.signals import Stop
 
 WORDS = ["methods=[boot]", "dataset=digits", "isolate=false", "budget.images=256", "run_name=many", "device=cpu"]
 WORDS += ["evaluation.images=16", "evaluation.nfe=[1]", "evaluation.teacher_steps=[1]", "evaluation.timing=off"]
@@ -80,7 +80,7 @@ def train_one(
 def fabricate(
     cell: Cell,
     description: CellDescription,
-    files: SeenFiles,
+    files: HashCache,
     training: TrainRecord,
     evaluation: EvaluationRecord,
     source: Path,
@@ -119,10 +119,10 @@ def main(seeds: int, settings: int) -> None:
             descriptions = worker.scan(cells, AS_IS).descriptions
         with clock.stage("claim each, one after the other"):
             for description in descriptions:
-                with claimed(description.folder) as mine:
+                with try_lock(description.folder) as mine:
                     assert mine
         records = train_one(cells, descriptions)
-        files = SeenFiles(Path(configs[0].results_dir) / "cells")
+        files = HashCache(Path(configs[0].results_dir) / "cells")
         with clock.stage("write the records of each"):
             for cell, description in zip(cells[2:], descriptions[2:], strict=True):
                 fabricate(cell, description, files, *records)

@@ -18,25 +18,25 @@ import torch
 from bare_loops import LOOPS, Task, own_steps
 from tabulate import tabulate
 
-from distillbench.budget import BudgetConfig, Meter, Watch
-from distillbench.build import build_method
 from distillbench.builtin.digits import Digits
 from distillbench.builtin.trained import Trained
-from distillbench.config import StatesConfig
-from distillbench.data_stream import DataStream
-from distillbench.datasets import Dataset, to_float
-from distillbench.denoiser import Denoiser
-from distillbench.energy import EnergyWatch
-from distillbench.energy import energy as count_energy
-from distillbench.memory import peak_gpu_mib, peak_rss_mib
-from distillbench.method import Method
-from distillbench.networks import ResidualMLP, UNet
-from distillbench.pairs import Workspace
-from distillbench.progress import Progress, Step
-from distillbench.resume import Resume, States
-from distillbench.schedules import VPCosine
-from distillbench.teachers import Teacher
-from distillbench.train import Loop, train
+from distillbench.datasets.dataset import Dataset, to_float
+from distillbench.diffusion.denoiser import Denoiser
+from distillbench.diffusion.schedules import VPCosine
+from distillbench.metering.energy import EnergyWatch
+from distillbench.metering.energy import energy as count_energy
+from distillbench.metering.memory import peak_gpu_mib, peak_rss_mib
+from distillbench.networks.architectures import ResidualMLP, UNet
+from distillbench.runs.config import StatesConfig
+from distillbench.system.progress import Progress, Step
+from distillbench.teachers.teacher import Teacher
+from distillbench.training.budget import BudgetConfig, Meter, Watch
+from distillbench.training.build import build_method
+from distillbench.training.data_stream import DataStream
+from distillbench.training.loop import Loop, train
+from distillbench.training.method import Method
+from distillbench.training.pairs import Workspace
+from distillbench.training.resume import Resume, States
 from distillbench_boot import Boot
 from distillbench_cm import ConsistencyDistillation
 from distillbench_ct import ConsistencyTraining

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from distillbench.builtin.folder import Folder
-from distillbench.datasets import to_float
-from distillbench.networks import UNet
+from distillbench.datasets.dataset import to_float
+from distillbench.networks.architectures import UNet
 
 WIDTH, DEPTH, ROUNDS = 16, 1, 7
 

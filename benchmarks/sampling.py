@@ -20,14 +20,14 @@ from bare_loops import THETA_1, angle
 from measuring import SCENES, Pair, Scene, compare, machine, print_table
 from torch import Tensor
 
-from distillbench.conditions import UNCONDITIONAL
-from distillbench.evaluate import Evaluator, teacher_sampler
-from distillbench.evaluation_settings import EvaluationConfig
-from distillbench.features import Networks
-from distillbench.noise import FixedNoise
-from distillbench.progress import Progress
-from distillbench.references import RealImages
-from distillbench.samplers import Solver
+from distillbench.diffusion.conditioning import UNCONDITIONAL
+from distillbench.diffusion.noise import FixedNoise
+from distillbench.diffusion.samplers import Solver
+from distillbench.evaluation.evaluator import Evaluator, teacher_sampler
+from distillbench.evaluation.features import Networks
+from distillbench.evaluation.reference_statistics import RealImages
+from distillbench.evaluation.settings import EvaluationConfig
+from distillbench.system.progress import Progress
 
 STEPS = 8
 

@@ -18,8 +18,8 @@ import torch
 from measuring import Ratio, compare, machine, print_table
 
 from distillbench.builtin.efficientnet_lite0 import EfficientNetLite0, network_input
-from distillbench.features import ImageSet, Networks, full_precision
-from distillbench.frechet import GaussianStatistics, frechet_distance
+from distillbench.evaluation.features import ImageSet, Networks, full_precision
+from distillbench.evaluation.frechet import GaussianStatistics, frechet_distance
 
 IMAGES, SIDE = 2048, 32
 FEATURES, WIDTH = 5000, 2048

@@ -22,9 +22,9 @@ from pathlib import Path
 import pandas as pd
 from measuring import machine, print_table
 
-from distillbench.statistics import summarise
-from distillbench.table import make_table, write_table
-from distillbench.terminal import new_console
+from distillbench.cli.terminal import new_console
+from distillbench.records.statistics import summarise
+from distillbench.records.table import make_table, write_table
 
 METRICS = ("fd_toy", "rmse_toy")
 SEEDS, NFE = 10, (1, 2, 4, 8)

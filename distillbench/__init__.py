@@ -1,96 +1,141 @@
 """distillbench: compare methods that distil diffusion models on one frozen teacher, one budget and one evaluator.
 
-What a plugin author needs is importable from here, and from ``__all__`` of the modules in ``PUBLIC_MODULES``: that is
-what the version of the plugin contract covers. Everything else is private and may change with every release. The names
-load on first use, so that ``distillbench --help`` does not import torch.
+What a plugin author needs is importable from here and from the packages in ``PUBLIC_PACKAGES``: the version of the
+plugin contract covers the names in their ``__all__``. Everything else is private and may change with every release.
+The names load on first use, so that ``distillbench --help`` does not import torch.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
-PUBLIC_MODULES = (
-    "conditions",
-    "consistency",
-    "datasets",
-    "denoiser",
-    "dropout",
-    "errors",
-    "exact",
-    "features",
-    "files",
-    "image_files",
-    "laws",
-    "losses",
-    "method",
-    "metrics",
-    "networks",
-    "options",
-    "pairs",
-    "pretrained",
-    "progress",
-    "samplers",
-    "schedules",
-    "scores",
-    "teachers",
-    "testing",
-)
+from distillbench._lazy import load
+from distillbench._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from distillbench.conditions import Condition, Conditioning
-    from distillbench.datasets import Dataset, DatasetConfig
-    from distillbench.denoiser import Denoiser
-    from distillbench.errors import DivergedError, Unavailable, UserError
-    from distillbench.features import FeatureNetwork
-    from distillbench.hookspecs import hookimpl
-    from distillbench.method import Batch, Method, MethodConfig, NetworkConfig, OptimizerConfig, Phase
-    from distillbench.metrics import Metric, Need, Samples
-    from distillbench.noise import Noise
-    from distillbench.options import option
-    from distillbench.pairs import PairStore, Workspace
-    from distillbench.pretrained import WeightsFile
-    from distillbench.progress import Progress
-    from distillbench.teachers import Teacher, TeacherConfig, TeacherPlan, TeacherSource
+    from distillbench.datasets.dataset import Dataset as Dataset
+    from distillbench.datasets.dataset import DatasetConfig as DatasetConfig
+    from distillbench.diffusion.conditioning import Condition as Condition
+    from distillbench.diffusion.conditioning import Conditioning as Conditioning
+    from distillbench.diffusion.denoiser import Denoiser as Denoiser
+    from distillbench.diffusion.noise import Noise as Noise
+    from distillbench.errors import DivergedError as DivergedError
+    from distillbench.errors import Unavailable as Unavailable
+    from distillbench.errors import UserError as UserError
+    from distillbench.errors import quoted as quoted
+    from distillbench.errors import unknown as unknown
+    from distillbench.evaluation.features import FeatureNetwork as FeatureNetwork
+    from distillbench.evaluation.metric import Metric as Metric
+    from distillbench.evaluation.metric import Need as Need
+    from distillbench.evaluation.metric import Samples as Samples
+    from distillbench.evaluation.pretrained_weights import WeightsFile as WeightsFile
+    from distillbench.hookspecs import hookimpl as hookimpl
+    from distillbench.options import option as option
+    from distillbench.storage.files import canonical_json as canonical_json
+    from distillbench.storage.files import key_of as key_of
+    from distillbench.storage.files import sha256_file as sha256_file
+    from distillbench.storage.files import sha256_tensors as sha256_tensors
+    from distillbench.storage.files import signed as signed
+    from distillbench.storage.files import write_atomically as write_atomically
+    from distillbench.system.progress import Progress as Progress
+    from distillbench.teachers.teacher import Clip as Clip
+    from distillbench.teachers.teacher import Teacher as Teacher
+    from distillbench.teachers.teacher import TeacherConfig as TeacherConfig
+    from distillbench.teachers.teacher import TeacherPlan as TeacherPlan
+    from distillbench.teachers.teacher import TeacherSource as TeacherSource
+    from distillbench.training.method import Batch as Batch
+    from distillbench.training.method import Method as Method
+    from distillbench.training.method import MethodConfig as MethodConfig
+    from distillbench.training.method import NetworkConfig as NetworkConfig
+    from distillbench.training.method import OptimizerConfig as OptimizerConfig
+    from distillbench.training.method import Phase as Phase
+    from distillbench.training.pairs import PairStore as PairStore
+    from distillbench.training.pairs import Workspace as Workspace
 
-_HOME = {
-    "Batch": "method",
-    "Condition": "conditions",
-    "Conditioning": "conditions",
-    "Dataset": "datasets",
-    "DatasetConfig": "datasets",
-    "Denoiser": "denoiser",
-    "DivergedError": "errors",
-    "FeatureNetwork": "features",
-    "Method": "method",
-    "MethodConfig": "method",
-    "Metric": "metrics",
-    "Need": "metrics",
-    "NetworkConfig": "method",
-    "Noise": "noise",
-    "OptimizerConfig": "method",
-    "PairStore": "pairs",
-    "Phase": "method",
-    "Progress": "progress",
-    "Samples": "metrics",
-    "Teacher": "teachers",
-    "TeacherConfig": "teachers",
-    "TeacherPlan": "teachers",
-    "TeacherSource": "teachers",
-    "Unavailable": "errors",
-    "UserError": "errors",
-    "WeightsFile": "pretrained",
-    "Workspace": "pairs",
-    "hookimpl": "hookspecs",
-    "option": "options",
+PUBLIC_PACKAGES = ("datasets", "diffusion", "evaluation", "networks", "options", "testing")
+
+__all__ = [
+    "Batch",
+    "Clip",
+    "Condition",
+    "Conditioning",
+    "Dataset",
+    "DatasetConfig",
+    "Denoiser",
+    "DivergedError",
+    "FeatureNetwork",
+    "Method",
+    "MethodConfig",
+    "Metric",
+    "Need",
+    "NetworkConfig",
+    "Noise",
+    "OptimizerConfig",
+    "PairStore",
+    "Phase",
+    "Progress",
+    "Samples",
+    "Teacher",
+    "TeacherConfig",
+    "TeacherPlan",
+    "TeacherSource",
+    "Unavailable",
+    "UserError",
+    "WeightsFile",
+    "Workspace",
+    "canonical_json",
+    "hookimpl",
+    "key_of",
+    "option",
+    "quoted",
+    "sha256_file",
+    "sha256_tensors",
+    "signed",
+    "unknown",
+    "write_atomically",
+]
+
+_HOMES = {
+    "Batch": "distillbench.training.method",
+    "Clip": "distillbench.teachers.teacher",
+    "Condition": "distillbench.diffusion.conditioning",
+    "Conditioning": "distillbench.diffusion.conditioning",
+    "Dataset": "distillbench.datasets.dataset",
+    "DatasetConfig": "distillbench.datasets.dataset",
+    "Denoiser": "distillbench.diffusion.denoiser",
+    "DivergedError": "distillbench.errors",
+    "FeatureNetwork": "distillbench.evaluation.features",
+    "Method": "distillbench.training.method",
+    "MethodConfig": "distillbench.training.method",
+    "Metric": "distillbench.evaluation.metric",
+    "Need": "distillbench.evaluation.metric",
+    "NetworkConfig": "distillbench.training.method",
+    "Noise": "distillbench.diffusion.noise",
+    "OptimizerConfig": "distillbench.training.method",
+    "PairStore": "distillbench.training.pairs",
+    "Phase": "distillbench.training.method",
+    "Progress": "distillbench.system.progress",
+    "Samples": "distillbench.evaluation.metric",
+    "Teacher": "distillbench.teachers.teacher",
+    "TeacherConfig": "distillbench.teachers.teacher",
+    "TeacherPlan": "distillbench.teachers.teacher",
+    "TeacherSource": "distillbench.teachers.teacher",
+    "Unavailable": "distillbench.errors",
+    "UserError": "distillbench.errors",
+    "WeightsFile": "distillbench.evaluation.pretrained_weights",
+    "Workspace": "distillbench.training.pairs",
+    "canonical_json": "distillbench.storage.files",
+    "hookimpl": "distillbench.hookspecs",
+    "key_of": "distillbench.storage.files",
+    "option": "distillbench.options",
+    "quoted": "distillbench.errors",
+    "sha256_file": "distillbench.storage.files",
+    "sha256_tensors": "distillbench.storage.files",
+    "signed": "distillbench.storage.files",
+    "unknown": "distillbench.errors",
+    "write_atomically": "distillbench.storage.files",
 }
-
-__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'distillbench' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"distillbench.{_HOME[name]}"), name)
+    return load(__name__, _HOMES, name)

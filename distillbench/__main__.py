@@ -1,5 +1,5 @@
 """``python -m distillbench``: the command line without the script, as launchers need it."""
 
-from distillbench.cli import main
+from distillbench.cli.commands import main
 
 main()

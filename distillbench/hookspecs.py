@@ -14,9 +14,11 @@ from typing import Any
 
 import pluggy
 
-API = 1  # version of the plugin contract
+API = 2  # version of the plugin contract
 CHANGES: dict[int, str] = {  # version: what a plugin for the one before it must change
     1: "write @hookimpl(api=1) on every hook, and check its classes against the contract: distillbench check NAME",
+    2: "import from distillbench, or from its packages datasets, diffusion, evaluation, networks, options and testing "
+    "(the table is in docs/contract.md), and write @hookimpl(api=2) on every hook",
 }
 
 hookspec = pluggy.HookspecMarker("distillbench")
@@ -25,7 +27,7 @@ _versions = "distillbench_api"  # attribute of a marked function
 
 
 def hookimpl(hook: Callable[..., None] | None = None, *, api: int = 0) -> Any:
-    """Mark a function as a hook of a plugin that was written for version `api` of the contract: ``@hookimpl(api=1)``.
+    """Mark a function as a hook of a plugin that was written for version `api` of the contract: ``@hookimpl(api=2)``.
 
     A plugin without a version is not loaded; the error says what to write.
     """

@@ -1,6 +1,6 @@
 """Settings: dataclass fields with a help text, and checks whose errors name the setting.
 
-A check names the field of the dataclass (``lr``); :mod:`distillbench.config` prepends its path
+A check names the field of the dataclass (``lr``); :mod:`distillbench.runs.config` prepends its path
 (``methods.boot.lr must be positive, got -1.0``).
 """
 

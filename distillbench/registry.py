@@ -26,14 +26,15 @@ import pluggy
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distillbench import __version__, hookspecs
-from distillbench.datasets import Dataset, DatasetConfig
+from distillbench import hookspecs
+from distillbench._version import __version__
+from distillbench.datasets.dataset import Dataset, DatasetConfig
 from distillbench.errors import UserError, nearest, quoted, unknown
-from distillbench.features import FeatureNetwork
-from distillbench.method import Method, MethodConfig
-from distillbench.metrics import DIRECTIONS, Metric, Need
-from distillbench.table import FIRST, LAST
-from distillbench.teachers import TeacherConfig, TeacherSource
+from distillbench.evaluation.features import FeatureNetwork
+from distillbench.evaluation.metric import DIRECTIONS, Metric, Need
+from distillbench.records.table import FIRST, LAST
+from distillbench.teachers.teacher import TeacherConfig, TeacherSource
+from distillbench.training.method import Method, MethodConfig
 
 GROUP = "distillbench"
 FILE = "file"  # the distribution of a plugin that is one file
@@ -83,7 +84,7 @@ class Plugin:
     brings: list[str] = field(default_factory=list)  # "methods: boot"
     origin: str = ""  # the file of its module
     helpers: tuple[Path, ...] = ()
-    not_asked: str = ""  # why it was not loaded, although it is not broken
+    not_selected: str = ""  # why it was not loaded, although it is not broken
     error: str = ""
     traceback: str = ""
 
@@ -168,8 +169,10 @@ class Registry:
     def no(self, kind: str, name: str, possible: Iterable[str], where: str = "") -> UserError:
         """The error for an unknown name, with the error of its plugin if that is broken, or else the nearest match."""
         for plugin in self.plugins:
-            if name in (plugin.name, plugin.name.removeprefix("distillbench_")) and (plugin.error or plugin.not_asked):
-                why = plugin.error or plugin.not_asked
+            if name in (plugin.name, plugin.name.removeprefix("distillbench_")) and (
+                plugin.error or plugin.not_selected
+            ):
+                why = plugin.error or plugin.not_selected
                 return UserError(f"no {kind} {quoted(name)}{where}: plugin {plugin.name} is left out: {why}")
         return unknown(kind, name, possible, where)
 
@@ -232,7 +235,7 @@ def load_registry(sources: Iterable[Source] | None = None, only: Sequence[str] =
         plugin = Plugin(source.name, source.distribution, source.version, helpers=source.helpers)
         registry.plugins.append(plugin)
         if only and not any(_named_by(pattern, source) for pattern in only):
-            plugin.not_asked = f"{ONLY}={','.join(only)}"
+            plugin.not_selected = f"{ONLY}={','.join(only)}"
             continue
         try:
             for kind, entry in _brought(plugin, source.load(), registry):

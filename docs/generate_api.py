@@ -17,13 +17,12 @@ from pathlib import Path
 import distillbench
 
 PAGE = Path(__file__).resolve().parent / "api.md"
-SOURCES = Path(distillbench.__file__).resolve().parent
-FIRST = ("method", "datasets", "teachers", "metrics", "features", "scores")  # the rest follows by name
+ROOT = Path(distillbench.__file__).resolve().parent
 HEAD = """# Public names
 
-A plugin may import the names of `distillbench` itself, and those of the modules below. Everything else is private. [The
-contract](contract.md) says what they guarantee. Inherited members of a class are not listed. `docs/generate_api.py`
-generates this page from the code.
+What a plugin may import: the names of `distillbench` itself and of the packages below. Everything else is private.
+[The contract](contract.md) says what they promise. A class shows its own members, not those that it inherits.
+`docs/generate_api.py` makes this page.
 """
 SPECIAL = ("__init__", "__call__", "__len__", "__getitem__")
 WIDTH = 100  # of a signature
@@ -35,56 +34,54 @@ SPECIAL_TEXT = re.compile(r"(\*|<(?=\w)|(?<!\w)_|_(?!\w)|\](?=\())")  # characte
 
 def page() -> str:
     """The content of docs/api.md."""
-    modules = [_Module(name) for name in _modules()]
-    count = collections.Counter(name for module in modules for name in module.names)
-    for module in modules:
-        module.headings = {name: f"{module.name}.{name}" if count[name] > 1 else name for name in module.names}
-    parts = [HEAD, _contents(modules), _own(modules)]
-    parts += [module.section() for module in modules]
-    return "\n".join(parts)
+    packages = [_Package("distillbench"), *(_Package(f"distillbench.{name}") for name in distillbench.PUBLIC_PACKAGES)]
+    count = collections.Counter(name for package in packages for name in package.names)
+    for package in packages:
+        package.headings = {n: f"{package.name}.{n}" if count[n] > 1 else n for n in package.names}
+    return "\n".join([HEAD, _contents(packages), *(package.section() for package in packages)])
 
 
-def _modules() -> list[str]:
-    return [*FIRST, *sorted(set(distillbench.PUBLIC_MODULES) - set(FIRST))]
+def _contents(packages: list[_Package]) -> str:
+    rows = [f"| [{p.name}](#{_slug(p.name)}) | {p.summary().replace('|', chr(92) + '|')} |" for p in packages]
+    return "\n".join(["| package | |", "|---|---|", *rows, ""])
 
 
-def _contents(modules: list[_Module]) -> str:
-    rows = [f"| [{m.name}](#{_slug(m.title)}) | {m.summary().replace('|', chr(92) + '|')} |" for m in modules]
-    return "\n".join(["| module | |", "|---|---|", *rows, ""])
-
-
-def _own(modules: list[_Module]) -> str:
-    """The names of distillbench itself: links to their modules, and a list of those in no public module."""
-    shown = {name: f"[{name}](#{_slug(m.headings[name])})" for m in modules for name in m.names}
-    rest = [name for name in distillbench.__all__ if name not in shown]
-    links = ",\n".join([*(shown[name] for name in distillbench.__all__ if name in shown), *(f"`{n}`" for n in rest)])
-    parts = ["## distillbench\n", links + ".\n"]
-    for name in rest:
-        home = _Module(distillbench._HOME[name])
-        home.headings = {name: name}
-        parts.append(home.entry(name))
-    return "\n".join(parts)
-
-
-class _Module:
-    """The source of a module of distillbench."""
+class _Package:
+    """A public package, or a public module: the names in its ``__all__`` and the modules that define them."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.title = name, f"distillbench.{name}"
-        self.source = (SOURCES / f"{name}.py").read_text()
-        self.lines = self.source.splitlines()
-        self.tree = ast.parse(self.source)
-        public = getattr(importlib.import_module(self.title), "__all__", [])
-        self.names = [n for kind in (ast.ClassDef, ast.FunctionDef, ast.stmt) for n in self._of(kind, set(public))]
+        self.name = name
+        loaded = importlib.import_module(name)
+        homes = getattr(loaded, "_HOMES", dict.fromkeys(loaded.__all__, name))
+        self.sources = {home: _Source(home) for home in sorted(set(homes.values()))}
+        self.home = {n: self.sources[homes[n]] for n in loaded.__all__}
+        self.names = [n for source in self.sources.values() for n in source.ordered(set(loaded.__all__))]
+        self.docstring = (loaded.__doc__ or "").split("\n\n")[0]
         self.headings: dict[str, str] = {}
-        self.elsewhere = {name: _Module(self._home(name)) for name in sorted(set(public) - set(self.names))}
-        self.names += self.elsewhere
 
-    def _home(self, name: str) -> str:
-        """The module that a public name is imported from."""
-        imports = [node for node in self.tree.body if isinstance(node, ast.ImportFrom)]
-        (home,) = [node.module for node in imports if name in [alias.name for alias in node.names] and node.module]
-        return home.removeprefix("distillbench.")
+    def summary(self) -> str:
+        """The first paragraph of the docstring, on one line."""
+        return _text(self.docstring).replace("\n", " ")
+
+    def section(self) -> str:
+        contents = ",\n".join(f"[{name}](#{_slug(self.headings[name])})" for name in self.names) + ".\n"
+        entries = [self.home[name].entry(name, self.headings[name]) for name in self.names]
+        return "\n".join([f"## {self.name}\n", _text(self.docstring) + "\n", contents, *entries])
+
+
+class _Source:
+    """The source of a module."""
+
+    def __init__(self, module: str) -> None:
+        path = ROOT.joinpath(*module.split(".")[1:])
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        source = file.read_text()
+        self.lines = source.splitlines()
+        self.tree = ast.parse(source)
+
+    def ordered(self, public: set[str]) -> list[str]:
+        """The public names defined here: classes, functions, constants, each in the order of the file."""
+        return [n for kind in (ast.ClassDef, ast.FunctionDef, ast.stmt) for n in self._of(kind, public)]
 
     def _of(self, kind: type[ast.stmt], public: set[str]) -> list[str]:
         """The public names that statements of this kind define, in the order of the file."""
@@ -92,20 +89,7 @@ class _Module:
         last = kind is ast.stmt
         return list(dict.fromkeys(n for n, node in found if (_is_constant(node) if last else isinstance(node, kind))))
 
-    def summary(self) -> str:
-        """The first paragraph of the module's docstring, on one line."""
-        return _text((ast.get_docstring(self.tree) or "").split("\n\n")[0]).replace("\n", " ")
-
-    def section(self) -> str:
-        return "\n".join([f"## {self.title}\n", self.paragraph() + "\n", *map(self.entry, self.names)])
-
-    def paragraph(self) -> str:
-        return _text((ast.get_docstring(self.tree) or "").split("\n\n")[0])
-
-    def entry(self, name: str) -> str:
-        if name in self.elsewhere:
-            self.elsewhere[name].headings[name] = self.headings[name]
-            return self.elsewhere[name].entry(name)
+    def entry(self, name: str, heading: str) -> str:
         node = next(n for n in self.tree.body if name in _defined(n))
         text = ""
         if isinstance(node, ast.ClassDef):
@@ -116,7 +100,7 @@ class _Module:
             code, text = self.constant(node, name)
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             text = _text(ast.get_docstring(node) or "")
-        return f"### `{self.headings[name]}`\n\n```python\n{code}\n```\n" + (f"\n{text}\n" if text else "")
+        return f"### `{heading}`\n\n```python\n{code}\n```\n" + (f"\n{text}\n" if text else "")
 
     def klass(self, node: ast.ClassDef) -> Iterator[str]:
         """A class without what its functions do."""

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import click
 
-from distillbench.cli import cli
-from distillbench.config import RunConfig, describe_options
-from distillbench.executor_settings import EXECUTORS
+from distillbench.cli.commands import cli
+from distillbench.runs.config import RunConfig, describe_options
+from distillbench.runs.executor_config import EXECUTORS
 
 PAGE = Path(__file__).resolve().parent / "commands.md"
 HEAD = """# Command reference

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distillbench.cell import Cell
-from distillbench.config import compose_runs
-from distillbench.plan import build, plan
 from distillbench.registry import Registry, installed, load_registry
+from distillbench.runs.cell import Cell
+from distillbench.runs.config import compose_runs
+from distillbench.runs.plan import plan
+from distillbench.runs.shared_context import build
 
 PAGE = Path(__file__).resolve().parent / "gallery.md"
 HEAD = """# Gallery of methods
@@ -46,7 +47,7 @@ def page() -> str:
 def _row(cell: Cell, registry: Registry) -> list[str]:
     cls, price = registry.methods[cell.name].cls, cell.price
     source = cell.scene.source
-    method = build(cell, source.untrained().asked(cell.scene.conditioning))
+    method = build(cell, source.untrained().conditioned(cell.scene.conditioning))
     return [
         f"`{cell.name}`",
         _idea(cls),

@@ -35,11 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Denoiser, Method, MethodConfig, Teacher, hookimpl, option
-from distillbench.conditions import UNCONDITIONAL
-from distillbench.losses import mean_square
+from distillbench.diffusion import TIME_GRIDS, UNCONDITIONAL, ddim, mean_square, time_like, whole_grid, x_at_t_max
 from distillbench.networks import TimeEmbedding
 from distillbench.options import require_between, require_one_of, require_positive
-from distillbench.samplers import TIME_GRIDS, ddim, time_like, whole_grid, x_at_t_max
 
 
 class SignalNetwork(nn.Module):
@@ -145,6 +143,6 @@ class Boot(Method):
         return ddim(partial(self.teacher.denoise, c=c), schedule, x_tau, times)
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_methods(register) -> None:
     register(Boot)

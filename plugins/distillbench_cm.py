@@ -3,7 +3,7 @@
 Song, Dhariwal, Chen & Sutskever 2023, "Consistency Models", arXiv:2303.01469, algorithm 2. Noise levels are EDM's,
 tau = sigma_t / alpha_t, so it works on any schedule: x^ = x_t / alpha_t = x_0 + tau eps.
 
-    F(x_t, t) = c_skip(tau) x^ + c_out(tau) NN,   F = x^ at tau = e    (eq. 5; distillbench/consistency.py)
+    F(x_t, t) = c_skip(tau) x^ + c_out(tau) NN,   F = x^ at tau = e    (eq. 5; distillbench/diffusion/consistency.py)
     x_t = alpha_t x_0 + sigma_t eps;   x_s = one step of a solver with the teacher, t -> s            (eq. 6)
     L   = lambda d( F(x_t, t), sg[F^-(x_s, s)] )                                                    (eq. 7)
     weights of F^- <- mu weights of F^- + (1 - mu) weights of F                                     (eq. 8)
@@ -31,12 +31,20 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, Workspace, hookimpl, option
-from distillbench.consistency import DISTANCES, STEP_WEIGHTS, ConsistencyFunction, multistep
-from distillbench.dropout import one_mask
+from distillbench.diffusion import (
+    DISTANCES,
+    ONE_STEP,
+    STEP_WEIGHTS,
+    TIME_GRIDS,
+    ConsistencyFunction,
+    NoiseSchedule,
+    check_heun,
+    karras_times,
+    multistep,
+    one_mask,
+)
 from distillbench.networks import MovingAverage
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
-from distillbench.samplers import ONE_STEP, TIME_GRIDS, check_heun, karras_times
-from distillbench.schedules import NoiseSchedule
 
 
 class ConsistencyDistillation(Method):
@@ -121,6 +129,6 @@ class ConsistencyDistillation(Method):
         return multistep(self.student, self.grid, noise, nfe, c)
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_methods(register) -> None:
     register(ConsistencyDistillation)

@@ -5,7 +5,7 @@ Song & Dhariwal 2023, arXiv:2310.14189 (iCT). The teacher's solver is replaced b
 noise: E[x_0 + tau_s eps given x_t] is one Euler step of the data's probability-flow ODE.
 
     x_t = alpha_t x_0 + sigma_t eps,   x_s = alpha_s x_0 + sigma_s eps
-    L   = lambda d( F(x_t, t, c), sg[F^-(x_s, s, c)] )             (F: distillbench/consistency.py; F = x^ at tau = e)
+    L   = lambda d( F(x_t, t, c), sg[F^-(x_s, s, c)] )        (F: distillbench.diffusion.consistency; F = x^ at tau = e)
     weights of F^- <- mu weights of F^- + (1 - mu) weights of F                               (mu = 0: F^- is F)
     t = t_{n+1}, s = t_n;   P(n) is uniform, or Phi_{n+1} - Phi_n with Phi_n = Phi((ln tau_n - p_mean) / p_std)
 
@@ -35,11 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
-from distillbench.consistency import DISTANCES, STEP_WEIGHTS, ConsistencyFunction, multistep
-from distillbench.dropout import one_mask
+from distillbench.diffusion import DISTANCES, STEP_WEIGHTS, ConsistencyFunction, karras_times, multistep, one_mask
 from distillbench.networks import MovingAverage
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
-from distillbench.samplers import karras_times
 
 
 class ConsistencyTraining(Method):
@@ -145,6 +143,6 @@ class ConsistencyTraining(Method):
         return multistep(self.student, self.last, noise, nfe, c)
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_methods(register) -> None:
     register(ConsistencyTraining)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 
 from distillbench import Batch, Condition, Method, MethodConfig, PairStore, UserError, Workspace, hookimpl, option
+from distillbench.diffusion import SAMPLERS, Solver, time_like, x_at_t_max
 from distillbench.options import require_one_of, require_positive
-from distillbench.samplers import SAMPLERS, Solver, time_like, x_at_t_max
 
 
 class Direct(Method):
@@ -86,6 +86,6 @@ class Direct(Method):
         return self.g(noise(0), c)
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_methods(register) -> None:
     register(Direct)

@@ -29,9 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
-from distillbench.losses import SNR_WEIGHTS, mean_square
+from distillbench.diffusion import SNR_WEIGHTS, TIME_GRIDS, ddim, ddim_step, mean_square, x_at_top
 from distillbench.options import require_one_of, require_positive
-from distillbench.samplers import TIME_GRIDS, ddim, ddim_step, x_at_top
 
 
 class ProgressiveDistillation(Method):
@@ -64,7 +63,7 @@ class ProgressiveDistillation(Method):
             raise UserError("pd: a one-step student cannot predict eps (1/alpha at t_max); take an x0 or v teacher")
         self.register_buffer("times", TIME_GRIDS[config.times](teacher.schedule, config.steps), persistent=False)
         self.halvings = [config.steps >> k for k in range(1, config.steps.bit_length())]  # n: N/2, ..., 2, 1
-        self.deputy = teacher.deputy()  # copy that takes a student's weights: the teacher of later phases
+        self.frozen_copy = teacher.frozen_copy()  # copy that takes a student's weights: the teacher of later phases
         self.students = nn.ModuleDict({str(n): teacher.student().freeze() for n in self.halvings})
 
     def phases(self) -> list[Phase]:
@@ -74,7 +73,7 @@ class ProgressiveDistillation(Method):
     def start_phase(self, index: int) -> None:
         self.n = self.halvings[index]
         self.grid = self.grid_of(2 * self.n)  # t_j = j/(2n), j = 0, ..., 2n
-        self.taught_by = self.teacher.denoise if index == 0 else self.deputy.forward
+        self.taught_by = self.teacher.denoise if index == 0 else self.frozen_copy.forward
 
     def grid_of(self, n: int) -> Tensor:
         """Every (N/n)-th time of the first teacher's grid: n steps."""
@@ -108,7 +107,7 @@ class ProgressiveDistillation(Method):
         yield self.student, mean_square(self.student(z_t, t, c), x_tilde, w)
 
     def end_phase(self, index: int, average: nn.Module) -> None:
-        for network in (self.deputy, self.student, self.students[str(self.n)]):
+        for network in (self.frozen_copy, self.student, self.students[str(self.n)]):
             network.load_state_dict(average.state_dict())
 
     def supports(self, nfe: int) -> bool:
@@ -122,6 +121,6 @@ class ProgressiveDistillation(Method):
         return ddim(partial(self.students[str(nfe)], c=c), schedule, x_at_top(schedule, noise(0), grid), grid)
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_methods(register) -> None:
     register(ProgressiveDistillation)

@@ -36,9 +36,9 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, NetworkConfig, Teacher, UserError, hookimpl, option
-from distillbench.networks import held
+from distillbench.diffusion import karras_times, time_like
+from distillbench.networks import frozen_weights
 from distillbench.options import require_between, require_positive
-from distillbench.samplers import karras_times, time_like
 
 SMALLEST = 1e-5  # of the denominator of L_G, as released
 
@@ -113,7 +113,7 @@ class ScoreIdentityDistillation(Method):
         """d [(D_phi - x) - alpha d] and the denominator of L_G: (B,C,H,W), (B,1,1,1)."""
         x_t = self.noised(x, t, eps)
         D_phi = self.teacher.denoise(x_t, t, c)
-        with held(self.fake):  # gradients reach x_t, not psi; no dropout
+        with frozen_weights(self.fake):  # gradients reach x_t, not psi; no dropout
             d = D_phi - self.fake(x_t, t, c)
         scale = (x - D_phi).detach().abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=SMALLEST)
         return d * (D_phi - x - self.config.alpha * d), scale
@@ -135,6 +135,6 @@ class ScoreIdentityDistillation(Method):
         return self.G(noise(0), c)
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_methods(register) -> None:
     register(ScoreIdentityDistillation)

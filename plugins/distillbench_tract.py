@@ -40,10 +40,9 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, Workspace, hookimpl, option
-from distillbench.losses import SNR_WEIGHTS, mean_square
+from distillbench.diffusion import SNR_WEIGHTS, TIME_GRIDS, check_heun, ddim, ddim_step, mean_square, x_at_top
 from distillbench.networks import MovingAverage
 from distillbench.options import require_fraction, require_one_of
-from distillbench.samplers import TIME_GRIDS, check_heun, ddim, ddim_step, x_at_top
 
 
 class Tract(Method):
@@ -82,7 +81,7 @@ class Tract(Method):
         self.register_buffer("k", torch.zeros((), dtype=torch.int64))
         self.updates = 0  # k as a plain number, for which no device is waited for
         self.register_load_state_dict_post_hook(lambda method, _: setattr(method, "updates", int(method.k)))
-        self.deputy = teacher.deputy()  # copy that takes an average's weights: the teacher of later phases
+        self.frozen_copy = teacher.frozen_copy()  # copy that takes an average's weights: the teacher of later phases
         self.students = nn.ModuleDict({str(n): teacher.student().freeze() for n in config.steps[1:]})
 
     def prepare(self, workspace: Workspace) -> None:
@@ -95,7 +94,7 @@ class Tract(Method):
     def start_phase(self, index: int) -> None:
         before, self.n = self.config.steps[index : index + 2]
         self.grid, self.group = self.grid_of(before), before // self.n
-        self.taught_by = self.teacher.denoise if index == 0 else self.deputy.forward
+        self.taught_by = self.teacher.denoise if index == 0 else self.frozen_copy.forward
         self.heun = index == 0 and self.config.teacher_step == "heun"  # later teachers have learnt DDIM's jumps
 
     def grid_of(self, n: int) -> Tensor:
@@ -131,7 +130,7 @@ class Tract(Method):
         self.following.move((1 - self.config.mu) / (1 - self.config.mu**self.updates))
 
     def end_phase(self, index: int, average: nn.Module) -> None:
-        for network in (self.deputy, self.students[str(self.n)]):
+        for network in (self.frozen_copy, self.students[str(self.n)]):
             network.load_state_dict(average.state_dict())
 
     def supports(self, nfe: int) -> bool:
@@ -145,6 +144,6 @@ class Tract(Method):
         return ddim(partial(self.students[str(nfe)], c=c), schedule, x_at_top(schedule, noise(0), grid), grid)
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_methods(register) -> None:
     register(Tract)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from distillbench.errors import Unavailable
-from distillbench.nvml import Gpu, gpu_of
+from distillbench.metering.nvml import Gpu, gpu_of
 
 BETWEEN = 0.02  # seconds between two looks at power
 SM, MEMORY, GPU = 1, 2, 0  # NVML's clocks and its sensor of temperature

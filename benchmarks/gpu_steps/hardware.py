@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from distillbench.compute import tf32
-from distillbench.energy import energy
 from distillbench.errors import Unavailable
-from distillbench.memory import peak_gpu_mib
-from distillbench.networks import UNet
+from distillbench.metering.energy import energy
+from distillbench.metering.memory import peak_gpu_mib
+from distillbench.networks.architectures import UNet
+from distillbench.training.compute import tf32
 from gpu_steps import verdicts
 from gpu_steps.clocks import Gauges, Sampled, clocks, gauges, median, milliseconds, synchronise, warm_up
 from gpu_steps.context import Context, NotRun
@@ -31,12 +31,12 @@ def environment(context: Context) -> None:
     """Doctor's checks of the device, versions, NVML, MIG, compute mode, variables."""
     from pathlib import Path
 
-    from distillbench.doctor import findings
-    from distillbench.doctor_devices import check_device, check_threads
-    from distillbench.doctor_findings import Installation
-    from distillbench.doctor_numerics import check_numerics
-    from distillbench.doctor_packages import check_torch
-    from distillbench.pretrained import weights_folder
+    from distillbench.cli.doctor import findings
+    from distillbench.cli.doctor_devices import check_device, check_threads
+    from distillbench.cli.doctor_findings import Installation
+    from distillbench.cli.doctor_numerics import check_numerics
+    from distillbench.cli.doctor_packages import check_torch
+    from distillbench.evaluation.pretrained_weights import weights_folder
     from distillbench.registry import load_registry
 
     context.keep("about", about(context.device))
@@ -174,10 +174,10 @@ def _copies(device: str, size: int, seconds: float) -> float:
 
 def precision(context: Context) -> None:
     """A U-Net in each precision of the settings beside float64 on the CPU: float32 must not be TF32."""
-    from distillbench.compute import Sampling, sampling
-    from distillbench.denoiser import Denoiser
-    from distillbench.schedules import VPCosine
-    from distillbench.teachers import Teacher
+    from distillbench.diffusion.denoiser import Denoiser
+    from distillbench.diffusion.schedules import VPCosine
+    from distillbench.teachers.teacher import Teacher
+    from distillbench.training.compute import Sampling, sampling
 
     torch.manual_seed(0)
     width, shape = (8, (3, 8, 8)) if context.small else (64, (3, 32, 32))

@@ -12,17 +12,17 @@ import torch
 from measuring import Pair, Scene
 
 from distillbench.builtin.efficientnet_lite0 import EfficientNetLite0
-from distillbench.compute import Sampling, sampling
-from distillbench.conditions import UNCONDITIONAL
-from distillbench.evaluate import Evaluator, teacher_sampler
-from distillbench.evaluation_settings import EvaluationConfig
-from distillbench.features import ImageSet, Networks
-from distillbench.metrics import Samples
-from distillbench.noise import FixedNoise
-from distillbench.progress import Progress
-from distillbench.references import RealImages
+from distillbench.diffusion.conditioning import UNCONDITIONAL
+from distillbench.diffusion.noise import FixedNoise
+from distillbench.diffusion.samplers import Solver
+from distillbench.evaluation.evaluator import Evaluator, teacher_sampler
+from distillbench.evaluation.features import ImageSet, Networks
+from distillbench.evaluation.metric import Samples
+from distillbench.evaluation.reference_statistics import RealImages
+from distillbench.evaluation.settings import EvaluationConfig
 from distillbench.registry import load_registry
-from distillbench.samplers import Solver
+from distillbench.system.progress import Progress
+from distillbench.training.compute import Sampling, sampling
 from gpu_steps import verdicts
 from gpu_steps.clocks import median, milliseconds, synchronise, warm_up
 from gpu_steps.context import Context, NotRun

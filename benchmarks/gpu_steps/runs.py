@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from distillbench.compute import ComputeConfig
+from distillbench.training.compute import ComputeConfig
 from gpu_steps import verdicts
 from gpu_steps.context import Context, NotRun, stop, wait_for
 from gpu_steps.verdicts import Verdict

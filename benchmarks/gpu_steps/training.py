@@ -14,22 +14,22 @@ import torch
 from measuring import Colours, Pair, Scene
 from torch import Tensor
 
-from distillbench.budget import BudgetConfig, Meter, Price
 from distillbench.builtin.digits import Digits
-from distillbench.compute import ComputeConfig, applied, tf32
-from distillbench.conditions import WITHOUT_CLASSES, Conditioning
-from distillbench.data_stream import DataStream
-from distillbench.denoiser import Denoiser
-from distillbench.energy import energy
-from distillbench.flops import family_flops, training_flops
-from distillbench.memory import peak_gpu_mib, peak_rss_mib
-from distillbench.networks import UNet
-from distillbench.optimizers import warm_up as warm_up_optimizers
-from distillbench.pairs import Workspace
-from distillbench.progress import Progress, Step
-from distillbench.schedules import VPCosine
-from distillbench.teachers import Teacher
-from distillbench.train import Loop, train
+from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Conditioning
+from distillbench.diffusion.denoiser import Denoiser
+from distillbench.diffusion.schedules import VPCosine
+from distillbench.metering.energy import energy
+from distillbench.metering.memory import peak_gpu_mib, peak_rss_mib
+from distillbench.networks.architectures import UNet
+from distillbench.system.progress import Progress, Step
+from distillbench.teachers.teacher import Teacher
+from distillbench.training.budget import BudgetConfig, Meter, Price
+from distillbench.training.compute import ComputeConfig, applied, tf32
+from distillbench.training.data_stream import DataStream
+from distillbench.training.flops import family_flops, training_flops
+from distillbench.training.loop import Loop, train
+from distillbench.training.optimizers import warm_up as warm_up_optimizers
+from distillbench.training.pairs import Workspace
 from gpu_steps import verdicts
 from gpu_steps.clocks import Marks, clocks, synchronise, warm_up
 from gpu_steps.context import Context, NotRun

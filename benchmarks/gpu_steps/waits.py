@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from distillbench.budget import Meter
-from distillbench.conditions import WITHOUT_CLASSES, Conditioning
+from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Conditioning
 from distillbench.errors import UserError
+from distillbench.training.budget import Meter
 from gpu_steps import verdicts
 from gpu_steps.clocks import synchronise
 from gpu_steps.context import Context

@@ -17,22 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Denoiser, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
-from distillbench.budget import BudgetConfig, Meter
 from distillbench.builtin.trained import DenoisingTraining, TeacherTraining, network_of_size
-from distillbench.conditions import Conditioning
-from distillbench.datasets import to_float
-from distillbench.denoiser import TARGETS
-from distillbench.exact import ExactDenoiser
-from distillbench.files import canonical_json, key_of, sha256_tensors
-from distillbench.kept_tensors import read_tensors, write_tensors
-from distillbench.laws import Gaussian, Law
-from distillbench.networks import NETWORKS, SIZED
+from distillbench.datasets.dataset import to_float
+from distillbench.diffusion.conditioning import Conditioning
+from distillbench.diffusion.denoiser import TARGETS
+from distillbench.diffusion.distributions import Distribution, Gaussian
+from distillbench.diffusion.exact_denoiser import ExactDenoiser
+from distillbench.diffusion.schedules import SCHEDULES
+from distillbench.networks.architectures import NETWORKS, SIZED
 from distillbench.options import require_between, require_one_of
-from distillbench.pairs import Workspace
-from distillbench.progress import Progress
-from distillbench.schedules import SCHEDULES
-from distillbench.teachers import TeacherPlan
-from distillbench.train import Loop, train
+from distillbench.storage.checksummed import read_tensors, write_tensors
+from distillbench.storage.files import canonical_json, key_of, sha256_tensors
+from distillbench.system.progress import Progress
+from distillbench.teachers.teacher import TeacherPlan
+from distillbench.training.budget import BudgetConfig, Meter
+from distillbench.training.loop import Loop, train
+from distillbench.training.pairs import Workspace
 
 FIT_BATCH = 256
 LARGEST_COVARIANCE = 4096  # most values of an image
@@ -60,7 +60,7 @@ class Analytic(TeacherSource):
 
     @functools.cached_property
     @abstractmethod
-    def law(self) -> Law:
+    def distribution(self) -> Distribution:
         """The distribution of x_0. Raises UserError if the dataset has none of this kind."""
 
     def plan(self) -> TeacherPlan:
@@ -80,7 +80,7 @@ class Analytic(TeacherSource):
     def _recipe(self) -> dict[str, Any]:
         plain = dataclasses.asdict(self.config)
         plain.pop("kind")
-        return plain | {"fit_batch": FIT_BATCH, "classes": self.conditioning.classes, "law": self.law.plain()}
+        return plain | {"fit_batch": FIT_BATCH, "classes": self.conditioning.classes, "law": self.distribution.plain()}
 
     def _first(self) -> nn.Module:
         """The students' initial network before any training."""
@@ -99,7 +99,7 @@ class Analytic(TeacherSource):
         schedule = SCHEDULES[self.config.schedule]()
         return Teacher(
             self.name,
-            ExactDenoiser(self.law, schedule).to(self.device),
+            ExactDenoiser(self.distribution, schedule).to(self.device),
             self.dataset.shape,
             sha256,
             self._recipe(),
@@ -121,10 +121,10 @@ class Analytic(TeacherSource):
         method = DenoisingTraining(training, teacher).to(self.device)
         meter = Meter(BudgetConfig(images=self.config.fit_images), teacher, self.device)
         workspace = Workspace(teacher, meter, self.cache, self.device, self.config.seed, progress)
-        generator, law = torch.Generator().manual_seed(self.config.seed), self.law
+        generator, distribution = torch.Generator().manual_seed(self.config.seed), self.distribution
 
         def read(size: int) -> tuple[Tensor, Tensor]:
-            x_0, component = law.draw(size, generator)
+            x_0, component = distribution.draw(size, generator)
             return to_float(x_0).to(self.device), component
 
         with progress.step(f"students' initial weights for teacher={self.name}") as step:
@@ -144,7 +144,7 @@ class GaussianTeacher(Analytic):
     Config = Analytic.Config
 
     @functools.cached_property
-    def law(self) -> Law:
+    def distribution(self) -> Distribution:
         size = torch.Size(self.dataset.shape).numel()
         if self.conditioning.classes:
             raise UserError(
@@ -154,8 +154,8 @@ class GaussianTeacher(Analytic):
             raise UserError(
                 f"teacher=gaussian stores a covariance: images have {size} values, at most {LARGEST_COVARIANCE}"
             )
-        if self.dataset.law is not None:
-            mean, covariance = self.dataset.law.moments()
+        if self.dataset.distribution is not None:
+            mean, covariance = self.dataset.distribution.moments()
         else:
             images = to_float(self.dataset.read(torch.arange(len(self.dataset)))).double().flatten(1)
             mean, covariance = images.mean(dim=0), torch.cov(images.T, correction=0).reshape(size, size)
@@ -169,15 +169,15 @@ class GmmTeacher(Analytic):
     Config = Analytic.Config
 
     @functools.cached_property
-    def law(self) -> Law:
-        if self.dataset.law is None:
+    def distribution(self) -> Distribution:
+        if self.dataset.distribution is None:
             raise UserError(
                 f"teacher=gmm needs a dataset with a known distribution (dataset=gmm), got {self.dataset.name}"
             )
-        return self.dataset.law
+        return self.dataset.distribution
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_teachers(register) -> None:
     register(GaussianTeacher)
     register(GmmTeacher)

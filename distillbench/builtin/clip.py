@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distillbench import Samples, Unavailable, hookimpl, scores
-from distillbench.features import FeatureNetwork, full_precision, resized
-from distillbench.metrics import Need
-from distillbench.pretrained import WeightsFile, locate
+from distillbench import Samples, Unavailable, hookimpl
+from distillbench.evaluation import feature_metrics
+from distillbench.evaluation.features import FeatureNetwork, full_precision, resized
+from distillbench.evaluation.metric import Need
+from distillbench.evaluation.pretrained_weights import WeightsFile, locate
 
 SIDE = 224  # pixels of the input
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images
@@ -127,7 +128,7 @@ def _middle(picture: np.ndarray) -> np.ndarray:
     return np.asarray(resized_picture.crop((left, top, left + SIDE, top + SIDE)))
 
 
-class ClipScore(scores.FeatureMetric):
+class ClipScore(feature_metrics.FeatureMetric):
     """Mean of 100 max(cos, 0) between an image and its prompt, as in torchmetrics and diffusers' guide.
 
     Hessel et al. multiply by 2.5 instead of 100 and use ViT-B/32. Papers use different networks, so the column names
@@ -150,6 +151,6 @@ class ClipScore(scores.FeatureMetric):
         return 100 * (images.double() * texts.double()).sum(dim=1).clamp(min=0).mean().item()
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_metrics(register) -> None:
     register(ClipScore)

@@ -51,17 +51,17 @@ from distillbench.builtin.diffusers_pipelines import (
     unread_settings,
 )
 from distillbench.builtin.stable_diffusion import TextEncoder, TextPipeline
-from distillbench.conditions import Condition, Conditioning, Texts
-from distillbench.denoiser import Counter
-from distillbench.diffusers_networks import TextUNet
-from distillbench.diffusers_schedules import Reading, read_config, with_defaults
-from distillbench.files import canonical_json
+from distillbench.diffusion.conditioning import Condition, Conditioning, Texts
+from distillbench.diffusion.denoiser import Counter
+from distillbench.diffusion.samplers import TIME_GRIDS, ddim
+from distillbench.diffusion.schedules import NoiseSchedule
+from distillbench.networks.diffusers_wrappers import TextUNet
 from distillbench.options import require_between, require_one_of
-from distillbench.progress import Progress
-from distillbench.prompts import PlaceholderPrompts
-from distillbench.samplers import TIME_GRIDS, ddim
-from distillbench.schedules import NoiseSchedule
-from distillbench.teachers import TeacherPlan
+from distillbench.storage.files import canonical_json
+from distillbench.system.progress import Progress
+from distillbench.teachers.diffusers_schedulers import SchedulerReading, read_config, with_defaults
+from distillbench.teachers.encoded_prompts import PlaceholderPrompts
+from distillbench.teachers.teacher import TeacherPlan
 
 STUDENT_TIMES = 2  # most timesteps in the scheduler of an exported one-step student
 NOISING = "image_noising_scheduler"
@@ -122,7 +122,7 @@ class _Stage:
     """A pipeline of the cascade, as its configs describe it."""
 
     index: Index
-    reading: Reading
+    reading: SchedulerReading
     shape: tuple[int, int, int]  # C,H,W of its images
     variant: str
     local: bool  # a local folder, not on the hub
@@ -186,7 +186,7 @@ class DeepFloyd(TextPipeline):
         sha256 = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
         read = lambda stage: load_component(stage.index, "unet", stage.variant)
         teacher = self._cascade(stages, texts, read, sha256)
-        return dataclasses.replace(teacher, encode=encoder, parked=(encoder.parked,))
+        return dataclasses.replace(teacher, encode=encoder, offloaded=(encoder.offloaded,))
 
     # --- reading the configs ---
 
@@ -312,6 +312,6 @@ class DeepFloyd(TextPipeline):
         )
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_teachers(register) -> None:
     register(DeepFloyd)

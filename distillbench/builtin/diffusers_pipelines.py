@@ -27,15 +27,15 @@ from typing import Any, ClassVar
 import torch
 
 from distillbench import Denoiser, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
-from distillbench.conditions import Conditioning
-from distillbench.diffusers_networks import AUTOENCODERS, NETWORKS, DiffusersNetwork, check_classes
-from distillbench.diffusers_schedules import Reading, read_config, unknown_keys, with_defaults
+from distillbench.diffusion.conditioning import Conditioning
 from distillbench.errors import LONGEST_REASON, quoted, unsupported
-from distillbench.files import canonical_json, sha256_file
+from distillbench.networks.diffusers_wrappers import AUTOENCODERS, NETWORKS, DiffusersNetwork, check_classes
 from distillbench.options import require_one_of
-from distillbench.progress import Progress
-from distillbench.safetensors_files import missing_tensors, tensor_shapes, unread_tensors
-from distillbench.teachers import CLIPS, Clip, PipelineFolder, TeacherPlan
+from distillbench.storage.files import canonical_json, sha256_file
+from distillbench.storage.safetensors_headers import missing_tensors, tensor_shapes, unread_tensors
+from distillbench.system.progress import Progress
+from distillbench.teachers.diffusers_schedulers import SchedulerReading, read_config, unknown_keys, with_defaults
+from distillbench.teachers.teacher import CLIPS, Clip, PipelineFolder, TeacherPlan
 
 INDEX = "model_index.json"
 LARGEST_JSON = 2**26  # bytes
@@ -148,7 +148,7 @@ def _check_numbers(value: Any, where: str, name: str = "") -> None:
             raise UserError(f"teacher.path: {where}: {quoted(name)} is {quoted(str(value))}, at most {most:,}")
 
 
-def read_schedule(index: Index) -> tuple[Reading, dict[str, Any]]:
+def read_schedule(index: Index) -> tuple[SchedulerReading, dict[str, Any]]:
     """How to use the pipeline's network, and the scheduler's config from which that follows."""
     config = read_json(index.place("scheduler") / "scheduler_config.json", index.name)
     return read_config(config), config
@@ -304,7 +304,7 @@ def _unusable(index: Index, component: str, why: str) -> UserError:
     return UserError(f"teacher.path: {component} of {index.name!r} cannot be used: {why}")
 
 
-def identity(index: Index, components: list[str], variant: str, reading: Reading) -> str:
+def identity(index: Index, components: list[str], variant: str, reading: SchedulerReading) -> str:
     """SHA-256 over the reading, the configs of the components and the bytes of their weight files."""
     configs = {name: index.config(name) for name in components}
     plain = {name: _plain({k: v for k, v in config.items() if k[:1] != "_"}) for name, config in configs.items()}
@@ -460,7 +460,7 @@ class Diffusers(TeacherSource):
             index.component((name,), list(AUTOENCODERS))
         return [self._denoiser(index), *decoders[:1]]
 
-    def _check(self, index: Index) -> Reading:
+    def _check(self, index: Index) -> SchedulerReading:
         """How to use the pipeline. Raises UserError unless it fits this source, the dataset and the conditioning."""
         if texts := [name for name in index.components if name.startswith("text_encoder")]:
             raise UserError(
@@ -537,12 +537,12 @@ class Diffusers(TeacherSource):
             decode=autoencoder.decode if autoencoder else None,
             to_latents=autoencoder.encode if autoencoder else None,
             decoded=made if autoencoder else None,
-            parked=(autoencoder.parked,) if autoencoder else (),
+            offloaded=(autoencoder.offloaded,) if autoencoder else (),
             clip=reading.clip,
         )
 
     @staticmethod
-    def _wrapped(index: Index, component: str, module: Any, reading: Reading) -> DiffusersNetwork:
+    def _wrapped(index: Index, component: str, module: Any, reading: SchedulerReading) -> DiffusersNetwork:
         return NETWORKS[index.components[component]](module, reading.call)
 
 
@@ -559,7 +559,7 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value if finite(value) else str(value) for name, value in config.items()}
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_teachers(register) -> None:
     register(Diffusers)
     register(Consistency)

@@ -45,6 +45,6 @@ class Digits(Dataset):
         return self.targets[indices]
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_datasets(register) -> None:
     register(Digits)

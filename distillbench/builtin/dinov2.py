@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from distillbench import hookimpl, scores
-from distillbench.features import FeatureNetwork, resized
-from distillbench.pretrained import WeightsFile
+from distillbench import hookimpl
+from distillbench.evaluation import feature_metrics
+from distillbench.evaluation.features import FeatureNetwork, resized
+from distillbench.evaluation.pretrained_weights import WeightsFile
 
 SIDE, PATCH = 224, 14  # side in pixels of the input and of a patch
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's pixels in [0, 1]
@@ -97,39 +98,39 @@ def _bicubic(picture: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
-class FdDinoV2(scores.FrechetDistance):
+class FdDinoV2(feature_metrics.FrechetDistance):
     name, network = "fd_dinov2", DinoV2
 
 
-class FdInfinityDinoV2(scores.FrechetDistanceExtrapolated):
+class FdInfinityDinoV2(feature_metrics.FrechetDistanceExtrapolated):
     name, network = "fd_infinity_dinov2", DinoV2
 
 
-class FdTeacherDinoV2(scores.FrechetDistanceToTeacher):
+class FdTeacherDinoV2(feature_metrics.FrechetDistanceToTeacher):
     name, network = "fd_teacher_dinov2", DinoV2
 
 
-class KdDinoV2(scores.KernelDistance):
+class KdDinoV2(feature_metrics.KernelDistance):
     name, network = "kd_dinov2", DinoV2
 
 
-class PrecisionDinoV2(scores.Precision):
+class PrecisionDinoV2(feature_metrics.Precision):
     name, network = "precision_dinov2", DinoV2
 
 
-class RecallDinoV2(scores.Recall):
+class RecallDinoV2(feature_metrics.Recall):
     name, network = "recall_dinov2", DinoV2
 
 
-class DensityDinoV2(scores.Density):
+class DensityDinoV2(feature_metrics.Density):
     name, network = "density_dinov2", DinoV2
 
 
-class CoverageDinoV2(scores.Coverage):
+class CoverageDinoV2(feature_metrics.Coverage):
     name, network = "coverage_dinov2", DinoV2
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_metrics(register) -> None:
     register(FdDinoV2)
     register(FdInfinityDinoV2)

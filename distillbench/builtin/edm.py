@@ -1,7 +1,7 @@
 """Teachers from the network pickles of NVIDIA's EDM release (Karras et al. 2022, arXiv:2206.00364).
 
-The files are read without executing any code in them (:mod:`distillbench.safe_pickle`), into this package's own
-implementations of the same networks (:mod:`distillbench.edm_networks`). The names "vp" and "ve" stand for the two
+The files are read without executing any code in them (:mod:`distillbench.storage.safe_pickle`), into this package's own
+implementations of the same networks (:mod:`distillbench.networks.edm`). The names "vp" and "ve" stand for the two
 architectures of Song et al. Both use EDM's preconditioning, so that all are teachers of one kind: they predict F at
 noise levels between .002 and 80. Networks that were released in half precision compute in float32.
 """
@@ -23,16 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Denoiser, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
-from distillbench.conditions import Conditioning
-from distillbench.denoiser import SIGMA_DATA
-from distillbench.edm_networks import NETWORKS
+from distillbench.diffusion.conditioning import Conditioning
+from distillbench.diffusion.denoiser import SIGMA_DATA
+from distillbench.diffusion.schedules import VE
 from distillbench.errors import quoted
-from distillbench.files import canonical_json, git_lfs_pointer, sha256_tensors
+from distillbench.networks.edm import NETWORKS
 from distillbench.options import require_fraction
-from distillbench.progress import Progress
-from distillbench.safe_pickle import PersistentObject, read_pickle
-from distillbench.schedules import VE
-from distillbench.teachers import TeacherPlan
+from distillbench.storage.files import canonical_json, git_lfs_pointer, sha256_tensors
+from distillbench.storage.safe_pickle import PersistentObject, read_pickle
+from distillbench.system.progress import Progress
+from distillbench.teachers.teacher import TeacherPlan
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # range of noise levels in EDM's sampling (table 1)
 PUBLISHED = {  # by dataset
@@ -259,6 +259,6 @@ def _check_shapes(file: Path, network: nn.Module, weights: dict[str, Tensor]) ->
             raise _unfit(file, f"its {name} has shape {theirs[name]}, expected {shape}")
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_teachers(register) -> None:
     register(Edm)

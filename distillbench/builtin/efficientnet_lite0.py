@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from distillbench import hookimpl, scores
-from distillbench.features import FeatureNetwork
-from distillbench.pretrained import WeightsFile, locate
+from distillbench import hookimpl
+from distillbench.evaluation import feature_metrics
+from distillbench.evaluation.features import FeatureNetwork
+from distillbench.evaluation.pretrained_weights import WeightsFile, locate
 
 STRIDE, SMALLEST, LARGEST = 32, 64, 224  # of the input's side; the network was trained at 224
 
@@ -89,51 +90,51 @@ def network_input(images: Tensor) -> Tensor:
     return (x - 127) / 128
 
 
-class FdEfficientNetLite0(scores.FrechetDistance):
+class FdEfficientNetLite0(feature_metrics.FrechetDistance):
     name, network = "fd_efficientnet_lite0", EfficientNetLite0
 
 
-class FdInfinityEfficientNetLite0(scores.FrechetDistanceExtrapolated):
+class FdInfinityEfficientNetLite0(feature_metrics.FrechetDistanceExtrapolated):
     name, network = "fd_infinity_efficientnet_lite0", EfficientNetLite0
 
 
-class FdTeacherEfficientNetLite0(scores.FrechetDistanceToTeacher):
+class FdTeacherEfficientNetLite0(feature_metrics.FrechetDistanceToTeacher):
     name, network = "fd_teacher_efficientnet_lite0", EfficientNetLite0
 
 
-class KdEfficientNetLite0(scores.KernelDistance):
+class KdEfficientNetLite0(feature_metrics.KernelDistance):
     name, network = "kd_efficientnet_lite0", EfficientNetLite0
 
 
-class PrecisionEfficientNetLite0(scores.Precision):
+class PrecisionEfficientNetLite0(feature_metrics.Precision):
     name, network = "precision_efficientnet_lite0", EfficientNetLite0
 
 
-class RecallEfficientNetLite0(scores.Recall):
+class RecallEfficientNetLite0(feature_metrics.Recall):
     name, network = "recall_efficientnet_lite0", EfficientNetLite0
 
 
-class DensityEfficientNetLite0(scores.Density):
+class DensityEfficientNetLite0(feature_metrics.Density):
     name, network = "density_efficientnet_lite0", EfficientNetLite0
 
 
-class CoverageEfficientNetLite0(scores.Coverage):
+class CoverageEfficientNetLite0(feature_metrics.Coverage):
     name, network = "coverage_efficientnet_lite0", EfficientNetLite0
 
 
-class TeacherDistanceEfficientNetLite0(scores.FeatureDistanceToTeacher):
+class TeacherDistanceEfficientNetLite0(feature_metrics.FeatureDistanceToTeacher):
     name, network = "teacher_distance_efficientnet_lite0", EfficientNetLite0
 
 
-class SpreadEfficientNetLite0(scores.FeatureSpread):
+class SpreadEfficientNetLite0(feature_metrics.FeatureSpread):
     name, network = "spread_efficientnet_lite0", EfficientNetLite0
 
 
-class NearestRealEfficientNetLite0(scores.NearestReal):
+class NearestRealEfficientNetLite0(feature_metrics.NearestReal):
     name, network = "nearest_real_efficientnet_lite0", EfficientNetLite0
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_metrics(register) -> None:
     register(FdEfficientNetLite0)
     register(FdInfinityEfficientNetLite0)

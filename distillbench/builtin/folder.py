@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distillbench import hookimpl, option
-from distillbench.image_files import ACCEPTED, FileConfig, FileDataset
+from distillbench.datasets.image_dataset import ACCEPTED, FileConfig, FileDataset
 from distillbench.options import require_one_of
 
 
@@ -35,6 +35,6 @@ class Folder(FileDataset):
         return f"dataset=folder needs dataset.path=FOLDER, a folder of images, or another source of them: {ACCEPTED}"
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_datasets(register) -> None:
     register(Folder)

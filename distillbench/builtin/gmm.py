@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from distillbench import Dataset, DatasetConfig, UserError, hookimpl, option
-from distillbench.files import key_of
-from distillbench.laws import mixture
+from distillbench.diffusion.distributions import mixture
 from distillbench.options import require_between
+from distillbench.storage.files import key_of
 
 
 class Gmm(Dataset):
@@ -38,15 +38,15 @@ class Gmm(Dataset):
 
     def __init__(self, config: Config) -> None:
         try:
-            law = mixture(config.weights, config.means, config.stds, config.shape or None)
+            distribution = mixture(config.weights, config.means, config.stds, config.shape or None)
         except UserError as error:
             raise UserError(f"dataset.{error}") from error
-        reach = (law.means.abs() + 3 * law.stds).max().item()
+        reach = (distribution.means.abs() + 3 * distribution.stds).max().item()
         if reach > 1:
             raise UserError(f"dataset.means: images lie in [-1, 1], |m| + 3 s reaches {reach:.3g}: scale them down")
-        self.law, self.shape, self.classes = law, law.shape, law.components
-        self.images, self.components = law.draw(config.count, torch.Generator().manual_seed(config.seed))
-        self.sha256 = key_of([law.plain(), config.count, config.seed])
+        self.distribution, self.shape, self.classes = distribution, distribution.shape, distribution.components
+        self.images, self.components = distribution.draw(config.count, torch.Generator().manual_seed(config.seed))
+        self.sha256 = key_of([distribution.plain(), config.count, config.seed])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,6 +58,6 @@ class Gmm(Dataset):
         return self.components[indices]
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_datasets(register) -> None:
     register(Gmm)

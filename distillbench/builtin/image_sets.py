@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distillbench import hookimpl, option
-from distillbench.image_files import FileConfig, FileDataset
+from distillbench.datasets.image_dataset import FileConfig, FileDataset
 
 NO_LABELS = "none, because EDM's tool writes folder numbers as classes; auto, folders or captions"
 EDM_TOOL = "with NVlabs/edm: python dataset_tool.py"
@@ -183,7 +183,7 @@ class FashionMnist(Mnist):
     installed = "/usr/share/datasets/fashion-mnist"
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_datasets(register) -> None:
     for cls in (Cifar10, Ffhq, ImageNet64, LsunBedroom, CelebaHq, AfhqV2, Mnist, FashionMnist):
         register(cls)

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distillbench import Samples, Unavailable, hookimpl, scores
-from distillbench.features import FeatureNetwork, resized
-from distillbench.metrics import Need
-from distillbench.pretrained import WeightsFile
+from distillbench import Samples, Unavailable, hookimpl
+from distillbench.evaluation import feature_metrics
+from distillbench.evaluation.features import FeatureNetwork, resized
+from distillbench.evaluation.metric import Need
+from distillbench.evaluation.pretrained_weights import WeightsFile
 
 
 class InceptionV3(FeatureNetwork):
@@ -78,27 +79,27 @@ class InceptionV3Clean(InceptionV3):
         return self.body((resized(images, build_resizer("clean")) - 128) / 128)
 
 
-class Fid(scores.FrechetDistance):
+class Fid(feature_metrics.FrechetDistance):
     name, network = "fid", InceptionV3
 
 
-class FidInfinity(scores.FrechetDistanceExtrapolated):
+class FidInfinity(feature_metrics.FrechetDistanceExtrapolated):
     name, network = "fid_infinity", InceptionV3
 
 
-class FidClean(scores.FrechetDistance):
+class FidClean(feature_metrics.FrechetDistance):
     name, network = "fid_clean", InceptionV3Clean
 
 
-class FdTeacherInception(scores.FrechetDistanceToTeacher):
+class FdTeacherInception(feature_metrics.FrechetDistanceToTeacher):
     name, network = "fd_teacher_inception", InceptionV3
 
 
-class Kid(scores.KernelDistance):
+class Kid(feature_metrics.KernelDistance):
     name, network = "kid", InceptionV3
 
 
-class InceptionScore(scores.FeatureMetric):
+class InceptionScore(feature_metrics.FeatureMetric):
     """exp of the mean KL divergence of p(class | image) from p(class) (Salimans et al. 2016, arXiv:1606.03498).
 
     Real images are not used. It grows with the number of images in a split: compare only equal numbers.
@@ -107,7 +108,10 @@ class InceptionScore(scores.FeatureMetric):
     name, network = "inception_score", InceptionV3
     unit = "effective number of classes"
     direction = "higher"
-    protocol = f"inception_score/1: torch-fidelity, unbiased logits, mean over 10 splits, shuffled, seed {scores.SEED}"
+    protocol = (
+        "inception_score/1: torch-fidelity, unbiased logits, mean over 10 splits, shuffled, "
+        f"seed {feature_metrics.SEED}"
+    )
     needs = frozenset({Need.features})
     splits, fewest = 10, 1000  # at least 100 images per split
 
@@ -120,38 +124,40 @@ class InceptionScore(scores.FeatureMetric):
         network = samples.images.networks.get(self.network)
         assert isinstance(network, InceptionV3)
         logits = network.logits(features)
-        return isc_features_to_metric(logits, self.splits, shuffle=True, rng_seed=scores.SEED)[KEY_METRIC_ISC_MEAN]
+        return isc_features_to_metric(logits, self.splits, shuffle=True, rng_seed=feature_metrics.SEED)[
+            KEY_METRIC_ISC_MEAN
+        ]
 
 
-class PrecisionInception(scores.Precision):
+class PrecisionInception(feature_metrics.Precision):
     name, network = "precision_inception", InceptionV3
 
 
-class RecallInception(scores.Recall):
+class RecallInception(feature_metrics.Recall):
     name, network = "recall_inception", InceptionV3
 
 
-class DensityInception(scores.Density):
+class DensityInception(feature_metrics.Density):
     name, network = "density_inception", InceptionV3
 
 
-class CoverageInception(scores.Coverage):
+class CoverageInception(feature_metrics.Coverage):
     name, network = "coverage_inception", InceptionV3
 
 
-class TeacherDistanceInception(scores.FeatureDistanceToTeacher):
+class TeacherDistanceInception(feature_metrics.FeatureDistanceToTeacher):
     name, network = "teacher_distance_inception", InceptionV3
 
 
-class SpreadInception(scores.FeatureSpread):
+class SpreadInception(feature_metrics.FeatureSpread):
     name, network = "spread_inception", InceptionV3
 
 
-class NearestRealInception(scores.NearestReal):
+class NearestRealInception(feature_metrics.NearestReal):
     name, network = "nearest_real_inception", InceptionV3
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_metrics(register) -> None:
     register(Fid)
     register(FidInfinity)

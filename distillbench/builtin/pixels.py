@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from distillbench import Metric, Samples, Unavailable, hookimpl
-from distillbench.datasets import to_float
-from distillbench.host_copies import to_device
-from distillbench.metrics import Need
-from distillbench.scores import device_for, nearest, spread_ratio
+from distillbench.datasets.dataset import to_float
+from distillbench.evaluation.feature_metrics import device_for, nearest, spread_ratio
+from distillbench.evaluation.metric import Need
+from distillbench.system.transfers import to_device
 
 CHUNK = 1024  # images at a time
 
@@ -64,7 +64,7 @@ class NearestRealRmse(Metric):
         return (best.median() / ours.shape[1] ** 0.5).item()
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_metrics(register) -> None:
     register(TeacherRmse)
     register(Spread)

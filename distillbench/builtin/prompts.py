@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from distillbench import Dataset, DatasetConfig, UserError, hookimpl, option
-from distillbench.annotations import texts_in
+from distillbench.datasets.annotations import texts_in
 from distillbench.errors import nearest, quoted, unknown
-from distillbench.files import canonical_json
 from distillbench.options import require_between, require_positive
+from distillbench.storage.files import canonical_json
 
 LARGEST_FILE = 2**30  # bytes
 COLUMNS = ("prompt", "caption", "text")  # of which the first that exists is used
@@ -160,6 +160,6 @@ READERS: dict[str, Callable[[Path], Rows]] = {
 }
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_datasets(register) -> None:
     register(Prompts)

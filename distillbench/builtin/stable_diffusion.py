@@ -43,16 +43,16 @@ from distillbench.builtin.diffusers_pipelines import (
     unread_settings,
     weights_files,
 )
-from distillbench.conditions import Conditioning, Texts
-from distillbench.diffusers_networks import Autoencoder, TextUNet
-from distillbench.diffusers_schedules import Reading
+from distillbench.diffusion.conditioning import Conditioning, Texts
 from distillbench.errors import unsupported
-from distillbench.files import canonical_json, sha256_file
+from distillbench.networks.diffusers_wrappers import Autoencoder, TextUNet
 from distillbench.options import require_positive
-from distillbench.parked import Offloaded
-from distillbench.progress import Progress
-from distillbench.prompts import EncodedPrompts, PlaceholderPrompts, encode_prompts
-from distillbench.teachers import PipelineFolder, TeacherPlan
+from distillbench.storage.files import canonical_json, sha256_file
+from distillbench.system.offloading import Offloaded
+from distillbench.system.progress import Progress
+from distillbench.teachers.diffusers_schedulers import SchedulerReading
+from distillbench.teachers.encoded_prompts import EncodedPrompts, PlaceholderPrompts, encode_prompts
+from distillbench.teachers.teacher import PipelineFolder, TeacherPlan
 
 TEXT_EXTRA = "reading texts needs the library transformers: pip install 'distillbench[text]'"
 DEFAULT_WIDTH = 512  # D if a text encoder's config lacks it, as in transformers
@@ -139,7 +139,7 @@ class TextEncoder:
         index.component(("text_encoder",), list(possible))
         index.component(("tokenizer",), list(TOKENIZERS))
         self.index, self.variant = index, variant
-        self.parked = OffloadedOnDemand(self._encoder, device)
+        self.offloaded = OffloadedOnDemand(self._encoder, device)
         self.kind = TEXT_MODELS[index.components["text_encoder"]]
         self.config = index.config("text_encoder")
         self.width = int(self.config.get(self.kind.width, DEFAULT_WIDTH))
@@ -151,9 +151,9 @@ class TextEncoder:
         tokens = self._tokenizer(
             texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
-        device = self.parked.device
+        device = self.offloaded.device
         mask = tokens.attention_mask.to(device) if self.kind.masked(self.config) else None
-        with self.parked.on_device() as encoder:
+        with self.offloaded.on_device() as encoder:
             return encoder(tokens.input_ids.to(device), attention_mask=mask).last_hidden_state
 
     def check(self) -> None:
@@ -180,7 +180,7 @@ class TextEncoder:
 
     def unload(self) -> None:
         """Free the encoder's memory."""
-        self.parked.unload()
+        self.offloaded.unload()
 
     def _tokenizer_files(self) -> list[Path]:
         folder = self.index.folder / "tokenizer"
@@ -249,7 +249,7 @@ class TextPipeline(TeacherSource):
         encoder.unload()
         return table
 
-    def _reading(self, index: Index) -> Reading:
+    def _reading(self, index: Index) -> SchedulerReading:
         """How to use the network. Raises UserError if a component of the pipeline is not supported."""
         index.component(("unet",), ["UNet2DConditionModel"])
         if more := [name for name in index.components if name.startswith("text_encoder_")]:
@@ -280,7 +280,7 @@ class TextPipeline(TeacherSource):
     @abstractmethod
     def plan(self) -> TeacherPlan: ...
 
-    def _provenance(self, index: Index, reading: Reading) -> dict[str, Any]:
+    def _provenance(self, index: Index, reading: SchedulerReading) -> dict[str, Any]:
         size = index.full_config("unet")["sample_size"]
         return {
             "pipeline": index.pipeline,
@@ -300,7 +300,7 @@ class TextPipeline(TeacherSource):
 class _Latents:
     """A pipeline's latents and text encoder, as its configs describe them."""
 
-    reading: Reading
+    reading: SchedulerReading
     encoder: TextEncoder
     shape: tuple[int, int, int]  # C,h,w
 
@@ -360,14 +360,14 @@ class StableDiffusion(TextPipeline):
             decode=self._in_slices(autoencoder, autoencoder.decode),
             to_latents=self._in_slices(autoencoder, autoencoder.encode),
         )
-        return dataclasses.replace(teacher, encode=encoder, parked=(autoencoder.parked, encoder.parked))
+        return dataclasses.replace(teacher, encode=encoder, offloaded=(autoencoder.offloaded, encoder.offloaded))
 
     def _in_slices(self, autoencoder: Autoencoder, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """`call` in batches of `decode_batch`: an image of 512x512 takes gigabytes."""
         size = self.config.decode_batch
 
         def sliced(x: Tensor) -> Tensor:
-            with autoencoder.parked.on_device():
+            with autoencoder.offloaded.on_device():
                 return torch.cat([call(part) for part in x.split(size)])
 
         return sliced
@@ -427,6 +427,6 @@ class StableDiffusion(TextPipeline):
         )
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_teachers(register) -> None:
     register(StableDiffusion)

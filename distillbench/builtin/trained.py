@@ -26,25 +26,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from distillbench import Batch, Denoiser, Method, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl, option
-from distillbench.budget import BudgetConfig, Meter
-from distillbench.compute import ComputeConfig, applied, check_tf32
-from distillbench.conditions import Condition, Conditioning
-from distillbench.data_stream import DataStream
-from distillbench.denoiser import TARGETS
-from distillbench.diffusers_schedules import unknown_keys
-from distillbench.environment import device_name
+from distillbench.diffusion.conditioning import Condition, Conditioning
+from distillbench.diffusion.denoiser import TARGETS
+from distillbench.diffusion.schedules import SCHEDULES
 from distillbench.errors import quoted
-from distillbench.files import canonical_json, git_lfs_pointer, key_of, sha256_tensors
-from distillbench.kept_tensors import read_tensors, write_tensors
-from distillbench.method import OptimizerConfig
-from distillbench.networks import NETWORKS, SIZED
+from distillbench.networks.architectures import NETWORKS, SIZED
 from distillbench.options import require_between, require_one_of, require_positive
-from distillbench.pairs import Workspace
-from distillbench.progress import Progress
-from distillbench.resume import Resume, States
-from distillbench.schedules import SCHEDULES
-from distillbench.teachers import TeacherPlan
-from distillbench.train import Loop, train
+from distillbench.storage.checksummed import read_tensors, write_tensors
+from distillbench.storage.files import canonical_json, git_lfs_pointer, key_of, sha256_tensors
+from distillbench.system.environment import device_name
+from distillbench.system.progress import Progress
+from distillbench.teachers.diffusers_schedulers import unknown_keys
+from distillbench.teachers.teacher import TeacherPlan
+from distillbench.training.budget import BudgetConfig, Meter
+from distillbench.training.compute import ComputeConfig, applied, check_tf32
+from distillbench.training.data_stream import DataStream
+from distillbench.training.loop import Loop, train
+from distillbench.training.method import OptimizerConfig
+from distillbench.training.pairs import Workspace
+from distillbench.training.resume import Resume, States
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 METADATA = "distillbench_teacher"
@@ -390,6 +390,6 @@ def _denoiser(recipe: dict[str, Any]) -> Denoiser:
         raise UserError(f"the teacher's recipe cannot be built: {why}") from error
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_teachers(register) -> None:
     register(Trained)

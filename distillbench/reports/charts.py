@@ -17,8 +17,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from distillbench.records.statistics import TEACHER
 from distillbench.reports.words import heading, number
-from distillbench.statistics import TEACHER
 
 COLOURS = ["#3f7fd6", "#d4702b", "#2c9a6b", "#b3559f", "#c5443f", "#7f6bd0", "#a07d16", "#2597ad"]  # on white and black
 NEUTRAL = "#858b95"

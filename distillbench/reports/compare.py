@@ -14,12 +14,12 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
+from distillbench.records.statistics import ARROWS, TEACHER
+from distillbench.records.table import LAST
 from distillbench.reports.differences import environment_differences, heading, settings_differences, value_text
 from distillbench.reports.merge import SAME, records
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import fits, new_table, number, plain, run_names, say
-from distillbench.statistics import ARROWS, TEACHER
-from distillbench.table import LAST
 
 MATCH = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol"]
 COUNTED = ("train_images", "train_teacher_nfe", "train_student_nfe", "train_tflops", "sample_gflops", "parameters")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from distillbench.records.statistics import KEYS, TEACHER
 from distillbench.reports import words
 from distillbench.reports.runs import RunData
 from distillbench.reports.words import is_known
-from distillbench.statistics import KEYS, TEACHER
 
 Row = dict[str, Any]  # None where a value is empty
 

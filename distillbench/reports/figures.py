@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from distillbench.errors import unknown
-from distillbench.files import write_atomically
+from distillbench.records.statistics import TEACHER, arrow
 from distillbench.reports.paper_data import GROUP, HEADINGS, SummaryData, comparable_sets
-from distillbench.statistics import TEACHER, arrow
+from distillbench.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

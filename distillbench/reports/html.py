@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from distillbench.files import write_text
+from distillbench.records.statistics import arrow
 from distillbench.reports import charts, words
 from distillbench.reports.entries import rows_of
 from distillbench.reports.published import LABEL, published_section
@@ -22,7 +22,7 @@ from distillbench.reports.reproduce import commands
 from distillbench.reports.runs import RunData
 from distillbench.reports.sections import Section, make_sections
 from distillbench.reports.tables import COSTS
-from distillbench.statistics import arrow
+from distillbench.storage.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_CONFIGS = 100  # points of a grid that are shown

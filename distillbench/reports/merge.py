@@ -15,12 +15,12 @@ import pandas as pd
 import yaml
 
 from distillbench.errors import UserError
-from distillbench.files import write_text
+from distillbench.records.settings_file import write_settings
+from distillbench.records.statistics import summarise
+from distillbench.records.table import FIRST, LAST, LATER, make_along, make_table, write_table
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import IDENTITY, number, plain, row_name, run_names
-from distillbench.run_settings import write_settings
-from distillbench.statistics import summarise
-from distillbench.table import FIRST, LAST, LATER, make_along, make_table, write_table
+from distillbench.storage.files import write_text
 
 Keep = Literal["first", "last"]
 MERGED = "merged"  # key of the list of the runs' environments in environment.json of a merged folder

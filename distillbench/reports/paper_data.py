@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from distillbench.errors import UserError, quoted
-from distillbench.statistics import KEYS, SEEDS, leaders, summarise
+from distillbench.records.statistics import KEYS, SEEDS, leaders, summarise
 
 if TYPE_CHECKING:
     from distillbench.reports.runs import RunData

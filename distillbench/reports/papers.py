@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import pandas as pd
 
 from distillbench.errors import UserError, nearest, quoted, unknown
+from distillbench.records.statistics import TEACHER, arrow
 from distillbench.reports.paper_data import COSTS, GROUP, HEADINGS, SummaryData, comparable_sets
 from distillbench.reports.paper_forms import Cell, PaperTable, latex, markdown
-from distillbench.statistics import TEACHER, arrow
 
 if TYPE_CHECKING:
     from distillbench.reports.runs import RunData

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file  # without torch, which takes seconds to import
 
 from distillbench.errors import UserError, nearest
-from distillbench.run_settings import read_settings
-from distillbench.sample_grid import unstack_shown
-from distillbench.statistics import KEYS, SEEDS, summarise
-from distillbench.table import FIRST, LAST, LATER, make_along, make_table
+from distillbench.records.sample_grid import unstack_shown
+from distillbench.records.settings_file import read_settings
+from distillbench.records.statistics import KEYS, SEEDS, summarise
+from distillbench.records.table import FIRST, LAST, LATER, make_along, make_table
 
 TWICE = "rows of one measurement differ; the first ones are used"
 KEY = re.compile(r"[\w-]{1,64}")  # of an evaluation; cannot be a path or a pattern

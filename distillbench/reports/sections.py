@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from distillbench.records.statistics import COMPARABLE, KEYS, TEACHER, leaders
 from distillbench.reports import charts, pictures, words
 from distillbench.reports.entries import (
     Entry,
@@ -22,7 +23,6 @@ from distillbench.reports.entries import (
 from distillbench.reports.runs import RunData
 from distillbench.reports.tables import COSTS, Comparison, Table, comparison_table, every_row_table
 from distillbench.reports.words import heading, is_known, number
-from distillbench.statistics import COMPARABLE, KEYS, TEACHER, leaders
 
 GROUP = [name for name in COMPARABLE if name != "nfe"]  # equal in the rows of one section
 SPENT = ["train_images", "train_seconds", "train_teacher_nfe", "train_student_nfe", "train_tflops", "train_joules"]

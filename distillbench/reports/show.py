@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from distillbench.errors import UserError, nearest, quoted, unknown
+from distillbench.records.statistics import ARROWS, KEYS, SEEDS, leaders
 from distillbench.reports.runs import RunData
-from distillbench.statistics import ARROWS, KEYS, SEEDS, leaders
 
 Rows = Literal["summary", "all"]
 RUN = "run"  # the column that tells runs apart where several are shown

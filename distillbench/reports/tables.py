@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distillbench.records.statistics import arrow
+from distillbench.records.table import LAST
 from distillbench.reports import words
 from distillbench.reports.entries import Entry, TableRow, why_empty
 from distillbench.reports.words import heading, number
-from distillbench.statistics import arrow
-from distillbench.table import LAST
 
 COSTS = [name for name in LAST if name.startswith(("train_", "sample_"))]
 SHOWN = ("sample_latency_p50_ms", "train_seconds", "train_teacher_nfe")  # costs that are visible at first

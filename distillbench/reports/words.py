@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from distillbench.statistics import TEACHER, leaders, verdict
+from distillbench.records.statistics import TEACHER, leaders, verdict
 
 ABOUT = {  # columns other than scores: heading (with its unit), explanation
     "run": ("run", "the run's folder"),

@@ -12,8 +12,8 @@ import click
 from rich.console import Console
 
 from distillbench.errors import UserError
-from distillbench.files import check_writable, write_text
 from distillbench.reports.runs import RunData, read_run
+from distillbench.storage.files import check_writable, write_text
 
 TABLES: dict[str, tuple[str, Literal["markdown", "latex", "csv"]]] = {
     "markdown": ("table.md", "markdown"),

@@ -4,7 +4,7 @@ from distillbench.simulated_cuda import install
 
 install()
 
-from distillbench.cli import main  # noqa: E402 - after torch has its GPUs
+from distillbench.cli.commands import main  # noqa: E402 - after torch has its GPUs
 
 if __name__ == "__main__":
     main()

@@ -18,7 +18,7 @@ import safetensors
 import torch
 from torch import nn
 
-from distillbench.denoiser import CountedNetwork
+from distillbench.diffusion.denoiser import CountedNetwork
 
 NETWORK, BACKWARD, OUTSIDE = "network", "backward", "outside"  # of a step, where an operator is launched
 

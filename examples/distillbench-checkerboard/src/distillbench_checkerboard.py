@@ -26,21 +26,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from distillbench import Dataset, DatasetConfig, Denoiser, Teacher, TeacherConfig, TeacherSource, UserError, hookimpl
-from distillbench.conditions import Conditioning
-from distillbench.exact import ExactDenoiser
-from distillbench.laws import Law
+from distillbench import (
+    Conditioning,
+    Dataset,
+    DatasetConfig,
+    Denoiser,
+    Progress,
+    Teacher,
+    TeacherConfig,
+    TeacherPlan,
+    TeacherSource,
+    UserError,
+    hookimpl,
+    option,
+)
+from distillbench.diffusion import SCHEDULES, Distribution, ExactDenoiser
 from distillbench.networks import ResidualMLP
-from distillbench.options import option, require_between, require_one_of
-from distillbench.progress import Progress
-from distillbench.schedules import SCHEDULES
-from distillbench.teachers import TeacherPlan
+from distillbench.options import require_between, require_one_of
 from torch import Tensor, nn
 from torch.special import erfcx, log_ndtr
 
 
 @dataclass(frozen=True, eq=False)
-class UniformOnFields(Law):
+class UniformOnFields(Distribution):
     """Uniform on K disjoint rectangles [a, b]: a and b (K,2) float64."""
 
     a: Tensor
@@ -108,7 +116,7 @@ class Checkerboard(Dataset):
     class Config(DatasetConfig):
         fields: int = option(4, "n, fields along a side of the board")
         reach: float = option(0.8, "half the side of the board; images lie in [-1, 1]")
-        count: int = option(10_000, "points that are drawn; 0: only the law is known, for data-free methods")
+        count: int = option(10_000, "points that are drawn; 0: only the distribution is known, for data-free methods")
         seed: int = option(0, "seed of the draws")
 
         def __post_init__(self) -> None:
@@ -120,10 +128,10 @@ class Checkerboard(Dataset):
     def __init__(self, config: Config) -> None:
         n, size = config.fields, 2 * config.reach / config.fields
         dark = torch.tensor([(i, j) for i in range(n) for j in range(n) if (i + j) % 2 == 0], dtype=torch.float64)
-        self.law = UniformOnFields(dark * size - config.reach, (dark + 1) * size - config.reach)
-        self.shape, self.classes = self.law.shape, self.law.components
-        self.points, self.field = self.law.draw(config.count, torch.Generator().manual_seed(config.seed))
-        self.sha256 = sha256_of([self.law.plain(), config.count, config.seed])
+        self.distribution = UniformOnFields(dark * size - config.reach, (dark + 1) * size - config.reach)
+        self.shape, self.classes = self.distribution.shape, self.distribution.components
+        self.points, self.field = self.distribution.draw(config.count, torch.Generator().manual_seed(config.seed))
+        self.sha256 = sha256_of([self.distribution.plain(), config.count, config.seed])
 
     def __len__(self) -> int:
         return len(self.points)
@@ -153,7 +161,7 @@ class CheckerboardTeacher(TeacherSource):
             require_between(self, 0, 2**63 - 1, "seed")
 
     def plan(self) -> TeacherPlan:
-        if not isinstance(self.dataset.law, UniformOnFields):
+        if not isinstance(self.dataset.distribution, UniformOnFields):
             raise UserError(f"teacher=checkerboard knows dataset=checkerboard and no other, got {self.dataset.name}")
         return TeacherPlan("in closed form")
 
@@ -165,27 +173,36 @@ class CheckerboardTeacher(TeacherSource):
 
     def provenance(self) -> dict[str, Any]:
         self.plan()
-        return {name: value for name, value in vars(self.config).items() if name != "kind"} | self.dataset.law.plain()
+        return {
+            name: value for name, value in vars(self.config).items() if name != "kind"
+        } | self.dataset.distribution.plain()
 
     def exact(self, sha256: str) -> Teacher:
         """The closed form, and a network with fresh weights for students."""
-        provenance, law, schedule = self.provenance(), self.dataset.law, SCHEDULES[self.config.schedule]()
+        provenance, distribution, schedule = (
+            self.provenance(),
+            self.dataset.distribution,
+            SCHEDULES[self.config.schedule](),
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             start = Denoiser(self.blank().to(self.device), schedule, "v")
-        denoiser, conditioning = ExactDenoiser(law, schedule).to(self.device), Conditioning(self.conditioning.classes)
-        return Teacher(self.name, denoiser, law.shape, sha256, provenance, conditioning, start, self.blank)
+        denoiser, conditioning = (
+            ExactDenoiser(distribution, schedule).to(self.device),
+            Conditioning(self.conditioning.classes),
+        )
+        return Teacher(self.name, denoiser, distribution.shape, sha256, provenance, conditioning, start, self.blank)
 
     def blank(self) -> nn.Module:
         """A student's network with weights from torch's generator."""
         return ResidualMLP((2, 1, 1), self.config.width, self.config.depth, self.conditioning.classes)
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_datasets(register) -> None:
     register(Checkerboard)
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_teachers(register) -> None:
     register(CheckerboardTeacher)

@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distillbench import UserError
-from distillbench.conditions import WITHOUT_CLASSES, Conditioning
-from distillbench.progress import Progress
-from distillbench.schedules import VPCosine
+from distillbench import Conditioning, Progress, UserError
+from distillbench.diffusion import WITHOUT_CLASSES, VPCosine
 from distillbench.testing import assert_conforms
 from scipy.integrate import quad
 from scipy.stats import norm, truncnorm
@@ -54,9 +52,9 @@ def weights(n: int, reach: float, x: float, y: float, tau: float) -> dict[tuple[
 
 @pytest.mark.parametrize("tau", [0.1, 0.4, 2.0])
 def test_the_denoiser_agrees_with_scipys_truncated_normals(tau):
-    law, alpha = board(fields=4, reach=0.8).law, 0.6
+    distribution, alpha = board(fields=4, reach=0.8).distribution, 0.6
     x_hat = points(20, 1.0)
-    f = law.denoise(alpha * x_hat, torch.tensor(alpha), torch.tensor(alpha * tau).expand(20, 1, 1, 1))
+    f = distribution.denoise(alpha * x_hat, torch.tensor(alpha), torch.tensor(alpha * tau).expand(20, 1, 1, 1))
     for (x, y), found in zip(x_hat.view(-1, 2).tolist(), f.view(-1, 2), strict=True):
         fields = np.array(list(weights(4, 0.8, x, y, tau).values()))
         expected = fields[:, 0] @ fields[:, 1:] / fields[:, 0].sum()
@@ -65,9 +63,9 @@ def test_the_denoiser_agrees_with_scipys_truncated_normals(tau):
 
 def test_the_denoiser_of_a_field_is_an_integral():
     """E[u] under N(x^, tau^2) on [a, b] by adaptive quadrature, from inside and from far away."""
-    law = UniformOnFields(torch.tensor([[-0.4, 0.1]]).double(), torch.tensor([[0.2, 0.3]]).double())
+    distribution = UniformOnFields(torch.tensor([[-0.4, 0.1]]).double(), torch.tensor([[0.2, 0.3]]).double())
     for x, tau in [(0.0, 0.1), (0.9, 0.2), (-1.0, 0.05), (0.3, 3.0)]:
-        found = law.denoise(torch.full((1, 2, 1, 1), x).double(), torch.ones(1), torch.tensor([tau]).double())
+        found = distribution.denoise(torch.full((1, 2, 1, 1), x).double(), torch.ones(1), torch.tensor([tau]).double())
         for (a, b), value in zip([(-0.4, 0.2), (0.1, 0.3)], found.flatten().tolist(), strict=True):
             nearest = min(max(x, a), b)  # where the density is largest: taken out, so that nothing underflows
             density = lambda u, x=x, tau=tau, n=nearest: math.exp(((n - x) ** 2 - (u - x) ** 2) / (2 * tau**2))
@@ -78,14 +76,14 @@ def test_the_denoiser_of_a_field_is_an_integral():
 
 def test_the_denoiser_is_the_best_one():
     """E |f - x_0|^2 is lowest at f: a little more or less of it, or an offset, is worse, at every noise level."""
-    law, schedule, generator = board().law, VPCosine(), torch.Generator().manual_seed(0)
-    x_0, _ = law.draw(50_000, generator)
+    distribution, schedule, generator = board().distribution, VPCosine(), torch.Generator().manual_seed(0)
+    x_0, _ = distribution.draw(50_000, generator)
     eps = torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
     for time in (0.1, 0.3, 0.6, 0.9):
         t = torch.full((len(x_0), 1, 1, 1), time).double()
         alpha, sigma = schedule.alpha(t).double(), schedule.sigma(t).double()
         x_t = alpha * x_0 + sigma * eps
-        f = law.denoise(x_t, alpha, sigma)
+        f = distribution.denoise(x_t, alpha, sigma)
         # the error of the conditional mean is uncorrelated with every function of x_t (orthogonality)
         for g in (torch.ones_like(x_t), x_t, f, x_t**3, x_t.sin(), x_t.flip(1)):
             product = (f - x_0) * g
@@ -93,32 +91,38 @@ def test_the_denoiser_is_the_best_one():
 
 
 def test_at_both_ends_of_the_noise():
-    """Nearly no noise: x_t itself, on its own field. Nothing but noise: the mean of the law. Far away: the nearest."""
-    law, schedule = board().law, VPCosine()
-    x_0, field = law.draw(500, torch.Generator().manual_seed(0))
+    """Nearly no noise: x_t itself, on its own field. Nothing but noise: the mean of the distribution. Far away: the
+    nearest.
+    """
+    distribution, schedule = board().distribution, VPCosine()
+    x_0, field = distribution.draw(500, torch.Generator().manual_seed(0))
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     low, high = (torch.full((500, 1, 1, 1), t).double() for t in (0.0, 1.0))
     alpha, sigma = schedule.alpha(low).double(), schedule.sigma(low).double()
-    assert (law.denoise(alpha * x_0 + sigma * eps, alpha, sigma) - x_0).abs().max() < 5e-4
-    mean, covariance = law.moments()
-    f = law.denoise(eps, schedule.alpha(high).double(), schedule.sigma(high).double())
+    assert (distribution.denoise(alpha * x_0 + sigma * eps, alpha, sigma) - x_0).abs().max() < 5e-4
+    mean, covariance = distribution.moments()
+    f = distribution.denoise(eps, schedule.alpha(high).double(), schedule.sigma(high).double())
     # to first order in alpha / sigma, f = m + alpha S x_t
     linear = mean + schedule.alpha(high).double().view(-1, 1) * eps.flatten(1) @ covariance
     assert (f.flatten(1) - linear).abs().max() < 1e-6
-    corner = law.denoise(torch.full((1, 2, 1, 1), 50.0).double(), torch.ones(1), torch.full((1,), 0.01).double())
+    corner = distribution.denoise(
+        torch.full((1, 2, 1, 1), 50.0).double(), torch.ones(1), torch.full((1,), 0.01).double()
+    )
     torch.testing.assert_close(corner, torch.full((1, 2, 1, 1), 0.8).double(), rtol=0, atol=1e-4)
-    asked = law.denoise(eps, schedule.alpha(low).double(), schedule.sigma(low).double(), field).flatten(1)
-    assert ((asked >= law.a[field] - 1e-9) & (asked <= law.b[field] + 1e-9)).all()
+    asked = distribution.denoise(eps, schedule.alpha(low).double(), schedule.sigma(low).double(), field).flatten(1)
+    assert ((asked >= distribution.a[field] - 1e-9) & (asked <= distribution.b[field] + 1e-9)).all()
 
 
 def test_given_the_field_only_that_field_counts():
-    law = board().law
+    distribution = board().distribution
     x_t, alpha, sigma = points(8, 1.0), torch.ones(1), torch.full((8, 1, 1, 1), 0.5).double()
-    for k in range(law.components):
-        alone = UniformOnFields(law.a[k : k + 1], law.b[k : k + 1]).denoise(x_t, alpha, sigma)
-        torch.testing.assert_close(law.denoise(x_t, alpha, sigma, torch.full((8,), k)), alone, rtol=0, atol=1e-12)
-    unasked = law.denoise(x_t, alpha, sigma, torch.full((8,), law.components))
-    assert torch.equal(unasked, law.denoise(x_t, alpha, sigma))
+    for k in range(distribution.components):
+        alone = UniformOnFields(distribution.a[k : k + 1], distribution.b[k : k + 1]).denoise(x_t, alpha, sigma)
+        torch.testing.assert_close(
+            distribution.denoise(x_t, alpha, sigma, torch.full((8,), k)), alone, rtol=0, atol=1e-12
+        )
+    unasked = distribution.denoise(x_t, alpha, sigma, torch.full((8,), distribution.components))
+    assert torch.equal(unasked, distribution.denoise(x_t, alpha, sigma))
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
@@ -131,14 +135,14 @@ def test_points_lie_on_dark_fields_evenly(n):
     counts = data.labels(torch.arange(8_000)).bincount(minlength=K)
     assert data.classes == K == len(counts)
     assert ((counts - 8_000 / K).abs() < 5 * (8_000 / K) ** 0.5).all()
-    mean, covariance = data.law.moments()
+    mean, covariance = data.distribution.moments()
     assert (x.mean(dim=0) - mean).abs().max() < 0.03
     assert (torch.cov(x.T, correction=0) - covariance).abs().max() < 0.01
 
 
 def test_the_variance_of_a_board_of_even_side_is_that_of_the_square():
     """Every row and column has as much dark as any other, so a coordinate is uniform: variance (2 reach)^2 / 12."""
-    _, covariance = board(fields=4, reach=0.8).law.moments()
+    _, covariance = board(fields=4, reach=0.8).distribution.moments()
     torch.testing.assert_close(covariance.diag(), torch.full((2,), 1.6**2 / 12).double())
 
 
@@ -146,7 +150,7 @@ def test_the_teacher_answers_as_the_law_and_knows_itself():
     teacher = source(Conditioning(classes=8)).load(Progress(None))
     x_t, t = points(6, 1.0), torch.full((6, 1, 1, 1), 0.4).double()
     alpha, sigma = VPCosine().alpha(t).double(), VPCosine().sigma(t).double()
-    expected = board().law.denoise(x_t, alpha, sigma)
+    expected = board().distribution.denoise(x_t, alpha, sigma)
     torch.testing.assert_close(teacher.denoiser(x_t, t), expected, rtol=0, atol=1e-6)
     assert teacher.teacher_rows.rows == 6
     settings = [{}, {"seed": 1}, {"schedule": "ve"}, {"width": 32}]
@@ -160,7 +164,7 @@ def test_the_teacher_answers_as_the_law_and_knows_itself():
 
 def test_what_cannot_be_is_refused():
     class Other(Checkerboard):
-        name, law = "other", None
+        name, distribution = "other", None
 
         def __init__(self) -> None: ...
 

@@ -31,8 +31,8 @@ from itertools import pairwise
 
 import torch
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, Workspace, hookimpl, option
+from distillbench.diffusion import SAMPLERS, Solver, time_like, x_at_t_max
 from distillbench.options import require_between, require_one_of, require_positive
-from distillbench.samplers import SAMPLERS, Solver, time_like, x_at_t_max
 from torch import Tensor, nn
 
 
@@ -134,6 +134,6 @@ class Reflow(Method):
         return self.euler(self.student if nfe == 1 else self.flow, z_T, nfe, c)
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_methods(register) -> None:
     register(Reflow)

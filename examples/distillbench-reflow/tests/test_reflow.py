@@ -12,17 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from distillbench import Batch, Denoiser, Noise, Teacher, UserError
-from distillbench.conditions import UNCONDITIONAL
-from distillbench.exact import ExactDenoiser
-from distillbench.laws import mixture
+from distillbench.diffusion import UNCONDITIONAL, ExactDenoiser, FlowMatching, VPCosine, VPLinear, mixture
 from distillbench.networks import ResidualMLP
-from distillbench.schedules import FlowMatching, VPCosine, VPLinear
 from distillbench.testing import assert_conforms
 from torch import Tensor, nn
 
 from distillbench_reflow import Reflow
 
-LAW_IMAGES = 20_000  # of a training on an exact teacher; `distillbench check` takes ten times as many
+DISTRIBUTION_IMAGES = 20_000  # of a training on an exact teacher; `distillbench check` takes ten times as many
 M, S = 0.3, 0.4
 
 
@@ -36,9 +33,11 @@ def float64():
 
 def teacher(prediction: str = "v", schedule=None) -> Teacher:
     """The exact denoiser of N(m, s^2), one pixel, on the flow schedule as the harness reads it there."""
-    law, own = mixture([1.0], [[M]], [[S]]), schedule or VPCosine()
-    start = Denoiser(ResidualMLP(law.shape, width=8, depth=1), own, prediction)
-    return Teacher("gaussian", ExactDenoiser(law, own), law.shape, "gaussian", start=start).on(FlowMatching())
+    distribution, own = mixture([1.0], [[M]], [[S]]), schedule or VPCosine()
+    start = Denoiser(ResidualMLP(distribution.shape, width=8, depth=1), own, prediction)
+    return Teacher("gaussian", ExactDenoiser(distribution, own), distribution.shape, "gaussian", start=start).on(
+        FlowMatching()
+    )
 
 
 def method(schedule=None, **settings) -> Reflow:
@@ -88,7 +87,7 @@ class Straight(nn.Module):
 def test_it_conforms(distil_from):
     torch.set_default_dtype(torch.float32)
     config = Reflow.Config(distil_from=distil_from, steps=16, pairs=4096)
-    assert_conforms(Reflow, config, law_images=LAW_IMAGES if distil_from == "teacher" else 0)
+    assert_conforms(Reflow, config, distribution_images=DISTRIBUTION_IMAGES if distil_from == "teacher" else 0)
 
 
 LAST_ALPHA = math.exp(

@@ -6,8 +6,8 @@ Bonneel, Rabin, Peyre & Pfister 2015, "Sliced and Radon Wasserstein Barycenters 
     W^2  = integral over u in (0, 1) of (F^-1(u) - G^-1(u))^2                                (one dimension)
 
 Both quantile functions are steps, of width 1/N and 1/M, so the integral is a finite sum: nothing is interpolated, and
-all images are used. Like every distance between samples it is above 0 for two samples of one law: by about the same for
-all rows of a table, since these have equal numbers of images.
+all images are used. Like every distance between samples it is above 0 for two samples of one distribution: by about the
+same for all rows of a table, since these have equal numbers of images.
 
 | symbol  | meaning                                                    | shape   |
 |---------|------------------------------------------------------------|---------|
@@ -70,6 +70,6 @@ def sliced_wasserstein(x: Tensor, y: Tensor) -> float:
     return torch.cat(squares).mean().sqrt().item()
 
 
-@hookimpl(api=1)
+@hookimpl(api=2)
 def register_metrics(register) -> None:
     register(SlicedWasserstein)

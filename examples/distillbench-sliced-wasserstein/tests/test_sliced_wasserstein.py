@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from distillbench import Samples, Unavailable
-from distillbench.features import ImageSet, Networks
+from distillbench.evaluation import ImageSet
+from distillbench.evaluation.features import Networks
 from distillbench.testing import assert_conforms
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import norm, wasserstein_distance
@@ -58,7 +59,7 @@ def test_order_two_is_at_least_order_one():
 
 
 def test_of_gaussians():
-    """W_2^2 between N(m, s^2) and N(n, r^2) is (m - n)^2 + (s - r)^2; quantiles stand for the laws."""
+    """W_2^2 between N(m, s^2) and N(n, r^2) is (m - n)^2 + (s - r)^2; quantiles stand for the distributions."""
     u = (torch.arange(20_000).double() + 0.5) / 20_000
     z = torch.from_numpy(norm.ppf(u.numpy()))
     x, y = 0.2 + 0.5 * z, -0.1 + 0.1 * z

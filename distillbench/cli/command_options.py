@@ -1,0 +1,87 @@
+"""What the commands share: exit codes, option types and decorators, and loading the plugins."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from distillbench.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from distillbench.registry import Plugin, Registry
+
+BAD_INPUT, SOMETHING_FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+
+
+class UserPath(click.Path):
+    """A path in which a leading ``~`` is the user's home: shells do not expand it after ``--output=``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+def plugin_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a command that loads plugins."""
+    folders = click.option(
+        "--plugins-dir", "folders", multiple=True, type=UserPath(file_okay=False), envvar="DISTILLBENCH_PLUGINS_DIR",
+        help="Folder whose Python files are plugins too; can be repeated. [$DISTILLBENCH_PLUGINS_DIR]",
+    )  # fmt: skip
+    return folders(click.option("--debug", is_flag=True, help="Show tracebacks.")(command))
+
+
+def with_plugins(command: Callable[..., None]) -> Callable[..., None]:
+    """Load the plugins and pass the registry to `command` as ``registry``; warn about plugins that failed to load."""
+
+    @plugin_options
+    @functools.wraps(command)
+    def loaded(*arguments: Any, folders: Sequence[str], debug: bool, **options: Any) -> None:
+        registry = load_plugins(folders)
+        for plugin in registry.broken:
+            click.echo(f"warning: plugin {origin(plugin)} is left out: {plugin.error}", err=True)
+            if debug:
+                click.echo(plugin.traceback, err=True)
+        command(*arguments, registry=registry, **options)
+
+    return loaded
+
+
+debuggable = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+
+
+def load_plugins(folders: Iterable[str]) -> Registry:
+    """The plugins of installed packages and of `folders`, as far as $DISTILLBENCH_PLUGINS selects them."""
+    from pathlib import Path
+
+    from distillbench.registry import ONLY, Selection
+
+    patterns = [pattern.strip() for pattern in os.environ.get(ONLY, "").split(",")]
+    return Selection(tuple(Path(folder).resolve() for folder in folders), tuple(filter(None, patterns))).load()
+
+
+def origin(plugin: Plugin) -> str:
+    """The plugin's name, distribution and version."""
+    return f"{plugin.name} ({version(plugin)})"
+
+
+def version(plugin: Plugin) -> str:
+    """The plugin's distribution and its version."""
+    return f"{plugin.distribution} {plugin.version}"
+
+
+def output_file(output: str, suffix: str) -> Path:
+    """`output` as a path. Raises UserError unless it ends in `suffix` and its folder can be written to."""
+    from pathlib import Path
+
+    from distillbench.storage.files import check_writable
+
+    path = Path(output)
+    if path.suffix != suffix:
+        raise UserError(f"--output must name a {suffix} file, got {output!r}")
+    check_writable(path.parent)
+    return path

@@ -1,0 +1,188 @@
+"""The commands about data that runs need: ``data check``, ``fetch`` (weights) and ``reference`` (statistics)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from distillbench.cli.command_options import UserPath, output_file, with_plugins
+from distillbench.cli.terminal import new_console, print_definitions
+from distillbench.errors import Unavailable, UserError, unknown
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from distillbench.evaluation.features import FeatureNetwork
+    from distillbench.evaluation.reference_statistics import RealImages
+    from distillbench.registry import Registry
+
+
+@click.group()
+def data() -> None:
+    """Inspect datasets."""
+
+
+@data.command("check")
+@click.argument("settings", nargs=-1)
+@click.option("--grid", type=UserPath(dir_okay=False), help="Write a picture of the first 64 images (.png).")
+@with_plugins
+def check_data(registry: Registry, settings: tuple[str, ...], grid: str | None) -> None:
+    """Read every image of a dataset and print counts, classes, the hash, damaged and duplicate images.
+
+    The exit code is 1 if images are damaged.
+
+    \b
+    distillbench data check dataset=ffhq dataset.path=ffhq-64x64.zip --grid ffhq.png
+    """
+    from pathlib import Path
+
+    from distillbench.cli.data_check import command
+
+    raise SystemExit(command(settings, registry, None if grid is None else Path(grid), new_console()))
+
+
+@click.command()
+@click.argument("network", required=False)
+@click.option("--from", "source", type=UserPath(), help="Copy this file, or the file of this folder.")
+@with_plugins
+def fetch(registry: Registry, network: str | None, source: str | None) -> None:
+    """Download the weights of a feature network.
+
+    NETWORK is, for example, inception, which FID needs. Without NETWORK all are listed. No other command downloads.
+    The file is checked by its SHA-256, wherever it comes from, and stored in $DISTILLBENCH_WEIGHTS or the user's cache.
+
+    \b
+    distillbench fetch inception
+    distillbench fetch inception --from weights-inception-2015-12-05-6726825d.pth
+    """
+    from pathlib import Path
+
+    from distillbench.evaluation.pretrained_weights import fetch as fetch_weights
+    from distillbench.evaluation.pretrained_weights import weights_folder
+
+    folder = weights_folder()
+    if network is None:
+        click.echo(f"weights are stored in {folder}")
+        networks = sorted(_networks(registry).items())
+        print_definitions((name, _describe_weights(cls, folder)) for name, cls in networks)
+        return
+    cls = _network(registry, network)
+    if not cls.weights.url and source is None:
+        raise UserError(f"the weights of {network} come with an installed package: there is nothing to fetch")
+    for weights in (cls.weights, *cls.also):
+        path = fetch_weights(network, weights, folder, Path(source) if source is not None else None)
+        click.echo(f"written: {path} ({weights.licence})")
+
+
+@click.group()
+def reference() -> None:
+    """Export or import statistics of real images (.npz)."""
+
+
+@reference.command("export")
+@click.argument("settings", nargs=-1)
+@click.option("--network", required=True, help="Feature network, such as inception.")
+@click.option("--output", "-o", required=True, type=UserPath(dir_okay=False), help="File to write (.npz).")
+@with_plugins
+def export_reference(registry: Registry, settings: tuple[str, ...], network: str, output: str) -> None:
+    """Compute the statistics of a dataset and write them in the format of pytorch-fid and EDM, with provenance.
+
+    \b
+    distillbench reference export dataset=digits --network efficientnet_lite0 -o digits.npz
+    distillbench run 'methods=[boot]' dataset=digits 'evaluation.references=[digits.npz]'
+    """
+    from distillbench.evaluation.reference_statistics import provenance_of, write_reference
+
+    cls, file = _network(registry, network), output_file(output, ".npz")
+    real = _real_images(registry, settings)
+    write_reference(file, real.statistics(cls), provenance_of(real.dataset, cls.identity(real.networks.folder)))
+    click.echo(f"written: {file}, {network} statistics of {real.count} images of {real.dataset.name}")
+
+
+@reference.command("import")
+@click.argument("file", type=UserPath(dir_okay=False))
+@click.argument("settings", nargs=-1)
+@click.option("--network", required=True, help="The network and preprocessing that FILE was computed with.")
+@click.option("--images", required=True, type=click.IntRange(min=2), help="Number of images behind FILE.")
+@click.option("--output", "-o", required=True, type=UserPath(dir_okay=False), help="File to write (.npz).")
+@with_plugins
+def import_reference(
+    registry: Registry, file: str, settings: tuple[str, ...], network: str, images: int, output: str
+) -> None:
+    """Import statistics of another tool (pytorch-fid, EDM) with the provenance that you declare.
+
+    distillbench cannot verify which dataset and network FILE was computed with.
+
+    \b
+    distillbench reference import cifar10-32x32.npz dataset=cifar10 dataset.path=cifar-10-python.tar.gz \\
+      --network inception --images 50000 -o cifar10.npz
+    """
+    from pathlib import Path
+
+    from distillbench.evaluation.reference_statistics import declared, provenance_of, read_reference, write_reference
+
+    cls, written = _network(registry, network), output_file(output, ".npz")
+    real = _real_images(registry, settings)
+    wanted = provenance_of(real.dataset, cls.identity(real.networks.folder))
+    statistics, provenance = declared(read_reference(Path(file)), wanted, cls.width, images)
+    write_reference(written, statistics, provenance)
+    click.echo(f"written: {written}, declared as {network} statistics of {images} images of {real.dataset.name}")
+
+
+@reference.command("show")
+@click.argument("file", type=UserPath(dir_okay=False))
+def show_reference(file: str) -> None:
+    """Show the size, hash and provenance of a reference file."""
+    from pathlib import Path
+
+    from distillbench.evaluation.reference_statistics import read_reference
+
+    found = read_reference(Path(file))
+    click.echo(f"{found.path.name}: {len(found.statistics.mean)} features, sha256 {found.sha256}")
+    print_definitions((name, str(value)) for name, value in sorted(found.provenance.items()))
+    if not found.provenance:
+        click.echo("it has no provenance: see distillbench reference import --help")
+
+
+def _networks(registry: Registry) -> dict[str, type[FeatureNetwork]]:
+    """The feature networks of all metrics, by name."""
+    found = [entry.cls.network for entry in registry.metrics.values() if entry.cls.network is not None]
+    return {cls.name: cls for cls in found}
+
+
+def _network(registry: Registry, name: str) -> type[FeatureNetwork]:
+    networks = _networks(registry)
+    if name not in networks:
+        raise unknown("feature network", name, networks)
+    return networks[name]
+
+
+def _describe_weights(cls: type[FeatureNetwork], folder: Path) -> str:
+    try:
+        cls.locate(folder)
+        state = "present"
+    except Unavailable as reason:
+        state = str(reason)
+    source = cls.weights.url or "comes with an installed package"
+    return f"{state}; {cls.weights.mib} MiB, {cls.weights.licence}, {source}"
+
+
+def _real_images(registry: Registry, settings: Sequence[str]) -> RealImages:
+    """The real images of the dataset in `settings`."""
+
+    from distillbench.evaluation.features import Networks
+    from distillbench.evaluation.pretrained_weights import weights_folder
+    from distillbench.evaluation.reference_statistics import RealImages
+    from distillbench.records.layout import ResultsFolder
+    from distillbench.runs.config import compose_runs
+    from distillbench.runs.shared_context import choose_device
+
+    configs = compose_runs(list(settings), registry, need_methods=False)
+    if len(configs) > 1:
+        raise UserError(f"a reference describes one dataset, the settings describe {len(configs)}")
+    config = configs[0]
+    dataset = registry.get("datasets", config.dataset.kind).cls(config.dataset)
+    networks = Networks(weights_folder(), choose_device(config.device))
+    return RealImages(dataset, networks, ResultsFolder.of(config.results_dir).cache("references"))

@@ -1,0 +1,316 @@
+"""What the command line prints: definitions, the plan of a run with its cost, and the table of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
+
+    from distillbench.runs.shared_context import Cell
+    from distillbench.system.progress import Progress
+
+WIDEST_TEXT = 120
+LONGEST_VERDICT = 1000  # characters
+MOST_LINES = 50  # of a plan or a table
+COSTS = (  # columns that are shown where they fit
+    *("sample_latency_p50_ms", "train_seconds", "sample_images_per_second", "train_teacher_nfe", "train_student_nfe"),
+    *("train_images", "train_tflops", "train_joules"),
+)
+
+
+def new_console() -> Console:
+    """A console as wide as the terminal; without one $COLUMNS wide, or 80."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def width() -> int:
+    """The width of text in the terminal, as click has it for --help."""
+    return click.HelpFormatter(max_width=WIDEST_TEXT).width
+
+
+def print_definitions(rows: Iterable[tuple[str, str]]) -> None:
+    """Print names with their meanings beside them, as --help prints options."""
+    lines = [(name, " ".join(meaning.split())) for name, meaning in rows]
+    formatter = click.HelpFormatter(max_width=WIDEST_TEXT)
+    formatter.indent()
+    if lines:
+        formatter.write_dl(lines, col_max=36)
+    click.echo(formatter.getvalue(), nl=False)
+
+
+def _new_table(columns: Iterable[str], text: Sequence[str], footer: Sequence[str] | None = None) -> Table:
+    """An empty table, as narrow as its values. The columns in `text` are left-aligned, those of numbers right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.show_footer = footer is not None
+    for k, name in enumerate(columns):
+        heading, end = "\n".join(name.split("_")), footer[k] if footer else ""
+        table.add_column(heading, end, vertical="bottom", no_wrap=True, justify="left" if name in text else "right")
+    return table
+
+
+def print_plan(console: Console, cells: list[Cell]) -> None:
+    """The plan: for each dataset and teacher a table of its cells with their costs, and what would be empty or fail.
+
+    Of more than MOST_LINES cells, those that differ only in the seed share a line, and the first lines are shown.
+    """
+    from distillbench.runs.plan import notes_of, teacher_plan
+
+    by_context: dict[int, list[Cell]] = {}
+    for cell in cells:
+        by_context.setdefault(id(cell.shared), []).append(cell)
+    for group, (dataset, name, origin) in zip(by_context.values(), teacher_plan(cells), strict=True):
+        images = f", {origin.images:,} images" if origin.images else ""
+        _say(console, f"dataset {dataset}, teacher {name}: {origin.origin}{images}")
+        _print_plan_table(console, group)
+        for column, why in group[0].shared.unavailable_metrics().items():
+            _say(console, f"{column} would be empty: {why}")
+        failing = [cell for cell in group if cell.price_error]
+        for cell in failing[:MOST_LINES]:
+            _say(console, f"{cell.label} would fail: {cell.price_error}")
+        _say_more(console, len(failing), "cells would fail")
+        budget = group[0].shared.config.budget
+        if budget.limit == "seconds":
+            _say(console, f"Each method trains {budget.seconds:g} s; its images and evaluations cannot be predicted.")
+    for note in notes_of(cells):
+        _say(console, note)
+    _say(console, "dry run: nothing was run or written")
+
+
+def _print_plan_table(console: Console, cells: list[Cell]) -> None:
+    columns = ["cell", "rows at NFE", "train_images", "train_teacher_NFE", "train_student_NFE", "sampling_NFE"]
+    footer = [f"sum ({len(cells):,} cells)" if len(cells) > MOST_LINES else "sum", ""]
+    footer += [number(sum(column)) for column in zip(*map(_cost, cells), strict=True)]
+    table = _new_table(columns, text=columns[:2], footer=footer)
+    lines = _plan_lines(cells)
+    for label, nfe, costs in lines[:MOST_LINES]:
+        table.add_row(label, ", ".join(map(str, nfe)), *map(number, costs))
+    console.print(table)
+    _say_more(console, len(lines), "lines; the sum is of all")
+
+
+def _plan_lines(cells: list[Cell]) -> list[tuple[str, list[int], tuple[int, ...]]]:
+    """(label, numbers of evaluations, costs) of each line of a plan."""
+    from distillbench.runs.plan import changed_settings
+
+    if len(cells) <= MOST_LINES:
+        return [(cell.label, cell.nfe, _cost(cell)) for cell in cells]
+    alike: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        settings = changed_settings(cell.method_config)
+        alike.setdefault((cell.name, settings, tuple(cell.nfe), _cost(cell)), []).append(cell)
+    lines = []
+    for (name, settings, nfe, cost), group in alike.items():
+        seeds = f" ({len(group):,} seeds)" if len(group) > 1 else f" (seed {group[0].seed})" if group[0].entry else ""
+        costs = tuple(value * len(group) for value in cost)
+        lines.append((" ".join(filter(None, [name + seeds, settings])), list(nfe), costs))
+    return lines
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def _say_more(console: Console, count: int, what: str) -> None:
+    if count > MOST_LINES:
+        _say(console, _more(count, what))
+
+
+def _more(count: int, what: str) -> str:
+    return f"and {count - MOST_LINES:,} more {what}"
+
+
+def _cost(cell: Cell) -> tuple[int, int, int, int]:
+    """Predicted: images, teacher and student evaluations of training, evaluations of sampling."""
+    evaluation = cell.shared.config.evaluation
+    sampling = sum(cell.nfe) * evaluation.images * len(evaluation.seeds)
+    return cell.price.images, cell.price.teacher_nfe, cell.price.student_nfe, sampling
+
+
+def print_rows(progress: Progress, rows: pd.DataFrame) -> None:
+    """Print a line for each new row; one line for all if there are many, as those of a resumed run."""
+    if len(rows) > MOST_LINES:
+        counts = rows["status"].value_counts()
+        progress.say(f"  {len(rows):,} rows: {', '.join(f'{count:,} {status}' for status, count in counts.items())}")
+        return
+    for row in rows.to_dict("records"):
+        values = ", ".join(f"{name} {number(row[name])}" for name in _scores(rows))
+        progress.say(f"  {_row_name(row)}: {values if row['status'] == 'ok' else _why(row)}")
+
+
+def print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, directions: dict[str, str]) -> None:
+    """Means over seeds with their intervals, in as many columns as fit, and what must be known about the rows.
+
+    `summary` is that of `table`, `directions` those of the scores. All columns are in table.csv and summary.csv.
+    """
+    from distillbench.records.statistics import KEYS
+
+    same = [name for name in ("dataset", "teacher", "budget", "device") if table[name].nunique() == 1]
+    shared = {name: table[name].dropna().iloc[0] for name in same}
+    _say(console, ", ".join(f"{name} {value}" for name, value in shared.items() if value))
+    summary = table[KEYS].drop_duplicates().merge(summary, on=KEYS, how="left")  # in the order of the run
+    lines = _best_lines(summary, directions)
+    shown = _columns_that_fit(console, summary, same, directions, lines)
+    console.print(_drawn(summary, shown, directions, lines))
+    notes = [*_notes(summary, shown, directions, lines), *_verdicts(summary, directions)]
+    for line in [*notes, *_failures(table), *_remarks(table), *_empty_scores(table, directions)]:
+        _say(console, line)
+
+
+def _columns_that_fit(
+    console: Console, summary: pd.DataFrame, same: Sequence[str], directions: dict[str, str], lines: list[int]
+) -> list[str]:
+    """The columns that tell rows apart, then scores and costs as far as the console is wide enough."""
+    names = _describing_columns(summary, same)
+    first_score = len(names) + 1
+    names += [*directions, *(name for name in COSTS if summary[name].notna().any())]
+    unlimited = console.options.update(max_width=10_000)
+    while len(names) > first_score:  # the first score always stays
+        drawn = _drawn(summary, names, directions, lines)
+        if console.measure(drawn, options=unlimited).maximum <= console.width:
+            break
+        names.pop()
+    return names
+
+
+def _describing_columns(summary: pd.DataFrame, same: Sequence[str]) -> list[str]:
+    """Method, evaluations, and what else it takes to tell rows apart; `same` are columns of one value."""
+    names = [name for name in ("dataset", "teacher") if name not in same] + ["method", "nfe"]
+    for column in ("settings", "guidance", "budget", "protocol"):
+        if summary[column].nunique(dropna=False) > 1 and summary.duplicated(names).any():
+            names.append(column)
+    names += [name for name in ("training_seeds", "sampling_seeds") if (summary[name] > 1).any()]
+    return names + ["status"] * bool((summary["status"] != "ok").any())
+
+
+def _notes(summary: pd.DataFrame, shown: Sequence[str], directions: dict[str, str], lines: list[int]) -> Iterator[str]:
+    """Which rows and scores are left out, and what the intervals are."""
+    if len(lines) < len(summary):
+        best = f"the {len(lines)} best by {next(iter(directions))}" if directions else f"the first {len(lines)}"
+        yield f"{best} of {len(summary):,} (all: summary.csv, distillbench show)"
+    if cut := [name for name in directions if name not in shown]:
+        yield f"not shown: {', '.join(cut)} (summary.csv)"
+    for source in ("training", "sampling"):
+        if any(summary[f"{name}_{source}_low"].notna().any() for name in directions):
+            yield f"{source[0]}[...]: 95 % interval of the mean over {source} seeds"
+
+
+def _failures(table: pd.DataFrame) -> Iterator[str]:
+    """Rows that are not ok, with their reasons."""
+    bad = table[table["status"] != "ok"]
+    for row in bad[:MOST_LINES].to_dict("records"):
+        yield f"{_row_name(row)}: {_why(row)}"
+    if len(bad) > MOST_LINES:
+        yield _more(len(bad), "rows that are not ok (table.csv)")
+
+
+def _remarks(table: pd.DataFrame) -> Iterator[str]:
+    """Notes on rows that are ok, each with its rows."""
+    for note, rows in table[table["note"].fillna("") != ""].groupby("note", sort=False):
+        named = dict.fromkeys(f"{row['method']}, {row['nfe']} NFE" for row in rows.to_dict("records"))
+        yield f"note on {'; '.join(named)}: {note}"
+
+
+def _empty_scores(table: pd.DataFrame, names: Iterable[str]) -> Iterator[str]:
+    """Why a score is empty in all rows."""
+    for name in names:
+        reasons = table.loc[table[name].isna() & (table["status"] == "ok"), "reason"]
+        if table[name].isna().all() and len(reasons):
+            yield f"{name} is empty: {_reason_of(name, reasons.iloc[0])}"
+
+
+def _reason_of(name: str, reasons: str) -> str:
+    """Why the column `name` is empty, from a row's reasons."""
+    parts = [part.partition(" empty: ") for part in reasons.split("; ")]
+    return next((why for names, _, why in parts if name in names.split(", ")), reasons)
+
+
+def _best_lines(summary: pd.DataFrame, directions: dict[str, str]) -> list[int]:
+    """The places of the rows that are shown: all, or the MOST_LINES best by the first score."""
+    if len(summary) <= MOST_LINES or not directions:
+        return list(range(len(summary)))[:MOST_LINES]
+    name, direction = next(iter(directions.items()))
+    score = summary[name].astype("Float64").to_numpy(dtype=float, na_value=float("nan"))
+    order = (-score if direction == "higher" else score).argsort(kind="stable")  # empty ones come last
+    return order[:MOST_LINES].tolist()
+
+
+def _drawn(summary: pd.DataFrame, names: list[str], directions: dict[str, str], lines: list[int]) -> Table:
+    from rich.markup import escape
+
+    from distillbench.records.statistics import arrow, leaders
+
+    headings = [f"{name}_{arrow(directions[name])}".rstrip("_") if name in directions else name for name in names]
+    texts = ("dataset", "teacher", "method", "settings", "budget", "protocol", "status")
+    drawn = _new_table(headings, text=texts)
+    best = {name: leaders(summary, name, directions[name]).tolist() for name in names if name in directions}
+    for index, row in zip(lines, summary.iloc[lines].to_dict("records"), strict=True):
+        cells = (_cell(row, name, best.get(name, {}) and best[name][index]) for name in names)
+        drawn.add_row(*map(escape, cells))
+    return drawn
+
+
+def _cell(row: dict, name: str, best: bool) -> str:
+    """A value; a score with its interval, and a star where it leads (`statistics.leaders`)."""
+    import pandas as pd
+
+    text = number(row[name])
+    for source in ("training", "sampling"):
+        low, high = row.get(f"{name}_{source}_low"), row.get(f"{name}_{source}_high")
+        if low is not None and not pd.isna(low):
+            return f"{text} {source[0]}[{number(low)}, {number(high)}]{'*' if best else ''}"
+    return text
+
+
+def _verdicts(summary: pd.DataFrame, directions: dict[str, str]) -> list[str]:
+    """For each score and number of evaluations which method leads, or why none does; one line if all have one seed."""
+    from distillbench.records.statistics import COMPARABLE, verdict
+
+    if not (summary["training_seeds"] > 1).any():
+        students = summary[summary["training_seeds"] > 0]
+        return ["one training seed: no method is marked as best (seed=0,1,2 trains three)"] if len(students) > 1 else []
+    lines = []
+    students = summary[~summary["method"].str.startswith("teacher:")]
+    for name, direction in directions.items():
+        for _, group in students.groupby(COMPARABLE, dropna=False, sort=False) if direction != "none" else []:
+            if len(group) > 1:
+                line = f"{name}, {group['nfe'].iloc[0]} NFE: {verdict(group, name, direction)}"
+                lines.append(line if len(line) <= LONGEST_VERDICT else f"{line[:LONGEST_VERDICT]} ...")
+    return lines
+
+
+def _scores(table: pd.DataFrame) -> list[str]:
+    """The scores: the columns between those that describe a row and its costs."""
+    from distillbench.records.table import FIRST, LAST
+
+    return [name for name in table.columns if name not in FIRST and name not in LAST]
+
+
+def _row_name(row: dict) -> str:
+    seed = number(row["training_seed"])
+    return f"{row['method']}{'' if seed == '-' else f' seed {seed}'}, {row['nfe']} NFE, noise {row['sampling_seed']}"
+
+
+def _why(row: dict) -> str:
+    return f"{row['status']}: {row['reason']}"
+
+
+def number(value: object) -> str:
+    """A number with four digits, or all of a large one; "-" for an empty value."""
+    import pandas as pd
+
+    if pd.isna(value):
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,100 @@
+"""Shared parts of consistency models: the boundary-exact function, distances, weights, a multi-step sampler.
+
+Song, Dhariwal, Chen & Sutskever 2023, arXiv:2303.01469. Noise levels are EDM's, tau = sigma_t / alpha_t, so it works on
+any schedule: x^ = x_t / alpha_t = x_0 + tau eps.
+
+    F(x_t, t, c) = c_skip(tau) x^ + c_out(tau) NN,   c_skip = sd^2 / ((tau - e)^2 + sd^2),
+                                                     c_out  = (tau - e) sd / sqrt(tau^2 + sd^2)       (eq. 5 and app. C)
+
+NN is read off the denoiser D = k_skip x^ + k_out NN, with EDM's k_skip and k_out, so that any parameterisation serves:
+F = (c_skip - (1 - e/tau) k_skip) x^ + (1 - e/tau) D. For an EDM network this is the paper's, unchanged.
+
+| symbol | meaning                                          | shape     |
+|--------|--------------------------------------------------|-----------|
+| e, sd  | smallest noise level, standard deviation of x_0  | float     |
+| tau    | noise level sigma_t / alpha_t                    | (B,1,1,1) |
+| D      | student as a denoiser                            | (B,C,H,W) |
+| a, b   | images that are compared                         | (B,C,H,W) |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
+from distillbench.diffusion.denoiser import Denoiser
+from distillbench.diffusion.losses import mean_square
+from distillbench.diffusion.samplers import time_like
+from distillbench.diffusion.schedules import NoiseSchedule
+
+__all__ = ["DISTANCES", "STEP_WEIGHTS", "ConsistencyFunction", "multistep"]
+
+
+class ConsistencyFunction(nn.Module):
+    """F(x_t, t, c), with F = x^ exactly at tau = e; (B,C,H,W)."""
+
+    def __init__(self, denoiser: Denoiser, e: float, sd: float) -> None:
+        super().__init__()
+        self.denoiser, self.e, self.sd = denoiser, e, sd
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.denoiser.schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
+        skip, ratio = self._coefficients(t, x_t.dtype)
+        return torch.addcmul(skip * x_t, ratio, self.denoiser(x_t, t, c))
+
+    def _coefficients(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The factors of x_t and of the denoiser's output, (B,1,1,1)."""
+        e, sd, schedule = self.e, self.sd, self.schedule
+        tau = schedule.noise_level(t)  # float64: at tau = 80 the two terms nearly cancel
+        c_skip, k_skip, ratio = sd**2 / ((tau - e) ** 2 + sd**2), sd**2 / (tau**2 + sd**2), 1 - e / tau
+        return (c_skip - ratio * k_skip).to(dtype) / schedule.alpha(t), ratio.to(dtype)
+
+
+def pseudo_huber(a: Tensor, b: Tensor, w: Tensor | float = 1.0) -> Tensor:
+    """The mean of w (sqrt(|a - b|^2 + c^2) - c), c = .00054 sqrt(pixels) (Song & Dhariwal 2023, arXiv:2310.14189)."""
+    c = 0.00054 * a[0].numel() ** 0.5
+    return (w * (((a - b).square().sum(dim=(1, 2, 3), keepdim=True) + c**2).sqrt() - c)).mean()
+
+
+# The mean of lambda d(a, b), of lambda (B,1,1,1) or a number.
+DISTANCES: dict[str, Callable[[Tensor, Tensor, Tensor | float], Tensor]] = {
+    "l2": mean_square,
+    "pseudo_huber": pseudo_huber,
+}
+
+
+def inverse_step(schedule: NoiseSchedule, t: Tensor, s: Tensor) -> Tensor:
+    """1 / (tau_t - tau_s), (B,1,1,1) (Song & Dhariwal 2023, arXiv:2310.14189)."""
+    return 1 / (schedule.noise_level(t) - schedule.noise_level(s)).to(torch.get_default_dtype())
+
+
+# lambda, the weight of a step from t to s.
+STEP_WEIGHTS: dict[str, Callable[[NoiseSchedule, Tensor, Tensor], Tensor | float]] = {
+    "uniform": lambda schedule, t, s: 1.0,
+    "inv_step": inverse_step,
+}
+
+
+def multistep(
+    F: ConsistencyFunction, grid: Tensor, noise: Callable[[int], Tensor], nfe: int, c: Condition = UNCONDITIONAL
+) -> Tensor:
+    """Algorithm 1: jump to the end, noise again to a lower level of the ascending `grid` (N,), jump again.
+
+    The levels are spread evenly over the grid's indices. A result has variance e^2 of noise left, so tau^2 - e^2 is
+    added to it. Shape (B,C,H,W).
+    """
+    schedule = F.schedule
+    levels = torch.linspace(len(grid) - 1, 0, nfe + 1)[:-1].round().long()
+    T = time_like(noise(0), grid[-1])
+    x = F(schedule.sigma(T) * noise(0), T, c)
+    for k in range(1, nfe):
+        t = time_like(x, grid[levels[k]])
+        tau = schedule.noise_level(t).to(x.dtype)
+        x = F(schedule.alpha(t) * (x + (tau**2 - F.e**2).sqrt() * noise(k)), t, c)
+    return x

@@ -1,0 +1,265 @@
+"""The one model type of methods and samplers: ``f(x_t, t, c) = E[x_0 | x_t, c]``.
+
+A network may predict eps, x_0, v, a flow velocity or EDM's F; :class:`Denoiser` turns each into the data prediction. It
+also reads a network that was trained on one noise schedule on another, at equal signal-to-noise ratio.
+
+| symbol   | meaning                                              | shape      |
+|----------|------------------------------------------------------|------------|
+| x_t      | noisy image, alpha_t x_0 + sigma_t eps               | (B,C,H,W)  |
+| t        | time, float64                                        | (B,1,1,1)  |
+| c        | condition                                            | of a batch |
+| f, eps   | data and noise prediction, x_t = alpha f + sigma eps | (B,C,H,W)  |
+| x^, tau  | EDM's x_t / alpha_t = x_0 + tau eps, noise level     |            |
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Conditioning
+from distillbench.diffusion.embeddings import GuidanceEmbedding
+from distillbench.diffusion.modes import evaluating
+from distillbench.diffusion.schedules import NoiseSchedule
+from distillbench.system.dtensors import class_of
+
+__all__ = ["INPUTS", "PREDICTIONS", "SIGMA_DATA", "TARGETS", "Denoiser", "guided", "implied_eps"]
+
+SIGMA_DATA = 0.5  # EDM's standard deviation of the data, of every network that predicts F (Karras et al. 2022, table 1)
+
+
+def _edm(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """c_skip x^ + c_out F: c_skip x^ = alpha sd^2 x_t / n^2, c_out = sigma sd / n, n^2 = sigma^2 + alpha^2 sd^2."""
+    square = sigma**2 + (alpha * SIGMA_DATA) ** 2
+    return alpha * SIGMA_DATA**2 / square, sigma * SIGMA_DATA / square.sqrt()
+
+
+def _edm_target(x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """F for which f = x_0: (sigma x_0 - alpha sd^2 eps) / (sd n)."""
+    n = (sigma**2 + (alpha * SIGMA_DATA) ** 2).sqrt()
+    return (sigma * x_0 - alpha * SIGMA_DATA**2 * eps) / (SIGMA_DATA * n)
+
+
+# From alpha and sigma the a and b of f = a x_t + b out; empty where f = out. The row of v = alpha eps - sigma x_0
+# keeps its denominator, which is 1 only where alpha^2 + sigma^2 = 1.
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "eps": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
+    "x0": lambda alpha, sigma: (),
+    "v": lambda alpha, sigma: (alpha / (square := alpha**2 + sigma**2), -sigma / square),
+    "flow": lambda alpha, sigma: (1 / (alpha + sigma), -sigma / (alpha + sigma)),  # u = eps - x_0
+    "edm": _edm,
+}
+
+# The training target of each of these networks, from x_0 and eps.
+TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "eps": lambda x_0, eps, alpha, sigma: eps,
+    "x0": lambda x_0, eps, alpha, sigma: x_0,
+    "v": lambda x_0, eps, alpha, sigma: alpha * eps - sigma * x_0,
+    "flow": lambda x_0, eps, alpha, sigma: eps - x_0,
+    "edm": _edm_target,
+}
+
+# The inputs of the network: (t, schedule) -> its time, preceded by the n of its input x_t / n where that is not x_t.
+INPUTS: dict[str, Callable[[Tensor, NoiseSchedule], tuple[Tensor, ...]]] = dict.fromkeys(
+    ("eps", "x0", "v", "flow"), lambda t, schedule: (t,)
+)
+
+
+def _edm_input(t: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """c_in x^ = x_t / n and c_noise = log(tau) / 4 (Karras et al. 2022, table 1)."""
+    n = (schedule.sigma(t) ** 2 + (schedule.alpha(t) * SIGMA_DATA) ** 2).sqrt()
+    return n, schedule.lam(t) / 4
+
+
+INPUTS["edm"] = _edm_input
+
+
+class NetworkCall:
+    """How the networks of a counter are called. The base class calls them as they are.
+
+    `plain` has, in plain values, the settings that can change results.
+    """
+
+    def __init__(self, plain: Mapping[str, Any] | None = None) -> None:
+        self.plain: Mapping[str, Any] = plain or {}
+
+    def begin(self) -> None:
+        """Called before networks whose weights may be other tensors than at earlier calls."""
+
+    def prepare(self, network: nn.Module) -> None:
+        """Called before the first call of `network` and before it is copied."""
+
+    def undo(self) -> None:
+        """Undo what :meth:`prepare` did."""
+
+    def __call__(self, network: nn.Module, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
+        return network(x, time, embedding, c)
+
+
+class Counter:
+    """Rows (images) that the networks of this counter evaluated. Copies of a network share its counter."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.rows_with_gradient = 0  # whose output needs a gradient: a backward pass is expected
+        self.rows_to_input = 0  # of these, those of networks with constant weights: the gradient reaches the input only
+        self.kinds: dict[type[nn.Module], tuple[int, int]] = {}  # class of network: its rows, and with gradient
+        self.timed: Callable[[], AbstractContextManager[None]] = nullcontext  # in which a meter times every forward
+        self.call = NetworkCall()
+
+    def __deepcopy__(self, memo: dict) -> Counter:
+        return self
+
+    def add(self, network: nn.Module, rows: int, with_gradient: bool, to_input: bool) -> None:
+        """Note that `network` has evaluated `rows` images, and whether its output, and its input, need a gradient."""
+        gradient = rows if with_gradient else 0
+        self.rows += rows
+        self.rows_with_gradient += gradient
+        if with_gradient and to_input and not any(weight.requires_grad for weight in network.parameters()):
+            self.rows_to_input += rows
+        kind = class_of(network)
+        before = self.kinds.get(kind, (0, 0))
+        self.kinds[kind] = before[0] + rows, before[1] + gradient
+
+    @contextmanager
+    def calling(self, call: NetworkCall) -> Iterator[None]:
+        """In the block the networks are called by `call`."""
+        before, self.call = self.call, call
+        try:
+            yield
+        finally:
+            self.call = before
+
+
+class CountedNetwork(nn.Module):
+    """A network whose evaluated rows are always counted.
+
+    In training mode dropout acts only where gradients reach the network's weights: a frozen network, one under
+    ``torch.no_grad()`` and one that is held (:func:`distillbench.diffusion.modes.frozen_weights`) run in evaluation
+    mode. The exception is a block of :func:`distillbench.diffusion.dropout.one_mask`, which sets `mask`.
+    """
+
+    def __init__(self, network: nn.Module, counter: Counter) -> None:
+        super().__init__()
+        self.network = network
+        self.counter = counter
+        self.mask: Callable[[], None] | None = None  # called before an evaluation: sets the random generator
+
+    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
+        with self.counter.timed(), self._mode():
+            out = self.counter.call(self.network, x, time, embedding, c)
+        to_input = x.requires_grad or (embedding is not None and embedding.requires_grad)
+        self.counter.add(self.network, len(x), out.requires_grad, to_input)
+        return out
+
+    def _mode(self) -> AbstractContextManager[None]:
+        """A block with the dropout mode of this evaluation."""
+        if self.mask is not None:
+            self.mask()
+            return nullcontext()
+        if not self.network.training or self._differentiated():
+            return nullcontext()
+        return evaluating(self.network)
+
+    def _differentiated(self) -> bool:
+        return torch.is_grad_enabled() and any(weight.requires_grad for weight in self.network.parameters())
+
+
+class Denoiser(nn.Module):
+    """A network, its schedule and its parameterisation, read as f(x_t, t, c) = E[x_0 | x_t, c].
+
+    The network is called as ``network(x, time, embedding, c)`` with x (B,C,H,W), time (B,), an optional embedding
+    (B, network.embedding_channels) that is added to its embedding of time, and the condition c.
+
+    `schedule` is that of x_t and t, `native` that of the network. They differ after :meth:`on`. A student with the
+    guidance weight as an input has its embedding in `guidance`.
+    """
+
+    def __init__(
+        self, network: nn.Module, schedule: NoiseSchedule, prediction: str, counter: Counter | None = None
+    ) -> None:
+        super().__init__()
+        self.counted = CountedNetwork(network, counter or Counter())
+        self.native = self.schedule = schedule
+        self.prediction = prediction
+        self.guidance: GuidanceEmbedding | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        return self.counted.network
+
+    @property
+    def embedding_channels(self) -> int:
+        """Width of the embedding that the network adds to that of the time."""
+        return cast(int, self.network.embedding_channels)
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL, embedding: Tensor | None = None) -> Tensor:
+        """f(x_t, t, c), shape (B,C,H,W)."""
+        if self.schedule is not self.native:
+            x_t, t = self._at_equal_snr(x_t, t)
+        coefficients = PREDICTIONS[self.prediction](self.native.alpha(t), self.native.sigma(t))
+        output = self.output(x_t, t, c, embedding)
+        if not coefficients:
+            return output
+        a, b = coefficients
+        return torch.addcmul(a * x_t, b, output)
+
+    def _at_equal_snr(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and t of the native schedule with the same x^ and noise level."""
+        s = self.native.t_of_lam(self.schedule.lam(t))
+        return x_t * (self.native.alpha(s) / self.schedule.alpha(t)), s
+
+    def output(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL, embedding: Tensor | None = None) -> Tensor:
+        """What the network itself predicts (eps, x_0, v, ...) on its native schedule, shape (B,C,H,W)."""
+        if self.guidance is not None:
+            e = self.guidance(c.w)
+            embedding = e if embedding is None else embedding + e
+        *n, time = INPUTS[self.prediction](t, self.native)
+        return self.counted(x_t / n[0] if n else x_t, time.to(x_t.dtype).flatten(), embedding, c)
+
+    def on(self, schedule: NoiseSchedule) -> Denoiser:
+        """The same network, read on another schedule at equal signal-to-noise ratio (it is not copied).
+
+        The schedule is restricted to the noise levels of the native one.
+        """
+        ends = torch.tensor([self.native.t_min, self.native.t_max], dtype=torch.float64)
+        low, high = self.native.lam(ends).tolist()
+        twin = copy.copy(self)
+        twin.schedule = schedule.restricted(low, high)
+        return twin
+
+    def copy(self, counter: Counter) -> Denoiser:
+        """An independent copy with its own weights, counted by `counter`."""
+        twin = copy.deepcopy(self)
+        twin.counted.counter = counter
+        return twin
+
+    def freeze(self) -> Denoiser:
+        """In evaluation mode and without gradients to its weights (gradients to its input still flow)."""
+        return self.eval().requires_grad_(False)
+
+
+def guided(denoiser: Denoiser, conditioning: Conditioning, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+    """f_w = f_0 + w (f_c - f_0), both evaluated in one batch; f itself where `c` has no w. Shape (B,C,H,W)."""
+    if c.w is None or c.labels is None or not c.guides:
+        return denoiser(x_t, t, c)
+    both = joined(c, conditioning.none(c))
+    f_c, f_0 = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return f_0 + c.w * (f_c - f_0)
+
+
+def joined(a: Condition, b: Condition) -> Condition:
+    """The conditions of two batches as one of both, without guidance."""
+    pairs = ((a.labels, b.labels), (a.text, b.text), (a.image, b.image))
+    labels, text, image = (None if x is None or y is None else torch.cat([x, y]) for x, y in pairs)
+    return Condition(labels, text=text, image=image)
+
+
+def implied_eps(x_t: Tensor, x_0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The noise that x_t contains if its data is x_0: (x_t - alpha x_0) / sigma."""
+    return (x_t - alpha * x_0) / sigma

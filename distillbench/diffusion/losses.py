@@ -1,0 +1,30 @@
+"""Losses that methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from distillbench.diffusion.denoiser import SIGMA_DATA
+
+__all__ = ["SNR_WEIGHTS", "mean_square"]
+
+# Weights of squared errors of x_0, from SNR = alpha_t^2 / sigma_t^2, (B,1,1,1).
+SNR_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "truncated_snr": lambda snr: snr.clamp(min=1),  # max(SNR, 1) (Salimans & Ho 2022, arXiv:2202.00512, eq. 9)
+    "snr_plus_one": lambda snr: snr + 1,  # (eq. 10)
+    "edm": lambda snr: snr + SIGMA_DATA**-2,  # SNR + 1 / sigma_data^2 (Karras et al. 2022, arXiv:2206.00364, table 1)
+}
+
+
+def mean_square(a: Tensor, b: Tensor, w: Tensor | float = 1.0) -> Tensor:
+    """The mean of w (a - b)^2 over images and pixels: a and b (B,C,H,W); w at least 0, (B,1,1,1) or a number.
+
+    The weight's root goes into a and b, so that the rest is one operation forward and one backward.
+    """
+    if isinstance(w, Tensor):
+        root = w.sqrt()
+        return mse_loss(root * a, root * b)
+    return mse_loss(a, b) if w == 1 else w * mse_loss(a, b)

@@ -1,0 +1,256 @@
+"""Evaluation: every method and the teacher are sampled from the same noise and scored by the same metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillbench.datasets.dataset import to_uint8
+from distillbench.diffusion.conditioning import Condition
+from distillbench.diffusion.denoiser import NetworkCall
+from distillbench.diffusion.noise import Noise, PrefetchedNoise, prefetched, stream_key
+from distillbench.diffusion.samplers import Solver
+from distillbench.errors import DivergedError, Unavailable
+from distillbench.evaluation.distributed import SampleOrder
+from distillbench.evaluation.features import ImageSet
+from distillbench.evaluation.metric import Metric, Need, Samples, check_needs
+from distillbench.evaluation.reference_statistics import RealImages
+from distillbench.evaluation.settings import EvaluationConfig
+from distillbench.storage.array_cache import cached_array
+from distillbench.system.progress import Progress, Step
+from distillbench.system.transfers import to_host
+from distillbench.teachers.teacher import Teacher
+from distillbench.training.compute import sampling, sampling_call, sampling_identity
+from distillbench.training.data_parallel import SINGLE_RANK, Ranks
+from distillbench.training.turns import in_turns
+
+Sampler = Callable[[Callable[[int], Tensor], int, Condition], Tensor]  # (noise, nfe, c) -> x_0 (B,C,H,W)
+SHOWN = 64  # images of every row that are saved for viewing
+TEACHER_SAMPLES_PROTOCOL = 2  # version of the cached teacher samples: increase it when samples change
+READ = 1024  # images passed to feature networks at a time
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The scores of one row; None if undefined, for the reason in `missing`."""
+
+    scores: dict[str, float | None]
+    missing: dict[str, str]
+    shown: Tensor  # the first images, uint8
+
+
+class Evaluator:
+    """Scores samplers on one dataset against one teacher. One object serves all samplers: same noise, same metrics."""
+
+    def __init__(
+        self, config: EvaluationConfig, metrics: dict[str, type[Metric]], real: RealImages, teacher: Teacher,
+        progress: Progress, cache: Path | None = None, ranks: Ranks = SINGLE_RANK,
+    ) -> None:  # fmt: skip
+        self.ranks = ranks
+        self.config, self.teacher, self.real, self.progress, self.cache = config, teacher, real, progress, cache
+        self.networks, self.device = real.networks, real.networks.device
+        self.metrics = [cls() for cls in metrics.values()]
+        self.kept = features_kept(metrics)
+        self._teacher_samples: dict[int, tuple[Tensor, ImageSet]] = {}  # by sampling seed
+        self._call: NetworkCall | None = None  # shared by all rows of a cell
+
+    def teacher_samples(self, seed: int, order: SampleOrder | None = None) -> tuple[Tensor, ImageSet]:
+        """The teacher's many-step samples for the noise of `seed`: (N,C,H,W), and as 8-bit images.
+
+        With a cache they are computed once for all processes and stored. `order` tells other ranks what to sample.
+        """
+        if seed not in self._teacher_samples:
+            order = order and replace(order, teacher_samples=True, seed=seed)
+            if self.cache is None:
+                x_0 = self._sample_teacher(seed, order)
+            else:
+                x_0 = self._cached_teacher_samples(seed, self.cache, order)
+            self._teacher_samples[seed] = x_0, self._images(x_0)
+        return self._teacher_samples[seed]
+
+    def _sample_teacher(self, seed: int, order: SampleOrder | None) -> Tensor:
+        with self.progress.step("the teacher's many-step samples") as step:
+            return self._sample(self._solver(), self._most_nfe(), seed, step, order)
+
+    def _solver(self) -> Sampler:
+        """The sampler of the many-step samples."""
+        return teacher_sampler(self.teacher, self.config.solvers()[0])
+
+    def _most_nfe(self) -> int:
+        """Network evaluations of one many-step sample."""
+        steps = max(self.config.teacher_steps)
+        return self.config.solvers()[0].evaluations(steps) * self.teacher.conditioning.evaluations
+
+    def _cached_teacher_samples(self, seed: int, cache: Path, order: SampleOrder | None) -> Tensor:
+        recipe = {
+            "protocol": TEACHER_SAMPLES_PROTOCOL,
+            "teacher_sha256": self.teacher.sha256,
+            "sampler": self.config.solvers()[0].name,
+            "nfe": self._most_nfe(),
+            "images": self.config.images,
+            "batch_size": self.config.batch_size,  # changes the last bits, as do devices and threads
+            "seed": seed,
+            "device": self.device.split(":")[0],
+            "threads": torch.get_num_threads(),
+            "dataset_sha256": self.real.dataset.sha256,  # includes its texts, and the images that an upscaler enlarges
+            **self.teacher.conditioning.evaluation_identity(),
+            **({"compute": computed} if (computed := sampling_identity(self.config.sampling, self.device)) else {}),
+        }
+
+        def fill(array: np.ndarray) -> None:
+            array[:] = self._sample_teacher(seed, order).numpy()
+
+        shape = (self.config.images, *self.teacher.image_shape)
+        array = cached_array(cache, "the teacher's samples", recipe, shape, fill, self.progress)
+        return torch.from_numpy(array).to(torch.get_default_dtype())
+
+    def measure(
+        self, sampler: Sampler, nfe: int, seed: int, keeps_noise: bool, label: str, order: SampleOrder | None = None
+    ) -> Measured:
+        """The scores of `sampler` at `nfe` evaluations per image, on the noise of sampling seed `seed`.
+
+        If several ranks sample, `order` tells the others the cell and the weights.
+        """
+        teacher_x_0, teacher = self.teacher_samples(seed, order)
+        with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:
+            x_0 = self._sample(sampler, nfe, seed, step, order and replace(order, nfe=nfe, seed=seed))
+        conditioning = self.teacher.conditioning
+        labels = conditioning.labels_of_images(range(len(x_0))) if conditioning.classes else None
+        texts = self.real.dataset.prompts
+        prompts = [texts[label] for label in labels.tolist()] if texts is not None and labels is not None else None
+        samples = Samples(x_0, teacher_x_0, self._images(x_0), teacher, self.real, keeps_noise, labels, prompts)
+        scores: dict[str, float | None] = {}
+        missing: dict[str, str] = {}
+        with self.progress.step(f"{label}: scoring {nfe} NFE") as step:
+            for index, metric in enumerate(self.metrics):
+                scores[metric.name], reason = _score(metric, samples)
+                if reason:
+                    missing[metric.name] = reason
+                step.advance((index + 1) / len(self.metrics), metric.name)
+        return Measured(scores, missing, to_uint8(x_0[:SHOWN]))
+
+    def _images(self, x_0: Tensor) -> ImageSet:
+        shape = (x_0.shape[1], x_0.shape[2], x_0.shape[3])
+        return ImageSet(lambda: map(to_uint8, x_0.split(READ)), len(x_0), shape, self.networks, self.kept)
+
+    def _noise(self, first: int, seed: int) -> Noise:
+        indices = range(first, min(first + self.config.batch_size, self.config.images))
+        return Noise(stream_key("evaluation", seed), indices, self.teacher.shape, self.device)
+
+    def _sample(self, sampler: Sampler, nfe: int, seed: int, step: Step, order: SampleOrder | None) -> Tensor:
+        if self.ranks.count > 1:
+            with self.ranks.lead(order):
+                images, error = self._in_turns(sampler, nfe, seed, step)
+            if error is not None:
+                raise error
+            return torch.cat(images)
+        with self._sampling():
+            images = list(self._checked(to_host(self._batches(sampler, nfe, seed), self.device), nfe, step))
+        return torch.cat(images)
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """A context for sampling rows. CUDA graphs are captured once for all rows of a cell."""
+        self._call = self._call or sampling_call(self.config.sampling, self.device)
+        computed = sampling(self.config.sampling, self.teacher, self.device, self._call)
+        with torch.no_grad(), self.teacher.autoencoder_kept_on_device(), computed:
+            try:
+                yield
+            except Exception:
+                self.release()  # the next row may need the memory
+                raise
+
+    def release(self) -> None:
+        """Free the CUDA graphs: the next cell has other networks, and its training needs the memory."""
+        self._call = None
+
+    def follow_sampling(self, sampler: Sampler | None, order: SampleOrder) -> None:
+        """Sample this rank's batches of rank 0's row; `sampler` None: the teacher's many-step sampler."""
+        nfe = self._most_nfe() if order.teacher_samples else order.nfe
+        self._in_turns(self._solver() if sampler is None else sampler, nfe, order.seed, Step(lambda *_: None))
+
+    def _in_turns(self, sampler: Sampler, nfe: int, seed: int, step: Step) -> tuple[list[Tensor], Exception | None]:
+        """The batches of a row, each sampled by one of several ranks."""
+        count = math.ceil(self.config.images / self.config.batch_size)
+
+        def sample_batch(index: int) -> Tensor:
+            batches = to_host(self._batches(sampler, nfe, seed, range(index, index + 1)), self.device)
+            (images,) = self._checked(batches, nfe, step, index * self.config.batch_size)
+            return images
+
+        with self._sampling():
+            return in_turns(count, sample_batch, self.ranks)
+
+    def _batches(
+        self, sampler: Sampler, nfe: int, seed: int, which: range | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images of a row in batches (None: all), and whether each batch was finite before it was clipped.
+
+        Both stay on the device: reading the flag here would wait for the device.
+        """
+        size = self.config.batch_size
+        indices = which or range(math.ceil(self.config.images / size))
+        for noise in prefetched((self._noise(size * index, seed) for index in indices), self.device):
+            x_0 = self._counted(sampler, noise, len(noise.indices), nfe)
+            yield self.teacher.to_images(x_0), torch.isfinite(x_0).all()
+
+    def _checked(self, batches: Iterable[tuple[Tensor, ...]], nfe: int, step: Step, done: int = 0) -> Iterator[Tensor]:
+        """The images of batches on the host; raises DivergedError if a batch is not finite."""
+        for images, finite in batches:
+            if not finite:
+                raise DivergedError(f"samples with {nfe} evaluations are not finite")
+            yield images
+            done += len(images)
+            step.advance(done / self.config.images)
+
+    def _counted(self, sampler: Sampler, noise: Noise | PrefetchedNoise, size: int, nfe: int) -> Tensor:
+        """A batch of samples; raises RuntimeError if its shape or its number of evaluations is wrong."""
+        c = self.teacher.conditioning.of_images(
+            noise.indices, self.device
+        )  # before counting: an upscaler's base samples are not part of the row
+        before = self._rows()
+        x_0 = sampler(noise, nfe, c)
+        counted = self._rows() - before
+        if counted != nfe * size:
+            raise RuntimeError(f"requested {nfe} evaluations per image, counted {counted / size:g}")
+        if x_0.shape != (size, *self.teacher.shape):
+            raise RuntimeError(f"samples must have shape {(size, *self.teacher.shape)}, got {tuple(x_0.shape)}")
+        return x_0
+
+    def _rows(self) -> int:
+        return self.teacher.teacher_rows.rows + self.teacher.student_rows.rows
+
+
+def features_kept(metrics: dict[str, type[Metric]]) -> frozenset:
+    """The networks of which some metric needs every feature, not only mean and covariance."""
+    return frozenset(cls.network for cls in metrics.values() if cls.network and Need.features in cls.needs)
+
+
+def _score(metric: Metric, samples: Samples) -> tuple[float | None, str]:
+    try:
+        check_needs(type(metric), samples)
+        value = metric.score(samples)
+    except Unavailable as reason:
+        return None, str(reason)
+    return (value, "") if math.isfinite(value) else (None, f"the score is {value}")
+
+
+def teacher_sampler(teacher: Teacher, solver: Solver) -> Sampler:
+    """The teacher's own sampler: as many steps as `nfe` evaluations of its network allow."""
+    evaluations = teacher.conditioning.evaluations
+
+    def sample(noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        steps = solver.steps(nfe // evaluations)
+        if steps is None or nfe % evaluations:
+            raise ValueError(f"{solver.name} cannot use exactly {nfe} evaluations, {evaluations} for each denoising")
+        return solver.solve(partial(teacher.denoise, c=c), teacher.schedule, noise(0), steps, noise)
+
+    return sample

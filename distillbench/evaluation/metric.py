@@ -1,0 +1,89 @@
+"""The contract of a metric: what it is given, what it declares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from distillbench.errors import Unavailable
+from distillbench.evaluation.features import FeatureNetwork, ImageSet
+
+__all__ = ["DIRECTIONS", "Metric", "Need", "Samples"]
+
+DIRECTIONS = ("lower", "higher", "none")  # none: a diagnostic; neither is better
+
+
+class Need(StrEnum):
+    """What a metric requires. Without it the score is empty, with the reason."""
+
+    real = "real"  # statistics of real images: the dataset's, or a reference file's
+    real_images = "real_images"  # the real images themselves
+    features = "features"  # the features of every sample, not only their mean and covariance
+    same_noise = "same_noise"  # samples computed from the same noise as the teacher's
+    prompts = "prompts"  # the texts that the samples are conditioned on
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated images and what they are compared with.
+
+    `x_0` and `teacher_x_0`, the teacher's many-step samples for the same noise, are (N,C,H,W) in [-1, 1], clipped.
+    `images` and `teacher` are the same two as sets of 8-bit images, rounded once; `real` are the real images.
+    `keeps_noise` is False if the samples are not meant to match the teacher's for the same noise.
+    """
+
+    x_0: Tensor
+    teacher_x_0: Tensor
+    images: ImageSet
+    teacher: ImageSet
+    real: ImageSet
+    keeps_noise: bool
+    labels: Tensor | None = None  # (N,), the classes that the samples are conditioned on
+    prompts: list[str] | None = None
+
+
+class Metric(ABC):
+    """A score of generated images: one column of the table, called `name`."""
+
+    name: ClassVar[str]  # the column; contains the network's name unless the metric is defined with one network
+    unit: ClassVar[str]
+    direction: ClassVar[str]  # one of DIRECTIONS: which is better
+    protocol: ClassVar[str]  # everything but the network that determines the score, with a version
+    network: ClassVar[type[FeatureNetwork] | None] = None
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    @abstractmethod
+    def score(self, samples: Samples) -> float:
+        """The score; raises Unavailable(reason) if it is undefined."""
+
+    @classmethod
+    def identity(cls, weights_folder: Path) -> dict[str, Any]:
+        """All that determines its scores, as plain values: part of every record's key."""
+        network = {} if cls.network is None else cls.network.identity(weights_folder)
+        return {"protocol": cls.protocol, "seen": network}
+
+    @classmethod
+    def describe(cls) -> dict[str, str]:
+        """Its declarations, for tables and reports."""
+        return {
+            "unit": cls.unit,
+            "direction": cls.direction,
+            "network": cls.network.name if cls.network else "",
+            "needs": ", ".join(sorted(cls.needs)),
+            "protocol": cls.protocol if cls.network is None else f"{cls.protocol}; {cls.network.protocol}",
+        }
+
+
+def check_needs(metric: type[Metric], samples: Samples) -> None:
+    """Raise Unavailable if `samples` lack anything that `metric` needs."""
+    if Need.same_noise in metric.needs and not samples.keeps_noise:
+        raise Unavailable("sampling adds fresh noise, so these samples do not match the teacher's for the same noise")
+    if Need.prompts in metric.needs and samples.prompts is None:
+        raise Unavailable("the samples have no prompts")
+    if Need.real_images in metric.needs and not samples.real.count:
+        raise Unavailable("there are no real images to compare with")

@@ -1,0 +1,93 @@
+"""A run: settings -> plan of cells -> scan of earlier results -> run what is left -> rows -> table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from distillbench.errors import printable
+from distillbench.execution.executors import Executor, executor_of
+from distillbench.execution.run_folder import Outcome, RunTable
+from distillbench.metering.memory import release_memory
+from distillbench.registry import Registry
+from distillbench.runs.cell import AS_IS, Policy
+from distillbench.runs.cell_result import CellDescription
+from distillbench.runs.config import RunConfig
+from distillbench.runs.plan import notes_of
+from distillbench.runs.shared_context import Cell, choose_device, make_source
+from distillbench.storage.files import key_of
+from distillbench.system.progress import Progress
+from distillbench.system.signals import Interrupted, Stop
+
+
+def run(
+    cells: list[Cell],
+    configs: list[RunConfig],
+    progress: Progress,
+    on_rows: Callable[[pd.DataFrame], None],
+    policy: Policy = AS_IS,
+    stop: Stop | None = None,
+) -> Outcome:
+    """Run every cell. After each, update the run's folder and give the cell's rows to `on_rows`.
+
+    On a request to stop it writes what there is, with rows for the cells that are missing, and raises Interrupted.
+    """
+    config, stop = configs[0], stop or Stop()
+    for note in notes_of(cells):
+        progress.say(note)
+    release_memory()  # of the plan: worker processes need the GPU
+    with closing(executor_of(config, progress, stop)) as executor:
+        scan = executor.scan(cells, policy)
+        table = RunTable(_run_folder(scan.descriptions, config), cells, configs, scan, on_rows)
+        table.add({index: result for index, result in enumerate(scan.results) if result is not None})
+        if table.failed:
+            advice = "--retry-failed runs what failed, or ran out of memory or time, again"
+            progress.say(f"not ok in an earlier run: {', '.join(table.failed)} ({advice})")
+        try:
+            _run_all(cells, scan.descriptions, executor, policy, progress, table)
+        except Interrupted as interrupted:
+            table.finish("interrupted", f"{interrupted.name}: the same command resumes it")
+            raise
+        return table.finish("skipped", "--fail-fast, and an earlier cell is not ok")
+
+
+def _run_all(
+    cells: Sequence[Cell], descriptions: Sequence[CellDescription], executor: Executor, policy: Policy,
+    progress: Progress, table: RunTable,
+) -> None:  # fmt: skip
+    """Run every unfinished cell, or wait for the other process that runs it."""
+    reported: set[int] = set()
+    while unfinished := table.unfinished():
+        if policy.fail_fast and table.failed:
+            return
+        todo = {index: (cells[index], descriptions[index]) for index in unfinished}
+        with closing(executor.run(todo, policy)) as results:
+            for index, result in results:
+                if result is not None:
+                    table.add({index: result})
+                elif index not in reported:
+                    reported.add(index)
+                    progress.say(f"{cells[index].label}: another process is running it")
+        if len(table.unfinished()) == len(unfinished):
+            time.sleep(executor.poll_seconds)
+
+
+def _run_folder(descriptions: Sequence[CellDescription], config: RunConfig) -> Path:
+    """The folder of a run: the name in the settings, or one made from the cache keys, so that it is found again."""
+    keys = sorted(description.evaluation_key for description in descriptions)
+    return Path(config.results_dir) / (config.run_name or f"{config.dataset.kind}-{key_of(keys)[:8]}")
+
+
+def train_teacher_of(config: RunConfig, registry: Registry, output: Path | None, progress: Progress) -> Path:
+    """Train the teacher of `config` anew. Writes it to `output`, or to where a run looks for it. Returns the file."""
+    torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    dataset, source, _ = make_source(config, registry, device)
+    for note in dataset.notes:
+        progress.say(printable(f"dataset {dataset.name}: {note}"))
+    return source.train(output, progress)

@@ -1,0 +1,168 @@
+"""The rows of a run as they arrive, and the run's folder, which is updated as they do."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from distillbench.execution.workers import Scan
+from distillbench.records.layout import CELLS
+from distillbench.records.sample_grid import sample_grid
+from distillbench.records.settings_file import write_settings
+from distillbench.records.statistics import summarise
+from distillbench.records.table import make_along, make_table, write_table
+from distillbench.runs.cell_result import CellResult
+from distillbench.runs.config import RunConfig, to_yaml
+from distillbench.runs.shared_context import Cell
+from distillbench.storage.files import write_atomically
+from distillbench.storage.hash_cache import HashCache
+from distillbench.storage.links import link_all
+
+WRITING_SHARE = 0.05  # of the run's time: the most that updates of the folder take
+QUICK_SECONDS = 0.2  # a folder that is written so quickly is updated for each cell
+
+
+@dataclass
+class Outcome:
+    """A finished run."""
+
+    folder: Path
+    table: pd.DataFrame
+    summary: pd.DataFrame
+    columns: dict[str, dict[str, str]]  # the declarations of each score
+    failed: list[str]  # labels of the cells that are not ok
+
+
+class ThrottledWriter:
+    """Calls `write` after changes, but so rarely that writing takes a small share of the time.
+
+    A write that has to wait is done by a timer thread, even if nothing changes in the meantime.
+    """
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        self.write = write
+        self.lock = threading.Lock()  # held while writing
+        self.changed = False
+        self.due = 0.0
+        self.timer: threading.Timer | None = None
+        self.error: Exception | None = None
+
+    def schedule(self) -> None:
+        """Write now or later. Raises the error of an earlier write in the timer thread."""
+        self.changed = True
+        if self.error is not None:
+            raise self.error
+        if self.timer is not None and self.timer.is_alive():
+            return
+        wait = self.due - time.monotonic()
+        if wait <= 0:
+            self.write_now()
+            return
+        self.timer = threading.Timer(wait, self._write_in_thread)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def write_now(self) -> None:
+        with self.lock:
+            begin, self.changed = time.monotonic(), False
+            self.write()
+            end = time.monotonic()
+            self.due = end if end - begin < QUICK_SECONDS else end + (end - begin) * (1 / WRITING_SHARE - 1)
+
+    def flush(self) -> None:
+        """Write now if anything has changed, and stop the timer."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer.join()
+        if self.changed:
+            self.write_now()
+
+    def _write_in_thread(self) -> None:
+        try:
+            self.write_now()
+        except Exception as error:
+            self.error = error
+
+
+class RunTable:
+    """The results so far, in the order of the cells, and the run's folder."""
+
+    def __init__(
+        self, folder: Path, cells: Sequence[Cell], configs: list[RunConfig], scan: Scan,
+        on_rows: Callable[[pd.DataFrame], None],
+    ) -> None:  # fmt: skip
+        self.folder, self.configs, self.on_rows = folder, configs, on_rows
+        self.descriptions = scan.descriptions
+        contexts = {id(cell.shared): cell.shared for cell in cells}.values()
+        self.columns = {name: cls.describe() for shared in contexts for name, cls in shared.metrics.items()}
+        self.environment = scan.environment
+        self.results: dict[int, CellResult] = {}
+        self.files = HashCache(folder.parent / CELLS)
+        self.linked: set[Path] = set()
+        self.texts: dict[str, str] = {}
+        self.writer = ThrottledWriter(self._write)
+
+    @property
+    def failed(self) -> list[str]:
+        """Labels of the cells that are not ok."""
+        return [result.description.label for _, result in sorted(self.results.items()) if not result.ok]
+
+    def unfinished(self) -> list[int]:
+        """The indices of the cells without a result."""
+        return [index for index in range(len(self.descriptions)) if index not in self.results]
+
+    def add(self, results: dict[int, CellResult]) -> None:
+        """Show the rows of `results`, by the cells' indices, and update the folder now or later."""
+        for result in results.values():
+            if result.weights is not None:
+                self.files.note(result.weights[0], result.weights_sha256)
+        if results:
+            self._show(results)
+            self.writer.schedule()
+
+    def _show(self, results: dict[int, CellResult]) -> None:
+        self.results.update(results)
+        self.on_rows(make_table([row for result in results.values() for row in result.rows], list(self.columns)))
+
+    def finish(self, status: str, reason: str) -> Outcome:
+        """The run as it is. Unfinished cells get rows with this status and no scores."""
+        missing = {index: self.descriptions[index] for index in self.unfinished()}
+        if missing:
+            self._show({index: CellResult(one, one.status_rows(status, reason)) for index, one in missing.items()})
+            self.writer.changed = True
+        self.writer.flush()
+        self.files.keep()
+        return Outcome(self.folder, *self.written, self.columns, self.failed)
+
+    def _write(self) -> None:
+        results = [one for _, one in sorted(dict(self.results).items())]  # a copy: the timer thread writes, too
+        table = make_table([row for one in results for row in one.rows], list(self.columns))
+        summary = summarise(table, {name: metric["direction"] for name, metric in self.columns.items()})
+        write_table(table, self.folder)
+        write_table(summary, self.folder, "summary")
+        along = [row for one in results for row in one.along]
+        if along:
+            write_table(make_along(along, list(self.columns)), self.folder, "along")
+        self.texts = self.texts or self._texts()
+        for name, text in self.texts.items():
+            write_atomically(self.folder / name, lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))
+        links = {self.folder / "weights" / one.weights[1]: one.weights[0] for one in results if one.weights is not None}
+        link_all({target: source for target, source in links.items() if target not in self.linked})
+        self.linked |= links.keys()
+        lines = [line for one in results for line in one.shown]
+        write_atomically(self.folder / "samples.png", lambda path: sample_grid(lines).save(path, format="png"))
+        self.written = table, summary
+
+    def _texts(self) -> dict[str, str]:
+        """The contents of files that do not change during the run, by name."""
+        return {
+            "config.yaml": write_settings(self.configs, to_yaml),
+            "columns.json": json.dumps(self.columns, indent=2) + "\n",
+            "environment.json": json.dumps(self.environment, indent=2) + "\n",
+        }

@@ -1,0 +1,223 @@
+"""Finding the student for `distillbench export` in a run's folder.
+
+<results>/<run>/config.yaml, table.csv              settings, one document for each point of a grid; rows
+<results>/<run>/weights/NAME-seedS-KEY.safetensors  the students
+<results>/cells/KEY/train.json                      their records
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from yaml import YAMLError
+
+from distillbench.errors import UserError, unknown
+from distillbench.records.records import TrainRecord, load_record
+from distillbench.records.settings_file import FULL, SEPARATOR, read_settings
+from distillbench.registry import Registry
+from distillbench.runs.config import RunConfig
+from distillbench.runs.shared_context import Cell, SharedContext, build, make_source, plain_settings
+from distillbench.storage.files import sha256_file
+from distillbench.system.progress import Progress
+from distillbench.teachers.teacher import Teacher
+from distillbench.training.method import Method
+
+WEIGHTS = re.compile(r"(?P<method>.+)-seed(?P<seed>\d+)-(?P<key>[0-9a-f]{16})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file in a run's weights/."""
+
+    method: str
+    seed: int
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-seed{self.seed}-{self.key}"
+
+
+@dataclass(frozen=True)
+class Student:
+    """A trained student and its origin."""
+
+    run: Path
+    cell: Cell
+    teacher: Teacher
+    method: Method
+    record: TrainRecord
+
+
+def read_config(text: str, registry: Registry) -> list[RunConfig]:
+    """The settings in a run's config.yaml, one for each document. Raises UserError if they cannot be read."""
+    return _typed_all(_documents(text), registry)
+
+
+def _documents(text: str) -> list[Any]:
+    load = lambda part: [OmegaConf.to_container(OmegaConf.create(one)) for one in SEPARATOR.split(part)]
+    with _readable():
+        return read_settings(text, load)
+
+
+def _typed_all(documents: Sequence[Any], registry: Registry) -> list[RunConfig]:
+    with _readable():
+        return [_typed(document, registry) for document in documents]
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"config.yaml cannot be read; it may be of another version of distillbench: {why}") from error
+
+
+def _typed(document: Any, registry: Registry) -> RunConfig:
+    plain: Any = OmegaConf.create(document)
+    plain.pop("executor", None)  # does not affect the student
+    typed: Any = OmegaConf.structured(RunConfig)
+    entries = [("dataset", "datasets", "dataset"), ("teacher", "teachers", "teacher")]
+    entries += [(f"methods.{name}", "methods", f"methods.{name}") for name in plain.methods]
+    for path, kind, place in entries:
+        name = str(OmegaConf.select(plain, f"{place}.kind"))
+        OmegaConf.update(typed, path, OmegaConf.structured(registry.get(kind, name).cls.Config), force_add=True)
+    config = OmegaConf.to_object(OmegaConf.merge(typed, plain))
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def find_student(run_folder: Path, method: str, seed: int | None, registry: Registry, progress: Progress) -> Student:
+    """The student of `method` and `seed` with its weights, on the CPU. Raises UserError if there is none."""
+    documents = _documents(_text(run_folder, "config.yaml"))
+    table = list(csv.DictReader(io.StringIO(_text(run_folder, "table.csv"), newline="")))
+    if len(documents) <= FULL:
+        _typed_all(documents, registry)  # unreadable settings are the first error
+    weights = _chosen(run_folder, method, seed, documents, table)
+    configs = _typed_all([document for document in documents if document["seed"] == weights.seed], registry)
+    results = run_folder.absolute().parent
+    cell_folder = results / "cells" / weights.key
+    record = _record(cell_folder / "train.json", weights)
+    described = [config for config in configs if _describes(config, weights.method, record)]
+    if not described:
+        raise UserError(f"the config.yaml of {str(run_folder)!r} does not describe the training {weights.name}")
+    config = dataclasses.replace(described[0], device="cpu", results_dir=str(results))
+    method_config = config.methods[weights.method]
+    dataset, source, conditioning = make_source(config, registry, "cpu")
+    if source.plan().images:
+        raise UserError(f"the teacher of {weights.name} is no longer in {str(results)!r}: it would be trained again")
+    shared = SharedContext(config, registry, "cpu", dataset, source, conditioning, {}, Path(), [])
+    cell = Cell(shared, weights.method, registry.get("methods", method_config.kind), method_config, weights.seed)
+    teacher = shared.load_teacher(progress)
+    if teacher.sha256 != record.inputs["teacher_sha256"]:
+        raise UserError(f"the teacher {teacher.label} is not the one that {weights.name} was distilled from")
+    if cell.entry is not None and cell.entry.identity() != record.inputs["method"]:
+        progress.say(f"{weights.name}: was trained by another version of the plugin of {weights.method}")
+    restored = _restored(cell, teacher, _intact(run_folder, cell_folder, weights, record))
+    if not restored.supports(1):
+        able = ", ".join(str(n) for n in range(2, 1025) if restored.supports(n)) or "none up to 1024"
+        raise UserError(f"{weights.method} does not sample in one step, which is what is exported. It does {able}")
+    return Student(run_folder, cell, teacher, restored, record)
+
+
+def _text(run_folder: Path, name: str) -> str:
+    try:
+        return (run_folder / name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        inside = run_folder.iterdir() if run_folder.is_dir() else ()
+        runs = ", ".join(sorted(path.name for path in inside if (path / "config.yaml").is_file()))
+        raise UserError(
+            f"no run in {str(run_folder)!r}: it has no {name}{f'. Runs in it: {runs}' if runs else ''}"
+        ) from error
+
+
+def _chosen(
+    run_folder: Path, method: str, seed: int | None, documents: list[Any], table: list[dict[str, str]]
+) -> Weights:
+    """The training that `method` and `seed` select."""
+    names = sorted({name for document in documents for name in document["methods"]})
+    files = sorted((run_folder / "weights").glob("*.safetensors"))
+    found = [Weights(m["method"], int(m["seed"]), m["key"]) for f in files if (m := WEIGHTS.fullmatch(f.name))]
+    exact = [weights for weights in found if weights.name == method]
+    if exact:
+        return exact[0]
+    if method not in names:
+        raise unknown("method", method, names, f" in the run {run_folder.name!r}")
+    of_method = [weights for weights in found if weights.method == method]
+    fitting = [weights for weights in of_method if seed is None or weights.seed == seed]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        listed = ", ".join(weights.name for weights in fitting)
+        raise UserError(f"the run has {len(fitting)} students of {method}: name a seed, or one of {listed}")
+    student = method if seed is None else f"{method} (seed {seed})"
+    rows = [row for row in table if row["method"] == method and seed in (None, int(row["training_seed"] or -1))]
+    bad = next((row for row in rows if row["status"] != "ok"), None)
+    if bad is not None:
+        raise UserError(f"{student} was not trained to the end: {bad['status']}: {bad['reason']}")
+    others = ", ".join(str(weights.seed) for weights in of_method)
+    raise UserError(f"the run {run_folder.name!r} has no weights of {student}. Seeds that it has: {others or 'none'}")
+
+
+def _record(file: Path, weights: Weights) -> TrainRecord:
+    try:
+        record = load_record(file, TrainRecord)
+    except FileNotFoundError as error:
+        raise UserError(f"the record of {weights.name} is missing: no cells/{weights.key}/{file.name}") from error
+    except ValueError as error:
+        raise UserError(f"the record of {weights.name} cannot be read: {error} (cells/{weights.key})") from error
+    if record.status != "ok":
+        raise UserError(f"{weights.name} was not trained to the end: {record.status}: {record.reason}")
+    return record
+
+
+def _describes(config: RunConfig, name: str, record: TrainRecord) -> bool:
+    """Whether the record is of a training of the method `name` with `config`."""
+    if name not in config.methods:
+        return False
+    conditional: dict[str, Any] = {}
+    if config.conditional:
+        drawn = bool(config.guidance_range)
+        conditional = {"guidance_range" if drawn else "guidance": config.guidance_range or [config.guidance]}
+    wanted = {
+        "dataset": config.dataset.kind,
+        "teacher": config.teacher.kind,
+        "config": plain_settings(config.methods[name]),
+        "budget": {"limit": config.budget.limit.value, "amount": config.budget.amount},
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        **conditional,
+    }
+    return all(record.inputs.get(key) == value for key, value in wanted.items())
+
+
+def _intact(run_folder: Path, cell_folder: Path, weights: Weights, record: TrainRecord) -> Path:
+    """The weights file of the record, with the recorded hash."""
+    files = [cell_folder / "student.safetensors", run_folder / "weights" / f"{weights.name}.safetensors"]
+    for file in files:
+        if file.is_file() and sha256_file(file) == record.weights_sha256:
+            return file
+    raise UserError(f"the weights of {weights.name} are missing or damaged: the same run again would train it again")
+
+
+def _restored(cell: Cell, teacher: Teacher, weights: Path) -> Method:
+    try:
+        method = build(cell, teacher)
+        method.load_state_dict(load_file(weights, device="cpu"))
+    except (SafetensorError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"the weights of {cell.label} do not fit the method as it is installed: {why}") from error
+    return method.eval()

@@ -1,0 +1,4 @@
+"""How time, memory and energy are measured.
+
+It may import `system` and `storage`.
+"""

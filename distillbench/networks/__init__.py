@@ -1,0 +1,60 @@
+"""Network architectures, and how a network is called, averaged and captured in CUDA graphs.
+
+It may import `diffusion` and below.
+
+The names in ``__all__`` are public: the plugin contract covers them. They load on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from distillbench._lazy import load
+
+if TYPE_CHECKING:
+    from distillbench.diffusion.embeddings import GuidanceEmbedding as GuidanceEmbedding
+    from distillbench.diffusion.embeddings import TimeEmbedding as TimeEmbedding
+    from distillbench.diffusion.embeddings import TimeFeatures as TimeFeatures
+    from distillbench.diffusion.modes import evaluating as evaluating
+    from distillbench.diffusion.modes import frozen_weights as frozen_weights
+    from distillbench.networks.architectures import NETWORKS as NETWORKS
+    from distillbench.networks.architectures import SIZED as SIZED
+    from distillbench.networks.architectures import DiT as DiT
+    from distillbench.networks.architectures import ResidualMLP as ResidualMLP
+    from distillbench.networks.architectures import UNet as UNet
+    from distillbench.networks.averaging import MovingAverage as MovingAverage
+    from distillbench.networks.averaging import move_towards as move_towards
+
+__all__ = [
+    "NETWORKS",
+    "SIZED",
+    "DiT",
+    "GuidanceEmbedding",
+    "MovingAverage",
+    "ResidualMLP",
+    "TimeEmbedding",
+    "TimeFeatures",
+    "UNet",
+    "evaluating",
+    "frozen_weights",
+    "move_towards",
+]
+
+_HOMES = {
+    "NETWORKS": "distillbench.networks.architectures",
+    "SIZED": "distillbench.networks.architectures",
+    "DiT": "distillbench.networks.architectures",
+    "GuidanceEmbedding": "distillbench.diffusion.embeddings",
+    "MovingAverage": "distillbench.networks.averaging",
+    "ResidualMLP": "distillbench.networks.architectures",
+    "TimeEmbedding": "distillbench.diffusion.embeddings",
+    "TimeFeatures": "distillbench.diffusion.embeddings",
+    "UNet": "distillbench.networks.architectures",
+    "evaluating": "distillbench.diffusion.modes",
+    "frozen_weights": "distillbench.diffusion.modes",
+    "move_towards": "distillbench.networks.averaging",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return load(__name__, _HOMES, name)

@@ -1,0 +1,45 @@
+"""Exponential moving averages of a network's weights."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from distillbench.system.dtensors import local_shards
+
+__all__ = ["MovingAverage", "move_towards"]
+
+
+@torch.no_grad()
+def move_towards(average: nn.Module, network: nn.Module, share: float) -> None:
+    """Move the weights of `average` by `share` of the way to those of `network`; buffers are copied."""
+    MovingAverage(average, network).move(share)
+
+
+class MovingAverage:
+    """Moves the weights of `average` towards those of `network`; buffers are copied.
+
+    The tensors are looked up once, at the first move: that takes as long as a move of a small network.
+    """
+
+    def __init__(self, average: nn.Module, network: nn.Module) -> None:
+        self.average, self.network = average, network
+
+    @functools.cached_property
+    def weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights of `average` and of `network`."""
+        return local_shards(self.average.parameters()), local_shards(self.network.parameters())
+
+    @functools.cached_property
+    def buffers(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.average.buffers(), self.network.buffers(), strict=True))
+
+    @torch.no_grad()
+    def move(self, share: float) -> None:
+        """Move by `share` of the way."""
+        mine_all, theirs_all = self.weights
+        torch._foreach_lerp_(mine_all, theirs_all, share)
+        for mine, theirs in self.buffers:
+            mine.copy_(theirs)

@@ -1,0 +1,234 @@
+"""Networks of diffusers in our call, ``network(x, time, embedding, c)``.
+
+The network itself is the attribute named `component`, as diffusers' pipelines name it, with diffusers' own keys below
+that prefix: ``network.wrapped.save_pretrained(folder)`` writes what diffusers loads. The two calls are converted by
+:class:`distillbench.networks.diffusers_calls.Call`. Where a network also predicts a variance (twice as many channels
+out as in), that half of its output is dropped.
+
+`embedding` is added to the embedding of time: the forward of its module is overridden during one call.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
+from distillbench.errors import UserError, unsupported
+from distillbench.networks.diffusers_calls import Call
+from distillbench.networks.forward_overrides import adding, overridden
+from distillbench.system.offloading import Offloaded
+
+
+def added(modules: list[nn.Module], embedding: Tensor | None) -> AbstractContextManager[None]:
+    """In the block `embedding` (B,D) is added to the output of each of `modules`."""
+    return overridden({} if embedding is None else {module: adding(module, embedding) for module in modules})
+
+
+class DiffusersNetwork(nn.Module, ABC):
+    """A network of diffusers, which is called as `call` says."""
+
+    component: ClassVar[str]
+    embedding_channels: int
+
+    def __init__(self, network: Any, call: Call) -> None:
+        super().__init__()
+        self.add_module(self.component, network)
+        self.call = call
+
+    @property
+    def wrapped(self) -> Any:
+        """diffusers' own module."""
+        return self.get_submodule(self.component)
+
+    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
+        argument = self.call.argument(time).to(x.dtype)
+        with added(self._time_embeddings(), embedding):
+            out = self._evaluate(self.call.input(x), argument, c)
+        return self.call.output(out[:, : x.shape[1]], x, time)
+
+    @abstractmethod
+    def _time_embeddings(self) -> list[nn.Module]:
+        """The modules whose output is the embedding of time."""
+
+    @abstractmethod
+    def _evaluate(self, x: Tensor, argument: Tensor, c: Condition) -> Tensor:
+        """diffusers' network at x (B,C,H,W) and its own time (B,)."""
+
+    @classmethod
+    @abstractmethod
+    def serves(cls, config: Mapping[str, Any]) -> dict[int, bool]:
+        """The numbers of classes that a network of this config may be asked for, each with whether it is guidable."""
+
+
+class PixelUNet(DiffusersNetwork):
+    """A UNet2DModel, class-conditional where it has a table of classes; the row after the last class is for none."""
+
+    component = "unet"
+
+    def __init__(self, unet: Any, call: Call) -> None:
+        super().__init__(unet, call)
+        config = unet.config
+        _refuse(config, "time_embedding_type", ("positional", "fourier"))
+        _refuse(config, "class_embed_type", (None,))
+        self.embedding_channels = unet.time_embedding.linear_2.out_features
+        self.conditional = config.num_class_embeds is not None
+        if config.time_embedding_type == "fourier":
+            _keep_frozen(unet.time_proj, "weight")
+
+    def _time_embeddings(self) -> list[nn.Module]:
+        return [self.wrapped.time_embedding]
+
+    def _evaluate(self, x: Tensor, argument: Tensor, c: Condition) -> Tensor:
+        return self.wrapped(x, argument, class_labels=c.labels if self.conditional else None).sample
+
+    @classmethod
+    def serves(cls, config: Mapping[str, Any]) -> dict[int, bool]:
+        rows = config.get("num_class_embeds")
+        return {rows - 1: True, rows: False} if rows else {0: False}
+
+
+class TextUNet(DiffusersNetwork):
+    """A UNet2DConditionModel: c.text is what it attends to.
+
+    An upscaler is given c.image too, enlarged to the size of x where it is smaller (bilinear, corners on corners) and
+    set beside x as further channels. `noise_level` is the noise level of c.image, an input of the upscaler: an index
+    of its own schedule (DeepFloyd IF's class label). c.image has that noise already.
+    """
+
+    component = "unet"
+
+    def __init__(self, unet: Any, call: Call, noise_level: int = 0) -> None:
+        super().__init__(unet, call)
+        config = unet.config
+        _refuse(config, "class_embed_type", (None, "timestep"))
+        _refuse(config, "addition_embed_type", (None, "text"))
+        _refuse(config, "encoder_hid_dim_type", (None, "text_proj"))
+        self.embedding_channels = unet.time_embedding.linear_2.out_features
+        self.noise_level = noise_level
+        self.takes_noise_level = config.class_embed_type == "timestep"
+
+    def _time_embeddings(self) -> list[nn.Module]:
+        return [self.wrapped.time_embedding]
+
+    def _evaluate(self, x: Tensor, argument: Tensor, c: Condition) -> Tensor:
+        if c.image is not None:
+            large = interpolate(c.image.to(x.dtype), x.shape[-2:], mode="bilinear", align_corners=True)
+            x = torch.cat([x, large], dim=1)
+        noise = torch.full((len(x),), self.noise_level, device=x.device) if self.takes_noise_level else None
+        text = None if c.text is None else c.text.to(x.dtype)
+        return self.wrapped(x, argument, encoder_hidden_states=text, class_labels=noise).sample
+
+    @classmethod
+    def serves(cls, config: Mapping[str, Any]) -> dict[int, bool]:
+        return {0: False}
+
+
+class DiT(DiffusersNetwork):
+    """A DiTTransformer2DModel: classes 0, ..., N - 1, and row N for none."""
+
+    component = "transformer"
+
+    def __init__(self, transformer: Any, call: Call) -> None:
+        super().__init__(transformer, call)
+        self.embedding_channels = transformer.inner_dim
+        for block in transformer.transformer_blocks:
+            block.norm1.emb.class_embedder.dropout_prob = 0.0  # labels are dropped by methods, not by the network
+
+    def _time_embeddings(self) -> list[nn.Module]:
+        return [block.norm1.emb.timestep_embedder for block in self.wrapped.transformer_blocks]
+
+    def _evaluate(self, x: Tensor, argument: Tensor, c: Condition) -> Tensor:
+        return self.wrapped(x, timestep=argument, class_labels=c.labels).sample
+
+    @classmethod
+    def serves(cls, config: Mapping[str, Any]) -> dict[int, bool]:
+        return {config["num_embeds_ada_norm"]: True}
+
+
+# diffusers' networks, by class.
+NETWORKS: dict[str, type[DiffusersNetwork]] = {
+    "UNet2DModel": PixelUNet,
+    "UNet2DConditionModel": TextUNet,
+    "DiTTransformer2DModel": DiT,
+}
+
+
+def check_classes(serves: Mapping[int, bool], classes: int, guided: bool, name: str) -> None:
+    """Raise UserError unless a network that `serves` these numbers of classes serves `classes`, `guided` or not.
+
+    `name` is the setting that an error names.
+    """
+    if classes not in serves:
+        wanted = f"conditional=true with {classes} classes" if classes else "conditional=false"
+        known = " or ".join(str(number or "no") for number in serves)
+        raise UserError(f"the teacher in {name!r} knows {known} classes and cannot serve {wanted}")
+    if guided and not serves[classes]:
+        raise UserError(f"the teacher in {name!r} has no row for images of no class: it cannot be guided")
+
+
+def _refuse(config: Any, name: str, possible: tuple[str | None, ...]) -> None:
+    """Raise UserError unless the network's setting is one of `possible`."""
+    if (got := config.get(name)) not in possible:
+        raise unsupported(name, str(got), map(str, possible), " in the network's config")
+
+
+def _keep_frozen(module: nn.Module, name: str) -> None:
+    """Make a parameter that is never trained a buffer, under the same key: students train every parameter."""
+    value = getattr(module, name).detach()
+    delattr(module, name)
+    module.register_buffer(name, value)
+
+
+class Autoencoder:
+    """Latents to images and back, by a module of diffusers that is on the device only while it works.
+
+    A diffusion model's latents are scale (z - shift), z the autoencoder's own, so that their variance is about 1.
+    """
+
+    def __init__(self, module: Any, device: str) -> None:
+        config = module.config
+        for name in ("latents_mean", "latents_std"):
+            _refuse(config, name, (None,))
+        self.offloaded = Offloaded(module, device)
+        self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
+
+    @staticmethod
+    def image_shape(config: Mapping[str, Any], latents: tuple[int, int, int]) -> tuple[int, int, int]:
+        """C,H,W of the images of latents of this shape, by the module's full config."""
+        factor = 2 ** (len(config["block_out_channels"]) - 1)  # pixels to a latent, each way
+        return config["out_channels"], latents[1] * factor, latents[2] * factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B,c,h,w) to images in [-1, 1], (B,C,H,W)."""
+        module: Any
+        with self.offloaded.on_device() as module:
+            return module.decode(latents / self.scale + self.shift).sample.clamp(-1, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] to latents, (B,c,h,w): the mode of what the encoder gives."""
+        module: Any
+        with self.offloaded.on_device() as module:
+            return (self._mode(module.encode(images)) - self.shift) * self.scale
+
+    def _mode(self, encoded: Any) -> Tensor:
+        return encoded.latent_dist.mode()
+
+
+class Quantiser(Autoencoder):
+    """A VQModel: its encoder gives latents and no distribution of them; decoding rounds to its code book."""
+
+    def _mode(self, encoded: Any) -> Tensor:
+        return encoded.latents
+
+
+# diffusers' autoencoders, by class.
+AUTOENCODERS: dict[str, type[Autoencoder]] = {"AutoencoderKL": Autoencoder, "VQModel": Quantiser}

@@ -1,0 +1,220 @@
+"""Records: JSON files that are written atomically, with a checksum.
+
+results_dir/
+  cells/<train key>/train.json, student.safetensors        cost and weights of one training; log.txt, error.txt
+  cells/<train key>/checkpoint-*.safetensors               students during training, to be scored
+  cells/<train key>/resume/<parts>/state-*.safetensors     states from which an interrupted training resumes
+  cells/<train key>/evaluation-<key>.json, .safetensors    rows of one evaluation, and its first samples
+  cells/<train key>/speed-<key>.json                       the sampling cost
+  cache/                                                   teachers, noise-image pairs, reference statistics, ...
+  <run>/table.*, summary.*, along.*, columns.json, samples.png, config.yaml, environment.json, weights/
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from distillbench.storage.files import canonical_json, key_of_text, signed, write_atomically
+
+SCHEMA: Literal[3] = 3
+MIGRATED = (2,)  # older versions that can be read; 2 had no checksum
+LARGEST_RECORD = 2**28  # bytes
+Status = Literal["ok", "failed", "diverged", "oom", "timeout"]
+FINAL: tuple[Status, ...] = ("ok", "diverged")  # a second try would not change it
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CurvePoint(_Record):
+    """A point of the training curve."""
+
+    images: int
+    seconds: float
+    loss: float
+
+
+class Cost(_Record):
+    """The cost of a training, or of the part up to a checkpoint.
+
+    `seconds` is the sum of `teacher_`, `student_`, `compile_` and `other_seconds`. `*_nfe` count images that a network
+    evaluated, `*_backward` those whose evaluation was differentiated. FLOPs are those that torch has formulas for.
+    """
+
+    images: int
+    seconds: float
+    teacher_seconds: float
+    student_seconds: float
+    compile_seconds: float | None = 0.0
+    other_seconds: float
+    teacher_nfe: int
+    student_nfe: int
+    teacher_backward: int
+    student_backward: int
+    student_backward_input: int = 0  # of student_backward: to the input only, through frozen weights
+    stand_in_nfe: int = 0  # of teacher_nfe: by networks of another kind than the teacher's
+    stand_in_backward: int = 0  # of teacher_backward
+    tflops: float | None = None
+    joules: float | None = None
+
+
+class CheckpointRecord(_Record):
+    """The student at `fraction` of the budget. It can sample with the numbers of evaluations in `ready`."""
+
+    fraction: float
+    file: str
+    sha256: str
+    ready: list[int]
+    cost: Cost
+
+
+class TrainRecord(_Record):
+    """The outcome and the cost of one training. `key` is the hash of `inputs`."""
+
+    schema_version: Literal[3] = SCHEMA
+    key: str
+    inputs: dict[str, Any]
+    status: Status
+    reason: str = ""
+    cost: Cost | None = None
+    peak_gpu_mib: float | None = None
+    peak_gpu_reserved_mib: float | None = None
+    peak_device_mib: float | None = None
+    peak_rss_mib: float | None = None
+    parameters: int | None = None
+    accumulate: int = 1  # parts of each step (gradient accumulation)
+    processes: int = 1  # ranks, each of which trained on a share of every batch
+    weights_sha256: str = ""
+    curve: list[CurvePoint] = []
+    checkpoints: list[CheckpointRecord] = []
+    flops_not_counted: list[str] = []
+    missing: dict[str, str] = {}
+    device: str
+    environment: dict[str, Any]
+
+
+class RowRecord(_Record):
+    """The scores at one number of evaluations, on the noise of one sampling seed."""
+
+    nfe: int
+    sampling_seed: int
+    status: Status = "ok"
+    reason: str = ""
+    scores: dict[str, float | None] = {}
+    missing: dict[str, str] = {}
+
+
+class CheckpointScores(RowRecord):
+    """The scores of a student at `fraction` of its training."""
+
+    fraction: float
+
+
+class EvaluationRecord(_Record):
+    """The rows of one evaluation of one training (or of the teacher)."""
+
+    schema_version: Literal[3] = SCHEMA
+    key: str
+    inputs: dict[str, Any]
+    rows: list[RowRecord]
+    along: list[CheckpointScores] = []
+    references: dict[str, str] = {}  # by feature network: the real images
+    weights_sha256: str = ""  # of the student that was evaluated; empty for the teacher
+    device: str
+    environment: dict[str, Any]
+
+    @property
+    def status(self) -> Status:
+        return next((row.status for row in [*self.rows, *self.along] if row.status not in FINAL), "ok")
+
+
+class SpeedRow(_Record):
+    """The cost of sampling with `nfe` evaluations; `missing` has the reasons for values that are None."""
+
+    nfe: int
+    latency_p50_ms: float | None = None
+    latency_p95_ms: float | None = None
+    images_per_second: float | None = None
+    best_batch: int | None = None
+    gflops: float | None = None
+    decoder_latency_ms: float | None = None
+    text_encoder_latency_ms: float | None = None
+    peak_gpu_mib: float | None = None
+    peak_gpu_reserved_mib: float | None = None
+    peak_device_mib: float | None = None
+    peak_rss_mib: float | None = None
+    parameters: int | None = None
+    flops_not_counted: list[str] = []
+    missing: dict[str, str] = {}
+    notes: dict[str, str] = {}
+
+
+class SpeedRecord(_Record):
+    """The sampling cost of one student (or of the teacher)."""
+
+    schema_version: Literal[3] = SCHEMA
+    key: str
+    inputs: dict[str, Any]
+    status: Status = "ok"
+    reason: str = ""
+    rows: list[SpeedRow] = []
+    weights_sha256: str = ""
+    device: str
+    environment: dict[str, Any]
+
+
+AnyRecord = TypeVar("AnyRecord", TrainRecord, EvaluationRecord, SpeedRecord)
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    """Write a record atomically, with its checksum."""
+    text = json.dumps(signed(json.loads(record.model_dump_json())), indent=1)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def load_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
+    """The record at `path`. Raises FileNotFoundError; ValueError if it is damaged or of another version."""
+    try:
+        if path.stat().st_size > LARGEST_RECORD:
+            raise ValueError("too large")
+        plain = json.loads(path.read_bytes())
+        version = plain.get("schema_version") if isinstance(plain, dict) else SCHEMA
+        if version in MIGRATED:
+            plain = signed(plain | {"schema_version": SCHEMA})
+        elif version != SCHEMA and isinstance(version, int):
+            known = ", ".join(map(str, (*MIGRATED, SCHEMA)))
+            raise OtherVersion(f"the record {path.name} is of version {version}, this distillbench reads {known}")
+        if plain != signed(plain):
+            raise ValueError("its checksum is wrong")
+        del plain["sha256"]
+        return kind.model_validate(plain)
+    except (FileNotFoundError, OtherVersion):
+        raise
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise ValueError(f"the record {path.name} is damaged") from error
+
+
+class OtherVersion(ValueError):
+    """A record was written by another version of distillbench, which this one cannot read."""
+
+
+def read_record(path: Path, kind: type[AnyRecord], inputs: dict[str, Any]) -> AnyRecord | None:
+    """The record at `path`, or None if there is none.
+
+    Raises ValueError if it is damaged, of another version, or has other inputs.
+    """
+    try:
+        record = load_record(path, kind)
+    except FileNotFoundError:
+        return None
+    text = canonical_json(inputs)
+    if record.inputs != inputs and canonical_json(record.inputs) != text:
+        raise ValueError(f"the record {path.name} has other inputs")
+    if record.key != key_of_text(text):
+        raise ValueError(f"the record {path.name} is damaged: its key is not that of its inputs")
+    return record

@@ -1,0 +1,47 @@
+"""A cell as it is sent to another process or machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distillbench.registry import Registry, Selection
+from distillbench.runs.config import RunConfig
+from distillbench.runs.executor_config import LocalConfig
+from distillbench.runs.plan import cell_of
+from distillbench.runs.shared_context import Cell, SharedContexts
+
+
+@dataclass(frozen=True)
+class CellTask:
+    """A picklable cell: its name, the settings with its own method only, and which plugins to load."""
+
+    config: RunConfig
+    name: str
+    nfe: list[int]
+    selection: Selection
+
+    @staticmethod
+    def of(cell: Cell, device: str = "") -> CellTask:
+        """`device`: to be used instead of the run's."""
+        methods = {} if cell.method_config is None else {cell.name: cell.method_config}
+        given = cell.shared.config
+        config = dataclasses.replace(
+            given,
+            methods=methods,
+            seed=given.seed if cell.seed is None else cell.seed,
+            device=device or given.device,
+            executor=LocalConfig(kind="local"),
+        )
+        return CellTask(config, cell.name, cell.nfe, cell.shared.registry.selection)
+
+    def cell(self, registry: Registry, contexts: SharedContexts) -> Cell:
+        return cell_of(self.config, self.name, self.nfe, registry, contexts)
+
+
+def cells_of(tasks: Sequence[CellTask]) -> list[Cell]:
+    """The cells of `tasks`, with one shared context for all that can share it."""
+    registries = {selection: selection.load() for selection in {task.selection for task in tasks}}
+    contexts = SharedContexts()
+    return [task.cell(registries[task.selection], contexts) for task in tasks]

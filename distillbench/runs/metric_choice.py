@@ -1,0 +1,45 @@
+"""The metrics and the reference files of a run, found by the names in its settings."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+
+from distillbench.datasets.dataset import Dataset
+from distillbench.errors import UserError, unknown
+from distillbench.evaluation.metric import Metric
+from distillbench.evaluation.reference_statistics import ReferenceFile, check_reference, provenance_of, read_reference
+from distillbench.evaluation.settings import EvaluationConfig
+from distillbench.registry import Registry
+
+
+def chosen_metrics(config: EvaluationConfig, registry: Registry) -> dict[str, type[Metric]]:
+    """The metric classes by name, with patterns expanded. Raises UserError for a name that is not registered."""
+    names: dict[str, None] = {}
+    for name in config.metrics:
+        found = [name] if name in registry.metrics else sorted(fnmatch.filter(registry.metrics, name))
+        if not found:
+            raise unknown("metric", name, registry.metrics, " in evaluation.metrics")
+        names |= dict.fromkeys(found)
+    return {name: registry.metrics[name].cls for name in names}
+
+
+def read_references(
+    config: EvaluationConfig, metrics: dict[str, type[Metric]], dataset: Dataset, weights: Path
+) -> list[ReferenceFile]:
+    """The reference files, each used by some metric. Raises UserError for a file that does not fit the run."""
+    networks = {cls.network.name: cls.network for cls in metrics.values() if cls.network}
+    files: dict[str, ReferenceFile] = {}
+    for word in config.references:
+        file = read_reference(Path(word))
+        name = str(file.provenance.get("network", ""))
+        if file.provenance and name not in networks:
+            asked = ", ".join(sorted(networks)) or "none"
+            raise UserError(f"{word}: a reference of network {name!r}, and this run's metrics use: {asked}")
+        network = networks.get(name)
+        identity = network.identity(weights) if network else {}
+        check_reference(file, provenance_of(dataset, identity), network.width if network else 0)
+        if name in files:
+            raise UserError(f"{word} and {files[name].path.name} are both references of network {name!r}")
+        files[name] = file
+    return list(files.values())

@@ -1,0 +1,129 @@
+"""Command-line arguments as Hydra overrides, and the grid points that they span."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep, ValueType
+from hydra.errors import HydraException
+
+from distillbench.errors import UserError, quoted
+from distillbench.registry import Registry
+from distillbench.runs.written_values import quote_home, split_values
+
+GROUPS = {"methods": "methods", "dataset": "datasets", "teacher": "teachers"}  # config group: kind in the registry
+CHOICES = (*GROUPS, "executor", "experiment")
+NAME = re.compile(r"[A-Za-z_][\w/]*(\.\w+)*", re.ASCII)
+MOST_RUNS = 100_000  # points of a grid
+LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary files have longer names
+LONGEST_WORD = 10_000  # characters of a setting; Hydra's parser takes seconds for more
+
+
+def parse_override(word: str, registry: Registry) -> Override:
+    """One command-line argument as Hydra's Override. Raises UserError if it is not of the form name=value."""
+    if not word.strip():
+        raise UserError("an empty setting. A setting reads name=value")
+    if word[0] in "+~":
+        raise UserError(f"cannot use {quoted(word)}: settings are changed with name=value, none is added or deleted")
+    if "=" not in word:
+        raise UserError(f"{quoted(word)} is not a setting. A setting reads name=value{_meant(word, registry)}")
+    if len(name := word.partition("=")[0]) > LONGEST_NAME:  # Hydra looks for a file with this name
+        raise UserError(f"no setting {quoted(name)}: its name has {len(name):,} characters")
+    if len(word) > LONGEST_WORD:
+        raise UserError(f"{quoted(word)} has {len(word):,} characters, a setting has at most {LONGEST_WORD:,}")
+    try:
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        (setting,) = parser.parse_overrides([quote_home(word)])
+    except HydraException as error:
+        raise UserError(f"cannot read the setting {quoted(word)}: {_advice(word)}") from error
+    except (ValueError, RecursionError) as error:  # more digits or nesting than Python can read
+        raise UserError(f"cannot read the setting {quoted(word)}: {first_line(error)}") from error
+    if setting.package is not None:
+        raise UserError(f"no setting {quoted(word.partition('=')[0])}: '@' has no meaning here")
+    return setting
+
+
+def _meant(word: str, registry: Registry) -> str:
+    for group, kind in GROUPS.items():
+        if word in registry.of_kind(kind):
+            return f". Did you mean {group}={f'[{word}]' if group == 'methods' else word}?"
+    return ", such as budget.images=400000"
+
+
+def _advice(word: str) -> str:
+    """How to write an argument that Hydra's grammar cannot read."""
+    name, _, value = word.partition("=")
+    for opening, closing in ("[]", "{}", "()"):
+        if value.count(opening) != value.count(closing):
+            return f"{opening} and {closing} do not match. Quote what the shell would split: 'methods=[NAME,NAME]'"
+    if not NAME.fullmatch(name):
+        return "a setting reads name=value, such as budget.images=400000"
+    return f"a value with unusual characters needs quotes of its own, inside the shell's: '{name}=\"VALUE\"'"
+
+
+def grid_points(settings: list[Override], registry: Registry) -> list[list[Override]]:
+    """Every combination of the values that the settings are swept over."""
+    axes = [_values(setting, registry) for setting in settings]
+    if math.prod(map(len, axes)) > MOST_RUNS:
+        raise _too_many()
+    points = [list(point) for point in itertools.product(*axes)]
+    for setting in itertools.chain.from_iterable(axes):
+        _check_choice(setting, registry)
+    return points
+
+
+def _too_many() -> UserError:
+    return UserError(f"the sweeps span more than {MOST_RUNS:,} runs")
+
+
+def _values(setting: Override, registry: Registry) -> list[Override]:
+    word = str(setting.input_line)
+    if not setting.is_sweep_override():
+        return [setting]
+    try:
+        values = list(itertools.islice(setting.sweep_string_iterator(), MOST_RUNS + 1))
+    except HydraException as error:
+        raise UserError(f"cannot sweep {quoted(word)}. List the values, or use range(START,STOP)") from error
+    if not values:
+        raise UserError(f"{quoted(word)} spans no value")
+    if len(values) > MOST_RUNS:
+        raise _too_many()
+    given = setting.value()
+    if isinstance(given, RangeSweep) and setting.key_or_group not in CHOICES and not given.shuffle:
+        return [_at(setting, value) for value in setting.sweep_iterator()]  # thousands of numbers need no parsing
+    written = split_values(word.partition("=")[2])
+    if isinstance(given, ChoiceSweep) and given.simple_form and len(written) == len(values):
+        values = written  # Hydra gives the values that it parsed: 20240101 for 2024_01_01
+    return [parse_override(f"{setting.get_key_element()}={value}", registry) for value in values]
+
+
+def _at(setting: Override, value: Any) -> Override:
+    """The override with one number of its range."""
+    word = f"{setting.get_key_element()}={value}"
+    return dataclasses.replace(setting, value_type=ValueType.ELEMENT, _value=value, input_line=word)
+
+
+def _check_choice(setting: Override, registry: Registry) -> None:
+    key = setting.key_or_group
+    if key not in CHOICES:
+        return
+    value = setting.value()
+    names = value if isinstance(value, list) else [value]
+    possible = GlobalHydra.instance().config_loader().get_group_options(key)
+    for name in names:
+        if name not in possible:
+            raise registry.no(key.removesuffix("s"), "null" if name is None else str(name), possible)
+    if key != "methods" and len(names) != 1:
+        every = ",".join(map(str, names))
+        raise UserError(f"{key} takes one name, got [{every}]. To sweep over several write {key}={every or 'NAME'}")
+
+
+def first_line(error: BaseException, count: int = 1) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:count]) if lines else type(error).__name__

@@ -1,0 +1,4 @@
+"""Processes, signals, devices, precision and progress: what any project on PyTorch could use.
+
+It may import `errors`.
+"""

@@ -1,0 +1,232 @@
+"""The training budget, in images, seconds or network evaluations, and the meter that counts what is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
+from typing import Protocol
+
+from distillbench.metering.energy import NO_ENERGY, Energy, EnergyWatch
+from distillbench.metering.stopwatch import Account, CompileWatch, Stopwatch
+from distillbench.options import option, require_positive
+from distillbench.system.dtensors import class_of
+from distillbench.teachers.teacher import Teacher
+
+
+class Limit(StrEnum):
+    """The quantity that a budget limits."""
+
+    images = "images"
+    seconds = "seconds"
+    nfe = "nfe"
+
+
+@dataclass
+class BudgetConfig:
+    """How long every method may train. Only the amount that `limit` names counts."""
+
+    limit: Limit = option(Limit.images, "what stops training: images, seconds or nfe")
+    images: int = option(300_000, "training images, each use of an image counted")
+    seconds: float = option(60.0, "wall-clock seconds, preparation included")
+    nfe: int = option(2_000_000, "network evaluations: forward passes of teacher and student, one per image")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "images", "seconds", "nfe")
+
+    @property
+    def amount(self) -> float:
+        return {Limit.images: self.images, Limit.seconds: self.seconds, Limit.nfe: self.nfe}[self.limit]
+
+    @property
+    def in_words(self) -> str:
+        """Such as "300000 images"."""
+        return f"{self.amount:g} s" if self.limit is Limit.seconds else f"{self.amount} {self.limit.value}"
+
+
+@dataclass(frozen=True)
+class Price:
+    """What training has cost so far. seconds = teacher_seconds + student_seconds + compile_seconds + other_seconds.
+
+    Evaluations are images (rows) of forward passes; `_backward` counts those that a gradient was computed for. If the
+    students' architecture differs from the teacher's (an analytic teacher has none), evaluations of frozen copies of
+    students in place of the teacher are also counted apart (`stand_in`), since their FLOPs differ.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
+    teacher_nfe: int = 0
+    student_nfe: int = 0
+    teacher_backward: int = 0  # to the input: the teacher's weights are frozen
+    student_backward: int = 0
+    student_backward_input: int = 0  # of student_backward: to the input only, through frozen weights
+    stand_in_nfe: int = 0  # of teacher_nfe: by networks of another architecture
+    stand_in_backward: int = 0  # of teacher_backward
+    teacher_seconds: float = 0.0  # forward passes of the teacher and of its frozen copies
+    student_seconds: float = 0.0  # forward passes of students, all backward passes, optimiser steps
+    compile_seconds: float | None = 0.0  # torch's compiler; None if torch does not report it: then it is in the others
+    other_seconds: float = 0.0
+
+
+class Watch(Protocol):
+    """A measurement during training that can be paused: energy, peaks of memory."""
+
+    def paused(self) -> AbstractContextManager[None]: ...
+
+
+class Meter:
+    """Counts evaluations of the teacher's and students' networks, and seconds, from its construction on.
+
+    Until :meth:`stop` it times their forward passes; a newer meter for the same teacher replaces it. `watches` and
+    `energy` are paused together with the meter.
+    """
+
+    def __init__(
+        self,
+        budget: BudgetConfig,
+        teacher: Teacher,
+        device: str,
+        watches: Sequence[Watch] = (),
+        energy: EnergyWatch | None = None,
+    ) -> None:
+        self.budget, self.teacher, self.device = budget, teacher, device
+        self._watches, self._energy = [*watches, *([energy] if energy else [])], energy
+        self.images = 0
+        self.charged = Price()  # computed earlier, not by this meter's networks
+        self.charged_energy = NO_ENERGY
+        self.stopwatch = Stopwatch.of(device)
+        self._compiler = CompileWatch(self.stopwatch)
+        accounts = {Account.teacher: teacher.teacher_rows, Account.student: teacher.student_rows}
+        self._timed = {counter: partial(self.stopwatch.charging, account) for account, counter in accounts.items()}
+        for counter, timed in self._timed.items():
+            counter.timed = timed
+        self._uncharged_rows = self._rows()
+        self.stopwatch.wait()
+        self._start = self.stopwatch.now()
+
+    def stop(self) -> None:
+        """Stop timing forward passes and the compiler: training is over."""
+        self._compiler.stop()
+        for counter, timed in self._timed.items():
+            if counter.timed is timed:
+                counter.timed = nullcontext
+
+    @property
+    def no_compile_seconds(self) -> str:
+        """Reason for ``compile_seconds=None``; empty if there is a value."""
+        return self._compiler.reason
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Charge nothing in the block: no seconds, evaluations, energy or peaks of memory."""
+        self.stopwatch.wait()
+        begin, before = self.stopwatch.now(), self._rows()
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(self.stopwatch.paused())
+                for watch in self._watches:
+                    stack.enter_context(watch.paused())
+                yield
+        finally:
+            for name, rows in self._rows().items():
+                self._uncharged_rows[name] += rows - before[name]
+            self.stopwatch.wait()
+            self._start += self.stopwatch.now() - begin
+
+    def charge(
+        self,
+        seconds: float,
+        teacher_nfe: int,
+        teacher_seconds: float = 0.0,
+        energy: Energy = NO_ENERGY,
+        compile_seconds: float = 0.0,
+    ) -> None:
+        """Add the cost of work that was done earlier and is used again, such as cached pairs.
+
+        `teacher_seconds` and `compile_seconds` are the parts of `seconds` spent in the teacher and in torch's compiler.
+        """
+        self.charged = replace(
+            self.charged,
+            seconds=self.charged.seconds + seconds,
+            teacher_nfe=self.charged.teacher_nfe + teacher_nfe,
+            teacher_seconds=self.charged.teacher_seconds + teacher_seconds,
+            compile_seconds=(self.charged.compile_seconds or 0.0) + compile_seconds,
+        )
+        self.charged_energy += energy
+
+    def restart(self, price: Price, energy: Energy) -> None:
+        """Continue from the cost of an earlier process; what this meter has counted so far is dropped."""
+        self.stopwatch.reset()
+        self._start, self._uncharged_rows = self.stopwatch.now(), self._rows()
+        if self._energy is not None:
+            self._energy.restart()
+        self.images, self.charged, self.charged_energy = price.images, price, energy
+
+    def _rows(self) -> dict[str, int]:
+        """The counters, by the names of the fields of a price."""
+        teacher, student = self.teacher.teacher_rows, self.teacher.student_rows
+        own = class_of(self.teacher.denoiser.network)
+        others = [rows for kind, rows in teacher.kinds.items() if kind is not own]
+        return {
+            "teacher_nfe": teacher.rows,
+            "student_nfe": student.rows,
+            "teacher_backward": teacher.rows_with_gradient,
+            "student_backward": student.rows_with_gradient,
+            "student_backward_input": student.rows_to_input,
+            "stand_in_nfe": sum(forward for forward, _ in others),
+            "stand_in_backward": sum(backward for _, backward in others),
+        }
+
+    @property
+    def teacher_nfe(self) -> int:
+        return self.teacher.teacher_rows.rows - self._uncharged_rows["teacher_nfe"] + self.charged.teacher_nfe
+
+    @property
+    def student_nfe(self) -> int:
+        return self.teacher.student_rows.rows - self._uncharged_rows["student_nfe"] + self.charged.student_nfe
+
+    def energy(self) -> Energy:
+        """Joules so far, including those charged; waits for the device."""
+        own = Energy(None, "not measured") if self._energy is None else self._energy.used
+        return own + self.charged_energy
+
+    def _seconds(self) -> float:
+        return self.stopwatch.now() - self._start + self.charged.seconds
+
+    def price(self) -> Price:
+        """The price so far; waits for the device."""
+        accounts, charged = self.stopwatch.read(), self.charged
+        seconds = self._seconds()
+        teacher = accounts[Account.teacher] + charged.teacher_seconds
+        student = accounts[Account.student] + charged.student_seconds
+        compiler = accounts[Account.compile] + (charged.compile_seconds or 0.0)
+        rows = self._rows()
+        return Price(
+            images=self.images,
+            seconds=seconds,
+            **{name: rows[name] - self._uncharged_rows[name] + getattr(charged, name) for name in rows},
+            teacher_seconds=teacher,
+            student_seconds=student,
+            compile_seconds=None if self.no_compile_seconds else compiler,
+            other_seconds=seconds - teacher - student - compiler,
+        )
+
+    def spent(self) -> float:
+        """The amount used of the limited quantity, without waiting for the device."""
+        if self.budget.limit is Limit.images:
+            return self.images
+        if self.budget.limit is Limit.nfe:
+            return self.teacher_nfe + self.student_nfe
+        return self._seconds()
+
+    def progress(self) -> float:
+        """Used share of the budget; training stops at 1."""
+        return self.spent() / self.budget.amount
+
+    def next_batch(self, batch_size: int) -> int:
+        """The size of the next batch; the last one is smaller if that matches a budget in images."""
+        if self.budget.limit is not Limit.images:
+            return batch_size
+        return min(batch_size, self.budget.images - self.images)

@@ -1,0 +1,130 @@
+"""The real images of a training: random batches in the same order for all methods, prefetched for a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distillbench.datasets.dataset import Dataset, to_float
+from distillbench.system.progress import Progress
+from distillbench.system.transfers import fits_on, to_device
+from distillbench.training.share import WHOLE, Share
+
+HELD_BYTES = 2**26  # of images as float32, on any device
+HELD_BYTES_ON_GPU = 2**32  # of images in the dtype of the dataset, such as uint8
+PRELOAD_BATCH = 1024  # images per copy in preload()
+
+
+@dataclass(frozen=True)
+class _Prefetched:
+    """A batch that is being read."""
+
+    size: int
+    before: Tensor  # the generator's state before the batch was drawn
+    images: Future[tuple[Tensor, Tensor | None]]
+
+
+class DataStream:
+    """Random batches of a dataset, drawn with replacement by a separate generator: the same order for all methods.
+
+    A dataset of up to HELD_BYTES as float32 is read once, to the device; a larger one to a GPU in :meth:`preload`. Of
+    others a thread prefetches `ahead` batches into pinned memory. `share` are the rows of each batch that this rank
+    trains on. The saved state is that of the next batch, not of prefetched ones.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, device: str, ahead: int = 0, share: Share = WHOLE) -> None:
+        self.dataset, self.device, self.ahead, self.share = dataset, device, ahead, share
+        self.generator = torch.Generator().manual_seed(seed)
+        small = 4 * len(dataset) * math.prod(dataset.shape) <= HELD_BYTES
+        self._held: Tensor | None = None
+        self._holds = small
+        self._queue: deque[_Prefetched] = deque()
+        self._reader = ThreadPoolExecutor(1, "reading") if ahead and not small else None
+
+    def preload(self, progress: Progress) -> None:
+        """Copy a dataset of up to HELD_BYTES_ON_GPU, and of an eighth of the free memory, to the GPU.
+
+        Batches stay bit-identical. On the CPU this does nothing.
+        """
+        if self._holds:
+            return
+        one = self.dataset.read(torch.arange(1))
+        size = len(self.dataset) * one.nbytes
+        if size > HELD_BYTES_ON_GPU or not fits_on(self.device, size):
+            return
+        held = torch.empty((len(self.dataset), *one.shape[1:]), dtype=one.dtype, device=self.device)
+        with progress.step("copying the dataset to the GPU") as step:
+            for indices in torch.arange(len(self.dataset)).split(PRELOAD_BATCH):
+                first, last = int(indices[0]), int(indices[-1]) + 1
+                held[first:last].copy_(to_device(self.dataset.read(indices), self.device))
+                step.advance(last / len(held))
+        self._held, self._holds = held, True
+
+    def read(self, size: int) -> tuple[Tensor, Tensor | None]:
+        """This rank's share of the next `size` images, (B,C,H,W) in [-1, 1] on the device, and their classes or None.
+
+        Classes are (B,) int64, on the CPU.
+        """
+        if self._holds:
+            return self._look_up(self._draw(size))
+        if self._reader is not None:
+            images, labels = self._next_prefetched(size)
+            return to_float(images.to(self.device, non_blocking=True)), labels
+        images, labels = self._read(self._draw(size))
+        return to_float(to_device(images, self.device)), labels
+
+    def close(self) -> None:
+        """Stop prefetching."""
+        self._drop_prefetched()
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
+
+    def get_state(self) -> Tensor:
+        """The state of the generator before the next batch."""
+        return self._queue[0].before if self._queue else self.generator.get_state()
+
+    def set_state(self, state: Tensor) -> None:
+        """Continue from `state`."""
+        self._queue.clear()
+        self.generator.set_state(state)
+
+    def _draw(self, size: int) -> Tensor:
+        return self.share.of(torch.randint(len(self.dataset), (size,), generator=self.generator))
+
+    def _look_up(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self._held is None:
+            self._held = to_float(to_device(self.dataset.read(torch.arange(len(self.dataset))), self.device))
+        labels = self.dataset.labels(indices) if self.dataset.classes else None
+        return to_float(self._held.index_select(0, to_device(indices, self.device))), labels
+
+    def _read(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        labels = self.dataset.labels(indices) if self.dataset.classes else None
+        return self.dataset.read(indices), labels
+
+    def _next_prefetched(self, size: int) -> tuple[Tensor, Tensor | None]:
+        if self._queue and self._queue[0].size != size:  # the last batch is smaller than the prefetched ones
+            self._drop_prefetched()
+        while len(self._queue) <= self.ahead:
+            self._prefetch(size)
+        return self._queue.popleft().images.result()
+
+    def _prefetch(self, size: int) -> None:
+        assert self._reader is not None
+        before = self.generator.get_state()
+        self._queue.append(_Prefetched(size, before, self._reader.submit(self._read_pinned, self._draw(size))))
+
+    def _read_pinned(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        images, labels = self._read(indices)
+        return (images.pin_memory() if self.device != "cpu" else images), labels
+
+    def _drop_prefetched(self) -> None:
+        """Drop prefetched batches; they will be drawn again."""
+        if self._queue:
+            for batch in self._queue:
+                batch.images.cancel()
+            self.set_state(self._queue[0].before)

@@ -1,0 +1,335 @@
+"""The training loop of all methods, and of the teachers that the harness trains.
+
+It decides what must be equal for a fair comparison: images, optimiser, averaging, and when training stops.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distillbench.errors import DivergedError
+from distillbench.metering.energy import Energy
+from distillbench.metering.stopwatch import Account
+from distillbench.system.dtensors import gather_full, load_full
+from distillbench.system.progress import Step
+from distillbench.system.signals import Interrupted
+from distillbench.training.budget import Meter, Price
+from distillbench.training.checkpoints import Checkpoint, Checkpoints, averaged_state
+from distillbench.training.compute import ComputeConfig, grad_scaler, last_batch
+from distillbench.training.data_parallel import SINGLE_RANK, Ranks
+from distillbench.training.fsdp import Sharded, check_sharding
+from distillbench.training.method import Batch, Method, OptimizerConfig, Phase, Read
+from distillbench.training.optimizers import Average, Optimizers, learning_rate_factor
+from distillbench.training.pairs import Workspace
+from distillbench.training.resume import (
+    Resume,
+    Source,
+    State,
+    generators_state,
+    restore_generators,
+    restore_torch_generators,
+    torch_generators_state,
+)
+
+STEPS_BETWEEN_CHECKS = 50  # between reads of the loss, each of which waits for the device
+EXPLOSION = 1e6  # of the loss over its first value, or over 1: training has diverged
+
+
+@dataclass(frozen=True)
+class LossPoint:
+    """A point of the training curve: the mean loss of the steps since the previous point."""
+
+    images: int
+    seconds: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of a training: price, loss curve and checkpoints. The weights are in the method."""
+
+    price: Price
+    curve: list[LossPoint]
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How steps are computed, for every method."""
+
+    batch_size: int  # images of a step, over all ranks
+    accumulate: int = 1  # parts in which a step is computed one after the other (gradient accumulation)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    ranks: Ranks = SINGLE_RANK
+
+
+def train(
+    method: Method,
+    config: OptimizerConfig,
+    workspace: Workspace,
+    read: Read | None,
+    loop: Loop,
+    step: Step,
+    checkpoints: Checkpoints | None = None,
+    resume: Resume | None = None,
+) -> Trained:
+    """Train `method` until its meter says that the budget is used, and copy the averaged weights into its student.
+
+    `read(n)` gives n real images and their labels; None for a method that may not see any. A checkpoint is written
+    before the first step after its fraction of the budget is reached; if only the last step reaches it, there is none.
+    With `resume` states are saved, outside the budget, and training continues from the last one. Raises DivergedError
+    if a loss is not finite or explodes, Interrupted after a signal.
+    """
+    try:
+        return _Training(method, config, workspace, read, loop, step, checkpoints, resume).run()
+    finally:
+        workspace.meter.stop()
+
+
+class _Training:
+    """The loop, and its state as it is saved."""
+
+    def __init__(
+        self,
+        method: Method,
+        config: OptimizerConfig,
+        workspace: Workspace,
+        read: Read | None,
+        loop: Loop,
+        step: Step,
+        checkpoints: Checkpoints | None,
+        resume: Resume | None,
+    ) -> None:
+        self.method, self.config, self.workspace, self.read = method, config, workspace, read
+        self.loop, self.checkpoints, self.resume = loop, checkpoints, resume
+        self.meter, self.ranks, self.charging = workspace.meter, loop.ranks, workspace.meter.stopwatch.charging
+        self.generator = torch.Generator(workspace.device).manual_seed(workspace.seed)
+        self.curve = _Curve(self.meter, step, loop.ranks)
+        self.written: list[Checkpoint] = []
+        self.reached = 0  # number of checkpoints written
+        self.phase = 0
+        self.sharded: Sharded | None = None
+        self.begin = self.finish = 0.0  # of the learning-rate schedule, as shares of the budget
+
+    def run(self) -> Trained:
+        method, meter, ranks = self.method, self.meter, self.ranks
+        shard, device = self.loop.compute.shard, self.workspace.device
+        check_sharding(self.loop.compute, ranks.count)
+        if shard:
+            method.teacher.denoiser.to(device)  # sharded only after prepare()
+        if (texts := method.teacher.conditioning.texts) is not None:
+            meter.charge(texts.seconds(method.teacher.conditioning.trained), 0)
+        method.prepare(self.workspace)  # on all ranks at the same time; the next line waits for all
+        if ranks.status(meter, due=False)[0] >= 1:
+            raise RuntimeError(f"prepare() used up the budget of {meter.budget.amount:g} {meter.budget.limit}")
+        if shard:
+            self.sharded = Sharded(method, self.config.ema_halflife_kimg > 0, ranks, device)
+        phases = method.phases()
+        shares = [phase.share for phase in phases]
+        found = self._newest_state()
+        if found is not None:
+            self._restore(found)
+        for index in range(self.phase, len(phases)):
+            if found is None:
+                self._start(phases, index)
+            found = None
+            with nullcontext() if self.resume is None else self.resume.stop.patiently():
+                self._train_until(min(sum(shares[: index + 1]) / sum(shares), 1.0) - 1e-12, phases[index].label)
+            method.end_phase(index, self.average.module)
+        self.curve.log(phases[-1].label, last=True)
+        method.student.load_state_dict(self.average.module.state_dict())
+        return Trained(ranks.sum_price(meter.price()), self.curve.points, self.written)
+
+    def _newest_state(self) -> State | None:
+        """The last saved state, the same on all ranks; None without one."""
+        if self.resume is None:
+            return None
+        with self.ranks.main_first():  # rank 0 renames damaged files
+            return self.resume.states.newest()
+
+    def _start(self, phases: list[Phase], index: int) -> None:
+        self.phase = index
+        self.method.start_phase(index)
+        if index == 0 or phases[index].fresh:
+            self._make_optimizers()
+            self.begin, self.finish = self.ranks.progress(self.meter), _end_of_schedule(phases, index)
+
+    def _make_optimizers(self) -> None:
+        scaler, own = grad_scaler(self.loop.compute, self.workspace.device), self.method.settings_of
+        self.optimizers = Optimizers(self.config, scaler, self.ranks, own)
+        twin = None if self.sharded is None else self.sharded.average
+        self.average = Average(self.method.student, self.config.ema_halflife_kimg, twin)
+
+    def _train_until(self, end: float, label: str) -> None:
+        """Steps until the share `end` of the budget is used."""
+        method, meter, curve = self.method, self.meter, self.curve
+        progress = self.ranks.progress(meter)
+        while progress < end:
+            self._write_checkpoints(progress)
+            size = meter.next_batch(self.loop.batch_size)
+            factor = learning_rate_factor(self.config, (progress - self.begin) / max(self.finish - self.begin, 1e-12))
+            with nullcontext() if size == self.loop.batch_size else last_batch(self.loop.compute):
+                self._step(size, factor)
+            method.after_step()
+            meter.images += size
+            self.average.update(size)
+            curve.log(label)
+            progress, due = self.ranks.status(meter, self.resume is not None and self.resume.due())
+            if due and self.resume is not None:
+                self._save(self.resume)
+
+    def _step(self, size: int, factor: float) -> None:
+        """One step of `size` images. All parts reach an update before the network is updated."""
+        workspace, teacher, optimizers = self.workspace, self.workspace.teacher, self.optimizers
+        args = teacher.shape, self.generator, workspace.device, self.read, teacher.conditioning, self.ranks.share
+        least = size // self.ranks.count  # images of the smallest share: all ranks need the same number of parts
+        parts = Batch(size, *args).parts(max(1, min(self.loop.accumulate, least)))
+        updates = [iter(self.method.train_step(part)) for part in parts]
+        while True:
+            losses: list[Tensor] = []
+            for update, part in zip(updates, parts, strict=True):
+                if (item := next(update, None)) is None:
+                    continue
+                network, loss = item
+                loss = loss if part.size == size else loss * (part.size / size)
+                with self.charging(Account.student):
+                    optimizers.differentiate(network, loss, first=not losses, last=part is parts[-1])
+                losses.append(loss.detach())
+            if not losses:
+                return
+            with self.charging(Account.student):
+                optimizers.step(network, factor)
+            self.curve.add(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
+
+    def _save(self, resume: Resume) -> None:
+        """Save a state, outside the budget. Raises Interrupted if a signal has asked to stop."""
+        price, used = self._price()
+        with self.meter.pause():
+            state = self._state(price, used)
+            resume.save(self.meter.images, State(gather_full(state.tensors, self.ranks.main), state.values))
+            if self.ranks.broadcast_flag(resume.stop()):
+                raise Interrupted(resume.stop.name)
+
+    def _price(self) -> tuple[Price, Energy]:
+        """Price and energy of all ranks until now."""
+        return self.ranks.sum_price(self.meter.price()), self.ranks.sum_energy(self.meter.energy())
+
+    def _write_checkpoints(self, progress: float) -> None:
+        if self.checkpoints is None or not self.meter.images:
+            return
+        while progress >= next(iter(self.checkpoints.fractions[self.reached :]), 2.0):
+            price, used = self._price()
+            with self.meter.pause():
+                tensors = gather_full(averaged_state(self.method, self.average.module), self.ranks.main)
+                if self.ranks.main:
+                    args = self.reached, self.method, tensors, self.phase, price, used
+                    self.written.append(self.checkpoints.write(*args))
+            self.reached += 1
+
+    def _state(self, price: Price, used: Energy) -> State:
+        """Everything that the rest of the training depends on, and what it has cost until now."""
+        method = self.method
+        state = State()
+        state.add("method", State(method.state_dict()))
+        state.add("average", self.average.state())
+        state.add("optimizers", self.optimizers.state(method))
+        state.add("curve", self.curve.state())
+        state.add("generators", generators_state(self._generators(), self.workspace.device))
+        of_ranks = enumerate(self.ranks.all_gather(torch_generators_state(self.workspace.device)))
+        state.add("masks", State({f"{rank}/{name}": each for rank, masks in of_ranks for name, each in masks.items()}))
+        plain: dict[str, Any] = {
+            "phase": self.phase,
+            "schedule": [self.begin, self.finish],
+            "price": asdict(price),
+            "energy": asdict(used),
+            "checkpoints": [asdict(checkpoint) for checkpoint in self.written],
+        }
+        state.values.update(plain)
+        return state
+
+    def _restore(self, state: State) -> None:
+        """Continue from `state`: start its phases again, then restore every tensor."""
+        method, values = self.method, state.values
+        for index in range(values["phase"] + 1):
+            self.method.start_phase(index)
+        self.phase = values["phase"]
+        self.begin, self.finish = values["schedule"]
+        load_full(method, state.part("method").tensors)
+        self._make_optimizers()
+        self.average.restore(state.part("average"))
+        self.optimizers.restore(state.part("optimizers"), method)
+        self.curve.restore(state.part("curve"))
+        self.written = [_checkpoint(plain) for plain in values["checkpoints"]]
+        self.reached = len(self.written)
+        self.meter.restart(*self.ranks.own_price(Price(**values["price"]), Energy(**values["energy"])))
+        assert self.resume is not None
+        self.resume.restore_peaks(state)
+        restore_generators(state.part("generators"), self._generators(), self.workspace.device)
+        mine = f"{self.ranks.share.index}/"
+        masks = {n.removeprefix(mine): each for n, each in state.part("masks").tensors.items() if n.startswith(mine)}
+        restore_torch_generators(masks, self.workspace.device)
+        self.resume.states.progress.say(f"continuing after {self.meter.images:,} images")
+
+    def _generators(self) -> dict[str, Source]:
+        """All random generators of the training, including those that are attributes of the method."""
+        own = {f"method/{name}": value for name, value in vars(self.method).items()}
+        given = {} if self.resume is None else {f"data/{name}": g for name, g in self.resume.generators.items()}
+        found: dict[str, Source] = {"training": self.generator} | given
+        return found | {name: value for name, value in own.items() if isinstance(value, torch.Generator)}
+
+
+def _checkpoint(plain: dict[str, Any]) -> Checkpoint:
+    return Checkpoint(**plain | {"price": Price(**plain["price"]), "energy": Energy(**plain["energy"])})
+
+
+def _end_of_schedule(phases: list[Phase], index: int) -> float:
+    """Progress at which the learning-rate schedule of phase `index` ends: where the next fresh phase begins."""
+    last = index
+    while last + 1 < len(phases) and not phases[last + 1].fresh:
+        last += 1
+    return sum(p.share for p in phases[: last + 1]) / sum(p.share for p in phases)
+
+
+class _Curve:
+    """The loss curve. Losses are collected on the device, read every STEPS_BETWEEN_CHECKS steps and checked."""
+
+    def __init__(self, meter: Meter, step: Step, ranks: Ranks) -> None:
+        self.meter, self.step, self.ranks = meter, step, ranks
+        self.losses: list[Tensor] = []
+        self.steps = 0
+        self.points: list[LossPoint] = []
+
+    def add(self, loss: Tensor) -> None:
+        self.losses.append(loss.detach())
+
+    def state(self) -> State:
+        losses = torch.stack(self.losses).double() if self.losses else torch.zeros(0)
+        return State({"losses": losses}, {"steps": self.steps, "points": [asdict(point) for point in self.points]})
+
+    def restore(self, state: State) -> None:
+        self.losses = list(state.tensors["losses"].to(self.meter.device))  # the device of the next steps' losses
+        self.steps = state.values["steps"]
+        self.points = [LossPoint(**plain) for plain in state.values["points"]]
+
+    def log(self, label: str, last: bool = False) -> None:
+        self.steps += 1
+        if not self.losses or (self.steps % STEPS_BETWEEN_CHECKS and not last and self.steps > 1):
+            return
+        loss = torch.stack(self.losses).double().mean()
+        mean = self.ranks.all_reduce_number(loss.item())  # each rank has the part of its rows
+        self.losses.clear()
+        if not math.isfinite(mean):
+            raise DivergedError(f"the loss is {mean} after {self.meter.images} images ({label})")
+        first = abs(self.points[0].loss) if self.points else abs(mean)
+        if abs(mean) > EXPLOSION * max(first, 1.0):
+            raise DivergedError(
+                f"the loss exploded from {first:.3g} to {mean:.3g} after {self.meter.images} images ({label})"
+            )
+        self.points.append(LossPoint(self.meter.images, self.meter.price().seconds, mean))
+        self.step.advance(self.ranks.progress(self.meter), f"{label}, loss {mean:.4g}")

@@ -1,0 +1,291 @@
+"""The contract of a distillation method: what a method implements.
+
+A method owns its networks and its mathematics. The harness owns optimisers, averaging, precision, budget, devices,
+checkpoints, counting and evaluation.
+
+| symbol | meaning                                | shape                     |
+|--------|----------------------------------------|---------------------------|
+| x_0    | real images                            | (B,C,H,W) in [-1, 1]      |
+| eps    | standard normal noise                  | (B,C,H,W)                 |
+| t, s   | times, s < t                           | (B,1,1,1) float64         |
+| c      | condition: class and guidance weight   | of B images               |
+| nfe    | network evaluations per image          | int                       |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition, Conditioning
+from distillbench.diffusion.schedules import SCHEDULES
+from distillbench.options import option, require_between, require_fraction, require_one_of, require_positive
+from distillbench.system.transfers import to_device
+from distillbench.training.share import WHOLE, Share
+
+if TYPE_CHECKING:
+    from distillbench.teachers.teacher import Teacher
+    from distillbench.training.pairs import Workspace
+
+__all__ = ["Batch", "Method", "MethodConfig", "NetworkConfig", "OptimizerConfig", "Phase"]
+
+
+@dataclass
+class OptimizerConfig:
+    """How the harness optimises and averages a network."""
+
+    lr: float = option(1e-3, "peak learning rate of Adam")
+    lr_warmup: float = option(0.05, "share of a phase over which the learning rate rises from 0")
+    lr_decay: str = option("cosine", "then: constant, linear or cosine, to 0 at the end of the phase")
+    beta1: float = option(0.9, "Adam's first decay rate")
+    beta2: float = option(0.999, "Adam's second decay rate")
+    weight_decay: float = option(0.0, "decoupled weight decay (AdamW)")
+    grad_clip: float = option(1.0, "largest norm of a network's gradients; 0: they are not clipped")
+    ema_halflife_kimg: float = option(10.0, "half-life of the weights' average in 1000 images; 0: no average")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "lr")
+        require_between(self, 0, 1, "lr_warmup")
+        require_fraction(self, "beta1", "beta2")
+        require_between(self, 0, float("inf"), "weight_decay", "grad_clip", "ema_halflife_kimg")
+        require_one_of(self, "lr_decay", ("constant", "linear", "cosine"))
+
+
+@dataclass
+class NetworkConfig:
+    """Settings of the optimiser of one network, where they differ from those of the method.
+
+    A method's Config has one for each such network, under the name of the method's attribute: ``fake: NetworkConfig =
+    option(NetworkConfig(grad_clip=0), "of the fake score")`` is for ``self.fake``. Warm-up and decay are the same for
+    all networks of a method, and only the student is averaged.
+    """
+
+    lr: float | None = option(None, "its peak learning rate; null: the method's")
+    beta1: float | None = option(None, "Adam's first decay rate for it; null: the method's")
+    beta2: float | None = option(None, "Adam's second decay rate for it; null: the method's")
+    weight_decay: float | None = option(None, "its decoupled weight decay; null: the method's")
+    grad_clip: float | None = option(None, "largest norm of its gradients; 0: not clipped; null: the method's")
+
+    def __post_init__(self) -> None:
+        OptimizerConfig(**self._own())
+
+    def _own(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def over(self, config: OptimizerConfig) -> OptimizerConfig:
+        """The settings of `config`, replaced by those that are set here."""
+        shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizerConfig)}
+        return OptimizerConfig(**shared | self._own())
+
+
+@dataclass
+class MethodConfig(OptimizerConfig):
+    """Settings that every method has. A method's own Config derives from this one and may change the defaults."""
+
+    kind: str = option("", "the registered method (set by the choice of methods=...)")
+    schedule: str = option("", "noise schedule that it works on, at the teacher's SNR; empty: the teacher's own")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule:
+            require_one_of(self, "schedule", SCHEDULES)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stage of training: `share` of the budget (relative to the other phases).
+
+    With `fresh`, optimisers, their learning-rate schedule and the average start anew; otherwise they continue.
+    """
+
+    label: str = "training"
+    share: float = 1.0
+    fresh: bool = True
+
+
+# n -> the real images of a batch of n and their labels; of several ranks each gets its own rows
+Read = Callable[[int], tuple[Tensor, Tensor | None]]
+
+
+class Batch:
+    """The inputs of one training step. All random numbers come from the harness's generator.
+
+    Real images are read only when ``x_0`` (or, for a method that needs data, ``c``) is asked for. `size` is the number
+    of images on this rank: all ranks draw the random numbers of the whole batch, and each keeps its `share`.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        shape: tuple[int, int, int],
+        generator: torch.Generator,
+        device: str,
+        read: Read | None,
+        conditioning: Conditioning = WITHOUT_CLASSES,
+        share: Share = WHOLE,
+    ) -> None:
+        self.size, self.shape, self.device = share.size(size), shape, device
+        self._whole, self._share = size, share
+        self._generator, self._read, self._conditioning = generator, read, conditioning
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in at most `count` parts of nearly equal size, with the same random numbers as the whole batch."""
+        if count == 1:
+            return [self]
+        drawn: list[Any] = []  # tensors and conditions
+        return [_Part(self, Share(index, count), drawn) for index in range(min(count, self.size))]
+
+    def _drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
+        """This rank's rows of what is drawn for the whole batch."""
+        return to_device(self._share.of(draw(self._whole)), self.device)
+
+    @functools.cached_property
+    def _data(self) -> tuple[Tensor, Tensor | None]:
+        if self._read is None:
+            raise RuntimeError("the method declares needs_data = False but asks for real images")
+        return self._read(self._whole)
+
+    @property
+    def x_0(self) -> Tensor:
+        """Real images (B,C,H,W) in [-1, 1]. A method that asks for them must declare ``needs_data = True``."""
+        return self._data[0]
+
+    @functools.cached_property
+    def c(self) -> Condition:
+        """The condition: the classes of ``x_0``, or random classes for a method without data."""
+        labels = self._data[1] if self._read is not None and self._conditioning.classes else None
+        return self._conditioning.draw(self._whole, self._generator, self.device, labels, self._share.of)
+
+    def random_c(self) -> Condition:
+        """Random classes, independent of ``x_0``, and a random guidance weight w if there is one; new at each call."""
+        return self._conditioning.draw(self._whole, self._generator, self.device, None, self._share.of)
+
+    def noise(self) -> Tensor:
+        """Standard normal noise (B,C,H,W)."""
+        g = self._generator
+        return self._drawn(
+            lambda size: torch.randn(size, *self.shape, generator=g, device=g.device, dtype=torch.get_default_dtype())
+        )
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Uniform random numbers in [low, high), (B,1,1,1) float64."""
+        g = self._generator
+        return self._drawn(
+            lambda size: (
+                low + (high - low) * torch.rand(size, 1, 1, 1, generator=g, device=g.device, dtype=torch.float64)
+            )
+        )
+
+    def integers(self, low: int, high: int) -> Tensor:
+        """Uniform random integers in low, ..., high - 1, (B,1,1,1) int64."""
+        g = self._generator
+        return self._drawn(lambda size: torch.randint(low, high, (size, 1, 1, 1), generator=g, device=g.device))
+
+
+class _Part(Batch):
+    """A part of a batch. The parts draw together: what the first one draws is stored, and each takes its rows of it."""
+
+    def __init__(self, batch: Batch, share: Share, drawn: list[Any]) -> None:
+        self.size, self.shape, self.device = share.size(batch.size), batch.shape, batch.device
+        self._batch, self._share, self._stored, self._asked = batch, share, drawn, 0
+        self._generator = batch._generator
+
+    def _once(self, draw: Callable[[], Any]) -> Any:
+        """The next draw of this part, from the part that asked first."""
+        if self._asked == len(self._stored):
+            self._stored.append(draw())
+        self._asked += 1
+        return self._stored[self._asked - 1]
+
+    def _drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
+        return self._share.of(self._once(lambda: self._batch._drawn(draw)))
+
+    def random_c(self) -> Condition:
+        c: Condition = self._once(self._batch.random_c)
+        return c[self._share.rows]
+
+    @functools.cached_property
+    def _data(self) -> tuple[Tensor, Tensor | None]:
+        x_0, labels = self._batch._data
+        return self._share.of(x_0), None if labels is None else self._share.of(labels)
+
+    @functools.cached_property
+    def c(self) -> Condition:
+        return self._batch.c[self._share.rows]
+
+
+class Method(nn.Module, ABC):
+    """A distillation method. The harness calls, in this order:
+
+    ``prepare``, then for each of ``phases()``: ``start_phase``, ``train_step`` and ``after_step`` many times,
+    ``end_phase``; at the end the average is copied into ``student``, and ``sample`` is called.
+
+    Networks that are attributes belong to the method's state and are saved. The teacher is not saved.
+    """
+
+    name: ClassVar[str]  # as on the command line: lower-case letters, digits, underscores
+    Config: ClassVar[type[MethodConfig]]
+    paper: ClassVar[str]  # authors, year, arXiv number
+    needs_data: ClassVar[bool]  # False: may not read real images
+    student: nn.Module  # what is trained, averaged and sampled
+
+    def __init__(self, config: Any, teacher: Teacher) -> None:
+        super().__init__()
+        self.config = config
+        self.__dict__["teacher"] = teacher  # not a submodule: it is neither trained nor saved
+        self.student = teacher.student()
+
+    teacher: Teacher
+
+    def settings_of(self, network: nn.Module) -> NetworkConfig:
+        """The settings of `network` alone: the NetworkConfig under the name of its attribute, or an empty one."""
+        named = {name: own for name, own in vars(self.config).items() if isinstance(own, NetworkConfig)}
+        if missing := named.keys() - dict(self.named_children()).keys():
+            raise RuntimeError(f"the Config names {', '.join(sorted(missing))}, but the method has no such network")
+        return next((own for name, own in named.items() if getattr(self, name) is network), NetworkConfig())
+
+    def phases(self) -> list[Phase]:
+        """The stages of training."""
+        return [Phase()]
+
+    def prepare(self, workspace: Workspace) -> None:
+        """Called once before training, to compute noise-image pairs for example. Its cost is charged to the method."""
+
+    def start_phase(self, index: int) -> None:
+        """Before the first step of phase `index`."""
+
+    @abstractmethod
+    def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
+        """Yield (network, loss) for each "update" line of the algorithm box; the harness updates, then continues here.
+
+        It must have no other effect: what is done once per optimiser step belongs into ``after_step``.
+        """
+
+    def after_step(self) -> None:
+        """After the updates of one step, such as the moving average of a target network."""
+
+    def end_phase(self, index: int, average: nn.Module) -> None:
+        """After the last step of phase `index`; `average` is the averaged student, or the student without averaging."""
+
+    def supports(self, nfe: int) -> bool:
+        """Whether ``sample`` can use exactly `nfe` network evaluations per image."""
+        return nfe == 1
+
+    def ready(self, nfe: int, phase: int) -> bool:
+        """Whether a checkpoint in phase `phase` can already sample with `nfe` evaluations."""
+        return self.supports(nfe)
+
+    def keeps_noise(self, nfe: int) -> bool:
+        """Whether a sample approximates the teacher's from the same noise (False: only the same distribution)."""
+        return True
+
+    @abstractmethod
+    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        """Images x_0 (B,C,H,W) for `c` from ``noise(0)``, with `nfe` network evaluations; ``noise(k)`` is fresh."""

@@ -1,0 +1,227 @@
+"""Noise-image pairs computed by the teacher before training and cached, with a manifest of how they were computed.
+
+The noise of pair i is the i-th of a stream (:mod:`distillbench.diffusion.noise`), so only the image is stored. Targets
+are float32 and never quantised. Every method that uses pairs is charged for them, whether they were computed now or
+cached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition, Conditioning
+from distillbench.diffusion.noise import Noise, stream_key
+from distillbench.metering.energy import Energy, energy
+from distillbench.storage.files import canonical_json, sha256_file, signed, write_atomically
+from distillbench.storage.locks import wait_for_lock
+from distillbench.system.environment import device_name
+from distillbench.system.progress import Progress
+from distillbench.system.transfers import fits_on, to_device
+from distillbench.teachers.teacher import Teacher
+from distillbench.training.budget import Meter
+from distillbench.training.data_parallel import SINGLE_RANK, Ranks
+from distillbench.training.turns import in_turns
+
+__all__ = ["PairStore", "Workspace"]
+
+TARGETS = "targets.safetensors"
+BATCH = 1024
+HELD_BYTES = 2**30  # of noise and targets
+FORMAT = 2
+Solve = Callable[[Tensor, Condition], Tensor]  # (eps, c) -> x_0
+
+
+class PairStore:
+    """`count` pairs (eps, x_0). Up to HELD_BYTES of them are on the device, noise included, from the first read on; on
+    a GPU also more, up to an eighth of its free memory. Of larger stores noise and condition are drawn from their seed
+    at each read. Texts are looked up by their labels.
+    """
+
+    def __init__(self, stream: int, targets: Tensor, device: str, conditioning: Conditioning = WITHOUT_CLASSES) -> None:
+        self.stream, self.targets, self.device, self.conditioning = stream, targets, device, conditioning
+        size = 2 * targets.nbytes  # smaller images of a conditioning would add to it
+        self._holds = conditioning.small is None and (size <= HELD_BYTES or fits_on(device, size))
+        self._held: tuple[Tensor, Tensor, Condition] | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor, Condition]:
+        """The pairs at `indices` (any shape with B elements): eps and x_0, each (B,C,H,W), and the condition."""
+        indices = indices.flatten()
+        if not self._holds:
+            return self._made(indices.cpu(), self.conditioning)
+        if self._held is None:
+            self._held = self._made(torch.arange(len(self)), dataclasses.replace(self.conditioning, texts=None))
+        eps, x_0, c = self._held
+        indices = to_device(indices, eps.device)
+        c = c[indices]
+        if self.conditioning.texts is not None and c.labels is not None:
+            c = dataclasses.replace(c, text=self.conditioning.texts(c.labels, eps.device))
+        return eps.index_select(0, indices), x_0.index_select(0, indices), c
+
+    def _made(self, indices: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor, Condition]:
+        names = indices.tolist()
+        channels, height, width = self.targets.shape[1:]
+        eps = Noise(self.stream, names, (channels, height, width), self.device)(0)
+        x_0 = to_device(self.targets[indices], self.device).to(eps.dtype)
+        return eps, x_0, conditioning.of_pairs(self.stream, names, self.device)
+
+
+class Workspace:
+    """What a method may use in :meth:`Method.prepare`: the teacher, and pairs computed by a solver.
+
+    All ranks prepare at the same time, and each computes its share of the pairs. `energy_source` measures the energy
+    that pairs take, which is stored with them so that later users of the cache can be charged. `dry`: only count
+    evaluations, with two pairs in place of all.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        meter: Meter,
+        cache: Path,
+        device: str,
+        seed: int,
+        progress: Progress,
+        dry: bool = False,
+        energy_source: str = "nvml",
+        ranks: Ranks = SINGLE_RANK,
+    ) -> None:
+        self.teacher, self.meter, self.cache, self.device = teacher, meter, cache, device
+        self.seed, self.progress, self.dry, self.energy_source = seed, progress, dry, energy_source
+        self.ranks = ranks
+
+    def pairs(self, solve: Solve, count: int, recipe: dict[str, Any]) -> PairStore:
+        """`count` pairs eps -> solve(eps, c), from the cache or computed now and cached.
+
+        `recipe` says in plain values how `solve` works (solver, steps, ...); with the teacher's hash, the seed and the
+        count it is the cache key. The price is charged to the method's meter either way. All ranks must ask for
+        the same pairs.
+        """
+        stream = stream_key("pairs", self.seed)
+        if self.dry:
+            return self._price_only(solve, count, stream)
+        key = {
+            "format": FORMAT,
+            "teacher_sha256": self.teacher.sha256,
+            "seed": self.seed,
+            "count": count,
+            "device": device_name(self.device),  # seconds and joules depend on it
+            "threads": torch.get_num_threads(),
+        }
+        if computed := self.teacher.teacher_rows.call.plain:
+            key["compute"] = dict(computed)
+        if self.ranks.count > 1:
+            key["processes"] = self.ranks.count  # the pairs are the same, the seconds are not
+        recipe = key | self.teacher.conditioning.plain() | recipe
+        folder = self.cache / hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
+        with ExitStack() as claim:
+            targets = self._found(folder, recipe, claim) if self.ranks.main else None
+            with nullcontext() if self.ranks.main else self.meter.pause():  # rank 0 may wait for another run
+                found = self.ranks.broadcast_flag(targets is not None)
+            if not found:
+                targets = self._make(solve, count, stream)
+                if self.ranks.main:
+                    self._write(folder, recipe, targets)
+        if self.ranks.count > 1:
+            targets = self._read_on_all_ranks(folder, targets)
+        assert targets is not None
+        return PairStore(stream, targets, self.device, self.teacher.conditioning)
+
+    def _found(self, folder: Path, recipe: dict[str, Any], claim: ExitStack) -> Tensor | None:
+        """The cached pairs, also those that another run computes meanwhile. Without any, `claim` holds the lock."""
+        existed = (folder / "manifest.json").exists()
+        targets = self._read(folder, recipe)
+        if targets is None:
+            with self.meter.pause():  # waiting for another run is not charged
+                claim.enter_context(wait_for_lock(folder, "noise-image pairs", self.progress))
+            targets = None if existed else self._read(folder, recipe)
+        return targets
+
+    def _read_on_all_ranks(self, folder: Path, targets: Tensor | None) -> Tensor:
+        """The pairs on every rank: those without them read the files that rank 0 has found or written."""
+        self.ranks.broadcast_flag(True)  # wait until rank 0 has written them
+        return targets if self.ranks.main and targets is not None else load_file(folder / TARGETS)["x_0"]
+
+    def _solve(self, solve: Solve, stream: int, indices: Sequence[int]) -> Tensor:
+        c = self.teacher.conditioning.of_pairs(stream, indices, self.device)
+        return solve(Noise(stream, indices, self.teacher.shape, self.device)(0), c).float().cpu()
+
+    def _price_only(self, solve: Solve, count: int, stream: int) -> PairStore:
+        before = self.meter.teacher_nfe
+        with torch.no_grad():
+            targets = self._solve(solve, stream, range(2))
+        spent = self.meter.teacher_nfe - before
+        self.meter.charge(0.0, spent * count // 2 - spent)
+        targets = targets.expand(2, *self.teacher.shape)
+        return PairStore(stream, targets, self.device, self.teacher.conditioning)
+
+    def _make(self, solve: Solve, count: int, stream: int) -> Tensor:
+        """All targets on rank 0, after each rank has computed its share; an empty tensor on the others."""
+        before = self.meter.price()
+        measured = energy(self.device, self.energy_source)
+        with measured as watch, torch.no_grad(), self.progress.step("computing noise-image pairs") as step:
+
+            def chunk(index: int) -> Tensor:
+                indices = range(index * BATCH, min((index + 1) * BATCH, count))
+                images = self._solve(solve, stream, indices)
+                step.advance(indices.stop / count)
+                return images
+
+            chunks, error = in_turns(math.ceil(count / BATCH), chunk, self.ranks)
+            if error is not None:
+                raise error
+        after, used = self.meter.price(), self.ranks.sum_energy(watch.used)
+        evaluations = self.ranks.all_gather(after.teacher_nfe - before.teacher_nfe)
+        self._cost = {
+            "seconds": after.seconds - before.seconds,
+            "teacher_seconds": after.teacher_seconds - before.teacher_seconds,
+            "compile_seconds": (after.compile_seconds or 0.0) - (before.compile_seconds or 0.0),
+            "teacher_nfe": sum(evaluations),
+            "joules": used.joules,
+            "no_joules": used.reason,
+        }
+        return torch.cat(chunks) if chunks else torch.empty(0)
+
+    def _write(self, folder: Path, recipe: dict[str, Any], targets: Tensor) -> None:
+        write_atomically(folder / TARGETS, lambda path: save_file({"x_0": targets}, path))
+        manifest = signed({"recipe": recipe, "targets_sha256": sha256_file(folder / TARGETS), **self._cost})
+        text = json.dumps(manifest, indent=2)
+        write_atomically(folder / "manifest.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+    def _read(self, folder: Path, recipe: dict[str, Any]) -> Tensor | None:
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            if manifest["recipe"] != recipe:
+                return None
+            if manifest != signed(manifest):
+                raise ValueError("the manifest's checksum is wrong")
+            if manifest["targets_sha256"] != sha256_file(folder / TARGETS):
+                raise ValueError("checksum")
+            targets = load_file(folder / TARGETS)["x_0"]
+            if targets.shape != (recipe["count"], *self.teacher.shape) or targets.dtype != torch.float32:
+                raise ValueError(f"targets {tuple(targets.shape)}")
+            seconds, teacher_seconds = float(manifest["seconds"]), float(manifest["teacher_seconds"])
+            joules = None if manifest["joules"] is None else float(manifest["joules"])
+            used = Energy(joules, f"the cached pairs: {manifest['no_joules']}" if joules is None else "")
+            compiler = float(manifest.get("compile_seconds", 0.0))  # older manifests do not have it
+            self.meter.charge(seconds, int(manifest["teacher_nfe"]), teacher_seconds, used, compiler)
+            return targets
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError, OSError) as error:
+            self.progress.say(f"the pairs in {folder} are damaged ({error}) and are computed again")
+            return None

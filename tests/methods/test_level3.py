@@ -1,0 +1,111 @@
+"""Level 3: networks trained on a two-dimensional mixture, against the teacher's own chain (specification 9.4).
+
+Minutes a method, so it is left out unless it is asked for: ``pytest -m level3 -s`` prints the figures. Every student is
+a small MLP that starts from a fitted denoiser; the teacher is exact, and DDIM with 16 steps is the answer to learn.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from distillbench.builtin.analytic import GmmTeacher
+from distillbench.builtin.gmm import Gmm
+from distillbench.diffusion.conditioning import UNCONDITIONAL
+from distillbench.diffusion.distributions import mixture
+from distillbench.diffusion.noise import FixedNoise
+from distillbench.diffusion.samplers import Solver
+from distillbench.system.progress import Progress, Step
+from distillbench.teachers.teacher import Teacher
+from distillbench.training.budget import BudgetConfig, Meter
+from distillbench.training.loop import Loop, train
+from distillbench.training.pairs import Workspace
+from distillbench_boot import Boot
+from distillbench_cm import ConsistencyDistillation
+from distillbench_direct import Direct
+from distillbench_pd import ProgressiveDistillation
+from distillbench_tract import Tract
+
+pytestmark = pytest.mark.level3
+
+N, BATCH, UPDATES, FIT_UPDATES, SAMPLES = 16, 512, 6000, 2000, 10_000
+DISTRIBUTION = mixture([0.3, 0.5, 0.2], [[-1.5, 0.3], [0.4, -0.8], [1.2, 1.1]], [[0.25], [0.35], [0.2]])
+COMMON = {"lr": 2e-3, "lr_warmup": 0.0, "ema_halflife_kimg": 177.0}  # .998 an update of 512 images
+
+# method, its settings, tolerances of RMSE and median (specification 9.4: measured by prototypes, times 1.5)
+METHODS = {
+    "direct": (Direct, {"steps": N, "online": True, "lr_decay": "cosine"}, 0.035, 0.004),
+    "pd": (ProgressiveDistillation, {"steps": N, "weight": "snr_plus_one", "lr_decay": "cosine"}, 0.06, 0.007),
+    "cm": (
+        ConsistencyDistillation,
+        # the same grid as the others: all of the cosine schedule's range, uniform in t
+        {"steps": N + 1, "times": "uniform", "solver": "ddim", "sigma_min": 4.6e-5, "sigma_max": 22_000.0}
+        | {"sigma_data": 1.0, "weight": "uniform", "lr_decay": "cosine"},
+        0.07,
+        0.02,
+    ),
+    "tract": (Tract, {"steps": [N, 1], "lr_decay": "cosine"}, 0.07, 0.015),
+    "boot": (Boot, {"steps": N, "target": "euler", "boundary_share": 1.0, "lr_decay": "cosine"}, 0.13, 0.02),
+}
+
+
+class Plane(Gmm):
+    """The distribution of the specification, which reaches beyond [-1, 1]: nothing is clipped here."""
+
+    def __init__(self) -> None:
+        self.distribution, self.shape, self.classes = DISTRIBUTION, DISTRIBUTION.shape, DISTRIBUTION.components
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Teacher:
+    folder = tmp_path_factory.mktemp("level3")
+    config = GmmTeacher.Config(network="mlp", width=160, depth=2, fit_images=FIT_UPDATES * BATCH)
+    return GmmTeacher(config, Plane(), folder, "cpu").load(Progress(None))
+
+
+def trained(cls, settings: dict, teacher: Teacher, folder: Path, seed: int = 0):
+    torch.manual_seed(seed)
+    method = cls(cls.Config(**COMMON | settings), teacher)
+    meter = Meter(BudgetConfig(images=UPDATES * BATCH), teacher, "cpu")
+    workspace = Workspace(teacher, meter, folder, "cpu", seed, Progress(None))
+    generator = torch.Generator().manual_seed(seed)
+
+    def read(size: int) -> tuple[Tensor, None]:
+        return DISTRIBUTION.draw(size, generator)[0].float(), None
+
+    train(
+        method,
+        method.config,
+        workspace,
+        read if cls.needs_data else None,
+        Loop(BATCH),
+        Step(lambda fraction, note: None),
+    )
+    return method
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_students_learn_the_chain_of_the_teacher(name, teacher, tmp_path):
+    cls, settings, rmse_allowed, median_allowed = METHODS[name]
+    start = time.perf_counter()
+    method = trained(cls, settings, teacher, tmp_path)
+    seconds = time.perf_counter() - start
+    eps = torch.randn(SAMPLES, 2, 1, 1, generator=torch.Generator().manual_seed(99))
+    with torch.no_grad():
+        chain = Solver.parse("ddim").solve(teacher.denoise, teacher.schedule, eps, N)
+        fine = Solver.parse("dpmpp_2m/uniform_lambda").solve(teacher.denoise, teacher.schedule, eps, 512)
+        x_0 = method.sample(FixedNoise([eps]), 1, UNCONDITIONAL)
+    distance = (x_0 - chain).flatten(1).norm(dim=1)  # in the plane, as in the specification
+    rmse, median = distance.square().mean().sqrt().item(), distance.median().item()
+    exact = (x_0 - fine).flatten(1).norm(dim=1).square().mean().sqrt().item()
+    std, std_of_chain = x_0.std(dim=0).flatten(), chain.std(dim=0).flatten()
+    print(
+        f"\n{name:7s} RMSE to the chain {rmse:.4f}, median {median:.4f}, RMSE to the exact map {exact:.4f}, "
+        f"std {std[0]:.3f} {std[1]:.3f} (chain {std_of_chain[0]:.3f} {std_of_chain[1]:.3f}), {seconds:.0f} s"
+    )
+    assert rmse < rmse_allowed and median < median_allowed
+    torch.testing.assert_close(std, std_of_chain, rtol=0.05, atol=0)

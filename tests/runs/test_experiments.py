@@ -1,0 +1,316 @@
+"""Every prepared experiment, found by its file: it composes, is priced, and takes two real steps on shrunken files.
+
+The files are of the real formats, 8 or 16 pixels a side, and the teachers are tiny networks of random weights: only
+paths, sizes, the budget and what is scored differ from what the experiment says. An experiment of a teacher or a
+dataset that has no small files here fails until somebody adds some.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from omegaconf import OmegaConf
+from rich.console import Console
+from test_edm_teacher import DDPM, Writer, writer  # noqa: F401  (a fixture)
+from test_image_readers import cifar
+
+from distillbench.cli import commands
+from distillbench.diffusion.samplers import Solver
+from distillbench.execution.run import run
+from distillbench.networks.edm import DhariwalUNet, SongUNet
+from distillbench.registry import load_registry
+from distillbench.runs.config import RunConfig, compose_runs, config_folder
+from distillbench.runs.plan import plan
+from distillbench.system.progress import Progress
+from image_sources import edm, pixels, png, write_folder, write_zip
+
+EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
+SIDE = 8
+IMAGES = 12  # of a dataset
+BATCH, STEPS = 4, 2  # four is the smallest batch of which BOOT's boundary loss takes a quarter
+TEXTS = ["a cat", "two dogs in the snow", "seven seas", "an owl on a tree"]
+SMALL = [
+    "device=cpu",
+    f"batch_size={BATCH}",
+    f"budget.images={BATCH * STEPS}",
+    "evaluation.images=16",
+    "evaluation.batch_size=16",
+    "evaluation.seeds=[0]",
+    "evaluation.checkpoints=0",
+    "evaluation.metrics=[teacher_rmse]",
+    "evaluation.teacher_steps=[1,2]",
+    "evaluation.timing=off",
+    "isolate=false",
+    "run_name=here",
+]
+LESS = {  # where an experiment's own number would take a minute
+    "direct": "methods.direct.pairs=8",
+    "ct": "methods.ct.s1=8",
+}
+ESTIMATE = re.compile(
+    r"Estimate: (?:[\d.]+ M evaluations for the pairs and )?([\d.,]+ M|[\d,]+) images x ([\d.]+) forward-equivalents,?"
+    r"(?: and [\d.]+ M evaluations for pairs,)? x ([\d,]+) GFLOP = (\d\.\d)e(\d+) FLOP, ([\d,.]+) GPU-hours at 40"
+)
+
+
+# --- small files of the real formats ---------------------------------------------------------------------------------
+
+
+def _prompts(folder: Path) -> list[str]:
+    (folder / "prompts.txt").write_text("\n".join(TEXTS))
+    return [f"dataset.path={folder / 'prompts.txt'}"]
+
+
+def _captions(folder: Path) -> list[str]:
+    files: dict[str, bytes | str] = {f"{n}.png": png(image) for n, image in enumerate(pixels(len(TEXTS), 2 * SIDE))}
+    return [f"dataset.path={write_folder(folder / 'captions', files | {f'{n}.txt': t for n, t in enumerate(TEXTS)})}"]
+
+
+def _cifar(folder: Path) -> list[str]:
+    """CIFAR's own batches; shrunk as they are read, as the format has one size."""
+    path = write_folder(folder / "cifar", cifar()[1])
+    return [f"dataset.path={path}", "dataset.resize=pillow_box"]
+
+
+def _edm_zip(folder: Path) -> list[str]:
+    return [f"dataset.path={write_zip(folder / 'images.zip', edm(IMAGES))}"]
+
+
+def _labelled_edm_zip(folder: Path) -> list[str]:
+    return [f"dataset.path={write_zip(folder / 'images.zip', edm(IMAGES, [n % 5 for n in range(IMAGES)]))}"]
+
+
+def _image_folder(folder: Path) -> list[str]:
+    files = {f"{n}.png": png(image) for n, image in enumerate(pixels(IMAGES, 2 * SIDE))}
+    return [f"dataset.path={write_folder(folder / 'images', files)}"]
+
+
+DATASETS: dict[str, Callable[[Path], list[str]]] = {
+    "cifar10": _cifar,
+    "ffhq": _edm_zip,
+    "imagenet64": _labelled_edm_zip,
+    "lsun_bedroom": _image_folder,
+    "celebahq": _image_folder,
+    "folder": _captions,
+    "prompts": _prompts,
+    "digits": lambda folder: [],
+}
+
+
+def _edm_pickle(folder: Path, config: RunConfig, write: Writer) -> list[str]:
+    """As NVIDIA's training writes them: ADM with ImageNet's classes, DDPM++ without."""
+    kind, settings = (DhariwalUNet, {"model_channels": 64, "label_dim": 1000}) if config.conditional else (SongUNet, {})
+    _, path = write.network(kind, DDPM | settings)
+    return [f"teacher.path={path}", f"dataset.resolution={SIDE}"]
+
+
+def _pixel_pipeline(folder: Path, config: RunConfig, write: Writer) -> list[str]:
+    unet = UNet2DModel(
+        sample_size=SIDE,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=8,
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder / "teacher")
+    return [f"teacher.path={folder / 'teacher'}", f"dataset.resolution={SIDE}"]
+
+
+def _stable_diffusion(folder: Path, config: RunConfig, write: Writer) -> list[str]:
+    """Stable Diffusion 2.1 at 768 pixels predicts v."""
+    pytest.importorskip("transformers")
+    import text_pipelines
+
+    prediction = "v_prediction" if getattr(config.dataset, "resolution", 0) == 768 else "epsilon"
+    path = text_pipelines.stable_diffusion(folder / "teacher", prediction, size=2 * SIDE)
+    return [f"teacher.path={path}", f"dataset.resolution={2 * SIDE}"]
+
+
+def _deepfloyd(folder: Path, config: RunConfig, write: Writer) -> list[str]:
+    pytest.importorskip("transformers")
+    import text_pipelines
+
+    return [f"teacher.path={text_pipelines.deepfloyd_1(folder / 'teacher', SIDE)}", f"dataset.resolution={SIDE}"]
+
+
+def _trained(folder: Path, config: RunConfig, write: Writer) -> list[str]:
+    return ["teacher.width=16", "teacher.depth=1", "teacher.budget.images=128"]
+
+
+TEACHERS: dict[str, Callable[[Path, RunConfig, Writer], list[str]]] = {
+    "edm": _edm_pickle,
+    "diffusers": _pixel_pipeline,
+    "stable_diffusion": _stable_diffusion,
+    "deepfloyd": _deepfloyd,
+    "trained": _trained,
+}
+
+
+def plain(name: str) -> dict:
+    """What the file itself says."""
+    return OmegaConf.to_container(OmegaConf.load(config_folder() / "experiment" / f"{name}.yaml"))
+
+
+def chosen(name: str) -> list[str]:
+    """The experiment, and the choices that it leaves to its user."""
+    groups = {next(iter(line)).split("/")[-1] for line in plain(name).get("defaults", [])}
+    left = {"dataset": "dataset=digits", "methods": "methods=[direct]"}
+    return [f"experiment={name}", *(word for group, word in left.items() if group not in groups)]
+
+
+@pytest.fixture(scope="module")
+def registry():
+    return load_registry()
+
+
+@pytest.fixture(scope="module")
+def written(registry) -> Callable[[str], RunConfig]:
+    """``written(name)``: the experiment's settings, as its user meets them."""
+
+    @functools.cache
+    def composed(name: str) -> RunConfig:
+        (config,) = compose_runs(chosen(name), registry)
+        return config
+
+    return composed
+
+
+@pytest.fixture
+def words(request, tmp_path, monkeypatch, written) -> Callable[[str], list[str]]:
+    """``words(name)``: the experiment's command line, on small files in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def shrunk(name: str) -> list[str]:
+        config = written(name)
+        write = request.getfixturevalue("writer")
+        teacher = TEACHERS[config.teacher.kind](tmp_path, config, write)
+        return [*chosen(name), *DATASETS[config.dataset.kind](tmp_path), *teacher]
+
+    return shrunk
+
+
+# --- what is tested --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_it_composes_as_it_is_written(name, written):
+    config = written(name)
+    composed = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    asked = {key: value for key, value in plain(name).items() if key != "defaults"}
+    asked["methods"] = {method: told for method, told in asked["methods"].items() if method in config.methods}
+    assert _given(asked, composed) == asked
+
+
+def _given(asked, composed):
+    """`composed` at the places that `asked` names, numbers in YAML's 1e-4 read as such."""
+    if isinstance(asked, dict):
+        return {key: _given(value, composed[key]) for key, value in asked.items()}
+    return asked if isinstance(composed, float) and float(asked) == composed else composed
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_dry_run_prices_it(name, words, written, capfd, monkeypatch):
+    """With its own batch, budget, steps, grids, samplers and scores."""
+    monkeypatch.setenv("COLUMNS", "160")  # a narrower table cuts large numbers off
+    with pytest.raises(SystemExit) as done:
+        commands.main(["run", *words(name), "device=cpu", "--dry-run"])
+    said = capfd.readouterr().out
+    assert not done.value.code, said
+    config = written(name)
+    for method in config.methods:
+        (line,) = [line for line in said.splitlines() if line.strip(" │").startswith(f"{method} ")]
+        assert f"{config.budget.images:,}" in line
+    assert "dry run: nothing was run or written" in said and "would fail" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_it_takes_two_steps_and_is_scored(name, words, written, registry):
+    less = [word for method, word in LESS.items() if method in written(name).methods]
+    configs = compose_runs([*words(name), *SMALL, *less], registry)
+    outcome = run(plan(configs, registry), configs, Progress(Console(file=io.StringIO())), lambda rows: None)
+    table = outcome.table
+    assert not outcome.failed and list(table["status"].unique()) == ["ok"], table[["method", "nfe", "reason"]]
+    students = table[~table["method"].str.startswith("teacher:")]
+    assert set(students["method"]) == set(configs[0].methods)
+    assert (students["train_images"] == BATCH * STEPS).all() and (students["images"] == 16).all()
+    assert (outcome.folder / "samples.png").is_file()
+    if (estimate := estimated(name)) is not None:
+        records = [json.loads(file.read_bytes()) for file in outcome.folder.parent.glob("cells/*/train.json")]
+        assert sum(forwards(record, configs[0]) for record in records) == pytest.approx(estimate["forwards"])
+
+
+def forwards(record: dict, config: RunConfig) -> float:
+    """Forward-equivalents of a training image, pairs left out: a gradient of weights counts two, of an input one."""
+    cost = record["cost"]
+    ahead = evaluations_for_pairs(config) if record["inputs"]["method"]["name"] == "direct" else 0
+    backward = 2 * cost["student_backward"] - cost["student_backward_input"] + cost["teacher_backward"]
+    return (cost["teacher_nfe"] - ahead + cost["student_nfe"] + backward) / cost["images"]
+
+
+def evaluations_for_pairs(config: RunConfig) -> int:
+    """Of the teacher, for all of direct distillation's pairs."""
+    if (direct := config.methods.get("direct")) is None:
+        return 0
+    return Solver.parse(direct.solver).evaluations(direct.steps) * direct.pairs
+
+
+def estimated(name: str) -> dict[str, float] | None:
+    """The estimate in the experiment's comment, as numbers; None where there is none."""
+    lines = (config_folder() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    found = ESTIMATE.search(" ".join(line.lstrip("# ") for line in lines if line.startswith("#")))
+    if found is None:
+        return None
+    images, equivalents, gflop, digits, power, hours = found.groups()
+    millions = 1e6 if images.endswith("M") else 1.0
+    return {
+        "images": float(images.rstrip(" M").replace(",", "")) * millions,
+        "forwards": float(equivalents),
+        "gflop": float(gflop.replace(",", "")),
+        "flop": float(f"{digits}e{power}"),
+        "hours": float(hours.replace(",", "")),
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "smoke"])
+def test_its_estimate_adds_up(name, written):
+    told = estimated(name)
+    assert told is not None, "no line 'Estimate: N images x E forward-equivalents x F GFLOP = ... FLOP, ... GPU-hours'"
+    config = written(name)
+    assert told["images"] == pytest.approx(config.budget.images, rel=0.005)
+    flop = (told["images"] * told["forwards"] + evaluations_for_pairs(config)) * told["gflop"] * 1e9
+    assert told["flop"] == pytest.approx(flop, rel=0.05)  # of two digits
+    assert told["hours"] == pytest.approx(flop / (40e12 * 3600), rel=0.03)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_its_page_names_it(name):
+    page = config_folder().parent / "docs" / "experiments.md"
+    if not page.is_file():
+        pytest.skip("installed without docs")
+    assert f"experiment={name}" in page.read_text(encoding="utf-8")
+
+
+def test_halflives_are_those_of_the_decay_that_their_comment_names():
+    """`887 # ...: d = .9999 ...; 128 ln .5 / ln .9999 / 1000` is computed anew."""
+    pattern = re.compile(r"ema_halflife_kimg: ([\d.]+) .*; ([\d,]+) ln \.5 / ln (\.\d+) / 1000")
+    found = 0
+    for name in EXPERIMENTS:
+        text = (config_folder() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+        assert yaml.safe_load(text)
+        for value, images, decay in pattern.findall(text):
+            expected = int(images.replace(",", "")) * math.log(0.5) / math.log(float(decay)) / 1000
+            assert float(value) == pytest.approx(expected, rel=0.012), name
+            found += 1
+    assert found >= 10
