@@ -46,8 +46,8 @@ def page() -> str:
 
 def _row(cell: Cell, registry: Registry) -> list[str]:
     cls, price = registry.methods[cell.name].cls, cell.price
-    source = cell.scene.source
-    method = build(cell, source.untrained().conditioned(cell.scene.conditioning))
+    source = cell.shared.source
+    method = build(cell, source.untrained().conditioned(cell.shared.conditioning))
     return [
         f"`{cell.name}`",
         _idea(cls),

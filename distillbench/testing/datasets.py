@@ -235,7 +235,8 @@ def distribution(bench: DatasetBench) -> str:
         raise NotApplicable("no distribution is declared")
     if tuple(dataset.distribution.shape) != tuple(dataset.shape):
         raise Fault(
-            f"the declared distribution is of {tuple(dataset.distribution.shape)}, the dataset's images are {dataset.shape}"
+            f"the declared distribution has the shape {tuple(dataset.distribution.shape)}, "
+            f"the dataset's images have {tuple(dataset.shape)}"
         )
     raw = dataset.read(bench.indices(DISTRIBUTION_READ))
     x_0 = to_float(raw).double().flatten(1)
@@ -245,7 +246,7 @@ def distribution(bench: DatasetBench) -> str:
     away = (x_0.mean(dim=0) - mean).abs().max().item()
     if ((x_0.mean(dim=0) - mean).abs() > SURPRISE * s / len(x_0) ** 0.5 + slack).any():
         raise Fault(
-            f"images do not have the mean of the declared distribution: over {len(x_0):,} of them it is off by up to {away:.3g}"
+            f"images do not have the mean of the declared distribution: over {len(x_0):,} images off by {away:.3g}"
         )
     ratio = (x_0.var(dim=0).sum() / s.square().sum()).sqrt().item()
     if abs(ratio - 1) > LARGEST_STD_ERROR + SURPRISE / (2 * len(x_0)) ** 0.5:

@@ -10,7 +10,7 @@ import pytest
 import distillbench
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = [f"distillbench.{name}" for name in distillbench.PUBLIC_MODULES]
+MODULES = [f"distillbench.{name}" for name in distillbench.PUBLIC_PACKAGES]
 THIRD_PARTY = sorted((ROOT / "plugins").glob("*.py")) + sorted((ROOT / "examples").glob("*/src/*.py"))
 
 
