@@ -6,6 +6,7 @@ These are not Inception features, so no value here is FID or KID, and the column
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,14 +51,14 @@ class EfficientNetLite0(FeatureNetwork):
         import timm  # takes seconds to import
 
         theirs = torch.load(file, map_location="cpu", weights_only=True)
-        network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         tensors = [tensor for name, tensor in theirs.items() if not name.endswith("num_batches_tracked")]
         names = [name for name in network.state_dict() if not name.endswith("num_batches_tracked")]
         matched = dict(zip(names, tensors, strict=True))
         network.load_state_dict(matched, strict=False)  # raises if a shape differs; num_batches_tracked are left out
         network.reset_classifier(0)
         _fold_batch_norms(network.eval())
-        self.network = network.requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.network: torch.nn.Module = network.requires_grad_(False).to(device).to(memory_format=torch.channels_last)
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.network(network_input(images).to(memory_format=torch.channels_last))

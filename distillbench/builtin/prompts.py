@@ -48,7 +48,9 @@ class Prompts(Dataset):
             formats = ".txt with one prompt per line, or .jsonl, .csv or .parquet with a column prompt, caption or text"
             raise UserError(f"dataset=prompts needs dataset.path=FILE, the prompts: {formats}")
         trained, notes = read_prompts(config.path, "dataset.path")
-        trained, asked, more = trained[: config.limit or None], [], []
+        trained = trained[: config.limit or None]
+        asked: list[str] = []
+        more: list[str] = []
         if config.evaluation_path:
             asked, more = read_prompts(config.evaluation_path, "dataset.evaluation_path")
         self.notes = [*notes, *more]

@@ -67,9 +67,10 @@ class DenoisingTraining(Method):
     """Denoising score matching, which trains the teacher in the same loop as the methods."""
 
     name = "denoising"
-    Config = TeacherTraining
+    Config = TeacherTraining  # type: ignore[assignment]  # no setting of a method applies to a teacher
     paper = "Ho et al. 2020, arXiv:2006.11239; v-prediction: Salimans & Ho 2022, arXiv:2202.00512"
     needs_data = True
+    student: Denoiser
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         student, schedule = self.student, self.teacher.schedule

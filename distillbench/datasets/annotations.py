@@ -58,11 +58,16 @@ class Labels:
     notes: Sequence[str] = ()
 
 
-def as_classes(values: Sequence[Any], where: str, name: Callable[[int], str] | None = None) -> Labels:
+def _are_classes(values: np.ndarray) -> bool:
+    if values.ndim != 1 or values.dtype.kind not in "iu" or not values.size:
+        return False
+    return bool(values.min() >= 0 and values.max() < 2**31)
+
+
+def as_classes(values: Sequence[Any] | np.ndarray, where: str, name: Callable[[int], str] | None = None) -> Labels:
     """Stored labels to classes. Raises UserError if they are ambiguous. ``name(i)`` is the name of image i."""
-    numbers = isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iu" and values.size
-    if numbers and values.min() >= 0 and values.max() < 2**31:  # type: ignore[attr-defined]
-        return Labels(values.astype(np.int64))  # type: ignore[attr-defined]
+    if isinstance(values, np.ndarray) and _are_classes(values):
+        return Labels(values.astype(np.int64))
     plain, width = _without_vectors([_plain(value) for value in values])
     if all(value is None or (isinstance(value, str) and WHOLE.fullmatch(value)) for value in plain):
         plain = [None if value is None else int(float(value)) for value in plain]

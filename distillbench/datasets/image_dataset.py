@@ -164,7 +164,7 @@ def _open_folder(path: Path, split: str, labels: str) -> Reader:
     every = files_below(path)
     shown = sorted(name for name in every if not is_hidden(name))
     images = [name for name in shown if is_image(name)]
-    reader = _open_arrays(path, shown, split, labels not in ("none", "captions"), bool(images))
+    reader: Reader | None = _open_arrays(path, shown, split, labels not in ("none", "captions"), bool(images))
     reader = reader or _open_tables(path, shown, split, labels, bool(images))
     if reader is None:
         return FolderReader(path, every, split, labels)

@@ -76,7 +76,9 @@ def files_below(root: Path) -> list[str]:
     """
     found: list[str] = []
     linked = 0
-    todo = [("", (_identity(root),))]  # folders, each with the identities of its parents and its own
+    todo: list[tuple[str, tuple[tuple[int, int], ...]]] = [
+        ("", (_identity(root),))
+    ]  # folders, each with the identities of its parents and its own
     while todo:
         prefix, above = todo.pop()
         for entry in _entries(root, prefix):

@@ -20,7 +20,7 @@ from distillbench.records.table import make_along, make_table, write_table
 from distillbench.runs.cell_result import CellResult
 from distillbench.runs.config import RunConfig, to_yaml
 from distillbench.runs.shared_context import Cell
-from distillbench.storage.files import write_atomically
+from distillbench.storage.files import write_atomically, write_text
 from distillbench.storage.hash_cache import HashCache
 from distillbench.storage.links import link_all
 
@@ -151,7 +151,7 @@ class RunTable:
             write_table(make_along(along, list(self.columns)), self.folder, "along")
         self.texts = self.texts or self._texts()
         for name, text in self.texts.items():
-            write_atomically(self.folder / name, lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))
+            write_text(self.folder / name, text)
         links = {self.folder / "weights" / one.weights[1]: one.weights[0] for one in results if one.weights is not None}
         link_all({target: source for target, source in links.items() if target not in self.linked})
         self.linked |= links.keys()

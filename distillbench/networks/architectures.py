@@ -74,7 +74,7 @@ class UNet(nn.Module):
         channels, height, image_width = shape
         if height % 4 or image_width % 4:
             raise ValueError(f"a U-Net of three levels needs sides that are multiples of 4, got {height}x{image_width}")
-        self.unet = UNet2DModel(
+        self.unet: Any = UNet2DModel(
             sample_size=(height, image_width),
             in_channels=channels,
             out_channels=channels,

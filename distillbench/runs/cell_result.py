@@ -167,7 +167,7 @@ def _along_rows(cell: Cell, training: TrainRecord | None, evaluation: Evaluation
     ends = [CheckpointScores(fraction=1.0, **dict(row)) for row in evaluation.rows]
     rows = []
     for row in [*evaluation.along, *ends]:
-        own = {"nfe": row.nfe, "sampling_seed": row.sampling_seed, "fraction": row.fraction}
+        own: dict[str, Any] = {"nfe": row.nfe, "sampling_seed": row.sampling_seed, "fraction": row.fraction}
         own |= {"status": row.status, "reason": row.reason}
         rows.append(columns | own | row.scores | cost_columns(costs[row.fraction]))
     return rows

@@ -224,11 +224,12 @@ def _trained(
     except Exception as error:  # a third-party network may raise anything
         flops, not_counted = None, []
         missing["tflops"] = f"its FLOPs cannot be counted: {type(error).__name__}"
+    peaks: dict[str, Any] = {name: mib for name, (mib, _) in measured.peaks.items()}
     return TrainRecord(
         **common | {"device": measured.device},
         status="ok",
         cost=_cost(trained.price, used, flops),
-        **{name: mib for name, (mib, _) in measured.peaks.items()},
+        **peaks,
         parameters=sum(p.numel() for p in method.student.parameters()),
         weights_sha256=sha256_file(folder / STUDENT),
         curve=[CurvePoint(**dataclasses.asdict(point)) for point in trained.curve],

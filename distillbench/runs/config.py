@@ -180,7 +180,7 @@ def _store_nodes(registry: Registry) -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
     for kind, config in EXECUTORS.items():
-        store.store(group="executor", name=kind, node=_default(config, kind))
+        store.store(group="executor", name=kind, node=_default(config, kind))  # type: ignore[arg-type]  # a dataclass's type is hashable
     for group, kind in GROUPS.items():
         store.repo.pop(group, None)
         for name, entry in registry.of_kind(kind).items():

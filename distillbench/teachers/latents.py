@@ -30,7 +30,8 @@ class Latents(Dataset):
 
     def __init__(self, dataset: Dataset, rows: np.ndarray) -> None:
         self.dataset, self.rows = dataset, rows
-        self.licence, self.sha256 = dataset.licence, dataset.sha256
+        self.licence = dataset.licence  # type: ignore[misc]  # of this dataset, not of the class
+        self.sha256 = dataset.sha256
         self.shape = (rows.shape[1], rows.shape[2], rows.shape[3])
         self.classes, self.prompts, self.evaluated = dataset.classes, dataset.prompts, dataset.evaluated
 

@@ -208,11 +208,11 @@ class MethodBench:
     def read(self, generator: torch.Generator | None = None) -> Read | None:
         """Real images: uniform in [-1, 1], with random labels. None for a method that declares to need none."""
         generator = generator or torch.Generator(self.device).manual_seed(1)
-        draw = {"generator": generator, "device": generator.device}
+        device = generator.device
 
         def images(size: int) -> tuple[Tensor, Tensor | None]:
-            labels = torch.randint(0, self.conditioning.classes or 1, (size,), **draw)
-            return 2 * torch.rand(size, *SHAPE, **draw) - 1, labels
+            labels = torch.randint(0, self.conditioning.classes or 1, (size,), generator=generator, device=device)
+            return 2 * torch.rand((size, *SHAPE), generator=generator, device=device) - 1, labels
 
         return images if self.cls.needs_data else None
 
