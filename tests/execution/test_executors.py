@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import test_workers
 from rich.console import Console
 
 from distillbench.errors import UserError
@@ -36,6 +35,7 @@ from distillbench.runs.shared_context import device_of
 from distillbench.storage.locks import try_lock
 from distillbench.system.progress import Progress
 from distillbench.system.signals import Interrupted, Stop, stopping
+from plugin_code import FINE_DIES_SLOW
 
 WORDS = ["dataset=gmm", "teacher=gmm", "teacher.width=16", "budget.images=40", "batch_size=10", "run_name=run"]
 WORDS += ["evaluation.images=8", "evaluation.metrics=[teacher_rmse]", "evaluation.teacher_steps=[1]"]
@@ -50,9 +50,9 @@ def registry():
 
 @pytest.fixture(scope="module")
 def plugins(tmp_path_factory):
-    """The registry with the methods of tests/execution/test_workers.py, from a file in a folder."""
+    """The registry with the methods of FINE_DIES_SLOW and of PLUGIN, from files in a folder."""
     folder = tmp_path_factory.mktemp("plugins")
-    (folder / "executed_plugin.py").write_text(test_workers.PLUGIN)
+    (folder / "executed_plugin.py").write_text(FINE_DIES_SLOW)
     (folder / "preempted_plugin.py").write_text(PLUGIN)
     return Selection((folder,)).load()
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import get_args
 
 import click
@@ -31,9 +30,9 @@ from distillbench.runs.plan import plan
 from distillbench.system.progress import Progress
 from distillbench.testing import methods
 from distillbench.testing.conformance import SUITES, assert_conforms
+from docs_pages import DOCS, ROOT, page_generator
+from level3_tolerances import TOLERANCES
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 CONTRACT = (DOCS / "contract.md").read_text()
 
@@ -254,15 +253,6 @@ def test_every_kind_that_can_be_cleaned_is_on_its_page():
 # --- public names ----------------------------------------------------------------------------------------------------
 
 
-def page_generator(name):
-    """One of the programs in docs/ that write pages."""
-    path = DOCS / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ["api", "commands", "gallery"])
 def test_generated_pages_are_those_of_this_code(name):
     made = page_generator(f"generate_{name}").page()
@@ -285,11 +275,7 @@ def test_tolerances_of_level_3_are_the_tests():
     rows = re.findall(
         r"^\| (\w+) \| [.\d]+ \| [.\d]+ \| ([.\d]+), ([.\d]+) \|", (DOCS / "validation.md").read_text(), re.M
     )
-    from test_level3 import METHODS
-
-    assert {name: (float(rmse), float(median)) for name, rmse, median in rows} == {
-        name: (rmse, median) for name, (_, _, rmse, median) in METHODS.items()
-    }
+    assert {name: (float(rmse), float(median)) for name, rmse, median in rows} == TOLERANCES
 
 
 def test_every_public_name_is_on_its_page():

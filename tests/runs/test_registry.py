@@ -8,7 +8,9 @@ import pytest
 
 from distillbench.cli import commands
 from distillbench.errors import UserError
+from distillbench.hookspecs import API, CHANGES
 from distillbench.registry import Source, installed, load_registry
+from plugin_code import IMPORTS, METHOD, METRIC
 
 SHIPPED = {
     "methods": {"boot", "cm", "direct", "pd"},
@@ -16,38 +18,6 @@ SHIPPED = {
     "datasets": {"digits", "folder"},
     "metrics": {"fd_efficientnet_lite0", "teacher_rmse", "fid", "fid_clean", "kid", "fd_dinov2", "clip_score_vit_l14"},
 }
-IMPORTS = """
-from dataclasses import dataclass
-import numpy
-from distillbench import Dataset, DatasetConfig, Method, MethodConfig, Metric, TeacherConfig, TeacherSource, hookimpl
-"""
-METHOD = """
-class Mine(Method):
-    "My method."
-    name, paper, needs_data = "mine", "none", False
-    Config = MethodConfig
-
-    def train_step(self, batch):
-        yield self.student, batch.noise().mean()
-
-    def sample(self, noise, nfe, c):
-        return noise(0)
-
-@hookimpl(api=2)
-def register_methods(register):
-    register(Mine)
-"""
-METRIC = """
-class Score(Metric):
-    name, unit, direction, protocol = "score", "none", "lower", "score/1"
-
-    def score(self, samples):
-        return 0.0
-
-@hookimpl(api=2)
-def register_metrics(register):
-    register(Score)
-"""
 numbers = itertools.count()
 
 
@@ -133,15 +103,16 @@ BROKEN = {
         METHOD.replace("register_methods", "register_method"),
         "there is no hook 'register_method'. Did you mean 'register_methods'? Possible: register_methods, ",
     ),
-    "forgets the marker": (METHOD.replace("@hookimpl(api=2)", ""), "no function is marked with @hookimpl"),
+    "forgets the marker": (METHOD.replace(f"@hookimpl(api={API})", ""), "no function is marked with @hookimpl"),
     "uses the marker without a version": (
-        METHOD.replace("(api=1)", ""),
-        "register_methods was written without a version of the plugin contract, this is version 1. "
-        "To do: write @hookimpl(api=2) on every hook",
+        METHOD.replace(f"(api={API})", ""),
+        f"register_methods was written without a version of the plugin contract, this is version {API}. "
+        f"To do: {CHANGES[1]}; {CHANGES[2]}",
     ),
     "is for a later core": (
-        METHOD.replace("api=1", "api=2"),
-        "register_methods was written for version 2 of the plugin contract, distillbench 0.1.0 has version 1: ",
+        METHOD.replace(f"api={API}", f"api={API + 1}"),
+        f"register_methods was written for version {API + 1} of the plugin contract, "
+        f"distillbench 0.1.0 has version {API}: ",
     ),
     "misspells the argument": (
         METHOD.replace("def register_methods(register)", "def register_methods(registry)"),

@@ -42,10 +42,9 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 REFUSED, EQUAL, REKEYED, UNTOLD = "refused", "equal", "rekeyed", "untold"
 GOOD = (REFUSED, EQUAL, REKEYED, UNTOLD)
 DEFECTS = ("silent", "crash", "hang", "memory", "executed", "escaped")
@@ -986,19 +985,19 @@ def read_state(folder: Path) -> tuple[str, str]:
 
 
 def _pairs(folder: Path) -> None:
-    from test_pairs import make
+    from pair_requests import request_pairs
 
-    make(folder)
+    request_pairs(folder)
 
 
 def read_pairs(folder: Path) -> tuple[str, str]:
-    from test_pairs import all_of, make
+    from pair_requests import read_all, request_pairs
 
-    pairs, solved, meter, _ = make(folder)
+    pairs, solved, meter, _ = request_pairs(folder)
     if solved:
         raise Refusal("made again")
     charged = meter.charged
-    return "", digest(all_of(pairs)[1].tolist(), charged.seconds, charged.teacher_seconds, meter.teacher_nfe)
+    return "", digest(read_all(pairs)[1].tolist(), charged.seconds, charged.teacher_seconds, meter.teacher_nfe)
 
 
 def _latents(folder: Path) -> None:
@@ -1007,12 +1006,14 @@ def _latents(folder: Path) -> None:
 
 def read_latents(folder: Path, known: bool = True) -> tuple[str, str]:
     import torch
-    from test_latents_and_prompts import SILENT, Pictures, latent_teacher
 
+    from distillbench.system.progress import Progress
     from distillbench.teachers.latents import training_data
+    from random_pictures import Pictures
+    from toy_encoders import latent_teacher
 
     calls: list[int] = []
-    latents = training_data(Pictures(), latent_teacher(calls), folder, "cpu", SILENT)
+    latents = training_data(Pictures(), latent_teacher(calls), folder, "cpu", Progress(None))
     if calls and known:
         raise Refusal("made again")
     return "", digest(latents.read(torch.arange(len(latents))).tolist())
@@ -1024,12 +1025,13 @@ def _encoded_prompts(folder: Path) -> None:
 
 def read_encoded_prompts(folder: Path, known: bool = True) -> tuple[str, str]:
     import torch
-    from test_latents_and_prompts import PROMPTS, SILENT, encode
 
+    from distillbench.system.progress import Progress
     from distillbench.teachers.encoded_prompts import encode_prompts
+    from toy_encoders import PROMPTS, encode
 
     calls: list[Any] = []
-    table = encode_prompts(PROMPTS, encode(calls), "e", folder, "cpu", SILENT)
+    table = encode_prompts(PROMPTS, encode(calls), "e", folder, "cpu", Progress(None))
     if calls and known:
         raise Refusal("made again")
     return "", digest(table(torch.arange(len(PROMPTS) + 1)).tolist())
@@ -1039,28 +1041,17 @@ def read_encoded_prompts(folder: Path, known: bool = True) -> tuple[str, str]:
 
 
 def _edm(folder: Path) -> None:
-    import test_edm_teacher
+    from edm_files import edm_writer_in
 
-    persistence, util = ModuleType("torch_utils.persistence"), ModuleType("dnnlib.util")
-
-    def _reconstruct_persistent_obj(meta: Any) -> None: ...
-
-    class EasyDict(dict): ...
-
-    for owner, part in ((persistence, _reconstruct_persistent_obj), (util, EasyDict)):
-        part.__module__, part.__qualname__ = owner.__name__, part.__name__
-        setattr(owner, part.__name__, part)
-    names = {"torch_utils": ModuleType("torch_utils"), "dnnlib": ModuleType("dnnlib")}
-    sys.modules.update({**names, "torch_utils.persistence": persistence, "dnnlib.util": util})
-    test_edm_teacher.Writer(folder, persistence, EasyDict).network()[1].rename(folder / "a.pkl")
-    for name in ("torch_utils", "dnnlib", "torch_utils.persistence", "dnnlib.util"):
-        del sys.modules[name]
+    with edm_writer_in(folder) as writer:
+        writer.network()[1].rename(folder / "a.pkl")
 
 
 def read_edm(folder: Path) -> tuple[str, str]:
-    from test_edm_teacher import SILENT, source
+    from distillbench.system.progress import Progress
+    from edm_files import edm_source
 
-    teacher = source(folder / "a.pkl").load(SILENT)
+    teacher = edm_source(folder / "a.pkl").load(Progress(None))
     return teacher.sha256, digest({name: value.tolist() for name, value in teacher.denoiser.state_dict().items()})
 
 
@@ -1070,20 +1061,17 @@ def _hostile_pickles(root: Path) -> list[tuple[str, Files]]:
 
 
 def _pipeline(folder: Path) -> None:
-    import diffusers
-    from test_diffusers_teacher import unet
+    from diffusers_files import diffusers, unet
 
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler(num_train_timesteps=20)).save_pretrained(folder)
 
 
 def read_pipeline(folder: Path) -> tuple[str, str]:
-    import diffusers
-    from test_diffusers_teacher import source
-
+    from diffusers_files import diffusers, diffusers_source
     from distillbench.system.progress import Progress
 
     diffusers.logging.set_verbosity(60)
-    found = source(folder)
+    found = diffusers_source(folder)
     found.plan()
     teacher = found.load(Progress(None))
     state = {name: value.tolist() for name, value in teacher.denoiser.state_dict().items()}
@@ -1134,23 +1122,9 @@ def _hostile_pipelines(root: Path) -> list[tuple[str, Files]]:
 
 
 def _run(folder: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-    from test_report_runs import COLUMNS, rows
+    from tables_of_runs import finished_run
 
-    from distillbench.records.sample_grid import stack_shown
-    from distillbench.records.table import make_table, write_table
-
-    run, cell = folder / "mine", folder / "cells" / "c"
-    run.mkdir(), cell.mkdir(parents=True)
-    write_table(make_table(rows(0, 1), ["fd_toy"]), run)
-    (run / "table.csv").unlink()
-    (run / "columns.json").write_text(json.dumps(COLUMNS))
-    (run / "environment.json").write_text('{"python": "3.11"}')
-    (run / "config.yaml").write_text("seed: 0\nmethods: {boot: {lr: 0.1}}\n---\nseed: 1\nmethods: {boot: {lr: 0.1}}\n")
-    told = {"sampling_seed": 0, "status": "ok"}
-    (cell / "evaluation-k0.json").write_text(json.dumps({"rows": [{"nfe": 1, **told}]}))
-    save_file(stack_shown([torch.full((2, 1, 4, 4), 7, dtype=torch.uint8)]), cell / "evaluation-k0.safetensors")
+    (finished_run(folder) / "table.csv").unlink()
 
 
 def read_run(folder: Path) -> tuple[str, str]:
@@ -1168,7 +1142,8 @@ def read_run(folder: Path) -> tuple[str, str]:
 
 def _hostile_runs(root: Path) -> list[tuple[str, Files]]:
     import pandas as pd
-    from test_report_runs import rows
+
+    from tables_of_runs import toy_rows
 
     whole = _files(root / "whole")
     laughs = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -1193,7 +1168,7 @@ def _hostile_runs(root: Path) -> list[tuple[str, Files]]:
     cases = [(what, whole | {"mine/config.yaml": text.encode()}) for what, text in settings.items()]
     for key in keys:
         file = io.BytesIO()
-        pd.DataFrame(rows(0, key=key)).to_parquet(file)
+        pd.DataFrame(toy_rows(0, key=key)).to_parquet(file)
         cases.append((f"key {key[:20]!r}", whole | {"mine/table.parquet": file.getvalue()}))
     for value in VALUES:
         for name in ("columns.json", "environment.json"):
@@ -1521,6 +1496,5 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(ROOT))
     work(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:7]))

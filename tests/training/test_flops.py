@@ -8,13 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import distillbench_boot
-import distillbench_cm
-import distillbench_ct
-import distillbench_direct
-import distillbench_pd
-import distillbench_sid
-import distillbench_tract
 from analytic import gaussian_teacher, make_batch, make_workspace, mlp_teacher, same_weights, time, weights_of
 from distillbench.diffusion.conditioning import Conditioning
 from distillbench.diffusion.denoiser import Denoiser
@@ -25,6 +18,7 @@ from distillbench.networks.architectures import ResidualMLP, UNet
 from distillbench.teachers.teacher import Teacher
 from distillbench.training.budget import BudgetConfig, Meter, Price
 from distillbench.training.flops import NetworkFlops, count_flops, family_flops, network_flops, training_flops
+from tiny_training import METHODS
 
 W, E, P = 16, 128, 2  # width, embedding and pixels of mlp_teacher's network, which has one block
 FEATURES = 64  # of the time, before its two layers
@@ -147,17 +141,6 @@ def test_a_unet_costs_twice_as_much_backward():
 # --- a training ------------------------------------------------------------------------------------------------------
 
 BATCH = 6
-METHODS = {
-    "boot": (distillbench_boot.Boot, {"steps": 4}),
-    "cm": (distillbench_cm.ConsistencyDistillation, {"steps": 9, "mu": 0.5}),
-    "cm, mu 0": (distillbench_cm.ConsistencyDistillation, {"steps": 9, "mu": 0.0}),
-    "ct": (distillbench_ct.ConsistencyTraining, {"start": "teacher"}),
-    "direct": (distillbench_direct.Direct, {"steps": 4, "pairs": 12}),
-    "direct online": (distillbench_direct.Direct, {"steps": 4, "online": True}),
-    "pd": (distillbench_pd.ProgressiveDistillation, {"steps": 4}),
-    "sid": (distillbench_sid.ScoreIdentityDistillation, {"fake_updates": 2}),
-    "tract": (distillbench_tract.Tract, {"steps": [4, 2, 1]}),
-}
 
 
 def steps_of(method, folder):
