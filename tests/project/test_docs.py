@@ -327,14 +327,14 @@ def lines_of(text):
 
 
 def words_of(line):
-    """The words of each `distillbench ...` in a line."""
+    """The words of each `distillbench ...` in a line. Usage lines of click, with [OPTIONS], are no commands."""
     line = re.sub(r"\$\{?(\w+)\}?", lambda v: VARIABLES.get(v.group(1), v.group(1)), line)
     for part in re.split(r"&&|;|\|| & | &$", line):
         try:
             words = shlex.split(part, comments=True)
         except ValueError:
             continue
-        words = words[words.index("distillbench") :] if "distillbench" in words else []
+        words = words[words.index("distillbench") :] if "distillbench" in words and "[OPTIONS]" not in words else []
         if words and part.split("distillbench")[0].strip() in ("", "uv run", "do", "exec", "pip install uv"):
             yield words[1:]
 
@@ -480,12 +480,27 @@ def test_every_page_is_in_the_table_of_contents():
 
 
 def test_tests_that_the_rules_name_exist():
-    tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
     for page in ("fairness.md", "measures.md", "interruptions.md"):
         for name in re.findall(r"`(test_\w+)`", (DOCS / page).read_text()):
             assert f"def {name}(" in tests, name
-        for name in re.findall(r"`(?:tests/)?(\w+\.py)`", (DOCS / page).read_text()):
-            assert any((ROOT / folder / name).is_file() for folder in ("distillbench", "tests", "benchmarks")), name
+
+
+FOLDERS = ("distillbench", "plugins", "tests", "benchmarks", "docs", "examples")
+SOURCES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_files_that_pages_and_comments_name_exist():
+    """With a folder: that file. A file of tests without one: a file of that name. NAME stands for any name."""
+    paths, names = {file.relative_to(ROOT).as_posix() for file in SOURCES}, {file.name for file in SOURCES}
+    for page in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", *SOURCES]:
+        text = prose(page.read_text()) if page.suffix == ".md" else page.read_text()
+        for path in re.findall(r"(?<![\w./-])(?:\w+/)*\w+\.py\b", text):
+            *folders, name = path.split("/")
+            if "NAME" not in name and folders[:1] in (["tests"], ["benchmarks"], ["distillbench"]):
+                assert path in paths, f"{page.name}: {path}"
+            elif name.startswith("test_") and "NAME" not in name and not folders:
+                assert name in names, f"{page.name}: {path}"
 
 
 # --- the plugins on the pages ----------------------------------------------------------------------------------------
