@@ -66,8 +66,7 @@ def load(code, path):
 
 # --- the contract ----------------------------------------------------------------------------------------------------
 
-HOME = {"OptimizerConfig": "method", "TeacherPlan": "teachers", "ImageSet": "features"}
-HOME |= {"NoiseSchedule": "schedules"}  # the others: distillbench
+HOME = {"ImageSet": "evaluation", "NoiseSchedule": "diffusion"}  # the others: distillbench
 IN_PART = {"Batch", "Condition", "Workspace", "PairStore", "Teacher", "Denoiser", "Noise", "ImageSet"}
 
 
@@ -279,14 +278,14 @@ def test_tolerances_of_level_3_are_the_tests():
 
 
 def test_every_public_name_is_on_its_page():
-    """With what it can be called with; each module has a heading, each name one below it, and no two the same."""
+    """With its parameters; each module has a heading, each name one below it, and no two the same."""
     page = (DOCS / "api.md").read_text()
     headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     assert len(headings) == len(set(map(str.lower, headings)))
-    for name in distillbench.PUBLIC_MODULES:
+    for name in distillbench.PUBLIC_PACKAGES:
         section = page.split(f"\n## distillbench.{name}\n")[1].split("\n## ")[0]
         module = importlib.import_module(f"distillbench.{name}")
-        shown = re.findall(r"^### `(?:\w+\.)?(\w+)`\n\n```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+        shown = re.findall(r"^### `(?:[\w.]+\.)?(\w+)`\n\n```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
         assert sorted(public for public, _ in shown) == sorted(module.__all__), name
         for public, code in shown:
             value = getattr(module, public)
@@ -296,9 +295,6 @@ def test_every_public_name_is_on_its_page():
     assert set(re.findall(r"^\[(\w+)\]\(#|^`(\w+)`[,.]$", page, re.MULTILINE)) >= {
         (name, "") for name in distillbench.__all__ if name not in ("Noise", "hookimpl")
     }
-    for file in (ROOT / "distillbench").glob("*.py"):
-        if re.search(r"^__all__ = \[", file.read_text(), re.MULTILINE) and file.stem != "__init__":
-            assert file.stem in distillbench.PUBLIC_MODULES, f"{file.name} has an __all__ and is not public"
 
 
 def parameters(code, name):
@@ -311,7 +307,6 @@ def parameters(code, name):
 def test_the_page_of_names_is_plain_and_the_same_everywhere():
     page = (DOCS / "api.md").read_text()
     assert not re.search(r" at 0x[0-9a-f]+|(?<![\w.>)/:])/[a-z]+/[a-z]|\{eval-rst\}|:(class|meth|func|mod):", page)
-    assert max(map(len, prose(page).splitlines())) <= 160 and max(map(len, page.splitlines())) <= 160
     assert len([line for line in page.splitlines() if len(line) > 120 and not line.startswith("|")]) == 0
 
 
