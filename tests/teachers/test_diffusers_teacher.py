@@ -653,7 +653,7 @@ def test_code_of_a_pipeline_is_not_run(pixels, tmp_path):
         ({"shape": (3, 16, 16)}, r"its images are \(C,H,W\) = \(3, 8, 8\), the dataset's are \(3, 16, 16\)"),
         ({"conditioning": WITHOUT_CLASSES}, "knows 10 or 11 classes and cannot serve conditional=false"),
         ({"conditioning": Conditioning(7)}, "knows 10 or 11 classes and cannot serve conditional=true with 7 classes"),
-        ({"conditioning": Conditioning(11, 2.0)}, "has no row for images of no class: it cannot be guided"),
+        ({"conditioning": Conditioning(11, 2.0)}, "has no embedding for no class: it cannot be guided"),
     ],
 )
 def test_what_does_not_fit(pixels, asked, message):
