@@ -451,8 +451,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsiz
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: b"not weights", "is no whole file of safetensors"),
-        (lambda data: data[: len(data) // 2], "is no whole file of safetensors"),
+        (lambda data: b"not weights", "is not a complete safetensors file"),
+        (lambda data: data[: len(data) // 2], "is not a complete safetensors file"),
         (lambda data: LFS_POINTER, r"it is a pointer of Git LFS.*`git lfs pull`"),
     ],
     ids=["garbage", "cut off", "pointer"],
