@@ -372,7 +372,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 
 
 def attributes_of(names: list[str]) -> str:
-    """The attributes of a method that the tensors `names` of its state_dict belong to, in words."""
+    """A text with the attributes of a method that the tensors `names` of its state_dict belong to."""
     return some(list(dict.fromkeys(f"self.{name.split('.')[0]}" for name in names)))
 
 

@@ -125,7 +125,7 @@ def nfe(bench: MethodBench) -> str:
         bench.sample(n)
         counted = (rows_of(bench.run.method) - before) / IMAGES
         if counted != n:
-            hint = "" if counted else " (only networks from self.teacher.student() and .deputy() are counted)"
+            hint = "" if counted else " (only networks from self.teacher.student() and .frozen_copy() are counted)"
             raise Fault(
                 f"requested {n} evaluations per image, counted {counted:g}{hint}: let sample and supports agree"
             )

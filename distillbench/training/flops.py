@@ -168,7 +168,7 @@ def family_flops(teacher: Teacher, device: str = "cpu") -> tuple[NetworkFlops, N
 
 
 def training_flops(price: Price, teacher: NetworkFlops, student: NetworkFlops) -> int:
-    """FLOPs of a training with the counts of `price`, in the denoisers of teacher and students."""
+    """FLOPs of a training in the denoisers of teacher and students, from the counts in `price`."""
     own = price.teacher_nfe - price.stand_in_nfe
     own_backward = price.teacher_backward - price.stand_in_backward
     to_weights = price.student_backward - price.student_backward_input

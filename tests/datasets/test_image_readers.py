@@ -521,10 +521,10 @@ def test_a_hub_dataset_needs_permission_and_its_errors_are_reported():
 
 
 def test_the_library_itself_loads_a_local_folder(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets", reason="the optional library 'datasets' is not installed")
+    config = pytest.importorskip("datasets.config", reason="the optional library 'datasets' is not installed")
     for number, image in enumerate(pixels(4)):
         write_folder(tmp_path / "data", {f"train/{'ab'[number % 2]}/{number}.png": png(image)})
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     reader = open_source(f"hub:{tmp_path / 'data'}", "train")
     assert isinstance(reader, HubReader)
     assert (sorted(reader.labels.tolist()), reader.class_names) == ([0, 0, 1, 1], ["a", "b"])

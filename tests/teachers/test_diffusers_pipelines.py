@@ -420,8 +420,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsiz
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: b"not weights", "is no whole file of safetensors"),
-        (lambda data: data[: len(data) // 2], "is no whole file of safetensors"),
+        (lambda data: b"not weights", "is not a complete safetensors file"),
+        (lambda data: data[: len(data) // 2], "is not a complete safetensors file"),
         (lambda data: LFS_POINTER, r"it is a pointer of Git LFS.*`git lfs pull`"),
     ],
     ids=["garbage", "cut off", "pointer"],
@@ -622,7 +622,7 @@ def test_code_of_a_pipeline_is_not_run(pixels, tmp_path):
         ({"shape": (3, 16, 16)}, r"its images are \(C,H,W\) = \(3, 8, 8\), the dataset's are \(3, 16, 16\)"),
         ({"conditioning": WITHOUT_CLASSES}, "knows 10 or 11 classes and cannot serve conditional=false"),
         ({"conditioning": Conditioning(7)}, "knows 10 or 11 classes and cannot serve conditional=true with 7 classes"),
-        ({"conditioning": Conditioning(11, 2.0)}, "has no row for images of no class: it cannot be guided"),
+        ({"conditioning": Conditioning(11, 2.0)}, "has no embedding for no class: it cannot be guided"),
     ],
 )
 def test_what_does_not_fit(pixels, asked, message):
