@@ -44,6 +44,8 @@ from gpu_steps.context import path_of_python  # noqa: E402
 from gpu_steps.page import page, summary  # noqa: E402
 from gpu_steps.verdicts import Verdict  # noqa: E402
 
+from distillbench._version import __version__  # noqa: E402
+
 MOST_MINUTES = 25.0
 REHEARSAL = 300.0  # seconds of a step that is rehearsed, on machines that are slow or do other work
 LEAST_SHARE = 0.3  # of a step's limit, without which it is not begun
@@ -274,9 +276,9 @@ def entry_points(folder: Path) -> Path:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    about = folder / f"distillbench-{project['version']}.dist-info"
+    about = folder / f"distillbench-{__version__}.dist-info"
     about.mkdir(parents=True, exist_ok=True)
-    metadata = f"Metadata-Version: 2.1\nName: distillbench\nVersion: {project['version']}\n"
+    metadata = f"Metadata-Version: 2.1\nName: distillbench\nVersion: {__version__}\n"
     (about / "METADATA").write_text(metadata + "".join(f"Requires-Dist: {need}\n" for need in project["dependencies"]))
     lines = (f"{name} = {value}\n" for name, value in project["entry-points"]["distillbench"].items())
     (about / "entry_points.txt").write_text("[distillbench]\n" + "".join(lines))

@@ -3,7 +3,7 @@
     python benchmarks/together.py [PROCESSES]
 
 They are started at random moments of the first second. Each cell must be trained by exactly one of them, the teacher's
-students' first weights are fitted once, and all must end with the table of a single process.
+students' initial weights are fitted once, and all must end with the table of a single process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Trainings(kills.Diary):
 
     def note(self, label: str) -> None:
         if (label.endswith(": training") and not label.startswith("after ")) or label.startswith(
-            "students' first weights"
+            "students' initial weights"
         ):
             with self.file.open("a") as file:
                 file.write(f"{label}\n")

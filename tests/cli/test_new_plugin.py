@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distillbench import UserError, __version__, hookspecs
+from distillbench import UserError, hookspecs
 from distillbench.cli import new_plugin
 from distillbench.cli.new_plugin import KINDS, LONGEST_NAME, TEMPLATE
 from distillbench.cli.new_plugin import new_plugin as write
@@ -295,7 +295,3 @@ def test_copier_is_imported_only_when_needed():
     code = "import sys, distillbench.cli.new_plugin; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"copier", "torch", "jinja2"} & set(done.stdout.split())
-
-
-def test_the_version_agrees_with_pyproject():
-    assert tomllib.loads((TEMPLATE.parent.parent / "pyproject.toml").read_text())["project"]["version"] == __version__

@@ -362,14 +362,6 @@ def parsed(words):
     return command, options, given
 
 
-@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: value if isinstance(value, str) else None)
-def test_commands_and_options_exist(page, words):
-    command, options, _ = parsed(words)
-    for parameter in command.params:
-        if parameter.required and not isinstance(options.get(parameter.name), str | list | tuple):
-            raise AssertionError(f"distillbench {' '.join(words)}: {parameter.name} is missing")
-
-
 def test_there_are_many_commands():
     assert len(commands()) > 50
 
@@ -414,22 +406,6 @@ def registry(tmp_path_factory):
 
 
 WITH_SETTINGS = {"run": True, "score": False, "train": False, "check": False, "export": False, "import": False}
-
-
-@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: value if isinstance(value, str) else None)
-def test_settings_compose(page, words, registry):
-    """Every name=value of a command is a setting that exists, of its type, for what the command chooses."""
-    command, _, given = parsed(words)
-    settings = [word for word in given if re.match(r"[a-z_.0-9]+=", word)]
-    if command.name not in WITH_SETTINGS or not settings:
-        return
-    if command.name == "check" and not any(word.startswith("dataset=") for word in settings):
-        (name,) = [word for word in given if "=" not in word] or [""]
-        kinds = [kind for kind in SUITES if name in registry.of_kind(kind)]
-        choice = {"methods": f"methods=[{name}]", "teachers": f"teacher={name}", "datasets": f"dataset={name}"}
-        chosen = [choice[kind] for kind in kinds if kind in choice]
-        settings = [*chosen, *([] if "datasets" in kinds else ["dataset=digits"]), *settings]
-    compose_runs(settings, registry, need_methods=WITH_SETTINGS[command.name])
 
 
 def settings_in_text():
