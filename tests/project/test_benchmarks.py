@@ -1,6 +1,7 @@
 """Each benchmark still runs: in a tiny form where that takes no seconds, and with ``--help``."""
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,3 +54,9 @@ def test_tables_of_many_rows_are_what_a_run_writes(monkeypatch, tmp_path):
     tables.table(tmp_path, 800)()
     summary = tables.summary(tmp_path, 800)()
     assert len(summary) == 8 and summary["fd_toy_training_interval"].eq("bootstrap").all()
+
+
+def test_the_benchmark_of_hostile_inputs_finds_tests_support():
+    """In a process of its own: in this one tests/support can be imported anyway."""
+    done = subprocess.run([sys.executable, BENCHMARKS / "hostile.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
