@@ -15,7 +15,7 @@ TINY = {
 }
 
 
-def told(name, words, monkeypatch, capsys) -> str:
+def output_of(name, words, monkeypatch, capsys) -> str:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
     importlib.import_module(name).main()
@@ -25,15 +25,15 @@ def told(name, words, monkeypatch, capsys) -> str:
 @pytest.mark.parametrize(
     "name", ["launches", "loading", "memory", "overhead", "reading", "sampling", "scoring", "startup", "tables"]
 )
-def test_a_benchmark_says_what_it_measures(name, monkeypatch, capsys):
+def test_a_benchmark_has_a_help_text(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
-        told(name, ["--help"], monkeypatch, capsys)
+        output_of(name, ["--help"], monkeypatch, capsys)
     assert end.value.code == 0 and "usage" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_benchmark_prints_ratios(name, monkeypatch, capsys):
-    lines = [line for line in told(name, TINY[name], monkeypatch, capsys).splitlines() if line.startswith("|")]
+    lines = [line for line in output_of(name, TINY[name], monkeypatch, capsys).splitlines() if line.startswith("|")]
     assert len(lines) >= 3 and any(word in lines[0] for word in ("ratio", "peak / sum"))
 
 
