@@ -133,15 +133,15 @@ def test_samples_are_checked_only_on_the_host(monkeypatch):
         return x * math.nan if len(made) == 2 else x
 
     monkeypatch.setattr(evaluate, "to_host", lambda batches, device: iter(list(batches)))
-    told = []
+    fractions = []
     with pytest.raises(DivergedError):
-        judge._sample(sampler, 1, 0, Step(lambda fraction, note: told.append(fraction)), None)
-    assert made == [4, 4, 2] and told == [0.4]
+        judge._sample(sampler, 1, 0, Step(lambda fraction, note: fractions.append(fraction)), None)
+    assert made == [4, 4, 2] and fractions == [0.4]
 
 
 def test_networks_are_captured_once_for_all_rows_of_a_cell(monkeypatch):
     calls = []
-    monkeypatch.setattr(evaluate, "sampling_call", lambda *told: calls.append(NetworkCall()) or calls[-1])
+    monkeypatch.setattr(evaluate, "sampling_call", lambda *arguments: calls.append(NetworkCall()) or calls[-1])
     judge, used = evaluator(), []
 
     def sampler(noise, nfe, c):

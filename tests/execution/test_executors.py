@@ -584,6 +584,6 @@ def test_a_lost_ray_worker_fails_one_row(plugins, alone, tmp_path):
 def test_the_page_has_every_setting_with_its_default_and_its_help(kind):
     page = (Path(__file__).resolve().parents[2] / "docs" / "machines.md").read_text()
     rows = page.split(f"| `executor={kind}` | default | meaning |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
-    told = [tuple(part.strip() for part in row.strip("|").split("|")) for row in rows]
+    written = [tuple(part.strip() for part in row.strip("|").split("|")) for row in rows]
     expected = [(f"`executor.{name}`", default, text) for name, default, text in describe_options(EXECUTORS[kind])]
-    assert told == expected
+    assert written == expected

@@ -1,4 +1,4 @@
-"""What docs/ says is what the code does: signatures, names, commands, settings, links, plugins; and the site builds."""
+"""docs/ agrees with the code: signatures, names, commands, settings, links, plugins; and the site builds."""
 
 import ast
 import importlib
@@ -147,8 +147,8 @@ def test_every_hook_and_its_signature_is_in_the_contract():
 
 
 def test_every_public_name_is_in_the_contract():
-    told = CONTRACT.split("`distillbench.__all__`: ")[1].split("\n\n")[0]
-    assert re.findall(r"`(\w+)`", told) == list(distillbench.__all__)
+    written = CONTRACT.split("`distillbench.__all__`: ")[1].split("\n\n")[0]
+    assert re.findall(r"`(\w+)`", written) == list(distillbench.__all__)
 
 
 @pytest.mark.parametrize("kind", SUITES)
@@ -190,8 +190,8 @@ def test_what_the_contract_says_of_schedules(name):
 
 def test_a_normal_number_for_each_image_is_one():
     batch = Batch(100_000, (1, 1, 1), torch.Generator().manual_seed(0), "cpu", None)
-    told = re.search(r"`torch.special.ndtri\((batch.uniform\(.*?\))\)`", CONTRACT).group(1)
-    found = torch.special.ndtri(eval(told, {"batch": batch}))
+    written = re.search(r"`torch.special.ndtri\((batch.uniform\(.*?\))\)`", CONTRACT).group(1)
+    found = torch.special.ndtri(eval(written, {"batch": batch}))
     assert found.shape == (100_000, 1, 1, 1) and found.isfinite().all()
     assert abs(found.mean().item()) < 0.02 and abs(found.std().item() - 1) < 0.02
 
@@ -223,17 +223,17 @@ def test_every_status_is_explained():
     recorded = get_args(Status)
     assert {name for name, kept, _ in rows if kept == "yes"} == set(recorded)
     assert {name for name, kept, _ in rows if kept == "no"} == {"interrupted", "skipped"}
-    assert {name for name, _, told in rows if "--retry-failed" in told} == set(recorded) - set(FINAL)
-    told = (DOCS / "columns.md").read_text().split("| `status` | ")[1].splitlines()[0]
-    assert {name for name, _, _ in rows} <= set(re.findall(r"`(\w+)`", told))
+    assert {name for name, _, written in rows if "--retry-failed" in written} == set(recorded) - set(FINAL)
+    written = (DOCS / "columns.md").read_text().split("| `status` | ")[1].splitlines()[0]
+    assert {name for name, _, _ in rows} <= set(re.findall(r"`(\w+)`", written))
 
 
 def test_the_defaults_on_the_page_of_interruptions_are_the_codes():
     rows = re.findall(r"^\| `([a-z_.]+)` \| `?([\w.]+)`? \| ", SURVIVES, re.MULTILINE)
-    told = {name: ast.literal_eval(value.capitalize()) for name, value in rows if value not in ("ok",)}
+    written = {name: ast.literal_eval(value.capitalize()) for name, value in rows if value not in ("ok",)}
     config = RunConfig()
     states = {f"states.{name}": value for name, value in vars(config.states or StatesConfig()).items()}
-    assert told == states | {"isolate": config.isolate, "cell_seconds": config.cell_seconds}
+    assert written == states | {"isolate": config.isolate, "cell_seconds": config.cell_seconds}
     assert f"up to {workers.SECONDS_OF_GRACE:.0f} seconds" in SURVIVES
     assert f"schema {SCHEMA};" in SURVIVES
     assert [f"those of schema {old}," in " ".join(SURVIVES.split()) for old in MIGRATED] == [True]
