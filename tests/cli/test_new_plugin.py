@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,11 +101,15 @@ def test_it_passes_ruff(packages, kind, name, tmp_path):
 def test_templates_use_public_names_only():
     """Names in the ``__all__`` of distillbench or of one of its modules."""
     texts = [path.read_text() for path in TEMPLATE.rglob("*.py.jinja")]
-    lines = [line for text in texts for line in text.splitlines() if line.startswith(("import ", "from "))]
-    for line in (line for line in lines if "distillbench" in line and "{{" not in line):
-        home, _, imported = line.removeprefix("from ").partition(" import ")
-        public = importlib.import_module(home).__all__
-        assert not set(imported.split(", ")) - set(public), line
+    imports = [
+        found
+        for text in texts
+        for found in re.findall(r"^from (distillbench[.\w]*) import ([^(]*?|\(.*?\))$", text, re.M | re.S)
+    ]
+    assert len(imports) > 10
+    for home, imported in imports:
+        names = re.findall(r"\w+", imported)
+        assert not set(names) - set(importlib.import_module(home).__all__), (home, names)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
