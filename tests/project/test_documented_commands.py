@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from distillbench.cli import command_options
+from distillbench.cli import command_options, plugin_commands, result_commands
 from distillbench.cli.commands import cli, main
 from distillbench.registry import Entry, Plugin, Source, installed, load_registry
 
@@ -121,7 +121,8 @@ def registry(tmp_path_factory):
 @pytest.fixture
 def command_line(registry, monkeypatch, tmp_path):
     """Runs a command in an empty folder with the plugins of `registry`: its exit code and what it printed."""
-    monkeypatch.setattr(command_options, "load_plugins", lambda folders: registry)
+    for module in (command_options, plugin_commands, result_commands):
+        monkeypatch.setattr(module, "load_plugins", lambda folders: registry)
     monkeypatch.setenv("DISTILLBENCH_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.chdir(tmp_path)
 
@@ -263,4 +264,7 @@ def test_documented_errors_are_printed(words, printed, command_line):
     code, found = command_line(*words, *(["--dry-run"] if words[0] == "run" else []))
     assert code == 2
     expected, found = " ".join(printed.split()), " ".join(found.split())
-    assert found.startswith(expected.removesuffix("...").strip()) if expected.endswith("...") else found == expected
+    if expected.endswith("..."):  # the page leaves the rest out
+        expected = expected[:-3].strip()
+        found = found[: len(expected)]
+    assert found == expected

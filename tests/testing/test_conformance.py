@@ -789,7 +789,7 @@ def test_a_loss_that_compares_images_is_reported(small):
             yield self.student, self.loss(eps, batch.c) + spread
 
     found = {finding.check: finding for finding in found_in("methods", Compares, "parts")}
-    assert found["parts"].ok and found["parts"].doubt and "no mean over the images" in found["parts"].message
+    assert found["parts"].ok and found["parts"].doubt and "not a mean over the images" in found["parts"].message
     assert not failed(found.values())
 
 
