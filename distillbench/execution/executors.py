@@ -110,7 +110,7 @@ class SerialExecutor:
 class PoolExecutor:
     """Runs several cells at a time on this machine: one thread for each, which watches a process on one device.
 
-    The threads share a Stop of their own, so that an error in one ends the others as a signal would.
+    The threads share a Stop, so that an error in one ends the others as a signal would.
     """
 
     poll_seconds = 1.0

@@ -52,7 +52,7 @@ def check_rows(config: RunConfig, count: int) -> None:
 def follow(ranks: Ranks, stop: Stop) -> None:
     """The loop of non-zero ranks: carry out the orders of rank 0 until it ends.
 
-    Raises Interrupted, LostError, and errors after which the ranks cannot go on together. Rank 0 raises and records
+    Raises Interrupted, LostError, and errors after which the ranks cannot continue together. Rank 0 raises and records
     all other errors, too.
     """
     contexts = SharedContexts()

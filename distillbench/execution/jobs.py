@@ -26,7 +26,7 @@ from distillbench.system.subprocesses import in_words
 def run_task_in_job(
     task: CellTask, description: CellDescription, policy: Policy, progress: Progress, stop: Stop
 ) -> CellResult | None:
-    """Run a cell in a job: in the job's process, or with ``isolate`` in a process of its own."""
+    """Run a cell in a job: in the job's process, or with ``isolate`` in a separate process."""
     (cell,) = cells_of([task])
     worker: CellWorker = InProcessWorker(progress, stop)
     if task.config.isolate:

@@ -1,4 +1,4 @@
-"""A run: settings -> plan of cells -> scan of earlier results -> run what is left -> rows -> table."""
+"""A run: settings -> plan of cells -> scan of earlier results -> run unfinished cells -> rows -> table."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _run_folder(descriptions: Sequence[CellDescription], config: RunConfig) -> P
 
 
 def train_teacher_of(config: RunConfig, registry: Registry, output: Path | None, progress: Progress) -> Path:
-    """Train the teacher of `config` anew. Writes it to `output`, or to where a run looks for it. Returns the file."""
+    """Train the teacher of `config` again. Writes it to `output`, or to the cache that runs use. Returns the file."""
     torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     dataset, source, _ = make_source(config, registry, device)

@@ -60,7 +60,7 @@ class CellWorker(Protocol):
         """Read what earlier runs left. Trains or loads the teacher if needed; raises UserError if it does not fit."""
 
     def run(self, cell: Cell, description: CellDescription, policy: Policy) -> CellResult | None:
-        """Run what is left of `cell`; None if another process runs it. Raises WorkerError, Interrupted, UserError."""
+        """Finish `cell`; None if another process runs it. Raises WorkerError, Interrupted, UserError."""
 
 
 # --- functions for every worker --------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def load_teacher(cell: Cell, progress: Progress) -> Teacher:
 def claim_and_run(
     cell: Cell, description: CellDescription, policy: Policy, progress: Progress, stop: Stop
 ) -> CellResult | None:
-    """Run what is left of `cell` in this process; None if another process has claimed it.
+    """Finish `cell` in this process; None if another process has its lock.
 
     Raises WorkerError if the cell has another key here than where `description` was made.
     """
@@ -179,7 +179,7 @@ class SubprocessWorker:
         return self._call(run_task, arguments, description.folder / LOG, self.seconds)
 
     def _call(self, function: Callable[..., Any], arguments: tuple[Any, ...], log: Path, seconds: float) -> Any:
-        """``function(*arguments, progress, stop)`` in a process of its own."""
+        """``function(*arguments, progress, stop)`` in a separate process."""
         end = time.monotonic() + seconds if seconds else float("inf")
         steps: dict[int, tuple[Any, Step]] = {}
         with Worker(_in_subprocess, (function, arguments), log) as worker, self.stop.patiently():

@@ -61,7 +61,7 @@ AS_IS = Policy()
 
 
 def run_cell(cell: Cell, description: CellDescription, progress: Progress, policy: Policy, stop: Stop) -> CellResult:
-    """Train and evaluate `cell`, or read what an earlier run left of it.
+    """Train and evaluate `cell`, or read the records of an earlier run.
 
     An interrupted training resumes from its last state. On a request to stop it saves one and raises Interrupted.
     """
@@ -83,7 +83,7 @@ def run_cell(cell: Cell, description: CellDescription, progress: Progress, polic
 def found_cell(
     cell: Cell, description: CellDescription, files: HashCache, progress: Progress, policy: Policy
 ) -> CellResult | None:
-    """The result of an earlier run; None: something is left to do."""
+    """The result of an earlier run; None if the cell is not finished."""
     runner, training = CellRunner(cell, description, policy, progress), None
     if cell.entry is not None:
         training = runner.found_training(files.intact)

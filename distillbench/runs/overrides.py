@@ -64,7 +64,7 @@ def _advice(word: str) -> str:
             return f"{opening} and {closing} do not match. Quote what the shell would split: 'methods=[NAME,NAME]'"
     if not NAME.fullmatch(name):
         return "a setting reads name=value, such as budget.images=400000"
-    return f"a value with unusual characters needs quotes of its own, inside the shell's: '{name}=\"VALUE\"'"
+    return f"a value with unusual characters needs quotes inside the shell's quotes: '{name}=\"VALUE\"'"
 
 
 def grid_points(settings: list[Override], registry: Registry) -> list[list[Override]]:

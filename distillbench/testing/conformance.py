@@ -43,9 +43,7 @@ DISTRIBUTION_IMAGES = 200_000  # of the training on an exact teacher; enough for
 
 @dataclass(frozen=True)
 class Suite:
-    """How a kind is checked. `benches(cls, config, distribution_images, dataset)` is a context manager of its
-    benches.
-    """
+    """How a kind is checked; `benches(cls, config, distribution_images, dataset)` is a context of its benches."""
 
     checks: Sequence[Check]
     benches: Callable[[Any, Any, int, Dataset | None], AbstractContextManager[Sequence[Bench]]]

@@ -44,9 +44,11 @@ Solve = Callable[[Tensor, Condition], Tensor]  # (eps, c) -> x_0
 
 
 class PairStore:
-    """`count` pairs (eps, x_0). Up to HELD_BYTES of them are on the device, noise included, from the first read on; on
-    a GPU also more, up to an eighth of its free memory. Of larger stores noise and condition are drawn from their seed
-    at each read. Texts are looked up by their labels.
+    """`count` pairs (eps, x_0).
+
+    Up to HELD_BYTES of them, noise included, stay on the device from the first read on; on a GPU also more, up to an
+    eighth of its free memory. Otherwise noise and condition are drawn from their seed at each read. Texts are looked
+    up by their labels.
     """
 
     def __init__(self, stream: int, targets: Tensor, device: str, conditioning: Conditioning = WITHOUT_CLASSES) -> None:

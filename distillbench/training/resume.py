@@ -58,7 +58,7 @@ class States:
         self.folder, self.keep, self.progress = folder, keep, progress
 
     def save(self, images: int, state: State) -> None:
-        """Save `state`, reached after `images`. If the disk is full, the training goes on without it."""
+        """Save `state`, reached after `images`. If the disk is full, the training continues without it."""
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.tensors.items()}
         header = {"format": str(FORMAT), "values": json.dumps(state.values)}
         try:

@@ -242,7 +242,7 @@ VALUES = {
     "teacher.network=cnn": "teacher.network must be one of auto, mlp, unet, dit, got 'cnn'",
     "teacher.kind=x": "teacher.kind is 'trained' by choice and cannot be changed, got 'x'",
 }
-QUOTES = "a value with unusual characters needs quotes of its own, inside the shell's: "
+QUOTES = "a value with unusual characters needs quotes inside the shell's quotes: "
 FORMS = {
     "": "an empty setting. A setting reads name=value",
     "  ": "an empty setting. A setting reads name=value",
