@@ -33,7 +33,7 @@ from distillbench.training.budget import Meter, Price
 from distillbench.training.checkpoints import Checkpoints
 from distillbench.training.compute import applied
 from distillbench.training.data_stream import DataStream
-from distillbench.training.flops import NetworkFlops, family_flops, training_flops
+from distillbench.training.flops import NetworkFlops, denoisers_of, measured_flops, training_flops
 from distillbench.training.fsdp import check_sharding, copied_for_sharding
 from distillbench.training.loop import Loop, Trained, train
 from distillbench.training.method import Method

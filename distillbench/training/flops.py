@@ -7,13 +7,12 @@ are element-wise operations, which grow with the pixels and not with the weights
     FLOPs of a training = sum over kinds of networks of
         forward x F + to_weights x B_w + to_input x B_x + along x J
 
-| symbol                              | meaning                                                                        |
-|-------------------------------------|--------------------------------------------------------------------------------|
-| forward, to_weights, to_input, along | rows (images), counted at the networks: :class:`~distillbench.training.network_rows.NetworkRows` |
-| F                                   | FLOPs of the forward pass of one row                                           |
-| B_w                                 | of its backward pass to the weights that get a gradient, not to the input      |
-| B_x                                 | of its backward pass to the input alone                                        |
-| J                                   | of its derivative along a direction in x_t and t (forward mode), without F     |
+| symbol   | meaning                                                                                        |
+|----------|------------------------------------------------------------------------------------------------|
+| forward, to_weights, to_input, along | rows (images) of networks of that kind, counted at the networks    |
+| F        | FLOPs of the forward pass of one row                                                           |
+| B_w, B_x | of its backward pass to the weights that get a gradient (not to the input); to the input alone |
+| J        | of its derivative along a direction in x_t and t (forward mode), besides F                     |
 
 Each is measured on that network, with the weights that require a gradient: fewer for an adapter (LoRA) than for full
 training. The sum equals ``count_flops`` of real training steps if all matrix products of a method are in its denoisers;
@@ -171,8 +170,13 @@ def network_flops(
         with torch.enable_grad():
             to_weights, to_input = backward(x_t, True), backward(x_t.clone().requires_grad_(), False)
     names = {name for counted in (forward, twice, to_weights, to_input) for name in counted.not_counted}
-    flops = forward.flops, to_weights.flops, to_input.flops, twice.flops - forward.flops
-    return NetworkFlops(*(each // ROWS for each in flops), not_counted=tuple(sorted(names)))
+    return NetworkFlops(
+        forward=forward.flops // ROWS,
+        backward=to_weights.flops // ROWS,
+        backward_input=to_input.flops // ROWS,
+        along=(twice.flops - forward.flops) // ROWS,
+        not_counted=tuple(sorted(names)),
+    )
 
 
 @contextmanager

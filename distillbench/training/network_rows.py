@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,12 @@ class NetworkRows:
     @property
     def kind(self) -> NetworkRows:
         """The same kind of network, without rows."""
-        return replace(self, **dict.fromkeys(KINDS_OF_ROWS, 0))
+        return NetworkRows(self.counted, self.network, self.weights, self.trained)
 
     def plus(self, other: NetworkRows, sign: int = 1) -> NetworkRows:
         """The sum of both, or the difference with ``sign=-1``."""
-        return replace(self, **{name: getattr(self, name) + sign * getattr(other, name) for name in KINDS_OF_ROWS})
+        total = {name: getattr(self, name) + sign * getattr(other, name) for name in KINDS_OF_ROWS}
+        return NetworkRows(self.counted, self.network, self.weights, self.trained, **total)
 
 
 KINDS_OF_ROWS = ("forward", "to_weights", "to_input", "along")
