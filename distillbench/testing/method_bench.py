@@ -116,7 +116,7 @@ class WatchedBatch(Batch):
 
     @functools.cached_property
     def _data(self) -> tuple[Tensor, Tensor | None]:
-        self.conditioned = True
+        self.asked = True
         return super()._data
 
 

@@ -43,7 +43,7 @@ def data(bench: MethodBench) -> str:
         finished = True
     except (Exception, SystemExit):  # the check `steps` reports it
         pass
-    asked = any(batch.conditioned for batch in batches)
+    asked = any(batch.asked for batch in batches)
     if asked and not bench.cls.needs_data:
         raise Fault("it declares needs_data = False and reads real images (batch.x_0): declare needs_data = True")
     if finished and bench.cls.needs_data and not asked:

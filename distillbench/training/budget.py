@@ -32,7 +32,10 @@ class BudgetConfig:
     limit: Limit = option(Limit.images, "what stops training: images, seconds or nfe")
     images: int = option(300_000, "training images, each use of an image counted")
     seconds: float = option(60.0, "wall-clock seconds, preparation included")
-    nfe: int = option(2_000_000, "network evaluations: forward passes of teacher and student, one per image")
+    nfe: int = option(
+        2_000_000,
+        "network evaluations: forward passes of teacher and student, one per image; a forward-mode derivative is one more",
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "images", "seconds", "nfe")
