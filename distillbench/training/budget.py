@@ -34,7 +34,7 @@ class BudgetConfig:
     seconds: float = option(60.0, "wall-clock seconds, preparation included")
     nfe: int = option(
         2_000_000,
-        "network evaluations: forward passes of teacher and student, one per image; a forward-mode derivative is one more",
+        "network evaluations: forward passes per image, of all networks; a forward-mode derivative is one more",
     )
 
     def __post_init__(self) -> None:
