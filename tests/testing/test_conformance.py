@@ -428,7 +428,7 @@ class Derivative(Good):
 
     def derivative(self, eps, c):
         schedule = self.teacher.schedule
-        x, t = x_at_t_max(schedule, eps), time_like(eps, schedule.t_max)
+        x, t = x_at_t_max(schedule, eps), time_like(eps, schedule.t_max).clone()
         return torch.func.jvp(lambda x, t: self.student(x, t, c), (x, t), (eps, torch.ones_like(t)))
 
     def loss(self, eps, c):
