@@ -1,10 +1,10 @@
-"""The best hand-written PyTorch loop for each method, at its default settings: what the harness is measured against.
+"""The best hand-written PyTorch loop for each method, at its default settings: the reference for the harness's speed.
 
 The mathematics is that of plugins/, where the symbols are explained; nothing of distillbench's training is used. Each
-network is called bare, as ``network(x, time)``. It predicts v on the cosine schedule: with alpha = cos(theta) and
+network is called directly, as ``network(x, time)``. It predicts v on the cosine schedule: with alpha = cos(theta) and
 sigma = sin(theta), x_0 = alpha x - sigma v, eps = sigma x + alpha v, and DDIM from theta to phi gives
-cos(phi - theta) x + sin(phi - theta) v. So every target is a sum of images, each times a number that depends on the
-time alone. Those numbers are computed ahead in float64, one row of a table for each time of a grid.
+cos(phi - theta) x + sin(phi - theta) v. So every target is a sum of images with coefficients that depend on the time
+only. They are computed ahead in float64, one row of a table for each time of a grid.
 
 A loop is a generator that yields after each step. Random numbers come from the task's generators, in the order in which
 the harness's Batch draws them: the weights at the end are the harness's, up to rounding
@@ -43,9 +43,9 @@ class Task:
     device: str = "cpu"
     real: Tensor | None = None  # (N,C,H,W) in [-1, 1]
     order: torch.Generator | None = None  # of the real images
-    pairs: tuple[Tensor, Tensor] | None = None  # noise, and the teacher's answers
+    pairs: tuple[Tensor, Tensor] | None = None  # noise, and the teacher's samples
     fresh: Callable[[], nn.Module] | None = None  # a network with fresh weights
-    embedding: nn.Module | None = None  # BOOT's, of the time that the student is asked for
+    embedding: nn.Module | None = None  # BOOT's embedding of the time
     losses: list[float] = field(default_factory=list)  # at log steps
     student: nn.Module | None = None  # the average, once trained
 
@@ -180,7 +180,7 @@ def move(average: list[Tensor], network: list[Tensor], share: float) -> None:
 
 
 class Signal(nn.Module):
-    """The network at t_max, with an embedding of the time that it is asked for."""
+    """The network at t_max, plus an embedding of the time t of its output."""
 
     def __init__(self, network: nn.Module, embedding: TimeEmbedding) -> None:
         super().__init__()
@@ -316,11 +316,11 @@ def ct(task: Task) -> Iterator[None]:
 
 def direct(task: Task) -> Iterator[None]:
     """|alpha_T x_T - sigma_T v - x_0|^2 = sigma_T^2 |v - goal|^2; input and goal of every pair are computed once."""
-    student, (eps, answers) = student_of(task), task.pairs
+    student, (eps, targets) = student_of(task), task.pairs
     training = Training(task, student)
     alpha_T, sigma_T = math.cos(THETA_1), math.sin(THETA_1)
     inputs = sigma_T * eps
-    goals = (alpha_T * inputs - answers) / sigma_T
+    goals = (alpha_T * inputs - targets) / sigma_T
     training.anew(1.0)
     for size in training.steps(1.0):
         k = task.integers(0, len(inputs), size)
@@ -379,7 +379,7 @@ def pd(task: Task) -> Iterator[None]:
 
 
 def sid(task: Task) -> Iterator[None]:
-    """The fake score's weights are held by leaving them out of the gradient. Noise levels are continuous: float64."""
+    """The generator's loss has no gradient to the fake score's weights. Noise levels are continuous: float64."""
     settings, teacher = task.settings, task.teacher
     student, fake = student_of(task), student_of(task)
     training = Training(task, student, (fake, settings.fake.over(settings)))

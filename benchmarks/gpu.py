@@ -1,14 +1,14 @@
-"""The first half hour of this project on a GPU: one command, at most 25 minutes, a verdict for each thing looked at.
+"""A test of this project on a GPU: one command, at most 25 minutes, with a verdict on each measurement.
 
     python benchmarks/gpu.py                          # on cuda:0, all steps
     python benchmarks/gpu.py --device cuda:1 --only runs resume
     python benchmarks/gpu.py --skip oom energy --minutes 10
     python benchmarks/gpu.py --rehearse               # on the CPU, tiny: tries the script, not a GPU
 
-Each step runs in a process of its own with a time limit: what crashes, hangs or runs out of memory hurts that step
-alone. After each step a JSON file and a page are written anew, so that a kill loses no more than the step it meets.
-They are named by the time of the run and go to results/gpu/DEVICE, or to the folder of --output. What no longer fits
-into --minutes is reported as not run. This process never touches the GPU. Exit code 1 if a verdict is "wrong".
+Each step runs in a separate process with a time limit: a crash, a hang or a lack of memory affects only that step.
+After each step a JSON file and a page are written again, so that a kill loses at most the current step. They are named
+by the time of the run and go to results/gpu/DEVICE, or to the folder of --output. Steps that no longer fit into
+--minutes are reported as not run. This process never uses the GPU. Exit code 1 if a verdict is "wrong".
 
 docs/gpu.md says what each step means and what to do about it.
 """
@@ -43,6 +43,8 @@ from gpu_steps import verdicts  # noqa: E402
 from gpu_steps.context import path_of_python  # noqa: E402
 from gpu_steps.page import page, summary  # noqa: E402
 from gpu_steps.verdicts import Verdict  # noqa: E402
+
+from distillbench._version import __version__  # noqa: E402
 
 MOST_MINUTES = 25.0
 REHEARSAL = 300.0  # seconds of a step that is rehearsed, on machines that are slow or do other work
@@ -87,7 +89,7 @@ NAMES = [kind.name for kind in STEPS]
 
 
 class Run:
-    """All steps of one call, and the two files that say what came of them."""
+    """All steps of one call, and the two files with their results."""
 
     def __init__(self, device: str, mode: str, output: Path, minutes: float, batch: int, patience: float = 1.0) -> None:
         self.device, self.mode, self.minutes, self.batch = device, mode, minutes, batch
@@ -105,7 +107,7 @@ class Run:
         return 60 * self.minutes - (time.monotonic() - self.begin)
 
     def write(self) -> None:
-        """Both files, whole or not at all."""
+        """Write both files atomically."""
         self.report["minutes"] = (time.monotonic() - self.begin) / 60
         for path, text in zip(self.files, (json.dumps(self.report, indent=1), page(self.report)), strict=True):
             temporary = path.with_name(f".{path.name}.new")
@@ -135,7 +137,7 @@ class Run:
         self.report["steps"][name] = step
 
     def _step(self, name: str, limit: float, folder: Path) -> None:
-        """One step in a process of its own, its verdicts shown as they come."""
+        """Run one step in a separate process and print its verdicts as they arrive."""
         folder.mkdir(parents=True)
         lines, log, order = (folder / file for file in ("lines.jsonl", "log.txt", "order.json"))
         lines.touch()
@@ -180,7 +182,7 @@ class Run:
         self._end(name, end, time.monotonic() - begin, found, data, plain)
 
     def _compare(self) -> None:
-        """Settings beside each other, over the methods that were measured in all of them."""
+        """Compare settings, over the methods that were measured in all of them."""
         steps = self.report["steps"]
         times = {
             name.removeprefix("speed-"): step["data"]["steps"]
@@ -202,7 +204,7 @@ class Run:
 
 
 def _whole_lines(file: Any) -> Iterator[dict[str, Any]]:
-    """The lines that have been written to their end since the last look."""
+    """The complete lines that were written since the last call."""
     while True:
         place = file.tell()
         line = file.readline()
@@ -221,7 +223,7 @@ def show(verdict: dict[str, str]) -> None:
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """End a step's process and all that it started, also those that are in sessions of their own."""
+    """End a step's process and all that it started, also in other sessions."""
     try:
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     except psutil.NoSuchProcess:
@@ -241,14 +243,14 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
 
 
 def without_paths(text: str, scratch: Path) -> str:
-    """A log without the folders of this machine."""
+    """A log without the names of folders on this machine."""
     for folder, word in ((str(scratch), "SCRATCH"), (str(ROOT), "."), (sys.prefix, "PYTHON"), (str(Path.home()), "~")):
         text = text.replace(folder, word) if len(folder) > 1 else text
     return text
 
 
 def commit() -> str:
-    """Of the checkout; "" where git cannot say."""
+    """The commit of the checkout; "" if git does not know it."""
     try:
         asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
@@ -274,9 +276,9 @@ def entry_points(folder: Path) -> Path:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    about = folder / f"distillbench-{project['version']}.dist-info"
+    about = folder / f"distillbench-{__version__}.dist-info"
     about.mkdir(parents=True, exist_ok=True)
-    metadata = f"Metadata-Version: 2.1\nName: distillbench\nVersion: {project['version']}\n"
+    metadata = f"Metadata-Version: 2.1\nName: distillbench\nVersion: {__version__}\n"
     (about / "METADATA").write_text(metadata + "".join(f"Requires-Dist: {need}\n" for need in project["dependencies"]))
     lines = (f"{name} = {value}\n" for name, value in project["entry-points"]["distillbench"].items())
     (about / "entry_points.txt").write_text("[distillbench]\n" + "".join(lines))

@@ -1,9 +1,9 @@
-"""Bad inputs for every reader, at least 2,000. Prints what came of them, by reader and class, and each defect.
+"""Bad inputs for every reader, at least 2,000. Prints the outcomes by reader, and each defect.
 
     python benchmarks/hostile.py [--inputs 80] [--seed 0] [--only NAME ...]
 
-Each reader gets its own hostile inputs (bombs, links, code, absurd numbers) and `--inputs` random ones on top. What the
-classes mean is said in tests/support/fuzz.py. The exit code is 1 if there is a defect.
+Each reader gets its own hostile inputs (bombs, links, code, absurd numbers) and `--inputs` random ones on top. The
+outcomes are explained in tests/support/fuzz.py. The exit code is 1 if there is a defect.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from fuzz import DEFECTS, SUBJECTS, Outcome, fuzz, table
 

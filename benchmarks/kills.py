@@ -1,13 +1,13 @@
-"""A run is killed at random instants, again and again, and each time the same command ends with the same table.
+"""Kill a run at random times; the same command must always end with the same table.
 
     python benchmarks/kills.py [KILLS]
 
-Each round is a fresh folder: the run is killed (SIGKILL, or SIGTERM as schedulers send it) after a random time, often a
-second and a third time, then left to end. Its table, its students and its teacher must be those of a run that was never
-disturbed: everything but seconds and memory. Rounds go on until KILLS (200) runs were killed before their end. What was
-going on when the signal came is counted.
+Each round starts in an empty folder: the run is killed (by SIGKILL, or by SIGTERM as from schedulers) after a random
+time, often a second and a third time, then runs to its end. Its table, students and teacher must equal those of an
+uninterrupted run, except for seconds and memory. Rounds continue until KILLS (200) runs were killed before their end.
+The stages of the run in which signals arrived are counted.
 
-A run is a process that is forked from this one, which has imported everything, so that a round takes seconds.
+A run is a process forked from this one, which has imported everything, so that a round takes seconds.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ REGISTRY = load_registry()
 
 
 class Diary(Progress):
-    """Writes into a file what is going on."""
+    """Writes the current stage of the run to a file."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(Console(file=io.StringIO()))
@@ -103,12 +103,12 @@ def start(folder: Path) -> multiprocessing.process.BaseProcess:
 
 
 def undisturbed(folder: Path) -> float:
-    """Run to the end; how many seconds it took."""
+    """Run to the end; returns the seconds."""
     begin = time.monotonic()
     process = start(folder)
     process.join()
     if process.exitcode:
-        raise SystemExit(f"a run that nobody disturbed ended with exit code {process.exitcode}")
+        raise SystemExit(f"an uninterrupted run ended with exit code {process.exitcode}")
     return time.monotonic() - begin
 
 
@@ -119,13 +119,13 @@ def left(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
     table, along = (frame.drop(columns=[name for name in UNSTEADY if name in frame]) for frame in tables)
     assert set(table) >= RULES
     found = [*results.glob("cells/*/*.safetensors"), *results.glob("cache/**/*.safetensors")]
-    weights = [file for file in found if not file.name.startswith(TEMPORARY)]  # SIGKILL may leave one; nobody reads it
+    weights = [file for file in found if not file.name.startswith(TEMPORARY)]  # SIGKILL may leave one; it is never read
     hashes = {str(file.relative_to(results)): hashlib.sha256(file.read_bytes()).hexdigest() for file in weights}
     return table, along, hashes
 
 
 def difference(found: tuple, expected: tuple) -> str:
-    """In what they differ, or nothing."""
+    """A text on how they differ; empty if they do not."""
     for name, one, other in zip(("table", "along"), found[:2], expected[:2], strict=True):
         if not one.equals(other):
             return f"{name}: {one.compare(other) if one.shape == other.shape else (one.shape, other.shape)}"
@@ -167,8 +167,8 @@ def main(kills: int, seed: int = 0) -> None:
             folder = Path(scratch) / str(rounds)
             folder.mkdir()
             counts.update(map(kind, disturbed(folder, seconds, draw)))
-            told = difference(left(folder), expected)
-            wrong += [f"round {rounds}: {told}"] if told else []
+            differs = difference(left(folder), expected)
+            wrong += [f"round {rounds}: {differs}"] if differs else []
             shutil.rmtree(folder)
     print(
         f"{counts.total()} kills in {rounds} rounds, {time.monotonic() - begin:.0f} s; rounds that differ: {len(wrong)}"

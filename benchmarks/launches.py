@@ -9,8 +9,8 @@ the wide U-Net for one image more, counted on tensors without memory (device met
     GPU    products / (peak * reached) + bytes of all other operators / (bandwidth * reached)
     host   launches * microseconds of a launch
 
-and is bound by launches where the host takes longer: the GPU then stands still. CUDA graphs, or fewer and larger
-operators, are for those.
+and is bound by launches if the host takes longer: the GPU is then idle. CUDA graphs, or fewer and larger operators,
+help there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BANDWIDTH, REACHED_BANDWIDTH = 4.8, 0.75  # TB/s of the H200's data sheet; share
 
 
 class Enough(Exception):
-    """All steps that are looked at are taken."""
+    """All steps to count have been taken."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     python benchmarks/loading.py
 
-Images are 8-bit and in memory; a batch is drawn with replacement and handed over as floats in [-1, 1] on the device.
+Images are 8-bit and in memory; a batch is drawn with replacement and returned as floats in [-1, 1] on the device.
 The bare index is ``images[torch.randint(...)].float() / 127.5 - 1``; bare float images are converted once, ahead. The
 DataLoader draws with a RandomSampler and collates, without processes of its own (they cost more for such images).
 Reading images from files is measured by reading.py.
@@ -23,7 +23,7 @@ from distillbench.training.data_stream import DataStream
 
 
 def loaders(dataset: Dataset, batch: int, batches: int, device: str) -> dict[str, Callable[[], None]]:
-    """Each reads as many batches when it is called."""
+    """Functions by name; each reads `batches` batches."""
     generator = torch.Generator().manual_seed(0)
     images = dataset.read(torch.arange(len(dataset)))
     floats = to_float(images).to(device)

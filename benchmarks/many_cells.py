@@ -1,9 +1,9 @@
-"""How long a plan of thousands of cells takes, but for the training: seconds of each stage, on one core.
+"""The time that a run of thousands of cells takes without training: seconds of each stage, on one core.
 
     python benchmarks/many_cells.py [SEEDS] [SETTINGS]
 
-SEEDS x SETTINGS cells (100 x 100). One of them is trained, for a few images. The records of the others are made from
-its, with other keys, and written by the code that writes real ones; then the run is done again, and finds them all.
+SEEDS x SETTINGS cells (100 x 100). One of them is trained, on a few images. The records of the others are
+copies of its records with other keys, written by the same code as real ones; then the run is repeated and finds all.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ WORDS += ["evaluation.metrics=[teacher_rmse]"]
 
 
 class Clock:
-    """Prints the seconds of each stage: by the clock, and of the CPU, which others do not lengthen."""
+    """Prints the wall-clock and CPU seconds of each stage."""
 
     def __init__(self, cells: int) -> None:
         self.cells = cells
@@ -85,7 +85,7 @@ def fabricate(
     evaluation: EvaluationRecord,
     source: Path,
 ) -> None:
-    """What the training and the evaluation of `cell` would leave."""
+    """The records that training and evaluation of `cell` would write."""
     inputs, folder = description.train_inputs, description.folder
     folder.mkdir(parents=True, exist_ok=True)
     key = key_of(inputs)
@@ -142,7 +142,7 @@ def main(seeds: int, settings: int) -> None:
 
 
 def trickle(cells: list[Cell], configs: list[RunConfig], scan: Scan, shown: Progress, clock: Clock) -> None:
-    """The rows come in one by one, as from trainings that take no time."""
+    """Add the rows one by one, as if trainings took no time."""
     folder = Path(configs[0].results_dir) / "one-by-one"
     table = RunTable(folder, cells, configs, scan, lambda rows: print_rows(shown, rows))
     write, written = table.writer.write, []
@@ -156,7 +156,7 @@ def trickle(cells: list[Cell], configs: list[RunConfig], scan: Scan, shown: Prog
 
 
 def warm_up(registry: Registry) -> None:
-    """What is imported, and what torch makes, when it is needed first."""
+    """Do what happens only once per process: imports, and torch's initialisation."""
     with tempfile.TemporaryDirectory() as scratch:
         plan(compose_runs(words(1, 1, Path(scratch)), registry), registry)
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: pairs of stretches in turn, ratios with an interval, the machine, and small scenes."""
+"""Shared by the benchmarks: alternating measurements, ratios with an interval, the machine, and small scenes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ DRAWS = 2000  # of the bootstrap
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median ratio of pairs that were measured in turn, with the 95 % interval of a bootstrap of the pairs."""
+    """The median ratio of pairs that were measured alternately, with the 95 % bootstrap interval over pairs."""
 
     ours: float  # median seconds
     theirs: float
@@ -142,7 +142,7 @@ class Colours(Dataset):
 
 @dataclass(frozen=True)
 class Scene:
-    """A dataset, a teacher of it, and how long to measure: steps of a stretch, pairs of stretches."""
+    """A dataset, a teacher of it, and how long to measure: steps per stretch, pairs of stretches."""
 
     name: str
     dataset: Dataset
@@ -216,7 +216,7 @@ class Pair:
     def train(self, advance: Callable[[float, str], None] = lambda fraction, note: None, watched: bool = False) -> Any:
         """By the harness, with a meter and states as in a run; no checkpoints.
 
-        `watched`: memory is looked at by threads, and the GPU's energy counted, as round every training of a run.
+        `watched`: threads sample memory and the GPU's energy is measured, as in every training of a run.
         """
         if not watched:
             return self._train(advance, None)
@@ -226,7 +226,7 @@ class Pair:
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
-        """A block that no thread looks at."""
+        """A block without measurements by threads."""
         with ExitStack() as stack:
             for watch in self.watches:
                 stack.enter_context(watch.paused())

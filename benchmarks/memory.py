@@ -2,14 +2,14 @@
 
     python benchmarks/memory.py
 
-The sum: the teacher and all networks of the method (students, targets, deputies, kept students), gradients and Adam's
-two moments of the networks that are trained, the average, and activations: what autograd saves for a backward pass,
-weights left out, of the update that saves most. On the CPU the peak is counted: a dispatch mode sees every tensor that
-an operation makes, and a storage counts from then until it is freed. On CUDA it is torch.cuda.max_memory_allocated.
-What is above the sum are temporaries: of a forward pass without gradients, of a backward pass, of clipping.
+The sum contains the teacher and all networks of the method (students, targets, frozen copies, students of earlier
+phases), gradients and Adam's two moments of the trained networks, the average, and activations: what autograd saves for
+the backward pass of the largest update, without weights. On the CPU the peak is counted by a dispatch mode: a storage
+counts from the operation that returns it until it is freed. On CUDA it is torch.cuda.max_memory_allocated. The
+difference of peak and sum are temporary tensors of forward passes without gradients, backward passes and clipping.
 
-A dozen steps are taken, at the scene's batch size. Real images and the answers of noise-image pairs are in neither; the
-noise of pairs, which is drawn when it is first read, is in the peak of direct distillation.
+A dozen steps are taken at the scene's batch size. Neither number contains real images or the targets of noise-image
+pairs. The noise of pairs, drawn when it is first read, is in the peak of direct distillation.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Saved:
 
 
 def bytes_of(*modules: nn.Module) -> int:
-    """Of all weights and buffers, each once."""
+    """Bytes of all weights and buffers, each counted once."""
     tensors = {t.data_ptr(): t for module in modules for t in [*module.parameters(), *module.buffers()]}
     return sum(t.untyped_storage().nbytes() for t in tensors.values())
 

@@ -1,20 +1,19 @@
-"""What the harness adds to training: step times of each method through it, against the bare loops of bare_loops.py.
+"""The overhead of the harness in training: step times of each method, relative to the bare loops of bare_loops.py.
 
     python benchmarks/overhead.py                       # all methods, digits with its mlp, and a small U-Net
     python benchmarks/overhead.py --scenes mlp --methods boot sid --pairs 60
     python benchmarks/overhead.py --against own         # one of the two loops only
     python benchmarks/overhead.py --profile boot        # where the harness's time goes
 
-There are two bare loops. `own` takes the method's own train_step, so that the rest is what the harness's loop adds;
-`hand` is written for the method and for one kind of teacher, with all numbers of times computed ahead. The harness
-stops after every stretch of steps, the bare loop takes a stretch of as many, and the harness goes on: a machine that
-drifts moves both. While the harness works, threads look at memory 50 times a second, of the process and on a GPU, and
-the GPU's energy is counted, as in every run; while the bare loop works they rest. The ratio is the median of those of
-the pairs, with the 95 % interval of a bootstrap of the pairs.
-Exit code 1 if the lower end of an interval is above 1.03.
+There are two bare loops. `own` uses the method's own train_step, so that the difference is the harness's loop; `hand`
+is written for the method and for one kind of teacher, with all coefficients of times computed ahead. Harness and bare
+loop alternate after each stretch of steps, so that a drift of the machine affects both. While the harness runs, threads
+sample the memory of process and GPU 50 times a second, and the GPU's energy is measured, as in every run; while the
+bare loop runs they are paused. The ratio is the median over pairs of stretches, with the 95 % bootstrap interval over
+pairs. Exit code 1 if the lower end of an interval is above 1.03.
 
-On the CPU seconds are those of the processor, of all threads of this process: they do not pass while other processes
-have the core. On CUDA, and with --clock wall, they are those on the wall.
+On the CPU the time is the processor time of all threads of this process, which other processes do not lengthen. On
+CUDA, and with --clock wall, it is wall-clock time.
 """
 
 from __future__ import annotations

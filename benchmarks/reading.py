@@ -1,10 +1,10 @@
-"""Reading images against training on them. Prints images a second and the ratio of a batch's reading to its step.
+"""Speed of reading images, relative to training on them: images per second, and time of reading over time of a step.
 
     python benchmarks/reading.py IMAGES.zip
 
 The step is forward, backward and Adam of a tiny U-Net (width 16, one block a level) on one thread, at the dataset's
 own shape. Reading is measured from the source (nothing kept: ``memory_mib=0``) and from memory, as in later epochs.
-Batches of reading and training alternate, so that a machine that drifts moves both.
+Batches of reading and training alternate, so that a drift of the machine affects both.
 """
 
 from __future__ import annotations

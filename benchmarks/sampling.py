@@ -3,8 +3,8 @@
     python benchmarks/sampling.py
 
 One step is direct distillation's student, DDIM with 8 steps is the teacher. `method.sample` is the sampler alone, on
-noise that is there, in batches of 256 (U-Net: 32); `Evaluator` draws the named noise of each image (a generator for
-each), checks the samples and gathers them, as in a run. The bare loop has its noise. Pairs are measured in turn.
+given noise, in batches of 256 (U-Net: 32); `Evaluator` also draws the noise of each image (with one generator each),
+checks the samples and gathers them, as in a run. The bare loop gets its noise. Both are measured alternately.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Scoring 2,048 images of 32x32 on EfficientNet-Lite0 against the bare forward passes; the Fréchet distance against
-torch-fidelity's and clean-fid's. Prints medians and ratios.
+"""Time of scoring 2,048 images of 32x32 on EfficientNet-Lite0, relative to the bare forward passes.
+
+Also the Fréchet distance, compared with torch-fidelity and clean-fid. Prints medians and ratios.
 
     python benchmarks/scoring.py
     python benchmarks/scoring.py --pairs 1      # their distances take most of a minute each
 
-Scoring is all that a row costs beside sampling: blocks, resizing, features, moments and the distance. Bare is timm's
-network alone, as it is loaded (ours has its batch norms folded), on inputs that are ready, in the same blocks. Pairs
-are measured in turn, so that a machine that drifts moves both.
+Scoring is the cost of a row without sampling: resizing, features, moments and the distance. The bare forward passes are
+those of timm's network as loaded (ours has its batch norms folded), on prepared inputs, in the same batches. Both are
+measured alternately, so that a drift of the machine affects both.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How long a command takes to begin: ``distillbench --help``, ``list methods`` and a dry run against ``import torch``.
+"""Startup time of commands: ``distillbench --help``, ``list methods`` and a dry run, relative to ``import torch``.
 
     python benchmarks/startup.py
 
-Each is a process of its own, with a warm file cache; commands take turns. The ratio is to ``python -c "import torch"``.
+Each is a separate process, with a warm file cache; commands alternate. The ratio is to ``python -c "import torch"``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Table, summary and report over many rows: seconds and peak memory of each.
+"""Seconds and peak memory of table, summary and report with many rows.
 
     python benchmarks/tables.py                 # 100,000 rows
     python benchmarks/tables.py --rows 1000
 
-Rows are 10 sampling seeds of 10 training seeds of 4 numbers of evaluations of so many methods. Each part is done in a
-process of its own, which tells its seconds without imports, and its peak memory above what it held before.
+Rows are 10 sampling seeds of 10 training seeds of 4 numbers of evaluations of so many methods. Each part runs in a
+separate process, which returns its seconds without imports, and its peak memory minus that before.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Several processes do one run at the same time, in one results folder: every row is there once, in all their tables.
+"""Several processes do the same run at the same time, in one results folder; all must end with the same table.
 
     python benchmarks/together.py [PROCESSES]
 
-They are started at random moments of the first second. Each cell must be trained by exactly one of them, the teacher's
-students' first weights are fitted once, and all must end with the table of a single process.
+They are started at random times of the first second. Each cell must be trained by exactly one of them, the students'
+initial weights must be fitted once, and all must end with the table of a single process.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import kills
 
 
 class Trainings(kills.Diary):
-    """Writes a line for every training, and nothing else."""
+    """A progress that writes only a line for every training."""
 
     def note(self, label: str) -> None:
         if (label.endswith(": training") and not label.startswith("after ")) or label.startswith(
-            "students' first weights"
+            "students' initial weights"
         ):
             with self.file.open("a") as file:
                 file.write(f"{label}\n")

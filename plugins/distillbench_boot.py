@@ -2,7 +2,7 @@
 
 Gu, Zhai, Zhang, Liu & Susskind 2023, arXiv:2306.05544. The student reads the same noise eps at every time t and
 predicts the signal y_t = (x_t - sigma_t eps) / alpha_t of the teacher's trajectory that starts at eps. It is
-bootstrapped along the Signal-ODE, dy/dt = -lam'_t (f(x_t, t) - y_t), from t_max, where it is tied to the teacher.
+bootstrapped along the Signal-ODE, dy/dt = -lam'_t (f(x_t, t) - y_t), from t_max, where L_BC fits it to the teacher.
 
     x_t  = alpha_t y_t + sigma_t eps                                            (definition of y_t)
     y_s  = r y_t + (1 - r) f(x_t, t),   r = alpha_t sigma_s / (alpha_s sigma_t)  (DDIM in y: the exact step)
@@ -20,8 +20,8 @@ bootstrapped along the Signal-ODE, dy/dt = -lam'_t (f(x_t, t) - y_t), from t_max
 | g        | student: teacher's network at t_max plus an embedding of the time   | (B,C,H,W)        |
 | c        | condition: class and guidance of the teacher                        | of a batch       |
 
-Ours, where the full text could not be read (weights, Heun's form, grid), is in docs/methods.md. L_BC is needed: without
-it every y'(eps, t) = y(eps + C(eps), t) + sigma_t / alpha_t C(eps) has zero L_BS as well.
+docs/methods.md lists our choices where the full text could not be read (weights, Heun's form, grid). L_BC is needed:
+without it every y'(eps, t) = y(eps + C(eps), t) + sigma_t / alpha_t C(eps) has zero L_BS as well.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ tau = sigma_t / alpha_t, so it works on any schedule: x^ = x_t / alpha_t = x_0 +
 | c          | condition: class and guidance of the teacher                           | of a batch       |
 | F, F^-     | consistency function of the student and of the target network          | (B,C,H,W)        |
 
-Where networks have dropout, F and F^- drop the same features, as released; the teacher drops none.
+If networks have dropout, F and F^- drop the same features, as released; the teacher has no dropout.
 """
 
 from __future__ import annotations

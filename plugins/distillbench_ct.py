@@ -9,7 +9,7 @@ noise: E[x_0 + tau_s eps given x_t] is one Euler step of the data's probability-
     weights of F^- <- mu weights of F^- + (1 - mu) weights of F                               (mu = 0: F^- is F)
     t = t_{n+1}, s = t_n;   P(n) is uniform, or Phi_{n+1} - Phi_n with Phi_n = Phi((ln tau_n - p_mean) / p_std)
 
-    doubling: N = min(s0 2^i, s1) + 1 in stage i, each 1 / (log2 [s1/s0] + 1) of training, the last what is left (iCT)
+    doubling: N = min(s0 2^i, s1) + 1 in stage i, each 1 / (log2 [s1/s0] + 1) of training, the last the rest (iCT)
     sqrt:     N = ceil(y - 1) + 1, y^2 = p ((s1+1)^2 - s0^2) + s0^2 at progress p; N - 1 < y <= N lasts 2N - 1 parts
 
 | symbol | meaning                                                            | shape      |
@@ -19,9 +19,10 @@ noise: E[x_0 + tau_s eps given x_t] is one Euler step of the data's probability-
 | c      | class of x_0                                                       | of a batch |
 | F, F^- | consistency function of the student and of the target network      | (B,C,H,W)  |
 
-Where networks have dropout, F and F^- drop the same features, as iCT has it. For infinite N the optimum is the map of
-the data's ODE, and the teacher's where that is exact: so samples of one step are compared with the teacher's own.
-At finite N pseudo_huber ends further from it than l2: it aims at medians, not means, until |F - F^-| is below its c.
+If networks have dropout, F and F^- drop the same features, as in iCT. For infinite N the optimum is the map of the
+data's ODE, which is also an exact teacher's: so one-step samples are compared with the teacher's for the same noise.
+At finite N the optimum of pseudo_huber is further from it than that of l2: it estimates medians, not means, until
+|F - F^-| is below its c.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Progressive distillation: a student learns to do in one DDIM step what its teacher does in two, again and again.
+"""Progressive distillation: a student learns to make one DDIM step of two of its teacher's, in several phases.
 
 Salimans & Ho 2022, arXiv:2202.00512, algorithm 2. In the phase with n student steps, with i ~ U{1..n}:
 

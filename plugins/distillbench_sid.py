@@ -1,17 +1,17 @@
 """SiD: score identity distillation. A one-step generator learns the teacher's distribution from its noised samples.
 
 Zhou, Zheng, Wang, Yin & Huang 2024, "Score identity Distillation: Exponentially Fast Distillation of Pretrained
-Diffusion Models for One-Step Generation", arXiv:2404.04057, as the authors' code has it. Data-free. Noise levels are
+Diffusion Models for One-Step Generation", arXiv:2404.04057, as in the authors' code. Data-free. Noise levels are
 EDM's, tau = sigma_t / alpha_t, so it works on any schedule: x_t = alpha_t (x + tau eps).
 
     x     = G(z) = D_G(sigma_t' z, t'),   tau_t' = sigma_init
     L_psi = E (1/tau^2 + 1/sd^2) | D_psi(x_t, t) - sg[x] |^2,   log tau ~ N(p_mean, p_std^2)
     L_G   = E d [ (D_phi(x_t, t) - x) - alpha d ] / sg[ mean|x - D_phi(x_t, t)| ],   d = D_phi(x_t, t) - D_psi(x_t, t)
 
-L_G has gradients through x, and through x_t in both D_phi and D_psi, but moves only G. At the optimal psi, E[x given
+L_G has gradients through x, and through x_t in both D_phi and D_psi, but updates only G. At the optimal psi, E[x given
 x_t] = D_psi, so without its denominator L_G = (1 - alpha) E|d|^2: zero where the distributions agree and negative
 elsewhere for alpha > 1. Its value does not measure progress. For images of a single pixel 1 / |x - D_phi| has no mean,
-and training is erratic; from two pixels on it has one.
+and training is erratic; for two or more pixels it has one.
 
 | symbol         | meaning                                                                        | shape      |
 |----------------|--------------------------------------------------------------------------------|------------|

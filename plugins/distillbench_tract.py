@@ -1,4 +1,4 @@
-"""TRACT: from anywhere in a group of the teacher's steps, a student learns to jump to the group's end in one.
+"""TRACT: from any time in a group of the teacher's steps, a student learns to reach the group's end in one step.
 
 Berthelot et al. 2023, arXiv:2303.04248, as released (apple/ml-tract), unclipped. In the phase from T_p to T_p+1 steps a
 group is S = T_p / T_p+1 steps of the grid. t is uniform on the grid, t' the next time down, t'' the end of t's group:
@@ -9,14 +9,14 @@ group is S = T_p / T_p+1 steps of the grid. t is uniform on the grid, t' the nex
     L     = w | x~ - x^(x_t, t) |^2,   w = max(SNR, 1), SNR + 1 or SNR + 4, SNR = 1 / tau^2;      student x^
     weights of g += (weights of x^ - weights of g) (1 - mu) / (1 - mu^k)               after the k-th update
 
-x~, the x_0 from which one DDIM step lands on x_t'', needs neither x_t nor x_t'' and so loses no digits to them:
+x~ is the x_0 for which one DDIM step gives x_t''. Without x_t and x_t'' it is computed without cancellation:
 
     x~ = a f + (1 - a) g,   a = tau'' (tau - tau') / (tau' (tau - tau'')),   tau = sigma_t / alpha_t
 
-The grid's end stands for tau'' = 0, as in the EDM variant: the last step ends on the data prediction. (The release on
-log SNR ends at tau'' = e^-10: up to .5 % of the loss.) Heun's step, of the EDM variant, is DDIM's with the prediction
-f + tau / (2 tau') (f(x_t', t') - f), and DDIM's own where it ends at tau' = 0. Neither f nor g has dropout.
-After a phase the student's average becomes the teacher; the student, its optimiser, g and k go on.
+At the grid's end tau'' is 0, as in the EDM variant: the last step ends on the data prediction. (The release on log SNR
+ends at tau'' = e^-10: up to .5 % of the loss.) Heun's step, of the EDM variant, is DDIM's with the prediction
+f + tau / (2 tau') (f(x_t', t') - f), and DDIM's own if it ends at tau' = 0. Neither f nor g has dropout.
+After a phase the student's average becomes the teacher; the student, its optimiser, g and k continue.
 
 | symbol         | meaning                                                       | shape     |
 |----------------|---------------------------------------------------------------|-----------|
@@ -79,7 +79,7 @@ class Tract(Method):
         self.self_teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.following = MovingAverage(self.self_teacher, self.student)
         self.register_buffer("k", torch.zeros((), dtype=torch.int64))
-        self.updates = 0  # k as a plain number, for which no device is waited for
+        self.updates = 0  # k as a Python number, read without waiting for the device
         self.register_load_state_dict_post_hook(lambda method, _: setattr(method, "updates", int(method.k)))
         self.frozen_copy = teacher.frozen_copy()  # copy that takes an average's weights: the teacher of later phases
         self.students = nn.ModuleDict({str(n): teacher.student().freeze() for n in config.steps[1:]})

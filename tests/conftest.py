@@ -7,9 +7,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: also of the processes that tests start
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from edm_files import EdmWriter, edm_writer_in
 
 torch.set_num_threads(1)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start compile torch once, and not each anew
@@ -33,3 +36,10 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def edm_writer(tmp_path: Path) -> Iterator[EdmWriter]:
+    """Writes files of networks in EDM's format into the test's folder."""
+    with edm_writer_in(tmp_path) as writer:
+        yield writer

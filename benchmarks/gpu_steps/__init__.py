@@ -1,1 +1,1 @@
-"""The steps of benchmarks/gpu.py: what is measured, and apart from it what is said about what was measured."""
+"""The steps of benchmarks/gpu.py: measurements, and separately the verdicts on them."""

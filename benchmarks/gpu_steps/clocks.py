@@ -1,4 +1,4 @@
-"""Time on a device, done right: clocks that are up, work that is over, nothing else inside; and NVML's gauges."""
+"""Timing on a device (clocks warmed up, work finished, nothing else timed), and NVML's sensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def synchronise(device: str) -> None:
 
 
 def warm_up(device: str, seconds: float = 2.0) -> None:
-    """Products until clocks are where they stay under load: a GPU at rest takes a second or so to get there."""
+    """Multiply matrices until clocks are as high as under load, which takes an idle GPU about a second."""
     size = 4096 if device != "cpu" else 256
     a = torch.randn(size, size, device=device)
     end = time.perf_counter() + seconds

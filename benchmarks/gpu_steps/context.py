@@ -1,4 +1,4 @@
-"""What a step is given: device, sizes, time, a folder, what earlier steps found; and where it says what it found."""
+"""The context of a step: device, sizes, time, a folder, the findings of earlier steps, and where it reports its own."""
 
 from __future__ import annotations
 

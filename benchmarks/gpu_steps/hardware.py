@@ -1,4 +1,4 @@
-"""Steps about the device itself: what it is, what it can do, its precision, its gauges of memory and energy."""
+"""Steps about the device: what it is, its speed, its precision, its counters of memory and energy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page that benchmarks/gpu.py leaves: verdicts first, then the figures, as Markdown."""
+"""The page that benchmarks/gpu.py writes: verdicts first, then the figures, as Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that run the command line, as a user does."""
+"""Steps that run the command line as a user does."""
 
 from __future__ import annotations
 

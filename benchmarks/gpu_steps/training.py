@@ -1,4 +1,4 @@
-"""Steps about training: step times in every setting, the loop beside bare loops, bits."""
+"""Steps about training: step times in every setting, the harness's loop and bare loops, bit-identical repetitions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What benchmarks/gpu.py says of measured values: every judge is a function of plain numbers, and needs no GPU.
+"""The verdicts of benchmarks/gpu.py on measured values: functions of plain numbers, which need no GPU.
 
-ok: as expected. look: something to explain before a figure is used. wrong: the project or the machine gives wrong
-results here. skipped: not run, and why.
+ok: as expected. look: must be explained before a figure is used. wrong: the project or the machine gives wrong
+results. skipped: not run, and why.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Level = Literal["ok", "look", "wrong", "skipped"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line: what was looked at, the figure, what was expected, and what to do where it is not ok."""
+    """One line: the measurement, its figure, what was expected, and what to do if it is not ok."""
 
     level: Level
     what: str
@@ -31,7 +31,7 @@ def judge(good: bool, otherwise: Level, what: str, figure: str, expected: str = 
 
 
 def unjudged(verdict: Verdict) -> Verdict:
-    """Of a rehearsal, whose times mean nothing."""
+    """The verdict in a rehearsal, whose times mean nothing."""
     return Verdict("ok", verdict.what, verdict.figure, "not judged in a rehearsal")
 
 

@@ -1,4 +1,4 @@
-"""Steps between two log steps must not wait for the device: counted by torch's mode for it, and by its profiler."""
+"""Training steps between log steps must not wait for the device: counted by torch's sync debug mode and profiler."""
 
 from __future__ import annotations
 

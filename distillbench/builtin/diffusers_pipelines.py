@@ -2,7 +2,7 @@
 
 Only data is read from a pipeline: its configs and safetensors. Network and autoencoder are built by diffusers' own
 classes, chosen from a fixed list. Code in a pipeline is never run, and pickled weights (.bin) are refused. The
-scheduler's config becomes a noise schedule and a parameterisation (:mod:`..diffusers_schedules`).
+scheduler's config becomes a noise schedule and a parameterisation (:mod:`distillbench.teachers.diffusers_schedulers`).
 
 | pipeline                                     | network               | autoencoder             | classes |
 |----------------------------------------------|-----------------------|-------------------------|---------|

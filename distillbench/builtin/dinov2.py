@@ -1,8 +1,8 @@
-"""Scores on DINOv2 features, which agree with human judgement better than Inception's (Stein et al. 2023,
-arXiv:2306.04675).
+"""Scores on DINOv2 features.
 
-The network is timm's with the official weights. Resizing and position embeddings are those of dgm-eval, the code of
-that paper, so that values can be compared with its values.
+They agree with human judgement better than Inception's (Stein et al. 2023, arXiv:2306.04675). The network is timm's
+with the official weights. Resizing and position embeddings are those of dgm-eval, the code of that paper, so that
+values can be compared with its values.
 """
 
 from __future__ import annotations

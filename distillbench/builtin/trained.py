@@ -299,7 +299,7 @@ def read_teacher(file: Path, shape: tuple[int, int, int], classes: int, device: 
     """The frozen teacher in `file`. Raises UserError if it is damaged or was trained on other images or classes."""
     recipe = _read_recipe(file, shape, classes)
     try:
-        weights = read_tensors(file, sealed=False)
+        weights = read_tensors(file, needs_checksum=False)
         _check_shapes(recipe, weights)
         denoiser = _denoiser(recipe)
         denoiser.network.load_state_dict(weights)

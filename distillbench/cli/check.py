@@ -50,7 +50,7 @@ def _check(registry: Registry, kind: str, name: str, settings: Sequence[str], di
         heading = f"{'look' if finding.doubt else WORDS[finding.ok]:<4}  {finding.check:<20}  "
         doubts += finding.doubt
         click.echo(click.wrap_text(finding.message, width(), heading, " " * len(heading)))
-    look = f" ({doubts} to look at)" if doubts else ""
+    look = f" ({doubts} to confirm)" if doubts else ""
     summary = f"{counts[True]} ok{look}, {counts[False]} failed, {counts[None]} not applicable"
     click.echo(f"{kind.removesuffix('s')} {name}: {summary}")
     return not counts[False]

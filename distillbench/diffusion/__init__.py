@@ -1,6 +1,6 @@
 """The mathematics of diffusion models: noise schedules, denoisers, samplers, conditioning, losses, closed forms.
 
-It may import `storage` and `system`.
+It may import `records`, `metering` and below.
 
 The names in ``__all__`` are public: the plugin contract covers them. They load on first use.
 """

@@ -38,7 +38,7 @@ class Condition:
 
     labels: Tensor | None = None  # None: unconditional
     w: Tensor | None = None  # None: not guided
-    guides: bool = True  # False: w is 1 throughout: an input of the student, and the teacher needs no second evaluation
+    guides: bool = True  # False: w is 1 everywhere; the student has it as an input, the teacher is evaluated once
     text: Tensor | None = None
     image: Tensor | None = None
 
@@ -62,7 +62,7 @@ class Texts(Protocol):
         """The empty text, `count` times: (count,L,D)."""
 
     def seconds(self, count: int) -> float:
-        """Seconds that it took to encode `count` of the prompts."""
+        """Seconds that the encoding of `count` of the prompts took."""
 
 
 class SmallImages(Protocol):
@@ -76,9 +76,10 @@ class SmallImages(Protocol):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """How a run conditions: on one of `classes` (0: not at all), and guided by w, or by w drawn from `w_range`.
+    """Conditions of a run: one of `classes` (0: unconditional), and a guidance weight w, fixed or from `w_range`.
 
-    Training asks for the classes below those of `evaluated`, evaluation for these; where it is None, both for all.
+    Evaluation uses the classes in `evaluated`, training the classes before them (prompts: training prompts come
+    first). If `evaluated` is None, both use all classes.
     """
 
     classes: int = 0
@@ -99,7 +100,7 @@ class Conditioning:
 
     @property
     def trained(self) -> int:
-        """How many classes training asks for: 0, ..., trained - 1."""
+        """The number of classes in training: 0, ..., trained - 1."""
         return self.classes if self.evaluated is None else self.evaluated.start
 
     def draw(
@@ -137,7 +138,7 @@ class Conditioning:
         return self._condition(labels, None, self._small_noise(stream_key("small images", 0), indices), device)
 
     def labels_of_images(self, indices: Sequence[int]) -> Tensor:
-        """(N,) int64: the classes that evaluation asks for."""
+        """(N,) int64: the classes in evaluation."""
         asked = self.evaluated or range(self.classes)
         return torch.tensor([asked[index % len(asked)] for index in indices], dtype=torch.int64)
 

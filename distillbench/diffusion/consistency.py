@@ -6,8 +6,8 @@ any schedule: x^ = x_t / alpha_t = x_0 + tau eps.
     F(x_t, t, c) = c_skip(tau) x^ + c_out(tau) NN,   c_skip = sd^2 / ((tau - e)^2 + sd^2),
                                                      c_out  = (tau - e) sd / sqrt(tau^2 + sd^2)       (eq. 5 and app. C)
 
-NN is read off the denoiser D = k_skip x^ + k_out NN, with EDM's k_skip and k_out, so that any parameterisation serves:
-F = (c_skip - (1 - e/tau) k_skip) x^ + (1 - e/tau) D. For an EDM network this is the paper's, unchanged.
+NN is computed from the denoiser D = k_skip x^ + k_out NN, with EDM's k_skip and k_out, so any parameterisation works:
+F = (c_skip - (1 - e/tau) k_skip) x^ + (1 - e/tau) D. For an EDM network this equals the paper's F.
 
 | symbol | meaning                                          | shape     |
 |--------|--------------------------------------------------|-----------|
@@ -86,8 +86,8 @@ def multistep(
 ) -> Tensor:
     """Algorithm 1: jump to the end, noise again to a lower level of the ascending `grid` (N,), jump again.
 
-    The levels are spread evenly over the grid's indices. A result has variance e^2 of noise left, so tau^2 - e^2 is
-    added to it. Shape (B,C,H,W).
+    The levels are spread evenly over the grid's indices. F still contains noise of variance e^2, so noise of variance
+    tau^2 - e^2 is added to it. Shape (B,C,H,W).
     """
     schedule = F.schedule
     levels = torch.linspace(len(grid) - 1, 0, nfe + 1)[:-1].round().long()

@@ -83,7 +83,7 @@ INPUTS["edm"] = _edm_input
 
 
 class NetworkCall:
-    """How the networks of a counter are called. The base class calls them as they are.
+    """How the networks of a counter are called. The base class calls them unchanged.
 
     `plain` has, in plain values, the settings that can change results.
     """

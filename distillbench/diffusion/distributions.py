@@ -20,7 +20,7 @@ With V = alpha^2 v + sigma^2, taken along each eigenvector of a covariance, wher
 
 Everything is computed in float64; results have the dtype and the device of x_t. The Gaussian's f and map follow from
 f = (x_t + sigma^2 grad log p) / alpha and dx^/d(tau) = (x^ - f) / tau, x^ = x / alpha, tau = sigma / alpha (Karras et
-al. 2022, eqs. 1 and 3). Equal quantiles: in one dimension, a flow that conserves mass and order has no other choice.
+al. 2022, eqs. 1 and 3). Equal quantiles: in one dimension a flow conserves mass and order, which determines it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from distillbench.errors import UserError, quoted
 __all__ = ["Distribution", "Gaussian", "GaussianMixture", "mixture"]
 
 SLACK = 1e-6  # of the weights' sum, and, relative to the largest entry, of a covariance's symmetry and sign
-MOST_HALVINGS = 200  # 64-bit floats run out before, except for values next to 0
+MOST_HALVINGS = 200  # enough for every float64 except values near 0
 LARGEST_EXPONENT = 700.0  # exp of it is still finite in float64
 
 
@@ -297,7 +297,7 @@ class GaussianMixture(Distribution):
 
 
 def mixture(weights: Any, means: Any, stds: Any, shape: Any = None) -> GaussianMixture:
-    """A mixture from the lists of a configuration; an error names the setting that is at fault.
+    """A mixture from the lists of a configuration; an error names the wrong setting.
 
     weights: K numbers; means: K rows of D numbers; stds: K rows of 1 or D numbers; shape: C, H, W (default D, 1, 1).
     """
@@ -319,7 +319,7 @@ def mixture(weights: Any, means: Any, stds: Any, shape: Any = None) -> GaussianM
 
 
 def _coefficients(schedule: NoiseSchedule, t: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma), (B,1) each, in float64 whatever the default dtype."""
+    """(alpha, sigma), (B,1) each, in float64 for any default dtype."""
     lam = schedule.lam(t).flatten(1)
     log_alpha = schedule._log_alpha(lam)
     return log_alpha.exp().to(device), (lam + log_alpha).exp().to(device)

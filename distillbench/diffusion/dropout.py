@@ -1,6 +1,6 @@
 """One dropout mask for several evaluations, so that a loss does not compare different masks.
 
-Where dropout acts at all is decided by :class:`distillbench.diffusion.denoiser.CountedNetwork`. Dropout draws from
+:class:`distillbench.diffusion.denoiser.CountedNetwork` decides in which evaluations dropout acts. Dropout draws from
 torch's default generator of the device: the same state gives the same masks.
 """
 
@@ -31,7 +31,7 @@ def one_mask(*networks: nn.Module) -> Iterator[None]:
     the target network of a consistency model (Song et al. 2023, as released). The evaluations must have equally many
     images, and the networks one architecture. After the block the generator is as after the last evaluation alone.
 
-    A network in evaluation mode drops nothing here either. Raises RuntimeError where a step yields within the block.
+    A network in evaluation mode drops nothing here either. Raises RuntimeError if train_step yields within the block.
     """
     counted = [found for network in networks for found in _counted(network)]
     device = next((str(weight.device) for network in networks for weight in network.parameters()), "cpu")

@@ -1,6 +1,4 @@
-"""The closed-form denoiser of a distribution (:mod:`distillbench.diffusion.distributions`), evaluated and counted like
-a network.
-"""
+"""The closed-form denoiser of a distribution, evaluated and counted like a network."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ __all__ = ["evaluating", "frozen_weights"]
 def frozen_weights(network: nn.Module) -> Iterator[None]:
     """In the block the weights of `network` are constants: gradients reach its input only, and dropout is off.
 
-    After it, also after an error, the same weights require gradients as before. A step must not yield within it.
+    After it, also after an error, the same weights require gradients as before. train_step must not yield within it.
     """
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     try:
@@ -28,7 +28,7 @@ def frozen_weights(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """In the block `network` is in evaluation mode. After it every module has its mode of before.
+    """In the block `network` is in evaluation mode. After it every module has its earlier mode.
 
     Networks of a teacher and of students made from it do not need it: see
     :class:`distillbench.diffusion.denoiser.CountedNetwork`.

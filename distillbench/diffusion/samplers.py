@@ -33,7 +33,7 @@ __all__ = [
     "uniform_lambda_times", "uniform_times", "whole_grid", "x_at_t_max", "x_at_top",
 ]  # fmt: skip
 
-LARGEST_HEUN_WEIGHT = 10  # a uniform grid in t from log SNR -20 has 1085 and misses by RMSE 4; Karras's 18 steps, 1.2
+LARGEST_HEUN_WEIGHT = 10  # a uniform grid in t from log SNR -20 has 1085 and an RMSE of 4; Karras's 18 steps have 1.2
 DenoiseFunction = Callable[[Tensor, Tensor], Tensor]
 NoiseFunction = Callable[[int], Tensor]
 
@@ -98,7 +98,7 @@ def consistency_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
     """t_min, then N of 40 Karras levels, evenly spread over their indices from the top; shape (N+1,) float64.
 
     Where a consistency function is evaluated (Song et al. 2023, algorithm 1; 40 levels are the paper's for ImageNet).
-    For more than 39 steps there are as many levels as steps, and one.
+    For N > 39 there are N + 1 levels.
     """
     count = max(LEVELS, steps + 1)
     levels = karras_times(schedule, count, 0.002, 80.0)
@@ -135,7 +135,7 @@ def _linspace(steps: int) -> Tensor:
 
 def _trailing(steps: int) -> Tensor:
     """999, 999 - 1000/N, ... (rounded), ascending. For some N (61, 103, ...) diffusers has one more, of index -1."""
-    index = np.arange(POINTS, 0, -POINTS / steps)[:steps].round() - 1  # numpy's own rounding decides at halves
+    index = np.arange(POINTS, 0, -POINTS / steps)[:steps].round() - 1  # halves are rounded as numpy rounds them
     return torch.from_numpy(index).flip(0)
 
 
@@ -193,7 +193,7 @@ def heun_step(schedule: NoiseSchedule, f: DenoiseFunction, x_t: Tensor, t: Tenso
     alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(s)
     x_hat = x_t / alpha_t
     x_euler = torch.lerp(f(x_t, t), x_hat, level_s / level_t)  # x^ + (s^_s - s^_t) d_t with d_t = (x^ - f_t) / s^_t
-    half_step = (level_s - level_t) / (2 * level_s)  # of d_s = (x_euler - f_s) / s^_s; x_euler has the other half
+    half_step = (level_s - level_t) / (2 * level_s)  # of d_s = (x_euler - f_s) / s^_s; x_euler contains the other half
     ahead = x_euler - f(alpha_s * x_euler, s)
     return alpha_s * torch.addcmul(torch.lerp(x_hat, x_euler, 0.5), half_step, ahead)
 
@@ -285,8 +285,8 @@ def ancestral(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: T
 def renoise(f: DenoiseFunction, schedule: NoiseSchedule, x_T: Tensor, times: Tensor, noise: NoiseFunction) -> Tensor:
     """Song et al. (2023) algorithm 1: jump to the end, noise again to the next lower level, jump again.
 
-    For an f that is a consistency function, such as a released one-step student. What it gives has variance e^2 of
-    noise left, e the level at times[0], so tau^2 - e^2 is added. N evaluations and noise(1), ..., noise(N-1).
+    f must be a consistency function, such as a released one-step student. Its output still contains noise of level e,
+    that of times[0], so noise of variance tau^2 - e^2 is added. N evaluations and noise(1), ..., noise(N-1).
     """
     x_t, e, down = x_T, schedule.noise_level(times[:1]).item(), _down(times, x_T)
     t = next(down)
@@ -383,7 +383,7 @@ class Solver:
             check_heun(schedule, times[1:])  # the last step, to times[0], is Euler's
 
     def note(self, schedule: NoiseSchedule, steps: int) -> str:
-        """The warning that a row of these steps carries; empty if there is none."""
+        """The warning in a row with this number of steps; empty if there is none."""
         if SAMPLERS[self.sampler].per_step < 2:
             return ""
         weight = _heun_weight(schedule, self.times(schedule, steps)[1:])

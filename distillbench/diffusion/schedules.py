@@ -1,4 +1,4 @@
-"""Noise schedules: the one place that owns alpha, sigma and lambda.
+"""Noise schedules: alpha, sigma and lambda are defined here only.
 
     x_t = alpha_t x_0 + sigma_t eps,     t in [t_min, t_max], larger t = noisier
 
@@ -32,9 +32,9 @@ __all__ = ["SCHEDULES", "VE", "DiscreteBetas", "FlowMatching", "NoiseSchedule", 
 
 
 class NoiseSchedule(ABC):
-    """A schedule is its ``lam(t)``, the inverse ``t_of_lam``, and how alpha and sigma share a given lambda.
+    """A schedule is defined by ``lam(t)``, its inverse ``t_of_lam``, and log alpha as a function of lambda.
 
-    Nothing of the times is cached: in training steps of a U-Net of 34 M parameters that brought nothing measurable.
+    Values at times are not cached: in training steps of a U-Net of 34 M parameters that saved no measurable time.
     """
 
     t_min: float
@@ -80,7 +80,7 @@ class NoiseSchedule(ABC):
         low, high = self.lam(torch.tensor([self.t_min, self.t_max], dtype=torch.float64)).tolist()
         if not (lam_low < lam_high and lam_low < high and low < lam_high):
             raise UserError(
-                f"lambda between {lam_low:g} and {lam_high:g} leaves nothing of {type(self).__name__}, whose "
+                f"no time of {type(self).__name__} has lambda between {lam_low:g} and {lam_high:g}: its "
                 f"log(sigma/alpha) runs from {low:g} to {high:g}"
             )
         narrow = copy.copy(self)

@@ -21,7 +21,7 @@ from distillbench.training.turns import first_error, tried
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """All ranks sample a row: of the method with `weights`, of the teacher, or the teacher's many-step answers."""
+    """All ranks sample a row: of the method with `weights`, of the teacher, or the teacher's many-step samples."""
 
     task: Any  # CellTask
     weights: Path | None = None
@@ -61,8 +61,8 @@ class SharedNetworks(Networks):
         """What non-zero ranks do."""
         mine = self.get(network)
         error: Exception | None = None
-        while error is None and (told := self.ranks.scatter([]))[0]:
-            _, error = self._round(mine, told[1])
+        while error is None and (received := self.ranks.scatter([]))[0]:
+            _, error = self._round(mine, received[1])
 
     def _round(self, network: FeatureNetwork, block: Tensor | None) -> tuple[list[Tensor], Exception | None]:
         """The features of one block for each rank."""

@@ -65,7 +65,8 @@ class Evaluator:
     def teacher_samples(self, seed: int, order: SampleOrder | None = None) -> tuple[Tensor, ImageSet]:
         """The teacher's many-step samples for the noise of `seed`: (N,C,H,W), and as 8-bit images.
 
-        With a cache they are computed once for all processes and stored. `order` tells other ranks what to sample.
+        With a cache they are computed once for all processes and stored. `order` is sent to the other ranks, which
+        sample their share.
         """
         if seed not in self._teacher_samples:
             order = order and replace(order, teacher_samples=True, seed=seed)
@@ -117,7 +118,7 @@ class Evaluator:
     ) -> Measured:
         """The scores of `sampler` at `nfe` evaluations per image, on the noise of sampling seed `seed`.
 
-        If several ranks sample, `order` tells the others the cell and the weights.
+        If several ranks sample, `order` (the cell and the weights) is sent to the others.
         """
         teacher_x_0, teacher = self.teacher_samples(seed, order)
         with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:

@@ -41,7 +41,7 @@ class FeatureNetwork(ABC):
 
     @classmethod
     def locate(cls, folder: Path) -> Path:
-        """The file of its weights, in `folder` or torch.hub's. Raises Unavailable like :func:`pretrained.locate`."""
+        """The file of its weights, in `folder` or torch.hub's. Raises Unavailable if it is missing or damaged."""
         for file in cls.also:
             locate(cls.name, file, folder)
         return locate(cls.name, cls.weights, folder)

@@ -140,7 +140,7 @@ class RealImages(ImageSet):
         self._imported: dict[type[FeatureNetwork], GaussianStatistics] = {}  # those of `files`, on the device
 
     def describe(self, network: type[FeatureNetwork]) -> str:
-        """The reference that metrics of `network` use, in words."""
+        """A description of the reference that metrics of `network` use."""
         file = self.files.get(network.name)
         if file is None:
             return f"{self.count} images"

@@ -393,9 +393,9 @@ def _components(subject: Subject, measurement: Measurement, timer: Timer) -> _Ro
     }
     for (name, call), reason in zip(calls.items(), ("no latents", "no texts"), strict=True):
         with found.attempt(name):
-            with ExitStack() as awake:  # moving a module to the device is not part of its latency
+            with ExitStack() as stack:  # moving a module to the device is not part of its latency
                 for module in teacher.offloaded:
-                    awake.enter_context(module.on_device())
+                    stack.enter_context(module.on_device())
                 seconds = [] if call is None else warmed_up(call, timer, LEAST_CALLS, measurement.timing_seconds)
             found.put(name, 1000 * statistics.median(seconds) if seconds else None, reason)
     return found

@@ -51,7 +51,7 @@ class EvaluationConfig:
             raise UserError(f"evaluation.teacher_samplers must list different samplers, got {self.teacher_samplers}")
         if not solvers[0].deterministic:
             raise UserError(
-                f"evaluation.teacher_samplers: the first gives the answers that others are compared with, and "
+                f"evaluation.teacher_samplers: the first gives the samples that others are compared with, and "
                 f"{solvers[0].name} adds noise. Put another before it, such as ddim"
             )
 

@@ -1,6 +1,6 @@
 """Executors: cells run one after the other, in parallel on this machine, or as jobs of a cluster.
 
-An executor receives cells and yields their results in the order in which they finish. A file lock (claims.py) keeps two
+An executor receives cells and yields their results in the order in which they finish. A file lock keeps two
 processes from running the same cell.
 """
 
@@ -167,7 +167,7 @@ class PoolExecutor:
 class RemoteExecutor:
     """Runs the cells as jobs on other machines. The scan is a job, too: cache keys depend on the machine's device.
 
-    A job that a signal ended on its machine, and not here, is submitted again, at most `retries` times.
+    A job that was ended by a signal on its machine, and not here, is submitted again, at most `retries` times.
     """
 
     poll_seconds = 30.0

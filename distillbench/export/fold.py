@@ -46,7 +46,7 @@ from distillbench.networks.diffusers_wrappers import DiT as WrappedDiT
 from distillbench.networks.edm import DhariwalUNet, SongUNet
 from distillbench.training.method import Method
 
-ALLOWED = 1e-5  # residual of a fit, relative to its terms
+ALLOWED = 1e-5  # largest residual of a fit, relative to its terms
 NOTHING = 1e-6  # coefficients of terms of size 1 below this are 0
 UNIT = 2.0**-24  # 1 - beta of a float32 beta is a multiple of this
 CANDIDATES = 4096  # pairs of betas to try
@@ -207,12 +207,12 @@ class Core(ABC):
         """F(x, c), (B,C,H,W)."""
 
     def scale(self, k: float, q: float, gain: float) -> bool:
-        """Change the first and last layer so that F becomes gain F(k x + q); False if they cannot do that."""
+        """Change the first and last layer so that F becomes gain F(k x + q); False if that is not possible."""
         return False
 
 
 class OwnCore(Core):
-    """A network of this package; it is given the time and the embedding at every call."""
+    """A network of this package; time and embedding are arguments of every call."""
 
     def __init__(self, seen: RecordedStep) -> None:
         super().__init__(seen.network, lambda x: x, seen.eps.shape[1])
@@ -259,9 +259,9 @@ class TextCore(Core):
 
 
 class TransformerCore(Core):
-    """A DiTTransformer2DModel; without conditioning it is given class 0.
+    """A DiTTransformer2DModel; an unconditional one always gets class 0.
 
-    The channels of a variance stay, as DiTPipeline drops them.
+    Channels of a variance are not removed, because DiTPipeline drops them.
     """
 
     def __call__(self, x: Tensor, c: Condition) -> Tensor:
@@ -291,7 +291,7 @@ def _scale_convolutions(unet: Any, channels: int, k: float, gain: float) -> None
 
 @torch.no_grad()
 def _multiply(weight: Tensor, factor: float, where: Any = ...) -> None:
-    """Multiply by `factor` in place, with one rounding."""
+    """Multiply by `factor` in place, rounded once."""
     weight[where] = (weight[where].double() * factor).to(weight.dtype)
 
 

@@ -1,7 +1,7 @@
 """``distillbench export``: write a student as a pipeline that diffusers samples in one step, without distillbench.
 
-run folder -> settings, teacher, student (export_run) -> its one step, folded into the network (export_fold)
-           -> pipeline (export_forms, export_bundle) -> read back and compared -> model card (export_card)
+run folder -> settings, teacher, student (run_export.py) -> its one step, folded into the network (fold.py)
+           -> pipeline (forms.py, bundle.py) -> read back and compared -> model card (card.py)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
 """How time, memory and energy are measured.
 
-It may import `system` and `storage`.
+It may import `storage` and below.
 """

@@ -177,7 +177,7 @@ class Before:
     in_use: int | None = None  # of all processes and of the driver, before this one began
 
     def subtract_from(self, gpu: GpuPeak) -> None:
-        """Subtract them from the peaks; a peak that cannot be told apart from them becomes None."""
+        """Subtract them from the peaks; a peak that cannot be separated from them becomes None."""
         shared = "earlier work of this process holds memory too (evaluation.timing=inline)"
         if gpu.mib is not None:
             gpu.mib -= self.tensors / MIB

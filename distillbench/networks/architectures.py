@@ -100,7 +100,7 @@ class UNet(nn.Module):
 class OfDiffusers(nn.Module):
     """Any UNet2DModel or DiTTransformer2DModel: `config` is the content of its config.json, with `_class_name`.
 
-    The config's sizes must be those of the images, and it needs a row of its table for each class and one for none.
+    The config's sizes must be those of the images. Its class embedding needs a row for each class and one for no class.
     """
 
     def __init__(self, shape: tuple[int, int, int], config: dict[str, Any], classes: int = 0) -> None:
@@ -161,7 +161,7 @@ class DiT(nn.Module):
         self.conditional = classes > 0
 
     def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
-        if not self.conditional:  # its table has a single class
+        if not self.conditional:  # its class embedding has one row
             c = Condition(torch.zeros(len(x), dtype=torch.int64, device=x.device))
         return self.inner(x, time, embedding, c)
 

@@ -21,7 +21,7 @@ def move_towards(average: nn.Module, network: nn.Module, share: float) -> None:
 class MovingAverage:
     """Moves the weights of `average` towards those of `network`; buffers are copied.
 
-    The tensors are looked up once, at the first move: that takes as long as a move of a small network.
+    The tensors are collected once, at the first move: collecting them takes as long as a move of a small network.
     """
 
     def __init__(self, average: nn.Module, network: nn.Module) -> None:

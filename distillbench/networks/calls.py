@@ -1,6 +1,6 @@
 """How a network is called: under autocast, in channels_last, compiled, recomputed in backward passes.
 
-A network's class, state and copies stay as they are. The forward of its modules is overridden during one call; compiled
+A network's class, state and copies are not changed. The forward of its modules is overridden during one call; compiled
 forwards are functions of a class, which all networks of that class share.
 """
 
@@ -73,7 +73,7 @@ def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(eq=False)
 class ConfiguredCall(NetworkCall):
-    """The call that the settings ask for. `plain` has, in plain values, the settings that differ from the default."""
+    """The call with the given settings. `plain` has, in plain values, the settings that differ from the default."""
 
     device: str  # kind: cpu, cuda
     precision: str = "fp32"
@@ -132,7 +132,7 @@ def _compiled_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def _checkpointed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """forward(...) under activation checkpointing: recomputed in the backward pass with its present weights and modes.
+    """forward(...) under activation checkpointing: recomputed in the backward pass with its current weights and modes.
 
     Dropout draws the same masks again: torch's checkpoint restores the random generators' states.
     """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distillbench.diffusion.conditioning import Condition
 from distillbench.diffusion.denoiser import NetworkCall
 
-WARM_UP_CALLS = 3  # before a capture: libraries choose algorithms and take workspace at their first calls
+WARM_UP_CALLS = 3  # before a capture: libraries choose algorithms and allocate workspace in their first calls
 Inputs = tuple[Tensor | None, ...]  # x, time, embedding, and the tensors of the condition
 
 
@@ -40,8 +40,8 @@ class _Graph:
 class Captured(NetworkCall):
     """Replays `call` from CUDA graphs, for calls without gradient. Weights may change in place between calls.
 
-    A graph reads weights at their addresses of the capture. So :meth:`begin` is called wherever weights may have been
-    replaced by other tensors: graphs of a network with new addresses are captured again at its next call.
+    A graph reads weights at the addresses that they had during its capture. So :meth:`begin` must be called wherever
+    weights may have been replaced by other tensors: a network with new addresses is captured again at its next call.
 
     Its graphs share one memory pool, as they never run at the same time and outputs are copied out. The graphs of a
     network are freed with it.

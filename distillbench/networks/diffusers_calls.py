@@ -1,4 +1,4 @@
-"""How a network of diffusers is called: its own time, input and output, from and to those of our networks."""
+"""Conversion of time, input and output between networks of diffusers and ours."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Call:
     sign: float = 1.0
 
     def argument(self, time: Tensor) -> Tensor:
-        """The network's own time, scale time + offset, (B,)."""
+        """The time of diffusers' network, scale time + offset, (B,)."""
         return self.scale * time + self.offset
 
     def input(self, x: Tensor) -> Tensor:
-        """The network's own x, (B,C,H,W)."""
+        """The x of diffusers' network, (B,C,H,W)."""
         return x
 
     def output(self, out: Tensor, x: Tensor, time: Tensor) -> Tensor:
@@ -43,8 +43,8 @@ class Call:
 class ScoreCall(Call):
     """A score network of images in [0, 1] at noise level s (Song et al. 2021, NCSN++), read as eps of ours in [-1, 1].
 
-    y = (x + 1) / 2 has the noise level s = t / 2, and the network gives the score -eps / s. (diffusers samples from
-    y = s eps, which is x = 2 s eps - 1, where we start from x = 2 s eps: of no account at s = 1348.)
+    y = (x + 1) / 2 has the noise level s = t / 2, and the network returns the score -eps / s. (diffusers starts from
+    y = s eps, which is x = 2 s eps - 1, and we start from x = 2 s eps: negligible at s = 1348.)
     """
 
     def input(self, x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Networks of diffusers in our call, ``network(x, time, embedding, c)``.
+"""Networks of diffusers, wrapped so that they are called as ``network(x, time, embedding, c)``.
 
-The network itself is the attribute named `component`, as diffusers' pipelines name it, with diffusers' own keys below
-that prefix: ``network.wrapped.save_pretrained(folder)`` writes what diffusers loads. The two calls are converted by
-:class:`distillbench.networks.diffusers_calls.Call`. Where a network also predicts a variance (twice as many channels
-out as in), that half of its output is dropped.
+The wrapped network is an attribute, named `component` as in diffusers' pipelines; its keys have that prefix and are
+otherwise those of diffusers, which can load what ``network.wrapped.save_pretrained(folder)`` writes.
+:class:`distillbench.networks.diffusers_calls.Call` converts inputs and outputs. If a network also predicts a variance
+(twice as many output channels as input channels), that half of its output is dropped.
 
 `embedding` is added to the embedding of time: the forward of its module is overridden during one call.
 """
@@ -32,7 +32,7 @@ def added(modules: list[nn.Module], embedding: Tensor | None) -> AbstractContext
 
 
 class DiffusersNetwork(nn.Module, ABC):
-    """A network of diffusers, which is called as `call` says."""
+    """A network of diffusers; `call` converts its inputs and outputs."""
 
     component: ClassVar[str]
     embedding_channels: int
@@ -59,16 +59,16 @@ class DiffusersNetwork(nn.Module, ABC):
 
     @abstractmethod
     def _evaluate(self, x: Tensor, argument: Tensor, c: Condition) -> Tensor:
-        """diffusers' network at x (B,C,H,W) and its own time (B,)."""
+        """The output of diffusers' network at its x (B,C,H,W) and its time (B,)."""
 
     @classmethod
     @abstractmethod
     def serves(cls, config: Mapping[str, Any]) -> dict[int, bool]:
-        """The numbers of classes that a network of this config may be asked for, each with whether it is guidable."""
+        """The possible numbers of classes of a network with this config, each with whether guidance is possible."""
 
 
 class PixelUNet(DiffusersNetwork):
-    """A UNet2DModel, class-conditional where it has a table of classes; the row after the last class is for none."""
+    """A UNet2DModel, class-conditional if it has a class embedding, whose row after the last class is for no class."""
 
     component = "unet"
 
@@ -95,11 +95,11 @@ class PixelUNet(DiffusersNetwork):
 
 
 class TextUNet(DiffusersNetwork):
-    """A UNet2DConditionModel: c.text is what it attends to.
+    """A UNet2DConditionModel: it attends to c.text.
 
-    An upscaler is given c.image too, enlarged to the size of x where it is smaller (bilinear, corners on corners) and
-    set beside x as further channels. `noise_level` is the noise level of c.image, an input of the upscaler: an index
-    of its own schedule (DeepFloyd IF's class label). c.image has that noise already.
+    An upscaler also gets c.image as further channels of its input, enlarged to the size of x where it is smaller
+    (bilinear, align_corners). `noise_level` is the noise level of c.image, another input of the upscaler: an index
+    of its schedule (DeepFloyd IF's class label). c.image contains that noise already.
     """
 
     component = "unet"
@@ -131,7 +131,7 @@ class TextUNet(DiffusersNetwork):
 
 
 class DiT(DiffusersNetwork):
-    """A DiTTransformer2DModel: classes 0, ..., N - 1, and row N for none."""
+    """A DiTTransformer2DModel: classes 0, ..., N - 1; row N of its class embedding is for no class."""
 
     component = "transformer"
 
@@ -161,16 +161,16 @@ NETWORKS: dict[str, type[DiffusersNetwork]] = {
 
 
 def check_classes(serves: Mapping[int, bool], classes: int, guided: bool, name: str) -> None:
-    """Raise UserError unless a network that `serves` these numbers of classes serves `classes`, `guided` or not.
+    """Raise UserError unless `serves`, the possible numbers of classes of a network, has `classes` (and guidance).
 
-    `name` is the setting that an error names.
+    `name` is the setting named in the error.
     """
     if classes not in serves:
         wanted = f"conditional=true with {classes} classes" if classes else "conditional=false"
         known = " or ".join(str(number or "no") for number in serves)
         raise UserError(f"the teacher in {name!r} knows {known} classes and cannot serve {wanted}")
     if guided and not serves[classes]:
-        raise UserError(f"the teacher in {name!r} has no row for images of no class: it cannot be guided")
+        raise UserError(f"the teacher in {name!r} has no embedding for no class: it cannot be guided")
 
 
 def _refuse(config: Any, name: str, possible: tuple[str | None, ...]) -> None:
@@ -180,14 +180,14 @@ def _refuse(config: Any, name: str, possible: tuple[str | None, ...]) -> None:
 
 
 def _keep_frozen(module: nn.Module, name: str) -> None:
-    """Make a parameter that is never trained a buffer, under the same key: students train every parameter."""
+    """Turn a parameter that is never trained into a buffer with the same key: students train every parameter."""
     value = getattr(module, name).detach()
     delattr(module, name)
     module.register_buffer(name, value)
 
 
 class Autoencoder:
-    """Latents to images and back, by a module of diffusers that is on the device only while it works.
+    """Latents to images and back, by an autoencoder of diffusers, which is on the device only while it runs.
 
     A diffusion model's latents are scale (z - shift), z the autoencoder's own, so that their variance is about 1.
     """
@@ -202,7 +202,7 @@ class Autoencoder:
     @staticmethod
     def image_shape(config: Mapping[str, Any], latents: tuple[int, int, int]) -> tuple[int, int, int]:
         """C,H,W of the images of latents of this shape, by the module's full config."""
-        factor = 2 ** (len(config["block_out_channels"]) - 1)  # pixels to a latent, each way
+        factor = 2 ** (len(config["block_out_channels"]) - 1)  # pixels per latent along each axis
         return config["out_channels"], latents[1] * factor, latents[2] * factor
 
     @torch.no_grad()
@@ -214,7 +214,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1] to latents, (B,c,h,w): the mode of what the encoder gives."""
+        """Images in [-1, 1] to latents, (B,c,h,w): the mode of the encoder's distribution."""
         module: Any
         with self.offloaded.on_device() as module:
             return (self._mode(module.encode(images)) - self.shift) * self.scale
@@ -224,7 +224,7 @@ class Autoencoder:
 
 
 class Quantiser(Autoencoder):
-    """A VQModel: its encoder gives latents and no distribution of them; decoding rounds to its code book."""
+    """A VQModel: its encoder returns latents, not a distribution; decoding rounds them to the code book."""
 
     def _mode(self, encoded: Any) -> Tensor:
         return encoded.latents

@@ -1,8 +1,8 @@
 """The two U-Nets of EDM's released networks: Song et al.'s (DDPM++, NCSN++) and Dhariwal & Nichol's (ADM).
 
 Written from the papers: Song et al. 2021 (arXiv:2011.13456, appendix H), Dhariwal & Nichol 2021 (arXiv:2105.05233,
-section 3) and Karras et al. 2022 (arXiv:2206.00364, table 7 and appendix F.1). Modules, parameters and settings are
-called what they are called in the released files, so that their weights load as they are.
+section 3) and Karras et al. 2022 (arXiv:2206.00364, table 7 and appendix F.1). Modules, parameters and settings have
+the names of the released files, so that these weights load unchanged.
 
 | symbol    | meaning                                                   | shape                   |
 |-----------|-----------------------------------------------------------|-------------------------|
@@ -28,7 +28,7 @@ from torch.nn.functional import conv2d, conv_transpose2d, dropout, one_hot, scal
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
 
 BOX = (1, 1)  # the mean of 2x2 pixels; NCSN++ resamples with (1, 3, 3, 1)
-Init = Callable[[Tensor], object]  # fills a weight
+Init = Callable[[Tensor], object]  # initialises a weight
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
@@ -40,23 +40,23 @@ def _outer(taps: Sequence[float]) -> Tensor:
     return torch.tensor([[[[a * b / total for b in taps] for a in taps]]], dtype=torch.float32)
 
 
-def shrink(x: Tensor, filter: Tensor, padding: int) -> Tensor:
+def downsample(x: Tensor, filter: Tensor, padding: int) -> Tensor:
     """Every second pixel of x after `filter` (1,1,k,k): (B,C,H,W) -> (B,C,H/2,W/2) at padding k/2 - 1."""
     filter = filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
     return conv2d(x, filter, stride=2, padding=padding, groups=x.shape[1])
 
 
-def enlarge(x: Tensor, filter: Tensor, padding: int) -> Tensor:
+def upsample(x: Tensor, filter: Tensor, padding: int) -> Tensor:
     """x between rows and columns of zeros, after 4 `filter`: (B,C,H,W) -> (B,C,2H,2W) at padding k/2 - 1."""
     filter = 4 * filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
     return conv_transpose2d(x, filter, stride=2, padding=padding, groups=x.shape[1])
 
 
 class Conv(nn.Module):
-    """A convolution of odd `kernel` size with zeros outside, after resampling by 2 up or down; kernel 0: that alone.
+    """A convolution of odd `kernel` size with zero padding, after resampling by 2; kernel 0: resampling alone.
 
-    With `seamless`, downsampling comes last and the convolution is not cut off at the borders before it: both act on
-    the image surrounded by zeros.
+    With `seamless`, downsampling comes last, and the convolution's output beyond the borders is an input of it, as if
+    the image were surrounded by zeros.
     """
 
     resample_filter: Tensor
@@ -85,11 +85,11 @@ class Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.seamless and self.down and self.weight is not None:
             x = conv2d(x, self.weight, self.bias, padding=self.reach + self.padding)
-            return shrink(x, self.resample_filter, 0)
+            return downsample(x, self.resample_filter, 0)
         if self.up:
-            x = enlarge(x, self.resample_filter, self.padding)
+            x = upsample(x, self.resample_filter, self.padding)
         if self.down:
-            x = shrink(x, self.resample_filter, self.padding)
+            x = downsample(x, self.resample_filter, self.padding)
         return x if self.weight is None else conv2d(x, self.weight, self.bias, padding=self.reach)
 
 
@@ -102,14 +102,14 @@ def _linear(into: int, out: int, init: Init, bias: bool = True) -> nn.Linear:
 
 
 def _norm(channels: int, eps: float) -> nn.GroupNorm:
-    """Of 32 groups, of at least 4 channels each."""
+    """Group normalisation with 32 groups, fewer if a group would have less than 4 channels."""
     return nn.GroupNorm(max(1, min(32, channels // 4)), channels, eps)
 
 
 class Positional(nn.Module):
     """cos and sin of time at frequencies 1, ..., 1e-4 in geometric order: (B,) -> (B, channels).
 
-    With `inclusive` the last frequency is 1e-4, else it is the one after the last.
+    With `inclusive` the last frequency is 1e-4; otherwise 1e-4 would be the next one after the last.
     """
 
     def __init__(self, channels: int, inclusive: bool) -> None:
@@ -142,7 +142,7 @@ class Block(nn.Module):
     h = (shortcut(x) + conv1(silu(norm1(conv0(silu(norm0 x))) with e))) scale,    h = (h + proj(attention(h))) scale
 
     With `adaptive`, e scales and shifts the normalised features (ADM); else it is added before they are normalised.
-    Of the 3c channels of queries, keys and values, those of one head stand together, and in it q_1 k_1 v_1 q_2 ...
+    The 3c channels of queries, keys and values are grouped by head; within a head the order is q_1 k_1 v_1 q_2 ...
     """
 
     def __init__(
@@ -209,10 +209,11 @@ def _name(side: int, what: str) -> str:
 
 
 class _UNet(nn.Module):
-    """Down through the sides (resolution, ..., resolution / 2^(L-1)) and up again, with skips in between.
+    """An encoder through the resolutions side, ..., side / 2^(L-1), and a decoder back, with skip connections.
 
-    On each side stand `num_blocks` blocks on the way down and one more on the way up. The channels of a side are
-    `model_channels` times its `channel_mult`. Subclasses embed the noise level and have what runs beside the features.
+    At each resolution the encoder has `num_blocks` blocks and the decoder one more. The channels of a resolution are
+    `model_channels` times its `channel_mult`. Subclasses embed the noise level and process the image beside the
+    features.
     """
 
     def __init__(
@@ -237,7 +238,7 @@ class _UNet(nn.Module):
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
 
     def _build(self, init: Init, block: Callable[..., Block], heads: Callable[[int], int], attends_last: bool) -> None:
-        """Make the blocks of both ways. On the way up, with `attends_last`, only a side's last block attends."""
+        """Make encoder and decoder. With `attends_last`, only the last decoder block of a resolution has attention."""
         levels = list(zip(self.sides, self.widths, strict=True))
         width, skips = self.model_channels, [self.model_channels]
         self.enc[_name(self.sides[0], "conv")] = Conv(self.in_channels, width, 3, init=init)
@@ -267,15 +268,15 @@ class _UNet(nn.Module):
         raise NotImplementedError
 
     def reads(self, side: int, h: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of a side that has just been reached on the way down, and the image that runs beside them."""
+        """Features at a resolution that the encoder has just reached, and the image (`aux`) beside them."""
         return h, aux
 
     def writes(self, side: int, h: Tensor, image: Tensor | None) -> Tensor | None:
-        """The image so far, after a side's features on the way up."""
+        """The image so far, after the decoder's features of a resolution."""
         raise NotImplementedError
 
     def one_hot(self, time: Tensor, c: Condition) -> Tensor:
-        """(B, classes): zeros where no class is asked for."""
+        """One-hot labels (B, classes); zeros for no class."""
         if c.labels is None:
             return time.new_zeros(len(time), self.classes)
         return one_hot(c.labels, self.classes + 1)[:, : self.classes].to(time.dtype)
@@ -317,9 +318,9 @@ def _standard_normal(weight: Tensor) -> None:
 class SongUNet(_UNet):
     """DDPM++ ("positional", "standard", "standard") and NCSN++ ("fourier", "residual", "standard") of Song et al.
 
-    encoder_type: what the image does beside the features on the way down. "standard": nothing; "skip": shrunk, it is
-    added to them on each side; "residual": shrunk by convolutions, it is added to them and goes on as the sum.
-    decoder_type: "standard": the image is made of the last features; "skip": each side's features add to it.
+    encoder_type: how the downsampled image enters the encoder. "standard": only as the input; "skip": it is added to
+    the features at each resolution; "residual": it is downsampled by convolutions and added, and the sum replaces it.
+    decoder_type: "standard": the image is computed from the last features; "skip": as a sum over all resolutions.
     """
 
     def __init__(
@@ -370,10 +371,10 @@ class SongUNet(_UNet):
             init_attention=_xavier(math.sqrt(0.2)),
         )
         self._build(init, block, lambda channels: 1, attends_last=True)
-        self._build_aside(out_channels, resample_filter, init, init_last)
+        self._build_image_layers(out_channels, resample_filter, init, init_last)
 
-    def _build_aside(self, out_channels: int, taps: Sequence[float], init: Init, init_last: Init) -> None:
-        """Make the path of the image beside the features."""
+    def _build_image_layers(self, out_channels: int, taps: Sequence[float], init: Init, init_last: Init) -> None:
+        """Make the layers that process the image beside the features."""
         aux = self.in_channels
         for side, above in zip(self.sides[1:], self.widths, strict=False):
             if self.encoder_type == "skip":
@@ -414,7 +415,7 @@ class SongUNet(_UNet):
 
 
 class DhariwalUNet(_UNet):
-    """ADM of Dhariwal & Nichol: adaptive group norms, attention with 64 channels a head in every block of its sides."""
+    """ADM of Dhariwal & Nichol: adaptive group norms, and attention with 64 channels per head."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Overrides the forward of modules during one call of their network.
 
-Hooks do not serve: torch's compiler does not notice hooks that are added and removed, and recomputation in a backward
+Hooks would not work: torch's compiler does not notice hooks that are added and removed, and recomputation in a backward
 pass would not run them. An override is an attribute of the module, which the compiler looks up and compares.
 """
 
@@ -35,7 +35,7 @@ def overridden(overrides: Overrides) -> Iterator[None]:
 
 
 def overrides_below(module: nn.Module) -> Overrides:
-    """The present overrides of the modules below `module`."""
+    """The current overrides of `module` and its submodules."""
     found = {}
     for child in module.modules():
         if child is not module and FORWARD in child.__dict__:

@@ -1,4 +1,4 @@
 """What a run leaves on disk: records, tables, image grids, and their statistics.
 
-It may import `system` and `storage`.
+It may import `storage` and below.
 """

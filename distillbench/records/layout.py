@@ -24,5 +24,5 @@ class ResultsFolder:
         return self.root / CELLS
 
     def cache(self, name: str) -> Path:
-        """What can be made again, by kind: "teachers", "pairs", "latents", "references", "answers", "jobs", ..."""
+        """The folder of a kind of files that can be computed again: "teachers", "pairs", "latents", "answers", ..."""
         return self.root / CACHE / name

@@ -398,7 +398,7 @@ def _wanted_group(path: str, node: DictConfig) -> str:
 
 
 def type_in_words(hint: Any) -> str:
-    """A type in words, such as "a whole number", "a list of numbers" or "one of images, seconds, nfe"."""
+    """A type as text, such as "a whole number", "a list of numbers" or "one of images, seconds, nfe"."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     plural = {int: "whole numbers", float: "numbers", str: "names", Any: "values"}
     if _is_enum(hint):

@@ -45,7 +45,7 @@ def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
 
 
 def cell_of(config: RunConfig, name: str, nfe: list[int], registry: Registry, contexts: SharedContexts) -> Cell:
-    """A cell of an earlier plan, by its name, without its price. Contexts are shared through `contexts`."""
+    """A cell of an earlier plan, by its name, without its estimated cost. Contexts are shared through `contexts`."""
     shared = contexts.of(config, registry)
     if name in config.methods:
         settings = config.methods[name]

@@ -28,7 +28,7 @@ class PriceCache:
         self.teachers: dict[int, Teacher] = {}  # by id of the context; untrained
 
     def fill_in(self, cell: Cell, settings: str) -> None:
-        """Set the price of `cell` and the nfe of its rows. An error of the method becomes `price_error`.
+        """Set the estimated cost of `cell` and the nfe of its rows. An error of the method becomes `price_error`.
 
         `settings`: the method's, as text.
         """

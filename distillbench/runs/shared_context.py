@@ -153,7 +153,7 @@ class Cell:
     solver: Solver | None = None  # of the teacher itself
     price: Price = field(default_factory=Price)  # estimated
     nfe: list[int] = field(default_factory=list)  # of its rows
-    price_error: str = ""  # why the price could not be estimated
+    price_error: str = ""  # why the cost could not be estimated
 
     @property
     def label(self) -> str:

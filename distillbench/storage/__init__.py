@@ -1,4 +1,4 @@
-"""Files that are complete or absent, checksummed, locked, and read without running code.
+"""Files: written atomically, checksummed, locked, and read without running code.
 
-It may import `system`.
+It may import `system` and below.
 """

@@ -1,4 +1,4 @@
-"""Large arrays that are made once and kept by their recipe: read from the disk as needed, whole or made again."""
+"""Large arrays that are computed once, cached in files under the hash of their recipe, and memory-mapped."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def cached_array(
     fill: Callable[[np.ndarray], None],
     progress: Progress,
 ) -> np.ndarray:
-    """A float32 array of `shape` that ``fill(array)`` makes, once for each `recipe`, which says all that decides it.
+    """A float32 array of `shape`, computed by ``fill(array)`` once for each `recipe` (all that determines its values).
 
-    It is a memory map of a file in `folder`, private to this process. One process makes it; others wait for it.
+    It is a copy-on-write memory map of a file in `folder`. One process computes it; others wait for that process.
     """
     file = folder / f"{key_of(recipe)}.npy"
     found = _found(file, what, recipe, shape, progress)
@@ -43,7 +43,7 @@ def _make(file: Path, recipe: dict[str, Any], shape: tuple[int, ...], fill: Call
         fill(array)
         array.flush()
 
-    file.with_suffix(".json").unlink(missing_ok=True)  # of another content
+    file.with_suffix(".json").unlink(missing_ok=True)  # the checksum of an earlier array
     write_atomically(file, write)
     write_checksum(file, {"recipe": recipe})
 
@@ -51,14 +51,14 @@ def _make(file: Path, recipe: dict[str, Any], shape: tuple[int, ...], fill: Call
 def _found(
     file: Path, what: str, recipe: dict[str, Any], shape: tuple[int, ...], progress: Progress
 ) -> np.ndarray | None:
-    """The array, or None where there is none that is whole."""
+    """The cached array; None if it is missing or damaged."""
     if not file.with_suffix(".json").exists():
         return None
     try:
         array = read_array(file, {"recipe": recipe}, mode="c")
         if array.shape != shape or array.dtype != np.float32:
-            raise ValueError("it has another shape or type")
+            raise ValueError("its shape or dtype is wrong")
         return array
     except ValueError as error:
-        progress.say(f"{what} in {file} cannot be used ({error}): made again")
+        progress.say(f"{what} in {file} cannot be used ({error}) and is computed again")
         return None

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and the names that content gives itself."""
+"""Atomic writes of files, and hashes of files, tensors and plain values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # reports need files and no tensors
     from torch import Tensor
 
 LFS_START = b"version https://git-lfs.github.com/spec/"
-TEMPORARY = ".writing-"  # begins the name of a file that is not whole yet
+TEMPORARY = ".writing-"  # prefix of the names of files that are being written
 
 __all__ = ["canonical_json", "key_of", "sha256_file", "sha256_tensors", "signed", "write_atomically"]
 
@@ -27,17 +27,17 @@ def canonical_json(value: Any) -> str:
 
 
 def key_of(value: Any) -> str:
-    """The name of a plain value: 16 hexadecimal digits of the SHA-256 of its canonical JSON."""
+    """The key of a plain value: the first 16 hexadecimal digits of the SHA-256 of its canonical JSON."""
     return key_of_text(canonical_json(value))
 
 
 def key_of_text(text: str) -> str:
-    """The name of a plain value whose canonical JSON is `text`."""
+    """The key of a plain value whose canonical JSON is `text`."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def signed(plain: dict[str, Any]) -> dict[str, Any]:
-    """Plain values with the SHA-256 of all of them as ``sha256``: ``plain == signed(plain)`` unless it is damaged."""
+    """`plain` with the SHA-256 of its other values as ``sha256``; ``plain == signed(plain)`` unless it is damaged."""
     rest = {name: value for name, value in plain.items() if name != "sha256"}
     return rest | {"sha256": hashlib.sha256(canonical_json(rest).encode()).hexdigest()}
 
@@ -49,7 +49,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors: the same weights, the same hash, in any file format."""
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, independent of the file format."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -59,26 +59,27 @@ def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def git_lfs_pointer(start: bytes) -> str:
-    """What to say of a file that starts so, if it is a pointer of Git LFS; else nothing."""
+    """A message if a file with this `start` is a pointer of Git LFS; otherwise the empty string."""
     if not start.startswith(LFS_START):
         return ""
-    return "it is a pointer of Git LFS, a text that stands for the file: fetch it with `git lfs pull`"
+    return "it is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`"
 
 
 def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
-    """``write(temporary_path)``, then rename to `path`: a reader sees the old file or the new one, never a part."""
+    """``write(temporary_path)``, then rename it to `path`: readers see the old or the new file, never a part of it."""
     write_named(path.parent, write, lambda temporary: path.name, path.suffix)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8 as :func:`write_atomically` writes."""
+    """Write `text` in UTF-8 by :func:`write_atomically`."""
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def write_named(folder: Path, write: Callable[[str], Any], name: Callable[[Path], str], suffix: str = "") -> Path:
-    """``write(temporary_path)``, then rename to ``name(temporary_path)`` in `folder`, which may depend on the content.
+    """``write(temporary_path)``, then rename it to ``name(temporary_path)`` in `folder`. Returns the new path.
 
-    Once it returns, the file outlives a loss of power. Where it raises, nothing is left.
+    The name may depend on the content. When it returns, the file is on the disk (fsync). If it raises, it leaves no
+    file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle, text = tempfile.mkstemp(dir=folder, prefix=TEMPORARY, suffix=suffix)
@@ -91,7 +92,7 @@ def write_named(folder: Path, write: Callable[[str], Any], name: Callable[[Path]
         temporary.chmod(0o666 & ~_umask())
         path = folder / name(temporary)
         temporary.replace(path)
-        temporary.unlink(missing_ok=True)  # it is still there where both were links to one file
+        temporary.unlink(missing_ok=True)  # rename() does nothing if both are hard links to one file
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -100,7 +101,7 @@ def write_named(folder: Path, write: Callable[[str], Any], name: Callable[[Path]
 
 
 def sync(folder: Path) -> None:
-    """Have the folder's list of names written, where the system can."""
+    """Flush the folder's entries to the disk (fsync), if the operating system supports it."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -116,7 +117,7 @@ def _umask() -> int:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise UserError unless files can be made in `folder`, or in the closest parent that exists. Leaves nothing."""
+    """Raise UserError unless files can be created in `folder` or in its nearest existing parent."""
     parent = folder.absolute()
     try:
         while not parent.exists():

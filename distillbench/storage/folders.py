@@ -1,4 +1,4 @@
-"""Folders as they lie on the disk: what is in them, how large it is, and which file system holds them.
+"""The content of folders, the sizes of files, and the file system of a path.
 
 Symbolic links are listed and never followed.
 """
@@ -16,7 +16,7 @@ NETWORK_FILE_SYSTEMS = {
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders in `folder` that are no links; none where it is a link or cannot be read."""
+    """The folders in `folder` that are not links; none if `folder` is a link or cannot be read."""
     if folder.is_symlink():
         return []
     try:
@@ -27,7 +27,7 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Everything below a folder that is no folder, links included. Links are not followed."""
+    """All files and links below a folder."""
     found = []
     for at, folders, files in walk(folder):
         found += [at / name for name in files]
@@ -36,7 +36,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def folders_below(folder: Path) -> list[Path]:
-    """`folder` and all below it, the innermost first."""
+    """`folder` and all folders below it, the innermost first."""
     return [at for at, _, _ in walk(folder)][::-1]
 
 
@@ -47,13 +47,13 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def size_of(files: Iterable[Path]) -> int:
-    """Bytes of the files; one that has several names counts once."""
+    """Bytes of the files; a file with several hard links counts once."""
     stats = filter(None, map(lstat, files))
     return sum({(found.st_dev, found.st_ino): found.st_size for found in stats}.values())
 
 
 def freed(files: Iterable[Path]) -> int:
-    """Bytes that removing `files` gives back: of a file with several names only if all of them go."""
+    """Bytes that deleting `files` frees. A file with several hard links counts only if all of them are deleted."""
     names: dict[tuple[int, int], int] = {}
     sizes: dict[tuple[int, int], int] = {}
     for found in filter(None, map(lstat, files)):
@@ -71,7 +71,7 @@ def lstat(path: Path) -> os.stat_result | None:
 
 
 def file_system(path: Path) -> tuple[str, str]:
-    """Type and options of the file system that `path` is on, as it is mounted; empty where the system does not say."""
+    """Type and mount options of the file system of `path`; empty if they are unknown."""
     import psutil
 
     path = path.resolve()

@@ -1,7 +1,7 @@
-"""Files whose hash was found to be right, so that thousands of weights are not read anew whenever a run begins.
+"""A cache of verified file hashes, so that a run does not hash thousands of weight files again at its start.
 
-As in git's index, a file counts as unchanged while its size, its time of change and its place on the disk are what they
-were. `distillbench doctor --thorough` reads every byte.
+As in git's index, a file counts as unchanged while its size, modification time and inode are unchanged.
+`distillbench doctor --thorough` reads every byte.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 class HashCache:
-    """Hashes of the files below `folder`, by their path there: what was read once, and what was noted."""
+    """Verified hashes of the files below `folder`, by their path relative to it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -26,28 +26,28 @@ class HashCache:
         self.fresh: dict[str, list[Any]] = {}
 
     def intact(self, path: Path, sha256: str) -> bool:
-        """Whether the file is there and has this hash."""
-        told = self._told(path, sha256)
-        if told is None:
+        """Whether the file exists and has this hash."""
+        entry = self._entry(path, sha256)
+        if entry is None:
             return False
         name = path.relative_to(self.folder).as_posix()
-        if (self.fresh.get(name) or self.known.get(name)) == told:
+        if (self.fresh.get(name) or self.known.get(name)) == entry:
             return True
         if sha256_file(path) != sha256:
             return False
-        self.fresh[name] = told
+        self.fresh[name] = entry
         return True
 
     def note(self, path: Path, sha256: str) -> None:
-        """The file was written just now, with this hash."""
-        if self.folder not in path.parents or (told := self._told(path, sha256)) is None:
+        """Add a file that was just written, with its hash."""
+        if self.folder not in path.parents or (entry := self._entry(path, sha256)) is None:
             return
         name = path.relative_to(self.folder).as_posix()
-        if self.known.get(name) != told:
-            self.fresh[name] = told
+        if self.known.get(name) != entry:
+            self.fresh[name] = entry
 
     def keep(self) -> None:
-        """Write down what is new, beside what others have written meanwhile. It is only there to save time."""
+        """Write the new entries, merged with those of other processes. An error is ignored: it only costs time."""
         if self.fresh:
             files = _read(self.folder / NAME) | self.fresh
             text = json.dumps({"format": FORMAT, "files": files})
@@ -58,7 +58,8 @@ class HashCache:
             self.known, self.fresh = files, {}
 
     @staticmethod
-    def _told(path: Path, sha256: str) -> list[Any] | None:
+    def _entry(path: Path, sha256: str) -> list[Any] | None:
+        """What identifies the unchanged file: size, modification time, inode and hash; None if it does not exist."""
         try:
             found = os.stat(path)
         except OSError:
@@ -68,8 +69,8 @@ class HashCache:
 
 def _read(path: Path) -> dict[str, list[Any]]:
     try:
-        told = json.loads(path.read_bytes())
-        files = told["files"] if told["format"] == FORMAT else {}
+        stored = json.loads(path.read_bytes())
+        files = stored["files"] if stored["format"] == FORMAT else {}
         return {str(name): list(entry) for name, entry in files.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}

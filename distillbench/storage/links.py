@@ -1,4 +1,4 @@
-"""Hard links to stored files, and copies where the file system has no links."""
+"""Hard links to stored files, or copies if the file system does not support links."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distillbench.storage.files import sync, write_atomically
 
 
 def link_all(links: Mapping[Path, Path]) -> None:
-    """:func:`link_or_copy` each source to its target, the key. In one folder, which is read once."""
+    """:func:`link_or_copy` for {target: source}; each target's folder is listed only once."""
     there: dict[Path, dict[str, int]] = {}
     for target, source in links.items():
         folder = target.parent
@@ -26,7 +26,7 @@ def link_all(links: Mapping[Path, Path]) -> None:
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """Whether a hard link could be made, where there is nothing yet: it is whole at once."""
+    """Try to create a hard link at a `target` that does not exist; needs no temporary file, since links are atomic."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.link(source, target)
@@ -36,7 +36,7 @@ def _linked(source: Path, target: Path) -> bool:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`: a hard link where the file system has them, otherwise a copy."""
+    """Make `target` a hard link to `source`, or a copy of it if the file system does not support links."""
     if target.exists() and target.samefile(source):
         return
 

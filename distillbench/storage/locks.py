@@ -1,6 +1,6 @@
-"""Claims: of several processes on one results folder, one at a time does what only one should do.
+"""Locks between processes that share a results folder.
 
-A claim is a lock of the operating system on a file: it ends with the process that holds it, however that ends.
+A lock is the operating system's lock of a file beside the folder: it is released when its process ends for any reason.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from distillbench.system.progress import Progress
 
 @contextmanager
 def try_lock(folder: Path) -> Iterator[bool]:
-    """Whether this process has the claim on `folder` during the block; does not wait."""
+    """Whether this process has the lock of `folder` during the block; does not wait."""
     lock = _lock(folder)
     try:
         lock.acquire(timeout=0)
@@ -30,7 +30,7 @@ def try_lock(folder: Path) -> Iterator[bool]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether another process has the claim on `folder` now."""
+    """Whether another process has the lock of `folder` now."""
     if not _file(folder).exists():
         return False
     with try_lock(folder) as mine:
@@ -39,7 +39,7 @@ def is_locked(folder: Path) -> bool:
 
 @contextmanager
 def wait_for_lock(folder: Path, what: str, progress: Progress) -> Iterator[None]:
-    """The claim on `folder` during the block, waited for: `what` another process is then making."""
+    """Hold the lock of `folder` during the block; waits for it. `what` names in messages what is being made."""
     lock = _lock(folder)
     try:
         lock.acquire(timeout=0)

@@ -1,4 +1,4 @@
-"""Arrays in .npz files of strangers: no Python objects, no more memory than there is, and every checksum compared."""
+"""Safe reading of untrusted .npz and .npy files: no Python objects, checksums verified, memory checked first."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import psutil
 
 from distillbench.errors import LONGEST_REASON
 
-MAPPED = 2**20  # bytes from which on an array that is stored as it is stays on disk
+MAPPED = 2**20  # bytes above which an uncompressed array is memory-mapped
 BLOCK = 2**24  # bytes read at a time
-# What the reading of a file that is no npz, or no whole one, ends in.
+# The errors that reading a damaged file, or a file of another format, can raise.
 DAMAGED = (
     *(OSError, ValueError, EOFError, LookupError, TypeError, RuntimeError, ArithmeticError, MemoryError),
     *(SyntaxError, TokenError, zipfile.BadZipFile, zlib.error),
@@ -24,16 +24,16 @@ DAMAGED = (
 
 
 def check_memory(size: int) -> None:
-    """Raise ValueError unless an array of `size` bytes fits into the memory that is free."""
+    """Raise ValueError unless an array of `size` bytes fits into free memory."""
     free = psutil.virtual_memory().available
     if size > free:
-        raise ValueError(f"it says that it has {size:,} bytes, and {free:,} are free in memory")
+        raise ValueError(f"its header declares {size:,} bytes, and {free:,} are free in memory")
 
 
 class Npz:
-    """The arrays of an npz by name. With `mapped`, large ones that are stored without compression are mapped.
+    """The arrays of an npz file by name. With `mapped`, large uncompressed arrays are memory-mapped.
 
-    Raises ValueError for what is damaged, holds Python objects or does not fit into memory.
+    Raises ValueError if the file is damaged, or an array contains Python objects or does not fit into memory.
     """
 
     def __init__(self, path: Path, mapped: bool = False) -> None:
@@ -47,7 +47,7 @@ class Npz:
             raise ValueError(str(error)[:LONGEST_REASON] or type(error).__name__) from error
         self.infos = {info.filename.removesuffix(".npy"): info for info in infos}
         if len(self.infos) != len(infos):
-            raise ValueError("it has two arrays of one name")
+            raise ValueError("it has two arrays with the same name")
         self.names = list(self.infos)
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -59,7 +59,7 @@ class Npz:
                     raise ValueError(f"its header says {dtype} {shape}, which is not what follows")
                 if self.mapped and info.compress_type == zipfile.ZIP_STORED and info.file_size > MAPPED:
                     start = info.file_size - file.tell()
-                    while file.read(BLOCK):  # to the end, where the checksum is compared
+                    while file.read(BLOCK):  # zipfile compares the checksum at the end
                         pass
                     return self._map(info, info.file_size - start, shape, fortran, dtype)
                 check_memory(info.file_size)
@@ -71,14 +71,14 @@ class Npz:
         self, info: zipfile.ZipInfo, skipped: int, shape: tuple[int, ...], fortran: bool, dtype: np.dtype
     ) -> np.ndarray:
         with open(self.path, "rb") as file:
-            file.seek(info.header_offset + 26)  # of a local header: lengths of the name and of the extra field
+            file.seek(info.header_offset + 26)  # the lengths of name and extra field in the local header
             name, extra = np.frombuffer(file.read(4), dtype="<u2").tolist()
         start = info.header_offset + 30 + name + extra + skipped
         return np.memmap(self.path, dtype, "r", start, shape, "F" if fortran else "C")
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array in an .npy file, mapped if it is large. Raises ValueError as :class:`Npz` does."""
+    """The array in an .npy file, memory-mapped if it is large. Raises ValueError like :class:`Npz`."""
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:
@@ -94,7 +94,7 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether columns come first, and type."""
+    """Shape, whether the order is Fortran's, and dtype."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
@@ -112,5 +112,5 @@ def _read(file: IO[bytes], shape: tuple[int, ...], fortran: bool, dtype: np.dtyp
         into[filled : filled + len(block)] = np.frombuffer(block, np.uint8)
         filled += len(block)
     if filled < len(into):
-        raise ValueError("it is cut off")
+        raise ValueError("it is truncated")
     return flat.reshape(shape, order="F" if fortran else "C")

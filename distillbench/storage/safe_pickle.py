@@ -1,4 +1,4 @@
-"""Pickles of NVIDIA's EDM networks, read without executing anything that they hold.
+"""Pickles of NVIDIA's EDM networks, read without executing any code in them.
 
 Such a file makes its reader call classes and functions, and (``torch_utils.persistence``) execute the network's source
 code, which the file contains. Here :mod:`pickletools` splits the file into opcodes, and a stack machine executes only
@@ -67,7 +67,7 @@ class _Dtype:
 
 @dataclass
 class Array:
-    """A numpy array, whose values come later in the file."""
+    """A numpy array, whose values follow later in the file."""
 
     value: np.ndarray | None = None
 
@@ -131,7 +131,7 @@ def _empty_dict() -> dict:
     return {}
 
 
-# The start of a file of torch.save before 1.6: the magic number, which a pickled tensor's storage has too.
+# The magic number at the start of files of torch.save before 1.6, and of a pickled tensor's storage.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
@@ -205,21 +205,21 @@ def _array(cls: Any, shape: Any, typecode: Any) -> Array:
 
 
 def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> Array:
-    """An array as protocol 5 writes it."""
+    """An array as it is stored by protocol 5."""
     return Array(_array_of((1, shape, dtype, order == "F", content)))
 
 
 def _collection(make: Callable[[list], Any]) -> Callable[..., Any]:
     def collection(items: Any = ()) -> Any:
         if not isinstance(items, list | tuple):
-            raise Refused("has a set of what is no list")
+            raise Refused("has a set that is not made from a list")
         return make([_key(item) for item in items])
 
     return collection
 
 
 def _encode(text: Any, encoding: Any = "") -> bytes:
-    """Bytes as protocols below 3 write them."""
+    """Bytes as they are stored by protocols below 3."""
     if not (isinstance(text, str) and encoding == "latin1"):
         raise Refused("asks for a text in another encoding than latin1")
     return text.encode("latin1")
@@ -230,7 +230,7 @@ def _no_bytes() -> bytes:
 
 
 def _never(*_: Any) -> NoReturn:
-    raise Refused("calls a name that stands for a type")
+    raise Refused("calls a type")
 
 
 # The functions that a file may call, by name.
@@ -378,7 +378,7 @@ class _Machine:
         """Pop the `count` values on top of the stack."""
         values = self.stack[-count:]
         if len(values) < count or any(value is _MARK for value in values):
-            raise Refused("takes values that it did not give")
+            raise Refused("takes values that are not on its stack")
         del self.stack[-count:]
         return values
 
@@ -390,7 +390,7 @@ class _Machine:
             if value is _MARK:
                 return values[::-1]
             values.append(value)
-        raise Refused("takes values that it did not give")
+        raise Refused("takes values that are not on its stack")
 
     def top(self, kind: type) -> Any:
         if not self.stack or self.stack[-1] is _MARK or not isinstance(self.stack[-1], kind):
@@ -401,7 +401,7 @@ class _Machine:
         if to_mark:
             self.pop_to_mark()
         elif not self.stack:
-            raise Refused("takes values that it did not give")
+            raise Refused("takes values that are not on its stack")
         else:
             self.stack.pop()
 
@@ -419,7 +419,7 @@ class _Machine:
 
     def recall(self, index: int) -> Any:
         if index not in self.memo:
-            raise Refused("refers to a value that it did not give")
+            raise Refused("refers to a value that is not in its memo")
         return self.memo[index]
 
     def look_up(self, module: Any, name: Any) -> Any:
@@ -436,11 +436,11 @@ class _Machine:
     def call(self, name: Any, args: Any) -> Any:
         """The result of calling the replacement of a name with `args`."""
         if not (isinstance(name, _Name) and isinstance(args, tuple)):
-            raise Refused("calls what is no name")
+            raise Refused("calls something that is not a name")
         try:
             return name.call(*args)
         except TypeError as error:
-            raise Refused(f"gives {name.name} other values than it takes") from error
+            raise Refused(f"passes wrong arguments to {name.name}") from error
 
     def build(self, state: Any) -> None:
         """Set the state of the object on top of the stack."""

@@ -1,4 +1,4 @@
-"""What files of safetensors hold, by their headers alone: whether a network's tensors are all there."""
+"""Names and shapes of the tensors in safetensors files, from their headers, compared with those of a network."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from distillbench.storage.files import git_lfs_pointer
 
 Shape = tuple[int, ...]
 
-# What parts of attention were called before diffusers 0.12, whose loader renames them.
+# Names in attention layers before diffusers 0.12, whose loader renames them.
 OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 
 def tensor_shapes(files: Iterable[Path]) -> dict[str, Shape]:
-    """The shape of every tensor in `files`, by name. Raises ValueError for a file that is no safetensors, or cut off.
+    """The shape of every tensor in `files`, by name, without reading tensors.
 
-    No tensor is read.
+    Raises ValueError for a file that is truncated or not in safetensors' format.
     """
     shapes: dict[str, Shape] = {}
     for file in files:
@@ -32,14 +32,15 @@ def tensor_shapes(files: Iterable[Path]) -> dict[str, Shape]:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, RuntimeError) as error:
             why = (str(error).splitlines() or [type(error).__name__])[0][:LONGEST_REASON]
-            raise ValueError(f"{file.name} is no whole file of safetensors: {why}") from error
+            raise ValueError(f"{file.name} is not a complete safetensors file: {why}") from error
     return shapes
 
 
 def missing_tensors(network: nn.Module, shapes: dict[str, Shape], prefixed: bool) -> list[str]:
-    """The tensors of `network` that are not among `shapes`, or not of their shape.
+    """The tensors of `network` that `shapes` lacks or has with another shape.
 
-    `prefixed`: names may begin with the name of a model that the network is part of, or lack it.
+    `prefixed`: the names in `shapes` may have an additional prefix, or lack one, as in a model that contains the
+    network.
     """
     by_tensor: dict[int, list[tuple[str, Shape]]] = {}  # one tensor may have several names
     for name, tensor in network.state_dict(keep_vars=True).items():
@@ -48,7 +49,7 @@ def missing_tensors(network: nn.Module, shapes: dict[str, Shape], prefixed: bool
 
 
 def unread_tensors(network: nn.Module, shapes: dict[str, Shape]) -> list[str]:
-    """The names of `shapes` that `network` has no tensor for."""
+    """The names in `shapes` that are not tensors of `network`."""
     own = network.state_dict(keep_vars=True)
     renamed = lambda name: [name.replace(old, new) for new, old in OLD_NAMES.items() if old in name]
     return sorted(name for name in shapes if name not in own and not any(new in own for new in renamed(name)))

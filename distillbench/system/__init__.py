@@ -1,4 +1,4 @@
 """Processes, signals, devices, precision and progress: what any project on PyTorch could use.
 
-It may import `errors`.
+It may import `options`, `hookspecs` and `errors`, no other part of distillbench.
 """

@@ -22,7 +22,7 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """Whether a signal has asked to stop; calling it says so."""
+    """Whether a signal has asked to stop, as a callable."""
 
     def __init__(self) -> None:
         self.name = ""  # of the signal
@@ -36,7 +36,7 @@ class Stop:
 
     @contextmanager
     def patiently(self) -> Iterator[None]:
-        """In the block a first signal only sets the name: the block polls, and ends when it has saved its state."""
+        """A block in which the first signal only sets `name`; the block polls it, saves its state and ends."""
         before, self.patient = self.patient, True
         try:
             yield

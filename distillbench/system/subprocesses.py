@@ -41,13 +41,13 @@ Answer = TypeVar("Answer")
 
 
 class ProcessError(Exception):
-    """A process gave no answer. The message is one line; the traceback, if there is one, is a note."""
+    """A process returned no result. The message is one line; the traceback, if there is one, is a note."""
 
 
 def call_in_fresh_process(function: Callable[[Argument], Answer], argument: Argument, limit_seconds: float) -> Answer:
     """``function(argument)``, computed by a process that is started for it and killed after `limit_seconds`.
 
-    Raises ProcessError if function, argument or answer cannot be pickled, if the call raises, if the process dies, or
+    Raises ProcessError if function, argument or result cannot be pickled, if the call raises, if the process dies, or
     if the time is up.
     """
     with (

@@ -1,9 +1,9 @@
-"""How a checkpoint of diffusers is read: its scheduler's config as our schedule, parameterisation and time.
+"""Converts the scheduler config of a diffusers checkpoint to our schedule, parameterisation and time.
 
-A scheduler of diffusers is a training process and a sampler in one. Only the process is read here: which beta, which
-noise levels, what the network predicts and by what number it is told the time. How it would be sampled (spacing, order,
-Karras's levels, the shift of a flow's grid) is the business of our samplers; whether data predictions are clipped is
-kept, as it changes what the teacher answers.
+A scheduler of diffusers describes a training process and a sampler. Here only the process is used: betas, noise levels,
+the network's prediction and its time input. Settings of the sampler (spacing, order, Karras's levels, the shift of a
+flow's grid) are ignored, because distillbench has its own samplers. Clipping of data predictions is used too, because
+it changes the teacher's predictions.
 
 | family      | schedule, and our t                               | network's time           | prediction      |
 |-------------|---------------------------------------------------|--------------------------|-----------------|
@@ -35,12 +35,12 @@ from distillbench.storage.files import key_of
 from distillbench.teachers.teacher import Clip
 
 MOST_STEPS = 100_000  # of a training process
-FINAL_SIGNAL = 2.0**-40  # abar_T where the config says 0: alpha = 1e-6, log(sigma/alpha) = 13.9 and not infinite
+FINAL_SIGNAL = 2.0**-40  # replaces abar_T = 0: alpha = 1e-6, log(sigma/alpha) = 13.9 instead of infinity
 
 
 @dataclass(frozen=True)
 class SchedulerReading:
-    """How a checkpoint is read. `plain` says the same in plain values, for its identity and provenance."""
+    """How to use a checkpoint. `plain` has the same in plain values, for the teacher's hash and provenance."""
 
     family: str  # discrete, flow, score, edm or consistency
     schedule: NoiseSchedule
@@ -66,15 +66,15 @@ BETA_SCHEDULES: dict[str, Callable[[float, float, int], Tensor]] = {
 }
 
 OLD_PREDICTION = "predict_epsilon"  # of diffusers before 0.8
-OLD_KEYS = (OLD_PREDICTION, "tensor_format", "timestep_values")  # that no class of diffusers knows any more
+OLD_KEYS = (OLD_PREDICTION, "tensor_format", "timestep_values")  # removed from all classes of diffusers
 PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
 def betas(config: Mapping[str, Any]) -> Tensor:
     """beta_0, ..., beta_{T-1} of a scheduler's full config, (T,) float64.
 
-    Where `rescale_betas_zero_snr` asks for a last abar of 0 it is 2^-40: log(sigma/alpha) must be finite, and x_T still
-    differs from pure noise by no more than 1e-6.
+    With `rescale_betas_zero_snr` the last abar is 2^-40 instead of 0, because log(sigma/alpha) must be finite; x_T
+    differs from pure noise by at most 1e-6.
     """
     if config.get("trained_betas") is not None:
         table = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
@@ -108,8 +108,8 @@ def _discrete(config: Mapping[str, Any]) -> SchedulerReading:
     prediction = _prediction(config, PREDICTION_TYPES)
     if prediction == "eps" and config.get("rescale_betas_zero_snr"):
         raise UserError(
-            "the scheduler's config has rescale_betas_zero_snr with prediction_type 'epsilon': without any signal "
-            "the noise says nothing of the data. Possible: v_prediction, sample"
+            "the scheduler's config has rescale_betas_zero_snr with prediction_type 'epsilon': at zero SNR the data "
+            "cannot be computed from the noise. Possible: v_prediction, sample"
         )
     schedule = DiscreteBetas(betas(config))
     plain = {name: config[name] for name in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")}
@@ -135,7 +135,7 @@ def _score(config: Mapping[str, Any]) -> SchedulerReading:
 
 
 def _edm(config: Mapping[str, Any]) -> SchedulerReading:
-    sign = _prediction(config, {"epsilon": "1", "v_prediction": "-1"})  # of diffusers' c_out
+    sign = _prediction(config, {"epsilon": "1", "v_prediction": "-1"})  # the sign of c_out in diffusers
     return _reading("edm", _levels(config), "edm", Call(1.0, sign=float(sign)), config, _levels_plain(config))
 
 
@@ -170,7 +170,7 @@ def _reading(
 
 
 def _clip(config: Mapping[str, Any]) -> Clip:
-    """What is done to data predictions. diffusers' thresholding with a largest value of 1 is clipping."""
+    """The clipping of data predictions. diffusers' thresholding with a largest value of 1 is clipping."""
     if config.get("thresholding"):
         largest = config["sample_max_value"]
         return Clip("static") if largest <= 1 else Clip("dynamic", config["dynamic_thresholding_ratio"], largest)
@@ -204,7 +204,7 @@ DISCRETE = (
     "UniPCMultistepScheduler",
 )
 
-# diffusers' schedulers, by class, and how the full config of each is read.
+# The function that converts the full config of each scheduler class of diffusers.
 SCHEDULERS: dict[str, Callable[[Mapping[str, Any]], SchedulerReading]] = {
     **dict.fromkeys(DISCRETE, _discrete),
     "FlowMatchEulerDiscreteScheduler": _flow,
@@ -217,9 +217,9 @@ SCHEDULERS: dict[str, Callable[[Mapping[str, Any]], SchedulerReading]] = {
 
 
 def read_config(config: Mapping[str, Any]) -> SchedulerReading:
-    """A scheduler's config, as its file has it, read; what it leaves out is as diffusers fills it in.
+    """Convert a scheduler's config from its file; missing settings have diffusers' defaults.
 
-    Raises UserError for a scheduler, a schedule or a prediction that is not supported, with those that are.
+    Raises UserError, which lists what is supported, for an unsupported scheduler, schedule or prediction.
     """
     name = str(config.get("_class_name"))
     if name not in SCHEDULERS:
@@ -233,7 +233,7 @@ def read_config(config: Mapping[str, Any]) -> SchedulerReading:
 
 
 def _with_prediction_type(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A scheduler's config in which `predict_epsilon` of old versions is the `prediction_type` that it stands for."""
+    """`config` with `prediction_type` instead of the `predict_epsilon` of old versions."""
     old = config.get(OLD_PREDICTION)
     if old is None:
         return config
@@ -243,7 +243,7 @@ def _with_prediction_type(config: Mapping[str, Any]) -> Mapping[str, Any]:
         raise UserError(
             f"the scheduler's config has {OLD_PREDICTION}={quoted(json.dumps(old, default=str))} and "
             f"prediction_type={quoted(given)}. Possible: {OLD_PREDICTION}=true (epsilon) or false (sample), alone or "
-            "with the prediction_type that says the same"
+            "with the same prediction_type"
         )
     return {**config, "prediction_type": meant}
 
@@ -255,16 +255,16 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
 
 
 def with_defaults(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of diffusers' class `name`, with its defaults where the file leaves something out."""
+    """`config` with the defaults of diffusers' class `name` for missing settings."""
     parameters = _parameters(name).items()
     defaults = {key: parameter.default for key, parameter in parameters if parameter.default is not parameter.empty}
     return {**defaults, **config}
 
 
 def unknown_keys(config: Mapping[str, Any], name: str) -> list[str]:
-    """The keys of a config of diffusers' class `name` that mean nothing here, whatever they say.
+    """The keys of a config that diffusers' class `name` has no parameter for; they are ignored.
 
-    Schedulers' configs are handed from one class to another, so that what any of them knows is known.
+    diffusers passes configs from one scheduler class to another, so parameters of any scheduler are known.
     """
     known = {key for cls in (SCHEDULERS if name in SCHEDULERS else [name]) for key in _parameters(cls)}
     return sorted(key for key in config if key[:1] != "_" and key not in known and key not in OLD_KEYS)

@@ -1,7 +1,7 @@
-"""Prompts as the teacher's text encoder gives them: encoded once, kept on disk, looked up by label.
+"""Embeddings of prompts by the teacher's text encoder: computed once, cached on disk, indexed by label.
 
-Beside the table stands how long that took, so that whoever trains on texts is charged, also who finds them encoded. A
-price is one device's: on another the texts are encoded anew.
+The time that encoding took is stored too, so that every method is charged for it, also if the embeddings were cached.
+This time depends on the device, so prompts are encoded again for another device.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ Encode = Callable[[list[str]], Tensor]  # texts to (B,L,D)
 
 
 class EncodedPrompts:
-    """The table of a run: row i (L,D) is prompt i, the last row is the empty text. float32, mapped from its file.
+    """The embeddings of a run: row i (L,D) is prompt i, the last row is the empty text; float32, memory-mapped.
 
-    On a GPU the whole table is held where it takes an eighth of the free memory at most; otherwise the empty text, and
-    the others are copied when they are needed. Labels that are already on the GPU must then be waited for.
+    A GPU holds all rows if they take at most an eighth of its free memory. Otherwise it holds only the empty text; the
+    other rows are copied for each batch, and labels on the GPU are first copied to the CPU, which waits for the GPU.
     """
 
     def __init__(self, file: Path, seconds: float) -> None:
-        self.file, self._seconds = file, seconds  # that all prompts took
+        self.file, self._seconds = file, seconds  # for encoding all prompts
         self.rows: np.ndarray = np.load(file, mmap_mode="r")
-        self._held: dict[torch.device, Tensor] = {}  # all rows, or the last one alone
+        self._held: dict[torch.device, Tensor] = {}  # all rows, or only the last one
 
     def __reduce__(self) -> tuple:
         return EncodedPrompts, (self.file, self._seconds)  # another process maps the file again
@@ -47,7 +47,7 @@ class EncodedPrompts:
         return self
 
     def __call__(self, labels: Tensor, device: torch.device | None = None) -> Tensor:
-        """(B,L,D) of `labels` (B,) on `device`, by default that of the labels."""
+        """The embeddings (B,L,D) of `labels` (B,) on `device` (default: the labels' device)."""
         device = device or labels.device
         held = self._on(device)
         if len(held) == len(self.rows):
@@ -57,11 +57,11 @@ class EncodedPrompts:
         return rows.to(torch.get_default_dtype())
 
     def empty(self, count: int, device: torch.device) -> Tensor:
-        """The empty text, `count` times: (count,L,D)."""
+        """The embedding of the empty text, `count` times: (count,L,D)."""
         return self._on(device)[-1:].to(torch.get_default_dtype()).expand(count, -1, -1)
 
     def _on(self, device: torch.device) -> Tensor:
-        """What of the table stays on `device`, read when it is first needed."""
+        """The rows that `device` holds; copied to it at the first call."""
         if device not in self._held:
             rows = self.rows if fits_on(device, self.rows.nbytes) else self.rows[-1:]
             held = torch.empty(rows.shape, device=device, dtype=torch.float32)
@@ -72,12 +72,12 @@ class EncodedPrompts:
         return self._held[device]
 
     def seconds(self, count: int) -> float:
-        """That it took to encode `count` of the prompts: their share. The encoder's loading is nobody's."""
+        """Seconds that the encoding of `count` of the prompts took: their share. Loading the encoder is not charged."""
         return self._seconds * count / (len(self.rows) - 1)
 
 
 class PlaceholderPrompts:
-    """Texts of zeros (L,D), for a dry run, where only shapes matter."""
+    """Embeddings of zeros (L,D), for a dry run, where only shapes matter."""
 
     def __init__(self, length: int, width: int) -> None:
         self.length, self.width = length, width
@@ -95,9 +95,9 @@ class PlaceholderPrompts:
 def encode_prompts(
     prompts: Sequence[str], encode: Encode, encoder_sha256: str, cache: Path, device: str, progress: Progress
 ) -> EncodedPrompts:
-    """The table of `prompts`, found in `cache` or encoded now on `device`, in float32.
+    """The embeddings of `prompts`, from `cache` or computed now on `device`, in float32.
 
-    `encoder_sha256` identifies everything that turns a text into numbers: tokenizer, encoder, how they are used.
+    `encoder_sha256` identifies everything that determines the embedding of a text: tokenizer, encoder, and their use.
     """
     recipe = {"encoder_sha256": encoder_sha256, "prompts_key": key_of(list(prompts)), "count": len(prompts)}
     recipe |= {"device": device_name(device)} | ({} if device == "cpu" else {"tf32": False})
@@ -117,14 +117,14 @@ def _found(file: Path, rows: int) -> EncodedPrompts | None:
     try:
         table = read_array(file)
         seconds = float(json.loads(file.with_suffix(".json").read_text())["seconds"])
-    except (ValueError, KeyError, TypeError):  # or from before their price was kept
+    except (ValueError, KeyError, TypeError):  # older files lack the seconds
         return None
     fits = table.ndim == 3 and len(table) == rows and table.dtype == np.float32
     return EncodedPrompts(file, seconds) if fits and 0 <= seconds < math.inf else None
 
 
 def _write(prompts: Sequence[str], encode: Encode, path: Path, progress: Progress) -> float:
-    """Returns the seconds that the prompts took, after the empty text, for which the encoder is loaded."""
+    """Write the embeddings. Returns the seconds without those of the empty text, whose encoding loads the encoder."""
     empty = encode([""]).float().cpu().numpy()
     table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(len(prompts) + 1, *empty.shape[1:]))
     table[-1:] = empty

@@ -1,6 +1,6 @@
-"""Real images as latents: encoded once by the teacher's own encoder, kept on disk, read row by row.
+"""Latents of real images: encoded once by the teacher's encoder, cached on disk, read row by row.
 
-Encoding a dataset is preparation of data, like resizing it: it is done before training, outside every budget.
+Encoding a dataset is preparation of data, like resizing: it is done before training and outside every budget.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BATCH = 32
 
 
 class Latents(Dataset):
-    """The latents (c,h,w) of the images of `dataset`, float32, with its labels; `rows` (N,c,h,w) may lie on disk."""
+    """The latents `rows` (N,c,h,w) of the images of `dataset`, float32, possibly memory-mapped, with its labels."""
 
     name = "latents"
 
@@ -46,9 +46,9 @@ class Latents(Dataset):
 
 
 def training_data(dataset: Dataset, teacher: Teacher, cache: Path, device: str, progress: Progress) -> Dataset:
-    """What students of `teacher` are trained on: `dataset` itself, or its latents, made once and kept in `cache`.
+    """The training data of students of `teacher`: `dataset` itself, or its latents, computed once and cached.
 
-    They are made in float32. On a GPU that is part of their name: those from before it was so have TF32's digits.
+    Latents are computed in float32. On a GPU this is part of the cache key, because older versions used TF32.
     """
     if teacher.to_latents is None or not len(dataset):
         return dataset
@@ -77,7 +77,7 @@ def placeholder(dataset: Dataset, teacher: Teacher) -> Dataset:
 
 
 def _found(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The latents in `file`; None where there are none, or others."""
+    """The latents in `file`; None if they are missing, damaged, or of another shape."""
     try:
         rows = read_array(file)
     except ValueError:

@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 __all__ = ["Clip", "Teacher", "TeacherConfig", "TeacherPlan", "TeacherSource"]
 
 
-MOST_PIXELS = 2**20  # of the images that are decoded or encoded at once: 256 float32 channels of them are 1 GiB
+MOST_PIXELS = 2**20  # of images decoded or encoded at once: 256 float32 channels of so many pixels are 1 GiB
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What is done to guided answers that leave [-1, 1].
+    """Clipping of guided data predictions f to [-1, 1].
 
-    "static" cuts them there. "dynamic" (Saharia et al. 2022, section 2.3) clips each image to [-q, q] and divides it by
-    q, its `quantile` of |f|, held between 1 and `largest`.
+    "static" clips values. "dynamic" (Saharia et al. 2022, section 2.3) clips each image to [-q, q] and divides it by
+    q, the `quantile` of its |f|, clamped to [1, largest]. "" does nothing.
     """
 
     kind: str = ""
@@ -48,7 +48,7 @@ class Clip:
         return CLIPS[self.kind](self, f)
 
     def plain(self) -> Any:
-        """What it is, as plain values."""
+        """Its settings, as plain values."""
         return [self.kind, self.quantile, self.largest] if self.kind == "dynamic" else self.kind
 
 
@@ -67,16 +67,17 @@ CLIPS: dict[str, Callable[[Clip, Tensor], Tensor]] = {
 
 @dataclass
 class Teacher:
-    """A frozen denoiser and who it is.
+    """A frozen denoiser, its identity, and what students are made from.
 
-    `sha256` identifies its weights and how they are read (network, schedule, parameterisation). Its evaluations, and
-    those of its deputies, are counted in `teacher_rows`; those of students made from it in `student_rows`.
+    `sha256` identifies its weights and their use (network, schedule, parameterisation). Its evaluations, and those of
+    its frozen copies, are counted in `teacher_rows`; those of its students in `student_rows`.
 
-    Students start as copies of `start`, which is the teacher's own denoiser unless that cannot be trained (a closed
-    form has no weights). `blank` makes a network of the same architecture with fresh weights, from torch's generator.
+    Students start as copies of `start`, by default the teacher's own denoiser, or another one if that cannot be trained
+    (a closed form has no weights). `blank` makes a network of the same architecture with random weights from torch's
+    global generator.
 
-    A teacher of latents has a `shape` of its own, and decodes them to images of `image_shape`. `encode` and `decode`
-    stand before and after sampling and are timed apart from it. With `clip` its answers stay in the range of images.
+    A latent teacher denoises latents of `shape` and decodes them to images of `image_shape`. `encode` runs before
+    sampling and `decode` after it; neither is part of the sampling time. `clip` clips its data predictions.
     """
 
     name: str
@@ -90,8 +91,8 @@ class Teacher:
     decode: Callable[[Tensor], Tensor] | None = None  # latents (B,c,h,w) to images (B,C,H,W); None: works on pixels
     to_latents: Callable[[Tensor], Tensor] | None = None  # images (B,C,H,W) to latents (B,c,h,w)
     decoded: tuple[int, int, int] | None = None  # C,H,W of the images that `decode` makes
-    encode: Callable[[list[str]], Tensor] | None = None  # texts to (B,L,D); None: knows no texts
-    offloaded: tuple[Offloaded, ...] = ()  # what encodes and decodes: on the device only while it does
+    encode: Callable[[list[str]], Tensor] | None = None  # texts to (B,L,D); None: not conditioned on texts
+    offloaded: tuple[Offloaded, ...] = ()  # text encoder and autoencoder: on the device only while they run
     clip: Clip = Clip()
     student_rows: Counter = field(default_factory=Counter)
 
@@ -105,7 +106,7 @@ class Teacher:
 
     @property
     def label(self) -> str:
-        """What the table calls it: the family's name and the first digits of its weights' hash."""
+        """Its name in tables: the family's name and the first digits of `sha256`."""
         return f"{self.name}-{self.sha256[:8]}"
 
     @property
@@ -117,25 +118,25 @@ class Teacher:
         return self.denoiser.schedule
 
     def conditioned(self, conditioning: Conditioning) -> Teacher:
-        """The same teacher, conditioned as a run asks; what turns labels into texts or small images stays its own."""
+        """The same teacher with the `conditioning` of a run, but its own texts and small images."""
         own = self.conditioning
         return dataclasses.replace(
             self, conditioning=dataclasses.replace(conditioning, texts=own.texts, small=own.small)
         )
 
     def denoise(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
-        """f(x_t, t, c) = E[x_0 | x_t, c], guided where `c` says so (two evaluations), (B,C,H,W).
+        """f(x_t, t, c) = E[x_0 | x_t, c], (B,C,H,W); with guidance if `c` has a weight w (two evaluations).
 
         Gradients flow to x_t, not to the weights.
         """
         return self.clip(guided(self.denoiser, self.conditioning, x_t, t, c))
 
     def to_images(self, x_0: Tensor) -> Tensor:
-        """Images (B,C,H,W) in [-1, 1] of its answers: latents are decoded, at most MOST_PIXELS of images at a time."""
+        """Images (B,C,H,W) in [-1, 1] from x_0: latents are decoded, at most MOST_PIXELS of images at a time."""
         return self._in_parts(self.decode, x_0).clamp(-1, 1)
 
     def encoded(self, images: Tensor) -> Tensor:
-        """What it denoises, of `images` (B,C,H,W) in [-1, 1]: its latents, encoded in such parts, or the images."""
+        """The latents of `images` (B,C,H,W) in [-1, 1], encoded in parts; for a teacher in pixel space the images."""
         return self._in_parts(self.to_latents, images)
 
     def _in_parts(self, call: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
@@ -145,21 +146,21 @@ class Teacher:
         return call(x) if len(x) <= images_at_once else torch.cat([call(part) for part in x.split(images_at_once)])
 
     def autoencoder_kept_on_device(self) -> AbstractContextManager[object]:
-        """A block in which what encodes and decodes, once it is used, stays on the device: for loops over batches."""
+        """A block in which text encoder and autoencoder stay on the device once used: for loops over batches."""
         stack = ExitStack()
         for module in self.offloaded:
             stack.enter_context(module.keep_on_device())
         return stack
 
     def student(self, fresh: bool = False) -> Denoiser:
-        """A trainable network that starts from the teacher's weights; with `fresh`, from none.
+        """A trainable network that starts from the teacher's weights; with `fresh`, from random weights.
 
-        Where w is drawn it is told its guidance weight, by an embedding that starts at zero.
+        If training draws w, the student has w as an input, by an embedding that is zero before training.
         """
         student = (self.start or self.denoiser).copy(self.student_rows)
         if fresh:
             if self.blank is None:
-                raise UserError(f"teacher={self.name} cannot build its architecture anew: no student can start fresh")
+                raise UserError(f"teacher={self.name} has no network with random weights: no student can start fresh")
             device = next(student.parameters()).device
             student.counted.network = self.blank().to(device)
         if self.conditioning.w_range is not None:
@@ -167,11 +168,11 @@ class Teacher:
         return student.train().requires_grad_(True)
 
     def frozen_copy(self) -> Denoiser:
-        """A frozen network like a student's, but counted as teacher: later phases put a student's weights into it."""
+        """A frozen network like a student, but counted as a teacher: for a student that teaches a later phase."""
         return self.student().copy(self.teacher_rows).freeze()
 
     def on(self, schedule: NoiseSchedule) -> Teacher:
-        """The same teacher, with the same counters, read on another schedule at equal signal-to-noise ratio."""
+        """The same teacher, with the same counters, evaluated on another schedule at equal signal-to-noise ratio."""
         start = None if self.start is None else self.start.on(schedule)
         return dataclasses.replace(self, denoiser=self.denoiser.on(schedule), start=start)
 
@@ -185,7 +186,7 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """What would happen if the teacher were loaded: from where, or trained at what price."""
+    """Where the teacher would be loaded from, or what its training would cost."""
 
     origin: str  # file it is read from, or "to be trained"
     images: int = 0
@@ -194,7 +195,7 @@ class TeacherPlan:
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """A pipeline of diffusers on this machine, and which of its weights are meant ("" or as "fp16")."""
+    """A pipeline of diffusers on this machine, and the variant of its weights ("" or, for example, "fp16")."""
 
     folder: Path
     variant: str
@@ -203,7 +204,7 @@ class PipelineFolder:
 class TeacherSource(ABC):
     """A family of teachers, such as one format of checkpoints. Constructed with its Config and the dataset.
 
-    `conditioning.classes` is not 0 where the run asks for a class-conditional teacher.
+    `conditioning.classes` is not 0 if the run needs a class-conditional teacher.
     """
 
     name: ClassVar[str]
@@ -218,29 +219,29 @@ class TeacherSource(ABC):
 
     @property
     def fits_data(self) -> bool:
-        """Whether real images go with what it is conditioned on: they do not with the small images of an upscaler."""
+        """Whether real images match its conditioning: they do not match the small images of an upscaler."""
         return True
 
     def pipeline(self) -> PipelineFolder | None:
-        """The pipeline that the teacher is read from, whose other parts its students are exported with; None: none."""
+        """The pipeline that the teacher was loaded from, or None. Students are exported with its other components."""
         return None
 
     def notes(self) -> Sequence[str]:
-        """What a user should know of how the teacher is read: what its files say and is not understood."""
+        """Notes for the user on the teacher's files, such as settings in them that are ignored."""
         return ()
 
     @abstractmethod
     def plan(self) -> TeacherPlan:
-        """Check what can be checked without work; raise UserError if the teacher is missing or does not fit."""
+        """Check quickly, without loading weights; raise UserError if the teacher is missing or does not fit."""
 
     @abstractmethod
     def untrained(self) -> Teacher:
-        """A teacher of the right architecture whose weights do not matter: what a dry run is priced with."""
+        """A teacher of the right architecture with any weights, by which a dry run estimates the cost."""
 
     @abstractmethod
     def load(self, progress: Progress) -> Teacher:
-        """The frozen teacher on `device`, made first if need be."""
+        """The frozen teacher on `device`; it is trained first if necessary."""
 
     def train(self, output: Path | None, progress: Progress) -> Path:
-        """Train anew, write to `output` or into the cache, return the file. UserError where nothing is trained."""
+        """Train again, write to `output` or into the cache, return the file. UserError if it cannot be trained."""
         raise UserError(f"teacher={self.name} is not trained by distillbench")

@@ -1,7 +1,7 @@
-"""How conformance checks are run: one by one on benches, each with a finding in words.
+"""How conformance checks are run: one after the other on benches, each with a message for the author of the class.
 
-A check is a function of a bench. If a promise of the contract is kept, it returns what it saw; if not, it raises Fault;
-if it does not apply, NotApplicable. Any other error is a fault that this check reports; the other checks still run.
+A check is a function of a bench. If the class meets the contract, it returns a message; if not, it raises Fault; if the
+check does not apply, NotApplicable. Any other error is reported as a fault; the other checks still run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distillbench.runs.config import describe_options
 
 
 class Fault(Exception):
-    """What is wrong, in words for the author of the class: what was expected, what was found, how to fix it."""
+    """A violation of the contract. The message says what was expected, what was found and how to fix it."""
 
 
 class NotApplicable(Exception):
@@ -33,12 +33,12 @@ class NotApplicable(Exception):
 
 
 class Doubt(str):
-    """What a check saw that may be right or wrong; only the author of the class can tell."""
+    """A finding that may be right or wrong; only the author of the class can tell."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: `ok` is None if it does not apply, `message` says in words what was found and why.
+    """The result of a check: `ok` is None if it does not apply; `message` says what was found and why.
 
     With `doubt`, `ok` is True, and the author of the class should confirm that what `message` says is intended.
     """
@@ -228,7 +228,7 @@ def where(error: BaseException, cls: type) -> str:
 
 
 def some(names: Sequence[str]) -> str:
-    """At most three of the names, in words."""
+    """A text with at most three of the names."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -112,11 +112,11 @@ class LoggedNetwork(ResidualMLP):
 class WatchedBatch(Batch):
     """A batch that records whether its real images were read."""
 
-    asked = False
+    used = False
 
     @functools.cached_property
     def _data(self) -> tuple[Tensor, Tensor | None]:
-        self.asked = True
+        self.used = True
         return super()._data
 
 
@@ -125,12 +125,12 @@ class WatchedNoise(FixedNoise):
 
     def __init__(self, draws: list[Tensor]) -> None:
         super().__init__(draws)
-        self.conditioned: set[int] = set()
+        self.used: set[int] = set()
 
     def __call__(self, k: int) -> Tensor:
         if not 0 <= k < len(self.draws):
             raise Fault(f"sample calls noise({k}); only noise(0) to noise(NFE - 1 = {len(self.draws) - 1}) exist")
-        self.conditioned.add(k)
+        self.used.add(k)
         return super().__call__(k)
 
 
@@ -373,7 +373,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 
 
 def attributes_of(names: list[str]) -> str:
-    """The attributes of a method that the tensors `names` of its state_dict belong to, in words."""
+    """A text with the attributes of a method that the tensors `names` of its state_dict belong to."""
     return some(list(dict.fromkeys(f"self.{name.split('.')[0]}" for name in names)))
 
 

@@ -125,7 +125,7 @@ def nfe(bench: MethodBench) -> str:
         bench.sample(n)
         counted = (rows_of(bench.run.method) - before) / IMAGES
         if counted != n:
-            hint = "" if counted else " (only networks from self.teacher.student() and .deputy() are counted)"
+            hint = "" if counted else " (only networks from self.teacher.student() and .frozen_copy() are counted)"
             raise Fault(
                 f"requested {n} evaluations per image, counted {counted:g}{hint}: let sample and supports agree"
             )
@@ -153,7 +153,7 @@ def noise(bench: MethodBench) -> str:
         with torch.no_grad():
             x_0, again = method.sample(given, n, c), bench.sample(n)
             other = method.sample(bench.noise(seed=1), n, c)
-        if 0 not in given.conditioned:
+        if 0 not in given.used:
             raise Fault(f"at NFE {n} sample never calls noise(0), the noise shared by all methods: start from it")
         if any(differ(draw, bench.noise()(k)) for k, draw in enumerate(given.draws)):
             raise Fault(f"at NFE {n} sample overwrites the given noise: copy it first")
@@ -166,7 +166,7 @@ def noise(bench: MethodBench) -> str:
         keeps = method.keeps_noise(n)
         if not isinstance(keeps, bool):
             raise Fault(f"keeps_noise({n}) must be True or False, got {keeps!r}")
-        if keeps and given.conditioned != {0}:
+        if keeps and given.used != {0}:
             raise Fault(
                 f"at NFE {n} fresh noise is added, so a sample does not match the teacher's for noise(0): let "
                 f"keeps_noise({n}) be False"

@@ -43,7 +43,7 @@ def data(bench: MethodBench) -> str:
         finished = True
     except (Exception, SystemExit):  # the check `steps` reports it
         pass
-    asked = any(batch.asked for batch in batches)
+    asked = any(batch.used for batch in batches)
     if asked and not bench.cls.needs_data:
         raise Fault("it declares needs_data = False and reads real images (batch.x_0): declare needs_data = True")
     if finished and bench.cls.needs_data and not asked:
@@ -122,7 +122,7 @@ def losses(bench: MethodBench) -> str:
 
 
 def gradients(bench: MethodBench) -> str:
-    """Only trained networks get gradients. The message says through how many evaluations each gradient flows."""
+    """Only trained networks get gradients. The message counts the evaluations that each gradient flows through."""
     trained: set[nn.Parameter] = set()
     ends: list[int] = []  # length of the log before and after the first step
     before: list[int] = []  # for each evaluation, how many gradients had reached it
@@ -192,17 +192,16 @@ def check_masks(made: list[Call], method: Method) -> None:
     teacher, masks = teachers_network(method), [call.mask for call in made if call.trained and call.mask is not None]
     for call in made:
         what = "the teacher" if call.network is teacher else "a network"
-        if (
-            call.mask is None and call.trained and call.network is not teacher
-        ):  # a trained teacher is reported by `teacher_untouched`
+        if call.mask is None and call.trained and call.network is not teacher:  # else `teacher_untouched` reports it
             raise Fault(
                 f"{what} is trained in evaluation mode, so its dropout never acts: leave networks in the mode that "
-                "teacher.student() gives them, and evaluate without gradients under torch.no_grad() or networks.held"
+                "teacher.student() gives them, and evaluate without gradients under torch.no_grad() or "
+                "diffusion.frozen_weights"
             )
         if call.mask is not None and not call.trained and not any(torch.equal(call.mask, mask) for mask in masks):
             raise Fault(
                 f"{what} that gets no gradient is evaluated with dropout: call denoisers or their .output(), never "
-                "their .network, and evaluate what a loss compares with the student in a block of dropout.one_mask"
+                "their .network, and evaluate what a loss compares with the student in a block of diffusion.one_mask"
             )
 
 

@@ -1,4 +1,4 @@
-"""Checks of a method's whole training: it learns, is reproducible and resumable, and costs what a plan says.
+"""Checks of a method's whole training: it learns, is reproducible and resumable, and costs what the plan estimates.
 
 Each check uses short trainings on a bench, by the harness's own loop. The list of all checks of methods, with what each
 of them needs, is ``CHECKS`` in :mod:`distillbench.testing.methods`.
@@ -79,13 +79,14 @@ def resumes(bench: MethodBench) -> str:
 
 
 def parts(bench: MethodBench) -> str:
-    """A step computed in two parts has the gradient of the whole step. If not, this is reported, as a doubt."""
+    """A step computed in two parts has the gradient of the whole step. If not, this is reported as a doubt."""
     whole, halves = bench.first_gradient(1), bench.first_gradient(2)
     error = (whole - halves).norm().item() / max(whole.norm().item(), 1e-12)
     if error > GRADIENT_ROUNDING:
         return Doubt(
-            f"in two parts a step has another gradient, by {error:.2g} of it: the loss is no mean over the images, "
-            "or random numbers are not drawn from the batch. Accumulation and several GPUs then train another loss"
+            f"in two parts a step has another gradient (relative difference {error:.2g}): the loss is not a mean over "
+            "the images, or random numbers are not drawn from the batch. Accumulation and several GPUs then train "
+            "another loss"
         )
     return "a step in two parts, as with accumulate or two GPUs, has the gradient of the whole step"
 

@@ -1,5 +1,6 @@
-"""The conformance suite for metrics: each check tests one promise of :mod:`distillbench.evaluation.metric` on generated
-images.
+"""The conformance suite for metrics, on generated images.
+
+Each check tests one promise of :mod:`distillbench.evaluation.metric`.
 
 Real images and the teacher's samples are draws of the same distribution; samples are the teacher's plus a little noise.
 Good samples are the teacher's themselves; bad ones are white noise and a constant grey.

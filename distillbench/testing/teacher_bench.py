@@ -30,9 +30,9 @@ from distillbench.system.progress import Progress
 from distillbench.teachers.teacher import Teacher, TeacherConfig, TeacherSource
 from distillbench.testing.checks import NotApplicable
 
-MEAN_IMAGES = 2048  # images that the mean image is taken over
+MEAN_IMAGES = 2048  # images over which the mean image is computed
 IMAGES = 128  # that are noised and denoised
-FEW = 4  # images where more would show nothing more
+FEW = 4  # images in checks that need few
 
 
 class TinyImages(Dataset):

@@ -1,6 +1,6 @@
-"""The conformance suite for teachers: each check tests one promise of :mod:`distillbench.teachers.teacher` on a
-dataset.
+"""The conformance suite for teachers, on a dataset.
 
+Each check tests one promise of :mod:`distillbench.teachers.teacher`.
 ``CHECKS`` at the end lists all checks with the checks that each of them needs. Those of how a teacher denoises are in
 :mod:`distillbench.testing.teachers_denoising`.
 """

@@ -180,7 +180,7 @@ class Meter:
         self.images, self.charged, self.charged_energy = price.images, price, energy
 
     def _rows(self) -> dict[str, int]:
-        """The counters, by the names of the fields of a price."""
+        """The counters, by the names of the fields of Price."""
         teacher, student = self.teacher.teacher_rows, self.teacher.student_rows
         own = class_of(self.teacher.denoiser.network)
         others = [rows for kind, rows in teacher.kinds.items() if kind.network is not own]
@@ -239,7 +239,7 @@ class Meter:
         return self.stopwatch.now() - self._start + self.charged.seconds
 
     def price(self) -> Price:
-        """The price so far; waits for the device."""
+        """The cost so far; waits for the device."""
         accounts, charged = self.stopwatch.read(), self.charged
         seconds = self._seconds()
         teacher = accounts[Account.teacher] + charged.teacher_seconds

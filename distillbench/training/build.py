@@ -12,7 +12,7 @@ from distillbench.training.method import Method
 
 
 def build_method(cls: type[Method], config: Any, teacher: Teacher, seed: int, device: str) -> Method:
-    """A method as it is before training, with its networks on `device`."""
+    """The untrained method, with its networks on `device`."""
     torch.manual_seed(seed)  # for weights that a method adds to the teacher's network
     seen = teacher.on(SCHEDULES[config.schedule]()) if config.schedule else teacher
     return cls(config, seen).to(device)

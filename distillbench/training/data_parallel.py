@@ -41,7 +41,7 @@ MESSAGE_NUMBERS = 3  # most numbers in a message
 SUMMED_FIELDS = (
     "teacher_nfe", "student_nfe", "teacher_backward", "student_backward", "student_backward_input", "stand_in_nfe",
     "stand_in_backward", "teacher_along", "student_along",
-)  # fields of a price that are summed over ranks  # fmt: skip
+)  # fields of Price that are summed over ranks  # fmt: skip
 
 
 class Ranks:
@@ -86,7 +86,7 @@ class Ranks:
         """Copy the tensors of `module` from rank 0 to all ranks, except for sharded ones."""
 
     def sum_price(self, price: Price) -> Price:
-        """The price of all ranks together."""
+        """The cost on all ranks together."""
         return price
 
     def sum_energy(self, energy: Energy) -> Energy:
@@ -94,7 +94,7 @@ class Ranks:
         return energy
 
     def own_price(self, price: Price, energy: Energy) -> tuple[Price, Energy]:
-        """This rank's part of a total price and energy: rank 0 takes them whole, the others nothing."""
+        """This rank's part of a total cost and energy: everything on rank 0, nothing on the others."""
         return price, energy
 
     def all_gather(self, value: Any) -> list[Any]:

@@ -28,9 +28,7 @@ BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel
 
 
 class Collectives(Protocol):
-    """The collective operations that sums of gradients need; see
-    :class:`distillbench.training.data_parallel.DataParallelRanks`.
-    """
+    """The methods of :class:`distillbench.training.data_parallel.DataParallelRanks` that sum gradients."""
 
     reduction: GradientReduction | None
 
@@ -44,7 +42,7 @@ class Collectives(Protocol):
 
 
 class Bucket:
-    """A contiguous buffer for the gradients of some weights, kept for the whole training."""
+    """A contiguous buffer for the gradients of some weights, allocated for the whole training."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self.weights = weights

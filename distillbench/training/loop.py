@@ -52,7 +52,7 @@ class LossPoint:
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of a training: price, loss curve and checkpoints. The weights are in the method."""
+    """The result of a training: cost, loss curve and checkpoints. The weights are in the method."""
 
     price: Price
     curve: list[LossPoint]
@@ -218,7 +218,7 @@ class _Training:
                 raise Interrupted(resume.stop.name)
 
     def _price(self) -> tuple[Price, Energy]:
-        """Price and energy of all ranks until now."""
+        """Cost and energy of all ranks until now."""
         return self.ranks.sum_price(self.meter.price()), self.ranks.sum_energy(self.meter.energy())
 
     def _write_checkpoints(self, progress: float) -> None:

@@ -108,7 +108,7 @@ class Workspace:
         """`count` pairs eps -> solve(eps, c), from the cache or computed now and cached.
 
         `recipe` says in plain values how `solve` works (solver, steps, ...); with the teacher's hash, the seed and the
-        count it is the cache key. The price is charged to the method's meter either way. All ranks must ask for
+        count it is the cache key. The cost is charged to the method's meter either way. All ranks must ask for
         the same pairs.
         """
         stream = stream_key("pairs", self.seed)

@@ -264,7 +264,7 @@ def image_folder(folder):
     ("words", "expected"),
     [
         ([], "dataset=folder needs dataset.path=FOLDER, a folder of images"),
-        (["dataset.path=absent"], "dataset.path: no folder 'absent'"),
+        (["dataset.path=absent"], "dataset.path: no file or folder 'absent'"),
         (["dataset.path=none"], "dataset.path: no image"),
         (["dataset.path=damaged"], "dataset.path: cannot read 'a.png' as an image"),
         (["dataset.path=none", "dataset.resolution=0"], "dataset.resolution must be positive, got 0"),

@@ -41,9 +41,12 @@ def test_every_grey_level_survives_conversion_to_float_and_back():
     assert torch.equal(to_uint8(x), levels)
 
 
-def test_samples_are_clipped_and_rounded_to_the_nearest_level():
-    x = torch.tensor([-3.0, -1.0, -1 + 0.49 / 127.5, -1 + 0.51 / 127.5, 1.0, 7.0])
-    assert to_uint8(x).tolist() == [0, 0, 0, 1, 255, 255]
+def test_samples_are_clipped_and_rounded_to_the_nearest_of_256_levels():
+    levels = torch.arange(256) / 127.5 - 1
+    assert to_uint8(levels).tolist() == list(range(256))
+    assert to_uint8(levels + 0.49 / 127.5).tolist() == list(range(256))  # truncation would do as well here ...
+    assert to_uint8(levels - 0.49 / 127.5).tolist() == list(range(256))  # ... but not here
+    assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
 
 # --- digits ----------------------------------------------------------------------------------------------------------

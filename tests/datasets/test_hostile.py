@@ -217,7 +217,7 @@ def test_a_parquet_file_cannot_refer_to_files_outside_its_folder(tmp_path, path)
 @pytest.mark.parametrize("images", ["NaN", "1e400", '"x"', "[]", "-1"])
 def test_a_reference_of_no_number_of_images_is_refused(tmp_path, images):
     np.savez(tmp_path / "a.npz", mu=np.zeros(2), sigma=np.eye(2), provenance=np.array(f'{{"images": {images}}}'))
-    with pytest.raises(UserError, match="how many images"):
+    with pytest.raises(UserError, match="images in provenance must be their number"):
         read_reference(tmp_path / "a.npz")
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_image_readers import opened
 
 from distillbench.builtin.folder import Folder
 from distillbench.builtin.image_sets import Ffhq
@@ -21,7 +20,7 @@ from distillbench.cli.data_check import check
 from distillbench.datasets.image_dataset import FileDataset, open_source
 from distillbench.errors import UserError
 from distillbench.storage.files import canonical_json
-from image_sources import edm, make, pixels, png, write_folder, write_zip
+from image_sources import edm, make, opened, pixels, png, write_folder, write_zip
 
 PNG = png(pixels(1)[0])
 

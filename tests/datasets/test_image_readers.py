@@ -27,11 +27,7 @@ from distillbench.datasets.image_readers import map_in_order
 from distillbench.datasets.tables import HubReader
 from distillbench.errors import LONGEST_REASON, UserError
 from distillbench.storage.npz import Npz
-from image_sources import edm, idx, pixels, png, write_folder, write_zip
-
-
-def opened(reader):
-    return np.stack([np.asarray(reader.open(index)) for index in range(len(reader))])
+from image_sources import cifar, edm, idx, old_pickle, opened, pixels, png, write_folder, write_zip
 
 
 def open_at(path, **settings):
@@ -212,37 +208,7 @@ def test_an_unsupported_file_and_a_single_image_are_refused(tmp_path):
 # --- CIFAR's batches -------------------------------------------------------------------------------------------------
 
 
-class OldPickler(pickle._Pickler):
-    """Writes strings and bytes as Python 2 wrote its `str`: CIFAR's files are such pickles."""
-
-    dispatch = dict(pickle._Pickler.dispatch)
-
-    def save_old(self, value):
-        data = value if isinstance(value, bytes) else value.encode("latin1")
-        self.write(b"T" + struct.pack("<i", len(data)) + data)
-        self.memoize(value)
-
-    dispatch[bytes] = dispatch[str] = save_old
-
-
-def old_pickle(value):
-    file = io.BytesIO()
-    OldPickler(file, 2).dump(value)
-    return file.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
-
-
 PICKLERS = [old_pickle, *(lambda value, p=protocol: pickle.dumps(value, p) for protocol in range(6))]
-
-
-def batch(images, labels, dumps=old_pickle):
-    rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
-    return dumps({"data": rows, "labels": labels, "filenames": ["a.png"] * len(labels), "batch_label": "batch 1 of 5"})
-
-
-def cifar(dumps=old_pickle):
-    images = pixels(6, side=32)
-    files = {f"cifar-10-batches-py/data_batch_{k}": batch(images[k - 1 : k], [k], dumps) for k in range(1, 6)}
-    return images, files | {"cifar-10-batches-py/test_batch": batch(images[5:], [9], dumps)}
 
 
 @pytest.mark.parametrize("dumps", PICKLERS, ids=["python2", *map(str, range(6))])
@@ -555,10 +521,10 @@ def test_a_hub_dataset_needs_permission_and_its_errors_are_reported():
 
 
 def test_the_library_itself_loads_a_local_folder(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets", reason="the optional library 'datasets' is not installed")
+    config = pytest.importorskip("datasets.config", reason="the optional library 'datasets' is not installed")
     for number, image in enumerate(pixels(4)):
         write_folder(tmp_path / "data", {f"train/{'ab'[number % 2]}/{number}.png": png(image)})
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     reader = open_source(f"hub:{tmp_path / 'data'}", "train")
     assert isinstance(reader, HubReader)
     assert (sorted(reader.labels.tolist()), reader.class_names) == ([0, 0, 1, 1], ["a", "b"])

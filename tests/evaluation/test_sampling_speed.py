@@ -598,7 +598,7 @@ def test_a_job_is_small_and_opens_the_dataset_only_on_demand(cells):
     shared = cells[0].shared
     dataset = pickle.loads(pickle.dumps(LazyDataset(shared.dataset, shared.config.dataset)))
     assert len(pickle.dumps(speed_job(cells[0], None, [1]))) < 5000
-    known = ("name", "licence", "shape", "sha256", "classes", "law")
+    known = ("name", "licence", "shape", "sha256", "classes", "distribution")
     assert all(getattr(dataset, name) == getattr(shared.dataset, name) for name in known)
     assert len(dataset) == len(shared.dataset)
     assert "opened" not in vars(dataset)

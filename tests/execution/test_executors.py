@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import test_workers
 from rich.console import Console
 
 from distillbench.errors import UserError
@@ -36,6 +35,7 @@ from distillbench.runs.shared_context import device_of
 from distillbench.storage.locks import try_lock
 from distillbench.system.progress import Progress
 from distillbench.system.signals import Interrupted, Stop, stopping
+from plugin_code import FINE_DIES_SLOW
 
 WORDS = ["dataset=gmm", "teacher=gmm", "teacher.width=16", "budget.images=40", "batch_size=10", "run_name=run"]
 WORDS += ["evaluation.images=8", "evaluation.metrics=[teacher_rmse]", "evaluation.teacher_steps=[1]"]
@@ -50,9 +50,9 @@ def registry():
 
 @pytest.fixture(scope="module")
 def plugins(tmp_path_factory):
-    """The registry with the methods of tests/execution/test_workers.py, from a file in a folder."""
+    """The registry with the methods of FINE_DIES_SLOW and of PLUGIN, from files in a folder."""
     folder = tmp_path_factory.mktemp("plugins")
-    (folder / "executed_plugin.py").write_text(test_workers.PLUGIN)
+    (folder / "executed_plugin.py").write_text(FINE_DIES_SLOW)
     (folder / "preempted_plugin.py").write_text(PLUGIN)
     return Selection((folder,)).load()
 
@@ -583,7 +583,7 @@ def test_a_lost_ray_worker_fails_one_row(plugins, alone, tmp_path):
 @pytest.mark.parametrize("kind", EXECUTORS)
 def test_the_page_has_every_setting_with_its_default_and_its_help(kind):
     page = (Path(__file__).resolve().parents[2] / "docs" / "machines.md").read_text()
-    rows = page.split(f"| `executor={kind}` | default | |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
-    told = [tuple(part.strip() for part in row.strip("|").split("|")) for row in rows]
+    rows = page.split(f"| `executor={kind}` | default | meaning |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+    written = [tuple(part.strip() for part in row.strip("|").split("|")) for row in rows]
     expected = [(f"`executor.{name}`", default, text) for name, default, text in describe_options(EXECUTORS[kind])]
-    assert told == expected
+    assert written == expected

@@ -19,54 +19,8 @@ from distillbench.storage.locks import is_locked, try_lock, wait_for_lock
 from distillbench.system.progress import Progress
 from distillbench.system.signals import Interrupted, Stop
 from distillbench.system.subprocesses import ProcessError, Worker
+from plugin_code import FINE_DIES_SLOW
 
-PLUGIN = """
-import os, time
-import torch
-from distillbench import Method, MethodConfig, hookimpl
-
-
-class Fine(Method):
-    "One step."
-    name, paper, needs_data = "fine", "none", False
-    Config = MethodConfig
-
-    def at_T(self, eps):
-        return torch.full((len(eps), 1, 1, 1), self.teacher.schedule.t_max, dtype=torch.float64)
-
-    def train_step(self, batch):
-        eps = batch.noise()
-        yield self.student, (self.student(eps, self.at_T(eps)) - eps).square().mean()
-
-    def sample(self, noise, nfe, c):
-        return self.student(noise(0), self.at_T(noise(0)))
-
-
-class Dies(Fine):
-    "Aborts in its third step."
-    name = "dies"
-    steps = 0
-
-    def after_step(self):
-        self.steps += 1
-        if self.steps == 3:
-            print("so long", flush=True)
-            os.abort()
-
-
-class Slow(Fine):
-    "Takes its time."
-    name = "slow"
-
-    def after_step(self):
-        time.sleep(0.05)
-
-
-@hookimpl(api=2)
-def register_methods(register):
-    for cls in (Fine, Dies, Slow):
-        register(cls)
-"""
 WORDS = ["dataset=gmm", "teacher=gmm", "teacher.width=16", "budget.images=800", "batch_size=10", "run_name=run"]
 WORDS += ["evaluation.images=16", "evaluation.metrics=[teacher_rmse]", "evaluation.teacher_steps=[1,4]"]
 WORDS += ["evaluation.timing=off", "device=cpu"]
@@ -74,7 +28,7 @@ WORDS += ["evaluation.timing=off", "device=cpu"]
 
 def command(folder: Path, *words: str) -> list[str]:
     (folder / "plugins").mkdir(exist_ok=True)
-    (folder / "plugins" / "hands_plugin.py").write_text(PLUGIN)
+    (folder / "plugins" / "hands_plugin.py").write_text(FINE_DIES_SLOW)
     results = f"results_dir={folder / 'results'}"
     return [
         sys.executable,

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, group_norm, pad, silu
 
 from distillbench.diffusion.conditioning import Condition
-from distillbench.networks.edm import BOX, Block, Conv, DhariwalUNet, Fourier, Positional, SongUNet, enlarge, shrink
+from distillbench.networks.edm import (
+    BOX,
+    Block,
+    Conv,
+    DhariwalUNet,
+    Fourier,
+    Positional,
+    SongUNet,
+    downsample,
+    upsample,
+)
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -188,11 +198,11 @@ def test_resampling_is_diffusers_fir_filter():
     x, taps = noise(2, 3, 8, 8), torch.tensor([1.0, 3, 3, 1])
     filter = torch.outer(taps, taps) / 64
     ours = filter[None, None]
-    assert close(shrink(x, ours, 1), upfirdn2d_native(x, filter, down=2, pad=(1, 1)))
-    assert close(enlarge(x, ours, 1), upfirdn2d_native(x, 4 * filter, up=2, pad=(2, 1)))
+    assert close(downsample(x, ours, 1), upfirdn2d_native(x, filter, down=2, pad=(1, 1)))
+    assert close(upsample(x, ours, 1), upfirdn2d_native(x, 4 * filter, up=2, pad=(2, 1)))
     box = torch.full((1, 1, 2, 2), 0.25)
-    assert close(shrink(x, box, 0), nn.functional.avg_pool2d(x, 2))
-    assert torch.equal(enlarge(x, box, 0), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert close(downsample(x, box, 0), nn.functional.avg_pool2d(x, 2))
+    assert torch.equal(upsample(x, box, 0), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
 @pytest.mark.parametrize("taps", [BOX, BINOMIAL])

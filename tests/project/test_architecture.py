@@ -214,3 +214,12 @@ def test_a_method_can_move_to_another_package(path, moved):
     assert there.methods[name].identity()["source_sha256"] == here.methods[name].identity()["source_sha256"]
     assert there.methods[name].cls is not here.methods[name].cls
     assert planned_here[name] == planned_there[name]
+
+
+# --- the tests -------------------------------------------------------------------------------------------------------
+
+
+def test_files_of_tests_import_no_other():
+    """What they share is in tests/support."""
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    assert not found(files, lambda path: {name for name in imported(path) if name.startswith("test_")})

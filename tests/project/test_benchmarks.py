@@ -1,6 +1,7 @@
 """Each benchmark still runs: in a tiny form where that takes no seconds, and with ``--help``."""
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ TINY = {
 }
 
 
-def told(name, words, monkeypatch, capsys) -> str:
+def output_of(name, words, monkeypatch, capsys) -> str:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
     importlib.import_module(name).main()
@@ -24,15 +25,15 @@ def told(name, words, monkeypatch, capsys) -> str:
 @pytest.mark.parametrize(
     "name", ["launches", "loading", "memory", "overhead", "reading", "sampling", "scoring", "startup", "tables"]
 )
-def test_a_benchmark_says_what_it_measures(name, monkeypatch, capsys):
+def test_a_benchmark_has_a_help_text(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
-        told(name, ["--help"], monkeypatch, capsys)
+        output_of(name, ["--help"], monkeypatch, capsys)
     assert end.value.code == 0 and "usage" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_benchmark_prints_ratios(name, monkeypatch, capsys):
-    lines = [line for line in told(name, TINY[name], monkeypatch, capsys).splitlines() if line.startswith("|")]
+    lines = [line for line in output_of(name, TINY[name], monkeypatch, capsys).splitlines() if line.startswith("|")]
     assert len(lines) >= 3 and any(word in lines[0] for word in ("ratio", "peak / sum"))
 
 
@@ -53,3 +54,9 @@ def test_tables_of_many_rows_are_what_a_run_writes(monkeypatch, tmp_path):
     tables.table(tmp_path, 800)()
     summary = tables.summary(tmp_path, 800)()
     assert len(summary) == 8 and summary["fd_toy_training_interval"].eq("bootstrap").all()
+
+
+def test_the_benchmark_of_hostile_inputs_finds_tests_support():
+    """In a process of its own: in this one tests/support can be imported anyway."""
+    done = subprocess.run([sys.executable, BENCHMARKS / "hostile.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from distillbench.cli import command_options
 from distillbench.cli.commands import cli, main
 from distillbench.registry import Entry, Plugin, Source, installed, load_registry
 
@@ -120,7 +121,7 @@ def registry(tmp_path_factory):
 @pytest.fixture
 def command_line(registry, monkeypatch, tmp_path):
     """Runs a command in an empty folder with the plugins of `registry`: its exit code and what it printed."""
-    monkeypatch.setattr(sys.modules[main.__module__], "_registry", lambda folders: registry)
+    monkeypatch.setattr(command_options, "load_plugins", lambda folders: registry)
     monkeypatch.setenv("DISTILLBENCH_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.chdir(tmp_path)
 

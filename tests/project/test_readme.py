@@ -2,9 +2,6 @@
 
 import re
 import types
-from pathlib import Path
-
-from test_docs import page_generator
 
 from distillbench.execution.run import run
 from distillbench.records.table import FIRST, LAST
@@ -13,8 +10,8 @@ from distillbench.runs.config import compose_runs
 from distillbench.runs.plan import plan
 from distillbench.system.progress import Progress
 from distillbench.testing.conformance import assert_conforms
+from docs_pages import ROOT, page_generator
 
-ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 from scipy import stats
-from test_show import COLUMNS, FID, NAMES, TEACHER, row, run_data, run_folder, seeds
 
 from distillbench.errors import UserError
 from distillbench.reports.commands import compare_runs, merge_runs
 from distillbench.reports.compare import compare, print_comparison, welch
 from distillbench.reports.runs import read_run
+from tables_of_runs import COLUMNS, FID, NAMES, TEACHER, row, run_data, run_folder, seeds
 
 NOISY = [10.0, 10.4, 9.8, 10.1]
 SHIFTED = [11.0, 11.4, 10.8, 11.1]

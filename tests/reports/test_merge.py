@@ -10,13 +10,13 @@ import pytest
 import yaml
 from pandas.testing import assert_frame_equal
 from rich.console import Console
-from test_show import COLUMNS, FID, NAMES, TEACHER, row, run_data, run_folder, seeds
 
 from distillbench.errors import UserError
 from distillbench.records.table import make_along, make_table, write_table
 from distillbench.reports.commands import merge_runs
 from distillbench.reports.merge import merge
 from distillbench.reports.runs import RunData, read_run
+from tables_of_runs import COLUMNS, FID, NAMES, TEACHER, row, run_data, run_folder, seeds
 
 BASE = row(fid=80.0, **TEACHER)
 OTHER = "cuda (a GPU)"

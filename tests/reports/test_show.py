@@ -1,64 +1,17 @@
 """The table in the terminal: which rows and columns are shown, what is refused, and that hostile names do nothing."""
 
 import io
-import json
-from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 from rich.console import Console
 
 from distillbench.errors import UserError
-from distillbench.records.table import make_along, make_table, write_table
+from distillbench.records.table import make_table, write_table
 from distillbench.reports.commands import show_runs
-from distillbench.reports.runs import RunData, read_run
+from distillbench.reports.runs import read_run
 from distillbench.reports.show import number, plain, select
-
-FID = {"unit": "", "direction": "lower", "network": "inception", "needs": "real", "protocol": "frechet/2"}
-COLUMNS = {"fid": FID, "recall": FID | {"direction": "higher", "protocol": "prdc/1"}}
-NAMES = {"dataset": "digits", "teacher": "trained-01234567", "method": "boot", "training_seed": 0, "sampling_seed": 0}
-NAMES |= {"nfe": 1, "images": 2048, "budget": "1000 images", "protocol": "aaaa", "status": "ok", "reason": ""}
-NAMES |= {
-    "settings": "",
-    "compute": "fp32",
-    "reference": "",
-    "device": "cpu (a model)",
-    "key": "k",
-    "train_seconds": 100.0,
-    "sample_latency_p50_ms": 2.0,
-}
-TEACHER = {"method": "teacher:ddim", "training_seed": None, "budget": "", "train_seconds": None, "key": "t"}
-
-
-def row(**changes):
-    """A row of the table: an ok student, but for `changes`."""
-    return NAMES | changes
-
-
-def seeds(scores, **changes):
-    """Rows of one method, one for each training seed, with these values of fid."""
-    return [row(training_seed=k, fid=score, **changes) for k, score in enumerate(scores)]
-
-
-def run_folder(folder, rows, columns=COLUMNS, configs=({"methods": {}, "seed": 0},), environment=None, along=None):
-    """A run's folder as a run leaves it, from rows."""
-    table = make_table(rows, list(columns))
-    write_table(table, folder)
-    if along is not None:
-        write_table(along, folder, "along")
-    (folder / "columns.json").write_text(json.dumps(columns))
-    (folder / "config.yaml").write_text(yaml.safe_dump_all(list(configs)))
-    (folder / "environment.json").write_text(json.dumps(environment or {"distillbench": "0.1.0"}))
-    return folder
-
-
-def run_data(name, rows, columns=COLUMNS, configs=({"methods": {}, "seed": 0},), environment=None):
-    """A run as it is read, from rows; without a summary."""
-    table, none = make_table(rows, list(columns)), make_along([], list(columns))
-    told = environment or {"distillbench": "0.1.0"}
-    return RunData(Path(name), table, table[:0], none, dict(columns), list(configs), told)
-
+from tables_of_runs import TEACHER, row, run_folder, seeds
 
 ROWS = [row(fid=80.0, **TEACHER), *seeds([10.0, 11.0]), *seeds([20.0, 21.0], method="cm")]
 ROWS += [row(method="cm", nfe=2, fid=15.0)]

@@ -20,8 +20,6 @@ import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from omegaconf import OmegaConf
 from rich.console import Console
-from test_edm_teacher import DDPM, Writer, writer  # noqa: F401  (a fixture)
-from test_image_readers import cifar
 
 from distillbench.cli import commands
 from distillbench.diffusion.samplers import Solver
@@ -31,7 +29,8 @@ from distillbench.registry import load_registry
 from distillbench.runs.config import RunConfig, compose_runs, config_folder
 from distillbench.runs.plan import plan
 from distillbench.system.progress import Progress
-from image_sources import edm, pixels, png, write_folder, write_zip
+from edm_files import DDPM, EdmWriter
+from image_sources import cifar, edm, pixels, png, write_folder, write_zip
 
 EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
 SIDE = 8
@@ -106,14 +105,14 @@ DATASETS: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
-def _edm_pickle(folder: Path, config: RunConfig, write: Writer) -> list[str]:
+def _edm_pickle(folder: Path, config: RunConfig, write: EdmWriter) -> list[str]:
     """As NVIDIA's training writes them: ADM with ImageNet's classes, DDPM++ without."""
     kind, settings = (DhariwalUNet, {"model_channels": 64, "label_dim": 1000}) if config.conditional else (SongUNet, {})
     _, path = write.network(kind, DDPM | settings)
     return [f"teacher.path={path}", f"dataset.resolution={SIDE}"]
 
 
-def _pixel_pipeline(folder: Path, config: RunConfig, write: Writer) -> list[str]:
+def _pixel_pipeline(folder: Path, config: RunConfig, write: EdmWriter) -> list[str]:
     unet = UNet2DModel(
         sample_size=SIDE,
         block_out_channels=(8, 16),
@@ -127,7 +126,7 @@ def _pixel_pipeline(folder: Path, config: RunConfig, write: Writer) -> list[str]
     return [f"teacher.path={folder / 'teacher'}", f"dataset.resolution={SIDE}"]
 
 
-def _stable_diffusion(folder: Path, config: RunConfig, write: Writer) -> list[str]:
+def _stable_diffusion(folder: Path, config: RunConfig, write: EdmWriter) -> list[str]:
     """Stable Diffusion 2.1 at 768 pixels predicts v."""
     pytest.importorskip("transformers")
     import text_pipelines
@@ -137,18 +136,18 @@ def _stable_diffusion(folder: Path, config: RunConfig, write: Writer) -> list[st
     return [f"teacher.path={path}", f"dataset.resolution={2 * SIDE}"]
 
 
-def _deepfloyd(folder: Path, config: RunConfig, write: Writer) -> list[str]:
+def _deepfloyd(folder: Path, config: RunConfig, write: EdmWriter) -> list[str]:
     pytest.importorskip("transformers")
     import text_pipelines
 
     return [f"teacher.path={text_pipelines.deepfloyd_1(folder / 'teacher', SIDE)}", f"dataset.resolution={SIDE}"]
 
 
-def _trained(folder: Path, config: RunConfig, write: Writer) -> list[str]:
+def _trained(folder: Path, config: RunConfig, write: EdmWriter) -> list[str]:
     return ["teacher.width=16", "teacher.depth=1", "teacher.budget.images=128"]
 
 
-TEACHERS: dict[str, Callable[[Path, RunConfig, Writer], list[str]]] = {
+TEACHERS: dict[str, Callable[[Path, RunConfig, EdmWriter], list[str]]] = {
     "edm": _edm_pickle,
     "diffusers": _pixel_pipeline,
     "stable_diffusion": _stable_diffusion,
@@ -193,7 +192,7 @@ def words(request, tmp_path, monkeypatch, written) -> Callable[[str], list[str]]
 
     def shrunk(name: str) -> list[str]:
         config = written(name)
-        write = request.getfixturevalue("writer")
+        write = request.getfixturevalue("edm_writer")
         teacher = TEACHERS[config.teacher.kind](tmp_path, config, write)
         return [*chosen(name), *DATASETS[config.dataset.kind](tmp_path), *teacher]
 

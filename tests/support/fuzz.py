@@ -1,16 +1,16 @@
 """Damaged and hostile files for every reader: small real files, their mutations, and the outcome of reading them.
 
-Each reader is a :class:`Subject`. Its files are made by the libraries that make them elsewhere, damaged in one of many
-ways, and read in a process of its own that has little memory and little time. What came of it is one of
+Each reader is a :class:`Subject`. Its files are written by the usual libraries, damaged in one of many
+ways, and read in a separate process with little memory and time. The outcome is one of
 
 | outcome   | meaning                                                                                          |
 |-----------|--------------------------------------------------------------------------------------------------|
 | refused   | one message                                                                                      |
-| equal     | accepted, and the content is that of the whole file: the damage is in bytes that mean nothing    |
-| rekeyed   | accepted with other content, where the format has no checksum: its key is another too            |
-| untold    | the same where there is no key, as of a table that anybody may edit                              |
-| silent    | accepted with other content though a checksum or the key should tell: a defect                   |
-| crash     | an error that is no message, or the death of the process: a defect                               |
+| equal     | accepted with the content of the undamaged file: the damage is in bytes without a meaning        |
+| rekeyed   | accepted with other content and another key, where the format has no checksum                    |
+| unkeyed   | the same where there is no key either, as for a table that anybody may edit                      |
+| silent    | accepted with other content although a checksum or the key should differ: a defect               |
+| crash     | an unexpected exception, or the end of the process: a defect                                     |
 | hang, memory, executed, escaped | took too long, too much memory, ran code, opened files beyond: defects     |
 
     python tests/support/fuzz.py SUBJECT FOLDER SEED FIRST WRITTEN RANDOM    the process that reads, started by `fuzz`
@@ -42,12 +42,11 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-REFUSED, EQUAL, REKEYED, UNTOLD = "refused", "equal", "rekeyed", "untold"
-GOOD = (REFUSED, EQUAL, REKEYED, UNTOLD)
+ROOT = Path(__file__).resolve().parents[2]
+REFUSED, EQUAL, REKEYED, UNKEYED = "refused", "equal", "rekeyed", "unkeyed"
+GOOD = (REFUSED, EQUAL, REKEYED, UNKEYED)
 DEFECTS = ("silent", "crash", "hang", "memory", "executed", "escaped")
 MEMORY = 3 * 2**30  # bytes of addresses beyond what the process has before it reads
 RESIDENT = 2**30  # bytes that reading may add
@@ -62,12 +61,12 @@ Read = Callable[[Path], tuple[str, str]]
 class Subject:
     """A reader. `build` writes whole files into a folder, `read` gives the key of its content and a hash of it.
 
-    `told` says what gives away other content: "checksum" (it must be refused), "key", or "nothing".
+    `detected_by` says how other content is noticed: by a "checksum" (it is refused), by the "key", or by "nothing".
     """
 
     build: Callable[[Path], None]
     read: Read
-    told: str = "key"
+    detected_by: str = "key"
     hostile: Callable[[Path], list[tuple[str, Files]]] | None = None  # further bad inputs, in words and files
 
 
@@ -182,15 +181,15 @@ def damaged(files: Files, dice: random.Random) -> tuple[str, Files]:
 
 
 class Watch:
-    """Sees what code does through Python's audit events, while it is `on`."""
+    """Records through Python's audit events what code does while `on` is true."""
 
     def __init__(self, folder: Path, outside: Path) -> None:
         self.on, self.folder, self.outside = False, str(folder), str(outside)
         self.seen = ""
         self.safe = (self.folder, f"{tempfile.gettempdir()}/tmp", "/dev/")  # where files may be written
-        sys.addaudithook(self.hear)
+        sys.addaudithook(self.record)
 
-    def hear(self, event: str, args: tuple) -> None:
+    def record(self, event: str, args: tuple) -> None:
         if not self.on:
             return
         if event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect", "os.fork"):
@@ -277,13 +276,15 @@ def _outcome(subject: Subject, case: Path, key: str, content: str) -> tuple[str,
         return "crash", f"{type(error).__name__}: {str(error)[:200]} at {', '.join(ours[-3:])}"
     if new_content == content:
         return EQUAL, ""
-    if subject.told == "nothing":
-        return UNTOLD, ""
-    return (REKEYED, "") if subject.told == "key" and new_key != key else ("silent", "other content, the same key")
+    if subject.detected_by == "nothing":
+        return UNKEYED, ""
+    return (
+        (REKEYED, "") if subject.detected_by == "key" and new_key != key else ("silent", "other content, the same key")
+    )
 
 
 class Refusal(Exception):
-    """What a reader says in another way than by a UserError: a problem that it lists, a file that it makes again."""
+    """A refusal without a UserError: the reader lists a problem, or computes the file again."""
 
 
 def _fresh(case: Path, files: Files, subject: Subject) -> tuple[str, str]:
@@ -338,7 +339,7 @@ def fuzz(name: str, written: int, drawn: int, seed: int = 0, seconds: float = SE
 
 
 def _follow(process: subprocess.Popen, name: str, first: int, found: list[Outcome], seconds: float) -> tuple[int, bool]:
-    """Hear a process to its end; the number of the first input that it did not read, and whether it read all."""
+    """Read the output of a process until it ends: (number of the first input that is not read, whether all are)."""
     assert process.stdout is not None and process.stderr is not None
     begun: dict[str, Any] = {}
     ready, held = False, b""
@@ -352,13 +353,14 @@ def _follow(process: subprocess.Popen, name: str, first: int, found: list[Outcom
         held += chunk or b""
         *lines, held = held.split(b"\n")
         for line in lines:
-            heard, told = time.monotonic(), json.loads(line)
-            ready = ready or "ready" in told
-            if "begin" in told:
-                begun = told
-            elif "number" in told:
-                found.append(Outcome(name, told["number"], begun["what"], told["outcome"], told["message"]))
-                first, begun = told["number"] + 1, {}
+            heard, message = time.monotonic(), json.loads(line)
+            ready = ready or "ready" in message
+            if "begin" in message:
+                begun = message
+            elif "number" in message:
+                what = begun["what"]
+                found.append(Outcome(name, message["number"], what, message["outcome"], message["message"]))
+                first, begun = message["number"] + 1, {}
         if process.poll() is not None and not chunk:
             if process.returncode == 0:
                 return first, True
@@ -838,9 +840,9 @@ def _hostile_references(root: Path) -> list[tuple[str, Files]]:
         return {"a.npz": file.getvalue()}
 
     good = {"mu": np.zeros(2), "sigma": np.eye(2)}
-    told = ('{"images": NaN}', '{"images": 1e400}', '{"images": "x"}', '{"images": []}', '{"images": -1}', "[" * 9999)
-    told = (*told, "[]", "", "null", '{"images": 9999999999999999999999}', '{"images": true}')
-    cases = [(f"provenance {text[:20]}", npz(**good, provenance=np.array(text))) for text in told]
+    texts = ('{"images": NaN}', '{"images": 1e400}', '{"images": "x"}', '{"images": []}', '{"images": -1}', "[" * 9999)
+    texts = (*texts, "[]", "", "null", '{"images": 9999999999999999999999}', '{"images": true}')
+    cases = [(f"provenance {text[:20]}", npz(**good, provenance=np.array(text))) for text in texts]
     cases += [("65,536 features", npz(mu=np.zeros(2), sigma=np.zeros((2**13, 2**13 + 1))))]
     return [*cases, *_hostile_arrays("mu.npy")(root)]
 
@@ -895,8 +897,8 @@ def _hostile_teachers(root: Path) -> list[tuple[str, Files]]:
     tensor = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
     cases = []
     for recipe in recipes:
-        told = {"__metadata__": {"distillbench_teacher": json.dumps({"recipe": recipe})}, **tensor}
-        cases.append((f"recipe {json.dumps(recipe)[:60]}", {"a.safetensors": _safetensors(told, bytes(4))}))
+        header = {"__metadata__": {"distillbench_teacher": json.dumps({"recipe": recipe})}, **tensor}
+        cases.append((f"recipe {json.dumps(recipe)[:60]}", {"a.safetensors": _safetensors(header, bytes(4))}))
     deep = json.dumps({"__metadata__": {"distillbench_teacher": "[" * 20_000}, **tensor})
     plain = {
         "nested recipe": _safetensors(deep, bytes(4)),
@@ -986,19 +988,19 @@ def read_state(folder: Path) -> tuple[str, str]:
 
 
 def _pairs(folder: Path) -> None:
-    from test_pairs import make
+    from pair_requests import request_pairs
 
-    make(folder)
+    request_pairs(folder)
 
 
 def read_pairs(folder: Path) -> tuple[str, str]:
-    from test_pairs import all_of, make
+    from pair_requests import read_all, request_pairs
 
-    pairs, solved, meter, _ = make(folder)
+    pairs, solved, meter, _ = request_pairs(folder)
     if solved:
         raise Refusal("made again")
     charged = meter.charged
-    return "", digest(all_of(pairs)[1].tolist(), charged.seconds, charged.teacher_seconds, meter.teacher_nfe)
+    return "", digest(read_all(pairs)[1].tolist(), charged.seconds, charged.teacher_seconds, meter.teacher_nfe)
 
 
 def _latents(folder: Path) -> None:
@@ -1007,12 +1009,14 @@ def _latents(folder: Path) -> None:
 
 def read_latents(folder: Path, known: bool = True) -> tuple[str, str]:
     import torch
-    from test_latents_and_prompts import SILENT, Pictures, latent_teacher
 
+    from distillbench.system.progress import Progress
     from distillbench.teachers.latents import training_data
+    from random_pictures import Pictures
+    from toy_encoders import latent_teacher
 
     calls: list[int] = []
-    latents = training_data(Pictures(), latent_teacher(calls), folder, "cpu", SILENT)
+    latents = training_data(Pictures(), latent_teacher(calls), folder, "cpu", Progress(None))
     if calls and known:
         raise Refusal("made again")
     return "", digest(latents.read(torch.arange(len(latents))).tolist())
@@ -1024,12 +1028,13 @@ def _encoded_prompts(folder: Path) -> None:
 
 def read_encoded_prompts(folder: Path, known: bool = True) -> tuple[str, str]:
     import torch
-    from test_latents_and_prompts import PROMPTS, SILENT, encode
 
+    from distillbench.system.progress import Progress
     from distillbench.teachers.encoded_prompts import encode_prompts
+    from toy_encoders import PROMPTS, encode
 
     calls: list[Any] = []
-    table = encode_prompts(PROMPTS, encode(calls), "e", folder, "cpu", SILENT)
+    table = encode_prompts(PROMPTS, encode(calls), "e", folder, "cpu", Progress(None))
     if calls and known:
         raise Refusal("made again")
     return "", digest(table(torch.arange(len(PROMPTS) + 1)).tolist())
@@ -1039,28 +1044,17 @@ def read_encoded_prompts(folder: Path, known: bool = True) -> tuple[str, str]:
 
 
 def _edm(folder: Path) -> None:
-    import test_edm_teacher
+    from edm_files import edm_writer_in
 
-    persistence, util = ModuleType("torch_utils.persistence"), ModuleType("dnnlib.util")
-
-    def _reconstruct_persistent_obj(meta: Any) -> None: ...
-
-    class EasyDict(dict): ...
-
-    for owner, part in ((persistence, _reconstruct_persistent_obj), (util, EasyDict)):
-        part.__module__, part.__qualname__ = owner.__name__, part.__name__
-        setattr(owner, part.__name__, part)
-    names = {"torch_utils": ModuleType("torch_utils"), "dnnlib": ModuleType("dnnlib")}
-    sys.modules.update({**names, "torch_utils.persistence": persistence, "dnnlib.util": util})
-    test_edm_teacher.Writer(folder, persistence, EasyDict).network()[1].rename(folder / "a.pkl")
-    for name in ("torch_utils", "dnnlib", "torch_utils.persistence", "dnnlib.util"):
-        del sys.modules[name]
+    with edm_writer_in(folder) as writer:
+        writer.network()[1].rename(folder / "a.pkl")
 
 
 def read_edm(folder: Path) -> tuple[str, str]:
-    from test_edm_teacher import SILENT, source
+    from distillbench.system.progress import Progress
+    from edm_files import edm_source
 
-    teacher = source(folder / "a.pkl").load(SILENT)
+    teacher = edm_source(folder / "a.pkl").load(Progress(None))
     return teacher.sha256, digest({name: value.tolist() for name, value in teacher.denoiser.state_dict().items()})
 
 
@@ -1070,20 +1064,17 @@ def _hostile_pickles(root: Path) -> list[tuple[str, Files]]:
 
 
 def _pipeline(folder: Path) -> None:
-    import diffusers
-    from test_diffusers_teacher import unet
+    from diffusers_files import diffusers, unet
 
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler(num_train_timesteps=20)).save_pretrained(folder)
 
 
 def read_pipeline(folder: Path) -> tuple[str, str]:
-    import diffusers
-    from test_diffusers_teacher import source
-
+    from diffusers_files import diffusers, diffusers_source
     from distillbench.system.progress import Progress
 
     diffusers.logging.set_verbosity(60)
-    found = source(folder)
+    found = diffusers_source(folder)
     found.plan()
     teacher = found.load(Progress(None))
     state = {name: value.tolist() for name, value in teacher.denoiser.state_dict().items()}
@@ -1104,9 +1095,9 @@ def _hostile_pipelines(root: Path) -> list[tuple[str, Files]]:
         return whole | {"scheduler/scheduler_config.json": json.dumps(scheduler | settings).encode()}
 
     def parts(*names: Any) -> Files:
-        told = json.dumps({"metadata": {}, "weight_map": {f"t{k}": name for k, name in enumerate(names)}})
+        index = json.dumps({"metadata": {}, "weight_map": {f"t{k}": name for k, name in enumerate(names)}})
         files = {name: data for name, data in whole.items() if name != weights}
-        return files | {f"{weights}.index.json": told.encode()}
+        return files | {f"{weights}.index.json": index.encode()}
 
     evil = f"import os\nos.system('touch {root}/canary')\n".encode()
     code = whole | {"unet/my.py": evil, "pipeline.py": evil, "my.py": evil}
@@ -1134,23 +1125,9 @@ def _hostile_pipelines(root: Path) -> list[tuple[str, Files]]:
 
 
 def _run(folder: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-    from test_report_runs import COLUMNS, rows
+    from tables_of_runs import finished_run
 
-    from distillbench.records.sample_grid import stack_shown
-    from distillbench.records.table import make_table, write_table
-
-    run, cell = folder / "mine", folder / "cells" / "c"
-    run.mkdir(), cell.mkdir(parents=True)
-    write_table(make_table(rows(0, 1), ["fd_toy"]), run)
-    (run / "table.csv").unlink()
-    (run / "columns.json").write_text(json.dumps(COLUMNS))
-    (run / "environment.json").write_text('{"python": "3.11"}')
-    (run / "config.yaml").write_text("seed: 0\nmethods: {boot: {lr: 0.1}}\n---\nseed: 1\nmethods: {boot: {lr: 0.1}}\n")
-    told = {"sampling_seed": 0, "status": "ok"}
-    (cell / "evaluation-k0.json").write_text(json.dumps({"rows": [{"nfe": 1, **told}]}))
-    save_file(stack_shown([torch.full((2, 1, 4, 4), 7, dtype=torch.uint8)]), cell / "evaluation-k0.safetensors")
+    (finished_run(folder) / "table.csv").unlink()
 
 
 def read_run(folder: Path) -> tuple[str, str]:
@@ -1168,7 +1145,8 @@ def read_run(folder: Path) -> tuple[str, str]:
 
 def _hostile_runs(root: Path) -> list[tuple[str, Files]]:
     import pandas as pd
-    from test_report_runs import rows
+
+    from tables_of_runs import toy_rows
 
     whole = _files(root / "whole")
     laughs = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -1193,7 +1171,7 @@ def _hostile_runs(root: Path) -> list[tuple[str, Files]]:
     cases = [(what, whole | {"mine/config.yaml": text.encode()}) for what, text in settings.items()]
     for key in keys:
         file = io.BytesIO()
-        pd.DataFrame(rows(0, key=key)).to_parquet(file)
+        pd.DataFrame(toy_rows(0, key=key)).to_parquet(file)
         cases.append((f"key {key[:20]!r}", whole | {"mine/table.parquet": file.getvalue()}))
     for value in VALUES:
         for name in ("columns.json", "environment.json"):
@@ -1521,6 +1499,5 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(ROOT))
     work(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:7]))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import struct
 import zipfile
 
@@ -44,6 +45,43 @@ def edm(count, labels=None):
 
 def idx(array):
     return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+class OldPickler(pickle._Pickler):
+    """Writes strings and bytes as Python 2 wrote its `str`: the files of CIFAR are such pickles."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_old(self, value):
+        data = value if isinstance(value, bytes) else value.encode("latin1")
+        self.write(b"T" + struct.pack("<i", len(data)) + data)
+        self.memoize(value)
+
+    dispatch[bytes] = dispatch[str] = save_old
+
+
+def old_pickle(value):
+    """A pickle as Python 2 with an old numpy wrote it."""
+    file = io.BytesIO()
+    OldPickler(file, 2).dump(value)
+    return file.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def cifar_batch(images, labels, dumps=old_pickle):
+    rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    return dumps({"data": rows, "labels": labels, "filenames": ["a.png"] * len(labels), "batch_label": "batch 1 of 5"})
+
+
+def cifar(dumps=old_pickle):
+    """Six images, (6,32,32,3), and the files of a CIFAR-10 of five for training and one for testing."""
+    images = pixels(6, side=32)
+    files = {f"cifar-10-batches-py/data_batch_{k}": cifar_batch(images[k - 1 : k], [k], dumps) for k in range(1, 6)}
+    return images, files | {"cifar-10-batches-py/test_batch": cifar_batch(images[5:], [9], dumps)}
+
+
+def opened(reader):
+    """All images of a reader, (N,H,W,C) uint8."""
+    return np.stack([np.asarray(reader.open(index)) for index in range(len(reader))])
 
 
 def make(cls, path="", **settings):

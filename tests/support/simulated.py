@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 CHECKS: dict[str, Callable[[], Any]] = {}
 
 
@@ -53,10 +54,10 @@ class Results(dict):
 
 
 def results_of(script: str, *checks: str, seconds: float = 600, **environment: str) -> Results:
-    """The results of `checks` (all by default) of tests/`script`, run in a separate process."""
+    """The results of `checks` (all by default) of tests/support/`script`, run in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.json"
-        paths = [str(HERE), str(HERE.parent), str(HERE.parent / "plugins")]
+        paths = [str(HERE), str(ROOT), str(ROOT / "plugins")]
         code = f"import sys, runpy; sys.path[:0] = {paths!r}; sys.argv = {['x', str(out), *checks]!r}; "
         code += f"runpy.run_path({str(HERE / script)!r}, run_name='__main__')"
         command, environ = [sys.executable, "-c", code], os.environ | environment

@@ -38,8 +38,8 @@ from distillbench.training.compute import ComputeConfig, Sampling, applied, samp
 from distillbench.training.data_stream import DataStream  # noqa: E402
 from distillbench.training.loop import Loop, train  # noqa: E402
 from distillbench.training.method import Method  # noqa: E402
+from random_pictures import Pictures  # noqa: E402
 from simulated import check, main  # noqa: E402
-from simulated_pictures import Pictures  # noqa: E402
 
 GPU = "cuda:0"
 LABELS = os.environ.get("CONDITIONINGS", ",".join(CONDITIONINGS)).split(",")

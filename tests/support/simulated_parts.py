@@ -43,8 +43,8 @@ from distillbench.teachers.latents import training_data  # noqa: E402
 from distillbench.teachers.teacher import Teacher  # noqa: E402
 from distillbench.training import data_stream  # noqa: E402
 from distillbench.training.data_stream import DataStream  # noqa: E402
+from random_pictures import Pictures  # noqa: E402
 from simulated import check, main  # noqa: E402
-from simulated_pictures import Pictures  # noqa: E402
 
 GPU, DEVICES = "cuda:0", ("cpu", "cuda:0")
 SILENT = Progress(Console(file=io.StringIO()))

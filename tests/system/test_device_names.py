@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_pairs import make
 
 import distillbench.training.pairs
 from distillbench import Dataset
@@ -30,6 +29,7 @@ from distillbench.teachers import encoded_prompts, latents
 from distillbench.teachers.encoded_prompts import encode_prompts
 from distillbench.teachers.latents import training_data
 from distillbench.training.resume import Resume, State, States
+from pair_requests import request_pairs
 
 SILENT = Progress(None)
 OTHER = "cpu (another model)"
@@ -39,7 +39,7 @@ OTHER = "cpu (another model)"
 
 
 def test_pairs_are_cached_per_device(tmp_path, monkeypatch):
-    solved = lambda: make(tmp_path)[1]
+    solved = lambda: request_pairs(tmp_path)[1]
     assert (solved(), solved()) == (12, 0)
     monkeypatch.setattr(distillbench.training.pairs, "device_name", lambda device: OTHER)
     assert (solved(), solved()) == (12, 0)

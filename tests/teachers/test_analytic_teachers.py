@@ -128,7 +128,7 @@ def test_students_start_random_or_fitted_and_the_fit_is_cached(registry, tmp_pat
         (["dataset=digits", "teacher=gmm"], "teacher=gmm needs a dataset with a known distribution"),
         (["dataset=gmm", "dataset.count=0"], "teacher=trained must be trained first, but dataset=gmm has no images"),
         (["dataset=gmm", "methods.direct.schedule=vee"], "schedule must be one of vp_cosine, .* Did you mean 've'"),
-        (["dataset=gmm", "teacher=gaussian", "conditional=true"], "knows no classes"),
+        (["dataset=gmm", "teacher=gaussian", "conditional=true"], "does not support conditional=true"),
         (["dataset=gmm", "teacher=gmm", "dataset.stds=[[0.1],[0.1]]"], "dataset.stds"),
         (["dataset=gmm", "teacher=gmm", "dataset.weights=[1,1,1]"], "dataset.weights"),
         (["dataset=gmm", "teacher=gmm", "dataset.shape=[1,2,2]"], "dataset.shape"),
@@ -172,7 +172,7 @@ def test_every_method_runs_on_a_closed_form(registry, tmp_path):
 def test_data_free_methods_need_no_images_and_the_others_are_refused(registry, tmp_path):
     words = ["dataset=gmm", "teacher=gmm", "dataset.count=0", *NARROW]
     table = table_of(registry, tmp_path, "methods=[boot,sid]", *words)
-    assert table["fd_efficientnet_lite0"].isna().all() and table["reason"].str.contains("grey or colour").all()
+    assert table["fd_efficientnet_lite0"].isna().all() and table["reason"].str.contains("1 or 3 channels").all()
     with pytest.raises(UserError, match="cm needs real images, and dataset=gmm has none"):
         plan(compose_runs(["methods=[boot,cm]", *words, f"results_dir={tmp_path}"], registry), registry)
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
-import sys
 from functools import partial
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,12 +17,12 @@ from distillbench.builtin.edm import PUBLISHED, Edm
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Conditioning
 from distillbench.diffusion.samplers import Solver
 from distillbench.errors import UserError
-from distillbench.networks.edm import Block, Conv, DhariwalUNet, Fourier, Positional, SongUNet
+from distillbench.networks.edm import DhariwalUNet, SongUNet
 from distillbench.registry import check_class
 from distillbench.system.progress import Progress
+from edm_files import DDPM, EDMPrecond, edm_source
 
 SILENT = Progress(None)
-DDPM = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "augment_dim": 9}
 NCSN = DDPM | {
     "embedding_type": "fourier",
     "encoder_type": "residual",
@@ -34,109 +30,6 @@ NCSN = DDPM | {
     "resample_filter": [1, 3, 3, 1],
     "dropout": np.float64(0.13),
 }
-
-
-class EDMPrecond(nn.Module):
-    """The wrapper in the files, as the paper has it (Karras et al. 2022, table 1): x^, tau, c -> E[x_0 | x^, c]."""
-
-    def __init__(self, model: nn.Module, **attributes: object) -> None:
-        super().__init__()
-        self.model = model
-        self.img_resolution, self.img_channels, self.label_dim, self.use_fp16 = 8, 3, model.classes, False
-        self.sigma_min, self.sigma_max, self.sigma_data = 0, float("inf"), 0.5
-        self.__dict__.update(attributes)
-
-    def forward(self, x: Tensor, sigma: Tensor, c: Condition) -> Tensor:
-        total = sigma**2 + 0.5**2
-        c_skip, c_out = 0.5**2 / total, sigma * 0.5 / total.sqrt()
-        return c_skip * x + c_out * self.model(x / total.sqrt(), sigma.log().flatten() / 4, None, c)
-
-
-class Plain:
-    """Such as the loss, which the files carry along."""
-
-    def __init__(self) -> None:
-        self.P_mean, self.weights = -1.2, torch.ones(2)
-
-
-CLASSES = {  # what NVIDIA's classes are called that these stand in for
-    EDMPrecond: "EDMPrecond",
-    SongUNet: "SongUNet",
-    DhariwalUNet: "DhariwalUNet",
-    Block: "UNetBlock",
-    Conv: "Conv2d",
-    nn.Linear: "Linear",
-    nn.GroupNorm: "GroupNorm",
-    Positional: "PositionalEmbedding",
-    Fourier: "FourierEmbedding",
-    Plain: "EDMLoss",
-}
-
-
-class Writer:
-    """Writes pickles as EDM's training does: through torch_utils.persistence, with source text beside the state."""
-
-    def __init__(self, folder: Path, persistence: ModuleType, easy_dict: type) -> None:
-        self.folder, self.easy_dict = folder, easy_dict
-        self.marker = folder / "marker"
-        source = f"open({str(self.marker)!r}, 'w')\n"  # what a reader that executes the source would do
-
-        class Pickler(pickle.Pickler):
-            def reducer_override(self, value: object):
-                if type(value) not in CLASSES:
-                    return NotImplemented
-                own = {"_init_args": (), "_init_kwargs": easy_dict(getattr(value, "built_with", {}))}
-                state = {name: part for name, part in vars(value).items() if name != "built_with"} | own
-                if isinstance(value, Block):
-                    state["skip_scale"] = np.sqrt(0.5)
-                meta = {"type": "class", "version": 6, "module_src": source, "class_name": CLASSES[type(value)]}
-                return persistence._reconstruct_persistent_obj, (easy_dict(meta | {"state": state}),)
-
-        self.pickler = Pickler
-
-    def write(self, content: object, name: str = "network-snapshot-001000.pkl") -> Path:
-        buffer = io.BytesIO()
-        self.pickler(buffer, protocol=4).dump(content)
-        (self.folder / name).write_bytes(buffer.getvalue())
-        return self.folder / name
-
-    def network(self, cls=SongUNet, settings: dict = DDPM, **attributes: object) -> tuple[EDMPrecond, Path]:
-        """A network with random weights, and a file of it."""
-        torch.manual_seed(0)
-        built_with = {"img_resolution": 8, "in_channels": 3, "out_channels": 3} | settings
-        model = cls(**built_with)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        model.built_with = built_with
-        wrapper = EDMPrecond(model, **attributes).eval().requires_grad_(False)
-        dataset = self.easy_dict(class_name="training.dataset.ImageFolderDataset", use_labels=False, xflip=False)
-        content = {"ema": wrapper, "loss_fn": Plain(), "augment_pipe": None, "dataset_kwargs": dict(dataset)}
-        return wrapper, self.write(content)
-
-
-@pytest.fixture
-def writer(tmp_path, monkeypatch) -> Writer:
-    """With stand-ins for NVIDIA's modules, whose names the files contain, while the files are written."""
-    persistence, util = ModuleType("torch_utils.persistence"), ModuleType("dnnlib.util")
-
-    def _reconstruct_persistent_obj(meta):
-        exec(meta["module_src"], {})  # as the original does
-
-    class EasyDict(dict):
-        pass
-
-    for owner, part in ((persistence, _reconstruct_persistent_obj), (util, EasyDict)):
-        part.__module__, part.__qualname__ = owner.__name__, part.__name__
-        setattr(owner, part.__name__, part)
-    modules = {"torch_utils": ModuleType("torch_utils"), "dnnlib": ModuleType("dnnlib")}
-    for name, module in {**modules, "torch_utils.persistence": persistence, "dnnlib.util": util}.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return Writer(tmp_path, persistence, EasyDict)
-
-
-def source(path: Path | str, shape=(3, 8, 8), conditioning=Conditioning(), name="ffhq", **settings) -> Edm:  # noqa: B008
-    dataset = SimpleNamespace(name=name, shape=shape)
-    return Edm(Edm.Config("edm", str(path), **settings), dataset, Path(), "cpu", conditioning)
 
 
 def batch(labels: list[int] | None = None) -> tuple[Tensor, Tensor, Condition]:
@@ -150,32 +43,32 @@ ARCHITECTURES = [(SongUNet, DDPM), (SongUNet, NCSN), (DhariwalUNet, DDPM | {"lab
 
 
 @pytest.mark.parametrize("cls, settings", ARCHITECTURES)
-def test_a_file_denoises_as_the_network_that_it_was_written_from(writer, cls, settings):
-    wrapper, path = writer.network(cls, settings)
+def test_a_file_denoises_as_the_network_that_it_was_written_from(edm_writer, cls, settings):
+    wrapper, path = edm_writer.network(cls, settings)
     classes = settings.get("label_dim", 0)
-    family = source(path, conditioning=Conditioning(classes))
+    family = edm_source(path, conditioning=Conditioning(classes))
     assert family.plan().origin == path.name
     teacher = family.load(SILENT)
     x_t, t, c = batch([0, 4, 2, 5] if classes else None)
     with torch.no_grad():
         assert torch.allclose(teacher.denoise(x_t, t, c), wrapper(x_t, t.float(), c), rtol=1e-5, atol=1e-5)
-    assert not writer.marker.exists()
+    assert not edm_writer.marker.exists()
     assert (teacher.shape, teacher.conditioning.classes, teacher.denoiser.prediction) == ((3, 8, 8), classes, "edm")
     assert (teacher.schedule.t_min, teacher.schedule.t_max) == (0.002, 80.0)
     assert teacher.provenance["settings"]["model_channels"] == settings["model_channels"]
 
 
-def test_the_code_in_the_test_file_would_run_in_an_unpickler(writer):
-    _, path = writer.network()
+def test_the_code_in_the_test_file_would_run_in_an_unpickler(edm_writer):
+    _, path = edm_writer.network()
     with pytest.raises(Exception):  # noqa: B017
         pickle.loads(path.read_bytes()).ema  # noqa: B018
-    assert writer.marker.exists()
+    assert edm_writer.marker.exists()
 
 
-def test_other_objects_in_the_file_obey_the_same_rules(writer):
-    wrapper, _ = writer.network()
+def test_other_objects_in_the_file_obey_the_same_rules(edm_writer):
+    wrapper, _ = edm_writer.network()
     with pytest.raises(UserError, match=r"asks for 'functools\.partial'"):
-        source(writer.write({"ema": wrapper, "augment_pipe": partial(print)})).plan()
+        edm_source(edm_writer.write({"ema": wrapper, "augment_pipe": partial(print)})).plan()
 
 
 def test_it_is_registered_by_name():
@@ -189,9 +82,9 @@ def test_it_is_registered_by_name():
 
 
 @pytest.mark.parametrize("cls, settings", ARCHITECTURES)
-def test_students_start_as_copies_and_train(writer, cls, settings):
+def test_students_start_as_copies_and_train(edm_writer, cls, settings):
     classes = settings.get("label_dim", 0)
-    teacher = source(writer.network(cls, settings)[1], conditioning=Conditioning(classes)).load(SILENT)
+    teacher = edm_source(edm_writer.network(cls, settings)[1], conditioning=Conditioning(classes)).load(SILENT)
     x_t, t, c = batch([0, 4, 2, 5] if classes else None)
     student = teacher.student()
     before = teacher.denoise(x_t, t, c)
@@ -204,8 +97,8 @@ def test_students_start_as_copies_and_train(writer, cls, settings):
     assert torch.equal(copied(x_t, t, c), student(x_t, t, c))
 
 
-def test_students_may_start_random_and_get_a_second_time(writer):
-    teacher = source(writer.network()[1]).load(SILENT)
+def test_students_may_start_random_and_get_a_second_time(edm_writer):
+    teacher = edm_source(edm_writer.network()[1]).load(SILENT)
     x_t, t, c = batch()
     fresh = teacher.student(fresh=True)
     assert not torch.allclose(fresh(x_t, t, c), teacher.denoise(x_t, t, c))
@@ -214,54 +107,54 @@ def test_students_may_start_random_and_get_a_second_time(writer):
     assert not torch.allclose(student(x_t, t, c, embedding), student(x_t, t, c))
 
 
-def test_students_use_dropout_if_asked_to(writer):
-    path = writer.network(settings=NCSN)[1]
-    teacher = source(path, dropout=0.5).load(SILENT)
+def test_students_use_dropout_if_asked_to(edm_writer):
+    path = edm_writer.network(settings=NCSN)[1]
+    teacher = edm_source(path, dropout=0.5).load(SILENT)
     x_t, t, c = batch()
     assert torch.equal(teacher.denoise(x_t, t, c), teacher.denoise(x_t, t, c))
     student = teacher.student()
     assert not torch.equal(student(x_t, t, c), student(x_t, t, c))
     with pytest.raises(UserError, match="dropout must be at least 0 and below 1"):
-        source(path, dropout=1.0)
+        edm_source(path, dropout=1.0)
 
 
-def test_a_dry_run_has_the_same_architecture(writer):
-    family = source(writer.network(settings=NCSN)[1])
+def test_a_dry_run_has_the_same_architecture(edm_writer):
+    family = edm_source(edm_writer.network(settings=NCSN)[1])
     untrained, teacher = family.untrained(), family.load(SILENT)
     shapes = [{n: w.shape for n, w in one.denoiser.network.state_dict().items()} for one in (untrained, teacher)]
     assert shapes[0] == shapes[1] and untrained.sha256 == "untrained"
     assert untrained.denoise(*batch()).shape == (4, 3, 8, 8)
 
 
-def test_the_hash_is_that_of_the_weights_and_their_reading(writer):
-    (wrapper, path), content = writer.network(), {}
-    first = source(path).load(SILENT).sha256
+def test_the_hash_is_that_of_the_weights_and_their_reading(edm_writer):
+    (wrapper, path), content = edm_writer.network(), {}
+    first = edm_source(path).load(SILENT).sha256
     content["ema"] = wrapper
-    assert source(writer.write(content, "other-name.pkl")).load(SILENT).sha256 == first
+    assert edm_source(edm_writer.write(content, "other-name.pkl")).load(SILENT).sha256 == first
     wrapper.sigma_max = 40.0
-    assert source(writer.write(content)).load(SILENT).sha256 != first
+    assert edm_source(edm_writer.write(content)).load(SILENT).sha256 != first
     wrapper.sigma_max = math.inf
     wrapper.model.map_layer1.bias.data[0] += 1e-3
-    assert source(writer.write(content)).load(SILENT).sha256 != first
+    assert edm_source(edm_writer.write(content)).load(SILENT).sha256 != first
 
 
-def test_half_precision_weights_are_read_in_float32(writer):
-    wrapper, _ = writer.network()
+def test_half_precision_weights_are_read_in_float32(edm_writer):
+    wrapper, _ = edm_writer.network()
     built_with = wrapper.model.built_with
     wrapper.half().model.built_with = built_with
-    teacher = source(writer.write({"ema": wrapper})).load(SILENT)
+    teacher = edm_source(edm_writer.write({"ema": wrapper})).load(SILENT)
     assert {w.dtype for w in teacher.denoiser.state_dict().values()} == {torch.float32}
 
 
-def test_noise_levels_are_those_of_the_network(writer):
-    wrapper, _ = writer.network(sigma_min=0.01, sigma_max=50)
-    teacher = source(writer.write({"ema": wrapper})).load(SILENT)
+def test_noise_levels_are_those_of_the_network(edm_writer):
+    wrapper, _ = edm_writer.network(sigma_min=0.01, sigma_max=50)
+    teacher = edm_source(edm_writer.write({"ema": wrapper})).load(SILENT)
     assert (teacher.schedule.t_min, teacher.schedule.t_max) == (0.01, 50.0)
 
 
-def test_positional_arguments_are_known_by_their_order(writer):
-    wrapper, _ = writer.network()
-    path = writer.write({"ema": wrapper})
+def test_positional_arguments_are_known_by_their_order(edm_writer):
+    wrapper, _ = edm_writer.network()
+    path = edm_writer.write({"ema": wrapper})
     kwargs = wrapper.model.built_with
 
     content = edm.read_pickle(path)
@@ -281,31 +174,31 @@ def test_positional_arguments_are_known_by_their_order(writer):
 ])  # fmt: skip
 def test_a_missing_file_gives_the_command_and_what_is_accepted(path, words):
     with pytest.raises(UserError, match=words) as caught:
-        source(path, name="afhqv2").plan()
+        edm_source(path, name="afhqv2").plan()
     message = str(caught.value)
     assert all(published in message for published in PUBLISHED.values()) and "NVlabs/edm on GitHub" in message
     command = "distillbench run 'methods=[boot,cm]' dataset=afhqv2 teacher=edm teacher.path=FOLDER/"
     assert message.endswith(command + "edm-afhqv2-64x64-uncond-vp.pkl")
 
 
-def test_a_teacher_of_other_images_or_classes_is_refused(writer):
-    _, path = writer.network(settings=DDPM | {"label_dim": 5})
+def test_a_teacher_of_other_images_or_classes_is_refused(edm_writer):
+    _, path = edm_writer.network(settings=DDPM | {"label_dim": 5})
     for call in ("plan", "untrained"):
         with pytest.raises(UserError, match=r"its images are \(C,H,W\) = \(3, 8, 8\), the dataset's are \(1, 8, 8\)"):
-            getattr(source(path, (1, 8, 8), Conditioning(5)), call)()
+            getattr(edm_source(path, (1, 8, 8), Conditioning(5)), call)()
     with pytest.raises(UserError, match="has 5 classes and does not support conditional=false"):
-        source(path).plan()
+        edm_source(path).plan()
     with pytest.raises(UserError, match="has 5 classes and does not support conditional=true with 7 classes"):
-        source(path, conditioning=Conditioning(7)).plan()
+        edm_source(path, conditioning=Conditioning(7)).plan()
 
 
-def test_guidance_needs_an_unconditional_prediction(writer):
-    _, path = writer.network(settings=DDPM | {"label_dim": 5})
+def test_guidance_needs_an_unconditional_prediction(edm_writer):
+    _, path = edm_writer.network(settings=DDPM | {"label_dim": 5})
     for guided in (Conditioning(5, w=2.0), Conditioning(5, w_range=(1.0, 4.0))):
         with pytest.raises(UserError, match=r"trained without label dropout \(label_dropout=0\)"):
-            source(path, conditioning=guided).plan()
-    _, path = writer.network(settings=DDPM | {"label_dim": 5, "label_dropout": 0.1})
-    teacher = source(path, conditioning=Conditioning(5)).load(SILENT).conditioned(Conditioning(5, w=2.0))
+            edm_source(path, conditioning=guided).plan()
+    _, path = edm_writer.network(settings=DDPM | {"label_dim": 5, "label_dropout": 0.1})
+    teacher = edm_source(path, conditioning=Conditioning(5)).load(SILENT).conditioned(Conditioning(5, w=2.0))
     x_t, t, _ = batch()
     c = Condition(torch.tensor([0, 1, 2, 3]), torch.full((4, 1, 1, 1), 2.0))
     none, plain = Condition(torch.full((4,), 5)), Condition(c.labels)
@@ -319,9 +212,9 @@ def test_guidance_needs_an_unconditional_prediction(writer):
     ({"sigma_max": 0.001}, "its noise levels do not overlap 0.002 to 80"),
     ({"sigma_min": math.nan}, "its sigma_min is not a number"),
 ])  # fmt: skip
-def test_other_preconditioning_is_refused(writer, attributes, words):
+def test_other_preconditioning_is_refused(edm_writer, attributes, words):
     with pytest.raises(UserError, match=words):
-        source(writer.network(**attributes)[1]).plan()
+        edm_source(edm_writer.network(**attributes)[1]).plan()
 
 
 @pytest.mark.parametrize("settings, words", [
@@ -345,11 +238,11 @@ def test_other_preconditioning_is_refused(writer, attributes, words):
     ({"augment_dim": 0}, "it has a tensor 'map_augment.weight'"),
     ({"out_channels": 6}, "it has 3 input and 6 output channels"),
 ])  # fmt: skip
-def test_a_description_that_does_not_match_the_weights_is_refused(writer, settings, words):
-    wrapper, _ = writer.network()
+def test_a_description_that_does_not_match_the_weights_is_refused(edm_writer, settings, words):
+    wrapper, _ = edm_writer.network()
     wrapper.model.built_with = wrapper.model.built_with | settings
     with pytest.raises(UserError, match=words) as caught:
-        source(writer.write({"ema": wrapper})).plan()
+        edm_source(edm_writer.write({"ema": wrapper})).plan()
     assert str(caught.value).startswith("teacher.path: 'network-snapshot-001000.pkl' is not an EDM network: ")
 
 
@@ -360,10 +253,10 @@ def test_a_description_that_does_not_match_the_weights_is_refused(writer, settin
     (lambda content: {"ema": content["ema"].model}, "its preconditioning is 'SongUNet'. Possible: EDMPrecond"),
     (lambda content: {"ema": EDMPrecond(linear())}, "its architecture is 'Linear'. Possible: SongUNet, Dhariwal"),
 ])  # fmt: skip
-def test_other_contents_are_refused(writer, change, words):
-    wrapper, _ = writer.network()
+def test_other_contents_are_refused(edm_writer, change, words):
+    wrapper, _ = edm_writer.network()
     with pytest.raises(UserError, match=words):
-        source(writer.write(change({"ema": wrapper}))).plan()
+        edm_source(edm_writer.write(change({"ema": wrapper}))).plan()
 
 
 def linear() -> nn.Module:
@@ -372,26 +265,26 @@ def linear() -> nn.Module:
     return layer
 
 
-def test_a_module_that_occurs_twice_is_refused(writer):
+def test_a_module_that_occurs_twice_is_refused(edm_writer):
     """Doubling modules would take exponential time to walk through."""
-    wrapper, _ = writer.network()
+    wrapper, _ = edm_writer.network()
     inner: nn.Module = nn.ModuleDict()
     for _ in range(60):
         inner = nn.ModuleDict({"a": inner, "b": inner})
     wrapper.model.extra = inner
     with pytest.raises(UserError, match="not made of modules, parameters and buffers"):
-        source(writer.write({"ema": wrapper})).plan()
+        edm_source(edm_writer.write({"ema": wrapper})).plan()
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "edm.pkl"
     torch.save({"a": torch.ones(1)}, path)
     with pytest.raises(UserError, match=r"'edm\.pkl' is (refused|not a readable pickle)"):
-        source(path).plan()
+        edm_source(path).plan()
 
 
-def test_sampling_from_a_file_gives_finite_images(writer):
-    teacher = source(writer.network(settings=NCSN)[1]).load(SILENT)
+def test_sampling_from_a_file_gives_finite_images(edm_writer):
+    teacher = edm_source(edm_writer.network(settings=NCSN)[1]).load(SILENT)
     eps = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         images = Solver.parse("heun").solve(teacher.denoise, teacher.schedule, eps, 3)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from distillbench import Dataset, Denoiser, Teacher
+from distillbench import Denoiser, Teacher
 from distillbench.diffusion.conditioning import Condition, Conditioning
 from distillbench.diffusion.denoiser import guided
 from distillbench.diffusion.schedules import VPCosine
@@ -23,37 +23,10 @@ from distillbench.teachers import teacher as teachers
 from distillbench.teachers.encoded_prompts import PlaceholderPrompts, encode_prompts
 from distillbench.teachers.latents import placeholder, training_data
 from distillbench.teachers.teacher import Clip
+from random_pictures import Pictures
+from toy_encoders import PROMPTS, encode, latent_teacher
 
 SILENT = Progress(Console(file=io.StringIO()))
-PROMPTS = ["a cat", "two dogs", "seven seas"]
-
-
-class Pictures(Dataset):
-    name, licence, shape, sha256, classes = "pictures", "none", (1, 8, 8), "0" * 64, 3
-
-    def __init__(self, count=40):
-        self.images = torch.randint(
-            0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-        )
-
-    def __len__(self):
-        return len(self.images)
-
-    def read(self, indices):
-        return self.images[indices]
-
-    def labels(self, indices):
-        return indices % 3
-
-
-def latent_teacher(calls):
-    def to_latents(x):
-        calls.append(len(x))
-        return torch.nn.functional.avg_pool2d(x, 2)
-
-    denoiser = Denoiser(ResidualMLP((1, 4, 4), 8, 1), VPCosine(), "v")
-    decode = lambda z: torch.nn.functional.interpolate(z, scale_factor=2)
-    return Teacher("toy", denoiser, (1, 4, 4), "1" * 64, to_latents=to_latents, decode=decode, decoded=(1, 8, 8))
 
 
 def test_latents_are_cached_and_read_by_row(tmp_path):
@@ -129,16 +102,6 @@ def test_pixels_stay_as_they_are_and_a_dry_run_encodes_nothing(tmp_path):
     plain = Teacher("toy", Denoiser(ResidualMLP((1, 8, 8), 8, 1), VPCosine(), "v"), (1, 8, 8), "2" * 64)
     assert training_data(pictures, plain, tmp_path, "cpu", SILENT) is pictures is placeholder(pictures, plain)
     assert placeholder(pictures, latent_teacher(calls)).read(torch.tensor([1, 2])).shape == (2, 1, 4, 4) and not calls
-
-
-def encode(calls):
-    """Texts to (B,2,3): their lengths, and twice that."""
-
-    def of(texts):
-        calls.append(list(texts))
-        return torch.tensor([[[len(t)] * 3, [2 * len(t)] * 3] for t in texts]).float()
-
-    return of
 
 
 def test_prompts_are_encoded_once_and_found_by_label(tmp_path):

@@ -10,8 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_flops import METHODS
-from test_train import SILENT, Ramp, optimizer
 
 import distillbench.metering.stopwatch
 import distillbench.training.loop
@@ -27,23 +25,14 @@ from distillbench.training.budget import BudgetConfig, Limit
 from distillbench.training.checkpoints import Checkpoints
 from distillbench.training.loop import Loop, train
 from distillbench.training.optimizers import Average
+from tiny_training import BATCH, FRACTIONS, IMAGES, METHODS, NFE, SILENT, Ramp, averaged_method, optimizer
 
-IMAGES, BATCH = 480, 24
-FRACTIONS = (0.25, 0.5, 0.75)
-NFE = (1, 2, 4)
-HALFLIFE = 0.05  # of the average, in 1000 images: long enough for it to differ from the student
 READY = {  # numbers of evaluations at each checkpoint
     "pd": [[], [2], [2]],  # 4 steps: phases of 2 and of 1 step, half of the budget each; tract likewise
     "tract": [[], [2], [2]],
     "cm": [[1, 2, 4]] * 3,
     "boot": [[1]] * 3,
 }
-
-
-def new(name: str):
-    cls, settings = METHODS[name]
-    torch.manual_seed(3)
-    return cls(cls.Config(**settings | {"ema_halflife_kimg": HALFLIFE}), mlp_teacher())
 
 
 def run(method, folder, checkpoints=None, budget=None):
@@ -64,7 +53,7 @@ def answers(method, nfe: int) -> torch.Tensor:
     "name", [name if name in READY else pytest.param(name, marks=pytest.mark.nightly) for name in METHODS]
 )
 def test_checkpoints_do_not_change_the_training(name, tmp_path):
-    with_some, without = new(name), new(name)
+    with_some, without = averaged_method(name), averaged_method(name)
     run(with_some, tmp_path / "a", Checkpoints(FRACTIONS, tmp_path / "checkpoints", NFE))
     run(without, tmp_path / "b")
     assert same_weights(weights_of(with_some), weights_of(without))
@@ -81,7 +70,7 @@ def test_a_restored_checkpoint_samples_as_the_method_did(name, tmp_path, monkeyp
             averages.append(self)
 
     monkeypatch.setattr(distillbench.training.loop, "Average", Remembered)
-    method = new(name)
+    method = averaged_method(name)
     ready = method.ready
 
     def recorded(nfe: int, phase: int) -> bool:
@@ -99,7 +88,7 @@ def test_a_restored_checkpoint_samples_as_the_method_did(name, tmp_path, monkeyp
     for checkpoint, then in zip(trained.checkpoints, copies, strict=True):
         path = tmp_path / checkpoint.file
         assert checkpoint.sha256 == sha256_file(path)
-        restored = new(name)
+        restored = averaged_method(name)
         restored.load_state_dict(load_file(path))
         for nfe in checkpoint.ready:
             assert torch.equal(answers(restored, nfe), answers(then, nfe))

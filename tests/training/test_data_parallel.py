@@ -6,7 +6,6 @@ import faulthandler
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from contextlib import closing, nullcontext, suppress
@@ -35,7 +34,7 @@ from distillbench.registry import load_registry
 from distillbench.runs.config import RunConfig
 from distillbench.runs.feature_order import FeatureOrder
 from distillbench.system.launchers import by_mpi, follows, rank_and_count, started_together
-from distillbench.system.progress import Progress, Step
+from distillbench.system.progress import Progress
 from distillbench.system.signals import Interrupted
 from distillbench.teachers.teacher import Teacher
 from distillbench.testing.method_bench import StopAfter
@@ -49,12 +48,11 @@ from distillbench.training.optimizers import Optimizers
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States
 from distillbench.training.share import WHOLE, Share
+from tiny_training import SILENT
+from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port
 
-SHAPE, BATCH, STEPS = (1, 4, 4), 8, 6
-SMALL = {"direct": {"pairs": 16, "steps": 2}, "tract": {"steps": [4, 2, 1]}, "pd": {"steps": 4}}
+STEPS = 6
 SMALL_BUCKET, PAIRS_AT_ONCE = 256, 4  # bytes; several buckets and rounds, as there are of real networks
-SILENT = Step(lambda fraction, note: None)
-METHODS = sorted(load_registry().methods)
 
 
 class WithDropout(ResidualMLP):
@@ -79,7 +77,7 @@ def training(
     torch.manual_seed(0)
     made = partial(network, kind)
     teacher = Teacher("tiny", Denoiser(made(), VPCosine(), "v"), SHAPE, "tiny", blank=made)
-    method = cls(cls.Config(**SMALL.get(name, {})), teacher)
+    method = cls(cls.Config(**SETTINGS.get(name, {})), teacher)
     meter = Meter(BudgetConfig(limit=limit, images=BATCH * STEPS, nfe=300), teacher, "cpu")
     workspace = Workspace(teacher, meter, folder, "cpu", 0, Progress(None), ranks=ranks)
     order = torch.Generator().manual_seed(1)
@@ -95,12 +93,6 @@ def training(
     seed_masks(0, ranks.share.index)
     left = train(method, method.config, workspace, given, Loop(BATCH, parts, ranks=ranks), SILENT, resume=resume)
     return dict(method.state_dict()), left
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def run_rank(rank: int, port: int, folder: Path) -> None:
@@ -292,21 +284,12 @@ def two(tmp_path_factory):
     return folder
 
 
-def alike(ours, theirs):
-    """Equal except for the order of float32 sums, whose rounding Adam's first steps magnify."""
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(
-            tensor, theirs[name], rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_two_ranks_train_the_same_weights_as_one(two, name, tmp_path):
     torch.set_num_threads(1)
     weights, left = training(name, tmp_path)
     main, follower = (load_file(two / f"{name}-{rank}.safetensors") for rank in range(2))
-    alike(main, weights)
+    assert_alike(main, weights)
     assert all(torch.equal(tensor, follower[key]) for key, tensor in main.items())
     counted = json.loads((two / "counted-0.json").read_text())[name]
     price = asdict(left.price)
@@ -317,7 +300,7 @@ def test_two_ranks_train_the_same_weights_as_one(two, name, tmp_path):
 
 def test_gradient_accumulation_on_two_ranks_changes_nothing(two, tmp_path):
     torch.set_num_threads(1)
-    alike(load_file(two / "parts-0.safetensors"), training("sid", tmp_path)[0])
+    assert_alike(load_file(two / "parts-0.safetensors"), training("sid", tmp_path)[0])
 
 
 def test_gradients_are_sums_over_ranks_whichever_weights_each_used(two):
@@ -394,13 +377,13 @@ def test_ranks_share_the_computation_of_pairs(two, tmp_path, monkeypatch):
     assert ours.read_bytes() == theirs.read_bytes() and ours.parent.name != theirs.parent.name
     of_one, of_two = (json.loads((file.parent / "manifest.json").read_text()) for file in (ours, theirs))
     assert of_two["recipe"] == of_one["recipe"] | {"processes": 2}
-    assert of_two["teacher_nfe"] == of_one["teacher_nfe"] == 16 * SMALL["direct"]["steps"]
+    assert of_two["teacher_nfe"] == of_one["teacher_nfe"] == 16 * SETTINGS["direct"]["steps"]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_gradient_accumulation_changes_nothing(name, tmp_path):
     torch.set_num_threads(1)
-    alike(training(name, tmp_path, parts=2)[0], training(name, tmp_path)[0])
+    assert_alike(training(name, tmp_path, parts=2)[0], training(name, tmp_path)[0])
 
 
 def test_a_budget_in_evaluations_counts_all_ranks(two, tmp_path):

@@ -9,13 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import distillbench_boot
-import distillbench_cm
-import distillbench_ct
-import distillbench_direct
-import distillbench_pd
-import distillbench_sid
-import distillbench_tract
 from analytic import gaussian_teacher, make_batch, make_workspace, mlp_teacher, same_weights, time, weights_of
 from distillbench.diffusion.conditioning import Conditioning
 from distillbench.diffusion.denoiser import Denoiser
@@ -34,6 +27,7 @@ from distillbench.training.flops import (
     training_flops,
 )
 from distillbench.training.network_rows import NetworkRows
+from tiny_training import METHODS
 
 
 def family_flops(teacher):
@@ -162,17 +156,6 @@ def test_a_unet_costs_twice_as_much_backward():
 # --- a training ------------------------------------------------------------------------------------------------------
 
 BATCH = 6
-METHODS = {
-    "boot": (distillbench_boot.Boot, {"steps": 4}),
-    "cm": (distillbench_cm.ConsistencyDistillation, {"steps": 9, "mu": 0.5}),
-    "cm, mu 0": (distillbench_cm.ConsistencyDistillation, {"steps": 9, "mu": 0.0}),
-    "ct": (distillbench_ct.ConsistencyTraining, {"start": "teacher"}),
-    "direct": (distillbench_direct.Direct, {"steps": 4, "pairs": 12}),
-    "direct online": (distillbench_direct.Direct, {"steps": 4, "online": True}),
-    "pd": (distillbench_pd.ProgressiveDistillation, {"steps": 4}),
-    "sid": (distillbench_sid.ScoreIdentityDistillation, {"fake_updates": 2}),
-    "tract": (distillbench_tract.Tract, {"steps": [4, 2, 1]}),
-}
 
 
 def steps_of(method, folder):

@@ -16,7 +16,6 @@ import torch
 import torch.multiprocessing
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_data_parallel import BATCH, METHODS, SHAPE, SILENT, SMALL, alike, free_port
 
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.schedules import VPCosine
@@ -39,6 +38,8 @@ from distillbench.training.optimizers import Optimizers
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States
 from distillbench.training.share import WHOLE, Share
+from tiny_training import SILENT
+from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port
 
 SHARD, PLAIN = ComputeConfig(shard=True), ComputeConfig()
 IMAGES = 4 * BATCH
@@ -56,7 +57,7 @@ def new(name: str, **settings) -> Method:
     cls = load_registry().methods[name].cls
     torch.manual_seed(0)
     teacher = Teacher("tiny", Denoiser(network(), VPCosine(), "v"), SHAPE, "tiny", blank=network)
-    return cls(cls.Config(**SMALL.get(name, {}) | settings), teacher)
+    return cls(cls.Config(**SETTINGS.get(name, {}) | settings), teacher)
 
 
 def training(
@@ -157,7 +158,7 @@ def test_sharded_networks_train_the_same_weights(two, name, tmp_path):
     torch.set_num_threads(1)
     how = {"parts": {"name": "boot", "parts": 4}, "last": {"name": "cm"} | LAST}.get(name, {"name": name})
     weights, left = training(folder=tmp_path, **how)
-    alike(load_file(two / f"{name}.safetensors"), weights)
+    assert_alike(load_file(two / f"{name}.safetensors"), weights)
     theirs, price = told(two)[name], asdict(left.price)
     for field in (field for field in price if field.endswith(("nfe", "backward", "input", "images"))):
         assert theirs[field] == price[field], field
@@ -213,7 +214,7 @@ def test_a_state_of_sharded_networks_has_full_tensors(two, tmp_path):
     (tmp_path / "one").mkdir()
     (two / "states-of-one").rename(tmp_path / "one" / "states")
     weights, _ = training("tract", tmp_path / "one", stop=99)  # a single process resumes from the state of two ranks
-    alike(weights, load_file(two / "tract.safetensors"))
+    assert_alike(weights, load_file(two / "tract.safetensors"))
 
 
 def test_checkpoints_and_students_have_full_tensors(two, tmp_path):
@@ -222,7 +223,7 @@ def test_checkpoints_and_students_have_full_tensors(two, tmp_path):
     assert layout(two / "cm.safetensors") == {name: ("F32", list(tensor.shape)) for name, tensor in weights.items()}
     ours, theirs = (folder / "checkpoint-1.safetensors" for folder in (tmp_path, two))
     assert layout(ours) == layout(theirs)
-    alike(load_file(theirs), load_file(ours))
+    assert_alike(load_file(theirs), load_file(ours))
 
 
 def test_settings_that_do_not_work_with_sharding_are_errors(monkeypatch, tmp_path):

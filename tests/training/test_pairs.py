@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from analytic import gaussian_teacher, make_workspace
-from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Conditioning
+from distillbench.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from distillbench.diffusion.noise import Noise, stream_key
 from distillbench.metering.energy import Energy
 from distillbench.storage.files import signed
@@ -18,57 +18,19 @@ from distillbench.system.progress import Progress
 from distillbench.training import pairs as pairs_module
 from distillbench.training.budget import Meter
 from distillbench.training.pairs import BATCH, PairStore, Workspace
-
-RECIPE = {"solver": "test", "steps": 3}
-
-
-class Solver:
-    """Three evaluations of the teacher per image; counts its images."""
-
-    def __init__(self, teacher) -> None:
-        self.teacher, self.solved = teacher, 0
-
-    def __call__(self, eps: torch.Tensor, c: Condition) -> torch.Tensor:
-        self.solved += len(eps)
-        x = eps
-        for _ in range(3):
-            x = self.teacher.denoise(x, torch.full((len(x), 1, 1, 1), 0.5, dtype=torch.float64))
-        return x
-
-
-class RecordingProgress(Progress):
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-
-def make(folder: Path, count: int = 12, seed: int = 0, recipe=RECIPE, sha256: str = "gaussian", dry: bool = False):
-    """(pairs, images solved, meter, printed lines) of one request."""
-    teacher = gaussian_teacher()
-    teacher.sha256 = sha256
-    workspace = make_workspace(teacher, folder, seed=seed, dry=dry)
-    workspace.progress = RecordingProgress()
-    solver = Solver(teacher)
-    return workspace.pairs(solver, count, recipe), solver.solved, workspace.meter, workspace.progress.lines
-
-
-def all_of(pairs: PairStore) -> tuple[torch.Tensor, torch.Tensor]:
-    return pairs.read(torch.arange(len(pairs)))[:2]
+from pair_requests import RECIPE, Solver, read_all, request_pairs
 
 
 def same(a: PairStore, b: PairStore) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(all_of(a), all_of(b), strict=True))
+    return all(torch.equal(x, y) for x, y in zip(read_all(a), read_all(b), strict=True))
 
 
 def test_pairs_are_the_solver_at_the_noise_of_the_stream(tmp_path):
     """Bit for bit: eps is the i-th noise of the stream, x_0 the solver's result, in float32, not quantised."""
-    pairs, solved, meter, _ = make(tmp_path)
+    pairs, solved, meter, _ = request_pairs(tmp_path)
     teacher = gaussian_teacher()
     eps = Noise(stream_key("pairs", 0), range(12), teacher.shape)(0)
-    read_eps, read_x_0 = all_of(pairs)
+    read_eps, read_x_0 = read_all(pairs)
     assert torch.equal(read_eps, eps)
     assert torch.equal(read_x_0, Solver(teacher)(eps, UNCONDITIONAL).float())
     assert solved == len(pairs) == 12 and read_x_0.dtype is torch.float32
@@ -76,16 +38,16 @@ def test_pairs_are_the_solver_at_the_noise_of_the_stream(tmp_path):
 
 
 def test_reading_follows_the_indices_of_any_shape(tmp_path):
-    pairs, *_ = make(tmp_path)
-    eps, x_0 = all_of(pairs)
+    pairs, *_ = request_pairs(tmp_path)
+    eps, x_0 = read_all(pairs)
     some_eps, some_x_0 = pairs.read(torch.tensor([5, 0, 5]).view(3, 1, 1, 1))[:2]
     assert torch.equal(some_eps, eps[[5, 0, 5]]) and torch.equal(some_x_0, x_0[[5, 0, 5]])
 
 
 def test_cached_pairs_are_charged_like_new_ones(tmp_path):
-    made, solved, meter, _ = make(tmp_path)
+    made, solved, meter, _ = request_pairs(tmp_path)
     manifest = json.loads(next(tmp_path.glob("*/manifest.json")).read_text())
-    found, solved_again, meter_again, lines = make(tmp_path)
+    found, solved_again, meter_again, lines = request_pairs(tmp_path)
     assert (solved, solved_again) == (12, 0) and not lines
     assert same(made, found)
     assert meter.teacher_nfe == meter_again.teacher_nfe == manifest["teacher_nfe"] == 36
@@ -96,21 +58,21 @@ def test_cached_pairs_are_charged_like_new_ones(tmp_path):
 
 def test_the_manifest_has_teacher_seconds_and_energy(tmp_path):
     """All seconds but those of the noise are the teacher's. On a CPU the energy is unknown, also for later users."""
-    _, _, meter, _ = make(tmp_path)
+    _, _, meter, _ = request_pairs(tmp_path)
     file = next(tmp_path.glob("*/manifest.json"))
     manifest = json.loads(file.read_text())
     assert 0 < manifest["teacher_seconds"] < manifest["seconds"]
     assert meter.price().teacher_seconds == pytest.approx(manifest["teacher_seconds"], abs=1e-9)
     assert (manifest["joules"], manifest["no_joules"]) == (None, "no GPU in use")
-    price = make(tmp_path)[2].price()
+    price = request_pairs(tmp_path)[2].price()
     assert price.teacher_seconds == manifest["teacher_seconds"] and price.student_seconds == 0
-    assert make(tmp_path)[2].charged_energy == Energy(None, "the cached pairs: no GPU in use")
+    assert request_pairs(tmp_path)[2].charged_energy == Energy(None, "the cached pairs: no GPU in use")
     file.write_text(json.dumps(signed(manifest | {"joules": 12.5})))
-    assert make(tmp_path)[2].charged_energy == Energy(12.5)
+    assert request_pairs(tmp_path)[2].charged_energy == Energy(12.5)
 
 
 def test_pairs_do_not_depend_on_the_batch_size(tmp_path):
-    pairs, solved, meter, _ = make(tmp_path, count=BATCH + 5)
+    pairs, solved, meter, _ = request_pairs(tmp_path, count=BATCH + 5)
     teacher = gaussian_teacher()
     tail = Noise(stream_key("pairs", 0), range(BATCH, BATCH + 5), teacher.shape)(0)
     eps, x_0 = pairs.read(torch.arange(BATCH, BATCH + 5))[:2]
@@ -122,16 +84,16 @@ def test_pairs_do_not_depend_on_the_batch_size(tmp_path):
     "change", [{"seed": 1}, {"count": 13}, {"recipe": {**RECIPE, "steps": 4}}, {"sha256": "other"}]
 )
 def test_another_recipe_is_another_cache_entry(tmp_path, change):
-    make(tmp_path)
-    _, solved, *_ = make(tmp_path, **change)
+    request_pairs(tmp_path)
+    _, solved, *_ = request_pairs(tmp_path, **change)
     assert solved == change.get("count", 12)
-    assert make(tmp_path)[1] == 0  # these are still cached
-    assert make(tmp_path, **change)[1] == 0
+    assert request_pairs(tmp_path)[1] == 0  # these are still cached
+    assert request_pairs(tmp_path, **change)[1] == 0
 
 
 def test_pairs_of_different_seeds_differ_and_are_not_the_evaluation_noise(tmp_path):
-    eps, _ = all_of(make(tmp_path)[0])
-    assert not torch.equal(eps, all_of(make(tmp_path, seed=1)[0])[0])
+    eps, _ = read_all(request_pairs(tmp_path)[0])
+    assert not torch.equal(eps, read_all(request_pairs(tmp_path, seed=1)[0])[0])
     assert not torch.equal(eps, Noise(stream_key("evaluation", 0), range(12), (2, 1, 1))(0))
 
 
@@ -169,19 +131,19 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_pairs_are_computed_again(tmp_path, damage):
-    good, *_ = make(tmp_path)
+    good, *_ = request_pairs(tmp_path)
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     DAMAGES[damage](folder)
-    again, solved, meter, lines = make(tmp_path)
+    again, solved, meter, lines = request_pairs(tmp_path)
     assert solved == 12 and same(again, good)
     assert meter.teacher_nfe == 36 and meter.charged.seconds == 0
     if damage not in ("no targets", "no manifest", "a manifest of other pairs"):
         assert len(lines) == 1 and "computed again" in lines[0]
-    assert make(tmp_path)[1] == 0  # repaired
+    assert request_pairs(tmp_path)[1] == 0  # repaired
 
 
 def test_a_dry_run_has_the_price_without_the_work(tmp_path):
-    _, solved, meter, _ = make(tmp_path, count=1000, dry=True)
+    _, solved, meter, _ = request_pairs(tmp_path, count=1000, dry=True)
     assert meter.teacher_nfe == 3000 and solved < 10
     assert not list(tmp_path.iterdir())
 

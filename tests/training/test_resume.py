@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoints import BATCH, FRACTIONS, HALFLIFE, IMAGES, NFE
-from test_flops import METHODS
-from test_train import SILENT, Weight
 
 import distillbench.training.resume
 from analytic import gaussian_teacher, make_workspace, mlp_teacher, same_weights, weights_of
 from distillbench.metering.energy import Energy
-from distillbench.system.progress import Progress
 from distillbench.system.signals import Interrupted
 from distillbench.testing.method_bench import StopAfter
 from distillbench.training.budget import BudgetConfig, Limit, Meter
@@ -24,25 +20,10 @@ from distillbench.training.checkpoints import Checkpoints
 from distillbench.training.loop import Loop, train
 from distillbench.training.method import Method, MethodConfig, Phase
 from distillbench.training.resume import Resume, State, States
+from recorded_progress import RecordingProgress
+from tiny_training import BATCH, FRACTIONS, IMAGES, METHODS, NFE, SILENT, Weight, averaged_method
 
 STEPS = IMAGES // BATCH
-
-
-class RecordingProgress(Progress):
-    """Records the lines."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-
-def new(name: str) -> Method:
-    cls, settings = METHODS[name]
-    torch.manual_seed(3)
-    return cls(cls.Config(**settings | {"ema_halflife_kimg": HALFLIFE}), mlp_teacher())
 
 
 def states(folder, keep=2) -> States:
@@ -86,12 +67,12 @@ def checkpoints_of(trained):
 )
 def test_an_interrupted_training_ends_with_the_same_weights(name, first, tmp_path):
     """Three processes are interrupted, the first after `first` steps; the fourth runs to the end."""
-    whole, method, kept = new(name), new(name), states(tmp_path)
+    whole, method, kept = averaged_method(name), averaged_method(name), states(tmp_path)
     expected = run(whole, tmp_path / "whole")
     for stop_after in (first, 1, 3):  # the last of them may end before it is interrupted
         torch.manual_seed(stop_after)  # each process has another state of the global generator
         try:
-            run(new(name), tmp_path, kept, stop_after)
+            run(averaged_method(name), tmp_path, kept, stop_after)
         except Interrupted:
             assert kept.newest() is not None
     again = run(method, tmp_path, kept)
@@ -103,7 +84,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(name, first, tmp_pat
 
 
 def test_saving_states_changes_nothing(tmp_path):
-    with_some, without = new("pd"), new("pd")
+    with_some, without = averaged_method("pd"), averaged_method("pd")
     kept = states(tmp_path)
     one, other = run(with_some, tmp_path / "a", kept, seconds=0.0), run(without, tmp_path / "b")
     assert same_weights(weights_of(with_some), weights_of(without)) and losses(one) == losses(other)
@@ -187,11 +168,11 @@ def test_a_network_that_is_not_an_attribute_cannot_be_saved(tmp_path):
 def test_cost_before_an_interruption_is_charged_once(tmp_path):
     """Cached pairs are not charged again after a restart; what was spent before counts for the budget."""
     budget = BudgetConfig(limit=Limit.nfe, nfe=400)  # 12 pairs of 4 evaluations, then 24 per step
-    expected = run(new("direct"), tmp_path / "whole", budget=budget).price
+    expected = run(averaged_method("direct"), tmp_path / "whole", budget=budget).price
     kept = states(tmp_path)
     with pytest.raises(Interrupted):
-        run(new("direct"), tmp_path, kept, 5, budget=budget)
-    again = run(new("direct"), tmp_path, kept, budget=budget).price
+        run(averaged_method("direct"), tmp_path, kept, 5, budget=budget)
+    again = run(averaged_method("direct"), tmp_path, kept, budget=budget).price
     assert counted(again) == counted(expected) and again.teacher_nfe == 48
 
 
@@ -290,7 +271,7 @@ def test_a_full_disk_loses_the_state_but_not_the_training(tmp_path, monkeypatch)
 
     kept = states(tmp_path)
     monkeypatch.setattr(distillbench.training.resume, "save_file", full)
-    whole, method = new("cm"), new("cm")
+    whole, method = averaged_method("cm"), averaged_method("cm")
     run(whole, tmp_path / "whole")
     run(method, tmp_path, kept, seconds=0.0)
     assert same_weights(weights_of(whole), weights_of(method))

@@ -68,7 +68,7 @@ class UniformOnFields(Distribution):
         alpha, sigma = alpha.double().view(-1, 1, 1), sigma.double().view(-1, 1, 1)
         x, tau = x_t.double().view(-1, 1, 2) / alpha, sigma / alpha
         A, B = (a - x) / tau, (b - x) / tau
-        side = torch.where(A + B < 0, -1.0, 1.0)  # mirrored, so that x^ lies below the middle: no digits are lost
+        side = torch.where(A + B < 0, -1.0, 1.0)  # mirrored, so that x^ lies below the middle: no cancellation
         A, B = torch.minimum(side * A, side * B), torch.maximum(side * A, side * B)
         e = ((A - B) * (A + B) / 2).exp()  # phi(B) / phi(A)
         f_k = (x + side * tau * (1 - e) / (mills(A) - e * mills(B))).clamp(a, b)
@@ -86,7 +86,7 @@ class UniformOnFields(Distribution):
         return torch.lerp(self.a[k], self.b[k], u).view(count, *self.shape), k
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Those of the middles of the fields, and (b - a)^2 / 12 within each."""
+        """Mean and covariance: those of the middles of the fields, plus (b - a)^2 / 12 within each field."""
         w = (self.b - self.a).prod(dim=1)
         w, middle = w / w.sum(), (self.a + self.b) / 2
         mean = w @ middle
@@ -144,7 +144,7 @@ class Checkerboard(Dataset):
 
 
 class CheckerboardTeacher(TeacherSource):
-    """The exact denoiser of ``dataset=checkerboard``. It has no weights, so students start from fresh ones."""
+    """The exact denoiser of ``dataset=checkerboard``. It has no weights, so students start from random weights."""
 
     name = "checkerboard"
 
@@ -153,7 +153,7 @@ class CheckerboardTeacher(TeacherSource):
         schedule: str = option("vp_cosine", f"noise schedule: {', '.join(SCHEDULES)}")
         width: int = option(256, "channels of the students' perceptron")
         depth: int = option(4, "its residual blocks")
-        seed: int = option(0, "seed of the students' first weights")
+        seed: int = option(0, "seed of the students' initial weights")
 
         def __post_init__(self) -> None:
             require_one_of(self, "schedule", SCHEDULES)
@@ -162,7 +162,7 @@ class CheckerboardTeacher(TeacherSource):
 
     def plan(self) -> TeacherPlan:
         if not isinstance(self.dataset.distribution, UniformOnFields):
-            raise UserError(f"teacher=checkerboard knows dataset=checkerboard and no other, got {self.dataset.name}")
+            raise UserError(f"teacher=checkerboard needs dataset=checkerboard, got {self.dataset.name}")
         return TeacherPlan("in closed form")
 
     def untrained(self) -> Teacher:
@@ -178,7 +178,7 @@ class CheckerboardTeacher(TeacherSource):
         } | self.dataset.distribution.plain()
 
     def exact(self, sha256: str) -> Teacher:
-        """The closed form, and a network with fresh weights for students."""
+        """The closed form, and a network with random weights for students."""
         provenance, distribution, schedule = (
             self.provenance(),
             self.dataset.distribution,
@@ -194,7 +194,7 @@ class CheckerboardTeacher(TeacherSource):
         return Teacher(self.name, denoiser, distribution.shape, sha256, provenance, conditioning, start, self.blank)
 
     def blank(self) -> nn.Module:
-        """A student's network with weights from torch's generator."""
+        """A student's network with random weights from torch's global generator."""
         return ResidualMLP((2, 1, 1), self.config.width, self.config.depth, self.conditioning.classes)
 
 

@@ -1,4 +1,4 @@
-"""Board and teacher keep the contract; the denoiser is the posterior's mean as quadrature and sampling find it."""
+"""Dataset and teacher meet the contract; the denoiser agrees with the posterior's mean by quadrature and sampling."""
 
 import math
 from pathlib import Path
@@ -91,9 +91,7 @@ def test_the_denoiser_is_the_best_one():
 
 
 def test_at_both_ends_of_the_noise():
-    """Nearly no noise: x_t itself, on its own field. Nothing but noise: the mean of the distribution. Far away: the
-    nearest.
-    """
+    """With almost no noise f is x_t, on its field; with almost only noise the mean; far away the nearest point."""
     distribution, schedule = board().distribution, VPCosine()
     x_0, field = distribution.draw(500, torch.Generator().manual_seed(0))
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -168,7 +166,7 @@ def test_what_cannot_be_is_refused():
 
         def __init__(self) -> None: ...
 
-    with pytest.raises(UserError, match="knows dataset=checkerboard and no other, got other"):
+    with pytest.raises(UserError, match="needs dataset=checkerboard, got other"):
         source(dataset=Other()).plan()
     with pytest.raises(UserError, match="schedule must be one of"):
         source(schedule="cosine")

@@ -47,7 +47,7 @@ class Reflow(Method):
         schedule: str = option("flow_matching", "the method is defined on flow_matching, and on no other schedule")
         steps: int = option(64, "N, steps of the teacher's sampler, and of the flow with distil_from=flow")
         solver: str = option("ddim", f"the teacher's sampler, SAMPLER or SAMPLER/GRID: {', '.join(SAMPLERS)}")
-        pairs: int = option(32_768, "noise-image pairs generated before training; 0: solved in each batch")
+        pairs: int = option(32_768, "noise-image pairs generated before training; 0: new ones in each batch")
         t_low: float = option(1e-3, "smallest t of training, as in the released code")
         distil_share: float = option(0.5, "budget of the distillation, relative to reflow's; 0: no such phase")
         distil_from: str = option("teacher", "samples to distil: teacher (its pairs again), or flow (the paper)")
@@ -65,8 +65,8 @@ class Reflow(Method):
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
         if self.student.prediction == "eps":
-            raise UserError("reflow: a velocity at t_max cannot be read off eps (1/alpha); take an x0 or v teacher")
-        self.flow = teacher.student().freeze()  # the straight flow, once the first phase is over
+            raise UserError("reflow: eps does not give a velocity at t_max (1/alpha); take an x0 or v teacher")
+        self.flow = teacher.student().freeze()  # the straight flow, after the first phase
         self.T, self.t_low = teacher.schedule.t_max, max(config.t_low, teacher.schedule.t_min)
 
     def phases(self) -> list[Phase]:
@@ -120,10 +120,10 @@ class Reflow(Method):
         return nfe >= 1
 
     def ready(self, nfe: int, phase: int) -> bool:
-        return nfe == 1 or phase == 1  # the flow exists once its phase is over
+        return nfe == 1 or phase == 1  # the flow exists after its phase
 
     def euler(self, f: nn.Module, z: Tensor, steps: int, c: Condition) -> Tensor:
-        """The end, at t = 0, of the path from z = z_T."""
+        """The end at t = 0 of the path from z = z_T."""
         times = torch.linspace(self.T, 0, steps + 1, dtype=torch.float64)
         for t, s in pairwise(times):
             z = z + (s - t) * self.v(f, z, time_like(z, t), c)

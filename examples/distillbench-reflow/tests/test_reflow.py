@@ -1,4 +1,4 @@
-"""Reflow keeps the contract, and on a Gaussian it is what closed forms say.
+"""Reflow meets the contract, and agrees with closed forms on a Gaussian.
 
 For x_0 ~ N(m, s^2) the exact map of the teacher's ODE is x_0 = m + g (z_T - (1 - T) m), g = s / sqrt(V), V = s^2 (1 -
 T)^2 + T^2: a deterministic, affine coupling. On its straight paths z_t is affine in z_T, so z_T, and with it the
@@ -99,7 +99,7 @@ LAST_ALPHA = math.exp(
     ("schedule", "T"), [(VPCosine(), 1 - 1e-4), (VPLinear(), 1 / (1 + LAST_ALPHA / math.sqrt(1 - LAST_ALPHA**2)))]
 )
 def test_the_pairs_are_the_gaussians_map(schedule, T):
-    """DDIM's answers go to the exact map like 1/N, also where the teacher's noise ends before t = 1."""
+    """DDIM's samples converge to the exact map like 1/N, also if the teacher's noise ends before t = 1."""
     reflow = method(schedule)
     assert reflow.T == pytest.approx(T, abs=1e-9)
     errors = []
@@ -188,7 +188,7 @@ def test_phases_and_settings():
     for name, value in wrong.items():
         with pytest.raises(UserError, match=name):
             Reflow.Config(**{name: value})
-    with pytest.raises(UserError, match="cannot be read off eps"):
+    with pytest.raises(UserError, match="eps does not give a velocity"):
         Reflow(Reflow.Config(), teacher("eps"))
 
 

@@ -1,4 +1,4 @@
-"""The sliced Wasserstein distance keeps the contract, and agrees with closed forms and with an assignment solver."""
+"""The sliced Wasserstein distance meets the contract, and agrees with closed forms and with an assignment solver."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def samples(x_0: Tensor, real: Tensor) -> Samples:
-    """What a run hands to a metric, with real images that come in batches of 7."""
+    """What a run passes to a metric, with real images in batches of 7."""
     ours, theirs = (
         ImageSet(lambda images=images: images.split(7), len(images), tuple(images.shape[1:]), Networks(Path(), "cpu"))
         for images in (x_0, real)

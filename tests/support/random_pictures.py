@@ -1,4 +1,4 @@
-"""A dataset for the scripts that run on simulated GPUs."""
+"""A dataset of random images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Pictures(Dataset):
 
     name, licence, sha256 = "pictures", "none", "0" * 64
 
-    def __init__(self, count: int, shape: tuple[int, int, int], classes: int) -> None:
+    def __init__(self, count: int = 40, shape: tuple[int, int, int] = (1, 8, 8), classes: int = 3) -> None:
         generator = torch.Generator().manual_seed(0)
         self.shape, self.classes = shape, classes
         self.images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)

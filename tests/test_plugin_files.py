@@ -5,12 +5,12 @@ import sys
 
 import pandas as pd
 import pytest
-from test_registry import IMPORTS, METHOD, METRIC
 
 from distillbench import hookspecs
 from distillbench.cli import commands
 from distillbench.errors import UserError
 from distillbench.registry import in_folders, installed, load_registry
+from plugin_code import IMPORTS, METHOD, METRIC
 
 
 @pytest.fixture
@@ -170,12 +170,13 @@ def test_a_pattern_without_matches_is_a_user_error(monkeypatch, capsys):
 
 def test_a_plugin_for_an_older_contract_gets_the_list_of_changes(folder, monkeypatch):
     changes = {1: "begin", 2: "rename a to b", 3: "return c"}
+    written = f"api={hookspecs.API}"
     monkeypatch.setattr(hookspecs, "API", 3)
     monkeypatch.setattr(hookspecs, "CHANGES", changes)
     here = folder(
-        pf_l=method("pf_l"),
-        pf_m=method("pf_m").replace("api=1", "api=2"),
-        pf_n=method("pf_n").replace("api=1", "api=3"),
+        pf_l=method("pf_l").replace(written, "api=1"),
+        pf_m=method("pf_m").replace(written, "api=2"),
+        pf_n=method("pf_n").replace(written, "api=3"),
     )
     one, two, three = load_registry(in_folders([here])).plugins
     assert one.error.endswith("for version 1 of the plugin contract, this is version 3. To do: rename a to b; return c")

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffusers_files import PIXELS, diffusers, diffusers_source, unet
 from distillbench import UserError
 from distillbench.builtin.diffusers_pipelines import (
     Consistency,
-    Diffusers,
     blank_component,
     load_component,
     read_index,
@@ -30,52 +30,21 @@ from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition, Cond
 from distillbench.diffusion.samplers import TIME_GRIDS, Solver, ancestral, ddim, renoise, time_like
 from distillbench.diffusion.schedules import FlowMatching
 from distillbench.system.progress import Progress
-from distillbench.teachers.teacher import Teacher, TeacherSource
+from distillbench.teachers.teacher import Teacher
 
-diffusers = pytest.importorskip("diffusers")
-diffusers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' use of numpy
 
 ALLOWED = 1e-4
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-PIXELS = (3, 8, 8)
-
-
-def unet(seed: int = 0, channels: int = 3, size: int = 8, **settings):
-    """A UNet2DModel of two levels with random weights, of which none is zero."""
-    torch.manual_seed(seed)
-    return diffusers.UNet2DModel(
-        sample_size=size,
-        in_channels=channels,
-        out_channels=settings.pop("out_channels", channels),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-        **settings,
-    ).eval()
 
 
 def noise(shape: tuple[int, int, int], images: int = 2) -> Tensor:
     return torch.randn(images, *shape, generator=torch.Generator().manual_seed(3))
 
 
-def source(
-    folder: Path | str,
-    shape: tuple[int, int, int] = PIXELS,
-    family: type[Diffusers] = Diffusers,
-    conditioning: Conditioning = WITHOUT_CLASSES,
-    **settings,
-) -> TeacherSource:
-    config = family.Config(kind=family.name, path=str(folder), **settings)
-    return family(config, SimpleNamespace(shape=shape), Path("cache"), "cpu", conditioning)
-
-
 def teacher_of(folder: Path, shape: tuple[int, int, int] = PIXELS, **settings) -> Teacher:
-    return source(folder, shape, **settings).load(Progress(None))
+    return diffusers_source(folder, shape, **settings).load(Progress(None))
 
 
 def ours(teacher: Teacher, eps: Tensor, grid: str, steps: int, c: Condition | None = None) -> Tensor:
@@ -265,7 +234,7 @@ def test_dit_with_guidance(tmp_path, monkeypatch, record_property):
 def test_dit_asks_for_its_classes(tmp_path):
     dit_pipeline(tmp_path)
     with pytest.raises(UserError, match="knows 1000 classes and cannot serve conditional=false"):
-        source(tmp_path, (3, 16, 16)).plan()
+        diffusers_source(tmp_path, (3, 16, 16)).plan()
 
 
 @pytest.mark.parametrize("shift", [None, 0.3])
@@ -385,7 +354,7 @@ def test_consistency_model(tmp_path, monkeypatch, record_property, classes):
     network = unet(num_class_embeds=classes or None, resnet_time_scale_shift="scale_shift")
     pipeline = saved(diffusers.ConsistencyModelPipeline(network, scheduler), tmp_path)
     with pytest.raises(UserError, match=r"consistency family.*Possible: discrete"):
-        source(tmp_path, conditioning=Conditioning(classes)).plan()
+        diffusers_source(tmp_path, conditioning=Conditioning(classes)).plan()
     teacher = teacher_of(tmp_path, family=Consistency, conditioning=Conditioning(classes))
     eps, fresh = noise(PIXELS), noise(PIXELS).flip(0)
     labels = torch.tensor([3, 7]) if classes else None
@@ -451,8 +420,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsiz
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: b"not weights", "is no whole file of safetensors"),
-        (lambda data: data[: len(data) // 2], "is no whole file of safetensors"),
+        (lambda data: b"not weights", "is not a complete safetensors file"),
+        (lambda data: data[: len(data) // 2], "is not a complete safetensors file"),
         (lambda data: LFS_POINTER, r"it is a pointer of Git LFS.*`git lfs pull`"),
     ],
     ids=["garbage", "cut off", "pointer"],
@@ -461,10 +430,10 @@ def test_the_plan_reads_headers_of_weights_and_untrained_reads_none(pixels, tmp_
     shutil.copytree(pixels, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    asked = source(tmp_path, conditioning=Conditioning(10))
+    asked = diffusers_source(tmp_path, conditioning=Conditioning(10))
     with pytest.raises(UserError, match=rf"unet of .* cannot be used: .*{message}"):
         asked.plan()
-    assert source(pixels, conditioning=Conditioning(10)).plan().images == 0
+    assert diffusers_source(pixels, conditioning=Conditioning(10)).plan().images == 0
     untrained = asked.untrained()
     real = teacher_of(pixels, conditioning=Conditioning(10))
     assert untrained.shape == real.shape and untrained.clip == real.clip
@@ -519,7 +488,7 @@ def test_weights_in_parts_and_variants(tmp_path):
     shutil.rmtree(tmp_path / "unet")
     network.half().save_pretrained(tmp_path / "unet", variant="fp16")
     with pytest.raises(UserError, match=r"Found: diffusion_pytorch_model.fp16.safetensors \(teacher.variant"):
-        source(tmp_path).plan()
+        diffusers_source(tmp_path).plan()
     half = teacher_of(tmp_path, variant="fp16")
     assert {weight.dtype for weight in half.denoiser.parameters()} == {torch.float32}
     torch.testing.assert_close(half.denoise(x, t), whole, atol=0.05, rtol=0.05)
@@ -531,7 +500,7 @@ def test_weights_in_parts_and_variants(tmp_path):
 def test_pickled_weights_are_refused_and_not_opened(tmp_path):
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path, safe_serialization=False)
     assert (tmp_path / "unet" / "diffusion_pytorch_model.bin").is_file()
-    for act in (lambda: source(tmp_path).plan(), lambda: teacher_of(tmp_path)):
+    for act in (lambda: diffusers_source(tmp_path).plan(), lambda: teacher_of(tmp_path)):
         with pytest.raises(UserError, match="is a pickle, which can run code, and is not read"):
             act()
 
@@ -542,12 +511,12 @@ def test_missing_tensors_are_an_error(tmp_path):
     weights = load_file(file)
     del weights["conv_out.weight"]
     save_file(weights, file, metadata={"format": "pt"})
-    for act in (lambda: teacher_of(tmp_path), lambda: source(tmp_path).plan()):  # a dry run makes the plan
+    for act in (lambda: teacher_of(tmp_path), lambda: diffusers_source(tmp_path).plan()):  # a dry run makes the plan
         with pytest.raises(UserError, match=r"1 tensors are missing or of another shape, such as conv_out.weight"):
             act()
     save_file(weights | {"conv_out.weight": torch.zeros(2, 8, 3, 3)}, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing or of another shape, such as conv_out.weight"):
-        source(tmp_path).plan()
+        diffusers_source(tmp_path).plan()
 
 
 def test_old_names_of_attention_tensors_are_accepted(tmp_path):
@@ -571,7 +540,7 @@ def test_old_names_of_attention_tensors_are_accepted(tmp_path):
         renamed[name] = tensor
     assert weights.keys() != renamed.keys()
     save_file(renamed, file, metadata={"format": "pt"})
-    assert source(tmp_path, (3, 16, 16)).plan()
+    assert diffusers_source(tmp_path, (3, 16, 16)).plan()
     z = noise((4, 8, 8))
     torch.testing.assert_close(teacher_of(tmp_path, (3, 16, 16)).decode(z), vae.decode(z / 0.18215).sample.clamp(-1, 1))
 
@@ -592,11 +561,11 @@ def test_predict_epsilon_equals_the_prediction_type_that_replaced_it(tmp_path):
 def test_tensors_that_a_config_does_not_describe_are_noted(tmp_path):
     """Such as those of classes, where the config has lost its num_class_embeds."""
     diffusers.DDPMPipeline(unet(num_class_embeds=4), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
-    asked = source(tmp_path, conditioning=Conditioning(4))
+    asked = diffusers_source(tmp_path, conditioning=Conditioning(4))
     asked.plan()
     assert list(asked.notes()) == []
     rewrite(tmp_path / "unet" / "config.json", num_class_embeds=None)
-    asked = source(tmp_path)
+    asked = diffusers_source(tmp_path)
     asked.plan()
     assert list(asked.notes()) == [
         f"the weights of unet of '{tmp_path.name}' have 1 tensors that its config does not describe, such as "
@@ -607,7 +576,7 @@ def test_tensors_that_a_config_does_not_describe_are_noted(tmp_path):
 def test_unknown_keys_of_a_config_are_noted(tmp_path):
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
     rewrite(tmp_path / "scheduler" / "scheduler_config.json", tensor_format="pt", skip_prk_steps=True)
-    asked = source(tmp_path)
+    asked = diffusers_source(tmp_path)
     asked.plan()
     assert list(asked.notes()) == []  # those of other schedulers and of old versions are known
     rewrite(tmp_path / "scheduler" / "scheduler_config.json", predicts="images", twist=3)
@@ -631,11 +600,11 @@ def test_a_file_instead_of_a_folder_is_refused(tmp_path, name, message):
     (tmp_path / "unet").mkdir()
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UserError, match=message):
-        source(tmp_path / name).plan()
+        diffusers_source(tmp_path / name).plan()
     (tmp_path / name).unlink()
     if name != "unet/config.json":
         with pytest.raises(UserError, match=f"no file .*{name}"):
-            source(f"models/{name}").plan()
+            diffusers_source(f"models/{name}").plan()
 
 
 def test_code_of_a_pipeline_is_not_run(pixels, tmp_path):
@@ -644,7 +613,7 @@ def test_code_of_a_pipeline_is_not_run(pixels, tmp_path):
     (tmp_path / "unet" / "evil.py").write_text("raise SystemExit('ran')")
     rewrite(tmp_path / "model_index.json", _class_name=["evil", "Pipeline"], unet=["evil", "Network"])
     with pytest.raises(UserError, match=r"no class 'Network' as unet .* Possible: DiTTransformer2DModel, UNet2DModel"):
-        source(tmp_path, conditioning=Conditioning(10)).plan()
+        diffusers_source(tmp_path, conditioning=Conditioning(10)).plan()
 
 
 @pytest.mark.parametrize(
@@ -653,25 +622,25 @@ def test_code_of_a_pipeline_is_not_run(pixels, tmp_path):
         ({"shape": (3, 16, 16)}, r"its images are \(C,H,W\) = \(3, 8, 8\), the dataset's are \(3, 16, 16\)"),
         ({"conditioning": WITHOUT_CLASSES}, "knows 10 or 11 classes and cannot serve conditional=false"),
         ({"conditioning": Conditioning(7)}, "knows 10 or 11 classes and cannot serve conditional=true with 7 classes"),
-        ({"conditioning": Conditioning(11, 2.0)}, "has no row for images of no class: it cannot be guided"),
+        ({"conditioning": Conditioning(11, 2.0)}, "has no embedding for no class: it cannot be guided"),
     ],
 )
 def test_what_does_not_fit(pixels, asked, message):
     with pytest.raises(UserError, match=message):
-        source(pixels, **{"conditioning": Conditioning(10)} | asked).plan()
+        diffusers_source(pixels, **{"conditioning": Conditioning(10)} | asked).plan()
 
 
 def test_text_pipelines_are_refused_with_advice(pixels, tmp_path):
     shutil.copytree(pixels, tmp_path, dirs_exist_ok=True)
     rewrite(tmp_path / "model_index.json", text_encoder=["transformers", "CLIPTextModel"])
     with pytest.raises(UserError, match=r"takes prompts \(it has text_encoder\)"):
-        source(tmp_path, conditioning=Conditioning(10)).plan()
+        diffusers_source(tmp_path, conditioning=Conditioning(10)).plan()
 
 
 @pytest.mark.parametrize("setting", [{"variant": "../fp16"}, {"clip": "hard"}])
 def test_settings_are_checked(tmp_path, setting):
     with pytest.raises(UserError, match=next(iter(setting))):
-        source(tmp_path, **setting)
+        diffusers_source(tmp_path, **setting)
 
 
 def test_a_missing_pipeline_is_an_error(tmp_path, monkeypatch):
@@ -686,7 +655,7 @@ def test_a_missing_pipeline_is_an_error(tmp_path, monkeypatch):
         ),
     ):
         with pytest.raises(UserError, match=message):
-            source(path).plan()
+            diffusers_source(path).plan()
 
 
 def test_only_what_is_needed_is_downloaded(pixels, monkeypatch):
@@ -698,7 +667,7 @@ def test_only_what_is_needed_is_downloaded(pixels, monkeypatch):
         return str(pixels)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    hub = source("owner/name", conditioning=Conditioning(10), download=True, revision="v1")
+    hub = diffusers_source("owner/name", conditioning=Conditioning(10), download=True, revision="v1")
     assert hub.plan().origin == "owner/name"
     assert hub.load(Progress(None)).provenance["revision"] == "v1"
     assert asked[0] == ("owner/name", "v1", False, ["*.json"])

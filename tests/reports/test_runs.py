@@ -1,54 +1,20 @@
 """A run's folder is read for reports whatever state it is in."""
 
-import json
 import shutil
 
 import pandas as pd
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from distillbench.errors import UserError
-from distillbench.records.sample_grid import stack_shown
 from distillbench.records.table import make_table, write_table
 from distillbench.reports.runs import read_run
-
-COLUMNS = {"fd_toy": {"unit": "", "direction": "lower", "network": "toy", "needs": "real", "protocol": "toy/1"}}
-ROW = {
-    "dataset": "digits",
-    "teacher": "trained-1",
-    "images": 64,
-    "budget": "100 images",
-    "protocol": "p",
-    "status": "ok",
-    "device": "cpu",
-    "sampling_seed": 0,
-}
-
-
-def rows(*seeds, method="boot", **more):
-    return [
-        ROW | {"method": method, "training_seed": s, "nfe": 1, "fd_toy": 10.0 + s, "key": f"k{s}"} | more for s in seeds
-    ]
+from tables_of_runs import finished_run, toy_rows
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A finished run of two seeds, with its records beside it."""
-    run = tmp_path / "results" / "mine"
-    run.mkdir(parents=True)
-    write_table(make_table(rows(0, 1), ["fd_toy"]), run)
-    (run / "columns.json").write_text(json.dumps(COLUMNS))
-    (run / "environment.json").write_text('{"python": "3.11"}')
-    (run / "config.yaml").write_text("seed: 0\nmethods: {boot: {lr: 0.1}}\n---\nseed: 1\nmethods: {boot: {lr: 0.1}}\n")
-    cell = tmp_path / "results" / "cells" / "c"
-    cell.mkdir(parents=True)
-    base = {"sampling_seed": 0, "status": "ok"}
-    record = {"rows": [{"nfe": 1, **base}, {"nfe": 2, **base, "status": "failed"}, {"nfe": 4, **base}]}
-    (cell / "evaluation-k0.json").write_text(json.dumps(record))
-    shown = [torch.full((2, 1, 4, 4), value, dtype=torch.uint8) for value in (7, 9)]
-    save_file(stack_shown(shown), cell / "evaluation-k0.safetensors")
-    return run
+    return finished_run(tmp_path / "results")
 
 
 def test_a_finished_run_has_no_problems(folder):
@@ -67,7 +33,7 @@ def test_pictures_are_those_of_the_rows_that_are_ok(folder):
 
 
 def test_an_unfinished_run_says_what_has_no_rows(folder):
-    write_table(make_table(rows(0), ["fd_toy"]), folder)
+    write_table(make_table(toy_rows(0), ["fd_toy"]), folder)
     assert read_run(folder).problems == ["not finished: no rows of boot (seed 1)"]
 
 
@@ -93,7 +59,7 @@ def test_missing_and_damaged_files_are_problems_and_the_rest_is_used(folder, nam
 
 
 def test_columns_of_another_version_are_a_problem(folder):
-    table = pd.DataFrame(rows(0, 1)).drop(columns=["budget"]).assign(old_column=1)
+    table = pd.DataFrame(toy_rows(0, 1)).drop(columns=["budget"]).assign(old_column=1)
     table.to_parquet(folder / "table.parquet")
     run = read_run(folder)
     assert "budget" in run.problems[0] and run.problems[0].startswith("written by another version")
@@ -108,7 +74,7 @@ def test_scores_along_training_without_needed_columns_are_ignored(folder):
 
 
 def test_the_first_of_two_rows_of_one_measurement_is_used(folder):
-    write_table(make_table([*rows(0, 1), *rows(1, fd_toy=99.0)], ["fd_toy"]), folder)
+    write_table(make_table([*toy_rows(0, 1), *toy_rows(1, fd_toy=99.0)], ["fd_toy"]), folder)
     run = read_run(folder)
     assert run.summary["fd_toy"].item() == 10.5 and len(run.table) == 3
     assert run.problems[0].startswith("rows of one measurement differ; the first ones are used: ")

@@ -14,16 +14,8 @@ import torch
 from torch import nn
 
 import distillbench.metering.stopwatch
-import distillbench_boot
-import distillbench_cm
-import distillbench_ct
-import distillbench_direct
-import distillbench_pd
-import distillbench_sid
-import distillbench_tract
 from analytic import (
     gaussian_images,
-    gaussian_teacher,
     make_batch,
     make_workspace,
     mlp_teacher,
@@ -34,74 +26,18 @@ from analytic import (
 from distillbench.datasets.dataset import Dataset, to_float
 from distillbench.diffusion.conditioning import Conditioning
 from distillbench.errors import DivergedError, UserError
-from distillbench.system.progress import Progress, Step
+from distillbench.system.progress import Progress
 from distillbench.training import data_stream
 from distillbench.training.budget import BudgetConfig, Limit
 from distillbench.training.data_parallel import SINGLE_RANK
 from distillbench.training.data_stream import DataStream
 from distillbench.training.loop import Loop, Trained, _Curve, train
-from distillbench.training.method import Method, MethodConfig, OptimizerConfig, Phase
+from distillbench.training.method import Phase
 from distillbench.training.optimizers import Average, learning_rate_factor
 from distillbench.training.share import Share
+from tiny_training import METHODS, SILENT, Ramp, Weight, optimizer
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-SILENT = Step(lambda fraction, note: None)
-
-
-class Weight(nn.Module):
-    """A network with one weight."""
-
-    def __init__(self, value: float = 0.0) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(value))
-
-
-class Ramp(Method):
-    """loss = -sign(step) w + extra_loss(step), in the given phases; `diary` lists the calls of hooks."""
-
-    name, paper, needs_data, Config = "ramp", "", False, MethodConfig
-
-    def __init__(self, phases=None, sign=lambda step: 1.0, extra_loss=lambda step: 0.0) -> None:
-        super().__init__(MethodConfig(), gaussian_teacher())
-        self.student = Weight()
-        self.list, self.sign, self.extra_loss = phases or [Phase()], sign, extra_loss
-        self.diary, self.sizes, self.path, self.averages = [], [], [], []
-
-    def phases(self):
-        return self.list
-
-    def prepare(self, workspace):
-        self.diary.append("prepare")
-
-    def start_phase(self, index):
-        self.diary.append(f"start {index}")
-
-    def train_step(self, batch):
-        step = len(self.sizes)
-        self.sizes.append(batch.size)
-        self.diary.append("step")
-        yield self.student, -self.sign(step) * self.student.w + self.extra_loss(step)
-        self.path.append(self.student.w.item())
-
-    def after_step(self):
-        self.diary.append("after")
-
-    def end_phase(self, index, average):
-        self.diary.append(f"end {index}")
-        self.averages.append((average is self.student, average.w.item()))
-
-    def sample(self, noise, nfe, c):
-        raise NotImplementedError
-
-    @property
-    def moves(self) -> list[float]:
-        return [b - a for a, b in zip([0.0, *self.path], self.path, strict=False)]
-
-
-def optimizer(**changes) -> OptimizerConfig:
-    plain = {"lr": 0.5, "lr_warmup": 0.0, "lr_decay": "constant", "ema_halflife_kimg": 0.0}
-    return OptimizerConfig(**plain | changes)
 
 
 def run(method, folder, images=400, batch_size=10, budget=None, read=None, seed=0, **changes) -> Trained:
@@ -420,16 +356,6 @@ def test_the_network_is_updated_before_train_step_continues(tmp_path):
 
 
 # --- reproducibility -------------------------------------------------------------------------------------------------
-
-METHODS = {
-    "boot": (distillbench_boot.Boot, {"steps": 4}),
-    "cm": (distillbench_cm.ConsistencyDistillation, {"steps": 9, "mu": 0.5}),
-    "ct": (distillbench_ct.ConsistencyTraining, {"start": "teacher"}),
-    "pd": (distillbench_pd.ProgressiveDistillation, {"steps": 4}),
-    "direct": (distillbench_direct.Direct, {"steps": 4, "pairs": 50}),
-    "sid": (distillbench_sid.ScoreIdentityDistillation, {}),
-    "tract": (distillbench_tract.Tract, {"steps": [4, 2, 1]}),
-}
 
 
 @pytest.mark.parametrize("name", METHODS)

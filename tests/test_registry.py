@@ -1,4 +1,4 @@
-"""Every plugin comes by the same door; a broken one is named and left out, and everything else works."""
+"""Every plugin is loaded in the same way; a broken one is named and left out, and everything else works."""
 
 import importlib
 import itertools
@@ -8,7 +8,9 @@ import pytest
 
 from distillbench.cli import commands
 from distillbench.errors import UserError
+from distillbench.hookspecs import API, CHANGES
 from distillbench.registry import Source, installed, load_registry
+from plugin_code import IMPORTS, METHOD, METRIC
 
 SHIPPED = {
     "methods": {"boot", "cm", "direct", "pd"},
@@ -16,55 +18,23 @@ SHIPPED = {
     "datasets": {"digits", "folder"},
     "metrics": {"fd_efficientnet_lite0", "teacher_rmse", "fid", "fid_clean", "kid", "fd_dinov2", "clip_score_vit_l14"},
 }
-IMPORTS = """
-from dataclasses import dataclass
-import numpy
-from distillbench import Dataset, DatasetConfig, Method, MethodConfig, Metric, TeacherConfig, TeacherSource, hookimpl
-"""
-METHOD = """
-class Mine(Method):
-    "My method."
-    name, paper, needs_data = "mine", "none", False
-    Config = MethodConfig
-
-    def train_step(self, batch):
-        yield self.student, batch.noise().mean()
-
-    def sample(self, noise, nfe, c):
-        return noise(0)
-
-@hookimpl(api=2)
-def register_methods(register):
-    register(Mine)
-"""
-METRIC = """
-class Score(Metric):
-    name, unit, direction, protocol = "score", "none", "lower", "score/1"
-
-    def score(self, samples):
-        return 0.0
-
-@hookimpl(api=2)
-def register_metrics(register):
-    register(Score)
-"""
 numbers = itertools.count()
 
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """``source(code)``: a stranger's plugin made of `code`, as a module that can be imported."""
+    """``source(code)``: a third-party plugin with this code, as a module that can be imported."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def make(code, name="stranger", imports=IMPORTS):
-        module = f"stranger_{next(numbers)}"
+    def make(code, name="other", imports=IMPORTS):
+        module = f"other_{next(numbers)}"
         (tmp_path / f"{module}.py").write_text(imports + textwrap.dedent(code))
         return Source(name, f"{name}-package", "1.0", lambda: importlib.import_module(module))
 
     return make
 
 
-def error_of(registry, name="stranger"):
+def error_of(registry, name="other"):
     (plugin,) = [plugin for plugin in registry.plugins if plugin.name == name]
     assert plugin in registry.broken
     assert plugin.brings == []
@@ -92,7 +62,7 @@ def test_the_identity_of_an_entry_changes_with_its_version_and_source(source):
     first, same, other = (load_registry([source(code)]) for code in (METHOD, METHOD, METHOD + "\n# changed\n"))
     identities = [registry.get("methods", "mine").identity() for registry in (first, same, other)]
     assert identities[0] == identities[1] != identities[2]
-    assert identities[0]["distribution"] == "stranger-package"
+    assert identities[0]["distribution"] == "other-package"
     assert identities[0]["version"] == "1.0"
 
 
@@ -101,7 +71,7 @@ def test_an_unknown_name_is_an_error_with_a_suggestion():
         load_registry().get("methods", "bot")
 
 
-# --- strangers -------------------------------------------------------------------------------------------------------
+# --- third parties ---------------------------------------------------------------------------------------------------
 
 
 def test_a_third_party_plugin_is_loaded_like_built_in_ones(source):
@@ -112,15 +82,15 @@ def test_a_third_party_plugin_is_loaded_like_built_in_ones(source):
 
 
 def test_an_entry_point_of_another_distribution_is_found(tmp_path, monkeypatch):
-    """The way of a stranger's package in full: its metadata on the path, nothing else."""
-    (tmp_path / "stranger_entry.py").write_text(IMPORTS + METHOD)
-    info = tmp_path / "stranger-2.5.dist-info"
+    """An installed package of a third party: its metadata and its module are on the path, nothing else."""
+    (tmp_path / "other_entry.py").write_text(IMPORTS + METHOD)
+    info = tmp_path / "other-2.5.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 2.5\n")
-    (info / "entry_points.txt").write_text("[distillbench]\nmine = stranger_entry\nlost = no_such_module_anywhere\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 2.5\n")
+    (info / "entry_points.txt").write_text("[distillbench]\nmine = other_entry\nlost = no_such_module_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
     registry = load_registry()
-    assert registry.get("methods", "mine").plugin.distribution == "stranger"
+    assert registry.get("methods", "mine").plugin.distribution == "other"
     assert registry.get("methods", "mine").plugin.version == "2.5"
     assert error_of(registry, "lost") == "ModuleNotFoundError: No module named 'no_such_module_anywhere'"
 
@@ -133,15 +103,16 @@ BROKEN = {
         METHOD.replace("register_methods", "register_method"),
         "there is no hook 'register_method'. Did you mean 'register_methods'? Possible: register_methods, ",
     ),
-    "forgets the marker": (METHOD.replace("@hookimpl(api=2)", ""), "no function is marked with @hookimpl"),
+    "forgets the marker": (METHOD.replace(f"@hookimpl(api={API})", ""), "no function is marked with @hookimpl"),
     "uses the marker without a version": (
-        METHOD.replace("(api=1)", ""),
-        "register_methods was written without a version of the plugin contract, this is version 1. "
-        "To do: write @hookimpl(api=2) on every hook",
+        METHOD.replace(f"(api={API})", ""),
+        f"register_methods was written without a version of the plugin contract, this is version {API}. "
+        f"To do: {CHANGES[1]}; {CHANGES[2]}",
     ),
     "is for a later core": (
-        METHOD.replace("api=1", "api=2"),
-        "register_methods was written for version 2 of the plugin contract, distillbench 0.1.0 has version 1: ",
+        METHOD.replace(f"api={API}", f"api={API + 1}"),
+        f"register_methods was written for version {API + 1} of the plugin contract, "
+        f"distillbench 0.1.0 has version {API}: ",
     ),
     "misspells the argument": (
         METHOD.replace("def register_methods(register)", "def register_methods(registry)"),
@@ -184,7 +155,7 @@ BROKEN = {
     ),
     "takes a name twice": (
         METHOD.replace("register(Mine)", "register(Mine); register(Mine)"),
-        "the name 'mine' of methods is taken by plugin stranger (stranger-package)",
+        "the name 'mine' of methods is taken by plugin other (other-package)",
     ),
     "takes a taken name": (
         METHOD.replace('"mine"', '"boot"'),
@@ -206,7 +177,7 @@ def test_a_broken_plugin_is_reported_and_not_used(source, fault):
     code, message = BROKEN[fault]
     registry = load_registry([*installed(), source(code), source(METHOD, name="good")])
     assert message in error_of(registry)
-    assert [plugin.name for plugin in registry.broken] == ["stranger"]
+    assert [plugin.name for plugin in registry.broken] == ["other"]
     assert registry.get("methods", "mine").plugin.name == "good"  # what came after works
     assert registry.get("methods", "boot").plugin.distribution == "distillbench"
 
@@ -233,18 +204,18 @@ def test_two_plugins_with_the_same_class_name(source):
 
 @pytest.mark.parametrize("words", [["list", "methods"], ["describe", "boot"]], ids=" ".join)
 def test_the_command_line_warns_of_broken_plugins(tmp_path, monkeypatch, capsys, words):
-    (tmp_path / "stranger_cli.py").write_text("raise RuntimeError('no luck')")
-    info = tmp_path / "stranger-1.0.dist-info"
+    (tmp_path / "other_cli.py").write_text("raise RuntimeError('no luck')")
+    info = tmp_path / "other-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[distillbench]\nmine = stranger_cli\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[distillbench]\nmine = other_cli\n")
     monkeypatch.syspath_prepend(tmp_path)
     commands.main(words)
     out, err = capsys.readouterr()
-    assert err == "warning: plugin mine (stranger 1.0) is left out: RuntimeError: no luck\n"
+    assert err == "warning: plugin mine (other 1.0) is left out: RuntimeError: no luck\n"
     assert "boot" in out
     commands.main(["plugins"])
     out, err = capsys.readouterr()
-    assert "mine                stranger 1.0; left out: RuntimeError: no luck" in out
+    assert "mine                other 1.0; left out: RuntimeError: no luck" in out
     assert "left out: RuntimeError: no luck" in out
     assert err == ""

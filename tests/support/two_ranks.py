@@ -1,0 +1,30 @@
+"""Trainings by two processes on the CPU: their size, a port for them, and the comparison with one process."""
+
+from __future__ import annotations
+
+import socket
+
+import torch
+from torch import Tensor
+
+from distillbench.registry import load_registry
+
+SHAPE, BATCH = (1, 4, 4), 8  # of an image; images of a step of both ranks together
+SETTINGS = {"direct": {"pairs": 16, "steps": 2}, "tract": {"steps": [4, 2, 1]}, "pd": {"steps": 4}}
+METHODS = sorted(load_registry().methods)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def assert_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Equal except for the order of float32 sums, whose rounding Adam's first steps magnify."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(
+            tensor, theirs[name], rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
