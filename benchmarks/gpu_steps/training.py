@@ -26,8 +26,9 @@ from distillbench.teachers.teacher import Teacher
 from distillbench.training.budget import BudgetConfig, Meter, Price
 from distillbench.training.compute import ComputeConfig, applied, tf32
 from distillbench.training.data_stream import DataStream
-from distillbench.training.flops import family_flops, training_flops
+from distillbench.training.flops import denoisers_of, measured_flops, training_flops
 from distillbench.training.loop import Loop, train
+from distillbench.training.network_rows import sum_of_rows
 from distillbench.training.optimizers import warm_up as warm_up_optimizers
 from distillbench.training.pairs import Workspace
 from gpu_steps import verdicts
@@ -225,7 +226,8 @@ def _timed(context: Context, scene: Scene, name: str, compute: ComputeConfig, pr
     ms = marks.between()
     peak = torch.cuda.max_memory_allocated(device) / MIB if device != "cpu" else None
     paid = _difference(prices[1], prices[0])
-    tflop = training_flops(paid, *family_flops(method.teacher, device)) / 1e12 / len(ms)
+    flops = measured_flops(paid.networks, method.teacher, denoisers_of(method), device)
+    tflop = training_flops(paid.networks, flops) / 1e12 / len(ms)
     both = paid.teacher_backward + paid.student_backward
     forward = paid.teacher_nfe + paid.student_nfe - both
     given = context.earlier.get("limits", {})
@@ -258,7 +260,7 @@ def _difference(late: Price, early: Price) -> Price:
     """Of what is counted."""
     before = asdict(early)
     counts = {name: value - before[name] for name, value in asdict(late).items() if isinstance(value, int)}
-    return replace(late, **counts)
+    return replace(late, networks=sum_of_rows(late.networks, early.networks), **counts)
 
 
 # --- the harness beside bare loops -----------------------------------------------------------------------------------

@@ -15,13 +15,16 @@ also reads a network that was trained on one noise schedule on another, at equal
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from distillbench.diffusion.autograd_levels import has_tangent, needs_gradient, reaches_weights
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Conditioning
 from distillbench.diffusion.embeddings import GuidanceEmbedding
 from distillbench.diffusion.modes import evaluating
@@ -101,30 +104,72 @@ class NetworkCall:
         return network(x, time, embedding, c)
 
 
+class Kind(NamedTuple):
+    """What rows of networks are counted apart by, as a row of another kind may cost other FLOPs."""
+
+    network: type[nn.Module]
+    weights: int  # numbers in all its weights
+    trained: int  # in those that get a gradient; 0: evaluated without a gradient to weights
+
+
+@dataclass
+class Rows:
+    """Rows (images) that networks of one kind evaluated, and what was computed besides the output."""
+
+    forward: int = 0
+    to_weights: int = 0  # a backward pass to the weights is expected
+    to_input: int = 0  # a backward pass to the input only is expected
+    along: int = 0  # a derivative along a direction was computed in the same pass (forward mode, torch.func.jvp)
+
+
 class Counter:
-    """Rows (images) that the networks of this counter evaluated. Copies of a network share its counter."""
+    """Rows (images) that the networks of this counter evaluated. Copies of a network share its counter.
+
+    A row is expected to have a backward pass if its output needs a gradient: gradients stopped later are not seen.
+    """
 
     def __init__(self) -> None:
         self.rows = 0
         self.rows_with_gradient = 0  # whose output needs a gradient: a backward pass is expected
         self.rows_to_input = 0  # of these, those of networks with constant weights: the gradient reaches the input only
-        self.kinds: dict[type[nn.Module], tuple[int, int]] = {}  # class of network: its rows, and with gradient
+        self.rows_along = 0  # of `rows`, those with a derivative along a direction (forward mode)
+        self.kinds: dict[Kind, Rows] = {}  # the same, by kind of network
         self.timed: Callable[[], AbstractContextManager[None]] = nullcontext  # in which a meter times every forward
         self.call = NetworkCall()
+        self._sizes: WeakKeyDictionary[nn.Module, dict[bool, Kind]] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict) -> Counter:
         return self
 
-    def add(self, network: nn.Module, rows: int, with_gradient: bool, to_input: bool) -> None:
-        """Note that `network` has evaluated `rows` images, and whether its output, and its input, need a gradient."""
-        gradient = rows if with_gradient else 0
+    def add(self, network: nn.Module, output: Tensor, inputs: Iterable[Tensor | None], rows: int) -> None:
+        """Note that `network` has computed `output`, `rows` images, from `inputs`."""
+        gradient = needs_gradient(output)
+        to_weights = gradient and reaches_weights(output, network)
+        kind = self.kinds.setdefault(self.kind(network, to_weights), Rows())
         self.rows += rows
-        self.rows_with_gradient += gradient
-        if with_gradient and to_input and not any(weight.requires_grad for weight in network.parameters()):
-            self.rows_to_input += rows
-        kind = class_of(network)
-        before = self.kinds.get(kind, (0, 0))
-        self.kinds[kind] = before[0] + rows, before[1] + gradient
+        kind.forward += rows
+        if gradient:
+            self.rows_with_gradient += rows
+            kind.to_weights += rows if to_weights else 0
+            kind.to_input += 0 if to_weights else rows
+            if not to_weights and any(given is not None and needs_gradient(given) for given in inputs):
+                self.rows_to_input += rows
+        if has_tangent(output):
+            self.rows_along += rows
+            kind.along += rows
+
+    def kind(self, network: nn.Module, trained: bool) -> Kind:
+        """The kind of a row of `network`, with a gradient to weights or without. Kept until :meth:`forget_kinds`."""
+        known = self._sizes.setdefault(network, {})
+        if trained not in known:
+            weights = list(network.parameters())
+            sizes = (sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.requires_grad and trained))
+            known[trained] = Kind(class_of(network), *sizes)
+        return known[trained]
+
+    def forget_kinds(self) -> None:
+        """Look again which weights each network has, and which of them get a gradient, at its next evaluation."""
+        self._sizes.clear()
 
     @contextmanager
     def calling(self, call: NetworkCall) -> Iterator[None]:
@@ -153,8 +198,7 @@ class CountedNetwork(nn.Module):
     def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
         with self.counter.timed(), self._mode():
             out = self.counter.call(self.network, x, time, embedding, c)
-        to_input = x.requires_grad or (embedding is not None and embedding.requires_grad)
-        self.counter.add(self.network, len(x), out.requires_grad, to_input)
+        self.counter.add(self.network, out, (x, embedding), len(x))
         return out
 
     def _mode(self) -> AbstractContextManager[None]:

@@ -39,6 +39,25 @@ class CurvePoint(_Record):
     loss: float
 
 
+class NetworkRows(_Record):
+    """Evaluations (images) of networks of one kind: what `tflops` is computed from.
+
+    `counted`: "teacher" or "student". `weights` is how many numbers are in all weights of the network (its class, with
+    the module), `trained` in those that got a gradient; 0: these rows were evaluated without a gradient to weights.
+    `to_weights` and `to_input` of the `forward` rows had a backward pass, the second to the input only; `along` had a
+    derivative along a direction (forward mode).
+    """
+
+    counted: str
+    network: str
+    weights: int
+    trained: int
+    forward: int
+    to_weights: int = 0
+    to_input: int = 0
+    along: int = 0
+
+
 class Cost(_Record):
     """The cost of a training, or of the part up to a checkpoint.
 
@@ -59,6 +78,9 @@ class Cost(_Record):
     student_backward_input: int = 0  # of student_backward: to the input only, through frozen weights
     stand_in_nfe: int = 0  # of teacher_nfe: by networks of another kind than the teacher's
     stand_in_backward: int = 0  # of teacher_backward
+    teacher_along: int = 0  # of teacher_nfe: with a derivative along a direction (forward mode)
+    student_along: int = 0  # of student_nfe
+    networks: list[NetworkRows] = []  # the same evaluations by kind of network; [] in records of earlier versions
     tflops: float | None = None
     joules: float | None = None
 

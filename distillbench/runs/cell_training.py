@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import traceback
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.dropout import seed_masks
 from distillbench.errors import DivergedError, Unavailable, UserError
 from distillbench.metering.energy import Energy, energy
 from distillbench.metering.memory import bytes_on_gpu, peak_gpu_mib, peak_rss_mib, release_memory
 from distillbench.records.records import FINAL, CheckpointRecord, Cost, CurvePoint, Status, TrainRecord, write_record
 from distillbench.runs.cell_task import CellTask
-from distillbench.runs.shared_context import Cell, build
+from distillbench.runs.shared_context import Cell, SharedContext, build
 from distillbench.storage.files import key_of, sha256_file, write_atomically
 from distillbench.system.dtensors import gather_full
 from distillbench.system.environment import device_name, environment
@@ -31,10 +33,11 @@ from distillbench.training.budget import Meter, Price
 from distillbench.training.checkpoints import Checkpoints
 from distillbench.training.compute import applied
 from distillbench.training.data_stream import DataStream
-from distillbench.training.flops import NetworkFlops, family_flops, training_flops
+from distillbench.training.flops import NetworkFlops, denoisers_of, measured_flops, training_flops
 from distillbench.training.fsdp import check_sharding, copied_for_sharding
 from distillbench.training.loop import Loop, Trained, train
 from distillbench.training.method import Method
+from distillbench.training.network_rows import NetworkRows
 from distillbench.training.optimizers import warm_up
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States
@@ -213,17 +216,9 @@ def _trained(
     missing = {name: reason for name, (_, reason) in measured.peaks.items() if reason}
     missing |= {"joules": used.reason} if used.reason else {}
     missing |= {"compile_seconds": measured.no_compile_seconds} if measured.no_compile_seconds else {}
-    try:
-        if teacher.conditioning.small is not None:
-            raise Unavailable("the evaluations of an upscaler's base model are not counted apart from its own")
-        flops = family_flops(teacher, shared.device)
-        not_counted = sorted({name for counted in flops for name in counted.not_counted})
-    except Unavailable as reason:
-        flops, not_counted = None, []
-        missing["tflops"] = str(reason)
-    except Exception as error:  # a third-party network may raise anything
-        flops, not_counted = None, []
-        missing["tflops"] = f"its FLOPs cannot be counted: {type(error).__name__}"
+    flops, reason = _flops(trained.price, teacher, [] if shared.config.compute.shard else denoisers_of(method), shared)
+    missing |= {"tflops": reason} if reason else {}
+    not_counted = sorted({name for one in flops.values() for name in one.not_counted})
     peaks: dict[str, Any] = {name: mib for name, (mib, _) in measured.peaks.items()}
     return TrainRecord(
         **common | {"device": measured.device},
@@ -248,8 +243,24 @@ def _trained(
     )
 
 
-def _cost(price: Price, used: Energy, flops: tuple[NetworkFlops, NetworkFlops] | None) -> Cost:
-    tflops = None if flops is None else training_flops(price, *flops) / 1e12
+def _flops(
+    price: Price, teacher: Teacher, networks: list[Denoiser], shared: SharedContext
+) -> tuple[dict[NetworkRows, NetworkFlops], str]:
+    """FLOPs of one row of each kind in `price`, or {} and the reason why they are unknown."""
+    try:
+        if teacher.conditioning.small is not None:
+            raise Unavailable("the evaluations of an upscaler's base model are not counted apart from its own")
+        if sum(rows.forward for rows in price.networks) != price.teacher_nfe + price.student_nfe:
+            raise Unavailable("a part of the training was counted by an earlier version of distillbench")
+        return measured_flops(price.networks, teacher, networks, shared.device), ""
+    except Unavailable as reason:
+        return {}, str(reason)
+    except Exception as error:  # a third-party network may raise anything
+        return {}, f"its FLOPs cannot be counted: {type(error).__name__}"
+
+
+def _cost(price: Price, used: Energy, flops: Mapping[NetworkRows, NetworkFlops]) -> Cost:
+    tflops = training_flops(price.networks, flops) / 1e12 if flops else None
     return Cost(**dataclasses.asdict(price), tflops=tflops, joules=used.joules)
 
 

@@ -70,20 +70,21 @@ def _price(cell: Cell, teacher: Teacher) -> None:
             f"{cell.name}: its preparation costs {ahead:,} evaluations, budget.nfe allows {config.budget.nfe:,}"
         )
     phases = method.phases()
-    per_image = [0.0, 0.0]
+    per_image = [0.0, 0.0, 0.0]  # of the teacher, of students, and as the budget counts them
     data = DataStream(placeholder(shared.dataset, teacher), 0, shared.device)
     for index, phase in enumerate(phases):
         method.start_phase(index)
-        before = meter.teacher_nfe, meter.student_nfe
+        before = meter.teacher_nfe, meter.student_nfe, meter.evaluations
         for _ in method.train_step(_batch(cell, method, data)):
             pass
         share = phase.share / sum(p.share for p in phases)
         per_image[0] += share * (meter.teacher_nfe - before[0]) / PRICED_IMAGES
         per_image[1] += share * (meter.student_nfe - before[1]) / PRICED_IMAGES
+        per_image[2] += share * (meter.evaluations - before[2]) / PRICED_IMAGES
         method.end_phase(index, method.student)
     images = config.budget.images if config.budget.limit == Limit.images else 0
     if config.budget.limit == Limit.nfe:
-        images = int(max(0, config.budget.nfe - ahead) / sum(per_image))
+        images = int(max(0, config.budget.nfe - ahead) / per_image[2])
     cell.price = Price(images, 0.0, ahead + round(images * per_image[0]), round(images * per_image[1]))
 
 

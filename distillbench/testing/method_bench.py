@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillbench.diffusion.autograd_levels import innermost, needs_gradient, reaches_weights
 from distillbench.diffusion.conditioning import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.diffusion.denoiser import TARGETS, Denoiser, implied_eps
 from distillbench.diffusion.distributions import GaussianMixture, mixture
@@ -100,10 +101,10 @@ class LoggedNetwork(ResidualMLP):
             raise Fault("a conditional network was evaluated without a class: pass it batch.c, or the c of sample")
         mask = torch.nn.functional.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
         out = super().forward(x if mask is None else mask * x, time, embedding, c)
-        trained = out.requires_grad and any(weight.requires_grad for weight in self.parameters())
-        call = Call(self, len(x), c.labels, out.requires_grad, trained, mask)
-        if out.requires_grad:
-            out.register_hook(lambda gradient: call.reached.append(None))
+        with_gradient = needs_gradient(out)
+        call = Call(self, len(x), c.labels, with_gradient, with_gradient and reaches_weights(out, self), mask)
+        if (below := innermost(out)).requires_grad:
+            below.register_hook(lambda gradient: call.reached.append(None))
         self.log.append(call)
         return out
 

@@ -42,6 +42,7 @@ from distillbench.testing.method_bench import (
     exact_teacher,
     workspace_of,
 )
+from distillbench.testing.methods_flops import flops
 from distillbench.testing.methods_sampling import (
     batch_independent,
     condition_sampled,
@@ -233,6 +234,7 @@ CHECKS = [
     Check(resumes, ("deterministic", "teacher_untouched")),
     Check(parts, ("deterministic",), "first"),
     Check(price, ("trains",)),
+    Check(flops, ("trains",), "first"),
     Check(supports, ("trains",), "first"),
     Check(samples, ("supports",), "first"),
     Check(ready, ("samples",), "first"),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from enum import StrEnum
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from distillbench.metering.energy import NO_ENERGY, Energy, EnergyWatch
 from distillbench.metering.stopwatch import Account, CompileWatch, Stopwatch
 from distillbench.options import option, require_positive
 from distillbench.system.dtensors import class_of
 from distillbench.teachers.teacher import Teacher
+from distillbench.training.network_rows import NetworkRows, name_of, sum_of_rows
 
 
 class Limit(StrEnum):
@@ -31,7 +32,10 @@ class BudgetConfig:
     limit: Limit = option(Limit.images, "what stops training: images, seconds or nfe")
     images: int = option(300_000, "training images, each use of an image counted")
     seconds: float = option(60.0, "wall-clock seconds, preparation included")
-    nfe: int = option(2_000_000, "network evaluations: forward passes of teacher and student, one per image")
+    nfe: int = option(
+        2_000_000,
+        "network evaluations: forward passes per image, of all networks; a forward-mode derivative is one more",
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "images", "seconds", "nfe")
@@ -64,10 +68,18 @@ class Price:
     student_backward_input: int = 0  # of student_backward: to the input only, through frozen weights
     stand_in_nfe: int = 0  # of teacher_nfe: by networks of another architecture
     stand_in_backward: int = 0  # of teacher_backward
+    teacher_along: int = 0  # of teacher_nfe: with a derivative along a direction (forward mode, torch.func.jvp)
+    student_along: int = 0  # of student_nfe
+    networks: tuple[NetworkRows, ...] = ()  # the same evaluations, by kind of network
     teacher_seconds: float = 0.0  # forward passes of the teacher and of its frozen copies
     student_seconds: float = 0.0  # forward passes of students, all backward passes, optimiser steps
     compile_seconds: float | None = 0.0  # torch's compiler; None if torch does not report it: then it is in the others
     other_seconds: float = 0.0
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Price:
+        """From ``dataclasses.asdict``, as training states have it; those of older versions lack `networks`."""
+        return cls(**{**plain, "networks": tuple(NetworkRows(**each) for each in plain.get("networks", ()))})
 
 
 class Watch(Protocol):
@@ -102,7 +114,7 @@ class Meter:
         self._timed = {counter: partial(self.stopwatch.charging, account) for account, counter in accounts.items()}
         for counter, timed in self._timed.items():
             counter.timed = timed
-        self._uncharged_rows = self._rows()
+        self._uncharged_rows, self._uncharged_networks = self._rows(), self._networks()
         self.stopwatch.wait()
         self._start = self.stopwatch.now()
 
@@ -122,7 +134,7 @@ class Meter:
     def pause(self) -> Iterator[None]:
         """Charge nothing in the block: no seconds, evaluations, energy or peaks of memory."""
         self.stopwatch.wait()
-        begin, before = self.stopwatch.now(), self._rows()
+        begin, before, networks = self.stopwatch.now(), self._rows(), self._networks()
         try:
             with ExitStack() as stack:
                 stack.enter_context(self.stopwatch.paused())
@@ -132,6 +144,7 @@ class Meter:
         finally:
             for name, rows in self._rows().items():
                 self._uncharged_rows[name] += rows - before[name]
+            self._uncharged_networks = sum_of_rows((*self._uncharged_networks, *self._networks()), networks)
             self.stopwatch.wait()
             self._start += self.stopwatch.now() - begin
 
@@ -153,6 +166,7 @@ class Meter:
             teacher_nfe=self.charged.teacher_nfe + teacher_nfe,
             teacher_seconds=self.charged.teacher_seconds + teacher_seconds,
             compile_seconds=(self.charged.compile_seconds or 0.0) + compile_seconds,
+            networks=sum_of_rows((*self.charged.networks, self._of_teacher(teacher_nfe))),
         )
         self.charged_energy += energy
 
@@ -160,6 +174,7 @@ class Meter:
         """Continue from the cost of an earlier process; what this meter has counted so far is dropped."""
         self.stopwatch.reset()
         self._start, self._uncharged_rows = self.stopwatch.now(), self._rows()
+        self._uncharged_networks = self._networks()
         if self._energy is not None:
             self._energy.restart()
         self.images, self.charged, self.charged_energy = price.images, price, energy
@@ -168,16 +183,44 @@ class Meter:
         """The counters, by the names of the fields of Price."""
         teacher, student = self.teacher.teacher_rows, self.teacher.student_rows
         own = class_of(self.teacher.denoiser.network)
-        others = [rows for kind, rows in teacher.kinds.items() if kind is not own]
+        others = [rows for kind, rows in teacher.kinds.items() if kind.network is not own]
         return {
             "teacher_nfe": teacher.rows,
             "student_nfe": student.rows,
             "teacher_backward": teacher.rows_with_gradient,
             "student_backward": student.rows_with_gradient,
             "student_backward_input": student.rows_to_input,
-            "stand_in_nfe": sum(forward for forward, _ in others),
-            "stand_in_backward": sum(backward for _, backward in others),
+            "stand_in_nfe": sum(rows.forward for rows in others),
+            "stand_in_backward": sum(rows.to_weights + rows.to_input for rows in others),
+            "teacher_along": teacher.rows_along,
+            "student_along": student.rows_along,
         }
+
+    def _networks(self) -> tuple[NetworkRows, ...]:
+        """The counters, by kind of network."""
+        counters = {"teacher": self.teacher.teacher_rows, "student": self.teacher.student_rows}
+        return tuple(
+            NetworkRows(side, name_of(kind.network), kind.weights, kind.trained, *astuple(rows))
+            for side, counter in counters.items()
+            for kind, rows in counter.kinds.items()
+        )
+
+    def _of_teacher(self, rows: int) -> NetworkRows:
+        """Evaluations of the teacher's own network, without gradient."""
+        kind = self.teacher.teacher_rows.kind(self.teacher.denoiser.network, trained=False)
+        return NetworkRows("teacher", name_of(kind.network), kind.weights, 0, rows)
+
+    def look_again(self) -> None:
+        """Look again which weights of each network get a gradient: a phase begins."""
+        for counter in self._timed:
+            counter.forget_kinds()
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations so far, those charged included; with a derivative along a direction one counts as two."""
+        rows = self._rows()
+        fields = "teacher_nfe", "student_nfe", "teacher_along", "student_along"
+        return sum(rows[name] - self._uncharged_rows[name] + getattr(self.charged, name) for name in fields)
 
     @property
     def teacher_nfe(self) -> int:
@@ -207,6 +250,7 @@ class Meter:
             images=self.images,
             seconds=seconds,
             **{name: rows[name] - self._uncharged_rows[name] + getattr(charged, name) for name in rows},
+            networks=sum_of_rows((*charged.networks, *self._networks()), self._uncharged_networks),
             teacher_seconds=teacher,
             student_seconds=student,
             compile_seconds=None if self.no_compile_seconds else compiler,
@@ -218,7 +262,7 @@ class Meter:
         if self.budget.limit is Limit.images:
             return self.images
         if self.budget.limit is Limit.nfe:
-            return self.teacher_nfe + self.student_nfe
+            return self.evaluations
         return self._seconds()
 
     def progress(self) -> float:

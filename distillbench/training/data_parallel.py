@@ -27,6 +27,7 @@ from distillbench.metering.energy import NO_ENERGY, Energy
 from distillbench.system.dtensors import is_sharded
 from distillbench.system.launchers import by_mpi, check_alone, started_together
 from distillbench.training.failures import Failed, Failure, LostError, translated, worst
+from distillbench.training.network_rows import sum_of_rows
 from distillbench.training.share import WHOLE, Share
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ TENSOR_TIMEOUT = timedelta(minutes=10)  # such as gradients, which all send with
 MESSAGE_NUMBERS = 3  # most numbers in a message
 SUMMED_FIELDS = (
     "teacher_nfe", "student_nfe", "teacher_backward", "student_backward", "student_backward_input", "stand_in_nfe",
-    "stand_in_backward",
+    "stand_in_backward", "teacher_along", "student_along",
 )  # fields of Price that are summed over ranks  # fmt: skip
 
 
@@ -255,13 +256,16 @@ class DataParallelRanks(Ranks):
             self.exchange()
 
     def sum_price(self, price: Price) -> Price:
-        counts = self.all_gather([getattr(price, name) for name in SUMMED_FIELDS])
-        return replace(price, **{name: sum(each) for name, *each in zip(SUMMED_FIELDS, *counts, strict=True)})
+        counts, networks = zip(
+            *self.all_gather(([getattr(price, n) for n in SUMMED_FIELDS], price.networks)), strict=True
+        )
+        total: dict[str, Any] = {name: sum(each) for name, *each in zip(SUMMED_FIELDS, *counts, strict=True)}
+        return replace(price, networks=sum_of_rows(each for own in networks for each in own), **total)
 
     def own_price(self, price: Price, energy: Energy) -> tuple[Price, Energy]:
         if self.main:
             return price, energy
-        return replace(price, **dict.fromkeys(SUMMED_FIELDS, 0)), NO_ENERGY
+        return replace(price, networks=(), **dict.fromkeys(SUMMED_FIELDS, 0)), NO_ENERGY
 
     def sum_energy(self, energy: Energy) -> Energy:
         first, *others = self.all_gather(energy)

@@ -4,32 +4,42 @@ One multiply-add is two FLOPs. torch has formulas for matrix products, convoluti
 Other operators that compute are listed, not estimated (``Counted.not_counted``): for the networks of this project these
 are element-wise operations, which grow with the pixels and not with the weights.
 
-    FLOPs of a training = sum over networks of (images forward x FLOPs forward + images backward x FLOPs backward)
+    FLOPs of a training = sum over kinds of networks of
+        forward x F + to_weights x B_w + to_input x B_x + along x J
 
-with the images that the counters of teacher and students hold (:class:`distillbench.training.budget.Price`). A backward
-pass counts what it must compute: for a student gradients of the weights, without the input of the first layer; for a
-frozen network gradients of the input alone. The sum equals ``count_flops`` of real training steps if all matrix
-products of a method are in its denoisers; layers that a method adds itself, such as the embedding of a second time, are
-not counted.
+| symbol   | meaning                                                                                        |
+|----------|------------------------------------------------------------------------------------------------|
+| forward, to_weights, to_input, along | rows (images) of networks of that kind, counted at the networks    |
+| F        | FLOPs of the forward pass of one row                                                           |
+| B_w, B_x | of its backward pass to the weights that get a gradient (not to the input); to the input alone |
+| J        | of its derivative along a direction in x_t and t (forward mode), besides F                     |
+
+Each is measured on that network, with the weights that require a gradient: fewer for an adapter (LoRA) than for full
+training. The sum equals ``count_flops`` of real training steps if all matrix products of a method are in its denoisers;
+layers that a method adds itself, such as the embedding of a second time, are not counted, nor is what these rows do not
+say: a backward pass through a tangent, and activations that are computed again in a backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Conditioning
 from distillbench.diffusion.denoiser import Counter, Denoiser
+from distillbench.errors import Unavailable
+from distillbench.system.dtensors import class_of
 from distillbench.teachers.teacher import Teacher
-from distillbench.training.budget import Price
+from distillbench.training.network_rows import NetworkRows, name_of
 
 ROWS = 2  # images per measurement; a network with batch normalisation needs more than one
 
@@ -102,8 +112,9 @@ class NetworkFlops:
     """FLOPs of one image (row) through a network."""
 
     forward: int
-    backward: int  # to all weights, not to the input; 0 for an analytic denoiser
+    backward: int  # to the weights that get a gradient, not to the input; 0 for an analytic denoiser
     backward_input: int  # to the input alone
+    along: int = 0  # of the derivative along a direction, besides the forward pass; 0 if it was not asked for
     not_counted: tuple[str, ...] = ()
 
 
@@ -112,8 +123,14 @@ def network_flops(
     shape: tuple[int, int, int],
     conditioning: Conditioning = WITHOUT_CLASSES,
     device: str = "cpu",
+    all_weights: bool = True,
+    along: bool = False,
 ) -> NetworkFlops:
     """FLOPs of one image of `shape` (C,H,W), including the embedding of a guidance weight.
+
+    The backward pass is to all weights, or with ``all_weights=False`` to those that require a gradient. With `along`
+    the derivative along a direction in x_t and t is counted too, with the attention that has one (SDPBackend.MATH);
+    raises Unavailable if an operator has no forward-mode derivative.
 
     Counters, weights, gradients, buffers and random generators are not changed.
     """
@@ -122,27 +139,44 @@ def network_flops(
     t = torch.full((ROWS, 1, 1, 1), (schedule.t_min + schedule.t_max) / 2, device=device, dtype=torch.float64)
     c = conditioning.of_images(range(ROWS), device)
     buffers = {name: buffer.detach().clone() for name, buffer in denoiser.named_buffers()}
+    trained = {name for name, weight in denoiser.named_parameters() if all_weights or weight.requires_grad}
 
-    def run(x: Tensor, need_weights: bool) -> tuple[Tensor, list[Tensor]]:
+    def run(x: Tensor, t: Tensor, need_weights: bool) -> tuple[Tensor, list[Tensor]]:
         weights = {name: weight.detach() for name, weight in denoiser.named_parameters()}
-        wanted = [weight.requires_grad_() for weight in weights.values() if need_weights]
+        wanted = [weight.requires_grad_() for name, weight in weights.items() if need_weights and name in trained]
         return functional_call(denoiser, weights | buffers, (x, t, c)), wanted
 
     def backward(x: Tensor, need_weights: bool) -> Counted:
-        out, wanted = run(x, need_weights)
+        out, wanted = run(x, t, need_weights)
         inputs = wanted or [x]
         if not out.requires_grad:  # no weights, or nothing that depends on x
             return Counted(0, ())
         return count_flops(lambda: torch.autograd.grad(out.sum(), inputs, allow_unused=True))
 
+    def both(x: Tensor, t: Tensor) -> Tensor:
+        return run(x, t, False)[0]
+
+    def derivative() -> Counted:
+        with sdpa_kernel(SDPBackend.MATH):
+            return count_flops(lambda: jvp(both, (x_t, t), (torch.ones_like(x_t), torch.ones_like(t))))
+
     with _uncounted(denoiser), _restored_random_state(device), torch.inference_mode(False):
         with torch.no_grad():
-            forward = count_flops(lambda: run(x_t, False))
+            forward = count_flops(lambda: both(x_t, t))
+            try:
+                twice = derivative() if along else forward
+            except (NotImplementedError, RuntimeError) as error:
+                raise Unavailable(f"a network has no forward-mode derivative: {str(error).splitlines()[0]}") from error
         with torch.enable_grad():
             to_weights, to_input = backward(x_t, True), backward(x_t.clone().requires_grad_(), False)
-    names = {*forward.not_counted, *to_weights.not_counted, *to_input.not_counted}
-    costs = forward.flops // ROWS, to_weights.flops // ROWS, to_input.flops // ROWS
-    return NetworkFlops(*costs, not_counted=tuple(sorted(names)))
+    names = {name for counted in (forward, twice, to_weights, to_input) for name in counted.not_counted}
+    return NetworkFlops(
+        forward=forward.flops // ROWS,
+        backward=to_weights.flops // ROWS,
+        backward_input=to_input.flops // ROWS,
+        along=(twice.flops - forward.flops) // ROWS,
+        not_counted=tuple(sorted(names)),
+    )
 
 
 @contextmanager
@@ -159,24 +193,53 @@ def _restored_random_state(device: str) -> AbstractContextManager[None]:
     return torch.random.fork_rng([] if device == "cpu" else [device])
 
 
-def family_flops(teacher: Teacher, device: str = "cpu") -> tuple[NetworkFlops, NetworkFlops]:
-    """FLOPs of one image through the teacher's network, and through a student's."""
+def measured_flops(
+    rows: Iterable[NetworkRows], teacher: Teacher, networks: Sequence[Denoiser], device: str = "cpu"
+) -> dict[NetworkRows, NetworkFlops]:
+    """The FLOPs of one row of each kind in `rows`, measured on the teacher, on `networks` or on a new student.
+
+    The keys are :attr:`NetworkRows.kind`.
+
+    `networks` are those that a method has trained. Raises Unavailable if none of them is of the kind of `rows`.
+    """
     with _restored_random_state(device):  # new weights of a student are drawn
-        student = teacher.student().to(device)
-    parts = teacher.shape, teacher.conditioning, device
-    return network_flops(teacher.denoiser, *parts), network_flops(student, *parts)
+        known = [teacher.denoiser, *networks, teacher.student().to(device)]
+    found: dict[tuple[int, bool, bool], NetworkFlops] = {}
+    of_kind: dict[NetworkRows, NetworkFlops] = {}
+    for each in rows:
+        same = [d for d in known if _size(d) == (each.network, each.weights)]
+        if each.counted == "student":  # its guidance weight may be an input
+            same = [d for d in same if d is not teacher.denoiser] or same
+        alike = [d for d in same if each.trained in (0, each.weights, _trained(d))]
+        if not alike:
+            why = "has left none of its class and size" if not same else "no longer trains the same weights of it"
+            raise Unavailable(f"FLOPs of {each.network} with {each.weights:,} weights: the method {why}")
+        key = id(alike[0]), each.trained in (0, each.weights), each.along > 0
+        if key not in found:
+            found[key] = network_flops(alike[0], teacher.shape, teacher.conditioning, device, key[1], key[2])
+        of_kind[each.kind] = found[key]
+    return of_kind
 
 
-def training_flops(price: Price, teacher: NetworkFlops, student: NetworkFlops) -> int:
-    """FLOPs of a training in the denoisers of teacher and students, from the counts in `price`."""
-    own = price.teacher_nfe - price.stand_in_nfe
-    own_backward = price.teacher_backward - price.stand_in_backward
-    to_weights = price.student_backward - price.student_backward_input
-    to_input = price.student_backward_input + price.stand_in_backward
-    return (
-        own * teacher.forward
-        + own_backward * teacher.backward_input
-        + (price.student_nfe + price.stand_in_nfe) * student.forward
-        + to_weights * student.backward
-        + to_input * student.backward_input
+def _size(denoiser: Denoiser) -> tuple[str, int]:
+    return name_of(class_of(denoiser.network)), sum(weight.numel() for weight in denoiser.network.parameters())
+
+
+def _trained(denoiser: Denoiser) -> int:
+    return sum(weight.numel() for weight in denoiser.network.parameters() if weight.requires_grad)
+
+
+def denoisers_of(method: nn.Module) -> list[Denoiser]:
+    """The networks of a method whose FLOPs can be measured."""
+    return [module for module in method.modules() if isinstance(module, Denoiser)]
+
+
+def training_flops(rows: Iterable[NetworkRows], flops: Mapping[NetworkRows, NetworkFlops]) -> int:
+    """FLOPs of a training in the denoisers of teacher and students; `flops` by :attr:`NetworkRows.kind`."""
+    return sum(
+        each.forward * one.forward
+        + each.to_weights * one.backward
+        + each.to_input * one.backward_input
+        + each.along * one.along
+        for each, one in ((each, flops[each.kind]) for each in rows)
     )

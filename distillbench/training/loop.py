@@ -136,6 +136,7 @@ class _Training:
         if found is not None:
             self._restore(found)
         for index in range(self.phase, len(phases)):
+            meter.look_again()
             if found is None:
                 self._start(phases, index)
             found = None
@@ -267,7 +268,7 @@ class _Training:
         self.curve.restore(state.part("curve"))
         self.written = [_checkpoint(plain) for plain in values["checkpoints"]]
         self.reached = len(self.written)
-        self.meter.restart(*self.ranks.own_price(Price(**values["price"]), Energy(**values["energy"])))
+        self.meter.restart(*self.ranks.own_price(Price.from_plain(values["price"]), Energy(**values["energy"])))
         assert self.resume is not None
         self.resume.restore_peaks(state)
         restore_generators(state.part("generators"), self._generators(), self.workspace.device)
@@ -285,7 +286,7 @@ class _Training:
 
 
 def _checkpoint(plain: dict[str, Any]) -> Checkpoint:
-    return Checkpoint(**plain | {"price": Price(**plain["price"]), "energy": Energy(**plain["energy"])})
+    return Checkpoint(**plain | {"price": Price.from_plain(plain["price"]), "energy": Energy(**plain["energy"])})
 
 
 def _end_of_schedule(phases: list[Phase], index: int) -> float:

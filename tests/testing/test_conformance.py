@@ -415,6 +415,34 @@ class GrowsDearer(Good):
         return (super().answer(eps, c) + super().answer(eps, c)) / 2 if self.steps else super().answer(eps, c)
 
 
+@fault("flops", "whose output is detached? Evaluate it under torch.no_grad()")
+class DetachesTooLate(Good):
+    """Counted with a backward pass that never comes."""
+
+    def pulled(self, eps, c):
+        return self.g(eps, c).detach()
+
+
+class Derivative(Good):
+    """Learns from its own derivative in t, computed with its output in one pass, as continuous-time methods do."""
+
+    def derivative(self, eps, c):
+        schedule = self.teacher.schedule
+        x, t = x_at_t_max(schedule, eps), time_like(eps, schedule.t_max).clone()
+        return torch.func.jvp(lambda x, t: self.student(x, t, c), (x, t), (eps, torch.ones_like(t)))
+
+    def loss(self, eps, c):
+        g, dg = self.derivative(eps, c)
+        return (g - self.answer(eps, c) - 0.01 * dg.detach()).square().mean()
+
+
+@fault("flops", "detach the tangent of torch.func.jvp")
+class ThroughTheTangent(Derivative):
+    def loss(self, eps, c):
+        g, dg = self.derivative(eps, c)
+        return (g - self.answer(eps, c) - 0.01 * dg).square().mean()
+
+
 @fault("supports", "must be True or False, got None")
 class SupportsNone(Good):
     def supports(self, nfe):
@@ -706,6 +734,14 @@ def test_several_networks_and_phases_are_fine(small):
     found = check_method(SeveralOfEverything, distribution_images=0)
     assert not failed(found)
     assert {f.check: f.message for f in found}["steps"] == "networks with their losses are yielded (2 trained)"
+
+
+def test_a_derivative_along_a_direction_is_counted(small):
+    found = {finding.check: finding for finding in check_method(Derivative, distribution_images=0)}
+    assert not failed(found.values())
+    assert "students 1 with gradient and 0 without" in found["gradients"].message
+    counted, made = re.findall(r"([0-9.]+) MFLOP counted, ([0-9.]+) made", found["flops"].message)[0]
+    assert counted == made
 
 
 @pytest.mark.parametrize(("cls", "check", "message"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))

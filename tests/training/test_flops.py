@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,9 +17,24 @@ from distillbench.diffusion.exact_denoiser import ExactDenoiser
 from distillbench.diffusion.schedules import VPCosine
 from distillbench.networks.architectures import ResidualMLP, UNet
 from distillbench.teachers.teacher import Teacher
-from distillbench.training.budget import BudgetConfig, Meter, Price
-from distillbench.training.flops import NetworkFlops, count_flops, family_flops, network_flops, training_flops
+from distillbench.training.budget import BudgetConfig, Meter
+from distillbench.training.flops import (
+    NetworkFlops,
+    count_flops,
+    denoisers_of,
+    measured_flops,
+    network_flops,
+    training_flops,
+)
+from distillbench.training.network_rows import NetworkRows
 from tiny_training import METHODS
+
+
+def family_flops(teacher):
+    """FLOPs of one image through the teacher's network, and through a new student's."""
+    parts = teacher.shape, teacher.conditioning
+    return network_flops(teacher.denoiser, *parts), network_flops(teacher.student(), *parts)
+
 
 W, E, P = 16, 128, 2  # width, embedding and pixels of mlp_teacher's network, which has one block
 FEATURES = 64  # of the time, before its two layers
@@ -114,9 +130,8 @@ def test_conditional_denoisers(name):
     """An embedding of classes is a free look-up; that of a guidance weight has two layers."""
     blank = lambda: ResidualMLP((2, 1, 1), width=W, depth=1, classes=3)
     teacher = Teacher("t", Denoiser(blank(), VPCosine(), "v"), (2, 1, 1), "t", conditioning=CLASSES[name], blank=blank)
-    before = torch.get_rng_state()
     own, student = family_flops(teacher)
-    assert torch.equal(torch.get_rng_state(), before) and teacher.student_rows.rows == teacher.teacher_rows.rows == 0
+    assert teacher.student_rows.rows == teacher.teacher_rows.rows == 0
     assert own.forward == MLP_FORWARD
     assert student.forward == MLP_FORWARD + (2 * (FEATURES * E + E * E) if name == "drawn" else 0)
 
@@ -163,6 +178,23 @@ def steps_of(method, folder):
     return meter.price(), counted
 
 
+def flops_of(price, method):
+    return training_flops(price.networks, measured_flops(price.networks, method.teacher, denoisers_of(method)))
+
+
+def as_before(price, teacher):
+    """The sum as it was before rows were counted by kind of network: of all shipped methods it must stay the same."""
+    own, student = family_flops(teacher)
+    to_weights = price.student_backward - price.student_backward_input
+    return (
+        (price.teacher_nfe - price.stand_in_nfe) * own.forward
+        + (price.teacher_backward - price.stand_in_backward) * own.backward_input
+        + (price.student_nfe + price.stand_in_nfe) * student.forward
+        + to_weights * student.backward
+        + (price.student_backward_input + price.stand_in_backward) * student.backward_input
+    )
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_rows_times_flops_per_row_equal_real_steps(name, tmp_path):
     """Exactly, except for BOOT: the embedding of its second time is outside the denoiser."""
@@ -177,7 +209,7 @@ def test_rows_times_flops_per_row_equal_real_steps(name, tmp_path):
         share = -(-BATCH // 4)  # images of the boundary loss
         layers = 2 * (FEATURES * E + E * E)
         more = (BATCH + BATCH + share) * layers + (BATCH + share) * (layers + 2 * E * E)
-    assert counted.flops == training_flops(price, *family_flops(teacher)) + more
+    assert counted.flops == flops_of(price, method) + more == as_before(price, teacher) + more
     assert (price.student_backward_input > 0) == (price.teacher_backward > 0) == (name == "sid")
 
 
@@ -189,16 +221,14 @@ def test_frozen_copies_cost_as_much_as_students_with_an_analytic_teacher(name, t
     start = mlp_teacher().denoiser
     teacher = Teacher("gmm", ExactDenoiser(distribution, schedule), (2, 1, 1), "gmm", start=start)
     cls, settings = METHODS[name]
-    price, counted = steps_of(cls(cls.Config(**settings), teacher), tmp_path)
+    method = cls(cls.Config(**settings), teacher)
+    price, counted = steps_of(method, tmp_path)
     assert price.stand_in_nfe == (2 * BATCH if name == "pd" else 0)
-    assert counted.flops == training_flops(price, *family_flops(teacher))
+    assert counted.flops == flops_of(price, method) == as_before(price, teacher)
 
 
-def test_the_sum_over_a_price():
-    price = Price(
-        teacher_nfe=100, teacher_backward=20, stand_in_nfe=30, stand_in_backward=5,
-        student_nfe=50, student_backward=40, student_backward_input=10,
-    )  # fmt: skip
-    teacher, student = NetworkFlops(1, 1000, 10_000), NetworkFlops(10**6, 10**9, 10**12)
-    expected = 70 + 15 * 10_000 + (50 + 30) * 10**6 + 30 * 10**9 + (10 + 5) * 10**12
-    assert training_flops(price, teacher, student) == expected
+def test_the_sum_over_kinds_of_networks():
+    teacher, student = NetworkRows("teacher", "Net", 7, 0), NetworkRows("student", "Net", 7, 7)
+    flops = {teacher: NetworkFlops(1, 10, 100, 1000), student: NetworkFlops(10**4, 10**5, 10**6, 10**7)}
+    rows = replace(teacher, forward=2, to_input=3, along=4), replace(student, forward=5, to_weights=6, along=7)
+    assert training_flops(rows, flops) == 2 + 3 * 100 + 4 * 1000 + 5 * 10**4 + 6 * 10**5 + 7 * 10**7
