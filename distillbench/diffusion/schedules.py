@@ -65,6 +65,12 @@ class NoiseSchedule(ABC):
         """sigma_t / alpha_t (EDM's sigma), float64."""
         return self.lam(t).exp()
 
+    @property
+    def lam_range(self) -> tuple[float, float]:
+        """lam(t_min) and lam(t_max)."""
+        low, high = self.lam(torch.tensor([self.t_min, self.t_max], dtype=torch.float64)).tolist()
+        return low, high
+
     def __deepcopy__(self, memo: dict) -> Self:
         """The schedule itself: it never changes, and copies of a network share it."""
         return self
@@ -77,7 +83,7 @@ class NoiseSchedule(ABC):
 
     def restricted(self, lam_low: float, lam_high: float) -> Self:
         """A copy whose [t_min, t_max] is narrowed, never widened, to where lam lies in [lam_low, lam_high]."""
-        low, high = self.lam(torch.tensor([self.t_min, self.t_max], dtype=torch.float64)).tolist()
+        low, high = self.lam_range
         if not (lam_low < lam_high and lam_low < high and low < lam_high):
             raise UserError(
                 f"lambda between {lam_low:g} and {lam_high:g} leaves nothing of {type(self).__name__}, whose "
