@@ -84,19 +84,21 @@ def derivative(
     if step <= 0:
         raise ValueError(f"step must be above 0, got {step}")
     modules = [f] if isinstance(f, nn.Module) else []
+    points, directions = tuple(x.detach() for x in at), tuple(d.detach() for d in along)
+    gradients = torch.is_grad_enabled()
     with one_mask(*modules):
-        F = f(*at, *constant) if torch.is_grad_enabled() or not exact else None
-        points, directions = tuple(x.detach() for x in at), tuple(d.detach() for d in along)
         with torch.no_grad(), _in_float32(modules, at[0].device.type, exact):
             if exact:
                 with sdpa_kernel(SDPBackend.MATH):
-                    value, dF = jvp(lambda *moved: f(*moved, *constant), points, directions)
-                return value if F is None else F, dF
-            ahead, behind = (
-                f(*(x + h * d for x, d in zip(points, directions, strict=True)), *constant) for h in (step, -step)
-            )
-    assert F is not None
-    return F, (ahead - behind) / (2 * step)
+                    F, dF = jvp(lambda *moved: f(*moved, *constant), points, directions)
+            else:
+                ahead, behind = (
+                    f(*(x + h * d for x, d in zip(points, directions, strict=True)), *constant) for h in (step, -step)
+                )
+                dF = (ahead - behind) / (2 * step)
+        if gradients or not exact:  # last: until its backward pass it keeps its activations
+            F = f(*at, *constant)
+    return F, dF
 
 
 @contextmanager
