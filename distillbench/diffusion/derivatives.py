@@ -42,14 +42,13 @@ def tangent(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x_0: Tensor) -> tup
     noise, whose mean given x_t is the ODE.
     """
 
-    def of_t(time: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        time = t.detach().double().requires_grad_()
         lam = schedule.lam(time)
-        return lam, schedule._log_alpha(lam)
-
-    t = t.double()
-    _, (dlam, dlog_alpha) = jvp(of_t, (t,), (torch.ones_like(t),))
-    scale = (1 + dlog_alpha / dlam).to(x_t.dtype)
-    return torch.addcmul(scale * x_t, -schedule.alpha(t), x_0), 1 / dlam
+        log_sigma = lam + schedule._log_alpha(lam)
+        (dlog_sigma,) = torch.autograd.grad(log_sigma.sum(), lam, retain_graph=True)  # = 1 + dlog alpha/dlam
+        (dlam,) = torch.autograd.grad(lam.sum(), time)
+    return torch.addcmul(dlog_sigma.to(x_t.dtype) * x_t, -schedule.alpha(t), x_0), 1 / dlam
 
 
 def derivative(

@@ -178,8 +178,8 @@ def along_the_ode(f: Denoiser, schedule: NoiseSchedule, exact: bool) -> tuple[Te
 def test_the_denoiser_of_a_gaussian(name, exact, float64):
     """f - m = v (x^ - m) / (v + tau^2) and x^ - m grows as sqrt(v + tau^2): df/dlam = -(f - m) tau^2 / (v + tau^2)."""
     schedule = SCHEDULES[name]()
-    if name.startswith("ddpm"):
-        pytest.skip("its alpha(t) has corners, at which a difference has no limit")
+    if name.startswith("ddpm") and not exact:
+        pytest.skip("lam(t) has corners, next to which differences are less exact")
     mean, variance = (0.5, -0.3), (1.0, 0.09)
     t, f, df = along_the_ode(gaussian_teacher(schedule, mean, variance).denoiser, schedule, exact)
     square = schedule.noise_level(t) ** 2
@@ -201,7 +201,7 @@ def test_both_agree_on_exact_denoisers(name, float64):
 def test_the_tangent_is_that_of_x_hat(name, float64):
     """dx^/dlam = x^ - x_0 and dlam/dt t' = 1, by differences of x_t = alpha (x_0 + tau eps) in lam."""
     schedule = SCHEDULES[name]()
-    lam, h = time(torch.linspace(-3, 3, 7) + 0.00123), 1e-5
+    lam, h = time(torch.linspace(-2, 2, 7) + 0.00123), 1e-5
     x_0, eps = torch.randn(2, 7, 2, 1, 1, generator=torch.Generator().manual_seed(0))
 
     def x(lam: Tensor) -> tuple[Tensor, Tensor]:
