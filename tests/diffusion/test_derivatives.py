@@ -163,7 +163,9 @@ def along_the_ode(f: Denoiser, schedule: NoiseSchedule, exact: bool) -> tuple[Te
     """t, f, and df/dlam at some points."""
     t = schedule.t_of_lam(time(torch.linspace(-3, 3, 7)))
     generator = torch.Generator().manual_seed(0)
-    x_t = schedule.alpha(t) * 0.7 + (schedule.alpha(t) + schedule.sigma(t)) * torch.randn(7, 2, 1, 1, generator=generator)
+    x_t = schedule.alpha(t) * 0.7 + (schedule.alpha(t) + schedule.sigma(t)) * torch.randn(
+        7, 2, 1, 1, generator=generator
+    )
     along = tangent(schedule, x_t, t, f(x_t, t))
     if exact:
         F, dF = derivative(f, (x_t, t), along, exact=True)
