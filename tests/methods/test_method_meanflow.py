@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from smooth import map_errors, smooth_teacher, trained
 from torch import Tensor, nn
 
 from analytic import (
@@ -24,6 +23,7 @@ from distillbench.diffusion.conditioning import Conditioning
 from distillbench.diffusion.noise import FixedNoise
 from distillbench.errors import UserError
 from distillbench_meanflow import MeanFlow
+from smooth import map_errors, smooth_teacher, trained
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -98,7 +98,7 @@ def test_the_target_is_the_papers_in_flow_matching(name):
 
 def test_without_a_jump_the_target_is_the_teacher():
     method = meanflow(mlp_teacher())
-    x_t, t, _ = points(method.teacher.schedule)
+    _, t, _ = points(method.teacher.schedule)
     G, dG, f = (make_batch(4, seed=seed).noise() for seed in range(3))
     close(method.target(G, dG, f, t, t), f, rtol=1e-12)
 

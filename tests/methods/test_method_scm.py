@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from smooth import map_errors, smooth_teacher, trained
 from torch import Tensor, nn
 
 from analytic import (
@@ -25,6 +24,7 @@ from distillbench.diffusion import SCHEDULES, UNCONDITIONAL, derivative, tangent
 from distillbench.diffusion.conditioning import Conditioning
 from distillbench.errors import UserError
 from distillbench_scm import ContinuousConsistency
+from smooth import map_errors, smooth_teacher, trained
 
 pytestmark = pytest.mark.usefixtures("float64")
 
