@@ -158,7 +158,6 @@ def test_settings_that_make_no_sense_are_refused():
 
 @pytest.mark.slow
 def test_a_short_training_learns_the_map_of_a_gaussian(tmp_path):
-    torch.set_default_dtype(torch.float32)
     config = MeanFlow.Config(lr=2e-3, ema_halflife_kimg=5.0)
     method = MeanFlow(config, smooth_teacher())
     before = map_errors(method, 1)

@@ -169,7 +169,6 @@ def test_settings_that_make_no_sense_are_refused():
 
 @pytest.mark.slow
 def test_a_short_training_learns_the_map_of_a_gaussian(tmp_path):
-    torch.set_default_dtype(torch.float32)
     config = ContinuousConsistency.Config(lr=2e-3, ema_halflife_kimg=5.0)
     method = ContinuousConsistency(config, smooth_teacher())
     before = map_errors(method, 1)
