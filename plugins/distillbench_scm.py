@@ -45,9 +45,9 @@ class ConsistencyStudent(nn.Module):
     def __init__(self, f: Denoiser) -> None:
         super().__init__()
         self.f = f
-        self.log_variance = nn.Sequential(nn.Linear(1, 64), nn.SiLU(), nn.Linear(64, 1))
-        nn.init.zeros_(self.log_variance[-1].weight)
-        nn.init.zeros_(self.log_variance[-1].bias)
+        self.log_variance = nn.Sequential(nn.Linear(1, 64), nn.SiLU(), output := nn.Linear(64, 1))
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
 
     def u(self, lam: Tensor) -> Tensor:
         """(B,1,1,1)."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def derivative(
         with torch.no_grad(), _in_float32(modules, at[0].device.type, exact):
             if exact:
                 with sdpa_kernel(SDPBackend.MATH):
-                    F, dF = jvp(lambda *moved: f(*moved, *constant), points, directions)
+                    F, dF = cast(Any, jvp)(lambda *moved: f(*moved, *constant), points, directions)
             else:
                 ahead, behind = (
                     f(*(x + h * d for x, d in zip(points, directions, strict=True)), *constant) for h in (step, -step)
