@@ -34,28 +34,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Condition, Denoiser, Method, MethodConfig, Teacher, hookimpl, option
+from distillbench import Batch, Condition, Method, MethodConfig, Teacher, hookimpl, option
 from distillbench.diffusion import TIME_GRIDS, UNCONDITIONAL, ddim, mean_square, time_like, whole_grid, x_at_t_max
-from distillbench.networks import TimeEmbedding
+from distillbench.networks import TwoTimes
 from distillbench.options import require_between, require_one_of, require_positive
 
 
-class SignalNetwork(nn.Module):
+class SignalNetwork(TwoTimes):
     """g(eps, t): the teacher's network at its fixed time t_max, with t in an embedding that starts at zero.
 
     So g(eps, t) = f(eps, t_max) for every t at the start, L_BC = 0, and L_BS starts as pure increments.
     """
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.target_time = TimeEmbedding(denoiser.embedding_channels).zero_output()
-
-    def forward(self, eps: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
-        schedule = self.denoiser.schedule
-        u = (t - schedule.t_min) / (schedule.t_max - schedule.t_min)
-        embedding = self.target_time(u.flatten().to(eps.dtype))
-        return self.denoiser(x_at_t_max(schedule, eps), time_like(eps, schedule.t_max), c, embedding)
+    def forward(self, eps: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:  # type: ignore[override]  # at one x_t and t
+        return super().forward(x_at_t_max(self.schedule, eps), time_like(eps, self.schedule.t_max), t, c)
 
 
 class Boot(Method):

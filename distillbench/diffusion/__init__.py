@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from distillbench.diffusion.denoiser import TARGETS as TARGETS
     from distillbench.diffusion.denoiser import guided as guided
     from distillbench.diffusion.denoiser import implied_eps as implied_eps
+    from distillbench.diffusion.derivatives import derivative as derivative
+    from distillbench.diffusion.derivatives import tangent as tangent
     from distillbench.diffusion.distributions import Distribution as Distribution
     from distillbench.diffusion.distributions import Gaussian as Gaussian
     from distillbench.diffusion.distributions import GaussianMixture as GaussianMixture
@@ -95,6 +97,7 @@ __all__ = [
     "ddim",
     "ddim_ode_step",
     "ddim_step",
+    "derivative",
     "dpmpp_2m",
     "guided",
     "heun",
@@ -106,6 +109,7 @@ __all__ = [
     "multistep",
     "one_mask",
     "renoise",
+    "tangent",
     "time_like",
     "uniform_lambda_times",
     "uniform_times",
@@ -147,6 +151,7 @@ _HOMES = {
     "ddim": "distillbench.diffusion.samplers",
     "ddim_ode_step": "distillbench.diffusion.samplers",
     "ddim_step": "distillbench.diffusion.samplers",
+    "derivative": "distillbench.diffusion.derivatives",
     "dpmpp_2m": "distillbench.diffusion.samplers",
     "guided": "distillbench.diffusion.denoiser",
     "heun": "distillbench.diffusion.samplers",
@@ -158,6 +163,7 @@ _HOMES = {
     "multistep": "distillbench.diffusion.consistency",
     "one_mask": "distillbench.diffusion.dropout",
     "renoise": "distillbench.diffusion.samplers",
+    "tangent": "distillbench.diffusion.derivatives",
     "time_like": "distillbench.diffusion.samplers",
     "uniform_lambda_times": "distillbench.diffusion.samplers",
     "uniform_times": "distillbench.diffusion.samplers",

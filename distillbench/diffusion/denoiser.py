@@ -100,6 +100,10 @@ class NetworkCall:
     def undo(self) -> None:
         """Undo what :meth:`prepare` did."""
 
+    def in_float32(self) -> NetworkCall:
+        """The same call without autocast."""
+        return self
+
     def __call__(self, network: nn.Module, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
         return network(x, time, embedding, c)
 
@@ -271,10 +275,8 @@ class Denoiser(nn.Module):
 
         The schedule is restricted to the noise levels of the native one.
         """
-        ends = torch.tensor([self.native.t_min, self.native.t_max], dtype=torch.float64)
-        low, high = self.native.lam(ends).tolist()
         twin = copy.copy(self)
-        twin.schedule = schedule.restricted(low, high)
+        twin.schedule = schedule.restricted(*self.native.lam_range)
         return twin
 
     def copy(self, counter: Counter) -> Denoiser:

@@ -1,4 +1,4 @@
-"""Embeddings of a time and of a guidance weight, which networks add to their features."""
+"""Embeddings of times and other numbers, which networks add to their features."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GuidanceEmbedding", "TimeEmbedding", "TimeFeatures"]
+__all__ = ["GuidanceEmbedding", "ScalarEmbedding", "TimeEmbedding", "TimeFeatures"]
 
 
 class TimeFeatures(nn.Module):
@@ -41,13 +41,24 @@ class TimeEmbedding(nn.Sequential):
         return self
 
 
-class GuidanceEmbedding(TimeEmbedding):
-    """Of a guidance weight w in [low, high]: (B,1,1,1) -> (B, channels). Zero until it is trained."""
+class ScalarEmbedding(TimeEmbedding):
+    """Of a number in [low, high], such as a second time or a step index: (B,1,1,1) -> (B, channels).
+
+    It is zero until it is trained. So a network to whose embedding of time it is added starts as it was.
+    """
 
     def __init__(self, channels: int, low: float, high: float) -> None:
         super().__init__(channels)
         self.low, self.high = low, high
         self.zero_output()
 
-    def forward(self, w: Tensor) -> Tensor:
-        return super().forward((w.flatten() - self.low) / (self.high - self.low))
+    def forward(self, value: Tensor) -> Tensor:
+        return super().forward(((value.flatten() - self.low) / (self.high - self.low)).to(self.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(nn.Linear, self[-1]).weight.dtype
+
+
+class GuidanceEmbedding(ScalarEmbedding):
+    """Of a guidance weight w in [low, high]: (B,1,1,1) -> (B, channels). Zero until it is trained."""

@@ -13,10 +13,12 @@ from distillbench._lazy import load
 
 if TYPE_CHECKING:
     from distillbench.diffusion.embeddings import GuidanceEmbedding as GuidanceEmbedding
+    from distillbench.diffusion.embeddings import ScalarEmbedding as ScalarEmbedding
     from distillbench.diffusion.embeddings import TimeEmbedding as TimeEmbedding
     from distillbench.diffusion.embeddings import TimeFeatures as TimeFeatures
     from distillbench.diffusion.modes import evaluating as evaluating
     from distillbench.diffusion.modes import frozen_weights as frozen_weights
+    from distillbench.diffusion.two_times import TwoTimes as TwoTimes
     from distillbench.networks.architectures import NETWORKS as NETWORKS
     from distillbench.networks.architectures import SIZED as SIZED
     from distillbench.networks.architectures import DiT as DiT
@@ -32,8 +34,10 @@ __all__ = [
     "GuidanceEmbedding",
     "MovingAverage",
     "ResidualMLP",
+    "ScalarEmbedding",
     "TimeEmbedding",
     "TimeFeatures",
+    "TwoTimes",
     "UNet",
     "evaluating",
     "frozen_weights",
@@ -47,8 +51,10 @@ _HOMES = {
     "GuidanceEmbedding": "distillbench.diffusion.embeddings",
     "MovingAverage": "distillbench.networks.averaging",
     "ResidualMLP": "distillbench.networks.architectures",
+    "ScalarEmbedding": "distillbench.diffusion.embeddings",
     "TimeEmbedding": "distillbench.diffusion.embeddings",
     "TimeFeatures": "distillbench.diffusion.embeddings",
+    "TwoTimes": "distillbench.diffusion.two_times",
     "UNet": "distillbench.networks.architectures",
     "evaluating": "distillbench.diffusion.modes",
     "frozen_weights": "distillbench.diffusion.modes",

@@ -6,6 +6,7 @@ forwards are functions of a class, which all networks of that class share.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter as Multiset
 from collections.abc import Callable, Iterator, Mapping
@@ -98,6 +99,10 @@ class ConfiguredCall(NetworkCall):
         if self.channels_last and network not in self._converted:
             network.to(memory_format=torch.channels_last)
             self._converted.add(network)
+
+    def in_float32(self) -> ConfiguredCall:
+        """The same call without autocast; networks that either has converted are the same."""
+        return dataclasses.replace(self, precision="fp32")
 
     def undo(self) -> None:
         """Convert the weights back."""

@@ -55,6 +55,10 @@ class Captured(NetworkCall):
         self._addresses: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()  # of weights and buffers
         self._compared: WeakSet[nn.Module] = WeakSet()  # since the last begin()
 
+    def in_float32(self) -> NetworkCall:
+        """The call without autocast, and without graphs."""
+        return self.call.in_float32()
+
     def begin(self) -> None:
         self._compared = WeakSet()
 

@@ -292,7 +292,10 @@ def test_results_that_cannot_be_written(refused, tmp_path, place):
             "no metric 'fidd' in evaluation.metrics. Did you mean 'fid'? Possible: clip_score_vit_l14, coverage_dinov2",
         ),
         ("evaluation.nfe=[3]", "boot cannot sample with evaluation.nfe=[3]. Possible: 1"),
-        ("methods=[bot]", "no method 'bot'. Did you mean 'boot'? Possible: boot, cm, ct, direct, pd, sid, tract"),
+        (
+            "methods=[bot]",
+            "no method 'bot'. Did you mean 'boot'? Possible: boot, cm, ct, direct, pd, sid, tract",
+        ),
         ("methods.boot.lr=-1", "methods.boot.lr must be positive, got -1.0"),
         ("seed=abc", "seed must be a whole number, got 'abc'"),
         ("methods=[boot,", "cannot read the setting 'methods=[boot,': [ and ] do not match."),
