@@ -71,18 +71,6 @@ class NoiseSchedule(ABC):
         low, high = self.lam(torch.tensor([self.t_min, self.t_max], dtype=torch.float64)).tolist()
         return low, high
 
-    def lognormal(self, u: Tensor, mean: float, std: float) -> Tensor:
-        """Times whose lam is normal (the noise level log-normal), cut off at t_min and t_max: its quantiles at `u`.
-
-        `u` in [0, 1) and the times have one shape, float64. Raises UserError if the normal has no weight in between.
-        """
-        ends = torch.special.ndtr((torch.tensor(self.lam_range, dtype=torch.float64) - mean) / std).tolist()
-        if not ends[0] < ends[1]:
-            raise UserError(
-                f"a normal of mean {mean:g} and standard deviation {std:g} has no weight between {self.lam_range}"
-            )
-        return self.t_of_lam(mean + std * torch.special.ndtri(ends[0] + (ends[1] - ends[0]) * u.double()))
-
     def __deepcopy__(self, memo: dict) -> Self:
         """The schedule itself: it never changes, and copies of a network share it."""
         return self

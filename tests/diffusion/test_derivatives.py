@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -214,18 +213,6 @@ def test_the_tangent_is_that_of_x_hat(name, float64):
     dx, dt = tangent(schedule, x_t, t, x_0)
     close(dx, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-6)
     close(dt, (t_ahead - t_behind) / (2 * h), rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_lognormal_times(name, float64):
-    """Their quantiles are those of a normal in lam, cut off at the schedule's ends."""
-    schedule = SCHEDULES[name]()
-    u = torch.tensor([0.0, 0.1, 0.5, 0.9, 1 - 1e-12]).view(-1, 1, 1, 1)
-    t = schedule.lognormal(u, -1.0, 2.0)
-    low, high = (0.5 * (1 + math.erf((end + 1.0) / 8**0.5)) for end in schedule.lam_range)
-    cdf = torch.special.ndtr((schedule.lam(t) + 1.0) / 2.0)
-    close(cdf, low + (high - low) * u, atol=1e-9)
-    assert t.min() >= schedule.t_min and t.max() <= schedule.t_max
 
 
 def test_copies_of_a_network_are_computed_in_float32_too():
