@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_diffusers_wrappers import dit, pixel_unet, text_unet
 from torch import nn
 
 from analytic import time
@@ -13,6 +12,7 @@ from distillbench.diffusion import VE, VPCosine
 from distillbench.diffusion.denoiser import Counter, Denoiser
 from distillbench.networks import DiT, ResidualMLP, ScalarEmbedding, TwoTimes, UNet
 from distillbench.networks.edm import DhariwalUNet, SongUNet
+from small_diffusers_networks import dit, pixel_unet, text_unet
 
 SIZES = {"model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
 NETWORKS = {

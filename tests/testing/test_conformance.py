@@ -963,7 +963,7 @@ def test_the_command_fails_where_a_check_does(call):
     code, out, _ = call("check", "bad", "--quick")
     assert code == 1
     assert "\nFAIL  noise                 at NFE 1 other noise gives the same images" in out
-    assert out.splitlines()[-1].startswith("method bad: 23 ok, 1 failed")
+    assert out.splitlines()[-1].startswith("method bad: 24 ok, 1 failed")
 
 
 @pytest.mark.parametrize(
