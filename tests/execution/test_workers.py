@@ -104,7 +104,7 @@ def test_a_terminated_run_saves_a_state_and_resumes(tmp_path):
     assert not (log[0].parent / "resume").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_process_of_a_cell_saves_a_state_when_the_run_is_killed(tmp_path):
     running = subprocess.Popen(
         command(tmp_path, "methods=[slow]"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

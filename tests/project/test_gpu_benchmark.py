@@ -351,6 +351,7 @@ def rehearsed(tmp_path, *names):
     return report["steps"]
 
 
+@pytest.mark.nightly
 def test_a_rehearsal(tmp_path):
     """Steps that take less than about ten seconds."""
     steps = rehearsed(tmp_path, "precision", "speed-bf16")

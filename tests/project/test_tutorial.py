@@ -71,7 +71,7 @@ def test_the_parts_are_the_example():
     assert put_together("distillbench_reflow.py") == (EXAMPLE / "src" / "distillbench_reflow.py").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_tutorial_can_be_followed(tmp_path):
     """From the first file to the package, in order, in an empty folder."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DISTILLBENCH", "PYTEST"))}

@@ -40,7 +40,7 @@ def run_on_gpus(folder: Path, *words: str, gpus: int = 1) -> tuple[str, pd.DataF
     return said, pd.read_csv(table)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_second_run_reads_the_caches_of_the_first(tmp_path):
     """Caches of the teacher, its samples and the statistics of real images; the first run uses a worker process."""
     words = ["dataset=digits", "device=cuda"]
@@ -55,7 +55,7 @@ def test_a_second_run_reads_the_caches_of_the_first(tmp_path):
     assert list(teachers[0]["fd_efficientnet_lite0"]) == list(teachers[1]["fd_efficientnet_lite0"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_workers_on_two_gpus_make_one_table(tmp_path):
     """An operator with tensors of both GPUs would fail its cell."""
     words = ["dataset=gmm", "teacher=gmm", "methods=[boot,ct]", "isolate=true", "evaluation.timing=off"]

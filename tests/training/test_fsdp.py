@@ -247,7 +247,7 @@ def test_a_copied_teacher_keeps_its_counters():
         assert not any(weight.requires_grad for weight in copied.denoiser.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sharded_run_started_by_torchrun(tmp_path):
     words = [
         "methods=[direct]", "dataset=digits", "budget.images=640", "methods.direct.pairs=64", "evaluation.images=64",
