@@ -110,7 +110,7 @@ def test_precision_and_recall_are_torch_fidelitys(world):
     assert min(ours) > 0 and max(ours) < 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:The parameter 'pretrained'", "ignore:Arguments other than a weight enum")
 def test_fid_clean_is_clean_fids_on_png_files(world, tmp_path, monkeypatch):
     """Its own reading, resizing and (pytorch-fid's) network; the distance by SciPy, in the features' joint span."""

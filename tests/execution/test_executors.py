@@ -554,7 +554,7 @@ def test_several_workers_make_the_same_table_as_one(plugins, alone, tmp_path):
     assert outcome.failed == ["dies (seed 0)"] and "SIGABRT" in outcome.table["reason"].iloc[1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_preempted_job_saves_its_state_and_is_queued_again(plugins, alone, tmp_path):
     pytest.importorskip("submitit", reason="jobs of Slurm need submitit: the extra slurm")
     words = ["methods=[preempted]", "isolate=false", "executor=submitit", "executor.cluster=local", "executor.gpus=0"]
@@ -566,7 +566,7 @@ def test_a_preempted_job_saves_its_state_and_is_queued_again(plugins, alone, tmp
     assert not (tmp_path / "cache" / "jobs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_lost_ray_worker_fails_one_row(plugins, alone, tmp_path):
     if importlib.util.find_spec("ray") is None:  # it is not imported here: it reads its environment when it is
         pytest.skip("tasks of ray need ray: the extra ray")

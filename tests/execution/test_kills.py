@@ -25,6 +25,6 @@ def test_a_killed_and_restarted_run_ends_with_the_same_table():
     assert kills >= 3 and rounds and not wrong
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_several_processes_compute_each_cell_once():
     assert re.search(r"^4 processes, \d+ s; exit codes \[0\]; 4 trainings$", output_of("together.py", 4), re.MULTILINE)

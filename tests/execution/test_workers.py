@@ -81,7 +81,7 @@ def test_a_crash_fails_one_row(tmp_path):
     pd.testing.assert_frame_equal(rows(tmp_path), found)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_terminated_run_saves_a_state_and_resumes(tmp_path):
     words = ["methods=[slow]"]
     running = subprocess.Popen(command(tmp_path, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

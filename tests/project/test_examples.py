@@ -68,7 +68,7 @@ def test_the_core_knows_no_example():
         assert not own & set(re.findall(r"\w+", file.read_text().lower())), file
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_examples_pass_their_own_tests(tmp_path):
     """All in one process, because importing torch takes most of the time."""
     folders = [ROOT / "examples" / name for name in EXAMPLES]

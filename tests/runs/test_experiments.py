@@ -21,6 +21,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from by_day import by_day
 from distillbench.cli import commands
 from distillbench.diffusion.samplers import Solver
 from distillbench.execution.run import run
@@ -33,6 +34,7 @@ from edm_files import DDPM, EdmWriter
 from image_sources import cifar, edm, pixels, png, write_folder, write_zip
 
 EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
+TWO_STEPS_BY_DAY = ("boot_deepfloyd", "boot_ffhq64", "boot_sd15", "cd_cifar10", "ct_cifar10", "sid_cifar10", "smoke")
 SIDE = 8
 IMAGES = 12  # of a dataset
 BATCH, STEPS = 4, 2  # four is the smallest batch of which BOOT's boundary loss takes a quarter
@@ -234,7 +236,7 @@ def test_a_dry_run_prices_it(name, words, written, capfd, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", by_day(EXPERIMENTS, TWO_STEPS_BY_DAY))
 def test_it_takes_two_steps_and_is_scored(name, words, written, registry):
     less = [word for method, word in LESS.items() if method in written(name).methods]
     configs = compose_runs([*words(name), *SMALL, *less], registry)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from by_day import by_day
 from distillbench import Batch, Method, MethodConfig, Phase, UserError, hookimpl, option, registry
 from distillbench.cli import commands
 from distillbench.diffusion.conditioning import UNCONDITIONAL
@@ -35,7 +36,7 @@ CHECKS = SUITES["methods"].checks
 # --- built-in methods ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", by_day(sorted(METHODS), ("boot", "direct", "pd")))
 def test_every_built_in_method_conforms(name):
     found = check_method(METHODS[name].cls, distribution_images=0)
     assert not failed(found)
@@ -44,7 +45,7 @@ def test_every_built_in_method_conforms(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", by_day(sorted(METHODS), ("direct", "tract")))
 def test_every_built_in_method_matches_an_exact_teacher(name):
     (found,) = matches_findings(METHODS[name].cls)
     assert found.ok, found.message
