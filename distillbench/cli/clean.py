@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillbench.errors import UserError, quoted, unknown
+from distillbench.records.layout import CACHE, CELLS
 from distillbench.records.records import FINAL
 from distillbench.storage.files import TEMPORARY, sha256_file
 from distillbench.storage.folders import (
@@ -124,7 +125,7 @@ def results_folder(folder: Path) -> Path:
 
 def is_results_folder(root: Path) -> bool:
     """Whether it has cells or a cache of runs."""
-    return bool(cells_of(root)) or any((root / "cache" / name).is_dir() for name in CACHES)
+    return bool(cells_of(root)) or any((root / CACHE / name).is_dir() for name in CACHES)
 
 
 def find(
@@ -153,7 +154,7 @@ def find(
 
 def cells_of(root: Path) -> list[Path]:
     """The folders of cells, without links."""
-    return [folder for folder in folders_in(root / "cells") if KEY.fullmatch(folder.name)]
+    return [folder for folder in folders_in(root / CELLS) if KEY.fullmatch(folder.name)]
 
 
 def _changed(paths: Iterable[Path]) -> float:
@@ -305,7 +306,7 @@ def _orphans(root: Path, before: float, busy: Busy, removal: Removal) -> None:
         else:
             removal.add(cell)
             unfinished += not (cell / "train.json").is_file() and any(cell.glob("resume/**/state-*.safetensors"))
-    cells = [folder.name for folder in removal.folders if folder.parent == root / "cells"]
+    cells = [folder.name for folder in removal.folders if folder.parent == root / CELLS]
     if cells:
         removal.notes.append(f"{counted(len(cells), 'cell')}: {_listed(cells)}. A run that needs them trains again")
     if unfinished:
@@ -323,7 +324,7 @@ def _named_by_runs(root: Path) -> tuple[set[str], set[str], list[str]]:
     unreadable = []
     for at, folders, files in walk(root):
         if at == root:
-            folders[:] = [name for name in folders if name not in ("cells", "cache")]
+            folders[:] = [name for name in folders if name not in (CELLS, CACHE)]
         tables = [at / name for name in ("table.parquet", "table.csv") if name in files]
         if tables:
             keys = _keys(tables)
@@ -398,7 +399,7 @@ FINDERS: dict[str, Callable[[Path, float, Busy, Removal], None]] = {
 
 def _cache(root: Path, name: str) -> Path:
     """The folder of a cache; a path that does not exist if cache/ is a link."""
-    return root / "cache" / name if not (root / "cache").is_symlink() else root / "cache" / TEMPORARY
+    return root / CACHE / name if not (root / CACHE).is_symlink() else root / CACHE / TEMPORARY
 
 
 def _kept(folder: Path) -> list[Path]:
@@ -458,7 +459,7 @@ def _remove(root: Path, files: Sequence[Path], folders: Sequence[Path]) -> list[
 def _cell(root: Path, path: Path) -> Path | None:
     """The folder of the cell that `path` is in, or None."""
     names = path.relative_to(root).parts
-    return root / names[0] / names[1] if names[0] == "cells" and len(names) > 1 and KEY.fullmatch(names[1]) else None
+    return root / names[0] / names[1] if names[0] == CELLS and len(names) > 1 and KEY.fullmatch(names[1]) else None
 
 
 def _remove_part(root: Path, files: Iterable[Path], folders: Iterable[Path]) -> list[str]:

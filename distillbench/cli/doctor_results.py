@@ -10,6 +10,7 @@ from typing import Any
 
 from distillbench.cli import clean
 from distillbench.cli.doctor_findings import MIB, Finding, Installation, listed
+from distillbench.records.layout import CACHE, CELLS
 from distillbench.records.records import EvaluationRecord, OtherVersion, SpeedRecord, TrainRecord, read_record
 from distillbench.storage import folders
 from distillbench.storage.files import key_of, sha256_file
@@ -28,7 +29,7 @@ def check_caches(installation: Installation) -> Iterator[Finding]:
     sizes = {
         clean.counted(len(cells), "cell"): folders.size_of(file for cell in cells for file in folders.files_below(cell))
     }
-    for folder in folders.folders_in(root / "cache"):
+    for folder in folders.folders_in(root / CACHE):
         sizes[f"cache/{folder.name}"] = folders.size_of(folders.files_below(folder))
     yield Finding("ok", ", ".join(f"{name} {size / MIB:,.1f} MiB" for name, size in sizes.items()))
     spent = clean.find(root)
@@ -136,7 +137,7 @@ def check_states(installation: Installation) -> Iterator[Finding]:
     for file in _reading(installation, "reading training checkpoints", chosen):
         digest = _digest(file)
         if digest is not None and file.stem.rpartition("-")[2] != digest[:DIGITS]:
-            damaged.append(str(file.relative_to(installation.results_dir / "cells")))
+            damaged.append(str(file.relative_to(installation.results_dir / CELLS)))
     if damaged:
         line = f"{clean.counted(len(damaged), 'training checkpoint')} damaged: {listed(damaged)}"
         yield Finding("warning", line, "nothing: the previous one is used, or the training starts again")

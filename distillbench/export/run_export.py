@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from yaml import YAMLError
 
 from distillbench.errors import UserError, unknown
+from distillbench.records.layout import ResultsFolder
 from distillbench.records.records import TrainRecord, load_record
 from distillbench.records.settings_file import FULL, SEPARATOR, read_settings
 from distillbench.registry import Registry
@@ -109,7 +110,7 @@ def find_student(run_folder: Path, method: str, seed: int | None, registry: Regi
     weights = _chosen(run_folder, method, seed, documents, table)
     configs = _typed_all([document for document in documents if document["seed"] == weights.seed], registry)
     results = run_folder.absolute().parent
-    cell_folder = results / "cells" / weights.key
+    cell_folder = ResultsFolder(results).cells / weights.key
     record = _record(cell_folder / "train.json", weights)
     described = [config for config in configs if _describes(config, weights.method, record)]
     if not described:

@@ -15,6 +15,7 @@ import pandas as pd
 import yaml
 
 from distillbench.errors import UserError
+from distillbench.records.layout import CELLS
 from distillbench.records.settings_file import write_settings
 from distillbench.records.statistics import summarise
 from distillbench.records.table import FIRST, LAST, LATER, make_along, make_table, write_table
@@ -113,7 +114,7 @@ def left_out(runs: Sequence[RunData], output: Path) -> list[str]:
     """Texts on what of the runs is not in `output`: pictures, students and records stay where they are."""
     lines = ["samples.png and weights/ are not merged: they stay in the runs' folders"]
     for place in dict.fromkeys(run.folder.resolve().parent for run in runs):
-        if not (place / "cells").is_dir():
+        if not (place / CELLS).is_dir():
             lines.append(f"there are no records in {plain(place / 'cells')}")
             continue
         beside = place == output.resolve().parent

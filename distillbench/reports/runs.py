@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file  # without torch, which takes seconds to import
 
 from distillbench.errors import UserError, nearest
+from distillbench.records.layout import CACHE, CELLS
 from distillbench.records.sample_grid import unstack_shown
 from distillbench.records.settings_file import read_settings
 from distillbench.records.statistics import KEYS, SEEDS, summarise
@@ -23,7 +24,7 @@ from distillbench.records.table import FIRST, LAST, LATER, make_along, make_tabl
 
 TWICE = "rows of one measurement differ; the first ones are used"
 KEY = re.compile(r"[\w-]{1,64}")  # of an evaluation; cannot be a path or a pattern
-NOT_RUNS = ("cells", "cache")  # folders beside runs
+NOT_RUNS = (CELLS, CACHE)  # folders beside runs
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class RunData:
     @functools.cached_property
     def _evaluations(self) -> dict[str, Path]:
         """The records of all evaluations beside the run, by key."""
-        found = (self.folder.parent / "cells").glob("*/evaluation-*.json")
+        found = (self.folder.parent / CELLS).glob("*/evaluation-*.json")
         return {record.stem.removeprefix("evaluation-"): record for record in found}
 
 

@@ -14,10 +14,10 @@ import copy
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 
+from by_day import by_day
 from distillbench.diffusion.conditioning import Condition
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.schedules import SCHEDULES, NoiseSchedule, VPCosine
@@ -49,8 +49,7 @@ def schedules() -> list[str]:
 
 def some_schedules() -> list[Any]:
     """The same for what depends on a schedule through alpha and sigma only: one of each family, the others nightly."""
-    families = "vp_cosine", "ve", "flow_matching"
-    return [name if name in families else pytest.param(name, marks=pytest.mark.nightly) for name in SCHEDULES]
+    return by_day(SCHEDULES, ("vp_cosine", "ve", "flow_matching"))
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float = 0.0, atol: float = 0.0) -> None:

@@ -16,6 +16,7 @@ import distillbench.training.loop
 import distillbench_pd
 import distillbench_tract
 from analytic import gaussian_images, gaussian_teacher, make_workspace, mlp_teacher, same_weights, weights_of
+from by_day import by_day
 from distillbench.diffusion.conditioning import UNCONDITIONAL
 from distillbench.diffusion.noise import FixedNoise
 from distillbench.errors import UserError
@@ -49,9 +50,7 @@ def answers(method, nfe: int) -> torch.Tensor:
         return method.sample(noise, nfe, UNCONDITIONAL)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in READY else pytest.param(name, marks=pytest.mark.nightly) for name in METHODS]
-)
+@pytest.mark.parametrize("name", by_day(METHODS, READY))
 def test_checkpoints_do_not_change_the_training(name, tmp_path):
     with_some, without = averaged_method(name), averaged_method(name)
     run(with_some, tmp_path / "a", Checkpoints(FRACTIONS, tmp_path / "checkpoints", NFE))
