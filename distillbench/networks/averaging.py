@@ -33,13 +33,14 @@ class MovingAverage:
         return local_shards(self.average.parameters()), local_shards(self.network.parameters())
 
     @functools.cached_property
-    def buffers(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self.average.buffers(), self.network.buffers(), strict=True))
+    def buffers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The buffers of `average` and of `network`."""
+        return list(self.average.buffers()), list(self.network.buffers())
 
     @torch.no_grad()
     def move(self, share: float) -> None:
         """Move by `share` of the way."""
         mine_all, theirs_all = self.weights
         torch._foreach_lerp_(mine_all, theirs_all, share)
-        for mine, theirs in self.buffers:
-            mine.copy_(theirs)
+        if self.buffers[0]:
+            torch._foreach_copy_(*self.buffers)

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from distillbench.networks.averaging import MovingAverage
 from distillbench.system.dtensors import class_of, is_sharded, load_full, local_shards, shard_like
 from distillbench.training.data_parallel import SINGLE_RANK, DataParallelRanks, Ranks
 from distillbench.training.gradient_reduction import GradientReduction, NetworkGradients
@@ -31,24 +32,17 @@ class Average:
         self.module = network
         if self.halflife:
             self.module = copy.deepcopy(network).eval().requires_grad_(False) if twin is None else twin
-        self.averages, self.weights = local_shards(self.module.parameters()), local_shards(network.parameters())
-        self.average_buffers, self.buffers = list(self.module.buffers()), list(network.buffers())
+        self.average = MovingAverage(self.module, network)
         self.images = 0
         if self.module is twin:
-            self._move(1.0)
+            self.average.move(1.0)
 
     def update(self, images: int) -> None:
         self.images += images
         if self.module is self.network:
             return
         halflife = min(self.halflife, 0.05 * self.images)
-        self._move(1 - 0.5 ** (images / halflife))
-
-    @torch.no_grad()
-    def _move(self, weight: float) -> None:
-        torch._foreach_lerp_(self.averages, self.weights, weight)
-        if self.average_buffers:
-            torch._foreach_copy_(self.average_buffers, self.buffers)
+        self.average.move(1 - 0.5 ** (images / halflife))
 
     def state(self) -> State:
         own = self.module.state_dict() if self.module is not self.network else {}
