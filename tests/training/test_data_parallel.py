@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import json
 import math
@@ -547,30 +548,48 @@ def register_methods(register):
 """
 
 
-@pytest.mark.slow
-def test_runs_started_by_torchrun(tmp_path):
-    """Rows, files and weights are written once. A cell that fails on one rank is a row, and other rows do not change; a
-    rank that is killed ends the run with one message, and finished rows stay.
-    """
-    (tmp_path / "plugins").mkdir()
-    (tmp_path / "plugins" / "failing.py").write_text(THIRD_PARTY)
-    words = [
-        "dataset=digits", "budget.images=640", "methods.direct.pairs=64", "evaluation.images=64", "device=cpu",
-        "evaluation.batch_size=16", "evaluation.timing=off", "evaluation.teacher_steps=[4]", "run_name=two",
-        "evaluation.metrics=[teacher_rmse]", "on_oom=accumulate", f"--plugins-dir={tmp_path / 'plugins'}",
-    ]  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Torchrun:
+    """Runs started by torchrun with two processes, in a folder."""
 
-    def run(methods: str, folder: str) -> subprocess.CompletedProcess:
+    folder: Path
+
+    def run(self, methods: str, results: str) -> subprocess.CompletedProcess:
+        (self.folder / "plugins").mkdir(exist_ok=True)
+        (self.folder / "plugins" / "failing.py").write_text(THIRD_PARTY)
+        words = [
+            "dataset=digits", "budget.images=640", "methods.direct.pairs=64", "evaluation.images=64", "device=cpu",
+            "evaluation.batch_size=16", "evaluation.timing=off", "evaluation.teacher_steps=[4]", "run_name=two",
+            "evaluation.metrics=[teacher_rmse]", "on_oom=accumulate", f"--plugins-dir={self.folder / 'plugins'}",
+        ]  # fmt: skip
         launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-        about = ["-m", "distillbench", "run", f"methods={methods}", *words, f"results_dir={tmp_path / folder}"]
+        about = ["-m", "distillbench", "run", f"methods={methods}", *words, f"results_dir={self.folder / results}"]
         return subprocess.run([sys.executable, *launch, *about], capture_output=True, text=True, timeout=300)
 
-    def records(folder: str) -> tuple[dict, dict]:
-        (train,) = (path for path in (tmp_path / folder).glob("cells/*/train.json") if '"direct"' in path.read_text())
+    def records(self, results: str) -> tuple[dict, dict]:
+        """Those of direct's training and evaluation."""
+        files = (path for path in (self.folder / results).glob("cells/*/train.json"))
+        (train,) = (path for path in files if '"direct"' in path.read_text())
         (evaluation,) = train.parent.glob("evaluation-*.json")
         return json.loads(train.read_text()), json.loads(evaluation.read_text())
 
-    done = run("[fails_in_training,fails_in_sampling,needs_much,direct]", "among")
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_with_one_message(tmp_path):
+    """Rows, files and weights are written once, and finished rows stay."""
+    torchrun = Torchrun(tmp_path)
+    done = torchrun.run("[direct,dies]", "alone")
+    assert done.returncode != 0 and done.stderr.count("another rank has ended") == 1, done.stderr[-3000:]
+    assert done.stdout.count("direct seed 0") + done.stderr.count("direct seed 0") == 1
+    train, scores = torchrun.records("alone")
+    assert train["processes"] == 2 and train["cost"]["images"] == 640 and train["status"] == "ok"
+    assert scores["rows"][0]["status"] == "ok"
+
+
+@pytest.mark.nightly
+def test_a_cell_that_fails_on_one_rank_is_a_row_and_other_rows_do_not_change(tmp_path):
+    torchrun = Torchrun(tmp_path)
+    done = torchrun.run("[fails_in_training,fails_in_sampling,needs_much,direct]", "among")
     assert done.returncode != 0 and "has ended" not in done.stderr, done.stderr[-3000:]
     table = pd.read_csv(tmp_path / "among" / "two" / "table.csv").set_index("method")
     assert len(table) == 5
@@ -584,11 +603,7 @@ def test_runs_started_by_torchrun(tmp_path):
     (traceback,) = (path.read_text() for path in tmp_path.glob("among/cells/*/error.txt") if "luck" in path.read_text())
     assert "in third_step" in traceback
 
-    done = run("[direct,dies]", "alone")
-    assert done.returncode != 0 and done.stderr.count("another rank has ended") == 1, done.stderr[-3000:]
-    assert done.stdout.count("direct seed 0") + done.stderr.count("direct seed 0") == 1
-    (train, scores), (train_among, scores_among) = records("alone"), records("among")
-    assert train["processes"] == 2 and train["cost"]["images"] == 640 and train["status"] == "ok"
+    torchrun.run("[direct]", "alone")
+    (train, scores), (train_among, scores_among) = torchrun.records("alone"), torchrun.records("among")
     assert train_among["weights_sha256"] == train["weights_sha256"]
     assert scores_among["rows"][0]["scores"] == scores["rows"][0]["scores"]
-    assert scores["rows"][0]["status"] == "ok"
