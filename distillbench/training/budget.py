@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any, Protocol
@@ -201,8 +201,12 @@ class Meter:
         counters = {"teacher": self.teacher.teacher_rows, "student": self.teacher.student_rows}
         return tuple(
             NetworkRows(
-                *(side, name_of(kind.network), kind.weights, kind.trained, *astuple(rows)),
+                side,
+                name_of(kind.network),
+                kind.weights,
+                kind.trained,
                 features=SEPARATOR.join(kind.features),
+                **asdict(rows),
             )
             for side, counter in counters.items()
             for kind, rows in counter.kinds.items()
