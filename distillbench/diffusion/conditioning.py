@@ -153,6 +153,14 @@ class Conditioning:
         labels = torch.tensor([index % self.trained for index in indices], dtype=torch.int64)
         return self._condition(labels, w, self._small_noise(stream, indices), device)
 
+    def example(self, count: int, device: torch.device) -> Condition:
+        """A condition of `count` images with the right shapes, without w: class 0, the empty text, a grey image."""
+        if not self.classes:
+            return UNCONDITIONAL
+        labels = torch.zeros(count, dtype=torch.int64, device=device)
+        image = None if self.small is None else torch.zeros(count, *self.small.shape, device=device)
+        return Condition(labels, text=None if self.texts is None else self.texts.empty(count, device), image=image)
+
     def none(self, c: Condition) -> Condition:
         """The same images without class, text and guidance."""
         assert c.labels is not None

@@ -45,7 +45,8 @@ class NetworkRows(_Record):
     `counted`: "teacher" or "student". `weights` is how many numbers are in all weights of the network (its class, with
     the module), `trained` in those that got a gradient; 0: these rows were evaluated without a gradient to weights.
     `to_weights` and `to_input` of the `forward` rows had a backward pass, the second to the input only; `along` had a
-    derivative along a direction (forward mode).
+    derivative along a direction (forward mode). `features`: the submodules, joined by ", ", whose outputs alone had a
+    backward pass; "": the network's output had it.
     """
 
     counted: str
@@ -56,6 +57,7 @@ class NetworkRows(_Record):
     to_weights: int = 0
     to_input: int = 0
     along: int = 0
+    features: str = ""
 
 
 class Cost(_Record):

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from distillbench.diffusion.autograd_levels import innermost, needs_gradient, reaches_weights
 from distillbench.diffusion.conditioning import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
@@ -99,6 +100,8 @@ class LoggedNetwork(ResidualMLP):
     def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
         if self.classes is not None and c.labels is None:
             raise Fault("a conditional network was evaluated without a class: pass it batch.c, or the c of sample")
+        if isinstance(x, FakeTensor):  # nothing is evaluated: Denoiser.feature_shapes
+            return super().forward(x, time, embedding, c)
         mask = torch.nn.functional.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
         out = super().forward(x if mask is None else mask * x, time, embedding, c)
         with_gradient = needs_gradient(out)

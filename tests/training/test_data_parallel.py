@@ -50,7 +50,7 @@ from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States
 from distillbench.training.share import WHOLE, Share
 from tiny_training import SILENT
-from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port
+from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port, method_class
 
 STEPS = 6
 SMALL_BUCKET, PAIRS_AT_ONCE = 256, 4  # bytes; several buckets and rounds, as there are of real networks
@@ -74,7 +74,7 @@ def training(
     kind: type[ResidualMLP] = ResidualMLP, cls: type[Method] | None = None,
 ) -> tuple[dict[str, torch.Tensor], Trained]:  # fmt: skip
     """A few steps of a method on a tiny teacher; its weights and the result of the training."""
-    cls = cls or load_registry().methods[name].cls
+    cls = cls or method_class(name)
     torch.manual_seed(0)
     made = partial(network, kind)
     teacher = Teacher("tiny", Denoiser(made(), VPCosine(), "v"), SHAPE, "tiny", blank=made)
