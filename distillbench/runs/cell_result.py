@@ -30,6 +30,7 @@ class CellDescription:
     folder: Path
     train_inputs: dict[str, Any]
     evaluation_inputs: dict[str, Any]
+    differs: str = ""  # as in Cell
 
     @property
     def train_key(self) -> str:
@@ -66,7 +67,7 @@ def describe_cell(cell: Cell, teacher: Teacher) -> CellDescription:
     evaluation = evaluation_inputs(cell, key)
     columns = _shared_columns(cell, teacher)
     columns |= {"reference": "", "device": device_name(cell.shared.device), "key": key_of(evaluation)}
-    return CellDescription(cell.label, columns, rows, cell_folder(cell, key), inputs, evaluation)
+    return CellDescription(cell.label, columns, rows, cell_folder(cell, key), inputs, evaluation, cell.differs)
 
 
 def result_of(
