@@ -148,7 +148,8 @@ def print_rows(progress: Progress, rows: pd.DataFrame) -> None:
         return
     for differs, row in zip(rows.index, rows.to_dict("records"), strict=True):
         values = ", ".join(f"{name} {number(row[name])}" for name in _scores(rows))
-        progress.say(f"  {_row_name(row, differs if isinstance(differs, str) else '')}: {values if row['status'] == 'ok' else _why(row)}")
+        name = _row_name(row, differs if isinstance(differs, str) else "")
+        progress.say(f"  {name}: {values if row['status'] == 'ok' else _why(row)}")
 
 
 def print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, directions: dict[str, str]) -> None:

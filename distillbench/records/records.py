@@ -112,6 +112,9 @@ class TrainRecord(_Record):
     accumulate: int = 1  # parts of each step (gradient accumulation)
     processes: int = 1  # ranks, each of which trained on a share of every batch
     weights_sha256: str = ""
+    updates: int | None = None  # of all networks together; None in records of earlier versions
+    clipped_steps: int | None = None  # updates whose gradients had a norm above grad_clip
+    nonfinite_steps: int | None = None  # updates whose gradients were not finite
     curve: list[CurvePoint] = []
     checkpoints: list[CheckpointRecord] = []
     flops_not_counted: list[str] = []

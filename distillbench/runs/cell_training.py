@@ -218,6 +218,9 @@ def _trained(
     missing |= {"compile_seconds": measured.no_compile_seconds} if measured.no_compile_seconds else {}
     flops, reason = _flops(trained.price, teacher, [] if shared.config.compute.shard else denoisers_of(method), shared)
     missing |= {"tflops": reason} if reason else {}
+    counts = trained.counts
+    if counts.complete and counts.clipped is None:
+        missing["clipped_steps"] = "grad_clip=0: gradients are not clipped"
     not_counted = sorted({name for one in flops.values() for name in one.not_counted})
     peaks: dict[str, Any] = {name: mib for name, (mib, _) in measured.peaks.items()}
     return TrainRecord(
@@ -227,6 +230,9 @@ def _trained(
         **peaks,
         parameters=sum(p.numel() for p in method.student.parameters()),
         weights_sha256=sha256_file(folder / STUDENT),
+        updates=counts.updates if counts.complete else None,
+        clipped_steps=counts.clipped if counts.complete else None,
+        nonfinite_steps=counts.nonfinite if counts.complete else None,
         curve=[CurvePoint(**dataclasses.asdict(point)) for point in trained.curve],
         checkpoints=[
             CheckpointRecord(

@@ -36,6 +36,7 @@ from distillbench.training.resume import (
     restore_torch_generators,
     torch_generators_state,
 )
+from distillbench.training.update_counts import UpdateCounts
 
 STEPS_BETWEEN_CHECKS = 50  # between reads of the loss, each of which waits for the device
 EXPLOSION = 1e6  # of the loss over its first value, or over 1: training has diverged
@@ -57,6 +58,7 @@ class Trained:
     price: Price
     curve: list[LossPoint]
     checkpoints: list[Checkpoint] = field(default_factory=list)
+    counts: UpdateCounts = field(default_factory=UpdateCounts)
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class _Training:
             method.end_phase(index, self.average.module)
         self.curve.log(phases[-1].label, last=True)
         method.student.load_state_dict(self.average.module.state_dict())
-        return Trained(ranks.sum_price(meter.price()), self.curve.points, self.written)
+        return Trained(ranks.sum_price(meter.price()), self.curve.points, self.written, self.curve.counts)
 
     def _newest_state(self) -> State | None:
         """The last saved state, the same on all ranks; None without one."""
@@ -163,7 +165,7 @@ class _Training:
 
     def _make_optimizers(self) -> None:
         scaler, own = grad_scaler(self.loop.compute, self.workspace.device), self.method.settings_of
-        self.optimizers = Optimizers(self.config, scaler, self.ranks, own)
+        self.optimizers = Optimizers(self.config, scaler, self.ranks, own, self.curve.counts)
         twin = None if self.sharded is None else self.sharded.average
         self.average = Average(self.method.student, self.config.ema_halflife_kimg, twin)
 
@@ -305,28 +307,36 @@ class _Curve:
         self.losses: list[Tensor] = []
         self.steps = 0
         self.points: list[LossPoint] = []
+        self.counts = UpdateCounts()
 
     def add(self, loss: Tensor) -> None:
         self.losses.append(loss.detach())
 
     def state(self) -> State:
         losses = torch.stack(self.losses).double() if self.losses else torch.zeros(0)
-        return State({"losses": losses}, {"steps": self.steps, "points": [asdict(point) for point in self.points]})
+        points = [asdict(point) for point in self.points]
+        return State({"losses": losses}, {"steps": self.steps, "points": points, "counts": self.counts.state()})
 
     def restore(self, state: State) -> None:
         self.losses = list(state.tensors["losses"].to(self.meter.device))  # the device of the next steps' losses
         self.steps = state.values["steps"]
         self.points = [LossPoint(**plain) for plain in state.values["points"]]
+        self.counts.restore(state.values.get("counts"))  # those of older versions lack it
 
     def log(self, label: str, last: bool = False) -> None:
         self.steps += 1
         if not self.losses or (self.steps % STEPS_BETWEEN_CHECKS and not last and self.steps > 1):
             return
         loss = torch.stack(self.losses).double().mean()
-        mean = self.ranks.all_reduce_number(loss.item())  # each rank has the part of its rows
+        own, *counts = torch.stack([loss, *self.counts.unread()]).tolist()  # one wait for all
+        self.counts.note(counts)
+        mean = self.ranks.all_reduce_number(own)  # each rank has the part of its rows
         self.losses.clear()
         if not math.isfinite(mean):
-            raise DivergedError(f"the loss is {mean} after {self.meter.images} images ({label})")
+            why = (
+                f"; {self.counts.nonfinite} updates had gradients that are not finite" if self.counts.nonfinite else ""
+            )
+            raise DivergedError(f"the loss is {mean} after {self.meter.images} images ({label}){why}")
         first = abs(self.points[0].loss) if self.points else abs(mean)
         if abs(mean) > EXPLOSION * max(first, 1.0):
             raise DivergedError(

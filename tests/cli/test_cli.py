@@ -485,7 +485,7 @@ def test_in_a_terminal_progress_is_bars_that_vanish_and_steps_can_be_nested(caps
 
 
 def test_a_bar_shows_the_time_elapsed_and_the_time_left(monkeypatch, capsys):
-    """0.15 of it in 20 s: 0.6 takes 80 s, which count down between two reports. Before a report only the first is known."""
+    """0.15 of it in 20 s: 0.6 takes 80 s, which count down between two reports."""
     now = 0.0
     monkeypatch.setattr("distillbench.system.progress.time.perf_counter", lambda: now)
     progress = Progress(Console(force_terminal=True, width=120, color_system=None))

@@ -108,7 +108,10 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
         for name in METHODS:
             weights, left = training(name, folder, ranks)
             save_file(weights, folder / f"{name}-{rank}.safetensors")
-            counted[name] = asdict(left.price) | {"losses": [point.loss for point in left.curve]}
+            counted[name] = asdict(left.price) | {
+                "losses": [point.loss for point in left.curve],
+                "updates": left.counts.state(),
+            }
         _, left = training("cm", folder, ranks, limit=Limit.nfe)
         counted["cm, nfe"] = asdict(left.price)
         try:
@@ -296,6 +299,7 @@ def test_two_ranks_train_the_same_weights_as_one(two, name, tmp_path):
     for field in (field for field in price if field.endswith(("nfe", "backward", "input", "images"))):
         assert counted[field] == price[field], field
     assert counted["losses"] == pytest.approx([point.loss for point in left.curve], rel=1e-4)
+    assert counted["updates"] == left.counts.state()
 
 
 def test_gradient_accumulation_on_two_ranks_changes_nothing(two, tmp_path):
