@@ -131,7 +131,12 @@ def _table_rows(
     columns = _shared_columns(cell, _teacher(cell), training)
     columns |= {"reference": real, "device": _device(training, evaluation, speed), "key": evaluation.key}
     metrics = list(cell.shared.metrics)
-    return [table_row(columns, row, training, speed, metrics, _note(cell, row.nfe)) for row in evaluation.rows]
+    seen = "" if training is None else training.note
+    notes = ["; ".join(filter(None, [_note(cell, row.nfe), seen])) for row in evaluation.rows]
+    return [
+        table_row(columns, row, training, speed, metrics, note)
+        for row, note in zip(evaluation.rows, notes, strict=True)
+    ]
 
 
 def _note(cell: Cell, nfe: int) -> str:
