@@ -37,13 +37,14 @@ class Small:
     @staticmethod
     def of(batches: Iterable[Tensor]) -> Small:
         """Of images in batches (b,C,H,W), at least two in all."""
-        rows, sums, squares, count = [], 0.0, 0.0, 0
+        rows, count = list[Tensor](), 0
+        sums = squares = torch.zeros((), dtype=torch.float64)  # over the images, of each pixel
         for images in batches:
             x = images.double()
             side = min(SIDE, x.shape[2]), min(SIDE, x.shape[3])
             rows.append(torch.nn.functional.adaptive_avg_pool2d(x, side).flatten(1).cpu())
             sums, squares, count = sums + x.sum(dim=0).cpu(), squares + x.square().sum(dim=0).cpu(), count + len(x)
-        variance = (torch.as_tensor(squares) - torch.as_tensor(sums) ** 2 / count) / (count - 1)
+        variance = (squares - sums**2 / count) / (count - 1)
         return Small(GaussianStatistics.of(torch.cat(rows)), variance.clamp(min=0).sqrt().mean().item())
 
 
