@@ -39,6 +39,16 @@ class CurvePoint(_Record):
     loss: float
 
 
+class ProgressPoint(_Record):
+    """A cheap score at `fraction` of the budget, of samples with `nfe` evaluations; None if they were not finite."""
+
+    fraction: float
+    images: int
+    nfe: int
+    fd_8x8: float | None  # Fréchet distance of images averaged to 8x8 pixels
+    spread: float | None  # standard deviation of samples over that of the reference, means over pixels
+
+
 class NetworkRows(_Record):
     """Evaluations (images) of networks of one kind: what `tflops` is computed from.
 
@@ -114,7 +124,13 @@ class TrainRecord(_Record):
     accumulate: int = 1  # parts of each step (gradient accumulation)
     processes: int = 1  # ranks, each of which trained on a share of every batch
     weights_sha256: str = ""
+    updates: int | None = None  # of all networks together; None in records of earlier versions
+    clipped_steps: int | None = None  # updates whose gradients had a norm above grad_clip
+    nonfinite_steps: int | None = None  # updates whose gradients were not finite
     curve: list[CurvePoint] = []
+    progress: list[ProgressPoint] = []
+    progress_reference: str = ""  # what its scores compare with
+    note: str = ""  # for the rows: what was seen along training
     checkpoints: list[CheckpointRecord] = []
     flops_not_counted: list[str] = []
     missing: dict[str, str] = {}

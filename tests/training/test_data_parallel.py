@@ -28,6 +28,7 @@ from distillbench.diffusion.schedules import VPCosine
 from distillbench.errors import DivergedError, UserError
 from distillbench.evaluation.distributed import SharedNetworks
 from distillbench.evaluation.features import FeatureNetwork
+from distillbench.evaluation.progress_scores import PixelScores
 from distillbench.execution.followers import check_rows
 from distillbench.metering.energy import Energy
 from distillbench.networks.architectures import ResidualMLP
@@ -41,10 +42,12 @@ from distillbench.teachers.teacher import Teacher
 from distillbench.testing.method_bench import StopAfter
 from distillbench.training import gradient_reduction, pairs
 from distillbench.training.budget import BudgetConfig, Limit, Meter
+from distillbench.training.compute import Sampling
 from distillbench.training.data_parallel import SINGLE_RANK, Ranks, joined
 from distillbench.training.failures import LostError, translated
 from distillbench.training.loop import Loop, Trained, train
 from distillbench.training.method import Batch, Method, OptimizerConfig
+from distillbench.training.monitor import Monitor
 from distillbench.training.optimizers import Optimizers
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States
@@ -71,7 +74,7 @@ def network(kind: type[ResidualMLP] = ResidualMLP) -> ResidualMLP:
 
 def training(
     name: str, folder: Path, ranks: Ranks = SINGLE_RANK, parts: int = 1, limit: Limit = Limit.images, stop: int = 0,
-    kind: type[ResidualMLP] = ResidualMLP, cls: type[Method] | None = None,
+    kind: type[ResidualMLP] = ResidualMLP, cls: type[Method] | None = None, monitor: Monitor | None = None,
 ) -> tuple[dict[str, torch.Tensor], Trained]:  # fmt: skip
     """A few steps of a method on a tiny teacher; its weights and the result of the training."""
     cls = cls or method_class(name)
@@ -92,7 +95,8 @@ def training(
         resume = Resume(states, math.inf, {"order": order}, stop=StopAfter(stop))
     given = read if cls.needs_data else None
     seed_masks(0, ranks.share.index)
-    left = train(method, method.config, workspace, given, Loop(BATCH, parts, ranks=ranks), SILENT, resume=resume)
+    loop = Loop(BATCH, parts, ranks=ranks)
+    left = train(method, method.config, workspace, given, loop, SILENT, resume=resume, monitor=monitor)
     return dict(method.state_dict()), left
 
 
@@ -109,7 +113,14 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
         for name in METHODS:
             weights, left = training(name, folder, ranks)
             save_file(weights, folder / f"{name}-{rank}.safetensors")
-            counted[name] = asdict(left.price) | {"losses": [point.loss for point in left.curve]}
+            counted[name] = asdict(left.price) | {
+                "losses": [point.loss for point in left.curve],
+                "updates": left.counts.state(),
+            }
+        seen = Monitor(PixelScores(None, 5, 2, Sampling(), "cpu"), 0.3, (1,), print, most=1e9)
+        weights, left = training("cm", folder, ranks, monitor=seen)
+        save_file(weights, folder / f"looks-{rank}.safetensors")
+        counted["looks"] = asdict(left.price) | {"points": len(seen.points)}
         _, left = training("cm", folder, ranks, limit=Limit.nfe)
         counted["cm, nfe"] = asdict(left.price)
         try:
@@ -297,6 +308,17 @@ def test_two_ranks_train_the_same_weights_as_one(two, name, tmp_path):
     for field in (field for field in price if field.endswith(("nfe", "backward", "input", "images"))):
         assert counted[field] == price[field], field
     assert counted["losses"] == pytest.approx([point.loss for point in left.curve], rel=1e-4)
+    assert counted["updates"] == left.counts.state()
+
+
+def test_rank_0_looks_at_samples_and_neither_rank_notices(two):
+    counted = [json.loads((two / f"counted-{rank}.json").read_text()) for rank in range(2)]
+    assert [one["looks"].pop("points") for one in counted] == [3, 0]
+    for field in (field for field in counted[0]["looks"] if not field.endswith("seconds")):
+        assert counted[0]["looks"][field] == counted[0]["cm"][field], field
+    for rank in range(2):
+        looks, plain = (load_file(two / f"{name}-{rank}.safetensors") for name in ("looks", "cm"))
+        assert all(torch.equal(tensor, looks[key]) for key, tensor in plain.items())
 
 
 def test_gradient_accumulation_on_two_ranks_changes_nothing(two, tmp_path):

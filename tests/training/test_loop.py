@@ -29,6 +29,7 @@ from distillbench.errors import DivergedError, UserError
 from distillbench.system.progress import Progress
 from distillbench.training import data_stream
 from distillbench.training.budget import BudgetConfig, Limit
+from distillbench.training.compute import ComputeConfig
 from distillbench.training.data_parallel import SINGLE_RANK
 from distillbench.training.data_stream import DataStream
 from distillbench.training.loop import Loop, Trained, _Curve, train
@@ -549,3 +550,62 @@ def test_a_step_in_parts_is_one_step_of_the_whole_batch(parts, tmp_path):
     assert len(method.sizes) == 10 * parts
     assert method.student.w.item() == pytest.approx(whole.student.w.item(), abs=1e-12)  # the same random numbers
     assert [p.loss for p in trained.curve] == pytest.approx([p.loss for p in expected.curve], abs=1e-12)
+
+
+# --- updates that were clipped or not finite -------------------------------------------------------------------------
+
+
+class Pulled(Ramp):
+    """Two networks whose gradients in step k are those listed."""
+
+    def __init__(self, first, second) -> None:
+        super().__init__()
+        self.other, self.lists = Weight(), (first, second)
+
+    def train_step(self, batch):
+        step = len(self.sizes)
+        self.sizes.append(batch.size)
+        for network, gradients in zip((self.student, self.other), self.lists, strict=True):
+            yield network, Pull.apply(network.w, gradients[step % len(gradients)])
+
+
+class Pull(torch.autograd.Function):
+    """The loss 0 with the given gradient."""
+
+    @staticmethod
+    def forward(context, w, gradient):
+        context.gradient = gradient
+        return w * 0.0
+
+    @staticmethod
+    def backward(context, grad):
+        return grad * context.gradient, None
+
+
+FIRST, SECOND = [0.5, -3.0, 1.5, 0.0], [0.1, -0.2, 20.0]  # gradients; those above 1: 2 of 4, 1 of 3
+
+
+@pytest.mark.parametrize("steps", [12, 120])
+def test_clipped_updates_of_all_networks_are_counted(steps, tmp_path):
+    counts = run(Pulled(FIRST, SECOND), tmp_path, images=10 * steps, lr=1e-6, grad_clip=1.0).counts
+    assert (counts.updates, counts.clipped, counts.nonfinite) == (2 * steps, steps // 2 + steps // 3, 0)
+
+
+def test_without_clipping_no_update_is_clipped_and_nonfinite_ones_are_counted(tmp_path):
+    method = Pulled([1.0, 2.0], [1.0, 1.0])
+    counts = run(method, tmp_path, images=100, grad_clip=0.0).counts
+    assert (counts.updates, counts.clipped, counts.nonfinite) == (20, None, 0)
+    with pytest.raises(DivergedError, match=r"nan after 500 images .*; 50 updates had gradients that are not finite"):
+        run(Pulled([math.inf], [1.0]), tmp_path, images=1000, grad_clip=0.0)
+    # the first step makes the weight infinite; the check after it sees its loss, which is finite
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_updates_that_the_loss_scaler_skips_are_not_finite(clip, tmp_path):
+    """Every fourth gradient overflows in fp16: the weight stays as it was, and the update counts as not finite."""
+    method = Pulled([1.0, 2.0, 3.0, math.inf], [0.5])
+    workspace = make_workspace(method.teacher, tmp_path, BudgetConfig(images=400))
+    loop = Loop(10, compute=ComputeConfig(precision="fp16"))
+    counts = train(method, optimizer(lr=1e-3, grad_clip=clip), workspace, None, loop, SILENT).counts
+    assert (counts.updates, counts.clipped, counts.nonfinite) == (80, 20 if clip else None, 10)
+    assert math.isfinite(method.student.w.item())
