@@ -27,7 +27,7 @@ FIRST: dict[str, str] = {  # column: pandas type
     "reason": "string",
     "note": "string",
 }
-LATER = ("note",)  # columns that tables of older versions lack; they are empty there
+LATER = ("note", "inputs")  # columns that tables of older versions lack; they are empty there
 COST: dict[str, str] = {
     "train_images": "Int64",
     "train_seconds": "Float64",
@@ -58,6 +58,7 @@ LAST: dict[str, str] = {
     "sample_peak_device_mib": "Float64",
     "sample_peak_rss_mib": "Float64",
     "parameters": "Int64",
+    "inputs": "string",
     "settings": "string",
     "compute": "string",
     "reference": "string",
@@ -95,6 +96,7 @@ def table_row(
         **(_train_columns(training) if training is not None else {}),
         **measured,
         "parameters": timed.parameters,
+        "inputs": "" if training is None else training.student_inputs,
     }
 
 
