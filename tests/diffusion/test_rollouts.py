@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -39,7 +41,7 @@ def moments(schedule, times, k):
     m, v = column(MEAN), column(VARIANCE)
     levels = [(schedule.alpha(time(t)).double(), schedule.sigma(time(t)).double()) for t in times.flip(0)]
     mean, variance = 0 * m, levels[0][1].square().expand(1, *SHAPE)
-    for (alpha_t, sigma_t), (alpha_s, sigma_s) in zip(levels[:k], levels[1 : k + 1], strict=True):
+    for (alpha_t, sigma_t), (alpha_s, sigma_s) in pairwise(levels[: k + 1]):
         g = alpha_t * v / (alpha_t**2 * v + sigma_t**2)
         mean, variance = alpha_s * (m + g * (mean - alpha_t * m)), (alpha_s * g) ** 2 * variance + sigma_s**2
     return mean, variance
