@@ -32,11 +32,12 @@ def rollout(
 ) -> tuple[Tensor, Tensor]:
     """x_t and t after k steps of the student's chain, (B,C,H,W) and (B,1,1,1) float64; without gradient.
 
-    `times` (N,) are ascending, as in all grids: the chain starts at times[-1]. `noise()` gives new standard normal noise
-    (B,C,H,W) at each call, such as ``batch.noise``. A tensor `k`, (B,1,1,1) int64, is for each image its own
-    (``batch.integers(0, N)``): every image takes N - 1 steps, so the cost is always the same. An int is for all images
-    (``batch.one_integer(0, N)``) and costs k evaluations; then declare ``Phase(cost_varies=True)``. Raises UserError for
-    an int that is not in 0, ..., N - 1.
+    `times` (N,) are ascending, as in all grids: the chain starts at times[-1]. `noise()` gives new standard normal
+    noise (B,C,H,W) at each call, such as ``batch.noise``.
+
+    A tensor `k`, (B,1,1,1) int64, has a number for each image (``batch.integers(0, N)``): all images take N - 1 steps,
+    so the cost is always the same. An int is for all images (``batch.one_integer(0, N)``) and costs k evaluations; then
+    declare ``Phase(cost_varies=True)``. Raises UserError for an int that is not in 0, ..., N - 1.
     """
     last = len(times) - 1
     if isinstance(k, int) and not 0 <= k <= last:

@@ -305,7 +305,7 @@ class Method(nn.Module, ABC):
 
     @property
     def inputs(self) -> str:
-        """What the student is trained on, one of the words STUDENT_INPUTS: the column `inputs` of the results."""
+        """What the student is trained on: "data", "noise", "rollout" or "pairs", the column `inputs` of the results."""
         return "data" if self.needs_data else "noise"
 
     @property
