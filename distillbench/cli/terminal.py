@@ -73,6 +73,8 @@ def print_plan(console: Console, cells: list[Cell]) -> None:
         images = f", {origin.images:,} images" if origin.images else ""
         _say(console, f"dataset {dataset}, teacher {name}: {origin.origin}{images}")
         _print_plan_table(console, group)
+        if varied := dict.fromkeys(cell.name for cell in group if cell.price_varies):
+            _say(console, f"{', '.join(varied)}: evaluations are about these, because steps have random costs")
         for column, why in group[0].shared.unavailable_metrics().items():
             _say(console, f"{column} would be empty: {why}")
         failing = [cell for cell in group if cell.price_error]

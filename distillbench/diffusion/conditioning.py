@@ -44,7 +44,11 @@ class Condition:
 
     def __getitem__(self, rows: slice | Tensor) -> Condition:
         """The condition of some images of the batch, such as ``c[:10]``, or those at the indices `rows`."""
-        parts = (None if part is None else part[rows] for part in (self.labels, self.w, self.text, self.image))
+        return self.of_rows(lambda part: part[rows])
+
+    def of_rows(self, pick: Callable[[Tensor], Tensor]) -> Condition:
+        """The condition of the images whose rows `pick` takes from a tensor of the batch."""
+        parts = (None if part is None else pick(part) for part in (self.labels, self.w, self.text, self.image))
         labels, w, text, image = parts
         return Condition(labels, w, self.guides, text, image)
 

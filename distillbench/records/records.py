@@ -121,6 +121,7 @@ class TrainRecord(_Record):
     peak_device_mib: float | None = None
     peak_rss_mib: float | None = None
     parameters: int | None = None
+    student_inputs: str = ""  # what the student was trained on, such as data or noise; "": an earlier version
     accumulate: int = 1  # parts of each step (gradient accumulation)
     processes: int = 1  # ranks, each of which trained on a share of every batch
     weights_sha256: str = ""

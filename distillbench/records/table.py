@@ -28,7 +28,7 @@ FIRST: dict[str, str] = {  # column: pandas type
     "note": "string",
 }
 UPDATES = ("clipped_steps", "nonfinite_steps")  # of a training, but no costs
-LATER = ("note", *UPDATES)  # columns that tables of older versions lack; they are empty there
+LATER = ("note", "inputs", *UPDATES)  # columns that tables of older versions lack; they are empty there
 COST: dict[str, str] = {
     "train_images": "Int64",
     "train_seconds": "Float64",
@@ -60,6 +60,7 @@ LAST: dict[str, str] = {
     "sample_peak_device_mib": "Float64",
     "sample_peak_rss_mib": "Float64",
     "parameters": "Int64",
+    "inputs": "string",
     "settings": "string",
     "compute": "string",
     "reference": "string",
@@ -99,6 +100,7 @@ def table_row(
         **(_train_columns(training) if training is not None else {}),
         **measured,
         "parameters": timed.parameters,
+        "inputs": "" if training is None else training.student_inputs,
     }
 
 

@@ -85,7 +85,7 @@ def train_cell(
             break
         except Exception as error:  # a third-party method may raise anything; the other cells run
             status = status_of(error)
-            most = config.batch_size // cell.shared.ranks.count  # images of a step on one rank
+            most = config.batch_size // cell.group_size // cell.shared.ranks.count  # parts of a step on one rank
             if status == "failed" or config.compute.shard or config.on_oom == "fail" or 2 * parts > most:
                 record = TrainRecord(**common, status=status, reason=keep_traceback(error, folder, progress))
                 break
@@ -169,6 +169,9 @@ def _train(
         if compute.shard:
             teacher = stack.enter_context(copied_for_sharding(teacher))
         method = build(cell, teacher, "cpu" if compute.shard else shared.device)
+        cell.group_size = method.group_size
+        if data is not None:
+            data.share = dataclasses.replace(ranks.share, group=method.group_size)
         seed_masks(cell.seed, ranks.share.index)
         stack.enter_context(applied(compute, method, shared.device))
         if not compute.shard:  # with FSDP that happens when it is sharded
@@ -242,6 +245,7 @@ def _trained(
         cost=_cost(trained.price, used, flops),
         **peaks,
         parameters=sum(p.numel() for p in method.student.parameters()),
+        student_inputs=method.inputs,
         weights_sha256=sha256_file(folder / STUDENT),
         updates=counts.updates if counts.complete else None,
         clipped_steps=counts.clipped if counts.complete else None,

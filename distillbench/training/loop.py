@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -119,7 +119,8 @@ class _Training:
         self.curve = _Curve(self.meter, step, loop.ranks)
         self.written: list[Checkpoint] = []
         self.reached = 0  # number of checkpoints written
-        self.phase = 0
+        self.phase = self.step = 0  # the index of the phase, and of the next step within it
+        self.share = replace(loop.ranks.share, group=method.group_size)  # of this rank, in whole groups
         self.sharded: Sharded | None = None
         self.begin = self.finish = 0.0  # of the learning-rate schedule, as shares of the budget
 
@@ -162,7 +163,7 @@ class _Training:
             return self.resume.states.newest()
 
     def _start(self, phases: list[Phase], index: int) -> None:
-        self.phase = index
+        self.phase, self.step = index, 0
         self.method.start_phase(index)
         if index == 0 or phases[index].fresh:
             self._make_optimizers()
@@ -186,6 +187,7 @@ class _Training:
             with nullcontext() if size == self.loop.batch_size else last_batch(self.loop.compute):
                 self._step(size, factor)
             method.after_step()
+            self.step += 1
             meter.images += size
             self.average.update(size)
             curve.log(label)
@@ -196,9 +198,10 @@ class _Training:
     def _step(self, size: int, factor: float) -> None:
         """One step of `size` images. All parts reach an update before the network is updated."""
         workspace, teacher, optimizers = self.workspace, self.workspace.teacher, self.optimizers
-        args = teacher.shape, self.generator, workspace.device, self.read, teacher.conditioning, self.ranks.share
-        least = size // self.ranks.count  # images of the smallest share: all ranks need the same number of parts
-        parts = Batch(size, *args).parts(max(1, min(self.loop.accumulate, least)))
+        args = teacher.shape, self.generator, workspace.device, self.read, teacher.conditioning, self.share
+        groups = size // self.share.group
+        least = groups // self.ranks.count  # of the smallest share: all ranks need the same number of parts
+        parts = Batch(size, *args, self.step, self.phase).parts(max(1, min(self.loop.accumulate, least)))
         updates = [iter(self.method.train_step(part)) for part in parts]
         while True:
             losses: list[Tensor] = []
@@ -272,6 +275,7 @@ class _Training:
         state.add("masks", State({f"{rank}/{name}": each for rank, masks in of_ranks for name, each in masks.items()}))
         plain: dict[str, Any] = {
             "phase": self.phase,
+            "step": self.step,
             "schedule": [self.begin, self.finish],
             "price": asdict(price),
             "energy": asdict(used),
@@ -286,7 +290,7 @@ class _Training:
         method, values = self.method, state.values
         for index in range(values["phase"] + 1):
             self.method.start_phase(index)
-        self.phase = values["phase"]
+        self.phase, self.step = values["phase"], values.get("step", 0)  # older states lack it, and had no cycles
         self.begin, self.finish = values["schedule"]
         load_full(method, state.part("method").tensors)
         self._make_optimizers()

@@ -56,6 +56,18 @@ def test_a_budget_in_images_is_met_exactly(tmp_path):
     assert trained.price.images == 1000
 
 
+def test_a_batch_knows_its_step_within_the_phase(tmp_path):
+    class Steps(Ramp):
+        def train_step(self, batch):
+            self.diary.append((batch.step, [part.step for part in batch.parts(2)]))
+            yield from super().train_step(batch)
+
+    method = Steps(phases=[Phase(), Phase(fresh=False)])
+    trained = run(method, tmp_path, images=65)
+    assert [entry for entry in method.diary if isinstance(entry, tuple)] == [(k, [k, k]) for k in (0, 1, 2, 3, 0, 1, 2)]
+    assert trained.price.images == 65  # each row of each batch
+
+
 class Costly(Ramp):
     """Two evaluations of the teacher and one of a student for each image."""
 
@@ -513,6 +525,13 @@ def test_each_rank_reads_its_share_of_images(large):
     whole = DataStream(Numbers(), 0, "cpu").read(10)[0]
     for index, stream in enumerate(shares):
         assert torch.equal(stream.read(10)[0], whole[index::3])
+
+
+def test_each_rank_reads_whole_groups_of_images(large):
+    shares = [DataStream(Numbers(), 0, "cpu", 1, Share(index, 2, 3)) for index in range(2)]
+    whole = DataStream(Numbers(), 0, "cpu").read(12)[0]
+    for rows, stream in zip(([0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]), shares, strict=True):
+        assert torch.equal(stream.read(12)[0], whole[rows])
 
 
 def test_uint8_becomes_minus_one_to_one():
