@@ -135,7 +135,7 @@ def make_along(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFra
 def _typed(rows: list[dict[str, Any]], types: dict[str, str]) -> pd.DataFrame:
     import pandas as pd  # imported here: the registry needs only the column names
 
-    usual = {"note": ""}
+    usual = {"note": "", "inputs": ""}
     given = {name: [row.get(name, usual.get(name)) for row in rows] for name in types}
     columns = {name: pd.array(values, dtype=types[name]) for name, values in given.items()}  # type: ignore[call-overload]
     return pd.DataFrame(columns)
