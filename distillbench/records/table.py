@@ -27,7 +27,8 @@ FIRST: dict[str, str] = {  # column: pandas type
     "reason": "string",
     "note": "string",
 }
-LATER = ("note",)  # columns that tables of older versions lack; they are empty there
+# columns that tables of older versions lack; they are empty there
+LATER = ("note", "trained_parameters", "student_lora_rank", "student_architecture")
 COST: dict[str, str] = {
     "train_images": "Int64",
     "train_seconds": "Float64",
@@ -58,6 +59,9 @@ LAST: dict[str, str] = {
     "sample_peak_device_mib": "Float64",
     "sample_peak_rss_mib": "Float64",
     "parameters": "Int64",
+    "trained_parameters": "Int64",
+    "student_lora_rank": "Int64",
+    "student_architecture": "string",
     "settings": "string",
     "compute": "string",
     "reference": "string",
@@ -95,6 +99,7 @@ def table_row(
         **(_train_columns(training) if training is not None else {}),
         **measured,
         "parameters": timed.parameters,
+        "trained_parameters": None if training is None else training.trained_parameters,
     }
 
 
@@ -128,7 +133,7 @@ def make_along(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFra
 def _typed(rows: list[dict[str, Any]], types: dict[str, str]) -> pd.DataFrame:
     import pandas as pd  # imported here: the registry needs only the column names
 
-    usual = dict.fromkeys(LATER, "")
+    usual = {name: "" for name in LATER if types.get(name) == "string"}
     given = {name: [row.get(name, usual.get(name)) for row in rows] for name in types}
     columns = {name: pd.array(values, dtype=types[name]) for name, values in given.items()}  # type: ignore[call-overload]
     return pd.DataFrame(columns)

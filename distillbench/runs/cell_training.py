@@ -226,6 +226,7 @@ def _trained(
         cost=_cost(trained.price, used, flops),
         **peaks,
         parameters=sum(p.numel() for p in method.student.parameters()),
+        trained_parameters=sum(p.numel() for p in method.student.parameters() if p.requires_grad),
         weights_sha256=sha256_file(folder / STUDENT),
         curve=[CurvePoint(**dataclasses.asdict(point)) for point in trained.curve],
         checkpoints=[

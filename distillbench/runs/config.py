@@ -37,6 +37,7 @@ from distillbench.runs.config_grid import PointBuilder
 from distillbench.runs.executor_config import EXECUTORS, ExecutorConfig, LocalConfig, kinds_with
 from distillbench.runs.overrides import CHOICES, GROUPS, LONGEST_NAME, first_line, grid_points, parse_override
 from distillbench.runs.written_values import expand_home, written_value
+from distillbench.teachers.students import StudentConfig
 from distillbench.training.budget import BudgetConfig, Limit
 from distillbench.training.compute import ComputeConfig
 
@@ -72,6 +73,7 @@ class RunConfig:
     )
     budget: BudgetConfig = option(BudgetConfig, "how long every method trains")
     evaluation: EvaluationConfig = option(EvaluationConfig, "what is sampled and scored")
+    student: StudentConfig = option(StudentConfig, "the network of the students: the teacher's, adapters, or another")
     compute: ComputeConfig = option(ComputeConfig, "precision, compilation and memory of networks in training")
     batch_size: int = option(128, "images of a training step, for every method")
     accumulate: int = option(1, "gradient accumulation: parts of a step, computed one after the other to save memory")

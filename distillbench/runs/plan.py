@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from distillbench.diffusion.samplers import Solver
@@ -15,6 +16,7 @@ from distillbench.registry import Registry
 from distillbench.runs.config import RunConfig
 from distillbench.runs.price import PriceCache
 from distillbench.runs.shared_context import Cell, SharedContext, SharedContexts
+from distillbench.teachers.students import StudentConfig
 from distillbench.teachers.teacher import TeacherPlan
 from distillbench.training.method import MethodConfig
 
@@ -104,6 +106,12 @@ def notes_of(cells: Sequence[Cell]) -> list[str]:
 def changed_settings(config: MethodConfig | None) -> str:
     """The settings of a method that differ from its defaults, as "name=value, ...". They tell grid rows apart."""
     return ", ".join(f"{name}={value}" for name, value in _changed(config)) if config is not None else ""
+
+
+def student_settings(config: StudentConfig) -> list[str]:
+    """The settings of students that differ from the default, as "student.name=value"; of a file only its name."""
+    changed = {name: Path(value).name if name == "architecture" else value for name, value in _changed(config)}
+    return [f"student.{name}={value}" for name, value in changed.items()]
 
 
 def _changed(config: Any, default: Any = None) -> Iterator[tuple[str, Any]]:
