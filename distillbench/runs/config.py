@@ -99,6 +99,11 @@ class RunConfig:
         require_between(self, 1, self.batch_size, "accumulate")
         require_one_of(self, "on_oom", ON_OOM)
         require_between(self, 0, float("inf"), "cell_seconds")
+        if self.student.lora_rank and self.compute.shard:
+            raise UserError(
+                f"student.lora_rank={self.student.lora_rank} does not go with compute.shard=true: FSDP of adapters is "
+                "untested. Adapters need little memory for gradients and moments: try it without sharding"
+            )
         self._check_guidance()
         self._check_executor()
         if not self.results_dir.strip():
