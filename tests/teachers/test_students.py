@@ -59,7 +59,7 @@ def test_settings_that_make_no_sense(settings, message):
 
 
 def test_a_form_names_what_it_changes(tmp_path):
-    assert AS_TEACHER == StudentForm.of(StudentConfig()) and AS_TEACHER.plain() == {}
+    assert StudentForm.of(StudentConfig()) == AS_TEACHER and AS_TEACHER.plain() == {}
     assert (AS_TEACHER.rank, AS_TEACHER.architecture_label) == (None, "")
     form = StudentForm.of(StudentConfig(lora_rank=4))
     assert form.adapters == Adapters(4, 4.0) and form.adapters.scale == 1
@@ -188,5 +188,5 @@ def test_classes_need_a_row_each_and_one_for_none(tmp_path):
 
 def test_a_text_to_image_teacher_has_no_small_students(tmp_path):
     texts = dataclasses.replace(Conditioning(3), texts=SimpleNamespace())
-    with pytest.raises(UserError, match="take no texts and no images to enlarge.*student.lora_rank"):
+    with pytest.raises(UserError, match=r"take no texts and no images to enlarge.*student\.lora_rank"):
         pixels(conditioning=texts).with_students(architecture(tmp_path)).student()
