@@ -138,4 +138,5 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def adapters_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A and B alone, with the keys that peft and diffusers save: X.lora_A.weight and X.lora_B.weight."""
-    return {key.replace(".default.", "."): tensor for key, tensor in state.items() if key.endswith((A, B))}
+    end = ".default.weight"
+    return {f"{key.removesuffix(end)}.weight": tensor for key, tensor in state.items() if key.endswith((A, B))}

@@ -39,6 +39,7 @@ def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
                 seen.add(identity)
                 if cell.entry is not None:
                     _check_data(cell)
+                    _check_start(cell)
                     cell.nfe = sorted(config.evaluation.nfe or USUAL_NFE)
                     prices.fill_in(cell, contexts.text(cell.method_config))
                 cells.append(cell)
@@ -78,6 +79,19 @@ def _check_data(cell: Cell) -> None:
     if len(shared.dataset):
         why = f"teacher={shared.source.name} is an upscaler of images from its own base model, not of real ones"
     raise UserError(f"{cell.name} needs real images, and {why}. Methods that need none: {free}")
+
+
+def _check_start(cell: Cell) -> None:
+    """Refuse another architecture for a method whose student starts from the teacher's weights."""
+    assert cell.entry is not None
+    if cell.shared.students.architecture is None or cell.entry.cls.can_start_fresh:
+        return
+    methods = cell.shared.registry.methods
+    able = ", ".join(sorted(name for name, entry in methods.items() if entry.cls.can_start_fresh))
+    raise UserError(
+        f"student.architecture: the student of {cell.name} starts from the teacher's weights, which another "
+        f"architecture does not have. Methods that work from random weights: {able}. For the others: student.lora_rank"
+    )
 
 
 def _check_nfe(config: RunConfig, cells: list[Cell]) -> None:

@@ -22,7 +22,7 @@ def build_method(cls: type[Method], config: Any, teacher: Teacher, seed: int, de
     if teacher.students.architecture is not None and not cls.can_start_fresh:
         raise UserError(
             f"student.architecture: the student of {cls.name} starts from the teacher's weights, which another "
-            "architecture does not have. Possible: methods with can_start_fresh, or adapters (student.lora_rank)"
+            "architecture does not have (its class does not declare can_start_fresh = True)"
         )
     torch.manual_seed(seed)  # for weights that a method adds to the teacher's network
     seen = teacher.on(SCHEDULES[config.schedule]()) if config.schedule else teacher
