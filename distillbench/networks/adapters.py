@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillbench.errors import UserError, quoted
+from distillbench.errors import UserError, first_of, quoted
 from distillbench.system.dtensors import class_of
 
 INSTALL = "needs the library peft: pip install 'distillbench[lora]'"
@@ -75,10 +75,9 @@ def chosen_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
         )
     for target in targets:
         if not any(_selects(target, name) for name in possible):
-            shown = ", ".join(possible[:SHOWN]) + (", ..." if len(possible) > SHOWN else "")
             raise UserError(
                 f"student.lora_targets: {quoted(target)} is not a name, the end of a name or a regular expression of a "
-                f"Linear or Conv2d layer. The {len(possible)} layers of the network: {shown}"
+                f"Linear or Conv2d layer. Possible: {first_of(possible, SHOWN)}"
             )
     return [name for name in possible if not targets or any(_selects(target, name) for target in targets)]
 

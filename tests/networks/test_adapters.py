@@ -76,7 +76,7 @@ def test_targets_are_names_ends_of_names_or_expressions(targets, chosen):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (("to_q",), r"student\.lora_targets: 'to_q' is not a name.*The 4 layers of the network: entry, down, inner"),
+        (("to_q",), r"student\.lora_targets: 'to_q' is not a name.*Possible: entry, down, inner"),
         (("grouped",), r"'grouped' is not a name"),
         (("down", "("), r"'\(' is not a regular expression"),
     ],
