@@ -36,6 +36,7 @@ class Direct(Method):
     name = "direct"
     paper = "Luhman & Luhman 2021, arXiv:2101.02388"
     needs_data = False
+    can_start_fresh = True
 
     @dataclass
     class Config(MethodConfig):

@@ -120,7 +120,8 @@ class TrainRecord(_Record):
     peak_gpu_reserved_mib: float | None = None
     peak_device_mib: float | None = None
     peak_rss_mib: float | None = None
-    parameters: int | None = None
+    parameters: int | None = None  # of the student in training, with its adapters
+    trained_parameters: int | None = None  # of these, in weights that get a gradient; None in older records
     student_inputs: str = ""  # what the student was trained on, such as data or noise; "": an earlier version
     accumulate: int = 1  # parts of each step (gradient accumulation)
     processes: int = 1  # ranks, each of which trained on a share of every batch

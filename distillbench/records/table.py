@@ -28,7 +28,8 @@ FIRST: dict[str, str] = {  # column: pandas type
     "note": "string",
 }
 UPDATES = ("clipped_steps", "nonfinite_steps")  # of a training, but no costs
-LATER = ("note", "inputs", *UPDATES)  # columns that tables of older versions lack; they are empty there
+STUDENT = ("trained_parameters", "student_lora_rank", "student_architecture")
+LATER = ("note", "inputs", *UPDATES, *STUDENT)  # columns that tables of older versions lack; they are empty there
 COST: dict[str, str] = {
     "train_images": "Int64",
     "train_seconds": "Float64",
@@ -60,6 +61,9 @@ LAST: dict[str, str] = {
     "sample_peak_device_mib": "Float64",
     "sample_peak_rss_mib": "Float64",
     "parameters": "Int64",
+    "trained_parameters": "Int64",
+    "student_lora_rank": "Int64",
+    "student_architecture": "string",
     "inputs": "string",
     "settings": "string",
     "compute": "string",
@@ -100,6 +104,7 @@ def table_row(
         **(_train_columns(training) if training is not None else {}),
         **measured,
         "parameters": timed.parameters,
+        "trained_parameters": None if training is None else training.trained_parameters,
         "inputs": "" if training is None else training.student_inputs,
     }
 
@@ -135,7 +140,7 @@ def make_along(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFra
 def _typed(rows: list[dict[str, Any]], types: dict[str, str]) -> pd.DataFrame:
     import pandas as pd  # imported here: the registry needs only the column names
 
-    usual = {"note": "", "inputs": ""}
+    usual = {name: "" for name in LATER if types.get(name) == "string"}
     given = {name: [row.get(name, usual.get(name)) for row in rows] for name in types}
     columns = {name: pd.array(values, dtype=types[name]) for name, values in given.items()}  # type: ignore[call-overload]
     return pd.DataFrame(columns)

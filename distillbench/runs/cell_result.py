@@ -12,10 +12,11 @@ from distillbench.records.records import CheckpointScores, EvaluationRecord, Spe
 from distillbench.records.table import cost_columns, table_row
 from distillbench.runs.cell_keys import cell_folder, evaluation_inputs, protocol_key, train_inputs
 from distillbench.runs.cell_training import STUDENT
-from distillbench.runs.plan import changed_settings
+from distillbench.runs.plan import changed_settings, student_settings
 from distillbench.runs.shared_context import Cell
 from distillbench.storage.files import key_of
 from distillbench.system.environment import device_name
+from distillbench.teachers.students import AS_TEACHER
 from distillbench.teachers.teacher import Teacher
 from distillbench.training.compute import changed, in_words
 
@@ -95,6 +96,9 @@ def result_of(
 def _shared_columns(cell: Cell, teacher: Teacher, training: TrainRecord | None = None) -> dict[str, Any]:
     config = cell.shared.config
     settings = [f"guidance_range={config.guidance_range}"] if cell.entry is not None and config.guidance_range else []
+    student = cell.shared.students if cell.entry is not None else AS_TEACHER
+    if cell.entry is not None:
+        settings += student_settings(config.student)
     settings.append(changed_settings(cell.method_config))
     parts = config.accumulate if training is None else training.accumulate
     if cell.entry is not None and parts > 1:
@@ -116,6 +120,8 @@ def _shared_columns(cell: Cell, teacher: Teacher, training: TrainRecord | None =
         "protocol": protocol_key(cell.shared, teacher),
         "settings": ", ".join(filter(None, settings)),
         "compute": in_words(compute, config.evaluation.sampling),
+        "student_lora_rank": student.rank,
+        "student_architecture": student.architecture_label,
     }
 
 

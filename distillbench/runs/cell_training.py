@@ -245,6 +245,7 @@ def _trained(
         cost=_cost(trained.price, used, flops),
         **peaks,
         parameters=sum(p.numel() for p in method.student.parameters()),
+        trained_parameters=sum(p.numel() for p in method.student.parameters() if p.requires_grad),
         student_inputs=method.inputs,
         weights_sha256=sha256_file(folder / STUDENT),
         updates=counts.updates if counts.complete else None,

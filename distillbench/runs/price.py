@@ -49,7 +49,8 @@ class PriceCache:
 
     def _teacher(self, shared: SharedContext) -> Teacher:
         if id(shared) not in self.teachers:
-            self.teachers[id(shared)] = shared.source.untrained().conditioned(shared.conditioning)
+            teacher = shared.source.untrained().conditioned(shared.conditioning)
+            self.teachers[id(shared)] = teacher.with_students(shared.students)
         return self.teachers[id(shared)]
 
 

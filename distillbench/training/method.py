@@ -286,6 +286,7 @@ class Method(nn.Module, ABC):
     Config: ClassVar[type[MethodConfig]]
     paper: ClassVar[str]  # authors, year, arXiv number
     needs_data: ClassVar[bool]  # False: may not read real images
+    can_start_fresh: ClassVar[bool] = False  # True: its student may start from random weights (student.architecture)
     student: nn.Module  # what is trained, averaged and sampled
 
     def __init__(self, config: Any, teacher: Teacher) -> None:

@@ -31,6 +31,7 @@ from distillbench.evaluation.features import FeatureNetwork
 from distillbench.evaluation.progress_scores import PixelScores
 from distillbench.execution.followers import check_rows
 from distillbench.metering.energy import Energy
+from distillbench.networks.adapters import Adapters
 from distillbench.networks.architectures import ResidualMLP
 from distillbench.registry import load_registry
 from distillbench.runs.config import RunConfig
@@ -38,6 +39,7 @@ from distillbench.runs.feature_order import FeatureOrder
 from distillbench.system.launchers import by_mpi, follows, rank_and_count, started_together
 from distillbench.system.progress import Progress
 from distillbench.system.signals import Interrupted
+from distillbench.teachers.students import AS_TEACHER, StudentForm
 from distillbench.teachers.teacher import Teacher
 from distillbench.testing.method_bench import StopAfter
 from distillbench.training import gradient_reduction, pairs
@@ -75,12 +77,13 @@ def network(kind: type[ResidualMLP] = ResidualMLP) -> ResidualMLP:
 def training(
     name: str, folder: Path, ranks: Ranks = SINGLE_RANK, parts: int = 1, limit: Limit = Limit.images, stop: int = 0,
     kind: type[ResidualMLP] = ResidualMLP, cls: type[Method] | None = None, monitor: Monitor | None = None,
+    students: StudentForm = AS_TEACHER,
 ) -> tuple[dict[str, torch.Tensor], Trained]:  # fmt: skip
     """A few steps of a method on a tiny teacher; its weights and the result of the training."""
     cls = cls or method_class(name)
     torch.manual_seed(0)
     made = partial(network, kind)
-    teacher = Teacher("tiny", Denoiser(made(), VPCosine(), "v"), SHAPE, "tiny", blank=made)
+    teacher = Teacher("tiny", Denoiser(made(), VPCosine(), "v"), SHAPE, "tiny", blank=made, students=students)
     method = cls(cls.Config(**SETTINGS.get(name, {})), teacher)
     meter = Meter(BudgetConfig(limit=limit, images=BATCH * STEPS, nfe=300), teacher, "cpu")
     workspace = Workspace(teacher, meter, folder, "cpu", 0, Progress(None), ranks=ranks)
@@ -287,6 +290,32 @@ def failures(ranks: Ranks, folder: Path) -> dict[str, list[str]]:
         weights, _ = training("cm", folder, ranks)
         assert all(torch.equal(tensor, weights[key]) for key, tensor in load_file(folder / "cm-0.safetensors").items())
     return raised_by
+
+
+LORA = StudentForm(Adapters(2, 2.0))
+
+
+def run_rank_of_adapters(rank: int, port: int, folder: Path) -> None:
+    """The main function of each of two ranks that train adapters."""
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(240, exit=True)
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in given.items()})
+    with joined("cpu") as ranks:
+        for name in ("cm", "sid"):
+            save_file(training(name, folder, ranks, students=LORA)[0], folder / f"{name}-{rank}.safetensors")
+
+
+@pytest.mark.nightly
+def test_two_ranks_train_the_same_adapters_as_one(tmp_path):
+    pytest.importorskip("peft")
+    torch.multiprocessing.spawn(run_rank_of_adapters, (free_port(), tmp_path), nprocs=2)
+    for name in ("cm", "sid"):
+        weights, _ = training(name, tmp_path, students=LORA)
+        assert any("lora_" in key for key in weights)
+        main, follower = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2))
+        assert_alike(main, weights)
+        assert all(torch.equal(tensor, follower[key]) for key, tensor in main.items())
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ class Reflow(Method):
     name = "reflow"
     paper = "Liu et al. 2022, arXiv:2209.03003"
     needs_data = False
+    can_start_fresh = True
 
     @dataclass
     class Config(MethodConfig):
