@@ -14,6 +14,8 @@ LIMIT_SECONDS = 600.0  # usually a few are enough
 
 def device(bench: MethodBench) -> str:
     """Every tensor is on the method's device. Steps that wait for the device are reported. Covers all conditionings."""
+    if not bench.usual:
+        raise NotApplicable("it runs on the usual network in float32 only")
     labels = [label for label, value in CONDITIONINGS.items() if bench.conditioning == value or not bench.conditional]
     try:
         pickled = pickle.dumps((bench.cls, bench.given, labels))

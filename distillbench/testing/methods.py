@@ -43,6 +43,7 @@ from distillbench.testing.method_bench import (
     workspace_of,
 )
 from distillbench.testing.methods_flops import flops
+from distillbench.testing.methods_learning import attention, learns
 from distillbench.testing.methods_sampling import (
     batch_independent,
     condition_sampled,
@@ -228,7 +229,9 @@ CHECKS = [
     Check(dropout, ("losses",), "first"),
     Check(only_yielded, ("losses",)),
     Check(teacher_untouched, ("losses",)),
+    Check(attention, ("losses",), "first"),
     Check(trains, ("losses",)),
+    Check(learns, ("trains",)),
     Check(randomness, ("trains",)),
     Check(deterministic, ("randomness",)),
     Check(resumes, ("deterministic", "teacher_untouched")),

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from distillbench.errors import Unavailable
 from distillbench.testing.checks import Fault, NotApplicable
-from distillbench.testing.method_bench import IMAGES, SHAPE, WALKED_PHASES, MethodBench, workspace_of
+from distillbench.testing.method_bench import IMAGES, WALKED_PHASES, MethodBench, workspace_of
 from distillbench.training.budget import BudgetConfig, Meter
 from distillbench.training.flops import denoisers_of, measured_flops, training_flops
 from distillbench.training.method import Batch
@@ -52,6 +52,8 @@ class _Flops(TorchDispatchMode):
 
 def flops(bench: MethodBench) -> str:
     """The FLOPs counted for a step are those that torch counts while it runs, layers outside of networks excepted."""
+    if bench.recompute:
+        raise NotApplicable("what is computed again in a backward pass is not counted")
     method, read = bench.method(), bench.read()
     generator = torch.Generator(bench.device).manual_seed(0)
     method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=bench.device))
@@ -70,7 +72,7 @@ def flops(bench: MethodBench) -> str:
                 counter.timed = ran.network
             with ran:
                 for network, loss in method.train_step(
-                    Batch(IMAGES, SHAPE, generator, bench.device, read, bench.conditioning)
+                    Batch(IMAGES, bench.shape, generator, bench.device, read, bench.conditioning)
                 ):
                     ran.updating = True
                     optimizers.update(network, loss, 1.0)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillbench.testing.bench_networks import Call
 from distillbench.testing.checks import Doubt, Fault, NotApplicable, some, where
 from distillbench.testing.method_bench import (
     CLASSES,
     IMAGES,
     WALKED_PHASES,
-    Call,
     MethodBench,
     WatchedBatch,
     attributes_of,
@@ -126,7 +126,8 @@ def gradients(bench: MethodBench) -> str:
     trained: set[nn.Parameter] = set()
     ends: list[int] = []  # length of the log before and after the first step
     before: list[int] = []  # for each evaluation, how many gradients had reached it
-    through: dict[str, float] = {}  # by network: evaluations per image that the gradient of its loss flows through
+    through: dict[str, list[Call]] = {}  # by network: the evaluations that the gradient of its loss flows through
+    along: dict[str, list[Call]] = {}  # and those where it flows through their derivative along a direction
     for moment in bench.walk():
         calls = calls_of(moment.method)
         if moment.what == "yielded":
@@ -134,9 +135,10 @@ def gradients(bench: MethodBench) -> str:
             before = [len(call.reached) for call in calls]
         if moment.what == "updated":
             network, name = moment.item[0], _name(moment.item[0], moment.method)
-            reached = [call for call, count in zip(calls, before, strict=False) if len(call.reached) > count]
-            rows = sum(call.rows for call in reached if call.network in logged(network)) / IMAGES
-            through[name] = max(rows, through.get(name, 0))
+            own = [(call, count) for call, count in zip(calls, before, strict=False) if call.network in logged(network)]
+            reached = [call for call, count in own if len(call.reached) > count]
+            through[name] = max(reached, through.get(name, []), key=_images_of)
+            along[name] = [call for call, _ in own if call.along] or along.get(name, [])
         if moment.what in ("begin", "stepped") and not moment.phase:
             ends.append(len(calls))
     method = moment.method
@@ -148,12 +150,29 @@ def gradients(bench: MethodBench) -> str:
         )
     seen = _evaluations(calls_of(method)[slice(*ends)], teachers_network(method))
     doubts = [
-        f"the gradient of one loss flows through {count:g} evaluations of {name}: correct only if the paper trains "
-        "through all of them; compute a target under torch.no_grad()"
-        for name, count in through.items()
-        if count > 1
+        f"the gradient of one loss flows through {_images_of(reached) / IMAGES:g} evaluations of {name}{_lines(reached)}: "
+        "correct only if the paper trains through all of them; compute a target under torch.no_grad()"
+        for name, reached in through.items()
+        if _images_of(reached) > IMAGES
+    ]
+    doubts += [
+        f"the gradient of one loss flows through a forward-mode derivative of {name}{_lines(calls)}: correct only if the "
+        "paper trains through it; a target that contains it needs .detach(), or distillbench.diffusion.derivative, whose "
+        "derivative has no gradient"
+        for name, calls in along.items()
+        if calls
     ]
     return Doubt("; ".join([*doubts, seen])) if doubts else seen
+
+
+def _images_of(calls: list[Call]) -> int:
+    return sum(call.rows for call in calls)
+
+
+def _lines(calls: list[Call]) -> str:
+    """The lines of the method that asked for the evaluations, in brackets."""
+    lines = list(dict.fromkeys(call.line for call in calls if call.line))
+    return f" ({some(lines)})" if lines else ""
 
 
 def _evaluations(calls: list[Call], teacher: nn.Module) -> str:
