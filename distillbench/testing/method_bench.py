@@ -1,7 +1,7 @@
 """What methods are checked on: small teachers with random weights, and a distribution with an exact denoiser and map.
 
-A bench is one way of conditioning. Its networks (:mod:`distillbench.testing.bench_networks`) log every evaluation, and its
-batches record whether real images were read; the checks of methods (:mod:`distillbench.testing.methods`) use both.
+A bench is one way of conditioning. Its networks (:mod:`distillbench.testing.bench_networks`) log every evaluation, and
+its batches record whether real images were read; the checks of methods (:mod:`distillbench.testing.methods`) use both.
 
 | symbol | meaning                                     | shape                |
 |--------|---------------------------------------------|----------------------|
@@ -33,6 +33,7 @@ from distillbench.diffusion.distributions import GaussianMixture, mixture
 from distillbench.diffusion.exact_denoiser import ExactDenoiser
 from distillbench.diffusion.noise import FixedNoise, Noise, stream_key
 from distillbench.diffusion.schedules import VPCosine
+from distillbench.errors import UserError
 from distillbench.networks.architectures import ResidualMLP
 from distillbench.networks.calls import ConfiguredCall
 from distillbench.system.progress import Progress, Step
@@ -40,9 +41,8 @@ from distillbench.system.signals import Interrupted, Stop
 from distillbench.teachers.teacher import Teacher
 from distillbench.testing.bench_networks import (
     ARCHITECTURES,
+    NETWORKS,
     RECOMPUTED_BLOCKS,
-    SHAPE,
-    Call,
     Log,
     LoggedNetwork,
     new_network,
@@ -60,6 +60,7 @@ from distillbench.training.resume import Resume, States
 CLASSES, GUIDANCE, GUIDANCE_RANGE = 3, 2.0, (1.0, 3.0)
 IMAGES = 8  # of a step, and of a sample
 STEPS = 16  # of a training
+PRECISIONS = ("fp32", "bf16")  # fp16 scales losses, which the first steps of a training skip
 WALKED_PHASES = 6  # phases at most of which a walk takes a step
 USUAL_NFE, MOST_NFE = (*range(1, 9), 16), 1024  # checked; if none is supported, the first up to MOST_NFE is
 FIT_IMAGES, FIT_BATCH = 75_000, 256  # for the weights that students of the exact teacher start from
@@ -162,6 +163,28 @@ class StopAfter(Stop):
 
 
 @dataclass(frozen=True)
+class Computed:
+    """The network of a bench's teacher and students, and how it is computed in training. Raises UserError."""
+
+    network: str = "mlp"  # mlp, unet, dit or edm
+    precision: str = "fp32"  # fp32 or bf16, as compute.precision
+    recompute: bool = False  # activation checkpointing, as compute.recompute
+
+    def __post_init__(self) -> None:
+        for name, possible in (("network", ARCHITECTURES), ("precision", PRECISIONS)):
+            if (given := getattr(self, name)) not in possible:
+                listed = ", ".join(NETWORKS if name == "network" else PRECISIONS)
+                raise UserError(f"{name} must be one of {listed}, got {given!r}")
+
+    @property
+    def configured(self) -> bool:
+        return self.precision != "fp32" or self.recompute
+
+
+USUALLY_COMPUTED = Computed()
+
+
+@dataclass(frozen=True)
 class MethodBench:
     """One way of conditioning, and all that is needed to check a method with it. Methods return new objects."""
 
@@ -172,19 +195,12 @@ class MethodBench:
     distribution_images: int  # images of the training on the exact teacher; 0: none
     dropout: float = 0.0  # share of pixels that networks drop in training mode
     device: str = "cpu"
-    network: str = "mlp"  # of teacher and students: a name in ARCHITECTURES
-    precision: str = "fp32"  # of the networks in training
-    recompute: bool = False  # activation checkpointing in training
+    computed: Computed = USUALLY_COMPUTED
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """C,H,W of the images."""
-        return ARCHITECTURES[self.network].shape
-
-    @property
-    def usual(self) -> bool:
-        """Whether network and computation are those of the default settings."""
-        return (self.network, self.precision, self.recompute) == ("mlp", "fp32", False)
+        return ARCHITECTURES[self.computed.network].shape
 
     @property
     def conditional(self) -> bool:
@@ -196,8 +212,8 @@ class MethodBench:
     def teacher(self) -> Teacher:
         log, classes = Log(), self.conditioning.classes
         torch.manual_seed(0)
-        depth = RECOMPUTED_BLOCKS if self.recompute else 1
-        blank = lambda: new_network(self.network, classes, log, self.dropout, depth)
+        depth = RECOMPUTED_BLOCKS if self.computed.recompute else 1
+        blank = lambda: new_network(self.computed.network, classes, log, self.dropout, depth)
         denoiser = Denoiser(blank(), VPCosine(), "v").to(self.device)
         return Teacher("random", denoiser, self.shape, "random", conditioning=self.conditioning, blank=blank)
 
@@ -205,10 +221,10 @@ class MethodBench:
         """The method as the harness builds it before training."""
         teacher, config = teacher or self.teacher(), self.config()
         method = build_method(self.cls, config, teacher, 0, self.device)
-        if (self.precision, self.recompute) != ("fp32", False):
-            self._call_networks(
-                method, ConfiguredCall(device_type(self.device), self.precision, recompute=self.recompute)
-            )
+        if self.computed.configured:
+            how = self.computed
+            call = ConfiguredCall(device_type(self.device), how.precision, recompute=how.recompute)
+            self._call_networks(method, call)
         return method
 
     def _call_networks(self, method: Method, call: NetworkCall) -> None:

@@ -52,7 +52,7 @@ class _Flops(TorchDispatchMode):
 
 def flops(bench: MethodBench) -> str:
     """The FLOPs counted for a step are those that torch counts while it runs, layers outside of networks excepted."""
-    if bench.recompute:
+    if bench.computed.recompute:
         raise NotApplicable("what is computed again in a backward pass is not counted")
     method, read = bench.method(), bench.read()
     generator = torch.Generator(bench.device).manual_seed(0)

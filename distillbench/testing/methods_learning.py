@@ -16,10 +16,11 @@ from distillbench.training.method import Method
 
 def attention(bench: MethodBench) -> str:
     """A step of each phase runs on a network with attention, which has no forward-mode derivative by default."""
-    if bench.network != "mlp":
-        raise NotApplicable(f"all checks run on the network {bench.network}, which has attention")
+    if bench.computed.network != "mlp":
+        raise NotApplicable(f"all checks run on the network {bench.computed.network}, which has attention")
+    attending = dataclasses.replace(bench.computed, network="attention")
     try:
-        for _ in dataclasses.replace(bench, network="attention").walk():
+        for _ in dataclasses.replace(bench, computed=attending).walk():
             pass
     except (Exception, SystemExit) as error:
         raise Fault(
@@ -43,8 +44,8 @@ def learns(bench: MethodBench) -> str:
     doubts = []
     if zero:
         doubts.append(
-            f"{some(zero)}: zero after training as before, so its input has no effect. Is it frozen, or left out of the "
-            "loss? An embedding that starts at zero must be trained: requires_grad_(True) after other weights are frozen"
+            f"{some(zero)}: zero after training, so its input has no effect. Is it frozen, or left out of the loss? An "
+            "embedding that starts at zero must be trained: requires_grad_(True) after other weights are frozen"
         )
     if without := [name for name in without if not name.startswith(tuple(zero))]:
         doubts.append(

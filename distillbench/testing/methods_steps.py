@@ -150,15 +150,15 @@ def gradients(bench: MethodBench) -> str:
         )
     seen = _evaluations(calls_of(method)[slice(*ends)], teachers_network(method))
     doubts = [
-        f"the gradient of one loss flows through {_images_of(reached) / IMAGES:g} evaluations of {name}{_lines(reached)}: "
+        f"the gradient of one loss flows through {_images_of(calls) / IMAGES:g} evaluations of {name}{_lines(calls)}: "
         "correct only if the paper trains through all of them; compute a target under torch.no_grad()"
-        for name, reached in through.items()
-        if _images_of(reached) > IMAGES
+        for name, calls in through.items()
+        if _images_of(calls) > IMAGES
     ]
     doubts += [
-        f"the gradient of one loss flows through a forward-mode derivative of {name}{_lines(calls)}: correct only if the "
-        "paper trains through it; a target that contains it needs .detach(), or distillbench.diffusion.derivative, whose "
-        "derivative has no gradient"
+        f"the gradient of one loss flows through a forward-mode derivative of {name}{_lines(calls)}: correct only if "
+        "the paper trains through it; detach a target that contains it, .detach(), or use "
+        "distillbench.diffusion.derivative, whose derivative has no gradient"
         for name, calls in along.items()
         if calls
     ]

@@ -82,7 +82,7 @@ def parts(bench: MethodBench) -> str:
     """A step computed in two parts has the gradient of the whole step. If not, this is reported as a doubt."""
     whole, halves = bench.first_gradient(1), bench.first_gradient(2)
     error = (whole - halves).norm().item() / max(whole.norm().item(), 1e-12)
-    if error > GRADIENT_ROUNDING[bench.precision]:
+    if error > GRADIENT_ROUNDING[bench.computed.precision]:
         return Doubt(
             f"in two parts a step has another gradient (relative difference {error:.2g}): the loss is not a mean over "
             "the images, or random numbers are not drawn from the batch. Accumulation and several GPUs then train "
