@@ -772,6 +772,7 @@ class HasAnUnusedLayer(Good):
     def __init__(self, config, teacher) -> None:
         super().__init__(config, teacher)
         self.student.extra = nn.Linear(2, 2)
+        self.target = copy.deepcopy(self.student).requires_grad_(False)
 
 
 def test_weights_that_do_not_learn_are_named(small):
