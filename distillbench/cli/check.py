@@ -12,8 +12,8 @@ from distillbench.datasets.dataset import Dataset
 from distillbench.errors import UserError
 from distillbench.registry import KINDS, Registry
 from distillbench.runs.config import compose_runs
+from distillbench.testing.bench_networks import USUALLY_COMPUTED, Computed
 from distillbench.testing.conformance import findings_of
-from distillbench.testing.method_bench import USUALLY_COMPUTED, Computed
 
 WORDS = {True: "ok", False: "FAIL", None: "-"}
 DEFAULTS = {"dataset": "gmm", "teacher": "gmm"}  # to compose the settings of a run

@@ -111,8 +111,8 @@ def check(
     distillbench check trained dataset=digits
     """
     from distillbench.cli.check import check_name
+    from distillbench.testing.bench_networks import Computed
     from distillbench.testing.conformance import DISTRIBUTION_IMAGES
-    from distillbench.testing.method_bench import Computed
 
     if quick and thorough:
         raise UserError("--quick and --thorough exclude each other")

@@ -27,6 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import distillbench
 from distillbench.diffusion.autograd_levels import innermost, levels, needs_gradient, reaches_weights
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
+from distillbench.errors import UserError
 from distillbench.networks.architectures import DiT, ResidualMLP, UNet
 from distillbench.networks.edm import SongUNet
 from distillbench.testing.checks import Fault
@@ -147,6 +148,32 @@ ARCHITECTURES = {
     "dit": Architecture(DiT, LARGER, lambda cls, classes, depth: cls(LARGER, 16, depth, classes)),
     "edm": Architecture(SongUNet, LARGER, _song_unet),
 }
+
+
+PRECISIONS = ("fp32", "bf16")  # fp16 scales losses, which the first steps of a training skip
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The network of a bench's teacher and students, and how it is computed in training. Raises UserError."""
+
+    network: str = "mlp"  # mlp, unet, dit or edm
+    precision: str = "fp32"  # fp32 or bf16, as compute.precision
+    recompute: bool = False  # activation checkpointing, as compute.recompute
+
+    def __post_init__(self) -> None:
+        for name, possible in (("network", ARCHITECTURES), ("precision", PRECISIONS)):
+            if (given := getattr(self, name)) not in possible:
+                listed = ", ".join(NETWORKS if name == "network" else PRECISIONS)
+                raise UserError(f"{name} must be one of {listed}, got {given!r}")
+
+    @property
+    def configured(self) -> bool:
+        """Whether networks are not just called as they are."""
+        return self.precision != "fp32" or self.recompute
+
+
+USUALLY_COMPUTED = Computed()
 
 
 def new_network(name: str, classes: int, log: Log, dropout: float = 0.0, depth: int = 1) -> LoggedNetwork:

@@ -26,8 +26,8 @@ from distillbench import registry
 from distillbench.datasets.dataset import Dataset
 from distillbench.errors import UserError
 from distillbench.testing import datasets, methods, metrics, teachers
+from distillbench.testing.bench_networks import USUALLY_COMPUTED, Computed
 from distillbench.testing.checks import Bench, Check, Finding, examine
-from distillbench.testing.method_bench import USUALLY_COMPUTED, Computed
 from distillbench.training.method import Method, MethodConfig
 
 __all__ = [

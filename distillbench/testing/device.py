@@ -5,9 +5,10 @@ from __future__ import annotations
 import pickle
 
 from distillbench.system.subprocesses import ProcessError, call_in_fresh_process
+from distillbench.testing.bench_networks import USUALLY_COMPUTED
 from distillbench.testing.checks import Doubt, Fault, NotApplicable, some
 from distillbench.testing.device_trial import try_method
-from distillbench.testing.method_bench import CONDITIONINGS, USUALLY_COMPUTED, MethodBench
+from distillbench.testing.method_bench import CONDITIONINGS, MethodBench
 
 LIMIT_SECONDS = 600.0  # usually a few are enough
 

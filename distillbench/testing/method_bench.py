@@ -33,7 +33,6 @@ from distillbench.diffusion.distributions import GaussianMixture, mixture
 from distillbench.diffusion.exact_denoiser import ExactDenoiser
 from distillbench.diffusion.noise import FixedNoise, Noise, stream_key
 from distillbench.diffusion.schedules import VPCosine
-from distillbench.errors import UserError
 from distillbench.networks.architectures import ResidualMLP
 from distillbench.networks.calls import ConfiguredCall
 from distillbench.system.progress import Progress, Step
@@ -41,12 +40,14 @@ from distillbench.system.signals import Interrupted, Stop
 from distillbench.teachers.teacher import Teacher
 from distillbench.testing.bench_networks import (
     ARCHITECTURES,
-    NETWORKS,
     RECOMPUTED_BLOCKS,
+    USUALLY_COMPUTED,
+    Computed,
     Log,
     LoggedNetwork,
     new_network,
 )
+from distillbench.testing.bench_records import Learning
 from distillbench.testing.checks import Fault, differ, global_generators, seed_global_generators, some
 from distillbench.training.budget import BudgetConfig, Meter
 from distillbench.training.build import build_method
@@ -60,7 +61,6 @@ from distillbench.training.resume import Resume, States
 CLASSES, GUIDANCE, GUIDANCE_RANGE = 3, 2.0, (1.0, 3.0)
 IMAGES = 8  # of a step, and of a sample
 STEPS = 16  # of a training
-PRECISIONS = ("fp32", "bf16")  # fp16 scales losses, which the first steps of a training skip
 WALKED_PHASES = 6  # phases at most of which a walk takes a step
 USUAL_NFE, MOST_NFE = (*range(1, 9), 16), 1024  # checked; if none is supported, the first up to MOST_NFE is
 FIT_IMAGES, FIT_BATCH = 75_000, 256  # for the weights that students of the exact teacher start from
@@ -132,24 +132,6 @@ class Run:
     learning: Learning
 
 
-class Learning:
-    """Records which networks a training updates, and which of their weights get a gradient other than zero."""
-
-    def __init__(self, method: Method) -> None:
-        self.networks: dict[nn.Module, None] = {}
-        self.weights: set[nn.Parameter] = set()
-        train_step = method.train_step
-
-        def recorded(batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-            for item in train_step(batch):
-                yield item
-                self.networks[item[0]] = None
-                new = (weight for weight in item[0].parameters() if weight not in self.weights)
-                self.weights |= {weight for weight in new if weight.grad is not None and weight.grad.any()}
-
-        method.__dict__["train_step"] = recorded
-
-
 class StopAfter(Stop):
     """Requests a stop from the n-th step on."""
 
@@ -160,28 +142,6 @@ class StopAfter(Stop):
     def __call__(self) -> bool:
         self.left -= 1
         return self.left <= 0
-
-
-@dataclass(frozen=True)
-class Computed:
-    """The network of a bench's teacher and students, and how it is computed in training. Raises UserError."""
-
-    network: str = "mlp"  # mlp, unet, dit or edm
-    precision: str = "fp32"  # fp32 or bf16, as compute.precision
-    recompute: bool = False  # activation checkpointing, as compute.recompute
-
-    def __post_init__(self) -> None:
-        for name, possible in (("network", ARCHITECTURES), ("precision", PRECISIONS)):
-            if (given := getattr(self, name)) not in possible:
-                listed = ", ".join(NETWORKS if name == "network" else PRECISIONS)
-                raise UserError(f"{name} must be one of {listed}, got {given!r}")
-
-    @property
-    def configured(self) -> bool:
-        return self.precision != "fp32" or self.recompute
-
-
-USUALLY_COMPUTED = Computed()
 
 
 @dataclass(frozen=True)

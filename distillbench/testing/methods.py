@@ -30,15 +30,14 @@ from distillbench.diffusion.conditioning import UNCONDITIONAL
 from distillbench.diffusion.noise import Noise, stream_key
 from distillbench.diffusion.samplers import Solver, time_like, x_at_t_max
 from distillbench.errors import UserError
+from distillbench.testing.bench_networks import USUALLY_COMPUTED, Computed
 from distillbench.testing.checks import Check, Fault, NotApplicable, check_declared, settings_with_help
 from distillbench.testing.device import device
 from distillbench.testing.method_bench import (
     CONDITIONINGS,
     MOST_NFE,
     SILENT,
-    USUALLY_COMPUTED,
     WALKED_PHASES,
-    Computed,
     MethodBench,
     draws,
     exact_distribution,

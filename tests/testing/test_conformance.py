@@ -28,6 +28,7 @@ from distillbench.diffusion.samplers import ddim, time_like, uniform_times, x_at
 from distillbench.networks.edm import SongUNet
 from distillbench.registry import Source, installed, load_registry
 from distillbench.testing import conformance, method_bench, methods, methods_learning, methods_steps
+from distillbench.testing.bench_networks import Computed
 from distillbench.testing.checks import Doubt
 from distillbench.testing.conformance import SUITES, Finding, assert_conforms, check_class, check_method
 from distillbench.testing.teacher_bench import TinyImages
@@ -747,7 +748,7 @@ def test_a_gradient_through_several_evaluations_is_reported(small):
 
 def bench_of(cls, label="unconditional", **computed) -> method_bench.MethodBench:
     conditioning = method_bench.CONDITIONINGS[label]
-    return method_bench.MethodBench(label, cls, None, conditioning, 0, computed=method_bench.Computed(**computed))
+    return method_bench.MethodBench(label, cls, None, conditioning, 0, computed=Computed(**computed))
 
 
 def test_a_gradient_through_a_derivative_is_reported(small):
@@ -1106,7 +1107,7 @@ def test_the_command_passes_the_network_and_its_computation(call, monkeypatch):
     monkeypatch.setattr("distillbench.cli.check.findings_of", lambda *values: given.append(values[-1]) or [])
     assert call("check", "good", "--network", "unet", "--precision", "bf16", "--recompute")[0] == 0
     assert call("check", "good")[0] == 0
-    assert given == [method_bench.Computed("unet", "bf16", True), method_bench.Computed()]
+    assert given == [Computed("unet", "bf16", True), Computed()]
 
 
 @pytest.mark.parametrize(
