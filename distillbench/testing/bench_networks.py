@@ -178,12 +178,13 @@ USUALLY_COMPUTED = Computed()
 
 def new_network(name: str, classes: int, log: Log, dropout: float = 0.0, depth: int = 1) -> LoggedNetwork:
     """A small network of the architecture `name` for images of its shape, with random weights."""
-    chosen = ARCHITECTURES[name]
-    network = chosen.new(_logged(chosen.base), classes, depth)
+    network = ARCHITECTURES[name].new(_logged(name), classes, depth)
     assert isinstance(network, LoggedNetwork)
     return network.watched(log, dropout, classes > 0)
 
 
 @functools.cache
-def _logged(base: type[nn.Module]) -> type[nn.Module]:
+def _logged(name: str) -> type[nn.Module]:
+    """The class of that architecture, preceded by LoggedNetwork."""
+    base = ARCHITECTURES[name].base
     return type(f"Logged{base.__name__}", (LoggedNetwork, base), {})

@@ -41,7 +41,7 @@ CHECKS = SUITES["methods"].checks
 # --- built-in methods ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["direct", "pd"])
+@pytest.mark.parametrize("name", ["direct", "tract"])
 def test_built_in_methods_conform_on_few_benches(small, name):
     """By day two methods, of one phase and of several; at night all of them on all benches."""
     assert not failed(found_in("methods", METHODS[name].cls, "save_load", all_checks=True))
@@ -50,7 +50,7 @@ def test_built_in_methods_conform_on_few_benches(small, name):
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", sorted(METHODS))
 @pytest.mark.parametrize(("network", "precision", "recompute"), [("edm", "bf16", True), ("unet", "fp32", False)])
-def test_every_built_in_method_conforms_on_other_networks(small, name, network, precision, recompute):
+def test_every_built_in_method_conforms_on_other_networks(name, network, precision, recompute):
     found = check_class(
         METHODS[name].cls, distribution_images=0, network=network, precision=precision, recompute=recompute
     )
