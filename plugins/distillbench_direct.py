@@ -53,6 +53,10 @@ class Direct(Method):
             if not Solver.parse(self.solver).deterministic:
                 raise UserError(f"solver must be deterministic, got {self.solver!r}, which adds noise of its own")
 
+    @property
+    def inputs(self) -> str:
+        return "noise" if self.config.online else "pairs"
+
     def solve(self, eps: Tensor, c: Condition) -> Tensor:
         """ODE-Solver(f, eps, T -> 0): the teacher's sample in N steps."""
         solver = Solver.parse(self.config.solver)

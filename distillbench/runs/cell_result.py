@@ -30,6 +30,7 @@ class CellDescription:
     folder: Path
     train_inputs: dict[str, Any]
     evaluation_inputs: dict[str, Any]
+    differs: str = ""  # as in Cell
 
     @property
     def train_key(self) -> str:
@@ -66,7 +67,7 @@ def describe_cell(cell: Cell, teacher: Teacher) -> CellDescription:
     evaluation = evaluation_inputs(cell, key)
     columns = _shared_columns(cell, teacher)
     columns |= {"reference": "", "device": device_name(cell.shared.device), "key": key_of(evaluation)}
-    return CellDescription(cell.label, columns, rows, cell_folder(cell, key), inputs, evaluation)
+    return CellDescription(cell.label, columns, rows, cell_folder(cell, key), inputs, evaluation, cell.differs)
 
 
 def result_of(
@@ -130,7 +131,12 @@ def _table_rows(
     columns = _shared_columns(cell, _teacher(cell), training)
     columns |= {"reference": real, "device": _device(training, evaluation, speed), "key": evaluation.key}
     metrics = list(cell.shared.metrics)
-    return [table_row(columns, row, training, speed, metrics, _note(cell, row.nfe)) for row in evaluation.rows]
+    seen = "" if training is None else training.note
+    notes = ["; ".join(filter(None, [_note(cell, row.nfe), seen])) for row in evaluation.rows]
+    return [
+        table_row(columns, row, training, speed, metrics, note)
+        for row, note in zip(evaluation.rows, notes, strict=True)
+    ]
 
 
 def _note(cell: Cell, nfe: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from distillbench.diffusion.samplers import Solver
 from distillbench.errors import UserError, printable
 from distillbench.registry import Registry
+from distillbench.runs.cell_names import name_differences
 from distillbench.runs.config import RunConfig
 from distillbench.runs.price import PriceCache
 from distillbench.runs.shared_context import Cell, SharedContext, SharedContexts
@@ -41,6 +42,7 @@ def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
                     prices.fill_in(cell, contexts.text(cell.method_config))
                 cells.append(cell)
         _check_nfe(config, todo)
+    name_differences(cells)
     return cells
 
 

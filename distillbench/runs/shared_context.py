@@ -152,12 +152,16 @@ class Cell:
     seed: int | None = None
     solver: Solver | None = None  # of the teacher itself
     price: Price = field(default_factory=Price)  # estimated
+    price_varies: bool = False  # the estimate is a mean: the cost of a step is random
+    group_size: int = 1  # the method's, once it is known
     nfe: list[int] = field(default_factory=list)  # of its rows
     price_error: str = ""  # why the cost could not be estimated
+    differs: str = ""  # the settings that tell it from other cells of the run, such as "lr=0.0001"
 
     @property
     def label(self) -> str:
-        return self.name if self.seed is None else f"{self.name} (seed {self.seed})"
+        seed = "" if self.seed is None else f"(seed {self.seed})"
+        return " ".join(filter(None, [self.name, self.differs, seed]))
 
     def sampler(self) -> Solver:
         """Of the teacher's rows."""

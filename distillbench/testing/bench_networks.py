@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -79,6 +80,9 @@ class LoggedNetwork(nn.Module):
     def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
         if self.labelled and c.labels is None:
             raise Fault("a conditional network was evaluated without a class: pass it batch.c, or the c of sample")
+        if isinstance(x, FakeTensor):  # nothing is evaluated: Denoiser.feature_shapes
+            shapes: Tensor = super().forward(x, time, embedding, c)
+            return shapes
         mask = torch.nn.functional.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
         out: Tensor = super().forward(x if mask is None else mask * x, time, embedding, c)
         with_gradient = needs_gradient(out)

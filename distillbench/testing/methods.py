@@ -33,15 +33,13 @@ from distillbench.errors import UserError
 from distillbench.testing.bench_networks import USUALLY_COMPUTED, Computed
 from distillbench.testing.checks import Check, Fault, NotApplicable, check_declared, settings_with_help
 from distillbench.testing.device import device
+from distillbench.testing.exact_bench import draws, exact_distribution, exact_teacher
 from distillbench.testing.method_bench import (
     CONDITIONINGS,
     MOST_NFE,
     SILENT,
     WALKED_PHASES,
     MethodBench,
-    draws,
-    exact_distribution,
-    exact_teacher,
     workspace_of,
 )
 from distillbench.testing.methods_flops import flops
@@ -141,9 +139,11 @@ def matches(bench: MethodBench) -> str:
     before = [_samples(bench, method, fixed, n) for n in tested]
     evaluated = method.teacher.teacher_rows.rows
     with tempfile.TemporaryDirectory() as folder:
-        workspace = workspace_of(method, Path(folder), BudgetConfig(images=bench.distribution_images))
+        group = method.group_size
+        budget = BudgetConfig(images=-(-bench.distribution_images // group) * group)
+        workspace = workspace_of(method, Path(folder), budget)
         read = draws(1) if method.needs_data else None
-        train(method, method.config, workspace, read, Loop(LAW_BATCH), SILENT)
+        train(method, method.config, workspace, read, Loop(max(LAW_BATCH // group, 1) * group), SILENT)
     alone = method.teacher.teacher_rows.rows == evaluated
     method.eval()
     found = []

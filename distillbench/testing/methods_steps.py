@@ -1,7 +1,8 @@
 """Checks of a method's training step: what it reads, what it yields, and what it must leave unchanged.
 
-Each check takes one step of each phase on a bench (:meth:`distillbench.testing.method_bench.MethodBench.walk`). The
-list of all checks of methods, with what each of them needs, is ``CHECKS`` in :mod:`distillbench.testing.methods`.
+Each check takes a cycle of steps of each phase on a bench
+(:meth:`distillbench.testing.method_bench.MethodBench.walk`). The list of all checks of methods, with what each of them
+needs, is ``CHECKS`` in :mod:`distillbench.testing.methods`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from distillbench.testing.bench_networks import Call
 from distillbench.testing.checks import Doubt, Fault, NotApplicable, some, where
 from distillbench.testing.method_bench import (
     CLASSES,
-    IMAGES,
-    WALKED_PHASES,
     MethodBench,
     WatchedBatch,
     attributes_of,
@@ -28,13 +27,17 @@ from distillbench.testing.method_bench import (
     teachers_network,
     weights_of,
 )
-from distillbench.training.method import Method
+from distillbench.training.method import STUDENT_INPUTS, Method
 
 DROPPED = 0.3  # share of pixels that networks drop in the check of dropout
 
 
 def data(bench: MethodBench) -> str:
-    """Real images are read exactly if the method declares needs_data."""
+    """Real images are read exactly if the method declares needs_data; `inputs` is one of the known words."""
+    inputs = bench.method().inputs
+    if inputs not in STUDENT_INPUTS or (inputs == "data" and not bench.cls.needs_data):
+        words = ", ".join(word for word in STUDENT_INPUTS if word != "data" or bench.cls.needs_data)
+        raise Fault(f"inputs says what the student is trained on; possible are {words}, got {inputs!r}")
     batches: list[WatchedBatch] = []
     finished = False
     try:
@@ -54,7 +57,7 @@ def data(bench: MethodBench) -> str:
 
 
 def steps(bench: MethodBench) -> str:
-    """A step of each phase runs and yields networks with their losses; the student is one of them."""
+    """The steps of a cycle of each phase run and yield networks with their losses; the student is one of them."""
     trained: set[nn.Module] = set()
     student = False
     for moment in bench.walk():
@@ -70,7 +73,10 @@ def steps(bench: MethodBench) -> str:
     if not trained:
         raise Fault("train_step yields nothing, so nothing is trained: yield (network, loss) for each update")
     if not student:
-        raise Fault("self.student is never yielded, but it is averaged and sampled: yield (self.student, loss)")
+        raise Fault(
+            "self.student is never yielded, but it is averaged and sampled: yield (self.student, loss); if only every "
+            "n-th step trains it, declare Phase(cycle=n)"
+        )
     return f"networks with their losses are yielded ({len(trained)} trained)"
 
 
@@ -124,7 +130,7 @@ def losses(bench: MethodBench) -> str:
 def gradients(bench: MethodBench) -> str:
     """Only trained networks get gradients. The message counts the evaluations that each gradient flows through."""
     trained: set[nn.Parameter] = set()
-    ends: list[int] = []  # length of the log before and after the first step
+    ends: list[int] = []  # length of the log before and after each step of the first phase
     before: list[int] = []  # for each evaluation, how many gradients had reached it
     through: dict[str, list[Call]] = {}  # by network: the evaluations that the gradient of its loss flows through
     along: dict[str, list[Call]] = {}  # and those where it flows through their derivative along a direction
@@ -148,12 +154,13 @@ def gradients(bench: MethodBench) -> str:
             f"a network that is never yielded gets a gradient ({attributes_of(stray)}): compute targets under "
             "torch.no_grad(), and freeze their networks with requires_grad_(False)"
         )
-    seen = _evaluations(calls_of(method)[slice(*ends)], teachers_network(method))
+    made = [call for begin, end in zip(ends[::2], ends[1::2], strict=True) for call in calls_of(method)[begin:end]]
+    seen = _evaluations(made, teachers_network(method), bench.images, len(ends) // 2)
     doubts = [
-        f"the gradient of one loss flows through {_images_of(calls) / IMAGES:g} evaluations of {name}{_lines(calls)}: "
-        "correct only if the paper trains through all of them; compute a target under torch.no_grad()"
+        f"the gradient of one loss flows through {_images_of(calls) / bench.images:g} evaluations of {name}"
+        f"{_lines(calls)}: correct only if the paper trains through all of them; compute a target under torch.no_grad()"
         for name, calls in through.items()
-        if _images_of(calls) > IMAGES
+        if _images_of(calls) > bench.images
     ]
     doubts += [
         f"the gradient of one loss flows through a forward-mode derivative of {name}{_lines(calls)}: correct only if "
@@ -175,14 +182,15 @@ def _lines(calls: list[Call]) -> str:
     return f" ({some(lines)})" if lines else ""
 
 
-def _evaluations(calls: list[Call], teacher: nn.Module) -> str:
-    """What the first step evaluated. A missing stop-gradient shows here; only the author can tell whether it is one."""
+def _evaluations(calls: list[Call], teacher: nn.Module, images: int, steps: int) -> str:
+    """What these steps evaluated. A missing stop-gradient shows here; only the author can tell whether it is one."""
 
     def rows(of_teacher: bool, with_gradient: bool) -> float:
         mine = [call for call in calls if (call.network is teacher) == of_teacher]
-        return sum(call.rows for call in mine if call.with_gradient == with_gradient) / IMAGES
+        return sum(call.rows for call in mine if call.with_gradient == with_gradient) / images / steps
 
-    text = f"evaluations per image: students {rows(False, True):g} with gradient and {rows(False, False):g} without, "
+    text = "evaluations per image" + (f", the mean of a cycle of {steps} steps" if steps > 1 else "")
+    text += f": students {rows(False, True):g} with gradient and {rows(False, False):g} without, "
     text += f"teacher {rows(True, False):g} without"
     if rows(True, True):
         text += f" and {rows(True, True):g} with gradient to its input: correct only if the paper trains through it"
@@ -191,7 +199,7 @@ def _evaluations(calls: list[Call], teacher: nn.Module) -> str:
 
 def dropout(bench: MethodBench) -> str:
     """Dropout acts on the trained network; an output that it is compared with has no dropout, or the same mask."""
-    same_mask = trained = without = start = 0
+    same_mask = trained = without = start = steps = 0
     for moment in dataclasses.replace(bench, dropout=DROPPED).walk():
         if moment.what == "yielded":
             made, start = calls_of(moment.method)[start:], len(calls_of(moment.method))
@@ -201,8 +209,8 @@ def dropout(bench: MethodBench) -> str:
             without += sum(call.rows for call in made if call.mask is None)
         if moment.what in ("begin", "stepped", "ended"):
             start = len(calls_of(moment.method))
-    phases = min(len(bench.method().phases()), WALKED_PHASES)
-    rows = [count / IMAGES / phases for count in (trained, same_mask, without)]
+            steps += moment.what == "begin"
+    rows = [count / bench.images / steps for count in (trained, same_mask, without)]
     return "evaluations per image: {:g} with dropout, {:g} under the same mask, {:g} without".format(*rows)
 
 

@@ -493,6 +493,30 @@ def test_in_a_terminal_progress_is_bars_that_vanish_and_steps_can_be_nested(caps
     assert progress._bars is None
 
 
+def test_a_bar_shows_the_time_elapsed_and_the_time_left(monkeypatch, capsys):
+    """0.15 of it in 20 s: 0.6 takes 80 s, which count down between two reports."""
+    now = 0.0
+    monkeypatch.setattr("distillbench.system.progress.time.perf_counter", lambda: now)
+    progress = Progress(Console(force_terminal=True, width=120, color_system=None))
+    with progress.step("timing") as step:
+
+        def shown(at: float) -> str:
+            nonlocal now
+            now = at
+            capsys.readouterr()
+            progress._bars.refresh()
+            return capsys.readouterr().out
+
+        assert "0:05 elapsed" in (line := shown(5.0)) and "left" not in line
+        step.advance(0.25, "a note")
+        assert "left" not in shown(6.0)
+        now = 25.0
+        step.advance(0.40)
+        assert "0:25 elapsed, about 1:20 left" in shown(25.0)
+        assert "0:35 elapsed, about 1:10 left" in shown(35.0)
+        assert "1:02:03 elapsed, about 0:00 left" in shown(3723.0)
+
+
 def test_without_a_console_nothing_is_printed(capsys):
     with Progress(None).step("a step") as step:
         step.advance(0.5)

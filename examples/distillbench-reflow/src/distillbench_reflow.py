@@ -69,6 +69,10 @@ class Reflow(Method):
         self.flow = teacher.student().freeze()  # the straight flow, after the first phase
         self.T, self.t_low = teacher.schedule.t_max, max(config.t_low, teacher.schedule.t_min)
 
+    @property
+    def inputs(self) -> str:
+        return "pairs" if self.config.pairs else "noise"
+
     def phases(self) -> list[Phase]:
         distil = [Phase("distil", self.config.distil_share)] if self.config.distil_share else []
         return [Phase("reflow"), *distil]
