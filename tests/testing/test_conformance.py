@@ -434,7 +434,7 @@ class StoresANumber(Good):
         self.seen = 1
 
 
-@fault("price", "estimates 192 evaluations from one step of each phase, training made 288")
+@fault("price", "estimates 192 evaluations from the steps of a cycle of each phase, training made 288")
 class GrowsDearer(Good):
     steps = 0
 
