@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 WIDEST_TEXT = 120
 LONGEST_VERDICT = 1000  # characters
 MOST_LINES = 50  # of a plan or a table
+MOST_NAMED = 8  # rows in one line of text
 COSTS = (  # columns that are shown where they fit
     *("sample_latency_p50_ms", "train_seconds", "sample_images_per_second", "train_teacher_nfe", "train_student_nfe"),
     *("train_images", "train_tflops", "train_joules"),
@@ -169,6 +170,7 @@ def print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, di
     shown = _columns_that_fit(console, summary, same, directions, lines)
     console.print(_drawn(summary, shown, directions, lines))
     notes = [*_notes(summary, shown, directions, lines), *_verdicts(summary, directions)]
+    notes += _behind_teacher(summary, directions)
     for line in [*notes, *_failures(table), *_remarks(table), *_empty_scores(table, directions)]:
         _say(console, line)
 
@@ -295,6 +297,27 @@ def _verdicts(summary: pd.DataFrame, directions: dict[str, str]) -> list[str]:
                 line = f"{name}, {group['nfe'].iloc[0]} NFE: {verdict(group, name, direction)}"
                 lines.append(line if len(line) <= LONGEST_VERDICT else f"{line[:LONGEST_VERDICT]} ...")
     return lines
+
+
+def _behind_teacher(summary: pd.DataFrame, directions: dict[str, str]) -> Iterator[str]:
+    """For each score the students that are worse than the teacher's DDIM with as many evaluations."""
+    from distillbench.records.statistics import COMPARABLE, TEACHER
+
+    for name, direction in directions.items():
+        behind = []
+        for _, group in summary.groupby(COMPARABLE, dropna=False, sort=False) if direction != "none" else []:
+            ddim = group.loc[group["method"] == f"{TEACHER}ddim", name].dropna()
+            if ddim.empty:
+                continue
+            for row in group[~group["method"].str.startswith(TEACHER)].dropna(subset=[name]).to_dict("records"):
+                if row[name] > ddim.iloc[0] if direction == "lower" else row[name] < ddim.iloc[0]:
+                    scores = f"{number(row[name])} against {number(ddim.iloc[0])}"
+                    behind.append(f"{row['method']} at {row['nfe']} NFE ({scores})")
+        if behind:
+            listed = ", ".join(behind[:MOST_NAMED]) + (
+                f" and {len(behind) - MOST_NAMED} more" * (len(behind) > MOST_NAMED)
+            )
+            yield f"{name} worse than the teacher's own DDIM at as many evaluations: {listed}"
 
 
 def _scores(table: pd.DataFrame) -> list[str]:

@@ -1,7 +1,7 @@
 """What methods are checked on: small teachers with random weights.
 
-A bench is one way of conditioning. Its networks log every evaluation of themselves and of their copies, and its batches
-record whether real images were read; the checks of methods (:mod:`distillbench.testing.methods`) use both.
+A bench is one way of conditioning. Its networks (:mod:`distillbench.testing.bench_networks`) log every evaluation, and
+its batches record whether real images were read; the checks of methods (:mod:`distillbench.testing.methods`) use both.
 
 | symbol | meaning                           | shape                |
 |--------|-----------------------------------|----------------------|
@@ -18,26 +18,35 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
-from distillbench.diffusion.autograd_levels import innermost, needs_gradient, reaches_weights
-from distillbench.diffusion.conditioning import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
-from distillbench.diffusion.denoiser import Denoiser
+from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition, Conditioning
+from distillbench.diffusion.denoiser import Denoiser, NetworkCall
 from distillbench.diffusion.noise import FixedNoise, Noise, stream_key
 from distillbench.diffusion.schedules import VPCosine
-from distillbench.networks.architectures import ResidualMLP
+from distillbench.networks.calls import ConfiguredCall
 from distillbench.system.progress import Progress, Step
 from distillbench.system.signals import Interrupted, Stop
 from distillbench.teachers.teacher import Teacher
+from distillbench.testing.bench_networks import (
+    ARCHITECTURES,
+    RECOMPUTED_BLOCKS,
+    USUALLY_COMPUTED,
+    Computed,
+    Log,
+    LoggedNetwork,
+    new_network,
+)
+from distillbench.testing.bench_records import Learning
 from distillbench.testing.checks import Fault, differ, global_generators, seed_global_generators, some
 from distillbench.training.budget import BudgetConfig, Meter
 from distillbench.training.build import build_method
+from distillbench.training.compute import Sampling, device_type, sampling
 from distillbench.training.loop import Loop, train
 from distillbench.training.method import Batch, Method, MethodConfig, Read
 from distillbench.training.optimizers import Optimizers
@@ -45,7 +54,6 @@ from distillbench.training.pairs import Workspace
 from distillbench.training.resume import Resume, States
 from distillbench.training.share import Share
 
-SHAPE = (2, 4, 4)  # of a bench's images
 CLASSES, GUIDANCE, GUIDANCE_RANGE = 3, 2.0, (1.0, 3.0)
 IMAGES = 8  # of a sample, and at least of a step
 STEPS = 16  # of a training
@@ -61,51 +69,7 @@ CONDITIONINGS = {
 }
 
 
-# --- networks, batches and noise that record their use ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Call:
-    """One evaluation of a network on `rows` images."""
-
-    network: nn.Module
-    rows: int
-    labels: Tensor | None
-    with_gradient: bool
-    trained: bool = False  # the gradient reaches the network's weights
-    mask: Tensor | None = field(default=None, compare=False)  # of dropout; None: no dropout
-    reached: list[None] = field(default_factory=list, compare=False)  # an entry for each gradient that reached it
-
-
-class Log(list[Call]):
-    """The evaluations of a network and of all its copies: copies share the log."""
-
-    def __deepcopy__(self, memo: dict) -> Log:
-        return self
-
-
-class LoggedNetwork(ResidualMLP):
-    """A small ResidualMLP with random weights, none of them zero. In training mode it drops pixels."""
-
-    def __init__(self, classes: int, log: Log, dropout: float = 0.0) -> None:
-        super().__init__(SHAPE, width=16, depth=1, classes=classes)
-        self.log, self.dropout = log, dropout
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.2)
-
-    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
-        if self.classes is not None and c.labels is None:
-            raise Fault("a conditional network was evaluated without a class: pass it batch.c, or the c of sample")
-        if isinstance(x, FakeTensor):  # nothing is evaluated: Denoiser.feature_shapes
-            return super().forward(x, time, embedding, c)
-        mask = torch.nn.functional.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
-        out = super().forward(x if mask is None else mask * x, time, embedding, c)
-        with_gradient = needs_gradient(out)
-        call = Call(self, len(x), c.labels, with_gradient, with_gradient and reaches_weights(out, self), mask)
-        if (below := innermost(out)).requires_grad:
-            below.register_hook(lambda gradient: call.reached.append(None))
-        self.log.append(call)
-        return out
+# --- batches and noise that record their use --------------------------------------------------------------------------
 
 
 class WatchedBatch(Batch):
@@ -160,6 +124,7 @@ class Run:
     averages: list[list[dict[str, Tensor]]]  # by phase: the averaged weights of each network at its end
     evaluations: int  # of teacher and students, in images
     disturbed: list[str]  # global random generators that training has drawn from
+    learning: Learning
 
 
 class StopAfter(Stop):
@@ -185,6 +150,12 @@ class MethodBench:
     distribution_images: int  # images of the training on the exact teacher; 0: none
     dropout: float = 0.0  # share of pixels that networks drop in training mode
     device: str = "cpu"
+    computed: Computed = USUALLY_COMPUTED
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C,H,W of the images."""
+        return ARCHITECTURES[self.computed.network].shape
 
     @property
     def conditional(self) -> bool:
@@ -206,14 +177,25 @@ class MethodBench:
     def teacher(self) -> Teacher:
         log, classes = Log(), self.conditioning.classes
         torch.manual_seed(0)
-        blank = lambda: LoggedNetwork(classes, log, self.dropout)
+        depth = RECOMPUTED_BLOCKS if self.computed.recompute else 1
+        blank = lambda: new_network(self.computed.network, classes, log, self.dropout, depth)
         denoiser = Denoiser(blank(), VPCosine(), "v").to(self.device)
-        return Teacher("random", denoiser, SHAPE, "random", conditioning=self.conditioning, blank=blank)
+        return Teacher("random", denoiser, self.shape, "random", conditioning=self.conditioning, blank=blank)
 
     def method(self, teacher: Teacher | None = None) -> Method:
         """The method as the harness builds it before training."""
         teacher, config = teacher or self.teacher(), self.config()
-        return build_method(self.cls, config, teacher, 0, self.device)
+        method = build_method(self.cls, config, teacher, 0, self.device)
+        if self.computed.configured:
+            how = self.computed
+            call = ConfiguredCall(device_type(self.device), how.precision, recompute=how.recompute)
+            self._call_networks(method, call)
+        return method
+
+    def _call_networks(self, method: Method, call: NetworkCall) -> None:
+        """Let the networks of `method` and of its teacher be computed by `call`, as the harness does."""
+        for counter in (method.teacher.teacher_rows, method.teacher.student_rows):
+            counter.call = call
 
     def read(self, generator: torch.Generator | None = None) -> Read | None:
         """Real images: uniform in [-1, 1], with random labels. None for a method that declares to need none."""
@@ -222,7 +204,7 @@ class MethodBench:
 
         def images(size: int) -> tuple[Tensor, Tensor | None]:
             labels = torch.randint(0, self.conditioning.classes or 1, (size,), generator=generator, device=device)
-            return 2 * torch.rand((size, *SHAPE), generator=generator, device=device) - 1, labels
+            return 2 * torch.rand((size, *self.shape), generator=generator, device=device) - 1, labels
 
         return images if self.cls.needs_data else None
 
@@ -234,7 +216,7 @@ class MethodBench:
         method, read, generator = self.method(), self.read(), torch.Generator(self.device).manual_seed(0)
         method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=self.device))
         optimizers = Optimizers(method.config, settings_of=method.settings_of)
-        about = self.images, SHAPE, generator, self.device, read, self.conditioning, self.share
+        about = self.images, self.shape, generator, self.device, read, self.conditioning, self.share
         for phase, stage in enumerate(method.phases()[:WALKED_PHASES]):
             method.start_phase(phase)
             count = stage.priced_steps if priced else stage.cycle
@@ -259,7 +241,7 @@ class MethodBench:
         method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=self.device))
         optimizers = Optimizers(method.config, settings_of=method.settings_of)
 
-        about = self.images, SHAPE, generator, self.device, read, self.conditioning, self.share
+        about = self.images, self.shape, generator, self.device, read, self.conditioning, self.share
 
         def take(step: int, phase: int) -> None:
             for network, loss in method.train_step(Batch(*about, step, phase)):
@@ -278,6 +260,7 @@ class MethodBench:
         Initial weights are always the same; `seed` is that of training, `global_seed` that of the global generators.
         """
         method = self.method()
+        learning = Learning(method)
         averages: list[list[dict[str, Tensor]]] = []
         end_phase = method.end_phase
 
@@ -292,8 +275,9 @@ class MethodBench:
         before = global_generators()
         train(method, method.config, workspace, self.read(), Loop(self.images), SILENT)
         disturbed = [name for name, state in global_generators().items() if state != before[name]]
-        del method.__dict__["end_phase"]
-        return Run(method.eval(), images, averages, rows_of(method), disturbed)
+        del method.__dict__["end_phase"], method.__dict__["train_step"]
+        self._call_networks(method, NetworkCall())  # samples are computed in float32
+        return Run(method.eval(), images, averages, rows_of(method), disturbed, learning)
 
     def first_gradient(self, parts: int) -> Tensor:
         """The gradient of the first update in each step of a cycle, flattened, with steps computed in `parts` parts."""
@@ -301,7 +285,7 @@ class MethodBench:
         method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True))
         method.start_phase(0)
         seed_global_generators(0)
-        about = self.images, SHAPE, generator, "cpu", self.read(), self.conditioning, self.share
+        about = self.images, self.shape, generator, "cpu", self.read(), self.conditioning, self.share
         gradients: list[Tensor] = []
         for step in range(method.phases()[0].cycle):
             batches, networks = Batch(*about, step).parts(parts), set[nn.Module]()
@@ -341,15 +325,16 @@ class MethodBench:
         return self.train()
 
     def noise(self, indices: Iterable[int] = range(IMAGES), seed: int = 0) -> Noise:
-        return Noise(stream_key("conformance", seed), list(indices), SHAPE, self.device)
+        return Noise(stream_key("conformance", seed), list(indices), self.shape, self.device)
 
     def c(self, indices: Iterable[int] = range(IMAGES)) -> Condition:
         return self.conditioning.of_images(list(indices), self.device)
 
     def sample(self, n: int, method: Method | None = None) -> Tensor:
         """Images of a trained method (None: that of `run`), always from the same noise."""
-        with torch.no_grad():
-            return (method or self.run.method).sample(self.noise(), n, self.c())
+        method = method or self.run.method
+        with torch.no_grad(), sampling(Sampling(), method.teacher, self.device):
+            return method.sample(self.noise(), n, self.c())
 
     def nfe(self) -> list[int]:
         """The numbers of evaluations to check: the usual ones that the method supports, else the smallest supported."""

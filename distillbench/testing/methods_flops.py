@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from distillbench.errors import Unavailable
 from distillbench.testing.checks import Fault, NotApplicable
-from distillbench.testing.method_bench import SHAPE, WALKED_PHASES, MethodBench, workspace_of
+from distillbench.testing.method_bench import WALKED_PHASES, MethodBench, workspace_of
 from distillbench.training.budget import BudgetConfig, Meter
 from distillbench.training.flops import denoisers_of, measured_flops, training_flops
 from distillbench.training.method import Batch
@@ -52,6 +52,8 @@ class _Flops(TorchDispatchMode):
 
 def flops(bench: MethodBench) -> str:
     """The FLOPs counted for a cycle are those that torch counts while it runs, layers outside of networks excepted."""
+    if bench.computed.recompute:
+        raise NotApplicable("what is computed again in a backward pass is not counted")
     method, read = bench.method(), bench.read()
     generator = torch.Generator(bench.device).manual_seed(0)
     method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=bench.device))
@@ -59,7 +61,7 @@ def flops(bench: MethodBench) -> str:
     meter = Meter(BudgetConfig(), method.teacher, bench.device)
     meter.stop()
     seen = []
-    about = bench.images, SHAPE, generator, bench.device, read, bench.conditioning, bench.share
+    about = bench.images, bench.shape, generator, bench.device, read, bench.conditioning, bench.share
     for phase, stage in enumerate(method.phases()[:WALKED_PHASES]):
         meter.look_again()
         method.start_phase(phase)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillbench.testing.bench_networks import Call
 from distillbench.testing.checks import Doubt, Fault, NotApplicable, some, where
 from distillbench.testing.method_bench import (
     CLASSES,
-    Call,
     MethodBench,
     WatchedBatch,
     attributes_of,
@@ -132,7 +132,8 @@ def gradients(bench: MethodBench) -> str:
     trained: set[nn.Parameter] = set()
     ends: list[int] = []  # length of the log before and after each step of the first phase
     before: list[int] = []  # for each evaluation, how many gradients had reached it
-    through: dict[str, float] = {}  # by network: evaluations per image that the gradient of its loss flows through
+    through: dict[str, list[Call]] = {}  # by network: the evaluations that the gradient of its loss flows through
+    along: dict[str, list[Call]] = {}  # and those where it flows through their derivative along a direction
     for moment in bench.walk():
         calls = calls_of(moment.method)
         if moment.what == "yielded":
@@ -140,9 +141,10 @@ def gradients(bench: MethodBench) -> str:
             before = [len(call.reached) for call in calls]
         if moment.what == "updated":
             network, name = moment.item[0], _name(moment.item[0], moment.method)
-            reached = [call for call, count in zip(calls, before, strict=False) if len(call.reached) > count]
-            rows = sum(call.rows for call in reached if call.network in logged(network)) / bench.images
-            through[name] = max(rows, through.get(name, 0))
+            own = [(call, count) for call, count in zip(calls, before, strict=False) if call.network in logged(network)]
+            reached = [call for call, count in own if len(call.reached) > count]
+            through[name] = max(reached, through.get(name, []), key=_images_of)
+            along[name] = [call for call, _ in own if call.along] or along.get(name, [])
         if moment.what in ("begin", "stepped") and not moment.phase:
             ends.append(len(calls))
     method = moment.method
@@ -155,12 +157,29 @@ def gradients(bench: MethodBench) -> str:
     made = [call for begin, end in zip(ends[::2], ends[1::2], strict=True) for call in calls_of(method)[begin:end]]
     seen = _evaluations(made, teachers_network(method), bench.images, len(ends) // 2)
     doubts = [
-        f"the gradient of one loss flows through {count:g} evaluations of {name}: correct only if the paper trains "
-        "through all of them; compute a target under torch.no_grad()"
-        for name, count in through.items()
-        if count > 1
+        f"the gradient of one loss flows through {_images_of(calls) / bench.images:g} evaluations of {name}"
+        f"{_lines(calls)}: correct only if the paper trains through all of them; compute a target under torch.no_grad()"
+        for name, calls in through.items()
+        if _images_of(calls) > bench.images
+    ]
+    doubts += [
+        f"the gradient of one loss flows through a forward-mode derivative of {name}{_lines(calls)}: correct only if "
+        "the paper trains through it; detach a target that contains it, .detach(), or use "
+        "distillbench.diffusion.derivative, whose derivative has no gradient"
+        for name, calls in along.items()
+        if calls
     ]
     return Doubt("; ".join([*doubts, seen])) if doubts else seen
+
+
+def _images_of(calls: list[Call]) -> int:
+    return sum(call.rows for call in calls)
+
+
+def _lines(calls: list[Call]) -> str:
+    """The lines of the method that asked for the evaluations, in brackets."""
+    lines = list(dict.fromkeys(call.line for call in calls if call.line))
+    return f" ({some(lines)})" if lines else ""
 
 
 def _evaluations(calls: list[Call], teacher: nn.Module, images: int, steps: int) -> str:

@@ -406,6 +406,15 @@ def printed(content, width):
 TEACHER = {"method": "teacher:ddim", "training_seed": None, "train_images": None, "train_seconds": None, "nfe": 64}
 
 
+def test_a_student_that_is_worse_than_the_teacher_at_as_many_evaluations_is_named():
+    name = METRICS[0] if isinstance(METRICS, list | tuple) else next(iter(METRICS))
+    content = table({name: 700.0}, {"method": "cm", name: 300.0}, TEACHER | {"nfe": 1, name: 500.0}, TEACHER)
+    lines = [line for line in printed(content, 120).splitlines() if "worse than the teacher" in line]
+    assert lines == [
+        f"{name} worse than the teacher's own DDIM at as many evaluations: boot at 1 NFE (700 against 500)"
+    ]
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_fits_the_terminal(width):
     text = printed(table(TEACHER, {}, {"method": "cm", "nfe": 2, "teacher_rmse": None}), width)

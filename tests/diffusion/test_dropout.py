@@ -25,7 +25,8 @@ from distillbench.diffusion.modes import evaluating, frozen_weights
 from distillbench.diffusion.samplers import ddim_step, x_at_t_max
 from distillbench.diffusion.schedules import VPCosine
 from distillbench.teachers.teacher import Teacher
-from distillbench.testing.method_bench import IMAGES, SHAPE, MethodBench, calls_of, changed, weights_of
+from distillbench.testing.bench_networks import SHAPE
+from distillbench.testing.method_bench import IMAGES, MethodBench, calls_of, changed, weights_of
 from distillbench.testing.methods_steps import check_masks
 from distillbench.testing.methods_steps import dropout as check_dropout
 from distillbench.training.compute import ComputeConfig, applied

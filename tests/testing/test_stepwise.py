@@ -34,7 +34,7 @@ def bench(cls, **settings) -> MethodBench:
 
 def findings(cls):
     """The findings of all checks but `device` and `matches`, by check."""
-    return {finding.check: finding for finding in found_in("methods", cls, "trains")}
+    return {finding.check: finding for finding in found_in("methods", cls, "trains", all_checks=True)}
 
 
 def planned(tmp_path, *words):
