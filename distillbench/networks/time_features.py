@@ -1,13 +1,13 @@
 """Networks that see time through low frequencies only, as methods that differentiate in time need.
 
-A network turns its time into features phi, sines and cosines of frequencies up to 1000, and reads them by linear layers.
-Its output then changes by its own size within a thousandth of the times: a derivative in time is that of the fastest
-sine and says nothing about the path. :func:`smooth_times` replaces phi by polynomials of low degree:
+A network turns its time into features phi, sines and cosines of frequencies up to 1000, and reads them by a linear
+layer. What the fastest of them add to its output is small, but dominates its derivative in time. :func:`smooth_times`
+replaces phi by polynomials of low degree, with v = -1 at the first time and 1 at the last:
 
-    phi'(a) = sum_k C_k T_k(v),   v = -1 at the first time, 1 at the last,   C = argmin int |phi' - phi|^2 dv / sqrt(1 - v^2)
+    phi'(a) = sum_k C_k T_k(v),   C = argmin int |phi' - phi|^2 dv / sqrt(1 - v^2)
 
-For a linear layer W with independent columns this C also minimises the error of W phi', so that the first layer needs
-no other weights: the network's new pre-activations are the closest ones that a polynomial of this degree can be.
+This C also minimises the error of W phi' for the weights W of the linear layer, which therefore stay as they are: what
+the layer returns is as close to what it returned before as a polynomial of this degree can be.
 
 | symbol | meaning                                                                | shape                |
 |--------|------------------------------------------------------------------------|----------------------|
@@ -102,8 +102,9 @@ def smooth_times(denoiser: Denoiser, degree: int = 8) -> Denoiser:
     network = denoiser.network
     if not isinstance(network, TimedNetwork):
         raise UserError(
-            f"the features of time of a {type(network).__name__} are not known, so they cannot be made smooth. Possible: "
-            "mlp, unet, dit, EDM's networks, those of diffusers, and any that derives from networks.TimedNetwork"
+            f"the features of time of a {type(network).__name__} are not known, so they cannot be made smooth. "
+            "Possible: mlp, unet, dit, EDM's networks, those of diffusers, and any that derives from "
+            "networks.TimedNetwork"
         )
     placed, schedule = network.time_features(), denoiser.native
     device = next(network.parameters()).device

@@ -37,8 +37,8 @@ def times(bench: MethodBench) -> str:
     seen = f"at the start the output of the network changes by {max(found):.2g} of its size per unit of lam"
     if max(found) > LARGEST_CHANGE:
         return Doubt(
-            f"{seen}, at constant x_t. More than {LARGEST_CHANGE:g} is not the path's but that of features of time with "
-            "high frequencies, and a loss with a derivative learns those. Give the student low ones: "
+            f"{seen}, at constant x_t. More than {LARGEST_CHANGE:g} is not the path's change but that of features of "
+            "time with high frequencies, and a loss with a derivative learns those. Give the student low ones: "
             "networks.smooth_times(teacher.student())"
         )
     return f"{seen}; {LARGEST_CHANGE:g} is allowed"
