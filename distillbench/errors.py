@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 __all__ = ["DivergedError", "Unavailable", "UserError", "nearest", "quoted", "unknown"]
@@ -62,3 +62,22 @@ def quoted(got: str) -> str:
     "'999999999999999999999999999999999999999999999999999999999999...'"
     """
     return repr(got if len(got) <= LONGEST_QUOTE else got[:LONGEST_QUOTE] + "...")
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """`count` with its noun, which takes an s or is `many` if there is not one.
+
+    >>> counted(1200, "file"), counted(1, "entry", "entries")
+    ('1,200 files', '1 entry')
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def first_of(names: Sequence[str], most: int = 3) -> str:
+    """A text with the first `most` of `names`, and how many more there are.
+
+    >>> first_of(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillbench.errors import UserError, quoted, unknown
+from distillbench.errors import UserError, counted, first_of, quoted, unknown
 from distillbench.records.layout import CACHE, CELLS
 from distillbench.records.records import FINAL
 from distillbench.storage.files import TEMPORARY, sha256_file
@@ -294,7 +294,9 @@ def failed_record(record: dict[str, Any]) -> bool:
 def _orphans(root: Path, before: float, busy: Busy, removal: Removal) -> None:
     trainings, evaluations, unreadable = _named_by_runs(root)
     if unreadable:
-        removal.notes.append(f"{_listed(unreadable)} cannot be read, so the cells in use are unknown: none is removed")
+        removal.notes.append(
+            f"{first_of(unreadable, SHOWN)} cannot be read, so the cells in use are unknown: none is removed"
+        )
         return
     named = young = unfinished = 0
     for cell in cells_of(root):
@@ -308,7 +310,9 @@ def _orphans(root: Path, before: float, busy: Busy, removal: Removal) -> None:
             unfinished += not (cell / "train.json").is_file() and any(cell.glob("resume/**/state-*.safetensors"))
     cells = [folder.name for folder in removal.folders if folder.parent == root / CELLS]
     if cells:
-        removal.notes.append(f"{counted(len(cells), 'cell')}: {_listed(cells)}. A run that needs them trains again")
+        removal.notes.append(
+            f"{counted(len(cells), 'cell')}: {first_of(cells, SHOWN)}. A run that needs them trains again"
+        )
     if unfinished:
         removal.notes.append(f"including {counted(unfinished, 'interrupted training')} that could be resumed")
     if young:
@@ -520,15 +524,6 @@ def _report(console: Console, results_dir: Path, found: list[Removal]) -> None:
 
 def _amounts(files: Sequence[Path]) -> tuple[str, str]:
     return counted(len(files), "file"), f"{freed(files) / MIB:,.1f} MiB"
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _say(console: Console, line: str) -> None:

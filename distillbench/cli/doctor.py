@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distillbench.cli import clean
 from distillbench.cli.doctor_devices import check_device, check_threads
 from distillbench.cli.doctor_disk import check_disk
 from distillbench.cli.doctor_findings import Check, Finding, Installation, Level
@@ -56,7 +55,7 @@ def examine(
             counted[finding.level] += 1
             print_finding(console, name, finding)
     wrong = f"{counted['wrong']:,} wrong" if counted["wrong"] else "nothing is wrong"
-    console.print(f"{wrong}, {clean.counted(counted['warning'], 'warning')}", highlight=False)
+    console.print(f"{wrong}, {counted(counted['warning'], 'warning')}", highlight=False)
     return not counted["wrong"]
 
 

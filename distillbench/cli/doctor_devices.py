@@ -9,9 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from distillbench.cli import clean
 from distillbench.cli.doctor_findings import MIB, Finding, Installation
-from distillbench.errors import Unavailable
+from distillbench.errors import Unavailable, counted
 from distillbench.system.subprocesses import in_words
 
 LITTLE_GPU_MIB = 2 * 1024
@@ -73,7 +72,7 @@ def judge_cuda(cuda: Cuda) -> Iterator[Finding]:
 
 
 def _no_gpu(cuda: Cuda) -> Finding:
-    count = clean.counted(cuda.seen, "GPU")
+    count = counted(cuda.seen, "GPU")
     if cuda.seen and cuda.built_for is None:
         advice = "install a CUDA build of torch and torchvision: https://pytorch.org/get-started/locally"
         return Finding("warning", f"cpu: NVML finds {count}, and this torch is built for the CPU only", advice)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,6 @@ from distillbench.system.progress import Progress
 
 Level = Literal["ok", "warning", "wrong"]
 MIB = 2**20
-SHOWN = 3  # names in a line
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,3 @@ class Installation:
 
 
 Check = Callable[[Installation], Iterator[Finding]]
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first SHOWN names, and how many more there are."""
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

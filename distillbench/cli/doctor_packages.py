@@ -13,8 +13,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
-from distillbench.cli import clean
 from distillbench.cli.doctor_findings import Finding, Installation, Level
+from distillbench.errors import counted
 from distillbench.registry import FILE
 from distillbench.system.subprocesses import in_words
 
@@ -85,7 +85,7 @@ def check_packages(installation: Installation) -> Iterator[Finding]:
     yield from dict.fromkeys(bad)
     installed = {package.requirement.name for package in packages if package.version}
     if not bad:
-        yield Finding("ok", f"{clean.counted(len(installed), 'package')}, all in the declared versions")
+        yield Finding("ok", f"{counted(len(installed), 'package')}, all in the declared versions")
 
 
 def needed(distribution: str, thorough: bool) -> list[Package]:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distillbench.cli import clean
-from distillbench.cli.doctor_findings import MIB, Finding, Installation, listed
-from distillbench.errors import Unavailable
+from distillbench.cli.doctor_findings import MIB, Finding, Installation
+from distillbench.errors import Unavailable, counted, first_of
 from distillbench.system.subprocesses import in_words
 
 if TYPE_CHECKING:
@@ -27,8 +26,8 @@ def check_plugins(installation: Installation) -> Iterator[Finding]:
     loaded = len(registry.plugins) - len(not_selected) - len(registry.broken)
     kinds = ("methods", "teachers", "datasets", "metrics")
     brought = ", ".join(f"{len(registry.of_kind(kind)):,} {kind}" for kind in kinds)
-    left = f"; not selected: {listed(not_selected)}" if not_selected else ""
-    yield Finding("ok" if loaded else "wrong", f"{clean.counted(loaded, 'plugin')} loaded: {brought}{left}")
+    left = f"; not selected: {first_of(not_selected)}" if not_selected else ""
+    yield Finding("ok" if loaded else "wrong", f"{counted(loaded, 'plugin')} loaded: {brought}{left}")
 
 
 def check_networks(installation: Installation) -> Iterator[Finding]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from distillbench.cli import clean
-from distillbench.cli.doctor_findings import MIB, Finding, Installation, listed
+from distillbench.cli.doctor_findings import MIB, Finding, Installation
+from distillbench.errors import counted, first_of
 from distillbench.records.layout import CACHE, CELLS
 from distillbench.records.records import EvaluationRecord, OtherVersion, SpeedRecord, TrainRecord, read_record
 from distillbench.storage import folders
@@ -26,9 +27,7 @@ def check_caches(installation: Installation) -> Iterator[Finding]:
         yield Finding("ok", f"no results in {installation.results_dir} yet")
         return
     cells = clean.cells_of(root)
-    sizes = {
-        clean.counted(len(cells), "cell"): folders.size_of(file for cell in cells for file in folders.files_below(cell))
-    }
+    sizes = {counted(len(cells), "cell"): folders.size_of(file for cell in cells for file in folders.files_below(cell))}
     for folder in folders.folders_in(root / CACHE):
         sizes[f"cache/{folder.name}"] = folders.size_of(folders.files_below(folder))
     yield Finding("ok", ", ".join(f"{name} {size / MIB:,.1f} MiB" for name, size in sizes.items()))
@@ -56,16 +55,16 @@ def check_records(installation: Installation) -> Iterator[Finding]:
         except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError):
             damaged.append(_short(path))
     if damaged:
-        line = f"{len(damaged):,} of {clean.counted(good + len(damaged), 'record')} damaged: {listed(damaged)}"
+        line = f"{len(damaged):,} of {counted(good + len(damaged), 'record')} damaged: {first_of(damaged)}"
         yield Finding("wrong", line, "run the same command again: it computes them again")
     if others:
-        line = f"{clean.counted(len(others), 'record')} of another version of distillbench: {listed(others)}"
+        line = f"{counted(len(others), 'record')} of another version of distillbench: {first_of(others)}"
         yield Finding("warning", line, "run the same command again: it computes them again")
     if failed:
         advice = "the traceback is in the cell's error.txt; --retry-failed tries again"
-        yield Finding("warning", f"{clean.counted(failed, 'record')} of failed work", advice)
+        yield Finding("warning", f"{counted(failed, 'record')} of failed work", advice)
     if good or not (damaged or others):
-        yield Finding("ok", f"{clean.counted(good, 'record')} can be read")
+        yield Finding("ok", f"{counted(good, 'record')} can be read")
 
 
 def _records(results_dir: Path) -> list[Path]:
@@ -114,12 +113,12 @@ def check_students(installation: Installation) -> Iterator[Finding]:
             damaged.append(_short(file))
     again = "run the same command again: it trains these students again"
     if missing:
-        yield Finding("wrong", f"{clean.counted(len(missing), 'weights file')} missing: {listed(missing)}", again)
+        yield Finding("wrong", f"{counted(len(missing), 'weights file')} missing: {first_of(missing)}", again)
     if damaged:
-        line = f"{clean.counted(len(damaged), 'weights file')} not as recorded: {listed(damaged)}"
+        line = f"{counted(len(damaged), 'weights file')} not as recorded: {first_of(damaged)}"
         yield Finding("wrong", line, again)
     if not missing and not damaged:
-        yield Finding("ok", f"{clean.counted(len(chosen), 'weights file')} as recorded{_unread(left)}")
+        yield Finding("ok", f"{counted(len(chosen), 'weights file')} as recorded{_unread(left)}")
 
 
 def check_states(installation: Installation) -> Iterator[Finding]:
@@ -139,12 +138,12 @@ def check_states(installation: Installation) -> Iterator[Finding]:
         if digest is not None and file.stem.rpartition("-")[2] != digest[:DIGITS]:
             damaged.append(str(file.relative_to(installation.results_dir / CELLS)))
     if damaged:
-        line = f"{clean.counted(len(damaged), 'training checkpoint')} damaged: {listed(damaged)}"
+        line = f"{counted(len(damaged), 'training checkpoint')} damaged: {first_of(damaged)}"
         yield Finding("warning", line, "nothing: the previous one is used, or the training starts again")
     if aside:
-        line = f"{clean.counted(aside, 'damaged training checkpoint')} set aside"
+        line = f"{counted(aside, 'damaged training checkpoint')} set aside"
         yield Finding("warning", line, f"distillbench clean --results-dir {installation.results_dir}")
-    resume = f"{clean.counted(unfinished, 'interrupted training')}: the same command resumes"
+    resume = f"{counted(unfinished, 'interrupted training')}: the same command resumes"
     line = resume if unfinished else "no interrupted training"
     yield Finding("ok", f"{line}{_unread(left)}")
 
@@ -186,7 +185,7 @@ def _reading(installation: Installation, label: str, files: Sequence[Path]) -> I
 
 
 def _unread(count: int) -> str:
-    return f"; {clean.counted(count, 'large one')} not read (--thorough does)" if count else ""
+    return f"; {counted(count, 'large one')} not read (--thorough does)" if count else ""
 
 
 def _short(path: Path) -> str:

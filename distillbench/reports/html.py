@@ -14,6 +14,7 @@ import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from distillbench.errors import counted
 from distillbench.records.statistics import arrow
 from distillbench.reports import charts, words
 from distillbench.reports.entries import rows_of
@@ -101,10 +102,10 @@ def _declared(runs: Sequence[RunData], names: Sequence[str]) -> tuple[dict[str, 
 def _overview(runs: Sequence[RunData], names: Sequence[str], sections: list[Section]) -> list[str]:
     rows = sum(len(run.table) for run in runs)
     bad = sum(int((run.table["status"].fillna("") != "ok").sum()) for run in runs)
-    of = f"{words.counted(len(runs), 'run')} ({words.listed(names)})" if len(runs) > 1 else f"run {names[0]}"
+    of = f"{counted(len(runs), 'run')} ({words.listed(names)})" if len(runs) > 1 else f"run {names[0]}"
     if not rows:
         return [f"There is nothing to compare: {of} has no finished row." if len(runs) == 1 else f"No row in {of}."]
-    lines = [f"{words.counted(rows, 'row')} of {of}, {f'{bad:,} of them not' if bad else 'all'} ok."]
+    lines = [f"{counted(rows, 'row')} of {of}, {f'{bad:,} of them not' if bad else 'all'} ok."]
     if len(sections) > 1:
         lines.append(
             f"They fall into {len(sections)} groups that differ in dataset, teacher, guidance, images, budget or "

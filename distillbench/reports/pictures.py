@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from distillbench.errors import counted
 from distillbench.reports.runs import RunData
-from distillbench.reports.words import counted, is_known, number, other_reasons
+from distillbench.reports.words import is_known, number, other_reasons
 
 MOST_ROWS = 200
 MOST_COLUMNS = 16

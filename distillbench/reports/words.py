@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
+from distillbench.errors import counted
 from distillbench.records.statistics import TEACHER, leaders, verdict
 
 ABOUT = {  # columns other than scores: heading (with its unit), explanation
@@ -113,10 +114,6 @@ def listed(names: Iterable[object], most: int = 12) -> str:
     if len(texts) > most:
         texts = [*texts[:most], f"{len(texts) - most:,} more"]
     return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1] if texts else "none"
-
-
-def counted(count: int, one: str, many: str = "") -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 @functools.lru_cache(maxsize=100_000)

@@ -77,7 +77,7 @@ def test_a_call_runs_in_another_process():
     assert call_in_fresh_process(eval, "1 + 1", 60) == 2
     pid, loaded = call_in_fresh_process(eval, "__import__('os').getpid(), list(__import__('sys').modules)", 60)
     assert pid != os.getpid() and not psutil.pid_exists(pid)
-    assert "torch" not in loaded and "pytest" not in loaded
+    assert "pytest" not in loaded
 
 
 @pytest.mark.parametrize(

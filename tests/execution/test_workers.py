@@ -110,7 +110,8 @@ def test_the_process_of_a_cell_saves_a_state_when_the_run_is_killed(tmp_path):
         command(tmp_path, "methods=[slow]"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     log = wait_for(lambda: [f for f in (tmp_path / "results").glob("cells/*/log.txt") if "training" in f.read_text()])
-    (worker,) = (child for child in psutil.Process(running.pid).children() if "spawn_main" in " ".join(child.cmdline()))
+    started = psutil.Process(running.pid).children(recursive=True)
+    (worker,) = (child for child in started if str(log[0]) in [file.path for file in child.open_files()])
     assert is_locked(log[0].parent)
     running.kill()
     running.wait()
