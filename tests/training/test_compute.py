@@ -61,7 +61,7 @@ MAKERS = {
     "unet": lambda: UNet(SHAPE, 8, 1),
     "dit": lambda: DiT(SHAPE, 32, 3),
 }
-METHODS = ("boot", "cm", "ct", "direct", "pd", "sid", "tract")
+METHODS = ("boot", "cm", "ct", "direct", "meanflow", "pd", "scm", "sid", "tract")
 CHANGES = [
     {"precision": "bf16"},
     {"teacher_precision": "bf16"},
