@@ -155,7 +155,7 @@ NAMES = {
     "methods=[Boot]": f"no method 'Boot'. Did you mean 'boot'? {METHODS}",
     "methods=null": f"no method 'null'. {METHODS}",
     "methods=": f"no method ''. {METHODS}",
-    "methods=[]": "no method given. Write methods=[NAME,...]; possible: boot, cm, ct, direct, meanflow, pd, scm, sid, tract",
+    "methods=[]": f"no method given. Write methods=[NAME,...]; p{METHODS[1:]}",
     "methods=[[boot]]": "no method \"['boot']\". Did you mean 'boot'? Possible: ",
     "dataset=digit": f"no dataset 'digit'. Did you mean 'digits'? Possible: {DATASETS}",
     "dataset=null": f"no dataset 'null'. Possible: {DATASETS}",
