@@ -69,9 +69,9 @@ class PolynomialFeatures(nn.Module):
         super().__init__()
         self.logarithmic, self.degree = logarithmic, degree
         ends = (math.log(low), math.log(high)) if logarithmic else (low, high)
-        self.middle, self.half = sum(ends) / 2, (ends[1] - ends[0]) / 2
+        self.centre, self.radius = sum(ends) / 2, (ends[1] - ends[0]) / 2
         angles = (torch.arange(NODES, dtype=torch.float64, device=device) + 0.5) * (math.pi / NODES)
-        at = self.middle + self.half * angles.cos()
+        at = self.centre + self.radius * angles.cos()
         with torch.no_grad():
             phi = features(at.exp() if logarithmic else at).double()
             products = torch.stack([(k * angles).cos() @ phi for k in range(degree + 1)]) * (2 / NODES)
@@ -79,7 +79,7 @@ class PolynomialFeatures(nn.Module):
         self.register_buffer("coefficients", products.to(torch.get_default_dtype()), persistent=False)
 
     def forward(self, time: Tensor) -> Tensor:
-        v = ((time.log() if self.logarithmic else time) - self.middle) / self.half
+        v = ((time.log() if self.logarithmic else time) - self.centre) / self.radius
         terms = [torch.ones_like(v), v]
         while len(terms) <= self.degree:
             terms.append(2 * v * terms[-1] - terms[-2])

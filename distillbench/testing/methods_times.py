@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from distillbench.diffusion.denoiser import Denoiser
-from distillbench.diffusion.derivatives import derivative
+from distillbench.diffusion.derivatives import derivative, tangent
 from distillbench.testing.checks import Doubt
 from distillbench.testing.method_bench import SHAPE, MethodBench
 from distillbench.training.method import Method
@@ -49,9 +49,10 @@ def change_in_time(denoiser: Denoiser, bench: MethodBench) -> float:
     schedule, generator = denoiser.schedule, torch.Generator(bench.device).manual_seed(0)
     low, high = schedule.lam_range
     lam = torch.linspace(low, high, TIMES, dtype=torch.float64, device=bench.device).view(-1, 1, 1, 1)
-    t, dt = torch.func.jvp(schedule.t_of_lam, (lam,), (torch.ones_like(lam),))
+    t = schedule.t_of_lam(lam)
     x_0, eps = torch.randn((2, TIMES, *SHAPE), generator=generator, device=bench.device)
     x_t = schedule.alpha(t) * x_0 + schedule.sigma(t) * eps
+    _, dt = tangent(schedule, x_t, t, x_0)
     with torch.no_grad():
         at, along = (x_t, t), (torch.zeros_like(x_t), dt)
         F, dF = derivative(denoiser.output, at, along, bench.c(range(TIMES)), exact=True)
