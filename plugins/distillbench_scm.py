@@ -42,14 +42,18 @@ from distillbench.options import require_between, require_one_of, require_positi
 
 
 class WeightedConsistency(ConsistencyFunction):
-    """f of a denoiser, which is the denoiser itself (e = 0), and u."""
+    """f of a denoiser, which is the denoiser itself (e = 0), and u.
+
+    u starts at -lam, where e^-u / tau = 1: from 0 it would take long until high noise levels have any weight.
+    """
 
     def __init__(self, denoiser: Denoiser, sd: float) -> None:
         super().__init__(denoiser, 0.0, sd)
         self.log_weight = ScalarEmbedding(64, *denoiser.schedule.lam_range)  # zero at first
 
     def u(self, t: Tensor) -> Tensor:
-        return self.log_weight(self.schedule.lam(t)).mean(dim=1).view(-1, 1, 1, 1)
+        lam = self.schedule.lam(t)
+        return self.log_weight(lam).mean(dim=1).view(-1, 1, 1, 1) - lam.to(torch.get_default_dtype())
 
 
 class ContinuousConsistency(Method):

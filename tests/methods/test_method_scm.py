@@ -56,6 +56,7 @@ class ExactMap(nn.Module):
 def with_map(schedule, power: float = 1.0, **settings) -> ContinuousConsistency:
     method = scm(gaussian_teacher(schedule), **settings)
     method.student = WeightedConsistency(Denoiser(ExactMap(schedule, power), schedule, "x0"), SD)
+    method.student.u = torch.zeros_like
     return method
 
 
@@ -77,6 +78,7 @@ def test_the_loss_is_the_paper_s():
     """Eq. 8 in the angle theta = atan(tau / sd), with x = cos x_0 + sin z: its g, normalised, with r = 1/4 of the
     warm-up, and u = 0."""
     method = scm(mlp_teacher(VE(), "edm"), smooth=8, c=0.1, warmup=4)
+    method.student.u = torch.zeros_like
     found = loss_of(method, batch(16))
     again = batch(16)
     x_0, eps = again.x_0, again.noise()
@@ -123,12 +125,12 @@ def test_differences_are_the_exact_derivative():
 
 
 def test_u_is_learned_as_the_logarithm_of_the_squared_tangent():
-    """For one time, the minimum over u of e^-u q + u is at u = log q."""
+    """For one time, the minimum over u of e^-u q + u is at u = log q. It starts at u = -lam = 1."""
     method = scm(mlp_teacher(), p_std=1e-9, smooth=8)
-    q = loss_of(method, batch())  # u = 0
+    q = math.e * (loss_of(method, batch()) - 1)
     last = method.student.log_weight[-1]
     with torch.no_grad():
-        last.bias.fill_(q.log())
+        last.bias.fill_(q.log() - 1)
     loss = loss_of(method, batch())
     loss.backward()
     close(loss, 1 + q.log(), rtol=1e-6)
