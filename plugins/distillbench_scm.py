@@ -66,6 +66,7 @@ class ContinuousConsistency(Method):
 
     @dataclass
     class Config(MethodConfig):
+        lr: float = option(2e-3, "peak learning rate of Adam")
         source: str = option("teacher", "of f_T: the teacher (sCD), or data, x_0 itself (sCT)")
         smooth: int = option(8, "degree of the polynomials in which the student sees time; 0: as the teacher sees it")
         exact: bool = option(False, "df/dlam by torch.func.jvp instead of a finite difference")
