@@ -143,6 +143,7 @@ class Counter:
         self.rows_with_gradient = 0  # whose output needs a gradient: a backward pass is expected
         self.rows_to_input = 0  # of these, those of networks with constant weights: the gradient reaches the input only
         self.rows_along = 0  # of `rows`, those with a derivative along a direction (forward mode)
+        self.rows_of_differences = 0  # of `rows`, those whose difference is a derivative (diffusion.derivatives)
         self.kinds: dict[Kind, Rows] = {}  # the same, by kind of network
         self.timed: Callable[[], AbstractContextManager[None]] = nullcontext  # in which a meter times every forward
         self.call = NetworkCall()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distillbench.diffusion.denoiser import CountedNetwork, NetworkCall
+from distillbench.diffusion.denoiser import CountedNetwork, Counter, NetworkCall
 from distillbench.diffusion.dropout import one_mask
 from distillbench.diffusion.schedules import NoiseSchedule
 from distillbench.system.precision import tf32
@@ -70,7 +70,8 @@ def derivative(
     product and the slower "math" backend is used. Then F is evaluated once more if gradients are enabled.
 
     A network sees time through sines: h must be small against the shortest period. With frequencies of 1000 in t, as
-    in this package's networks, a step of .01 leaves out what changes faster, and `exact` does not.
+    in this package's networks, a step of .01 leaves out what changes faster, and `exact` does not. Neither says much
+    about the path then: :func:`distillbench.networks.smooth_times` gives a network low frequencies instead.
 
     If `f` is a module (a Denoiser, or a module that has some), all evaluations drop the same features, and those of dF
     are in float32, also where the network otherwise runs in bf16, fp16 or TF32. Other functions are called as they are.
@@ -84,9 +85,10 @@ def derivative(
         raise ValueError(f"step must be above 0, got {step}")
     modules = [f] if isinstance(f, nn.Module) else []
     points, directions = tuple(x.detach() for x in at), tuple(d.detach() for d in along)
-    gradients = torch.is_grad_enabled()
+    gradients, counters = torch.is_grad_enabled(), _counters(modules)
     with one_mask(*modules):
-        with torch.no_grad(), _in_float32(modules, at[0].device.type, exact):
+        rows = [counter.rows for counter in counters]
+        with torch.no_grad(), _in_float32(counters, at[0].device.type, exact):
             if exact:
                 with sdpa_kernel(SDPBackend.MATH):
                     F, dF = cast(Any, jvp)(lambda *moved: f(*moved, *constant), points, directions)
@@ -95,18 +97,25 @@ def derivative(
                     f(*(x + h * d for x, d in zip(points, directions, strict=True)), *constant) for h in (step, -step)
                 )
                 dF = (ahead - behind) / (2 * step)
+                for counter, before in zip(counters, rows, strict=True):
+                    counter.rows_of_differences += counter.rows - before
         if gradients or not exact:  # last: until its backward pass it keeps its activations
             F = f(*at, *constant)
     return F, dF
 
 
-@contextmanager
-def _in_float32(modules: Sequence[nn.Module], device: str, uncompiled: bool) -> Iterator[None]:
-    """A block in which the networks below `modules` run in float32, and with `uncompiled` as they are written."""
+def _counters(modules: Sequence[nn.Module]) -> list[Counter]:
+    """The counters of the networks below `modules`, each once."""
     networks = (found for module in modules for found in module.modules() if isinstance(found, CountedNetwork))
+    return list({id(network.counter): network.counter for network in networks}.values())
+
+
+@contextmanager
+def _in_float32(counters: Sequence[Counter], device: str, uncompiled: bool) -> Iterator[None]:
+    """A block in which the networks of `counters` run in float32, and with `uncompiled` as they are written."""
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(tf32(False, device))
-        for counter in {id(network.counter): network.counter for network in networks}.values():
+        for counter in counters:
             stack.enter_context(counter.calling(NetworkCall() if uncompiled else counter.call.in_float32()))
         yield

@@ -44,6 +44,7 @@ from distillbench.networks.architectures import DiT, OfDiffusers, ResidualMLP, U
 from distillbench.networks.diffusers_wrappers import DiffusersNetwork, PixelUNet, TextUNet
 from distillbench.networks.diffusers_wrappers import DiT as WrappedDiT
 from distillbench.networks.edm import DhariwalUNet, SongUNet
+from distillbench.networks.time_features import PolynomialFeatures
 from distillbench.training.method import Method
 
 ALLOWED = 1e-5  # largest residual of a fit, relative to its terms
@@ -332,6 +333,11 @@ def _features(unet: Any, argument: Tensor) -> Tensor:
 
 
 def _fold_own(seen: RecordedStep) -> Core:
+    if any(isinstance(module, PolynomialFeatures) for module in seen.network.modules()):
+        raise UserError(
+            f"a {type(seen.network).__name__} with smooth features of time (networks.smooth_times) cannot be exported. "
+            "Possible: unet, dit, and networks of diffusers"
+        )
     return OwnCore(seen)
 
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from distillbench.networks.architectures import UNet as UNet
     from distillbench.networks.averaging import MovingAverage as MovingAverage
     from distillbench.networks.averaging import move_towards as move_towards
+    from distillbench.networks.time_features import PlacedFeatures as PlacedFeatures
+    from distillbench.networks.time_features import TimedNetwork as TimedNetwork
+    from distillbench.networks.time_features import smooth_times as smooth_times
 
 __all__ = [
     "NETWORKS",
@@ -33,15 +36,18 @@ __all__ = [
     "DiT",
     "GuidanceEmbedding",
     "MovingAverage",
+    "PlacedFeatures",
     "ResidualMLP",
     "ScalarEmbedding",
     "TimeEmbedding",
     "TimeFeatures",
+    "TimedNetwork",
     "TwoTimes",
     "UNet",
     "evaluating",
     "frozen_weights",
     "move_towards",
+    "smooth_times",
 ]
 
 _HOMES = {
@@ -50,15 +56,18 @@ _HOMES = {
     "DiT": "distillbench.networks.architectures",
     "GuidanceEmbedding": "distillbench.diffusion.embeddings",
     "MovingAverage": "distillbench.networks.averaging",
+    "PlacedFeatures": "distillbench.networks.time_features",
     "ResidualMLP": "distillbench.networks.architectures",
     "ScalarEmbedding": "distillbench.diffusion.embeddings",
     "TimeEmbedding": "distillbench.diffusion.embeddings",
     "TimeFeatures": "distillbench.diffusion.embeddings",
+    "TimedNetwork": "distillbench.networks.time_features",
     "TwoTimes": "distillbench.diffusion.two_times",
     "UNet": "distillbench.networks.architectures",
     "evaluating": "distillbench.diffusion.modes",
     "frozen_weights": "distillbench.diffusion.modes",
     "move_towards": "distillbench.networks.averaging",
+    "smooth_times": "distillbench.networks.time_features",
 }
 
 

@@ -22,6 +22,7 @@ from torch.nn.functional import silu
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
 from distillbench.diffusion.embeddings import TimeEmbedding
 from distillbench.errors import UserError
+from distillbench.networks.time_features import PlacedFeatures, TimedNetwork
 
 __all__ = ["NETWORKS", "SIZED", "DiT", "OfDiffusers", "ResidualMLP", "UNet"]
 
@@ -41,7 +42,7 @@ class _ResidualBlock(nn.Module):
         return h + self.outer(silu(self.inner(self.norm(h) * (1 + scale) + shift)))
 
 
-class ResidualMLP(nn.Module):
+class ResidualMLP(TimedNetwork):
     """A residual perceptron over flattened pixels, modulated by time: a cheap network for very small images."""
 
     def __init__(self, shape: tuple[int, int, int], width: int = 256, depth: int = 4, classes: int = 0) -> None:
@@ -66,8 +67,11 @@ class ResidualMLP(nn.Module):
             h = block(h, e)
         return self.exit(self.norm(h)).view(x.shape)
 
+    def time_features(self) -> PlacedFeatures:
+        return PlacedFeatures([self.time], "0")
 
-class UNet(nn.Module):
+
+class UNet(TimedNetwork):
     """diffusers' ``UNet2DModel``: `width`, 2 `width`, 2 `width` channels, `depth` blocks a level, attention at 1/4."""
 
     def __init__(self, shape: tuple[int, int, int], width: int = 64, depth: int = 2, classes: int = 0) -> None:
@@ -99,8 +103,11 @@ class UNet(nn.Module):
             embedding = embedding + self.classes(c.labels)
         return self.unet(x, 1000 * time, class_labels=embedding).sample
 
+    def time_features(self) -> PlacedFeatures:
+        return PlacedFeatures([self.unet], "time_proj", lambda time: 1000 * time)
 
-class OfDiffusers(nn.Module):
+
+class OfDiffusers(TimedNetwork):
     """Any UNet2DModel or DiTTransformer2DModel: `config` is the content of its config.json, with `_class_name`.
 
     The config's sizes must be those of the images. Its class embedding needs a row for each class and one for no class.
@@ -133,6 +140,9 @@ class OfDiffusers(nn.Module):
     def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
         return self.inner(x, time, embedding, c)
 
+    def time_features(self) -> PlacedFeatures:
+        return self.inner.time_features()
+
 
 def read_architecture(file: Path, setting: str) -> dict[str, Any]:
     """The settings in a diffusers config.json, without its metadata. A UserError names `setting`."""
@@ -148,7 +158,7 @@ def read_architecture(file: Path, setting: str) -> dict[str, Any]:
 TRAINABLE = ("UNet2DModel", "DiTTransformer2DModel")  # architectures of diffusers
 
 
-class DiT(nn.Module):
+class DiT(TimedNetwork):
     """diffusers' ``DiTTransformer2DModel``: `depth` blocks of `width` channels on patches of 2x2 pixels."""
 
     def __init__(self, shape: tuple[int, int, int], width: int = 384, depth: int = 8, classes: int = 0) -> None:
@@ -181,6 +191,9 @@ class DiT(nn.Module):
         if not self.conditional:  # its class embedding has one row
             c = Condition(torch.zeros(len(x), dtype=torch.int64, device=x.device))
         return self.inner(x, time, embedding, c)
+
+    def time_features(self) -> PlacedFeatures:
+        return self.inner.time_features()
 
 
 SIZED = ("mlp", "unet", "dit")  # those of a width and a depth

@@ -10,7 +10,7 @@ otherwise those of diffusers, which can load what ``network.wrapped.save_pretrai
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
 from distillbench.errors import UserError, unsupported
 from distillbench.networks.diffusers_calls import Call
 from distillbench.networks.forward_overrides import adding, overridden
+from distillbench.networks.time_features import PlacedFeatures, TimedNetwork
 from distillbench.system.offloading import Offloaded
 
 
@@ -31,7 +32,7 @@ def added(modules: list[nn.Module], embedding: Tensor | None) -> AbstractContext
     return overridden({} if embedding is None else {module: adding(module, embedding) for module in modules})
 
 
-class DiffusersNetwork(nn.Module, ABC):
+class DiffusersNetwork(TimedNetwork):
     """A network of diffusers; `call` converts its inputs and outputs."""
 
     component: ClassVar[str]
@@ -85,6 +86,10 @@ class PixelUNet(DiffusersNetwork):
     def _time_embeddings(self) -> list[nn.Module]:
         return [self.wrapped.time_embedding]
 
+    def time_features(self) -> PlacedFeatures:
+        fourier = self.wrapped.config.time_embedding_type == "fourier"  # of the logarithm, as diffusers makes them
+        return PlacedFeatures([self.wrapped], "time_proj", self.call.argument, logarithmic=fourier)
+
     def _evaluate(self, x: Tensor, argument: Tensor, c: Condition) -> Tensor:
         return self.wrapped(x, argument, class_labels=c.labels if self.conditional else None).sample
 
@@ -117,6 +122,14 @@ class TextUNet(DiffusersNetwork):
     def _time_embeddings(self) -> list[nn.Module]:
         return [self.wrapped.time_embedding]
 
+    def time_features(self) -> PlacedFeatures:
+        if self.takes_noise_level:
+            raise UserError(
+                "the features of time of this U-Net are also those of the noise level of its small image: they cannot "
+                "be made smooth. Possible: networks without class_embed_type=timestep"
+            )
+        return PlacedFeatures([self.wrapped], "time_proj", self.call.argument)
+
     def _evaluate(self, x: Tensor, argument: Tensor, c: Condition) -> Tensor:
         if c.image is not None:
             large = interpolate(c.image.to(x.dtype), x.shape[-2:], mode="bilinear", align_corners=True)
@@ -143,6 +156,11 @@ class DiT(DiffusersNetwork):
 
     def _time_embeddings(self) -> list[nn.Module]:
         return [block.norm1.emb.timestep_embedder for block in self.wrapped.transformer_blocks]
+
+    def time_features(self) -> PlacedFeatures:
+        return PlacedFeatures(
+            [block.norm1.emb for block in self.wrapped.transformer_blocks], "time_proj", self.call.argument
+        )
 
     def _evaluate(self, x: Tensor, argument: Tensor, c: Condition) -> Tensor:
         return self.wrapped(x, timestep=argument, class_labels=c.labels).sample

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d, dropout, one_hot, scaled_dot_product_attention, silu
 
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
+from distillbench.networks.time_features import PlacedFeatures, TimedNetwork
 
 BOX = (1, 1)  # the mean of 2x2 pixels; NCSN++ resamples with (1, 3, 3, 1)
 Init = Callable[[Tensor], object]  # initialises a weight
@@ -208,7 +209,7 @@ def _name(side: int, what: str) -> str:
     return f"{side}x{side}_{what}"
 
 
-class _UNet(nn.Module):
+class _UNet(TimedNetwork):
     """An encoder through the resolutions side, ..., side / 2^(L-1), and a decoder back, with skip connections.
 
     At each resolution the encoder has `num_blocks` blocks and the decoder one more. The channels of a resolution are
@@ -266,6 +267,9 @@ class _UNet(nn.Module):
     def embed(self, time: Tensor, c: Condition) -> Tensor:
         """The network's own embedding of noise level and class, before the last activation: (B, channels)."""
         raise NotImplementedError
+
+    def time_features(self) -> PlacedFeatures:
+        return PlacedFeatures([self], "map_noise")
 
     def reads(self, side: int, h: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
         """Features at a resolution that the encoder has just reached, and the image (`aux`) beside them."""

@@ -65,6 +65,7 @@ from distillbench.testing.methods_steps import (
     steps,
     teacher_untouched,
 )
+from distillbench.testing.methods_times import times
 from distillbench.testing.methods_training import average, deterministic, parts, price, randomness, resumes, trains
 from distillbench.training.budget import BudgetConfig
 from distillbench.training.compute import Sampling, sampling
@@ -284,6 +285,7 @@ CHECKS = [
     Check(parts, ("deterministic",), "first"),
     Check(price, ("trains",)),
     Check(flops, ("trains",), "first"),
+    Check(times, ("trains",), "first"),
     Check(supports, ("trains",), "first"),
     Check(samples, ("supports",), "first"),
     Check(ready, ("samples",), "first"),

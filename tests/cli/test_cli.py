@@ -294,7 +294,7 @@ def test_results_that_cannot_be_written(refused, tmp_path, place):
         ("evaluation.nfe=[3]", "boot cannot sample with evaluation.nfe=[3]. Possible: 1"),
         (
             "methods=[bot]",
-            "no method 'bot'. Did you mean 'boot'? Possible: boot, cm, ct, direct, pd, sid, tract",
+            "no method 'bot'. Did you mean 'boot'? Possible: boot, cm, ct, direct, meanflow, pd, scm, sid, tract",
         ),
         ("methods.boot.lr=-1", "methods.boot.lr must be positive, got -1.0"),
         ("seed=abc", "seed must be a whole number, got 'abc'"),

@@ -33,6 +33,7 @@ from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition, Cond
 from distillbench.diffusion.samplers import time_like, x_at_t_max
 from distillbench.diffusion.schedules import SCHEDULES, VE
 from distillbench.execution.run import run
+from distillbench.networks import smooth_times
 from distillbench.networks.architectures import DiT as PixelDiT
 from distillbench.networks.architectures import OfDiffusers, ResidualMLP, UNet
 from distillbench.networks.diffusers_calls import Call, ScoreCall
@@ -178,6 +179,11 @@ def exported(folder: Path, method: Method, source: Any = None, prompts: Any = No
     return Exported(folder, form, x_0, images.clamp(-1, 1), difference, fit(seen, fold(seen)))
 
 
+def smooth(network: nn.Module) -> nn.Module:
+    """The network with features of time as continuous-time methods need them."""
+    return smooth_times(Denoiser(network, SCHEDULES["vp_cosine"](), "v")).network
+
+
 def wrapped(prediction: str, schedule: Any, call: Call = Call(1000.0), asked=WITHOUT_CLASSES, **settings):  # noqa: B008
     return teacher_of(PixelUNet(unet(**settings), call), prediction, schedule, asked)
 
@@ -222,6 +228,10 @@ CASES: dict[str, tuple[str, Callable[[], Method]]] = {
     "direct": ("DDIMPipeline", lambda: student_of(wrapped("v", "ddpm_linear"), Direct)),
     "cm": ("DDIMPipeline", lambda: student_of(wrapped("eps", "ddpm_linear"), ConsistencyDistillation)),
     "unet": ("DDIMPipeline", lambda: student_of(teacher_of(UNet(PIXELS, 8, 1), "v", "vp_cosine"), Boot)),
+    "smooth unet": (
+        "DDIMPipeline",
+        lambda: student_of(teacher_of(smooth(UNet(PIXELS, 8, 1)), "v", "vp_cosine"), Boot),
+    ),
     "unet of classes": (
         "OneStepPipeline",
         lambda: student_of(teacher_of(UNet(PIXELS, 8, 1, 4), "v", "vp_cosine", GUIDED), Boot),

@@ -22,14 +22,18 @@ from distillbench.diffusion.samplers import Solver
 from distillbench.system.progress import Progress, Step
 from distillbench.teachers.teacher import Teacher
 from distillbench.training.budget import BudgetConfig, Meter
+from distillbench.training.build import build_method
 from distillbench.training.loop import Loop, train
+from distillbench.training.method import Method
 from distillbench.training.pairs import Workspace
 from distillbench_boot import Boot
 from distillbench_cm import ConsistencyDistillation
 from distillbench_direct import Direct
+from distillbench_meanflow import MeanFlow
 from distillbench_pd import ProgressiveDistillation
+from distillbench_scm import ContinuousConsistency
 from distillbench_tract import Tract
-from level3_tolerances import TOLERANCES
+from level3_tolerances import CONTINUOUS_TOLERANCES, TOLERANCES
 
 pytestmark = pytest.mark.level3
 
@@ -51,6 +55,13 @@ METHODS = {
     "boot": (Boot, {"steps": N, "target": "euler", "boundary_share": 1.0, "lr_decay": "cosine"}),
 }
 
+# Methods in continuous time learn the exact map, not a chain.
+CONTINUOUS = {
+    "scm": (ContinuousConsistency, {"sigma_data": 1.0, "lr": 1e-3}),
+    "meanflow": (MeanFlow, {"lr": 1e-3}),
+    "meanflow from data": (MeanFlow, {"lr": 1e-3, "source": "data"}),
+}
+
 
 class Plane(Gmm):
     """The distribution of the specification, which reaches beyond [-1, 1]: nothing is clipped here."""
@@ -68,7 +79,11 @@ def teacher(tmp_path_factory) -> Teacher:
 
 def trained(cls, settings: dict, teacher: Teacher, folder: Path, seed: int = 0):
     torch.manual_seed(seed)
-    method = cls(cls.Config(**COMMON | settings), teacher)
+    return trained_by(cls(cls.Config(**COMMON | settings), teacher), folder, seed)
+
+
+def trained_by(method: Method, folder: Path, seed: int = 0) -> Method:
+    cls, teacher = type(method), method.teacher
     meter = Meter(BudgetConfig(images=UPDATES * BATCH), teacher, "cpu")
     workspace = Workspace(teacher, meter, folder, "cpu", seed, Progress(None))
     generator = torch.Generator().manual_seed(seed)
@@ -109,3 +124,20 @@ def test_students_learn_the_chain_of_the_teacher(name, teacher, tmp_path):
     )
     assert rmse < rmse_allowed and median < median_allowed
     torch.testing.assert_close(std, std_of_chain, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_students_in_continuous_time_learn_the_exact_map(name, teacher, tmp_path):
+    """The teacher's trajectory, from 512 steps of a second-order solver on the teacher's own schedule."""
+    cls, settings = CONTINUOUS[name]
+    config = cls.Config(**COMMON | settings)
+    method = build_method(cls, config, teacher, 0, "cpu")
+    method = trained_by(method, tmp_path)
+    eps = torch.randn(SAMPLES, 2, 1, 1, generator=torch.Generator().manual_seed(99))
+    with torch.no_grad():
+        fine = Solver.parse("dpmpp_2m/uniform_lambda").solve(teacher.denoise, teacher.schedule, eps, 512)
+        x_0 = method.sample(FixedNoise([eps]), 1, UNCONDITIONAL)
+    std = DISTRIBUTION.moments()[1].diagonal().mean().sqrt().item()
+    rmse = (x_0 - fine).square().mean().sqrt().item() / std
+    print(f"\n{name:18s} RMSE to the exact map {rmse:.4f} std")
+    assert rmse < CONTINUOUS_TOLERANCES[name]

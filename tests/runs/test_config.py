@@ -143,7 +143,7 @@ DATASETS = (
     "afhqv2, celebahq, cifar10, digits, fashion_mnist, ffhq, folder, gmm, imagenet64, lsun_bedroom, mnist, prompts"
 )
 TEACHERS = "consistency, deepfloyd, diffusers, edm, gaussian, gmm, stable_diffusion, trained"
-METHODS = "Possible: boot, cm, ct, direct, pd, sid, tract"
+METHODS = "Possible: boot, cm, ct, direct, meanflow, pd, scm, sid, tract"
 TOP = (
     "Possible: accumulate, batch_size, budget, cell_seconds, compute, conditional, dataset, device, energy, "
     "evaluation, executor, guidance, guidance_range, isolate, methods, on_oom, results_dir, run_name, seed, states, "
@@ -155,7 +155,7 @@ NAMES = {
     "methods=[Boot]": f"no method 'Boot'. Did you mean 'boot'? {METHODS}",
     "methods=null": f"no method 'null'. {METHODS}",
     "methods=": f"no method ''. {METHODS}",
-    "methods=[]": "no method given. Write methods=[NAME,...]; possible: boot, cm, ct, direct, pd, sid, tract",
+    "methods=[]": f"no method given. Write methods=[NAME,...]; p{METHODS[1:]}",
     "methods=[[boot]]": "no method \"['boot']\". Did you mean 'boot'? Possible: ",
     "dataset=digit": f"no dataset 'digit'. Did you mean 'digits'? Possible: {DATASETS}",
     "dataset=null": f"no dataset 'null'. Possible: {DATASETS}",

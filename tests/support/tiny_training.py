@@ -9,7 +9,9 @@ import distillbench_boot
 import distillbench_cm
 import distillbench_ct
 import distillbench_direct
+import distillbench_meanflow
 import distillbench_pd
+import distillbench_scm
 import distillbench_sid
 import distillbench_tract
 from analytic import gaussian_teacher, mlp_teacher
@@ -26,7 +28,9 @@ METHODS = {
     "ct": (distillbench_ct.ConsistencyTraining, {"start": "teacher"}),
     "direct": (distillbench_direct.Direct, {"steps": 4, "pairs": 12}),
     "direct online": (distillbench_direct.Direct, {"steps": 4, "online": True}),
+    "meanflow": (distillbench_meanflow.MeanFlow, {}),
     "pd": (distillbench_pd.ProgressiveDistillation, {"steps": 4}),
+    "scm": (distillbench_scm.ContinuousConsistency, {"warmup": 10}),
     "sid": (distillbench_sid.ScoreIdentityDistillation, {"fake_updates": 2}),
     "tract": (distillbench_tract.Tract, {"steps": [4, 2, 1]}),
 }

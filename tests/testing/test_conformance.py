@@ -23,8 +23,10 @@ from by_day import by_day
 from distillbench import Batch, Method, MethodConfig, Phase, UserError, hookimpl, option, registry
 from distillbench.cli import commands
 from distillbench.diffusion.conditioning import UNCONDITIONAL
+from distillbench.diffusion.derivatives import derivative
 from distillbench.diffusion.noise import Noise
 from distillbench.diffusion.samplers import ddim, time_like, uniform_times, x_at_t_max
+from distillbench.networks import smooth_times
 from distillbench.networks.edm import SongUNet
 from distillbench.registry import Source, installed, load_registry
 from distillbench.testing import conformance, method_bench, methods, methods_learning, methods_steps
@@ -872,6 +874,25 @@ def test_a_derivative_along_a_direction_is_counted(small):
     assert "students 1 with gradient and 0 without" in found["gradients"].message
     counted, made = re.findall(r"([0-9.]+) MFLOP counted, ([0-9.]+) made", found["flops"].message)[0]
     assert counted == made
+    assert found["times"].doubt and "networks.smooth_times(teacher.student())" in found["times"].message
+
+
+class SmoothDerivative(Derivative):
+    """The same with low frequencies, by finite differences."""
+
+    def __init__(self, config, teacher):
+        super().__init__(config, teacher)
+        smooth_times(self.student)
+
+    def derivative(self, eps, c):
+        x, t = x_at_t_max(self.teacher.schedule, eps), time_like(eps, 0.9)  # the differences stay below t_max
+        return derivative(self.student, (x, t), (eps, torch.ones_like(t)), c)
+
+
+def test_a_network_that_changes_slowly_in_time_is_no_doubt(small):
+    found = {finding.check: finding for finding in check_method(SmoothDerivative, distribution_images=0)}
+    assert not failed(found.values())
+    assert not found["times"].doubt and "2 is allowed" in found["times"].message
 
 
 @pytest.mark.parametrize(("cls", "check", "message"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
@@ -889,7 +910,7 @@ def test_a_fault_is_found_by_no_other_check(small, cls, check, message):
 
 
 def test_there_is_a_fault_for_every_check():
-    doubts = {"matches", "parts", "learns"}
+    doubts = {"matches", "parts", "learns", "times"}
     assert {check for _, check, _ in FAULTS} == {check.name for check in CHECKS} - doubts
     assert len({check.name for check in CHECKS}) == len(CHECKS)
 

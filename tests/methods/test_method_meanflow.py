@@ -1,0 +1,165 @@
+"""MeanFlow on the flow map of a Gaussian, which is known, and against its paper's formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from analytic import (
+    close,
+    gaussian_images,
+    gaussian_map,
+    gaussian_teacher,
+    loss_of,
+    make_batch,
+    mlp_teacher,
+    time,
+)
+from distillbench import Conditioning, UserError
+from distillbench.diffusion import FlowMatching, time_like
+from distillbench.diffusion.conditioning import UNCONDITIONAL
+from distillbench.diffusion.noise import FixedNoise
+from distillbench_meanflow import MeanFlow
+
+pytestmark = pytest.mark.usefixtures("float64")
+FLOW = FlowMatching()
+
+
+def meanflow(teacher=None, **settings) -> MeanFlow:
+    plain = {"smooth": 0, "exact": True, "ratio": 1.0}
+    return MeanFlow(MeanFlow.Config(**plain | settings), teacher or gaussian_teacher(FLOW))
+
+
+class ExactVelocity(nn.Module):
+    """`gain` times (x_t - x_s) / (t - s), x_s on the Gaussian's trajectory through x_t."""
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(gain))
+
+    def forward(self, x_t: Tensor, t: Tensor, s: Tensor, c=UNCONDITIONAL) -> Tensor:
+        return self.gain * (x_t - gaussian_map(FLOW, x_t, t, s)) / (t - s)
+
+
+def with_map(gain: float = 1.0, **settings) -> MeanFlow:
+    method = meanflow(**settings)
+    method.student = ExactVelocity(gain)
+    return method
+
+
+def batch(size: int = 64, seed: int = 0):
+    return make_batch(size, seed=seed, read=gaussian_images(seed + 100))
+
+
+# --- the identity ----------------------------------------------------------------------------------------------------
+
+
+def test_the_exact_average_velocity_has_no_loss():
+    assert 0 <= loss_of(with_map(), batch(500)).item() < 1e-20
+
+
+def test_the_average_velocity_at_equal_times_is_the_teacher_s():
+    """With s = t for all rows the loss is that of flow matching: to the teacher's velocity, and to eps - x_0."""
+    method = meanflow(mlp_teacher(FLOW), ratio=0.0)
+    assert loss_of(method, batch()).item() < 1e-25
+    data = meanflow(mlp_teacher(FLOW), ratio=0.0, source="data")
+    again = batch()
+    x_0, eps = again.x_0, again.noise()
+    t = torch.maximum(data.time(again), data.time(again))
+    x_t = (1 - t) * x_0 + t * eps
+    v = (x_t - data.teacher.denoise(x_t, t)) / t
+    close(loss_of(data, batch()), (v - (eps - x_0)).square().mean(), rtol=1e-10)
+
+
+@pytest.mark.parametrize("source", ["teacher", "data"])
+def test_a_gain_that_is_too_small_grows(source):
+    for gain, sign in ((0.5, -1), (2.0, 1)):
+        method = with_map(gain, source=source)
+        loss_of(method, batch(2000)).backward()
+        assert sign * method.student.gain.grad > 0
+
+
+def test_from_data_the_optimum_is_the_same():
+    """The gradient at the exact velocity is that of noise alone: zero within four standard errors of its mean."""
+    found = []
+    for seed in range(20):
+        method = with_map(source="data")
+        loss_of(method, batch(500, seed)).backward()
+        found.append(method.student.gain.grad)
+    found = torch.stack(found)
+    assert found.std() > 1e-3 and found.mean().abs() < 4 * found.std() / math.sqrt(20)
+
+
+def test_differences_are_the_exact_derivative():
+    settings = {"smooth": 8, "step": 1e-3}
+    losses = [loss_of(meanflow(mlp_teacher(FLOW), exact=exact, **settings), batch()).item() for exact in (True, False)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[0] > 1e-5
+
+
+def test_the_weight_is_the_paper_s():
+    """w = 1 / (|e|^2 + c)^p with the square summed over pixels, for each image."""
+    plain, weighted = (loss_of(with_map(0.5, p=p, c=0.1), batch(1)) for p in (0.0, 1.0))
+    square = 2 * plain  # two pixels
+    close(weighted, plain / (square + 0.1), rtol=1e-10)
+
+
+# --- times -----------------------------------------------------------------------------------------------------------
+
+
+def test_differences_stay_between_the_ends():
+    method, seen = meanflow(exact=False, step=0.01), []
+    student = method.student
+
+    class Watched(nn.Module):
+        def forward(self, x_t, t, s, c):
+            seen.extend([t, s])
+            return student(x_t, t, s, c)
+
+    method.student = Watched()
+    for _ in method.train_step(batch(2000)):
+        pass
+    times = torch.cat(seen)
+    assert FLOW.t_min - 1e-12 <= times.min() < 0.002 and 0.998 < times.max() <= FLOW.t_max + 1e-12
+
+
+def test_half_of_the_times_are_uniform():
+    """The others are logit-normal: of these, P(t < .5) = Phi(.4)."""
+    for share in (0.0, 0.5, 1.0):
+        t = meanflow(uniform=share).time(make_batch(20_000))
+        below = share * 0.5 + (1 - share) * torch.special.ndtr(torch.tensor(0.4)).item()
+        assert (t < 0.5).double().mean().item() == pytest.approx(below, abs=0.015)
+
+
+# --- the student -----------------------------------------------------------------------------------------------------
+
+
+def test_at_first_it_is_the_teacher_s_velocity_for_every_s():
+    method = meanflow(mlp_teacher(FLOW))
+    x_t, t = batch().noise(), time(torch.linspace(0.1, 0.9, 64))
+    v = (x_t - method.teacher.denoise(x_t, t)) / t
+    for s in (t, t / 2, torch.zeros_like(t) + FLOW.t_min):
+        close(method.student(x_t, t, s), v, atol=1e-10)
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 5])
+def test_samples_of_the_exact_velocity(nfe):
+    """They lie on the trajectory of the noise, whatever the number of evaluations; its last bit is a straight line."""
+    method, eps = with_map(), batch().noise()
+    T = time_like(eps, method.t_max)
+    exact = gaussian_map(FLOW, FLOW.sigma(T) * eps, T, torch.zeros_like(T))
+    with torch.no_grad():
+        close(method.sample(FixedNoise([eps]), nfe, UNCONDITIONAL), exact, atol=3e-4)
+    assert method.supports(nfe) and method.keeps_noise(nfe) and not method.supports(0)
+
+
+def test_settings_that_are_not_possible():
+    with pytest.raises(UserError, match=r"schedule must be one of .*flow_matching"):
+        meanflow(schedule="ve")
+    with pytest.raises(UserError, match=r"source must be one of .*teacher, data"):
+        meanflow(source="pairs")
+    teacher = gaussian_teacher(FLOW).conditioned(Conditioning(2, 3.0))
+    with pytest.raises(UserError, match="source=data cannot be guided"):
+        meanflow(teacher, source="data")
