@@ -51,6 +51,7 @@ class ConsistencyDistillation(Method):
     name = "cm"
     paper = "Song et al. 2023, arXiv:2303.01469"
     needs_data = True
+    can_start_fresh = True
     student: ConsistencyFunction
     grid: Tensor
 

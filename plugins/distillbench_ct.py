@@ -45,6 +45,7 @@ class ConsistencyTraining(Method):
     name = "ct"
     paper = "Song et al. 2023, arXiv:2303.01469; Song & Dhariwal 2023, arXiv:2310.14189"
     needs_data = True
+    can_start_fresh = True
     student: ConsistencyFunction
     last: Tensor
 

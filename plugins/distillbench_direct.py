@@ -36,6 +36,7 @@ class Direct(Method):
     name = "direct"
     paper = "Luhman & Luhman 2021, arXiv:2101.02388"
     needs_data = False
+    can_start_fresh = True
 
     @dataclass
     class Config(MethodConfig):
@@ -52,6 +53,10 @@ class Direct(Method):
             require_one_of(self, "loss", ("l1", "l2"))
             if not Solver.parse(self.solver).deterministic:
                 raise UserError(f"solver must be deterministic, got {self.solver!r}, which adds noise of its own")
+
+    @property
+    def inputs(self) -> str:
+        return "noise" if self.config.online else "pairs"
 
     def solve(self, eps: Tensor, c: Condition) -> Tensor:
         """ODE-Solver(f, eps, T -> 0): the teacher's sample in N steps."""

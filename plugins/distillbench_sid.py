@@ -74,7 +74,7 @@ class ScoreIdentityDistillation(Method):
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        self.fake = teacher.student()
+        self.fake = teacher.trainable_copy()
         schedule, rho = teacher.schedule, config.rho
         ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
         low, high = schedule.noise_level(ends).tolist()

@@ -30,7 +30,7 @@ from distillbench.diffusion.conditioning import Condition, Conditioning
 from distillbench.diffusion.denoiser import TARGETS
 from distillbench.diffusion.schedules import SCHEDULES
 from distillbench.errors import quoted
-from distillbench.networks.architectures import NETWORKS, SIZED
+from distillbench.networks.architectures import NETWORKS, SIZED, read_architecture
 from distillbench.options import require_between, require_one_of, require_positive
 from distillbench.storage.checksummed import read_tensors, write_tensors
 from distillbench.storage.files import canonical_json, git_lfs_pointer, key_of, sha256_tensors
@@ -135,7 +135,7 @@ class Trained(TeacherSource):
         if not self.config.architecture:
             return ()
         file = Path(self.config.architecture)
-        config = _read_architecture(file)
+        config = read_architecture(file, "teacher.architecture")
         cls = str(config.get("_class_name"))
         keys = unknown_keys(config, cls)
         return [f"{file.name}: {cls} has no parameter {', '.join(keys)}: ignored"] if keys else []
@@ -201,7 +201,7 @@ class Trained(TeacherSource):
         """The network's name and sizes, as plain values."""
         config = self.config
         if config.architecture:
-            return {"name": "diffusers", "config": _read_architecture(Path(config.architecture))}
+            return {"name": "diffusers", "config": read_architecture(Path(config.architecture), "teacher.architecture")}
         name, size = network_of_size(config.network, config.width, config.depth, self.dataset.shape)
         return {"name": name, **size}
 
@@ -275,17 +275,6 @@ class Trained(TeacherSource):
         states.clear()
         progress.say(f"teacher trained: {price['images']} images, {price['seconds']} s")
         return file
-
-
-def _read_architecture(file: Path) -> dict[str, Any]:
-    """The settings in a diffusers config.json, without its metadata."""
-    try:
-        config = json.loads(file.read_text())
-        return {name: value for name, value in config.items() if name == "_class_name" or name[:1] != "_"}
-    except OSError as error:
-        raise UserError(f"teacher.architecture: cannot read {str(file)!r}: {error.strerror}") from error
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"teacher.architecture: {file.name!r} is not a diffusers config.json") from error
 
 
 def network_of_size(name: str, width: int, depth: int, shape: tuple[int, int, int]) -> tuple[str, dict[str, int]]:

@@ -12,13 +12,16 @@ from distillbench.datasets.dataset import Dataset
 from distillbench.errors import UserError
 from distillbench.registry import KINDS, Registry
 from distillbench.runs.config import compose_runs
+from distillbench.testing.bench_networks import USUALLY_COMPUTED, Computed
 from distillbench.testing.conformance import findings_of
 
 WORDS = {True: "ok", False: "FAIL", None: "-"}
 DEFAULTS = {"dataset": "gmm", "teacher": "gmm"}  # to compose the settings of a run
 
 
-def check_name(registry: Registry, name: str, settings: Sequence[str], distribution_images: int) -> bool:
+def check_name(
+    registry: Registry, name: str, settings: Sequence[str], distribution_images: int, computed: Computed
+) -> bool:
     """Check everything called `name` and print the findings; True if no check fails."""
     kinds = [kind for kind in KINDS if name in registry.of_kind(kind)]
     if not kinds:
@@ -29,7 +32,9 @@ def check_name(registry: Registry, name: str, settings: Sequence[str], distribut
             raise UserError(
                 f"check {name} takes settings that begin with {', '.join(possible) or 'nothing'}, got {word!r}"
             )
-    found = [_check(registry, kind, name, settings, distribution_images) for kind in kinds]
+    if computed != USUALLY_COMPUTED and kinds != ["methods"]:
+        raise UserError(f"--network, --precision and --recompute are for methods, not for {', '.join(kinds)}")
+    found = [_check(registry, kind, name, settings, distribution_images, computed) for kind in kinds]
     return all(found)
 
 
@@ -39,13 +44,15 @@ def _settings_of(kind: str, name: str) -> list[str]:
     return own.get(kind, [])
 
 
-def _check(registry: Registry, kind: str, name: str, settings: Sequence[str], distribution_images: int) -> bool:
+def _check(
+    registry: Registry, kind: str, name: str, settings: Sequence[str], distribution_images: int, computed: Computed
+) -> bool:
     config, dataset = _composed(
         registry, kind, name, [w for w in settings if w.startswith(tuple(_settings_of(kind, name)))]
     )
     counts, doubts = dict.fromkeys(WORDS, 0), 0
     cls = registry.get(kind, name).cls
-    for finding in findings_of(kind, cls, config, distribution_images, dataset):
+    for finding in findings_of(kind, cls, config, distribution_images, dataset, computed):
         counts[finding.ok] += 1
         heading = f"{'look' if finding.doubt else WORDS[finding.ok]:<4}  {finding.check:<20}  "
         doubts += finding.doubt

@@ -49,14 +49,14 @@ def examine(
 ) -> bool:  # fmt: skip
     """Run every check and print its findings as they come. True if nothing is wrong; warnings do not count."""
     installation = Installation(registry, results_dir, weights_folder(), thorough, Progress(console))
-    counted: dict[Level, int] = dict.fromkeys(STYLES, 0)
+    levels: dict[Level, int] = dict.fromkeys(STYLES, 0)
     for name, check in CHECKS if checks is None else checks:
         for finding in findings(check, installation):
-            counted[finding.level] += 1
+            levels[finding.level] += 1
             print_finding(console, name, finding)
-    wrong = f"{counted['wrong']:,} wrong" if counted["wrong"] else "nothing is wrong"
-    console.print(f"{wrong}, {counted(counted['warning'], 'warning')}", highlight=False)
-    return not counted["wrong"]
+    wrong = f"{levels['wrong']:,} wrong" if levels["wrong"] else "nothing is wrong"
+    console.print(f"{wrong}, {counted(levels['warning'], 'warning')}", highlight=False)
+    return not levels["wrong"]
 
 
 def findings(check: Check, installation: Installation) -> list[Finding]:

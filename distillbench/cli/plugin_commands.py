@@ -72,8 +72,32 @@ def _describe(registry: Registry, kind: str, name: str) -> None:
 @click.argument("settings", nargs=-1)
 @click.option("--quick", is_flag=True, help="Skip the training on an exact teacher: seconds instead of a minute.")
 @click.option("--thorough", is_flag=True, help="Train five times as long on the exact teacher.")
+@click.option(
+    "--network",
+    type=click.Choice(["mlp", "unet", "dit", "edm"]),
+    default="mlp",
+    show_default=True,
+    help="Check a method on a small network of this kind; all but mlp have attention.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Train that network as with compute.precision.",
+)
+@click.option("--recompute", is_flag=True, help="Train that network as with compute.recompute=true.")
 @with_plugins
-def check(registry: Registry, name: str, settings: tuple[str, ...], quick: bool, thorough: bool) -> None:
+def check(
+    registry: Registry,
+    name: str,
+    settings: tuple[str, ...],
+    quick: bool,
+    thorough: bool,
+    network: str,
+    precision: str,
+    recompute: bool,
+) -> None:
     """Run conformance checks on NAME.
 
     Prints one line for each check. The exit code is 1 if a check fails. A line that begins with `look` is fine if what
@@ -83,15 +107,18 @@ def check(registry: Registry, name: str, settings: tuple[str, ...], quick: bool,
 
     \b
     distillbench check boot methods.boot.steps=4
+    distillbench check boot --quick --network unet --precision bf16
     distillbench check trained dataset=digits
     """
     from distillbench.cli.check import check_name
+    from distillbench.testing.bench_networks import Computed
     from distillbench.testing.conformance import DISTRIBUTION_IMAGES
 
     if quick and thorough:
         raise UserError("--quick and --thorough exclude each other")
     images = 0 if quick else DISTRIBUTION_IMAGES * (5 if thorough else 1)
-    raise SystemExit(0 if check_name(registry, name, settings, images) else SOMETHING_FAILED)
+    computed = Computed(network, precision, recompute)
+    raise SystemExit(0 if check_name(registry, name, settings, images, computed) else SOMETHING_FAILED)
 
 
 @click.command("new-plugin")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 WIDEST_TEXT = 120
 LONGEST_VERDICT = 1000  # characters
 MOST_LINES = 50  # of a plan or a table
+MOST_NAMED = 8  # rows in one line of text
 COSTS = (  # columns that are shown where they fit
     *("sample_latency_p50_ms", "train_seconds", "sample_images_per_second", "train_teacher_nfe", "train_student_nfe"),
     *("train_images", "train_tflops", "train_joules"),
@@ -73,6 +74,8 @@ def print_plan(console: Console, cells: list[Cell]) -> None:
         images = f", {origin.images:,} images" if origin.images else ""
         _say(console, f"dataset {dataset}, teacher {name}: {origin.origin}{images}")
         _print_plan_table(console, group)
+        if varied := dict.fromkeys(cell.name for cell in group if cell.price_varies):
+            _say(console, f"{', '.join(varied)}: evaluations are about these, because steps have random costs")
         for column, why in group[0].shared.unavailable_metrics().items():
             _say(console, f"{column} would be empty: {why}")
         failing = [cell for cell in group if cell.price_error]
@@ -138,14 +141,18 @@ def _cost(cell: Cell) -> tuple[int, int, int, int]:
 
 
 def print_rows(progress: Progress, rows: pd.DataFrame) -> None:
-    """Print a line for each new row; one line for all if there are many, as those of a resumed run."""
+    """Print a line for each new row; one line for all if there are many, as those of a resumed run.
+
+    The index of `rows` are the settings that differ among the cells of the run.
+    """
     if len(rows) > MOST_LINES:
         counts = rows["status"].value_counts()
         progress.say(f"  {len(rows):,} rows: {', '.join(f'{count:,} {status}' for status, count in counts.items())}")
         return
-    for row in rows.to_dict("records"):
+    for differs, row in zip(rows.index, rows.to_dict("records"), strict=True):
         values = ", ".join(f"{name} {number(row[name])}" for name in _scores(rows))
-        progress.say(f"  {_row_name(row)}: {values if row['status'] == 'ok' else _why(row)}")
+        name = _row_name(row, differs if isinstance(differs, str) else "")
+        progress.say(f"  {name}: {values if row['status'] == 'ok' else _why(row)}")
 
 
 def print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, directions: dict[str, str]) -> None:
@@ -163,6 +170,7 @@ def print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, di
     shown = _columns_that_fit(console, summary, same, directions, lines)
     console.print(_drawn(summary, shown, directions, lines))
     notes = [*_notes(summary, shown, directions, lines), *_verdicts(summary, directions)]
+    notes += _behind_teacher(summary, directions)
     for line in [*notes, *_failures(table), *_remarks(table), *_empty_scores(table, directions)]:
         _say(console, line)
 
@@ -208,8 +216,10 @@ def _notes(summary: pd.DataFrame, shown: Sequence[str], directions: dict[str, st
 def _failures(table: pd.DataFrame) -> Iterator[str]:
     """Rows that are not ok, with their reasons."""
     bad = table[table["status"] != "ok"]
-    for row in bad[:MOST_LINES].to_dict("records"):
-        yield f"{_row_name(row)}: {_why(row)}"
+    records = bad[:MOST_LINES].to_dict("records")
+    names = [_row_name(row) for row in records]
+    for row, name in zip(records, names, strict=True):
+        yield f"{_row_name(row, row['settings']) if names.count(name) > 1 else name}: {_why(row)}"
     if len(bad) > MOST_LINES:
         yield _more(len(bad), "rows that are not ok (table.csv)")
 
@@ -289,6 +299,27 @@ def _verdicts(summary: pd.DataFrame, directions: dict[str, str]) -> list[str]:
     return lines
 
 
+def _behind_teacher(summary: pd.DataFrame, directions: dict[str, str]) -> Iterator[str]:
+    """For each score the students that are worse than the teacher's DDIM with as many evaluations."""
+    from distillbench.records.statistics import COMPARABLE, TEACHER
+
+    for name, direction in directions.items():
+        behind = []
+        for _, group in summary.groupby(COMPARABLE, dropna=False, sort=False) if direction != "none" else []:
+            ddim = group.loc[group["method"] == f"{TEACHER}ddim", name].dropna()
+            if ddim.empty:
+                continue
+            for row in group[~group["method"].str.startswith(TEACHER)].dropna(subset=[name]).to_dict("records"):
+                if row[name] > ddim.iloc[0] if direction == "lower" else row[name] < ddim.iloc[0]:
+                    scores = f"{number(row[name])} against {number(ddim.iloc[0])}"
+                    behind.append(f"{row['method']} at {row['nfe']} NFE ({scores})")
+        if behind:
+            listed = ", ".join(behind[:MOST_NAMED]) + (
+                f" and {len(behind) - MOST_NAMED} more" * (len(behind) > MOST_NAMED)
+            )
+            yield f"{name} worse than the teacher's own DDIM at as many evaluations: {listed}"
+
+
 def _scores(table: pd.DataFrame) -> list[str]:
     """The scores: the columns between those that describe a row and its costs."""
     from distillbench.records.table import FIRST, LAST
@@ -296,9 +327,10 @@ def _scores(table: pd.DataFrame) -> list[str]:
     return [name for name in table.columns if name not in FIRST and name not in LAST]
 
 
-def _row_name(row: dict) -> str:
+def _row_name(row: dict, settings: str = "") -> str:
     seed = number(row["training_seed"])
-    return f"{row['method']}{'' if seed == '-' else f' seed {seed}'}, {row['nfe']} NFE, noise {row['sampling_seed']}"
+    words = [row["method"], settings, "" if seed == "-" else f"seed {seed}"]
+    return f"{' '.join(filter(None, words))}, {row['nfe']} NFE, noise {row['sampling_seed']}"
 
 
 def _why(row: dict) -> str:

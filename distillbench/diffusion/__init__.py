@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from distillbench.diffusion.exact_denoiser import ExactDenoiser as ExactDenoiser
     from distillbench.diffusion.losses import SNR_WEIGHTS as SNR_WEIGHTS
     from distillbench.diffusion.losses import mean_square as mean_square
+    from distillbench.diffusion.rollouts import rollout as rollout
     from distillbench.diffusion.samplers import ONE_STEP as ONE_STEP
     from distillbench.diffusion.samplers import SAMPLERS as SAMPLERS
     from distillbench.diffusion.samplers import TIME_GRIDS as TIME_GRIDS
@@ -109,6 +110,7 @@ __all__ = [
     "multistep",
     "one_mask",
     "renoise",
+    "rollout",
     "tangent",
     "time_like",
     "uniform_lambda_times",
@@ -163,6 +165,7 @@ _HOMES = {
     "multistep": "distillbench.diffusion.consistency",
     "one_mask": "distillbench.diffusion.dropout",
     "renoise": "distillbench.diffusion.samplers",
+    "rollout": "distillbench.diffusion.rollouts",
     "tangent": "distillbench.diffusion.derivatives",
     "time_like": "distillbench.diffusion.samplers",
     "uniform_lambda_times": "distillbench.diffusion.samplers",

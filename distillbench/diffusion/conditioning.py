@@ -44,7 +44,11 @@ class Condition:
 
     def __getitem__(self, rows: slice | Tensor) -> Condition:
         """The condition of some images of the batch, such as ``c[:10]``, or those at the indices `rows`."""
-        parts = (None if part is None else part[rows] for part in (self.labels, self.w, self.text, self.image))
+        return self.of_rows(lambda part: part[rows])
+
+    def of_rows(self, pick: Callable[[Tensor], Tensor]) -> Condition:
+        """The condition of the images whose rows `pick` takes from a tensor of the batch."""
+        parts = (None if part is None else pick(part) for part in (self.labels, self.w, self.text, self.image))
         labels, w, text, image = parts
         return Condition(labels, w, self.guides, text, image)
 
@@ -152,6 +156,14 @@ class Conditioning:
             w = low + (high - low) * torch.from_numpy(uniform(stream, indices))
         labels = torch.tensor([index % self.trained for index in indices], dtype=torch.int64)
         return self._condition(labels, w, self._small_noise(stream, indices), device)
+
+    def example(self, count: int, device: torch.device) -> Condition:
+        """A condition of `count` images with the right shapes, without w: class 0, the empty text, a grey image."""
+        if not self.classes:
+            return UNCONDITIONAL
+        labels = torch.zeros(count, dtype=torch.int64, device=device)
+        image = None if self.small is None else torch.zeros(count, *self.small.shape, device=device)
+        return Condition(labels, text=None if self.texts is None else self.texts.empty(count, device), image=image)
 
     def none(self, c: Condition) -> Condition:
         """The same images without class, text and guidance."""

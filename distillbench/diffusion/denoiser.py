@@ -15,7 +15,7 @@ also reads a network that was trained on one noise schedule on another, at equal
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.diffusion.autograd_levels import has_tangent, needs_gradient, reaches_weights
-from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Conditioning
+from distillbench.diffusion.conditioning import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.diffusion.embeddings import GuidanceEmbedding
 from distillbench.diffusion.modes import evaluating
+from distillbench.diffusion.network_features import ROWS, FeatureRecorder, feature_shapes
 from distillbench.diffusion.schedules import NoiseSchedule
 from distillbench.system.dtensors import class_of
 
@@ -104,6 +105,10 @@ class NetworkCall:
         """The same call without autocast."""
         return self
 
+    def observing(self, modules: Collection[nn.Module]) -> NetworkCall:
+        """The same call, which runs forward hooks of `modules`: no module around one of them runs compiled."""
+        return self
+
     def __call__(self, network: nn.Module, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
         return network(x, time, embedding, c)
 
@@ -114,6 +119,7 @@ class Kind(NamedTuple):
     network: type[nn.Module]
     weights: int  # numbers in all its weights
     trained: int  # in those that get a gradient; 0: evaluated without a gradient to weights
+    features: tuple[str, ...] = ()  # submodules from whose outputs alone a backward pass starts; (): from the output
 
 
 @dataclass
@@ -146,11 +152,22 @@ class Counter:
     def __deepcopy__(self, memo: dict) -> Counter:
         return self
 
-    def add(self, network: nn.Module, output: Tensor, inputs: Iterable[Tensor | None], rows: int) -> None:
-        """Note that `network` has computed `output`, `rows` images, from `inputs`."""
-        gradient = needs_gradient(output)
-        to_weights = gradient and reaches_weights(output, network)
-        kind = self.kinds.setdefault(self.kind(network, to_weights), Rows())
+    def add(
+        self,
+        network: nn.Module,
+        outputs: Sequence[Tensor],
+        inputs: Iterable[Tensor | None],
+        rows: int,
+        features: Sequence[str] = (),
+    ) -> None:
+        """Note that `network` has computed `outputs`, each of `rows` images, from `inputs`.
+
+        `features`: the names of the submodules whose outputs they are; (): the first is the network's own output.
+        """
+        gradient = any(needs_gradient(output) for output in outputs)
+        to_weights = gradient and any(reaches_weights(output, network) for output in outputs)
+        whole = self.kind(network, to_weights)
+        kind = self.kinds.setdefault(whole._replace(features=tuple(sorted(features))) if gradient else whole, Rows())
         self.rows += rows
         kind.forward += rows
         if gradient:
@@ -159,7 +176,7 @@ class Counter:
             kind.to_input += 0 if to_weights else rows
             if not to_weights and any(given is not None and needs_gradient(given) for given in inputs):
                 self.rows_to_input += rows
-        if has_tangent(output):
+        if any(has_tangent(output) for output in outputs):
             self.rows_along += rows
             kind.along += rows
 
@@ -199,12 +216,30 @@ class CountedNetwork(nn.Module):
         self.network = network
         self.counter = counter
         self.mask: Callable[[], None] | None = None  # called before an evaluation: sets the random generator
+        self.recorder: FeatureRecorder | None = None  # of the features of the next evaluation
 
     def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
+        recorder = self.recorder
+        if recorder is not None:
+            return self._recorded(recorder, x, time, embedding, c)
         with self.counter.timed(), self._mode():
             out = self.counter.call(self.network, x, time, embedding, c)
-        self.counter.add(self.network, out, (x, embedding), len(x))
+        self.counter.add(self.network, [out], (x, embedding), len(x))
         return out
+
+    def _recorded(
+        self, recorder: FeatureRecorder, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition
+    ) -> Tensor:
+        """The same evaluation, whose features `recorder` takes."""
+        call = self.counter.call.observing(recorder.modules.values())
+        with self.counter.timed(), self._mode(), recorder.recording():
+            out = call(self.network, x, time, embedding, c)
+        found = recorder.take(len(x), x.dtype)
+        if recorder.output_gradient:
+            self.counter.add(self.network, [out, *found.values()], (x, embedding), len(x))
+            return out
+        self.counter.add(self.network, [*found.values()], (x, embedding), len(x), [*found])
+        return out.detach()
 
     def _mode(self) -> AbstractContextManager[None]:
         """A block with the dropout mode of this evaluation."""
@@ -270,6 +305,44 @@ class Denoiser(nn.Module):
             embedding = e if embedding is None else embedding + e
         *n, time = INPUTS[self.prediction](t, self.native)
         return self.counted(x_t / n[0] if n else x_t, time.to(x_t.dtype).flatten(), embedding, c)
+
+    def features(
+        self,
+        names: Sequence[str],
+        x_t: Tensor,
+        t: Tensor,
+        c: Condition = UNCONDITIONAL,
+        embedding: Tensor | None = None,
+        f_gradient: bool = True,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """f(x_t, t, c), and the outputs of the submodules `names` of the network in the same, counted evaluation.
+
+        Names are those of ``network.named_modules()``. Features are (B, ...) as :meth:`feature_shapes` tells, by name,
+        in the dtype of x_t also where the network runs in bf16 or fp16, and they have gradients like f. A loss that
+        does not use f sets ``f_gradient=False``: f gets no gradient, and the backward pass is counted from the features
+        on. A submodule that contains one of `names` is not compiled in this evaluation.
+
+        Raises UserError for a name that there is not, and for a submodule that is not called exactly once or whose
+        output is not one tensor with a row for each image.
+        """
+        recorder = FeatureRecorder(self.network, names, f_gradient)
+        before, self.counted.recorder = self.counted.recorder, recorder
+        try:
+            f = self(x_t, t, c, embedding)
+        finally:
+            self.counted.recorder = before
+        return (f if f_gradient else f.detach()), recorder.found
+
+    def feature_shapes(
+        self, names: Sequence[str], shape: tuple[int, int, int], conditioning: Conditioning = WITHOUT_CLASSES
+    ) -> dict[str, tuple[int, ...]]:
+        """The shapes of features, without the batch dimension, for images (C,H,W) of `shape`.
+
+        For the layers that a method puts on them, in its ``__init__``: ``shape`` and ``conditioning`` are the
+        teacher's. Nothing is evaluated, counted, drawn or changed. Raises UserError like :meth:`features`.
+        """
+        device = next((weight.device for weight in self.network.parameters()), torch.device("cpu"))
+        return feature_shapes(self.network, names, shape, conditioning.example(ROWS, device))
 
     def on(self, schedule: NoiseSchedule) -> Denoiser:
         """The same network, read on another schedule at equal signal-to-noise ratio (it is not copied).

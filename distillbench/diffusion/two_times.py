@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 from torch import Tensor, nn
 
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
@@ -35,4 +38,20 @@ class TwoTimes(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
         """(B,C,H,W), for x_t (B,C,H,W) and times t and s (B,1,1,1)."""
-        return self.denoiser(x_t, t, c, self.target_time(self.schedule.lam(s) if self.in_lambda else s))
+        return self.denoiser(x_t, t, c, self._embedding(s))
+
+    def features(
+        self,
+        names: Sequence[str],
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        c: Condition = UNCONDITIONAL,
+        f_gradient: bool = True,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """f(x_t, t, s, c), and features of the network: see ``Denoiser.features``."""
+        return self.denoiser.features(names, x_t, t, c, self._embedding(s), f_gradient)
+
+    def _embedding(self, s: Tensor) -> Tensor:
+        """Of the second time: (B, embedding_channels)."""
+        return cast(Tensor, self.target_time(self.schedule.lam(s) if self.in_lambda else s))

@@ -45,8 +45,9 @@ from distillbench.metering.memory import Before, bytes_in_use, peak_gpu_mib, pea
 from distillbench.system.precision import Float32Flags
 from distillbench.system.progress import Progress
 from distillbench.system.subprocesses import ProcessError, call_in_fresh_process, in_words
+from distillbench.teachers.students import AS_TEACHER, StudentForm
 from distillbench.teachers.teacher import Teacher, TeacherSource
-from distillbench.training.build import build_method
+from distillbench.training.build import restored_method
 from distillbench.training.compute import Sampling, sampling
 from distillbench.training.flops import count_flops
 from distillbench.training.method import Method
@@ -194,6 +195,7 @@ class SpeedJob:
     method_config: Any = None
     seed: int = 0
     weights: Path | None = None  # of the student, safetensors
+    students: StudentForm = AS_TEACHER
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ def make_subject(job: SpeedJob) -> Subject:
     """The trained student of `job`, or the teacher with its solver."""
     device = job.measurement.device
     source = job.source(job.teacher_config, job.dataset, job.cache, device, job.conditioning)
-    teacher = source.load(Progress(None)).conditioned(job.conditioning)
+    teacher = source.load(Progress(None)).conditioned(job.conditioning).with_students(job.students)
     if job.method is None or job.weights is None:
         from distillbench.diffusion.samplers import Solver
         from distillbench.evaluation.evaluator import (
@@ -251,9 +253,8 @@ def make_subject(job: SpeedJob) -> Subject:
         return Subject(teacher_sampler(teacher, Solver.parse(job.solver)), teacher, _parameters(teacher.denoiser))
     from safetensors.torch import load_file
 
-    method = build_method(job.method, job.method_config, teacher, job.seed, device)
-    method.load_state_dict(load_file(job.weights, device=device))
-    method.eval()
+    state = load_file(job.weights, device=device)
+    method = restored_method(job.method, job.method_config, teacher, job.seed, device, state)
     return Subject(method.sample, method.teacher, _parameters(method.student))
 
 

@@ -29,6 +29,10 @@ class EvaluationConfig:
         [], "files of reference statistics (.npz) to use instead of the dataset's images", path=True
     )
     checkpoints: int = option(0, "points along training, between its start and end, at which students are scored too")
+    progress_every: float = option(
+        0.1, "share of the budget after which the student is scored cheaply while it trains; 0: never"
+    )
+    progress_images: int = option(256, "images of these scores, which take at most 2 % of the network evaluations")
     precision: str = option("fp32", "of networks where they are sampled from and timed: fp32, tf32 (GPU), bf16 or fp16")
     cuda_graphs: bool = option(False, "on a GPU, networks are captured once for each shape and replayed by one launch")
     timing: str = option("process", "speed is measured in a fresh process, inline (in this one), or off")
@@ -38,6 +42,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require_positive(self, "images", "batch_size", "timing_seconds", "largest_timed_batch")
         require_between(self, 0, 1000, "checkpoints")
+        require_between(self, 0, 1, "progress_every")
+        require_between(self, 2, 1_000_000, "progress_images")
         require_one_of(self, "timing", TIMINGS)
         require_one_of(self, "precision", SAMPLED)
         for name in ("nfe", "teacher_steps"):

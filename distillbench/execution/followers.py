@@ -32,21 +32,22 @@ def in_these_processes(
             f"executor={where.kind} runs cells in parallel, but {ranks.count} processes run each of them together. "
             "Start distillbench without accelerate or torchrun, or use executor=local with executor.workers=1"
         )
-    for config in configs:
-        check_rows(config, ranks.count)
+    for cell in cells:
+        check_rows(cell.shared.config, ranks.count, cell.group_size)
     for cell in cells:
         cell.shared.ranks = ranks
     progress.say(f"{ranks.count} processes train and sample together; isolate=false, they are the launcher's")
     return [dataclasses.replace(config, isolate=False) for config in configs]
 
 
-def check_rows(config: RunConfig, count: int) -> None:
-    """Raise UserError if some batch, such as the last one, has fewer images than there are processes."""
+def check_rows(config: RunConfig, count: int, group: int = 1) -> None:
+    """Raise UserError if some batch, such as the last one, has fewer groups of images than there are processes."""
     smallest, why = config.batch_size, f"batch_size={config.batch_size}"
     if config.budget.limit is Limit.images and (rest := config.budget.images % config.batch_size):
         smallest, why = rest, f"budget.images={config.budget.images} leaves a last batch of {rest}"
-    if smallest < count:
-        raise UserError(f"{why}, and each of {count} processes must have an image of every batch. Change one of them")
+    if smallest // group < count:
+        needed = "an image" if group == 1 else f"a group of {group} images"
+        raise UserError(f"{why}, and each of {count} processes must have {needed} of every batch. Change one of them")
 
 
 def follow(ranks: Ranks, stop: Stop) -> None:

@@ -97,6 +97,7 @@ class RunTable:
         self, folder: Path, cells: Sequence[Cell], configs: list[RunConfig], scan: Scan,
         on_rows: Callable[[pd.DataFrame], None],
     ) -> None:  # fmt: skip
+        """`on_rows` gets new rows. Their index is what tells their cells apart, such as "lr=0.0001"."""
         self.folder, self.configs, self.on_rows = folder, configs, on_rows
         self.descriptions = scan.descriptions
         contexts = {id(cell.shared): cell.shared for cell in cells}.values()
@@ -128,7 +129,9 @@ class RunTable:
 
     def _show(self, results: dict[int, CellResult]) -> None:
         self.results.update(results)
-        self.on_rows(make_table([row for result in results.values() for row in result.rows], list(self.columns)))
+        rows = [(result.description.differs, row) for result in results.values() for row in result.rows]
+        table = make_table([row for _, row in rows], list(self.columns))
+        self.on_rows(table.set_axis([differs for differs, _ in rows]))
 
     def finish(self, status: str, reason: str) -> Outcome:
         """The run as it is. Unfinished cells get rows with this status and no scores."""

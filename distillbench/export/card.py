@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
+from distillbench.export.adapters import FILE
+from distillbench.runs.plan import student_settings
 from distillbench.runs.shared_context import plain_settings
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def card_text(card: Card) -> str:
         "## Sampling",
         _fenced(_example(card), "python"),
         *_hints(card),
+        *_adapters(student),
         "## Origin",
         *_origin(student),
         "## Scores",
@@ -114,12 +117,26 @@ def _hints(card: Card) -> list[str]:
     return hints
 
 
+def _adapters(student: Student) -> list[str]:
+    """How to use the file of the adapters, if the student has any."""
+    adapters = student.cell.shared.students.adapters
+    if adapters is None:
+        return []
+    return [
+        f"Its adapters (LoRA, rank {adapters.rank}, alpha {adapters.alpha:g}) are merged into the weights of this "
+        f"pipeline. `{FILE}` has them alone, with the keys of peft and diffusers, for the network of "
+        f"{plain(student.teacher.label)}. What the method adds to that network, such as an embedding of a second time, "
+        "is only in the pipeline."
+    ]
+
+
 def _origin(student: Student) -> list[str]:
     cell, record, teacher = student.cell, student.record, student.teacher
     assert cell.entry is not None
     shared, plugin = cell.shared, cell.entry.plugin
     dataset, conditioning, environment = shared.dataset, teacher.conditioning, record.environment
     packages = environment.get("packages") or {}
+    network = ", ".join(student_settings(shared.config.student)) or "all weights of the teacher's network"
     git = environment.get("git") or {}
     commit = git.get("commit") or "not known (installed)"
     guidance = "none" if not conditioning.guided else f"w = {conditioning.w:g}, f_0 + w (f_c - f_0)"
@@ -130,6 +147,7 @@ def _origin(student: Student) -> list[str]:
         "teacher's weights": f"sha256 {teacher.sha256}",
         "method": f"{cell.name}, {cell.entry.cls.paper}",
         "plugin": f"{plugin.name} of {plugin.distribution} {plugin.version}",
+        "student": network,
         "dataset": f"{dataset.name} (sha256 {dataset.sha256}; licence: {dataset.licence})",
         "guidance": guidance,
         "budget": f"{shared.config.budget.in_words}, batch {shared.config.batch_size}, seed {cell.seed}",

@@ -11,7 +11,7 @@ import csv
 import dataclasses
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 from yaml import YAMLError
 
 from distillbench.errors import UserError, unknown
@@ -29,9 +30,10 @@ from distillbench.records.records import TrainRecord, load_record
 from distillbench.records.settings_file import FULL, SEPARATOR, read_settings
 from distillbench.registry import Registry
 from distillbench.runs.config import RunConfig
-from distillbench.runs.shared_context import Cell, SharedContext, build, make_source, plain_settings
+from distillbench.runs.shared_context import Cell, SharedContext, make_source, plain_settings, restored
 from distillbench.storage.files import sha256_file
 from distillbench.system.progress import Progress
+from distillbench.teachers.students import StudentForm
 from distillbench.teachers.teacher import Teacher
 from distillbench.training.method import Method
 
@@ -58,8 +60,9 @@ class Student:
     run: Path
     cell: Cell
     teacher: Teacher
-    method: Method
+    method: Method  # its adapters are merged into the weights
     record: TrainRecord
+    state: Mapping[str, Tensor]  # its state dict in training, with adapters
 
 
 def read_config(text: str, registry: Registry) -> list[RunConfig]:
@@ -120,18 +123,20 @@ def find_student(run_folder: Path, method: str, seed: int | None, registry: Regi
     dataset, source, conditioning = make_source(config, registry, "cpu")
     if source.plan().images:
         raise UserError(f"the teacher of {weights.name} is no longer in {str(results)!r}: it would be trained again")
-    shared = SharedContext(config, registry, "cpu", dataset, source, conditioning, {}, Path(), [])
+    students = StudentForm.of(config.student)
+    shared = SharedContext(config, registry, "cpu", dataset, source, conditioning, {}, Path(), [], students=students)
     cell = Cell(shared, weights.method, registry.get("methods", method_config.kind), method_config, weights.seed)
     teacher = shared.load_teacher(progress)
     if teacher.sha256 != record.inputs["teacher_sha256"]:
         raise UserError(f"the teacher {teacher.label} is not the one that {weights.name} was distilled from")
     if cell.entry is not None and cell.entry.identity() != record.inputs["method"]:
         progress.say(f"{weights.name}: was trained by another version of the plugin of {weights.method}")
-    restored = _restored(cell, teacher, _intact(run_folder, cell_folder, weights, record))
-    if not restored.supports(1):
-        able = ", ".join(str(n) for n in range(2, 1025) if restored.supports(n)) or "none up to 1024"
+    file = _intact(run_folder, cell_folder, weights, record)
+    student = _restored(cell, teacher, file)
+    if not student.supports(1):
+        able = ", ".join(str(n) for n in range(2, 1025) if student.supports(n)) or "none up to 1024"
         raise UserError(f"{weights.method} does not sample in one step, which is what is exported. It does {able}")
-    return Student(run_folder, cell, teacher, restored, record)
+    return Student(run_folder, cell, teacher, student, record, load_file(file) if students.adapters else {})
 
 
 def _text(run_folder: Path, name: str) -> str:
@@ -202,7 +207,9 @@ def _describes(config: RunConfig, name: str, record: TrainRecord) -> bool:
         "seed": config.seed,
         **conditional,
     }
-    return all(record.inputs.get(key) == value for key, value in wanted.items())
+    if not all(record.inputs.get(key) == value for key, value in wanted.items()):
+        return False
+    return record.inputs.get("student", {}) == StudentForm.of(config.student).plain()
 
 
 def _intact(run_folder: Path, cell_folder: Path, weights: Weights, record: TrainRecord) -> Path:
@@ -216,9 +223,7 @@ def _intact(run_folder: Path, cell_folder: Path, weights: Weights, record: Train
 
 def _restored(cell: Cell, teacher: Teacher, weights: Path) -> Method:
     try:
-        method = build(cell, teacher)
-        method.load_state_dict(load_file(weights, device="cpu"))
+        return restored(cell, teacher, weights)
     except (SafetensorError, RuntimeError) as error:
         why = str(error).splitlines()[0]
         raise UserError(f"the weights of {cell.label} do not fit the method as it is installed: {why}") from error
-    return method.eval()

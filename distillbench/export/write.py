@@ -19,6 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from distillbench.errors import UserError
+from distillbench.export.adapters import write_adapters
 from distillbench.export.card import Card, write_card
 from distillbench.export.fold import OneStep, RecordedStep, fit, fold, record_step
 from distillbench.export.forms import EXAMPLES, Form, Parts, form_of, parts_of
@@ -65,6 +66,7 @@ def write_student(student: Student, output: Path) -> tuple[float, str]:
         folder.mkdir()
         parts, prompts = parts_of(shared.source), shared.dataset.prompts
         form, difference = write_pipeline(student.method, student.teacher, parts, prompts, folder)
+        _write_adapters(student, folder)
         write_card(folder, Card(student, form, difference))
         mode = (folder / "README.md").stat().st_mode  # some libraries write files that only the owner can read
         for file in folder.rglob("*"):
@@ -72,6 +74,15 @@ def write_student(student: Student, output: Path) -> tuple[float, str]:
                 file.chmod(mode)
         os.replace(folder, output)
     return difference, form.pipeline
+
+
+def _write_adapters(student: Student, folder: Path) -> None:
+    """Write the adapters of the network that samples, if the student has any."""
+    adapters = student.cell.shared.students.adapters
+    if adapters is not None:
+        c = student.teacher.conditioning.of_images(range(1), "cpu")
+        network = record_step(student.method, noise(CHECK_SEED, 1, student.teacher), c).network
+        write_adapters(folder, student.method, network, adapters, student.state)
 
 
 def write_pipeline(

@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.nn.functional import silu
 
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
 from distillbench.diffusion.embeddings import TimeEmbedding
+from distillbench.errors import UserError
 from distillbench.networks.time_features import PlacedFeatures, TimedNetwork
 
 __all__ = ["NETWORKS", "SIZED", "DiT", "OfDiffusers", "ResidualMLP", "UNet"]
@@ -108,9 +111,12 @@ class OfDiffusers(TimedNetwork):
     """Any UNet2DModel or DiTTransformer2DModel: `config` is the content of its config.json, with `_class_name`.
 
     The config's sizes must be those of the images. Its class embedding needs a row for each class and one for no class.
+    The network of diffusers gets `scale` times the time.
     """
 
-    def __init__(self, shape: tuple[int, int, int], config: dict[str, Any], classes: int = 0) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], config: dict[str, Any], classes: int = 0, scale: float = 1000.0
+    ) -> None:
         import diffusers
 
         from distillbench.networks.diffusers_calls import Call
@@ -128,7 +134,7 @@ class OfDiffusers(TimedNetwork):
             raise ValueError(f"an architecture of {theirs} does not fit images of (C,H,W) = {shape}")
         check_classes(NETWORKS[name].serves(config), classes, classes > 0, "teacher.architecture")
         module = getattr(diffusers, name).from_config(config)
-        self.inner = NETWORKS[name](module, Call(scale=1000.0))
+        self.inner = NETWORKS[name](module, Call(scale=scale))
         self.embedding_channels = self.inner.embedding_channels
 
     def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
@@ -136,6 +142,17 @@ class OfDiffusers(TimedNetwork):
 
     def time_features(self) -> PlacedFeatures:
         return self.inner.time_features()
+
+
+def read_architecture(file: Path, setting: str) -> dict[str, Any]:
+    """The settings in a diffusers config.json, without its metadata. A UserError names `setting`."""
+    try:
+        config = json.loads(file.read_text())
+        return {name: value for name, value in config.items() if name == "_class_name" or name[:1] != "_"}
+    except OSError as error:
+        raise UserError(f"{setting}: cannot read {str(file)!r}: {error.strerror}") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{setting}: {file.name!r} is not a diffusers config.json") from error
 
 
 TRAINABLE = ("UNet2DModel", "DiTTransformer2DModel")  # architectures of diffusers

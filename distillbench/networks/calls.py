@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter as Multiset
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
@@ -84,6 +84,7 @@ class ConfiguredCall(NetworkCall):
     plain: Mapping[str, Any] = field(default_factory=dict)
     _blocks: WeakKeyDictionary[nn.Module, list[nn.Module]] = field(default_factory=WeakKeyDictionary)
     _converted: WeakSet[nn.Module] = field(default_factory=WeakSet)  # networks in channels_last
+    observed: Collection[nn.Module] = ()  # modules whose forward hooks must run: what is compiled runs none
 
     def __call__(self, network: nn.Module, x: Tensor, time: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
         if not any(True for _ in network.parameters()):  # a closed-form denoiser
@@ -104,6 +105,10 @@ class ConfiguredCall(NetworkCall):
         """The same call without autocast; networks that either has converted are the same."""
         return dataclasses.replace(self, precision="fp32")
 
+    def observing(self, modules: Collection[nn.Module]) -> ConfiguredCall:
+        """The same call; the whole network, or the blocks, around one of `modules` are not compiled."""
+        return dataclasses.replace(self, observed=list(modules))
+
     def undo(self) -> None:
         """Convert the weights back."""
         for network in self._converted:
@@ -117,14 +122,18 @@ class ConfiguredCall(NetworkCall):
             return nullcontext()
         forwards: dict[nn.Module, Callable[..., Any]] = {}
         if self.compile == "blocks":
-            forwards = {block: _compiled_forward(block) for block in self._blocks_of(network)}
+            blocks = self._blocks_of(network)
+            forwards = {block: _compiled_forward(block) for block in blocks if not self._is_observed_within(block)}
         if recompute:
             blocks = self._blocks_of(network)
             inner = {block: forwards.get(block, block.forward) for block in blocks}
             forwards = {block: functools.partial(_checkpointed, block, forward) for block, forward in inner.items()}
-        if self.compile == "whole":
+        if self.compile == "whole" and not self.observed:
             forwards[network] = _compiled_forward(network)
         return overridden({module: calling(forward) for module, forward in forwards.items()})
+
+    def _is_observed_within(self, block: nn.Module) -> bool:
+        return any(module is not block and module in self.observed for module in block.modules())
 
     def _blocks_of(self, network: nn.Module) -> list[nn.Module]:
         if network not in self._blocks:

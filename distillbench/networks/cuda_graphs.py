@@ -7,6 +7,7 @@ do. A replay launches all of them at once, on the same memory: inputs are copied
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -58,6 +59,10 @@ class Captured(NetworkCall):
     def in_float32(self) -> NetworkCall:
         """The call without autocast, and without graphs."""
         return self.call.in_float32()
+
+    def observing(self, modules: Collection[nn.Module]) -> NetworkCall:
+        """The call without graphs: a replay runs no hooks."""
+        return self.call.observing(modules)
 
     def begin(self) -> None:
         self._compared = WeakSet()

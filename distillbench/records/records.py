@@ -39,13 +39,24 @@ class CurvePoint(_Record):
     loss: float
 
 
+class ProgressPoint(_Record):
+    """A cheap score at `fraction` of the budget, of samples with `nfe` evaluations; None if they were not finite."""
+
+    fraction: float
+    images: int
+    nfe: int
+    fd_8x8: float | None  # Fréchet distance of images averaged to 8x8 pixels
+    spread: float | None  # standard deviation of samples over that of the reference, means over pixels
+
+
 class NetworkRows(_Record):
     """Evaluations (images) of networks of one kind: what `tflops` is computed from.
 
     `counted`: "teacher" or "student". `weights` is how many numbers are in all weights of the network (its class, with
     the module), `trained` in those that got a gradient; 0: these rows were evaluated without a gradient to weights.
     `to_weights` and `to_input` of the `forward` rows had a backward pass, the second to the input only; `along` had a
-    derivative along a direction (forward mode).
+    derivative along a direction (forward mode). `features`: the submodules, joined by ", ", whose outputs alone had a
+    backward pass; "": the network's output had it.
     """
 
     counted: str
@@ -56,6 +67,7 @@ class NetworkRows(_Record):
     to_weights: int = 0
     to_input: int = 0
     along: int = 0
+    features: str = ""
 
 
 class Cost(_Record):
@@ -108,11 +120,19 @@ class TrainRecord(_Record):
     peak_gpu_reserved_mib: float | None = None
     peak_device_mib: float | None = None
     peak_rss_mib: float | None = None
-    parameters: int | None = None
+    parameters: int | None = None  # of the student in training, with its adapters
+    trained_parameters: int | None = None  # of these, in weights that get a gradient; None in older records
+    student_inputs: str = ""  # what the student was trained on, such as data or noise; "": an earlier version
     accumulate: int = 1  # parts of each step (gradient accumulation)
     processes: int = 1  # ranks, each of which trained on a share of every batch
     weights_sha256: str = ""
+    updates: int | None = None  # of all networks together; None in records of earlier versions
+    clipped_steps: int | None = None  # updates whose gradients had a norm above grad_clip
+    nonfinite_steps: int | None = None  # updates whose gradients were not finite
     curve: list[CurvePoint] = []
+    progress: list[ProgressPoint] = []
+    progress_reference: str = ""  # what its scores compare with
+    note: str = ""  # for the rows: what was seen along training
     checkpoints: list[CheckpointRecord] = []
     flops_not_counted: list[str] = []
     missing: dict[str, str] = {}

@@ -27,7 +27,9 @@ FIRST: dict[str, str] = {  # column: pandas type
     "reason": "string",
     "note": "string",
 }
-LATER = ("note",)  # columns that tables of older versions lack; they are empty there
+UPDATES = ("clipped_steps", "nonfinite_steps")  # of a training, but no costs
+STUDENT = ("trained_parameters", "student_lora_rank", "student_architecture")
+LATER = ("note", "inputs", *UPDATES, *STUDENT)  # columns that tables of older versions lack; they are empty there
 COST: dict[str, str] = {
     "train_images": "Int64",
     "train_seconds": "Float64",
@@ -46,6 +48,7 @@ LAST: dict[str, str] = {
     "train_peak_gpu_reserved_mib": "Float64",
     "train_peak_device_mib": "Float64",
     "train_peak_rss_mib": "Float64",
+    **dict.fromkeys(UPDATES, "Int64"),
     "sample_latency_p50_ms": "Float64",
     "sample_latency_p95_ms": "Float64",
     "sample_images_per_second": "Float64",
@@ -58,6 +61,10 @@ LAST: dict[str, str] = {
     "sample_peak_device_mib": "Float64",
     "sample_peak_rss_mib": "Float64",
     "parameters": "Int64",
+    "trained_parameters": "Int64",
+    "student_lora_rank": "Int64",
+    "student_architecture": "string",
+    "inputs": "string",
     "settings": "string",
     "compute": "string",
     "reference": "string",
@@ -73,9 +80,11 @@ def table_row(
     """One row of the table. `columns`: those that all rows of the cell share. `training`: None for the teacher."""
     missing = dict(row.missing)
     if training is None:
-        missing["train_*"] = "the teacher is the baseline, nothing is distilled"
+        missing |= dict.fromkeys(("train_*", *UPDATES), "the teacher is the baseline, nothing is distilled")
     else:
-        missing |= {f"train_{name}": why for name, why in training.missing.items()}
+        if training.status == "ok" and training.updates is None:
+            missing |= dict.fromkeys(UPDATES, "not all of the training was done by a version that counts them")
+        missing |= {name if name in UPDATES else f"train_{name}": why for name, why in training.missing.items()}
     timed = next((found for found in speed.rows if found.nfe == row.nfe), SpeedRow(nfe=row.nfe))
     missing |= {f"sample_{name}": why for name, why in timed.missing.items()}
     if speed.reason:
@@ -95,11 +104,14 @@ def table_row(
         **(_train_columns(training) if training is not None else {}),
         **measured,
         "parameters": timed.parameters,
+        "trained_parameters": None if training is None else training.trained_parameters,
+        "inputs": "" if training is None else training.student_inputs,
     }
 
 
 def _train_columns(training: TrainRecord) -> dict[str, Any]:
     peaks = {f"train_{name}": value for name, value in training if f"train_{name}" in LAST}
+    peaks |= {name: getattr(training, name) for name in UPDATES}
     return peaks | (cost_columns(training.cost) if training.cost is not None else {})
 
 
@@ -128,7 +140,7 @@ def make_along(rows: list[dict[str, Any]], metrics: Sequence[str]) -> pd.DataFra
 def _typed(rows: list[dict[str, Any]], types: dict[str, str]) -> pd.DataFrame:
     import pandas as pd  # imported here: the registry needs only the column names
 
-    usual = dict.fromkeys(LATER, "")
+    usual = {name: "" for name in LATER if types.get(name) == "string"}
     given = {name: [row.get(name, usual.get(name)) for row in rows] for name in types}
     columns = {name: pd.array(values, dtype=types[name]) for name, values in given.items()}  # type: ignore[call-overload]
     return pd.DataFrame(columns)

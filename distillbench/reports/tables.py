@@ -14,7 +14,7 @@ from distillbench.reports.words import heading, number
 
 COSTS = [name for name in LAST if name.startswith(("train_", "sample_"))]
 SHOWN = ("sample_latency_p50_ms", "train_seconds", "train_teacher_nfe")  # costs that are visible at first
-TEXTS = ("run", "dataset", "teacher", "method", "settings", "status", "reason", "device", "key")
+TEXTS = ("run", "dataset", "teacher", "method", "settings", "inputs", "status", "reason", "device", "key")
 NO_REASON = "empty, no reason recorded"
 
 
@@ -76,7 +76,8 @@ def comparison_table(id_: str, data: Comparison) -> Table:
 
 def every_row_table(id_: str, rows: Sequence[TableRow], scores: dict[str, str], several_runs: bool) -> Table:
     """Every row of the runs' tables, seeds apart, with the key of its record."""
-    names = ["method", "settings", *["run"] * several_runs, "training_seed", "sampling_seed", "nfe", "status"]
+    inputs = ["inputs"] * any(row.values.get("inputs") for row in rows)
+    names = ["method", "settings", *inputs, *["run"] * several_runs, "training_seed", "sampling_seed", "nfe", "status"]
     names += [*scores, "key", "reason"]
     any_settings = any(row.values["settings"] for row in rows)
     columns = [

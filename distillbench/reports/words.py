@@ -18,6 +18,7 @@ ABOUT = {  # columns other than scores: heading (with its unit), explanation
     "guidance": ("guidance", "weight of the teacher's classifier-free guidance; 1 is without guidance"),
     "method": ("method", "the student's method; teacher:SAMPLER is the teacher itself"),
     "settings": ("settings", "the method's settings that differ from its defaults"),
+    "inputs": ("trained on", "what the student was trained on: data, noise, rollout or pairs"),
     "training_seed": ("training seed", "seed of the student's training"),
     "sampling_seed": ("sampling seed", "seed of the noise that was sampled from"),
     "training_seeds": ("training seeds", "number of students that were trained"),

@@ -35,7 +35,7 @@ from distillbench.runs.cell_keys import speed_inputs
 from distillbench.runs.cell_result import CellDescription, CellResult, result_of
 from distillbench.runs.cell_task import CellTask
 from distillbench.runs.cell_training import ERROR, STUDENT, TRAIN, keep_traceback, status_of, train_cell
-from distillbench.runs.shared_context import Cell, build
+from distillbench.runs.shared_context import Cell, restored
 from distillbench.runs.speed_job import speed_job
 from distillbench.storage.files import key_of, sha256_file, write_atomically
 from distillbench.storage.hash_cache import HashCache
@@ -300,10 +300,8 @@ def _sampler(cell: Cell, method: Method | None, progress: Progress) -> Sampler:
 
 
 def _restored(cell: Cell, weights: Path, progress: Progress) -> Method:
-    """The method with the weights of a finished training or of a checkpoint, in eval mode."""
-    method = build(cell, cell.shared.load_teacher(progress))
-    method.load_state_dict(load_file(weights, device=cell.shared.device))
-    return method.eval()
+    """The method with the weights of a finished training or of a checkpoint, in evaluation mode."""
+    return restored(cell, cell.shared.load_teacher(progress), weights)
 
 
 def _keeps_noise(cell: Cell, nfe: int) -> bool:

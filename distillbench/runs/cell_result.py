@@ -12,10 +12,11 @@ from distillbench.records.records import CheckpointScores, EvaluationRecord, Spe
 from distillbench.records.table import cost_columns, table_row
 from distillbench.runs.cell_keys import cell_folder, evaluation_inputs, protocol_key, train_inputs
 from distillbench.runs.cell_training import STUDENT
-from distillbench.runs.plan import changed_settings
+from distillbench.runs.plan import changed_settings, student_settings
 from distillbench.runs.shared_context import Cell
 from distillbench.storage.files import key_of
 from distillbench.system.environment import device_name
+from distillbench.teachers.students import AS_TEACHER
 from distillbench.teachers.teacher import Teacher
 from distillbench.training.compute import changed, in_words
 
@@ -30,6 +31,7 @@ class CellDescription:
     folder: Path
     train_inputs: dict[str, Any]
     evaluation_inputs: dict[str, Any]
+    differs: str = ""  # as in Cell
 
     @property
     def train_key(self) -> str:
@@ -66,7 +68,7 @@ def describe_cell(cell: Cell, teacher: Teacher) -> CellDescription:
     evaluation = evaluation_inputs(cell, key)
     columns = _shared_columns(cell, teacher)
     columns |= {"reference": "", "device": device_name(cell.shared.device), "key": key_of(evaluation)}
-    return CellDescription(cell.label, columns, rows, cell_folder(cell, key), inputs, evaluation)
+    return CellDescription(cell.label, columns, rows, cell_folder(cell, key), inputs, evaluation, cell.differs)
 
 
 def result_of(
@@ -94,6 +96,9 @@ def result_of(
 def _shared_columns(cell: Cell, teacher: Teacher, training: TrainRecord | None = None) -> dict[str, Any]:
     config = cell.shared.config
     settings = [f"guidance_range={config.guidance_range}"] if cell.entry is not None and config.guidance_range else []
+    student = cell.shared.students if cell.entry is not None else AS_TEACHER
+    if cell.entry is not None:
+        settings += student_settings(config.student)
     settings.append(changed_settings(cell.method_config))
     parts = config.accumulate if training is None else training.accumulate
     if cell.entry is not None and parts > 1:
@@ -115,6 +120,8 @@ def _shared_columns(cell: Cell, teacher: Teacher, training: TrainRecord | None =
         "protocol": protocol_key(cell.shared, teacher),
         "settings": ", ".join(filter(None, settings)),
         "compute": in_words(compute, config.evaluation.sampling),
+        "student_lora_rank": student.rank,
+        "student_architecture": student.architecture_label,
     }
 
 
@@ -130,7 +137,12 @@ def _table_rows(
     columns = _shared_columns(cell, _teacher(cell), training)
     columns |= {"reference": real, "device": _device(training, evaluation, speed), "key": evaluation.key}
     metrics = list(cell.shared.metrics)
-    return [table_row(columns, row, training, speed, metrics, _note(cell, row.nfe)) for row in evaluation.rows]
+    seen = "" if training is None else training.note
+    notes = ["; ".join(filter(None, [_note(cell, row.nfe), seen])) for row in evaluation.rows]
+    return [
+        table_row(columns, row, training, speed, metrics, note)
+        for row, note in zip(evaluation.rows, notes, strict=True)
+    ]
 
 
 def _note(cell: Cell, nfe: int) -> str:

@@ -21,6 +21,7 @@ class CellTask:
     name: str
     nfe: list[int]
     selection: Selection
+    differs: str = ""  # as in Cell
 
     @staticmethod
     def of(cell: Cell, device: str = "") -> CellTask:
@@ -34,10 +35,12 @@ class CellTask:
             device=device or given.device,
             executor=LocalConfig(kind="local"),
         )
-        return CellTask(config, cell.name, cell.nfe, cell.shared.registry.selection)
+        return CellTask(config, cell.name, cell.nfe, cell.shared.registry.selection, cell.differs)
 
     def cell(self, registry: Registry, contexts: SharedContexts) -> Cell:
-        return cell_of(self.config, self.name, self.nfe, registry, contexts)
+        cell = cell_of(self.config, self.name, self.nfe, registry, contexts)
+        cell.differs = self.differs
+        return cell
 
 
 def cells_of(tasks: Sequence[CellTask]) -> list[Cell]:

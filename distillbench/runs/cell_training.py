@@ -20,7 +20,17 @@ from distillbench.diffusion.dropout import seed_masks
 from distillbench.errors import DivergedError, Unavailable, UserError
 from distillbench.metering.energy import Energy, energy
 from distillbench.metering.memory import bytes_on_gpu, peak_gpu_mib, peak_rss_mib, release_memory
-from distillbench.records.records import FINAL, CheckpointRecord, Cost, CurvePoint, Status, TrainRecord, write_record
+from distillbench.records.records import (
+    FINAL,
+    CheckpointRecord,
+    Cost,
+    CurvePoint,
+    ProgressPoint,
+    Status,
+    TrainRecord,
+    write_record,
+)
+from distillbench.runs.cell_monitor import monitor_of
 from distillbench.runs.cell_task import CellTask
 from distillbench.runs.shared_context import Cell, SharedContext, build
 from distillbench.storage.files import key_of, sha256_file, write_atomically
@@ -37,6 +47,7 @@ from distillbench.training.flops import NetworkFlops, denoisers_of, measured_flo
 from distillbench.training.fsdp import check_sharding, copied_for_sharding
 from distillbench.training.loop import Loop, Trained, train
 from distillbench.training.method import Method
+from distillbench.training.monitor import Monitor
 from distillbench.training.network_rows import NetworkRows
 from distillbench.training.optimizers import warm_up
 from distillbench.training.pairs import Workspace
@@ -74,7 +85,7 @@ def train_cell(
             break
         except Exception as error:  # a third-party method may raise anything; the other cells run
             status = status_of(error)
-            most = config.batch_size // cell.shared.ranks.count  # images of a step on one rank
+            most = config.batch_size // cell.group_size // cell.shared.ranks.count  # parts of a step on one rank
             if status == "failed" or config.compute.shard or config.on_oom == "fail" or 2 * parts > most:
                 record = TrainRecord(**common, status=status, reason=keep_traceback(error, folder, progress))
                 break
@@ -124,6 +135,7 @@ class Measured:
     peaks: dict[str, tuple[float | None, str]]  # MiB on the rank with the most, or the reason for None
     no_compile_seconds: str
     device: str  # its name; all names if the training was resumed on another
+    monitor: Monitor | None
 
 
 def follow_training(cell: Cell, order: TrainOrder, progress: Progress, stop: Stop) -> None:
@@ -157,6 +169,9 @@ def _train(
         if compute.shard:
             teacher = stack.enter_context(copied_for_sharding(teacher))
         method = build(cell, teacher, "cpu" if compute.shard else shared.device)
+        cell.group_size = method.group_size
+        if data is not None:
+            data.share = dataclasses.replace(ranks.share, group=method.group_size)
         seed_masks(cell.seed, ranks.share.index)
         stack.enter_context(applied(compute, method, shared.device))
         if not compute.shard:  # with FSDP that happens when it is sharded
@@ -172,7 +187,8 @@ def _train(
         resume = Resume(states, config.states.seconds, order, watched, stop, devices=[device_name(shared.device)])
         loop = Loop(config.batch_size, parts, compute, ranks)
         read = None if data is None else data.read
-        trained = train(method, cell.method_config, workspace, read, loop, step, checkpoints, resume)
+        monitor = monitor_of(cell, teacher, parts, progress)
+        trained = train(method, cell.method_config, workspace, read, loop, step, checkpoints, resume, monitor)
     peaks = {
         "peak_gpu_mib": gpu,
         "peak_gpu_reserved_mib": gpu.reserved,
@@ -182,7 +198,7 @@ def _train(
     weights = gather_full(method.state_dict(), ranks.main)
     largest = {name: _largest(ranks.all_gather((peak.mib, peak.reason))) for name, peak in peaks.items()}
     used, device = ranks.sum_energy(meter.energy()), ", then ".join(resume.devices)
-    return Measured(method, trained, weights, used, largest, meter.no_compile_seconds, device)
+    return Measured(method, trained, weights, used, largest, meter.no_compile_seconds, device, monitor)
 
 
 def _own_bytes(cell: Cell, teacher: Teacher) -> int | None:
@@ -218,6 +234,9 @@ def _trained(
     missing |= {"compile_seconds": measured.no_compile_seconds} if measured.no_compile_seconds else {}
     flops, reason = _flops(trained.price, teacher, [] if shared.config.compute.shard else denoisers_of(method), shared)
     missing |= {"tflops": reason} if reason else {}
+    counts = trained.counts
+    if counts.complete and counts.clipped is None:
+        missing["clipped_steps"] = "grad_clip=0: gradients are not clipped"
     not_counted = sorted({name for one in flops.values() for name in one.not_counted})
     peaks: dict[str, Any] = {name: mib for name, (mib, _) in measured.peaks.items()}
     return TrainRecord(
@@ -226,8 +245,14 @@ def _trained(
         cost=_cost(trained.price, used, flops),
         **peaks,
         parameters=sum(p.numel() for p in method.student.parameters()),
+        trained_parameters=sum(p.numel() for p in method.student.parameters() if p.requires_grad),
+        student_inputs=method.inputs,
         weights_sha256=sha256_file(folder / STUDENT),
+        updates=counts.updates if counts.complete else None,
+        clipped_steps=counts.clipped if counts.complete else None,
+        nonfinite_steps=counts.nonfinite if counts.complete else None,
         curve=[CurvePoint(**dataclasses.asdict(point)) for point in trained.curve],
+        **_seen(measured.monitor),
         checkpoints=[
             CheckpointRecord(
                 fraction=c.fraction,
@@ -241,6 +266,14 @@ def _trained(
         flops_not_counted=not_counted,
         missing=missing,
     )
+
+
+def _seen(monitor: Monitor | None) -> dict[str, Any]:
+    """What was seen of samples along training, as fields of the record."""
+    if monitor is None:
+        return {}
+    points = [ProgressPoint(**dataclasses.asdict(point)) for point in monitor.points]
+    return {"progress": points, "progress_reference": monitor.look.reference, "note": monitor.note}
 
 
 def _flops(

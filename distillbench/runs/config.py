@@ -37,6 +37,7 @@ from distillbench.runs.config_grid import PointBuilder
 from distillbench.runs.executor_config import EXECUTORS, ExecutorConfig, LocalConfig, kinds_with
 from distillbench.runs.overrides import CHOICES, GROUPS, LONGEST_NAME, first_line, grid_points, parse_override
 from distillbench.runs.written_values import expand_home, written_value
+from distillbench.teachers.students import StudentConfig
 from distillbench.training.budget import BudgetConfig, Limit
 from distillbench.training.compute import ComputeConfig
 
@@ -72,6 +73,7 @@ class RunConfig:
     )
     budget: BudgetConfig = option(BudgetConfig, "how long every method trains")
     evaluation: EvaluationConfig = option(EvaluationConfig, "what is sampled and scored")
+    student: StudentConfig = option(StudentConfig, "the network of the students: the teacher's, adapters, or another")
     compute: ComputeConfig = option(ComputeConfig, "precision, compilation and memory of networks in training")
     batch_size: int = option(128, "images of a training step, for every method")
     accumulate: int = option(1, "gradient accumulation: parts of a step, computed one after the other to save memory")
@@ -97,6 +99,11 @@ class RunConfig:
         require_between(self, 1, self.batch_size, "accumulate")
         require_one_of(self, "on_oom", ON_OOM)
         require_between(self, 0, float("inf"), "cell_seconds")
+        if self.student.lora_rank and self.compute.shard:
+            raise UserError(
+                f"student.lora_rank={self.student.lora_rank} does not go with compute.shard=true: FSDP of adapters is "
+                "untested. Adapters need little memory for gradients and moments: try it without sharding"
+            )
         self._check_guidance()
         self._check_executor()
         if not self.results_dir.strip():

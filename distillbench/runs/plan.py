@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from distillbench.diffusion.samplers import Solver
 from distillbench.errors import UserError, printable
 from distillbench.registry import Registry
+from distillbench.runs.cell_names import name_differences
 from distillbench.runs.config import RunConfig
 from distillbench.runs.price import PriceCache
 from distillbench.runs.shared_context import Cell, SharedContext, SharedContexts
+from distillbench.teachers.students import StudentConfig
 from distillbench.teachers.teacher import TeacherPlan
 from distillbench.training.method import MethodConfig
 
@@ -37,10 +40,12 @@ def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
                 seen.add(identity)
                 if cell.entry is not None:
                     _check_data(cell)
+                    _check_start(cell)
                     cell.nfe = sorted(config.evaluation.nfe or USUAL_NFE)
                     prices.fill_in(cell, contexts.text(cell.method_config))
                 cells.append(cell)
         _check_nfe(config, todo)
+    name_differences(cells)
     return cells
 
 
@@ -78,6 +83,19 @@ def _check_data(cell: Cell) -> None:
     raise UserError(f"{cell.name} needs real images, and {why}. Methods that need none: {free}")
 
 
+def _check_start(cell: Cell) -> None:
+    """Refuse another architecture for a method whose student starts from the teacher's weights."""
+    assert cell.entry is not None
+    if cell.shared.students.architecture is None or cell.entry.cls.can_start_fresh:
+        return
+    methods = cell.shared.registry.methods
+    able = ", ".join(sorted(name for name, entry in methods.items() if entry.cls.can_start_fresh))
+    raise UserError(
+        f"student.architecture: the student of {cell.name} starts from the teacher's weights, which another "
+        f"architecture does not have. Methods that work from random weights: {able}. For the others: student.lora_rank"
+    )
+
+
 def _check_nfe(config: RunConfig, cells: list[Cell]) -> None:
     """Refuse a number of evaluations in evaluation.nfe with which no method of the run can sample."""
     students = [cell for cell in cells if cell.entry is not None and not cell.price_error]
@@ -104,6 +122,12 @@ def notes_of(cells: Sequence[Cell]) -> list[str]:
 def changed_settings(config: MethodConfig | None) -> str:
     """The settings of a method that differ from its defaults, as "name=value, ...". They tell grid rows apart."""
     return ", ".join(f"{name}={value}" for name, value in _changed(config)) if config is not None else ""
+
+
+def student_settings(config: StudentConfig) -> list[str]:
+    """The settings of students that differ from the default, as "student.name=value"; of a file only its name."""
+    changed = {name: Path(value).name if name == "architecture" else value for name, value in _changed(config)}
+    return [f"student.{name}={value}" for name, value in changed.items()]
 
 
 def _changed(config: Any, default: Any = None) -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""The cost of a training in network evaluations, measured on one step before the run."""
+"""The cost of a training in network evaluations, measured before the run on the steps of one cycle of each phase."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from distillbench.training.budget import Limit, Meter, Price
 from distillbench.training.data_stream import DataStream
 from distillbench.training.method import Batch, Method
 from distillbench.training.pairs import Workspace
+from distillbench.training.share import Share
 
-PRICED_IMAGES = 8  # in the step whose network evaluations are counted
+PRICED_IMAGES = 8  # at least, in a step whose network evaluations are counted
 
 
 class PriceCache:
@@ -36,6 +37,7 @@ class PriceCache:
         if same in self.known:
             known = self.known[same]
             cell.price, cell.nfe, cell.price_error = known.price, list(known.nfe), known.price_error
+            cell.price_varies, cell.group_size = known.price_varies, known.group_size
             return
         try:
             _price(cell, self._teacher(cell.shared))
@@ -47,12 +49,13 @@ class PriceCache:
 
     def _teacher(self, shared: SharedContext) -> Teacher:
         if id(shared) not in self.teachers:
-            self.teachers[id(shared)] = shared.source.untrained().conditioned(shared.conditioning)
+            teacher = shared.source.untrained().conditioned(shared.conditioning)
+            self.teachers[id(shared)] = teacher.with_students(shared.students)
         return self.teachers[id(shared)]
 
 
 def _price(cell: Cell, teacher: Teacher) -> None:
-    """Build the method, take one training step of a few images in each phase, and scale the evaluations counted."""
+    """Build the method, take the steps of a cycle of each phase, of a few images, and scale the evaluations counted."""
     shared, config = cell.shared, cell.shared.config
     torch.set_num_threads(config.threads)
     meter = Meter(config.budget, teacher, shared.device)
@@ -62,6 +65,7 @@ def _price(cell: Cell, teacher: Teacher) -> None:
     if not cell.nfe:
         able = ", ".join(str(n) for n in range(1, 1025) if method.supports(n)) or "none up to 1024"
         raise UserError(f"{cell.name} cannot sample with evaluation.nfe={wanted}. Possible: {able}")
+    _check_groups(cell, method.group_size)
     workspace = Workspace(method.teacher, meter, Path(), shared.device, 0, Progress(None), dry=True)
     method.prepare(workspace)
     ahead = meter.teacher_nfe
@@ -71,24 +75,56 @@ def _price(cell: Cell, teacher: Teacher) -> None:
         )
     phases = method.phases()
     per_image = [0.0, 0.0, 0.0]  # of the teacher, of students, and as the budget counts them
-    data = DataStream(placeholder(shared.dataset, teacher), 0, shared.device)
+    batches = _Batches(cell, method, teacher)
     for index, phase in enumerate(phases):
         method.start_phase(index)
         before = meter.teacher_nfe, meter.student_nfe, meter.evaluations
-        for _ in method.train_step(_batch(cell, method, data)):
-            pass
-        share = phase.share / sum(p.share for p in phases)
-        per_image[0] += share * (meter.teacher_nfe - before[0]) / PRICED_IMAGES
-        per_image[1] += share * (meter.student_nfe - before[1]) / PRICED_IMAGES
-        per_image[2] += share * (meter.evaluations - before[2]) / PRICED_IMAGES
+        for step in range(phase.priced_steps):
+            for _ in method.train_step(batches.of_step(step, index)):
+                pass
+        share = phase.share / sum(p.share for p in phases) / (phase.priced_steps * batches.size)
+        per_image[0] += share * (meter.teacher_nfe - before[0])
+        per_image[1] += share * (meter.student_nfe - before[1])
+        per_image[2] += share * (meter.evaluations - before[2])
         method.end_phase(index, method.student)
+    cell.price_varies = any(phase.cost_varies for phase in phases)
     images = config.budget.images if config.budget.limit == Limit.images else 0
     if config.budget.limit == Limit.nfe:
         images = int(max(0, config.budget.nfe - ahead) / per_image[2])
     cell.price = Price(images, 0.0, ahead + round(images * per_image[0]), round(images * per_image[1]))
 
 
-def _batch(cell: Cell, method: Method, data: DataStream) -> Batch:
-    read = data.read if method.needs_data else None
-    teacher, generator = method.teacher, torch.Generator().manual_seed(0)
-    return Batch(PRICED_IMAGES, teacher.shape, generator, cell.shared.device, read, teacher.conditioning)
+def _check_groups(cell: Cell, group: int) -> None:
+    """Note the method's `group` size; UserError for one with which a batch cannot be cut into whole groups."""
+    config, cell.group_size = cell.shared.config, group
+    if group < 1:
+        raise UserError(f"{cell.name}: group_size is a number of images, at least 1, got {group}")
+    amounts = {"batch_size": config.batch_size}
+    if config.budget.limit == Limit.images:
+        amounts["budget.images"] = config.budget.images
+    if wrong := [f"{name}={amount}" for name, amount in amounts.items() if amount % group]:
+        raise UserError(
+            f"{cell.name} compares images in groups of {group}: {' and '.join(wrong)} must be divisible by {group}"
+        )
+    if config.accumulate > config.batch_size // group:
+        raise UserError(
+            f"{cell.name} compares images in groups of {group}, so batch_size={config.batch_size} has only "
+            f"{config.batch_size // group} parts that can be accumulated, got accumulate={config.accumulate}"
+        )
+
+
+class _Batches:
+    """The batches of the steps that are counted, of `size` images each."""
+
+    def __init__(self, cell: Cell, method: Method, teacher: Teacher) -> None:
+        self.teacher, self.device = method.teacher, cell.shared.device
+        self.size = method.group_size * -(-PRICED_IMAGES // method.group_size)
+        self.share = Share(group=method.group_size)
+        self.generator = torch.Generator().manual_seed(0)
+        data = DataStream(placeholder(cell.shared.dataset, teacher), 0, self.device)
+        self.read = data.read if method.needs_data else None
+
+    def of_step(self, step: int, phase: int) -> Batch:
+        """The batch of a step of phase number `phase`."""
+        about = self.teacher.shape, self.generator, self.device, self.read, self.teacher.conditioning
+        return Batch(self.size, *about, self.share, step, phase)

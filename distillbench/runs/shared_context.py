@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from distillbench.datasets.dataset import Dataset
 from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Conditioning
@@ -22,7 +23,6 @@ from distillbench.evaluation.features import Networks
 from distillbench.evaluation.metric import Metric, Need
 from distillbench.evaluation.pretrained_weights import weights_folder
 from distillbench.evaluation.reference_statistics import RealImages, ReferenceFile
-from distillbench.evaluation.sampling_speed import build_method
 from distillbench.metering.energy import check_source
 from distillbench.records.layout import ResultsFolder
 from distillbench.registry import Entry, Registry
@@ -32,8 +32,10 @@ from distillbench.runs.metric_choice import chosen_metrics, read_references
 from distillbench.storage.files import canonical_json, check_writable
 from distillbench.system.progress import Progress
 from distillbench.teachers.latents import training_data
+from distillbench.teachers.students import AS_TEACHER, StudentForm
 from distillbench.teachers.teacher import Teacher, TeacherSource
 from distillbench.training.budget import Price
+from distillbench.training.build import build_method, restored_method
 from distillbench.training.compute import check_access, check_compute, check_sampling
 from distillbench.training.data_parallel import SINGLE_RANK, Ranks
 from distillbench.training.method import Method, MethodConfig
@@ -46,7 +48,7 @@ def _settings_but(*names: str) -> tuple[str, ...]:
 SHARED_SETTINGS = _settings_but("methods", "seed")  # settings that decide a context
 CELL_SETTINGS = _settings_but("methods", "seed", "run_name")  # decide a method's cell, with the method's own
 TEACHER_SETTINGS = tuple(
-    name for name in CELL_SETTINGS if name not in ("budget", "batch_size", "guidance_range", "compute")
+    name for name in CELL_SETTINGS if name not in ("budget", "batch_size", "guidance_range", "compute", "student")
 )
 
 
@@ -65,6 +67,7 @@ class SharedContext:
     references: list[ReferenceFile]
     teacher: Teacher | None = None
     evaluator: Evaluator | None = None
+    students: StudentForm = AS_TEACHER
     ranks: Ranks = SINGLE_RANK  # the processes that train and sample together
     cached_identities: dict[str, Any] | None = None  # in a block of `identities_cached`
     cached_protocol: str = ""  # the same
@@ -75,7 +78,7 @@ class SharedContext:
 
     def load_teacher(self, progress: Progress) -> Teacher:
         if self.teacher is None:
-            self.teacher = self.source.load(progress).conditioned(self.conditioning)
+            self.teacher = self.source.load(progress).conditioned(self.conditioning).with_students(self.students)
             if tuple(self.teacher.image_shape) != tuple(self.dataset.shape):
                 shape = tuple(self.teacher.image_shape)
                 raise UserError(
@@ -152,12 +155,16 @@ class Cell:
     seed: int | None = None
     solver: Solver | None = None  # of the teacher itself
     price: Price = field(default_factory=Price)  # estimated
+    price_varies: bool = False  # the estimate is a mean: the cost of a step is random
+    group_size: int = 1  # the method's, once it is known
     nfe: list[int] = field(default_factory=list)  # of its rows
     price_error: str = ""  # why the cost could not be estimated
+    differs: str = ""  # the settings that tell it from other cells of the run, such as "lr=0.0001"
 
     @property
     def label(self) -> str:
-        return self.name if self.seed is None else f"{self.name} (seed {self.seed})"
+        seed = "" if self.seed is None else f"(seed {self.seed})"
+        return " ".join(filter(None, [self.name, self.differs, seed]))
 
     def sampler(self) -> Solver:
         """Of the teacher's rows."""
@@ -218,7 +225,8 @@ def _make_context(config: RunConfig, registry: Registry) -> SharedContext:
             solver.times(schedule, steps)  # raises if the time grid has no such number of steps
     weights = weights_folder()
     references = read_references(config.evaluation, metrics, dataset, weights)
-    return SharedContext(config, registry, device, dataset, source, conditioning, metrics, weights, references)
+    parts = config, registry, device, dataset, source, conditioning, metrics, weights, references
+    return SharedContext(*parts, students=StudentForm.of(config.student))
 
 
 def make_source(config: RunConfig, registry: Registry, device: str) -> tuple[Dataset, TeacherSource, Conditioning]:
@@ -251,6 +259,14 @@ def build(cell: Cell, teacher: Teacher, device: str = "") -> Method:
     """The untrained method of a cell, with its networks on `device` (default: the run's)."""
     assert cell.entry is not None and cell.method_config is not None
     return build_method(cell.entry.cls, cell.method_config, teacher, cell.seed or 0, device or cell.shared.device)
+
+
+def restored(cell: Cell, teacher: Teacher, weights: Path) -> Method:
+    """The method of a cell with the weights of a finished training or of a checkpoint, in evaluation mode."""
+    assert cell.entry is not None and cell.method_config is not None
+    device = cell.shared.device
+    state = load_file(weights, device=device)
+    return restored_method(cell.entry.cls, cell.method_config, teacher, cell.seed or 0, device, state)
 
 
 def device_of(config: RunConfig) -> str:

@@ -33,4 +33,5 @@ def speed_job(cell: Cell, weights: Path | None, nfe: list[int]) -> SpeedJob:
         cell.method_config,
         cell.seed or 0,
         weights,
+        shared.students,
     )

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 __all__ = ["Progress"]
 
@@ -25,6 +26,50 @@ class Step:
 
     def advance(self, fraction: float, note: str = "") -> None:
         self._show(min(fraction, 1.0), note)
+
+
+class Times:
+    """Seconds that a step has taken, and about how many it will still take, as fast as since its first report.
+
+    A training that is resumed begins with a fraction above 0, which this process has not worked for.
+    """
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.first: tuple[float, float] | None = None  # time and fraction of the first report
+        self.end: float | None = None  # the estimated time at which the step is done
+
+    def report(self, fraction: float) -> None:
+        """`fraction` of the step is done now."""
+        now = time.perf_counter()
+        begin, done = self.first = self.first or (now, fraction)
+        if fraction > done:
+            self.end = now + (now - begin) * (1 - fraction) / (fraction - done)
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+    @property
+    def left(self) -> float | None:
+        """None: unknown, because two reports that differ are needed."""
+        return None if self.end is None else max(0.0, self.end - time.perf_counter())
+
+
+class TimesColumn(ProgressColumn):
+    """Such as "0:05 elapsed, about 1:40 left"; the second part only where it is known."""
+
+    def render(self, task: Task) -> Text:
+        times: Times = task.fields["times"]
+        left = "" if times.left is None else f", about {_clock(times.left)} left"
+        return Text(f"{_clock(times.elapsed)} elapsed{left}")
+
+
+def _clock(seconds: float) -> str:
+    """Such as 1:40, or 2:01:40 from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Progress:
@@ -50,9 +95,15 @@ class Progress:
             yield self._lines(label)
         else:
             with self._drawing(self.console) as bars:
-                task = bars.add_task(label, total=None, note="")  # a pulse until the first report
+                times = Times()
+                task = bars.add_task(label, total=None, note="", times=times)  # a pulse until the first report
+
+                def show(fraction: float, note: str) -> None:
+                    times.report(fraction)
+                    bars.update(task, total=1.0, completed=fraction, note=note)
+
                 try:
-                    yield Step(lambda fraction, note: bars.update(task, total=1.0, completed=fraction, note=note))
+                    yield Step(show)
                 finally:
                     bars.remove_task(task)
 
@@ -75,24 +126,22 @@ class Progress:
                     self._bars = None
 
     def _lines(self, label: str) -> Step:
-        start = last = time.perf_counter()
-        first: tuple[float, float] | None = None  # time and fraction of the first report
+        times = Times()
+        last = 0.0  # seconds after the start at which a line was printed
 
         def show(fraction: float, note: str) -> None:
-            nonlocal first, last
-            now = time.perf_counter()
-            first = first or (now, fraction)
-            if now - last < SECONDS_BETWEEN_LINES or fraction <= first[1]:
+            nonlocal last
+            times.report(fraction)
+            elapsed = times.elapsed
+            if elapsed - last < SECONDS_BETWEEN_LINES or times.left is None:
                 return
-            last = now
-            left = (now - first[0]) * (1 - fraction) / (fraction - first[1])
-            self.say(f"{label}: {fraction:.0%}, {now - start:.0f} s, about {left:.0f} s left  {note}".rstrip())
+            last = elapsed
+            self.say(f"{label}: {fraction:.0%}, {elapsed:.0f} s, about {times.left:.0f} s left  {note}".rstrip())
 
         return Step(show)
 
 
 def _bars(console: Console) -> Bars:
     columns = [TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()]
-    columns += [TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left")]
-    columns += [TextColumn("{task.fields[note]}", markup=False)]
+    columns += [TimesColumn(), TextColumn("{task.fields[note]}", markup=False)]
     return Bars(*columns, console=console, transient=True, refresh_per_second=REFRESHES_PER_SECOND)

@@ -19,8 +19,10 @@ from distillbench.diffusion.denoiser import Counter, Denoiser, guided
 from distillbench.diffusion.embeddings import GuidanceEmbedding
 from distillbench.diffusion.schedules import NoiseSchedule
 from distillbench.errors import UserError
+from distillbench.networks.adapters import inject
 from distillbench.options import option
 from distillbench.system.offloading import Offloaded
+from distillbench.teachers.students import AS_TEACHER, StudentForm
 
 if TYPE_CHECKING:
     from distillbench.datasets.dataset import Dataset
@@ -74,7 +76,7 @@ class Teacher:
 
     Students start as copies of `start`, by default the teacher's own denoiser, or another one if that cannot be trained
     (a closed form has no weights). `blank` makes a network of the same architecture with random weights from torch's
-    global generator.
+    global generator. `students` says whether students are such copies, adapters, or another architecture.
 
     A latent teacher denoises latents of `shape` and decodes them to images of `image_shape`. `encode` runs before
     sampling and `decode` after it; neither is part of the sampling time. `clip` clips its data predictions.
@@ -94,6 +96,7 @@ class Teacher:
     encode: Callable[[list[str]], Tensor] | None = None  # texts to (B,L,D); None: not conditioned on texts
     offloaded: tuple[Offloaded, ...] = ()  # text encoder and autoencoder: on the device only while they run
     clip: Clip = Clip()
+    students: StudentForm = AS_TEACHER
     student_rows: Counter = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -124,6 +127,10 @@ class Teacher:
             self, conditioning=dataclasses.replace(conditioning, texts=own.texts, small=own.small)
         )
 
+    def with_students(self, students: StudentForm) -> Teacher:
+        """The same teacher, with the same counters, whose students have this form."""
+        return dataclasses.replace(self, students=students)
+
     def denoise(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
         """f(x_t, t, c) = E[x_0 | x_t, c], (B,C,H,W); with guidance if `c` has a weight w (two evaluations).
 
@@ -152,24 +159,60 @@ class Teacher:
             stack.enter_context(module.keep_on_device())
         return stack
 
-    def student(self, fresh: bool = False) -> Denoiser:
-        """A trainable network that starts from the teacher's weights; with `fresh`, from random weights.
+    def student(self, fresh: bool | None = None) -> Denoiser:
+        """A trainable network of the form that the run's settings (`student`) give.
 
-        If training draws w, the student has w as an input, by an embedding that is zero before training.
+        By default it is a copy of the teacher's, or starts as one and trains adapters alone, or is another architecture
+        with random weights. `fresh` insists on random weights (True) or on the teacher's (False): UserError if the
+        settings do not allow that. If training draws w, the student has w as an input, by an embedding that is zero
+        before training.
         """
-        student = (self.start or self.denoiser).copy(self.student_rows)
-        if fresh:
-            if self.blank is None:
-                raise UserError(f"teacher={self.name} has no network with random weights: no student can start fresh")
-            device = next(student.parameters()).device
-            student.counted.network = self.blank().to(device)
-        if self.conditioning.w_range is not None:
-            student.guidance = GuidanceEmbedding(student.embedding_channels, *self.conditioning.w_range)
-        return student.train().requires_grad_(True)
+        form = self.students
+        if form.architecture is not None:
+            if fresh is False:
+                raise UserError(
+                    "student.architecture: a student of another architecture starts from random weights, and this "
+                    "method is set to start from the teacher's"
+                )
+            return self._trainable(form.network(self.shape, self._start, self.conditioning))
+        if form.adapters is not None and fresh:
+            raise UserError(
+                f"student.lora_rank={form.rank}: adapters need the teacher's weights, and this method is set to start "
+                "from random ones"
+            )
+        student = self._trainable(self._blank() if fresh else None)
+        if form.adapters is not None:
+            inject(student.network, form.adapters)
+        return student
+
+    def trainable_copy(self) -> Denoiser:
+        """A trainable copy of the teacher's network, whatever form students have: for a fake score or a critic.
+
+        Counted as a student's.
+        """
+        return self._trainable(None)
 
     def frozen_copy(self) -> Denoiser:
         """A frozen network like a student, but counted as a teacher: for a student that teaches a later phase."""
         return self.student().copy(self.teacher_rows).freeze()
+
+    @property
+    def _start(self) -> Denoiser:
+        return self.start or self.denoiser
+
+    def _blank(self) -> nn.Module:
+        if self.blank is None:
+            raise UserError(f"teacher={self.name} has no network with random weights: no student can start fresh")
+        return self.blank()
+
+    def _trainable(self, network: nn.Module | None) -> Denoiser:
+        """A copy of the network that students start from, or `network` in its place; all weights are trained."""
+        student = self._start.copy(self.student_rows)
+        if network is not None:
+            student.counted.network = network.to(next(student.parameters()).device)
+        if self.conditioning.w_range is not None:
+            student.guidance = GuidanceEmbedding(student.embedding_channels, *self.conditioning.w_range)
+        return student.train().requires_grad_(True)
 
     def on(self, schedule: NoiseSchedule) -> Teacher:
         """The same teacher, with the same counters, evaluated on another schedule at equal signal-to-noise ratio."""

@@ -215,16 +215,37 @@ def undisturbed(what: str, instead: str) -> Iterator[None]:
 
 # --- words and comparisons -------------------------------------------------------------------------------------------
 
+# What is in the message of an error of torch -> what the author of a class can do.
+REMEDIES = {
+    "forward AD": "torch's fused attention has no forward-mode derivative: use distillbench.diffusion.derivative, or "
+    "sdpa_kernel(SDPBackend.MATH) around torch.func.jvp",
+    "CheckpointError": "torch.func.jvp does not go with activation checkpointing (compute.recompute): use "
+    "distillbench.diffusion.derivative",
+    "must have the same dtype": "features inside a network are in the precision of compute.precision, and outside of a "
+    "denoiser there is no autocast: convert them, .float()",
+}
+
 
 def where(error: BaseException, cls: type) -> str:
     """An error in one line, with the last line of its traceback in the file that defines `cls`."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
+    remedy = next((f". {words}" for part, words in REMEDIES.items() if part in text), "")
+    return _first_sentence(text, remedy) + _line_of(error, cls) + remedy
+
+
+def _first_sentence(text: str, remedy: str) -> str:
+    """`text`; with a `remedy` its first sentence, since torch then adds paragraphs of other advice."""
+    return text.partition(". ")[0].rstrip(".") if remedy else text
+
+
+def _line_of(error: BaseException, cls: type) -> str:
+    """The last line of the error's traceback in the file of `cls`, in brackets."""
     try:
         file = inspect.getfile(cls)
     except (TypeError, OSError):
-        return text
+        return ""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f"{text} (line {frames[-1].lineno} of {Path(file).name}, in {frames[-1].name})" if frames else text
+    return f" (line {frames[-1].lineno} of {Path(file).name}, in {frames[-1].name})" if frames else ""
 
 
 def some(names: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ still run. The checks of each kind are listed at the end of its module: :mod:`di
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from distillbench import registry
 from distillbench.datasets.dataset import Dataset
 from distillbench.errors import UserError
 from distillbench.testing import datasets, methods, metrics, teachers
+from distillbench.testing.bench_networks import USUALLY_COMPUTED, Computed
 from distillbench.testing.checks import Bench, Check, Finding, examine
 from distillbench.training.method import Method, MethodConfig
 
@@ -58,27 +60,47 @@ SUITES = {
 
 
 def assert_conforms(
-    cls: type, config: Any = None, distribution_images: int = DISTRIBUTION_IMAGES, dataset: Dataset | None = None
+    cls: type,
+    config: Any = None,
+    distribution_images: int = DISTRIBUTION_IMAGES,
+    dataset: Dataset | None = None,
+    *,
+    network: str = "mlp",
+    precision: str = "fp32",
+    recompute: bool = False,
 ) -> None:
     """Raise AssertionError with the messages of all failed checks, if there are any. Arguments: :func:`check_class`."""
-    failed = [finding for finding in findings(cls, config, distribution_images, dataset) if finding.ok is False]
-    lines = [f"{finding.check}: {finding.message}" for finding in failed]
+    computed = Computed(network, precision, recompute)
+    found = findings_of(kind_of(cls), cls, config, distribution_images, dataset, computed)
+    lines = [f"{finding.check}: {finding.message}" for finding in found if finding.ok is False]
     if lines:
         kind = kind_of(cls).removesuffix("s")
         raise AssertionError("\n".join([f"{cls.__name__} breaks the contract of a {kind}", *lines]))
 
 
 def check_class(
-    cls: type, config: Any = None, distribution_images: int = DISTRIBUTION_IMAGES, dataset: Dataset | None = None
+    cls: type,
+    config: Any = None,
+    distribution_images: int = DISTRIBUTION_IMAGES,
+    dataset: Dataset | None = None,
+    *,
+    network: str = "mlp",
+    precision: str = "fp32",
+    recompute: bool = False,
 ) -> list[Finding]:
     """The findings of all checks of `cls`, a subclass of Method, TeacherSource, Dataset or Metric.
 
     `config` holds its settings (None: the defaults). `distribution_images` is the number of images for which the last
     check of a method, ``matches``, trains on an exact teacher; 0 leaves that check out. `dataset` is the one that a
     teacher is built on (None: a small mixture of Gaussians, 1x8x8 with three classes, whose distribution is known).
+
+    A method is checked on a small `network` ("mlp", "unet", "dit" or "edm"; all but the first have attention), trained
+    as with ``compute.precision`` ("fp32" or "bf16") and ``compute.recompute``.
+
     Raises UserError if `cls` is of none of these kinds or takes no such argument.
     """
-    return list(findings(cls, config, distribution_images, dataset))
+    computed = Computed(network, precision, recompute)
+    return list(findings_of(kind_of(cls), cls, config, distribution_images, dataset, computed))
 
 
 def check_method(
@@ -101,10 +123,19 @@ def findings_of(
     config: Any = None,
     distribution_images: int = DISTRIBUTION_IMAGES,
     dataset: Dataset | None = None,
+    computed: Computed = USUALLY_COMPUTED,
 ) -> Iterator[Finding]:
-    """:func:`findings` of a class that is meant to be of `kind`: "methods", "teachers", "datasets" or "metrics"."""
+    """:func:`findings` of a class that is meant to be of `kind`: "methods", "teachers", "datasets" or "metrics".
+
+    `computed` is on what network a method is checked, and how it is computed.
+    """
     suite = SUITES[kind]
-    with suite.benches(cls, config, distribution_images, dataset) as benches:
+    new_benches = suite.benches
+    if kind == "methods":
+        new_benches = functools.partial(methods.benches, computed=computed)
+    elif computed != USUALLY_COMPUTED:
+        raise UserError(f"network, precision and recompute are for methods, and {cls.__name__} is of the {kind}")
+    with new_benches(cls, config, distribution_images, dataset) as benches:
         yield from examine(suite.checks, benches)
 
 

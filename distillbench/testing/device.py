@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 from distillbench.system.subprocesses import ProcessError, call_in_fresh_process
+from distillbench.testing.bench_networks import USUALLY_COMPUTED
 from distillbench.testing.checks import Doubt, Fault, NotApplicable, some
 from distillbench.testing.device_trial import try_method
 from distillbench.testing.method_bench import CONDITIONINGS, MethodBench
@@ -14,6 +15,8 @@ LIMIT_SECONDS = 600.0  # usually a few are enough
 
 def device(bench: MethodBench) -> str:
     """Every tensor is on the method's device. Steps that wait for the device are reported. Covers all conditionings."""
+    if bench.computed != USUALLY_COMPUTED:
+        raise NotApplicable("it runs on the usual network in float32 only")
     labels = [label for label, value in CONDITIONINGS.items() if bench.conditioning == value or not bench.conditional]
     try:
         pickled = pickle.dumps((bench.cls, bench.given, labels))

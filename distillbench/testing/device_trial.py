@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from distillbench.training.method import Method
 
 GPU = "cuda:0"
-STEPS = 2  # of each phase; the first may fill caches, so waits are taken from the second
+CYCLES = 2  # of each phase's steps; the first may fill caches, so waits are taken from the second
 MOST_NFE = 3  # numbers of evaluations to sample with
 
 
@@ -72,10 +72,10 @@ def _try_on(bench: MethodBench, trial: Trial) -> None:
     from distillbench.testing.method_bench import USUAL_NFE
 
     method = bench.method()
-    for step, take in bench.steps_of(method, STEPS):
+    for cycle, take in bench.steps_of(method, CYCLES):
         with recording() as record:
             take()
-        if step:
+        if cycle:
             _note(record, trial)
     method.eval()
     for n in [n for n in USUAL_NFE if method.supports(n)][:MOST_NFE]:

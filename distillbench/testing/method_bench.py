@@ -1,15 +1,13 @@
-"""What methods are checked on: small teachers with random weights, and a distribution with an exact denoiser and map.
+"""What methods are checked on: small teachers with random weights.
 
-A bench is one way of conditioning. Its networks log every evaluation of themselves and of their copies, and its batches
-record whether real images were read; the checks of methods (:mod:`distillbench.testing.methods`) use both.
+A bench is one way of conditioning. Its networks (:mod:`distillbench.testing.bench_networks`) log every evaluation, and
+its batches record whether real images were read; the checks of methods (:mod:`distillbench.testing.methods`) use both.
 
-| symbol | meaning                                     | shape                |
-|--------|---------------------------------------------|----------------------|
-| x_0    | images                                      | (B,C,H,W) in [-1, 1] |
-| t      | time                                        | (B,1,1,1) float64    |
-| f      | exact denoiser, E[x_0 given x_t]            | (B,C,H,W)            |
-| c      | condition: class and guidance               | of a batch           |
-| n      | network evaluations for one image           | int                  |
+| symbol | meaning                           | shape                |
+|--------|-----------------------------------|----------------------|
+| x_0    | images                            | (B,C,H,W) in [-1, 1] |
+| c      | condition: class and guidance     | of a batch           |
+| n      | network evaluations for one image | int                  |
 """
 
 from __future__ import annotations
@@ -20,40 +18,47 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distillbench.diffusion.autograd_levels import innermost, needs_gradient, reaches_weights
-from distillbench.diffusion.conditioning import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
-from distillbench.diffusion.denoiser import TARGETS, Denoiser, implied_eps
-from distillbench.diffusion.distributions import GaussianMixture, mixture
-from distillbench.diffusion.exact_denoiser import ExactDenoiser
+from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition, Conditioning
+from distillbench.diffusion.denoiser import Denoiser, NetworkCall
 from distillbench.diffusion.noise import FixedNoise, Noise, stream_key
 from distillbench.diffusion.schedules import VPCosine
-from distillbench.networks.architectures import ResidualMLP
+from distillbench.networks.calls import ConfiguredCall
 from distillbench.system.progress import Progress, Step
 from distillbench.system.signals import Interrupted, Stop
 from distillbench.teachers.teacher import Teacher
+from distillbench.testing.bench_networks import (
+    ARCHITECTURES,
+    RECOMPUTED_BLOCKS,
+    USUALLY_COMPUTED,
+    Computed,
+    Log,
+    LoggedNetwork,
+    new_network,
+)
+from distillbench.testing.bench_records import Learning
 from distillbench.testing.checks import Fault, differ, global_generators, seed_global_generators, some
 from distillbench.training.budget import BudgetConfig, Meter
 from distillbench.training.build import build_method
+from distillbench.training.compute import Sampling, device_type, sampling
 from distillbench.training.loop import Loop, train
 from distillbench.training.method import Batch, Method, MethodConfig, Read
 from distillbench.training.optimizers import Optimizers
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import Resume, States
+from distillbench.training.share import Share
 
-SHAPE = (2, 4, 4)  # of a bench's images
 CLASSES, GUIDANCE, GUIDANCE_RANGE = 3, 2.0, (1.0, 3.0)
-IMAGES = 8  # of a step, and of a sample
+IMAGES = 8  # of a sample, and at least of a step
 STEPS = 16  # of a training
 WALKED_PHASES = 6  # phases at most of which a walk takes a step
 USUAL_NFE, MOST_NFE = (*range(1, 9), 16), 1024  # checked; if none is supported, the first up to MOST_NFE is
-FIT_IMAGES, FIT_BATCH = 75_000, 256  # for the weights that students of the exact teacher start from
 SILENT = Step(lambda fraction, note: None)
 
 CONDITIONINGS = {
@@ -64,49 +69,7 @@ CONDITIONINGS = {
 }
 
 
-# --- networks, batches and noise that record their use ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Call:
-    """One evaluation of a network on `rows` images."""
-
-    network: nn.Module
-    rows: int
-    labels: Tensor | None
-    with_gradient: bool
-    trained: bool = False  # the gradient reaches the network's weights
-    mask: Tensor | None = field(default=None, compare=False)  # of dropout; None: no dropout
-    reached: list[None] = field(default_factory=list, compare=False)  # an entry for each gradient that reached it
-
-
-class Log(list[Call]):
-    """The evaluations of a network and of all its copies: copies share the log."""
-
-    def __deepcopy__(self, memo: dict) -> Log:
-        return self
-
-
-class LoggedNetwork(ResidualMLP):
-    """A small ResidualMLP with random weights, none of them zero. In training mode it drops pixels."""
-
-    def __init__(self, classes: int, log: Log, dropout: float = 0.0) -> None:
-        super().__init__(SHAPE, width=16, depth=1, classes=classes)
-        self.log, self.dropout = log, dropout
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.2)
-
-    def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
-        if self.classes is not None and c.labels is None:
-            raise Fault("a conditional network was evaluated without a class: pass it batch.c, or the c of sample")
-        mask = torch.nn.functional.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
-        out = super().forward(x if mask is None else mask * x, time, embedding, c)
-        with_gradient = needs_gradient(out)
-        call = Call(self, len(x), c.labels, with_gradient, with_gradient and reaches_weights(out, self), mask)
-        if (below := innermost(out)).requires_grad:
-            below.register_hook(lambda gradient: call.reached.append(None))
-        self.log.append(call)
-        return out
+# --- batches and noise that record their use --------------------------------------------------------------------------
 
 
 class WatchedBatch(Batch):
@@ -142,7 +105,7 @@ class Moment:
     """A point of a walk. `what` is one of:
 
     "begin": before train_step; "yielded": it has yielded `item`; "updated": the network of `item` is updated;
-    "stepped": train_step has ended; "ended": after_step and end_phase have too.
+    "stepped": train_step has ended; "ended": after_step has too, and after the last step of a phase end_phase.
     """
 
     what: str
@@ -161,6 +124,7 @@ class Run:
     averages: list[list[dict[str, Tensor]]]  # by phase: the averaged weights of each network at its end
     evaluations: int  # of teacher and students, in images
     disturbed: list[str]  # global random generators that training has drawn from
+    learning: Learning
 
 
 class StopAfter(Stop):
@@ -186,10 +150,26 @@ class MethodBench:
     distribution_images: int  # images of the training on the exact teacher; 0: none
     dropout: float = 0.0  # share of pixels that networks drop in training mode
     device: str = "cpu"
+    computed: Computed = USUALLY_COMPUTED
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C,H,W of the images."""
+        return ARCHITECTURES[self.computed.network].shape
 
     @property
     def conditional(self) -> bool:
         return self.conditioning.classes > 0
+
+    @functools.cached_property
+    def share(self) -> Share:
+        """All rows of a batch, in the method's groups."""
+        return Share(group=self.method().group_size)
+
+    @property
+    def images(self) -> int:
+        """Of a step: at least IMAGES, and two groups."""
+        return self.share.group * max(2, -(-IMAGES // self.share.group))
 
     def config(self) -> MethodConfig:
         return self.cls.Config() if self.given is None else copy.deepcopy(self.given)
@@ -197,14 +177,25 @@ class MethodBench:
     def teacher(self) -> Teacher:
         log, classes = Log(), self.conditioning.classes
         torch.manual_seed(0)
-        blank = lambda: LoggedNetwork(classes, log, self.dropout)
+        depth = RECOMPUTED_BLOCKS if self.computed.recompute else 1
+        blank = lambda: new_network(self.computed.network, classes, log, self.dropout, depth)
         denoiser = Denoiser(blank(), VPCosine(), "v").to(self.device)
-        return Teacher("random", denoiser, SHAPE, "random", conditioning=self.conditioning, blank=blank)
+        return Teacher("random", denoiser, self.shape, "random", conditioning=self.conditioning, blank=blank)
 
     def method(self, teacher: Teacher | None = None) -> Method:
         """The method as the harness builds it before training."""
         teacher, config = teacher or self.teacher(), self.config()
-        return build_method(self.cls, config, teacher, 0, self.device)
+        method = build_method(self.cls, config, teacher, 0, self.device)
+        if self.computed.configured:
+            how = self.computed
+            call = ConfiguredCall(device_type(self.device), how.precision, recompute=how.recompute)
+            self._call_networks(method, call)
+        return method
+
+    def _call_networks(self, method: Method, call: NetworkCall) -> None:
+        """Let the networks of `method` and of its teacher be computed by `call`, as the harness does."""
+        for counter in (method.teacher.teacher_rows, method.teacher.student_rows):
+            counter.call = call
 
     def read(self, generator: torch.Generator | None = None) -> Read | None:
         """Real images: uniform in [-1, 1], with random labels. None for a method that declares to need none."""
@@ -213,45 +204,54 @@ class MethodBench:
 
         def images(size: int) -> tuple[Tensor, Tensor | None]:
             labels = torch.randint(0, self.conditioning.classes or 1, (size,), generator=generator, device=device)
-            return 2 * torch.rand((size, *SHAPE), generator=generator, device=device) - 1, labels
+            return 2 * torch.rand((size, *self.shape), generator=generator, device=device) - 1, labels
 
         return images if self.cls.needs_data else None
 
-    def walk(self) -> Iterator[Moment]:
-        """One step of each of the first WALKED_PHASES phases, as in training; `prepare` makes two pairs."""
+    def walk(self, priced: bool = False) -> Iterator[Moment]:
+        """A cycle of steps of each of the first WALKED_PHASES phases, as in training; `prepare` makes two pairs.
+
+        `priced`: instead the steps from which a plan estimates the cost.
+        """
         method, read, generator = self.method(), self.read(), torch.Generator(self.device).manual_seed(0)
         method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=self.device))
         optimizers = Optimizers(method.config, settings_of=method.settings_of)
-        for phase in range(len(method.phases()))[:WALKED_PHASES]:
+        about = self.images, self.shape, generator, self.device, read, self.conditioning, self.share
+        for phase, stage in enumerate(method.phases()[:WALKED_PHASES]):
             method.start_phase(phase)
-            batch = WatchedBatch(IMAGES, SHAPE, generator, self.device, read, self.conditioning)
-            yield Moment("begin", phase, method, batch)
-            for item in method.train_step(batch):
-                yield Moment("yielded", phase, method, batch, item)
-                network, loss = item
-                optimizers.update(network, loss, 1.0)
-                yield Moment("updated", phase, method, batch, item)
-            yield Moment("stepped", phase, method, batch)
-            method.after_step()
-            method.end_phase(phase, method.student)
-            yield Moment("ended", phase, method, batch)
+            count = stage.priced_steps if priced else stage.cycle
+            for step in range(count):
+                batch = WatchedBatch(*about, step, phase)
+                yield Moment("begin", phase, method, batch)
+                for item in method.train_step(batch):
+                    yield Moment("yielded", phase, method, batch, item)
+                    network, loss = item
+                    optimizers.update(network, loss, 1.0)
+                    yield Moment("updated", phase, method, batch, item)
+                yield Moment("stepped", phase, method, batch)
+                method.after_step()
+                if step == count - 1:
+                    method.end_phase(phase, method.student)
+                yield Moment("ended", phase, method, batch)
 
-    def steps_of(self, method: Method, count: int) -> Iterator[tuple[int, Callable[[], None]]]:
-        """For `count` steps of each of the first WALKED_PHASES phases: its index, and a function that takes it."""
+    def steps_of(self, method: Method, cycles: int) -> Iterator[tuple[int, Callable[[], None]]]:
+        """For each step of `cycles` cycles of the first WALKED_PHASES phases: the number of its cycle, and a function
+        that takes it."""
         read, generator = self.read(), torch.Generator(self.device).manual_seed(0)
         method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=self.device))
         optimizers = Optimizers(method.config, settings_of=method.settings_of)
 
-        def take() -> None:
-            for network, loss in method.train_step(
-                Batch(IMAGES, SHAPE, generator, self.device, read, self.conditioning)
-            ):
+        about = self.images, self.shape, generator, self.device, read, self.conditioning, self.share
+
+        def take(step: int, phase: int) -> None:
+            for network, loss in method.train_step(Batch(*about, step, phase)):
                 optimizers.update(network, loss, 1.0)
             method.after_step()
 
-        for phase in range(len(method.phases()))[:WALKED_PHASES]:
+        for phase, stage in enumerate(method.phases()[:WALKED_PHASES]):
             method.start_phase(phase)
-            yield from ((step, take) for step in range(count))
+            for step in range(cycles * stage.cycle):
+                yield step // stage.cycle, functools.partial(take, step, phase)
             method.end_phase(phase, method.student)
 
     def train(self, seed: int = 0, global_seed: int = 0) -> Run:
@@ -260,6 +260,7 @@ class MethodBench:
         Initial weights are always the same; `seed` is that of training, `global_seed` that of the global generators.
         """
         method = self.method()
+        learning = Learning(method)
         averages: list[list[dict[str, Tensor]]] = []
         end_phase = method.end_phase
 
@@ -268,31 +269,40 @@ class MethodBench:
             end_phase(index, average)
 
         method.__dict__["end_phase"] = remember
-        images = IMAGES * self.steps()
+        images = self.images * self.steps()
         workspace = workspace_of(method, Path(), BudgetConfig(images=images), seed, dry=True, device=self.device)
         seed_global_generators(global_seed)
         before = global_generators()
-        train(method, method.config, workspace, self.read(), Loop(IMAGES), SILENT)
+        train(method, method.config, workspace, self.read(), Loop(self.images), SILENT)
         disturbed = [name for name, state in global_generators().items() if state != before[name]]
-        del method.__dict__["end_phase"]
-        return Run(method.eval(), images, averages, rows_of(method), disturbed)
+        del method.__dict__["end_phase"], method.__dict__["train_step"]
+        self._call_networks(method, NetworkCall())  # samples are computed in float32
+        return Run(method.eval(), images, averages, rows_of(method), disturbed, learning)
 
     def first_gradient(self, parts: int) -> Tensor:
-        """The gradient of the first update in all its weights, flattened, with the step computed in `parts` parts."""
+        """The gradient of the first update in each step of a cycle, flattened, with steps computed in `parts` parts."""
         method, generator = self.method(), torch.Generator().manual_seed(0)
         method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True))
         method.start_phase(0)
         seed_global_generators(0)
-        about = SHAPE, generator, "cpu", self.read(), self.conditioning
-        batches = Batch(IMAGES, *about).parts(parts)
-        for step, batch in [(iter(method.train_step(batch)), batch) for batch in batches]:
-            network, loss = next(step)
-            (loss * (batch.size / IMAGES)).backward()
-        return torch.cat([weight.grad.flatten() for weight in network.parameters() if weight.grad is not None])
+        about = self.images, self.shape, generator, "cpu", self.read(), self.conditioning, self.share
+        gradients: list[Tensor] = []
+        for step in range(method.phases()[0].cycle):
+            batches, networks = Batch(*about, step).parts(parts), set[nn.Module]()
+            for update, batch in [(iter(method.train_step(batch)), batch) for batch in batches]:
+                if (item := next(update, None)) is not None:
+                    networks.add(item[0])
+                    (item[1] * (batch.size / self.images)).backward()
+            for weight in [weight for network in networks for weight in network.parameters()]:
+                gradients += [] if weight.grad is None else [weight.grad.flatten()]
+                weight.grad = None
+        return torch.cat(gradients)
 
     def steps(self) -> int:
-        """The number of steps of :meth:`train`."""
-        return max(STEPS, len(self.method().phases()))
+        """The number of steps of :meth:`train`: at least a cycle in each phase."""
+        phases = self.method().phases()
+        total = sum(phase.share for phase in phases)
+        return max(STEPS, len(phases), *(math.ceil(total / p.share * p.cycle) for p in phases if p.cycle > 1))
 
     def train_interrupted(self, after: int) -> Method:
         """The same training, interrupted after `after` steps and resumed by a new object."""
@@ -300,12 +310,13 @@ class MethodBench:
             states = States(Path(folder), 1, Progress(None))
             for stop in (StopAfter(after), Stop()):
                 method, generator = self.method(), torch.Generator(self.device).manual_seed(1)
-                budget = BudgetConfig(images=IMAGES * self.steps())
+                budget = BudgetConfig(images=self.images * self.steps())
                 workspace = workspace_of(method, Path(), budget, dry=True, device=self.device)
                 seed_global_generators(0)
                 resume = Resume(states, math.inf, {"read": generator}, stop=stop)
                 with suppress(Interrupted):
-                    train(method, method.config, workspace, self.read(generator), Loop(IMAGES), SILENT, resume=resume)
+                    loop, read = Loop(self.images), self.read(generator)
+                    train(method, method.config, workspace, read, loop, SILENT, resume=resume)
         return method.eval()
 
     @functools.cached_property
@@ -314,15 +325,16 @@ class MethodBench:
         return self.train()
 
     def noise(self, indices: Iterable[int] = range(IMAGES), seed: int = 0) -> Noise:
-        return Noise(stream_key("conformance", seed), list(indices), SHAPE, self.device)
+        return Noise(stream_key("conformance", seed), list(indices), self.shape, self.device)
 
     def c(self, indices: Iterable[int] = range(IMAGES)) -> Condition:
         return self.conditioning.of_images(list(indices), self.device)
 
     def sample(self, n: int, method: Method | None = None) -> Tensor:
         """Images of a trained method (None: that of `run`), always from the same noise."""
-        with torch.no_grad():
-            return (method or self.run.method).sample(self.noise(), n, self.c())
+        method = method or self.run.method
+        with torch.no_grad(), sampling(Sampling(), method.teacher, self.device):
+            return method.sample(self.noise(), n, self.c())
 
     def nfe(self) -> list[int]:
         """The numbers of evaluations to check: the usual ones that the method supports, else the smallest supported."""
@@ -375,67 +387,3 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 def attributes_of(names: list[str]) -> str:
     """A text with the attributes of a method that the tensors `names` of its state_dict belong to."""
     return some(list(dict.fromkeys(f"self.{name.split('.')[0]}" for name in names)))
-
-
-# --- the exact distribution ------------------------------------------------------------------------------------------
-
-
-class Fit(Method):
-    """Trains a student to be the exact denoiser, as v: stands in for the weights of a trained teacher.
-
-    L = E | v(x_t, t) - (alpha_t eps_f - sigma_t f) |^2,   eps_f = (x_t - alpha_t f) / sigma_t
-    """
-
-    name, paper, needs_data = "fit", "none: regression on the exact denoiser", True
-    Config = MethodConfig
-
-    def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        student, schedule, t = self.student, self.teacher.schedule, batch.uniform()
-        assert isinstance(student, Denoiser)
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        x_t = alpha * batch.x_0 + sigma * batch.noise()
-        f = self.teacher.denoise(x_t, t)
-        target = TARGETS["v"](f, implied_eps(x_t, f, alpha, sigma), alpha, sigma)
-        yield student, (student.output(x_t, t) - target).square().mean()
-
-    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        raise NotImplementedError("only its weights are used")
-
-
-@functools.cache
-def exact_distribution() -> GaussianMixture:
-    """Two modes in one dimension, where the noise-to-data map is known. Its std is .51; 99 % lie in [-1, 1]."""
-    return mixture([0.35, 0.65], [[-0.55], [0.4]], [[0.2], [0.25]])
-
-
-def draws(seed: int) -> Read:
-    """read(n): n images of the exact distribution, without labels."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda size: (exact_distribution().draw(size, generator)[0].to(torch.get_default_dtype()), None)
-
-
-def exact_teacher() -> Teacher:
-    """The exact denoiser of the distribution; students start from a network that is fitted to it."""
-    teacher = _unfitted_teacher()
-    assert teacher.start is not None
-    teacher.start.load_state_dict(_fitted_weights())
-    return teacher
-
-
-def _unfitted_teacher() -> Teacher:
-    distribution, schedule = exact_distribution(), VPCosine()
-    torch.manual_seed(0)
-    blank = lambda: ResidualMLP(distribution.shape, width=64, depth=1)
-    start = Denoiser(blank(), schedule, "v")
-    return Teacher(
-        "exact", ExactDenoiser(distribution, schedule), distribution.shape, "exact", start=start, blank=blank
-    )
-
-
-@functools.cache
-def _fitted_weights() -> dict[str, Tensor]:
-    fit = Fit(MethodConfig(lr=2e-3, ema_halflife_kimg=1.0), _unfitted_teacher())
-    train(
-        fit, fit.config, workspace_of(fit, Path(), BudgetConfig(images=FIT_IMAGES)), draws(0), Loop(FIT_BATCH), SILENT
-    )
-    return weights_of(fit.student)

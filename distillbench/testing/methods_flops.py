@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from distillbench.errors import Unavailable
 from distillbench.testing.checks import Fault, NotApplicable
-from distillbench.testing.method_bench import IMAGES, SHAPE, WALKED_PHASES, MethodBench, workspace_of
+from distillbench.testing.method_bench import WALKED_PHASES, MethodBench, workspace_of
 from distillbench.training.budget import BudgetConfig, Meter
 from distillbench.training.flops import denoisers_of, measured_flops, training_flops
 from distillbench.training.method import Batch
@@ -51,7 +51,9 @@ class _Flops(TorchDispatchMode):
 
 
 def flops(bench: MethodBench) -> str:
-    """The FLOPs counted for a step are those that torch counts while it runs, layers outside of networks excepted."""
+    """The FLOPs counted for a cycle are those that torch counts while it runs, layers outside of networks excepted."""
+    if bench.computed.recompute:
+        raise NotApplicable("what is computed again in a backward pass is not counted")
     method, read = bench.method(), bench.read()
     generator = torch.Generator(bench.device).manual_seed(0)
     method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=bench.device))
@@ -59,7 +61,8 @@ def flops(bench: MethodBench) -> str:
     meter = Meter(BudgetConfig(), method.teacher, bench.device)
     meter.stop()
     seen = []
-    for phase in range(len(method.phases()))[:WALKED_PHASES]:
+    about = bench.images, bench.shape, generator, bench.device, read, bench.conditioning, bench.share
+    for phase, stage in enumerate(method.phases()[:WALKED_PHASES]):
         meter.look_again()
         method.start_phase(phase)
         ran, before = _Flops(), meter.price().networks
@@ -68,13 +71,13 @@ def flops(bench: MethodBench) -> str:
         try:
             for counter in counters:
                 counter.timed = ran.network
-            with ran:
-                for network, loss in method.train_step(
-                    Batch(IMAGES, SHAPE, generator, bench.device, read, bench.conditioning)
-                ):
-                    ran.updating = True
-                    optimizers.update(network, loss, 1.0)
-                    ran.updating = False
+            for step in range(stage.cycle):
+                with ran:
+                    for network, loss in method.train_step(Batch(*about, step, phase)):
+                        ran.updating = True
+                        optimizers.update(network, loss, 1.0)
+                        ran.updating = False
+                    method.after_step()
         finally:
             for counter, one in zip(counters, timed, strict=True):
                 counter.timed = one
@@ -83,16 +86,16 @@ def flops(bench: MethodBench) -> str:
             counted = training_flops(rows, measured_flops(rows, method.teacher, denoisers_of(method), bench.device))
         except Unavailable as reason:
             raise NotApplicable(str(reason)) from reason
-        seen.append(_compared(counted, ran, phase))
-        method.after_step()
+        what = "a step" if stage.cycle == 1 else "a cycle"
+        seen.append(_compared(counted, ran, f"{what} of phase {phase}"))
         method.end_phase(phase, method.student)
     return "; ".join(dict.fromkeys(seen))
 
 
-def _compared(counted: int, ran: _Flops, phase: int) -> str:
+def _compared(counted: int, ran: _Flops, what: str) -> str:
     """The result in words; raises Fault if the FLOPs of networks are not those that ran."""
     least = max(0, ran.all - MOST_PASSES * ran.outside)
-    found = f"a step of phase {phase} is counted as {counted / 1e6:.3g} MFLOP, torch counts {ran.all / 1e6:.3g}"
+    found = f"{what} is counted as {counted / 1e6:.3g} MFLOP, torch counts {ran.all / 1e6:.3g}"
     if ran.outside:
         found += f", of which {ran.outside / 1e6:.3g} forward in layers outside of the networks"
     if counted > (1 + FLOPS_ERROR) * ran.all:

@@ -24,7 +24,6 @@ from distillbench.testing.method_bench import (
     CLASSES,
     IMAGES,
     MOST_NFE,
-    SHAPE,
     USUAL_NFE,
     MethodBench,
     WatchedNoise,
@@ -91,8 +90,8 @@ def samples(bench: MethodBench) -> str:
         x_0 = bench.sample(n)
         if not isinstance(x_0, Tensor):
             raise Fault(f"at NFE {n} sample must return a tensor, got {type(x_0).__name__}")
-        if x_0.shape != (IMAGES, *SHAPE):
-            raise Fault(f"at NFE {n} samples must have the noise's shape {(IMAGES, *SHAPE)}, got {tuple(x_0.shape)}")
+        if x_0.shape != (shape := (IMAGES, *bench.shape)):
+            raise Fault(f"at NFE {n} samples must have the noise's shape {shape}, got {tuple(x_0.shape)}")
         if x_0.dtype != torch.get_default_dtype():
             raise Fault(f"at NFE {n} samples must be {torch.get_default_dtype()}, got {x_0.dtype}: only t is float64")
         if not x_0.isfinite().all():

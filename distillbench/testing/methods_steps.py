@@ -1,7 +1,8 @@
 """Checks of a method's training step: what it reads, what it yields, and what it must leave unchanged.
 
-Each check takes one step of each phase on a bench (:meth:`distillbench.testing.method_bench.MethodBench.walk`). The
-list of all checks of methods, with what each of them needs, is ``CHECKS`` in :mod:`distillbench.testing.methods`.
+Each check takes a cycle of steps of each phase on a bench
+(:meth:`distillbench.testing.method_bench.MethodBench.walk`). The list of all checks of methods, with what each of them
+needs, is ``CHECKS`` in :mod:`distillbench.testing.methods`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillbench.testing.bench_networks import Call
 from distillbench.testing.checks import Doubt, Fault, NotApplicable, some, where
 from distillbench.testing.method_bench import (
     CLASSES,
-    IMAGES,
-    WALKED_PHASES,
-    Call,
     MethodBench,
     WatchedBatch,
     attributes_of,
@@ -28,13 +27,17 @@ from distillbench.testing.method_bench import (
     teachers_network,
     weights_of,
 )
-from distillbench.training.method import Method
+from distillbench.training.method import STUDENT_INPUTS, Method
 
 DROPPED = 0.3  # share of pixels that networks drop in the check of dropout
 
 
 def data(bench: MethodBench) -> str:
-    """Real images are read exactly if the method declares needs_data."""
+    """Real images are read exactly if the method declares needs_data; `inputs` is one of the known words."""
+    inputs = bench.method().inputs
+    if inputs not in STUDENT_INPUTS or (inputs == "data" and not bench.cls.needs_data):
+        words = ", ".join(word for word in STUDENT_INPUTS if word != "data" or bench.cls.needs_data)
+        raise Fault(f"inputs says what the student is trained on; possible are {words}, got {inputs!r}")
     batches: list[WatchedBatch] = []
     finished = False
     try:
@@ -54,7 +57,7 @@ def data(bench: MethodBench) -> str:
 
 
 def steps(bench: MethodBench) -> str:
-    """A step of each phase runs and yields networks with their losses; the student is one of them."""
+    """The steps of a cycle of each phase run and yield networks with their losses; the student is one of them."""
     trained: set[nn.Module] = set()
     student = False
     for moment in bench.walk():
@@ -70,7 +73,10 @@ def steps(bench: MethodBench) -> str:
     if not trained:
         raise Fault("train_step yields nothing, so nothing is trained: yield (network, loss) for each update")
     if not student:
-        raise Fault("self.student is never yielded, but it is averaged and sampled: yield (self.student, loss)")
+        raise Fault(
+            "self.student is never yielded, but it is averaged and sampled: yield (self.student, loss); if only every "
+            "n-th step trains it, declare Phase(cycle=n)"
+        )
     return f"networks with their losses are yielded ({len(trained)} trained)"
 
 
@@ -124,9 +130,10 @@ def losses(bench: MethodBench) -> str:
 def gradients(bench: MethodBench) -> str:
     """Only trained networks get gradients. The message counts the evaluations that each gradient flows through."""
     trained: set[nn.Parameter] = set()
-    ends: list[int] = []  # length of the log before and after the first step
+    ends: list[int] = []  # length of the log before and after each step of the first phase
     before: list[int] = []  # for each evaluation, how many gradients had reached it
-    through: dict[str, float] = {}  # by network: evaluations per image that the gradient of its loss flows through
+    through: dict[str, list[Call]] = {}  # by network: the evaluations that the gradient of its loss flows through
+    along: dict[str, list[Call]] = {}  # and those where it flows through their derivative along a direction
     for moment in bench.walk():
         calls = calls_of(moment.method)
         if moment.what == "yielded":
@@ -134,9 +141,10 @@ def gradients(bench: MethodBench) -> str:
             before = [len(call.reached) for call in calls]
         if moment.what == "updated":
             network, name = moment.item[0], _name(moment.item[0], moment.method)
-            reached = [call for call, count in zip(calls, before, strict=False) if len(call.reached) > count]
-            rows = sum(call.rows for call in reached if call.network in logged(network)) / IMAGES
-            through[name] = max(rows, through.get(name, 0))
+            own = [(call, count) for call, count in zip(calls, before, strict=False) if call.network in logged(network)]
+            reached = [call for call, count in own if len(call.reached) > count]
+            through[name] = max(reached, through.get(name, []), key=_images_of)
+            along[name] = [call for call, _ in own if call.along] or along.get(name, [])
         if moment.what in ("begin", "stepped") and not moment.phase:
             ends.append(len(calls))
     method = moment.method
@@ -146,24 +154,43 @@ def gradients(bench: MethodBench) -> str:
             f"a network that is never yielded gets a gradient ({attributes_of(stray)}): compute targets under "
             "torch.no_grad(), and freeze their networks with requires_grad_(False)"
         )
-    seen = _evaluations(calls_of(method)[slice(*ends)], teachers_network(method))
+    made = [call for begin, end in zip(ends[::2], ends[1::2], strict=True) for call in calls_of(method)[begin:end]]
+    seen = _evaluations(made, teachers_network(method), bench.images, len(ends) // 2)
     doubts = [
-        f"the gradient of one loss flows through {count:g} evaluations of {name}: correct only if the paper trains "
-        "through all of them; compute a target under torch.no_grad()"
-        for name, count in through.items()
-        if count > 1
+        f"the gradient of one loss flows through {_images_of(calls) / bench.images:g} evaluations of {name}"
+        f"{_lines(calls)}: correct only if the paper trains through all of them; compute a target under torch.no_grad()"
+        for name, calls in through.items()
+        if _images_of(calls) > bench.images
+    ]
+    doubts += [
+        f"the gradient of one loss flows through a forward-mode derivative of {name}{_lines(calls)}: correct only if "
+        "the paper trains through it; detach a target that contains it, .detach(), or use "
+        "distillbench.diffusion.derivative, whose derivative has no gradient"
+        for name, calls in along.items()
+        if calls
     ]
     return Doubt("; ".join([*doubts, seen])) if doubts else seen
 
 
-def _evaluations(calls: list[Call], teacher: nn.Module) -> str:
-    """What the first step evaluated. A missing stop-gradient shows here; only the author can tell whether it is one."""
+def _images_of(calls: list[Call]) -> int:
+    return sum(call.rows for call in calls)
+
+
+def _lines(calls: list[Call]) -> str:
+    """The lines of the method that asked for the evaluations, in brackets."""
+    lines = list(dict.fromkeys(call.line for call in calls if call.line))
+    return f" ({some(lines)})" if lines else ""
+
+
+def _evaluations(calls: list[Call], teacher: nn.Module, images: int, steps: int) -> str:
+    """What these steps evaluated. A missing stop-gradient shows here; only the author can tell whether it is one."""
 
     def rows(of_teacher: bool, with_gradient: bool) -> float:
         mine = [call for call in calls if (call.network is teacher) == of_teacher]
-        return sum(call.rows for call in mine if call.with_gradient == with_gradient) / IMAGES
+        return sum(call.rows for call in mine if call.with_gradient == with_gradient) / images / steps
 
-    text = f"evaluations per image: students {rows(False, True):g} with gradient and {rows(False, False):g} without, "
+    text = "evaluations per image" + (f", the mean of a cycle of {steps} steps" if steps > 1 else "")
+    text += f": students {rows(False, True):g} with gradient and {rows(False, False):g} without, "
     text += f"teacher {rows(True, False):g} without"
     if rows(True, True):
         text += f" and {rows(True, True):g} with gradient to its input: correct only if the paper trains through it"
@@ -172,7 +199,7 @@ def _evaluations(calls: list[Call], teacher: nn.Module) -> str:
 
 def dropout(bench: MethodBench) -> str:
     """Dropout acts on the trained network; an output that it is compared with has no dropout, or the same mask."""
-    same_mask = trained = without = start = 0
+    same_mask = trained = without = start = steps = 0
     for moment in dataclasses.replace(bench, dropout=DROPPED).walk():
         if moment.what == "yielded":
             made, start = calls_of(moment.method)[start:], len(calls_of(moment.method))
@@ -182,8 +209,8 @@ def dropout(bench: MethodBench) -> str:
             without += sum(call.rows for call in made if call.mask is None)
         if moment.what in ("begin", "stepped", "ended"):
             start = len(calls_of(moment.method))
-    phases = min(len(bench.method().phases()), WALKED_PHASES)
-    rows = [count / IMAGES / phases for count in (trained, same_mask, without)]
+            steps += moment.what == "begin"
+    rows = [count / bench.images / steps for count in (trained, same_mask, without)]
     return "evaluations per image: {:g} with dropout, {:g} under the same mask, {:g} without".format(*rows)
 
 

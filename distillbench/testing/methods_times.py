@@ -14,7 +14,7 @@ import torch
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.derivatives import derivative, tangent
 from distillbench.testing.checks import Doubt
-from distillbench.testing.method_bench import SHAPE, MethodBench
+from distillbench.testing.method_bench import MethodBench
 from distillbench.training.method import Method
 
 LARGEST_CHANGE = 2.0  # trained networks have about .5, and random ones with frequencies up to 1000 about 15
@@ -50,7 +50,7 @@ def change_in_time(denoiser: Denoiser, bench: MethodBench) -> float:
     low, high = schedule.lam_range
     lam = torch.linspace(low, high, TIMES, dtype=torch.float64, device=bench.device).view(-1, 1, 1, 1)
     t = schedule.t_of_lam(lam)
-    x_0, eps = torch.randn((2, TIMES, *SHAPE), generator=generator, device=bench.device)
+    x_0, eps = torch.randn((2, TIMES, *bench.shape), generator=generator, device=bench.device)
     x_t = schedule.alpha(t) * x_0 + schedule.sigma(t) * eps
     _, dt = tangent(schedule, x_t, t, x_0)
     with torch.no_grad():

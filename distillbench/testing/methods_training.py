@@ -6,11 +6,12 @@ of them needs, is ``CHECKS`` in :mod:`distillbench.testing.methods`.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+from statistics import fmean, variance
 
 from distillbench.testing.checks import Doubt, Fault, NotApplicable, where
 from distillbench.testing.method_bench import (
-    IMAGES,
     WALKED_PHASES,
     MethodBench,
     attributes_of,
@@ -22,7 +23,8 @@ from distillbench.testing.method_bench import (
 )
 
 PRICE_ERROR = 0.02  # relative
-GRADIENT_ROUNDING = 1e-3  # relative: float32 sums in another order
+PRICE_DEVIATIONS = 4  # standard deviations by which random costs may differ from their estimate
+GRADIENT_ROUNDING = {"fp32": 1e-3, "bf16": 3e-2}  # relative: sums in another order, by precision
 
 
 def trains(bench: MethodBench) -> str:
@@ -79,10 +81,10 @@ def resumes(bench: MethodBench) -> str:
 
 
 def parts(bench: MethodBench) -> str:
-    """A step computed in two parts has the gradient of the whole step. If not, this is reported as a doubt."""
+    """Steps computed in two parts have the gradient of the whole steps. If not, this is reported as a doubt."""
     whole, halves = bench.first_gradient(1), bench.first_gradient(2)
     error = (whole - halves).norm().item() / max(whole.norm().item(), 1e-12)
-    if error > GRADIENT_ROUNDING:
+    if error > GRADIENT_ROUNDING[bench.computed.precision]:
         return Doubt(
             f"in two parts a step has another gradient (relative difference {error:.2g}): the loss is not a mean over "
             "the images, or random numbers are not drawn from the batch. Accumulation and several GPUs then train "
@@ -92,27 +94,49 @@ def parts(bench: MethodBench) -> str:
 
 
 def price(bench: MethodBench) -> str:
-    """Training costs the evaluations that a plan estimates from one step of each phase."""
+    """Training costs the evaluations that a plan estimates from the steps of a cycle of each phase."""
     stages = bench.method().phases()
     if len(stages) > WALKED_PHASES:
         raise NotApplicable(f"it has more than {WALKED_PHASES} phases")
-    prepared, before, rows = 0, 0, [0] * len(stages)
-    for moment in bench.walk():
+    prepared, before = 0, 0
+    rows: list[list[int]] = [[] for _ in stages]  # by phase, of each of its steps
+    for moment in bench.walk(priced=True):
         if moment.what == "begin":
             before = rows_of(moment.method)
-            prepared = prepared if moment.phase else before
+            prepared = prepared if moment.phase or moment.batch.step else before
         if moment.what == "stepped":
-            rows[moment.phase] = rows_of(moment.method) - before
-    batches, total = bench.run.images / IMAGES, sum(stage.share for stage in stages)
-    estimated = prepared + sum(stage.share / total * batches * r for stage, r in zip(stages, rows, strict=True))
-    rounding = sum(abs(a - b) for a, b in pairwise(rows))  # a phase ends with a whole step
+            rows[moment.phase].append(rows_of(moment.method) - before)
+    steps = [stage.share / sum(each.share for each in stages) * bench.run.images / bench.images for stage in stages]
+    means = [fmean(of_phase) for of_phase in rows]
+    estimated = prepared + sum(count * mean for count, mean in zip(steps, means, strict=True))
+    rounding = sum(abs(a - b) for a, b in pairwise(means))  # a phase ends with a whole step
+    spread = 0.0
+    for stage, count, of_phase in zip(stages, steps, rows, strict=True):
+        if stage.cost_varies:
+            spread += _variance(of_phase, stage.cycle, count)
+        else:  # a phase may end within a cycle
+            rounding += max(abs(sum(of_phase[:k]) - k * fmean(of_phase)) for k in range(stage.cycle))
     made = bench.run.evaluations
-    if abs(made - estimated) > PRICE_ERROR * estimated + rounding:
+    allowed = PRICE_ERROR * estimated + rounding + PRICE_DEVIATIONS * math.sqrt(spread)
+    if abs(made - estimated) > allowed:
         raise Fault(
-            f"a plan estimates {estimated:,.0f} evaluations from one step of each phase, training made {made:,}: "
-            "let all steps of a phase cost the same, and declare a phase where the cost changes"
+            f"a plan estimates {estimated:,.0f} evaluations from the steps of a cycle of each phase, training made "
+            f"{made:,}: let all cycles of a phase cost the same (Phase.cycle is the number of steps after which the "
+            "cost repeats), and declare a phase where the cost changes, or Phase(cost_varies=True) if it is random"
         )
-    return f"{estimated:,.0f} evaluations estimated, {made:,} made"
+    about = f" (random, so {allowed:,.0f} more or fewer are allowed)" if spread else ""
+    return f"{estimated:,.0f} evaluations estimated, {made:,} made{about}"
+
+
+def _variance(rows: list[int], cycle: int, steps: float) -> float:
+    """The variance of what `steps` steps cost minus the estimate from the n cycles of `rows`, all drawn independently.
+
+    Let s^2 be the variance of a cycle's cost and m = steps / cycle. The costs of m cycles have the variance m s^2, and
+    m times the mean of n has m^2 s^2 / n.
+    """
+    cycles = [sum(rows[first : first + cycle]) for first in range(0, len(rows), cycle)]
+    m = steps / cycle
+    return variance(cycles) * (m + m**2 / len(cycles))
 
 
 def average(bench: MethodBench) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from distillbench.metering.stopwatch import Account, CompileWatch, Stopwatch
 from distillbench.options import option, require_positive
 from distillbench.system.dtensors import class_of
 from distillbench.teachers.teacher import Teacher
-from distillbench.training.network_rows import NetworkRows, name_of, sum_of_rows
+from distillbench.training.network_rows import SEPARATOR, NetworkRows, name_of, sum_of_rows
 
 
 class Limit(StrEnum):
@@ -200,7 +200,14 @@ class Meter:
         """The counters, by kind of network."""
         counters = {"teacher": self.teacher.teacher_rows, "student": self.teacher.student_rows}
         return tuple(
-            NetworkRows(side, name_of(kind.network), kind.weights, kind.trained, *astuple(rows))
+            NetworkRows(
+                side,
+                name_of(kind.network),
+                kind.weights,
+                kind.trained,
+                features=SEPARATOR.join(kind.features),
+                **asdict(rows),
+            )
             for side, counter in counters.items()
             for kind, rows in counter.kinds.items()
         )

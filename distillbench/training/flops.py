@@ -34,12 +34,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Conditioning
+from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.diffusion.denoiser import Counter, Denoiser
 from distillbench.errors import Unavailable
 from distillbench.system.dtensors import class_of
 from distillbench.teachers.teacher import Teacher
-from distillbench.training.network_rows import NetworkRows, name_of
+from distillbench.training.network_rows import SEPARATOR, NetworkRows, name_of
 
 ROWS = 2  # images per measurement; a network with batch normalisation needs more than one
 
@@ -125,12 +125,14 @@ def network_flops(
     device: str = "cpu",
     all_weights: bool = True,
     along: bool = False,
+    features: Sequence[str] = (),
 ) -> NetworkFlops:
     """FLOPs of one image of `shape` (C,H,W), including the embedding of a guidance weight.
 
     The backward pass is to all weights, or with ``all_weights=False`` to those that require a gradient. With `along`
     the derivative along a direction in x_t and t is counted too, with the attention that has one (SDPBackend.MATH);
-    raises Unavailable if an operator has no forward-mode derivative.
+    raises Unavailable if an operator has no forward-mode derivative. With `features`, names of submodules, the backward
+    pass starts from their outputs and not from the network's.
 
     Counters, weights, gradients, buffers and random generators are not changed.
     """
@@ -138,13 +140,14 @@ def network_flops(
     x_t = torch.zeros(ROWS, *shape, device=device, dtype=dtype)
     t = torch.full((ROWS, 1, 1, 1), (schedule.t_min + schedule.t_max) / 2, device=device, dtype=torch.float64)
     c = conditioning.of_images(range(ROWS), device)
-    buffers = {name: buffer.detach().clone() for name, buffer in denoiser.named_buffers()}
-    trained = {name for name, weight in denoiser.named_parameters() if all_weights or weight.requires_grad}
+    of: nn.Module = _Features(denoiser, features) if features else denoiser
+    buffers = {name: buffer.detach().clone() for name, buffer in of.named_buffers()}
+    trained = {name for name, weight in of.named_parameters() if all_weights or weight.requires_grad}
 
     def run(x: Tensor, t: Tensor, need_weights: bool) -> tuple[Tensor, list[Tensor]]:
-        weights = {name: weight.detach() for name, weight in denoiser.named_parameters()}
+        weights = {name: weight.detach() for name, weight in of.named_parameters()}
         wanted = [weight.requires_grad_() for name, weight in weights.items() if need_weights and name in trained]
-        return functional_call(denoiser, weights | buffers, (x, t, c)), wanted
+        return functional_call(of, weights | buffers, (x, t, c)), wanted
 
     def backward(x: Tensor, need_weights: bool) -> Counted:
         out, wanted = run(x, t, need_weights)
@@ -153,8 +156,7 @@ def network_flops(
             return Counted(0, ())
         return count_flops(lambda: torch.autograd.grad(out.sum(), inputs, allow_unused=True))
 
-    def both(x: Tensor, t: Tensor) -> Tensor:
-        return run(x, t, False)[0]
+    both = lambda x, t: run(x, t, False)[0]
 
     def derivative() -> Counted:
         with sdpa_kernel(SDPBackend.MATH):
@@ -177,6 +179,18 @@ def network_flops(
         along=(twice.flops - forward.flops) // ROWS,
         not_counted=tuple(sorted(names)),
     )
+
+
+class _Features(nn.Module):
+    """All numbers in the features `names` of a denoiser, (B, numbers)."""
+
+    def __init__(self, denoiser: Denoiser, names: Sequence[str]) -> None:
+        super().__init__()
+        self.denoiser, self.names = denoiser, names
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+        _, features = self.denoiser.features(self.names, x_t, t, c, f_gradient=False)
+        return torch.cat([feature.flatten(1) for feature in features.values()], dim=1)
 
 
 @contextmanager
@@ -204,7 +218,7 @@ def measured_flops(
     """
     with _restored_random_state(device):  # new weights of a student are drawn
         known = [teacher.denoiser, *networks, teacher.student().to(device)]
-    found: dict[tuple[int, bool, bool], NetworkFlops] = {}
+    found: dict[tuple[int, bool, bool, str], NetworkFlops] = {}
     of_kind: dict[NetworkRows, NetworkFlops] = {}
     for each in rows:
         same = [d for d in known if _size(d) == (each.network, each.weights)]
@@ -214,9 +228,10 @@ def measured_flops(
         if not alike:
             why = "has left none of its class and size" if not same else "no longer trains the same weights of it"
             raise Unavailable(f"FLOPs of {each.network} with {each.weights:,} weights: the method {why}")
-        key = id(alike[0]), each.trained in (0, each.weights), each.along > 0
+        key = id(alike[0]), each.trained in (0, each.weights), each.along > 0, each.features
         if key not in found:
-            found[key] = network_flops(alike[0], teacher.shape, teacher.conditioning, device, key[1], key[2])
+            names = each.features.split(SEPARATOR) if each.features else ()
+            found[key] = network_flops(alike[0], teacher.shape, teacher.conditioning, device, key[1], key[2], names)
         of_kind[each.kind] = found[key]
     return of_kind
 

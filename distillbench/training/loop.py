@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from distillbench.training.compute import ComputeConfig, grad_scaler, last_batch
 from distillbench.training.data_parallel import SINGLE_RANK, Ranks
 from distillbench.training.fsdp import Sharded, check_sharding
 from distillbench.training.method import Batch, Method, OptimizerConfig, Phase, Read
+from distillbench.training.monitor import Monitor
 from distillbench.training.optimizers import Average, Optimizers, learning_rate_factor
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import (
@@ -36,6 +37,7 @@ from distillbench.training.resume import (
     restore_torch_generators,
     torch_generators_state,
 )
+from distillbench.training.update_counts import UpdateCounts
 
 STEPS_BETWEEN_CHECKS = 50  # between reads of the loss, each of which waits for the device
 EXPLOSION = 1e6  # of the loss over its first value, or over 1: training has diverged
@@ -57,6 +59,7 @@ class Trained:
     price: Price
     curve: list[LossPoint]
     checkpoints: list[Checkpoint] = field(default_factory=list)
+    counts: UpdateCounts = field(default_factory=UpdateCounts)
 
 
 @dataclass(frozen=True)
@@ -78,16 +81,18 @@ def train(
     step: Step,
     checkpoints: Checkpoints | None = None,
     resume: Resume | None = None,
+    monitor: Monitor | None = None,
 ) -> Trained:
     """Train `method` until its meter says that the budget is used, and copy the averaged weights into its student.
 
     `read(n)` gives n real images and their labels; None for a method that may not see any. A checkpoint is written
     before the first step after its fraction of the budget is reached; if only the last step reaches it, there is none.
+    `monitor` looks at samples along training, outside the budget.
     With `resume` states are saved, outside the budget, and training continues from the last one. Raises DivergedError
     if a loss is not finite or explodes, Interrupted after a signal.
     """
     try:
-        return _Training(method, config, workspace, read, loop, step, checkpoints, resume).run()
+        return _Training(method, config, workspace, read, loop, step, checkpoints, resume, monitor).run()
     finally:
         workspace.meter.stop()
 
@@ -105,15 +110,17 @@ class _Training:
         step: Step,
         checkpoints: Checkpoints | None,
         resume: Resume | None,
+        monitor: Monitor | None,
     ) -> None:
         self.method, self.config, self.workspace, self.read = method, config, workspace, read
-        self.loop, self.checkpoints, self.resume = loop, checkpoints, resume
+        self.loop, self.checkpoints, self.resume, self.monitor = loop, checkpoints, resume, monitor
         self.meter, self.ranks, self.charging = workspace.meter, loop.ranks, workspace.meter.stopwatch.charging
         self.generator = torch.Generator(workspace.device).manual_seed(workspace.seed)
         self.curve = _Curve(self.meter, step, loop.ranks)
         self.written: list[Checkpoint] = []
         self.reached = 0  # number of checkpoints written
-        self.phase = 0
+        self.phase = self.step = 0  # the index of the phase, and of the next step within it
+        self.share = replace(loop.ranks.share, group=method.group_size)  # of this rank, in whole groups
         self.sharded: Sharded | None = None
         self.begin = self.finish = 0.0  # of the learning-rate schedule, as shares of the budget
 
@@ -145,7 +152,8 @@ class _Training:
             method.end_phase(index, self.average.module)
         self.curve.log(phases[-1].label, last=True)
         method.student.load_state_dict(self.average.module.state_dict())
-        return Trained(ranks.sum_price(meter.price()), self.curve.points, self.written)
+        self._look(1.0)
+        return Trained(ranks.sum_price(meter.price()), self.curve.points, self.written, self.curve.counts)
 
     def _newest_state(self) -> State | None:
         """The last saved state, the same on all ranks; None without one."""
@@ -155,7 +163,7 @@ class _Training:
             return self.resume.states.newest()
 
     def _start(self, phases: list[Phase], index: int) -> None:
-        self.phase = index
+        self.phase, self.step = index, 0
         self.method.start_phase(index)
         if index == 0 or phases[index].fresh:
             self._make_optimizers()
@@ -163,7 +171,7 @@ class _Training:
 
     def _make_optimizers(self) -> None:
         scaler, own = grad_scaler(self.loop.compute, self.workspace.device), self.method.settings_of
-        self.optimizers = Optimizers(self.config, scaler, self.ranks, own)
+        self.optimizers = Optimizers(self.config, scaler, self.ranks, own, self.curve.counts)
         twin = None if self.sharded is None else self.sharded.average
         self.average = Average(self.method.student, self.config.ema_halflife_kimg, twin)
 
@@ -173,11 +181,13 @@ class _Training:
         progress = self.ranks.progress(meter)
         while progress < end:
             self._write_checkpoints(progress)
+            self._look(progress)
             size = meter.next_batch(self.loop.batch_size)
             factor = learning_rate_factor(self.config, (progress - self.begin) / max(self.finish - self.begin, 1e-12))
             with nullcontext() if size == self.loop.batch_size else last_batch(self.loop.compute):
                 self._step(size, factor)
             method.after_step()
+            self.step += 1
             meter.images += size
             self.average.update(size)
             curve.log(label)
@@ -188,9 +198,10 @@ class _Training:
     def _step(self, size: int, factor: float) -> None:
         """One step of `size` images. All parts reach an update before the network is updated."""
         workspace, teacher, optimizers = self.workspace, self.workspace.teacher, self.optimizers
-        args = teacher.shape, self.generator, workspace.device, self.read, teacher.conditioning, self.ranks.share
-        least = size // self.ranks.count  # images of the smallest share: all ranks need the same number of parts
-        parts = Batch(size, *args).parts(max(1, min(self.loop.accumulate, least)))
+        args = teacher.shape, self.generator, workspace.device, self.read, teacher.conditioning, self.share
+        groups = size // self.share.group
+        least = groups // self.ranks.count  # of the smallest share: all ranks need the same number of parts
+        parts = Batch(size, *args, self.step, self.phase).parts(max(1, min(self.loop.accumulate, least)))
         updates = [iter(self.method.train_step(part)) for part in parts]
         while True:
             losses: list[Tensor] = []
@@ -233,6 +244,24 @@ class _Training:
                     self.written.append(self.checkpoints.write(*args))
             self.reached += 1
 
+    def _look(self, progress: float) -> None:
+        """Let the monitor look if it is due. Only rank 0 samples; the others wait, so that nothing is charged to them.
+
+        A method may not draw from these generators when it samples; if it does, the training does not notice.
+        """
+        if self.monitor is None or not self.meter.images or not self.monitor.due(progress):
+            return
+        device = self.workspace.device
+        own = {name: each for name, each in self._generators().items() if isinstance(each, torch.Generator)}
+        with self.meter.pause():
+            if self.ranks.main:
+                before = generators_state(own, device)
+                args = self.phase, progress, self.meter.images, self.meter.evaluations
+                self.monitor.take(self.method, self.average.module, *args)
+                restore_generators(before, own, device)
+                self.curve.words = self.monitor.words
+            self.ranks.broadcast_flag(True)
+
     def _state(self, price: Price, used: Energy) -> State:
         """Everything that the rest of the training depends on, and what it has cost until now."""
         method = self.method
@@ -246,10 +275,12 @@ class _Training:
         state.add("masks", State({f"{rank}/{name}": each for rank, masks in of_ranks for name, each in masks.items()}))
         plain: dict[str, Any] = {
             "phase": self.phase,
+            "step": self.step,
             "schedule": [self.begin, self.finish],
             "price": asdict(price),
             "energy": asdict(used),
             "checkpoints": [asdict(checkpoint) for checkpoint in self.written],
+            "looks": None if self.monitor is None else self.monitor.state(),
         }
         state.values.update(plain)
         return state
@@ -259,7 +290,7 @@ class _Training:
         method, values = self.method, state.values
         for index in range(values["phase"] + 1):
             self.method.start_phase(index)
-        self.phase = values["phase"]
+        self.phase, self.step = values["phase"], values.get("step", 0)  # older states lack it, and had no cycles
         self.begin, self.finish = values["schedule"]
         load_full(method, state.part("method").tensors)
         self._make_optimizers()
@@ -268,6 +299,9 @@ class _Training:
         self.curve.restore(state.part("curve"))
         self.written = [_checkpoint(plain) for plain in values["checkpoints"]]
         self.reached = len(self.written)
+        if self.monitor is not None and (looks := values.get("looks")) is not None:
+            self.monitor.restore(looks)
+            self.curve.words = self.monitor.words
         self.meter.restart(*self.ranks.own_price(Price.from_plain(values["price"]), Energy(**values["energy"])))
         assert self.resume is not None
         self.resume.restore_peaks(state)
@@ -305,32 +339,41 @@ class _Curve:
         self.losses: list[Tensor] = []
         self.steps = 0
         self.points: list[LossPoint] = []
+        self.counts = UpdateCounts()
+        self.words = ""  # of the last look at samples, for the progress line
 
     def add(self, loss: Tensor) -> None:
         self.losses.append(loss.detach())
 
     def state(self) -> State:
         losses = torch.stack(self.losses).double() if self.losses else torch.zeros(0)
-        return State({"losses": losses}, {"steps": self.steps, "points": [asdict(point) for point in self.points]})
+        points = [asdict(point) for point in self.points]
+        return State({"losses": losses}, {"steps": self.steps, "points": points, "counts": self.counts.state()})
 
     def restore(self, state: State) -> None:
         self.losses = list(state.tensors["losses"].to(self.meter.device))  # the device of the next steps' losses
         self.steps = state.values["steps"]
         self.points = [LossPoint(**plain) for plain in state.values["points"]]
+        self.counts.restore(state.values.get("counts"))  # those of older versions lack it
 
     def log(self, label: str, last: bool = False) -> None:
         self.steps += 1
         if not self.losses or (self.steps % STEPS_BETWEEN_CHECKS and not last and self.steps > 1):
             return
         loss = torch.stack(self.losses).double().mean()
-        mean = self.ranks.all_reduce_number(loss.item())  # each rank has the part of its rows
+        own, *counts = torch.stack([loss, *self.counts.unread()]).tolist()  # one wait for all
+        self.counts.note(counts)
+        mean = self.ranks.all_reduce_number(own)  # each rank has the part of its rows
         self.losses.clear()
         if not math.isfinite(mean):
-            raise DivergedError(f"the loss is {mean} after {self.meter.images} images ({label})")
+            why = (
+                f"; {self.counts.nonfinite} updates had gradients that are not finite" if self.counts.nonfinite else ""
+            )
+            raise DivergedError(f"the loss is {mean} after {self.meter.images} images ({label}){why}")
         first = abs(self.points[0].loss) if self.points else abs(mean)
         if abs(mean) > EXPLOSION * max(first, 1.0):
             raise DivergedError(
                 f"the loss exploded from {first:.3g} to {mean:.3g} after {self.meter.images} images ({label})"
             )
         self.points.append(LossPoint(self.meter.images, self.meter.price().seconds, mean))
-        self.step.advance(self.ranks.progress(self.meter), f"{label}, loss {mean:.4g}")
+        self.step.advance(self.ranks.progress(self.meter), f"{label}, loss {mean:.4g}{self.words}")

@@ -25,7 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition, Conditioning
+from distillbench.diffusion.noise import stream_key, uniform
 from distillbench.diffusion.schedules import SCHEDULES
+from distillbench.errors import UserError
 from distillbench.options import option, require_between, require_fraction, require_one_of, require_positive
 from distillbench.system.transfers import to_device
 from distillbench.training.share import WHOLE, Share
@@ -35,6 +37,16 @@ if TYPE_CHECKING:
     from distillbench.training.pairs import Workspace
 
 __all__ = ["Batch", "Method", "MethodConfig", "NetworkConfig", "OptimizerConfig", "Phase"]
+
+VARIED_STEPS, VARIED_CYCLES = 16, 4  # at least, for the mean cost of a phase with `cost_varies`
+
+# What a student is trained on: the words of Method.inputs.
+STUDENT_INPUTS = {
+    "data": "noised real images",
+    "noise": "pure noise, or what is generated from it",
+    "rollout": "images on the student's own chain of steps",
+    "pairs": "noise-image pairs that are made before training",
+}
 
 
 @dataclass
@@ -103,11 +115,27 @@ class Phase:
     """A stage of training: `share` of the budget (relative to the other phases).
 
     With `fresh`, optimisers, their learning-rate schedule and the average start anew; otherwise they continue.
+
+    Steps may differ: after `cycle` of them the networks that they train, and their cost, repeat. A generator that is
+    trained only where ``batch.step % 5 == 4`` has ``Phase(cycle=5)``. With `cost_varies` the cost of a step is random,
+    and a plan estimates its mean. Raises UserError for a cycle below 1.
     """
 
     label: str = "training"
     share: float = 1.0
     fresh: bool = True
+    cycle: int = 1
+    cost_varies: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cycle < 1:
+            raise UserError(f"Phase.cycle is a number of steps, at least 1, got {self.cycle} in phase {self.label!r}")
+
+    @property
+    def priced_steps(self) -> int:
+        """The steps from which its cost is estimated: a cycle, or as many whole cycles as are enough for a mean."""
+        cycles = max(VARIED_CYCLES, -(-VARIED_STEPS // self.cycle)) if self.cost_varies else 1
+        return self.cycle * cycles
 
 
 # n -> the real images of a batch of n and their labels; of several ranks each gets its own rows
@@ -118,7 +146,8 @@ class Batch:
     """The inputs of one training step. All random numbers come from the harness's generator.
 
     Real images are read only when ``x_0`` (or, for a method that needs data, ``c``) is asked for. `size` is the number
-    of images on this rank: all ranks draw the random numbers of the whole batch, and each keeps its `share`.
+    of images on this rank: all ranks draw the random numbers of the whole batch, and each keeps its `share`. `step` is
+    the index of the step within its phase, counted by the harness, also across interruptions.
     """
 
     def __init__(
@@ -130,17 +159,26 @@ class Batch:
         read: Read | None,
         conditioning: Conditioning = WITHOUT_CLASSES,
         share: Share = WHOLE,
+        step: int = 0,
+        phase: int = 0,
     ) -> None:
-        self.size, self.shape, self.device = share.size(size), shape, device
-        self._whole, self._share = size, share
+        if size % share.group:
+            raise ValueError(f"a batch of groups of {share.group} images cannot have {size} images")
+        self.size, self.shape, self.device, self.step = share.size(size), shape, device, step
+        self._whole, self._share, self._phase, self._integers = size, share, phase, 0
         self._generator, self._read, self._conditioning = generator, read, conditioning
 
     def parts(self, count: int) -> list[Batch]:
-        """The batch in at most `count` parts of nearly equal size, with the same random numbers as the whole batch."""
+        """The batch in at most `count` parts of nearly equal size, with the same random numbers as the whole batch.
+
+        Rows are dealt out in turn: two parts have the rows 0, 2, 4, ... and 1, 3, 5, ...; with groups of two images
+        (``Method.group_size``) the rows 0, 1, 4, 5, ... and 2, 3, 6, 7, ....
+        """
         if count == 1:
             return [self]
-        drawn: list[Any] = []  # tensors and conditions
-        return [_Part(self, Share(index, count), drawn) for index in range(min(count, self.size))]
+        drawn: list[Any] = []  # tensors, conditions and numbers
+        group = self._share.group
+        return [_Part(self, Share(index, count, group), drawn) for index in range(min(count, self.size // group))]
 
     def _drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
         """This rank's rows of what is drawn for the whole batch."""
@@ -188,12 +226,22 @@ class Batch:
         g = self._generator
         return self._drawn(lambda size: torch.randint(low, high, (size, 1, 1, 1), generator=g, device=g.device))
 
+    def one_integer(self, low: int, high: int) -> int:
+        """One uniform random integer in low, ..., high - 1 for the whole step, the same in all parts and on all ranks.
+
+        It belongs to the seed, the phase, the step, and how many were drawn in the step before it; a GPU need not be
+        waited for.
+        """
+        self._integers += 1
+        stream = stream_key(f"step {self.step} of phase {self._phase}", self._generator.initial_seed())
+        return low + int((high - low) * uniform(stream, [self._integers]).item())
+
 
 class _Part(Batch):
     """A part of a batch. The parts draw together: what the first one draws is stored, and each takes its rows of it."""
 
     def __init__(self, batch: Batch, share: Share, drawn: list[Any]) -> None:
-        self.size, self.shape, self.device = share.size(batch.size), batch.shape, batch.device
+        self.size, self.shape, self.device, self.step = share.size(batch.size), batch.shape, batch.device, batch.step
         self._batch, self._share, self._stored, self._asked = batch, share, drawn, 0
         self._generator = batch._generator
 
@@ -209,7 +257,11 @@ class _Part(Batch):
 
     def random_c(self) -> Condition:
         c: Condition = self._once(self._batch.random_c)
-        return c[self._share.rows]
+        return c.of_rows(self._share.view)
+
+    def one_integer(self, low: int, high: int) -> int:
+        number: int = self._once(lambda: self._batch.one_integer(low, high))
+        return number
 
     @functools.cached_property
     def _data(self) -> tuple[Tensor, Tensor | None]:
@@ -218,7 +270,7 @@ class _Part(Batch):
 
     @functools.cached_property
     def c(self) -> Condition:
-        return self._batch.c[self._share.rows]
+        return self._batch.c.of_rows(self._share.view)
 
 
 class Method(nn.Module, ABC):
@@ -234,6 +286,7 @@ class Method(nn.Module, ABC):
     Config: ClassVar[type[MethodConfig]]
     paper: ClassVar[str]  # authors, year, arXiv number
     needs_data: ClassVar[bool]  # False: may not read real images
+    can_start_fresh: ClassVar[bool] = False  # True: its student may start from random weights (student.architecture)
     student: nn.Module  # what is trained, averaged and sampled
 
     def __init__(self, config: Any, teacher: Teacher) -> None:
@@ -251,6 +304,19 @@ class Method(nn.Module, ABC):
             raise RuntimeError(f"the Config names {', '.join(sorted(missing))}, but the method has no such network")
         return next((own for name, own in named.items() if getattr(self, name) is network), NetworkConfig())
 
+    @property
+    def inputs(self) -> str:
+        """What the student is trained on: "data", "noise", "rollout" or "pairs", the column `inputs` of the results."""
+        return "data" if self.needs_data else "noise"
+
+    @property
+    def group_size(self) -> int:
+        """Rows of a batch that belong together: its losses compare images within groups of so many neighbours.
+
+        Parts of a step and ranks then get whole groups. The batch size and a budget in images must be multiples of it.
+        """
+        return 1
+
     def phases(self) -> list[Phase]:
         """The stages of training."""
         return [Phase()]
@@ -265,7 +331,8 @@ class Method(nn.Module, ABC):
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         """Yield (network, loss) for each "update" line of the algorithm box; the harness updates, then continues here.
 
-        It must have no other effect: what is done once per optimiser step belongs into ``after_step``.
+        It must have no other effect: what is done once per optimiser step belongs in ``after_step``. Which networks it
+        yields may depend on ``batch.step``, if they repeat after the phase's `cycle`.
         """
 
     def after_step(self) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+SEPARATOR = ", "  # of the names of submodules
 
 
 @dataclass(frozen=True)
 class NetworkRows:
     """Rows (images) that networks of one kind evaluated in a training, and what was computed besides their outputs.
 
-    Networks are of one kind if they have the same class and number of weights, and the same number of them gets a
-    gradient: a row then costs the same FLOPs.
+    Networks are of one kind if they have the same class and number of weights, the same number of them gets a gradient,
+    and their backward passes start from the same outputs: a row then costs the same FLOPs.
     """
 
     counted: str  # by which counter: "teacher" or "student"
@@ -22,16 +24,17 @@ class NetworkRows:
     to_weights: int = 0  # with a backward pass to the weights
     to_input: int = 0  # with a backward pass to the input only
     along: int = 0  # with a derivative along a direction, computed in the same pass (forward mode, torch.func.jvp)
+    features: str = ""  # submodules, joined by ", ", whose outputs alone have a backward pass; "": the network's output
 
     @property
     def kind(self) -> NetworkRows:
         """The same kind of network, without rows."""
-        return NetworkRows(self.counted, self.network, self.weights, self.trained)
+        return NetworkRows(self.counted, self.network, self.weights, self.trained, features=self.features)
 
     def plus(self, other: NetworkRows, sign: int = 1) -> NetworkRows:
         """The sum of both, or the difference with ``sign=-1``."""
         total = {name: getattr(self, name) + sign * getattr(other, name) for name in KINDS_OF_ROWS}
-        return NetworkRows(self.counted, self.network, self.weights, self.trained, **total)
+        return replace(self.kind, **total)
 
 
 KINDS_OF_ROWS = ("forward", "to_weights", "to_input", "along")

@@ -17,6 +17,7 @@ from distillbench.training.data_parallel import SINGLE_RANK, DataParallelRanks, 
 from distillbench.training.gradient_reduction import GradientReduction, NetworkGradients
 from distillbench.training.method import Method, NetworkConfig, OptimizerConfig
 from distillbench.training.resume import State
+from distillbench.training.update_counts import UpdateCounts
 
 
 class Average:
@@ -62,28 +63,31 @@ def learning_rate_factor(config: OptimizerConfig, progress: float) -> float:
     return warmup * decay[config.lr_decay]
 
 
-def clip(plain: list[Tensor], sharded: list[Tensor], largest: float, ranks: Ranks = SINGLE_RANK) -> None:
-    """Scale the gradients of a network, in place, so that their norm is at most `largest`; 0: do nothing.
+def clip(plain: list[Tensor], sharded: list[Tensor], largest: float, ranks: Ranks = SINGLE_RANK) -> Tensor | None:
+    """Scale the gradients of a network, in place, so that their norm is at most `largest`; 0: leave them.
 
-    The arithmetic of ``torch.nn.utils.clip_grad_norm_``, which groups tensors by device and dtype at every step.
-    `sharded` are local shards of gradients; the norm is over the shards of all `ranks`.
+    Returns the norm before, (), on the device; None without gradients. The arithmetic of
+    ``torch.nn.utils.clip_grad_norm_``, which groups tensors by device and dtype at every step. `sharded` are local
+    shards of gradients; the norm is over the shards of all `ranks`.
     """
-    if not largest or not (plain or sharded):
-        return
+    if not (plain or sharded):
+        return None
     norms = list(torch._foreach_norm(plain)) if plain else []
     if sharded:
         square = torch.stack(torch._foreach_norm(sharded)).square().sum()
         ranks.all_reduce([square])
         norms.append(square.sqrt())
     norm = torch.linalg.vector_norm(torch.stack(norms))
-    torch._foreach_mul_(plain + sharded, (largest / (norm + 1e-6)).clamp(max=1.0))
+    if largest:
+        torch._foreach_mul_(plain + sharded, (largest / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 class Optimizers:
     """One Adam for each network that a method yields, with one learning-rate schedule.
 
     `settings_of` gives the settings of a network that replace those of `config`. `scaler` scales losses in fp16.
-    Gradients are summed over `ranks`.
+    Gradients are summed over `ranks`. `counts`: where updates are counted.
     """
 
     def __init__(
@@ -92,7 +96,9 @@ class Optimizers:
         scaler: torch.amp.GradScaler | None = None,
         ranks: Ranks = SINGLE_RANK,
         settings_of: Callable[[nn.Module], NetworkConfig] | None = None,
+        counts: UpdateCounts | None = None,
     ) -> None:
+        self.counts = counts
         self.config, self.scaler, self.ranks, self.settings_of = config, scaler, ranks, settings_of
         self.by_network: dict[nn.Module, torch.optim.Optimizer] = {}
         self.settings: dict[nn.Module, OptimizerConfig] = {}
@@ -142,12 +148,14 @@ class Optimizers:
                 sharded = local_shards(gradients)
             else:
                 plain = gradients
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        norm = clip(plain, sharded, settings.grad_clip, self.ranks)
+        if norm is not None and self.counts is not None:
+            self.counts.add(norm, settings.grad_clip)
         if self.scaler is None:
-            clip(plain, sharded, settings.grad_clip, self.ranks)
             optimizer.step()
             return
-        self.scaler.unscale_(optimizer)
-        clip(plain, sharded, settings.grad_clip, self.ranks)
         self.scaler.step(optimizer)  # does nothing if a gradient overflowed
         self.scaler.update()
 

@@ -9,25 +9,34 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Share:
-    """Every `count`-th row of a batch, from row `index` on.
+    """Every `count`-th row of a batch, from row `index` on; with `group` > 1 every `count`-th group of so many rows.
 
     The rows are interleaved: the first quarters of all shares together are the first quarter of the batch, so a method
-    may treat the first rows of a batch in another way than the rest.
+    may treat the first rows of a batch in another way than the rest. With groups, the number of rows of the batch must
+    be a multiple of `group`.
     """
 
     index: int = 0
     count: int = 1
+    group: int = 1
 
     def of(self, rows: Tensor) -> Tensor:
         """The rows of the share."""
-        return rows if self.count == 1 else rows[self.rows].contiguous()
+        return rows if self.count == 1 else self.view(rows).contiguous()
+
+    def view(self, rows: Tensor) -> Tensor:
+        """The same rows, in the memory of `rows` if there are no groups."""
+        if self.group == 1:
+            return rows[self._numbers]
+        return rows.unflatten(0, (len(rows) // self.group, self.group))[self._numbers].flatten(0, 1)
 
     def size(self, batch: int) -> int:
         """How many rows of a batch it has."""
-        return len(range(batch)[self.rows])
+        return self.group * len(range(batch // self.group)[self._numbers])
 
     @property
-    def rows(self) -> slice:
+    def _numbers(self) -> slice:
+        """Of its rows, or of its groups."""
         return slice(self.index, None, self.count)
 
 

@@ -406,6 +406,15 @@ def printed(content, width):
 TEACHER = {"method": "teacher:ddim", "training_seed": None, "train_images": None, "train_seconds": None, "nfe": 64}
 
 
+def test_a_student_that_is_worse_than_the_teacher_at_as_many_evaluations_is_named():
+    name = METRICS[0] if isinstance(METRICS, list | tuple) else next(iter(METRICS))
+    content = table({name: 700.0}, {"method": "cm", name: 300.0}, TEACHER | {"nfe": 1, name: 500.0}, TEACHER)
+    lines = [line for line in printed(content, 120).splitlines() if "worse than the teacher" in line]
+    assert lines == [
+        f"{name} worse than the teacher's own DDIM at as many evaluations: boot at 1 NFE (700 against 500)"
+    ]
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_fits_the_terminal(width):
     text = printed(table(TEACHER, {}, {"method": "cm", "nfe": 2, "teacher_rmse": None}), width)
@@ -482,6 +491,30 @@ def test_in_a_terminal_progress_is_bars_that_vanish_and_steps_can_be_nested(caps
     assert "a line that stays [x]" in out
     assert "[not markup]" in out
     assert progress._bars is None
+
+
+def test_a_bar_shows_the_time_elapsed_and_the_time_left(monkeypatch, capsys):
+    """0.15 of it in 20 s: 0.6 takes 80 s, which count down between two reports."""
+    now = 0.0
+    monkeypatch.setattr("distillbench.system.progress.time.perf_counter", lambda: now)
+    progress = Progress(Console(force_terminal=True, width=120, color_system=None))
+    with progress.step("timing") as step:
+
+        def shown(at: float) -> str:
+            nonlocal now
+            now = at
+            capsys.readouterr()
+            progress._bars.refresh()
+            return capsys.readouterr().out
+
+        assert "0:05 elapsed" in (line := shown(5.0)) and "left" not in line
+        step.advance(0.25, "a note")
+        assert "left" not in shown(6.0)
+        now = 25.0
+        step.advance(0.40)
+        assert "0:25 elapsed, about 1:20 left" in shown(25.0)
+        assert "0:35 elapsed, about 1:10 left" in shown(35.0)
+        assert "1:02:03 elapsed, about 0:00 left" in shown(3723.0)
 
 
 def test_without_a_console_nothing_is_printed(capsys):

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import every_network
 from analytic import close, column, gaussian_teacher, time
 from distillbench.diffusion import SCHEDULES, Gaussian, VPCosine, derivative, mixture, one_mask, tangent
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.exact_denoiser import ExactDenoiser
 from distillbench.diffusion.schedules import VE, NoiseSchedule
-from distillbench.networks import DiT, ResidualMLP, UNet
+from distillbench.networks import ResidualMLP, UNet, calls
 from distillbench.networks.calls import ConfiguredCall
 from distillbench.networks.edm import SongUNet
 
@@ -37,7 +38,6 @@ def song(**settings) -> SongUNet:
 NETWORKS = {
     "mlp": lambda: Denoiser(randomised(ResidualMLP(SHAPE, width=32, depth=2)), VPCosine(), "v"),
     "unet": lambda: Denoiser(randomised(UNet(SHAPE, width=16, depth=1)), VPCosine(), "v"),
-    "dit": lambda: Denoiser(randomised(DiT(SHAPE, width=32, depth=2)), VPCosine(), "v"),
     "song": lambda: Denoiser(randomised(song()), VE(), "edm"),
 }
 
@@ -58,19 +58,20 @@ def relative(a: Tensor, b: Tensor) -> float:
 # --- networks in float32 ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", every_network.NETWORKS)
 def test_differences_and_the_exact_derivative_agree(name):
-    """To 1e-3. EDM's network sees lam / 4 and needs no small step. The others see frequencies of 1000 in t: h = 1e-3,
-    and the error of order h^2 is removed by h / 2 (Richardson)."""
-    f = NETWORKS[name]()
-    at, along = inputs(f)
+    """To 1e-3. DDPM++ and ADM see lam / 4 and need no small step. The others see high frequencies, of t or of lam:
+    h = 1e-3, and the error of order h^2 is removed by h / 2 (Richardson)."""
+    f = every_network.denoiser(name)
+    x_t, t, _, c = every_network.inputs(name, f)
     with torch.no_grad():
-        F, exact = derivative(f, at, along, exact=True)
-        if name == "song":
-            G, differences = derivative(f, at, along)
+        along = tangent(f.schedule, x_t, t, f(x_t, t, c))
+        F, exact = derivative(f, (x_t, t), along, c, exact=True)
+        if name in ("edm, ddpm++", "edm, adm"):
+            G, differences = derivative(f, (x_t, t), along, c)
         else:
-            G, coarse = derivative(f, at, along, step=1e-3)
-            _, fine = derivative(f, at, along, step=5e-4)
+            G, coarse = derivative(f, (x_t, t), along, c, step=1e-3)
+            _, fine = derivative(f, (x_t, t), along, c, step=5e-4)
             differences = (4 * fine - coarse) / 3
     assert F.dtype == exact.dtype == torch.float32
     assert relative(F, G) < 1e-5 and relative(differences, exact) < 1e-3
@@ -103,6 +104,30 @@ def test_settings_of_computation_leave_the_derivative_as_it_is(name, exact, sett
         F.square().mean().backward()
     assert dF.dtype == torch.float32 and relative(dF, plain) < 1e-3
     assert all(weight.grad is not None for weight in f.parameters() if weight.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["whole", "blocks"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_compiled(exact, kind, monkeypatch):
+    """F and the evaluations of differences; of the exact derivative F alone, since jvp is not compiled."""
+    ran: list[bool] = []
+
+    def noting(forward):
+        def noted(*args):
+            ran.append(torch.is_grad_enabled())
+            return forward(*args)
+
+        return noted
+
+    monkeypatch.setattr(calls, "compiled", noting)
+    f = Denoiser(randomised(ResidualMLP(SHAPE, width=16, depth=3)), VE(), "edm")
+    at, along = inputs(f)
+    _, plain = derivative(f, at, along, exact=exact)
+    with f.counted.counter.calling(ConfiguredCall("cpu", compile=kind)):
+        _, dF = derivative(f, at, along, exact=exact)
+    blocks = 1 if kind == "whole" else 3
+    assert ran == ([] if exact else 2 * blocks * [False]) + blocks * [True]
+    close(dF, plain)
 
 
 @pytest.mark.nightly

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, silu
 
+from adversarial import Adversarial
 from analytic import make_batch, time
+from continuous_time import ContinuousTime
 from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.dropout import one_mask, seed_masks
@@ -23,7 +25,8 @@ from distillbench.diffusion.modes import evaluating, frozen_weights
 from distillbench.diffusion.samplers import ddim_step, x_at_t_max
 from distillbench.diffusion.schedules import VPCosine
 from distillbench.teachers.teacher import Teacher
-from distillbench.testing.method_bench import IMAGES, SHAPE, MethodBench, calls_of, changed, weights_of
+from distillbench.testing.bench_networks import SHAPE
+from distillbench.testing.method_bench import IMAGES, MethodBench, calls_of, changed, weights_of
 from distillbench.testing.methods_steps import check_masks
 from distillbench.testing.methods_steps import dropout as check_dropout
 from distillbench.training.compute import ComputeConfig, applied
@@ -39,6 +42,7 @@ from distillbench_tract import Tract
 
 METHODS = (Boot, ConsistencyDistillation, ConsistencyTraining, Direct, ProgressiveDistillation)
 METHODS = (*METHODS, ScoreIdentityDistillation, Tract)
+ALL = [*METHODS, ContinuousTime, pytest.param(Adversarial, marks=pytest.mark.nightly)]
 
 
 class Block(nn.Module):
@@ -296,7 +300,7 @@ EVALUATIONS = {
 }
 
 
-@pytest.mark.parametrize("cls", METHODS)
+@pytest.mark.parametrize("cls", ALL)
 def test_the_check_of_methods_finds_dropout_in_order(cls):
     told = check_dropout(MethodBench("first", cls, None, WITHOUT_CLASSES, 0))
     assert (told.startswith("evaluations per image: ") and ", 0 without" not in told) or cls in (
@@ -305,7 +309,7 @@ def test_the_check_of_methods_finds_dropout_in_order(cls):
     )
 
 
-@pytest.mark.parametrize("cls", METHODS)
+@pytest.mark.parametrize("cls", ALL)
 def test_a_training_with_dropout_goes_on_with_the_same_masks(cls):
     bench = MethodBench("first", cls, None, WITHOUT_CLASSES, 0, dropout=0.3)
     assert not changed(weights_of(bench.train().method), weights_of(bench.train_interrupted(bench.steps() - 1)))
@@ -408,8 +412,17 @@ def test_a_step_that_yields_under_one_mask_is_refused():
 # --- with what else there is -----------------------------------------------------------------------------------------
 
 
+OTHERS = [
+    (ScoreIdentityDistillation, {}),
+    (Boot, {}),
+    (ContinuousTime, {}),
+    (ContinuousTime, {"exact": True}),
+    (Adversarial, {"layer": "blocks.1.inner"}),
+]
+
+
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("cls", "settings"), [*CONSISTENCY, (ScoreIdentityDistillation, {}), (Boot, {})])
+@pytest.mark.parametrize(("cls", "settings"), [*CONSISTENCY, *OTHERS])
 def test_blocks_that_are_computed_again_drop_what_they_dropped(cls, settings):
     """Their modes and masks are those of the forward, though the step has gone on since."""
     found = []

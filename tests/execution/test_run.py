@@ -35,9 +35,10 @@ fd_efficientnet_lite0 teacher_rmse
 train_images train_seconds train_teacher_seconds train_student_seconds train_compile_seconds train_other_seconds
 train_teacher_nfe
 train_student_nfe train_tflops train_joules train_peak_gpu_mib train_peak_gpu_reserved_mib train_peak_device_mib
-train_peak_rss_mib sample_latency_p50_ms sample_latency_p95_ms sample_images_per_second sample_best_batch sample_gflops
+train_peak_rss_mib clipped_steps nonfinite_steps
+sample_latency_p50_ms sample_latency_p95_ms sample_images_per_second sample_best_batch sample_gflops
 sample_decoder_latency_ms sample_text_encoder_latency_ms sample_peak_gpu_mib sample_peak_gpu_reserved_mib
-sample_peak_device_mib sample_peak_rss_mib parameters settings compute reference device key
+sample_peak_device_mib sample_peak_rss_mib parameters inputs settings compute reference device key
 """
 SCORES = ["fd_efficientnet_lite0", "teacher_rmse"]
 BUDGET = 400  # not a multiple of the batch
@@ -163,6 +164,8 @@ def test_there_is_one_row_for_each_dataset_teacher_method_seed_and_nfe(first):
     assert rows == expected
     assert not first.table.duplicated(names).any()
     assert (first.table["dataset"] == "folder").all()
+    inputs = dict(zip(first.table["method"], first.table["inputs"], strict=True))
+    assert inputs == {"teacher:ddim": "", "boot": "noise", "cm": "data", "pd": "data", "direct": "pairs"}
     assert first.table["teacher"].nunique() == 1
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from distillbench.cli import commands
 from distillbench.execution.workers import SubprocessWorker, WorkerError
 from distillbench.storage.locks import is_locked, try_lock, wait_for_lock
 from distillbench.system.progress import Progress
@@ -66,7 +67,7 @@ def wait_for(condition, seconds: float = 120):
 
 
 @pytest.mark.slow
-def test_a_crash_fails_one_row(tmp_path):
+def test_a_crash_fails_one_row(tmp_path, capfd):
     words = ["methods=[dies,fine]"]
     done = subprocess.run(command(tmp_path, *words), capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -76,8 +77,9 @@ def test_a_crash_fails_one_row(tmp_path):
     assert found.loc["dies", "reason"].startswith("the process died (killed by SIGABRT); its last words: so long")
     assert "so long" in (cell(tmp_path, "dies") / "log.txt").read_text()
     assert "fine (seed 0): training" in (cell(tmp_path, "fine") / "log.txt").read_text()
-    again = subprocess.run(command(tmp_path, *words), capture_output=True, text=True)
-    assert again.returncode == 1 and "not ok in an earlier run: dies (seed 0)" in again.stdout
+    with pytest.raises(SystemExit, match="1"):
+        commands.main(command(tmp_path, *words)[3:])
+    assert "not ok in an earlier run: dies (seed 0)" in capfd.readouterr().out
     pd.testing.assert_frame_equal(rows(tmp_path), found)
 
 

@@ -53,6 +53,10 @@ def test_pairs_are_noise_and_the_closed_form_ddim_of_it(tmp_path):
     close(x_0, ddim_chain(VPCosine(), eps, torch.linspace(0, 1, 9, dtype=torch.float64)), atol=3e-7)
 
 
+def test_it_says_whether_pairs_are_made_ahead():
+    assert direct().inputs == "pairs" and direct(online=True).inputs == "noise"
+
+
 @pytest.mark.parametrize("name", some_schedules())
 def test_the_answer_is_to_the_noise_scaled_to_the_schedule(name):
     """eps stands for x_T = sigma_T eps, also where sigma_T is 80 (VE)."""

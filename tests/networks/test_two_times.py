@@ -1,50 +1,24 @@
-"""An embedding of a second time leaves every network as it was, until it is trained."""
+"""Embeddings of further inputs leave every network as it was, until they are trained."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from analytic import time
-from distillbench import Condition
-from distillbench.diffusion import VE, VPCosine
+from distillbench import Conditioning, Teacher
 from distillbench.diffusion.denoiser import Counter, Denoiser
-from distillbench.networks import DiT, ResidualMLP, ScalarEmbedding, TwoTimes, UNet
-from distillbench.networks.edm import DhariwalUNet, SongUNet
-from small_diffusers_networks import dit, pixel_unet, text_unet
-
-SIZES = {"model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
-NETWORKS = {
-    "mlp": lambda: (ResidualMLP((3, 8, 8), width=16, depth=1), VPCosine(), "v"),
-    "unet": lambda: (UNet((3, 8, 8), width=8, depth=1), VPCosine(), "v"),
-    "dit": lambda: (DiT((3, 8, 8), width=16, depth=1), VPCosine(), "v"),
-    "edm, song": lambda: (SongUNet(8, 3, 3, **SIZES), VE(), "edm"),
-    "edm, adm": lambda: (DhariwalUNet(8, 3, 3, **SIZES), VE(), "edm"),
-    "diffusers, pixels": lambda: (pixel_unet(), VPCosine(), "eps"),
-    "diffusers, text": lambda: (text_unet(), VPCosine(), "eps"),
-    "diffusers, dit": lambda: (dit(), VPCosine(), "eps"),
-}
+from distillbench.networks import ScalarEmbedding, TwoTimes
+from every_network import NETWORKS, denoiser, image_shape, inputs
 
 
 def made(name: str) -> tuple[Denoiser, Denoiser, TwoTimes]:
     """A frozen teacher, and a student of two times that starts from it."""
-    torch.manual_seed(0)
-    network, schedule, prediction = NETWORKS[name]()
-    for weight in network.parameters():
-        if weight.ndim > 1:
-            nn.init.normal_(weight, std=0.2)
-    teacher = Denoiser(network, schedule, prediction).freeze()
+    teacher = denoiser(name)
     student = teacher.copy(Counter()).requires_grad_(True)
     return teacher, student, TwoTimes(student, in_lambda=True)
-
-
-def inputs(name: str, teacher: Denoiser) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Condition]:
-    generator, schedule = torch.Generator().manual_seed(1), teacher.schedule
-    channels = 4 if name in ("diffusers, text", "diffusers, dit") else 3
-    t, s = schedule.t_of_lam(time([-1.0, 0.5, 2.0])), schedule.t_of_lam(time([-4.0, 0.4, -2.0]))
-    c = Condition(torch.tensor([0, 1, 0]), text=torch.randn(3, 5, 6, generator=generator))
-    return torch.randn(3, channels, 8, 8, generator=generator), t, s, c
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -66,6 +40,35 @@ def test_the_second_time_is_learned(name):
     nn.init.normal_(output.weight, std=0.3)
     other = s + 0.3 * (t - s)
     assert not torch.allclose(student(x_t, t, s, c), student(x_t, t, other, c))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_student_with_the_guidance_weight_as_an_input_starts_as_its_teacher(name):
+    """For every w, and it learns to tell them apart."""
+    teacher = denoiser(name)
+    x_t, t, _, c = inputs(name, teacher)
+    drawn = Conditioning(2, 2.0, (1.0, 3.0))
+    student = Teacher("t", teacher, image_shape(name), "t", conditioning=drawn).student().eval()
+    with_w = lambda w: student(x_t, t, replace(c, w=torch.full((3, 1, 1, 1), w)))
+    f = teacher(x_t, t, c)
+    for w in (1.0, 3.0):
+        torch.testing.assert_close(with_w(w), f, rtol=0, atol=1e-5)
+    with_w(2.0).square().sum().backward()
+    output = student.guidance[-1].weight
+    assert output.grad is not None and output.grad.any()
+    nn.init.normal_(output, std=0.3)
+    assert not torch.allclose(with_w(1.0), with_w(3.0))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_index_is_an_input_of_every_network(name):
+    student = denoiser(name)
+    x_t, t, _, c = inputs(name, student)
+    embedding, k = ScalarEmbedding(student.embedding_channels, 0, 2), torch.tensor([0, 1, 2]).view(-1, 1, 1, 1)
+    torch.testing.assert_close(student(x_t, t, c, embedding(k)), student(x_t, t, c), rtol=0, atol=1e-5)
+    nn.init.normal_(embedding[-1].weight, std=0.3)
+    moved = (student(x_t, t, c, embedding(k)) - student(x_t, t, c, embedding(k.flip(0)))).flatten(1).norm(dim=1)
+    assert moved[0] > 0 and moved[1] == 0 and moved[2] > 0
 
 
 def test_an_embedding_of_a_step_index():

@@ -198,7 +198,7 @@ def test_a_normal_number_for_each_image_is_one():
 
 def test_the_contracts_examples_of_tests_pass(tmp_path, monkeypatch):
     """Two files of tests; the second is of the metric on another page."""
-    examples = modules("contract.md")
+    examples = [code for code in modules("contract.md") if code.startswith('"""test_')]
     assert len(examples) == 2
     load(modules("new_metric.md")[0], tmp_path / "grey.py")
     ran = []
@@ -210,6 +210,11 @@ def test_the_contracts_examples_of_tests_pass(tmp_path, monkeypatch):
                 ran.append(name)
     assert len(ran) == 2
     monkeypatch.delitem(sys.modules, "grey")
+
+
+def test_the_contracts_method_is_the_one_that_is_tested():
+    (code,) = (code for code in modules("contract.md") if not code.startswith('"""test_'))
+    assert code == (ROOT / "tests" / "support" / "adversarial.py").read_text()
 
 
 # --- interruptions ---------------------------------------------------------------------------------------------------

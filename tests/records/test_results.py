@@ -80,6 +80,12 @@ def row(training=None, speed=SPEED, **changes):
     return table_row(NAMES, row_record(**changes), training, speed, ["fid", "rmse"])
 
 
+def test_a_row_says_what_its_student_was_trained_on():
+    assert row(train_record(student_inputs="rollout"))["inputs"] == "rollout"
+    older = make_table([{name: value for name, value in row().items() if name != "inputs"}], [])
+    assert row()["inputs"] == "" and older["inputs"].tolist() == [""]
+
+
 # --- records ---------------------------------------------------------------------------------------------------------
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from distillbench.testing.checks import Finding, examine
+from distillbench.testing.checks import Check, Finding, examine
 from distillbench.testing.conformance import SUITES
 
 Fault = tuple[type, str, str]  # the class, the check, a part of its message
@@ -30,14 +30,21 @@ def failed(found: list[Finding]) -> dict[str, str]:
     return {finding.check: finding.message for finding in found if finding.ok is False}
 
 
-def found_in(kind: str, cls: type, check: str) -> list[Finding]:
-    """The findings of all checks of `kind`: `check` runs on all its benches, every other one on its first bench only.
+def found_in(kind: str, cls: type, check: str, all_checks: bool = False) -> list[Finding]:
+    """The findings of `check` on all its benches, and before it of the checks that it needs, on their first bench.
 
-    `device`, which starts a process for each class, runs only if it is the check in question.
+    With `all_checks` every other one runs too. `device`, which starts a process for each class, runs only if it is the
+    check in question.
     """
     suite = SUITES[kind]
     once = {c.name: dataclasses.replace(c, benches="first") for c in suite.checks if c.benches == "every"}
-    chosen = [c for c in suite.checks if c.name != "device" or check == "device"]
-    checks = [c if c.name == check else once.get(c.name, c) for c in chosen]
+    names = {c.name for c in suite.checks} - {"device"} if all_checks else needed(suite.checks, check)
+    checks = [c if c.name == check else once.get(c.name, c) for c in suite.checks if c.name in names | {check}]
     with suite.benches(cls, None, 0, None) as benches:
         return list(examine(checks, benches))
+
+
+def needed(checks: Sequence[Check], name: str) -> set[str]:
+    """The names of the checks that the check `name` needs, and that these need."""
+    (direct,) = (check.needs for check in checks if check.name == name)
+    return set(direct).union(*(needed(checks, each) for each in direct))

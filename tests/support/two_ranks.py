@@ -7,11 +7,30 @@ import socket
 import torch
 from torch import Tensor
 
+from adversarial import Adversarial
+from continuous_time import ContinuousTime
+from distillbench import Method
 from distillbench.registry import load_registry
 
 SHAPE, BATCH = (1, 4, 4), 8  # of an image; images of a step of both ranks together
-SETTINGS = {"direct": {"pairs": 16, "steps": 2}, "tract": {"steps": [4, 2, 1]}, "pd": {"steps": 4}}
-METHODS = sorted(load_registry().methods)
+SETTINGS = {
+    "direct": {"pairs": 16, "steps": 2},
+    "tract": {"steps": [4, 2, 1]},
+    "pd": {"steps": 4},
+    "adversarial": {"layer": "blocks.0.inner", "weight": 0.5},
+    "continuous_time, exact": {"exact": True},
+}
+OF_TESTS = {  # by the features of a network, and by the derivative along a trajectory
+    "adversarial": Adversarial,
+    "continuous_time": ContinuousTime,
+    "continuous_time, exact": ContinuousTime,
+}
+METHODS = [*sorted(load_registry().methods), *OF_TESTS]
+
+
+def method_class(name: str) -> type[Method]:
+    """Of one of METHODS."""
+    return OF_TESTS[name] if name in OF_TESTS else load_registry().methods[name].cls
 
 
 def free_port() -> int:

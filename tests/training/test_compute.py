@@ -54,6 +54,7 @@ from distillbench.training.method import OptimizerConfig, Read
 from distillbench.training.optimizers import Optimizers
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import State
+from two_ranks import METHODS, SETTINGS, method_class
 
 SHAPE = (1, 8, 8)
 MAKERS = {
@@ -61,7 +62,6 @@ MAKERS = {
     "unet": lambda: UNet(SHAPE, 8, 1),
     "dit": lambda: DiT(SHAPE, 32, 3),
 }
-METHODS = ("boot", "cm", "ct", "direct", "meanflow", "pd", "scm", "sid", "tract")
 CHANGES = [
     {"precision": "bf16"},
     {"teacher_precision": "bf16"},
@@ -427,8 +427,9 @@ def test_every_method_takes_a_step_in_bf16_with_recomputation(name, tmp_path):
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.2)
     teacher = Teacher("mlp", Denoiser(made, VPCosine(), "v"), (2, 1, 1), "mlp", blank=lambda: copy.deepcopy(made))
-    entry = load_registry().methods[name].cls
-    settings = {"direct": {"pairs": 8, "steps": 2}, "pd": {"steps": 2}, "tract": {"steps": [4, 2, 1]}}.get(name, {})
+    entry = method_class(name)
+    settings = SETTINGS | {"direct": {"pairs": 8, "steps": 2}, "pd": {"steps": 2}, "tract": {"steps": [4, 2, 1]}}
+    settings = settings.get(name, {})
     losses: dict[str, list[float]] = {}
     for precision in ("fp32", "bf16"):
         torch.manual_seed(0)

@@ -5,7 +5,9 @@ Truth is torch's own FLOP counter over the same step.
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -21,10 +23,11 @@ from distillbench.diffusion.schedules import VPCosine
 from distillbench.errors import Unavailable
 from distillbench.networks.architectures import DiT, ResidualMLP, UNet
 from distillbench.teachers.teacher import Teacher
-from distillbench.training.budget import BudgetConfig, Limit, Meter
+from distillbench.training.budget import BudgetConfig, Limit, Meter, Price
 from distillbench.training.flops import count_flops, measured_flops, network_flops, training_flops
 
 B = 4
+LAYERS = {"ResidualMLP": "blocks.0.inner", "UNet": "unet.mid_block", "DiT": "inner.transformer.transformer_blocks.0"}
 
 
 def counts(counter: Counter) -> tuple[int, int, int, int]:
@@ -97,6 +100,22 @@ def reverse_in_the_input(f, x, t, v):
         vjp(lambda x: f(x, t), x)[1](v)
 
 
+def through_features(f, x, t, v):
+    """The gradient reaches the layers before a feature."""
+    _, features = f.features([LAYERS[type(f.network).__name__]], x, t, f_gradient=False)
+    return sum(feature.square().mean() for feature in features.values())
+
+
+def through_features_and_f(f, x, t, v):
+    out, features = f.features([LAYERS[type(f.network).__name__]], x, t)
+    return out.square().mean() + sum(feature.square().mean() for feature in features.values())
+
+
+def through_features_to_the_input(f, x, t, v):
+    with frozen_weights(f):
+        return through_features(f, x.clone().requires_grad_(), t, v)
+
+
 def both_ways(f, x, t, v):
     trained(f, x, t, v).backward()
     tangent_alone(f, x, t, v)
@@ -114,6 +133,9 @@ WAYS = {  # forward, to weights, to input, along
     captured: (1, 1, 0, 0),
     reverse_in_the_input: (1, 0, 1, 0),
     both_ways: (3, 1, 1, 1),
+    through_features: (1, 1, 0, 0),
+    through_features_and_f: (1, 1, 0, 0),
+    through_features_to_the_input: (1, 0, 1, 0),
 }
 
 
@@ -195,6 +217,8 @@ COSTS = [
         for way in (trained, both_ways, tangent_alone, trained_through_the_primal)
         for kind in NETWORKS
     ),
+    *((way, kind, "all") for way in (through_features, through_features_to_the_input) for kind in NETWORKS),
+    *((way, "mlp", change) for way in (through_features_and_f, through_features) for change in ("adapters", "half")),
     *((way, kind, "adapters") for way in (trained, trained_through_the_primal) for kind in NETWORKS),
     *((way, "mlp", "half") for way in (trained, through_the_input, trained_through_the_primal)),
     *((way, "mlp", "all") for way in (evaluated, tangent_within_no_grad, dual_numbers, captured)),
@@ -218,6 +242,20 @@ def test_adapters_cost_less_than_full_training_and_a_tangent_two_forward_passes(
     assert adapted < 0.9 * full
     forward, tangent = (step(kind, "all", way)[3] for way in (evaluated, tangent_alone))
     assert 2.9 * forward < tangent < 3.3 * forward
+
+
+def test_a_backward_pass_from_features_costs_less_than_one_from_f():
+    """And rows of both are counted apart."""
+    teacher = mlp_teacher()
+    student, meter = teacher.student(), Meter(BudgetConfig(), teacher, "cpu")
+    for way in (through_features, through_features_and_f, trained):
+        way(student, *inputs((2, 1, 1)))
+    rows = {each.features: each for each in meter.price().networks}
+    assert rows["blocks.0.inner"].to_weights == B and rows[""].to_weights == 2 * B
+    (part, whole) = (measured_flops([rows[name]], teacher, [student]).popitem()[1] for name in ("blocks.0.inner", ""))
+    assert part.forward == whole.forward and 0 < part.backward < whole.backward
+    again = Price.from_plain(json.loads(json.dumps(asdict(meter.price()))))  # as a training state has it
+    assert again.networks == meter.price().networks
 
 
 def test_a_network_whose_class_or_weights_are_gone_has_no_flops():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import json
 import math
@@ -27,8 +28,10 @@ from distillbench.diffusion.schedules import VPCosine
 from distillbench.errors import DivergedError, UserError
 from distillbench.evaluation.distributed import SharedNetworks
 from distillbench.evaluation.features import FeatureNetwork
+from distillbench.evaluation.progress_scores import PixelScores
 from distillbench.execution.followers import check_rows
 from distillbench.metering.energy import Energy
+from distillbench.networks.adapters import Adapters
 from distillbench.networks.architectures import ResidualMLP
 from distillbench.registry import load_registry
 from distillbench.runs.config import RunConfig
@@ -36,20 +39,23 @@ from distillbench.runs.feature_order import FeatureOrder
 from distillbench.system.launchers import by_mpi, follows, rank_and_count, started_together
 from distillbench.system.progress import Progress
 from distillbench.system.signals import Interrupted
+from distillbench.teachers.students import AS_TEACHER, StudentForm
 from distillbench.teachers.teacher import Teacher
 from distillbench.testing.method_bench import StopAfter
 from distillbench.training import gradient_reduction, pairs
 from distillbench.training.budget import BudgetConfig, Limit, Meter
+from distillbench.training.compute import Sampling
 from distillbench.training.data_parallel import SINGLE_RANK, Ranks, joined
 from distillbench.training.failures import LostError, translated
 from distillbench.training.loop import Loop, Trained, train
 from distillbench.training.method import Batch, Method, OptimizerConfig
+from distillbench.training.monitor import Monitor
 from distillbench.training.optimizers import Optimizers
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States
 from distillbench.training.share import WHOLE, Share
 from tiny_training import SILENT
-from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port
+from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port, method_class
 
 STEPS = 6
 SMALL_BUCKET, PAIRS_AT_ONCE = 256, 4  # bytes; several buckets and rounds, as there are of real networks
@@ -70,13 +76,14 @@ def network(kind: type[ResidualMLP] = ResidualMLP) -> ResidualMLP:
 
 def training(
     name: str, folder: Path, ranks: Ranks = SINGLE_RANK, parts: int = 1, limit: Limit = Limit.images, stop: int = 0,
-    kind: type[ResidualMLP] = ResidualMLP, cls: type[Method] | None = None,
+    kind: type[ResidualMLP] = ResidualMLP, cls: type[Method] | None = None, monitor: Monitor | None = None,
+    students: StudentForm = AS_TEACHER,
 ) -> tuple[dict[str, torch.Tensor], Trained]:  # fmt: skip
     """A few steps of a method on a tiny teacher; its weights and the result of the training."""
-    cls = cls or load_registry().methods[name].cls
+    cls = cls or method_class(name)
     torch.manual_seed(0)
     made = partial(network, kind)
-    teacher = Teacher("tiny", Denoiser(made(), VPCosine(), "v"), SHAPE, "tiny", blank=made)
+    teacher = Teacher("tiny", Denoiser(made(), VPCosine(), "v"), SHAPE, "tiny", blank=made, students=students)
     method = cls(cls.Config(**SETTINGS.get(name, {})), teacher)
     meter = Meter(BudgetConfig(limit=limit, images=BATCH * STEPS, nfe=300), teacher, "cpu")
     workspace = Workspace(teacher, meter, folder, "cpu", 0, Progress(None), ranks=ranks)
@@ -91,7 +98,8 @@ def training(
         resume = Resume(states, math.inf, {"order": order}, stop=StopAfter(stop))
     given = read if cls.needs_data else None
     seed_masks(0, ranks.share.index)
-    left = train(method, method.config, workspace, given, Loop(BATCH, parts, ranks=ranks), SILENT, resume=resume)
+    loop = Loop(BATCH, parts, ranks=ranks)
+    left = train(method, method.config, workspace, given, loop, SILENT, resume=resume, monitor=monitor)
     return dict(method.state_dict()), left
 
 
@@ -108,7 +116,14 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
         for name in METHODS:
             weights, left = training(name, folder, ranks)
             save_file(weights, folder / f"{name}-{rank}.safetensors")
-            counted[name] = asdict(left.price) | {"losses": [point.loss for point in left.curve]}
+            counted[name] = asdict(left.price) | {
+                "losses": [point.loss for point in left.curve],
+                "updates": left.counts.state(),
+            }
+        seen = Monitor(PixelScores(None, 5, 2, Sampling(), "cpu"), 0.3, (1,), print, most=1e9)
+        weights, left = training("cm", folder, ranks, monitor=seen)
+        save_file(weights, folder / f"looks-{rank}.safetensors")
+        counted["looks"] = asdict(left.price) | {"points": len(seen.points)}
         _, left = training("cm", folder, ranks, limit=Limit.nfe)
         counted["cm, nfe"] = asdict(left.price)
         try:
@@ -277,6 +292,32 @@ def failures(ranks: Ranks, folder: Path) -> dict[str, list[str]]:
     return raised_by
 
 
+LORA = StudentForm(Adapters(2, 2.0))
+
+
+def run_rank_of_adapters(rank: int, port: int, folder: Path) -> None:
+    """The main function of each of two ranks that train adapters."""
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(240, exit=True)
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in given.items()})
+    with joined("cpu") as ranks:
+        for name in ("cm", "sid"):
+            save_file(training(name, folder, ranks, students=LORA)[0], folder / f"{name}-{rank}.safetensors")
+
+
+@pytest.mark.nightly
+def test_two_ranks_train_the_same_adapters_as_one(tmp_path):
+    pytest.importorskip("peft")
+    torch.multiprocessing.spawn(run_rank_of_adapters, (free_port(), tmp_path), nprocs=2)
+    for name in ("cm", "sid"):
+        weights, _ = training(name, tmp_path, students=LORA)
+        assert any("lora_" in key for key in weights)
+        main, follower = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2))
+        assert_alike(main, weights)
+        assert all(torch.equal(tensor, follower[key]) for key, tensor in main.items())
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
@@ -296,6 +337,17 @@ def test_two_ranks_train_the_same_weights_as_one(two, name, tmp_path):
     for field in (field for field in price if field.endswith(("nfe", "backward", "input", "images"))):
         assert counted[field] == price[field], field
     assert counted["losses"] == pytest.approx([point.loss for point in left.curve], rel=1e-4)
+    assert counted["updates"] == left.counts.state()
+
+
+def test_rank_0_looks_at_samples_and_neither_rank_notices(two):
+    counted = [json.loads((two / f"counted-{rank}.json").read_text()) for rank in range(2)]
+    assert [one["looks"].pop("points") for one in counted] == [3, 0]
+    for field in (field for field in counted[0]["looks"] if not field.endswith("seconds")):
+        assert counted[0]["looks"][field] == counted[0]["cm"][field], field
+    for rank in range(2):
+        looks, plain = (load_file(two / f"{name}-{rank}.safetensors") for name in ("looks", "cm"))
+        assert all(torch.equal(tensor, looks[key]) for key, tensor in plain.items())
 
 
 def test_gradient_accumulation_on_two_ranks_changes_nothing(two, tmp_path):
@@ -547,30 +599,48 @@ def register_methods(register):
 """
 
 
-@pytest.mark.slow
-def test_runs_started_by_torchrun(tmp_path):
-    """Rows, files and weights are written once. A cell that fails on one rank is a row, and other rows do not change; a
-    rank that is killed ends the run with one message, and finished rows stay.
-    """
-    (tmp_path / "plugins").mkdir()
-    (tmp_path / "plugins" / "failing.py").write_text(THIRD_PARTY)
-    words = [
-        "dataset=digits", "budget.images=640", "methods.direct.pairs=64", "evaluation.images=64", "device=cpu",
-        "evaluation.batch_size=16", "evaluation.timing=off", "evaluation.teacher_steps=[4]", "run_name=two",
-        "evaluation.metrics=[teacher_rmse]", "on_oom=accumulate", f"--plugins-dir={tmp_path / 'plugins'}",
-    ]  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Torchrun:
+    """Runs started by torchrun with two processes, in a folder."""
 
-    def run(methods: str, folder: str) -> subprocess.CompletedProcess:
+    folder: Path
+
+    def run(self, methods: str, results: str) -> subprocess.CompletedProcess:
+        (self.folder / "plugins").mkdir(exist_ok=True)
+        (self.folder / "plugins" / "failing.py").write_text(THIRD_PARTY)
+        words = [
+            "dataset=digits", "budget.images=640", "methods.direct.pairs=64", "evaluation.images=64", "device=cpu",
+            "evaluation.batch_size=16", "evaluation.timing=off", "evaluation.teacher_steps=[4]", "run_name=two",
+            "evaluation.metrics=[teacher_rmse]", "on_oom=accumulate", f"--plugins-dir={self.folder / 'plugins'}",
+        ]  # fmt: skip
         launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-        about = ["-m", "distillbench", "run", f"methods={methods}", *words, f"results_dir={tmp_path / folder}"]
+        about = ["-m", "distillbench", "run", f"methods={methods}", *words, f"results_dir={self.folder / results}"]
         return subprocess.run([sys.executable, *launch, *about], capture_output=True, text=True, timeout=300)
 
-    def records(folder: str) -> tuple[dict, dict]:
-        (train,) = (path for path in (tmp_path / folder).glob("cells/*/train.json") if '"direct"' in path.read_text())
+    def records(self, results: str) -> tuple[dict, dict]:
+        """Those of direct's training and evaluation."""
+        files = (path for path in (self.folder / results).glob("cells/*/train.json"))
+        (train,) = (path for path in files if '"direct"' in path.read_text())
         (evaluation,) = train.parent.glob("evaluation-*.json")
         return json.loads(train.read_text()), json.loads(evaluation.read_text())
 
-    done = run("[fails_in_training,fails_in_sampling,needs_much,direct]", "among")
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_with_one_message(tmp_path):
+    """Rows, files and weights are written once, and finished rows stay."""
+    torchrun = Torchrun(tmp_path)
+    done = torchrun.run("[direct,dies]", "alone")
+    assert done.returncode != 0 and done.stderr.count("another rank has ended") == 1, done.stderr[-3000:]
+    assert done.stdout.count("direct seed 0") + done.stderr.count("direct seed 0") == 1
+    train, scores = torchrun.records("alone")
+    assert train["processes"] == 2 and train["cost"]["images"] == 640 and train["status"] == "ok"
+    assert scores["rows"][0]["status"] == "ok"
+
+
+@pytest.mark.nightly
+def test_a_cell_that_fails_on_one_rank_is_a_row_and_other_rows_do_not_change(tmp_path):
+    torchrun = Torchrun(tmp_path)
+    done = torchrun.run("[fails_in_training,fails_in_sampling,needs_much,direct]", "among")
     assert done.returncode != 0 and "has ended" not in done.stderr, done.stderr[-3000:]
     table = pd.read_csv(tmp_path / "among" / "two" / "table.csv").set_index("method")
     assert len(table) == 5
@@ -584,11 +654,7 @@ def test_runs_started_by_torchrun(tmp_path):
     (traceback,) = (path.read_text() for path in tmp_path.glob("among/cells/*/error.txt") if "luck" in path.read_text())
     assert "in third_step" in traceback
 
-    done = run("[direct,dies]", "alone")
-    assert done.returncode != 0 and done.stderr.count("another rank has ended") == 1, done.stderr[-3000:]
-    assert done.stdout.count("direct seed 0") + done.stderr.count("direct seed 0") == 1
-    (train, scores), (train_among, scores_among) = records("alone"), records("among")
-    assert train["processes"] == 2 and train["cost"]["images"] == 640 and train["status"] == "ok"
+    torchrun.run("[direct]", "alone")
+    (train, scores), (train_among, scores_among) = torchrun.records("alone"), torchrun.records("among")
     assert train_among["weights_sha256"] == train["weights_sha256"]
     assert scores_among["rows"][0]["scores"] == scores["rows"][0]["scores"]
-    assert scores["rows"][0]["status"] == "ok"

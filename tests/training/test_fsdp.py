@@ -21,7 +21,6 @@ from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.schedules import VPCosine
 from distillbench.errors import UserError
 from distillbench.networks.architectures import ResidualMLP
-from distillbench.registry import load_registry
 from distillbench.system.dtensors import gather_full, is_sharded, local_shards
 from distillbench.system.progress import Progress
 from distillbench.system.signals import Interrupted
@@ -39,12 +38,13 @@ from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States
 from distillbench.training.share import WHOLE, Share
 from tiny_training import SILENT
-from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port
+from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port, method_class
 
 SHARD, PLAIN = ComputeConfig(shard=True), ComputeConfig()
 IMAGES = 4 * BATCH
 LAST = {"parts": 3, "images": IMAGES - 3, "mu": 0.0}  # the last batch has 5 images, in parts
 HALF = {"precision": "bf16", "recompute": True}
+LAYERS = ("entry", "blocks.1")  # of the network itself, and a block, which are sharded each by itself
 
 
 def network() -> ResidualMLP:
@@ -54,7 +54,7 @@ def network() -> ResidualMLP:
 
 
 def new(name: str, **settings) -> Method:
-    cls = load_registry().methods[name].cls
+    cls = method_class(name)
     torch.manual_seed(0)
     teacher = Teacher("tiny", Denoiser(network(), VPCosine(), "v"), SHAPE, "tiny", blank=network)
     return cls(cls.Config(**SETTINGS.get(name, {}) | settings), teacher)
@@ -129,6 +129,10 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
             keep(name, name, fractions=(0.5,) if name == "cm" else ())
         keep("parts", "boot", parts=2)
         keep("last", "cm", **LAST)
+        for layer in LAYERS:
+            keep(layer, "adversarial", layer=layer)
+        keep("half features", "adversarial", ComputeConfig(**HALF, shard=True))
+        keep("half derivative", "continuous_time", ComputeConfig(**HALF, shard=True))
         keep("half", "sid", ComputeConfig(**HALF, shard=True), grad_clip=1e9)
         keep("half unsharded", "sid", ComputeConfig(**HALF), grad_clip=1e9)
         with pytest.raises(Interrupted):
@@ -153,10 +157,12 @@ def told(two: Path, rank: int = 0) -> dict:
     return json.loads((two / f"told-{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("name", [*METHODS, "parts", "last"])
+@pytest.mark.parametrize("name", [*METHODS, "parts", "last", *LAYERS])
 def test_sharded_networks_train_the_same_weights(two, name, tmp_path):
     torch.set_num_threads(1)
-    how = {"parts": {"name": "boot", "parts": 4}, "last": {"name": "cm"} | LAST}.get(name, {"name": name})
+    how = {"parts": {"name": "boot", "parts": 4}, "last": {"name": "cm"} | LAST}
+    how |= {layer: {"name": "adversarial", "layer": layer} for layer in LAYERS}
+    how = how.get(name, {"name": name})
     weights, left = training(folder=tmp_path, **how)
     assert_alike(load_file(two / f"{name}.safetensors"), weights)
     theirs, price = told(two)[name], asdict(left.price)
@@ -173,6 +179,15 @@ def test_sharding_changes_nothing_in_half_precision_with_recomputation(two):
         tensor,
     ) in ours.items():  # Adam rounds the ends of a tensor differently (no vectors)
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["half features", "half derivative"])
+def test_features_and_derivatives_of_sharded_networks_in_half_precision_with_recomputation(two, name, tmp_path):
+    """As from one process, but for the rounding of bf16."""
+    torch.set_num_threads(1)
+    method = {"half features": "adversarial", "half derivative": "continuous_time"}[name]
+    _, left = training(method, tmp_path, compute=ComputeConfig(**HALF))
+    assert told(two)[name]["losses"] == pytest.approx([point.loss for point in left.curve], rel=0.02)
 
 
 def test_each_rank_holds_its_shards_of_weights_gradients_and_moments(two):

@@ -29,6 +29,7 @@ from distillbench.errors import DivergedError, UserError
 from distillbench.system.progress import Progress
 from distillbench.training import data_stream
 from distillbench.training.budget import BudgetConfig, Limit
+from distillbench.training.compute import ComputeConfig
 from distillbench.training.data_parallel import SINGLE_RANK
 from distillbench.training.data_stream import DataStream
 from distillbench.training.loop import Loop, Trained, _Curve, train
@@ -53,6 +54,18 @@ def test_a_budget_in_images_is_met_exactly(tmp_path):
     trained = run(method, tmp_path, images=1000, batch_size=64)
     assert method.sizes == [64] * 15 + [40]
     assert trained.price.images == 1000
+
+
+def test_a_batch_knows_its_step_within_the_phase(tmp_path):
+    class Steps(Ramp):
+        def train_step(self, batch):
+            self.diary.append((batch.step, [part.step for part in batch.parts(2)]))
+            yield from super().train_step(batch)
+
+    method = Steps(phases=[Phase(), Phase(fresh=False)])
+    trained = run(method, tmp_path, images=65)
+    assert [entry for entry in method.diary if isinstance(entry, tuple)] == [(k, [k, k]) for k in (0, 1, 2, 3, 0, 1, 2)]
+    assert trained.price.images == 65  # each row of each batch
 
 
 class Costly(Ramp):
@@ -514,6 +527,13 @@ def test_each_rank_reads_its_share_of_images(large):
         assert torch.equal(stream.read(10)[0], whole[index::3])
 
 
+def test_each_rank_reads_whole_groups_of_images(large):
+    shares = [DataStream(Numbers(), 0, "cpu", 1, Share(index, 2, 3)) for index in range(2)]
+    whole = DataStream(Numbers(), 0, "cpu").read(12)[0]
+    for rows, stream in zip(([0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]), shares, strict=True):
+        assert torch.equal(stream.read(12)[0], whole[rows])
+
+
 def test_uint8_becomes_minus_one_to_one():
     assert to_float(torch.tensor([0, 255, 51], dtype=torch.uint8)).tolist() == pytest.approx([-1, 1, -0.6])
 
@@ -549,3 +569,62 @@ def test_a_step_in_parts_is_one_step_of_the_whole_batch(parts, tmp_path):
     assert len(method.sizes) == 10 * parts
     assert method.student.w.item() == pytest.approx(whole.student.w.item(), abs=1e-12)  # the same random numbers
     assert [p.loss for p in trained.curve] == pytest.approx([p.loss for p in expected.curve], abs=1e-12)
+
+
+# --- updates that were clipped or not finite -------------------------------------------------------------------------
+
+
+class Pulled(Ramp):
+    """Two networks whose gradients in step k are those listed."""
+
+    def __init__(self, first, second) -> None:
+        super().__init__()
+        self.other, self.lists = Weight(), (first, second)
+
+    def train_step(self, batch):
+        step = len(self.sizes)
+        self.sizes.append(batch.size)
+        for network, gradients in zip((self.student, self.other), self.lists, strict=True):
+            yield network, Pull.apply(network.w, gradients[step % len(gradients)])
+
+
+class Pull(torch.autograd.Function):
+    """The loss 0 with the given gradient."""
+
+    @staticmethod
+    def forward(context, w, gradient):
+        context.gradient = gradient
+        return w * 0.0
+
+    @staticmethod
+    def backward(context, grad):
+        return grad * context.gradient, None
+
+
+FIRST, SECOND = [0.5, -3.0, 1.5, 0.0], [0.1, -0.2, 20.0]  # gradients; those above 1: 2 of 4, 1 of 3
+
+
+@pytest.mark.parametrize("steps", [12, 120])
+def test_clipped_updates_of_all_networks_are_counted(steps, tmp_path):
+    counts = run(Pulled(FIRST, SECOND), tmp_path, images=10 * steps, lr=1e-6, grad_clip=1.0).counts
+    assert (counts.updates, counts.clipped, counts.nonfinite) == (2 * steps, steps // 2 + steps // 3, 0)
+
+
+def test_without_clipping_no_update_is_clipped_and_nonfinite_ones_are_counted(tmp_path):
+    method = Pulled([1.0, 2.0], [1.0, 1.0])
+    counts = run(method, tmp_path, images=100, grad_clip=0.0).counts
+    assert (counts.updates, counts.clipped, counts.nonfinite) == (20, None, 0)
+    with pytest.raises(DivergedError, match=r"nan after 500 images .*; 50 updates had gradients that are not finite"):
+        run(Pulled([math.inf], [1.0]), tmp_path, images=1000, grad_clip=0.0)
+    # the first step makes the weight infinite; the check after it sees its loss, which is finite
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_updates_that_the_loss_scaler_skips_are_not_finite(clip, tmp_path):
+    """Every fourth gradient overflows in fp16: the weight stays as it was, and the update counts as not finite."""
+    method = Pulled([1.0, 2.0, 3.0, math.inf], [0.5])
+    workspace = make_workspace(method.teacher, tmp_path, BudgetConfig(images=400))
+    loop = Loop(10, compute=ComputeConfig(precision="fp16"))
+    counts = train(method, optimizer(lr=1e-3, grad_clip=clip), workspace, None, loop, SILENT).counts
+    assert (counts.updates, counts.clipped, counts.nonfinite) == (80, 20 if clip else None, 10)
+    assert math.isfinite(method.student.w.item())

@@ -79,6 +79,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(name, first, tmp_pat
     assert same_weights(weights_of(whole), weights_of(method))
     assert counted(again.price) == counted(expected.price)
     assert losses(again) == losses(expected)
+    assert again.counts.state() == expected.counts.state() and again.counts.updates >= STEPS
     assert checkpoints_of(again) == checkpoints_of(expected)
     assert any(line.startswith("continuing after ") for line in kept.progress.lines)
 

@@ -40,6 +40,7 @@ class Reflow(Method):
     name = "reflow"
     paper = "Liu et al. 2022, arXiv:2209.03003"
     needs_data = False
+    can_start_fresh = True
 
     @dataclass
     class Config(MethodConfig):
@@ -68,6 +69,10 @@ class Reflow(Method):
             raise UserError("reflow: eps does not give a velocity at t_max (1/alpha); take an x0 or v teacher")
         self.flow = teacher.student().freeze()  # the straight flow, after the first phase
         self.T, self.t_low = teacher.schedule.t_max, max(config.t_low, teacher.schedule.t_min)
+
+    @property
+    def inputs(self) -> str:
+        return "pairs" if self.config.pairs else "noise"
 
     def phases(self) -> list[Phase]:
         distil = [Phase("distil", self.config.distil_share)] if self.config.distil_share else []
