@@ -18,6 +18,7 @@ from distillbench.cli.doctor_numerics import check_numerics
 from distillbench.cli.doctor_packages import check_packages, check_torch
 from distillbench.cli.doctor_plugins import check_networks, check_plugins
 from distillbench.cli.doctor_results import check_caches, check_records, check_states, check_students
+from distillbench.errors import counted
 from distillbench.evaluation.pretrained_weights import weights_folder
 from distillbench.registry import Registry
 from distillbench.system.progress import Progress
