@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from distillbench.diffusion.denoiser import Denoiser
+from distillbench.diffusion.denoiser import Denoiser, NetworkCall
 from distillbench.diffusion.derivatives import derivative, tangent
 from distillbench.testing.checks import Doubt
 from distillbench.testing.method_bench import MethodBench
@@ -46,14 +46,15 @@ def times(bench: MethodBench) -> str:
 
 def change_in_time(denoiser: Denoiser, bench: MethodBench) -> float:
     """rms(dF/dlam) / rms(F) of the denoiser's network, over times that are uniform in lam."""
-    schedule, generator = denoiser.schedule, torch.Generator(bench.device).manual_seed(0)
-    low, high = schedule.lam_range
+    schedule, generator = denoiser.native, torch.Generator(bench.device).manual_seed(0)  # the times of `output`
+    low, high = denoiser.schedule.lam_range
     lam = torch.linspace(low, high, TIMES, dtype=torch.float64, device=bench.device).view(-1, 1, 1, 1)
     t = schedule.t_of_lam(lam)
     x_0, eps = torch.randn((2, TIMES, *bench.shape), generator=generator, device=bench.device)
     x_t = schedule.alpha(t) * x_0 + schedule.sigma(t) * eps
     _, dt = tangent(schedule, x_t, t, x_0)
-    with torch.no_grad():
+    plain = NetworkCall()  # `output` is no module, so `derivative` leaves its network in the precision of training
+    with torch.no_grad(), denoiser.counted.counter.calling(plain):
         at, along = (x_t, t), (torch.zeros_like(x_t), dt)
         F, dF = derivative(denoiser.output, at, along, bench.c(range(TIMES)), exact=True)
     return (dF.square().mean() / F.square().mean()).sqrt().item()
