@@ -182,8 +182,8 @@ class SubprocessWorker:
         """``function(*arguments, progress, stop)`` in a separate process."""
         end = time.monotonic() + seconds if seconds else float("inf")
         steps: dict[int, tuple[Any, Step]] = {}
-        with Worker(_in_subprocess, (function, arguments), log) as worker, self.stop.patiently():
-            try:
+        try:
+            with Worker(_in_subprocess, (function, arguments), log) as worker, self.stop.patiently():
                 while True:
                     if self.stop():
                         worker.end(SECONDS_OF_GRACE, lambda: self.stop.again)
@@ -196,13 +196,13 @@ class SubprocessWorker:
                     if kind == "result":
                         return values[0]
                     _handle(kind, values, steps, self.progress)
-            except ProcessError as error:
-                if self.stop():  # the signal came before the process could save anything
-                    raise Interrupted(self.stop.name) from error
-                raise WorkerError("failed", str(error)) from error
-            finally:
-                for context, _ in steps.values():
-                    context.__exit__(None, None, None)
+        except ProcessError as error:
+            if self.stop():  # the signal came before the process could save anything
+                raise Interrupted(self.stop.name) from error
+            raise WorkerError("failed", str(error)) from error
+        finally:
+            for context, _ in steps.values():
+                context.__exit__(None, None, None)
 
 
 def _handle(kind: str, values: list[Any], steps: dict[int, tuple[Any, Step]], progress: Progress) -> None:

@@ -22,6 +22,7 @@ class CellTask:
     nfe: list[int]
     selection: Selection
     differs: str = ""  # as in Cell
+    group_size: int = 1  # the same
 
     @staticmethod
     def of(cell: Cell, device: str = "") -> CellTask:
@@ -35,11 +36,11 @@ class CellTask:
             device=device or given.device,
             executor=LocalConfig(kind="local"),
         )
-        return CellTask(config, cell.name, cell.nfe, cell.shared.registry.selection, cell.differs)
+        return CellTask(config, cell.name, cell.nfe, cell.shared.registry.selection, cell.differs, cell.group_size)
 
     def cell(self, registry: Registry, contexts: SharedContexts) -> Cell:
         cell = cell_of(self.config, self.name, self.nfe, registry, contexts)
-        cell.differs = self.differs
+        cell.differs, cell.group_size = self.differs, self.group_size
         return cell
 
 

@@ -14,6 +14,8 @@ forever, holding their memory, when the caller is killed.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import pickle
 import signal
@@ -32,6 +34,7 @@ from typing import Any, TypeVar
 
 from distillbench.errors import Unavailable, UserError
 from distillbench.system.output_encoding import replace_unwritable
+from distillbench.system.signals import STOP_SIGNALS
 
 SECONDS_TO_EXIT = 5.0  # after the last message
 SECONDS_BETWEEN_POLLS = 0.2
@@ -71,7 +74,7 @@ class Worker:
     """A process that runs ``function(argument, send)``; each ``send(kind, ...)`` there is one :meth:`news` here.
 
     What it prints is appended to the file `log`. It may start processes itself. Raises ProcessError if function or
-    argument cannot be pickled.
+    argument cannot be pickled, or if the server dies that forks processes.
     """
 
     def __init__(self, function: Callable[[Any, Callable[..., None]], None], argument: Any, log: Path) -> None:
@@ -84,9 +87,16 @@ class Worker:
         self.log = log
         self.reader, writer = context.Pipe(duplex=False)
         self.process = context.Process(target=_run, args=(pickled, writer, str(log), dict(os.environ), sys.path))
-        with _without_main_script():
-            self.process.start()
-        writer.close()
+        try:
+            with _without_main_script():
+                if context.get_start_method() == "forkserver":
+                    _start_server()
+                self.process.start()
+        except (EOFError, ConnectionError) as error:
+            self.reader.close()
+            raise ProcessError("the server process that workers are forked from has died") from error
+        finally:
+            writer.close()
 
     def __enter__(self) -> Worker:
         return self
@@ -133,6 +143,20 @@ def _context(module: str) -> Any:
     return context
 
 
+def _start_server() -> None:
+    """Start the server that workers are forked from, unless it runs, with the signals blocked that stop a run.
+
+    The terminal and schedulers send them to all processes. Without the server nobody could wait for its workers, which
+    save their states then.
+    """
+    multiprocessing.resource_tracker.ensure_running()  # in the other order it would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _run(pickled: bytes, writer: Connection, log: str, environment: dict[str, str], path: list[str]) -> None:
     """The main function of a worker process. It is in a session apart from the terminal: its parent handles Ctrl-C."""
     os.environ.clear()  # the server has those of the time when it was started
@@ -140,6 +164,8 @@ def _run(pickled: bytes, writer: Connection, log: str, environment: dict[str, st
     sys.path[:] = path
     if hasattr(os, "setsid"):
         os.setsid()
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the server has them blocked
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
