@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GuidanceEmbedding", "ScalarEmbedding", "TimeEmbedding", "TimeFeatures"]
+__all__ = ["GuidanceEmbedding", "PlacedFeatures", "ScalarEmbedding", "TimeEmbedding", "TimeFeatures", "TimedNetwork"]
 
 
 class TimeFeatures(nn.Module):
@@ -62,3 +65,21 @@ class ScalarEmbedding(TimeEmbedding):
 
 class GuidanceEmbedding(ScalarEmbedding):
     """Of a guidance weight w in [low, high]: (B,1,1,1) -> (B, channels). Zero until it is trained."""
+
+
+@dataclass(frozen=True)
+class PlacedFeatures:
+    """Where a network has its features of time, and what it calls them with."""
+
+    owners: Sequence[nn.Module]  # the modules that have them, each its own copy
+    name: str  # of the features in each owner
+    argument: Callable[[Tensor], Tensor] = torch.positive  # the time itself; from the network's time, (B,) -> (B,)
+    logarithmic: bool = False  # they are features of log(argument)
+
+
+class TimedNetwork(nn.Module, ABC):
+    """A network whose features of time can be replaced."""
+
+    @abstractmethod
+    def time_features(self) -> PlacedFeatures:
+        """Where its features of time are. Raises UserError where they cannot be replaced."""

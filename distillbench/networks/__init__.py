@@ -13,7 +13,9 @@ from distillbench._lazy import load
 
 if TYPE_CHECKING:
     from distillbench.diffusion.embeddings import GuidanceEmbedding as GuidanceEmbedding
+    from distillbench.diffusion.embeddings import PlacedFeatures as PlacedFeatures
     from distillbench.diffusion.embeddings import ScalarEmbedding as ScalarEmbedding
+    from distillbench.diffusion.embeddings import TimedNetwork as TimedNetwork
     from distillbench.diffusion.embeddings import TimeEmbedding as TimeEmbedding
     from distillbench.diffusion.embeddings import TimeFeatures as TimeFeatures
     from distillbench.diffusion.modes import evaluating as evaluating
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from distillbench.networks.architectures import UNet as UNet
     from distillbench.networks.averaging import MovingAverage as MovingAverage
     from distillbench.networks.averaging import move_towards as move_towards
-    from distillbench.networks.time_features import PlacedFeatures as PlacedFeatures
-    from distillbench.networks.time_features import TimedNetwork as TimedNetwork
     from distillbench.networks.time_features import smooth_times as smooth_times
 
 __all__ = [
@@ -56,12 +56,12 @@ _HOMES = {
     "DiT": "distillbench.networks.architectures",
     "GuidanceEmbedding": "distillbench.diffusion.embeddings",
     "MovingAverage": "distillbench.networks.averaging",
-    "PlacedFeatures": "distillbench.networks.time_features",
+    "PlacedFeatures": "distillbench.diffusion.embeddings",
     "ResidualMLP": "distillbench.networks.architectures",
     "ScalarEmbedding": "distillbench.diffusion.embeddings",
     "TimeEmbedding": "distillbench.diffusion.embeddings",
     "TimeFeatures": "distillbench.diffusion.embeddings",
-    "TimedNetwork": "distillbench.networks.time_features",
+    "TimedNetwork": "distillbench.diffusion.embeddings",
     "TwoTimes": "distillbench.diffusion.two_times",
     "UNet": "distillbench.networks.architectures",
     "evaluating": "distillbench.diffusion.modes",

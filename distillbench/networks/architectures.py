@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
-from distillbench.diffusion.embeddings import TimeEmbedding
+from distillbench.diffusion.embeddings import PlacedFeatures, TimedNetwork, TimeEmbedding
 from distillbench.errors import UserError
-from distillbench.networks.time_features import PlacedFeatures, TimedNetwork
 
 __all__ = ["NETWORKS", "SIZED", "DiT", "OfDiffusers", "ResidualMLP", "UNet"]
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
+from distillbench.diffusion.embeddings import PlacedFeatures, TimedNetwork
 from distillbench.errors import UserError, unsupported
 from distillbench.networks.diffusers_calls import Call
 from distillbench.networks.forward_overrides import adding, overridden
-from distillbench.networks.time_features import PlacedFeatures, TimedNetwork
 from distillbench.system.offloading import Offloaded
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d, dropout, one_hot, scaled_dot_product_attention, silu
 
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
-from distillbench.networks.time_features import PlacedFeatures, TimedNetwork
+from distillbench.diffusion.embeddings import PlacedFeatures, TimedNetwork
 
 BOX = (1, 1)  # the mean of 2x2 pixels; NCSN++ resamples with (1, 3, 3, 1)
 Init = Callable[[Tensor], object]  # initialises a weight

@@ -21,37 +21,17 @@ the layer returns is as close to what it returned before as a polynomial of this
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from distillbench.diffusion.denoiser import INPUTS, Denoiser
+from distillbench.diffusion.embeddings import TimedNetwork
 from distillbench.errors import UserError
 
-__all__ = ["PlacedFeatures", "TimedNetwork", "smooth_times"]
+__all__ = ["smooth_times"]
 
 NODES = 8192  # times at which the features are fitted: several in each period of the fastest
-
-
-@dataclass(frozen=True)
-class PlacedFeatures:
-    """Where a network has its features of time, and what it calls them with."""
-
-    owners: Sequence[nn.Module]  # the modules that have them, each its own copy
-    name: str  # of the features in each owner
-    argument: Callable[[Tensor], Tensor] = lambda time: time  # from the network's time, (B,) -> (B,)
-    logarithmic: bool = False  # they are features of log(argument)
-
-
-class TimedNetwork(nn.Module, ABC):
-    """A network whose features of time can be replaced."""
-
-    @abstractmethod
-    def time_features(self) -> PlacedFeatures:
-        """Where its features of time are. Raises UserError where they cannot be replaced."""
 
 
 class PolynomialFeatures(nn.Module):

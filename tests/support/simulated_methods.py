@@ -20,11 +20,11 @@ torch.set_num_threads(1)
 
 from distillbench.errors import UserError  # noqa: E402
 from distillbench.registry import load_registry  # noqa: E402
+from distillbench.testing.bench_networks import SHAPE  # noqa: E402
 from distillbench.testing.method_bench import (  # noqa: E402
     CLASSES,
     CONDITIONINGS,
     IMAGES,
-    SHAPE,
     SILENT,
     MethodBench,
     changed,
