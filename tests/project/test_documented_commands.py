@@ -21,6 +21,7 @@ import yaml
 from distillbench.cli import command_options, plugin_commands, result_commands
 from distillbench.cli.commands import cli, main
 from distillbench.registry import Entry, Plugin, Source, installed, load_registry
+from distillbench.testing.bench_networks import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "results" / "reference" / "digits"
@@ -193,7 +194,9 @@ def names_and_settings(command_line, registry, name, params):
     """Compose the settings of a command that is not run, and look its names up."""
     settings = list(params.get("settings", ()))
     network = params.get("network")
-    if network:
+    if network and name == "check":
+        assert network in ARCHITECTURES, network
+    elif network:
         known = {entry.cls.network.name for entry in registry.metrics.values() if entry.cls.network}
         assert network in known | {"tiny"}, network  # docs/new_metric.md has one whose weights do not exist
     if name == "export":

@@ -147,7 +147,7 @@ METHODS = "Possible: boot, cm, ct, direct, meanflow, pd, scm, sid, tract"
 TOP = (
     "Possible: accumulate, batch_size, budget, cell_seconds, compute, conditional, dataset, device, energy, "
     "evaluation, executor, guidance, guidance_range, isolate, methods, on_oom, results_dir, run_name, seed, states, "
-    "teacher, threads"
+    "student, teacher, threads"
 )
 NAMES = {
     "methods=[bot]": f"no method 'bot'. Did you mean 'boot'? {METHODS}",

@@ -1120,7 +1120,7 @@ def test_the_command_fails_where_a_check_does(call):
     code, out, _ = call("check", "bad", "--quick")
     assert code == 1
     assert "\nFAIL  noise                 at NFE 1 other noise gives the same images" in out
-    assert out.splitlines()[-1].startswith("method bad: 26 ok, 1 failed")
+    assert out.splitlines()[-1].startswith("method bad: 27 ok, 1 failed")
 
 
 def test_the_command_passes_the_network_and_its_computation(call, monkeypatch):

@@ -197,7 +197,7 @@ def as_before(price, teacher):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_rows_times_flops_per_row_equal_real_steps(name, tmp_path):
-    """Exactly, except for BOOT: the embedding of its second time is outside the denoiser."""
+    """Exactly, except for layers outside of denoisers: embeddings of a second time, and sCM's weight of a time."""
     cls, settings = METHODS[name]
     teacher = mlp_teacher()
     method = cls(cls.Config(**settings), teacher)
@@ -205,10 +205,14 @@ def test_rows_times_flops_per_row_equal_real_steps(name, tmp_path):
     rows = price.teacher_nfe + price.student_nfe
     assert rows and price.student_backward and price.stand_in_nfe == 0
     more = 0
+    layers = 2 * (FEATURES * E + E * E)
     if name == "boot":
         share = -(-BATCH // 4)  # images of the boundary loss
-        layers = 2 * (FEATURES * E + E * E)
         more = (BATCH + BATCH + share) * layers + (BATCH + share) * (layers + 2 * E * E)
+    if name == "meanflow":  # the student, and two evaluations for its derivative
+        more = 3 * BATCH * layers + BATCH * (layers + 2 * E * E)
+    if name == "scm":  # 64 channels, once, with a gradient to its weights
+        more = BATCH * (2 * 2 * (FEATURES * 64 + 64 * 64) + 2 * 64 * 64)
     assert counted.flops == flops_of(price, method) + more == as_before(price, teacher) + more
     assert (price.student_backward_input > 0) == (price.teacher_backward > 0) == (name == "sid")
 
