@@ -10,7 +10,8 @@ import pandas as pd
 from PIL import Image
 
 DOCS = Path(__file__).resolve().parent
-RUN = DOCS.parent / "results" / "reference" / "digits"
+REFERENCE = DOCS.parent / "results" / "reference"
+RUN, LATER = REFERENCE / "digits", (REFERENCE / "digits-continuous",)  # other students, by the same command later
 PAGE = DOCS / "results.md"
 MARKS = "<!-- table -->\n", "<!-- end of table -->\n"
 FD, RMSE = "fd_efficientnet_lite0", "teacher_rmse"
@@ -18,7 +19,7 @@ ROWS, TOP, HEIGHT = (0, 4, 5, 6, 9, 12, 13, 16, 17), 3, 52  # of samples-seed0.p
 
 
 def table() -> str:
-    """Every row of the reference run: means over training seeds, and half-widths of their 95 % intervals."""
+    """Every row of the reference runs: means over training seeds, and half-widths of their 95 % intervals."""
     head = ["method", "NFE", "FD ↓", "RMSE to teacher ↓", "teacher evaluations", "student evaluations", "TFLOP"]
     rows = [
         [
@@ -45,9 +46,10 @@ def short_table() -> str:
 
 
 def _summary() -> list[dict]:
-    found = pd.read_csv(RUN / "summary.csv")
+    found, *later = (pd.read_csv(run / "summary.csv") for run in (RUN, *LATER))
     teacher = found["method"].str.startswith("teacher:")
-    return pd.concat([found[teacher], found[~teacher]]).to_dict("records")
+    students = [found[~teacher], *(rows[~rows["method"].str.startswith("teacher:")] for rows in later)]
+    return pd.concat([found[teacher], pd.concat(students).sort_values(["method", "nfe"])]).to_dict("records")
 
 
 def _mean(row: dict, column: str, decimals: int) -> str:
@@ -62,7 +64,7 @@ def _count(value: float) -> str:
 
 
 def page(text: str) -> str:
-    """`text`, the page, with the table of today's reference run."""
+    """`text`, the page, with the table of today's reference runs."""
     before, after = MARKS
     return re.sub(f"{before}.*?{after}", lambda _: before + "\n" + table() + "\n" + after, text, flags=re.DOTALL)
 

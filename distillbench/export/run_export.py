@@ -123,7 +123,7 @@ def find_student(run_folder: Path, method: str, seed: int | None, registry: Regi
     dataset, source, conditioning = make_source(config, registry, "cpu")
     if source.plan().images:
         raise UserError(f"the teacher of {weights.name} is no longer in {str(results)!r}: it would be trained again")
-    students = StudentForm.of(config.student)
+    students = StudentForm.from_plain(record.inputs.get("student", {}))
     shared = SharedContext(config, registry, "cpu", dataset, source, conditioning, {}, Path(), [], students=students)
     cell = Cell(shared, weights.method, registry.get("methods", method_config.kind), method_config, weights.seed)
     teacher = shared.load_teacher(progress)
@@ -209,7 +209,10 @@ def _describes(config: RunConfig, name: str, record: TrainRecord) -> bool:
     }
     if not all(record.inputs.get(key) == value for key, value in wanted.items()):
         return False
-    return record.inputs.get("student", {}) == StudentForm.of(config.student).plain()
+    student = record.inputs.get("student", {})
+    if config.student.architecture:  # its file may have been moved or edited since
+        return "architecture" in student
+    return bool(student == StudentForm.of(config.student).plain())
 
 
 def _intact(run_folder: Path, cell_folder: Path, weights: Weights, record: TrainRecord) -> Path:

@@ -67,6 +67,15 @@ class StudentForm:
         alpha = float(config.lora_rank) if config.lora_alpha is None else config.lora_alpha
         return StudentForm(Adapters(config.lora_rank, alpha, tuple(config.lora_targets)))
 
+    @staticmethod
+    def from_plain(plain: Mapping[str, Any]) -> StudentForm:
+        """From the result of :meth:`plain`, as the records of trainings have it."""
+        if not plain:
+            return AS_TEACHER
+        if "architecture" in plain:
+            return StudentForm(architecture=plain["architecture"])
+        return StudentForm(Adapters(plain["lora_rank"], plain["lora_alpha"], tuple(plain["lora_targets"])))
+
     def plain(self) -> dict[str, Any]:
         """Everything that it changes, as plain values; {} for the teacher's network."""
         if self.architecture is not None:

@@ -11,7 +11,7 @@ from simulated import Results, results_of
 
 pytestmark = pytest.mark.slow
 METHODS = ("boot", "cm", "ct", "direct", "meanflow", "pd", "scm", "sid", "tract")
-LABELS, NIGHTLY_LABELS = ("unconditional", "guidance drawn"), ("classes", "guided")
+LABELS, NIGHTLY_LABELS = ("unconditional",), ("guidance drawn", "classes", "guided")
 FEW_CASES = [f"{name}/{label}" for name in METHODS for label in LABELS]
 NIGHTLY_CASES = [f"{name}/{label}" for name in METHODS for label in NIGHTLY_LABELS]
 CASES = [*FEW_CASES, *(pytest.param(case, marks=pytest.mark.nightly) for case in NIGHTLY_CASES)]

@@ -67,6 +67,7 @@ def test_a_form_names_what_it_changes(tmp_path):
     assert StudentForm.of(StudentConfig(lora_rank=4, lora_alpha=8.0)).adapters.scale == 2
     small = architecture(tmp_path)
     assert small.plain() == {"architecture": {k: v for k, v in SMALL.items() if k != "_diffusers_version"}}
+    assert all(StudentForm.from_plain(each.plain()) == each for each in (AS_TEACHER, form, small))
     assert small.architecture_label.startswith("UNet2DModel-")
     assert small.architecture_label != architecture(tmp_path, layers_per_block=2).architecture_label
 
