@@ -25,7 +25,7 @@ class Adversarial(Method):
 
     def __init__(self, config, teacher):
         super().__init__(config, teacher)
-        self.fake = teacher.student()
+        self.fake = teacher.trainable_copy()
         shape = self.fake.feature_shapes([config.layer], teacher.shape, teacher.conditioning)[config.layer]
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 16), nn.SiLU(), nn.Linear(16, 1))
 

@@ -28,7 +28,7 @@ class Dmd2(Method):
 
     def __init__(self, config: Config, teacher) -> None:
         super().__init__(config, teacher)
-        self.fake = teacher.student()
+        self.fake = teacher.trainable_copy()
         self.register_buffer("times", uniform_times(teacher.schedule, 2)[1:], persistent=False)
 
     def phases(self) -> list[Phase]:
