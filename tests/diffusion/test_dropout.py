@@ -489,6 +489,7 @@ def test_the_check_of_methods_finds_what_is_careless(bare, fault):
         check_dropout(MethodBench("first", cls, None, WITHOUT_CLASSES, 0))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_compiled_networks_share_a_mask_with_gradients_and_without():
     """torch's compiler draws masks by kernels of its own, from seeds that are drawn from the same generator."""

@@ -102,6 +102,7 @@ def test_fid_kid_and_inception_score_are_torch_fidelitys(world):
     assert score == pytest.approx(theirs["inception_score_mean"], **TOLERANCE) and score > 1.05
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_precision_and_recall_are_torch_fidelitys(world):
     theirs = torch_fidelity_finds(world, prc=True)

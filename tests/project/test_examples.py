@@ -116,6 +116,7 @@ def clean(tmp_path_factory) -> Environment:
     return Environment(folder)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_installed_examples_are_listed_like_built_in_plugins(clean):
     """In lists and descriptions, with their distributions."""

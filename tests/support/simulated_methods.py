@@ -43,7 +43,8 @@ from simulated import check, main  # noqa: E402
 
 GPU = "cuda:0"
 LABELS = os.environ.get("CONDITIONINGS", ",".join(CONDITIONINGS)).split(",")
-METHODS = {n: e.cls for n, e in load_registry().methods.items() if e.plugin.distribution == "distillbench"}
+SHIPPED = {n: e.cls for n, e in load_registry().methods.items() if e.plugin.distribution == "distillbench"}
+METHODS = {name: SHIPPED[name] for name in os.environ.get("METHODS", ",".join(SHIPPED)).split(",")}
 
 
 class Steps:

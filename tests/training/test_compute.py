@@ -353,6 +353,7 @@ class OneLayer(nn.Module):
         return self.layer(x.flatten(1)).sin().view(x.shape)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_compilation_is_charged_apart(tmp_path, monkeypatch):

@@ -157,6 +157,7 @@ def told(two: Path, rank: int = 0) -> dict:
     return json.loads((two / f"told-{rank}.json").read_text())
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", [*METHODS, "parts", "last", *LAYERS])
 def test_sharded_networks_train_the_same_weights(two, name, tmp_path):
     torch.set_num_threads(1)
@@ -171,6 +172,7 @@ def test_sharded_networks_train_the_same_weights(two, name, tmp_path):
     assert theirs["losses"] == pytest.approx([point.loss for point in left.curve], rel=1e-4)
 
 
+@pytest.mark.nightly
 def test_sharding_changes_nothing_in_half_precision_with_recomputation(two):
     ours, theirs = (load_file(two / f"{name}.safetensors") for name in ("half", "half unsharded"))
     assert ours.keys() == theirs.keys()
@@ -181,6 +183,7 @@ def test_sharding_changes_nothing_in_half_precision_with_recomputation(two):
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["half features", "half derivative"])
 def test_features_and_derivatives_of_sharded_networks_in_half_precision_with_recomputation(two, name, tmp_path):
     """As from one process, but for the rounding of bf16."""
@@ -190,12 +193,14 @@ def test_features_and_derivatives_of_sharded_networks_in_half_precision_with_rec
     assert told(two)[name]["losses"] == pytest.approx([point.loss for point in left.curve], rel=0.02)
 
 
+@pytest.mark.nightly
 def test_each_rank_holds_its_shards_of_weights_gradients_and_moments(two):
     counts = [told(two, rank)["held"] for rank in range(2)]
     assert counts[0]["here"] + counts[1]["here"] == counts[0]["all"] == counts[1]["all"]
     assert all(0.45 < count["here"] / count["all"] < 0.55 for count in counts)
 
 
+@pytest.mark.nightly
 def test_gradients_of_sharded_networks_are_summed(two):
     """Adam is nearly invariant to their scale, so trainings alone would not show an error."""
     method = new("direct")
@@ -206,6 +211,7 @@ def test_gradients_of_sharded_networks_are_summed(two):
         torch.testing.assert_close(spread[name], weight.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_a_sharded_training_resumes_bit_identically(two):
     resumed, straight = load_file(two / "resumed.safetensors"), load_file(two / "tract.safetensors")
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in straight.items())
@@ -218,6 +224,7 @@ def layout(path: Path) -> dict[str, tuple]:
         return {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in tensors.items()}
 
 
+@pytest.mark.nightly
 def test_a_state_of_sharded_networks_has_full_tensors(two, tmp_path):
     torch.set_num_threads(1)
     with pytest.raises(Interrupted):
@@ -232,6 +239,7 @@ def test_a_state_of_sharded_networks_has_full_tensors(two, tmp_path):
     assert_alike(weights, load_file(two / "tract.safetensors"))
 
 
+@pytest.mark.nightly
 def test_checkpoints_and_students_have_full_tensors(two, tmp_path):
     torch.set_num_threads(1)
     weights, _ = training("cm", tmp_path, fractions=(0.5,))
