@@ -303,9 +303,10 @@ def _behind_teacher(summary: pd.DataFrame, directions: dict[str, str]) -> Iterat
     """For each score the students that are worse than the teacher's DDIM with as many evaluations."""
     from distillbench.records.statistics import COMPARABLE, TEACHER
 
+    same = [column for column in COMPARABLE if column != "budget"]  # the teacher has none
     for name, direction in directions.items():
         behind = []
-        for _, group in summary.groupby(COMPARABLE, dropna=False, sort=False) if direction != "none" else []:
+        for _, group in summary.groupby(same, dropna=False, sort=False) if direction != "none" else []:
             ddim = group.loc[group["method"] == f"{TEACHER}ddim", name].dropna()
             if ddim.empty:
                 continue
