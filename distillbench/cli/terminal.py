@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from distillbench.errors import first_of
+
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
@@ -315,10 +317,7 @@ def _behind_teacher(summary: pd.DataFrame, directions: dict[str, str]) -> Iterat
                     scores = f"{number(row[name])} against {number(ddim.iloc[0])}"
                     behind.append(f"{row['method']} at {row['nfe']} NFE ({scores})")
         if behind:
-            listed = ", ".join(behind[:MOST_NAMED]) + (
-                f" and {len(behind) - MOST_NAMED} more" * (len(behind) > MOST_NAMED)
-            )
-            yield f"{name} worse than the teacher's own DDIM at as many evaluations: {listed}"
+            yield f"{name} worse than the teacher's own DDIM at as many evaluations: {first_of(behind, MOST_NAMED)}"
 
 
 def _scores(table: pd.DataFrame) -> list[str]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from distillbench import registry
+from distillbench.errors import first_of
 from distillbench.runs.config import describe_options
 
 
@@ -162,7 +163,7 @@ def settings_with_help(config: type) -> int:
     options = describe_options(config)
     silent = [name for name, _, text in options if not text.strip()]
     if silent:
-        raise Fault(f"settings without a help text: {some(silent)}. Write NAME: TYPE = option(DEFAULT, WHAT_IT_IS)")
+        raise Fault(f"settings without a help text: {first_of(silent)}. Write NAME: TYPE = option(DEFAULT, WHAT_IT_IS)")
     return len(options)
 
 
@@ -246,11 +247,6 @@ def _line_of(error: BaseException, cls: type) -> str:
         return ""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f" (line {frames[-1].lineno} of {Path(file).name}, in {frames[-1].name})" if frames else ""
-
-
-def some(names: Sequence[str]) -> str:
-    """A text with at most three of the names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def differ(a: Tensor, b: Tensor) -> bool:

@@ -70,8 +70,8 @@ def assert_conforms(
     recompute: bool = False,
 ) -> None:
     """Raise AssertionError with the messages of all failed checks, if there are any. Arguments: :func:`check_class`."""
-    computed = Computed(network, precision, recompute)
-    found = findings_of(kind_of(cls), cls, config, distribution_images, dataset, computed)
+    asked = config, distribution_images, dataset
+    found = check_class(cls, *asked, network=network, precision=precision, recompute=recompute)
     lines = [f"{finding.check}: {finding.message}" for finding in found if finding.ok is False]
     if lines:
         kind = kind_of(cls).removesuffix("s")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pickle
 
+from distillbench.errors import first_of
 from distillbench.system.subprocesses import ProcessError, call_in_fresh_process
 from distillbench.testing.bench_networks import USUALLY_COMPUTED
-from distillbench.testing.checks import Doubt, Fault, NotApplicable, some
+from distillbench.testing.checks import Doubt, Fault, NotApplicable
 from distillbench.testing.device_trial import try_method
 from distillbench.testing.method_bench import CONDITIONINGS, MethodBench
 
@@ -32,5 +33,5 @@ def device(bench: MethodBench) -> str:
         raise Fault(f"{trial.fault}. Make tensors with device=x.device, and keep them in buffers (register_buffer)")
     if trial.waits:
         waits = [f"{count} times per step at {line}" for line, count in trial.waits.items()]
-        return Doubt(f"waits for the device {some(waits)}: a GPU is idle meanwhile")
+        return Doubt(f"waits for the device {first_of(waits)}: a GPU is idle meanwhile")
     return "on a simulated GPU all tensors are on its device, and no step waits for it"

@@ -29,6 +29,7 @@ from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition, Cond
 from distillbench.diffusion.denoiser import Denoiser, NetworkCall
 from distillbench.diffusion.noise import FixedNoise, Noise, stream_key
 from distillbench.diffusion.schedules import VPCosine
+from distillbench.errors import first_of
 from distillbench.networks.calls import ConfiguredCall
 from distillbench.system.progress import Progress, Step
 from distillbench.system.signals import Interrupted, Stop
@@ -43,7 +44,7 @@ from distillbench.testing.bench_networks import (
     new_network,
 )
 from distillbench.testing.bench_records import Learning
-from distillbench.testing.checks import Fault, differ, global_generators, seed_global_generators, some
+from distillbench.testing.checks import Fault, differ, global_generators, seed_global_generators
 from distillbench.training.budget import BudgetConfig, Meter
 from distillbench.training.build import build_method
 from distillbench.training.compute import Sampling, device_type, sampling
@@ -386,4 +387,4 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 
 def attributes_of(names: list[str]) -> str:
     """A text with the attributes of a method that the tensors `names` of its state_dict belong to."""
-    return some(list(dict.fromkeys(f"self.{name.split('.')[0]}" for name in names)))
+    return first_of(list(dict.fromkeys(f"self.{name.split('.')[0]}" for name in names)))

@@ -9,7 +9,8 @@ import dataclasses
 
 from torch import nn
 
-from distillbench.testing.checks import Doubt, Fault, NotApplicable, some, where
+from distillbench.errors import first_of
+from distillbench.testing.checks import Doubt, Fault, NotApplicable, where
 from distillbench.testing.method_bench import MethodBench, changed, weights_of
 from distillbench.training.method import Method
 
@@ -44,15 +45,16 @@ def learns(bench: MethodBench) -> str:
     doubts = []
     if zero:
         doubts.append(
-            f"{some(zero)}: zero after training, so its input has no effect. Is it frozen, or left out of the loss? An "
-            "embedding that starts at zero must be trained: requires_grad_(True) after other weights are frozen"
+            f"{first_of(zero)}: zero after training, so its input has no effect. Is it frozen, or left out of the loss?"
+            " An embedding that starts at zero must be trained: requires_grad_(True) after other weights are frozen"
         )
     if without := [name for name in without if not name.startswith(tuple(zero))]:
         doubts.append(
-            f"{some(without)}: no gradient in {bench.steps()} steps. Is its output used in the loss, and not detached?"
+            f"{first_of(without)}: no gradient in {bench.steps()} steps. Is its output used in the loss, and not "
+            "detached?"
         )
     if unchanged:
-        doubts.append(f"{some(unchanged)}: the same after {bench.steps()} steps, although it gets a gradient")
+        doubts.append(f"{first_of(unchanged)}: the same after {bench.steps()} steps, although it gets a gradient")
     if doubts:
         return Doubt("; ".join(doubts))
     return f"every weight that is trained gets a gradient and changes in {bench.steps()} steps"

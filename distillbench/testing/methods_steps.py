@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillbench.errors import first_of
 from distillbench.testing.bench_networks import Call
-from distillbench.testing.checks import Doubt, Fault, NotApplicable, some, where
+from distillbench.testing.checks import Doubt, Fault, NotApplicable, where
 from distillbench.testing.method_bench import (
     CLASSES,
     MethodBench,
@@ -124,7 +125,7 @@ def losses(bench: MethodBench) -> str:
                 raise Fault(
                     f"the loss of phase {moment.phase} is {seen[-1]}: is there a division by 0 at t_min or t_max?"
                 )
-    return f"finite: {some([f'{loss:.3g}' for loss in seen])}"
+    return f"finite: {first_of([f'{loss:.3g}' for loss in seen])}"
 
 
 def gradients(bench: MethodBench) -> str:
@@ -179,7 +180,7 @@ def _images_of(calls: list[Call]) -> int:
 def _lines(calls: list[Call]) -> str:
     """The lines of the method that asked for the evaluations, in brackets."""
     lines = list(dict.fromkeys(call.line for call in calls if call.line))
-    return f" ({some(lines)})" if lines else ""
+    return f" ({first_of(lines)})" if lines else ""
 
 
 def _evaluations(calls: list[Call], teacher: nn.Module, images: int, steps: int) -> str:
