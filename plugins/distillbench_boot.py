@@ -115,7 +115,7 @@ class Boot(Method):
         both = torch.arange(batch.size + n, device=eps.device) % batch.size  # L_BS of all and L_BC of n: one evaluation
         with torch.no_grad():
             y_t = g(eps, t, c)
-            x_t = schedule.alpha(t) * y_t + schedule.sigma(t) * eps
+            x_t = schedule.noised(y_t, t, eps)
             x, times = torch.cat([x_t, x_T]), torch.cat([t, t_max])
             f_t, y_T = self.teacher.denoise(x, times, c[both]).split([batch.size, n])
             y_s = self.target(eps, y_t, f_t, t, s, c)
@@ -130,7 +130,7 @@ class Boot(Method):
         if nfe == 1:
             return self.student(eps, time_like(eps, self.t_min), c)  # y at t_min is an image already
         t = time_like(eps, tau := self.t_min + self.config.handover * (self.t_max - self.t_min))
-        x_tau = schedule.alpha(t) * self.student(eps, t, c) + schedule.sigma(t) * eps
+        x_tau = schedule.noised(self.student(eps, t, c), t, eps)
         times = torch.linspace(self.t_min, tau, (nfe - 1) // self.evaluations + 1, dtype=torch.float64)
         return ddim(partial(self.teacher.denoise, c=c), schedule, x_tau, times)
 

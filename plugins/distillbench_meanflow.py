@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, hookimpl, option
-from distillbench.diffusion import UNCONDITIONAL, derivative, time_like
+from distillbench.diffusion import UNCONDITIONAL, derivative, lognormal_time, time_like
 from distillbench.networks import TwoTimes, smooth_times
 from distillbench.options import require_between, require_one_of, require_positive
 
@@ -84,8 +84,9 @@ class MeanFlow(Method):
 
     def time(self, batch: Batch) -> Tensor:
         """Uniform or logit-normal, (B,1,1,1)."""
-        normal = torch.special.ndtri(batch.uniform(1e-12, 1 - 1e-12))
-        t = torch.sigmoid(self.config.p_mean + self.config.p_std * normal).clamp(self.t_min, self.t_max)
+        # logit t = lam, so a logit-normal t is a log-normal noise level
+        t = lognormal_time(self.teacher.schedule, batch.uniform(), self.config.p_mean, self.config.p_std)
+        t = t.clamp(self.t_min, self.t_max)
         return torch.where(batch.uniform() < self.config.uniform, batch.uniform(self.t_min, self.t_max), t)
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
@@ -93,7 +94,7 @@ class MeanFlow(Method):
         a, b = self.time(batch), self.time(batch)
         t = torch.maximum(a, b).clamp(min=self.t_min + config.step)
         s = torch.where(batch.uniform() < config.ratio, torch.minimum(a, b), t)
-        x_t = self.teacher.schedule.alpha(t) * x_0 + self.teacher.schedule.sigma(t) * eps
+        x_t = self.teacher.schedule.noised(x_0, t, eps)
         with torch.no_grad():
             v = eps - x_0 if config.source == "data" else (x_t - self.teacher.denoise(x_t, t, c)) / t.to(x_t)
         along = (v, torch.ones_like(t))

@@ -36,7 +36,14 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Denoiser, Method, MethodConfig, Teacher, UserError, hookimpl, option
-from distillbench.diffusion import ConsistencyFunction, derivative, karras_times, multistep, tangent
+from distillbench.diffusion import (
+    ConsistencyFunction,
+    derivative,
+    karras_times,
+    lognormal_time,
+    multistep,
+    tangent,
+)
 from distillbench.networks import ScalarEmbedding, smooth_times
 from distillbench.options import require_between, require_one_of, require_positive
 
@@ -101,9 +108,7 @@ class ContinuousConsistency(Method):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # so far, for r
 
     def times(self, batch: Batch) -> Tensor:
-        normal = torch.special.ndtri(batch.uniform(1e-12, 1 - 1e-12))
-        lam = (self.config.p_mean + self.config.p_std * normal).clamp(*self.within.lam_range)
-        return self.within.t_of_lam(lam)
+        return lognormal_time(self.within, batch.uniform(), self.config.p_mean, self.config.p_std)
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         config, schedule, x_0, eps, c = self.config, self.teacher.schedule, batch.x_0, batch.noise(), batch.c
@@ -111,7 +116,7 @@ class ContinuousConsistency(Method):
         tau = schedule.noise_level(t)
         n = (tau**2 + sd**2).sqrt()
         tau, sin, cos2 = (value.to(x_0) for value in (tau, tau / n, (sd / n) ** 2))
-        x_t = schedule.alpha(t) * x_0 + schedule.sigma(t) * eps
+        x_t = schedule.noised(x_0, t, eps)
         with torch.no_grad():
             f_T = x_0 if config.source == "data" else self.teacher.denoise(x_t, t, c)
         along = tangent(schedule, x_t, t, f_T)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from distillbench.diffusion.dropout import one_mask as one_mask
     from distillbench.diffusion.exact_denoiser import ExactDenoiser as ExactDenoiser
     from distillbench.diffusion.losses import SNR_WEIGHTS as SNR_WEIGHTS
+    from distillbench.diffusion.losses import denoising_loss as denoising_loss
     from distillbench.diffusion.losses import mean_square as mean_square
     from distillbench.diffusion.rollouts import rollout as rollout
     from distillbench.diffusion.samplers import ONE_STEP as ONE_STEP
@@ -64,6 +65,8 @@ if TYPE_CHECKING:
     from distillbench.diffusion.schedules import NoiseSchedule as NoiseSchedule
     from distillbench.diffusion.schedules import VPCosine as VPCosine
     from distillbench.diffusion.schedules import VPLinear as VPLinear
+    from distillbench.diffusion.training_times import karras_time as karras_time
+    from distillbench.diffusion.training_times import lognormal_time as lognormal_time
 
 __all__ = [
     "DISTANCES",
@@ -98,13 +101,16 @@ __all__ = [
     "ddim",
     "ddim_ode_step",
     "ddim_step",
+    "denoising_loss",
     "derivative",
     "dpmpp_2m",
     "guided",
     "heun",
     "heun_step",
     "implied_eps",
+    "karras_time",
     "karras_times",
+    "lognormal_time",
     "mean_square",
     "mixture",
     "multistep",
@@ -153,13 +159,16 @@ _HOMES = {
     "ddim": "distillbench.diffusion.samplers",
     "ddim_ode_step": "distillbench.diffusion.samplers",
     "ddim_step": "distillbench.diffusion.samplers",
+    "denoising_loss": "distillbench.diffusion.losses",
     "derivative": "distillbench.diffusion.derivatives",
     "dpmpp_2m": "distillbench.diffusion.samplers",
     "guided": "distillbench.diffusion.denoiser",
     "heun": "distillbench.diffusion.samplers",
     "heun_step": "distillbench.diffusion.samplers",
     "implied_eps": "distillbench.diffusion.denoiser",
+    "karras_time": "distillbench.diffusion.training_times",
     "karras_times": "distillbench.diffusion.samplers",
+    "lognormal_time": "distillbench.diffusion.training_times",
     "mean_square": "distillbench.diffusion.losses",
     "mixture": "distillbench.diffusion.distributions",
     "multistep": "distillbench.diffusion.consistency",

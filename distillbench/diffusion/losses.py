@@ -7,9 +7,10 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from distillbench.diffusion.denoiser import SIGMA_DATA
+from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
+from distillbench.diffusion.denoiser import SIGMA_DATA, Denoiser
 
-__all__ = ["SNR_WEIGHTS", "mean_square"]
+__all__ = ["SNR_WEIGHTS", "denoising_loss", "mean_square"]
 
 # Weights of squared errors of x_0, from SNR = alpha_t^2 / sigma_t^2, (B,1,1,1).
 SNR_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -28,3 +29,15 @@ def mean_square(a: Tensor, b: Tensor, w: Tensor | float = 1.0) -> Tensor:
         root = w.sqrt()
         return mse_loss(root * a, root * b)
     return mse_loss(a, b) if w == 1 else w * mse_loss(a, b)
+
+
+def denoising_loss(
+    D: Denoiser, x_0: Tensor, t: Tensor, eps: Tensor, c: Condition = UNCONDITIONAL, sd: float = SIGMA_DATA
+) -> Tensor:
+    """E (1/tau^2 + 1/sd^2) |D(x_t, t, c) - x_0|^2 with x_t = alpha_t x_0 + sigma_t eps, a mean over images and pixels.
+
+    Karras et al. 2022, arXiv:2206.00364, table 1, with tau = sigma_t / alpha_t. Its optimum is D = E[x_0 | x_t, c]. It
+    also trains the fake score of distribution matching, whose x_0 are generated images.
+    """
+    weight = D.schedule.noise_level(t) ** -2 + sd**-2
+    return (weight.to(x_0.dtype) * (D(D.schedule.noised(x_0, t, eps), t, c) - x_0).square()).mean()

@@ -61,6 +61,10 @@ class NoiseSchedule(ABC):
         lam = self.lam(t)
         return (lam + self._log_alpha(lam)).exp().to(torch.get_default_dtype())
 
+    def noised(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t = alpha_t x_0 + sigma_t eps, (B,C,H,W): a sample of q(x_t | x_0) for standard normal eps."""
+        return self.alpha(t) * x_0 + self.sigma(t) * eps
+
     def noise_level(self, t: Tensor) -> Tensor:
         """sigma_t / alpha_t (EDM's sigma), float64."""
         return self.lam(t).exp()

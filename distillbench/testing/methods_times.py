@@ -51,7 +51,7 @@ def change_in_time(denoiser: Denoiser, bench: MethodBench) -> float:
     lam = torch.linspace(low, high, TIMES, dtype=torch.float64, device=bench.device).view(-1, 1, 1, 1)
     t = schedule.t_of_lam(lam)
     x_0, eps = torch.randn((2, TIMES, *bench.shape), generator=generator, device=bench.device)
-    x_t = schedule.alpha(t) * x_0 + schedule.sigma(t) * eps
+    x_t = schedule.noised(x_0, t, eps)
     _, dt = tangent(schedule, x_t, t, x_0)
     plain = NetworkCall()  # `output` is no module, so `derivative` leaves its network in the precision of training
     with torch.no_grad(), denoiser.counted.counter.calling(plain):

@@ -35,7 +35,7 @@ class Adversarial(Method):
 
     def noised(self, x, batch):
         schedule, t = self.teacher.schedule, batch.uniform(0.02, 0.98)  # VP, flow: t from 0 to 1
-        return schedule.alpha(t) * x + schedule.sigma(t) * batch.noise(), t
+        return schedule.noised(x, t, batch.noise()), t
 
     def logits(self, x_t, t, c):
         """The discriminator's of noised images, (B,1). The fake score's own answer is not used."""
