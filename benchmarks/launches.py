@@ -91,7 +91,7 @@ def count_step(cls: type, guided: bool, precision: str, depth: int) -> Step:
                 raise Enough
 
         method.__dict__["after_step"] = after_step
-        stream = DataStream(_pictures(), 0, GPU) if method.needs_data else None
+        stream = DataStream(_pictures(), 0, GPU) if method.reads_data(method.config) else None
         workspace = workspace_of(
             method, Path(), BudgetConfig(images=2 * STEPS * IMAGES * len(method.phases())), dry=True, device=GPU
         )

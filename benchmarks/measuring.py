@@ -237,7 +237,7 @@ class Pair:
         workspace, data = self._workspace(method, energy), DataStream(self.scene.dataset, self.seed, device)
         states = StatesConfig()
         resume = Resume(States(self.folder / "states", states.keep, Progress(None)), states.seconds)
-        read = data.read if method.needs_data else None
+        read = data.read if method.reads_data(method.config) else None
         return train(method, config, workspace, read, Loop(self.scene.batch), Step(advance), resume=resume)
 
     def by_hand(self) -> Iterator[None]:
@@ -250,7 +250,7 @@ class Pair:
         workspace = self._workspace(method)
         method.prepare(workspace)
         workspace.meter.stop()
-        read = (lambda size: (task.x_0(size), None)) if method.needs_data else None
+        read = (lambda size: (task.x_0(size), None)) if method.reads_data(method.config) else None
         return task, own_steps(method, task, read)
 
     def task(self, on_device: bool = True) -> Task:

@@ -136,7 +136,7 @@ def drive(
             after(number, meter)
 
         method.after_step = wrapped  # type: ignore[method-assign]
-        read = data.read if method.needs_data else None
+        read = data.read if method.reads_data(method.config) else None
         loop, step = Loop(scene.batch, compute=compute), Step(lambda fraction, note: None)
         stack.enter_context(suppress(Enough))
         train(method, pair.config, workspace, read, loop, step)

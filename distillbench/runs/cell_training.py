@@ -150,7 +150,7 @@ def _train(
     """Train the method of `cell` on this rank's rows of every batch."""
     shared, config = cell.shared, cell.shared.config
     assert cell.entry is not None and cell.method_config is not None and cell.seed is not None
-    ranks, compute, needs_data = shared.ranks, config.compute, cell.entry.cls.needs_data
+    ranks, compute = shared.ranks, config.compute
     cache = shared.folder.cache("pairs")
     torch.set_num_threads(config.threads)
     warm_up(shared.device)
@@ -158,7 +158,7 @@ def _train(
     ahead = 0 if shared.device == "cpu" else compute.prefetch
     with ExitStack() as stack:
         data = None
-        if needs_data:
+        if cell.reads_data:
             data = DataStream(shared.training_images(progress), cell.seed, shared.device, ahead, ranks.share)
             stack.callback(data.close)
             data.preload(progress)  # not part of the budget, like all preparation of data
@@ -221,7 +221,7 @@ def _trained(
     """Train, write the weights and return the record."""
     shared = cell.shared
     parts = common["accumulate"]
-    if cell.entry is not None and cell.entry.cls.needs_data:
+    if cell.reads_data:
         shared.training_images(progress)  # rank 0 makes the latents first, the other ranks read them
     order = TrainOrder(CellTask.of(cell), parts, states.folder)
     with shared.ranks.lead(order, recovers=not shared.config.compute.shard):

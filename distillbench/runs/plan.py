@@ -73,14 +73,15 @@ def _check_data(cell: Cell) -> None:
     """Refuse a method that needs real images if the dataset has none, or none that fit the teacher."""
     assert cell.entry is not None
     shared = cell.shared
-    if not cell.entry.cls.needs_data or (len(shared.dataset) and shared.source.fits_data):
+    if not cell.reads_data or (len(shared.dataset) and shared.source.fits_data):
         return
     methods = shared.registry.methods
     free = ", ".join(sorted(name for name, entry in methods.items() if not entry.cls.needs_data))
+    settings = " with these settings" if not cell.entry.cls.needs_data else ""
     why = f"dataset={shared.dataset.name} has none"
     if len(shared.dataset):
         why = f"teacher={shared.source.name} is an upscaler of images from its own base model, not of real ones"
-    raise UserError(f"{cell.name} needs real images, and {why}. Methods that need none: {free}")
+    raise UserError(f"{cell.name} needs real images{settings}, and {why}. Methods that need none: {free}")
 
 
 def _check_start(cell: Cell) -> None:

@@ -122,7 +122,7 @@ class _Batches:
         self.share = Share(group=method.group_size)
         self.generator = torch.Generator().manual_seed(0)
         data = DataStream(placeholder(cell.shared.dataset, teacher), 0, self.device)
-        self.read = data.read if method.needs_data else None
+        self.read = data.read if method.reads_data(method.config) else None
 
     def of_step(self, step: int, phase: int) -> Batch:
         """The batch of a step of phase number `phase`."""

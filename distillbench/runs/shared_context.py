@@ -166,6 +166,11 @@ class Cell:
         seed = "" if self.seed is None else f"(seed {self.seed})"
         return " ".join(filter(None, [self.name, self.differs, seed]))
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether it trains a method on real images."""
+        return self.entry is not None and bool(self.entry.cls.reads_data(self.method_config))
+
     def sampler(self) -> Solver:
         """Of the teacher's rows."""
         assert self.solver is not None

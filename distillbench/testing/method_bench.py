@@ -159,6 +159,11 @@ class MethodBench:
         return ARCHITECTURES[self.computed.network].shape
 
     @property
+    def reads_data(self) -> bool:
+        """Whether the method declares to read real images, with its settings."""
+        return bool(self.cls.reads_data(self.config()))
+
+    @property
     def conditional(self) -> bool:
         return self.conditioning.classes > 0
 
@@ -207,7 +212,7 @@ class MethodBench:
             labels = torch.randint(0, self.conditioning.classes or 1, (size,), generator=generator, device=device)
             return 2 * torch.rand((size, *self.shape), generator=generator, device=device) - 1, labels
 
-        return images if self.cls.needs_data else None
+        return images if self.reads_data else None
 
     def walk(self, priced: bool = False) -> Iterator[Moment]:
         """A cycle of steps of each of the first WALKED_PHASES phases, as in training; `prepare` makes two pairs.

@@ -89,7 +89,7 @@ def declared(bench: MethodBench) -> str:
         raise Fault("paper is empty: name authors, year and arXiv number, or say that there is none")
     count = settings_with_help(bench.cls.Config)
     bench.config()
-    return f"{'needs real images' if bench.cls.needs_data else 'data-free'}, {count} settings with help"
+    return f"{'needs real images' if bench.reads_data else 'data-free'}, {count} settings with help"
 
 
 def builds(bench: MethodBench) -> str:
@@ -143,7 +143,7 @@ def matches(bench: MethodBench) -> str:
         group = method.group_size
         budget = BudgetConfig(images=-(-bench.distribution_images // group) * group)
         workspace = workspace_of(method, Path(folder), budget)
-        read = draws(1) if method.needs_data else None
+        read = draws(1) if bench.reads_data else None
         train(method, method.config, workspace, read, Loop(max(LAW_BATCH // group, 1) * group), SILENT)
     alone = method.teacher.teacher_rows.rows == evaluated
     method.eval()

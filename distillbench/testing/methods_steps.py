@@ -34,10 +34,10 @@ DROPPED = 0.3  # share of pixels that networks drop in the check of dropout
 
 
 def data(bench: MethodBench) -> str:
-    """Real images are read exactly if the method declares needs_data; `inputs` is one of the known words."""
+    """Real images are read exactly if the method declares it; `inputs` is one of the known words."""
     inputs = bench.method().inputs
-    if inputs not in STUDENT_INPUTS or (inputs == "data" and not bench.cls.needs_data):
-        words = ", ".join(word for word in STUDENT_INPUTS if word != "data" or bench.cls.needs_data)
+    if inputs not in STUDENT_INPUTS or (inputs == "data" and not bench.reads_data):
+        words = ", ".join(word for word in STUDENT_INPUTS if word != "data" or bench.reads_data)
         raise Fault(f"inputs says what the student is trained on; possible are {words}, got {inputs!r}")
     batches: list[WatchedBatch] = []
     finished = False
@@ -48,10 +48,10 @@ def data(bench: MethodBench) -> str:
     except (Exception, SystemExit):  # the check `steps` reports it
         pass
     asked = any(batch.used for batch in batches)
-    if asked and not bench.cls.needs_data:
-        raise Fault("it declares needs_data = False and reads real images (batch.x_0): declare needs_data = True")
-    if finished and bench.cls.needs_data and not asked:
-        raise Fault("it declares needs_data = True and no step reads batch.x_0: declare needs_data = False")
+    if asked and not bench.reads_data:
+        raise Fault("it declares to read no real images and reads some (batch.x_0): declare needs_data = True")
+    if finished and bench.reads_data and not asked:
+        raise Fault("it declares to read real images and no step reads batch.x_0: declare needs_data = False")
     if not finished and not asked:
         raise NotApplicable("the first step fails before it ends")
     return "real images are read, as declared" if asked else "no real image is read, as declared"

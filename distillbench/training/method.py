@@ -187,12 +187,12 @@ class Batch:
     @functools.cached_property
     def _data(self) -> tuple[Tensor, Tensor | None]:
         if self._read is None:
-            raise RuntimeError("the method declares needs_data = False but asks for real images")
+            raise RuntimeError("the method declares that it reads no data (needs_data) but asks for real images")
         return self._read(self._whole)
 
     @property
     def x_0(self) -> Tensor:
-        """Real images (B,C,H,W) in [-1, 1]. A method that asks for them must declare ``needs_data = True``."""
+        """Real images (B,C,H,W) in [-1, 1]. A method that asks for them must declare it: ``Method.reads_data``."""
         return self._data[0]
 
     @functools.cached_property
@@ -285,7 +285,7 @@ class Method(nn.Module, ABC):
     name: ClassVar[str]  # as on the command line: lower-case letters, digits, underscores
     Config: ClassVar[type[MethodConfig]]
     paper: ClassVar[str]  # authors, year, arXiv number
-    needs_data: ClassVar[bool]  # False: may not read real images
+    needs_data: ClassVar[bool]  # at default settings; False: may not read real images
     can_start_fresh: ClassVar[bool] = False  # True: its student may start from random weights (student.architecture)
     student: nn.Module  # what is trained, averaged and sampled
 
@@ -304,10 +304,18 @@ class Method(nn.Module, ABC):
             raise RuntimeError(f"the Config names {', '.join(sorted(missing))}, but the method has no such network")
         return next((own for name, own in named.items() if getattr(self, name) is network), NetworkConfig())
 
+    @classmethod
+    def reads_data(cls, config: Any) -> bool:
+        """Whether it trains on real images with these settings, an instance of its Config.
+
+        Override it if a setting decides, such as the weight of an adversarial loss.
+        """
+        return cls.needs_data
+
     @property
     def inputs(self) -> str:
         """What the student is trained on: "data", "noise", "rollout" or "pairs", the column `inputs` of the results."""
-        return "data" if self.needs_data else "noise"
+        return "data" if self.reads_data(self.config) else "noise"
 
     @property
     def group_size(self) -> int:

@@ -624,7 +624,7 @@ def test_out_of_memory_has_a_status_or_splits_the_steps(tmp_path):
     [
         (RaisesAtOnce, "ValueError: no luck at all"),
         (CannotBeMade, "ZeroDivisionError: not even made"),
-        (Peeks, "RuntimeError: the method declares needs_data = False but asks for real images"),
+        (Peeks, "RuntimeError: the method declares that it reads no data (needs_data) but asks for real images"),
     ],
 )
 def test_a_method_that_fails_in_the_plan_fails_alone(tmp_path, cls, reason):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import ks_2samp
 from torch import Tensor
 
 from distillbench.builtin.analytic import GmmTeacher
@@ -33,7 +34,7 @@ from distillbench_meanflow import MeanFlow
 from distillbench_pd import ProgressiveDistillation
 from distillbench_scm import ContinuousConsistency
 from distillbench_tract import Tract
-from level3_tolerances import CONTINUOUS_TOLERANCES, TOLERANCES
+from level3_tolerances import CONTINUOUS_TOLERANCES, DISTRIBUTION_TOLERANCES, TOLERANCES
 
 pytestmark = pytest.mark.level3
 
@@ -61,6 +62,10 @@ CONTINUOUS = {
     "meanflow": (MeanFlow, {"lr": 1e-3}),
     "meanflow from data": (MeanFlow, {"lr": 1e-3, "source": "data"}),
 }
+
+
+# Methods that match the distribution, and have no map to compare: the numbers of evaluations that are tested.
+DISTRIBUTIONS: dict[str, tuple[type[Method], dict, tuple[int, ...]]] = {}
 
 
 class Plane(Gmm):
@@ -141,3 +146,21 @@ def test_students_in_continuous_time_learn_the_exact_map(name, teacher, tmp_path
     rmse = (x_0 - fine).square().mean().sqrt().item() / std
     print(f"\n{name:18s} RMSE to the exact map {rmse:.4f} std")
     assert rmse < CONTINUOUS_TOLERANCES[name]
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_students_learn_the_distribution(name, teacher, tmp_path):
+    """The Kolmogorov-Smirnov distance to the data, of the worse coordinate; two samples of the data have .016."""
+    cls, settings, evaluations = DISTRIBUTIONS[name]
+    method = build_method(cls, cls.Config(**COMMON | settings), teacher, 0, "cpu")
+    method = trained_by(method, tmp_path)
+    x_0 = DISTRIBUTION.draw(SAMPLES, torch.Generator().manual_seed(98))[0].flatten(1)
+    generator = torch.Generator().manual_seed(99)
+    draws = [torch.randn(SAMPLES, 2, 1, 1, generator=generator) for _ in range(max(evaluations))]
+    for nfe in evaluations:
+        with torch.no_grad():
+            x = method.sample(FixedNoise(draws), nfe, UNCONDITIONAL).flatten(1)
+        distance = max(ks_2samp(x[:, k], x_0[:, k]).statistic for k in range(2))
+        std = x.std(dim=0).tolist()
+        print(f"\n{name:18s} NFE {nfe}: KS {distance:.4f}, std {std[0]:.3f} {std[1]:.3f}")
+        assert distance < DISTRIBUTION_TOLERANCES[name][nfe]

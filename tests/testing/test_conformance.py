@@ -201,13 +201,13 @@ class NoShare(Good):
         return [Phase("a"), Phase("b", share=0.0)]
 
 
-@fault("data", "needs_data = False and reads real images")
+@fault("data", "declares to read no real images and reads some")
 class ReadsData(Good):
     def train_step(self, batch):
         yield self.student, self.loss(batch.noise(), batch.c) + batch.x_0.mean()
 
 
-@fault("data", "needs_data = True and no step reads")
+@fault("data", "declares to read real images and no step reads")
 class ReadsNothing(Good):
     needs_data = True
 
