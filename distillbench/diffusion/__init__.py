@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from distillbench.diffusion.consistency import STEP_WEIGHTS as STEP_WEIGHTS
     from distillbench.diffusion.consistency import ConsistencyFunction as ConsistencyFunction
     from distillbench.diffusion.consistency import multistep as multistep
+    from distillbench.diffusion.consistency import segment_edges as segment_edges
+    from distillbench.diffusion.consistency import segment_start as segment_start
+    from distillbench.diffusion.consistency import segmentwise as segmentwise
     from distillbench.diffusion.denoiser import INPUTS as INPUTS
     from distillbench.diffusion.denoiser import PREDICTIONS as PREDICTIONS
     from distillbench.diffusion.denoiser import SIGMA_DATA as SIGMA_DATA
@@ -117,6 +120,9 @@ __all__ = [
     "one_mask",
     "renoise",
     "rollout",
+    "segment_edges",
+    "segment_start",
+    "segmentwise",
     "tangent",
     "time_like",
     "uniform_lambda_times",
@@ -175,6 +181,9 @@ _HOMES = {
     "one_mask": "distillbench.diffusion.dropout",
     "renoise": "distillbench.diffusion.samplers",
     "rollout": "distillbench.diffusion.rollouts",
+    "segment_edges": "distillbench.diffusion.consistency",
+    "segment_start": "distillbench.diffusion.consistency",
+    "segmentwise": "distillbench.diffusion.consistency",
     "tangent": "distillbench.diffusion.derivatives",
     "time_like": "distillbench.diffusion.samplers",
     "uniform_lambda_times": "distillbench.diffusion.samplers",
