@@ -149,7 +149,7 @@ def test_plugins(call):
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_prints_the_plan_with_its_price_and_writes_nothing(call, tmp_path):
+def test_a_dry_run_prints_the_plan_with_its_cost_and_writes_nothing(call, tmp_path):
     code, out, err = call(
         "run", "methods=[boot,direct]", "dataset=digits", "seed=0,1", "budget.images=1000", "--dry-run"
     )
