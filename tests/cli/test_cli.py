@@ -20,6 +20,7 @@ from distillbench.records.statistics import summarise
 from distillbench.records.table import make_table
 from distillbench.registry import load_registry
 from distillbench.system.progress import Progress
+from shipped import METHODS as SHIPPED
 
 GIVEN = ["methods=[boot]", "dataset=digits"]
 HEAVY = (
@@ -294,7 +295,7 @@ def test_results_that_cannot_be_written(refused, tmp_path, place):
         ("evaluation.nfe=[3]", "boot cannot sample with evaluation.nfe=[3]. Possible: 1"),
         (
             "methods=[bot]",
-            "no method 'bot'. Did you mean 'boot'? Possible: boot, cm, ct, direct, meanflow, pd, scm, sid, tract",
+            f"no method 'bot'. Did you mean 'boot'? Possible: {', '.join(SHIPPED)}",
         ),
         ("methods.boot.lr=-1", "methods.boot.lr must be positive, got -1.0"),
         ("seed=abc", "seed must be a whole number, got 'abc'"),
