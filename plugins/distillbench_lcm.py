@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Condition, Method, MethodConfig, Teacher, hookimpl, option
+from distillbench import Batch, Condition, Denoiser, Method, MethodConfig, Teacher, hookimpl, option
 from distillbench.diffusion import (
     ConsistencyFunction,
     ddim_step,
@@ -58,7 +58,7 @@ INDICES = 1000  # of the schedules of diffusers
 class ScaledConsistencyFunction(ConsistencyFunction):
     """F, with F = x_t exactly at t_min."""
 
-    def __init__(self, denoiser: nn.Module, scaling: float, sd: float) -> None:
+    def __init__(self, denoiser: Denoiser, scaling: float, sd: float) -> None:
         super().__init__(denoiser, 0.0, sd)  # e = 0: its answer is taken for an image without noise
         self.scaling = scaling
 
