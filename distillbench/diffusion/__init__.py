@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from distillbench.diffusion.consistency import STEP_WEIGHTS as STEP_WEIGHTS
     from distillbench.diffusion.consistency import ConsistencyFunction as ConsistencyFunction
     from distillbench.diffusion.consistency import multistep as multistep
+    from distillbench.diffusion.consistency import pseudo_huber as pseudo_huber
+    from distillbench.diffusion.consistency_times import CURRICULA as CURRICULA
+    from distillbench.diffusion.consistency_times import GRID_LEVELS as GRID_LEVELS
+    from distillbench.diffusion.consistency_times import continuous_pair as continuous_pair
+    from distillbench.diffusion.consistency_times import inverse_length as inverse_length
     from distillbench.diffusion.denoiser import INPUTS as INPUTS
     from distillbench.diffusion.denoiser import PREDICTIONS as PREDICTIONS
     from distillbench.diffusion.denoiser import SIGMA_DATA as SIGMA_DATA
@@ -69,7 +74,9 @@ if TYPE_CHECKING:
     from distillbench.diffusion.training_times import lognormal_time as lognormal_time
 
 __all__ = [
+    "CURRICULA",
     "DISTANCES",
+    "GRID_LEVELS",
     "INPUTS",
     "ONE_STEP",
     "PREDICTIONS",
@@ -98,6 +105,7 @@ __all__ = [
     "ancestral",
     "ancestral_step",
     "check_heun",
+    "continuous_pair",
     "ddim",
     "ddim_ode_step",
     "ddim_step",
@@ -108,6 +116,7 @@ __all__ = [
     "heun",
     "heun_step",
     "implied_eps",
+    "inverse_length",
     "karras_time",
     "karras_times",
     "lognormal_time",
@@ -115,6 +124,7 @@ __all__ = [
     "mixture",
     "multistep",
     "one_mask",
+    "pseudo_huber",
     "renoise",
     "rollout",
     "tangent",
@@ -127,7 +137,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CURRICULA": "distillbench.diffusion.consistency_times",
     "DISTANCES": "distillbench.diffusion.consistency",
+    "GRID_LEVELS": "distillbench.diffusion.consistency_times",
     "INPUTS": "distillbench.diffusion.denoiser",
     "ONE_STEP": "distillbench.diffusion.samplers",
     "PREDICTIONS": "distillbench.diffusion.denoiser",
@@ -156,6 +168,7 @@ _HOMES = {
     "ancestral": "distillbench.diffusion.samplers",
     "ancestral_step": "distillbench.diffusion.samplers",
     "check_heun": "distillbench.diffusion.samplers",
+    "continuous_pair": "distillbench.diffusion.consistency_times",
     "ddim": "distillbench.diffusion.samplers",
     "ddim_ode_step": "distillbench.diffusion.samplers",
     "ddim_step": "distillbench.diffusion.samplers",
@@ -166,6 +179,7 @@ _HOMES = {
     "heun": "distillbench.diffusion.samplers",
     "heun_step": "distillbench.diffusion.samplers",
     "implied_eps": "distillbench.diffusion.denoiser",
+    "inverse_length": "distillbench.diffusion.consistency_times",
     "karras_time": "distillbench.diffusion.training_times",
     "karras_times": "distillbench.diffusion.samplers",
     "lognormal_time": "distillbench.diffusion.training_times",
@@ -173,6 +187,7 @@ _HOMES = {
     "mixture": "distillbench.diffusion.distributions",
     "multistep": "distillbench.diffusion.consistency",
     "one_mask": "distillbench.diffusion.dropout",
+    "pseudo_huber": "distillbench.diffusion.consistency",
     "renoise": "distillbench.diffusion.samplers",
     "rollout": "distillbench.diffusion.rollouts",
     "tangent": "distillbench.diffusion.derivatives",
