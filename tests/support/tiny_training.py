@@ -9,6 +9,7 @@ import distillbench_boot
 import distillbench_cm
 import distillbench_ct
 import distillbench_direct
+import distillbench_ect
 import distillbench_meanflow
 import distillbench_pd
 import distillbench_scm
@@ -28,6 +29,8 @@ METHODS = {
     "ct": (distillbench_ct.ConsistencyTraining, {"start": "teacher"}),
     "direct": (distillbench_direct.Direct, {"steps": 4, "pairs": 12}),
     "direct online": (distillbench_direct.Direct, {"steps": 4, "online": True}),
+    "ect": (distillbench_ect.EasyConsistencyTuning, {"stages": 2}),
+    "ect from the teacher": (distillbench_ect.EasyConsistencyTuning, {"source": "teacher"}),
     "meanflow": (distillbench_meanflow.MeanFlow, {}),
     "pd": (distillbench_pd.ProgressiveDistillation, {"steps": 4}),
     "scm": (distillbench_scm.ContinuousConsistency, {"warmup": 10}),
