@@ -18,9 +18,14 @@ if TYPE_CHECKING:
     from distillbench.diffusion.consistency import STEP_WEIGHTS as STEP_WEIGHTS
     from distillbench.diffusion.consistency import ConsistencyFunction as ConsistencyFunction
     from distillbench.diffusion.consistency import multistep as multistep
+    from distillbench.diffusion.consistency import pseudo_huber as pseudo_huber
     from distillbench.diffusion.consistency import segment_edges as segment_edges
     from distillbench.diffusion.consistency import segment_start as segment_start
     from distillbench.diffusion.consistency import segmentwise as segmentwise
+    from distillbench.diffusion.consistency_times import CURRICULA as CURRICULA
+    from distillbench.diffusion.consistency_times import GRID_LEVELS as GRID_LEVELS
+    from distillbench.diffusion.consistency_times import continuous_pair as continuous_pair
+    from distillbench.diffusion.consistency_times import inverse_length as inverse_length
     from distillbench.diffusion.denoiser import INPUTS as INPUTS
     from distillbench.diffusion.denoiser import PREDICTIONS as PREDICTIONS
     from distillbench.diffusion.denoiser import SIGMA_DATA as SIGMA_DATA
@@ -72,7 +77,9 @@ if TYPE_CHECKING:
     from distillbench.diffusion.training_times import lognormal_time as lognormal_time
 
 __all__ = [
+    "CURRICULA",
     "DISTANCES",
+    "GRID_LEVELS",
     "INPUTS",
     "ONE_STEP",
     "PREDICTIONS",
@@ -101,6 +108,7 @@ __all__ = [
     "ancestral",
     "ancestral_step",
     "check_heun",
+    "continuous_pair",
     "ddim",
     "ddim_ode_step",
     "ddim_step",
@@ -111,6 +119,7 @@ __all__ = [
     "heun",
     "heun_step",
     "implied_eps",
+    "inverse_length",
     "karras_time",
     "karras_times",
     "lognormal_time",
@@ -118,6 +127,7 @@ __all__ = [
     "mixture",
     "multistep",
     "one_mask",
+    "pseudo_huber",
     "renoise",
     "rollout",
     "segment_edges",
@@ -133,7 +143,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CURRICULA": "distillbench.diffusion.consistency_times",
     "DISTANCES": "distillbench.diffusion.consistency",
+    "GRID_LEVELS": "distillbench.diffusion.consistency_times",
     "INPUTS": "distillbench.diffusion.denoiser",
     "ONE_STEP": "distillbench.diffusion.samplers",
     "PREDICTIONS": "distillbench.diffusion.denoiser",
@@ -162,6 +174,7 @@ _HOMES = {
     "ancestral": "distillbench.diffusion.samplers",
     "ancestral_step": "distillbench.diffusion.samplers",
     "check_heun": "distillbench.diffusion.samplers",
+    "continuous_pair": "distillbench.diffusion.consistency_times",
     "ddim": "distillbench.diffusion.samplers",
     "ddim_ode_step": "distillbench.diffusion.samplers",
     "ddim_step": "distillbench.diffusion.samplers",
@@ -172,6 +185,7 @@ _HOMES = {
     "heun": "distillbench.diffusion.samplers",
     "heun_step": "distillbench.diffusion.samplers",
     "implied_eps": "distillbench.diffusion.denoiser",
+    "inverse_length": "distillbench.diffusion.consistency_times",
     "karras_time": "distillbench.diffusion.training_times",
     "karras_times": "distillbench.diffusion.samplers",
     "lognormal_time": "distillbench.diffusion.training_times",
@@ -179,6 +193,7 @@ _HOMES = {
     "mixture": "distillbench.diffusion.distributions",
     "multistep": "distillbench.diffusion.consistency",
     "one_mask": "distillbench.diffusion.dropout",
+    "pseudo_huber": "distillbench.diffusion.consistency",
     "renoise": "distillbench.diffusion.samplers",
     "rollout": "distillbench.diffusion.rollouts",
     "segment_edges": "distillbench.diffusion.consistency",

@@ -31,13 +31,15 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
+from distillbench.diffusion.consistency_times import inverse_length
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.losses import mean_square
 from distillbench.diffusion.samplers import ddim_step, time_like, x_at_top
 from distillbench.diffusion.schedules import NoiseSchedule
 
 __all__ = [
-    "DISTANCES", "STEP_WEIGHTS", "ConsistencyFunction", "multistep", "segment_edges", "segment_start", "segmentwise",
+    "DISTANCES", "STEP_WEIGHTS", "ConsistencyFunction", "multistep", "pseudo_huber", "segment_edges", "segment_start",
+    "segmentwise",
 ]  # fmt: skip
 
 
@@ -77,9 +79,14 @@ def segment_start(edges: Tensor, t: Tensor) -> Tensor:
     return edges[torch.searchsorted(edges, t) - 1]
 
 
-def pseudo_huber(a: Tensor, b: Tensor, w: Tensor | float = 1.0) -> Tensor:
-    """The mean of w (sqrt(|a - b|^2 + c^2) - c), c = .00054 sqrt(pixels) (Song & Dhariwal 2023, arXiv:2310.14189)."""
-    c = 0.00054 * a[0].numel() ** 0.5
+def pseudo_huber(a: Tensor, b: Tensor, w: Tensor | float = 1.0, c: float | None = None) -> Tensor:
+    """The mean of w (sqrt(|a - b|^2 + c^2) - c), by default with c = .00054 sqrt(pixels).
+
+    Song & Dhariwal 2023, arXiv:2310.14189. With c = 0 it is the mean of w |a - b|.
+    """
+    if c == 0:  # of this the gradient at a = b is 0; of the root of a sum it is infinite
+        return (w * torch.linalg.vector_norm(a - b, dim=(1, 2, 3), keepdim=True)).mean()
+    c = 0.00054 * a[0].numel() ** 0.5 if c is None else c
     return (w * (((a - b).square().sum(dim=(1, 2, 3), keepdim=True) + c**2).sqrt() - c)).mean()
 
 
@@ -92,7 +99,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor, Tensor | float], Tensor]] = {
 
 def inverse_step(schedule: NoiseSchedule, t: Tensor, s: Tensor) -> Tensor:
     """1 / (tau_t - tau_s), (B,1,1,1) (Song & Dhariwal 2023, arXiv:2310.14189)."""
-    return 1 / (schedule.noise_level(t) - schedule.noise_level(s)).to(torch.get_default_dtype())
+    return inverse_length(schedule.noise_level(t), schedule.noise_level(s))
 
 
 # lambda, the weight of a step from t to s.

@@ -34,6 +34,7 @@ from distillbench.training.pairs import Workspace
 from distillbench_boot import Boot
 from distillbench_cm import ConsistencyDistillation
 from distillbench_direct import Direct
+from distillbench_ect import EasyConsistencyTuning
 from distillbench_lcm import LatentConsistency
 from distillbench_meanflow import MeanFlow
 from distillbench_pd import ProgressiveDistillation
@@ -63,6 +64,8 @@ METHODS = {
 
 # Methods in continuous time learn the exact map, not a chain.
 CONTINUOUS = {
+    "ect": (EasyConsistencyTuning, {}),
+    "ect from the teacher": (EasyConsistencyTuning, {"source": "teacher"}),
     "scm": (ContinuousConsistency, {"sigma_data": 1.0, "lr": 1e-3}),
     "meanflow": (MeanFlow, {"lr": 1e-3}),
     "meanflow from data": (MeanFlow, {"lr": 1e-3, "source": "data"}),

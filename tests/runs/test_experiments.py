@@ -56,7 +56,7 @@ SMALL = [
 ]
 LESS = {  # where an experiment's own number would take a minute
     "direct": "methods.direct.pairs=8",
-    "ct": "methods.ct.s1=8",
+    "ct": "methods.ct.s1=10",
 }
 ESTIMATE = re.compile(
     r"Estimate: (?:[\d.]+ M evaluations for the pairs and )?([\d.,]+ M|[\d,]+) images x ([\d.]+) forward-equivalents,?"

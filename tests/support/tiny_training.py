@@ -9,6 +9,7 @@ import distillbench_boot
 import distillbench_cm
 import distillbench_ct
 import distillbench_direct
+import distillbench_ect
 import distillbench_lcm
 import distillbench_meanflow
 import distillbench_pd
@@ -30,6 +31,8 @@ METHODS = {
     "direct": (distillbench_direct.Direct, {"steps": 4, "pairs": 12}),
     "direct online": (distillbench_direct.Direct, {"steps": 4, "online": True}),
     "lcm": (distillbench_lcm.LatentConsistency, {"steps": 8, "mu": 0.5}),
+    "ect": (distillbench_ect.EasyConsistencyTuning, {"stages": 2}),
+    "ect from the teacher": (distillbench_ect.EasyConsistencyTuning, {"source": "teacher"}),
     "meanflow": (distillbench_meanflow.MeanFlow, {}),
     "pd": (distillbench_pd.ProgressiveDistillation, {"steps": 4}),
     "scm": (distillbench_scm.ContinuousConsistency, {"warmup": 10}),
