@@ -11,6 +11,7 @@ import distillbench_ct
 import distillbench_direct
 import distillbench_meanflow
 import distillbench_pd
+import distillbench_reflow
 import distillbench_scm
 import distillbench_sid
 import distillbench_tract
@@ -30,6 +31,7 @@ METHODS = {
     "direct online": (distillbench_direct.Direct, {"steps": 4, "online": True}),
     "meanflow": (distillbench_meanflow.MeanFlow, {}),
     "pd": (distillbench_pd.ProgressiveDistillation, {"steps": 4}),
+    "reflow": (distillbench_reflow.Reflow, {"steps": 4, "pairs": 12, "distil_share": 0.5}),
     "scm": (distillbench_scm.ContinuousConsistency, {"warmup": 10}),
     "sid": (distillbench_sid.ScoreIdentityDistillation, {"fake_updates": 2}),
     "tract": (distillbench_tract.Tract, {"steps": [4, 2, 1]}),
