@@ -204,7 +204,7 @@ def test_at_first_euler_s_steps_are_ddim_s(nfe):
 def test_on_straight_paths_any_number_of_steps_is_exact(answer, pixels):
     method, eps = reflow(), make_batch(8, (pixels, 1, 1)).noise()
     method.student = StraightFlow(answer)
-    for nfe in (1, 2, 5):
+    for nfe in (1, 3):
         close(method.sample(FixedNoise([eps]), nfe, UNCONDITIONAL), answer(eps), atol=1e-7)
         assert method.supports(nfe) and method.keeps_noise(nfe) and method.ready(nfe, 0)
     assert not method.supports(0)
