@@ -8,7 +8,8 @@ everywhere, t = 0 is data:
     x_s = x_t - (t - s) u(x_t, t, s)                                                   (a step from t to s)
     u(x_t, t, t) = v(x_t, t) = (x_t - f(x_t, t)) / t                                   (the shortest step: the teacher's)
     u(x_t, t, s) = [u(x_t, t, r) + u(x_r, r, s)] / 2,   r = (t + s)/2                  (a long step: two half steps)
-    L = E | u(x_t, t, t) - v |^2 + E | u(x_t, t, s) - [u-(x_t, t, r) + u-(x_r, r, s)]/2 |^2
+    L = E | u(x_t, t, s) - target |^2,   target = v(x_t, t) for a share of images, which have s = t,
+                                         and [u-(x_t, t, r) + u-(x_r, r, s)] / 2 for the others
     weights of u- <- mu weights of u- + (1 - mu) weights of u
 
 | symbol  | meaning                                                                | shape      |
@@ -48,12 +49,13 @@ class Shortcut(Method):
     class Config(MethodConfig):
         lr: float = option(2e-3, "peak learning rate of Adam")
         schedule: str = option("flow_matching", "the method is defined on flow_matching, and on no other schedule")
-        mu: float = option(0.95, "decay of the target's average (the paper: .999)")
+        shortest: float = option(0.25, "share of a batch with s = t (released: 7/8)")
+        mu: float = option(0.95, "decay of the target's average (released: .999)")
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require_one_of(self, "schedule", ("flow_matching",))
-            require_fraction(self, "mu")
+            require_fraction(self, "shortest", "mu")
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
@@ -80,12 +82,12 @@ class Shortcut(Method):
         schedule, c = self.teacher.schedule, batch.c
         t = batch.uniform(schedule.t_min, schedule.t_max)
         s = schedule.t_min + batch.uniform() * (t - schedule.t_min)
+        s = torch.where(batch.uniform() < self.config.shortest, t, s)
         x_t = schedule.noised(batch.x_0, t, batch.noise())
         with torch.no_grad():
             v = (x_t - self.teacher.denoise(x_t, t, c)) / t.to(x_t)
-        shortest = mean_square(self.u(self.student, x_t, t, t, c), v)
-        long = mean_square(self.u(self.student, x_t, t, s, c), self.two_halves(x_t, t, s, c))
-        yield self.student, shortest + long
+        target = torch.where(s < t, self.two_halves(x_t, t, s, c), v)
+        yield self.student, mean_square(self.u(self.student, x_t, t, s, c), target)
 
     def after_step(self) -> None:
         self.following.move(1 - self.config.mu)

@@ -98,11 +98,21 @@ def test_the_loss_of_the_exact_student_is_zero():
     assert loss_of(shortcut) < 1e-20
 
 
-def test_the_shortest_step_costs_the_square_of_its_error():
-    """A student that is off by .3 against an exact target: .09 in each of the two terms."""
+def test_an_error_of_the_velocity_costs_its_square():
+    """Against an exact target, whether s = t or not."""
     shortcut = method()
     shortcut.student, shortcut.target = Exact(error=0.3), Exact()
-    assert loss_of(shortcut).item() == pytest.approx(2 * 0.09, rel=1e-9)
+    assert loss_of(shortcut).item() == pytest.approx(0.09, rel=1e-9)
+
+
+def test_a_share_of_the_images_learns_from_the_teacher():
+    """With a target network that is off by .3, only images with s < t have a loss."""
+    losses = []
+    for share in (0.0, 0.5):
+        shortcut = method(shortest=share)
+        shortcut.student, shortcut.target = Exact(), Exact(error=0.3)
+        losses.append(loss_of(shortcut, 4000).item())
+    assert losses[0] > 0.05 and losses[1] / losses[0] == pytest.approx(0.5, abs=0.03)
 
 
 def test_two_halves_of_the_exact_student_are_a_whole():
@@ -172,7 +182,7 @@ def test_the_target_follows_the_student():
 
 
 def test_settings():
-    for name, value in {"schedule": "ve", "mu": 1.0}.items():
+    for name, value in {"schedule": "ve", "shortest": 1.0, "mu": -0.1}.items():
         with pytest.raises(UserError, match=name):
             Shortcut.Config(**{name: value})
     with pytest.raises(UserError, match="eps does not give a velocity"):
