@@ -350,7 +350,7 @@ class Denoiser(nn.Module):
         The schedule is restricted to the noise levels of the native one.
         """
         twin = copy.copy(self)
-        twin.schedule = schedule.restricted(*self.native.lam_range)
+        twin.schedule = schedule if schedule is self.native else schedule.restricted(*self.native.lam_range)
         return twin
 
     def copy(self, counter: Counter) -> Denoiser:

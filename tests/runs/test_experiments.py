@@ -57,7 +57,9 @@ SMALL = [
 LESS = {  # where an experiment's own number would take a minute
     "direct": "methods.direct.pairs=8",
     "ct": "methods.ct.s1=10",
+    "reflow": "methods.reflow.pairs=8",
 }
+PAIRED = {"direct", "reflow"}  # methods with noise-image pairs
 ESTIMATE = re.compile(
     r"Estimate: (?:[\d.]+ M evaluations for the pairs and )?([\d.,]+ M|[\d,]+) images x ([\d.]+) forward-equivalents,?"
     r"(?: and [\d.]+ M evaluations for pairs,)? x ([\d,]+) GFLOP = (\d\.\d)e(\d+) FLOP, ([\d,.]+) GPU-hours at 40"
@@ -256,16 +258,17 @@ def test_it_takes_two_steps_and_is_scored(name, words, written, registry):
 def forwards(record: dict, config: RunConfig) -> float:
     """Forward-equivalents of a training image, pairs left out: a gradient of weights counts two, of an input one."""
     cost = record["cost"]
-    ahead = evaluations_for_pairs(config) if record["inputs"]["method"]["name"] == "direct" else 0
+    ahead = evaluations_for_pairs(config, record["inputs"]["method"]["name"])
     backward = 2 * cost["student_backward"] - cost["student_backward_input"] + cost["teacher_backward"]
     return (cost["teacher_nfe"] - ahead + cost["student_nfe"] + backward) / cost["images"]
 
 
-def evaluations_for_pairs(config: RunConfig) -> int:
-    """Of the teacher, for all of direct distillation's pairs."""
-    if (direct := config.methods.get("direct")) is None:
+def evaluations_for_pairs(config: RunConfig, method: str) -> int:
+    """Of the teacher, for all noise-image pairs of `method`; 0 if it has none."""
+    if method not in PAIRED:
         return 0
-    return Solver.parse(direct.solver).evaluations(direct.steps) * direct.pairs
+    settings = config.methods[method]
+    return Solver.parse(settings.solver).evaluations(settings.steps) * settings.pairs
 
 
 def estimated(name: str) -> dict[str, float] | None:
@@ -291,7 +294,8 @@ def test_its_estimate_adds_up(name, written):
     assert told is not None, "no line 'Estimate: N images x E forward-equivalents x F GFLOP = ... FLOP, ... GPU-hours'"
     config = written(name)
     assert told["images"] == pytest.approx(config.budget.images, rel=0.005)
-    flop = (told["images"] * told["forwards"] + evaluations_for_pairs(config)) * told["gflop"] * 1e9
+    ahead = sum(evaluations_for_pairs(config, method) for method in config.methods)
+    flop = (told["images"] * told["forwards"] + ahead) * told["gflop"] * 1e9
     assert told["flop"] == pytest.approx(flop, rel=0.05)  # of two digits
     assert told["hours"] == pytest.approx(flop / (40e12 * 3600), rel=0.03)
 

@@ -18,6 +18,19 @@ CONTINUOUS_TOLERANCES = {
     "meanflow": 0.132,
     "meanflow from data": 0.28,
 }
+CONTINUOUS_TOLERANCES = {
+    "scm": 0.336,
+    "meanflow": 0.132,
+    "meanflow from data": 0.28,
+    "reflow": 0.1425,
+    "reflow, uniform times": 0.1515,
+}
+
+# the same in several steps, by NFE
+SEVERAL_STEPS_TOLERANCES = {
+    "reflow": {2: 0.096, 4: 0.0795, 16: 0.0735},
+    "reflow, uniform times": {2: 0.1005, 4: 0.0825, 16: 0.0735},
+}
 
 # method and setting: by NFE, the Kolmogorov-Smirnov distance to the data (specification 40.2, plus .03)
 DISTRIBUTION_TOLERANCES: dict[str, dict[int, float]] = {}

@@ -13,6 +13,7 @@ import distillbench_ect
 import distillbench_lcm
 import distillbench_meanflow
 import distillbench_pd
+import distillbench_reflow
 import distillbench_scm
 import distillbench_sid
 import distillbench_tract
@@ -35,6 +36,7 @@ METHODS = {
     "ect from the teacher": (distillbench_ect.EasyConsistencyTuning, {"source": "teacher"}),
     "meanflow": (distillbench_meanflow.MeanFlow, {}),
     "pd": (distillbench_pd.ProgressiveDistillation, {"steps": 4}),
+    "reflow": (distillbench_reflow.Reflow, {"steps": 4, "pairs": 12, "distil_share": 0.5}),
     "scm": (distillbench_scm.ContinuousConsistency, {"warmup": 10}),
     "sid": (distillbench_sid.ScoreIdentityDistillation, {"fake_updates": 2}),
     "tract": (distillbench_tract.Tract, {"steps": [4, 2, 1]}),
