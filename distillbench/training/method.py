@@ -289,6 +289,7 @@ class Method(nn.Module, ABC):
     Config: ClassVar[type[MethodConfig]]
     paper: ClassVar[str]  # authors, year, arXiv number
     needs_data: ClassVar[bool]  # at default settings; False: may not read real images
+    uses_teacher: ClassVar[bool] = True  # False: it learns from data alone and never evaluates the teacher
     can_start_fresh: ClassVar[bool] = False  # True: its student may start from random weights (student.architecture)
     student: nn.Module  # what is trained, averaged and sampled
 
