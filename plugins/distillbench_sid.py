@@ -83,7 +83,7 @@ class ScoreIdentityDistillation(Method):
             raise UserError(f"sigma_init must be a noise level of the schedule, {low:g} to {high:g}, got {level}")
         self.t_init = schedule.t_of_lam(torch.tensor(level, dtype=torch.float64).log()).item()
         top = (config.sigma_min ** (1 / rho) * (1 - share) + config.sigma_max ** (1 / rho) * share) ** rho  # 24.4
-        self.ends = schedule.noise_level(karras_times(schedule, 2, config.sigma_min, top, rho)).tolist()  # of the ramp
+        self.low, self.high = schedule.noise_level(karras_times(schedule, 2, config.sigma_min, top, rho)).tolist()
 
     @classmethod
     def reads_data(cls, config: Config) -> bool:
@@ -131,7 +131,7 @@ class ScoreIdentityDistillation(Method):
             t = lognormal_time(schedule, batch.uniform(), config.p_mean, config.p_std)
             yield self.fake, self.fake_loss(x, t, batch.noise(), c, batch.x_0 if config.adversarial else None)
         c = batch.random_c()
-        x, t = self.G(batch.noise(), c), karras_time(schedule, batch.uniform(), *self.ends, config.rho)
+        x, t = self.G(batch.noise(), c), karras_time(schedule, batch.uniform(), self.low, self.high, config.rho)
         product, m, l_x = self.identity(x, t, batch.noise(), c)
         loss = (product / m).mean()
         if config.adversarial:

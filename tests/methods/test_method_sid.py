@@ -247,7 +247,7 @@ def test_the_denominator_has_no_gradient_and_a_floor():
     method = perturbed(sid())
     batch = make_batch(8)
     x = method.G(batch.noise(), UNCONDITIONAL)
-    t, eps = karras_time(method.teacher.schedule, batch.uniform(), *method.ends), batch.noise()
+    t, eps = karras_time(method.teacher.schedule, batch.uniform(), method.low, method.high), batch.noise()
     _, scale, _ = method.identity(x, t, eps, UNCONDITIONAL)
     D_phi = method.teacher.denoise(method.teacher.schedule.noised(x, t, eps), t)
     close(scale, (x - D_phi).abs().mean(dim=(1, 2, 3), keepdim=True), rtol=1e-12)
@@ -367,7 +367,7 @@ def test_noise_levels_have_the_released_distributions(name):
 def test_a_narrow_schedule_bounds_the_noise_levels(schedule):
     method = sid(mlp_teacher(schedule, "x0"))
     ends = schedule.noise_level(torch.tensor([schedule.t_min, schedule.t_max]))
-    assert method.ends == pytest.approx(ends.tolist(), rel=1e-9)
+    assert [method.low, method.high] == pytest.approx(ends.tolist(), rel=1e-9)
     for t in times_of(method, make_batch(20_000)):
         assert (t >= schedule.t_min).all() and (t <= schedule.t_max).all() and t.dtype == torch.float64
 
@@ -686,7 +686,7 @@ def test_the_adversarial_gradient_of_the_generator_raises_logits():
         gradients[label] = network.x.grad
     batch, schedule = reading(y), method.teacher.schedule
     batch.noise(), batch.uniform(), batch.noise(), batch.noise()  # of the fake score's update, and z
-    t, eps = karras_time(schedule, batch.uniform(), *method.ends), batch.noise()
+    t, eps = karras_time(schedule, batch.uniform(), method.low, method.high), batch.noise()
     x_t = schedule.noised(x, t, eps)
     logits = k * x_t.mean(dim=1, keepdim=True)
     assert (logits.abs() > 10).flatten().tolist() == [False] * 4 + [True] * 2
