@@ -52,7 +52,7 @@ from distillbench.options import require_between, require_fraction, require_one_
 class ConsistencyTraining(Method):
     name = "ct"
     paper = "Song et al. 2023, arXiv:2303.01469; Song & Dhariwal 2023, arXiv:2310.14189"
-    needs_data = True
+    needs_data, uses_teacher = True, False
     can_start_fresh = True
     student: ConsistencyFunction
     last: Tensor

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from distillbench.diffusion.exact_denoiser import ExactDenoiser as ExactDenoiser
     from distillbench.diffusion.losses import SNR_WEIGHTS as SNR_WEIGHTS
     from distillbench.diffusion.losses import denoising_loss as denoising_loss
+    from distillbench.diffusion.losses import denoising_weight as denoising_weight
     from distillbench.diffusion.losses import mean_square as mean_square
     from distillbench.diffusion.rollouts import rollout as rollout
     from distillbench.diffusion.samplers import ONE_STEP as ONE_STEP
@@ -113,6 +114,7 @@ __all__ = [
     "ddim_ode_step",
     "ddim_step",
     "denoising_loss",
+    "denoising_weight",
     "derivative",
     "dpmpp_2m",
     "guided",
@@ -179,6 +181,7 @@ _HOMES = {
     "ddim_ode_step": "distillbench.diffusion.samplers",
     "ddim_step": "distillbench.diffusion.samplers",
     "denoising_loss": "distillbench.diffusion.losses",
+    "denoising_weight": "distillbench.diffusion.losses",
     "derivative": "distillbench.diffusion.derivatives",
     "dpmpp_2m": "distillbench.diffusion.samplers",
     "guided": "distillbench.diffusion.denoiser",

@@ -40,6 +40,7 @@ from distillbench_meanflow import MeanFlow
 from distillbench_pd import ProgressiveDistillation
 from distillbench_reflow import Reflow
 from distillbench_scm import ContinuousConsistency
+from distillbench_sid import ScoreIdentityDistillation
 from distillbench_tract import Tract
 from level3_tolerances import (
     CONTINUOUS_TOLERANCES,
@@ -82,7 +83,10 @@ CONTINUOUS = {
 
 
 # Methods that match the distribution, and have no map to compare: the numbers of evaluations that are tested.
-DISTRIBUTIONS: dict[str, tuple[type[Method], dict, tuple[int, ...]]] = {}
+DISTRIBUTIONS: dict[str, tuple[type[Method], dict, tuple[int, ...]]] = {
+    # levels twice those of EDM, as the distribution is twice as wide
+    "sid": (ScoreIdentityDistillation, {"lr": 1e-3, "sigma_init": 5.0, "sigma_data": 1.0}, (1,)),
+}
 
 
 class Plane(Gmm):
@@ -119,7 +123,7 @@ def trained_by(
         method,
         method.config,
         workspace,
-        read if cls.needs_data else None,
+        read if cls.reads_data(method.config) else None,
         Loop(batch),
         Step(lambda fraction, note: None),
     )
