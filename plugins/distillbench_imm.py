@@ -1,0 +1,158 @@
+"""Inductive moment matching: a student of any number of steps, whose distributions at s agree from t and from r < t.
+
+Zhou, Ermon & Song 2025, "Inductive Moment Matching", arXiv:2503.07565. We read its abstract, the authors' sampling code
+and two reimplementations of the training. Trained on real images; the teacher is only what the student starts from.
+Times are the paper's, of flow matching between images and noise of the images' std; networks of any schedule are
+evaluated at equal noise level, sd eta.
+
+    x_t = (1 - t) x_0 + t sd eps,   x_r from the same x_0 and eps,   eta(t) = t / (1 - t)
+    f(x_t, t, s) = s/t x_t + (1 - s/t) D(x_t, t, s)                         (DDIM from t to s; f = x_t at s = t)
+    r(s, t) = max(s, min(t - 1e-4, t of eta(t) - 160 / 2^k))
+    L = E w(t) 1/M^2 sum_ij [ k(y_i, y_j) + k(y'_i, y'_j) - 2 k(y_i, y'_j) ],   y = f(x_t, t, s),  y' = sg[f(x_r, r, s)]
+    k(y, y') = exp( -max(|y - y'|, 1e-8) / (D (t - s) sd) )
+    w(t) = 1/2 sigmoid(b - logsnr) (-dlogsnr/dt) (1 - t)^a / (t^2 + (1 - t)^2),   logsnr = -2 log eta
+
+The sum is over the M images of a group, which share s, r and t: the squared MMD between both sets. Its terms i = j, of
+images from the same x_0 and eps, are a consistency loss of weight 1/M. At the exact map of the ODE their gradient is
+not zero where y' is random given x_t, as it is for few pixels. Without `diagonal` the sum is over i != j of the same
+class, divided by M (M - 1): an unbiased estimate.
+
+| symbol   | meaning                                                                  | shape             |
+|----------|--------------------------------------------------------------------------|-------------------|
+| s, r, t  | times of flow matching, s <= r < t, the same in a group                  | (B,1,1,1) float64 |
+| x_t, x_r | noisy images                                                             | (B,C,H,W)         |
+| D        | student, x_0 from x_t on the way to s; in k: the number of pixels        | (B,C,H,W)         |
+| y, y'    | student's images at s; y' has no gradient                                | (B,C,H,W)         |
+| sd       | standard deviation of the data                                           | float             |
+| M, k     | images of a group; 2^k steps of eta lead from 160 to 0                   | int               |
+| a, b     | of the weight                                                            | float             |
+| c        | class                                                                    | of a batch        |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, hookimpl, option
+from distillbench.diffusion import one_mask, time_like
+from distillbench.networks import TwoTimes
+from distillbench.options import require_between, require_one_of, require_positive
+
+ETA_MAX, SMALLEST_STEP, SMALLEST_DISTANCE = 160.0, 1e-4, 1e-8  # as published
+
+
+class InductiveMomentMatching(Method):
+    name = "imm"
+    paper = "Zhou et al. 2025, arXiv:2503.07565"
+    needs_data = True
+    can_start_fresh = True
+    student: TwoTimes
+
+    @dataclass
+    class Config(MethodConfig):
+        lr: float = option(1e-3, "peak learning rate of Adam")
+        start: str = option("teacher", "weights that the student starts from: the teacher's, or fresh (published)")
+        group_size: int = option(16, "M, images of a group (published: 4); the batch size is a multiple of it")
+        diagonal: bool = option(False, "whether the sum has its terms i = j (published: true)")
+        k: int = option(9, "2^k steps of eta from 160 to 0 (published: 12 for latents, 15 for CIFAR-10)")
+        a: float = option(1.0, "power of 1 - t in the weight")
+        b: float = option(5.0, "shift of log SNR in the weight")
+        t_max: float = option(0.994, "largest t, where sampling starts")
+        sigma_data: float = option(0.5, "sd, standard deviation of the data")
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require_one_of(self, "start", ("fresh", "teacher"))
+            require_between(self, 1 if self.diagonal else 2, float("inf"), "group_size")
+            require_between(self, 1, 30, "k")
+            require_between(self, 0, 10, "a")
+            require_between(self, 0.01, 0.9999, "t_max")
+            require_positive(self, "sigma_data")
+
+    def __init__(self, config: Config, teacher: Teacher) -> None:
+        super().__init__(config, teacher)
+        if teacher.conditioning.guided:
+            raise UserError("imm learns from data and cannot be guided: leave guidance at 1")
+        self.student = TwoTimes(teacher.student(fresh=config.start == "fresh"), in_lambda=True)
+        ends = torch.tensor(teacher.schedule.lam_range, dtype=torch.float64).exp() / config.sigma_data
+        self.low, self.high = (ends / (1 + ends)).clamp(max=config.t_max).tolist()  # as far as the schedule reaches
+
+    @property
+    def group_size(self) -> int:
+        return int(self.config.group_size)
+
+    def f(self, x: Tensor, t: Tensor, s: Tensor, c: Condition) -> Tensor:
+        schedule, sd = self.teacher.schedule, self.config.sigma_data
+        at, to = (schedule.t_of_lam(math.log(sd) + q.logit()) for q in (t, s))
+        D = self.student(schedule.alpha(at) / (1 - t).to(x) * x, at, to, c)
+        return torch.lerp(D, x, (s / t).to(x))
+
+    def r(self, s: Tensor, t: Tensor) -> Tensor:
+        eta = (t / (1 - t) - ETA_MAX / 2**self.config.k).clamp(min=0)
+        return torch.maximum(s, torch.minimum(t - SMALLEST_STEP, eta / (1 + eta)))
+
+    def w(self, t: Tensor) -> Tensor:
+        falling = 2 / (t * (1 - t))  # -dlogsnr/dt
+        shape = (1 - t) ** self.config.a / (t**2 + (1 - t) ** 2)
+        return 0.5 * torch.sigmoid(self.config.b + 2 * t.logit()) * falling * shape
+
+    def mmd(self, y: Tensor, target: Tensor, h: Tensor, c: Condition) -> Tensor:
+        """Of each group, (B/M,): the sum over its pairs; h (B,1,1,1) is the width of the kernel, for each pixel."""
+        M = self.group_size
+        y, target, width = (x.flatten(1).unflatten(0, (-1, M)) for x in (y, target, h * y[0].numel()))
+        width = width[:, :1]
+
+        def k(a: Tensor, b: Tensor) -> Tensor:
+            distance = (a[:, :, None] - b[:, None]).square().sum(dim=3).clamp(min=SMALLEST_DISTANCE**2).sqrt()
+            return torch.exp(-distance / width)
+
+        pairs = k(y, y) + k(target, target) - 2 * k(y, target)  # (B/M,M,M)
+        if self.config.diagonal:
+            return pairs.mean(dim=(1, 2))
+        counted = 1 - torch.eye(M, device=y.device)
+        if c.labels is not None:
+            labels = c.labels.view(-1, M)
+            counted = counted * (labels[:, :, None] == labels[:, None])
+        return (counted * pairs).sum(dim=(1, 2)) / (M * (M - 1))
+
+    def in_groups(self, values: Tensor) -> Tensor:
+        """The first value of each group for all of its images, (B,1,1,1)."""
+        return values[:: self.group_size].repeat_interleave(self.group_size, dim=0)
+
+    def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
+        x_0, noise, c = batch.x_0, self.config.sigma_data * batch.noise(), batch.c
+        t = self.in_groups(batch.uniform(self.low, self.high))
+        s = self.low + (t - self.low) * self.in_groups(batch.uniform())
+        r = self.r(s, t)
+        x_t, x_r = (torch.lerp(x_0, noise, q.to(x_0)) for q in (t, r))
+        with one_mask(self.student):
+            with torch.no_grad():
+                target = self.f(x_r, r, s, c)
+            y = self.f(x_t, t, s, c)
+        h = ((t - s).clamp(min=SMALLEST_STEP) * self.config.sigma_data).to(y)
+        yield self.student, (self.w(t[:: self.group_size]).flatten().to(y) * self.mmd(y, target, h, c)).mean()
+
+    def supports(self, nfe: int) -> bool:
+        return nfe >= 1
+
+    def keeps_noise(self, nfe: int) -> bool:
+        return False  # only distributions are compared
+
+    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        """f down equal steps of t, to 0."""
+        times = torch.linspace(self.high, 0, nfe + 1, dtype=torch.float64).tolist()
+        x = self.high * self.config.sigma_data * noise(0)
+        for t, s in pairwise(times):
+            x = self.f(x, time_like(x, t), time_like(x, s), c)
+        return x
+
+
+@hookimpl(api=2)
+def register_methods(register) -> None:
+    register(InductiveMomentMatching)
