@@ -1,9 +1,8 @@
 """Inductive moment matching: a student of any number of steps, whose distributions at s agree from t and from r < t.
 
 Zhou, Ermon & Song 2025, "Inductive Moment Matching", arXiv:2503.07565. We read its abstract, the authors' sampling code
-and two reimplementations of the training. Trained on real images; the teacher is only what the student starts from.
-Times are the paper's, of flow matching between images and noise of the images' std; networks of any schedule are
-evaluated at equal noise level, sd eta.
+and two reimplementations of its training. The teacher is only what the student starts from. Times are the paper's, of
+flow matching between images and noise of the images' std; networks are evaluated at equal noise level, sd eta.
 
     x_t = (1 - t) x_0 + t sd eps,   x_r from the same x_0 and eps,   eta(t) = t / (1 - t)
     f(x_t, t, s) = s/t x_t + (1 - s/t) D(x_t, t, s)                         (DDIM from t to s; f = x_t at s = t)
@@ -25,7 +24,6 @@ class, divided by M (M - 1): an unbiased estimate.
 | y, y'    | student's images at s; y' has no gradient                                | (B,C,H,W)         |
 | sd       | standard deviation of the data                                           | float             |
 | M, k     | images of a group; 2^k steps of eta lead from 160 to 0                   | int               |
-| a, b     | of the weight                                                            | float             |
 | c        | class                                                                    | of a batch        |
 """
 
@@ -57,6 +55,7 @@ class InductiveMomentMatching(Method):
     @dataclass
     class Config(MethodConfig):
         lr: float = option(1e-3, "peak learning rate of Adam")
+        schedule: str = option("flow_matching", "noise schedule that it works on; no other is possible")
         start: str = option("teacher", "weights that the student starts from: the teacher's, or fresh (published)")
         group_size: int = option(16, "M, images of a group (published: 4); the batch size is a multiple of it")
         diagonal: bool = option(False, "whether the sum has its terms i = j (published: true)")
@@ -68,10 +67,10 @@ class InductiveMomentMatching(Method):
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            require_one_of(self, "schedule", ("flow_matching",))
             require_one_of(self, "start", ("fresh", "teacher"))
             require_between(self, 1 if self.diagonal else 2, float("inf"), "group_size")
             require_between(self, 1, 30, "k")
-            require_between(self, 0, 10, "a")
             require_between(self, 0.01, 0.9999, "t_max")
             require_positive(self, "sigma_data")
 
@@ -79,7 +78,7 @@ class InductiveMomentMatching(Method):
         super().__init__(config, teacher)
         if teacher.conditioning.guided:
             raise UserError("imm learns from data and cannot be guided: leave guidance at 1")
-        self.student = TwoTimes(teacher.student(fresh=config.start == "fresh"), in_lambda=True)
+        self.student = TwoTimes(teacher.student(fresh=config.start == "fresh"))
         ends = torch.tensor(teacher.schedule.lam_range, dtype=torch.float64).exp() / config.sigma_data
         self.low, self.high = (ends / (1 + ends)).clamp(max=config.t_max).tolist()  # as far as the schedule reaches
 
@@ -98,15 +97,15 @@ class InductiveMomentMatching(Method):
         return torch.maximum(s, torch.minimum(t - SMALLEST_STEP, eta / (1 + eta)))
 
     def w(self, t: Tensor) -> Tensor:
-        falling = 2 / (t * (1 - t))  # -dlogsnr/dt
+        half_slope = 1 / (t * (1 - t))  # -dlogsnr/dt / 2
         shape = (1 - t) ** self.config.a / (t**2 + (1 - t) ** 2)
-        return 0.5 * torch.sigmoid(self.config.b + 2 * t.logit()) * falling * shape
+        return torch.sigmoid(self.config.b + 2 * t.logit()) * half_slope * shape
 
     def mmd(self, y: Tensor, target: Tensor, h: Tensor, c: Condition) -> Tensor:
         """Of each group, (B/M,): the sum over its pairs; h (B,1,1,1) is the width of the kernel, for each pixel."""
         M = self.group_size
-        y, target, width = (x.flatten(1).unflatten(0, (-1, M)) for x in (y, target, h * y[0].numel()))
-        width = width[:, :1]
+        y, target = (x.flatten(1).unflatten(0, (-1, M)) for x in (y, target))
+        width = y.shape[2] * h[::M].flatten(1, 2)
 
         def k(a: Tensor, b: Tensor) -> Tensor:
             distance = (a[:, :, None] - b[:, None]).square().sum(dim=3).clamp(min=SMALLEST_DISTANCE**2).sqrt()
@@ -117,18 +116,14 @@ class InductiveMomentMatching(Method):
             return pairs.mean(dim=(1, 2))
         counted = 1 - torch.eye(M, device=y.device)
         if c.labels is not None:
-            labels = c.labels.view(-1, M)
-            counted = counted * (labels[:, :, None] == labels[:, None])
+            counted = counted * (c.labels.view(-1, M, 1) == c.labels.view(-1, 1, M))
         return (counted * pairs).sum(dim=(1, 2)) / (M * (M - 1))
-
-    def in_groups(self, values: Tensor) -> Tensor:
-        """The first value of each group for all of its images, (B,1,1,1)."""
-        return values[:: self.group_size].repeat_interleave(self.group_size, dim=0)
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         x_0, noise, c = batch.x_0, self.config.sigma_data * batch.noise(), batch.c
-        t = self.in_groups(batch.uniform(self.low, self.high))
-        s = self.low + (t - self.low) * self.in_groups(batch.uniform())
+        M = self.group_size
+        t, u = (q[::M].repeat_interleave(M, dim=0) for q in (batch.uniform(self.low, self.high), batch.uniform()))
+        s = self.low + u * (t - self.low)
         r = self.r(s, t)
         x_t, x_r = (torch.lerp(x_0, noise, q.to(x_0)) for q in (t, r))
         with one_mask(self.student):
@@ -136,7 +131,7 @@ class InductiveMomentMatching(Method):
                 target = self.f(x_r, r, s, c)
             y = self.f(x_t, t, s, c)
         h = ((t - s).clamp(min=SMALLEST_STEP) * self.config.sigma_data).to(y)
-        yield self.student, (self.w(t[:: self.group_size]).flatten().to(y) * self.mmd(y, target, h, c)).mean()
+        yield self.student, (self.w(t[::M]).flatten().to(y) * self.mmd(y, target, h, c)).mean()
 
     def supports(self, nfe: int) -> bool:
         return nfe >= 1

@@ -51,7 +51,7 @@ class MomentMatching(Method):
 
     @dataclass
     class Config(MethodConfig):
-        lr: float = option(1e-3, "peak learning rate of Adam, of both networks")
+        lr: float = option(2e-3, "peak learning rate of Adam, of both networks")
         beta1: float = option(0.0, "Adam's first decay rate, as published")
         beta2: float = option(0.99, "Adam's second decay rate, as published")
         steps: int = option(4, "K, steps of the student (published: 1 to 8); 1 is data-free")

@@ -30,7 +30,9 @@ from distillbench.training.pairs import Workspace
 from distillbench_boot import Boot
 from distillbench_cm import ConsistencyDistillation
 from distillbench_direct import Direct
+from distillbench_imm import InductiveMomentMatching
 from distillbench_meanflow import MeanFlow
+from distillbench_moment import MomentMatching
 from distillbench_pd import ProgressiveDistillation
 from distillbench_scm import ContinuousConsistency
 from distillbench_tract import Tract
@@ -65,7 +67,11 @@ CONTINUOUS = {
 
 
 # Methods that match the distribution, and have no map to compare: the numbers of evaluations that are tested.
-DISTRIBUTIONS: dict[str, tuple[type[Method], dict, tuple[int, ...]]] = {}
+DISTRIBUTIONS: dict[str, tuple[type[Method], dict, tuple[int, ...]]] = {
+    "imm": (InductiveMomentMatching, {"sigma_data": 1.0, "diagonal": False, "group_size": 16, "k": 9}, (1, 8)),
+    "moment, K = 1": (MomentMatching, {"steps": 1}, (1,)),
+    "moment, K = 4": (MomentMatching, {"steps": 4}, (4,)),
+}
 
 
 class Plane(Gmm):
@@ -100,7 +106,7 @@ def trained_by(method: Method, folder: Path, seed: int = 0) -> Method:
         method,
         method.config,
         workspace,
-        read if cls.needs_data else None,
+        read if cls.reads_data(method.config) else None,
         Loop(BATCH),
         Step(lambda fraction, note: None),
     )

@@ -24,7 +24,7 @@ from analytic import (
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Conditioning
 from distillbench.diffusion.noise import FixedNoise
 from distillbench.diffusion.samplers import ddim_step
-from distillbench.diffusion.schedules import SCHEDULES, FlowMatching, VPCosine
+from distillbench.diffusion.schedules import SCHEDULES, FlowMatching
 from distillbench.errors import UserError
 from distillbench.networks.architectures import ResidualMLP
 from distillbench_imm import InductiveMomentMatching
@@ -34,7 +34,7 @@ V, SD = 0.25, 0.5  # variance of the data, standard deviation of the paper's noi
 
 
 def imm(teacher=None, **settings) -> InductiveMomentMatching:
-    return InductiveMomentMatching(InductiveMomentMatching.Config(**settings), teacher or mlp_teacher())
+    return InductiveMomentMatching(InductiveMomentMatching.Config(**settings), teacher or mlp_teacher(FlowMatching()))
 
 
 class ExactMap(nn.Module):
@@ -54,7 +54,7 @@ class ExactMap(nn.Module):
 
 
 def with_map(gain: float = 1.0, **settings) -> InductiveMomentMatching:
-    method = imm(gaussian_teacher(VPCosine(), (0.0,), (V,)), **settings)
+    method = imm(gaussian_teacher(FlowMatching(), (0.0,), (V,)), **settings)
     method.student = ExactMap(method, gain)
     return method
 
@@ -306,7 +306,7 @@ def test_any_number_of_steps_without_a_promise_about_the_noise():
 
 
 def test_the_start_is_the_teacher_s_weights_or_fresh_ones():
-    teacher = mlp_teacher()
+    teacher = mlp_teacher(FlowMatching())
     teacher.blank = lambda: ResidualMLP((2, 1, 1), width=16, depth=1)
     mine, fresh = weights_of(teacher.denoiser), weights_of(imm(teacher, start="fresh").student.denoiser)
     assert same_weights(weights_of(imm(teacher).student.denoiser), mine)
@@ -319,7 +319,7 @@ def test_what_is_refused():
     InductiveMomentMatching.Config(group_size=1, diagonal=True)
     with pytest.raises(UserError, match="start"):
         InductiveMomentMatching.Config(start="random")
-    teacher = mlp_teacher()
+    teacher = mlp_teacher(FlowMatching())
     teacher.conditioning = Conditioning(2, 2.0)
     with pytest.raises(UserError, match="guided"):
         imm(teacher)

@@ -9,7 +9,9 @@ import distillbench_boot
 import distillbench_cm
 import distillbench_ct
 import distillbench_direct
+import distillbench_imm
 import distillbench_meanflow
+import distillbench_moment
 import distillbench_pd
 import distillbench_scm
 import distillbench_sid
@@ -28,7 +30,10 @@ METHODS = {
     "ct": (distillbench_ct.ConsistencyTraining, {"start": "teacher"}),
     "direct": (distillbench_direct.Direct, {"steps": 4, "pairs": 12}),
     "direct online": (distillbench_direct.Direct, {"steps": 4, "online": True}),
+    "imm": (distillbench_imm.InductiveMomentMatching, {"group_size": 3}),
     "meanflow": (distillbench_meanflow.MeanFlow, {}),
+    "moment": (distillbench_moment.MomentMatching, {"steps": 4}),
+    "moment, K = 1": (distillbench_moment.MomentMatching, {"steps": 1}),
     "pd": (distillbench_pd.ProgressiveDistillation, {"steps": 4}),
     "scm": (distillbench_scm.ContinuousConsistency, {"warmup": 10}),
     "sid": (distillbench_sid.ScoreIdentityDistillation, {"fake_updates": 2}),
