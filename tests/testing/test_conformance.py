@@ -436,7 +436,7 @@ class StoresANumber(Good):
         self.seen = 1
 
 
-@fault("price", "estimates 192 evaluations from the steps of a cycle of each phase, training made 288")
+@fault("cost", "estimates 192 evaluations from the steps of a cycle of each phase, training made 288")
 class GrowsDearer(Good):
     steps = 0
 
