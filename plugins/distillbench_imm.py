@@ -1,8 +1,8 @@
 """Inductive moment matching: a student of any number of steps, whose distributions at s agree from t and from r < t.
 
-Zhou, Ermon & Song 2025, "Inductive Moment Matching", arXiv:2503.07565. We read its abstract, the authors' sampling code
-and two reimplementations of its training. The teacher is only what the student starts from. Times are the paper's, of
-flow matching between images and noise of the images' std; networks are evaluated at equal noise level, sd eta.
+Zhou, Ermon & Song 2025, "Inductive Moment Matching", arXiv:2503.07565; training as two reimplementations have it.
+The teacher is only what the student starts from. Times are those of flow matching between images and noise of equal
+std, as in the paper; networks are evaluated at equal noise level, sd eta.
 
     x_t = (1 - t) x_0 + t sd eps,   x_r from the same x_0 and eps,   eta(t) = t / (1 - t)
     f(x_t, t, s) = s/t x_t + (1 - s/t) D(x_t, t, s)                         (DDIM from t to s; f = x_t at s = t)
@@ -11,19 +11,15 @@ flow matching between images and noise of the images' std; networks are evaluate
     k(y, y') = exp( -max(|y - y'|, 1e-8) / (D (t - s) sd) )
     w(t) = 1/2 sigmoid(b - logsnr) (-dlogsnr/dt) (1 - t)^a / (t^2 + (1 - t)^2),   logsnr = -2 log eta
 
-The sum is over the M images of a group, which share s, r and t: the squared MMD between both sets. Its terms i = j, of
-images from the same x_0 and eps, are a consistency loss of weight 1/M. At the exact map of the ODE their gradient is
-not zero where y' is random given x_t, as it is for few pixels. Without `diagonal` the sum is over i != j of the same
-class, divided by M (M - 1): an unbiased estimate.
+The M images of a group share s, r and t. Terms i = j, of one x_0 and eps, are a consistency loss of weight 1/M, with a
+gradient at the exact map where y' is random given x_t. Without `diagonal`: i != j of equal classes, over M (M - 1).
 
 | symbol   | meaning                                                                  | shape             |
 |----------|--------------------------------------------------------------------------|-------------------|
-| s, r, t  | times of flow matching, s <= r < t, the same in a group                  | (B,1,1,1) float64 |
-| x_t, x_r | noisy images                                                             | (B,C,H,W)         |
+| s, r, t  | times, s <= r < t, the same in a group                                   | (B,1,1,1) float64 |
 | D        | student, x_0 from x_t on the way to s; in k: the number of pixels        | (B,C,H,W)         |
 | y, y'    | student's images at s; y' has no gradient                                | (B,C,H,W)         |
-| sd       | standard deviation of the data                                           | float             |
-| M, k     | images of a group; 2^k steps of eta lead from 160 to 0                   | int               |
+| sd, M, k | std of the data; images of a group; 2^k steps of eta lead from 160 to 0  |                   |
 | c        | class                                                                    | of a batch        |
 """
 
@@ -42,7 +38,7 @@ from distillbench.diffusion import one_mask, time_like
 from distillbench.networks import TwoTimes
 from distillbench.options import require_between, require_one_of, require_positive
 
-ETA_MAX, SMALLEST_STEP, SMALLEST_DISTANCE = 160.0, 1e-4, 1e-8  # as published
+ETA_MAX, SMALLEST_STEP, SMALLEST_DISTANCE = 160.0, 1e-4, 1e-8
 
 
 class InductiveMomentMatching(Method):
@@ -54,15 +50,17 @@ class InductiveMomentMatching(Method):
 
     @dataclass
     class Config(MethodConfig):
-        lr: float = option(1e-3, "peak learning rate of Adam")
+        lr: float = option(2e-3, "peak learning rate of Adam (published: 1e-4)")
+        grad_clip: float = option(0.0, "largest norm of gradients; 0: not clipped, as the weight varies by 100")
         schedule: str = option("flow_matching", "noise schedule that it works on; no other is possible")
         start: str = option("teacher", "weights that the student starts from: the teacher's, or fresh (published)")
-        group_size: int = option(16, "M, images of a group (published: 4); the batch size is a multiple of it")
+        group_size: int = option(32, "M, images of a group (published: 4); the batch size is a multiple of it")
         diagonal: bool = option(False, "whether the sum has its terms i = j (published: true)")
-        k: int = option(9, "2^k steps of eta from 160 to 0 (published: 12 for latents, 15 for CIFAR-10)")
-        a: float = option(1.0, "power of 1 - t in the weight")
-        b: float = option(5.0, "shift of log SNR in the weight")
+        k: int = option(5, "2^k steps of eta from 160 to 0 (published: 12 for latents, 15 for CIFAR-10)")
+        a: float = option(0.0, "power of 1 - t in the weight (published: 1, or 2 where networks get t - s)")
+        b: float = option(2.0, "shift of log SNR in the weight (published: 4 or 5)")
         t_max: float = option(0.994, "largest t, where sampling starts")
+        to_image: float = option(0.5, "ours: share of groups with the least s, as of one step (published: 0)")
         sigma_data: float = option(0.5, "sd, standard deviation of the data")
 
         def __post_init__(self) -> None:
@@ -72,6 +70,7 @@ class InductiveMomentMatching(Method):
             require_between(self, 1 if self.diagonal else 2, float("inf"), "group_size")
             require_between(self, 1, 30, "k")
             require_between(self, 0.01, 0.9999, "t_max")
+            require_between(self, 0, 0.9, "to_image")
             require_positive(self, "sigma_data")
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
@@ -79,16 +78,16 @@ class InductiveMomentMatching(Method):
         if teacher.conditioning.guided:
             raise UserError("imm learns from data and cannot be guided: leave guidance at 1")
         self.student = TwoTimes(teacher.student(fresh=config.start == "fresh"))
-        ends = torch.tensor(teacher.schedule.lam_range, dtype=torch.float64).exp() / config.sigma_data
-        self.low, self.high = (ends / (1 + ends)).clamp(max=config.t_max).tolist()  # as far as the schedule reaches
+        ends = torch.tensor(teacher.schedule.lam_range, dtype=torch.float64) - math.log(config.sigma_data)
+        self.low, self.high = ends.sigmoid().clamp(max=config.t_max).tolist()  # as far as the schedule reaches
 
     @property
     def group_size(self) -> int:
         return int(self.config.group_size)
 
     def f(self, x: Tensor, t: Tensor, s: Tensor, c: Condition) -> Tensor:
-        schedule, sd = self.teacher.schedule, self.config.sigma_data
-        at, to = (schedule.t_of_lam(math.log(sd) + q.logit()) for q in (t, s))
+        schedule = self.teacher.schedule
+        at, to = (schedule.t_of_lam(math.log(self.config.sigma_data) + q.logit()) for q in (t, s))
         D = self.student(schedule.alpha(at) / (1 - t).to(x) * x, at, to, c)
         return torch.lerp(D, x, (s / t).to(x))
 
@@ -97,19 +96,18 @@ class InductiveMomentMatching(Method):
         return torch.maximum(s, torch.minimum(t - SMALLEST_STEP, eta / (1 + eta)))
 
     def w(self, t: Tensor) -> Tensor:
-        half_slope = 1 / (t * (1 - t))  # -dlogsnr/dt / 2
         shape = (1 - t) ** self.config.a / (t**2 + (1 - t) ** 2)
-        return torch.sigmoid(self.config.b + 2 * t.logit()) * half_slope * shape
+        return torch.sigmoid(self.config.b + 2 * t.logit()) / (t * (1 - t)) * shape  # -dlogsnr/dt = 2 / (t (1 - t))
 
     def mmd(self, y: Tensor, target: Tensor, h: Tensor, c: Condition) -> Tensor:
-        """Of each group, (B/M,): the sum over its pairs; h (B,1,1,1) is the width of the kernel, for each pixel."""
+        """Of each group, (B/M,); h (B,1,1,1) is the kernel's width for each pixel."""
         M = self.group_size
         y, target = (x.flatten(1).unflatten(0, (-1, M)) for x in (y, target))
         width = y.shape[2] * h[::M].flatten(1, 2)
 
         def k(a: Tensor, b: Tensor) -> Tensor:
-            distance = (a[:, :, None] - b[:, None]).square().sum(dim=3).clamp(min=SMALLEST_DISTANCE**2).sqrt()
-            return torch.exp(-distance / width)
+            square = (a[:, :, None] - b[:, None]).square().sum(dim=3)
+            return torch.exp(-square.clamp(min=SMALLEST_DISTANCE**2).sqrt() / width)
 
         pairs = k(y, y) + k(target, target) - 2 * k(y, target)  # (B/M,M,M)
         if self.config.diagonal:
@@ -120,18 +118,18 @@ class InductiveMomentMatching(Method):
         return (counted * pairs).sum(dim=(1, 2)) / (M * (M - 1))
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        x_0, noise, c = batch.x_0, self.config.sigma_data * batch.noise(), batch.c
-        M = self.group_size
+        config, M, x_0, c = self.config, self.group_size, batch.x_0, batch.c
+        noise = config.sigma_data * batch.noise()
         t, u = (q[::M].repeat_interleave(M, dim=0) for q in (batch.uniform(self.low, self.high), batch.uniform()))
-        s = self.low + u * (t - self.low)
+        s = self.low + ((u - config.to_image) / (1 - config.to_image)).clamp(min=0) * (t - self.low)
         r = self.r(s, t)
         x_t, x_r = (torch.lerp(x_0, noise, q.to(x_0)) for q in (t, r))
         with one_mask(self.student):
             with torch.no_grad():
                 target = self.f(x_r, r, s, c)
             y = self.f(x_t, t, s, c)
-        h = ((t - s).clamp(min=SMALLEST_STEP) * self.config.sigma_data).to(y)
-        yield self.student, (self.w(t[::M]).flatten().to(y) * self.mmd(y, target, h, c)).mean()
+        h, w = ((t - s).clamp(min=SMALLEST_STEP) * config.sigma_data).to(y), self.w(t[::M]).flatten().to(y)
+        yield self.student, (w * self.mmd(y, target, h, c)).mean()
 
     def supports(self, nfe: int) -> bool:
         return nfe >= 1
@@ -140,10 +138,9 @@ class InductiveMomentMatching(Method):
         return False  # only distributions are compared
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        """f down equal steps of t, to 0."""
         times = torch.linspace(self.high, 0, nfe + 1, dtype=torch.float64).tolist()
         x = self.high * self.config.sigma_data * noise(0)
-        for t, s in pairwise(times):
+        for t, s in pairwise(times):  # down equal steps, to 0
             x = self.f(x, time_like(x, t), time_like(x, s), c)
         return x
 

@@ -255,7 +255,7 @@ def batch(size: int = 24, seed: int = 0):
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_a_step_by_hand(diagonal):
     """From the same draws: equal times in a group, x_r from the images and noise of x_t, the weight of each group."""
-    method = imm(group_size=3, diagonal=diagonal)
+    method = imm(group_size=3, diagonal=diagonal, a=1.0, b=5.0, k=9, to_image=0.25)
     found = loss_of(method, batch())
     again = batch()
     x_0, noise, first, second = again.x_0, SD * again.noise(), again.uniform(), again.uniform()
@@ -263,7 +263,7 @@ def test_a_step_by_hand(diagonal):
     for g in range(8):
         rows = slice(3 * g, 3 * g + 3)
         t = method.low + (method.high - method.low) * first[3 * g].item()
-        s = method.low + (t - method.low) * second[3 * g].item()
+        s = method.low + (t - method.low) * max(0, second[3 * g].item() - 0.25) / 0.75
         r = max(s, min(t - 1e-4, max((step := t / (1 - t) - 160 / 2**9), 0) / (1 + max(step, 0))))
         y, target = (
             method.f((1 - q) * x_0[rows] + q * noise[rows], time([q] * 3), time([s] * 3), UNCONDITIONAL).detach()
@@ -282,8 +282,8 @@ def test_a_step_trains_the_student_alone_and_never_asks_the_teacher(tmp_path):
     meter = make_workspace(method.teacher, tmp_path).meter
     before = weights_of(method.teacher.denoiser)
     loss_of(method, batch()).backward()
-    price = meter.price()
-    assert (price.teacher_nfe, price.student_nfe, price.student_backward) == (0, 48, 24)
+    cost = meter.cost()
+    assert (cost.teacher_nfe, cost.student_nfe, cost.student_backward) == (0, 48, 24)
     assert any(p.grad is not None and p.grad.any() for p in method.student.parameters())
     assert same_weights(weights_of(method.teacher.denoiser), before)
 

@@ -250,7 +250,7 @@ def test_only_several_steps_read_real_images():
         list(moment(steps=2).train_step(make_batch(4)))
 
 
-# --- who is trained, and at what price -------------------------------------------------------------------------------
+# --- who is trained, and at what cost -------------------------------------------------------------------------------
 
 
 def batch(step: int, size: int = 16):
@@ -279,9 +279,9 @@ def test_evaluations_of_a_step(step, tmp_path):
     method = moment()
     meter = make_workspace(method.teacher, tmp_path).meter
     list(method.train_step(batch(step, 6)))
-    price = meter.price()
-    assert (price.teacher_nfe, price.student_nfe) == (6, 12)
-    assert (price.student_backward, price.student_backward_input) == (6, 0)
+    cost = meter.cost()
+    assert (cost.teacher_nfe, cost.student_nfe) == (6, 12)
+    assert (cost.student_backward, cost.student_backward_input) == (6, 0)
 
 
 def test_every_network_gets_the_condition_and_the_teacher_is_guided():
