@@ -35,8 +35,10 @@ from distillbench_boot import Boot
 from distillbench_cm import ConsistencyDistillation
 from distillbench_direct import Direct
 from distillbench_ect import EasyConsistencyTuning
+from distillbench_imm import InductiveMomentMatching
 from distillbench_lcm import LatentConsistency
 from distillbench_meanflow import MeanFlow
+from distillbench_moment import MomentMatching
 from distillbench_pd import ProgressiveDistillation
 from distillbench_reflow import Reflow
 from distillbench_scm import ContinuousConsistency
@@ -86,6 +88,9 @@ CONTINUOUS = {
 DISTRIBUTIONS: dict[str, tuple[type[Method], dict, tuple[int, ...]]] = {
     # levels twice those of EDM, as the distribution is twice as wide
     "sid": (ScoreIdentityDistillation, {"lr": 1e-3, "sigma_init": 5.0, "sigma_data": 1.0}, (1,)),
+    "imm": (InductiveMomentMatching, {"sigma_data": 1.0, "diagonal": False, "group_size": 16, "k": 9}, (1, 8)),
+    "moment, K = 1": (MomentMatching, {"steps": 1}, (1,)),
+    "moment, K = 4": (MomentMatching, {"steps": 4}, (4,)),
 }
 
 
