@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from distillbench.diffusion.schedules import VPLinear as VPLinear
     from distillbench.diffusion.training_times import karras_time as karras_time
     from distillbench.diffusion.training_times import lognormal_time as lognormal_time
+    from distillbench.diffusion.two_times import gamma_sampling as gamma_sampling
 
 __all__ = [
     "DISTANCES",
@@ -104,6 +105,7 @@ __all__ = [
     "denoising_loss",
     "derivative",
     "dpmpp_2m",
+    "gamma_sampling",
     "guided",
     "heun",
     "heun_step",
@@ -162,6 +164,7 @@ _HOMES = {
     "denoising_loss": "distillbench.diffusion.losses",
     "derivative": "distillbench.diffusion.derivatives",
     "dpmpp_2m": "distillbench.diffusion.samplers",
+    "gamma_sampling": "distillbench.diffusion.two_times",
     "guided": "distillbench.diffusion.denoiser",
     "heun": "distillbench.diffusion.samplers",
     "heun_step": "distillbench.diffusion.samplers",
