@@ -11,17 +11,14 @@ EDM's, tau = sigma_t / alpha_t, so it works on any schedule: x^ = x_t / alpha_t 
     L  += w (1 / tau^2 + 1 / sd^2) |g(x_t, t, t) - x_0|^2,    since g(x_t, t, t) = E[x_0 given x_t]
     weights of g- <- mu weights of g- + (1 - mu) weights of g
 
-d is the squared error of x^. G- is frozen, but a gradient passes through it to its input.
+d is the squared error of x^. A gradient passes through G- to its input. All evaluations in d share one dropout mask.
 
-| symbol     | meaning                                                                           | shape      |
-|------------|-----------------------------------------------------------------------------------|------------|
-| t, u, s, e | times of a grid of N noise levels; e is the lowest                                | (B,1,1,1)  |
-| g, g-      | student: the teacher's network with an embedding of s, zero at first; its target  | (B,C,H,W)  |
-| G, G-      | x_s on the trajectory through x_t, by g or g-: the step of DDIM, if g is constant | (B,C,H,W)  |
-| c          | condition: class and guidance of the teacher                                      | of a batch |
-| w, sd      | weight of denoising, standard deviation of the data                               | float      |
-
-If networks have dropout, all evaluations of g and g- that L compares drop the same features.
+| symbol     | meaning                                                                            | shape     |
+|------------|------------------------------------------------------------------------------------|-----------|
+| t, u, s, e | times of a grid of N noise levels; e is the lowest                                 | (B,1,1,1) |
+| g, g-      | student: the teacher's network with an embedding of s, zero at first; its target   | (B,C,H,W) |
+| G, G-      | x_s on the trajectory through x_t: DDIM's step with the data prediction g or g-    | (B,C,H,W) |
+| c, w, sd   | condition: class and guidance; weight of denoising; EDM's .5                       |           |
 """
 
 from __future__ import annotations
@@ -38,11 +35,10 @@ from torch import Tensor, nn
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, Workspace, hookimpl, option
 from distillbench.diffusion import (
     SNR_WEIGHTS,
-    STEP_WEIGHTS,
     check_heun,
     ddim_step,
-    heun_step,
     gamma_sampling,
+    heun_step,
     karras_time,
     karras_times,
     lognormal_time,
@@ -57,16 +53,14 @@ class ConsistencyTrajectory(Method):
     name = "ctm"
     paper = "Kim et al. 2023, arXiv:2310.02279"
     needs_data = True
-    student: TwoTimes
     grid: Tensor
 
     @dataclass
     class Config(MethodConfig):
-        steps: int = option(12, "N, noise levels of the grid (the paper: 18 for CIFAR-10, 40 for ImageNet)")
+        steps: int = option(18, "N, noise levels of the grid (the paper: 18 for CIFAR-10, 40 for ImageNet)")
         solver_steps: int = option(5, "largest n (the paper: N - 1, from any level to the lowest)")
         compare: str = option("soft", "where: soft, at the lowest level through the target network, or local, at s")
         mu: float = option(0.95, "decay of the target network (released: .999); 0: the student itself")
-        weight: str = option("uniform", "of d: uniform (1), or inv_step, 1/(tau_t - tau_u)")
         denoising: float = option(0.1, "w, a fixed weight (the paper's adapts to gradients of the last layer); 0: none")
         gamma: float = option(0.0, "noise of several evaluations, from 0, none (the ODE), to 1, consistency models'")
         sigma_min: float = option(0.002, "smallest noise level")
@@ -81,7 +75,6 @@ class ConsistencyTrajectory(Method):
             require_between(self, 0, 1, "gamma")
             require_fraction(self, "mu")  # with 1 the target network would never learn
             require_one_of(self, "compare", ("soft", "local"))
-            require_one_of(self, "weight", STEP_WEIGHTS)
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
@@ -102,29 +95,27 @@ class ConsistencyTrajectory(Method):
         return ddim_step(self.teacher.schedule, x_t, g(x_t, t, s, c), t, s)
 
     def draw_n(self, batch: Batch) -> int:
-        """n = 1, ..., M with P(n) ~ n: of 0, 1, 2, ... the first number gives 1, the next two 2, the next three 3."""
-        M = self.config.solver_steps
-        return (math.isqrt(8 * batch.one_integer(0, M * (M + 1) // 2) + 1) + 1) // 2
+        """P(n) ~ n: of the uniform numbers 0, 1, 2, ... the first gives 1, the next two give 2, the next three 3."""
+        k = batch.one_integer(0, self.config.solver_steps * (self.config.solver_steps + 1) // 2)
+        return (math.isqrt(8 * k + 1) + 1) // 2
 
     def consistency_loss(self, batch: Batch) -> Tensor:
         schedule, grid, c, n = self.teacher.schedule, self.grid, batch.c, self.draw_n(batch)
         k = batch.integers(n, len(grid))
         t, u, s = grid[k], grid[k - n], grid[(batch.uniform() * (k - n + 1)).long()]
         x_t = x_u = schedule.noised(batch.x_0, t, batch.noise())
-        with torch.no_grad():
-            for i in range(n):
-                x_u = heun_step(schedule, partial(self.teacher.denoise, c=c), x_u, grid[k - i], grid[k - i - 1])
         soft, end = self.config.compare == "soft", s
         with one_mask(self.student, self.target):
-            a = self.G(self.student, x_t, t, s, c)
             with torch.no_grad():
+                for i in range(n):
+                    x_u = heun_step(schedule, partial(self.teacher.denoise, c=c), x_u, grid[k - i], grid[k - i - 1])
                 b = self.G(self.student if soft else self.target, x_u, u, s, c)
+            a = self.G(self.student, x_t, t, s, c)
             if soft:
                 end = grid[torch.zeros_like(k)]
                 with frozen_weights(self.target):
                     a, b = (self.G(self.target, x_s, s, end, c) for x_s in (a, b))
-        alpha = schedule.alpha(end)
-        return mean_square(a / alpha, b / alpha, STEP_WEIGHTS[self.config.weight](schedule, t, u))
+        return mean_square(a / schedule.alpha(end), b / schedule.alpha(end))
 
     def denoising_loss(self, batch: Batch) -> Tensor:
         """Half of the levels are log-normal, the others from the upper .7 of the grid, as released."""
@@ -136,8 +127,8 @@ class ConsistencyTrajectory(Method):
         return mean_square(self.student(x_t, t, t, batch.c), batch.x_0, weight)
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        loss = self.consistency_loss(batch)
-        yield self.student, loss + self.w * self.denoising_loss(batch) if self.w else loss
+        denoising = self.w * self.denoising_loss(batch) if self.w else 0.0
+        yield self.student, self.consistency_loss(batch) + denoising
 
     def after_step(self) -> None:
         if self.config.mu:
