@@ -173,30 +173,34 @@ class Gain(nn.Module):
 
 @pytest.mark.parametrize("mu", [0.0, 0.9])
 @pytest.mark.parametrize("compare", ["soft", "local"])
-def test_the_gradient_passes_through_the_input_of_the_target_only(compare, mu):
+@pytest.mark.parametrize("name", ["ve", "flow_matching"])
+def test_the_gradient_passes_through_the_input_of_the_target_only(name, compare, mu):
     """x^_s = a(w) x^_t with a = r + (1 - r) w. For one image the loss is (a(w) o x^_t - b)^2, where the outer jump's
     o = a(w-) and b are constants, so that its gradient is 2 (1 - r) o x^_t (a o x^_t - b)."""
-    schedule = VE()
+    schedule = SCHEDULES[name]()
     method = ctm(gaussian_teacher(schedule), compare=compare, mu=mu)
     method.student = Gain(schedule, 0.3)
     method.target = Gain(schedule, 0.7) if mu else method.student
     outer = method.target.w.item()
     for seed in range(5):
         method.student.w.grad = None
-        loss_of(method, batch_of(method, 1, seed, step=seed)).backward()
+        loss = loss_of(method, batch_of(method, 1, seed, step=seed))
+        loss.backward()
         again, grid = batch_of(method, 1, seed, step=seed), method.grid
         n = method.draw_n(again)
         k = again.integers(n, len(grid))
-        t, u, e = grid[k], grid[k - n], grid[0]
-        s = grid[(again.uniform() * (k - n + 1)).long()]
-        x_t = x_u = again.x_0 + t * again.noise()
+        t, u, s = grid[k], grid[k - n], grid[(again.uniform() * (k - n + 1)).long()]
+        x_t = x_u = schedule.noised(again.x_0, t, again.noise())
         for i in range(n):
             x_u = heun_step(schedule, method.teacher.denoise, x_u, grid[k - i], grid[k - i - 1])
-        a = lambda w, high, low: low / high + (1 - low / high) * w
-        o = a(outer, s, e) if compare == "soft" else torch.ones(())
+        x_t, x_u = x_t / schedule.alpha(t), x_u / schedule.alpha(u)
+        r = lambda high, low: schedule.noise_level(low) / schedule.noise_level(high)
+        a = lambda w, high, low: r(high, low) + (1 - r(high, low)) * w
+        o = a(outer, s, grid[0]) if compare == "soft" else torch.ones(())
         b = o * a(0.3 if compare == "soft" else outer, u, s) * x_u
-        expected = (2 * (1 - s / t) * o * x_t * (a(0.3, t, s) * o * x_t - b)).mean()
-        close(method.student.w.grad, expected, rtol=1e-10)
+        close(loss, (a(0.3, t, s) * o * x_t - b).square().mean(), rtol=1e-9)
+        expected = (2 * (1 - r(t, s)) * o * x_t * (a(0.3, t, s) * o * x_t - b)).mean()
+        close(method.student.w.grad, expected, rtol=1e-9)
         assert method.target is method.student or method.target.w.grad is None
 
 
