@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from distillbench.diffusion.schedules import VPLinear as VPLinear
     from distillbench.diffusion.training_times import karras_time as karras_time
     from distillbench.diffusion.training_times import lognormal_time as lognormal_time
+    from distillbench.diffusion.two_times import gamma_sampling as gamma_sampling
 
 __all__ = [
     "CURRICULA",
@@ -117,6 +118,7 @@ __all__ = [
     "denoising_weight",
     "derivative",
     "dpmpp_2m",
+    "gamma_sampling",
     "guided",
     "heun",
     "heun_step",
@@ -184,6 +186,7 @@ _HOMES = {
     "denoising_weight": "distillbench.diffusion.losses",
     "derivative": "distillbench.diffusion.derivatives",
     "dpmpp_2m": "distillbench.diffusion.samplers",
+    "gamma_sampling": "distillbench.diffusion.two_times",
     "guided": "distillbench.diffusion.denoiser",
     "heun": "distillbench.diffusion.samplers",
     "heun_step": "distillbench.diffusion.samplers",

@@ -33,6 +33,7 @@ from distillbench.training.method import Method
 from distillbench.training.pairs import Workspace
 from distillbench_boot import Boot
 from distillbench_cm import ConsistencyDistillation
+from distillbench_ctm import ConsistencyTrajectory
 from distillbench_direct import Direct
 from distillbench_ect import EasyConsistencyTuning
 from distillbench_imm import InductiveMomentMatching
@@ -72,10 +73,12 @@ METHODS = {
     "boot": (Boot, {"steps": N, "target": "euler", "boundary_share": 1.0, "lr_decay": "cosine"}),
 }
 
-# Methods in continuous time learn the exact map, not a chain.
+# Methods in continuous time learn the exact map, not a chain. That of ctm is a chain of 17 steps of Heun, close to it.
 CONTINUOUS = {
     "ect": (EasyConsistencyTuning, {}),
     "ect from the teacher": (EasyConsistencyTuning, {"source": "teacher"}),
+    "ctm": (ConsistencyTrajectory, {"lr": 1e-3}),
+    "ctm, local": (ConsistencyTrajectory, {"lr": 1e-3, "compare": "local"}),
     "scm": (ContinuousConsistency, {"sigma_data": 1.0, "lr": 1e-3}),
     "meanflow": (MeanFlow, {"lr": 1e-3}),
     "meanflow from data": (MeanFlow, {"lr": 1e-3, "source": "data"}),

@@ -255,15 +255,21 @@ def test_it_takes_two_steps_and_is_scored(name, words, written, registry):
     assert (outcome.folder / "samples.png").is_file()
     if (estimate := estimated(name)) is not None:
         records = [json.loads(file.read_bytes()) for file in outcome.folder.parent.glob("cells/*/train.json")]
-        assert sum(forwards(record, configs[0]) for record in records) == pytest.approx(estimate["forwards"])
+        made = sum(forwards(record, configs[0]) for record in records)
+        assert made == pytest.approx(estimate["forwards"], rel=2e-4)  # of four digits
 
 
 def forwards(record: dict, config: RunConfig) -> float:
-    """Forward-equivalents of a training image, pairs left out: a gradient of weights counts two, of an input one."""
-    cost = record["cost"]
-    ahead = evaluations_for_pairs(config, record["inputs"]["method"]["name"])
+    """Forward-equivalents of a training image, pairs left out: a gradient of weights counts two, of an input one.
+
+    CTM draws its teacher's steps of Heun, n of at most M with P(n) ~ n: they are replaced by their mean, (2 M + 1) / 3.
+    """
+    cost, name = record["cost"], record["inputs"]["method"]["name"]
+    teacher = cost["teacher_nfe"] - evaluations_for_pairs(config, name)
+    if name == "ctm":
+        teacher = 2 * (2 * config.methods[name].solver_steps + 1) / 3 * cost["images"]
     backward = 2 * cost["student_backward"] - cost["student_backward_input"] + cost["teacher_backward"]
-    return (cost["teacher_nfe"] - ahead + cost["student_nfe"] + backward) / cost["images"]
+    return (teacher + cost["student_nfe"] + backward) / cost["images"]
 
 
 def evaluations_for_pairs(config: RunConfig, method: str) -> int:

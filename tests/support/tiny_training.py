@@ -8,6 +8,7 @@ from torch import nn
 import distillbench_boot
 import distillbench_cm
 import distillbench_ct
+import distillbench_ctm
 import distillbench_direct
 import distillbench_ect
 import distillbench_imm
@@ -31,6 +32,7 @@ METHODS = {
     "cm": (distillbench_cm.ConsistencyDistillation, {"steps": 9, "mu": 0.5}),
     "cm, mu 0": (distillbench_cm.ConsistencyDistillation, {"steps": 9, "mu": 0.0}),
     "ct": (distillbench_ct.ConsistencyTraining, {"start": "teacher"}),
+    "ctm": (distillbench_ctm.ConsistencyTrajectory, {"steps": 9, "solver_steps": 2}),
     "direct": (distillbench_direct.Direct, {"steps": 4, "pairs": 12}),
     "direct online": (distillbench_direct.Direct, {"steps": 4, "online": True}),
     "lcm": (distillbench_lcm.LatentConsistency, {"steps": 8, "mu": 0.5}),
