@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from distillbench.diffusion.losses import SNR_WEIGHTS as SNR_WEIGHTS
     from distillbench.diffusion.losses import denoising_loss as denoising_loss
     from distillbench.diffusion.losses import mean_square as mean_square
+    from distillbench.diffusion.rollouts import chain_times as chain_times
     from distillbench.diffusion.rollouts import rollout as rollout
     from distillbench.diffusion.samplers import ONE_STEP as ONE_STEP
     from distillbench.diffusion.samplers import SAMPLERS as SAMPLERS
@@ -97,6 +98,7 @@ __all__ = [
     "VPLinear",
     "ancestral",
     "ancestral_step",
+    "chain_times",
     "check_heun",
     "ddim",
     "ddim_ode_step",
@@ -155,6 +157,7 @@ _HOMES = {
     "VPLinear": "distillbench.diffusion.schedules",
     "ancestral": "distillbench.diffusion.samplers",
     "ancestral_step": "distillbench.diffusion.samplers",
+    "chain_times": "distillbench.diffusion.rollouts",
     "check_heun": "distillbench.diffusion.samplers",
     "ddim": "distillbench.diffusion.samplers",
     "ddim_ode_step": "distillbench.diffusion.samplers",

@@ -14,7 +14,9 @@ is trained on noised real images instead, it never sees their errors. The chain 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,7 +26,24 @@ from distillbench.diffusion.schedules import NoiseSchedule
 from distillbench.errors import UserError
 from distillbench.system.transfers import to_device
 
-__all__ = ["rollout"]
+__all__ = ["chain_times", "rollout"]
+
+ROUNDING = 1e-9  # of lam at the ends of a schedule
+
+
+def chain_times(schedule: NoiseSchedule, levels: Sequence[float]) -> Tensor:
+    """The times of a chain whose steps begin at these noise levels tau, which fall; ascending, (N,) float64.
+
+    Raises UserError unless they fall and are levels of the schedule.
+    """
+    (low, high), got = schedule.lam_range, [*levels]
+    if not got or any(tau <= lower for tau, lower in pairwise(got)):
+        raise UserError(f"levels must fall from one step to the next, got {got}")
+    lam = torch.tensor(got[::-1], dtype=torch.float64).log()
+    if not (low - ROUNDING <= lam[0] and lam[-1] <= high + ROUNDING):  # and so not of a level below 0
+        ends = f"{math.exp(low):g} to {math.exp(high):g}"
+        raise UserError(f"levels must be noise levels of the schedule, {ends}, got {got}")
+    return schedule.t_of_lam(lam)
 
 
 def rollout(
