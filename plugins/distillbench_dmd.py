@@ -5,33 +5,27 @@ Synthesis" (DMD2), arXiv:2405.14867, as in the authors' code; the gradient is th
 arXiv:2311.18828. Noise levels are EDM's, tau = sigma_t / alpha_t, so x_t = alpha_t (x + tau eps) on any schedule.
 
     x     = G(x_s, s),   x_s from the student's own chain: noise at its highest level s, or its last image noised to s
-    L_psi = E (1/tau^2 + 1/sd^2) | D_psi(x_t, t) - sg[x] |^2
-    g     = w (D_psi(x_t, t) - D_phi(x_t, t)),   w = 1 / mean|x - D_phi(x_t, t)| of each image   (DMD, eqs. 7 and 8)
-    L_G   = E | x - sg[x - g] |^2 / 2,   whose gradient in x is g
+    L_psi = E (1/tau^2 + 1/sd^2) | D_psi(x_t, t) - sg[x] |^2                        in every step
+    L_G   = E | x - sg[x - g] |^2 / 2,   whose gradient in x is g                   in every `fake_updates`-th step
+    g     = w (D_psi(x_t, t) - D_phi(x_t, t)),   w = 1 / mean|x - D_phi(x_t, t)| of each image
 
 Both denoisers see the same x_t. With w = 1/tau^2 the gradient is that of KL(p_G,t | p_phi,t), and with any w > 0 it is
 zero where these agree. w = 1 and `fake_updates` = 1 are Diff-Instruct (Luo et al. 2023, arXiv:2305.18455). With
-`gan_weight` a head h on features of D_psi tells x_t from noised real images y_t, each at levels of its own:
-
-    L_psi += fake_gan_weight E softplus(h(x_t)) + softplus(-h(y_t)),      L_G += gan_weight E softplus(-h(x_t))
+`gan_weight` a head h on features of D_psi tells x_t from noised real images y_t: L_G gains E softplus(-h(x_t)) times
+that weight, and L_psi E softplus(h(x_t)) + softplus(-h(y_t)) times `fake_gan_weight`.
 
 | symbol | meaning                                                                           | shape      |
 |--------|-----------------------------------------------------------------------------------|------------|
-| x      | image of the student after k + 1 of its steps, k drawn for each image             | (B,C,H,W)  |
+| x, k   | image of the student after its steps 0, ..., k, k drawn for each image            | (B,C,H,W)  |
 | t, s   | time of x_t, drawn for each image; time of the student's input                    | (B,1,1,1)  |
 | D_phi  | teacher, E[x_0 given x_t, c], guided where c says so                              | (B,C,H,W)  |
-| D_psi  | fake score: denoiser of the student's distribution; starts as the teacher         | (B,C,H,W)  |
-| w      | weight of the gradient                                                            | (B,1,1,1)  |
+| D_psi  | fake score, denoiser of what step k makes given c; starts as the teacher          | (B,C,H,W)  |
 | h      | logit of the discriminator                                                        | (B,1)      |
-| c      | condition: class and guidance of the teacher                                      | of a batch |
-
-Every step updates psi, every `fake_updates`-th also G, each on images of its own. The losses do not show progress.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -63,6 +57,7 @@ class DistributionMatching(Method):
     @dataclass
     class Config(MethodConfig):
         levels: list[float] = option([80.0], "noise levels of the student's steps, falling; as many as it has steps")
+        mixture: bool = option(False, "the fake score is of the mixture of all steps (published), and not of each step")
         fake_updates: int = option(5, "updates of the fake score to one of the student (Diff-Instruct: 1)")
         weight: str = option("dmd", "w: dmd, one (Diff-Instruct), or kl, 1/tau^2")
         times: str = option("karras", "t: uniform on Karras et al.'s ramp, or lognormal (Diff-Instruct)")
@@ -77,14 +72,14 @@ class DistributionMatching(Method):
             require_one_of(self, "weight", WEIGHTS)
             require_one_of(self, "times", TIMES)
             require_positive(self, "fake_updates")
-            require_between(self, 0, float("inf"), "gan_weight", "fake_gan_weight")
+            require_between(self, 0, 1e6, "gan_weight", "fake_gan_weight")
             require_between(self, 0, 0.49, "margin")
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        layer = config.layer if config.gan_weight else None
-        self.fake = FakeScore(teacher.trainable_copy(), layer, teacher.shape, teacher.conditioning)
         self.times = chain_times(teacher.schedule, config.levels)
+        steps, layer = 1 if config.mixture else len(self.times), config.layer if config.gan_weight else None
+        self.fake = FakeScore(teacher.trainable_copy(), steps, layer, teacher.shape, teacher.conditioning)
 
     @classmethod
     def reads_data(cls, config: Config) -> bool:
@@ -105,40 +100,40 @@ class DistributionMatching(Method):
         G = lambda x_s, s: self.student(x_s, s, c)
         return G(*rollout(G, self.teacher.schedule, self.times, noise, k))
 
-    def logits(self, x: Tensor, batch: Batch, c: Condition) -> Tensor:
+    def h(self, x: Tensor, k: Tensor, batch: Batch, c: Condition) -> Tensor:
         t = self.time(batch)
-        return self.fake.logits(self.teacher.schedule.noised(x, t, batch.noise()), t, c)
+        return self.fake.logits(self.teacher.schedule.noised(x, t, batch.noise()), t, k, c)
 
-    def fake_loss(self, x: Tensor, batch: Batch, c: Condition) -> Tensor:
-        loss = denoising_loss(self.fake.denoiser, x, self.time(batch), batch.noise(), c)
+    def fake_loss(self, x: Tensor, k: Tensor, batch: Batch, c: Condition) -> Tensor:
+        e = self.fake.embedding(k)
+        loss = denoising_loss(self.fake.denoiser, x, self.time(batch), batch.noise(), c, embedding=e)
         if self.config.gan_weight:
-            told_apart = softplus(self.logits(x, batch, c)) + softplus(-self.logits(batch.x_0, batch, batch.c))
+            told_apart = softplus(self.h(x, k, batch, c)) + softplus(-self.h(batch.x_0, k, batch, batch.c))
             loss = loss + self.config.fake_gan_weight * told_apart.mean()
         return loss
 
-    def gradient(self, x: Tensor, t: Tensor, eps: Tensor, c: Condition) -> Tensor:
-        """g, (B,C,H,W)."""
+    def g(self, x: Tensor, k: Tensor, t: Tensor, eps: Tensor, c: Condition) -> Tensor:
         with torch.no_grad():
             x_t, tau = self.teacher.schedule.noised(x, t, eps), self.teacher.schedule.noise_level(t).to(x.dtype)
-            D_phi, D_psi = self.teacher.denoise(x_t, t, c), self.fake.denoiser(x_t, t, c)
+            D_phi, D_psi = self.teacher.denoise(x_t, t, c), self.fake(x_t, t, k, c)
             return WEIGHTS[self.config.weight]((x - D_phi).abs(), tau) * (D_psi - D_phi)
 
-    def student_loss(self, x: Tensor, batch: Batch, c: Condition) -> Tensor:
-        g = self.gradient(x, self.time(batch, self.config.margin), batch.noise(), c)
+    def student_loss(self, x: Tensor, k: Tensor, batch: Batch, c: Condition) -> Tensor:
+        g = self.g(x, k, self.time(batch, self.config.margin), batch.noise(), c)
         loss = mean_square(x, (x - g).detach(), 0.5)
         if self.config.gan_weight:
             with frozen_weights(self.fake):  # gradients reach x, not psi; no dropout
-                loss = loss + self.config.gan_weight * softplus(-self.logits(x, batch, c)).mean()
+                loss = loss + self.config.gan_weight * softplus(-self.h(x, k, batch, c)).mean()
         return loss
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         c, k = batch.random_c(), batch.integers(0, len(self.times))
         with torch.no_grad():  # and so without dropout
             x = self.chain(batch.noise, k, c)
-        yield self.fake, self.fake_loss(x, batch, c)
+        yield self.fake, self.fake_loss(x, k, batch, c)
         if batch.step % self.config.fake_updates == 0:
             c, k = batch.random_c(), batch.integers(0, len(self.times))
-            yield self.student, self.student_loss(self.chain(batch.noise, k, c), batch, c)
+            yield self.student, self.student_loss(self.chain(batch.noise, k, c), k, batch, c)
 
     def supports(self, nfe: int) -> bool:
         return 1 <= nfe <= len(self.times)
@@ -147,8 +142,7 @@ class DistributionMatching(Method):
         return False  # only the distribution is fitted
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        draws = map(noise, itertools.count())
-        return self.chain(lambda: next(draws), nfe - 1, c)
+        return self.chain(map(noise, range(nfe)).__next__, nfe - 1, c)
 
 
 @hookimpl(api=2)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,21 +27,21 @@ from distillbench.system.transfers import to_device
 
 __all__ = ["chain_times", "rollout"]
 
-ROUNDING = 1e-9  # of lam at the ends of a schedule
+ROUNDING = 1e-9  # of lam at the lower end of a schedule
 
 
 def chain_times(schedule: NoiseSchedule, levels: Sequence[float]) -> Tensor:
     """The times of a chain whose steps begin at these noise levels tau, which fall; ascending, (N,) float64.
 
-    Raises UserError unless they fall and are levels of the schedule.
+    The first is at most the schedule's highest level, that of pure noise. Raises UserError unless they then fall and
+    are levels of the schedule.
     """
-    (low, high), got = schedule.lam_range, [*levels]
-    if not got or any(tau <= lower for tau, lower in pairwise(got)):
-        raise UserError(f"levels must fall from one step to the next, got {got}")
-    lam = torch.tensor(got[::-1], dtype=torch.float64).log()
-    if not (low - ROUNDING <= lam[0] and lam[-1] <= high + ROUNDING):  # and so not of a level below 0
+    low, high = schedule.lam_range
+    lam = torch.tensor([*levels][::-1], dtype=torch.float64).log()  # not a number for a level below 0
+    lam[-1:].clamp_(max=high)
+    if not levels or not (lam.diff() > 0).all() or not lam[0] >= low - ROUNDING:
         ends = f"{math.exp(low):g} to {math.exp(high):g}"
-        raise UserError(f"levels must be noise levels of the schedule, {ends}, got {got}")
+        raise UserError(f"levels must fall, within those of the schedule, {ends}, got {[*levels]}")
     return schedule.t_of_lam(lam)
 
 

@@ -30,6 +30,7 @@ from distillbench.training.pairs import Workspace
 from distillbench_boot import Boot
 from distillbench_cm import ConsistencyDistillation
 from distillbench_direct import Direct
+from distillbench_dmd import DistributionMatching
 from distillbench_meanflow import MeanFlow
 from distillbench_pd import ProgressiveDistillation
 from distillbench_scm import ContinuousConsistency
@@ -65,7 +66,15 @@ CONTINUOUS = {
 
 
 # Methods that match the distribution, and have no map to compare: the numbers of evaluations that are tested.
-DISTRIBUTIONS: dict[str, tuple[type[Method], dict, tuple[int, ...]]] = {}
+DISTRIBUTIONS: dict[str, tuple[type[Method], dict, tuple[int, ...]]] = {
+    "dmd": (DistributionMatching, {"lr": 1e-3}, (1,)),
+    "dmd, four steps": (DistributionMatching, {"lr": 1e-3, "levels": [80.0, 4.0, 1.0, 0.3]}, (1, 2, 4)),
+    "dmd, Diff-Instruct": (
+        DistributionMatching,
+        {"lr": 1e-3, "weight": "one", "fake_updates": 1, "times": "lognormal", "margin": 0.0, "levels": [2.5]},
+        (1,),
+    ),
+}
 
 
 class Plane(Gmm):
