@@ -60,5 +60,5 @@ def test_without_steps_and_layer_it_is_the_denoiser_alone():
 
 
 def test_a_submodule_that_there_is_not_is_refused():
-    with pytest.raises(UserError, match="has no submodule 'blocks.7'"):
+    with pytest.raises(UserError, match=r"has no submodule 'blocks\.7'"):
         FakeScore(denoiser("mlp"), 1, "blocks.7", image_shape("mlp"))

@@ -9,6 +9,7 @@ import distillbench_boot
 import distillbench_cm
 import distillbench_ct
 import distillbench_direct
+import distillbench_dmd
 import distillbench_meanflow
 import distillbench_pd
 import distillbench_scm
@@ -28,6 +29,7 @@ METHODS = {
     "ct": (distillbench_ct.ConsistencyTraining, {"start": "teacher"}),
     "direct": (distillbench_direct.Direct, {"steps": 4, "pairs": 12}),
     "direct online": (distillbench_direct.Direct, {"steps": 4, "online": True}),
+    "dmd": (distillbench_dmd.DistributionMatching, {"fake_updates": 2, "levels": [80.0, 1.0]}),
     "meanflow": (distillbench_meanflow.MeanFlow, {}),
     "pd": (distillbench_pd.ProgressiveDistillation, {"steps": 4}),
     "scm": (distillbench_scm.ContinuousConsistency, {"warmup": 10}),
