@@ -110,7 +110,7 @@ def main(seeds: int, settings: int) -> None:
         given = words(seeds, settings, Path(scratch) / "results")
         with clock.stage("compose the settings"):
             configs = compose_runs(given, registry)
-        with clock.stage("plan, with prices"):
+        with clock.stage("plan, with costs"):
             cells = plan(configs, registry)
         with clock.stage("show the plan"):
             print_plan(Console(file=io.StringIO(), width=120), cells)

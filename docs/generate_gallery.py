@@ -45,7 +45,7 @@ def page() -> str:
 
 
 def _row(cell: Cell, registry: Registry) -> list[str]:
-    cls, price = registry.methods[cell.name].cls, cell.price
+    cls, cost = registry.methods[cell.name].cls, cell.cost
     source = cell.shared.source
     method = build(cell, source.untrained().conditioned(cell.shared.conditioning))
     return [
@@ -55,8 +55,8 @@ def _row(cell: Cell, registry: Registry) -> list[str]:
         "needed" if cls.needs_data else "no",
         "map" if method.keeps_noise(1) else "distribution",
         ", ".join(map(str, cell.nfe)),
-        f"{price.teacher_nfe / price.images:.3g}",
-        f"{price.student_nfe / price.images:.3g}",
+        f"{cost.teacher_nfe / cost.images:.3g}",
+        f"{cost.student_nfe / cost.images:.3g}",
         str(len(method.phases())),
     ]
 

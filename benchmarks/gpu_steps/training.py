@@ -23,7 +23,7 @@ from distillbench.metering.memory import peak_gpu_mib, peak_rss_mib
 from distillbench.networks.architectures import UNet
 from distillbench.system.progress import Progress, Step
 from distillbench.teachers.teacher import Teacher
-from distillbench.training.budget import BudgetConfig, Meter, Price
+from distillbench.training.budget import BudgetConfig, Meter, TrainingCost
 from distillbench.training.compute import ComputeConfig, applied, tf32
 from distillbench.training.data_stream import DataStream
 from distillbench.training.flops import denoisers_of, measured_flops, training_flops
@@ -199,7 +199,7 @@ def _methods_in(
 def _timed(context: Context, scene: Scene, name: str, compute: ComputeConfig, precision: str) -> dict[str, Any]:
     device, count, before = context.device, 2 if context.small else 12, 0.0
     first = 2 if context.small else 4  # steps that do not count: libraries choose algorithms, memory is taken
-    marks, prices, walls, graphs = Marks(device), list[Price](), list[float](), list[int]()
+    marks, costs, walls, graphs = Marks(device), list[TrainingCost](), list[float](), list[int]()
 
     def after(number: int, meter: Meter) -> None:
         nonlocal count, before
@@ -211,7 +211,7 @@ def _timed(context: Context, scene: Scene, name: str, compute: ComputeConfig, pr
         if number == first:
             synchronise(device)
             count = min(count, max(4, int(6 / (time.perf_counter() - before))))  # of slow steps fewer
-            _edge(device, meter, prices, graphs)
+            _edge(device, meter, costs, graphs)
             if device != "cpu":
                 torch.cuda.reset_peak_memory_stats(device)
             walls.append(time.perf_counter())
@@ -219,13 +219,13 @@ def _timed(context: Context, scene: Scene, name: str, compute: ComputeConfig, pr
         if number == first + count:
             synchronise(device)
             walls.append(time.perf_counter())
-            _edge(device, meter, prices, graphs)
+            _edge(device, meter, costs, graphs)
             raise Enough
 
     method = drive(scene, name, device, context.folder / "steps", after, compute)
     ms = marks.between()
     peak = torch.cuda.max_memory_allocated(device) / MIB if device != "cpu" else None
-    paid = _difference(prices[1], prices[0])
+    paid = _difference(costs[1], costs[0])
     flops = measured_flops(paid.networks, method.teacher, denoisers_of(method), device)
     tflop = training_flops(paid.networks, flops) / 1e12 / len(ms)
     both = paid.teacher_backward + paid.student_backward
@@ -248,15 +248,15 @@ def _timed(context: Context, scene: Scene, name: str, compute: ComputeConfig, pr
     }  # fmt: skip
 
 
-def _edge(device: str, meter: Meter, prices: list[Price], graphs: list[int]) -> None:
+def _edge(device: str, meter: Meter, costs: list[TrainingCost], graphs: list[int]) -> None:
     from torch._dynamo.utils import counters
 
     synchronise(device)
-    prices.append(meter.price())
+    costs.append(meter.cost())
     graphs.append(counters["stats"]["unique_graphs"])
 
 
-def _difference(late: Price, early: Price) -> Price:
+def _difference(late: TrainingCost, early: TrainingCost) -> TrainingCost:
     """Of what is counted."""
     before = asdict(early)
     counts = {name: value - before[name] for name, value in asdict(late).items() if isinstance(value, int)}

@@ -189,7 +189,7 @@ def judge_counts(method: str, cuda: Mapping[str, int], cpu: Mapping[str, int]) -
     what = f"{method}: counts on CUDA and CPU"
     if apart or not cpu:
         told = ", ".join(f"{name} {a} and {b}" for name, (a, b) in apart.items()) or "nothing was counted"
-        return Verdict("wrong", what, told, "equal", "the price of training depends on the device: report it")
+        return Verdict("wrong", what, told, "equal", "the cost of training depends on the device: report it")
     return Verdict("ok", what, ", ".join(f"{name} {value:,}" for name, value in cpu.items()), "equal")
 
 

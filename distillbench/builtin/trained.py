@@ -268,12 +268,12 @@ class Trained(TeacherSource):
             loop = Loop(config.batch_size)
             trained = train(method, config.optimizer, workspace, data.read, loop, step, resume=resume)
         tensors = {k: v.detach().cpu().contiguous() for k, v in method.student.network.state_dict().items()}
-        price = {"images": trained.price.images, "seconds": round(trained.price.seconds, 1)}
-        about = {"recipe": recipe, "price": price, "final_loss": trained.curve[-1].loss}
+        cost = {"images": trained.cost.images, "seconds": round(trained.cost.seconds, 1)}
+        about = {"recipe": recipe, "cost": cost, "final_loss": trained.curve[-1].loss}
         metadata = {METADATA: json.dumps(about | {"device": device_name(self.device)})}
         write_tensors(file, tensors, metadata)
         states.clear()
-        progress.say(f"teacher trained: {price['images']} images, {price['seconds']} s")
+        progress.say(f"teacher trained: {cost['images']} images, {cost['seconds']} s")
         return file
 
 

@@ -124,7 +124,7 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
         cells = plan(configs, registry)
         if flags.dry_run:
             print_plan(console, cells)
-            raise SystemExit(SOMETHING_FAILED if any(cell.price_error for cell in cells) else 0)
+            raise SystemExit(SOMETHING_FAILED if any(cell.cost_error for cell in cells) else 0)
         for config in configs:
             check_sharding(config.compute, ranks.count)
         if ranks.count > 1:

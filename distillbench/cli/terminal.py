@@ -76,13 +76,13 @@ def print_plan(console: Console, cells: list[Cell]) -> None:
         images = f", {origin.images:,} images" if origin.images else ""
         _say(console, f"dataset {dataset}, teacher {name}: {origin.origin}{images}")
         _print_plan_table(console, group)
-        if varied := dict.fromkeys(cell.name for cell in group if cell.price_varies):
+        if varied := dict.fromkeys(cell.name for cell in group if cell.cost_varies):
             _say(console, f"{', '.join(varied)}: evaluations are about these, because steps have random costs")
         for column, why in group[0].shared.unavailable_metrics().items():
             _say(console, f"{column} would be empty: {why}")
-        failing = [cell for cell in group if cell.price_error]
+        failing = [cell for cell in group if cell.cost_error]
         for cell in failing[:MOST_LINES]:
-            _say(console, f"{cell.label} would fail: {cell.price_error}")
+            _say(console, f"{cell.label} would fail: {cell.cost_error}")
         _say_more(console, len(failing), "cells would fail")
         budget = group[0].shared.config.budget
         if budget.limit == "seconds":
@@ -139,7 +139,7 @@ def _cost(cell: Cell) -> tuple[int, int, int, int]:
     """Predicted: images, teacher and student evaluations of training, evaluations of sampling."""
     evaluation = cell.shared.config.evaluation
     sampling = sum(cell.nfe) * evaluation.images * len(evaluation.seeds)
-    return cell.price.images, cell.price.teacher_nfe, cell.price.student_nfe, sampling
+    return cell.cost.images, cell.cost.teacher_nfe, cell.cost.student_nfe, sampling
 
 
 def print_rows(progress: Progress, rows: pd.DataFrame) -> None:

@@ -39,7 +39,7 @@ from distillbench.system.environment import device_name, environment
 from distillbench.system.progress import Progress
 from distillbench.system.signals import Stop
 from distillbench.teachers.teacher import Teacher
-from distillbench.training.budget import Meter, Price
+from distillbench.training.budget import Meter, TrainingCost
 from distillbench.training.checkpoints import Checkpoints
 from distillbench.training.compute import applied
 from distillbench.training.data_stream import DataStream
@@ -232,7 +232,7 @@ def _trained(
     missing = {name: reason for name, (_, reason) in measured.peaks.items() if reason}
     missing |= {"joules": used.reason} if used.reason else {}
     missing |= {"compile_seconds": measured.no_compile_seconds} if measured.no_compile_seconds else {}
-    flops, reason = _flops(trained.price, teacher, [] if shared.config.compute.shard else denoisers_of(method), shared)
+    flops, reason = _flops(trained.cost, teacher, [] if shared.config.compute.shard else denoisers_of(method), shared)
     missing |= {"tflops": reason} if reason else {}
     counts = trained.counts
     if counts.complete and counts.clipped is None:
@@ -242,7 +242,7 @@ def _trained(
     return TrainRecord(
         **common | {"device": measured.device},
         status="ok",
-        cost=_cost(trained.price, used, flops),
+        cost=_recorded_cost(trained.cost, used, flops),
         **peaks,
         parameters=sum(p.numel() for p in method.student.parameters()),
         trained_parameters=sum(p.numel() for p in method.student.parameters() if p.requires_grad),
@@ -259,7 +259,7 @@ def _trained(
                 file=c.file,
                 sha256=c.sha256,
                 ready=list(c.ready),
-                cost=_cost(c.price, c.energy, flops),
+                cost=_recorded_cost(c.cost, c.energy, flops),
             )
             for c in trained.checkpoints
         ],
@@ -277,24 +277,24 @@ def _seen(monitor: Monitor | None) -> dict[str, Any]:
 
 
 def _flops(
-    price: Price, teacher: Teacher, networks: list[Denoiser], shared: SharedContext
+    cost: TrainingCost, teacher: Teacher, networks: list[Denoiser], shared: SharedContext
 ) -> tuple[dict[NetworkRows, NetworkFlops], str]:
-    """FLOPs of one row of each kind in `price`, or {} and the reason why they are unknown."""
+    """FLOPs of one row of each kind in `cost`, or {} and the reason why they are unknown."""
     try:
         if teacher.conditioning.small is not None:
             raise Unavailable("the evaluations of an upscaler's base model are not counted apart from its own")
-        if sum(rows.forward for rows in price.networks) != price.teacher_nfe + price.student_nfe:
+        if sum(rows.forward for rows in cost.networks) != cost.teacher_nfe + cost.student_nfe:
             raise Unavailable("a part of the training was counted by an earlier version of distillbench")
-        return measured_flops(price.networks, teacher, networks, shared.device), ""
+        return measured_flops(cost.networks, teacher, networks, shared.device), ""
     except Unavailable as reason:
         return {}, str(reason)
     except Exception as error:  # a third-party network may raise anything
         return {}, f"its FLOPs cannot be counted: {type(error).__name__}"
 
 
-def _cost(price: Price, used: Energy, flops: Mapping[NetworkRows, NetworkFlops]) -> Cost:
-    tflops = training_flops(price.networks, flops) / 1e12 if flops else None
-    return Cost(**dataclasses.asdict(price), tflops=tflops, joules=used.joules)
+def _recorded_cost(cost: TrainingCost, used: Energy, flops: Mapping[NetworkRows, NetworkFlops]) -> Cost:
+    tflops = training_flops(cost.networks, flops) / 1e12 if flops else None
+    return Cost(**dataclasses.asdict(cost), tflops=tflops, joules=used.joules)
 
 
 def keep_traceback(error: Exception, folder: Path, progress: Progress) -> str:

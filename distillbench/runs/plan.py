@@ -15,8 +15,8 @@ from distillbench.errors import UserError, printable
 from distillbench.registry import Registry
 from distillbench.runs.cell_names import name_differences
 from distillbench.runs.config import RunConfig
-from distillbench.runs.price import PriceCache
 from distillbench.runs.shared_context import Cell, SharedContext, SharedContexts
+from distillbench.runs.training_cost import CostCache
 from distillbench.teachers.students import StudentConfig
 from distillbench.teachers.teacher import TeacherPlan
 from distillbench.training.method import MethodConfig
@@ -27,7 +27,7 @@ USUAL_NFE = (1, 2, 4)  # network evaluations of rows where evaluation.nfe is emp
 def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
     """The cells of all settings, checked without training, each with its estimated cost. Writes nothing."""
     cells: list[Cell] = []
-    contexts, prices = SharedContexts(), PriceCache()
+    contexts, costs = SharedContexts(), CostCache()
     seen: set[Hashable] = set()
     for config in configs:
         shared = contexts.of(config, registry)
@@ -42,7 +42,7 @@ def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
                     _check_data(cell)
                     _check_start(cell)
                     cell.nfe = sorted(config.evaluation.nfe or USUAL_NFE)
-                    prices.fill_in(cell, contexts.text(cell.method_config))
+                    costs.fill_in(cell, contexts.text(cell.method_config))
                 cells.append(cell)
         _check_nfe(config, todo)
     name_differences(cells)
@@ -99,7 +99,7 @@ def _check_start(cell: Cell) -> None:
 
 def _check_nfe(config: RunConfig, cells: list[Cell]) -> None:
     """Refuse a number of evaluations in evaluation.nfe with which no method of the run can sample."""
-    students = [cell for cell in cells if cell.entry is not None and not cell.price_error]
+    students = [cell for cell in cells if cell.entry is not None and not cell.cost_error]
     for nfe in config.evaluation.nfe:
         if students and len(students) == len(config.methods) and not any(nfe in cell.nfe for cell in students):
             able = "; ".join(f"{cell.name}: {', '.join(map(str, cell.nfe))}" for cell in students)

@@ -34,7 +34,7 @@ from distillbench.system.progress import Progress
 from distillbench.teachers.latents import training_data
 from distillbench.teachers.students import AS_TEACHER, StudentForm
 from distillbench.teachers.teacher import Teacher, TeacherSource
-from distillbench.training.budget import Price
+from distillbench.training.budget import TrainingCost
 from distillbench.training.build import build_method, restored_method
 from distillbench.training.compute import check_access, check_compute, check_sampling
 from distillbench.training.data_parallel import SINGLE_RANK, Ranks
@@ -154,11 +154,11 @@ class Cell:
     method_config: MethodConfig | None = None
     seed: int | None = None
     solver: Solver | None = None  # of the teacher itself
-    price: Price = field(default_factory=Price)  # estimated
-    price_varies: bool = False  # the estimate is a mean: the cost of a step is random
+    cost: TrainingCost = field(default_factory=TrainingCost)  # estimated
+    cost_varies: bool = False  # the estimate is a mean: the cost of a step is random
     group_size: int = 1  # the method's, once it is known
     nfe: list[int] = field(default_factory=list)  # of its rows
-    price_error: str = ""  # why the cost could not be estimated
+    cost_error: str = ""  # why the cost could not be estimated
     differs: str = ""  # the settings that tell it from other cells of the run, such as "lr=0.0001"
 
     @property

@@ -214,10 +214,10 @@ class MethodBench:
 
         return images if self.reads_data else None
 
-    def walk(self, priced: bool = False) -> Iterator[Moment]:
+    def walk(self, cost_only: bool = False) -> Iterator[Moment]:
         """A cycle of steps of each of the first WALKED_PHASES phases, as in training; `prepare` makes two pairs.
 
-        `priced`: instead the steps from which a plan estimates the cost.
+        `cost_only`: instead the steps from which a plan estimates the cost.
         """
         method, read, generator = self.method(), self.read(), torch.Generator(self.device).manual_seed(0)
         method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=self.device))
@@ -225,7 +225,7 @@ class MethodBench:
         about = self.images, self.shape, generator, self.device, read, self.conditioning, self.share
         for phase, stage in enumerate(method.phases()[:WALKED_PHASES]):
             method.start_phase(phase)
-            count = stage.priced_steps if priced else stage.cycle
+            count = stage.cost_steps if cost_only else stage.cycle
             for step in range(count):
                 batch = WatchedBatch(*about, step, phase)
                 yield Moment("begin", phase, method, batch)

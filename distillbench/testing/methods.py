@@ -66,7 +66,7 @@ from distillbench.testing.methods_steps import (
     teacher_untouched,
 )
 from distillbench.testing.methods_times import times
-from distillbench.testing.methods_training import average, deterministic, parts, price, randomness, resumes, trains
+from distillbench.testing.methods_training import average, cost, deterministic, parts, randomness, resumes, trains
 from distillbench.training.budget import BudgetConfig
 from distillbench.training.compute import Sampling, sampling
 from distillbench.training.loop import Loop, train
@@ -255,7 +255,7 @@ def benches(
 NEEDED_BY_DEVICE = (
     "resumes",
     "parts",
-    "price",
+    "cost",
     "ready",
     "nfe",
     "uncounted",
@@ -283,7 +283,7 @@ CHECKS = [
     Check(deterministic, ("randomness",)),
     Check(resumes, ("deterministic", "teacher_untouched")),
     Check(parts, ("deterministic",), "first"),
-    Check(price, ("trains",)),
+    Check(cost, ("trains",)),
     Check(flops, ("trains",), "first"),
     Check(times, ("trains",), "first"),
     Check(supports, ("trains",), "first"),

@@ -65,7 +65,7 @@ def flops(bench: MethodBench) -> str:
     for phase, stage in enumerate(method.phases()[:WALKED_PHASES]):
         meter.look_again()
         method.start_phase(phase)
-        ran, before = _Flops(), meter.price().networks
+        ran, before = _Flops(), meter.cost().networks
         counters = method.teacher.teacher_rows, method.teacher.student_rows
         timed = [counter.timed for counter in counters]
         try:
@@ -81,7 +81,7 @@ def flops(bench: MethodBench) -> str:
         finally:
             for counter, one in zip(counters, timed, strict=True):
                 counter.timed = one
-        rows = sum_of_rows(meter.price().networks, before)
+        rows = sum_of_rows(meter.cost().networks, before)
         try:
             counted = training_flops(rows, measured_flops(rows, method.teacher, denoisers_of(method), bench.device))
         except Unavailable as reason:

@@ -22,8 +22,8 @@ from distillbench.testing.method_bench import (
     weights_of,
 )
 
-PRICE_ERROR = 0.02  # relative
-PRICE_DEVIATIONS = 4  # standard deviations by which random costs may differ from their estimate
+COST_ERROR = 0.02  # relative
+COST_DEVIATIONS = 4  # standard deviations by which random costs may differ from their estimate
 GRADIENT_ROUNDING = {"fp32": 1e-3, "bf16": 3e-2}  # relative: sums in another order, by precision
 
 
@@ -93,14 +93,14 @@ def parts(bench: MethodBench) -> str:
     return "a step in two parts, as with accumulate or two GPUs, has the gradient of the whole step"
 
 
-def price(bench: MethodBench) -> str:
+def cost(bench: MethodBench) -> str:
     """Training costs the evaluations that a plan estimates from the steps of a cycle of each phase."""
     stages = bench.method().phases()
     if len(stages) > WALKED_PHASES:
         raise NotApplicable(f"it has more than {WALKED_PHASES} phases")
     prepared, before = 0, 0
     rows: list[list[int]] = [[] for _ in stages]  # by phase, of each of its steps
-    for moment in bench.walk(priced=True):
+    for moment in bench.walk(cost_only=True):
         if moment.what == "begin":
             before = rows_of(moment.method)
             prepared = prepared if moment.phase or moment.batch.step else before
@@ -117,7 +117,7 @@ def price(bench: MethodBench) -> str:
         else:  # a phase may end within a cycle
             rounding += max(abs(sum(of_phase[:k]) - k * fmean(of_phase)) for k in range(stage.cycle))
     made = bench.run.evaluations
-    allowed = PRICE_ERROR * estimated + rounding + PRICE_DEVIATIONS * math.sqrt(spread)
+    allowed = COST_ERROR * estimated + rounding + COST_DEVIATIONS * math.sqrt(spread)
     if abs(made - estimated) > allowed:
         raise Fault(
             f"a plan estimates {estimated:,.0f} evaluations from the steps of a cycle of each phase, training made "

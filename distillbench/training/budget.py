@@ -51,7 +51,7 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True)
-class Price:
+class TrainingCost:
     """What training has cost so far. seconds = teacher_seconds + student_seconds + compile_seconds + other_seconds.
 
     Evaluations are images (rows) of forward passes; `_backward` counts those that a gradient was computed for. If the
@@ -77,7 +77,7 @@ class Price:
     other_seconds: float = 0.0
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Price:
+    def from_plain(cls, plain: Mapping[str, Any]) -> TrainingCost:
         """From ``dataclasses.asdict``, as training states have it; those of older versions lack `networks`."""
         return cls(**{**plain, "networks": tuple(NetworkRows(**each) for each in plain.get("networks", ()))})
 
@@ -106,7 +106,7 @@ class Meter:
         self.budget, self.teacher, self.device = budget, teacher, device
         self._watches, self._energy = [*watches, *([energy] if energy else [])], energy
         self.images = 0
-        self.charged = Price()  # computed earlier, not by this meter's networks
+        self.charged = TrainingCost()  # computed earlier, not by this meter's networks
         self.charged_energy = NO_ENERGY
         self.stopwatch = Stopwatch.of(device)
         self._compiler = CompileWatch(self.stopwatch)
@@ -170,17 +170,17 @@ class Meter:
         )
         self.charged_energy += energy
 
-    def restart(self, price: Price, energy: Energy) -> None:
+    def restart(self, cost: TrainingCost, energy: Energy) -> None:
         """Continue from the cost of an earlier process; what this meter has counted so far is dropped."""
         self.stopwatch.reset()
         self._start, self._uncharged_rows = self.stopwatch.now(), self._rows()
         self._uncharged_networks = self._networks()
         if self._energy is not None:
             self._energy.restart()
-        self.images, self.charged, self.charged_energy = price.images, price, energy
+        self.images, self.charged, self.charged_energy = cost.images, cost, energy
 
     def _rows(self) -> dict[str, int]:
-        """The counters, by the names of the fields of Price."""
+        """The counters, by the names of the fields of TrainingCost."""
         teacher, student = self.teacher.teacher_rows, self.teacher.student_rows
         own = class_of(self.teacher.denoiser.network)
         others = [rows for kind, rows in teacher.kinds.items() if kind.network is not own]
@@ -245,7 +245,7 @@ class Meter:
     def _seconds(self) -> float:
         return self.stopwatch.now() - self._start + self.charged.seconds
 
-    def price(self) -> Price:
+    def cost(self) -> TrainingCost:
         """The cost so far; waits for the device."""
         accounts, charged = self.stopwatch.read(), self.charged
         seconds = self._seconds()
@@ -253,7 +253,7 @@ class Meter:
         student = accounts[Account.student] + charged.student_seconds
         compiler = accounts[Account.compile] + (charged.compile_seconds or 0.0)
         rows = self._rows()
-        return Price(
+        return TrainingCost(
             images=self.images,
             seconds=seconds,
             **{name: rows[name] - self._uncharged_rows[name] + getattr(charged, name) for name in rows},

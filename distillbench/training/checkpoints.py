@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distillbench.errors import UserError
 from distillbench.metering.energy import Energy
 from distillbench.storage.files import sha256_file, write_atomically
-from distillbench.training.budget import Price
+from distillbench.training.budget import TrainingCost
 from distillbench.training.method import Method
 
 
@@ -23,7 +23,7 @@ class Checkpoint:
 
     fraction: float  # of the budget, just reached
     images: int
-    price: Price
+    cost: TrainingCost
     energy: Energy  # joules until then
     ready: list[int]  # numbers of evaluations that it can sample with
     file: str  # name of the safetensors file
@@ -43,14 +43,14 @@ class Checkpoints:
             raise UserError(f"checkpoints must be rising shares of the budget between 0 and 1, got {self.fractions}")
 
     def write(
-        self, number: int, method: Method, tensors: Mapping[str, Tensor], phase: int, price: Price, used: Energy
+        self, number: int, method: Method, tensors: Mapping[str, Tensor], phase: int, cost: TrainingCost, used: Energy
     ) -> Checkpoint:
         """Write checkpoint `number` = 0, 1, ... of `method` with these full `tensors`, and its cost until then."""
         path = self.folder / f"checkpoint-{number + 1}.safetensors"
         copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         write_atomically(path, lambda temporary: save_file(copies, temporary))
         ready = [n for n in self.nfe if method.ready(n, phase)]
-        return Checkpoint(self.fractions[number], price.images, price, used, ready, path.name, sha256_file(path))
+        return Checkpoint(self.fractions[number], cost.images, cost, used, ready, path.name, sha256_file(path))
 
 
 def averaged_state(method: Method, average: nn.Module) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from distillbench.training.network_rows import sum_of_rows
 from distillbench.training.share import WHOLE, Share
 
 if TYPE_CHECKING:
-    from distillbench.training.budget import Meter, Price
+    from distillbench.training.budget import Meter, TrainingCost
     from distillbench.training.gradient_reduction import GradientReduction
 
 # How long a rank waits for the others.
@@ -41,7 +41,7 @@ MESSAGE_NUMBERS = 3  # most numbers in a message
 SUMMED_FIELDS = (
     "teacher_nfe", "student_nfe", "teacher_backward", "student_backward", "student_backward_input", "stand_in_nfe",
     "stand_in_backward", "teacher_along", "student_along",
-)  # fields of Price that are summed over ranks  # fmt: skip
+)  # fields of TrainingCost that are summed over ranks  # fmt: skip
 
 
 class Ranks:
@@ -85,17 +85,17 @@ class Ranks:
     def broadcast_module(self, module: nn.Module) -> None:
         """Copy the tensors of `module` from rank 0 to all ranks, except for sharded ones."""
 
-    def sum_price(self, price: Price) -> Price:
+    def sum_cost(self, cost: TrainingCost) -> TrainingCost:
         """The cost on all ranks together."""
-        return price
+        return cost
 
     def sum_energy(self, energy: Energy) -> Energy:
         """The energy of all ranks together."""
         return energy
 
-    def own_price(self, price: Price, energy: Energy) -> tuple[Price, Energy]:
+    def own_cost(self, cost: TrainingCost, energy: Energy) -> tuple[TrainingCost, Energy]:
         """This rank's part of a total cost and energy: everything on rank 0, nothing on the others."""
-        return price, energy
+        return cost, energy
 
     def all_gather(self, value: Any) -> list[Any]:
         """The values of all ranks in order, on every rank."""
@@ -255,17 +255,17 @@ class DataParallelRanks(Ranks):
         if self.main:
             self.exchange()
 
-    def sum_price(self, price: Price) -> Price:
+    def sum_cost(self, cost: TrainingCost) -> TrainingCost:
         counts, networks = zip(
-            *self.all_gather(([getattr(price, n) for n in SUMMED_FIELDS], price.networks)), strict=True
+            *self.all_gather(([getattr(cost, n) for n in SUMMED_FIELDS], cost.networks)), strict=True
         )
         total: dict[str, Any] = {name: sum(each) for name, *each in zip(SUMMED_FIELDS, *counts, strict=True)}
-        return replace(price, networks=sum_of_rows(each for own in networks for each in own), **total)
+        return replace(cost, networks=sum_of_rows(each for own in networks for each in own), **total)
 
-    def own_price(self, price: Price, energy: Energy) -> tuple[Price, Energy]:
+    def own_cost(self, cost: TrainingCost, energy: Energy) -> tuple[TrainingCost, Energy]:
         if self.main:
-            return price, energy
-        return replace(price, networks=(), **dict.fromkeys(SUMMED_FIELDS, 0)), NO_ENERGY
+            return cost, energy
+        return replace(cost, networks=(), **dict.fromkeys(SUMMED_FIELDS, 0)), NO_ENERGY
 
     def sum_energy(self, energy: Energy) -> Energy:
         first, *others = self.all_gather(energy)

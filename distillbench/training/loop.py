@@ -19,7 +19,7 @@ from distillbench.metering.stopwatch import Account
 from distillbench.system.dtensors import gather_full, load_full
 from distillbench.system.progress import Step
 from distillbench.system.signals import Interrupted
-from distillbench.training.budget import Meter, Price
+from distillbench.training.budget import Meter, TrainingCost
 from distillbench.training.checkpoints import Checkpoint, Checkpoints, averaged_state
 from distillbench.training.compute import ComputeConfig, grad_scaler, last_batch
 from distillbench.training.data_parallel import SINGLE_RANK, Ranks
@@ -56,7 +56,7 @@ class LossPoint:
 class Trained:
     """The result of a training: cost, loss curve and checkpoints. The weights are in the method."""
 
-    price: Price
+    cost: TrainingCost
     curve: list[LossPoint]
     checkpoints: list[Checkpoint] = field(default_factory=list)
     counts: UpdateCounts = field(default_factory=UpdateCounts)
@@ -153,7 +153,7 @@ class _Training:
         self.curve.log(phases[-1].label, last=True)
         method.student.load_state_dict(self.average.module.state_dict())
         self._look(1.0)
-        return Trained(ranks.sum_price(meter.price()), self.curve.points, self.written, self.curve.counts)
+        return Trained(ranks.sum_cost(meter.cost()), self.curve.points, self.written, self.curve.counts)
 
     def _newest_state(self) -> State | None:
         """The last saved state, the same on all ranks; None without one."""
@@ -221,26 +221,26 @@ class _Training:
 
     def _save(self, resume: Resume) -> None:
         """Save a state, outside the budget. Raises Interrupted if a signal has asked to stop."""
-        price, used = self._price()
+        cost, used = self._cost()
         with self.meter.pause():
-            state = self._state(price, used)
+            state = self._state(cost, used)
             resume.save(self.meter.images, State(gather_full(state.tensors, self.ranks.main), state.values))
             if self.ranks.broadcast_flag(resume.stop()):
                 raise Interrupted(resume.stop.name)
 
-    def _price(self) -> tuple[Price, Energy]:
+    def _cost(self) -> tuple[TrainingCost, Energy]:
         """Cost and energy of all ranks until now."""
-        return self.ranks.sum_price(self.meter.price()), self.ranks.sum_energy(self.meter.energy())
+        return self.ranks.sum_cost(self.meter.cost()), self.ranks.sum_energy(self.meter.energy())
 
     def _write_checkpoints(self, progress: float) -> None:
         if self.checkpoints is None or not self.meter.images:
             return
         while progress >= next(iter(self.checkpoints.fractions[self.reached :]), 2.0):
-            price, used = self._price()
+            cost, used = self._cost()
             with self.meter.pause():
                 tensors = gather_full(averaged_state(self.method, self.average.module), self.ranks.main)
                 if self.ranks.main:
-                    args = self.reached, self.method, tensors, self.phase, price, used
+                    args = self.reached, self.method, tensors, self.phase, cost, used
                     self.written.append(self.checkpoints.write(*args))
             self.reached += 1
 
@@ -262,7 +262,7 @@ class _Training:
                 self.curve.words = self.monitor.words
             self.ranks.broadcast_flag(True)
 
-    def _state(self, price: Price, used: Energy) -> State:
+    def _state(self, cost: TrainingCost, used: Energy) -> State:
         """Everything that the rest of the training depends on, and what it has cost until now."""
         method = self.method
         state = State()
@@ -277,7 +277,7 @@ class _Training:
             "phase": self.phase,
             "step": self.step,
             "schedule": [self.begin, self.finish],
-            "price": asdict(price),
+            "cost": asdict(cost),
             "energy": asdict(used),
             "checkpoints": [asdict(checkpoint) for checkpoint in self.written],
             "looks": None if self.monitor is None else self.monitor.state(),
@@ -302,7 +302,7 @@ class _Training:
         if self.monitor is not None and (looks := values.get("looks")) is not None:
             self.monitor.restore(looks)
             self.curve.words = self.monitor.words
-        self.meter.restart(*self.ranks.own_price(Price.from_plain(values["price"]), Energy(**values["energy"])))
+        self.meter.restart(*self.ranks.own_cost(TrainingCost.from_plain(values["cost"]), Energy(**values["energy"])))
         assert self.resume is not None
         self.resume.restore_peaks(state)
         restore_generators(state.part("generators"), self._generators(), self.workspace.device)
@@ -320,7 +320,7 @@ class _Training:
 
 
 def _checkpoint(plain: dict[str, Any]) -> Checkpoint:
-    return Checkpoint(**plain | {"price": Price.from_plain(plain["price"]), "energy": Energy(**plain["energy"])})
+    return Checkpoint(**plain | {"cost": TrainingCost.from_plain(plain["cost"]), "energy": Energy(**plain["energy"])})
 
 
 def _end_of_schedule(phases: list[Phase], index: int) -> float:
@@ -375,5 +375,5 @@ class _Curve:
             raise DivergedError(
                 f"the loss exploded from {first:.3g} to {mean:.3g} after {self.meter.images} images ({label})"
             )
-        self.points.append(LossPoint(self.meter.images, self.meter.price().seconds, mean))
+        self.points.append(LossPoint(self.meter.images, self.meter.cost().seconds, mean))
         self.step.advance(self.ranks.progress(self.meter), f"{label}, loss {mean:.4g}{self.words}")

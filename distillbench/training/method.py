@@ -132,7 +132,7 @@ class Phase:
             raise UserError(f"Phase.cycle is a number of steps, at least 1, got {self.cycle} in phase {self.label!r}")
 
     @property
-    def priced_steps(self) -> int:
+    def cost_steps(self) -> int:
         """The steps from which its cost is estimated: a cycle, or as many whole cycles as are enough for a mean."""
         cycles = max(VARIED_CYCLES, -(-VARIED_STEPS // self.cycle)) if self.cost_varies else 1
         return self.cycle * cycles

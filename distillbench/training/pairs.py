@@ -115,7 +115,7 @@ class Workspace:
         """
         stream = stream_key("pairs", self.seed)
         if self.dry:
-            return self._price_only(solve, count, stream)
+            return self._cost_only(solve, count, stream)
         key = {
             "format": FORMAT,
             "teacher_sha256": self.teacher.sha256,
@@ -162,7 +162,7 @@ class Workspace:
         c = self.teacher.conditioning.of_pairs(stream, indices, self.device)
         return solve(Noise(stream, indices, self.teacher.shape, self.device)(0), c).float().cpu()
 
-    def _price_only(self, solve: Solve, count: int, stream: int) -> PairStore:
+    def _cost_only(self, solve: Solve, count: int, stream: int) -> PairStore:
         before = self.meter.teacher_nfe
         with torch.no_grad():
             targets = self._solve(solve, stream, range(2))
@@ -173,7 +173,7 @@ class Workspace:
 
     def _make(self, solve: Solve, count: int, stream: int) -> Tensor:
         """All targets on rank 0, after each rank has computed its share; an empty tensor on the others."""
-        before = self.meter.price()
+        before = self.meter.cost()
         measured = energy(self.device, self.energy_source)
         with measured as watch, torch.no_grad(), self.progress.step("computing noise-image pairs") as step:
 
@@ -186,7 +186,7 @@ class Workspace:
             chunks, error = in_turns(math.ceil(count / BATCH), chunk, self.ranks)
             if error is not None:
                 raise error
-        after, used = self.meter.price(), self.ranks.sum_energy(watch.used)
+        after, used = self.meter.cost(), self.ranks.sum_energy(watch.used)
         evaluations = self.ranks.all_gather(after.teacher_nfe - before.teacher_nfe)
         self._cost = {
             "seconds": after.seconds - before.seconds,

@@ -28,7 +28,7 @@ from distillbench.storage.files import sha256_file, write_named
 from distillbench.system.progress import Progress
 from distillbench.system.signals import Stop
 
-FORMAT = 1  # version of the file format
+FORMAT = 2  # version of the file format
 DIGITS = 16  # of the SHA-256 in the file name
 
 

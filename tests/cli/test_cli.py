@@ -20,6 +20,7 @@ from distillbench.records.statistics import summarise
 from distillbench.records.table import make_table
 from distillbench.registry import load_registry
 from distillbench.system.progress import Progress
+from shipped import METHODS as SHIPPED
 
 GIVEN = ["methods=[boot]", "dataset=digits"]
 HEAVY = (
@@ -149,7 +150,7 @@ def test_plugins(call):
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_prints_the_plan_with_its_price_and_writes_nothing(call, tmp_path):
+def test_a_dry_run_prints_the_plan_with_its_cost_and_writes_nothing(call, tmp_path):
     code, out, err = call(
         "run", "methods=[boot,direct]", "dataset=digits", "seed=0,1", "budget.images=1000", "--dry-run"
     )
@@ -294,7 +295,7 @@ def test_results_that_cannot_be_written(refused, tmp_path, place):
         ("evaluation.nfe=[3]", "boot cannot sample with evaluation.nfe=[3]. Possible: 1"),
         (
             "methods=[bot]",
-            "no method 'bot'. Did you mean 'boot'? Possible: boot, cm, ct, direct, meanflow, pd, scm, sid, tract",
+            f"no method 'bot'. Did you mean 'boot'? Possible: {', '.join(SHIPPED)}",
         ),
         ("methods.boot.lr=-1", "methods.boot.lr must be positive, got -1.0"),
         ("seed=abc", "seed must be a whole number, got 'abc'"),

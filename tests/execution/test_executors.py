@@ -154,7 +154,7 @@ def test_a_missing_package_says_how_to_get_it(registry, kind, package, extra, mo
         executor_of(config, Progress(None), Stop())
 
 
-def test_keys_and_planned_prices_do_not_depend_on_the_executor(registry, tmp_path):
+def test_keys_and_planned_costs_do_not_depend_on_the_executor(registry, tmp_path):
     from distillbench.runs.cell_keys import evaluation_inputs, train_inputs
 
     given = ["methods=[boot]", *WORDS, "device=cpu", f'results_dir="{tmp_path}"']
@@ -163,7 +163,7 @@ def test_keys_and_planned_prices_do_not_depend_on_the_executor(registry, tmp_pat
     for words in ([], *several):
         _, cell = plan(compose_runs([*given, *words], registry), registry)
         inputs = train_inputs(cell, cell.shared.load_teacher(Progress(None)))
-        found.append((inputs, evaluation_inputs(cell, "key"), cell.price))
+        found.append((inputs, evaluation_inputs(cell, "key"), cell.cost))
     assert all(one == found[0] for one in found)
 
 

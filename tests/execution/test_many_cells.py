@@ -32,7 +32,7 @@ from distillbench.records.settings_file import BUT, read_settings, write_setting
 from distillbench.records.statistics import summarise
 from distillbench.registry import Entry, Plugin, load_registry
 from distillbench.reports.runs import read_run
-from distillbench.runs import config, config_grid, plan, price, shared_context
+from distillbench.runs import config, config_grid, plan, shared_context, training_cost
 from distillbench.runs.cell import AS_IS
 from distillbench.runs.config import compose_runs, to_yaml
 from distillbench.runs.shared_context import plain_settings
@@ -192,11 +192,11 @@ def test_few_words_do_not_stand_for_a_billion():
 
 @pytest.fixture(scope="module")
 def planned(registry, benchmark, tmp_path_factory):
-    """300 cells without results, and how often a price was estimated and a shared context made."""
+    """300 cells without results, and how often a cost was estimated and a shared context made."""
     results_dir = tmp_path_factory.mktemp("many") / "results"
     configs = compose_runs(benchmark.words(SEEDS, SETTINGS, results_dir), registry)
     with pytest.MonkeyPatch.context() as patch:
-        places = {"_price": price, "_make_context": shared_context}
+        places = {"_estimate": training_cost, "_make_context": shared_context}
         counted = {name: Counted(getattr(module, name)) for name, module in places.items()}
         for name, function in counted.items():
             patch.setattr(places[name], name, function)
@@ -204,10 +204,10 @@ def planned(registry, benchmark, tmp_path_factory):
     return configs, cells, {name: function.calls for name, function in counted.items()}
 
 
-def test_a_price_is_estimated_for_each_setting_and_not_for_each_seed(planned):
+def test_a_cost_is_estimated_for_each_setting_and_not_for_each_seed(planned):
     _, cells, calls = planned
-    assert len(cells) == 301 and calls == {"_price": SETTINGS, "_make_context": 1}
-    assert len({(str(cell.price), tuple(cell.nfe)) for cell in cells[1:]}) == 1 and cells[1].price.student_nfe > 0
+    assert len(cells) == 301 and calls == {"_estimate": SETTINGS, "_make_context": 1}
+    assert len({(str(cell.cost), tuple(cell.nfe)) for cell in cells[1:]}) == 1 and cells[1].cost.student_nfe > 0
 
 
 def test_a_plan_of_many_cells_is_printed_in_few_lines(planned):

@@ -199,14 +199,14 @@ def test_every_method_trained_on_the_same_number_of_images(first):
     assert np.allclose(parts.sum(axis=1).astype(float), students["train_seconds"].astype(float), rtol=1e-9)
 
 
-def test_the_plan_estimated_the_exact_price(first, words):
+def test_the_plan_estimated_the_exact_cost(first, words):
     registry = load_registry()
     cells = plan(compose_runs([*words, f'results_dir="{first.results}"'], registry), registry)
     for cell in (cell for cell in cells if cell.entry is not None):
         row = first.row(cell.name, cell.nfe[0], cell.seed)
-        assert cell.price.images == row["train_images"]
-        assert cell.price.teacher_nfe == pytest.approx(row["train_teacher_nfe"], rel=0.02)
-        assert cell.price.student_nfe == pytest.approx(row["train_student_nfe"], rel=0.02)
+        assert cell.cost.images == row["train_images"]
+        assert cell.cost.teacher_nfe == pytest.approx(row["train_teacher_nfe"], rel=0.02)
+        assert cell.cost.student_nfe == pytest.approx(row["train_student_nfe"], rel=0.02)
 
 
 def test_rows_arrive_one_by_one(first):

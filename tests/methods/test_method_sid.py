@@ -371,7 +371,7 @@ def test_the_least_random_number_is_no_trouble(name):
     assert (method.generator_times(batch) >= schedule.t_min).all()
 
 
-# --- who is trained, and at what price -------------------------------------------------------------------------------
+# --- who is trained, and at what cost -------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("float64")

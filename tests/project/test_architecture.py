@@ -178,10 +178,10 @@ def test_every_method_file_is_registered_in_pyproject():
 
 
 def planned(registry, folder):
-    """What a plan says of each method: its settings, its rows and its price."""
+    """What a plan says of each method: its settings, its rows and its cost."""
     words = [f"methods=[{','.join(registry.methods)}]", "dataset=digits", "experiment=smoke"]
     cells = plan(compose_runs([*words, f"results_dir={folder / 'results'}"], registry), registry)
-    return {cell.name: (vars(cell.method_config), cell.nfe, cell.price) for cell in cells if cell.entry}
+    return {cell.name: (vars(cell.method_config), cell.nfe, cell.cost) for cell in cells if cell.entry}
 
 
 @pytest.fixture(scope="module")

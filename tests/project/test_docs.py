@@ -486,7 +486,7 @@ def test_the_dataset_conforms_and_runs(registry, tmp_path):
     cls = registry.datasets["discs"].cls
     assert_conforms(cls)
     words = ["methods=[boot]", "dataset=discs", "dataset.count=500", "experiment=smoke", f"results_dir={tmp_path}"]
-    assert not [cell.price_error for cell in plan(compose_runs(words, registry), registry) if cell.price_error]
+    assert not [cell.cost_error for cell in plan(compose_runs(words, registry), registry) if cell.cost_error]
 
 
 def test_the_teacher_conforms(registry, tmp_path):

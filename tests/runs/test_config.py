@@ -18,6 +18,7 @@ from distillbench.registry import Entry, Plugin, load_registry
 from distillbench.runs import config
 from distillbench.runs.config import compose_runs, config_folder, describe_options, to_yaml
 from distillbench.training.method import MethodConfig
+from shipped import METHODS as SHIPPED
 
 GIVEN = ["methods=[boot]", "dataset=digits"]
 
@@ -143,7 +144,7 @@ DATASETS = (
     "afhqv2, celebahq, cifar10, digits, fashion_mnist, ffhq, folder, gmm, imagenet64, lsun_bedroom, mnist, prompts"
 )
 TEACHERS = "consistency, deepfloyd, diffusers, edm, gaussian, gmm, stable_diffusion, trained"
-METHODS = "Possible: boot, cm, ct, direct, meanflow, pd, scm, sid, tract"
+METHODS = f"Possible: {', '.join(SHIPPED)}"
 TOP = (
     "Possible: accumulate, batch_size, budget, cell_seconds, compute, conditional, dataset, device, energy, "
     "evaluation, executor, guidance, guidance_range, isolate, methods, on_oom, results_dir, run_name, seed, states, "

@@ -1,4 +1,4 @@
-"""Every prepared experiment, found by its file: it composes, is priced, and takes two real steps on shrunken files.
+"""Every prepared experiment, found by its file: it composes, has a planned cost, and takes two steps on shrunken files.
 
 The files are of the real formats, 8 or 16 pixels a side, and the teachers are tiny networks of random weights: only
 paths, sizes, the budget and what is scored differ from what the experiment says. An experiment of a teacher or a
@@ -34,7 +34,7 @@ from edm_files import DDPM, EdmWriter
 from image_sources import cifar, edm, pixels, png, write_folder, write_zip
 
 EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
-PRICED_BY_DAY = ("boot_sd15", "cd_cifar10", "compare_cifar10", "sid_cifar10", "smoke")
+PLANNED_BY_DAY = ("boot_sd15", "cd_cifar10", "compare_cifar10", "sid_cifar10", "smoke")
 TWO_STEPS_BY_DAY = ("boot_deepfloyd", "boot_ffhq64", "boot_sd15", "cd_cifar10", "ct_cifar10", "sid_cifar10", "smoke")
 SIDE = 8
 IMAGES = 12  # of a dataset
@@ -222,8 +222,8 @@ def _given(asked, composed):
     return asked if isinstance(composed, float) and float(asked) == composed else composed
 
 
-@pytest.mark.parametrize("name", by_day(EXPERIMENTS, PRICED_BY_DAY))
-def test_a_dry_run_prices_it(name, words, written, capfd, monkeypatch):
+@pytest.mark.parametrize("name", by_day(EXPERIMENTS, PLANNED_BY_DAY))
+def test_a_dry_run_plans_it(name, words, written, capfd, monkeypatch):
     """With its own batch, budget, steps, grids, samplers and scores."""
     monkeypatch.setenv("COLUMNS", "160")  # a narrower table cuts large numbers off
     with pytest.raises(SystemExit) as done:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from by_day import by_day
+from shipped import METHODS
 from simulated import Results, results_of
 
 pytestmark = pytest.mark.slow
-METHODS = ("boot", "cm", "ct", "direct", "meanflow", "pd", "scm", "sid", "tract")
 BY_DAY = ("boot", "cm", "scm", "sid")
 LABELS = ("unconditional", "guidance drawn", "classes", "guided")
 DAY_CASES = [f"{name}/unconditional" for name in BY_DAY]

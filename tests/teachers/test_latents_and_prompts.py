@@ -132,7 +132,7 @@ def test_the_time_of_encoding_is_stored_and_charged_by_share(tmp_path, monkeypat
     (file,) = tmp_path.glob("*.json")
     told = json.loads(file.read_text())
     assert told.pop("seconds") == 8.0
-    file.write_text(json.dumps(told))  # as before prices were kept
+    file.write_text(json.dumps(told))  # as before costs were kept
     encode_prompts(four, slow, "e", tmp_path, "cpu", SILENT)
     assert now[0] == 100 + 2 * (50 + 8) and json.loads(file.read_text())["seconds"] == 8.0
 

@@ -66,10 +66,10 @@ def test_methods_whose_steps_differ_conform_on_all_benches(cls):
 def test_a_plan_takes_the_mean_of_a_cycle(tmp_path):
     """In four of five steps: rollout, generator and fake score; in the fifth also the teacher."""
     cell = planned(tmp_path, "methods=[dmd2_toy]", "budget.images=12800", "evaluation.nfe=[2]")
-    assert (cell.price.teacher_nfe, cell.price.student_nfe) == (12_800 // 5, 3 * 12_800)
-    assert not cell.price_varies and not cell.price_error
+    assert (cell.cost.teacher_nfe, cell.cost.student_nfe) == (12_800 // 5, 3 * 12_800)
+    assert not cell.cost_varies and not cell.cost_error
     budget = "budget.limit=nfe", "budget.nfe=32000"
-    assert planned(tmp_path, "methods=[dmd2_toy]", "evaluation.nfe=[2]", *budget).price.images == 10_000
+    assert planned(tmp_path, "methods=[dmd2_toy]", "evaluation.nfe=[2]", *budget).cost.images == 10_000
 
 
 @pytest.mark.parametrize("after", [7, pytest.param(12, marks=pytest.mark.nightly)])
@@ -108,7 +108,7 @@ class Undeclared(Dmd2):
         return [Phase()]
 
 
-@fault("price", "Phase.cycle is the number of steps after which the cost repeats")
+@fault("cost", "Phase.cycle is the number of steps after which the cost repeats")
 class UndeclaredCost(Ctm):
     """Twice the evaluations in every second step."""
 
@@ -128,7 +128,7 @@ class _Two:
         self.noise, self.c, self.one_integer = batch.noise, batch.c, lambda low, high: 2
 
 
-@fault("price", "Phase(cost_varies=True) if it is random")
+@fault("cost", "Phase(cost_varies=True) if it is random")
 class UndeclaredChance(Ctm):
     def phases(self):
         return [Phase()]
@@ -156,22 +156,22 @@ def test_a_fault_is_found_by_its_check(cls, check, message):
 def test_a_random_cost_that_is_declared_conforms():
     found = findings(Ctm)
     assert not failed(list(found.values()))
-    assert "random, so " in found["price"].message
+    assert "random, so " in found["cost"].message
 
 
 def test_a_plan_takes_the_mean_of_random_costs_and_says_so(tmp_path, capsys):
     cell = planned(tmp_path, "methods=[ctm_toy]", "budget.images=12800")
     numbers = [Batch(8, SHAPE, torch.Generator().manual_seed(0), "cpu", None, step=step) for step in range(16)]
     mean = sum(batch.one_integer(1, 7) for batch in numbers) / 16
-    assert cell.price.teacher_nfe == round(12_800 * mean) and cell.price.student_nfe == 12_800
-    assert cell.price_varies
+    assert cell.cost.teacher_nfe == round(12_800 * mean) and cell.cost.student_nfe == 12_800
+    assert cell.cost_varies
     print_plan(Console(width=120), [cell])
     assert "ctm_toy: evaluations are about these, because steps have random costs" in capsys.readouterr().out
 
 
-def test_priced_steps_are_whole_cycles():
-    assert [Phase(cycle=n).priced_steps for n in (1, 5)] == [1, 5]
-    assert [Phase(cycle=n, cost_varies=True).priced_steps for n in (1, 5, 16)] == [16, 20, 64]
+def test_cost_steps_are_whole_cycles():
+    assert [Phase(cycle=n).cost_steps for n in (1, 5)] == [1, 5]
+    assert [Phase(cycle=n, cost_varies=True).cost_steps for n in (1, 5, 16)] == [16, 20, 64]
 
 
 def test_one_integer_is_the_same_in_all_parts_and_ranks_and_uniform_over_steps():
@@ -263,6 +263,6 @@ def test_a_plan_refuses_batches_that_are_no_whole_groups(words, message, tmp_pat
 
 def test_each_rank_needs_a_group(tmp_path):
     cell = planned(tmp_path, "methods=[groups_toy]", "batch_size=16", "budget.images=1028")
-    assert cell.group_size == 4 and not cell.price_error
+    assert cell.group_size == 4 and not cell.cost_error
     with pytest.raises(UserError, match="leaves a last batch of 4, and each of 2 processes must have a group of 4"):
         check_rows(cell.shared.config, 2, cell.group_size)

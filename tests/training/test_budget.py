@@ -41,8 +41,8 @@ def test_meter_counts_evaluations_from_its_construction_on(clock):
     evaluate(teacher.student(), 20)
     meter.images += 8
     clock.now += 2.5
-    price = meter.price()
-    assert (price.images, price.seconds, price.teacher_nfe, price.student_nfe) == (8, 2.5, 7, 30)
+    cost = meter.cost()
+    assert (cost.images, cost.seconds, cost.teacher_nfe, cost.student_nfe) == (8, 2.5, 7, 30)
 
 
 def test_two_meters_are_independent():
@@ -59,8 +59,8 @@ def test_a_charge_is_added_to_seconds_and_teacher_evaluations(clock):
     meter.charge(10.0, 300)
     meter.charge(5.0, 0)
     clock.now += 5
-    price = meter.price()
-    assert (price.seconds, price.teacher_nfe, price.student_nfe, price.images) == (20.0, 300, 0, 0)
+    cost = meter.cost()
+    assert (cost.seconds, cost.teacher_nfe, cost.student_nfe, cost.images) == (20.0, 300, 0, 0)
     assert meter.progress() == 0.5
 
 
@@ -116,9 +116,9 @@ def test_rows_with_gradient_are_counted_apart():
     teacher.denoise(x.clone().requires_grad_(), t)
     teacher.frozen_copy()(x.clone().requires_grad_(), t)
     student.requires_grad_(False)(x.clone().requires_grad_(), t)
-    price = meter.price()
-    assert (price.student_nfe, price.student_backward, price.student_backward_input) == (12, 8, 4)
-    assert (price.teacher_nfe, price.teacher_backward, price.stand_in_nfe) == (12, 8, 0)
+    cost = meter.cost()
+    assert (cost.student_nfe, cost.student_backward, cost.student_backward_input) == (12, 8, 4)
+    assert (cost.teacher_nfe, cost.teacher_backward, cost.stand_in_nfe) == (12, 8, 0)
 
 
 # --- seconds --------------------------------------------------------------------------------------------------------
@@ -147,9 +147,9 @@ def slow_family(clock):
     return teacher, student
 
 
-def split(price) -> tuple[float, float, float]:
-    assert price.teacher_seconds + price.student_seconds + price.other_seconds == pytest.approx(price.seconds, abs=1e-9)
-    return price.teacher_seconds, price.student_seconds, price.other_seconds
+def split(cost) -> tuple[float, float, float]:
+    assert cost.teacher_seconds + cost.student_seconds + cost.other_seconds == pytest.approx(cost.seconds, abs=1e-9)
+    return cost.teacher_seconds, cost.student_seconds, cost.other_seconds
 
 
 def test_seconds_are_split_into_teacher_student_and_the_rest(clock):
@@ -163,10 +163,10 @@ def test_seconds_are_split_into_teacher_student_and_the_rest(clock):
     with meter.stopwatch.charging(Account.student):
         clock.now += 5
     meter.charge(10.0, 7, teacher_seconds=9.0)
-    assert split(meter.price()) == pytest.approx((11.0, 8.0, 1.25))
+    assert split(meter.cost()) == pytest.approx((11.0, 8.0, 1.25))
     meter.stop()
     evaluate(teacher.denoise, 1)  # after it
-    assert split(meter.price()) == pytest.approx((11.0, 8.0, 3.25))
+    assert split(meter.cost()) == pytest.approx((11.0, 8.0, 3.25))
     assert teacher.teacher_rows.timed is teacher.student_rows.timed is nullcontext
 
 
@@ -175,7 +175,7 @@ def test_time_of_a_nested_network_is_charged_once(clock):
     meter = Meter(BudgetConfig(), teacher, "cpu")
     student.network.inner = lambda: evaluate(teacher.denoise, 1)
     evaluate(student, 1)
-    assert split(meter.price()) == pytest.approx((2.0, 3.0, 0.0))
+    assert split(meter.cost()) == pytest.approx((2.0, 3.0, 0.0))
 
 
 def test_a_network_that_fails_leaves_the_account_as_it_was(clock):
@@ -186,7 +186,7 @@ def test_a_network_that_fails_leaves_the_account_as_it_was(clock):
     with pytest.raises(ValueError):
         evaluate(student, 1)
     clock.now += 1
-    assert split(meter.price()) == pytest.approx((2.0, 3.0, 1.0))
+    assert split(meter.cost()) == pytest.approx((2.0, 3.0, 1.0))
 
 
 class Watch:
@@ -219,9 +219,9 @@ def test_a_pause_is_not_charged(clock):
         evaluate(teacher.denoise, 3)
         assert diary == ["off", "off"]
     evaluate(student, 1)
-    price = meter.price()
-    assert split(price) == pytest.approx((2.0, 3.0, 0.0))
-    assert (price.teacher_nfe, price.student_nfe, meter.progress()) == (3, 1, 5 / 8)
+    cost = meter.cost()
+    assert split(cost) == pytest.approx((2.0, 3.0, 0.0))
+    assert (cost.teacher_nfe, cost.student_nfe, meter.progress()) == (3, 1, 5 / 8)
 
 
 def test_energy_is_measured_plus_charged():
@@ -292,9 +292,9 @@ def test_time_of_a_gpu_is_split_without_waiting(monkeypatch):
             with meter.stopwatch.charging(Account.teacher):
                 gpu.work(1.0)
     assert gpu.waits == waits and gpu.host == 0.375
-    teacher, student, other = split(meter.price())
+    teacher, student, other = split(meter.cost())
     assert (teacher, student, other) == pytest.approx((9.125, 9.0, 1.5))  # the first launch found the GPU idle
-    assert meter.price().seconds == gpu.device == pytest.approx(19.625)
+    assert meter.cost().seconds == gpu.device == pytest.approx(19.625)
 
 
 def test_a_gpus_pause(monkeypatch):
@@ -307,7 +307,7 @@ def test_a_gpus_pause(monkeypatch):
                 gpu.work(50.0)
             gpu.host += 70
         gpu.work(4.0)
-    assert split(meter.price()) == pytest.approx((6.0, 0.0, 0.0))
+    assert split(meter.cost()) == pytest.approx((6.0, 0.0, 0.0))
 
 
 def test_passed_events_are_read_and_reused(monkeypatch):

@@ -82,7 +82,7 @@ def test_a_restored_checkpoint_samples_as_the_method_did(name, tmp_path, monkeyp
     trained = run(method, tmp_path / "cache", Checkpoints(FRACTIONS, tmp_path, NFE))
     assert name not in READY or [c.ready for c in trained.checkpoints] == READY[name]
     assert [c.fraction for c in trained.checkpoints] == list(FRACTIONS)
-    assert [c.images for c in trained.checkpoints] == [c.price.images for c in trained.checkpoints] == [120, 240, 360]
+    assert [c.images for c in trained.checkpoints] == [c.cost.images for c in trained.checkpoints] == [120, 240, 360]
     seen = []
     for checkpoint, then in zip(trained.checkpoints, copies, strict=True):
         path = tmp_path / checkpoint.file
@@ -123,8 +123,8 @@ def test_checkpoints_are_outside_a_budget_in_seconds(tmp_path, monkeypatch):
     budget = BudgetConfig(limit=Limit.seconds, seconds=8.0)
     workspace = make_workspace(gaussian_teacher(), tmp_path, budget)
     trained = train(method, optimizer(), workspace, None, Loop(10), SILENT, Checkpoints((0.2, 0.5), tmp_path, (1,)))
-    assert len(method.sizes) == 8 and trained.price.seconds == trained.price.other_seconds == 8.0
-    assert [(c.price.seconds, c.images) for c in trained.checkpoints] == [(2.0, 20), (4.0, 40)]
+    assert len(method.sizes) == 8 and trained.cost.seconds == trained.cost.other_seconds == 8.0
+    assert [(c.cost.seconds, c.images) for c in trained.checkpoints] == [(2.0, 20), (4.0, 40)]
     assert [c.energy for c in trained.checkpoints] == [Energy(None, "not measured")] * 2
 
 

@@ -371,14 +371,14 @@ def test_compilation_is_charged_apart(tmp_path, monkeypatch):
     with applied(ComputeConfig(compile="whole"), method, "cpu"):
         for _ in range(2):
             f = method.student(x, t)
-            seconds.append(meter.price().compile_seconds)
+            seconds.append(meter.cost().compile_seconds)
             with meter.stopwatch.charging(Account.student):
                 f.square().mean().backward()
-            seconds.append(meter.price().compile_seconds)
-    price = meter.price()
+            seconds.append(meter.cost().compile_seconds)
+    cost = meter.cost()
     assert torch.allclose(f, expected, atol=1e-6)
     assert 0 < seconds[0] < seconds[1] == seconds[2] == seconds[3]
-    assert price.student_seconds < seconds[3] < price.seconds
+    assert cost.student_seconds < seconds[3] < cost.seconds
     meter.stop()
 
 
@@ -408,10 +408,10 @@ def test_without_compiler_callbacks_there_is_a_reason(monkeypatch):
 
     monkeypatch.delattr(torch._dynamo.callback, "callback_handler")
     meter = Meter(BudgetConfig(), mlp_teacher(), "cpu")
-    price = meter.price()
+    cost = meter.cost()
     meter.stop()
-    assert price.compile_seconds is None and "does not report when its compiler runs" in meter.no_compile_seconds
-    assert price.teacher_seconds + price.student_seconds + price.other_seconds == pytest.approx(price.seconds)
+    assert cost.compile_seconds is None and "does not report when its compiler runs" in meter.no_compile_seconds
+    assert cost.teacher_seconds + cost.student_seconds + cost.other_seconds == pytest.approx(cost.seconds)
 
 
 # --- methods ---------------------------------------------------------------------------------------------------------

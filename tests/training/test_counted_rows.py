@@ -23,7 +23,7 @@ from distillbench.diffusion.schedules import VPCosine
 from distillbench.errors import Unavailable
 from distillbench.networks.architectures import DiT, ResidualMLP, UNet
 from distillbench.teachers.teacher import Teacher
-from distillbench.training.budget import BudgetConfig, Limit, Meter, Price
+from distillbench.training.budget import BudgetConfig, Limit, Meter, TrainingCost
 from distillbench.training.flops import count_flops, measured_flops, network_flops, training_flops
 
 B = 4
@@ -192,7 +192,7 @@ CHANGES = {"all": lambda network: None, "adapters": adapt, "half": first_block_f
 
 
 def step(kind, change, way):
-    """(meter's price, teacher, student, FLOPs that torch counted) of one step."""
+    """(meter's cost, teacher, student, FLOPs that torch counted) of one step."""
     torch.manual_seed(0)
     blank = NETWORKS[kind]
     teacher = Teacher("t", Denoiser(blank(), VPCosine(), "v"), SHAPES[kind], "t", blank=blank)
@@ -208,7 +208,7 @@ def step(kind, change, way):
     forward_mode = WAYS[way][3] > 0 and kind != "mlp"
     with sdpa_kernel(SDPBackend.MATH) if forward_mode else nullcontext():
         true = count_flops(run).flops
-    return meter.price(), teacher, student, true
+    return meter.cost(), teacher, student, true
 
 
 COSTS = [
@@ -230,8 +230,8 @@ COSTS = [
 )
 def test_rows_times_flops_are_what_torch_counts(way, kind, change):
     """Exactly, or within 2 % where the attention of another backend has another backward pass."""
-    price, teacher, student, true = step(kind, change, way)
-    counted = training_flops(price.networks, measured_flops(price.networks, teacher, [student]))
+    cost, teacher, student, true = step(kind, change, way)
+    counted = training_flops(cost.networks, measured_flops(cost.networks, teacher, [student]))
     assert counted == pytest.approx(true, rel=0.02 if kind != "mlp" else 1e-12)
 
 
@@ -250,21 +250,21 @@ def test_a_backward_pass_from_features_costs_less_than_one_from_f():
     student, meter = teacher.student(), Meter(BudgetConfig(), teacher, "cpu")
     for way in (through_features, through_features_and_f, trained):
         way(student, *inputs((2, 1, 1)))
-    rows = {each.features: each for each in meter.price().networks}
+    rows = {each.features: each for each in meter.cost().networks}
     assert rows["blocks.0.inner"].to_weights == B and rows[""].to_weights == 2 * B
     (part, whole) = (measured_flops([rows[name]], teacher, [student]).popitem()[1] for name in ("blocks.0.inner", ""))
     assert part.forward == whole.forward and 0 < part.backward < whole.backward
-    again = Price.from_plain(json.loads(json.dumps(asdict(meter.price()))))  # as a training state has it
-    assert again.networks == meter.price().networks
+    again = TrainingCost.from_plain(json.loads(json.dumps(asdict(meter.cost()))))  # as a training state has it
+    assert again.networks == meter.cost().networks
 
 
 def test_a_network_whose_class_or_weights_are_gone_has_no_flops():
-    price, teacher, student, _ = step("mlp", "adapters", trained)
+    cost, teacher, student, _ = step("mlp", "adapters", trained)
     with pytest.raises(Unavailable, match="left none of its class and size"):
-        measured_flops(price.networks, teacher, [])
+        measured_flops(cost.networks, teacher, [])
     student.requires_grad_(True)
     with pytest.raises(Unavailable, match="no longer trains the same weights"):
-        measured_flops(price.networks, teacher, [student])
+        measured_flops(cost.networks, teacher, [student])
 
 
 def test_which_weights_are_trained_is_looked_up_again_in_each_phase():
@@ -275,7 +275,7 @@ def test_which_weights_are_trained_is_looked_up_again_in_each_phase():
     first_block_frozen(student.network)
     meter.look_again()
     student(x, t)
-    whole, half = meter.price().networks
+    whole, half = meter.cost().networks
     assert 0 < half.trained < whole.trained == whole.weights == half.weights
     assert whole.to_weights == half.to_weights == B
 
@@ -309,8 +309,8 @@ def test_a_budget_of_evaluations_counts_a_tangent_as_one_more():
     meter = Meter(BudgetConfig(limit=Limit.nfe, nfe=10 * B), teacher, "cpu")
     tangent_alone(teacher.denoise, *inputs((2, 1, 1)))
     evaluated(teacher.student(), *inputs((2, 1, 1)))
-    price = meter.price()
-    assert (price.teacher_nfe, price.teacher_along, price.student_nfe, price.student_along) == (B, B, B, 0)
+    cost = meter.cost()
+    assert (cost.teacher_nfe, cost.teacher_along, cost.student_nfe, cost.student_along) == (B, B, B, 0)
     assert meter.spent() == 3 * B and meter.progress() == 0.3
 
 
@@ -324,5 +324,5 @@ def test_what_is_paused_and_what_is_charged_is_in_the_rows_of_networks():
         teacher.denoise(x, t)
         teacher.student()(x, t)
     meter.charge(1.0, 100)
-    (only,) = meter.price().networks
+    (only,) = meter.cost().networks
     assert (only.counted, only.forward, only.trained) == ("teacher", B + 100, 0)

@@ -116,23 +116,23 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
         for name in METHODS:
             weights, left = training(name, folder, ranks)
             save_file(weights, folder / f"{name}-{rank}.safetensors")
-            counted[name] = asdict(left.price) | {
+            counted[name] = asdict(left.cost) | {
                 "losses": [point.loss for point in left.curve],
                 "updates": left.counts.state(),
             }
         seen = Monitor(PixelScores(None, 5, 2, Sampling(), "cpu"), 0.3, (1,), print, most=1e9)
         weights, left = training("cm", folder, ranks, monitor=seen)
         save_file(weights, folder / f"looks-{rank}.safetensors")
-        counted["looks"] = asdict(left.price) | {"points": len(seen.points)}
+        counted["looks"] = asdict(left.cost) | {"points": len(seen.points)}
         _, left = training("cm", folder, ranks, limit=Limit.nfe)
-        counted["cm, nfe"] = asdict(left.price)
+        counted["cm, nfe"] = asdict(left.cost)
         try:
             training("cm", folder, ranks, stop=3 if ranks.main else 99)  # rank 1 is not told to stop
         except Interrupted:
             counted["interrupted"] = True
         weights, left = training("cm", folder, ranks, stop=99)
         save_file(weights, folder / f"resumed-{rank}.safetensors")
-        counted["resumed"] = asdict(left.price)
+        counted["resumed"] = asdict(left.cost)
         (folder / "forgetful").mkdir(exist_ok=True)
         for stop in (0, 3, 99):
             kept = 99 if stop == 3 and not ranks.main else stop
@@ -333,9 +333,9 @@ def test_two_ranks_train_the_same_weights_as_one(two, name, tmp_path):
     assert_alike(main, weights)
     assert all(torch.equal(tensor, follower[key]) for key, tensor in main.items())
     counted = json.loads((two / "counted-0.json").read_text())[name]
-    price = asdict(left.price)
-    for field in (field for field in price if field.endswith(("nfe", "backward", "input", "images"))):
-        assert counted[field] == price[field], field
+    cost = asdict(left.cost)
+    for field in (field for field in cost if field.endswith(("nfe", "backward", "input", "images"))):
+        assert counted[field] == cost[field], field
     assert counted["losses"] == pytest.approx([point.loss for point in left.curve], rel=1e-4)
     assert counted["updates"] == left.counts.state()
 
@@ -441,8 +441,8 @@ def test_gradient_accumulation_changes_nothing(name, tmp_path):
 def test_a_budget_in_evaluations_counts_all_ranks(two, tmp_path):
     counted = json.loads((two / "counted-0.json").read_text())["cm, nfe"]
     _, left = training("cm", tmp_path, limit=Limit.nfe)
-    assert counted["images"] == left.price.images
-    assert counted["teacher_nfe"] == left.price.teacher_nfe and counted["student_nfe"] == left.price.student_nfe
+    assert counted["images"] == left.cost.images
+    assert counted["teacher_nfe"] == left.cost.teacher_nfe and counted["student_nfe"] == left.cost.student_nfe
 
 
 def test_all_ranks_stop_and_resume_together(two):

@@ -159,7 +159,7 @@ BATCH = 6
 
 
 def steps_of(method, folder):
-    """(price, counted FLOPs) of prepare() and one step of each phase."""
+    """(cost, counted FLOPs) of prepare() and one step of each phase."""
     read = (lambda n: (torch.randn(n, 2, 1, 1), None)) if method.needs_data else None
     meter = Meter(BudgetConfig(), method.teacher, "cpu")
     workspace = make_workspace(method.teacher, folder)
@@ -175,23 +175,23 @@ def steps_of(method, folder):
             method.end_phase(phase, method.student)
 
     counted = count_flops(train)
-    return meter.price(), counted
+    return meter.cost(), counted
 
 
-def flops_of(price, method):
-    return training_flops(price.networks, measured_flops(price.networks, method.teacher, denoisers_of(method)))
+def flops_of(cost, method):
+    return training_flops(cost.networks, measured_flops(cost.networks, method.teacher, denoisers_of(method)))
 
 
-def as_before(price, teacher):
+def as_before(cost, teacher):
     """The sum as it was before rows were counted by kind of network: of all shipped methods it must stay the same."""
     own, student = family_flops(teacher)
-    to_weights = price.student_backward - price.student_backward_input
+    to_weights = cost.student_backward - cost.student_backward_input
     return (
-        (price.teacher_nfe - price.stand_in_nfe) * own.forward
-        + (price.teacher_backward - price.stand_in_backward) * own.backward_input
-        + (price.student_nfe + price.stand_in_nfe) * student.forward
+        (cost.teacher_nfe - cost.stand_in_nfe) * own.forward
+        + (cost.teacher_backward - cost.stand_in_backward) * own.backward_input
+        + (cost.student_nfe + cost.stand_in_nfe) * student.forward
         + to_weights * student.backward
-        + (price.student_backward_input + price.stand_in_backward) * student.backward_input
+        + (cost.student_backward_input + cost.stand_in_backward) * student.backward_input
     )
 
 
@@ -201,9 +201,9 @@ def test_rows_times_flops_per_row_equal_real_steps(name, tmp_path):
     cls, settings = METHODS[name]
     teacher = mlp_teacher()
     method = cls(cls.Config(**settings), teacher)
-    price, counted = steps_of(method, tmp_path)
-    rows = price.teacher_nfe + price.student_nfe
-    assert rows and price.student_backward and price.stand_in_nfe == 0
+    cost, counted = steps_of(method, tmp_path)
+    rows = cost.teacher_nfe + cost.student_nfe
+    assert rows and cost.student_backward and cost.stand_in_nfe == 0
     more = 0
     layers = 2 * (FEATURES * E + E * E)
     if name == "boot":
@@ -215,8 +215,8 @@ def test_rows_times_flops_per_row_equal_real_steps(name, tmp_path):
         more = 3 * BATCH * layers + BATCH * (layers + 2 * E * E)
     if name == "scm":  # 64 channels, once, with a gradient to its weights
         more = BATCH * (2 * 2 * (FEATURES * 64 + 64 * 64) + 2 * 64 * 64)
-    assert counted.flops == flops_of(price, method) + more == as_before(price, teacher) + more
-    assert (price.student_backward_input > 0) == (price.teacher_backward > 0) == (name == "sid")
+    assert counted.flops == flops_of(cost, method) + more == as_before(cost, teacher) + more
+    assert (cost.student_backward_input > 0) == (cost.teacher_backward > 0) == (name == "sid")
 
 
 @pytest.mark.parametrize("name", ["pd", "sid"])
@@ -228,9 +228,9 @@ def test_frozen_copies_cost_as_much_as_students_with_an_analytic_teacher(name, t
     teacher = Teacher("gmm", ExactDenoiser(distribution, schedule), (2, 1, 1), "gmm", start=start)
     cls, settings = METHODS[name]
     method = cls(cls.Config(**settings), teacher)
-    price, counted = steps_of(method, tmp_path)
-    assert price.stand_in_nfe == (2 * BATCH if name == "pd" else 0)
-    assert counted.flops == flops_of(price, method) == as_before(price, teacher)
+    cost, counted = steps_of(method, tmp_path)
+    assert cost.stand_in_nfe == (2 * BATCH if name == "pd" else 0)
+    assert counted.flops == flops_of(cost, method) == as_before(cost, teacher)
 
 
 def test_the_sum_over_kinds_of_networks():

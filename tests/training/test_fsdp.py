@@ -121,7 +121,7 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
 
         def keep(as_name: str, name: str, compute: ComputeConfig = SHARD, **how) -> None:
             weights, left = training(name, folder, ranks, compute, **how)
-            told[as_name] = asdict(left.price) | {"losses": [point.loss for point in left.curve]}
+            told[as_name] = asdict(left.cost) | {"losses": [point.loss for point in left.curve]}
             if ranks.main:
                 save_file({key: tensor.clone() for key, tensor in weights.items()}, folder / f"{as_name}.safetensors")
 
@@ -166,9 +166,9 @@ def test_sharded_networks_train_the_same_weights(two, name, tmp_path):
     how = how.get(name, {"name": name})
     weights, left = training(folder=tmp_path, **how)
     assert_alike(load_file(two / f"{name}.safetensors"), weights)
-    theirs, price = told(two)[name], asdict(left.price)
-    for field in (field for field in price if field.endswith(("nfe", "backward", "input", "images"))):
-        assert theirs[field] == price[field], field
+    theirs, cost = told(two)[name], asdict(left.cost)
+    for field in (field for field in cost if field.endswith(("nfe", "backward", "input", "images"))):
+        assert theirs[field] == cost[field], field
     assert theirs["losses"] == pytest.approx([point.loss for point in left.curve], rel=1e-4)
 
 

@@ -53,7 +53,7 @@ def test_a_budget_in_images_is_met_exactly(tmp_path):
     method = Ramp()
     trained = run(method, tmp_path, images=1000, batch_size=64)
     assert method.sizes == [64] * 15 + [40]
-    assert trained.price.images == 1000
+    assert trained.cost.images == 1000
 
 
 def test_a_batch_knows_its_step_within_the_phase(tmp_path):
@@ -65,7 +65,7 @@ def test_a_batch_knows_its_step_within_the_phase(tmp_path):
     method = Steps(phases=[Phase(), Phase(fresh=False)])
     trained = run(method, tmp_path, images=65)
     assert [entry for entry in method.diary if isinstance(entry, tuple)] == [(k, [k, k]) for k in (0, 1, 2, 3, 0, 1, 2)]
-    assert trained.price.images == 65  # each row of each batch
+    assert trained.cost.images == 65  # each row of each batch
 
 
 class Costly(Ramp):
@@ -82,7 +82,7 @@ def test_a_budget_in_evaluations_stops_with_the_step_that_reaches_it(tmp_path):
     method = Costly()
     trained = run(method, tmp_path, batch_size=32, budget=BudgetConfig(limit=Limit.nfe, nfe=1000))
     assert method.sizes == [32] * 11  # 10 x 96 < 1000 <= 11 x 96
-    assert (trained.price.teacher_nfe, trained.price.student_nfe) == (704, 352)
+    assert (trained.cost.teacher_nfe, trained.cost.student_nfe) == (704, 352)
 
 
 def test_a_budget_in_seconds_stops_with_the_step_that_reaches_it(tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_a_budget_in_seconds_stops_with_the_step_that_reaches_it(tmp_path, monke
     method = Slow()
     trained = run(method, tmp_path, budget=BudgetConfig(limit=Limit.seconds, seconds=10.0))
     assert len(method.sizes) == 3  # after 2, 5, 8 and then 11 seconds
-    assert trained.price.seconds == 11.0 and trained.price.images == 30
+    assert trained.cost.seconds == 11.0 and trained.cost.images == 30
 
 
 def test_a_budget_used_up_by_prepare_is_an_error(tmp_path):
@@ -126,8 +126,8 @@ def test_encoding_of_training_prompts_is_charged(tmp_path):
     method = Ramp()
     asked = Conditioning(5, texts=Dear(), evaluated=range(3, 5))
     method.__dict__["teacher"] = dataclasses.replace(method.teacher, conditioning=asked)
-    price = run(method, tmp_path, images=100).price
-    assert 21 < price.seconds < 28 and price.other_seconds > 21
+    cost = run(method, tmp_path, images=100).cost
+    assert 21 < cost.seconds < 28 and cost.other_seconds > 21
     with pytest.raises(RuntimeError, match="budget of 20 seconds"):
         run(method, tmp_path, budget=BudgetConfig(limit=Limit.seconds, seconds=20.0))
 
@@ -549,7 +549,7 @@ def test_an_exploding_loss_is_found_at_the_next_check(growth, tmp_path):
 
 def test_a_loss_may_grow_below_the_limit(tmp_path):
     method = Ramp(extra_loss=lambda step: 1e5 if step >= 60 else 1.0)
-    assert run(method, tmp_path, images=2000, lr=1e-9).price.images == 2000
+    assert run(method, tmp_path, images=2000, lr=1e-9).cost.images == 2000
 
 
 @pytest.mark.parametrize("parts", [2, 3, 10])
@@ -565,7 +565,7 @@ def test_a_step_in_parts_is_one_step_of_the_whole_batch(parts, tmp_path):
     expected = run(whole, tmp_path / "a", images=100)
     workspace = make_workspace(method.teacher, tmp_path / "b", BudgetConfig(images=100))
     trained = train(method, optimizer(), workspace, None, Loop(10, parts), SILENT)
-    assert sum(method.sizes) == 100 and trained.price.images == 100
+    assert sum(method.sizes) == 100 and trained.cost.images == 100
     assert len(method.sizes) == 10 * parts
     assert method.student.w.item() == pytest.approx(whole.student.w.item(), abs=1e-12)  # the same random numbers
     assert [p.loss for p in trained.curve] == pytest.approx([p.loss for p in expected.curve], abs=1e-12)

@@ -47,8 +47,8 @@ def run(method, folder, seen=None, kept=None, stop_after=10**6, budget=None, ste
     return train(method, method.config, workspace, given, loop, step, resume=resume, monitor=seen)
 
 
-def counted(price):
-    return {name: value for name, value in vars(price).items() if "seconds" not in name}
+def counted(cost):
+    return {name: value for name, value in vars(cost).items() if "seconds" not in name}
 
 
 # --- the training does not notice ------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_weights_and_costs_are_the_same_with_and_without_looks(name, limit, tmp_
         method = impolite(averaged_method(name))
         trained = run(method, tmp_path, seen, budget=budget)
         drawn = torch.rand(1).item(), np.random.rand(), random.random(), method.own.initial_seed()
-        ends.append((weights_of(method), counted(trained.price), [p.loss for p in trained.curve], drawn))
+        ends.append((weights_of(method), counted(trained.cost), [p.loss for p in trained.curve], drawn))
         if seen is not None:
             assert len(seen.points) >= 3 and seen.points[-1].fraction == 1.0
             assert all(m.training for m in method.student.modules()), "modes are restored"
@@ -148,8 +148,8 @@ def test_looks_take_at_most_their_share_of_the_evaluations(tmp_path):
     """12 images of one evaluation and, once, 16 of the teacher: 204, then 12; boot itself takes 2,160."""
     for most, expected in ((0.0, 0), (0.999 * 204 / 2160, 0), (1.001 * 204 / 2160, 1), (1.001 * 228 / 2160, 3)):
         seen = monitor(most=most)
-        price = run(averaged_method("boot"), tmp_path, seen).price
-        assert price.teacher_nfe + price.student_nfe == 2160
+        cost = run(averaged_method("boot"), tmp_path, seen).cost
+        assert cost.teacher_nfe + cost.student_nfe == 2160
         assert len(seen.points) == expected
 
 
@@ -160,7 +160,7 @@ def test_an_error_of_the_method_ends_the_looks_only(tmp_path):
     lines, method = [], averaged_method("boot")
     method.sample = sample
     seen = monitor(lines=lines)
-    assert run(method, tmp_path, seen).price.images == IMAGES
+    assert run(method, tmp_path, seen).cost.images == IMAGES
     assert lines == ["no scores along training from 20% on: ValueError: boom"] and not seen.points
 
 

@@ -52,8 +52,8 @@ def test_cached_pairs_are_charged_like_new_ones(tmp_path):
     assert same(made, found)
     assert meter.teacher_nfe == meter_again.teacher_nfe == manifest["teacher_nfe"] == 36
     assert meter_again.charged.seconds == manifest["seconds"] > 0
-    assert meter_again.price().seconds >= manifest["seconds"]
-    assert manifest["seconds"] <= meter.price().seconds
+    assert meter_again.cost().seconds >= manifest["seconds"]
+    assert manifest["seconds"] <= meter.cost().seconds
 
 
 def test_the_manifest_has_teacher_seconds_and_energy(tmp_path):
@@ -62,10 +62,10 @@ def test_the_manifest_has_teacher_seconds_and_energy(tmp_path):
     file = next(tmp_path.glob("*/manifest.json"))
     manifest = json.loads(file.read_text())
     assert 0 < manifest["teacher_seconds"] < manifest["seconds"]
-    assert meter.price().teacher_seconds == pytest.approx(manifest["teacher_seconds"], abs=1e-9)
+    assert meter.cost().teacher_seconds == pytest.approx(manifest["teacher_seconds"], abs=1e-9)
     assert (manifest["joules"], manifest["no_joules"]) == (None, "no GPU in use")
-    price = request_pairs(tmp_path)[2].price()
-    assert price.teacher_seconds == manifest["teacher_seconds"] and price.student_seconds == 0
+    cost = request_pairs(tmp_path)[2].cost()
+    assert cost.teacher_seconds == manifest["teacher_seconds"] and cost.student_seconds == 0
     assert request_pairs(tmp_path)[2].charged_energy == Energy(None, "the cached pairs: no GPU in use")
     file.write_text(json.dumps(signed(manifest | {"joules": 12.5})))
     assert request_pairs(tmp_path)[2].charged_energy == Energy(12.5)
@@ -123,8 +123,8 @@ DAMAGES = {
     "half a manifest": lambda folder: os.truncate(folder / "manifest.json", 25),
     "a manifest of another kind": lambda folder: (folder / "manifest.json").write_text("[]"),
     "a manifest of other pairs": edit_manifest(recipe={}),
-    "another price": edit_manifest(sign=dict, seconds=0.5),
-    "a price that is no number": edit_manifest(seconds="long"),
+    "another cost": edit_manifest(sign=dict, seconds=0.5),
+    "a cost that is no number": edit_manifest(seconds="long"),
     "energy that is no number": edit_manifest(joules="much"),
 }
 
@@ -142,7 +142,7 @@ def test_damaged_pairs_are_computed_again(tmp_path, damage):
     assert request_pairs(tmp_path)[1] == 0  # repaired
 
 
-def test_a_dry_run_has_the_price_without_the_work(tmp_path):
+def test_a_dry_run_has_the_cost_without_the_work(tmp_path):
     _, solved, meter, _ = request_pairs(tmp_path, count=1000, dry=True)
     assert meter.teacher_nfe == 3000 and solved < 10
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""An interrupted training continues from its last state and ends with the same weights, price and loss curve."""
+"""An interrupted training continues from its last state and ends with the same weights, cost and loss curve."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def run(method, folder, kept=None, stop_after=10**6, budget=None, seconds=1e9):
     return train(method, method.config, workspace, read, Loop(BATCH), SILENT, checkpoints, resume)
 
 
-def counted(price):
-    """A price without its seconds."""
-    return {name: value for name, value in vars(price).items() if "seconds" not in name}
+def counted(cost):
+    """A cost without its seconds."""
+    return {name: value for name, value in vars(cost).items() if "seconds" not in name}
 
 
 def losses(trained):
@@ -53,7 +53,7 @@ def losses(trained):
 
 
 def checkpoints_of(trained):
-    return [(c.fraction, c.images, c.ready, c.file, c.sha256, counted(c.price)) for c in trained.checkpoints]
+    return [(c.fraction, c.images, c.ready, c.file, c.sha256, counted(c.cost)) for c in trained.checkpoints]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(name, first, tmp_pat
             assert kept.newest() is not None
     again = run(method, tmp_path, kept)
     assert same_weights(weights_of(whole), weights_of(method))
-    assert counted(again.price) == counted(expected.price)
+    assert counted(again.cost) == counted(expected.cost)
     assert losses(again) == losses(expected)
     assert again.counts.state() == expected.counts.state() and again.counts.updates >= STEPS
     assert checkpoints_of(again) == checkpoints_of(expected)
@@ -163,17 +163,17 @@ def test_a_network_that_is_not_an_attribute_cannot_be_saved(tmp_path):
         run(Astray(), tmp_path, states(tmp_path), 1)
 
 
-# --- the price -------------------------------------------------------------------------------------------------------
+# --- the cost -------------------------------------------------------------------------------------------------------
 
 
 def test_cost_before_an_interruption_is_charged_once(tmp_path):
     """Cached pairs are not charged again after a restart; what was spent before counts for the budget."""
     budget = BudgetConfig(limit=Limit.nfe, nfe=400)  # 12 pairs of 4 evaluations, then 24 per step
-    expected = run(averaged_method("direct"), tmp_path / "whole", budget=budget).price
+    expected = run(averaged_method("direct"), tmp_path / "whole", budget=budget).cost
     kept = states(tmp_path)
     with pytest.raises(Interrupted):
         run(averaged_method("direct"), tmp_path, kept, 5, budget=budget)
-    again = run(averaged_method("direct"), tmp_path, kept, budget=budget).price
+    again = run(averaged_method("direct"), tmp_path, kept, budget=budget).cost
     assert counted(again) == counted(expected) and again.teacher_nfe == 48
 
 
@@ -183,15 +183,15 @@ def test_seconds_continue_and_restoring_is_not_charged(tmp_path, monkeypatch):
     meter = Meter(BudgetConfig(limit=Limit.seconds, seconds=10), mlp_teacher(), "cpu")
     clock[0] += 3
     meter.charge(5, 7, 2)
-    price = replace(meter.price(), images=9, student_seconds=1.5)
+    cost = replace(meter.cost(), images=9, student_seconds=1.5)
     clock[0] += 90  # the process died, and another starts
     later = Meter(BudgetConfig(limit=Limit.seconds, seconds=10), mlp_teacher(), "cpu")
     later.charge(5, 7, 2)
     clock[0] += 4
-    later.restart(price, Energy(11.0))
-    assert later.price() == replace(price, other_seconds=price.seconds - 2 - 1.5)
+    later.restart(cost, Energy(11.0))
+    assert later.cost() == replace(cost, other_seconds=cost.seconds - 2 - 1.5)
     clock[0] += 1
-    now = later.price()
+    now = later.cost()
     assert (now.seconds, now.teacher_seconds, now.student_seconds, now.images) == (9, 2, 1.5, 9)
     assert (now.teacher_nfe, later.spent()) == (7, 9)
 
@@ -202,11 +202,11 @@ def test_seconds_continue_and_restoring_is_not_charged(tmp_path, monkeypatch):
 def test_a_state_is_restored_as_it_was_saved(tmp_path):
     kept, state = states(tmp_path), State()
     state.add("a", State({"x": torch.arange(3), "y/z": torch.tensor(1.5)}, {"n": [1, None]}))
-    state.values["price"] = {"seconds": 0.1}
+    state.values["cost"] = {"seconds": 0.1}
     kept.save(7, state)
     found = kept.newest()
     part = found.part("a")
-    assert part.values == {"n": [1, None]} and found.values["price"] == {"seconds": 0.1}
+    assert part.values == {"n": [1, None]} and found.values["cost"] == {"seconds": 0.1}
     assert torch.equal(part.tensors["x"], torch.arange(3)) and part.tensors["y/z"].item() == 1.5
     kept.clear()
     assert kept.newest() is None and not kept.folder.exists()
@@ -252,7 +252,7 @@ def test_a_state_of_another_format_is_not_used(tmp_path, monkeypatch):
     kept.save(10, State({}, {}))
     monkeypatch.undo()
     assert kept.newest() is None
-    assert "its format is 0, this version reads format 1; it was renamed" in kept.progress.lines[0]
+    assert "its format is 0, this version reads format 2; it was renamed" in kept.progress.lines[0]
 
 
 def test_a_file_that_is_not_a_state_is_renamed(tmp_path):

@@ -84,7 +84,7 @@ def test_an_interrupted_training_of_adapters_ends_with_the_same_weights(name, tm
     with pytest.raises(Interrupted):
         trained(built(name), tmp_path, states, stop_after=3)
     again = trained(method, tmp_path, states)
-    assert same_weights(weights_of(whole), weights_of(method)) and again.price.images == BATCH * STEPS
+    assert same_weights(weights_of(whole), weights_of(method)) and again.cost.images == BATCH * STEPS
 
 
 def test_adam_has_no_state_of_frozen_weights():
@@ -131,10 +131,10 @@ def test_rows_times_flops_per_row_equal_real_steps(name, tmp_path):
                 loss.backward()
             method.end_phase(phase, method.student)
 
-    counted, price = count_flops(steps), meter.price()
-    flops = measured_flops(price.networks, method.teacher, denoisers_of(method))
-    assert counted.flops == training_flops(price.networks, flops)
-    assert {rows.trained for rows in price.networks if 0 < rows.trained < rows.weights}  # rows of adapters
+    counted, cost = count_flops(steps), meter.cost()
+    flops = measured_flops(cost.networks, method.teacher, denoisers_of(method))
+    assert counted.flops == training_flops(cost.networks, flops)
+    assert {rows.trained for rows in cost.networks if 0 < rows.trained < rows.weights}  # rows of adapters
 
 
 # --- another architecture --------------------------------------------------------------------------------------------
@@ -165,9 +165,9 @@ def test_methods_that_can_start_fresh_train_another_architecture(name, tmp_path)
     generator = torch.Generator().manual_seed(7)
     read = (lambda n: (torch.randn(n, *SHAPE, generator=generator), None)) if method.needs_data else None
     workspace = make_workspace(teacher, tmp_path, BudgetConfig(images=2 * BATCH))
-    price = train(method, method.config, workspace, read, Loop(BATCH), SILENT).price
-    flops = measured_flops(price.networks, teacher, denoisers_of(method))
-    assert training_flops(price.networks, flops) > 0
+    cost = train(method, method.config, workspace, read, Loop(BATCH), SILENT).cost
+    flops = measured_flops(cost.networks, teacher, denoisers_of(method))
+    assert training_flops(cost.networks, flops) > 0
     restored = restored_method(cls, cls.Config(**settings), teacher, 0, "cpu", method.state_dict())
     assert same_weights(weights_of(restored), weights_of(method))
     eps = torch.randn(3, *SHAPE)

@@ -12,16 +12,16 @@ from distillbench.runs.shared_context import Cell, SharedContext, build
 from distillbench.system.progress import Progress
 from distillbench.teachers.latents import placeholder
 from distillbench.teachers.teacher import Teacher
-from distillbench.training.budget import Limit, Meter, Price
+from distillbench.training.budget import Limit, Meter, TrainingCost
 from distillbench.training.data_stream import DataStream
 from distillbench.training.method import Batch, Method
 from distillbench.training.pairs import Workspace
 from distillbench.training.share import Share
 
-PRICED_IMAGES = 8  # at least, in a step whose network evaluations are counted
+COST_IMAGES = 8  # at least, in a step whose network evaluations are counted
 
 
-class PriceCache:
+class CostCache:
     """Estimated costs of cells. They depend on the context and the method's settings, not on the seed."""
 
     def __init__(self) -> None:
@@ -29,22 +29,22 @@ class PriceCache:
         self.teachers: dict[int, Teacher] = {}  # by id of the context; untrained
 
     def fill_in(self, cell: Cell, settings: str) -> None:
-        """Set the estimated cost of `cell` and the nfe of its rows. An error of the method becomes `price_error`.
+        """Set the estimated cost of `cell` and the nfe of its rows. An error of the method becomes `cost_error`.
 
         `settings`: the method's, as text.
         """
         same = id(cell.shared), cell.name, settings, tuple(cell.nfe)
         if same in self.known:
             known = self.known[same]
-            cell.price, cell.nfe, cell.price_error = known.price, list(known.nfe), known.price_error
-            cell.price_varies, cell.group_size = known.price_varies, known.group_size
+            cell.cost, cell.nfe, cell.cost_error = known.cost, list(known.nfe), known.cost_error
+            cell.cost_varies, cell.group_size = known.cost_varies, known.group_size
             return
         try:
-            _price(cell, self._teacher(cell.shared))
+            _estimate(cell, self._teacher(cell.shared))
         except UserError:
             raise
         except Exception as error:  # a third-party method may raise anything; the other cells run
-            cell.price_error = " ".join(f"{type(error).__name__}: {error}".split())
+            cell.cost_error = " ".join(f"{type(error).__name__}: {error}".split())
         self.known[same] = cell
 
     def _teacher(self, shared: SharedContext) -> Teacher:
@@ -54,7 +54,7 @@ class PriceCache:
         return self.teachers[id(shared)]
 
 
-def _price(cell: Cell, teacher: Teacher) -> None:
+def _estimate(cell: Cell, teacher: Teacher) -> None:
     """Build the method, take the steps of a cycle of each phase, of a few images, and scale the evaluations counted."""
     shared, config = cell.shared, cell.shared.config
     torch.set_num_threads(config.threads)
@@ -79,19 +79,19 @@ def _price(cell: Cell, teacher: Teacher) -> None:
     for index, phase in enumerate(phases):
         method.start_phase(index)
         before = meter.teacher_nfe, meter.student_nfe, meter.evaluations
-        for step in range(phase.priced_steps):
+        for step in range(phase.cost_steps):
             for _ in method.train_step(batches.of_step(step, index)):
                 pass
-        share = phase.share / sum(p.share for p in phases) / (phase.priced_steps * batches.size)
+        share = phase.share / sum(p.share for p in phases) / (phase.cost_steps * batches.size)
         per_image[0] += share * (meter.teacher_nfe - before[0])
         per_image[1] += share * (meter.student_nfe - before[1])
         per_image[2] += share * (meter.evaluations - before[2])
         method.end_phase(index, method.student)
-    cell.price_varies = any(phase.cost_varies for phase in phases)
+    cell.cost_varies = any(phase.cost_varies for phase in phases)
     images = config.budget.images if config.budget.limit == Limit.images else 0
     if config.budget.limit == Limit.nfe:
         images = int(max(0, config.budget.nfe - ahead) / per_image[2])
-    cell.price = Price(images, 0.0, ahead + round(images * per_image[0]), round(images * per_image[1]))
+    cell.cost = TrainingCost(images, 0.0, ahead + round(images * per_image[0]), round(images * per_image[1]))
 
 
 def _check_groups(cell: Cell, group: int) -> None:
@@ -118,7 +118,7 @@ class _Batches:
 
     def __init__(self, cell: Cell, method: Method, teacher: Teacher) -> None:
         self.teacher, self.device = method.teacher, cell.shared.device
-        self.size = method.group_size * -(-PRICED_IMAGES // method.group_size)
+        self.size = method.group_size * -(-COST_IMAGES // method.group_size)
         self.share = Share(group=method.group_size)
         self.generator = torch.Generator().manual_seed(0)
         data = DataStream(placeholder(cell.shared.dataset, teacher), 0, self.device)
