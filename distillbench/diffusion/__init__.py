@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from distillbench.diffusion.losses import denoising_loss as denoising_loss
     from distillbench.diffusion.losses import denoising_weight as denoising_weight
     from distillbench.diffusion.losses import mean_square as mean_square
+    from distillbench.diffusion.rollouts import chain_times as chain_times
     from distillbench.diffusion.rollouts import rollout as rollout
     from distillbench.diffusion.samplers import ONE_STEP as ONE_STEP
     from distillbench.diffusion.samplers import SAMPLERS as SAMPLERS
@@ -109,6 +110,7 @@ __all__ = [
     "VPLinear",
     "ancestral",
     "ancestral_step",
+    "chain_times",
     "check_heun",
     "continuous_pair",
     "ddim",
@@ -177,6 +179,7 @@ _HOMES = {
     "VPLinear": "distillbench.diffusion.schedules",
     "ancestral": "distillbench.diffusion.samplers",
     "ancestral_step": "distillbench.diffusion.samplers",
+    "chain_times": "distillbench.diffusion.rollouts",
     "check_heun": "distillbench.diffusion.samplers",
     "continuous_pair": "distillbench.diffusion.consistency_times",
     "ddim": "distillbench.diffusion.samplers",

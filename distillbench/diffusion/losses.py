@@ -38,12 +38,18 @@ def denoising_weight(schedule: NoiseSchedule, t: Tensor, sd: float = SIGMA_DATA)
 
 
 def denoising_loss(
-    D: Denoiser, x_0: Tensor, t: Tensor, eps: Tensor, c: Condition = UNCONDITIONAL, sd: float = SIGMA_DATA
+    D: Denoiser,
+    x_0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    c: Condition = UNCONDITIONAL,
+    sd: float = SIGMA_DATA,
+    embedding: Tensor | None = None,
 ) -> Tensor:
     """E (1/tau^2 + 1/sd^2) |D(x_t, t, c) - x_0|^2 with x_t = alpha_t x_0 + sigma_t eps, a mean over images and pixels.
 
     Karras et al. 2022, arXiv:2206.00364, table 1, with tau = sigma_t / alpha_t. Its optimum is D = E[x_0 | x_t, c]. It
-    also trains the fake score of distribution matching, whose x_0 are generated images.
+    also trains the fake score of distribution matching, whose x_0 are generated images. `embedding` is passed to D.
     """
-    weight = denoising_weight(D.schedule, t, sd)
-    return (weight.to(x_0.dtype) * (D(D.schedule.noised(x_0, t, eps), t, c) - x_0).square()).mean()
+    x_t, weight = D.schedule.noised(x_0, t, eps), denoising_weight(D.schedule, t, sd)
+    return (weight.to(x_0.dtype) * (D(x_t, t, c, embedding) - x_0).square()).mean()

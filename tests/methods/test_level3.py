@@ -35,6 +35,7 @@ from distillbench_boot import Boot
 from distillbench_cm import ConsistencyDistillation
 from distillbench_ctm import ConsistencyTrajectory
 from distillbench_direct import Direct
+from distillbench_dmd import DistributionMatching
 from distillbench_ect import EasyConsistencyTuning
 from distillbench_imm import InductiveMomentMatching
 from distillbench_lcm import LatentConsistency
@@ -94,6 +95,13 @@ DISTRIBUTIONS: dict[str, tuple[type[Method], dict, tuple[int, ...]]] = {
     "imm": (InductiveMomentMatching, {"sigma_data": 1.0, "diagonal": False, "group_size": 16, "k": 9}, (1, 8)),
     "moment, K = 1": (MomentMatching, {"steps": 1}, (1,)),
     "moment, K = 4": (MomentMatching, {"steps": 4}, (4,)),
+    "dmd": (DistributionMatching, {"lr": 1e-3}, (1,)),
+    "dmd, four steps": (DistributionMatching, {"lr": 1e-3, "levels": [80.0, 4.0, 1.0, 0.3]}, (1, 2, 4)),
+    "dmd, Diff-Instruct": (
+        DistributionMatching,
+        {"lr": 1e-3, "weight": "one", "fake_updates": 1, "times": "lognormal", "margin": 0.0, "levels": [2.5]},
+        (1,),
+    ),
 }
 
 

@@ -10,6 +10,7 @@ import distillbench_cm
 import distillbench_ct
 import distillbench_ctm
 import distillbench_direct
+import distillbench_dmd
 import distillbench_ect
 import distillbench_imm
 import distillbench_lcm
@@ -39,6 +40,7 @@ METHODS = {
     "ect": (distillbench_ect.EasyConsistencyTuning, {"stages": 2}),
     "ect from the teacher": (distillbench_ect.EasyConsistencyTuning, {"source": "teacher"}),
     "imm": (distillbench_imm.InductiveMomentMatching, {"group_size": 3}),
+    "dmd": (distillbench_dmd.DistributionMatching, {"fake_updates": 2, "levels": [80.0, 1.0]}),
     "meanflow": (distillbench_meanflow.MeanFlow, {}),
     "moment": (distillbench_moment.MomentMatching, {"steps": 4}),
     "moment, K = 1": (distillbench_moment.MomentMatching, {"steps": 1}),
