@@ -182,6 +182,8 @@ def test_the_gradient_passes_through_the_input_of_the_target_only(name, compare,
     method.student = Gain(schedule, 0.3)
     method.target = Gain(schedule, 0.7) if mu else method.student
     outer = method.target.w.item()
+    r = lambda high, low: schedule.noise_level(low) / schedule.noise_level(high)
+    a = lambda w, high, low: r(high, low) + (1 - r(high, low)) * w
     for seed in range(5):
         method.student.w.grad = None
         loss = loss_of(method, batch_of(method, 1, seed, step=seed))
@@ -194,8 +196,6 @@ def test_the_gradient_passes_through_the_input_of_the_target_only(name, compare,
         for i in range(n):
             x_u = heun_step(schedule, method.teacher.denoise, x_u, grid[k - i], grid[k - i - 1])
         x_t, x_u = x_t / schedule.alpha(t), x_u / schedule.alpha(u)
-        r = lambda high, low: schedule.noise_level(low) / schedule.noise_level(high)
-        a = lambda w, high, low: r(high, low) + (1 - r(high, low)) * w
         o = a(outer, s, grid[0]) if compare == "soft" else torch.ones(())
         b = o * a(0.3 if compare == "soft" else outer, u, s) * x_u
         close(loss, (a(0.3, t, s) * o * x_t - b).square().mean(), rtol=1e-9)
