@@ -89,6 +89,10 @@ class EasyConsistencyTuning(Method):
             if not self.sigma_min < self.mid < self.sigma_max:
                 raise UserError("sigma_min, mid and sigma_max must rise")
 
+    @property
+    def uses_teacher(self) -> bool:
+        return self.config.source == "teacher"
+
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
         if config.source == "data" and teacher.conditioning.guided:

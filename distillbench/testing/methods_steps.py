@@ -40,16 +40,16 @@ def data(bench: MethodBench) -> str:
         words = ", ".join(word for word in STUDENT_INPUTS if word != "data" or bench.reads_data)
         raise Fault(f"inputs says what the student is trained on; possible are {words}, got {inputs!r}")
     batches: list[WatchedBatch] = []
-    finished, asked_teacher = False, 0
+    finished = asked_teacher = False
     try:
         for moment in bench.walk():
             batches.append(moment.batch)
-            asked_teacher = moment.method.teacher.teacher_rows.rows
+            asked_teacher = moment.method.teacher.teacher_rows.rows > 0
         finished = True
     except (Exception, SystemExit):  # the check `steps` reports it
         pass
     asked = any(batch.used for batch in batches)
-    if asked_teacher and not bench.cls.uses_teacher:
+    if asked_teacher and not bench.method().uses_teacher:
         raise Fault("it declares to learn from data alone and evaluates the teacher: remove uses_teacher = False")
     if asked and not bench.reads_data:
         raise Fault("it declares to read no real images and reads some (batch.x_0): declare needs_data = True")

@@ -289,7 +289,6 @@ class Method(nn.Module, ABC):
     Config: ClassVar[type[MethodConfig]]
     paper: ClassVar[str]  # authors, year, arXiv number
     needs_data: ClassVar[bool]  # at default settings; False: may not read real images
-    uses_teacher: ClassVar[bool] = True  # False: it learns from data alone and never evaluates the teacher
     can_start_fresh: ClassVar[bool] = False  # True: its student may start from random weights (student.architecture)
     student: nn.Module  # what is trained, averaged and sampled
 
@@ -320,6 +319,11 @@ class Method(nn.Module, ABC):
     def inputs(self) -> str:
         """What the student is trained on: "data", "noise", "rollout" or "pairs", the column `inputs` of the results."""
         return "data" if self.reads_data(self.config) else "noise"
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether it evaluates the teacher. False: it learns from data alone, with these settings."""
+        return True
 
     @property
     def group_size(self) -> int:

@@ -99,7 +99,8 @@ DISTRIBUTIONS: dict[str, tuple[type[Method], dict, tuple[int, ...]]] = {
     "dmd, four steps": (DistributionMatching, {"lr": 1e-3, "levels": [80.0, 4.0, 1.0, 0.3]}, (1, 2, 4)),
     "dmd, Diff-Instruct": (
         DistributionMatching,
-        {"lr": 1e-3, "weight": "one", "fake_updates": 1, "times": "lognormal", "margin": 0.0, "levels": [2.5]},
+        {"lr": 1e-3, "weight": "one", "fake_updates": 1, "times": "lognormal", "margin": 0.0, "levels": [2.5]}
+        | {"beta1": 0.0},
         (1,),
     ),
 }

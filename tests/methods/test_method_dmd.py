@@ -504,11 +504,15 @@ def test_real_images_are_read_for_the_adversarial_term_only():
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("settings", [{"fake_updates": 5}, DIFF_INSTRUCT], ids=["dmd", "diff-instruct"])
-def test_a_trained_student_has_the_teacher_s_distribution(settings, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [({"lr": 0.03}, 1000), (DIFF_INSTRUCT | {"lr": 0.02, "beta1": 0.0}, 600)],  # with .9 the two networks oscillate
+    ids=["dmd", "diff-instruct"],
+)
+def test_a_trained_student_has_the_teacher_s_distribution(settings, steps, tmp_path):
     """N(.3, .25) from a student that starts with a standard deviation of .096."""
-    method = dmd(learnable_teacher(VPCosine()), levels=[2.5], lr=0.03, ema_halflife_kimg=2.0, **settings)
-    steps, size = 240 * settings["fake_updates"], 192
+    method = dmd(learnable_teacher(VPCosine()), levels=[2.5], ema_halflife_kimg=4.0, **settings)
+    size = 192
     workspace = make_workspace(method.teacher, tmp_path, BudgetConfig(images=steps * size))
     train(method, method.config, workspace, None, Loop(size), Step(lambda fraction, note: None))
     z = FixedNoise([make_batch(10_000, (1, 1, 1), seed=5).noise()])

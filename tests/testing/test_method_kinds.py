@@ -12,6 +12,7 @@ from distillbench.testing.methods_steps import data
 from distillbench_boot import Boot
 from distillbench_cm import ConsistencyDistillation
 from distillbench_ct import ConsistencyTraining
+from distillbench_ect import EasyConsistencyTuning
 from distillbench_sid import ScoreIdentityDistillation
 
 
@@ -22,6 +23,7 @@ from distillbench_sid import ScoreIdentityDistillation
         (ConsistencyDistillation, "trajectory", True, "1 to 8"),  # keeps its noise at one evaluation only
         (ScoreIdentityDistillation, "distribution", False, "1"),
         (ConsistencyTraining, "from data", True, "any number"),
+        (EasyConsistencyTuning, "from data", True, "any number"),  # with source=teacher it would be "trajectory"
     ],
 )
 def test_kinds_come_from_what_methods_declare(cls, kind, reads_data, nfe):
