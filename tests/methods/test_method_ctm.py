@@ -269,10 +269,10 @@ def test_evaluations_of_a_step(compare, students, denoising, tmp_path):
         batch = batch_of(method, 7, step=step)
         teacher += 7 * 2 * method.draw_n(batch_of(method, 7, step=step))
         loss_of(method, batch).backward()
-    price, more = meter.price(), bool(denoising)
-    assert (price.teacher_nfe, price.student_nfe) == (teacher, 5 * 7 * (students + more))
-    assert price.student_backward_input == (5 * 7 if compare == "soft" else 0)
-    assert price.student_backward - price.student_backward_input == 5 * 7 * (1 + more)
+    cost, more = meter.cost(), bool(denoising)
+    assert (cost.teacher_nfe, cost.student_nfe) == (teacher, 5 * 7 * (students + more))
+    assert cost.student_backward_input == (5 * 7 if compare == "soft" else 0)
+    assert cost.student_backward - cost.student_backward_input == 5 * 7 * (1 + more)
     assert method.phases()[0].cost_varies
 
 
