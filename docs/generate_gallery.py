@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distillbench import Method
 from distillbench.registry import Registry, installed, load_registry
 from distillbench.runs.cell import Cell
 from distillbench.runs.config import compose_runs
 from distillbench.runs.plan import plan
 from distillbench.runs.shared_context import build
+from distillbench.testing.method_kinds import KINDS, kind_of
 
 PAGE = Path(__file__).resolve().parent / "gallery.md"
 HEAD = """# Gallery of methods
@@ -24,8 +26,7 @@ This page is written by `docs/generate_gallery.py` from the plugins.
 
 """
 TAIL = """
-- **learns**: the teacher's *map* means that a student's sample is compared with the teacher's sample for the same noise
-  (`teacher_rmse`); a method that learns the *distribution* only has no such score.
+- **Distribution**: these have no `teacher_rmse`, the distance to the teacher's sample for the same noise.
 - **NFE**: numbers of network evaluations per image at which it can sample, of 1, 2 and 4.
 - **teacher, student**: network evaluations per training image, pairs made ahead included, as
   `distillbench run --dry-run` counts them. A budget in images gives all methods as many images, not as many
@@ -39,21 +40,27 @@ def page() -> str:
     registry = load_registry([source for source in installed() if source.distribution == "distillbench"])
     words = [f"methods=[{','.join(sorted(registry.methods))}]", "dataset=digits"]
     cells = [cell for cell in plan(compose_runs(words, registry), registry) if cell.entry is not None]
-    columns = ["method", "idea", "paper", "real data", "learns", "NFE", "teacher", "student", "phases"]
-    rows = [f"| {' | '.join(_row(cell, registry))} |" for cell in cells]
-    return HEAD + "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows]) + "\n" + TAIL
+    columns = ["method", "idea", "paper", "real data", "NFE", "teacher", "student", "phases"]
+    head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
+    groups: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for cell in cells:
+        method = build(cell, cell.shared.source.untrained().conditioned(cell.shared.conditioning))
+        groups[kind_of(method)].append(f"| {' | '.join(_row(cell, method, registry))} |\n")
+    sections = [
+        f"## {kind.capitalize()}\n\n{meaning.capitalize()}.\n\n{head}{''.join(groups[kind])}"
+        for kind, meaning in KINDS.items()
+        if groups[kind]
+    ]
+    return HEAD + "\n".join(sections) + TAIL
 
 
-def _row(cell: Cell, registry: Registry) -> list[str]:
+def _row(cell: Cell, method: Method, registry: Registry) -> list[str]:
     cls, cost = registry.methods[cell.name].cls, cell.cost
-    source = cell.shared.source
-    method = build(cell, source.untrained().conditioned(cell.shared.conditioning))
     return [
         f"`{cell.name}`",
         _idea(cls),
         cls.paper,
         "needed" if cls.needs_data else "no",
-        "map" if method.keeps_noise(1) else "distribution",
         ", ".join(map(str, cell.nfe)),
         f"{cost.teacher_nfe / cost.images:.3g}",
         f"{cost.student_nfe / cost.images:.3g}",

@@ -8,9 +8,13 @@ tau = sigma_t / alpha_t, so it works on any schedule: x^ = x_t / alpha_t = x_0 +
     L   = lambda d( F(x_t, t), sg[F^-(x_s, s)] )                                                    (eq. 7)
     weights of F^- <- mu weights of F^- + (1 - mu) weights of F                                     (eq. 8)
 
+`segments=K` is multistep consistency distillation (Heek et al. 2024, arXiv:2403.06807): F(x_t, t, e_j) and F^-(x_s, s,
+e_j) are one DDIM step each of the network's own prediction, to the start of the segment with e_j < t <= e_(j+1).
+
 | symbol     | meaning                                                               | shape            |
 |------------|-----------------------------------------------------------------------|------------------|
 | t, s       | neighbouring times of a grid of N levels, s < t                        | (B,1,1,1)        |
+| e_j        | edges of the K segments, times of the grid                            | (B,1,1,1)        |
 | tau        | noise level sigma_t / alpha_t                                          | (B,1,1,1)        |
 | e, sd      | smallest noise level, standard deviation of the data                   | float            |
 | c          | condition: class and guidance of the teacher                           | of a batch       |
@@ -42,6 +46,9 @@ from distillbench.diffusion import (
     karras_times,
     multistep,
     one_mask,
+    segment_edges,
+    segment_start,
+    segmentwise,
 )
 from distillbench.networks import MovingAverage
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
@@ -54,12 +61,14 @@ class ConsistencyDistillation(Method):
     can_start_fresh = True
     student: ConsistencyFunction
     grid: Tensor
+    edges: Tensor
 
     @dataclass
     class Config(MethodConfig):
         lr: float = option(2e-3, "peak learning rate of Adam")
         steps: int = option(12, "N, noise levels of the grid (the paper: 18 for CIFAR-10, 40 for ImageNet)")
         solver: str = option("heun", "teacher step: heun (two evaluations) or ddim (Euler, one evaluation)")
+        segments: int = option(1, "K, segments of the grid and evaluations of a sample; 1: any number of them below N")
         times: str = option("karras", "grid of the levels: karras, uniform (in t) or uniform_lambda")
         mu: float = option(0.95, "decay of the target network; 0: the student itself, stop-gradient")
         metric: str = option("l2", "d: l2 (squared) or pseudo_huber, sqrt(|.|^2 + c^2) - c, c = .00054 sqrt(pixels)")
@@ -73,6 +82,7 @@ class ConsistencyDistillation(Method):
             super().__post_init__()
             require_positive(self, "sigma_min", "sigma_max", "sigma_data", "rho")
             require_between(self, 2, float("inf"), "steps")
+            require_between(self, 1, self.steps - 1, "segments")
             require_fraction(self, "mu")  # with 1 the target network would never learn
             require_one_of(self, "solver", ONE_STEP)
             require_one_of(self, "times", ("karras", "uniform", "uniform_lambda"))
@@ -84,6 +94,7 @@ class ConsistencyDistillation(Method):
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
         self.register_buffer("grid", self.levels(config, teacher.schedule), persistent=False)
+        self.register_buffer("edges", segment_edges(self.grid, config.segments), persistent=False)
         e = teacher.schedule.noise_level(self.grid[:1]).item()  # the schedule may not reach down to sigma_min
         self.student = ConsistencyFunction(teacher.student(), e, config.sigma_data)
         self.target = copy.deepcopy(self.student).requires_grad_(False) if config.mu else self.student
@@ -106,13 +117,14 @@ class ConsistencyDistillation(Method):
         x_0, eps, c = batch.x_0, batch.noise(), batch.c
         n = batch.integers(0, len(grid) - 1)
         t, s = grid[n + 1], grid[n]
+        end = () if self.config.segments == 1 else (segment_start(self.edges, t),)
         x_t = schedule.alpha(t) * x_0 + schedule.sigma(t) * eps
         with torch.no_grad():
             x_s = ONE_STEP[self.config.solver](schedule, partial(self.teacher.denoise, c=c), x_t, t, s)
         with one_mask(self.student, self.target):
             with torch.no_grad():
-                target = self.target(x_s, s, c)
-            F = self.student(x_t, t, c)
+                target = self.target(x_s, s, c, *end)
+            F = self.student(x_t, t, c, *end)
         weight, distance = STEP_WEIGHTS[self.config.weight](schedule, t, s), DISTANCES[self.config.metric]
         yield self.student, distance(F, target, weight)
 
@@ -121,12 +133,14 @@ class ConsistencyDistillation(Method):
             self.following.move(1 - self.config.mu)  # (eq. 8)
 
     def supports(self, nfe: int) -> bool:
-        return 1 <= nfe < self.config.steps
+        return 1 <= nfe < self.config.steps if self.config.segments == 1 else nfe == self.config.segments
 
     def keeps_noise(self, nfe: int) -> bool:
-        return nfe == 1
+        return nfe == self.config.segments
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        if self.config.segments > 1:
+            return segmentwise(self.student, self.edges, noise(0), c)
         return multistep(self.student, self.grid, noise, nfe, c)
 
 

@@ -1,16 +1,14 @@
 """Consistency training: a consistency function learned from data alone, without a teacher.
 
 Song, Dhariwal, Chen & Sutskever 2023, "Consistency Models", arXiv:2303.01469, algorithm 3; as settings, improvements of
-Song & Dhariwal 2023, arXiv:2310.14189 (iCT). The teacher's solver is replaced by a second noisy image with the same
-noise: E[x_0 + tau_s eps given x_t] is one Euler step of the data's probability-flow ODE.
+Song & Dhariwal 2023, arXiv:2310.14189 (iCT), and continuous times as in ECT, arXiv:2406.14548. The teacher's solver is
+replaced by a second image with the same noise: E[x_0 + tau_s eps given x_t] is an Euler step of the data's ODE.
 
     x_t = alpha_t x_0 + sigma_t eps,   x_s = alpha_s x_0 + sigma_s eps
     L   = lambda d( F(x_t, t, c), sg[F^-(x_s, s, c)] )        (F: distillbench.diffusion.consistency; F = x^ at tau = e)
     weights of F^- <- mu weights of F^- + (1 - mu) weights of F                               (mu = 0: F^- is F)
     t = t_{n+1}, s = t_n;   P(n) is uniform, or Phi_{n+1} - Phi_n with Phi_n = Phi((ln tau_n - p_mean) / p_std)
-
-    doubling: N = min(s0 2^i, s1) + 1 in stage i, each 1 / (log2 [s1/s0] + 1) of training, the last the rest (iCT)
-    sqrt:     N = ceil(y - 1) + 1, y^2 = p ((s1+1)^2 - s0^2) + s0^2 at progress p; N - 1 < y <= N lasts 2N - 1 parts
+    or, continuous: ln tau_t is normal, and tau_s = tau_t max(0, 1 - (1 + 8 sigmoid(-tau_t)) / (N - 1)) with e = 0
 
 | symbol | meaning                                                            | shape      |
 |--------|--------------------------------------------------------------------|------------|
@@ -19,10 +17,10 @@ noise: E[x_0 + tau_s eps given x_t] is one Euler step of the data's probability-
 | c      | class of x_0                                                       | of a batch |
 | F, F^- | consistency function of the student and of the target network      | (B,C,H,W)  |
 
-If networks have dropout, F and F^- drop the same features, as in iCT. For infinite N the optimum is the map of the
-data's ODE, which is also an exact teacher's: so one-step samples are compared with the teacher's for the same noise.
-At finite N the optimum of pseudo_huber is further from it than that of l2: it estimates medians, not means, until
-|F - F^-| is below its c.
+N grows in stages (distillbench.diffusion.CURRICULA). If networks have dropout, F and F^- drop the same features, as in
+iCT. For infinite N the optimum is the map of the data's ODE, which is also an exact teacher's: so one-step samples are
+compared with the teacher's. At finite N the optimum of pseudo_huber is further from it than that of l2: it estimates
+medians, not means, until |F - F^-| is below its c.
 """
 
 from __future__ import annotations
@@ -36,7 +34,17 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
-from distillbench.diffusion import DISTANCES, STEP_WEIGHTS, ConsistencyFunction, karras_times, multistep, one_mask
+from distillbench.diffusion import (
+    CURRICULA,
+    DISTANCES,
+    GRID_LEVELS,
+    ConsistencyFunction,
+    continuous_pair,
+    inverse_length,
+    karras_times,
+    multistep,
+    one_mask,
+)
 from distillbench.networks import MovingAverage
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 
@@ -44,7 +52,7 @@ from distillbench.options import require_between, require_fraction, require_one_
 class ConsistencyTraining(Method):
     name = "ct"
     paper = "Song et al. 2023, arXiv:2303.01469; Song & Dhariwal 2023, arXiv:2310.14189"
-    needs_data = True
+    needs_data, uses_teacher = True, False
     can_start_fresh = True
     student: ConsistencyFunction
     last: Tensor
@@ -59,7 +67,7 @@ class ConsistencyTraining(Method):
         mu: float = option(0.95, "decay of the target network; 0: the student itself, stop-gradient")
         metric: str = option("l2", "d: l2 (squared), or pseudo_huber, whose optimum is biased for few pixels")
         weight: str = option("inv_step", "lambda: uniform (1), or inv_step, 1/(tau_t - tau_s)")
-        levels: str = option("lognormal", "distribution of a batch's noise levels: lognormal, or uniform over the grid")
+        levels: str = option("lognormal", "noise levels of a batch: lognormal or uniform on a grid, or continuous")
         p_mean: float = option(-1.1, "mean of ln tau of that log-normal")
         p_std: float = option(2.0, "standard deviation of ln tau of that log-normal")
         sigma_min: float = option(0.002, "e, smallest noise level")
@@ -74,32 +82,23 @@ class ConsistencyTraining(Method):
             require_between(self, self.s0, float("inf"), "s1")
             require_fraction(self, "mu")
             require_one_of(self, "start", ("fresh", "teacher"))
-            require_one_of(self, "curriculum", ("doubling", "sqrt"))
+            require_one_of(self, "curriculum", CURRICULA)
             require_one_of(self, "metric", DISTANCES)
-            require_one_of(self, "weight", STEP_WEIGHTS)
-            require_one_of(self, "levels", ("uniform", "lognormal"))
-            if self.sigma_min >= self.sigma_max:
-                raise UserError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
+            require_one_of(self, "weight", ("uniform", "inv_step"))
+            require_one_of(self, "levels", (*GRID_LEVELS, "continuous"))
+            require_between(self, 0, self.sigma_max, "sigma_min")
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
         if teacher.conditioning.guided:
             raise UserError("ct learns from data and cannot be guided: leave guidance at 1")
-        self.stages = self.curriculum(config)
-        self.register_buffer("last", self.times(self.stages[-1][0]), persistent=False)  # what is sampled on
-        e = teacher.schedule.noise_level(self.last[:1]).item()  # the schedule may not reach down to sigma_min
+        self.stages = [(n + 1, share) for n, share in CURRICULA[config.curriculum](config.s0, config.s1)]
+        self.register_buffer("last", self.times(self.stages[-1][0]), persistent=False)  # cut to the schedule
+        self.within = teacher.schedule.restricted(math.log(config.sigma_min), math.log(config.sigma_max))
+        e = 0.0 if config.levels == "continuous" else teacher.schedule.noise_level(self.last[:1]).item()
         self.student = ConsistencyFunction(teacher.student(fresh=config.start == "fresh"), e, config.sigma_data)
         self.target = copy.deepcopy(self.student).requires_grad_(False) if config.mu else self.student
         self.following = MovingAverage(self.target, self.student)
-
-    @staticmethod
-    def curriculum(config: Config) -> list[tuple[int, float]]:
-        """N of each stage, and how long it lasts relative to the others."""
-        s0, s1 = config.s0, config.s1
-        if config.curriculum == "sqrt":
-            return [(N, 2 * N - 1) for N in range(s0 + 1, s1 + 2)]
-        length = math.log2(s1 // s0) + 1
-        return [(min(s0 * 2**i, s1) + 1, min(1.0, length - i)) for i in range(math.ceil(length))]
 
     def times(self, N: int) -> Tensor:
         """Ascending times of N noise levels, (N,)."""
@@ -109,27 +108,27 @@ class ConsistencyTraining(Method):
         return [Phase(f"N = {N}", share, fresh=False) for N, share in self.stages]
 
     def start_phase(self, index: int) -> None:
-        grid, config = self.times(self.stages[index][0]), self.config
-        weights = torch.ones(len(grid) - 1, dtype=torch.float64)
-        if config.levels == "lognormal":
-            weights = torch.special.ndtr((self.teacher.schedule.lam(grid) - config.p_mean) / config.p_std).diff()
-        total = weights.cumsum(0)
-        if not total[-1] > 0:
-            raise UserError("the log-normal of p_mean and p_std gives no weight to levels from sigma_min to sigma_max")
-        self.grid, self.cumulative = grid.to(self.last.device), (total / total[-1]).to(self.last.device)
+        config, self.grid = self.config, self.times(self.stages[index][0]).to(self.last.device)
+        if config.levels in GRID_LEVELS:
+            self.cumulative = GRID_LEVELS[config.levels](self.teacher.schedule, self.grid, config.p_mean, config.p_std)
+
+    def pair(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """t, s and tau_s, (B,1,1,1)."""
+        if self.config.levels == "continuous":
+            return continuous_pair(self.within, u, len(self.grid) - 1, self.config.p_mean, self.config.p_std)
+        n = torch.searchsorted(self.cumulative, u, right=True)
+        return self.grid[n + 1], self.grid[n], self.teacher.schedule.noise_level(self.grid[n])
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        schedule, grid = self.teacher.schedule, self.grid
-        x_0, eps, c = batch.x_0, batch.noise(), batch.c
-        n = torch.searchsorted(self.cumulative, batch.uniform(), right=True)
-        t, s = grid[n + 1], grid[n]
-        x_t, x_s = (schedule.alpha(r) * x_0 + schedule.sigma(r) * eps for r in (t, s))
+        schedule, config, x_0, eps, c = self.teacher.schedule, self.config, batch.x_0, batch.noise(), batch.c
+        t, s, tau_s = self.pair(batch.uniform())
+        x_t, x_s = schedule.noised(x_0, t, eps), schedule.noised(x_0, s, eps)
         with one_mask(self.student, self.target):
             with torch.no_grad():
-                target = self.target(x_s, s, c)
+                target = torch.where(tau_s > 0, self.target(x_s, s, c), x_0)
             F = self.student(x_t, t, c)
-        weight, distance = STEP_WEIGHTS[self.config.weight](schedule, t, s), DISTANCES[self.config.metric]
-        yield self.student, distance(F, target, weight)
+        weight = inverse_length(schedule.noise_level(t), tau_s) if config.weight == "inv_step" else 1.0
+        yield self.student, DISTANCES[config.metric](F, target, weight)
 
     def after_step(self) -> None:
         if self.config.mu:

@@ -44,7 +44,7 @@ ETA_MAX, SMALLEST_STEP, SMALLEST_DISTANCE = 160.0, 1e-4, 1e-8
 class InductiveMomentMatching(Method):
     name = "imm"
     paper = "Zhou et al. 2025, arXiv:2503.07565"
-    needs_data = True
+    needs_data, uses_teacher = True, False
     can_start_fresh = True
     student: TwoTimes
 

@@ -5,56 +5,56 @@ Diffusion Models for One-Step Generation", arXiv:2404.04057, as in the authors' 
 EDM's, tau = sigma_t / alpha_t, so it works on any schedule: x_t = alpha_t (x + tau eps).
 
     x     = G(z) = D_G(sigma_t' z, t'),   tau_t' = sigma_init
-    L_psi = E (1/tau^2 + 1/sd^2) | D_psi(x_t, t) - sg[x] |^2,   log tau ~ N(p_mean, p_std^2)
-    L_G   = E d [ (D_phi(x_t, t) - x) - alpha d ] / sg[ mean|x - D_phi(x_t, t)| ],   d = D_phi(x_t, t) - D_psi(x_t, t)
+    L_psi = E w |D_psi(x_t, t) - sg[x]|^2,   w = 1/tau^2 + 1/sd^2,   log tau ~ N(p_mean, p_std^2)
+    L_G   = E d [ (D_phi(x_t, t) - x) - alpha d ] / m,   d = D_phi(x_t, t) - D_psi(x_t, t),   m = sg mean|x - D_phi|
+    SiDA    L_psi += discriminator E[w] E[ softplus(-l(y_t)) + softplus(l(x_t)) ] / (2 CHW)
+            L_G   += adversarial E[1/m] E softplus(-l(x_t)),   l clamped to [-10, 10]
 
-L_G has gradients through x, and through x_t in both D_phi and D_psi, but updates only G. At the optimal psi, E[x given
-x_t] = D_psi, so without its denominator L_G = (1 - alpha) E|d|^2: zero where the distributions agree and negative
-elsewhere for alpha > 1. Its value does not measure progress. For images of a single pixel 1 / |x - D_phi| has no mean,
-and training is erratic; for two or more pixels it has one.
+L_G has gradients through x, and through x_t in both D_phi and D_psi, but updates only G. At the optimal psi it is, but
+for m, (1 - alpha) E|d|^2: its value does not measure progress. SiD-LSG (Zhou et al. 2024, arXiv:2406.01561) guides
+D_psi like D_phi where it is fitted (`guided_fit`: kappa_1) and in L_G (`guided_loss`: kappa_2 = kappa_3). SiDA (Zhou et
+al. 2024, arXiv:2410.14919): the mean of a layer of psi over channels is l, (B,...); y_t is a real image y noised as x.
 
-| symbol         | meaning                                                                        | shape      |
-|----------------|--------------------------------------------------------------------------------|------------|
-| z, eps         | noise of the generator; noise of x_t                                           | (B,C,H,W)  |
-| t, t'          | time of x_t, drawn for each image; time of the generator's input               | (B,1,1,1)  |
-| x, x_t         | generated image; the same noised                                               | (B,C,H,W)  |
-| D_phi          | teacher, E[x_0 given x_t, c], guided where c says so                           | (B,C,H,W)  |
-| D_psi          | fake score network: denoiser of the generator's distribution, given c          | (B,C,H,W)  |
-| D_G            | student as a denoiser; both start from the teacher's weights                   | (B,C,H,W)  |
-| alpha          | of L_G (the schedule's is alpha_t)                                             | float      |
-| sd             | standard deviation of the data                                                 | float      |
-| c              | condition: class and guidance of the teacher                                   | of a batch |
+| symbol            | meaning                                                                            | shape     |
+|-------------------|------------------------------------------------------------------------------------|-----------|
+| z, eps; x, x_t    | noise of the generator, and of x_t and y_t; generated image, the same noised       | (B,C,H,W) |
+| D_phi, D_psi, D_G | teacher, guided where c says so; fake score, of generated images given c; student  | (B,C,H,W) |
+| t, t'; w, m       | time of x_t, of the generator's input; weight and denominator of each image        | (B,1,1,1) |
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from distillbench import Batch, Condition, Method, MethodConfig, NetworkConfig, Teacher, UserError, hookimpl, option
-from distillbench.diffusion import karras_times, time_like
+from distillbench.diffusion import denoising_weight, guided, karras_time, karras_times, lognormal_time, time_like
 from distillbench.networks import frozen_weights
 from distillbench.options import require_between, require_positive
-
-SMALLEST = 1e-5  # of the denominator of L_G, as released
 
 
 class ScoreIdentityDistillation(Method):
     name = "sid"
     paper = "Zhou et al. 2024, arXiv:2404.04057"
     needs_data = False
+    inputs = "noise"  # real images train the fake score only
 
     @dataclass
     class Config(MethodConfig):
         beta1: float = option(0.0, "Adam's first decay rate, as released")
-        alpha: float = option(1.2, "alpha of L_G (released: 1.2, and 1.0 for AFHQ-v2)")
+        alpha: float = option(1.2, "alpha of L_G (released: 1.2; 1.0 for AFHQ-v2, SiD-LSG and SiDA)")
         sigma_init: float = option(2.5, "noise level of the generator's input")
         fake: NetworkConfig = option(NetworkConfig(grad_clip=0.0), "of the fake score; not clipped, as released")
         fake_updates: int = option(1, "updates of the fake score to one of the generator")
+        guided_fit: bool = option(False, "guide the fake score like the teacher where it is fitted (SiD-LSG)")
+        guided_loss: bool = option(False, "guide the fake score like the teacher in L_G (SiD-LSG)")
+        adversarial: float = option(0.0, "weight of the adversarial term of L_G; 0: none, data-free (SiDA: 1e-4)")
+        discriminator: float = option(1.0, "weight of the discriminator's loss, as released")
+        layer: str = option("", "submodule of the network whose output's mean over channels is the discriminator")
         sigma_min: float = option(0.002, "smallest noise level of L_G")
         sigma_max: float = option(80.0, "largest noise level of the Karras ramp of L_G")
         ramp_share: float = option(0.8, "L_G draws uniformly from this low share of its ramp (released: 800 of 1000)")
@@ -67,66 +67,76 @@ class ScoreIdentityDistillation(Method):
             super().__post_init__()
             require_positive(self, "sigma_init", "fake_updates", "sigma_min", "sigma_max", "rho", "p_std", "sigma_data")
             require_between(self, -1, 2, "alpha")
+            require_between(self, 0, 1e6, "adversarial", "discriminator")
             require_between(self, 1e-3, 1, "ramp_share")
             require_between(self, -20, 20, "p_mean")
-            if self.sigma_min >= self.sigma_max:
-                raise UserError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
+            require_between(self, 0, self.sigma_max, "sigma_min")
+            if self.adversarial and (not self.layer or self.guided_fit or self.guided_loss):
+                raise UserError("adversarial needs a layer, and does not go with guided_fit and guided_loss")
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
         self.fake = teacher.trainable_copy()
-        schedule, rho = teacher.schedule, config.rho
-        ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
-        low, high = schedule.noise_level(ends).tolist()
-        if not low <= config.sigma_init <= high:
-            raise UserError(
-                f"sigma_init must be a noise level of the schedule, {low:g} to {high:g}, got {config.sigma_init}"
-            )
-        self.t_init = schedule.t_of_lam(torch.tensor(math.log(config.sigma_init), dtype=torch.float64)).item()
-        first, last = config.sigma_min ** (1 / rho), config.sigma_max ** (1 / rho)
-        top = (first + config.ramp_share * (last - first)) ** rho  # 24.4 as released
-        within = karras_times(schedule, 2, config.sigma_min, top, rho)  # as far as the schedule reaches
-        self.ramp = (schedule.noise_level(within) ** (1 / rho)).tolist()
+        schedule, rho, share, level = teacher.schedule, config.rho, config.ramp_share, config.sigma_init
+        low, high = torch.tensor(schedule.lam_range, dtype=torch.float64).exp().tolist()
+        if not low <= level <= high:
+            raise UserError(f"sigma_init must be a noise level of the schedule, {low:g} to {high:g}, got {level}")
+        self.t_init = schedule.t_of_lam(torch.tensor(level, dtype=torch.float64).log()).item()
+        top = (config.sigma_min ** (1 / rho) * (1 - share) + config.sigma_max ** (1 / rho) * share) ** rho  # 24.4
+        self.low, self.high = schedule.noise_level(karras_times(schedule, 2, config.sigma_min, top, rho)).tolist()
+
+    @classmethod
+    def reads_data(cls, config: Config) -> bool:
+        return config.adversarial > 0
 
     def G(self, z: Tensor, c: Condition) -> Tensor:
         t = time_like(z, self.t_init)
         return self.student(self.teacher.schedule.sigma(t) * z, t, c)
 
-    def generator_times(self, batch: Batch) -> Tensor:
-        """t of L_G, (B,1,1,1): tau^(1/rho) is uniform."""
-        return self.teacher.schedule.t_of_lam(self.config.rho * batch.uniform(*self.ramp).log())
+    def D_psi(self, x_t: Tensor, t: Tensor, c: Condition, guide: bool, f_gradient: bool = True) -> tuple:
+        """D_psi(x_t, t), guided if `guide`, and l(x_t), None without a discriminator."""
+        if not self.config.adversarial:
+            return guided(self.fake, self.teacher.conditioning, x_t, t, c) if guide else self.fake(x_t, t, c), None
+        D, features = self.fake.features([self.config.layer], x_t, t, c, f_gradient=f_gradient)
+        h = features[self.config.layer]
+        return D, h.mean(dim=-1 if h.ndim == 3 else 1)  # of tokens: (B,N,C)
 
-    def fake_times(self, batch: Batch) -> Tensor:
-        """t of L_psi, (B,1,1,1): log tau is normal, cut to the schedule's range."""
-        normal = torch.special.ndtri(batch.uniform())
-        return self.teacher.schedule.t_of_lam(self.config.p_mean + self.config.p_std * normal)
+    def fake_loss(self, x: Tensor, t: Tensor, eps: Tensor, c: Condition, y: Tensor | None = None) -> Tensor:
+        """L_psi, with the discriminator's loss for real images y."""
+        schedule, config = self.teacher.schedule, self.config
+        w = denoising_weight(schedule, t, config.sigma_data).to(x.dtype)
+        D_psi, l_x = self.D_psi(schedule.noised(x, t, eps), t, c, config.guided_fit)
+        loss = (w * (D_psi - x).square()).mean()
+        if y is not None:
+            _, l_y = self.D_psi(schedule.noised(y, t, eps), t, c, False, f_gradient=False)
+            loss = loss + config.discriminator * w.mean() * softplus(torch.cat([-l_y, l_x])).mean() / x[0].numel()
+        return loss
 
-    def noised(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        return self.teacher.schedule.alpha(t) * x + self.teacher.schedule.sigma(t) * eps
-
-    def fake_loss(self, x: Tensor, t: Tensor, eps: Tensor, c: Condition) -> Tensor:
-        """L_psi of each pixel, (B,C,H,W)."""
-        weight = self.teacher.schedule.noise_level(t) ** -2 + self.config.sigma_data**-2
-        return weight.to(x.dtype) * (self.fake(self.noised(x, t, eps), t, c) - x).square()
-
-    def identity(self, x: Tensor, t: Tensor, eps: Tensor, c: Condition) -> tuple[Tensor, Tensor]:
-        """d [(D_phi - x) - alpha d] and the denominator of L_G: (B,C,H,W), (B,1,1,1)."""
-        x_t = self.noised(x, t, eps)
+    def identity(self, x: Tensor, t: Tensor, eps: Tensor, c: Condition) -> tuple[Tensor, Tensor, Tensor]:
+        """d [(D_phi - x) - alpha d], m and l(x_t): (B,C,H,W), (B,1,1,1), (B,...)."""
+        x_t = self.teacher.schedule.noised(x, t, eps)
         D_phi = self.teacher.denoise(x_t, t, c)
         with frozen_weights(self.fake):  # gradients reach x_t, not psi; no dropout
-            d = D_phi - self.fake(x_t, t, c)
-        scale = (x - D_phi).detach().abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=SMALLEST)
-        return d * (D_phi - x - self.config.alpha * d), scale
+            D_psi, l_x = self.D_psi(x_t, t, c, self.config.guided_loss)
+        d = D_phi - D_psi
+        m = (x - D_phi).detach().abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-5)  # as released
+        return d * (D_phi - x - self.config.alpha * d), m, l_x
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        for _ in range(self.config.fake_updates):
-            c = batch.random_c()
+        config, schedule = self.config, self.teacher.schedule
+        for _ in range(config.fake_updates):
+            c = batch.c if config.adversarial else batch.random_c(drop=0.1 if config.guided_fit else 0)  # as released
             with torch.no_grad():  # and so without dropout
                 x = self.G(batch.noise(), c)
-            yield self.fake, self.fake_loss(x, self.fake_times(batch), batch.noise(), c).mean()
+            t = lognormal_time(schedule, batch.uniform(), config.p_mean, config.p_std)
+            yield self.fake, self.fake_loss(x, t, batch.noise(), c, batch.x_0 if config.adversarial else None)
         c = batch.random_c()
-        product, scale = self.identity(self.G(batch.noise(), c), self.generator_times(batch), batch.noise(), c)
-        yield self.student, (product / scale).mean()
+        x, t = self.G(batch.noise(), c), karras_time(schedule, batch.uniform(), self.low, self.high, config.rho)
+        product, m, l_x = self.identity(x, t, batch.noise(), c)
+        loss = (product / m).mean()
+        if config.adversarial:
+            loss = loss + config.adversarial * (1 / m).mean() * softplus(-l_x.clamp(-10, 10)).mean()  # as released
+        yield self.student, loss
 
     def keeps_noise(self, nfe: int) -> bool:
         return False  # only the distribution is fitted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import click
@@ -21,7 +22,7 @@ from distillbench.cli.terminal import print_definitions, width
 from distillbench.errors import UserError
 
 if TYPE_CHECKING:
-    from distillbench.registry import Plugin, Registry
+    from distillbench.registry import Entry, Plugin, Registry
 
 KINDS = ("methods", "teachers", "datasets", "metrics")
 
@@ -30,9 +31,29 @@ KINDS = ("methods", "teachers", "datasets", "metrics")
 @click.argument("kind", type=click.Choice(KINDS))
 @with_plugins
 def list_(registry: Registry, kind: str) -> None:
-    """List the available methods, teachers, datasets or metrics."""
+    """List the available methods, teachers, datasets or metrics.
+
+    Methods are grouped by what they learn, each with its need of real images and its numbers of evaluations.
+    """
     entries = sorted(registry.of_kind(kind).items())
+    if kind == "methods":
+        _list_methods(entries)
+        return
     print_definitions((name, f"{_summary(entry.cls)} [{version(entry.plugin)}]") for name, entry in entries)
+
+
+def _list_methods(entries: Iterable[tuple[str, Entry]]) -> None:
+    from distillbench.testing.method_kinds import KINDS, facts_of
+
+    groups: dict[str, list[tuple[str, str]]] = {learned: [] for learned in KINDS}
+    for name, entry in entries:
+        facts = facts_of(entry.cls)
+        told = f"{'real images' if facts.reads_data else 'no real images'}; NFE {facts.nfe or 'unknown'}"
+        groups[facts.kind].append((name, f"{_summary(entry.cls)} ({told}) [{version(entry.plugin)}]"))
+    for learned, rows in groups.items():
+        if rows:
+            click.echo(f"{learned}: {KINDS[learned]}")
+            print_definitions(rows)
 
 
 @click.command()

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from distillbench.diffusion.consistency import STEP_WEIGHTS as STEP_WEIGHTS
     from distillbench.diffusion.consistency import ConsistencyFunction as ConsistencyFunction
     from distillbench.diffusion.consistency import multistep as multistep
+    from distillbench.diffusion.consistency import pseudo_huber as pseudo_huber
+    from distillbench.diffusion.consistency import segment_edges as segment_edges
+    from distillbench.diffusion.consistency import segment_start as segment_start
+    from distillbench.diffusion.consistency import segmentwise as segmentwise
+    from distillbench.diffusion.consistency_times import CURRICULA as CURRICULA
+    from distillbench.diffusion.consistency_times import GRID_LEVELS as GRID_LEVELS
+    from distillbench.diffusion.consistency_times import continuous_pair as continuous_pair
+    from distillbench.diffusion.consistency_times import inverse_length as inverse_length
     from distillbench.diffusion.denoiser import INPUTS as INPUTS
     from distillbench.diffusion.denoiser import PREDICTIONS as PREDICTIONS
     from distillbench.diffusion.denoiser import SIGMA_DATA as SIGMA_DATA
@@ -34,7 +42,9 @@ if TYPE_CHECKING:
     from distillbench.diffusion.exact_denoiser import ExactDenoiser as ExactDenoiser
     from distillbench.diffusion.losses import SNR_WEIGHTS as SNR_WEIGHTS
     from distillbench.diffusion.losses import denoising_loss as denoising_loss
+    from distillbench.diffusion.losses import denoising_weight as denoising_weight
     from distillbench.diffusion.losses import mean_square as mean_square
+    from distillbench.diffusion.rollouts import chain_times as chain_times
     from distillbench.diffusion.rollouts import rollout as rollout
     from distillbench.diffusion.samplers import ONE_STEP as ONE_STEP
     from distillbench.diffusion.samplers import SAMPLERS as SAMPLERS
@@ -67,9 +77,12 @@ if TYPE_CHECKING:
     from distillbench.diffusion.schedules import VPLinear as VPLinear
     from distillbench.diffusion.training_times import karras_time as karras_time
     from distillbench.diffusion.training_times import lognormal_time as lognormal_time
+    from distillbench.diffusion.two_times import gamma_sampling as gamma_sampling
 
 __all__ = [
+    "CURRICULA",
     "DISTANCES",
+    "GRID_LEVELS",
     "INPUTS",
     "ONE_STEP",
     "PREDICTIONS",
@@ -97,17 +110,22 @@ __all__ = [
     "VPLinear",
     "ancestral",
     "ancestral_step",
+    "chain_times",
     "check_heun",
+    "continuous_pair",
     "ddim",
     "ddim_ode_step",
     "ddim_step",
     "denoising_loss",
+    "denoising_weight",
     "derivative",
     "dpmpp_2m",
+    "gamma_sampling",
     "guided",
     "heun",
     "heun_step",
     "implied_eps",
+    "inverse_length",
     "karras_time",
     "karras_times",
     "lognormal_time",
@@ -115,8 +133,12 @@ __all__ = [
     "mixture",
     "multistep",
     "one_mask",
+    "pseudo_huber",
     "renoise",
     "rollout",
+    "segment_edges",
+    "segment_start",
+    "segmentwise",
     "tangent",
     "time_like",
     "uniform_lambda_times",
@@ -127,7 +149,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CURRICULA": "distillbench.diffusion.consistency_times",
     "DISTANCES": "distillbench.diffusion.consistency",
+    "GRID_LEVELS": "distillbench.diffusion.consistency_times",
     "INPUTS": "distillbench.diffusion.denoiser",
     "ONE_STEP": "distillbench.diffusion.samplers",
     "PREDICTIONS": "distillbench.diffusion.denoiser",
@@ -155,17 +179,22 @@ _HOMES = {
     "VPLinear": "distillbench.diffusion.schedules",
     "ancestral": "distillbench.diffusion.samplers",
     "ancestral_step": "distillbench.diffusion.samplers",
+    "chain_times": "distillbench.diffusion.rollouts",
     "check_heun": "distillbench.diffusion.samplers",
+    "continuous_pair": "distillbench.diffusion.consistency_times",
     "ddim": "distillbench.diffusion.samplers",
     "ddim_ode_step": "distillbench.diffusion.samplers",
     "ddim_step": "distillbench.diffusion.samplers",
     "denoising_loss": "distillbench.diffusion.losses",
+    "denoising_weight": "distillbench.diffusion.losses",
     "derivative": "distillbench.diffusion.derivatives",
     "dpmpp_2m": "distillbench.diffusion.samplers",
+    "gamma_sampling": "distillbench.diffusion.two_times",
     "guided": "distillbench.diffusion.denoiser",
     "heun": "distillbench.diffusion.samplers",
     "heun_step": "distillbench.diffusion.samplers",
     "implied_eps": "distillbench.diffusion.denoiser",
+    "inverse_length": "distillbench.diffusion.consistency_times",
     "karras_time": "distillbench.diffusion.training_times",
     "karras_times": "distillbench.diffusion.samplers",
     "lognormal_time": "distillbench.diffusion.training_times",
@@ -173,8 +202,12 @@ _HOMES = {
     "mixture": "distillbench.diffusion.distributions",
     "multistep": "distillbench.diffusion.consistency",
     "one_mask": "distillbench.diffusion.dropout",
+    "pseudo_huber": "distillbench.diffusion.consistency",
     "renoise": "distillbench.diffusion.samplers",
     "rollout": "distillbench.diffusion.rollouts",
+    "segment_edges": "distillbench.diffusion.consistency",
+    "segment_start": "distillbench.diffusion.consistency",
+    "segmentwise": "distillbench.diffusion.consistency",
     "tangent": "distillbench.diffusion.derivatives",
     "time_like": "distillbench.diffusion.samplers",
     "uniform_lambda_times": "distillbench.diffusion.samplers",

@@ -114,16 +114,21 @@ class Conditioning:
         device: str,
         labels: Tensor | None,
         share: Callable[[Tensor], Tensor] = lambda rows: rows,
+        drop: float = 0.0,
     ) -> Condition:
         """The condition of a training batch: of its real images' `labels`, or of random classes where there are none.
 
         Random numbers are drawn for all `size` images; `share` picks this rank's rows, and `labels` has only these.
+        If the run is guided, each image has no class with probability `drop`.
         """
         if not self.classes:
             return UNCONDITIONAL
         on = generator.device
         if labels is None:
             labels = share(torch.randint(0, self.trained, (size,), generator=generator, device=on))
+        if drop and self.guided:
+            without = share(torch.rand(size, generator=generator, device=on) < drop)
+            labels = torch.where(without.to(labels.device), self.classes, labels)
         w = None
         if self.w_range is not None:
             low, high = self.w_range

@@ -1,4 +1,4 @@
-"""Shared parts of consistency models: the boundary-exact function, distances, weights, a multi-step sampler.
+"""Shared parts of consistency models: the boundary-exact function, segments, distances, weights, samplers.
 
 Song, Dhariwal, Chen & Sutskever 2023, arXiv:2303.01469. Noise levels are EDM's, tau = sigma_t / alpha_t, so it works on
 any schedule: x^ = x_t / alpha_t = x_0 + tau eps.
@@ -9,12 +9,18 @@ any schedule: x^ = x_t / alpha_t = x_0 + tau eps.
 NN is computed from the denoiser D = k_skip x^ + k_out NN, with EDM's k_skip and k_out, so any parameterisation works:
 F = (c_skip - (1 - e/tau) k_skip) x^ + (1 - e/tau) D. For an EDM network this equals the paper's F.
 
-| symbol | meaning                                          | shape     |
-|--------|--------------------------------------------------|-----------|
-| e, sd  | smallest noise level, standard deviation of x_0  | float     |
-| tau    | noise level sigma_t / alpha_t                    | (B,1,1,1) |
-| D      | student as a denoiser                            | (B,C,H,W) |
-| a, b   | images that are compared                         | (B,C,H,W) |
+With K segments (Heek et al. 2024, arXiv:2403.06807; Wang et al. 2024, arXiv:2405.18407) each part of the trajectory is
+mapped to its own start, by one DDIM step of the student's own prediction. From t to t it is the identity:
+
+    F(x_t, t, c, e_j) = r x_t + (alpha_j - r alpha_t) D,   r = sigma_j / sigma_t,   e_j < t <= e_(j+1)
+
+| symbol         | meaning                                          | shape     |
+|----------------|--------------------------------------------------|-----------|
+| e, sd          | smallest noise level, standard deviation of x_0  | float     |
+| e_0, ..., e_K  | edges of the segments, times of the grid         | (K+1,)    |
+| tau            | noise level sigma_t / alpha_t                    | (B,1,1,1) |
+| D              | student as a denoiser                            | (B,C,H,W) |
+| a, b           | images that are compared                         | (B,C,H,W) |
 """
 
 from __future__ import annotations
@@ -25,16 +31,20 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
+from distillbench.diffusion.consistency_times import inverse_length
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.losses import mean_square
-from distillbench.diffusion.samplers import time_like
+from distillbench.diffusion.samplers import ddim_step, time_like, x_at_top
 from distillbench.diffusion.schedules import NoiseSchedule
 
-__all__ = ["DISTANCES", "STEP_WEIGHTS", "ConsistencyFunction", "multistep"]
+__all__ = [
+    "DISTANCES", "STEP_WEIGHTS", "ConsistencyFunction", "multistep", "pseudo_huber", "segment_edges", "segment_start",
+    "segmentwise",
+]  # fmt: skip
 
 
 class ConsistencyFunction(nn.Module):
-    """F(x_t, t, c), with F = x^ exactly at tau = e; (B,C,H,W)."""
+    """F(x_t, t, c), with F = x^ exactly at tau = e; F(x_t, t, c, end), with F = x_t exactly at t = end. (B,C,H,W)."""
 
     def __init__(self, denoiser: Denoiser, e: float, sd: float) -> None:
         super().__init__()
@@ -44,11 +54,14 @@ class ConsistencyFunction(nn.Module):
     def schedule(self) -> NoiseSchedule:
         return self.denoiser.schedule
 
-    def forward(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
-        skip, ratio = self._coefficients(t, x_t.dtype)
-        return torch.addcmul(skip * x_t, ratio, self.denoiser(x_t, t, c))
+    def forward(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL, end: Tensor | None = None) -> Tensor:
+        D = self.denoiser(x_t, t, c)
+        if end is not None:
+            return ddim_step(self.schedule, x_t, D, t, end)
+        skip, ratio = self.coefficients(t, x_t.dtype)
+        return torch.addcmul(skip * x_t, ratio, D)
 
-    def _coefficients(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def coefficients(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The factors of x_t and of the denoiser's output, (B,1,1,1)."""
         e, sd, schedule = self.e, self.sd, self.schedule
         tau = schedule.noise_level(t)  # float64: at tau = 80 the two terms nearly cancel
@@ -56,9 +69,24 @@ class ConsistencyFunction(nn.Module):
         return (c_skip - ratio * k_skip).to(dtype) / schedule.alpha(t), ratio.to(dtype)
 
 
-def pseudo_huber(a: Tensor, b: Tensor, w: Tensor | float = 1.0) -> Tensor:
-    """The mean of w (sqrt(|a - b|^2 + c^2) - c), c = .00054 sqrt(pixels) (Song & Dhariwal 2023, arXiv:2310.14189)."""
-    c = 0.00054 * a[0].numel() ** 0.5
+def segment_edges(grid: Tensor, segments: int) -> Tensor:
+    """e_0 < ... < e_K, (K+1,): K segments of an ascending `grid` of N+1 times, at its indices floor(j N / K)."""
+    return grid[torch.arange(segments + 1, device=grid.device) * (len(grid) - 1) // segments]
+
+
+def segment_start(edges: Tensor, t: Tensor) -> Tensor:
+    """e_j with e_j < t <= e_(j+1), for times above e_0; shape of t."""
+    return edges[torch.searchsorted(edges, t) - 1]
+
+
+def pseudo_huber(a: Tensor, b: Tensor, w: Tensor | float = 1.0, c: float | None = None) -> Tensor:
+    """The mean of w (sqrt(|a - b|^2 + c^2) - c), by default with c = .00054 sqrt(pixels).
+
+    Song & Dhariwal 2023, arXiv:2310.14189. With c = 0 it is the mean of w |a - b|.
+    """
+    if c == 0:  # of this the gradient at a = b is 0; of the root of a sum it is infinite
+        return (w * torch.linalg.vector_norm(a - b, dim=(1, 2, 3), keepdim=True)).mean()
+    c = 0.00054 * a[0].numel() ** 0.5 if c is None else c
     return (w * (((a - b).square().sum(dim=(1, 2, 3), keepdim=True) + c**2).sqrt() - c)).mean()
 
 
@@ -71,7 +99,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor, Tensor | float], Tensor]] = {
 
 def inverse_step(schedule: NoiseSchedule, t: Tensor, s: Tensor) -> Tensor:
     """1 / (tau_t - tau_s), (B,1,1,1) (Song & Dhariwal 2023, arXiv:2310.14189)."""
-    return 1 / (schedule.noise_level(t) - schedule.noise_level(s)).to(torch.get_default_dtype())
+    return inverse_length(schedule.noise_level(t), schedule.noise_level(s))
 
 
 # lambda, the weight of a step from t to s.
@@ -98,3 +126,15 @@ def multistep(
         tau = schedule.noise_level(t).to(x.dtype)
         x = F(schedule.alpha(t) * (x + (tau**2 - F.e**2).sqrt() * noise(k)), t, c)
     return x
+
+
+def segmentwise(F: ConsistencyFunction, edges: Tensor, eps: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
+    """K evaluations from sigma_T eps at T = e_K: from each edge to the next below, without fresh noise.
+
+    Returns x^ = x / alpha at e_0, (B,C,H,W).
+    """
+    schedule, x, t = F.schedule, x_at_top(F.schedule, eps, edges), time_like(eps, edges[-1])
+    for k in range(len(edges) - 2, -1, -1):
+        end = time_like(eps, edges[k])
+        x, t = F(x, t, c, end), end
+    return x / schedule.alpha(t)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -350,7 +350,7 @@ class Denoiser(nn.Module):
         The schedule is restricted to the noise levels of the native one.
         """
         twin = copy.copy(self)
-        twin.schedule = schedule.restricted(*self.native.lam_range)
+        twin.schedule = schedule if schedule is self.native else schedule.restricted(*self.native.lam_range)
         return twin
 
     def copy(self, counter: Counter) -> Denoiser:
@@ -365,10 +365,15 @@ class Denoiser(nn.Module):
 
 
 def guided(denoiser: Denoiser, conditioning: Conditioning, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
-    """f_w = f_0 + w (f_c - f_0), both evaluated in one batch; f itself where `c` has no w. Shape (B,C,H,W)."""
+    """f_w = f_0 + w (f_c - f_0), both evaluated in one batch; f itself where `c` has no w. Shape (B,C,H,W).
+
+    A denoiser that has w as an input, such as a fake score, gets it in both.
+    """
     if c.w is None or c.labels is None or not c.guides:
         return denoiser(x_t, t, c)
     both = joined(c, conditioning.none(c))
+    if denoiser.guidance is not None:
+        both = replace(both, w=torch.cat([c.w, c.w]))
     f_c, f_0 = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     return f_0 + c.w * (f_c - f_0)
 

@@ -14,7 +14,8 @@ is trained on noised real images instead, it never sees their errors. The chain 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +25,24 @@ from distillbench.diffusion.schedules import NoiseSchedule
 from distillbench.errors import UserError
 from distillbench.system.transfers import to_device
 
-__all__ = ["rollout"]
+__all__ = ["chain_times", "rollout"]
+
+ROUNDING = 1e-9  # of lam at the lower end of a schedule
+
+
+def chain_times(schedule: NoiseSchedule, levels: Sequence[float]) -> Tensor:
+    """The times of a chain whose steps begin at these noise levels tau, which fall; ascending, (N,) float64.
+
+    The first is at most the schedule's highest level, that of pure noise. Raises UserError unless they then fall and
+    are levels of the schedule.
+    """
+    low, high = schedule.lam_range
+    lam = torch.tensor([*levels][::-1], dtype=torch.float64).log()  # not a number for a level below 0
+    lam[-1:].clamp_(max=high)
+    if not levels or not (lam.diff() > 0).all() or not lam[0] >= low - ROUNDING:
+        ends = f"{math.exp(low):g} to {math.exp(high):g}"
+        raise UserError(f"levels must fall, within those of the schedule, {ends}, got {[*levels]}")
+    return schedule.t_of_lam(lam)
 
 
 def rollout(

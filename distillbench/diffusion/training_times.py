@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,11 @@ def lognormal_time(schedule: NoiseSchedule, u: Tensor, p_mean: float, p_std: flo
 
 
 def karras_time(schedule: NoiseSchedule, u: Tensor, low: float, high: float, rho: float = 7.0) -> Tensor:
-    """t with tau^(1/rho) uniform from `low`^(1/rho) to `high`^(1/rho), clamped to the schedule's range.
+    """t with tau^(1/rho) uniform from `low`^(1/rho) to `high`^(1/rho).
 
-    It is Karras et al.'s grid (2022, eq. 5) with infinitely many levels; u = 0 gives `low`, u = 1 `high`.
+    It is Karras et al.'s grid (2022, eq. 5) with infinitely many levels; u = 0 gives `low`, u = 1 `high`. Both are
+    first moved into the schedule's range, so that no times pile up at its ends.
     """
-    first, last = low ** (1 / rho), high ** (1 / rho)
+    ends = [math.exp(lam) for lam in schedule.lam_range]
+    first, last = max(low, ends[0]) ** (1 / rho), min(high, ends[1]) ** (1 / rho)
     return schedule.t_of_lam(rho * torch.log(first + u.double() * (last - first)))

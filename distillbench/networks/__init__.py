@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distillbench.diffusion.embeddings import TimedNetwork as TimedNetwork
     from distillbench.diffusion.embeddings import TimeEmbedding as TimeEmbedding
     from distillbench.diffusion.embeddings import TimeFeatures as TimeFeatures
+    from distillbench.diffusion.fake_scores import FakeScore as FakeScore
     from distillbench.diffusion.modes import evaluating as evaluating
     from distillbench.diffusion.modes import frozen_weights as frozen_weights
     from distillbench.diffusion.two_times import TwoTimes as TwoTimes
@@ -34,6 +35,7 @@ __all__ = [
     "NETWORKS",
     "SIZED",
     "DiT",
+    "FakeScore",
     "GuidanceEmbedding",
     "MovingAverage",
     "PlacedFeatures",
@@ -51,6 +53,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "FakeScore": "distillbench.diffusion.fake_scores",
     "NETWORKS": "distillbench.networks.architectures",
     "SIZED": "distillbench.networks.architectures",
     "DiT": "distillbench.networks.architectures",

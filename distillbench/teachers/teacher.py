@@ -219,6 +219,11 @@ class Teacher:
         start = None if self.start is None else self.start.on(schedule)
         return dataclasses.replace(self, denoiser=self.denoiser.on(schedule), start=start)
 
+    @property
+    def native(self) -> Teacher:
+        """The same teacher, with the same counters, on its own schedule."""
+        return self.on(self.denoiser.native)
+
 
 @dataclass
 class TeacherConfig:

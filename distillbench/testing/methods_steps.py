@@ -34,20 +34,23 @@ DROPPED = 0.3  # share of pixels that networks drop in the check of dropout
 
 
 def data(bench: MethodBench) -> str:
-    """Real images are read exactly if the method declares it; `inputs` is one of the known words."""
+    """Real images and the teacher are used exactly as the method declares; `inputs` is one of the known words."""
     inputs = bench.method().inputs
     if inputs not in STUDENT_INPUTS or (inputs == "data" and not bench.reads_data):
         words = ", ".join(word for word in STUDENT_INPUTS if word != "data" or bench.reads_data)
         raise Fault(f"inputs says what the student is trained on; possible are {words}, got {inputs!r}")
     batches: list[WatchedBatch] = []
-    finished = False
+    finished = asked_teacher = False
     try:
         for moment in bench.walk():
             batches.append(moment.batch)
+            asked_teacher = moment.method.teacher.teacher_rows.rows > 0
         finished = True
     except (Exception, SystemExit):  # the check `steps` reports it
         pass
     asked = any(batch.used for batch in batches)
+    if asked_teacher and not bench.method().uses_teacher:
+        raise Fault("it declares to learn from data alone and evaluates the teacher: remove uses_teacher = False")
     if asked and not bench.reads_data:
         raise Fault("it declares to read no real images and reads some (batch.x_0): declare needs_data = True")
     if finished and bench.reads_data and not asked:

@@ -201,9 +201,12 @@ class Batch:
         labels = self._data[1] if self._read is not None and self._conditioning.classes else None
         return self._conditioning.draw(self._whole, self._generator, self.device, labels, self._share.of)
 
-    def random_c(self) -> Condition:
-        """Random classes, independent of ``x_0``, and a random guidance weight w if there is one; new at each call."""
-        return self._conditioning.draw(self._whole, self._generator, self.device, None, self._share.of)
+    def random_c(self, drop: float = 0.0) -> Condition:
+        """Random classes, independent of ``x_0``, and a random guidance weight w if there is one; new at each call.
+
+        If the run is guided, each image has no class with probability `drop`.
+        """
+        return self._conditioning.draw(self._whole, self._generator, self.device, None, self._share.of, drop)
 
     def noise(self) -> Tensor:
         """Standard normal noise (B,C,H,W)."""
@@ -255,8 +258,8 @@ class _Part(Batch):
     def _drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
         return self._share.of(self._once(lambda: self._batch._drawn(draw)))
 
-    def random_c(self) -> Condition:
-        c: Condition = self._once(self._batch.random_c)
+    def random_c(self, drop: float = 0.0) -> Condition:
+        c: Condition = self._once(lambda: self._batch.random_c(drop))
         return c.of_rows(self._share.view)
 
     def one_integer(self, low: int, high: int) -> int:
@@ -316,6 +319,11 @@ class Method(nn.Module, ABC):
     def inputs(self) -> str:
         """What the student is trained on: "data", "noise", "rollout" or "pairs", the column `inputs` of the results."""
         return "data" if self.reads_data(self.config) else "noise"
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether it evaluates the teacher. False: it learns from data alone, with these settings."""
+        return True
 
     @property
     def group_size(self) -> int:

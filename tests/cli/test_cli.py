@@ -116,6 +116,18 @@ def test_list(call, kind, names):
     assert "distillbench" in out
 
 
+def test_methods_are_listed_by_what_they_learn(call):
+    _, out, _ = call("list", "methods")
+    places = [
+        out.index(f"\n{kind}: " if kind != "trajectory" else "trajectory: ")
+        for kind in ("trajectory", "distribution", "from data")
+    ]
+    assert places == sorted(places)
+    assert places[0] < out.index("\n  boot ") < places[1] < out.index("\n  sid ") < places[2] < out.index("\n  ct ")
+    text = " ".join(out.split())
+    assert "(no real images; NFE 1)" in text and "(real images; NFE any number)" in text
+
+
 def test_describe_a_method(call):
     code, out, _ = call("describe", "boot")
     assert code == 0

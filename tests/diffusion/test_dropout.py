@@ -24,6 +24,7 @@ from distillbench.diffusion.embeddings import TimeEmbedding
 from distillbench.diffusion.modes import evaluating, frozen_weights
 from distillbench.diffusion.samplers import ddim_step, x_at_t_max
 from distillbench.diffusion.schedules import VPCosine
+from distillbench.diffusion.training_times import karras_time, lognormal_time
 from distillbench.teachers.teacher import Teacher
 from distillbench.testing.bench_networks import SHAPE
 from distillbench.testing.method_bench import IMAGES, MethodBench, calls_of, changed, weights_of
@@ -127,14 +128,14 @@ def released_sid(method: ScoreIdentityDistillation, batch: Batch, seed: int = 5)
     G.eval().requires_grad_(False)
     psi.train().requires_grad_(True)
     x = generate(batch.noise())
-    t = method.fake_times(batch)
+    t = lognormal_time(schedule, batch.uniform(), -1.2, 1.2)
     tau = schedule.noise_level(t)
     x_t = schedule.alpha(t) * x + schedule.sigma(t) * batch.noise()
     first = by_hand(psi, ((1 / tau**2 + 1 / 0.5**2) * (psi(x_t, t) - x).square()).mean())
     psi.eval().requires_grad_(False)
     G.train().requires_grad_(True)
     x = generate(batch.noise())
-    t = method.generator_times(batch)
+    t = karras_time(schedule, batch.uniform(), method.low, method.high)
     x_t = schedule.alpha(t) * x + schedule.sigma(t) * batch.noise()
     D_phi, D_psi = phi(x_t, t), psi(x_t, t)
     scale = (x - D_phi).abs().mean(dim=(1, 2, 3), keepdim=True).detach().clamp(min=1e-5)

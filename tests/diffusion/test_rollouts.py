@@ -10,9 +10,9 @@ import torch
 from analytic import MEAN, VARIANCE, column, some_schedules, time
 from distillbench.diffusion.distributions import Gaussian
 from distillbench.diffusion.exact_denoiser import ExactDenoiser
-from distillbench.diffusion.rollouts import rollout
+from distillbench.diffusion.rollouts import chain_times, rollout
 from distillbench.diffusion.samplers import uniform_lambda_times
-from distillbench.diffusion.schedules import SCHEDULES, VPCosine
+from distillbench.diffusion.schedules import SCHEDULES, VE, VPCosine
 from distillbench.errors import UserError
 
 COUNT, STEPS = 100_000, 3
@@ -96,3 +96,23 @@ def test_a_rollout_has_no_gradient_and_costs_what_it_says():
 def test_a_step_outside_of_the_chain_is_refused():
     with pytest.raises(UserError, match="has the steps 0 to 2, got 3"):
         rollout(lambda x_t, t: x_t, VPCosine(), chain(VPCosine())[1], drawn(count=1)[0], 3)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_times_of_a_chain_have_its_noise_levels(name):
+    """The first is at most that of pure noise on this schedule."""
+    schedule = SCHEDULES[name]()
+    times = chain_times(schedule, [80.0, 3.0, 0.5])
+    highest = min(80.0, schedule.noise_level(torch.tensor(schedule.t_max)).item())
+    assert times.dtype == torch.float64
+    assert schedule.noise_level(times).tolist() == pytest.approx([0.5, 3.0, highest], rel=1e-5)
+
+
+@pytest.mark.parametrize("levels", [[], [1.0, 2.0], [1.0, 1.0], [1.0, 0.0], [1.0, -1.0], [30.0, 20.0], [10.0, 0.01]])
+def test_levels_that_make_no_chain_are_refused(levels):
+    with pytest.raises(UserError, match=r"levels must fall, within those of the schedule, 0.1 to 10, got \["):
+        chain_times(VE(sigma_min=0.1, sigma_max=10.0), levels)
+
+
+def test_the_ends_of_a_schedule_are_levels():
+    assert chain_times(VE(), [80.0, 0.002]).tolist() == pytest.approx([0.002, 80.0])

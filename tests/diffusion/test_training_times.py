@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from distillbench.diffusion import SCHEDULES, Gaussian, denoising_loss, karras_time, lognormal_time
+from distillbench.diffusion import SCHEDULES, VE, Gaussian, denoising_loss, karras_time, lognormal_time
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.exact_denoiser import ExactDenoiser
 
@@ -30,6 +30,14 @@ def test_karras_times_have_a_uniform_root(name):
     root = schedule.noise_level(karras_time(schedule, UNIFORM, low, high, rho=3)).flatten() ** (1 / 3)
     exact = stats.uniform(low ** (1 / 3), high ** (1 / 3) - low ** (1 / 3)).ppf(UNIFORM.flatten())
     assert root.numpy() == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("low, high", [(1e-3, 100.0), (0.5, 100.0), (1e-3, 5.0)])
+def test_karras_times_do_not_pile_up_at_the_ends_of_a_schedule(low, high):
+    schedule = VE(sigma_min=0.1, sigma_max=10.0)
+    bottom, top = max(low, 0.1) ** (1 / 7), min(high, 10.0) ** (1 / 7)
+    root = schedule.noise_level(karras_time(schedule, UNIFORM, low, high)).flatten() ** (1 / 7)
+    assert root.numpy() == pytest.approx(stats.uniform(bottom, top - bottom).ppf(UNIFORM.flatten()), rel=1e-6)
 
 
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])

@@ -373,6 +373,74 @@ def test_sample_makes_the_evaluations_it_is_asked_for(nfe, tmp_path):
     assert method.keeps_noise(1) and not method.keeps_noise(2)
 
 
+# --- segments --------------------------------------------------------------------------------------------------------
+
+
+class ChainTo(nn.Module):
+    """The optimum with segments: the solver's chain from t down to `end`."""
+
+    def __init__(self, method) -> None:
+        super().__init__()
+        self.__dict__["method"] = method
+        self.schedule = method.teacher.schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Condition, end: Tensor) -> Tensor:
+        grid = self.method.grid
+        for k in range(len(grid) - 1, 0, -1):
+            upper, lower = time_like(x_t, grid[k]), time_like(x_t, grid[k - 1])
+            x_t = torch.where((t >= upper) & (end <= lower), one_step(self.method, x_t, upper, lower), x_t)
+        return x_t
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+@pytest.mark.parametrize("name", ["ve", "vp_cosine", "flow_matching"])
+def test_with_segments_the_optimum_is_the_chain_cut_at_the_edges(name, solver):
+    """The loss is zero there, and K evaluations of it are the whole chain, in units of x^."""
+    method = cm(mixture_teacher(SCHEDULES[name]()), solver=solver, steps=10, segments=4)
+    method.student = method.target = ChainTo(method)
+    assert torch.equal(method.edges, method.grid[[0, 2, 4, 6, 9]])  # floor(9 j / 4)
+    assert loss_of(method, batch_of(method, 256)).abs() < 1e-15
+    eps = make_batch(50, (1, 1, 1)).noise()
+    x_T = method.teacher.schedule.sigma(time_like(eps, method.grid[-1])) * eps
+    expected = Chain(method)(x_T, time_like(eps, method.grid[-1]))
+    close(method.sample(FixedNoise([eps]), 4, UNCONDITIONAL), expected, rtol=1e-9, atol=1e-9)
+    other = ChainTo(cm(method.teacher, solver={"ddim": "heun", "heun": "ddim"}[solver], steps=10, segments=4))
+    method.student = method.target = other
+    assert loss_of(method, batch_of(method, 256)) > 1e-7
+
+
+def test_with_segments_both_networks_jump_to_the_start_of_t_s_segment(tmp_path):
+    """By DDIM on their own prediction. Where that start is s, the target is x_s itself, whatever the network says."""
+    method = cm(mlp_teacher(), mu=0.5, steps=10, segments=3)
+    asked = []
+    for network in (method.target, method.student):
+        network.register_forward_hook(lambda module, args, out: asked.append((*args, out)))
+    meter = make_workspace(method.teacher, tmp_path).meter
+    loss = loss_of(method, batch_of(method, 200))
+    assert (meter.teacher_nfe, meter.student_nfe) == (200 * 2, 200 * 2)
+    (x_s, s, _, end, target), (x_t, t, _, same, F) = asked
+    again = batch_of(method, 200)
+    again.noise()
+    n = again.integers(0, 9)
+    assert torch.equal(t, method.grid[n + 1]) and torch.equal(s, method.grid[n])
+    assert torch.equal(end, method.grid[3 * (n // 3)]) and torch.equal(end, same)
+    schedule = method.teacher.schedule
+    D = method.student.denoiser(x_t, t)
+    eps = (x_t - schedule.alpha(t) * D) / schedule.sigma(t)
+    close(F, schedule.alpha(end) * D + schedule.sigma(end) * eps, rtol=1e-8, atol=1e-10)
+    at_end = (s == end).flatten()
+    assert at_end.sum() > 30 and torch.equal(target[at_end], x_s[at_end]) and not (target == x_s)[~at_end].any()
+    close(loss, (F - target).square().mean(), rtol=1e-12)
+
+
+def test_segments_are_sampled_in_as_many_evaluations_only(tmp_path):
+    method = cm(mlp_teacher(), steps=10, segments=4)
+    meter = make_workspace(method.teacher, tmp_path).meter
+    method.sample(FixedNoise([make_batch(5).noise()]), 4, UNCONDITIONAL)
+    assert (meter.teacher_nfe, meter.student_nfe) == (0, 5 * 4)
+    assert [n for n in range(12) if method.supports(n)] == [4] and method.keeps_noise(4)
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -410,6 +478,8 @@ def test_levels_beyond_the_schedule_leave_no_step_of_length_zero(name, settings,
         {"mu": 1.0},
         {"solver": "rk4"},
         {"metric": "l1"},
+        {"segments": 0},
+        {"segments": 12},
         {"sigma_data": 0},
         {"sigma_min": 2, "sigma_max": 1},
     ],

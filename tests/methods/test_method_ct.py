@@ -174,6 +174,26 @@ def test_uniform_levels():
     assert counts[0] == 0 and chisquare(counts[1:].numpy()).pvalue > 0.01
 
 
+def test_continuous_times_end_at_x_0():
+    """tau_s = tau_t (1 - (1 + 8 sigmoid(-tau_t)) / (N - 1)); with answers of 0, only rows where it is 0 have a loss."""
+    method = ct(mlp_teacher(VE()), s0=2, s1=8, stage=1, levels="continuous", mu=0.5, weight="inv_step")
+    assert method.student.e == 0.0 and len(method.grid) == 5
+    method.student, method.target = Recorder(), Recorder()
+    loss = loss_of(method, batch_of(method, 400))
+    again = batch_of(method, 400)
+    x_0, eps = again.x_0, again.noise()
+    tau_t = (-1.1 + 2.0 * torch.special.ndtri(again.uniform())).exp().clamp(0.002, 80.0)
+    tau_s = tau_t * (1 - (1 + 8 / (1 + tau_t.exp())) / 4)
+    ended = (tau_s < 0.002).flatten()
+    ((x_s, s, _),), ((x_t, t, _),) = method.target.asked, method.student.asked
+    close(t, tau_t, rtol=1e-9)
+    close(x_t, x_0 + tau_t * eps, rtol=1e-9)
+    close(s[~ended], tau_s[~ended], rtol=1e-9)
+    close(x_s[~ended], (x_0 + tau_s * eps)[~ended], rtol=1e-9)
+    assert 50 < ended.sum() < 350
+    close(loss, (x_0.square() / tau_t)[ended].sum() / (400 * 2), rtol=1e-9)
+
+
 def test_no_level_is_drawn_that_has_no_weight():
     """A log-normal as narrow as one step: every image is at the step that holds e^p_mean."""
     method = ct(s0=8, s1=8, levels="lognormal", p_mean=math.log(10.0), p_std=1e-3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -36,6 +37,7 @@ from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Condit
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.noise import FixedNoise
 from distillbench.diffusion.schedules import SCHEDULES, VE, NoiseSchedule, VPCosine
+from distillbench.diffusion.training_times import karras_time
 from distillbench.errors import UserError
 from distillbench.networks.architectures import ResidualMLP
 from distillbench.system.progress import Step
@@ -105,7 +107,7 @@ def expected_product(method, tau: float) -> Tensor:
     """E d [(D_phi - x) - alpha d] at noise level tau, exactly."""
     z, eps = UNIT_DRAWS
     t = method.teacher.schedule.t_of_lam(time([tau, tau]).log())
-    product, _ = method.identity(method.G(z, UNCONDITIONAL), t, eps, UNCONDITIONAL)
+    product, *_ = method.identity(method.G(z, UNCONDITIONAL), t, eps, UNCONDITIONAL)
     return product.sum()
 
 
@@ -178,8 +180,8 @@ def test_expectation_at_the_optimal_fake_score_of_a_mixture(alpha):
     eps, t = draw().view(n, 1, 1, 1), schedule.t_of_lam(time([0.4]).log()).expand(n, 1, 1, 1)
     method = sid(mixture_teacher(schedule, weights=(0.6, 0.4), centres=(-1.0, 1.0), spreads=(0.3, 0.5)), alpha=alpha)
     method.fake = Denoiser(MixtureNetwork(schedule), schedule, "x0")
-    product, _ = method.identity(x, t, eps, UNCONDITIONAL)
-    x_t = method.noised(x, t, eps)
+    product, *_ = method.identity(x, t, eps, UNCONDITIONAL)
+    x_t = schedule.noised(x, t, eps)
     square = (method.teacher.denoise(x_t, t) - method.fake(x_t, t)).square()
     error = product - (1 - alpha) * square
     allowed = 4 * error.std().item() / n**0.5
@@ -245,9 +247,9 @@ def test_the_denominator_has_no_gradient_and_a_floor():
     method = perturbed(sid())
     batch = make_batch(8)
     x = method.G(batch.noise(), UNCONDITIONAL)
-    t, eps = method.generator_times(batch), batch.noise()
-    _, scale = method.identity(x, t, eps, UNCONDITIONAL)
-    D_phi = method.teacher.denoise(method.noised(x, t, eps), t)
+    t, eps = karras_time(method.teacher.schedule, batch.uniform(), method.low, method.high), batch.noise()
+    _, scale, _ = method.identity(x, t, eps, UNCONDITIONAL)
+    D_phi = method.teacher.denoise(method.teacher.schedule.noised(x, t, eps), t)
     close(scale, (x - D_phi).abs().mean(dim=(1, 2, 3), keepdim=True), rtol=1e-12)
     assert x.requires_grad and not scale.requires_grad
     method.teacher.denoise = lambda x_t, t, c: x  # a teacher that agrees with x to the last digit
@@ -291,7 +293,7 @@ def test_the_optimal_fake_score_is_the_denoiser_of_the_generator_s_distribution(
         method.zero_grad()
         with torch.no_grad():
             method.fake.network.l.fill_(math.log(variance))
-        loss = method.fake_loss(a * z, t, eps, UNCONDITIONAL).sum()
+        loss = 2 * method.fake_loss(a * z, t, eps, UNCONDITIONAL)  # a mean over two images of one pixel
         loss.backward()
         k = variance / (variance + tau**2)
         expected = (tau**-2 + sd**-2) * ((k - 1) ** 2 * a**2 + k**2 * tau**2)
@@ -334,18 +336,29 @@ def test_the_fake_score_s_loss_is_edm_s():
 # --- noise levels ----------------------------------------------------------------------------------------------------
 
 
+def times_of(method, batch: Batch) -> tuple[Tensor, Tensor]:
+    """t of L_psi and of L_G in a step."""
+    seen = []
+    method.fake_loss = lambda x, t, *rest: seen.append(t) or x.sum()
+    method.identity = lambda x, t, *rest: seen.append(t) or (x, torch.ones(1), None)
+    list(method.train_step(batch))
+    of_fake, of_generator = seen
+    return of_fake, of_generator
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["ve", "vp_cosine", "vp_linear", "flow_matching"])
 def test_noise_levels_have_the_released_distributions(name):
     """L_G: tau^(1/7) uniform over 80 % of the ramp from .002 to 80, up to 24.4; L_psi: log tau ~ N(-1.2, 1.2^2)."""
     method = sid(mlp_teacher(SCHEDULES[name](), "x0"))
-    schedule, batch = method.teacher.schedule, make_batch(20_000)
-    tau = schedule.noise_level(method.generator_times(batch)).flatten().numpy()
+    schedule = method.teacher.schedule
+    of_fake, of_generator = times_of(method, make_batch(20_000))
+    tau = schedule.noise_level(of_generator).flatten().numpy()
     bottom = max(0.002, schedule.noise_level(time(schedule.t_min)).item()) ** (1 / 7)
     top = 0.2 * 0.002 ** (1 / 7) + 0.8 * 80 ** (1 / 7)
     assert top**7 == pytest.approx(24.4, abs=0.05)
     assert stats.kstest(tau ** (1 / 7), stats.uniform(bottom, top - bottom).cdf).pvalue > 0.01
-    log_tau = schedule.lam(method.fake_times(batch)).flatten().numpy()
+    log_tau = schedule.lam(of_fake).flatten().numpy()
     assert stats.kstest(log_tau, stats.norm(-1.2, 1.2).cdf).pvalue > 0.01
 
 
@@ -354,9 +367,8 @@ def test_noise_levels_have_the_released_distributions(name):
 def test_a_narrow_schedule_bounds_the_noise_levels(schedule):
     method = sid(mlp_teacher(schedule, "x0"))
     ends = schedule.noise_level(torch.tensor([schedule.t_min, schedule.t_max]))
-    assert [value**7 for value in method.ramp] == pytest.approx(ends.tolist(), rel=1e-9)
-    batch = make_batch(20_000)
-    for t in (method.generator_times(batch), method.fake_times(batch)):
+    assert [method.low, method.high] == pytest.approx(ends.tolist(), rel=1e-9)
+    for t in times_of(method, make_batch(20_000)):
         assert (t >= schedule.t_min).all() and (t <= schedule.t_max).all() and t.dtype == torch.float64
 
 
@@ -367,8 +379,10 @@ def test_the_least_random_number_is_no_trouble(name):
     method, batch = sid(mlp_teacher(SCHEDULES[name](), "x0")), make_batch(3)
     batch.uniform = lambda low=0.0, high=1.0: torch.full((3, 1, 1, 1), low, dtype=torch.float64)
     schedule = method.teacher.schedule
-    assert (method.fake_times(batch) == schedule.t_min).all()
-    assert (method.generator_times(batch) >= schedule.t_min).all()
+    of_fake, of_generator = times_of(method, batch)
+    least = max(schedule.lam_range[0], -1.2 + 1.2 * stats.norm.ppf(1e-12))
+    close(schedule.lam(of_fake), torch.full((3, 1, 1, 1), least).double(), rtol=1e-9)
+    assert (of_generator >= schedule.t_min).all()
 
 
 # --- who is trained, and at what cost -------------------------------------------------------------------------------
@@ -454,6 +468,317 @@ def test_training_is_deterministic_and_leaves_the_teacher_alone(tmp_path):
     assert same_weights(first, second) and not same_weights(first, other)
     assert same_weights(weights_of(runs[0].teacher.denoiser), weights_of(mlp_teacher().denoiser))
     assert {name.split(".")[0] for name in first} == {"student", "fake"}  # what has to be saved
+
+
+# --- guidance of the fake score: SiD-LSG ------------------------------------------------------------------------------
+
+W = 2.0  # guidance weight
+MEANS = (-0.8, 0.5)  # of two classes
+
+
+class TwoClasses(nn.Module):
+    """E[x_0 given x_t, c] for x_0 ~ N(m_c, v) of class c = 0, 1, both equally frequent; class 2 is none."""
+
+    embedding_channels = 4
+
+    def __init__(self, schedule: NoiseSchedule, variance: float) -> None:
+        super().__init__()
+        self.schedule, self.variance = schedule, variance
+
+    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
+        alpha, sigma = self.schedule.alpha(time(t)), self.schedule.sigma(time(t))
+        means, v = torch.tensor(MEANS), self.variance
+        V = alpha**2 * v + sigma**2
+        away = x - alpha * means  # (B,1,1,2)
+        f = means + alpha * v / V * away
+        of_none = torch.softmax(-away.square() / (2 * V), dim=-1)
+        shares = torch.cat([torch.eye(2)[c.labels.clamp(max=1)].view(-1, 1, 1, 2), of_none], dim=1)
+        return (shares[range(len(x)), (c.labels == 2).long()].unsqueeze(1) * f).sum(dim=-1, keepdim=True)
+
+
+class OfItsClass(nn.Module):
+    """G(z, c) = m_c + a z."""
+
+    def __init__(self, schedule: NoiseSchedule, a: float) -> None:
+        super().__init__()
+        self.schedule, self.a = schedule, nn.Parameter(torch.tensor(a))
+
+    def forward(self, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+        return torch.tensor(MEANS)[c.labels].view(-1, 1, 1, 1) + self.a * x / self.schedule.sigma(t)
+
+
+def of_two_classes(a: float, guided_loss: bool, alpha: float) -> Tensor:
+    """dL/da at noise level .8 with psi held, without the denominator, for the teacher's variance V: by quadrature."""
+    schedule = VPCosine()
+    exact = lambda variance: Denoiser(TwoClasses(schedule, variance), schedule, "x0")
+    teacher = Teacher("two", exact(V), (1, 1, 1), "two", conditioning=Conditioning(2, W))
+    teacher.start = Denoiser(ResidualMLP((1, 1, 1), width=8, depth=1, classes=2), schedule, "x0")
+    method = sid(teacher, guided_loss=guided_loss, alpha=alpha)
+    method.student, method.fake = OfItsClass(schedule, a), exact(a**2)
+    points, weights = (torch.from_numpy(each) for each in np.polynomial.hermite_e.hermegauss(60))
+    z, eps, label = (each.flatten() for each in torch.meshgrid(points, points, torch.arange(2.0), indexing="ij"))
+    share = torch.einsum("i,j->ij", weights, weights).flatten().repeat_interleave(2) / (2 * weights.sum() ** 2)
+    c = Condition(label.long(), torch.full((len(z), 1, 1, 1), W))
+    t = schedule.t_of_lam(torch.full((len(z), 1, 1, 1), 0.8).double().log())
+    product, *_ = method.identity(method.G(z.view(-1, 1, 1, 1), c), t, eps.view(-1, 1, 1, 1), c)
+    (share * product.flatten()).sum().backward()
+    return method.student.a.grad
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("alpha", [1.0, 1.2])
+def test_long_and_short_guidance_points_to_the_teacher_s_distribution(alpha):
+    """With exact conditional and unconditional scores; with the teacher alone guided the optimum is elsewhere."""
+    low, best, high = (of_two_classes(a, True, alpha).item() for a in (0.3, V**0.5, 0.9))
+    assert low < -0.01 and high > 0.01 and abs(best) < 1e-12
+    assert abs(of_two_classes(V**0.5, False, alpha).item()) > 0.01
+
+
+class Table(nn.Module):
+    """One answer for each class, whatever the image."""
+
+    embedding_channels = 4
+
+    def __init__(self, values: list[float]) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.tensor(values))
+
+    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None, c: Condition) -> Tensor:
+        return self.values[c.labels].view(-1, 1, 1, 1).expand(x.shape)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("guided_fit", [False, True])
+def test_the_guided_answer_of_the_fake_score_is_fitted(guided_fit):
+    """dL/df_c : dL/df_0 = k : 1 - k, and zero where f_0 + k (f_c - f_0) = x."""
+    teacher = Teacher("table", Denoiser(Table([0.4, -0.1, 0.2]), VPCosine(), "x0"), (1, 1, 1), "table")
+    teacher.conditioning = Conditioning(2, W)
+    method = sid(teacher, guided_fit=guided_fit)
+    c = Condition(torch.tensor([0]), torch.full((1, 1, 1, 1), W))
+    t, eps = time([0.5]), torch.ones(1, 1, 1, 1)
+    for x, zero in ((0.9, False), (0.2 + W * 0.2 if guided_fit else 0.4, True)):
+        method.zero_grad()
+        method.fake_loss(torch.full((1, 1, 1, 1), x), t, eps, c).backward()
+        gradient = method.fake.network.values.grad
+        weight = method.teacher.schedule.noise_level(t).item() ** -2 + 4
+        error = 2 * weight * ((0.2 + W * 0.2 if guided_fit else 0.4) - x)
+        expected = [W * error, 0.0, (1 - W) * error] if guided_fit else [error, 0.0, 0.0]
+        close(gradient, torch.tensor(expected), rtol=1e-9, atol=1e-12)
+        assert (gradient.abs().max() < 1e-12) == zero
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("conditioning", [Conditioning(3, 2.5), Conditioning(3, 1.0, (1.5, 4.0))])
+@pytest.mark.parametrize(("fit", "loss"), [(True, False), (False, True), (True, True)])
+def test_the_guided_fake_score_counts_twice_and_is_trained_in_both_halves(fit, loss, conditioning, tmp_path):
+    teacher = class_teacher(conditioning)
+    method = perturbed(sid(teacher, guided_fit=fit, guided_loss=loss))
+    counter, embedding = teacher.student_rows, method.fake.network.classes.weight
+    seen = [0, 0, 0]
+    batch = Batch(40, (2, 1, 1), torch.Generator().manual_seed(0), "cpu", None, conditioning)
+    for network, value in method.train_step(batch):
+        value.backward()
+        rows = counter.rows, counter.rows_with_gradient, counter.rows_to_input
+        since, seen = [now - before for now, before in zip(rows, seen, strict=True)], list(rows)
+        if network is method.fake:
+            assert since == [40 + 40 * (1 + fit), 40 * (1 + fit), 0]
+            assert (embedding.grad[3].abs().max() > 0) == fit and embedding.grad[:3].abs().min() > 0
+        else:
+            assert since == [40 + 40 * (1 + loss), 40 + 40 * (1 + loss), 40 * (1 + loss)]
+    assert teacher.teacher_rows.rows == 80
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_guided_fake_score_gets_the_weight_as_an_input_in_both_halves():
+    """f_0 + w (f_c - f_0), each given w, which the student has as an input too."""
+    conditioning = Conditioning(3, 1.0, (1.5, 4.0))
+    method = perturbed(sid(class_teacher(conditioning), guided_loss=True))
+    batch = Batch(8, (2, 1, 1), torch.Generator().manual_seed(0), "cpu", None, conditioning)
+    c, x, eps, t = batch.random_c(), batch.noise(), batch.noise(), time([0.5] * 8)
+    none = Condition(torch.full((8,), 3), c.w)
+    x_t = method.teacher.schedule.noised(x, t, eps)
+    f_c, f_0 = method.fake(x_t, t, c), method.fake(x_t, t, none)
+    D_phi = method.teacher.denoise(x_t, t, c)
+    d = D_phi - (f_0 + c.w * (f_c - f_0))
+    close(method.identity(x, t, eps, c)[0], d * (D_phi - x - 1.2 * d), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_classes_are_left_out_where_a_guided_fake_score_is_fitted(guidance):
+    """Of a tenth of the images, as released, in a guided run; never in L_G."""
+    conditioning = Conditioning(3, guidance)
+    method = sid(class_teacher(conditioning), guided_fit=True, guided_loss=True)
+    asked = []
+    method.student.register_forward_pre_hook(lambda module, args: asked.append(args[2].labels))
+    list(method.train_step(Batch(4000, (2, 1, 1), torch.Generator().manual_seed(0), "cpu", None, conditioning)))
+    of_fake, of_generator = ((labels == 3).double().mean().item() for labels in asked)
+    assert of_generator == 0 and (of_fake == 0 if guidance == 1 else abs(of_fake - 0.1) < 4 * (0.09 / 4000) ** 0.5)
+
+
+def test_parts_of_a_batch_leave_out_the_same_classes():
+    batch = lambda: Batch(9, (2, 1, 1), torch.Generator().manual_seed(0), "cpu", None, Conditioning(3, 2.0))
+    whole = batch().random_c(0.5).labels
+    first, second = (part.random_c(0.5).labels for part in batch().parts(2))
+    assert torch.equal(whole[::2], first) and torch.equal(whole[1::2], second) and (whole == 3).any()
+    assert torch.equal(batch().random_c().labels, batch().random_c(0.0).labels)
+
+
+# --- real images: SiDA -----------------------------------------------------------------------------------------------
+
+
+class Judge(nn.Module):
+    """Its layer is k x, so the logit of an image is k times the mean over its channels."""
+
+    embedding_channels = 4
+
+    def __init__(self, k: float) -> None:
+        super().__init__()
+        self.gain, self.layer = nn.Parameter(torch.tensor(0.5)), nn.Conv2d(2, 2, 1, bias=False)
+        nn.init.zeros_(self.layer.weight)
+        with torch.no_grad():
+            self.layer.weight[range(2), range(2)] = k
+
+    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, c: Condition | None = None) -> Tensor:
+        self.layer(x)
+        return self.gain * x
+
+
+class Images(nn.Module):
+    """A generator that learns images one by one."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = nn.Parameter(x.clone())
+
+    def forward(self, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+        return self.x
+
+
+SIDA = {"adversarial": 0.3, "discriminator": 0.7, "layer": "layer", "alpha": 1.0}
+
+
+def judged(x: Tensor, k: float = 1.5, **settings):
+    """A method with the fake score Judge(k), whose generated images are x."""
+    teacher = gaussian_teacher(VPCosine(), (0.0, 0.0), (V, V))
+    teacher.start = Denoiser(Judge(k), teacher.schedule, "x0")
+    method = sid(teacher, **settings)
+    method.student = Images(x)
+    return method
+
+
+def reading(y: Tensor, seed: int = 0) -> Batch:
+    """A batch whose real images are y."""
+    return make_batch(len(y), y.shape[1:], seed, read=lambda size: (y, None))
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_adversarial_gradient_of_the_generator_raises_logits():
+    """-adversarial E[1/m] sigmoid(-l) k alpha_t / (B C), on top of SiD's; none where |l| > 10, where it is clamped."""
+    generator, k = torch.Generator().manual_seed(1), 1.5
+    x = torch.randn(6, 2, 1, 1, generator=generator)
+    x[4:] *= 1e4  # logits beyond 10
+    y = torch.randn(6, 2, 1, 1, generator=generator)
+    gradients = {}
+    for label, settings in (("sid", {"alpha": 1.0}), ("sida", SIDA)):
+        method = judged(x, k, **settings)
+        *_, (network, loss) = method.train_step(reading(y))
+        loss.backward()
+        gradients[label] = network.x.grad
+    batch, schedule = reading(y), method.teacher.schedule
+    batch.noise(), batch.uniform(), batch.noise(), batch.noise()  # of the fake score's update, and z
+    t, eps = karras_time(schedule, batch.uniform(), method.low, method.high), batch.noise()
+    x_t = schedule.noised(x, t, eps)
+    logits = k * x_t.mean(dim=1, keepdim=True)
+    assert (logits.abs() > 10).flatten().tolist() == [False] * 4 + [True] * 2
+    m = (x - method.teacher.denoise(x_t, t)).abs().mean(dim=(1, 2, 3))
+    slope = -0.3 * (1 / m).mean() * torch.sigmoid(-logits) * (logits.abs() < 10) * k * schedule.alpha(t) / (6 * 2)
+    close(gradients["sida"] - gradients["sid"], slope.expand(x.shape), rtol=1e-7, atol=1e-9)
+    assert (slope[:4] < 0).all()
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_discriminator_tells_real_images_from_generated_ones_under_the_same_noise():
+    """E[w] E[softplus(-l(y_t)) + softplus(l(x_t))] / 2 over the number of pixels, w = 1/tau^2 + 4; l is not clamped."""
+    generator, k = torch.Generator().manual_seed(1), 1.5
+    x, y, eps = (torch.randn(6, 2, 1, 1, generator=generator) for _ in range(3))
+    y, t = y + 1, VPCosine().t_of_lam(torch.linspace(-1, 1, 6).double().view(-1, 1, 1, 1))
+    x[5] = 60.0  # a logit beyond 10
+    method, schedule = judged(x, k, **SIDA), VPCosine()
+    loss = method.fake_loss(x, t, eps, UNCONDITIONAL, y)
+    loss.backward()
+    l_x, l_y = (k * schedule.noised(image, t, eps).mean(dim=(1, 2, 3)) for image in (x, y))
+    close(l_y - l_x, k * (schedule.alpha(t) * (y - x)).mean(dim=(1, 2, 3)), rtol=1e-9)  # the noise is the same
+    assert l_x.abs().max() > 10
+    w = schedule.noise_level(t) ** -2 + 4
+    told_apart = torch.log1p(torch.exp(-l_y)).mean() + torch.log1p(torch.exp(l_x)).mean()
+    denoised = (w * (0.5 * schedule.noised(x, t, eps) - x).square()).mean()
+    close(loss, denoised + 0.7 * w.mean() * told_apart / 2 / 2, rtol=1e-9)
+    slope = ((-torch.sigmoid(-l_y) * l_y + torch.sigmoid(l_x) * l_x) / k).mean() * 0.7 * w.mean() / 4
+    weight = method.fake.network.layer.weight.grad  # k is its diagonal
+    close(weight[0, 0].sum() + weight[1, 1].sum(), slope, rtol=1e-9)
+
+
+class Layered(nn.Module):
+    """Its layer is the image of 24 values in another shape."""
+
+    embedding_channels = 4
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layer = nn.Unflatten(1, shape)
+
+    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, c: Condition | None = None) -> Tensor:
+        self.layer(x.flatten(1))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"), [((24,), 0), ((2, 3, 4), 0), ((6, 4), 1)], ids=["perceptron", "channels first", "tokens"]
+)
+def test_logits_are_means_over_channels_at_each_place(shape, channels):
+    method = judged(torch.zeros(3, 2, 1, 1), **SIDA)
+    method.fake = Denoiser(Layered(shape), VPCosine(), "x0")
+    x_t = torch.randn(3, 24, 1, 1, generator=torch.Generator().manual_seed(0))
+    _, logits = method.D_psi(x_t, time([0.5] * 3), UNCONDITIONAL, False)
+    expected = x_t.view(3, *shape).numpy().mean(axis=1 + channels)
+    np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert logits.shape == (3, *(side for axis, side in enumerate(shape) if axis != channels))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("adversarial", [0.0, 1e-4])
+def test_real_images_are_read_exactly_if_the_adversarial_weight_is_positive(adversarial, tmp_path):
+    """Their classes are those of the fake score's update; L_G draws its own. One evaluation more for each image."""
+    conditioning = Conditioning(3)
+    method = sid(class_teacher(conditioning), adversarial=adversarial, layer="blocks.0")
+    read, asked, labels = [], [], torch.tensor([2, 2, 0, 1, 0])
+    images = lambda size: read.append(size) or (torch.zeros(size, 2, 1, 1), labels)
+    method.fake.register_forward_pre_hook(lambda module, args: asked.append(args[2].labels))
+    meter = make_workspace(method.teacher, tmp_path).meter
+    list(method.train_step(Batch(5, (2, 1, 1), torch.Generator().manual_seed(0), "cpu", images, conditioning)))
+    reads = adversarial > 0
+    assert method.reads_data(method.config) == reads and not method.needs_data and method.inputs == "noise"
+    assert read == [5] * reads and (meter.teacher_nfe, meter.student_nfe) == (5, 5 * (4 + reads))
+    if reads:
+        assert len(asked) == 3 and torch.equal(asked[0], labels) and torch.equal(asked[1], labels)
+        assert not torch.equal(asked[2], labels)
+
+
+@pytest.mark.usefixtures("float64")
+def test_gradients_of_sida_reach_one_network_at_a_time():
+    method = perturbed(sid(adversarial=0.1, layer="blocks.0"))
+    reached = lambda module: any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+    for network, loss in method.train_step(reading(torch.zeros(8, 2, 1, 1))):
+        loss.backward()
+        other = method.student if network is method.fake else method.fake
+        assert reached(network) and not reached(other) and not reached(method.teacher.denoiser)
+        method.zero_grad()
+
+
+def test_a_layer_that_there_is_not_is_refused():
+    method = sid(adversarial=0.1, layer="bloks.0")
+    with pytest.raises(UserError, match=r"no submodule 'bloks\.0'\. Possible, for example: blocks\.0"):
+        list(method.train_step(reading(torch.zeros(8, 2, 1, 1))))
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -577,6 +902,11 @@ def test_the_defaults_are_the_release_s():
         {"p_mean": math.inf},
         {"p_std": 0.0},
         {"sigma_data": 0.0},
+        {"adversarial": -1.0, "layer": "blocks.0"},
+        {"discriminator": -1.0},
+        {"adversarial": 0.1},
+        {"adversarial": 0.1, "layer": "blocks.0", "guided_fit": True},
+        {"adversarial": 0.1, "layer": "blocks.0", "guided_loss": True},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings):

@@ -116,11 +116,11 @@ def trained(method, folder, steps: int):
     return method
 
 
-def check(method, expected, tolerance: float) -> None:
+def check(method, expected, tolerance: float, nfe: int = 1) -> None:
     """Root mean square distance to the closed form on fresh noise, where the untrained student is far from it."""
     eps = make_batch(1000, seed=99).noise()
     with torch.no_grad():
-        error = (method.sample(FixedNoise([eps]), 1, UNCONDITIONAL) - expected(eps)).square().mean().sqrt().item()
+        error = (method.sample(FixedNoise([eps]), nfe, UNCONDITIONAL) - expected(eps)).square().mean().sqrt().item()
     untrained = column(MEAN).expand_as(eps)  # E[x_0] is what every student says of pure noise at first
     assert error < tolerance < 0.01 * (untrained - expected(eps)).square().mean().sqrt()
 
@@ -155,6 +155,17 @@ def test_trained_cm_reaches_the_same_chain_on_the_same_grid(tmp_path, mu, weight
     method.grid = grid
     method.student.e = method.target.e = schedule.noise_level(time(grid[0])).item()
     check(trained(method, tmp_path, 800), chain, 1e-3)
+
+
+@pytest.mark.parametrize("segments", [2, 3])
+def test_trained_cm_with_segments_reaches_the_same_chain(tmp_path, segments):
+    """In as many evaluations, on the grid of the others: all of the schedule's range, uniform in t."""
+    settings = ADAM | {"steps": STEPS + 1, "solver": "ddim", "mu": 0.9, "weight": "uniform", "segments": segments}
+    settings |= {"times": "uniform", "sigma_min": 1e-9, "sigma_max": 1e9}
+    method = ConsistencyDistillation(
+        ConsistencyDistillation.Config(**settings), table_teacher(uniform_times(VPCosine(), STEPS))
+    )
+    check(trained(method, tmp_path, 800), chain, 1e-3, segments)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "heun"])

@@ -24,7 +24,7 @@ from distillbench.registry import in_folders, load_registry
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = {  # folder of examples/: what it brings
-    "distillbench-reflow": {"methods: reflow"},
+    "distillbench-shortcut": {"methods: shortcut"},
     "distillbench-sliced-wasserstein": {"metrics: sliced_wasserstein"},
     "distillbench-checkerboard": {"datasets: checkerboard", "teachers: checkerboard"},
 }
@@ -63,7 +63,7 @@ def test_an_example_is_a_plugin_as_a_single_file(name, brings, monkeypatch):
 
 
 def test_the_core_knows_no_example():
-    own = {"reflow", "sliced_wasserstein", "checkerboard"}
+    own = {"distillbench_shortcut", "sliced_wasserstein", "checkerboard"}
     for file in [*(ROOT / "distillbench").rglob("*.py"), *(ROOT / "plugins").glob("*.py")]:
         assert not own & set(re.findall(r"\w+", file.read_text().lower())), file
 
@@ -127,7 +127,7 @@ def test_installed_examples_are_listed_like_built_in_plugins(clean):
     commands = {
         "plugins": ("plugins",),
         "methods": ("list", "methods"),
-        "reflow": ("describe", "reflow"),
+        "shortcut": ("describe", "shortcut"),
     }
     with ThreadPoolExecutor(2) as pool:
         said = dict(zip(commands, pool.map(lambda words: clean.run(*words), commands.values()), strict=True))
@@ -135,35 +135,35 @@ def test_installed_examples_are_listed_like_built_in_plugins(clean):
         assert name in said["plugins"] and all(what.partition(": ")[2] in said["plugins"] for what in brings), said[
             "plugins"
         ]
-    assert re.search(r"^\W*reflow\b", said["methods"], re.MULTILINE), said["methods"]
-    for words in ("arXiv:2209.03003", "distil_share", "budget of the distillation", "distillbench-reflow"):
-        assert words in said["reflow"], said["reflow"]
+    assert re.search(r"^\W*shortcut\b", said["methods"], re.MULTILINE), said["methods"]
+    for words in ("arXiv:2410.12557", "mu", "decay of the target", "distillbench-shortcut"):
+        assert words in said["shortcut"], said["shortcut"]
 
 
 @pytest.mark.slow
 def test_installed_examples_run_together(clean):
     """A third-party method, dataset, teacher and metric in one run: configuration, table, report."""
-    words = ["methods=[reflow]", "dataset=checkerboard", "teacher=checkerboard", "experiment=smoke"]
-    words += ["budget.images=512", "methods.reflow.steps=4", "methods.reflow.pairs=256", "teacher.width=32"]
+    words = ["methods=[shortcut]", "dataset=checkerboard", "teacher=checkerboard", "experiment=smoke"]
+    words += ["budget.images=512", "teacher.width=32"]
     words += ["evaluation.metrics=[teacher_rmse,sliced_wasserstein]", "run_name=together"]
     clean.run("run", *words)
     results = clean.folder / "results" / "together"
     table = pd.read_csv(results / "table.csv")
-    ours = table[table["method"] == "reflow"]
+    ours = table[table["method"] == "shortcut"]
     assert ours["nfe"].tolist() == [1, 2, 4]
     assert (ours["status"] == "ok").all() and (ours["sliced_wasserstein"] > 0).all()
-    assert (ours["train_teacher_nfe"] == 4 * 256).all()
+    assert (ours["train_teacher_nfe"] == 512).all()
     (record,) = (clean.folder / "results" / "cells").glob("*/train.json")
-    assert '"distillbench-reflow"' in record.read_text()  # the distribution of the method
+    assert '"distillbench-shortcut"' in record.read_text()  # the distribution of the method
     clean.run("report", results)
     html = (results / "report.html").read_text()
-    for name in ("reflow", "sliced_wasserstein", "checkerboard"):
+    for name in ("shortcut", "sliced_wasserstein", "checkerboard"):
         assert name in html, name
 
 
 @pytest.mark.slow
 def test_a_setting_of_an_installed_example_is_checked(clean):
-    run = ["run", "methods=[reflow]", "dataset=checkerboard", "teacher=checkerboard", "methods.reflow.distil_shar=1"]
+    run = ["run", "methods=[shortcut]", "dataset=checkerboard", "teacher=checkerboard", "methods.shortcut.muu=.5"]
     done = outside(clean.folder / "bin" / "distillbench", *run, "--dry-run", cwd=clean.folder)
     assert done.returncode != 0
-    assert "Did you mean 'distil_share'?" in " ".join((done.stdout + done.stderr).split()), done.stderr
+    assert "Did you mean 'mu'?" in " ".join((done.stdout + done.stderr).split()), done.stderr

@@ -24,7 +24,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "tutorial.md").read_text()
-EXAMPLE = ROOT / "examples" / "distillbench-reflow"
+EXAMPLE = ROOT / "examples" / "distillbench-shortcut"
 BLOCK = re.compile(r"^<!-- (\w+)(?:: (.*?))? -->\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECONDS = 600  # of a block, on a machine that does other work
 
@@ -68,7 +68,7 @@ def test_every_marked_block_is_known():
 
 
 def test_the_parts_are_the_example():
-    assert put_together("distillbench_reflow.py") == (EXAMPLE / "src" / "distillbench_reflow.py").read_text()
+    assert put_together("distillbench_shortcut.py") == (EXAMPLE / "src" / "distillbench_shortcut.py").read_text()
 
 
 @pytest.mark.nightly

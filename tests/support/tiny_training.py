@@ -8,11 +8,16 @@ from torch import nn
 import distillbench_boot
 import distillbench_cm
 import distillbench_ct
+import distillbench_ctm
 import distillbench_direct
+import distillbench_dmd
+import distillbench_ect
 import distillbench_imm
+import distillbench_lcm
 import distillbench_meanflow
 import distillbench_moment
 import distillbench_pd
+import distillbench_reflow
 import distillbench_scm
 import distillbench_sid
 import distillbench_tract
@@ -28,13 +33,19 @@ METHODS = {
     "cm": (distillbench_cm.ConsistencyDistillation, {"steps": 9, "mu": 0.5}),
     "cm, mu 0": (distillbench_cm.ConsistencyDistillation, {"steps": 9, "mu": 0.0}),
     "ct": (distillbench_ct.ConsistencyTraining, {"start": "teacher"}),
+    "ctm": (distillbench_ctm.ConsistencyTrajectory, {"steps": 9, "solver_steps": 2}),
     "direct": (distillbench_direct.Direct, {"steps": 4, "pairs": 12}),
     "direct online": (distillbench_direct.Direct, {"steps": 4, "online": True}),
+    "lcm": (distillbench_lcm.LatentConsistency, {"steps": 8, "mu": 0.5}),
+    "ect": (distillbench_ect.EasyConsistencyTuning, {"stages": 2}),
+    "ect from the teacher": (distillbench_ect.EasyConsistencyTuning, {"source": "teacher"}),
     "imm": (distillbench_imm.InductiveMomentMatching, {"group_size": 3}),
+    "dmd": (distillbench_dmd.DistributionMatching, {"fake_updates": 2, "levels": [80.0, 1.0]}),
     "meanflow": (distillbench_meanflow.MeanFlow, {}),
     "moment": (distillbench_moment.MomentMatching, {"steps": 4}),
     "moment, K = 1": (distillbench_moment.MomentMatching, {"steps": 1}),
     "pd": (distillbench_pd.ProgressiveDistillation, {"steps": 4}),
+    "reflow": (distillbench_reflow.Reflow, {"steps": 4, "pairs": 12, "distil_share": 0.5}),
     "scm": (distillbench_scm.ContinuousConsistency, {"warmup": 10}),
     "sid": (distillbench_sid.ScoreIdentityDistillation, {"fake_updates": 2}),
     "tract": (distillbench_tract.Tract, {"steps": [4, 2, 1]}),

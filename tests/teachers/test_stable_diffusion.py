@@ -297,17 +297,17 @@ def go(results, monkeypatch, *words):
     [
         pytest.param(["methods=[boot]", "guidance=3", "dataset.images=0"], False, marks=pytest.mark.nightly),
         (["methods=[boot]", "guidance=3", "guidance_range=[1,5]", "dataset.images=0"], False),
-        (["methods=[boot,cm]", "guidance=3"], True),
+        (["methods=[boot,lcm]", "guidance=3"], True),
     ],
 )
 def test_a_run_ends_with_a_table(folders, tmp_path, monkeypatch, words, data):
-    """BOOT from prompts only, at one w or a range; and in latents from images with captions, as LCM does."""
+    """BOOT from prompts only, at one w or a range; and LCM in latents from images with captions."""
     monkeypatch.setenv("DISTILLBENCH_WEIGHTS", str(tmp_path / "no weights"))
     ran = go(tmp_path, monkeypatch, *words, f"teacher.path={folders['v_prediction']}")
     table = ran.table
     assert (table["status"] == "ok").all()
     students = table[table["training_seed"].notna()]
-    assert set(students["method"]) == ({"boot", "cm"} if data else {"boot"})
+    assert set(students["method"]) == ({"boot", "lcm"} if data else {"boot"})
     assert (students["teacher_rmse"] > 0).all()
     assert (
         table["clip_score_vit_l14"].isna().all()

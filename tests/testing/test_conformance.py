@@ -44,9 +44,11 @@ CHECKS = SUITES["methods"].checks
 # --- built-in methods ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["direct", "tract"])
-def test_built_in_methods_conform_on_few_benches(small, name):
-    """By day two methods, of one phase and of several; at night all of them on all benches."""
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_built_in_methods_conform_on_few_benches(monkeypatch, name):
+    """By day on two benches, at night on all of them."""
+    two = {label: method_bench.CONDITIONINGS[label] for label in ("unconditional", "classes")}
+    monkeypatch.setattr(methods, "CONDITIONINGS", two)
     assert not failed(found_in("methods", METHODS[name].cls, "save_load", all_checks=True))
 
 

@@ -429,7 +429,8 @@ def test_every_method_takes_a_step_in_bf16_with_recomputation(name, tmp_path):
         nn.init.normal_(parameter, std=0.2)
     teacher = Teacher("mlp", Denoiser(made, VPCosine(), "v"), (2, 1, 1), "mlp", blank=lambda: copy.deepcopy(made))
     entry = method_class(name)
-    settings = SETTINGS | {"direct": {"pairs": 8, "steps": 2}, "pd": {"steps": 2}, "tract": {"steps": [4, 2, 1]}}
+    few = {"pairs": 8, "steps": 2}
+    settings = SETTINGS | {"direct": few, "reflow": few, "pd": {"steps": 2}, "tract": {"steps": [4, 2, 1]}}
     settings = settings.get(name, {})
     losses: dict[str, list[float]] = {}
     for precision in ("fp32", "bf16"):

@@ -56,7 +56,7 @@ def test_adapters_are_trained_and_the_teachers_weights_stay(name, tmp_path):
     frozen = {key for key in after if ".base_layer." in key or (key.startswith("student.") and "norm." in key)}
     assert frozen and not frozen & changed
     fake = {key for key, _ in method.named_parameters() if key.startswith("fake.")}
-    assert bool(fake) == (name == "sid") and not any("lora_" in key for key in fake) and fake <= changed
+    assert bool(fake) == (name in ("dmd", "sid")) and not any("lora_" in key for key in fake) and fake <= changed
 
 
 @pytest.mark.parametrize("name", CASES)

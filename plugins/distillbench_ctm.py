@@ -1,0 +1,150 @@
+"""CTM: from any time of a teacher's trajectory, a student jumps to any earlier one.
+
+Kim, Lai, Liao, Murata, Takida, Uesaka, He, Mitsufuji & Ermon 2023, "Consistency Trajectory Models: Learning Probability
+Flow ODE Trajectory of Diffusion", arXiv:2310.02279, as released, but without the adversarial loss. Noise levels are
+EDM's, tau = sigma_t / alpha_t, so it works on any schedule: x^ = x_t / alpha_t = x_0 + tau eps.
+
+    G(x_t, t, s)^ = tau_s / tau_t x^ + (1 - tau_s / tau_t) g(x_t, t, s),    so that G(x_t, t, t) = x_t
+    x_u = n steps of Heun with the teacher, t -> u,    P(n) ~ n, one n for all images
+    L   = d( G-(G(x_t, t, s), s, e), G-(sg[G](x_u, u, s), s, e) ),    e <= s <= u < t        (compare = soft)
+    L   = d( G(x_t, t, s), G-(x_u, u, s) )                                                   (compare = local)
+    L  += w (1 / tau^2 + 1 / sd^2) |g(x_t, t, t) - x_0|^2,    since g(x_t, t, t) = E[x_0 given x_t]
+    weights of g- <- mu weights of g- + (1 - mu) weights of g
+
+d is the squared error of x^. A gradient passes through G- to its input. All evaluations in d share one dropout mask.
+
+| symbol     | meaning                                                                            | shape     |
+|------------|------------------------------------------------------------------------------------|-----------|
+| t, u, s, e | times of a grid of N noise levels; e is the lowest                                 | (B,1,1,1) |
+| g, g-      | student: the teacher's network with an embedding of s, zero at first; its target   | (B,C,H,W) |
+| G, G-      | x_s on the trajectory through x_t: DDIM's step with the data prediction g or g-    | (B,C,H,W) |
+| c, w, sd   | condition: class and guidance; weight of denoising; EDM's .5                       |           |
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, Workspace, hookimpl, option
+from distillbench.diffusion import (
+    SNR_WEIGHTS,
+    check_heun,
+    ddim_step,
+    gamma_sampling,
+    heun_step,
+    karras_time,
+    karras_times,
+    lognormal_time,
+    mean_square,
+    one_mask,
+)
+from distillbench.networks import MovingAverage, TwoTimes, frozen_weights
+from distillbench.options import require_between, require_fraction, require_one_of, require_positive
+
+
+class ConsistencyTrajectory(Method):
+    name = "ctm"
+    paper = "Kim et al. 2023, arXiv:2310.02279"
+    needs_data = True
+    grid: Tensor
+
+    @dataclass
+    class Config(MethodConfig):
+        steps: int = option(18, "N, noise levels of the grid (the paper: 18 for CIFAR-10, 40 for ImageNet)")
+        solver_steps: int = option(5, "largest n (the paper: N - 1, from any level to the lowest)")
+        compare: str = option("soft", "where: soft, at the lowest level through the target network, or local, at s")
+        mu: float = option(0.95, "decay of the target network (released: .999); 0: the student itself")
+        denoising: float = option(0.1, "w, a fixed weight (the paper's adapts to gradients of the last layer); 0: none")
+        gamma: float = option(0.0, "noise of several evaluations, from 0, none (the ODE), to 1, consistency models'")
+        sigma_min: float = option(0.002, "smallest noise level")
+        sigma_max: float = option(80.0, "largest noise level")
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require_positive(self, "sigma_min", "sigma_max")
+            require_between(self, 2, float("inf"), "steps")
+            require_between(self, 1, self.steps - 1, "solver_steps")
+            require_between(self, 0, float("inf"), "denoising")
+            require_between(self, 0, 1, "gamma")
+            require_fraction(self, "mu")  # with 1 the target network would never learn
+            require_one_of(self, "compare", ("soft", "local"))
+
+    def __init__(self, config: Config, teacher: Teacher) -> None:
+        super().__init__(config, teacher)
+        levels = karras_times(teacher.schedule, config.steps, config.sigma_min, config.sigma_max)
+        self.register_buffer("grid", levels, persistent=False)
+        self.student = TwoTimes(teacher.student(), in_lambda=True)
+        self.target = copy.deepcopy(self.student).requires_grad_(False) if config.mu else self.student
+        self.following = MovingAverage(self.target, self.student)
+        self.w = 0 if teacher.conditioning.guided else config.denoising  # a guided g(x_t, t, t) is no mean of x_0
+
+    def phases(self) -> list[Phase]:
+        return [Phase(cost_varies=True)]
+
+    def prepare(self, workspace: Workspace) -> None:
+        check_heun(self.teacher.schedule, self.grid)
+
+    def G(self, g: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, c: Condition) -> Tensor:
+        return ddim_step(self.teacher.schedule, x_t, g(x_t, t, s, c), t, s)
+
+    def draw_n(self, batch: Batch) -> int:
+        """P(n) ~ n: of the uniform numbers 0, 1, 2, ... the first gives 1, the next two give 2, the next three 3."""
+        k = batch.one_integer(0, self.config.solver_steps * (self.config.solver_steps + 1) // 2)
+        return (math.isqrt(8 * k + 1) + 1) // 2
+
+    def consistency_loss(self, batch: Batch) -> Tensor:
+        schedule, grid, c, n = self.teacher.schedule, self.grid, batch.c, self.draw_n(batch)
+        k = batch.integers(n, len(grid))
+        t, u, s = grid[k], grid[k - n], grid[(batch.uniform() * (k - n + 1)).long()]
+        x_t = x_u = schedule.noised(batch.x_0, t, batch.noise())
+        soft, end = self.config.compare == "soft", s
+        with one_mask(self.student, self.target):
+            with torch.no_grad():
+                for i in range(n):
+                    x_u = heun_step(schedule, partial(self.teacher.denoise, c=c), x_u, grid[k - i], grid[k - i - 1])
+                b = self.G(self.student if soft else self.target, x_u, u, s, c)
+            a = self.G(self.student, x_t, t, s, c)
+            if soft:
+                end = grid[torch.zeros_like(k)]
+                with frozen_weights(self.target):
+                    a, b = (self.G(self.target, x_s, s, end, c) for x_s in (a, b))
+        return mean_square(a / schedule.alpha(end), b / schedule.alpha(end))
+
+    def denoising_loss(self, batch: Batch) -> Tensor:
+        """Half of the levels are log-normal, the others from the upper .7 of the grid, as released."""
+        schedule, u = self.teacher.schedule, batch.uniform()
+        high = karras_time(schedule, 1 - 0.7 * u, self.config.sigma_min, self.config.sigma_max)
+        t = torch.where(batch.uniform() < 0.5, lognormal_time(schedule, u, -1.2, 1.2), high)
+        x_t = schedule.noised(batch.x_0, t, batch.noise())
+        weight = SNR_WEIGHTS["edm"](schedule.noise_level(t) ** -2).to(x_t)
+        return mean_square(self.student(x_t, t, t, batch.c), batch.x_0, weight)
+
+    def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
+        denoising = self.w * self.denoising_loss(batch) if self.w else 0.0
+        yield self.student, self.consistency_loss(batch) + denoising
+
+    def after_step(self) -> None:
+        if self.config.mu:
+            self.following.move(1 - self.config.mu)
+
+    def supports(self, nfe: int) -> bool:
+        return 1 <= nfe < self.config.steps
+
+    def keeps_noise(self, nfe: int) -> bool:
+        return nfe == 1 or self.config.gamma == 0
+
+    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        G = partial(self.G, self.student, c=c)
+        return gamma_sampling(G, self.teacher.schedule, self.grid, noise, nfe, self.config.gamma)
+
+
+@hookimpl(api=2)
+def register_methods(register) -> None:
+    register(ConsistencyTrajectory)

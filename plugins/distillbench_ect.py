@@ -1,0 +1,141 @@
+"""Easy consistency tuning: a diffusion model becomes a consistency model while the steps of its training shrink.
+
+Geng, Pokle, Luo, Lin & Kolter 2024, "Consistency Models Made Easy", arXiv:2406.14548, as in the authors' code. Noise
+levels are EDM's, tau = sigma_t / alpha_t, so it works on any schedule (the paper's t and r are our tau_t and tau_s).
+
+    ln tau_t ~ N(p_mean, p_std^2),   tau_s = tau_t max(0, 1 - q^-a (1 + k sigmoid(-b tau_t))),   a = 1, 2, ... by stage
+    x_t = alpha_t x_0 + sigma_t eps,   x_s = alpha_s f + sigma_s (x_t - alpha_t f) / sigma_t
+    L   = d( F(x_t, t, c), sg[F(x_s, s, c)] ) / (tau_t - tau_s),   with f in place of F(x_s, s, c) where tau_s = 0
+    d   = |.|^2 / D,  or  sqrt(|.|^2 + C^2) - C,  which is |.| for the released C = 0
+
+With f = x_0, x_s is x_0 with the same noise (ECT, which needs no teacher but for its weights). With the teacher's f it
+is one step of Euler's method on the teacher's ODE: consistency distillation in the same stages (ECD).
+
+| symbol | meaning                                                                   | shape      |
+|--------|---------------------------------------------------------------------------|------------|
+| t, s   | times, s < t                                                              | (B,1,1,1)  |
+| tau    | noise level                                                               | (B,1,1,1)  |
+| f      | x_0, or the teacher's data prediction, guided where c says so             | (B,C,H,W)  |
+| F      | student: its data prediction, and so F = x^ = x_t / alpha_t at tau = 0    | (B,C,H,W)  |
+| a      | stage; stages have equal shares of the training images                    | int        |
+| D, c   | pixels; class, guidance                                                   |            |
+
+In the first stage tau_s is 0 for all but high noise levels, and L is that of a denoiser. F(x_t) and F(x_s) drop the
+same features. For large q^a the optimum is the map of the ODE, of the data or of the teacher. For random x_s (ECT) this
+holds for the squared error only: other d estimate medians, until |F(x_t) - F(x_s)| is below C. In thousands of
+dimensions the difference is small, in a few it is not; so the default is the squared error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
+from distillbench.diffusion import (
+    DISTANCES,
+    SIGMA_DATA,
+    ConsistencyFunction,
+    continuous_pair,
+    ddim_step,
+    inverse_length,
+    karras_times,
+    mean_square,
+    multistep,
+    one_mask,
+    pseudo_huber,
+)
+from distillbench.options import require_between, require_one_of, require_positive
+
+
+class EasyConsistencyTuning(Method):
+    name = "ect"
+    paper = "Geng et al. 2024, arXiv:2406.14548"
+    needs_data = True
+    can_start_fresh = True
+    student: ConsistencyFunction
+    grid: Tensor
+    two: Tensor
+
+    @dataclass
+    class Config(MethodConfig):
+        lr: float = option(2e-3, "peak learning rate of Adam")
+        source: str = option("data", "of f: data, x_0 itself (ECT), or the teacher (ECD)")
+        q: float = option(4.0, "q of the stages (released: 2 for CIFAR-10, 4 for ImageNet, 256 for one hour)")
+        stages: int = option(4, "number of stages (released: 8 for CIFAR-10, 1 for one hour)")
+        k: float = option(8.0, "k, how much longer steps at low noise levels are")
+        b: float = option(1.0, "b, 1 / the noise level below which steps are longer")
+        metric: str = option("l2", "d: l2 (squared), or pseudo_huber (released), which is biased for few pixels")
+        huber_c: float = option(0.0, "C of pseudo_huber (released: 0)")
+        p_mean: float = option(-1.1, "mean of ln tau")
+        p_std: float = option(2.0, "standard deviation of ln tau")
+        sigma_min: float = option(0.002, "smallest noise level; below, tau_s is 0")
+        sigma_max: float = option(80.0, "largest noise level, where sampling starts")
+        mid: float = option(0.821, "noise level of the second of two steps (ImageNet: 1.526)")
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require_one_of(self, "source", ("data", "teacher"))
+            require_one_of(self, "metric", DISTANCES)
+            require_positive(self, "p_std", "sigma_min", "sigma_max", "mid")
+            require_between(self, 0, float("inf"), "k", "b", "huber_c")
+            require_between(self, 1, float("inf"), "stages")
+            if not self.q > 1:
+                raise UserError(f"q must be above 1, so that steps shrink from stage to stage, got {self.q}")
+            if not self.sigma_min < self.mid < self.sigma_max:
+                raise UserError("sigma_min, mid and sigma_max must rise")
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.config.source == "teacher"
+
+    def __init__(self, config: Config, teacher: Teacher) -> None:
+        super().__init__(config, teacher)
+        if config.source == "data" and teacher.conditioning.guided:
+            raise UserError("ect with source=data cannot be guided: leave guidance at 1, or use source=teacher")
+        self.student = ConsistencyFunction(teacher.student(), 0.0, SIGMA_DATA)
+        self.within = teacher.schedule.restricted(math.log(config.sigma_min), math.log(config.sigma_max))
+        grid = karras_times(self.within, 18, config.sigma_min, config.sigma_max)
+        mid = self.within.t_of_lam(torch.full((1,), math.log(config.mid), dtype=torch.float64))
+        self.register_buffer("grid", grid, persistent=False)  # of several evaluations
+        self.register_buffer("two", torch.cat([grid[:1], mid, grid[-1:]]), persistent=False)  # of two
+
+    def phases(self) -> list[Phase]:
+        return [Phase(f"q^a = {self.config.q**a:g}", fresh=False) for a in range(1, self.config.stages + 1)]
+
+    def start_phase(self, index: int) -> None:
+        self.n = self.config.q ** (index + 1)
+
+    def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
+        config, schedule, x_0, eps, c = self.config, self.within, batch.x_0, batch.noise(), batch.c
+        u, settings = batch.uniform(), (config.p_mean, config.p_std, config.k, config.b)
+        t, s, tau_s = continuous_pair(schedule, u, self.n, *settings)
+        x_t = schedule.noised(x_0, t, eps)
+        with torch.no_grad():
+            f = x_0 if config.source == "data" else self.teacher.denoise(x_t, t, c)
+            x_s = ddim_step(schedule, x_t, f, t, s)
+        with one_mask(self.student):
+            with torch.no_grad():
+                target = torch.where(tau_s > 0, self.student(x_s, s, c), f)
+            F = self.student(x_t, t, c)
+        w = inverse_length(schedule.noise_level(t), tau_s)
+        loss = mean_square(F, target, w) if config.metric == "l2" else pseudo_huber(F, target, w, config.huber_c)
+        yield self.student, loss
+
+    def supports(self, nfe: int) -> bool:
+        return 1 <= nfe < len(self.grid)
+
+    def keeps_noise(self, nfe: int) -> bool:
+        return nfe == 1
+
+    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        return multistep(self.student, self.two if nfe == 2 else self.grid, noise, nfe, c)
+
+
+@hookimpl(api=2)
+def register_methods(register) -> None:
+    register(EasyConsistencyTuning)

@@ -1,0 +1,149 @@
+"""Reflow: straight paths from noise to the teacher's samples, which few steps of Euler's method can follow.
+
+Liu, Gong & Liu 2022, "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow",
+arXiv:2209.03003, one round of algorithm 1. The first flow is the teacher's ODE, as in InstaFlow (Liu et al. 2023,
+arXiv:2309.06380). Data-free. The paper's time runs from noise to data; here, as everywhere, t = 0 is data:
+
+    x_0 = M(eps) = ODE-Solver(teacher, eps),   x_T = T eps                                   (coupling)
+    x_t = x_0 + t/T (x_T - x_0),   t in [t_low, T]                                           (straight path)
+    L   = E | (x_T - x_0)/T - v(x_t, t) |^2,   v(x, t) = (x - f(x, t)) / t                   (eq. 1)
+    x_s = x_t + (s - t) v(x_t, t)                                                            (Euler)
+
+At the optimum v(x_T, T) = (x_T - M(eps))/T, so one step gives M(eps). For t < T it is a mean over the paths through
+x_t: if no two of them cross, as in one dimension, any number of steps is exact. The second phase, if there is one,
+distils the flow into k steps: the same L at t = T/k, 2T/k, ..., T only.
+
+| symbol | meaning                                                                                 | shape      |
+|--------|-----------------------------------------------------------------------------------------|------------|
+| eps    | noise                                                                                   | (B,C,H,W)  |
+| x_0    | M(eps), the teacher's sample: the end of the path                                       | (B,C,H,W)  |
+| T      | t_max of the schedule x_t = (1 - t) x_0 + t eps: almost 1                               | float      |
+| x_T    | where sampling starts                                                                   | (B,C,H,W)  |
+| t, s   | times, s < t                                                                            | (B,1,1,1)  |
+| f, v   | student as a denoiser, and its velocity dx/dt: at first the teacher's                   | (B,C,H,W)  |
+| c      | condition: class and guidance of the teacher                                            | of a batch |
+
+With uniform t hardly any pair has t near T, where one step is taken. u_shaped is the distribution of Lee, Lin & Fanti
+2024, "Improving the Training of Rectified Flows", arXiv:2405.20320: p(t) ~ e^(at) + e^(a(1-t)) with a = 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, Workspace, hookimpl, option
+from distillbench.diffusion import SAMPLERS, Solver, mean_square, time_like, x_at_t_max
+from distillbench.options import require_between, require_one_of, require_positive
+
+A = 4.0  # of u_shaped times
+SMALLEST_ALPHA = 1e-3  # at T, of a student that predicts eps: the error of its velocity there is 1/alpha times as large
+
+
+class Reflow(Method):
+    name = "reflow"
+    paper = "Liu et al. 2022, arXiv:2209.03003"
+    needs_data = False
+    can_start_fresh = True
+    inputs = "pairs"
+
+    @dataclass
+    class Config(MethodConfig):
+        lr: float = option(2e-3, "peak learning rate of Adam, in both phases")
+        schedule: str = option("flow_matching", "noise schedule that it works on; no other is possible")
+        steps: int = option(64, "N, steps of the teacher's sampler")
+        solver: str = option("ddim", f"the teacher's sampler, SAMPLER or SAMPLER/GRID: {', '.join(SAMPLERS)}")
+        pairs: int = option(32_768, "noise-image pairs made before training")
+        times: str = option("u_shaped", "distribution of t: u_shaped, or uniform (the paper)")
+        t_low: float = option(1e-3, "smallest t of training, as released")
+        distil_share: float = option(0.0, "budget of the distillation, relative to reflow's (0: none)")
+        distil_steps: int = option(1, "k, number of steps that the flow is distilled into")
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require_one_of(self, "schedule", ("flow_matching",))
+            require_one_of(self, "times", ("u_shaped", "uniform"))
+            require_positive(self, "steps", "pairs", "distil_steps")
+            require_between(self, 1e-4, 0.1, "t_low")
+            require_between(self, 0, float("inf"), "distil_share")
+            if not Solver.parse(self.solver).deterministic:
+                raise UserError(f"solver must be deterministic, got {self.solver!r}, which adds noise of its own")
+
+    def __init__(self, config: Config, teacher: Teacher) -> None:
+        super().__init__(config, teacher)
+        self.T, self.t_low = teacher.schedule.t_max, max(config.t_low, teacher.schedule.t_min)
+        if self.student.prediction == "eps" and 1 - self.T < SMALLEST_ALPHA:
+            raise UserError("reflow: eps does not give a velocity at t_max (1/alpha); take an x0 or v teacher")
+        if config.distil_share:
+            self.flow = teacher.student().freeze()  # the average of the first phase
+
+    def phases(self) -> list[Phase]:
+        distil = [Phase("distil", self.config.distil_share)] if self.config.distil_share else []
+        return [Phase("reflow"), *distil]
+
+    def start_phase(self, index: int) -> None:
+        self.distils = index == 1
+
+    def end_phase(self, index: int, average: nn.Module) -> None:
+        if self.config.distil_share and index == 0:
+            self.flow.load_state_dict(average.state_dict())
+            self.student.load_state_dict(average.state_dict())  # distillation starts from the flow
+
+    def M(self, eps: Tensor, c: Condition) -> Tensor:
+        """x_0, the teacher's sample in N steps on its own schedule, whichever one training is on."""
+        teacher = self.teacher.native
+        solver = Solver.parse(self.config.solver)
+        return solver.solve(partial(teacher.denoise, c=c), teacher.schedule, eps, self.config.steps)
+
+    def prepare(self, workspace: Workspace) -> None:
+        solver = Solver.parse(self.config.solver)
+        solver.check(self.teacher.native.schedule, self.config.steps)
+        recipe = {"solver": solver.name, "steps": self.config.steps, "schedule": ""}  # as other methods write it
+        self.store = workspace.pairs(self.M, self.config.pairs, recipe)
+
+    def v(self, flow: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+        return (x_t - flow(x_t, t, c)) / t.to(x_t)
+
+    def time(self, batch: Batch) -> Tensor:
+        """(B,1,1,1), between t_low and T."""
+        if self.distils:
+            k = self.config.distil_steps
+            return batch.integers(1, k + 1) * (self.T / k)
+        u = batch.uniform()
+        if self.config.times == "u_shaped":  # by its inverse distribution function
+            u = 0.5 + torch.asinh((2 * u - 1) * math.sinh(A / 2)) / A
+        return self.t_low + u * (self.T - self.t_low)
+
+    def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
+        eps, x_0, c = self.store.read(batch.integers(0, len(self.store)))
+        t, x_T = self.time(batch), x_at_t_max(self.teacher.schedule, eps)
+        x_t = x_0 + (t / self.T).to(x_0) * (x_T - x_0)
+        yield self.student, mean_square((x_T - x_0) / self.T, self.v(self.student, x_t, t, c))  # (eq. 1)
+
+    def supports(self, nfe: int) -> bool:
+        return nfe >= 1
+
+    def _distilled(self, nfe: int) -> bool:
+        """Whether the student takes `nfe` steps. Otherwise the flow from before distillation does."""
+        return not self.config.distil_share or nfe == self.config.distil_steps
+
+    def ready(self, nfe: int, phase: int) -> bool:
+        return self.supports(nfe) and (self._distilled(nfe) or phase == 1)
+
+    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        flow, x = self.student if self._distilled(nfe) else self.flow, x_at_t_max(self.teacher.schedule, noise(0))
+        times = torch.linspace(self.T, 0, nfe + 1, dtype=torch.float64).tolist()
+        for t, s in pairwise(times):
+            x = x + (s - t) * self.v(flow, x, time_like(x, t), c)
+        return x
+
+
+@hookimpl(api=2)
+def register_methods(register) -> None:
+    register(Reflow)
