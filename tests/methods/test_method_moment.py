@@ -281,7 +281,7 @@ def test_evaluations_of_a_step(step, tmp_path):
     list(method.train_step(batch(step, 6)))
     cost = meter.cost()
     assert (cost.teacher_nfe, cost.student_nfe) == (6, 12)
-    assert (cost.student_backward, cost.student_backward_input) == (6, 0)
+    assert (cost.student_backward, cost.student_backward_input, cost.teacher_backward) == (6, 0, 0)
 
 
 def test_every_network_gets_the_condition_and_the_teacher_is_guided():

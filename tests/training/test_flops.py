@@ -213,6 +213,8 @@ def test_rows_times_flops_per_row_equal_real_steps(name, tmp_path):
         more = 5 * BATCH * layers + 2 * BATCH * (layers + 2 * E * E)
     if name == "dmd":  # the fake score is evaluated twice, once with a gradient
         more = 2 * BATCH * layers + BATCH * (layers + 2 * E * E)
+    if name == "imm":  # two evaluations with an embedding of s, one of them with a gradient to weights
+        more = 2 * BATCH * layers + BATCH * (layers + 2 * E * E)
     if name == "meanflow":  # the student, and two evaluations for its derivative
         more = 3 * BATCH * layers + BATCH * (layers + 2 * E * E)
     if name == "scm":  # 64 channels, once, with a gradient to its weights
