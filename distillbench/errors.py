@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 __all__ = ["DivergedError", "Unavailable", "UserError", "nearest", "quoted", "unknown"]
 
+MOST_LISTED = 24  # names in a message
 LONGEST_QUOTE = 60
 LONGEST_REASON = 300  # characters of a library's message
 
@@ -26,11 +27,13 @@ class Unavailable(Exception):
 def unknown(kind: str, got: str, possible: Iterable[str], where: str = "") -> UserError:
     """A :class:`UserError` for a name that does not exist: what was given, the nearest match, what is possible.
 
+    At most MOST_LISTED names are listed.
+
     >>> str(unknown("method", "bot", ["boot", "cm"]))
     "no method 'bot'. Did you mean 'boot'? Possible: boot, cm"
     """
     names = sorted(possible)
-    listed = ", ".join(names) if names else "none is installed"
+    listed = first_of(names, MOST_LISTED) if names else "none is installed"
     return UserError(f"no {kind} {quoted(got)}{where}.{nearest(got, names)} Possible: {listed}")
 
 

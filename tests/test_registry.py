@@ -67,7 +67,7 @@ def test_the_identity_of_an_entry_changes_with_its_version_and_source(source):
 
 
 def test_an_unknown_name_is_an_error_with_a_suggestion():
-    with pytest.raises(UserError, match=r"no method 'bot'\. Did you mean 'boot'\? Possible: boot, cm, ct, dir"):
+    with pytest.raises(UserError, match=r"no method 'bot'\. Did you mean 'boot'\? Possible: boot, cm, ct, ctm, dir"):
         load_registry().get("methods", "bot")
 
 

@@ -102,7 +102,7 @@ class WatchedNoise(FixedNoise):
 
 
 @dataclass(frozen=True)
-class Moment:
+class Event:
     """A point of a walk. `what` is one of:
 
     "begin": before train_step; "yielded": it has yielded `item`; "updated": the network of `item` is updated;
@@ -214,7 +214,7 @@ class MethodBench:
 
         return images if self.reads_data else None
 
-    def walk(self, cost_only: bool = False) -> Iterator[Moment]:
+    def walk(self, cost_only: bool = False) -> Iterator[Event]:
         """A cycle of steps of each of the first WALKED_PHASES phases, as in training; `prepare` makes two pairs.
 
         `cost_only`: instead the steps from which a plan estimates the cost.
@@ -228,17 +228,17 @@ class MethodBench:
             count = stage.cost_steps if cost_only else stage.cycle
             for step in range(count):
                 batch = WatchedBatch(*about, step, phase)
-                yield Moment("begin", phase, method, batch)
+                yield Event("begin", phase, method, batch)
                 for item in method.train_step(batch):
-                    yield Moment("yielded", phase, method, batch, item)
+                    yield Event("yielded", phase, method, batch, item)
                     network, loss = item
                     optimizers.update(network, loss, 1.0)
-                    yield Moment("updated", phase, method, batch, item)
-                yield Moment("stepped", phase, method, batch)
+                    yield Event("updated", phase, method, batch, item)
+                yield Event("stepped", phase, method, batch)
                 method.after_step()
                 if step == count - 1:
                     method.end_phase(phase, method.student)
-                yield Moment("ended", phase, method, batch)
+                yield Event("ended", phase, method, batch)
 
     def steps_of(self, method: Method, cycles: int) -> Iterator[tuple[int, Callable[[], None]]]:
         """For each step of `cycles` cycles of the first WALKED_PHASES phases: the number of its cycle, and a function

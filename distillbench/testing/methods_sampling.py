@@ -65,10 +65,10 @@ def ready(bench: MethodBench) -> str:
         if any(earlier and not later for earlier, later in pairwise(answers)):
             raise Fault(f"ready({n}, phase) is {answers} over the phases: once True it must stay True")
     sampled = set()
-    for moment in bench.walk():
-        if moment.what == "stepped":
-            for n in [n for n in bench.nfe() if moment.method.ready(n, moment.phase)]:
-                _check_ready(bench, moment.method, n, moment.phase)
+    for event in bench.walk():
+        if event.what == "stepped":
+            for n in [n for n in bench.nfe() if event.method.ready(n, event.phase)]:
+                _check_ready(bench, event.method, n, event.phase)
                 sampled.add(n)
     return f"during training: NFE {', '.join(map(str, sorted(sampled)))}" if sampled else "only after training"
 

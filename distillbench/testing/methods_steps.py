@@ -42,9 +42,9 @@ def data(bench: MethodBench) -> str:
     batches: list[WatchedBatch] = []
     finished = asked_teacher = False
     try:
-        for moment in bench.walk():
-            batches.append(moment.batch)
-            asked_teacher = moment.method.teacher.teacher_rows.rows > 0
+        for event in bench.walk():
+            batches.append(event.batch)
+            asked_teacher = event.method.teacher.teacher_rows.rows > 0
         finished = True
     except (Exception, SystemExit):  # the check `steps` reports it
         pass
@@ -64,14 +64,14 @@ def steps(bench: MethodBench) -> str:
     """The steps of a cycle of each phase run and yield networks with their losses; the student is one of them."""
     trained: set[nn.Module] = set()
     student = False
-    for moment in bench.walk():
-        if moment.what == "yielded":
-            network = _well_formed(moment.item)
+    for event in bench.walk():
+        if event.what == "yielded":
+            network = _well_formed(event.item)
             trained.add(network)
-            student = student or network is moment.method.student
-        if moment.what == "updated" and all(weight.grad is None for weight in network.parameters()):
+            student = student or network is event.method.student
+        if event.what == "updated" and all(weight.grad is None for weight in network.parameters()):
             raise Fault(
-                f"the loss yielded with {_name(network, moment.method)} does not depend on its weights: is it "
+                f"the loss yielded with {_name(network, event.method)} does not depend on its weights: is it "
                 "evaluated under torch.no_grad(), or is its output detached?"
             )
     if not trained:
@@ -121,12 +121,12 @@ def condition(bench: MethodBench) -> str:
 def losses(bench: MethodBench) -> str:
     """Losses are finite."""
     seen: list[float] = []
-    for moment in bench.walk():
-        if moment.what == "yielded":
-            seen.append(moment.item[1].item())
+    for event in bench.walk():
+        if event.what == "yielded":
+            seen.append(event.item[1].item())
             if not math.isfinite(seen[-1]):
                 raise Fault(
-                    f"the loss of phase {moment.phase} is {seen[-1]}: is there a division by 0 at t_min or t_max?"
+                    f"the loss of phase {event.phase} is {seen[-1]}: is there a division by 0 at t_min or t_max?"
                 )
     return f"finite: {first_of([f'{loss:.3g}' for loss in seen])}"
 
@@ -138,20 +138,20 @@ def gradients(bench: MethodBench) -> str:
     before: list[int] = []  # for each evaluation, how many gradients had reached it
     through: dict[str, list[Call]] = {}  # by network: the evaluations that the gradient of its loss flows through
     along: dict[str, list[Call]] = {}  # and those where it flows through their derivative along a direction
-    for moment in bench.walk():
-        calls = calls_of(moment.method)
-        if moment.what == "yielded":
-            trained |= set(moment.item[0].parameters())
+    for event in bench.walk():
+        calls = calls_of(event.method)
+        if event.what == "yielded":
+            trained |= set(event.item[0].parameters())
             before = [len(call.reached) for call in calls]
-        if moment.what == "updated":
-            network, name = moment.item[0], _name(moment.item[0], moment.method)
+        if event.what == "updated":
+            network, name = event.item[0], _name(event.item[0], event.method)
             own = [(call, count) for call, count in zip(calls, before, strict=False) if call.network in logged(network)]
             reached = [call for call, count in own if len(call.reached) > count]
             through[name] = max(reached, through.get(name, []), key=_images_of)
             along[name] = [call for call, _ in own if call.along] or along.get(name, [])
-        if moment.what in ("begin", "stepped") and not moment.phase:
+        if event.what in ("begin", "stepped") and not event.phase:
             ends.append(len(calls))
-    method = moment.method
+    method = event.method
     stray = [name for name, weight in method.named_parameters() if weight not in trained and weight.grad is not None]
     if stray:
         raise Fault(
@@ -204,16 +204,16 @@ def _evaluations(calls: list[Call], teacher: nn.Module, images: int, steps: int)
 def dropout(bench: MethodBench) -> str:
     """Dropout acts on the trained network; an output that it is compared with has no dropout, or the same mask."""
     same_mask = trained = without = start = steps = 0
-    for moment in dataclasses.replace(bench, dropout=DROPPED).walk():
-        if moment.what == "yielded":
-            made, start = calls_of(moment.method)[start:], len(calls_of(moment.method))
-            check_masks(made, moment.method)
+    for event in dataclasses.replace(bench, dropout=DROPPED).walk():
+        if event.what == "yielded":
+            made, start = calls_of(event.method)[start:], len(calls_of(event.method))
+            check_masks(made, event.method)
             trained += sum(call.rows for call in made if call.trained)
             same_mask += sum(call.rows for call in made if call.mask is not None and not call.trained)
             without += sum(call.rows for call in made if call.mask is None)
-        if moment.what in ("begin", "stepped", "ended"):
-            start = len(calls_of(moment.method))
-            steps += moment.what == "begin"
+        if event.what in ("begin", "stepped", "ended"):
+            start = len(calls_of(event.method))
+            steps += event.what == "begin"
     rows = [count / bench.images / steps for count in (trained, same_mask, without)]
     return "evaluations per image: {:g} with dropout, {:g} under the same mask, {:g} without".format(*rows)
 
@@ -241,16 +241,16 @@ def only_yielded(bench: MethodBench) -> str:
     before: dict[str, Tensor] = {}
     suspects: list[tuple[int, str]] = []
     trained: set[nn.Module] = set()
-    for moment in bench.walk():
-        if moment.what in ("yielded", "stepped"):
-            suspects += [(moment.phase, name) for name in changed(before, weights_of(moment.method))]
-        if moment.what == "yielded":
-            trained.add(moment.item[0])
-        before = weights_of(moment.method)
+    for event in bench.walk():
+        if event.what in ("yielded", "stepped"):
+            suspects += [(event.phase, name) for name in changed(before, weights_of(event.method))]
+        if event.what == "yielded":
+            trained.add(event.item[0])
+        before = weights_of(event.method)
     allowed = {
         id(buffer) for network in trained for buffer in network.buffers()
     }  # a forward pass may update running statistics
-    state = moment.method.state_dict(keep_vars=True)
+    state = event.method.state_dict(keep_vars=True)
     wrong = [(phase, name) for phase, name in suspects if name not in state or id(state[name]) not in allowed]
     if wrong:
         owners = attributes_of([name for _, name in wrong])
@@ -264,8 +264,8 @@ def only_yielded(bench: MethodBench) -> str:
 def teacher_untouched(bench: MethodBench) -> str:
     """The teacher's weights do not change and get no gradient; it stays in evaluation mode."""
     untouched = weights_of(bench.teacher().denoiser)
-    for moment in bench.walk():
-        denoiser, when = moment.method.teacher.denoiser, f"in phase {moment.phase}"
+    for event in bench.walk():
+        denoiser, when = event.method.teacher.denoiser, f"in phase {event.phase}"
         if changed(untouched, weights_of(denoiser)):
             raise Fault(
                 f"the teacher's weights change {when}: train a copy (self.teacher.student()), never the teacher"

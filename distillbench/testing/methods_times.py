@@ -24,8 +24,8 @@ TIMES = 256
 def times(bench: MethodBench) -> str:
     """Where a step differentiates a network, the network does not change faster in time than along its path."""
     method: Method | None = None
-    for moment in bench.walk():
-        method = moment.method
+    for event in bench.walk():
+        method = event.method
     assert method is not None
     counters = method.teacher.student_rows, method.teacher.teacher_rows
     if not any(counter.rows_along or counter.rows_of_differences for counter in counters):

@@ -100,12 +100,12 @@ def cost(bench: MethodBench) -> str:
         raise NotApplicable(f"it has more than {WALKED_PHASES} phases")
     prepared, before = 0, 0
     rows: list[list[int]] = [[] for _ in stages]  # by phase, of each of its steps
-    for moment in bench.walk(cost_only=True):
-        if moment.what == "begin":
-            before = rows_of(moment.method)
-            prepared = prepared if moment.phase or moment.batch.step else before
-        if moment.what == "stepped":
-            rows[moment.phase].append(rows_of(moment.method) - before)
+    for event in bench.walk(cost_only=True):
+        if event.what == "begin":
+            before = rows_of(event.method)
+            prepared = prepared if event.phase or event.batch.step else before
+        if event.what == "stepped":
+            rows[event.phase].append(rows_of(event.method) - before)
     steps = [stage.share / sum(each.share for each in stages) * bench.run.images / bench.images for stage in stages]
     means = [fmean(of_phase) for of_phase in rows]
     estimated = prepared + sum(count * mean for count, mean in zip(steps, means, strict=True))

@@ -187,12 +187,12 @@ class Optimizers:
                     optimizer.state[weight] = {key: _like(weight, state.tensors[full]) for key, full in found.items()}
 
 
-def _like(weight: Tensor, moment: Tensor) -> Tensor:
-    """`moment` with the memory format of `weight`: fused optimisers need the same strides."""
-    same = moment.shape == weight.shape
+def _like(weight: Tensor, buffer: Tensor) -> Tensor:
+    """`buffer` with the memory format of `weight`: fused optimisers need the same strides."""
+    same = buffer.shape == weight.shape
     if same and is_sharded(weight):
-        return shard_like(weight, moment)
-    return torch.empty_like(weight).copy_(moment) if same else moment.to(weight.device)
+        return shard_like(weight, buffer)
+    return torch.empty_like(weight).copy_(buffer) if same else buffer.to(weight.device)
 
 
 @functools.cache
