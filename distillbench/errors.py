@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 __all__ = ["DivergedError", "Unavailable", "UserError", "nearest", "quoted", "unknown"]
 
-MOST_LISTED = 24  # names in a message
+MOST_LISTED = 20  # names in a message
 LONGEST_QUOTE = 60
 LONGEST_REASON = 300  # characters of a library's message
 
