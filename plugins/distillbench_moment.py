@@ -25,7 +25,8 @@ if it were DDIM's, it would tell z_t, and another moment would be matched.
 | c       | condition: class and guidance of the teacher                                     | of a batch        |
 
 The clock is that of the cosine schedule, where arctan(sigma_t / alpha_t) is linear, whatever the teacher's schedule.
-For K = 1 nothing is seen of x_0, and no real image is read: sampling starts from noise, and so does training.
+For K = 1 sampling starts from pure noise, and so does training: alpha_t = 0 on every schedule, so no real image is
+read, and z_s ~ q(z_s given x_0 = x). The true z_t would stay in z_s and tell x; then x would be too narrow.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class MomentMatching(Method):
     @torch.no_grad()
     def at_s(self, z_t: Tensor, x: Tensor, z: Tensor, t: Tensor, s: Tensor, c: Condition) -> tuple[Tensor, Tensor]:
         """z_s from noise z, and g_theta(z_s, s)."""
-        z_s = ancestral_step(self.teacher.schedule, z_t, x, z, t, s)
+        schedule = self.teacher.schedule
+        z_s = schedule.noised(x, s, z) if self.config.steps == 1 else ancestral_step(schedule, z_t, x, z, t, s)
         return z_s, self.teacher.denoise(z_s, s, c)
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
