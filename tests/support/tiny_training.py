@@ -39,7 +39,7 @@ METHODS = {
     "lcm": (distillbench_lcm.LatentConsistency, {"steps": 8, "mu": 0.5}),
     "ect": (distillbench_ect.EasyConsistencyTuning, {"stages": 2}),
     "ect from the teacher": (distillbench_ect.EasyConsistencyTuning, {"source": "teacher"}),
-    "imm": (distillbench_imm.InductiveMomentMatching, {"group_size": 3}),
+    "imm": (distillbench_imm.InductiveMomentMatching, {"group_size": 2}),
     "dmd": (distillbench_dmd.DistributionMatching, {"fake_updates": 2, "levels": [80.0, 1.0]}),
     "meanflow": (distillbench_meanflow.MeanFlow, {}),
     "moment": (distillbench_moment.MomentMatching, {"steps": 4}),
