@@ -51,7 +51,7 @@ class InductiveMomentMatching(Method):
     @dataclass
     class Config(MethodConfig):
         lr: float = option(2e-3, "peak learning rate of Adam (published: 1e-4)")
-        grad_clip: float = option(0.0, "largest norm of gradients; 0: not clipped, as the weight varies by a factor of 100")
+        grad_clip: float = option(0.0, "largest norm of gradients; 0: not clipped, as weights differ by factors of 100")
         schedule: str = option("flow_matching", "noise schedule that it works on; no other is possible")
         start: str = option("teacher", "weights that the student starts from: the teacher's, or fresh (published)")
         group_size: int = option(32, "M, images of a group (published: 4); the batch size is a multiple of it")
