@@ -45,8 +45,8 @@ def opened(root, files, name="", **options):
 
 @pytest.mark.parametrize("name", ["one PNG", "CIFAR's batches", "reference statistics"])
 def test_a_sample_of_the_full_set(name):
-    found = fuzz(name, written=4, drawn=4)
-    assert [outcome for outcome in found if outcome.outcome not in GOOD] == [] and len(found) == 8
+    found = fuzz(name, written=2, drawn=2)
+    assert [outcome for outcome in found if outcome.outcome not in GOOD] == [] and len(found) == 4
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

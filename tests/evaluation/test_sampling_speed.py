@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import distillbench.evaluation.sampling_speed
+from by_day import by_day
 from distillbench.diffusion.conditioning import UNCONDITIONAL, WITHOUT_CLASSES, Conditioning
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.samplers import Solver
@@ -129,7 +130,7 @@ print(call_in_fresh_process(eval, "6 * 7", 60))
 """
 
 
-@pytest.mark.parametrize("how", ["stdin", "-c", "file", "-m"])
+@pytest.mark.parametrize("how", by_day(["stdin", "-c", "file", "-m"], ("stdin", "file")))
 def test_it_starts_from_any_script_without_running_the_script_again(how, tmp_path):
     (tmp_path / "unguarded.py").write_text(UNGUARDED)
     words = {"stdin": ["-"], "-c": ["-c", UNGUARDED], "file": ["unguarded.py"], "-m": ["-m", "unguarded"]}[how]

@@ -91,9 +91,15 @@ GIVEN = ["methods=[boot]", "dataset=digits"]
     [
         ["seed=0,1,2", "methods.boot.lr=1e-3,2e-3"],
         ["methods=[boot,cm],[pd]", "seed=range(3,6)", "budget.limit=images,nfe"],
-        ["isolate=true,false", "evaluation.nfe=[1],[1,2]", "run_name=a,'b c'", "seed=1", "seed=2,3"],
+        pytest.param(
+            ["isolate=true,false", "evaluation.nfe=[1],[1,2]", "run_name=a,'b c'", "seed=1", "seed=2,3"],
+            marks=pytest.mark.nightly,
+        ),
         ["dataset=digits,gmm", "teacher=gmm", "teacher.width=16,32", "conditional=true", "guidance=1,2.5"],
-        ["experiment=smoke", "methods=[direct]", "methods.direct.steps=4,8", "teacher.budget.images=10,20"],
+        pytest.param(
+            ["experiment=smoke", "methods=[direct]", "methods.direct.steps=4,8", "teacher.budget.images=10,20"],
+            marks=pytest.mark.nightly,
+        ),
         ["seed=4,5", "batch_size=${seed},9"],
         ["executor=submitit", "executor.parameters={slurm_qos: low},{}", "seed=0"],
     ],

@@ -623,7 +623,7 @@ def test_out_of_memory_has_a_status_or_splits_the_steps(tmp_path):
     ("cls", "reason"),
     [
         (RaisesAtOnce, "ValueError: no luck at all"),
-        (CannotBeMade, "ZeroDivisionError: not even made"),
+        pytest.param(CannotBeMade, "ZeroDivisionError: not even made", marks=pytest.mark.nightly),
         (Peeks, "RuntimeError: the method declares that it reads no data (needs_data) but asks for real images"),
     ],
 )
@@ -645,7 +645,9 @@ def test_a_dry_run_says_what_would_fail(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("methods", "code"), [("boot", 0), ("boot,becomes_nan", 1), ("raises", 1)])
+@pytest.mark.parametrize(
+    ("methods", "code"), [("boot", 0), ("boot,becomes_nan", 1), pytest.param("raises", 1, marks=pytest.mark.nightly)]
+)
 def test_the_exit_code_says_whether_something_failed(tmp_path, monkeypatch, capsys, methods, code):
     monkeypatch.setattr("distillbench.registry.load_registry", lambda *selected: with_strangers(Raises, BecomesNan))
     try:

@@ -819,7 +819,7 @@ def distances_of_laws(method, exact: Tensor, directions: Tensor) -> tuple[list[f
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("alpha", [1.0, 1.2])
+@pytest.mark.parametrize("alpha", [pytest.param(1.0, marks=pytest.mark.nightly), 1.2])
 def test_a_trained_generator_has_the_teacher_s_distribution(alpha, tmp_path):
     """N(.3, .25): the generator starts with a standard deviation of .096 and has to find .5."""
     method = sid(learnable_teacher(VPCosine(), 0.3, V), alpha=alpha, lr=0.01, ema_halflife_kimg=2.0)

@@ -140,6 +140,7 @@ def test_installed_examples_are_listed_like_built_in_plugins(clean):
         assert words in said["shortcut"], said["shortcut"]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_installed_examples_run_together(clean):
     """A third-party method, dataset, teacher and metric in one run: configuration, table, report."""

@@ -34,8 +34,8 @@ from edm_files import DDPM, EdmWriter
 from image_sources import cifar, edm, pixels, png, write_folder, write_zip
 
 EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
-PLANNED_BY_DAY = ("boot_sd15", "cd_cifar10", "compare_cifar10", "sid_cifar10", "smoke")
-TWO_STEPS_BY_DAY = ("boot_deepfloyd", "boot_ffhq64", "boot_sd15", "cd_cifar10", "ct_cifar10", "sid_cifar10", "smoke")
+PLANNED_BY_DAY = ("boot_sd15", "compare_cifar10", "smoke")
+TWO_STEPS_BY_DAY = ("boot_deepfloyd", "boot_sd15", "cd_cifar10", "dmd_imagenet64", "smoke")
 SIDE = 8
 IMAGES = 12  # of a dataset
 BATCH, STEPS = 4, 2  # four is the smallest batch of which BOOT's boundary loss takes a quarter
