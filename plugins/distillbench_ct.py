@@ -70,9 +70,9 @@ class ConsistencyTraining(Method):
         levels: str = option("lognormal", "noise levels of a batch: lognormal or uniform on a grid, or continuous")
         p_mean: float = option(-1.1, "mean of ln tau of that log-normal")
         p_std: float = option(2.0, "standard deviation of ln tau of that log-normal")
-        sigma_min: float = option(0.002, "e, smallest noise level")
+        sigma_min: float = option(0.002, "smallest noise level; it is e, unless levels=continuous")
         sigma_max: float = option(80.0, "largest noise level")
-        sigma_data: float = option(0.5, "standard deviation of the data")
+        sigma_data: float = option(0.5, "standard deviation of the data; not used by levels=continuous")
         rho: float = option(7.0, "curvature of the grid")
 
         def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ levels are EDM's, tau = sigma_t / alpha_t, so it works on any schedule (the pape
     ln tau_t ~ N(p_mean, p_std^2),   tau_s = tau_t max(0, 1 - q^-a (1 + k sigmoid(-b tau_t))),   a = 1, 2, ... by stage
     x_t = alpha_t x_0 + sigma_t eps,   x_s = alpha_s f + sigma_s (x_t - alpha_t f) / sigma_t
     L   = d( F(x_t, t, c), sg[F(x_s, s, c)] ) / (tau_t - tau_s),   with f in place of F(x_s, s, c) where tau_s = 0
-    d   = |.|^2 / D,  or  sqrt(|.|^2 + C^2) - C,  which is |.| for the released C = 0
+    d   = |.|^2 / pixels,  or  sqrt(|.|^2 + C^2) - C,  which is |.| for the released C = 0
 
 With f = x_0, x_s is x_0 with the same noise (ECT, which needs no teacher but for its weights). With the teacher's f it
 is one step of Euler's method on the teacher's ODE: consistency distillation in the same stages (ECD).
@@ -16,14 +16,15 @@ is one step of Euler's method on the teacher's ODE: consistency distillation in 
 | t, s   | times, s < t                                                              | (B,1,1,1)  |
 | tau    | noise level                                                               | (B,1,1,1)  |
 | f      | x_0, or the teacher's data prediction, guided where c says so             | (B,C,H,W)  |
-| F      | student: its data prediction, and so F = x^ = x_t / alpha_t at tau = 0    | (B,C,H,W)  |
+| F      | student: its data prediction D, without another boundary condition        | (B,C,H,W)  |
 | a      | stage; stages have equal shares of the training images                    | int        |
-| D, c   | pixels; class, guidance                                                   |            |
+| c      | class, guidance                                                           | of a batch |
 
-In the first stage tau_s is 0 for all but high noise levels, and L is that of a denoiser. F(x_t) and F(x_s) drop the
-same features. For large q^a the optimum is the map of the ODE, of the data or of the teacher. For random x_s (ECT) this
-holds for the squared error only: other d estimate medians, until |F(x_t) - F(x_s)| is below C. In thousands of
-dimensions the difference is small, in a few it is not; so the default is the squared error.
+Where q^a is small, tau_s is 0 for all but high noise levels, and there L is that of a denoiser. D is x_t / alpha_t at
+tau = 0, but for networks that predict x_0 themselves: they learn it. F(x_t) and F(x_s) drop the same features. For
+large q^a the optimum is the map of the ODE, of the data or of the teacher. For random x_s (ECT) this holds for the
+squared error only: other d estimate medians, until |F(x_t) - F(x_s)| is below C. In thousands of dimensions the
+difference is small, in a few it is not; so the default is the squared error.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class Reflow(Method):
         """(B,1,1,1), between t_low and T."""
         if self.distils:
             k = self.config.distil_steps
-            return batch.integers(1, k + 1) * (self.T / k)
+            return batch.integers(1, k + 1).double() * (self.T / k)
         u = batch.uniform()
         if self.config.times == "u_shaped":  # by its inverse distribution function
             u = 0.5 + torch.asinh((2 * u - 1) * math.sinh(A / 2)) / A

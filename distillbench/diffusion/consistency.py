@@ -7,7 +7,7 @@ any schedule: x^ = x_t / alpha_t = x_0 + tau eps.
                                                      c_out  = (tau - e) sd / sqrt(tau^2 + sd^2)       (eq. 5 and app. C)
 
 NN is computed from the denoiser D = k_skip x^ + k_out NN, with EDM's k_skip and k_out, so any parameterisation works:
-F = (c_skip - (1 - e/tau) k_skip) x^ + (1 - e/tau) D. For an EDM network this equals the paper's F.
+F = (c_skip - (1 - e/tau) k_skip) x^ + (1 - e/tau) D. For an EDM network this equals the paper's F. For e = 0, F is D.
 
 With K segments (Heek et al. 2024, arXiv:2403.06807; Wang et al. 2024, arXiv:2405.18407) each part of the trajectory is
 mapped to its own start, by one DDIM step of the student's own prediction. From t to t it is the identity:

@@ -5,7 +5,7 @@ On a grid, t and s are neighbours; in continuous time, s follows from t. n is th
     grid:        t = t_{j+1}, s = t_j;   P(j) = Phi_{j+1} - Phi_j,   Phi_j = Phi((ln tau_j - p_mean) / p_std)
     continuous:  tau_s = tau_t max(0, 1 - (1 + k sigmoid(-b tau_t)) / n),   in place of n a power q^a, a = 1, 2, ...
 
-At tau_s = 0 a trajectory is at its end: there the student is compared with x_0.
+At tau_s = 0 a trajectory is at its end: there the target is x_0, or a teacher's prediction of it.
 
 | symbol | meaning                                                                  | shape             |
 |--------|--------------------------------------------------------------------------|-------------------|

@@ -84,6 +84,6 @@ def gamma_sampling(
         s = schedule.t_of_lam((e + math.sqrt(1 - gamma**2) * (tau - e)).log()) if gamma else after
         x = G(x_t, t, s) / schedule.alpha(s)
         if gamma and k < nfe:
-            x = x + (tau**2 - schedule.noise_level(s) ** 2).sqrt().to(x.dtype) * noise(k)
+            x = x + (tau**2 - schedule.noise_level(s) ** 2).clamp(min=0).sqrt().to(x.dtype) * noise(k)
         x_t, t = schedule.alpha(after) * x, after
     return x

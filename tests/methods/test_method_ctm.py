@@ -30,7 +30,7 @@ from analytic import (
     time,
     weights_of,
 )
-from distillbench import Condition, Conditioning, UserError
+from distillbench import Condition, Conditioning, Denoiser, UserError
 from distillbench.diffusion.conditioning import UNCONDITIONAL
 from distillbench.diffusion.consistency import multistep
 from distillbench.diffusion.noise import FixedNoise
@@ -329,6 +329,34 @@ def test_every_network_is_told_the_condition():
     assert all(torch.equal(c, labels) for _, c in told)
 
 
+class Dropped(nn.Module):
+    """Ones of which dropout drops some, whatever the input; keeps what it answers."""
+
+    embedding_channels = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.dropout, self.seen = nn.Parameter(torch.ones(1)), nn.Dropout(0.5), []
+
+    def forward(self, x: Tensor, t: Tensor, embedding=None, c=None) -> Tensor:
+        self.seen.append(self.dropout(self.scale * torch.ones_like(x)))
+        return self.seen[-1]
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.9])
+@pytest.mark.parametrize("compare", ["soft", "local"])
+def test_all_evaluations_of_the_comparison_drop_the_same_features(compare, mu):
+    """Those of denoising drop others; the teacher drops none."""
+    teacher = dataclasses.replace(mlp_teacher(VE()), denoiser=Denoiser(Dropped(), VE(), "x0"))
+    method = ctm(teacher, compare=compare, mu=mu, denoising=1.0)
+    loss_of(method, batch_of(method)).backward()
+    networks = {id(m): m for m in (*method.student.modules(), *method.target.modules()) if isinstance(m, Dropped)}
+    first, *others = [answer for network in networks.values() for answer in network.seen]
+    assert len(others) == (4 if compare == "soft" else 2) and set(first.unique().tolist()) == {0.0, 2.0}
+    assert all((answer == others[0]).all() for answer in others) and not (others[0] == first).all()
+    assert all((answer == 1).all() for answer in teacher.denoiser.network.seen)
+
+
 def test_target_network_is_a_moving_average():
     """With the student moved away by d and held there, the target is d (1 - mu^k) on its way after k steps."""
     method = ctm(mlp_teacher(), mu=0.9)
@@ -414,6 +442,14 @@ def test_with_noise_a_jump_ends_below_the_next_level():
     below = [0.002 + 0.8 * (tau - 0.002) for tau in levels[1:]]
     assert [t for t, _ in asked] == pytest.approx(levels[:3], rel=1e-9)
     assert [s for _, s in asked] == pytest.approx(below, rel=1e-9)
+
+
+def test_with_very_little_noise_samples_are_those_without():
+    """tau_s is tau but for rounding, which here leaves it above at some levels."""
+    draws = [make_batch(4, seed=k).noise() for k in range(17)]
+    teacher = mlp_teacher(SCHEDULES["vp_linear"]())
+    small, none = (ctm(teacher, steps=18, gamma=g).sample(FixedNoise(draws), 17, UNCONDITIONAL) for g in (1e-9, 0.0))
+    close(small, none, atol=1e-5)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

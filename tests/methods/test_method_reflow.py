@@ -178,6 +178,15 @@ def test_uniform_times_and_those_of_distillation():
     close(method.time(make_batch(100)).unique(), T * torch.arange(1, 5) / 4, rtol=1e-15)
 
 
+@pytest.mark.parametrize("phase", [0, 1])
+def test_times_are_float64_in_single_precision(phase):
+    """Near t_max float32 has errors of 1e-4 of 1 - t, and the sampler starts at t_max in float64."""
+    torch.set_default_dtype(torch.float32)
+    t = reflow(phase=phase, distil_share=1.0).time(make_batch(8))
+    assert t.dtype == torch.float64
+    assert phase == 0 or (t == T).all()
+
+
 # --- the flow --------------------------------------------------------------------------------------------------------
 
 
