@@ -45,7 +45,9 @@ def short_table() -> str:
 
 
 def _summary() -> list[dict]:
-    return pd.read_csv(RUN / "summary.csv").to_dict("records")
+    found = pd.read_csv(RUN / "summary.csv")
+    teacher = found["method"].str.startswith("teacher:")
+    return pd.concat([found[teacher], found[~teacher]]).to_dict("records")
 
 
 def _fewest(rows: list[dict]) -> list[dict]:
