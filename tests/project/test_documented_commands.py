@@ -86,7 +86,15 @@ def documented():
             for words in words_of(line):
                 if words and re.fullmatch(r"--?[a-z]+|[a-z-]+", words[0]) and "[OPTIONS]" not in words:
                     found[str(page.relative_to(ROOT)), tuple(words)] = None
-    return [pytest.param(*key, id=f"{key[0]}: {' '.join(key[1])}") for key in found]
+    return [
+        pytest.param(*key, id=f"{key[0]}: {' '.join(key[1])}", marks=[pytest.mark.nightly] if at_night(*key) else [])
+        for key in found
+    ]
+
+
+def at_night(page, words):
+    """Figures take seconds: by day docs/commands.md has a command that makes them."""
+    return "figures" in words and page == "docs/recipes.md"
 
 
 def module(path):

@@ -214,8 +214,8 @@ def gaussian_images(seed: int = 0, mean=MEAN, variance=VARIANCE) -> Read:
     return lambda n: (column(mean) + deviation * draw(n), None)
 
 
-def make_batch(size: int, shape=(2, 1, 1), seed: int = 0, read=None) -> Batch:
-    return Batch(size, shape, torch.Generator().manual_seed(seed), "cpu", read)
+def make_batch(size: int, shape=(2, 1, 1), seed: int = 0, read=None, step: int = 0) -> Batch:
+    return Batch(size, shape, torch.Generator().manual_seed(seed), "cpu", read, step=step)
 
 
 def make_workspace(teacher: Teacher, folder, budget: BudgetConfig | None = None, seed: int = 0, dry: bool = False):

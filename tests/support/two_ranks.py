@@ -16,6 +16,7 @@ SHAPE, BATCH = (1, 4, 4), 8  # of an image; images of a step of both ranks toget
 SETTINGS = {
     "direct": {"pairs": 16, "steps": 2},
     "reflow": {"pairs": 16, "steps": 2},
+    "imm": {"group_size": 2},
     "tract": {"steps": [4, 2, 1]},
     "pd": {"steps": 4},
     "adversarial": {"layer": "blocks.0.inner", "weight": 0.5},

@@ -156,8 +156,9 @@ def table_of(registry, tmp_path, *words):
     return outcome.table
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
-@pytest.mark.parametrize("methods", [("ct", "pd", "sid"), pytest.param(METHODS, marks=pytest.mark.nightly)], ids=len)
+@pytest.mark.parametrize("methods", [("ct", "pd", "sid"), METHODS], ids=len)
 def test_every_method_runs_on_a_closed_form(methods, registry, tmp_path):
     """On small images, so that every score has a value; a Gaussian mixture's samples are no digits, but they count."""
     words = "dataset=gmm", "teacher=gmm", *IMAGES, "dataset.shape=[1,2,2]", "dataset.count=256", *NARROW

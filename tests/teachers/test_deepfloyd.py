@@ -330,6 +330,7 @@ def test_boot_distils_the_upscaler_and_the_base_is_charged(stages, tmp_path):
     assert student["nfe"] == 1
 
 
+@pytest.mark.nightly
 def test_a_student_of_stage_1_is_exported_as_a_pipeline_and_used_as_base(stages, tmp_path):
     """The whole cascade: stage 1 is distilled, its student exported, read by diffusers, and used as base."""
     (tmp_path / "prompts.txt").write_text("a cat\na dog\ntwo birds\n")

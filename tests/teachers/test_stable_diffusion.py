@@ -296,7 +296,11 @@ def go(results, monkeypatch, *words):
     ("words", "data"),
     [
         pytest.param(["methods=[boot]", "guidance=3", "dataset.images=0"], False, marks=pytest.mark.nightly),
-        (["methods=[boot]", "guidance=3", "guidance_range=[1,5]", "dataset.images=0"], False),
+        pytest.param(
+            ["methods=[boot]", "guidance=3", "guidance_range=[1,5]", "dataset.images=0"],
+            False,
+            marks=pytest.mark.nightly,
+        ),
         (["methods=[boot,lcm]", "guidance=3"], True),
     ],
 )
@@ -323,6 +327,7 @@ def test_a_run_ends_with_a_table(folders, tmp_path, monkeypatch, words, data):
     assert max(images for *_, images in ran.used) <= 4
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_decoder_and_text_encoder_are_timed_separately(folders, tmp_path):
     words = ["methods=[boot]", "guidance=3", "dataset.images=0", "evaluation.metrics=[teacher_rmse]"]

@@ -440,14 +440,15 @@ def test_every_method_takes_a_step_in_bf16_with_recomputation(name, tmp_path):
         with applied(ComputeConfig(precision=precision, recompute=precision == "bf16"), method, "cpu"):
             method.prepare(make_workspace(teacher, tmp_path))
             method.start_phase(0)
-            batch = make_batch(32, read=functools.partial(float_images, gaussian_images()))
-            for trained, loss in method.train_step(batch):
-                optimizer = torch.optim.SGD(trained.parameters(), lr=1e-2)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.setdefault(precision, []).append(loss.item())
-            method.after_step()
+            read = functools.partial(float_images, gaussian_images())
+            for step in range(method.phases()[0].cycle):
+                for trained, loss in method.train_step(make_batch(32, read=read, step=step)):
+                    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-2)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    losses.setdefault(precision, []).append(loss.item())
+                method.after_step()
             assert {p.dtype for p in method.parameters()} == {torch.float32}
         assert any(not torch.equal(before[n], w) for n, w in weights_of(method.student).items())
         assert not any("forward" in module.__dict__ for module in method.modules())

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from contextlib import closing, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -90,7 +90,8 @@ def training(
     order = torch.Generator().manual_seed(1)
 
     def read(size: int) -> tuple[torch.Tensor, None]:
-        return ranks.share.of(2 * torch.rand(size, *SHAPE, generator=order) - 1), None
+        share = replace(ranks.share, group=method.group_size)  # whole groups, as the harness reads them
+        return share.of(2 * torch.rand(size, *SHAPE, generator=order) - 1), None
 
     resume = None
     if stop:
