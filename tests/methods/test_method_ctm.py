@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 
@@ -23,6 +24,8 @@ from analytic import (
     loss_of,
     make_batch,
     make_workspace,
+    marginal_variance,
+    minimised,
     mixture_teacher,
     mlp_teacher,
     slope,
@@ -158,6 +161,32 @@ def test_fine_chains_of_the_teacher_are_the_exact_map():
         with_student(method, exact(VE()))
         losses.append(loss_of(method, batch_of(method, 4000)).item() * steps**2)  # of a single step: third order
     assert losses[0] / losses[1] == pytest.approx(256, rel=0.5)
+
+
+class Power(nn.Module):
+    """The g whose jumps have a `power` of the Gaussian's gain; the exact map has 1."""
+
+    def __init__(self, schedule, power: float) -> None:
+        super().__init__()
+        self.power = nn.Parameter(torch.tensor(power))
+        self.g = Jump(schedule, functools.partial(self.jump, schedule))
+
+    def jump(self, schedule, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        gain = (marginal_variance(schedule, s) / marginal_variance(schedule, t)) ** (self.power / 2)
+        return schedule.alpha(s) * column(MEAN) + gain * (x_t - schedule.alpha(t) * column(MEAN))
+
+    def forward(self, x_t: Tensor, t: Tensor, s: Tensor, c=UNCONDITIONAL) -> Tensor:
+        return self.g(x_t, t, s, c)
+
+
+@pytest.mark.parametrize("start", [0.5, 1.5])
+@pytest.mark.parametrize("compare", ["soft", "local"])
+def test_a_trained_power_is_that_of_the_exact_map(compare, start):
+    """As far as Heun's 39 steps are it."""
+    method = ctm(compare=compare, steps=40, solver_steps=8)
+    with_student(method, Power(method.teacher.schedule, start))
+    minimised(method.student, lambda step: loss_of(method, batch_of(method, 64, step, step)), steps=200)
+    assert method.student.power.item() == pytest.approx(1, abs=0.02)
 
 
 class Gain(nn.Module):

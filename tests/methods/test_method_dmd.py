@@ -20,6 +20,7 @@ from analytic import (
     close,
     column,
     gaussian_teacher,
+    learnable_teacher,
     make_batch,
     make_workspace,
     mlp_teacher,
@@ -233,26 +234,6 @@ def test_noise_levels_have_the_released_distributions(name):
 
 
 # --- the fake score --------------------------------------------------------------------------------------------------
-
-
-class LearnableGaussian(nn.Module):
-    """E[x_0 given x_t] for x_0 ~ N(m, e^l), with m and l to be trained: every denoiser of a one-pixel Gaussian."""
-
-    embedding_channels = 4
-
-    def __init__(self, schedule, mean: float, variance: float) -> None:
-        super().__init__()
-        self.schedule = schedule
-        self.m, self.l = nn.Parameter(torch.tensor([mean])), nn.Parameter(torch.tensor([math.log(variance)]))
-
-    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, c: Condition | None = None) -> Tensor:
-        alpha, sigma, v = self.schedule.alpha(time(t)), self.schedule.sigma(time(t)), self.l.exp()
-        return self.m + alpha * v / (alpha**2 * v + sigma**2) * (x - alpha * self.m)
-
-
-def learnable_teacher(schedule, mean: float = 0.3, variance: float = 0.25) -> Teacher:
-    network = LearnableGaussian(schedule, mean, variance)
-    return Teacher("learnable", Denoiser(network, schedule, "x0"), (1, 1, 1), "learnable")
 
 
 @pytest.mark.usefixtures("float64")

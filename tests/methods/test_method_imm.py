@@ -15,6 +15,7 @@ from analytic import (
     loss_of,
     make_batch,
     make_workspace,
+    minimised,
     mlp_teacher,
     same_weights,
     schedules,
@@ -179,6 +180,14 @@ def test_the_exact_map_has_no_gradient_without_the_diagonal():
 def test_a_gain_that_is_wrong_is_corrected(gain, sign, diagonal):
     found = gain_slopes(gain, 4000, 10, group_size=4, k=9, diagonal=diagonal)
     assert sign * found.mean() > 4 * found.std() / math.sqrt(len(found))
+
+
+@pytest.mark.parametrize("start", [0.7, 1.4])
+def test_a_trained_gain_is_that_of_the_exact_map(start):
+    method = with_map(start, group_size=16)
+    images = [make_batch(256, (1, 1, 1), seed, gaussian_images(seed + 1000, (0.0,), (V,))) for seed in range(300)]
+    minimised(method.student, lambda step: loss_of(method, images[step]))
+    assert method.student.gain.item() == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 5])

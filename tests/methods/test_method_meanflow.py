@@ -15,6 +15,7 @@ from analytic import (
     gaussian_teacher,
     loss_of,
     make_batch,
+    minimised,
     mlp_teacher,
     time,
 )
@@ -80,6 +81,14 @@ def test_a_gain_that_is_too_small_grows(source):
         method = with_map(gain, source=source)
         loss_of(method, batch(2000)).backward()
         assert sign * method.student.gain.grad > 0
+
+
+@pytest.mark.parametrize(("source", "error"), [("teacher", 1e-4), ("data", 0.02)])
+@pytest.mark.parametrize("start", [0.5, 2.0])
+def test_a_trained_gain_is_that_of_the_exact_velocity(source, error, start):
+    method = with_map(start, source=source)
+    minimised(method.student, lambda step: loss_of(method, batch(256, step)))
+    assert method.student.gain.item() == pytest.approx(1, abs=error)
 
 
 def test_from_data_the_optimum_is_the_same():

@@ -17,6 +17,7 @@ from analytic import (
     close,
     gaussian_images,
     gaussian_teacher,
+    learnable_teacher,
     make_batch,
     make_workspace,
     mlp_teacher,
@@ -28,10 +29,13 @@ from analytic import (
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Conditioning
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.noise import FixedNoise
-from distillbench.diffusion.schedules import SCHEDULES, VPCosine
+from distillbench.diffusion.schedules import SCHEDULES, VE, VPCosine
 from distillbench.errors import UserError
 from distillbench.networks.architectures import ResidualMLP
+from distillbench.system.progress import Step
 from distillbench.teachers.teacher import Teacher
+from distillbench.training.budget import BudgetConfig
+from distillbench.training.loop import Loop, train
 from distillbench.training.optimizers import Optimizers
 from distillbench_moment import MomentMatching
 
@@ -344,6 +348,18 @@ def test_a_sample_is_made_in_K_ancestral_steps(name, K, tmp_path):
         kept = (below / tau) ** 2
         x = kept * x + (1 - kept) * x_0 + below * math.sqrt(1 - kept) * z
     close(found, x, rtol=1e-7, atol=1e-9)
+
+
+def test_a_trained_student_has_the_teacher_s_distribution(tmp_path):
+    """N(.3, .25) from a student of one step that starts with a standard deviation of .096."""
+    schedule = VE().restricted(math.log(0.002), math.log(2.5))
+    method = moment(learnable_teacher(schedule), steps=1, lr=0.03, ema_halflife_kimg=4.0)
+    workspace = make_workspace(method.teacher, tmp_path, BudgetConfig(images=800 * 192))
+    train(method, method.config, workspace, None, Loop(192), Step(lambda fraction, note: None))
+    z = FixedNoise([make_batch(10_000, (1, 1, 1), seed=5).noise()])
+    with torch.no_grad():
+        x = method.sample(z, 1, UNCONDITIONAL).flatten()
+    assert (x.mean().item(), x.std().item()) == (pytest.approx(0.3, abs=0.03), pytest.approx(0.5, rel=0.08))
 
 
 def test_it_is_sampled_in_K_steps_without_a_promise_about_the_noise():

@@ -17,6 +17,7 @@ from analytic import (
     loss_of,
     make_batch,
     make_workspace,
+    minimised,
     mixture_map,
     mlp_teacher,
     same_weights,
@@ -24,7 +25,7 @@ from analytic import (
     weights_of,
 )
 from distillbench import Teacher, UserError
-from distillbench.diffusion import FlowMatching, VPCosine, time_like
+from distillbench.diffusion import FlowMatching, VPCosine, time_like, uniform_times
 from distillbench.diffusion.conditioning import UNCONDITIONAL
 from distillbench.diffusion.noise import FixedNoise
 from distillbench.diffusion.schedules import SCHEDULES
@@ -217,6 +218,32 @@ def test_on_straight_paths_any_number_of_steps_is_exact(answer, pixels):
         close(method.sample(FixedNoise([eps]), nfe, UNCONDITIONAL), answer(eps), atol=1e-7)
         assert method.supports(nfe) and method.keeps_noise(nfe) and method.ready(nfe, 0)
     assert not method.supports(0)
+
+
+class LearnedAnswer(nn.Module):
+    """A straight flow to m + g eps, which are learned: its x_0 from x_t = (1 - t/T) x_0 + t eps."""
+
+    prediction = "x0"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m, self.g = nn.Parameter(torch.zeros(2, 1, 1)), nn.Parameter(torch.full((2, 1, 1), 1.5))
+
+    def forward(self, x_t: Tensor, t: Tensor, c=UNCONDITIONAL) -> Tensor:
+        rest = 1 - t / T
+        return self.m + self.g * (x_t - rest * self.m) / (rest * self.g + t)
+
+
+@pytest.mark.parametrize("times", ["u_shaped", "uniform"])
+def test_a_trained_flow_reaches_the_teacher_s_chain(times, tmp_path):
+    method = reflow(gaussian_teacher(VPCosine()), steps=8, pairs=512, times=times)
+    method.prepare(make_workspace(method.teacher, tmp_path))
+    method.student, eps = LearnedAnswer(), make_batch(100, seed=9).noise()
+    minimised(method.student, lambda step: loss_of(method, make_batch(128, seed=step)), lr=0.03)
+    schedule = VPCosine()
+    chain = ddim_chain(schedule, schedule.sigma(time(schedule.t_max)) * eps, uniform_times(schedule, 8))
+    for nfe in (1, 3):
+        close(method.sample(FixedNoise([eps]), nfe, UNCONDITIONAL), chain, atol=1e-3)
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------------

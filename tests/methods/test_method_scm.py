@@ -18,6 +18,7 @@ from analytic import (
     loss_of,
     make_batch,
     marginal_variance,
+    minimised,
     mlp_teacher,
     some_schedules,
     time,
@@ -106,6 +107,14 @@ def test_a_power_that_is_too_small_grows(source):
         method = with_map(VE(), power, source=source, p_mean=0.0, c=0.1)
         loss_of(method, batch(4000)).backward()
         assert sign * method.student.denoiser.network.power.grad > 0
+
+
+@pytest.mark.parametrize(("source", "error"), [("teacher", 1e-3), ("data", 0.03)])
+@pytest.mark.parametrize("start", [0.5, 1.5])
+def test_a_trained_power_is_that_of_the_exact_map(source, error, start):
+    method = with_map(VE(), start, source=source, p_mean=0.0)
+    minimised(method.student, lambda step: loss_of(method, batch(256, step)))
+    assert method.student.denoiser.network.power.item() == pytest.approx(1, abs=error)
 
 
 def test_from_data_the_optimum_is_the_same():

@@ -11,6 +11,8 @@ With V = alpha^2 v + sigma^2:
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -205,6 +207,26 @@ def table_teacher(times: Tensor, schedule: NoiseSchedule | None = None) -> Teach
 # --- what a method is given ------------------------------------------------------------------------------------------
 
 
+class LearnableGaussian(nn.Module):
+    """E[x_0 given x_t] for x_0 ~ N(m, e^l), with m and l to be trained: every denoiser of a one-pixel Gaussian."""
+
+    embedding_channels = 4
+
+    def __init__(self, schedule, mean: float, variance: float) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.m, self.l = nn.Parameter(torch.tensor([mean])), nn.Parameter(torch.tensor([math.log(variance)]))
+
+    def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None, c: Condition | None = None) -> Tensor:
+        alpha, sigma, v = self.schedule.alpha(time(t)), self.schedule.sigma(time(t)), self.l.exp()
+        return self.m + alpha * v / (alpha**2 * v + sigma**2) * (x - alpha * self.m)
+
+
+def learnable_teacher(schedule, mean: float = 0.3, variance: float = 0.25) -> Teacher:
+    network = LearnableGaussian(schedule, mean, variance)
+    return Teacher("learnable", Denoiser(network, schedule, "x0"), (1, 1, 1), "learnable")
+
+
 def gaussian_images(seed: int = 0, mean=MEAN, variance=VARIANCE) -> Read:
     """read(n): n images of the Gaussian distribution, without labels."""
     generator = torch.Generator().manual_seed(seed)
@@ -242,3 +264,14 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 def same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def minimised(module: nn.Module, loss: Callable[[int], Tensor], steps: int = 300, lr: float = 0.02) -> None:
+    """Adam on `loss`, a function of the step, with a learning rate that falls to 0. Changes the weights of `module`."""
+    optimizer = torch.optim.Adam(module.parameters(), lr)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+        decay.step()
