@@ -179,7 +179,7 @@ class Power(nn.Module):
         return self.g(x_t, t, s, c)
 
 
-@pytest.mark.parametrize("start", [0.5, 1.5])
+@pytest.mark.parametrize("start", [0.5, pytest.param(1.5, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("compare", ["soft", "local"])
 def test_a_trained_power_is_that_of_the_exact_map(compare, start):
     """As far as Heun's 39 steps are it."""

@@ -84,7 +84,7 @@ def test_a_gain_that_is_too_small_grows(source):
 
 
 @pytest.mark.parametrize(("source", "error"), [("teacher", 1e-4), ("data", 0.02)])
-@pytest.mark.parametrize("start", [0.5, 2.0])
+@pytest.mark.parametrize("start", [0.5, pytest.param(2.0, marks=pytest.mark.nightly)])
 def test_a_trained_gain_is_that_of_the_exact_velocity(source, error, start):
     method = with_map(start, source=source)
     minimised(method.student, lambda step: loss_of(method, batch(256, step)))

@@ -110,7 +110,7 @@ def test_a_power_that_is_too_small_grows(source):
 
 
 @pytest.mark.parametrize(("source", "error"), [("teacher", 1e-3), ("data", 0.03)])
-@pytest.mark.parametrize("start", [0.5, 1.5])
+@pytest.mark.parametrize("start", [0.5, pytest.param(1.5, marks=pytest.mark.nightly)])
 def test_a_trained_power_is_that_of_the_exact_map(source, error, start):
     method = with_map(VE(), start, source=source, p_mean=0.0)
     minimised(method.student, lambda step: loss_of(method, batch(256, step)))
