@@ -99,7 +99,7 @@ class Boot(Method):
         r, one_minus_r = schedule.signal_ratio(t, s)
         y_s = r * y_t + one_minus_r * f_t
         if self.config.target == "heun":
-            f_s = self.teacher.denoise(schedule.alpha(s) * y_s + schedule.sigma(s) * eps, s, c)
+            f_s = self.teacher.denoise(schedule.noised(y_s, s, eps), s, c)
             y_s = r * y_t + one_minus_r * (f_t + f_s) / 2
         return y_s
 

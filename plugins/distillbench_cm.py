@@ -118,7 +118,7 @@ class ConsistencyDistillation(Method):
         n = batch.integers(0, len(grid) - 1)
         t, s = grid[n + 1], grid[n]
         end = () if self.config.segments == 1 else (segment_start(self.edges, t),)
-        x_t = schedule.alpha(t) * x_0 + schedule.sigma(t) * eps
+        x_t = schedule.noised(x_0, t, eps)
         with torch.no_grad():
             x_s = ONE_STEP[self.config.solver](schedule, partial(self.teacher.denoise, c=c), x_t, t, s)
         with one_mask(self.student, self.target):

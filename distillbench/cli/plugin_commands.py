@@ -43,16 +43,16 @@ def list_(registry: Registry, kind: str) -> None:
 
 
 def _list_methods(entries: Iterable[tuple[str, Entry]]) -> None:
-    from distillbench.testing.method_kinds import KINDS, facts_of
+    from distillbench.testing import method_kinds
 
-    groups: dict[str, list[tuple[str, str]]] = {learned: [] for learned in KINDS}
+    groups: dict[str, list[tuple[str, str]]] = {learned: [] for learned in method_kinds.KINDS}
     for name, entry in entries:
-        facts = facts_of(entry.cls)
+        facts = method_kinds.facts_of(entry.cls)
         told = f"{'real images' if facts.reads_data else 'no real images'}; NFE {facts.nfe or 'unknown'}"
         groups[facts.kind].append((name, f"{_summary(entry.cls)} ({told}) [{version(entry.plugin)}]"))
     for learned, rows in groups.items():
         if rows:
-            click.echo(f"{learned}: {KINDS[learned]}")
+            click.echo(f"{learned}: {method_kinds.KINDS[learned]}")
             print_definitions(rows)
 
 
