@@ -18,6 +18,7 @@ from analytic import (
     SPREADS,
     VARIANCE,
     WEIGHTS,
+    assert_target_is_a_moving_average,
     close,
     column,
     gaussian_images,
@@ -31,6 +32,7 @@ from analytic import (
     some_schedules,
     table_teacher,
     time,
+    trained,
     weights_of,
 )
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Conditioning
@@ -41,9 +43,6 @@ from distillbench.diffusion.samplers import karras_times, time_like
 from distillbench.diffusion.schedules import SCHEDULES, VE, VPCosine
 from distillbench.errors import UserError
 from distillbench.networks.architectures import ResidualMLP
-from distillbench.system.progress import Step
-from distillbench.training.budget import BudgetConfig
-from distillbench.training.loop import Loop, train
 from distillbench.training.method import Batch
 from distillbench_ct import ConsistencyTraining
 
@@ -412,18 +411,7 @@ def test_gradients_reach_neither_target_nor_teacher(mu):
 
 
 def test_target_network_is_a_moving_average():
-    """With the student moved away by d and held there, the target is d (1 - mu^k) on its way after k steps."""
-    method = ct(mlp_teacher(), mu=0.9)
-    before = weights_of(method.target)
-    assert same_weights(before, weights_of(method.student))
-    with torch.no_grad():
-        for parameter in method.student.parameters():
-            parameter.add_(2.0)
-    for _ in range(3):
-        method.after_step()
-    for (name, value), student in zip(method.target.named_parameters(), method.student.parameters(), strict=True):
-        close(value, before[name] + 2.0 * (1 - 0.9**3), rtol=1e-12)
-        close(student, before[name] + 2.0)
+    assert_target_is_a_moving_average(ct(mlp_teacher(), mu=0.9), 0.9)
 
 
 def test_the_target_is_what_is_compared_with():
@@ -520,12 +508,6 @@ def test_training_is_reproducible(tmp_path):
 # --- trained ---------------------------------------------------------------------------------------------------------
 
 ADAM = {"lr": 0.03, "lr_warmup": 0.0, "lr_decay": "linear", "beta2": 0.99, "ema_halflife_kimg": 0.0, "grad_clip": 1e6}
-
-
-def trained(method, folder, steps: int, batch: int, seed: int = 0):
-    workspace = make_workspace(method.teacher, folder, BudgetConfig(images=steps * batch), seed)
-    train(method, method.config, workspace, gaussian_images(seed), Loop(batch), Step(lambda fraction, note: None))
-    return method
 
 
 @pytest.mark.parametrize(

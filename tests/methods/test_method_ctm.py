@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from analytic import (
     MEAN,
     VARIANCE,
+    assert_target_is_a_moving_average,
     close,
     column,
     gaussian_images,
@@ -31,7 +32,6 @@ from analytic import (
     slope,
     some_schedules,
     time,
-    weights_of,
 )
 from distillbench import Condition, Conditioning, Denoiser, UserError
 from distillbench.diffusion.conditioning import UNCONDITIONAL
@@ -387,16 +387,8 @@ def test_all_evaluations_of_the_comparison_drop_the_same_features(compare, mu):
 
 
 def test_target_network_is_a_moving_average():
-    """With the student moved away by d and held there, the target is d (1 - mu^k) on its way after k steps."""
     method = ctm(mlp_teacher(), mu=0.9)
-    before = weights_of(method.target)
-    with torch.no_grad():
-        for parameter in method.student.parameters():
-            parameter.add_(2.0)
-    for _ in range(3):
-        method.after_step()
-    for name, value in method.target.named_parameters():
-        close(value, before[name] + 2.0 * (1 - 0.9**3), rtol=1e-12)
+    assert_target_is_a_moving_average(method, 0.9)
     assert not any(p.requires_grad for p in method.target.parameters())
     assert (same := ctm(mlp_teacher(), mu=0.0)).target is same.student
 

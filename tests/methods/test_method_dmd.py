@@ -24,6 +24,7 @@ from analytic import (
     make_batch,
     make_workspace,
     mlp_teacher,
+    perturbed,
     same_weights,
     some_schedules,
     time,
@@ -48,15 +49,6 @@ M, V = torch.tensor([0.3, -0.2], dtype=torch.float64), torch.tensor([[0.5, 0.1],
 
 def dmd(teacher=None, **settings) -> DistributionMatching:
     return DistributionMatching(DistributionMatching.Config(**settings), teacher or mlp_teacher())
-
-
-def perturbed(method, std: float = 0.1):
-    """Student and fake score moved off the teacher's weights, each its own way: at the start g = 0."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in (*method.student.parameters(), *method.fake.parameters()):
-            parameter.add_(std * torch.randn_like(parameter))
-    return method
 
 
 def updates(method, steps: int, size: int = 8, read=None):

@@ -27,6 +27,7 @@ from analytic import (
     some_schedules,
     table_teacher,
     time,
+    trained,
     weights_of,
 )
 from distillbench.diffusion import consistency_times
@@ -35,9 +36,6 @@ from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.noise import FixedNoise
 from distillbench.diffusion.schedules import SCHEDULES, VE, VPCosine
 from distillbench.errors import UserError
-from distillbench.system.progress import Step
-from distillbench.training.budget import BudgetConfig
-from distillbench.training.loop import Loop, train
 from distillbench.training.method import Batch
 from distillbench_ct import ConsistencyTraining
 from distillbench_ect import EasyConsistencyTuning
@@ -364,12 +362,6 @@ def test_it_starts_as_the_teacher_s_denoiser():
 # --- trained ---------------------------------------------------------------------------------------------------------
 
 ADAM = {"lr": 0.03, "lr_warmup": 0.0, "lr_decay": "linear", "beta2": 0.99, "ema_halflife_kimg": 0.0, "grad_clip": 1e6}
-
-
-def trained(method, folder, steps: int, batch: int, seed: int = 0):
-    workspace = make_workspace(method.teacher, folder, BudgetConfig(images=steps * batch), seed)
-    train(method, method.config, workspace, gaussian_images(seed), Loop(batch), Step(lambda fraction, note: None))
-    return method
 
 
 @pytest.mark.parametrize("settings", [{}, {"source": "teacher"}, {"source": "teacher", "metric": "pseudo_huber"}])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from analytic import (
     MEAN,
     VARIANCE,
+    assert_target_is_a_moving_average,
     close,
     column,
     ddim_gain,
@@ -23,7 +24,6 @@ from analytic import (
     some_schedules,
     table_teacher,
     time,
-    weights_of,
 )
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Conditioning
 from distillbench.diffusion.consistency import segment_edges, segment_start
@@ -270,16 +270,7 @@ def test_w_is_an_input_of_the_student_that_starts_at_zero():
 
 
 def test_target_network_is_a_moving_average():
-    """With the student moved away by d and held there, the target is d (1 - mu^k) on its way after k steps."""
-    method = lcm(mlp_teacher(), mu=0.9)
-    before = weights_of(method.target)
-    with torch.no_grad():
-        for parameter in method.student.parameters():
-            parameter.add_(2.0)
-    for _ in range(3):
-        method.after_step()
-    for name, value in method.target.named_parameters():
-        close(value, before[name] + 2.0 * (1 - 0.9**3), rtol=1e-12)
+    assert_target_is_a_moving_average(lcm(mlp_teacher(), mu=0.9), 0.9)
     without = lcm(mlp_teacher())
     assert without.target is without.student
 

@@ -29,9 +29,11 @@ from analytic import (
     make_workspace,
     mixture_teacher,
     mlp_teacher,
+    perturbed,
     same_weights,
     some_schedules,
     time,
+    trained,
     weights_of,
 )
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Conditioning
@@ -41,10 +43,7 @@ from distillbench.diffusion.schedules import SCHEDULES, VE, NoiseSchedule, VPCos
 from distillbench.diffusion.training_times import karras_time
 from distillbench.errors import UserError
 from distillbench.networks.architectures import ResidualMLP
-from distillbench.system.progress import Step
 from distillbench.teachers.teacher import Teacher
-from distillbench.training.budget import BudgetConfig
-from distillbench.training.loop import Loop, train
 from distillbench.training.method import Batch, NetworkConfig
 from distillbench.training.optimizers import Optimizers
 from distillbench_sid import ScoreIdentityDistillation
@@ -56,27 +55,12 @@ def sid(teacher=None, **settings) -> ScoreIdentityDistillation:
     return ScoreIdentityDistillation(ScoreIdentityDistillation.Config(**settings), teacher or mlp_teacher())
 
 
-def perturbed(method, std: float = 0.1):
-    """Student and fake score moved off the teacher's weights, each its own way: at the start d = 0."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in (*method.student.parameters(), *method.fake.parameters()):
-            parameter.add_(std * torch.randn_like(parameter))
-    return method
-
-
 def class_teacher(conditioning: Conditioning) -> Teacher:
     torch.manual_seed(0)
     network = ResidualMLP((2, 1, 1), width=16, depth=1, classes=conditioning.classes)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
     return Teacher("mlp", Denoiser(network, VPCosine(), "v"), (2, 1, 1), "mlp", conditioning=conditioning)
-
-
-def trained(method, folder, steps: int, size: int, seed: int = 0):
-    workspace = make_workspace(method.teacher, folder, BudgetConfig(images=steps * size), seed)
-    train(method, method.config, workspace, None, Loop(size), Step(lambda fraction, note: None))
-    return method
 
 
 class Scaled(nn.Module):

@@ -24,10 +24,11 @@ from distillbench.diffusion.conditioning import Condition
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.schedules import SCHEDULES, NoiseSchedule, VPCosine
 from distillbench.networks.architectures import ResidualMLP
-from distillbench.system.progress import Progress
+from distillbench.system.progress import Progress, Step
 from distillbench.teachers.teacher import Teacher
 from distillbench.training.budget import BudgetConfig, Meter
-from distillbench.training.method import Batch, Read
+from distillbench.training.loop import Loop, train
+from distillbench.training.method import Batch, Method, Read
 from distillbench.training.pairs import Workspace
 
 MEAN, VARIANCE = (0.5, -0.3), (1.0, 0.09)  # the Gaussian of these tests: one wide and one narrow direction
@@ -275,3 +276,34 @@ def minimised(module: nn.Module, loss: Callable[[int], Tensor], steps: int = 300
         loss(step).backward()
         optimizer.step()
         decay.step()
+
+
+def trained(method: Method, folder, steps: int, batch: int, seed: int = 0) -> Method:
+    """`method` after `steps` steps of the harness, on the Gaussian's images if it reads any."""
+    workspace = make_workspace(method.teacher, folder, BudgetConfig(images=steps * batch), seed)
+    read = gaussian_images(seed) if method.reads_data(method.config) else None
+    train(method, method.config, workspace, read, Loop(batch), Step(lambda fraction, note: None))
+    return method
+
+
+def perturbed(method, std: float = 0.1):
+    """Student and fake score moved off the teacher's weights, each its own way: at the start they are equal."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in (*method.student.parameters(), *method.fake.parameters()):
+            parameter.add_(std * torch.randn_like(parameter))
+    return method
+
+
+def assert_target_is_a_moving_average(method, mu: float) -> None:
+    """With the student moved away by d and held there, the target is d (1 - mu^k) on its way after k steps."""
+    before = weights_of(method.target)
+    assert same_weights(before, weights_of(method.student))
+    with torch.no_grad():
+        for parameter in method.student.parameters():
+            parameter.add_(2.0)
+    for _ in range(3):
+        method.after_step()
+    for (name, value), student in zip(method.target.named_parameters(), method.student.parameters(), strict=True):
+        close(value, before[name] + 2.0 * (1 - mu**3), rtol=1e-12)
+        close(student, before[name] + 2.0)
