@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -17,17 +18,36 @@ from distillbench.errors import UserError, nearest
 __all__ = ["option", "require_between", "require_fraction", "require_one_of", "require_positive"]
 
 
-def option(default: Any, help: str, path: bool = False) -> Any:
+def option(default: Any, help: str, path: bool = False, added: bool = False) -> Any:
     """A dataclass field with a default and the sentence that ``distillbench describe`` prints for it.
 
-    `path`: the value is a path or a list of paths, in which a leading ``~`` is the user's home.
+    `path`: the value is a path or a list of paths, in which a leading ``~`` is the user's home. `added`: the setting is
+    newer than results of its class, whose keys do not have it; at its default it is left out of keys.
     """
-    metadata = {"help": help, "path": path}
+    metadata = {"help": help, "path": path, "added": added}
     if dataclasses.is_dataclass(default) and isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def plain_settings(value: Any) -> Any:
+    """A settings dataclass as values that JSON has, as they are part of keys."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if dataclasses.is_dataclass(value):
+        named = {f: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {f.name: plain_settings(own) for f, own in named.items() if not (_added(f) and own == f.default)}
+    if type(value) is list:
+        return [plain_settings(item) for item in value]
+    if type(value) is dict and all(type(name) is str for name in value):
+        return {name: plain_settings(item) for name, item in value.items()}
+    return json.loads(json.dumps(value))
+
+
+def _added(field: dataclasses.Field[Any]) -> bool:
+    return bool(field.metadata.get("added", False))
 
 
 def require_positive(config: Any, *names: str) -> None:

@@ -25,12 +25,13 @@ from torch import Tensor
 from yaml import YAMLError
 
 from distillbench.errors import UserError, unknown
+from distillbench.options import plain_settings
 from distillbench.records.layout import ResultsFolder
 from distillbench.records.records import TrainRecord, load_record
 from distillbench.records.settings_file import FULL, SEPARATOR, read_settings
 from distillbench.registry import Registry
 from distillbench.runs.config import RunConfig
-from distillbench.runs.shared_context import Cell, SharedContext, make_source, plain_settings, restored
+from distillbench.runs.shared_context import Cell, SharedContext, make_source, restored
 from distillbench.storage.files import sha256_file
 from distillbench.system.progress import Progress
 from distillbench.teachers.students import StudentForm

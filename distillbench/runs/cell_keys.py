@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import distillbench
-from distillbench.runs.shared_context import Cell, SharedContext, plain_settings
+from distillbench.options import plain_settings
+from distillbench.runs.shared_context import Cell, SharedContext
 from distillbench.storage.files import key_of
 from distillbench.teachers.teacher import Teacher
 from distillbench.training.compute import sampling_identity, training_identity

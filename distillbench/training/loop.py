@@ -136,7 +136,7 @@ class _Training:
         if ranks.status(meter, due=False)[0] >= 1:
             raise RuntimeError(f"prepare() used up the budget of {meter.budget.amount:g} {meter.budget.limit}")
         if shard:
-            self.sharded = Sharded(method, self.config.ema_halflife_kimg > 0, ranks, device)
+            self.sharded = Sharded(method, self.config.averaged, ranks, device)
         phases = method.phases()
         shares = [phase.share for phase in phases]
         found = self._newest_state()
@@ -173,7 +173,7 @@ class _Training:
         scaler, own = grad_scaler(self.loop.compute, self.workspace.device), self.method.settings_of
         self.optimizers = Optimizers(self.config, scaler, self.ranks, own, self.curve.counts)
         twin = None if self.sharded is None else self.sharded.average
-        self.average = Average(self.method.student, self.config.ema_halflife_kimg, twin)
+        self.average = Average(self.method.student, self.config, twin)
 
     def _train_until(self, end: float, label: str) -> None:
         """Steps until the share `end` of the budget is used."""

@@ -25,7 +25,7 @@ from distillbench.execution.run import run
 from distillbench.execution.run_folder import RunTable, ThrottledWriter
 from distillbench.execution.workers import InProcessWorker
 from distillbench.export import run_export
-from distillbench.options import option
+from distillbench.options import option, plain_settings
 from distillbench.records import settings_file
 from distillbench.records.sample_grid import MOST_ROWS, sample_grid
 from distillbench.records.settings_file import BUT, read_settings, write_settings
@@ -35,7 +35,6 @@ from distillbench.reports.runs import read_run
 from distillbench.runs import config, config_grid, plan, shared_context, training_cost
 from distillbench.runs.cell import AS_IS
 from distillbench.runs.config import compose_runs, to_yaml
-from distillbench.runs.shared_context import plain_settings
 from distillbench.storage import hash_cache, links
 from distillbench.storage.hash_cache import HashCache
 from distillbench.system.progress import Progress

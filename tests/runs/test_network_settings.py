@@ -10,11 +10,10 @@ from torch import nn
 
 from analytic import make_workspace, mlp_teacher
 from distillbench.errors import UserError
-from distillbench.options import option
+from distillbench.options import option, plain_settings
 from distillbench.registry import load_registry
 from distillbench.runs.config import compose_runs, describe_options
 from distillbench.runs.plan import changed_settings
-from distillbench.runs.shared_context import plain_settings
 from distillbench.storage.files import key_of
 from distillbench.system.progress import Step
 from distillbench.training.budget import BudgetConfig

@@ -239,7 +239,7 @@ def test_weight_decay_is_decoupled(tmp_path):
 def test_the_average_has_moved_half_way_after_one_half_life(batches):
     """Weight 0 for long, then 1: after `halflife` more images the average is 1/2, for any batch size."""
     network = Weight(0.0)
-    average = Average(network, halflife_kimg=2.0)
+    average = Average(network, optimizer(ema_halflife_kimg=2.0))
     average.update(100_000)
     network.w.data.fill_(1.0)
     for k in range(2 * batches):
@@ -252,7 +252,7 @@ def test_the_average_has_moved_half_way_after_one_half_life(batches):
 def test_the_average_forgets_its_start():
     """At the start the half-life is 5 % of the images seen, so after one batch 2^-20 of the initial weight is left."""
     network = Weight(1.0)
-    average = Average(network, halflife_kimg=1e9)
+    average = Average(network, optimizer(ema_halflife_kimg=1e9))
     network.w.data.fill_(0.0)
     average.update(64)
     assert average.module.w.item() == pytest.approx(2.0**-20, rel=1e-6)
@@ -289,7 +289,7 @@ def test_without_a_half_life_the_average_is_the_student(tmp_path):
 
 def test_the_average_is_frozen_and_copies_buffers():
     network = nn.BatchNorm1d(2).train()
-    average = Average(network, halflife_kimg=1.0)
+    average = Average(network, optimizer(ema_halflife_kimg=1.0))
     network(torch.randn(8, 2, generator=torch.Generator().manual_seed(0)))
     average.update(8)
     assert torch.equal(average.module.running_mean, network.running_mean)
