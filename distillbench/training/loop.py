@@ -37,6 +37,7 @@ from distillbench.training.resume import (
     restore_torch_generators,
     torch_generators_state,
 )
+from distillbench.training.share import parts_of
 from distillbench.training.update_counts import UpdateCounts
 
 STEPS_BETWEEN_CHECKS = 50  # between reads of the loss, each of which waits for the device
@@ -67,7 +68,7 @@ class Loop:
     """How steps are computed, for every method."""
 
     batch_size: int  # images of a step, over all ranks
-    accumulate: int = 1  # parts in which a step is computed one after the other (gradient accumulation)
+    microbatch: int = 0  # most images that a rank computes at once (gradient accumulation); 0: its whole share
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     ranks: Ranks = SINGLE_RANK
 
@@ -199,9 +200,8 @@ class _Training:
         """One step of `size` images. All parts reach an update before the network is updated."""
         workspace, teacher, optimizers = self.workspace, self.workspace.teacher, self.optimizers
         args = teacher.shape, self.generator, workspace.device, self.read, teacher.conditioning, self.share
-        groups = size // self.share.group
-        least = groups // self.ranks.count  # of the smallest share: all ranks need the same number of parts
-        parts = Batch(size, *args, self.step, self.phase).parts(max(1, min(self.loop.accumulate, least)))
+        count = parts_of(size, self.loop.microbatch, self.ranks.count, self.share.group)
+        parts = Batch(size, *args, self.step, self.phase).parts(count)
         updates = [iter(self.method.train_step(part)) for part in parts]
         while True:
             losses: list[Tensor] = []

@@ -69,10 +69,10 @@ class OptimizerConfig:
       in `nonfinite_steps`. With fp16 the loss scaler skips them instead. A loss that is not finite ends the training.
     """
 
+    lr: float = option(1e-3, "peak learning rate of Adam")
     optimizer: str = option(
         "adamw", "adamw, adam (weight decay is added to the gradient) or radam (rectified Adam)", added=True
     )
-    lr: float = option(1e-3, "peak learning rate of Adam")
     lr_warmup: float = option(0.05, "share of a phase over which the learning rate rises from 0")
     lr_decay: str = option("cosine", "then: constant; linear or cosine, to 0 at the end of the phase; or inverse_sqrt")
     lr_decay_start: float = option(0.1, "share of a phase after which inverse_sqrt decays", added=True)
@@ -121,8 +121,8 @@ class NetworkConfig:
     all networks of a method, and only the student is averaged.
     """
 
-    optimizer: str | None = option(None, "its optimiser: adamw, adam or radam; null: the method's", added=True)
     lr: float | None = option(None, "its peak learning rate; null: the method's")
+    optimizer: str | None = option(None, "its optimiser: adamw, adam or radam; null: the method's", added=True)
     beta1: float | None = option(None, "Adam's first decay rate for it; null: the method's")
     beta2: float | None = option(None, "Adam's second decay rate for it; null: the method's")
     eps: float | None = option(None, "Adam's epsilon for it; null: the method's", added=True)

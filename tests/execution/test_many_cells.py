@@ -117,7 +117,7 @@ def test_built_points_equal_composed_points(registry, words, monkeypatch):
     assert isinstance(made, str) or [to_yaml(one) for one in made] == [to_yaml(one) for one in composed]
 
 
-@pytest.mark.parametrize("words", [["accumulate=1,64,65"], ["methods.boot.lr=0.1,-1"], ["seed=0,99999999999999999999"]])
+@pytest.mark.parametrize("words", [["microbatch=1,64,-1"], ["methods.boot.lr=0.1,-1"], ["seed=0,99999999999999999999"]])
 def test_an_invalid_point_has_the_same_message_in_a_grid_as_alone(registry, words):
     said = []
     for given in (words, [words[0].partition("=")[0] + "=" + words[0].rpartition(",")[2]]):

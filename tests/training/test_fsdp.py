@@ -42,7 +42,7 @@ from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port, 
 
 SHARD, PLAIN = ComputeConfig(shard=True), ComputeConfig()
 IMAGES = 4 * BATCH
-LAST = {"parts": 3, "images": IMAGES - 3, "mu": 0.0}  # the last batch has 5 images, in parts
+LAST = {"microbatch": 2, "images": IMAGES - 3, "mu": 0.0}  # the last batch has 5 images, in parts
 HALF = {"precision": "bf16", "recompute": True}
 LAYERS = ("entry", "blocks.1")  # of the network itself, and a block, which are sharded each by itself
 
@@ -61,8 +61,8 @@ def new(name: str, **settings) -> Method:
 
 
 def training(
-    name: str, folder: Path, ranks: Ranks = SINGLE_RANK, compute: ComputeConfig = PLAIN, parts: int = 1, stop: int = 0,
-    fractions: tuple[float, ...] = (), images: int = IMAGES, **settings,
+    name: str, folder: Path, ranks: Ranks = SINGLE_RANK, compute: ComputeConfig = PLAIN, microbatch: int = 0,
+    stop: int = 0, fractions: tuple[float, ...] = (), images: int = IMAGES, **settings,
 ) -> tuple[dict[str, torch.Tensor], Trained]:  # fmt: skip
     """A few steps of a method on a tiny teacher: its full weights (on rank 0) and the result of the training."""
     method = new(name, **settings)
@@ -79,7 +79,7 @@ def training(
         states = (States if ranks.main else FollowerStates)(folder / "states", 1, Progress(None))
         resume = Resume(states, math.inf, {"order": order}, stop=StopAfter(stop))
     points = Checkpoints(fractions, folder, (1,)) if fractions else None
-    given, loop = read if method.needs_data else None, Loop(BATCH, parts, compute, ranks)
+    given, loop = read if method.needs_data else None, Loop(BATCH, microbatch, compute, ranks)
     with applied(compute, method, "cpu"):
         left = train(method, method.config, workspace, given, loop, SILENT, points, resume)
     return gather_full(method.state_dict(), ranks.main), left
@@ -128,7 +128,7 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
 
         for name in METHODS:
             keep(name, name, fractions=(0.5,) if name == "cm" else ())
-        keep("parts", "boot", parts=2)
+        keep("parts", "boot", microbatch=BATCH // 4)
         keep("last", "cm", **LAST)
         for layer in LAYERS:
             keep(layer, "adversarial", layer=layer)
@@ -162,7 +162,7 @@ def told(two: Path, rank: int = 0) -> dict:
 @pytest.mark.parametrize("name", [*METHODS, "parts", "last", *LAYERS])
 def test_sharded_networks_train_the_same_weights(two, name, tmp_path):
     torch.set_num_threads(1)
-    how = {"parts": {"name": "boot", "parts": 4}, "last": {"name": "cm"} | LAST}
+    how = {"parts": {"name": "boot", "microbatch": BATCH // 4}, "last": {"name": "cm"} | LAST}
     how |= {layer: {"name": "adversarial", "layer": layer} for layer in LAYERS}
     how = how.get(name, {"name": name})
     weights, left = training(folder=tmp_path, **how)
