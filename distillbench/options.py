@@ -18,13 +18,23 @@ from distillbench.errors import UserError, nearest
 __all__ = ["option", "require_between", "require_fraction", "require_one_of", "require_positive"]
 
 
-def option(default: Any, help: str, path: bool = False, added: bool = False) -> Any:
+def option(default: Any, help: str, path: bool = False) -> Any:
     """A dataclass field with a default and the sentence that ``distillbench describe`` prints for it.
 
-    `path`: the value is a path or a list of paths, in which a leading ``~`` is the user's home. `added`: the setting is
-    newer than results of its class, whose keys do not have it; at its default it is left out of keys.
+    `path`: the value is a path or a list of paths, in which a leading ``~`` is the user's home.
     """
-    metadata = {"help": help, "path": path, "added": added}
+    return _field(default, {"help": help, "path": path})
+
+
+def added_option(default: Any, help: str) -> Any:
+    """The same for a setting that is newer than results of its class. Their keys lack it, so its default is left out.
+
+    A plugin needs none: its source is part of the keys.
+    """
+    return _field(default, {"help": help, "path": False, "added": True})
+
+
+def _field(default: Any, metadata: dict[str, Any]) -> Any:
     if dataclasses.is_dataclass(default) and isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, list | dict) or dataclasses.is_dataclass(default):

@@ -28,7 +28,14 @@ from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition, Cond
 from distillbench.diffusion.noise import stream_key, uniform
 from distillbench.diffusion.schedules import SCHEDULES
 from distillbench.errors import UserError
-from distillbench.options import option, require_between, require_fraction, require_one_of, require_positive
+from distillbench.options import (
+    added_option,
+    option,
+    require_between,
+    require_fraction,
+    require_one_of,
+    require_positive,
+)
 from distillbench.system.transfers import to_device
 from distillbench.training.share import WHOLE, Share
 
@@ -70,27 +77,25 @@ class OptimizerConfig:
     """
 
     lr: float = option(1e-3, "peak learning rate of Adam")
-    optimizer: str = option(
-        "adamw", "adamw, adam (weight decay is added to the gradient) or radam (rectified Adam)", added=True
+    optimizer: str = added_option(
+        "adamw", "adamw, adam (weight decay is added to the gradient) or radam (rectified Adam)"
     )
     lr_warmup: float = option(0.05, "share of a phase over which the learning rate rises from 0")
     lr_decay: str = option("cosine", "then: constant; linear or cosine, to 0 at the end of the phase; or inverse_sqrt")
-    lr_decay_start: float = option(0.1, "share of a phase after which inverse_sqrt decays", added=True)
+    lr_decay_start: float = added_option(0.1, "share of a phase after which inverse_sqrt decays")
     beta1: float = option(0.9, "Adam's first decay rate")
     beta2: float = option(0.999, "Adam's second decay rate")
-    eps: float = option(1e-8, "Adam's epsilon, added to the root of the second moment", added=True)
+    eps: float = added_option(1e-8, "Adam's epsilon, added to the root of the second moment")
     weight_decay: float = option(0.0, "weight decay, decoupled unless optimizer=adam")
     grad_clip: float = option(1.0, "largest norm of a network's gradients; 0: they are not clipped")
-    grad_clip_by: str = option("norm", "what grad_clip limits: the norm, or the value of each element", added=True)
-    grad_nan_to_num: bool = option(False, "in gradients NaN becomes 0, infinity 1e5 (EDM's code)", added=True)
+    grad_clip_by: str = added_option("norm", "what grad_clip limits: the norm, or the value of each element")
+    grad_nan_to_num: bool = added_option(False, "in gradients NaN becomes 0, infinity 1e5 (EDM's code)")
     ema_halflife_kimg: float = option(10.0, "half-life of the weights' average in 1000 images; 0: no average")
-    ema_start: str = option(
-        "rampup",
-        "of the average: rampup (half-life at most 5 % of the images seen), bias_corrected or constant",
-        added=True,
+    ema_start: str = added_option(
+        "rampup", "of the average: rampup (half-life at most 5 % of the images seen), bias_corrected or constant"
     )
-    ema_sigma_rel: float = option(
-        0.0, "relative width of a power-function average (EDM2) instead of the half-life; 0: half-life", added=True
+    ema_sigma_rel: float = added_option(
+        0.0, "relative width of a power-function average (EDM2) instead of the half-life; 0: half-life"
     )
 
     def __post_init__(self) -> None:
@@ -122,14 +127,14 @@ class NetworkConfig:
     """
 
     lr: float | None = option(None, "its peak learning rate; null: the method's")
-    optimizer: str | None = option(None, "its optimiser: adamw, adam or radam; null: the method's", added=True)
+    optimizer: str | None = added_option(None, "its optimiser: adamw, adam or radam; null: the method's")
     beta1: float | None = option(None, "Adam's first decay rate for it; null: the method's")
     beta2: float | None = option(None, "Adam's second decay rate for it; null: the method's")
-    eps: float | None = option(None, "Adam's epsilon for it; null: the method's", added=True)
+    eps: float | None = added_option(None, "Adam's epsilon for it; null: the method's")
     weight_decay: float | None = option(None, "its weight decay; null: the method's")
     grad_clip: float | None = option(None, "largest norm of its gradients; 0: not clipped; null: the method's")
-    grad_clip_by: str | None = option(None, "what its grad_clip limits: norm or value; null: the method's", added=True)
-    grad_nan_to_num: bool | None = option(None, "NaN becomes 0 in its gradients; null: the method's", added=True)
+    grad_clip_by: str | None = added_option(None, "what its grad_clip limits: norm or value; null: the method's")
+    grad_nan_to_num: bool | None = added_option(None, "NaN becomes 0 in its gradients; null: the method's")
 
     def __post_init__(self) -> None:
         OptimizerConfig(**self._own())

@@ -248,12 +248,12 @@ class Optimizers:
                     kept = {key: state.tensors[full] for key, full in found.items()}
                     step = kept.pop("step")  # fused optimisers count on the device, torch.optim.RAdam on the CPU
                     step = step.to(weight.device if optimizer.defaults.get("fused") else "cpu")
-                    optimizer.state[weight] = {"step": step} | {key: _like(weight, m) for key, m in kept.items()}
+                    optimizer.state[weight] = {"step": step} | {key: _like(weight, own) for key, own in kept.items()}
 
 
-def _like(weight: Tensor, moment: Tensor) -> Tensor:
-    """`moment` with the memory format of `weight`: fused optimisers need the same strides."""
-    return shard_like(weight, moment) if is_sharded(weight) else torch.empty_like(weight).copy_(moment)
+def _like(weight: Tensor, buffer: Tensor) -> Tensor:
+    """`buffer` with the memory format of `weight`: fused optimisers need the same strides."""
+    return shard_like(weight, buffer) if is_sharded(weight) else torch.empty_like(weight).copy_(buffer)
 
 
 @functools.cache
