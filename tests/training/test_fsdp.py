@@ -42,6 +42,8 @@ from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port, 
 
 SHARD, PLAIN = ComputeConfig(shard=True), ComputeConfig()
 IMAGES = 4 * BATCH
+RADAM = {"optimizer": "radam", "beta2": 0.9, "lr": 1.0, "lr_warmup": 0.0, "grad_clip": 1e-4, "grad_clip_by": "value"}
+RADAM |= {"weight_decay": 0.1, "grad_nan_to_num": True, "ema_sigma_rel": 0.2}
 LAST = {"microbatch": 2, "images": IMAGES - 3, "mu": 0.0}  # the last batch has 5 images, in parts
 HALF = {"precision": "bf16", "recompute": True}
 LAYERS = ("entry", "blocks.1")  # of the network itself, and a block, which are sharded each by itself
@@ -143,6 +145,13 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
             (state,) = (folder / "states").iterdir()
             (folder / "copy" / state.name).write_bytes(state.read_bytes())
         keep("resumed", "tract", stop=99)
+        keep("radam", "tract", **RADAM)
+        told["radam clipped"] = training("tract", folder, ranks, SHARD, **RADAM)[1].counts.state()
+        with pytest.raises(Interrupted):
+            training("tract", folder / "radam", ranks, SHARD, stop=3 if ranks.main else 99, **RADAM)
+        weights, _ = training("tract", folder / "radam", ranks, SHARD, stop=99, **RADAM)
+        if ranks.main:
+            save_file({key: tensor.clone() for key, tensor in weights.items()}, folder / "radam resumed.safetensors")
         (folder / f"told-{rank}.json").write_text(json.dumps(told))
         assert ranks.main or ranks.next_order() is None
 
@@ -159,10 +168,11 @@ def told(two: Path, rank: int = 0) -> dict:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", [*METHODS, "parts", "last", *LAYERS])
+@pytest.mark.parametrize("name", [*METHODS, "parts", "last", "radam", *LAYERS])
 def test_sharded_networks_train_the_same_weights(two, name, tmp_path):
     torch.set_num_threads(1)
     how = {"parts": {"name": "boot", "microbatch": BATCH // 4}, "last": {"name": "cm"} | LAST}
+    how["radam"] = {"name": "tract"} | RADAM
     how |= {layer: {"name": "adversarial", "layer": layer} for layer in LAYERS}
     how = how.get(name, {"name": name})
     weights, left = training(folder=tmp_path, **how)
@@ -171,6 +181,8 @@ def test_sharded_networks_train_the_same_weights(two, name, tmp_path):
     for field in (field for field in cost if field.endswith(("nfe", "backward", "input", "images"))):
         assert theirs[field] == cost[field], field
     assert theirs["losses"] == pytest.approx([point.loss for point in left.curve], rel=1e-4)
+    if name == "radam":
+        assert left.counts.clipped and told(two)["radam clipped"] == left.counts.state()
 
 
 @pytest.mark.nightly
@@ -214,8 +226,9 @@ def test_gradients_of_sharded_networks_are_summed(two):
 
 @pytest.mark.nightly
 def test_a_sharded_training_resumes_bit_identically(two):
-    resumed, straight = load_file(two / "resumed.safetensors"), load_file(two / "tract.safetensors")
-    assert all(torch.equal(tensor, resumed[key]) for key, tensor in straight.items())
+    for one, other in (("resumed", "tract"), ("radam resumed", "radam")):
+        resumed, straight = (load_file(two / f"{name}.safetensors") for name in (one, other))
+        assert all(torch.equal(tensor, resumed[key]) for key, tensor in straight.items())
     assert told(two)["resumed"]["teacher_nfe"] == told(two)["tract"]["teacher_nfe"]
 
 
