@@ -3,7 +3,7 @@
 results_dir/
   cells/<train key>/train.json, student.safetensors        cost and weights of one training; log.txt, error.txt
   cells/<train key>/checkpoint-*.safetensors               students during training, to be scored
-  cells/<train key>/resume/<microbatch>/state-*.safetensors     states from which an interrupted training resumes
+  cells/<train key>/resume/<microbatch>/state-*.safetensors  from which an interrupted training resumes
   cells/<train key>/evaluation-<key>.json, .safetensors    rows of one evaluation, and its first samples
   cells/<train key>/speed-<key>.json                       the sampling cost
   cache/                                                   teachers, noise-image pairs, reference statistics, ...

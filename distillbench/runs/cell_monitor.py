@@ -11,7 +11,7 @@ from distillbench.training.monitor import Monitor
 
 
 def monitor_of(cell: Cell, teacher: Teacher, microbatch: int, progress: Progress) -> Monitor | None:
-    """What looks at the samples of `cell` while it trains with at most `microbatch` images at once (0: all); None.
+    """What looks at the samples of `cell` while it trains, `microbatch` images at once (0: all); None: nothing does.
 
     Batches are as large as what a rank computes at once in a step, which takes more memory.
     """
