@@ -59,7 +59,8 @@ class ProgressiveDistillation(Method):
                 raise UserError(f"steps must be a power of two, at least 2, got {self.steps}")
             count = self.steps.bit_length() - 1
             if len(self.shares) not in (0, 1, count) or not all(0 < share < float("inf") for share in self.shares):
-                raise UserError(f"shares must be {count} positive numbers, one for each phase, or 1, got {self.shares}")
+                wanted = f"{count} positive numbers, one for each phase, or a single one for all"
+                raise UserError(f"shares must be {wanted}, got {self.shares}")
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
