@@ -78,6 +78,9 @@ def print_plan(console: Console, cells: list[Cell]) -> None:
         _print_plan_table(console, group)
         if varied := dict.fromkeys(cell.name for cell in group if cell.cost_varies):
             _say(console, f"{', '.join(varied)}: evaluations are about these, because steps have random costs")
+        if images := {cell.name: cell.compared for cell in group if cell.compared}:
+            counted = ", ".join(f"{name} on {number(count)} images" for name, count in images.items())
+            _say(console, f"LPIPS is evaluated by {counted}: in seconds and train_tflops, no evaluations of a budget")
         for column, why in group[0].shared.unavailable_metrics().items():
             _say(console, f"{column} would be empty: {why}")
         failing = [cell for cell in group if cell.cost_error]

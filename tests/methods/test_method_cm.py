@@ -28,7 +28,8 @@ from analytic import (
     weights_of,
 )
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Conditioning
-from distillbench.diffusion.consistency import DISTANCES, ConsistencyFunction
+from distillbench.diffusion.consistency import ConsistencyFunction
+from distillbench.diffusion.distances import DISTANCES
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.noise import FixedNoise
 from distillbench.diffusion.samplers import ONE_STEP, time_like
