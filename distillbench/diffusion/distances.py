@@ -54,18 +54,18 @@ class LpipsForm:
     """How LPIPS (Zhang et al. 2018, arXiv:1801.03924) is computed: papers differ in it."""
 
     average_pooling: bool = False  # in place of VGG16's max-pooling
-    resizes: bool = True  # images below 256 pixels to 224
+    side: int = 224  # pixels that images of a width below 256 are resized to; 0: they are not resized
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of what its network gets."""
-        return (224, 224) if self.resizes and width < 256 else (height, width)
+        return (self.side, self.side) if self.side and width < 256 else (height, width)
 
 
 # Distances of features of a network, which only the harness has: in ``Method.distances``.
 LPIPS: dict[str, LpipsForm] = {
     "lpips": LpipsForm(),  # openai/consistency_models_cifar10
     "lpips_avgpool": LpipsForm(average_pooling=True),  # piq's, in openai/consistency_models and Kim-Dongjun/ctm-cifar10
-    "lpips_unresized": LpipsForm(resizes=False),  # gnobitab/RectifiedFlow
+    "lpips_unresized": LpipsForm(side=0),  # gnobitab/RectifiedFlow
 }
 
 DISTANCE_NAMES = (*DISTANCES, *LPIPS)  # all that a method may ask for

@@ -34,15 +34,21 @@ class Lpips(PretrainedNetwork):
         licence="BSD-3-Clause",
         mib=528,
     )
-    channels = WeightsFile(
-        file="lpips-0.1-vgg.pth",
-        sha256="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
-        url="https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
-        licence="BSD-2-Clause",
-        mib=1,
-        others=("vgg.pth",),  # the name in the package lpips
+    also = (
+        WeightsFile(
+            file="lpips-0.1-vgg.pth",
+            sha256="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+            url="https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
+            licence="BSD-2-Clause",
+            mib=1,
+            others=("vgg.pth",),  # the name in the package lpips
+        ),
     )
-    also = (channels,)
+
+    @classmethod
+    def files(cls, folder: Path) -> tuple[Path, Path]:
+        """The files of VGG16 and of the channels' weights. Raises Unavailable if one is missing or damaged."""
+        return cls.locate(folder), locate(cls.name, cls.also[0], folder)
 
 
 class Distances(dict[str, Distance]):
@@ -61,7 +67,7 @@ class Distances(dict[str, Distance]):
         size = _size(name, self.teacher)
         with self.meter.pause():
             try:
-                files = Lpips.locate(self.weights), locate(Lpips.name, Lpips.channels, self.weights)
+                files = Lpips.files(self.weights)
             except Unavailable as missing:
                 raise UserError(f"the distance {name}: {missing}") from missing
             network = None if self.dry else LpipsNetwork(LPIPS[name]).load(*files).to(self.device)
