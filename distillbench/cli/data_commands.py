@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from distillbench.evaluation.features import FeatureNetwork
-    from distillbench.evaluation.pretrained_weights import PretrainedNetwork
     from distillbench.evaluation.reference_statistics import RealImages
     from distillbench.registry import Registry
+    from distillbench.runs.distances import Lpips
 
 
 @click.group()
@@ -66,7 +66,7 @@ def fetch(registry: Registry, network: str | None, source: str | None) -> None:
     from distillbench.runs.distances import Lpips
 
     folder = weights_folder()
-    networks: dict[str, type[PretrainedNetwork]] = {**_networks(registry), Lpips.name: Lpips}
+    networks: dict[str, type[FeatureNetwork] | type[Lpips]] = {**_networks(registry), Lpips.name: Lpips}
     if network is None:
         click.echo(f"weights are stored in {folder}")
         print_definitions((name, _describe_weights(cls, folder)) for name, cls in sorted(networks.items()))
@@ -164,7 +164,7 @@ def _network(registry: Registry, name: str) -> type[FeatureNetwork]:
     return networks[name]
 
 
-def _describe_weights(cls: type[PretrainedNetwork], folder: Path) -> str:
+def _describe_weights(cls: type[FeatureNetwork] | type[Lpips], folder: Path) -> str:
     try:
         cls.locate(folder)
         state = "present"

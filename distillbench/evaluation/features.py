@@ -19,22 +19,32 @@ from torch import Tensor
 
 from distillbench.errors import Unavailable
 from distillbench.evaluation.frechet import GaussianStatistics, Moments
-from distillbench.evaluation.pretrained_weights import PretrainedNetwork
+from distillbench.evaluation.pretrained_weights import WeightsFile, locate
 from distillbench.system.precision import float32_products
 from distillbench.system.transfers import to_device, to_host
 
 __all__ = ["FeatureNetwork", "ImageSet", "full_precision", "resized"]
 
 
-class FeatureNetwork(PretrainedNetwork, ABC):
+class FeatureNetwork(ABC):
     """A pretrained network, with its preprocessing, whose features metrics use.
 
     Constructed with the file of its weights, whose SHA-256 has been checked, and the device.
     """
 
+    name: ClassVar[str]
     protocol: ClassVar[str]  # everything but the weights that determines the features, with a version
     width: ClassVar[int]  # D
+    weights: ClassVar[WeightsFile]
+    also: ClassVar[tuple[WeightsFile, ...]] = ()  # further files that are found and checked alike, such as a vocabulary
     batch: ClassVar[int] = 128  # images per batch
+
+    @classmethod
+    def locate(cls, folder: Path) -> Path:
+        """The file of its weights, in `folder` or torch.hub's. Raises Unavailable if it is missing or damaged."""
+        for file in cls.also:
+            locate(cls.name, file, folder)
+        return locate(cls.name, cls.weights, folder)
 
     @abstractmethod
     def __init__(self, file: Path, device: str) -> None: ...

@@ -8,7 +8,6 @@ import shutil
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import ClassVar
 
 from platformdirs import user_cache_path
 
@@ -30,21 +29,6 @@ class WeightsFile:
     licence: str
     mib: int
     others: tuple[str, ...] = ()
-
-
-class PretrainedNetwork:
-    """A network that others have trained: where its weights are."""
-
-    name: ClassVar[str]
-    weights: ClassVar[WeightsFile]
-    also: ClassVar[tuple[WeightsFile, ...]] = ()  # further files that are found and checked alike, such as a vocabulary
-
-    @classmethod
-    def locate(cls, folder: Path) -> Path:
-        """The file of its weights, in `folder` or torch.hub's. Raises Unavailable if it is missing or damaged."""
-        for file in cls.also:
-            locate(cls.name, file, folder)
-        return locate(cls.name, cls.weights, folder)
 
 
 def weights_folder() -> Path:

@@ -13,7 +13,7 @@ from distillbench.diffusion.autograd_levels import needs_gradient
 from distillbench.diffusion.distances import DISTANCES, LPIPS, Distance
 from distillbench.diffusion.losses import mean_square
 from distillbench.errors import Unavailable, UserError
-from distillbench.evaluation.pretrained_weights import PretrainedNetwork, WeightsFile, locate
+from distillbench.evaluation.pretrained_weights import WeightsFile, locate
 from distillbench.networks.lpips import SMALLEST, LpipsNetwork
 from distillbench.teachers.teacher import Teacher
 from distillbench.training.budget import Meter
@@ -23,7 +23,7 @@ from distillbench.training.network_rows import NetworkRows, name_of
 COUNTED = "distance"  # the word for its rows beside "teacher" and "student"
 
 
-class Lpips(PretrainedNetwork):
+class Lpips:
     """VGG16 of torchvision, and LPIPS's weights of its channels. Both files are checked by their SHA-256."""
 
     name = "lpips"
@@ -46,9 +46,9 @@ class Lpips(PretrainedNetwork):
     )
 
     @classmethod
-    def files(cls, folder: Path) -> tuple[Path, Path]:
+    def locate(cls, folder: Path) -> list[Path]:
         """The files of VGG16 and of the channels' weights. Raises Unavailable if one is missing or damaged."""
-        return cls.locate(folder), locate(cls.name, cls.also[0], folder)
+        return [locate(cls.name, file, folder) for file in (cls.weights, *cls.also)]
 
 
 class Distances(dict[str, Distance]):
@@ -67,10 +67,10 @@ class Distances(dict[str, Distance]):
         size = _size(name, self.teacher)
         with self.meter.pause():
             try:
-                files = Lpips.files(self.weights)
+                vgg, channels = Lpips.locate(self.weights)
             except Unavailable as missing:
                 raise UserError(f"the distance {name}: {missing}") from missing
-            network = None if self.dry else LpipsNetwork(LPIPS[name]).load(*files).to(self.device)
+            network = None if self.dry else LpipsNetwork(LPIPS[name]).load(vgg, channels).to(self.device)
         self[name] = distance = _Counted(network, _kind(size), self.meter)
         return distance
 
