@@ -94,7 +94,7 @@ def _estimate(cell: Cell, teacher: Teacher) -> None:
     images = config.budget.images if config.budget.limit == Limit.images else 0
     if config.budget.limit == Limit.nfe:
         images = int(max(0, config.budget.nfe - ahead) / per_image[2])
-    cell.compared = round(images * per_image[3])
+    cell.compared = per_image[3]
     cell.cost = TrainingCost(images, 0.0, ahead + round(images * per_image[0]), round(images * per_image[1]))
 
 

@@ -176,6 +176,17 @@ def test_it_is_a_weighted_mean_whose_rows_are_counted_and_are_no_evaluations(wei
     assert found["l2"] is DISTANCES["l2"] and set(DISTANCE_NAMES) == {*DISTANCES, *LPIPS}
 
 
+def test_its_rows_are_those_of_the_whole_training(weights):
+    """Also after an interruption, and without those of a pause."""
+    (found, meter), a, b = distances(weights, dry=True), images(1), images(2)
+    found["lpips"](a, b)
+    meter.restart(meter.cost(), meter.energy())
+    with meter.pause():
+        found["lpips"](a, b)
+    found["lpips"](a, b)
+    assert [rows.forward for rows in meter.cost().networks] == [8]
+
+
 def test_a_dry_run_counts_the_same_without_the_network(weights):
     (found, meter), a = distances(weights, dry=True), images(1).requires_grad_()
     assert found["lpips"](a, images(2)).item() == pytest.approx(F.mse_loss(a, images(2)).item())
@@ -237,7 +248,7 @@ def test_a_run_counts_it_and_says_so(weights, registry, tmp_path):
     words = [*RUN, f"results_dir={tmp_path}", "accumulate=2", "methods.cm.metric=l2,lpips"]
     configs = compose_runs(words, registry)
     cells = plan(configs, registry)
-    assert {cell.method_config.metric: cell.compared for cell in cells if cell.entry} == {"l2": 0, "lpips": 16}
+    assert {cell.method_config.metric: cell.compared for cell in cells if cell.entry} == {"l2": 0, "lpips": 2}
     table = run(cells, configs, Progress(Console(file=io.StringIO())), lambda rows: None).table
     assert list(table["status"].unique()) == ["ok"]
     tflops = {"lpips" in row["settings"]: row["train_tflops"] for row in table.to_dict("records") if row["budget"]}
@@ -260,10 +271,10 @@ def test_without_weights_nothing_starts(none_there, registry, tmp_path):
 
 def test_a_plan_says_that_it_is_no_evaluation(weights, capfd, monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as done:
-        commands.main(["run", *RUN, f"results_dir={tmp_path}", "--dry-run"])
+        commands.main(["run", *RUN, f"results_dir={tmp_path}", "budget.limit=seconds", "--dry-run"])
     said = capfd.readouterr().out
     assert not done.value.code, said
-    assert "LPIPS is evaluated by cm on 16 images: in seconds and train_tflops, no evaluations of a budget" in said
+    assert "LPIPS is evaluated for each training image: cm on 2 images, which costs seconds and train_tflops" in said
 
 
 # --- its files -------------------------------------------------------------------------------------------------------
