@@ -132,7 +132,7 @@ class Reflow(Method):
         return nfe >= 1
 
     def _distilled(self, nfe: int) -> bool:
-        return not self.config.distil_share or nfe == self.config.distil_steps  # else the flow from before takes them
+        return not self.config.distil_share or nfe == self.config.distil_steps  # otherwise the first phase's flow
 
     def ready(self, nfe: int, phase: int) -> bool:
         return self.supports(nfe) and (self._distilled(nfe) or phase == 1)
