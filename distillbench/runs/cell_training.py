@@ -32,6 +32,7 @@ from distillbench.records.records import (
 )
 from distillbench.runs.cell_monitor import monitor_of
 from distillbench.runs.cell_task import CellTask
+from distillbench.runs.distances import COUNTED, Distances, lpips_flops
 from distillbench.runs.shared_context import Cell, SharedContext, build
 from distillbench.storage.files import key_of, sha256_file, write_atomically
 from distillbench.system.dtensors import gather_full
@@ -186,6 +187,7 @@ def _train(
         if not compute.shard:  # with FSDP that happens when it is sharded
             ranks.broadcast_module(method)
         meter = Meter(config.budget, teacher, shared.device, watches=(rss, gpu), energy=joules)
+        method.distances = Distances(teacher, meter, shared.weights, shared.device)
         given = method.teacher, meter, cache, shared.device, cell.seed, progress
         workspace = Workspace(*given, energy_source=config.energy, ranks=ranks)
         points = config.evaluation.checkpoints
@@ -293,9 +295,10 @@ def _flops(
     try:
         if teacher.conditioning.small is not None:
             raise Unavailable("the evaluations of an upscaler's base model are not counted apart from its own")
-        if sum(rows.forward for rows in cost.networks) != cost.teacher_nfe + cost.student_nfe:
+        rows = [each for each in cost.networks if each.counted != COUNTED]
+        if sum(each.forward for each in rows) != cost.teacher_nfe + cost.student_nfe:
             raise Unavailable("a part of the training was counted by an earlier version of distillbench")
-        return measured_flops(cost.networks, teacher, networks, shared.device), ""
+        return measured_flops(rows, teacher, networks, shared.device) | lpips_flops(cost.networks), ""
     except Unavailable as reason:
         return {}, str(reason)
     except Exception as error:  # a third-party network may raise anything

@@ -156,6 +156,7 @@ class Cell:
     solver: Solver | None = None  # of the teacher itself
     cost: TrainingCost = field(default_factory=TrainingCost)  # estimated
     cost_varies: bool = False  # the estimate is a mean: the cost of a step is random
+    compared: float = 0.0  # images that LPIPS evaluates for each training image, estimated
     group_size: int = 1  # the method's, once it is known
     nfe: list[int] = field(default_factory=list)  # of its rows
     cost_error: str = ""  # why the cost could not be estimated

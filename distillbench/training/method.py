@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition, Conditioning
+from distillbench.diffusion.distances import DISTANCES, Distance
 from distillbench.diffusion.noise import stream_key, uniform
 from distillbench.diffusion.schedules import SCHEDULES
 from distillbench.errors import UserError
@@ -342,6 +343,7 @@ class Method(nn.Module, ABC):
     needs_data: ClassVar[bool]  # at default settings; False: may not read real images
     can_start_fresh: ClassVar[bool] = False  # True: its student may start from random weights (student.architecture)
     student: nn.Module  # what is trained, averaged and sampled
+    distances: Mapping[str, Distance] = DISTANCES  # by name; in a training the harness adds those of LPIPS
 
     def __init__(self, config: Any, teacher: Teacher) -> None:
         super().__init__()
