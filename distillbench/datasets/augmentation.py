@@ -61,7 +61,7 @@ class AugmentConfig:
         require_between(self, 0, 1, "probability")
         for name in self.transforms:
             if name not in TRANSFORMS:
-                raise unknown("transformation", name, TRANSFORMS, " in augment.transforms")
+                raise unknown("transformation", name, TRANSFORMS)
 
     def plain(self) -> dict[str, Any]:
         """The settings that change images, as plain values; {} if none does."""
