@@ -15,8 +15,9 @@ shows position p of the old one, both in pixels from the centre, x to the right 
 | b         | (m W, n H) / 8, translation                                  | m, n ~ N(0, 1)                           |
 
 Each is applied with the given probability (A_prob), independently; only the x flip is always drawn. The new image is
-computed as by Karras et al. 2020 (arXiv:2006.06676, appendix B.1): the old one, continued by reflection, is
-upsampled by 2 with a low-pass filter, read at p by bilinear interpolation, and downsampled with the same filter.
+computed as by Karras et al. 2020 (arXiv:2006.06676, appendix B.1): the old one, continued by one reflection to each
+side and by 0 beyond, is upsampled by 2 with a low-pass filter, read at p by bilinear interpolation, and downsampled
+with the same filter.
 """
 
 from __future__ import annotations

@@ -102,9 +102,9 @@ class DataStream:
         """Continue from `state`."""
         self._queue.clear()
         length = len(self.generator.get_state())
-        self.generator.set_state(state[:length])
+        self.generator.set_state(state[:length].clone())  # torch crashes on a view
         if self.flips is not None:
-            self.flips.set_state(state[length:])
+            self.flips.set_state(state[length:].clone())
 
     def _state(self) -> Tensor:
         own = self.generator.get_state()
