@@ -729,6 +729,26 @@ def test_real_images_are_read_exactly_if_the_adversarial_weight_is_positive(adve
         assert not torch.equal(asked[2], labels)
 
 
+@pytest.mark.parametrize("settings", [{}, SIDA])
+def test_the_fake_score_learns_from_augmented_images_and_the_generator_from_its_own(settings):
+    """Generated and real images each have their own transformations and labels; the noise is drawn afterwards."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(6, 2, 4, 4, generator=generator) for _ in range(2))
+    method, seen = judged(x, augment=0.9, **settings), []
+    method.fake_loss = lambda *given: seen.append(given) or x.sum()
+    method.identity = lambda *given: seen.append(given) or (x, torch.ones(1), torch.zeros(1))
+    list(method.train_step(reading(y)))
+    (found, c, _, eps, real), (own, _, _, c_own) = seen
+    twin = reading(y)
+    twin.noise(), twin.uniform()
+    for images, (augmented, told) in ([(y, real)] if settings else []) + [(x, (found, c))]:
+        expected, labels = twin.augmented(images, UNCONDITIONAL, 0.9)
+        assert torch.equal(augmented, expected) and torch.equal(told.augmentation, labels.augmentation)
+        assert not torch.allclose(augmented, images)
+    assert torch.equal(eps, twin.noise()) and (real is None) == (not settings)
+    assert torch.equal(own, x) and c_own.augmentation is None
+
+
 @pytest.mark.usefixtures("float64")
 def test_gradients_of_sida_reach_one_network_at_a_time():
     method = perturbed(sid(adversarial=0.1, layer="blocks.0"))
@@ -869,6 +889,7 @@ def test_the_defaults_are_the_release_s():
         {"sigma_data": 0.0},
         {"adversarial": -1.0, "layer": "blocks.0"},
         {"discriminator": -1.0},
+        {"augment": 1.5},
         {"adversarial": 0.1},
         {"adversarial": 0.1, "layer": "blocks.0", "guided_fit": True},
         {"adversarial": 0.1, "layer": "blocks.0", "guided_loss": True},
