@@ -53,7 +53,7 @@ class ScoreIdentityDistillation(Method):
         guided_loss: bool = option(False, "guide the fake score like the teacher in L_G (SiD-LSG)")
         adversarial: float = option(0.0, "weight of the adversarial term of L_G; 0: none, data-free (SiDA: 1e-4)")
         discriminator: float = option(1.0, "weight of the discriminator's loss, as released")
-        augment: float = option(0.0, "probability of each of EDM's transformations of x and y in L_psi (released: 0.12)")
+        augment: float = option(0.0, "probability of each of EDM's transformations of x and y in L_psi (released: .12)")
         layer: str = option("", "submodule of the network whose output's mean over channels is the discriminator")
         sigma_min: float = option(0.002, "smallest noise level of L_G")
         sigma_max: float = option(80.0, "largest noise level of the Karras ramp of L_G")

@@ -373,8 +373,8 @@ def _check_labels(network: nn.Module, labels: Tensor) -> None:
     if taken != labels.shape[1]:
         raise UserError(
             f"augmented images have {labels.shape[1]} labels, and this {class_of(network).__name__} takes "
-            f"{taken or 'none'}. EDM's networks for CIFAR-10, FFHQ and AFHQv2 take 9. Possible: augment.probability=0, and "
-            "0 for a method's own augment; augment.flip=true needs no labels"
+            f"{taken or 'none'}. EDM's networks for CIFAR-10, FFHQ and AFHQv2 take 9. Possible: augment.probability=0, "
+            "and 0 for a method's own augment; augment.flip=true needs no labels"
         )
 
 
