@@ -33,6 +33,8 @@ from torch.nn.functional import affine_grid, conv2d, conv_transpose2d, grid_samp
 
 from distillbench.errors import unknown
 from distillbench.options import option, require_between
+from distillbench.system.precision import tf32
+from distillbench.system.transfers import to_device
 
 TRANSFORMS = ("xflip", "yflip", "scale", "rotate", "aniso", "translate")
 SCALE_STD = ANISO_STD = 0.2  # of the logarithms to base 2
@@ -95,13 +97,14 @@ class Transformations:
         return torch.stack([x_flip, y_flip, u, theta.cos() - 1, theta.sin(), v * r.cos(), v * r.sin(), m, n], dim=1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The transformed images of x, (B,C,H,W)."""
+        """The transformed images of x, (B,C,H,W). In full float32: positions must not be rounded to TF32's 10 bits."""
         x = flipped(x, self.rows[:, 0] > 0)
         x = torch.where((self.rows[:, 1] > 0).view(-1, 1, 1, 1), x.flip(2), x)
-        A, b = self._positions(x)
         at_once = max(1, VALUES_AT_ONCE // (36 * x[0].numel()))
-        parts = zip(x.split(at_once), A.split(at_once), b.split(at_once), strict=True)
-        return torch.cat([_resampled(*part) for part in parts])
+        with tf32(False, str(x.device)):
+            A, b = self._positions(x)
+            parts = zip(x.split(at_once), A.split(at_once), b.split(at_once), strict=True)
+            return torch.cat([_resampled(*part) for part in parts])
 
     def _positions(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A (B,2,2) and b (B,2)."""
@@ -119,12 +122,12 @@ def draw_transformations(
     about: dict[str, Any] = {"generator": generator, "device": generator.device, "dtype": torch.get_default_dtype()}
     limits = [probability * (name in transforms) for name in TRANSFORMS]
     limits[0] = float("xflip" in transforms)
-    applied = torch.rand(size, 6, **about) < torch.tensor(limits, device=generator.device)
+    luck = torch.rand(size, 6, **about).unbind(dim=1)
+    x_flip, y_flip, scale, rotate, aniso, translate = (each < limit for each, limit in zip(luck, limits, strict=True))
     coins = torch.rand(size, 3, **about) < 0.5
     u, v, m, n = torch.randn(size, 4, **about).unbind(dim=1)
     theta, r = ((2 * torch.rand(size, 2, **about) - 1) * math.pi).unbind(dim=1)
     values = torch.stack([*coins[:, :2].to(u).unbind(dim=1), u, theta, v, r, m, n], dim=1)
-    x_flip, y_flip, scale, rotate, aniso, translate = applied.unbind(dim=1)
     used = [x_flip, y_flip, scale, rotate, aniso, aniso & coins[:, 2], translate, translate]
     return values * torch.stack(used, dim=1)
 
@@ -146,11 +149,12 @@ def _resampled(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
     The upsampled image has its pixels at p = (p' + 1/2) / 2 for p' in its own pixels from its own centre; q likewise.
     """
     batch, channels, height, width = x.shape
-    size = x.new_tensor([width, height])
     x = _upsampled(pad(x, [width - 1, width - 1, height - 1, height - 1], mode="reflect"))
     shift = A @ (0.5 - 2 * b).unsqueeze(2) - 0.5
-    half, half_new = (3 * size - 2).view(1, 2, 1), (size + 2 * REACH).view(1, 1, 2)  # of widths and heights
-    theta = torch.cat([A * half_new / half, shift / half], dim=2)
+    half_new = width + 2 * REACH, height + 2 * REACH  # of upsampled widths and heights, in which theta is
+    columns = [A[:, :, 0] * half_new[0], A[:, :, 1] * half_new[1], shift[:, :, 0]]
+    halves = 3 * width - 2, 3 * height - 2
+    theta = torch.stack([torch.stack([c[:, k] / halves[k] for c in columns], dim=1) for k in range(2)], dim=1)
     shape = [batch, channels, 2 * (height + 2 * REACH), 2 * (width + 2 * REACH)]
     x = grid_sample(x, affine_grid(theta, shape, align_corners=False), align_corners=False)
     return _downsampled(x)[:, :, REACH:-REACH, REACH:-REACH]
@@ -158,7 +162,7 @@ def _resampled(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
 
 def _upsampled(x: Tensor) -> Tensor:
     """(B,C,H,W) to (B,C,2H,2W): row i is the sum over k of filter[i + 5 - 2k] row k of x."""
-    taps = x.new_tensor(FILTER)
+    taps = to_device(torch.tensor(FILTER, dtype=x.dtype), x.device)
     rows = conv_transpose2d(x.flatten(0, 1).unsqueeze(1), taps.view(1, 1, -1, 1), stride=(2, 1), padding=(5, 0))
     both = conv_transpose2d(rows, taps.view(1, 1, 1, -1), stride=(1, 2), padding=(0, 5))
     return both.view(*x.shape[:2], *both.shape[2:])
@@ -166,7 +170,7 @@ def _upsampled(x: Tensor) -> Tensor:
 
 def _downsampled(x: Tensor) -> Tensor:
     """(B,C,2H,2W) to (B,C,H,W): row k is the sum over i of filter[i + 5 - 2k] row i of x."""
-    taps = x.new_tensor(FILTER)
+    taps = to_device(torch.tensor(FILTER, dtype=x.dtype), x.device)
     rows = conv2d(x.flatten(0, 1).unsqueeze(1), taps.view(1, 1, -1, 1), stride=(2, 1), padding=(5, 0))
     both = conv2d(rows, taps.view(1, 1, 1, -1), stride=(1, 2), padding=(0, 5))
     return both.view(*x.shape[:2], *both.shape[2:])
