@@ -4,16 +4,16 @@ Classifier-free guidance (Ho & Salimans 2021, arXiv:2207.12598) in the one conve
 
     f_w = f_0 + w (f_c - f_0),     w = 1 is no guidance; Ho & Salimans' own w is w - 1
 
-| symbol | meaning                                                | shape             |
-|--------|--------------------------------------------------------|-------------------|
-| c      | condition: labels, w, text, image                      | of a batch        |
-| labels | classes 0, ..., classes - 1; `classes` stands for none | (B,) int64        |
-| text   | texts as the teacher's text encoder gives them         | (B,L,D)           |
-| image  | images that an upscaler enlarges                       | (B,C,h,w)         |
-| augmentation | labels of an augmented image, 0 for none         | (B,9)             |
-| w      | guidance weight                                        | (B,1,1,1)         |
-| f_c    | denoiser given the class                               | (B,C,H,W)         |
-| f_0    | denoiser given no class                                | (B,C,H,W)         |
+| symbol       | meaning                                                | shape      |
+|--------------|--------------------------------------------------------|------------|
+| c            | condition: labels, w, text, image                      | of a batch |
+| labels       | classes 0, ..., classes - 1; `classes` stands for none | (B,) int64 |
+| text         | texts as the teacher's text encoder gives them         | (B,L,D)    |
+| image        | images that an upscaler enlarges                       | (B,C,h,w)  |
+| augmentation | labels of an augmented image, 0 for none               | (B,9)      |
+| w            | guidance weight                                        | (B,1,1,1)  |
+| f_c          | denoiser given the class                               | (B,C,H,W)  |
+| f_0          | denoiser given no class                                | (B,C,H,W)  |
 
 Texts have labels too: label i is prompt i of the dataset, and the label for none is the empty text.
 """

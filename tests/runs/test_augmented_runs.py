@@ -65,10 +65,6 @@ def test_flips_are_part_of_keys_and_rows_where_real_images_are_read(registry, tm
             "augmented images have 9 labels, and this ResidualMLP takes none",
         ),
         (
-            ["methods=[sid]", "methods.sid.augment=0.1"],
-            "augmented images have 9 labels, and this ResidualMLP takes none",
-        ),
-        (
             ["methods=[sid]", "methods.sid.adversarial=0.1", "methods.sid.layer=blocks.0", "augment.probability=0.1"],
             "sid compares generated images with real ones, which must not be augmented alone",
         ),
