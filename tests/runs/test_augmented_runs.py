@@ -90,8 +90,9 @@ def test_edm_s_augmentation_is_planned_and_trains_the_weights_of_its_labels(regi
     assert augment == (None if name == "sid" else {"probability": 1.0}) and cell.cost.images == 32
     method = build(cell, cell.shared.load_teacher(SILENT))
     method.start_phase(0)
-    read = lambda size: (torch.rand(size, 1, 8, 8), None)
-    batch = Batch(16, (1, 8, 8), torch.Generator().manual_seed(0), "cpu", read, augment=cell.shared.config.augment)
+    generator, augment = torch.Generator().manual_seed(0), cell.shared.config.augment
+    read = lambda size: (torch.rand(size, 1, 8, 8, generator=generator), None)
+    batch = Batch(16, (1, 8, 8), generator, "cpu", read, augment=augment)
     for network, loss in method.train_step(batch):
         loss.backward()
         trained = network.modules()
