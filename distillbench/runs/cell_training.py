@@ -169,7 +169,8 @@ def _train(
     with ExitStack() as stack:
         data = None
         if cell.reads_data:
-            data = DataStream(shared.training_images(progress), cell.seed, shared.device, ahead, ranks.share)
+            images, flip = shared.training_images(progress), config.augment.flip
+            data = DataStream(images, cell.seed, shared.device, ahead, ranks.share, flip)
             stack.callback(data.close)
             data.preload(progress)  # not part of the budget, like all preparation of data
         step = stack.enter_context(progress.step(f"{cell.label}: training"))
@@ -196,7 +197,7 @@ def _train(
         order = {} if data is None else {"order": data}
         watched = {"rss": rss, "gpu": gpu, "gpu_reserved": gpu.reserved, "device": gpu.device}
         resume = Resume(states, config.states.seconds, order, watched, stop, devices=[device_name(shared.device)])
-        loop = Loop(config.batch_size, microbatch, compute, ranks)
+        loop = Loop(config.batch_size, microbatch, compute, ranks, config.augment)
         read = None if data is None else data.read
         monitor = monitor_of(cell, teacher, microbatch, progress)
         trained = train(method, cell.method_config, workspace, read, loop, step, checkpoints, resume, monitor)

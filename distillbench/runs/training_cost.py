@@ -68,6 +68,7 @@ def _estimate(cell: Cell, teacher: Teacher) -> None:
         able = ", ".join(str(n) for n in range(1, 1025) if method.supports(n)) or "none up to 1024"
         raise UserError(f"{cell.name} cannot sample with evaluation.nfe={wanted}. Possible: {able}")
     _check_groups(cell, method.group_size)
+    _check_augmentation(cell, method, teacher)
     workspace = Workspace(method.teacher, meter, Path(), shared.device, 0, Progress(None), dry=True)
     method.prepare(workspace)
     ahead = meter.teacher_nfe
@@ -117,12 +118,28 @@ def _check_groups(cell: Cell, group: int) -> None:
         )
 
 
+def _check_augmentation(cell: Cell, method: Method, teacher: Teacher) -> None:
+    """Raise UserError if the real images of `cell` cannot be augmented as the settings say."""
+    asked = cell.augmentation
+    if asked and teacher.to_latents is not None:
+        raise UserError(
+            f"augment.{next(iter(asked))} changes images, and teacher={teacher.name} trains students on latents, each "
+            "encoded once from an image as it is. Possible: augment.flip=false augment.probability=0"
+        )
+    if "probability" in asked and method.inputs != "data":
+        raise UserError(
+            f"augment.probability: {cell.name} compares generated images with real ones, which must not be augmented "
+            "alone. Possible: augment.probability=0; augment.flip=true"
+        )
+
+
 class _Batches:
     """The batches of the steps that are counted, of `size` images each."""
 
     def __init__(self, cell: Cell, method: Method, teacher: Teacher) -> None:
         self.teacher, self.device = method.teacher, cell.shared.device
         self.size = method.group_size * -(-COST_IMAGES // method.group_size)
+        self.augment = cell.shared.config.augment
         self.share = Share(group=method.group_size)
         self.generator = torch.Generator().manual_seed(0)
         data = DataStream(placeholder(cell.shared.dataset, teacher), 0, self.device)
@@ -131,4 +148,4 @@ class _Batches:
     def of_step(self, step: int, phase: int) -> Batch:
         """The batch of a step of phase number `phase`."""
         about = self.teacher.shape, self.generator, self.device, self.read, self.teacher.conditioning
-        return Batch(self.size, *about, self.share, step, phase)
+        return Batch(self.size, *about, self.share, step, phase, self.augment)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distillbench.datasets.augmentation import AugmentConfig
 from distillbench.errors import DivergedError
 from distillbench.metering.energy import Energy
 from distillbench.metering.stopwatch import Account
@@ -24,8 +25,9 @@ from distillbench.training.checkpoints import Checkpoint, Checkpoints, averaged_
 from distillbench.training.compute import ComputeConfig, grad_scaler, last_batch
 from distillbench.training.data_parallel import SINGLE_RANK, Ranks
 from distillbench.training.fsdp import Sharded, check_sharding
-from distillbench.training.method import Batch, Method, OptimizerConfig, Phase, Read
+from distillbench.training.method import Batch, Method, Phase, Read
 from distillbench.training.monitor import Monitor
+from distillbench.training.optimizer_config import OptimizerConfig
 from distillbench.training.optimizers import Average, Optimizers, learning_rate_factor
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import (
@@ -71,6 +73,7 @@ class Loop:
     microbatch: int = 0  # most images that a rank computes at once (gradient accumulation); 0: its whole share
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     ranks: Ranks = SINGLE_RANK
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # of real images, except flips: `read` flips them
 
 
 def train(
@@ -200,8 +203,8 @@ class _Training:
         """One step of `size` images. All parts reach an update before the network is updated."""
         workspace, teacher, optimizers = self.workspace, self.workspace.teacher, self.optimizers
         args = teacher.shape, self.generator, workspace.device, self.read, teacher.conditioning, self.share
-        count = parts_of(size, self.loop.microbatch, self.ranks.count, self.share.group)
-        parts = Batch(size, *args, self.step, self.phase).parts(count)
+        batch = Batch(size, *args, self.step, self.phase, self.loop.augment)
+        parts = batch.parts(parts_of(size, self.loop.microbatch, self.ranks.count, self.share.group))
         updates = [iter(self.method.train_step(part)) for part in parts]
         while True:
             losses: list[Tensor] = []

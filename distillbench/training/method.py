@@ -17,37 +17,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from distillbench.datasets.augmentation import TRANSFORMS, AugmentConfig, Transformations, draw_transformations
 from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.diffusion.distances import DISTANCES, Distance
 from distillbench.diffusion.noise import stream_key, uniform
 from distillbench.diffusion.schedules import SCHEDULES
 from distillbench.errors import UserError
-from distillbench.options import (
-    added_option,
-    option,
-    require_between,
-    require_fraction,
-    require_one_of,
-    require_positive,
-)
+from distillbench.options import option, require_one_of
 from distillbench.system.transfers import to_device
+from distillbench.training.optimizer_config import NetworkConfig, OptimizerConfig
 from distillbench.training.share import WHOLE, Share
 
 if TYPE_CHECKING:
     from distillbench.teachers.teacher import Teacher
     from distillbench.training.pairs import Workspace
 
-__all__ = ["Batch", "Method", "MethodConfig", "NetworkConfig", "OptimizerConfig", "Phase"]
+__all__ = ["Batch", "Method", "MethodConfig", "Phase"]
 
-OPTIMIZERS = ("adamw", "adam", "radam")
-WIDEST_POWER = 12**-0.5  # sigma_rel of the mean of all updates, gamma = 0
 VARIED_STEPS, VARIED_CYCLES = 16, 4  # at least, for the mean cost of a phase with `cost_varies`
 
 # What a student is trained on: the words of Method.inputs.
@@ -57,96 +50,6 @@ STUDENT_INPUTS = {
     "rollout": "images on the student's own chain of steps",
     "pairs": "noise-image pairs that are made before training",
 }
-
-
-@dataclass
-class OptimizerConfig:
-    """How the harness optimises and averages a network.
-
-    - ``optimizer``: adamw is ``torch.optim.AdamW``, with decoupled weight decay: an update shrinks the weights by lr *
-      weight_decay. adam is ``torch.optim.Adam``, which adds weight_decay times the weight to its gradient. radam is
-      ``torch.optim.RAdam`` (Liu et al. 2020, arXiv:1908.03265) with decoupled weight decay. Without weight decay adam
-      and adamw are the same.
-    - ``lr_decay=inverse_sqrt`` is that of EDM2 (Karras et al. 2024, arXiv:2312.02696): lr / sqrt(max(p / p_0, 1)) at
-      the share p of the phase, with p_0 = ``lr_decay_start``.
-    - The average keeps 2^(-n / halflife) of itself at an update of n images (``ema_start=constant``). With ``rampup``
-      the half-life is at most 5 % of the images seen (Karras et al. 2022, arXiv:2206.00364); with ``bias_corrected``
-      the weights of all updates are divided by their sum, so the initial network has none (TRACT). ``ema_sigma_rel``
-      replaces both by EDM2's power-function average (:func:`distillbench.networks.averaging.power_exponent`).
-    - ``grad_nan_to_num`` replaces NaN by 0 and infinities by 1e5 or -1e5, as EDM's code does. Such updates are counted
-      in `nonfinite_steps`. With fp16 the loss scaler skips them instead. A loss that is not finite ends the training.
-    """
-
-    lr: float = option(1e-3, "peak learning rate of Adam")
-    optimizer: str = added_option(
-        "adamw", "adamw, adam (weight decay is added to the gradient) or radam (rectified Adam)"
-    )
-    lr_warmup: float = option(0.05, "share of a phase over which the learning rate rises from 0")
-    lr_decay: str = option("cosine", "then: constant; linear or cosine, to 0 at the end of the phase; or inverse_sqrt")
-    lr_decay_start: float = added_option(0.1, "share of a phase after which inverse_sqrt decays")
-    beta1: float = option(0.9, "Adam's first decay rate")
-    beta2: float = option(0.999, "Adam's second decay rate")
-    eps: float = added_option(1e-8, "Adam's epsilon, added to the root of the second moment")
-    weight_decay: float = option(0.0, "weight decay, decoupled unless optimizer=adam")
-    grad_clip: float = option(1.0, "largest norm of a network's gradients; 0: they are not clipped")
-    grad_clip_by: str = added_option("norm", "what grad_clip limits: the norm, or the value of each element")
-    grad_nan_to_num: bool = added_option(False, "in gradients NaN becomes 0, infinity 1e5 (EDM's code)")
-    ema_halflife_kimg: float = option(10.0, "half-life of the weights' average in 1000 images; 0: no average")
-    ema_start: str = added_option(
-        "rampup", "of the average: rampup (half-life at most 5 % of the images seen), bias_corrected or constant"
-    )
-    ema_sigma_rel: float = added_option(
-        0.0, "relative width of a power-function average (EDM2) instead of the half-life; 0: half-life"
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "lr")
-        require_between(self, 0, 1, "lr_warmup")
-        require_fraction(self, "beta1", "beta2")
-        require_positive(self, "lr_decay_start", "eps")
-        require_between(self, 0, 1, "lr_decay_start")
-        require_between(self, 0, float("inf"), "weight_decay", "grad_clip", "ema_halflife_kimg")
-        require_between(self, 0, WIDEST_POWER, "ema_sigma_rel")
-        require_one_of(self, "optimizer", OPTIMIZERS)
-        require_one_of(self, "lr_decay", ("constant", "linear", "cosine", "inverse_sqrt"))
-        require_one_of(self, "grad_clip_by", ("norm", "value"))
-        require_one_of(self, "ema_start", ("rampup", "bias_corrected", "constant"))
-
-    @property
-    def averaged(self) -> bool:
-        """Whether there is an average of the weights."""
-        return self.ema_halflife_kimg > 0 or self.ema_sigma_rel > 0
-
-
-@dataclass
-class NetworkConfig:
-    """Settings of the optimiser of one network, where they differ from those of the method.
-
-    A method's Config has one for each such network, under the name of the method's attribute: ``fake: NetworkConfig =
-    option(NetworkConfig(grad_clip=0), "of the fake score")`` is for ``self.fake``. Warm-up and decay are the same for
-    all networks of a method, and only the student is averaged.
-    """
-
-    lr: float | None = option(None, "its peak learning rate; null: the method's")
-    optimizer: str | None = added_option(None, "its optimiser: adamw, adam or radam; null: the method's")
-    beta1: float | None = option(None, "Adam's first decay rate for it; null: the method's")
-    beta2: float | None = option(None, "Adam's second decay rate for it; null: the method's")
-    eps: float | None = added_option(None, "Adam's epsilon for it; null: the method's")
-    weight_decay: float | None = option(None, "its weight decay; null: the method's")
-    grad_clip: float | None = option(None, "largest norm of its gradients; 0: not clipped; null: the method's")
-    grad_clip_by: str | None = added_option(None, "what its grad_clip limits: norm or value; null: the method's")
-    grad_nan_to_num: bool | None = added_option(None, "NaN becomes 0 in its gradients; null: the method's")
-
-    def __post_init__(self) -> None:
-        OptimizerConfig(**self._own())
-
-    def _own(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-    def over(self, config: OptimizerConfig) -> OptimizerConfig:
-        """The settings of `config`, replaced by those that are set here."""
-        shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizerConfig)}
-        return OptimizerConfig(**shared | self._own())
 
 
 @dataclass
@@ -199,7 +102,8 @@ class Batch:
 
     Real images are read only when ``x_0`` (or, for a method that needs data, ``c``) is asked for. `size` is the number
     of images on this rank: all ranks draw the random numbers of the whole batch, and each keeps its `share`. `step` is
-    the index of the step within its phase, counted by the harness, also across interruptions.
+    the index of the step within its phase, counted by the harness, also across interruptions. With EDM's
+    transformations in `augment`, ``x_0`` is transformed and ``c`` has the labels of that.
     """
 
     def __init__(
@@ -213,12 +117,14 @@ class Batch:
         share: Share = WHOLE,
         step: int = 0,
         phase: int = 0,
+        augment: AugmentConfig | None = None,
     ) -> None:
         if size % share.group:
             raise ValueError(f"a batch of groups of {share.group} images cannot have {size} images")
         self.size, self.shape, self.device, self.step = share.size(size), shape, device, step
         self._whole, self._share, self._phase, self._integers = size, share, phase, 0
         self._generator, self._read, self._conditioning = generator, read, conditioning
+        self._augment = augment if augment is not None and augment.transforms_images else None
 
     def parts(self, count: int) -> list[Batch]:
         """The batch in at most `count` parts of nearly equal size, with the same random numbers as the whole batch.
@@ -242,16 +148,32 @@ class Batch:
             raise RuntimeError("the method declares that it reads no data (needs_data) but asks for real images")
         return self._read(self._whole)
 
+    @functools.cached_property
+    def _transformed(self) -> tuple[Tensor, Tensor | None]:
+        """``x_0``, and its labels of augmentation."""
+        images, augment = self._data[0], self._augment
+        if augment is None:
+            return images, None
+        transformations = self._transformations(augment.probability, augment.transforms)
+        return transformations(images), transformations.labels
+
+    def _transformations(self, probability: float, transforms: Sequence[str]) -> Transformations:
+        return Transformations(
+            self._drawn(lambda size: draw_transformations(size, self._generator, probability, transforms))
+        )
+
     @property
     def x_0(self) -> Tensor:
         """Real images (B,C,H,W) in [-1, 1]. A method that asks for them must declare it: ``Method.reads_data``."""
-        return self._data[0]
+        return self._transformed[0]
 
     @functools.cached_property
     def c(self) -> Condition:
         """The condition: the classes of ``x_0``, or random classes for a method without data."""
         labels = self._data[1] if self._read is not None and self._conditioning.classes else None
-        return self._conditioning.draw(self._whole, self._generator, self.device, labels, self._share.of)
+        c = self._conditioning.draw(self._whole, self._generator, self.device, labels, self._share.of)
+        augmented = self._read is not None and self._augment is not None
+        return dataclasses.replace(c, augmentation=self._transformed[1]) if augmented else c
 
     def random_c(self, drop: float = 0.0) -> Condition:
         """Random classes, independent of ``x_0``, and a random guidance weight w if there is one; new at each call.
@@ -259,6 +181,19 @@ class Batch:
         If the run is guided, each image has no class with probability `drop`.
         """
         return self._conditioning.draw(self._whole, self._generator, self.device, None, self._share.of, drop)
+
+    def augmented(self, x: Tensor, c: Condition, probability: float) -> tuple[Tensor, Condition]:
+        """Images x after EDM's random transformations, each applied with `probability`, and c with their labels.
+
+        For a network that learns from transformed images of other origin than ``x_0``, such as a fake score. With
+        probability 0 both are unchanged. Networks that take no such labels raise UserError when they are called.
+        """
+        if not probability:
+            return x, c
+        if c.augmentation is not None:
+            raise ValueError("images that are already transformed (c.augmentation) cannot be transformed again")
+        transformations = self._transformations(probability, TRANSFORMS)
+        return transformations(x), dataclasses.replace(c, augmentation=transformations.labels)
 
     def noise(self) -> Tensor:
         """Standard normal noise (B,C,H,W)."""
@@ -319,8 +254,8 @@ class _Part(Batch):
         return number
 
     @functools.cached_property
-    def _data(self) -> tuple[Tensor, Tensor | None]:
-        x_0, labels = self._batch._data
+    def _transformed(self) -> tuple[Tensor, Tensor | None]:
+        x_0, labels = self._batch._transformed
         return self._share.of(x_0), None if labels is None else self._share.of(labels)
 
     @functools.cached_property

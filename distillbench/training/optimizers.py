@@ -17,7 +17,8 @@ from distillbench.networks.averaging import MovingAverage, power_exponent
 from distillbench.system.dtensors import class_of, is_sharded, load_full, local_shards, shard_like
 from distillbench.training.data_parallel import SINGLE_RANK, DataParallelRanks, Ranks
 from distillbench.training.gradient_reduction import GradientReduction, NetworkGradients
-from distillbench.training.method import Method, NetworkConfig, OptimizerConfig
+from distillbench.training.method import Method
+from distillbench.training.optimizer_config import NetworkConfig, OptimizerConfig
 from distillbench.training.resume import State
 from distillbench.training.update_counts import UpdateCounts
 

@@ -39,7 +39,8 @@ from distillbench.storage import hash_cache, links
 from distillbench.storage.hash_cache import HashCache
 from distillbench.system.progress import Progress
 from distillbench.system.signals import Stop
-from distillbench.training.method import MethodConfig, OptimizerConfig
+from distillbench.training.method import MethodConfig
+from distillbench.training.optimizer_config import OptimizerConfig
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "many_cells.py"
 SEEDS, SETTINGS = 100, 3

@@ -18,7 +18,8 @@ from distillbench.storage.files import key_of
 from distillbench.system.progress import Step
 from distillbench.training.budget import BudgetConfig
 from distillbench.training.loop import Loop, train
-from distillbench.training.method import Method, MethodConfig, NetworkConfig, OptimizerConfig
+from distillbench.training.method import Method, MethodConfig
+from distillbench.training.optimizer_config import NetworkConfig, OptimizerConfig
 from distillbench.training.optimizers import learning_rate_factor
 
 RUN = ["methods=[sid]", "dataset=digits"]

@@ -49,8 +49,9 @@ from distillbench.training.compute import Sampling
 from distillbench.training.data_parallel import SINGLE_RANK, Ranks, joined
 from distillbench.training.failures import LostError, translated
 from distillbench.training.loop import Loop, Trained, train
-from distillbench.training.method import Batch, Method, OptimizerConfig
+from distillbench.training.method import Batch, Method
 from distillbench.training.monitor import Monitor
+from distillbench.training.optimizer_config import OptimizerConfig
 from distillbench.training.optimizers import Optimizers
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States

@@ -32,7 +32,8 @@ from distillbench.training.compute import ComputeConfig, applied
 from distillbench.training.data_parallel import SINGLE_RANK, Ranks, joined
 from distillbench.training.fsdp import Sharded, check_sharding, copied_for_sharding
 from distillbench.training.loop import Loop, Trained, train
-from distillbench.training.method import Method, OptimizerConfig
+from distillbench.training.method import Method
+from distillbench.training.optimizer_config import OptimizerConfig
 from distillbench.training.optimizers import Optimizers
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distillbench.errors import UserError
 from distillbench.networks.averaging import power_exponent
-from distillbench.training.method import NetworkConfig, OptimizerConfig
+from distillbench.training.optimizer_config import NetworkConfig, OptimizerConfig
 from distillbench.training.optimizers import Average, Gradients, Optimizers, learning_rate_factor
 from distillbench.training.resume import State
 from distillbench.training.share import Share
