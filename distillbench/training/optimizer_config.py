@@ -55,11 +55,9 @@ class OptimizerConfig:
     grad_nan_to_num: bool = added_option(False, "in gradients NaN becomes 0, infinity 1e5 (EDM's code)")
     ema_halflife_kimg: float = option(10.0, "half-life of the weights' average in 1000 images; 0: no average")
     ema_start: str = added_option(
-        "rampup", "of the average: rampup (half-life at most 5 % of the images seen), bias_corrected or constant"
+        "rampup", "rampup (half-life at most 5 % of the images seen), bias_corrected or constant"
     )
-    ema_sigma_rel: float = added_option(
-        0.0, "relative width of a power-function average (EDM2) instead of the half-life; 0: half-life"
-    )
+    ema_sigma_rel: float = added_option(0.0, "relative width of a power-function average (EDM2); 0: by half-life")
 
     def __post_init__(self) -> None:
         require_positive(self, "lr")
