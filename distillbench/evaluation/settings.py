@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from distillbench.diffusion.samplers import SAMPLERS, Solver
@@ -60,6 +61,10 @@ class EvaluationConfig:
                 f"evaluation.teacher_samplers: the first gives the samples that others are compared with, and "
                 f"{solvers[0].name} adds noise. Put another before it, such as ddim"
             )
+
+    def bytes_of_row(self, shape: tuple[int, ...]) -> int:
+        """The size of a row's samples on disk: float32 images of `shape` (C,H,W)."""
+        return 4 * self.images * math.prod(shape)
 
     @property
     def sampling(self) -> Sampling:

@@ -48,6 +48,8 @@ def run(
         if table.failed:
             advice = "--retry-failed runs what failed, or ran out of memory or time, again"
             progress.say(f"not ok in an earlier run: {', '.join(table.failed)} ({advice})")
+        for shared in {id(cell.shared): cell.shared for cell in map(cells.__getitem__, table.unfinished())}.values():
+            shared.check_room()
         try:
             _run_all(cells, scan.descriptions, executor, policy, progress, table)
         except Interrupted as interrupted:

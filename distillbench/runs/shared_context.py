@@ -18,7 +18,7 @@ from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Conditioning
 from distillbench.diffusion.samplers import Solver
 from distillbench.errors import Unavailable, UserError
 from distillbench.evaluation.distributed import SharedNetworks
-from distillbench.evaluation.evaluator import Evaluator, features_kept
+from distillbench.evaluation.evaluator import ROW, Evaluator, features_kept
 from distillbench.evaluation.features import Networks
 from distillbench.evaluation.metric import Metric, Need
 from distillbench.evaluation.pretrained_weights import weights_folder
@@ -29,7 +29,7 @@ from distillbench.registry import Entry, Registry
 from distillbench.runs.config import RunConfig
 from distillbench.runs.feature_order import FeatureOrder
 from distillbench.runs.metric_choice import chosen_metrics, read_references
-from distillbench.storage.files import canonical_json, check_writable
+from distillbench.storage.files import canonical_json, check_room, check_writable
 from distillbench.system.progress import Progress
 from distillbench.teachers.latents import training_data
 from distillbench.teachers.students import AS_TEACHER, StudentForm
@@ -75,6 +75,10 @@ class SharedContext:
     @property
     def folder(self) -> ResultsFolder:
         return ResultsFolder.of(self.config.results_dir)
+
+    def check_room(self) -> None:
+        """Raise UserError unless the disk has room to score a row: before training, not only when it is needed."""
+        check_room(self.folder.root, self.config.evaluation.bytes_of_row(self.dataset.shape), ROW)
 
     def load_teacher(self, progress: Progress) -> Teacher:
         if self.teacher is None:

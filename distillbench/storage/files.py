@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -116,12 +117,28 @@ def _umask() -> int:
     return mask
 
 
+def check_room(folder: Path, size: int, what: str) -> None:
+    """Raise UserError unless `size` bytes, for `what`, are free on the disk of `folder`, which need not exist yet."""
+    free = shutil.disk_usage(_existing(folder)).free
+    if size > free:
+        raise UserError(
+            f"{what} takes {size / 2**30:,.1f} GiB on disk, and {free / 2**30:,.1f} GiB are free in {str(folder)!r}. "
+            "Free some, or set fewer evaluation.images or another results_dir"
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """`folder` or its nearest existing parent."""
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
 def check_writable(folder: Path) -> None:
     """Raise UserError unless files can be created in `folder` or in its nearest existing parent."""
-    parent = folder.absolute()
     try:
-        while not parent.exists():
-            parent = parent.parent
+        parent = _existing(folder)
         if not parent.is_dir():
             raise NotADirectoryError(f"{parent} is not a folder")
         tempfile.TemporaryFile(dir=parent).close()
