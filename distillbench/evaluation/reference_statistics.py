@@ -25,6 +25,7 @@ from distillbench.storage.files import key_of, sha256_file, write_atomically
 from distillbench.storage.npz import Npz
 
 BATCH = 256  # images read at a time
+DRAWN_SEED = 2020  # of the real images that are drawn if not all features are kept
 LARGEST = 2**29  # bytes of an array in a file: 8,192 features
 IMAGE_KEYS = ("dataset", "dataset_sha256", "split", "shape", "resizer")  # keys of provenance for the images
 NETWORK_KEYS = ("network", "protocol", "weights_sha256")  # and for the network
@@ -128,12 +129,19 @@ def declared(
 
 
 class RealImages(ImageSet):
-    """The real images of a dataset. Their features are cached on disk, under a key of all that determines them."""
+    """The real images of a dataset. Their features are cached on disk, under a key of all that determines them.
+
+    With 0 < `drawn` < their number, :meth:`features` are those of so many of them, drawn at random, and no others are
+    read for it; :meth:`statistics` are always those of all.
+    """
 
     def __init__(
         self, dataset: Dataset, networks: Networks, cache: Path, files: Iterable[ReferenceFile] = (),
-        kept: frozenset[type[FeatureNetwork]] = frozenset(),
+        kept: frozenset[type[FeatureNetwork]] = frozenset(), drawn: int = 0,
     ) -> None:  # fmt: skip
+        self.drawn: DrawnImages | None = None
+        if 0 < drawn < len(dataset):
+            self.drawn, kept = DrawnImages(dataset, networks, cache, drawn), frozenset()
         super().__init__(lambda: _batches(dataset), len(dataset), dataset.shape, networks, kept)
         self.dataset, self.cache = dataset, cache
         self.files = {file.provenance.get("network", ""): file for file in files}
@@ -149,7 +157,7 @@ class RealImages(ImageSet):
     def features(self, network: type[FeatureNetwork]) -> Tensor:
         if network.name in self.files and not self.count:
             raise Unavailable(f"{self.files[network.name].path.name} holds no features, only their mean and covariance")
-        return super().features(network)
+        return super().features(network) if self.drawn is None else self.drawn.features(network)
 
     def statistics(self, network: type[FeatureNetwork]) -> GaussianStatistics:
         file = self.files.get(network.name)
@@ -160,7 +168,7 @@ class RealImages(ImageSet):
         return self._imported[network]
 
     def _extract(self, network: type[FeatureNetwork], keep: bool) -> None:
-        wanted = provenance_of(self.dataset, network.identity(self.networks.folder))
+        wanted = self._provenance(network)
         path = self.cache / f"{network.name}-{key_of(wanted)}.npz"
         if self._read_cached(network, path, wanted, keep):
             return
@@ -169,6 +177,9 @@ class RealImages(ImageSet):
         write_reference(path, self._statistics[network], wanted)
         if keep:
             write_tensors(_features_path(path), {"features": self._features[network].contiguous()})
+
+    def _provenance(self, network: type[FeatureNetwork]) -> dict[str, Any]:
+        return provenance_of(self.dataset, network.identity(self.networks.folder))
 
     def _read_cached(self, network: type[FeatureNetwork], path: Path, wanted: dict[str, Any], keep: bool) -> bool:
         """Read the cached files; False if they are missing, damaged, or lack the features that `keep` requires."""
@@ -186,9 +197,28 @@ class RealImages(ImageSet):
         return True
 
 
-def _batches(dataset: Dataset) -> Iterator[Tensor]:
-    for indices in torch.arange(len(dataset)).split(BATCH):
-        yield to_uint8(dataset.read(indices))
+class DrawnImages(RealImages):
+    """`count` images of a dataset, drawn without replacement by a generator of their own."""
+
+    def __init__(self, dataset: Dataset, networks: Networks, cache: Path, count: int) -> None:
+        super().__init__(dataset, networks, cache)
+        generator = torch.Generator().manual_seed(DRAWN_SEED)
+        indices = torch.randperm(len(dataset), generator=generator)[:count].sort().values
+        self.read, self.count = (lambda: _batches(dataset, indices)), count
+
+    def _provenance(self, network: type[FeatureNetwork]) -> dict[str, Any]:
+        return super()._provenance(network) | {"drawn": drawn_in_words(self.count)}
+
+
+def drawn_in_words(count: int) -> str:
+    """What a protocol says of `count` real images that :class:`DrawnImages` draws."""
+    return f"features of {count:,} real images, drawn at random without replacement, seed {DRAWN_SEED}"
+
+
+def _batches(dataset: Dataset, indices: Tensor | None = None) -> Iterator[Tensor]:
+    """The images at `indices`; None: all."""
+    for part in (torch.arange(len(dataset)) if indices is None else indices).split(BATCH):
+        yield to_uint8(dataset.read(part))
 
 
 def _features_path(path: Path) -> Path:

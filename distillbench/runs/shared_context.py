@@ -22,7 +22,7 @@ from distillbench.evaluation.evaluator import ROW, Evaluator, features_kept
 from distillbench.evaluation.features import Networks
 from distillbench.evaluation.metric import Metric, Need
 from distillbench.evaluation.pretrained_weights import weights_folder
-from distillbench.evaluation.reference_statistics import RealImages, ReferenceFile
+from distillbench.evaluation.reference_statistics import RealImages, ReferenceFile, drawn_in_words
 from distillbench.metering.energy import check_source
 from distillbench.records.layout import ResultsFolder
 from distillbench.registry import Entry, Registry
@@ -104,7 +104,21 @@ class SharedContext:
         """By metric: what decides its values, such as the weights that are installed."""
         if self.cached_identities is not None:
             return self.cached_identities
-        return {name: cls.identity(self.weights) for name, cls in self.metrics.items()}
+        drawn = {name: {"real": words} for name, cls in self.metrics.items() if (words := self.drawn(cls))}
+        return {name: cls.identity(self.weights) | drawn.get(name, {}) for name, cls in self.metrics.items()}
+
+    def drawn(self, metric: type[Metric]) -> str:
+        """The words for the real images that `metric` compares with if only some are drawn; else the empty string."""
+        count = self.config.evaluation.real_features
+        needs_features = {Need.real_images, Need.features} <= metric.needs
+        return drawn_in_words(count) if needs_features and 0 < count < len(self.dataset) else ""
+
+    def columns(self) -> dict[str, dict[str, str]]:
+        """By metric: its declarations in this run, for tables and reports."""
+        described = {name: cls.describe() for name, cls in self.metrics.items()}
+        for name, facts in described.items():
+            facts["protocol"] = "; ".join(filter(None, [facts["protocol"], self.drawn(self.metrics[name])]))
+        return described
 
     def training_images(self, progress: Progress) -> Dataset:
         """The images of the dataset, or their latents for a latent diffusion teacher."""
@@ -118,7 +132,10 @@ class SharedContext:
                 order = FeatureOrder(self.config, self.registry.selection)
                 networks = SharedNetworks(self.weights, self.device, self.ranks, order)
             cache = self.folder.cache("references")
-            real = RealImages(self.dataset, networks, cache, self.references, features_kept(self.metrics))
+            real = RealImages(
+                self.dataset, networks, cache, self.references, features_kept(self.metrics),
+                self.config.evaluation.real_features,
+            )  # fmt: skip
             answers = self.folder.cache("answers")
             parts = self.metrics, real, self.load_teacher(progress), progress, answers
             self.evaluator = Evaluator(self.config.evaluation, *parts, self.ranks)
@@ -134,7 +151,11 @@ class SharedContext:
         compared = [cls for cls in self.metrics.values() if cls.needs & {Need.real, Need.real_images}]
         networks = {cls.network for cls in compared if cls.network is not None}
         real = self.get_evaluator(progress).real
-        return {network.name: real.describe(network) for network in sorted(networks, key=lambda n: n.name)}
+        words = {network.name: real.describe(network) for network in sorted(networks, key=lambda n: n.name)}
+        for cls in compared:
+            if cls.network is not None and (drawn := self.drawn(cls)) and drawn not in words[cls.network.name]:
+                words[cls.network.name] += f"; {drawn}"
+        return words
 
     def unavailable_metrics(self) -> dict[str, str]:
         """Metrics whose weights are missing, with the reason."""
