@@ -46,6 +46,8 @@ class Spread(Metric):
     protocol = "spread/1: root of the summed pixel variances within each class, over that of the teacher's answers"
 
     def score(self, samples: Samples) -> float:
+        if not len(samples.teacher_x_0):
+            raise Unavailable("there are no samples of a teacher")
         size = samples.x_0[0].numel()
         labels = torch.zeros(len(samples.x_0)) if samples.labels is None else samples.labels
         _, of_image, members = labels.unique(return_inverse=True, return_counts=True)

@@ -159,7 +159,7 @@ class Evaluator:
         missing: dict[str, str] = {}
         with self.progress.step(label) as step:
             for index, metric in enumerate(self.metrics):
-                scores[metric.name], reason = _score(metric, samples)
+                scores[metric.name], reason = score_or_reason(metric, samples)
                 if reason:
                     missing[metric.name] = reason
                 step.advance((index + 1) / len(self.metrics), metric.name)
@@ -171,6 +171,11 @@ class Evaluator:
     def _noise(self, first: int, seed: int) -> Noise:
         indices = range(first, min(first + self.config.batch_size, self.config.images))
         return Noise(stream_key("evaluation", seed), indices, self.teacher.shape, self.device)
+
+    def sample(self, sampler: Sampler, nfe: int, seed: int, label: str, keep: Callable[[Tensor], None]) -> None:
+        """Call `keep` with each batch of the row that :meth:`measure` scores, (B,C,H,W) on the host, in order."""
+        with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:
+            self._sample(sampler, nfe, seed, step, None, keep)
 
     def _sample(
         self, sampler: Sampler, nfe: int, seed: int, step: Step, order: SampleOrder | None,
@@ -268,7 +273,8 @@ def features_kept(metrics: dict[str, type[Metric]]) -> frozenset:
     return frozenset(cls.network for cls in metrics.values() if cls.network and Need.features in cls.needs)
 
 
-def _score(metric: Metric, samples: Samples) -> tuple[float | None, str]:
+def score_or_reason(metric: Metric, samples: Samples) -> tuple[float | None, str]:
+    """The score and no reason; or None and why there is none."""
     try:
         check_needs(type(metric), samples)
         value = metric.score(samples)

@@ -22,13 +22,13 @@ from distillbench.evaluation.evaluator import ROW, Evaluator, features_kept
 from distillbench.evaluation.features import Networks
 from distillbench.evaluation.metric import Metric, Need
 from distillbench.evaluation.pretrained_weights import weights_folder
-from distillbench.evaluation.reference_statistics import RealImages, ReferenceFile, drawn_in_words
+from distillbench.evaluation.reference_statistics import RealImages, ReferenceFile
 from distillbench.metering.energy import check_source
 from distillbench.records.layout import ResultsFolder
 from distillbench.registry import Entry, Registry
 from distillbench.runs.config import RunConfig
 from distillbench.runs.feature_order import FeatureOrder
-from distillbench.runs.metric_choice import chosen_metrics, read_references
+from distillbench.runs.metric_choice import chosen_metrics, described, features_in_words, read_references
 from distillbench.storage.files import canonical_json, check_room, check_writable
 from distillbench.system.progress import Progress
 from distillbench.teachers.latents import training_data
@@ -104,21 +104,15 @@ class SharedContext:
         """By metric: what decides its values, such as the weights that are installed."""
         if self.cached_identities is not None:
             return self.cached_identities
-        drawn = {name: {"real": words} for name, cls in self.metrics.items() if (words := self.drawn(cls))}
-        return {name: cls.identity(self.weights) | drawn.get(name, {}) for name, cls in self.metrics.items()}
+        real = {name: {"real": words} for name, cls in self.metrics.items() if (words := self._real(cls))}
+        return {name: cls.identity(self.weights) | real.get(name, {}) for name, cls in self.metrics.items()}
 
-    def drawn(self, metric: type[Metric]) -> str:
-        """The words for the real images that `metric` compares with if only some are drawn; else the empty string."""
-        count = self.config.evaluation.real_features
-        needs_features = {Need.real_images, Need.features} <= metric.needs
-        return drawn_in_words(count) if needs_features and 0 < count < len(self.dataset) else ""
+    def _real(self, metric: type[Metric]) -> str:
+        return features_in_words(metric, self.config.evaluation, self.dataset, self.references)
 
     def columns(self) -> dict[str, dict[str, str]]:
         """By metric: its declarations in this run, for tables and reports."""
-        described = {name: cls.describe() for name, cls in self.metrics.items()}
-        for name, facts in described.items():
-            facts["protocol"] = "; ".join(filter(None, [facts["protocol"], self.drawn(self.metrics[name])]))
-        return described
+        return described(self.metrics, self.config.evaluation, self.dataset, self.references)
 
     def training_images(self, progress: Progress) -> Dataset:
         """The images of the dataset, or their latents for a latent diffusion teacher."""
@@ -153,8 +147,8 @@ class SharedContext:
         real = self.get_evaluator(progress).real
         words = {network.name: real.describe(network) for network in sorted(networks, key=lambda n: n.name)}
         for cls in compared:
-            if cls.network is not None and (drawn := self.drawn(cls)) and drawn not in words[cls.network.name]:
-                words[cls.network.name] += f"; {drawn}"
+            if cls.network is not None and (part := self._real(cls)) and part not in words[cls.network.name]:
+                words[cls.network.name] += f"; {part}"
         return words
 
     def unavailable_metrics(self) -> dict[str, str]:
