@@ -146,6 +146,8 @@ def show_reference(file: str) -> None:
     found = read_reference(Path(file))
     click.echo(f"{found.path.name}: {len(found.statistics.mean)} features, sha256 {found.sha256}")
     print_definitions((name, str(value)) for name, value in sorted(found.provenance.items()))
+    if found.features is not None:
+        click.echo(f"with features of {len(found.features)} single images, for precision and recall")
     if not found.provenance:
         click.echo("it has no provenance: see distillbench reference import --help")
 

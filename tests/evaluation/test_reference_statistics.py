@@ -30,6 +30,7 @@ from distillbench.registry import load_registry
 from distillbench.runs.config import compose_runs
 from distillbench.runs.shared_context import SharedContexts
 
+GIVEN = {"mu": np.zeros(3), "sigma": np.eye(3), "provenance": np.array('{"images": 9}')}
 IDENTITY = {"network": "toy", "protocol": "toy/1", "weights_sha256": "ab"}
 
 
@@ -236,6 +237,9 @@ def test_a_reference_with_another_provenance_is_refused(tmp_path, fact):
         ({"mu": np.array([None, 1]), "sigma": np.zeros((2, 2))}, "cannot be read"),  # would need a pickle
         ({"mu": np.zeros(3), "sigma": np.eye(3), "provenance": np.array("{")}, "cannot be read"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "provenance": np.array("[]")}, "not a JSON object"),
+        (GIVEN | {"features": np.zeros((4, 2), np.float32)}, r"features must be finite float32 \(M,3\), got float32"),
+        (GIVEN | {"features": np.zeros((4, 3))}, "features must be finite float32"),
+        (GIVEN | {"features": np.full((4, 3), np.nan, np.float32)}, "features must be finite float32"),
     ],
 )
 def test_an_invalid_reference_is_refused(tmp_path, arrays, message):

@@ -217,6 +217,8 @@ def test_a_reference_batch_gives_statistics_of_all_and_features_of_its_images(tm
     assert call("reference", "import", theirs, *words) == 0
     printed = capsys.readouterr().out
     assert "statistics of 1000 images of gmm, with features of its 12 images; not imported: mu_s, sigma_s" in printed
+    assert call("reference", "show", imported) == 0
+    assert "with features of 12 single images" in capsys.readouterr().out
     found = read_reference(Path(imported))
     assert found.statistics.n == 1000 and torch.equal(found.statistics.covariance, torch.from_numpy(sigma))
     assert found.features.shape == (12, width) and found.features.dtype is torch.float32
