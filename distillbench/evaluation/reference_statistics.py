@@ -51,7 +51,7 @@ def write_reference(
     `features` (M,D) are those of some of the images, for precision and recall.
     """
     mu, sigma = statistics.mean.cpu().numpy(), statistics.covariance.cpu().numpy()
-    some = {} if features is None else {"features": features.cpu().numpy()}
+    some: dict[str, Any] = {} if features is None else {"features": features.cpu().numpy()}
     text = np.array(json.dumps(provenance | {"images": statistics.n}, sort_keys=True))
 
     def write(temporary: str) -> None:
