@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -31,21 +32,25 @@ class StoredImages:
     def __init__(self, folder: Path | None) -> None:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] | Path = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._open(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
         self._offset, self.count, self.shape, self._dtype = 0, 0, (0, 0, 0), np.dtype(np.float32)
+
+    def _open(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._close = weakref.finalize(self, file.close)
 
     @classmethod
     def in_npy(cls, path: Path) -> StoredImages:
-        """The images in an .npy file, which stays."""
+        """The images in an .npy file, which stays. They can be read even if it is deleted or replaced meanwhile."""
         array = np.load(path, mmap_mode="r")
         images = cls.__new__(cls)
-        images._file, images._offset, images._dtype = path, array.offset, array.dtype
+        images._open(open(path, "rb"))  # noqa: SIM115
+        images._offset, images._dtype = array.offset, array.dtype
         images.count, images.shape = len(array), array.shape[1:]
         return images
 
     def add(self, batch: Tensor) -> None:
         """Append a batch (B,C,H,W) on the CPU; all have one shape and dtype."""
-        assert not isinstance(self._file, Path)
         values = batch.to(torch.promote_types(batch.dtype, torch.float32)).contiguous().numpy()
         if not self.count:
             self.shape, self._dtype = values.shape[1:], values.dtype
@@ -70,13 +75,11 @@ class StoredImages:
         return self._mapped(0, self.count)
 
     def _mapped(self, first: int, count: int) -> Tensor:
-        if not isinstance(self._file, Path):
-            self._file.flush()
+        self._file.flush()
         offset = self._offset + first * math.prod(self.shape) * self._dtype.itemsize
         array = np.memmap(self._file, self._dtype, "c", offset, (count, *self.shape))  # a map of these images only
         return torch.from_numpy(array).to(torch.get_default_dtype())
 
     def close(self) -> None:
-        """Delete the file of a new one."""
-        if not isinstance(self._file, Path):
-            self._file.close()
+        """Close the file; that of a new one is deleted."""
+        self._close()

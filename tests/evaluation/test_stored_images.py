@@ -180,4 +180,6 @@ def test_a_file_of_images_reads_what_was_added(tmp_path):
     with pytest.raises(ValueError, match="got float64"):
         stored.add(images.double())
     np.save(tmp_path / "images.npy", images.numpy())
-    assert torch.equal(StoredImages.in_npy(tmp_path / "images.npy").tensor, images)
+    there = StoredImages.in_npy(tmp_path / "images.npy")
+    (tmp_path / "images.npy").unlink()
+    assert torch.equal(there.tensor, images)
