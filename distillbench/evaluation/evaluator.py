@@ -33,6 +33,7 @@ from distillbench.training.data_parallel import SINGLE_RANK, Ranks
 from distillbench.training.turns import in_turns
 
 Sampler = Callable[[Callable[[int], Tensor], int, Condition], Tensor]  # (noise, nfe, c) -> x_0 (B,C,H,W)
+EVALUATION = "evaluation"  # the purpose of samples whose scores are reported; the noise of others differs
 SHOWN = 64  # images of every row that are saved for viewing
 TEACHER_SAMPLES_PROTOCOL = 2  # version of the cached teacher samples: increase it when samples change
 READ = 1024  # images passed to feature networks at a time
@@ -52,9 +53,10 @@ class Evaluator:
 
     def __init__(
         self, config: EvaluationConfig, metrics: dict[str, type[Metric]], real: RealImages, teacher: Teacher,
-        progress: Progress, cache: Path | None = None, ranks: Ranks = SINGLE_RANK,
+        progress: Progress, cache: Path | None = None, ranks: Ranks = SINGLE_RANK, noise: str = EVALUATION,
     ) -> None:  # fmt: skip
-        self.ranks = ranks
+        """`noise`: the purpose of what is sampled. Different purposes have different noise for the same seed."""
+        self.ranks, self.noise = ranks, noise
         self.config, self.teacher, self.real, self.progress, self.cache = config, teacher, real, progress, cache
         self.networks, self.device = real.networks, real.networks.device
         self.metrics = [cls() for cls in metrics.values()]
@@ -103,6 +105,7 @@ class Evaluator:
             "threads": torch.get_num_threads(),
             "dataset_sha256": self.real.dataset.sha256,  # includes its texts, and the images that an upscaler enlarges
             **self.teacher.conditioning.evaluation_identity(),
+            **({"noise": self.noise} if self.noise != EVALUATION else {}),
             **({"compute": computed} if (computed := sampling_identity(self.config.sampling, self.device)) else {}),
         }
 
@@ -144,7 +147,7 @@ class Evaluator:
 
     def _noise(self, first: int, seed: int) -> Noise:
         indices = range(first, min(first + self.config.batch_size, self.config.images))
-        return Noise(stream_key("evaluation", seed), indices, self.teacher.shape, self.device)
+        return Noise(stream_key(self.noise, seed), indices, self.teacher.shape, self.device)
 
     def _sample(self, sampler: Sampler, nfe: int, seed: int, step: Step, order: SampleOrder | None) -> Tensor:
         if self.ranks.count > 1:

@@ -30,7 +30,8 @@ from distillbench.records.records import TrainRecord, load_record
 from distillbench.records.settings_file import FULL, SEPARATOR, read_settings
 from distillbench.registry import Registry
 from distillbench.runs.config import RunConfig
-from distillbench.runs.shared_context import Cell, SharedContext, make_source, plain_settings, restored
+from distillbench.runs.sampling_settings import training_settings
+from distillbench.runs.shared_context import Cell, SharedContext, make_source, restored
 from distillbench.storage.files import sha256_file
 from distillbench.system.progress import Progress
 from distillbench.teachers.students import StudentForm
@@ -201,7 +202,7 @@ def _describes(config: RunConfig, name: str, record: TrainRecord) -> bool:
     wanted = {
         "dataset": config.dataset.kind,
         "teacher": config.teacher.kind,
-        "config": plain_settings(config.methods[name]),
+        "config": training_settings(config.methods[name]),
         "budget": {"limit": config.budget.limit.value, "amount": config.budget.amount},
         "batch_size": config.batch_size,
         "seed": config.seed,
