@@ -55,6 +55,8 @@ class ConsistencyTraining(MultistepMethod):
     needs_data, uses_teacher = True, False
     can_start_fresh = True
     student: ConsistencyFunction
+    last: Tensor
+    sampling_grid = property(lambda self: self.last)
 
     @dataclass
     class Config(MultistepMethod.Config):
@@ -92,9 +94,9 @@ class ConsistencyTraining(MultistepMethod):
         if teacher.conditioning.guided:
             raise UserError("ct learns from data and cannot be guided: leave guidance at 1")
         self.stages = [(n + 1, share) for n, share in CURRICULA[config.curriculum](config.s0, config.s1)]
-        self.register_buffer("grid", self.times(self.stages[-1][0]), persistent=False)  # cut to the schedule
+        self.register_buffer("last", self.times(self.stages[-1][0]), persistent=False)  # cut to the schedule
         self.within = teacher.schedule.restricted(math.log(config.sigma_min), math.log(config.sigma_max))
-        e = 0.0 if config.levels == "continuous" else teacher.schedule.noise_level(self.grid[:1]).item()
+        e = 0.0 if config.levels == "continuous" else teacher.schedule.noise_level(self.last[:1]).item()
         self.student = ConsistencyFunction(teacher.student(fresh=config.start == "fresh"), e, config.sigma_data)
         self.target = copy.deepcopy(self.student).requires_grad_(False) if config.mu else self.student
         self.following = MovingAverage(self.target, self.student)
@@ -107,16 +109,16 @@ class ConsistencyTraining(MultistepMethod):
         return [Phase(f"N = {N}", share, fresh=False) for N, share in self.stages]
 
     def start_phase(self, index: int) -> None:
-        config, self.steps = self.config, self.times(self.stages[index][0]).to(self.grid.device)
+        config, self.grid = self.config, self.times(self.stages[index][0]).to(self.last.device)
         if config.levels in GRID_LEVELS:
-            self.cumulative = GRID_LEVELS[config.levels](self.teacher.schedule, self.steps, config.p_mean, config.p_std)
+            self.cumulative = GRID_LEVELS[config.levels](self.teacher.schedule, self.grid, config.p_mean, config.p_std)
 
     def pair(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """t, s and tau_s, (B,1,1,1)."""
         if self.config.levels == "continuous":
-            return continuous_pair(self.within, u, len(self.steps) - 1, self.config.p_mean, self.config.p_std)
+            return continuous_pair(self.within, u, len(self.grid) - 1, self.config.p_mean, self.config.p_std)
         n = torch.searchsorted(self.cumulative, u, right=True)
-        return self.steps[n + 1], self.steps[n], self.teacher.schedule.noise_level(self.steps[n])
+        return self.grid[n + 1], self.grid[n], self.teacher.schedule.noise_level(self.grid[n])
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         schedule, config, x_0, eps, c = self.teacher.schedule, self.config, batch.x_0, batch.noise(), batch.c
@@ -134,7 +136,7 @@ class ConsistencyTraining(MultistepMethod):
             self.following.move(1 - self.config.mu)
 
     def supports(self, nfe: int) -> bool:
-        return 1 <= nfe < len(self.grid)
+        return 1 <= nfe < len(self.last)
 
     def keeps_noise(self, nfe: int) -> bool:
         return nfe == 1

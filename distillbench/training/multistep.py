@@ -35,7 +35,7 @@ def _checked(levels: Any) -> list[float]:
 class MultistepMethod(Method):
     """A method whose ``sample`` begins its steps at ``sampling_times(nfe)``.
 
-    `grid` has ascending times, (N,) float64, N > 1: the last is where sampling starts, at the first nothing is sampled.
+    `grid`: ascending times, (N,) float64, N > 1. Sampling starts at the last of them, and at the first no step begins.
     """
 
     grid: Tensor
@@ -71,6 +71,11 @@ class MultistepMethod(Method):
         super().__init__(config, teacher)
         self._chosen: dict[tuple[float, ...], Tensor] = {}  # by their levels: no copy to a GPU for each batch
 
+    @property
+    def sampling_grid(self) -> Tensor:
+        """The grid in sampling, if it is not the same as in training."""
+        return self.grid
+
     def sampling_times(self, nfe: int) -> Tensor:
         """The ascending times for samplers that spread `nfe` steps evenly over the indices of a grid.
 
@@ -79,13 +84,13 @@ class MultistepMethod(Method):
         """
         levels = next((levels for levels in self.config.sampling_levels if len(levels) == nfe - 1), None)
         if levels is None:
-            return self.grid
+            return self.sampling_grid
         if tuple(levels) not in self._chosen:
             self._chosen[tuple(levels)] = self._times_of(levels)
         return self._chosen[tuple(levels)]
 
     def _times_of(self, levels: list[float]) -> Tensor:
-        schedule, grid = self.teacher.schedule, self.grid
+        schedule, grid = self.teacher.schedule, self.sampling_grid
         low, high = schedule.noise_level(grid[[0, -1]]).tolist()
         if not low < levels[-1] <= levels[0] < high:
             raise UserError(
