@@ -48,6 +48,28 @@ class Measured:
     shown: Tensor  # the first images, uint8
 
 
+class _LazySamples(Samples):
+    """Samples whose teacher's are made when a metric asks for them."""
+
+    def __init__(
+        self, x_0: Tensor, images: ImageSet, of_teacher: Callable[[], tuple[Tensor, ImageSet]], real: ImageSet,
+        keeps_noise: bool, labels: Tensor | None, prompts: list[str] | None,
+    ) -> None:  # fmt: skip
+        given = {"x_0": x_0, "images": images, "of_teacher": of_teacher, "real": real}
+        for name, value in {**given, "keeps_noise": keeps_noise, "labels": labels, "prompts": prompts}.items():
+            object.__setattr__(self, name, value)  # Samples are frozen
+
+    of_teacher: Callable[[], tuple[Tensor, ImageSet]]
+
+    @property
+    def teacher_x_0(self) -> Tensor:  # type: ignore[override]  # a field is read like a property
+        return self.of_teacher()[0]
+
+    @property
+    def teacher(self) -> ImageSet:  # type: ignore[override]
+        return self.of_teacher()[1]
+
+
 class Evaluator:
     """Scores samplers on one dataset against one teacher. One object serves all samplers: same noise, same metrics."""
 
@@ -117,20 +139,24 @@ class Evaluator:
         return torch.from_numpy(array).to(torch.get_default_dtype())
 
     def measure(
-        self, sampler: Sampler, nfe: int, seed: int, keeps_noise: bool, label: str, order: SampleOrder | None = None
-    ) -> Measured:
+        self, sampler: Sampler, nfe: int, seed: int, keeps_noise: bool, label: str, order: SampleOrder | None = None,
+        lazy: bool = False,
+    ) -> Measured:  # fmt: skip
         """The scores of `sampler` at `nfe` evaluations per image, on the noise of sampling seed `seed`.
 
-        If several ranks sample, `order` (the cell and the weights) is sent to the others.
+        If several ranks sample, `order` (the cell and the weights) is sent to the others. With `lazy` the teacher is
+        sampled only if a metric compares with it.
         """
-        teacher_x_0, teacher = self.teacher_samples(seed, order)
+        if not lazy:
+            self.teacher_samples(seed, order)
         with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:
             x_0 = self._sample(sampler, nfe, seed, step, order and replace(order, nfe=nfe, seed=seed))
         conditioning = self.teacher.conditioning
         labels = conditioning.labels_of_images(range(len(x_0))) if conditioning.classes else None
         texts = self.real.dataset.prompts
         prompts = [texts[label] for label in labels.tolist()] if texts is not None and labels is not None else None
-        samples = Samples(x_0, teacher_x_0, self._images(x_0), teacher, self.real, keeps_noise, labels, prompts)
+        seen, of_teacher = self._images(x_0), partial(self.teacher_samples, seed, order)
+        samples = _LazySamples(x_0, seen, of_teacher, self.real, keeps_noise, labels, prompts)
         scores: dict[str, float | None] = {}
         missing: dict[str, str] = {}
         with self.progress.step(f"{label}: scoring {nfe} NFE") as step:

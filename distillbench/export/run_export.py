@@ -11,26 +11,23 @@ import csv
 import dataclasses
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from yaml import YAMLError
 
 from distillbench.errors import UserError, unknown
 from distillbench.records.layout import ResultsFolder
 from distillbench.records.records import TrainRecord, load_record
-from distillbench.records.settings_file import FULL, SEPARATOR, read_settings
+from distillbench.records.settings_file import FULL
 from distillbench.registry import Registry
 from distillbench.runs.config import RunConfig
 from distillbench.runs.sampling_settings import training_settings
+from distillbench.runs.saved_settings import plain_documents, text_of_run, typed_settings
 from distillbench.runs.shared_context import Cell, SharedContext, make_source, restored
 from distillbench.storage.files import sha256_file
 from distillbench.system.progress import Progress
@@ -66,53 +63,14 @@ class Student:
     state: Mapping[str, Tensor]  # its state dict in training, with adapters
 
 
-def read_config(text: str, registry: Registry) -> list[RunConfig]:
-    """The settings in a run's config.yaml, one for each document. Raises UserError if they cannot be read."""
-    return _typed_all(_documents(text), registry)
-
-
-def _documents(text: str) -> list[Any]:
-    load = lambda part: [OmegaConf.to_container(OmegaConf.create(one)) for one in SEPARATOR.split(part)]
-    with _readable():
-        return read_settings(text, load)
-
-
-def _typed_all(documents: Sequence[Any], registry: Registry) -> list[RunConfig]:
-    with _readable():
-        return [_typed(document, registry) for document in documents]
-
-
-@contextmanager
-def _readable() -> Iterator[None]:
-    try:
-        yield
-    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"config.yaml cannot be read; it may be of another version of distillbench: {why}") from error
-
-
-def _typed(document: Any, registry: Registry) -> RunConfig:
-    plain: Any = OmegaConf.create(document)
-    plain.pop("executor", None)  # does not affect the student
-    typed: Any = OmegaConf.structured(RunConfig)
-    entries = [("dataset", "datasets", "dataset"), ("teacher", "teachers", "teacher")]
-    entries += [(f"methods.{name}", "methods", f"methods.{name}") for name in plain.methods]
-    for path, kind, place in entries:
-        name = str(OmegaConf.select(plain, f"{place}.kind"))
-        OmegaConf.update(typed, path, OmegaConf.structured(registry.get(kind, name).cls.Config), force_add=True)
-    config = OmegaConf.to_object(OmegaConf.merge(typed, plain))
-    assert isinstance(config, RunConfig)
-    return config
-
-
 def find_student(run_folder: Path, method: str, seed: int | None, registry: Registry, progress: Progress) -> Student:
     """The student of `method` and `seed` with its weights, on the CPU. Raises UserError if there is none."""
-    documents = _documents(_text(run_folder, "config.yaml"))
-    table = list(csv.DictReader(io.StringIO(_text(run_folder, "table.csv"), newline="")))
+    documents = plain_documents(text_of_run(run_folder, "config.yaml"))
+    table = list(csv.DictReader(io.StringIO(text_of_run(run_folder, "table.csv"), newline="")))
     if len(documents) <= FULL:
-        _typed_all(documents, registry)  # unreadable settings are the first error
+        typed_settings(documents, registry)  # unreadable settings are the first error
     weights = _chosen(run_folder, method, seed, documents, table)
-    configs = _typed_all([document for document in documents if document["seed"] == weights.seed], registry)
+    configs = typed_settings([document for document in documents if document["seed"] == weights.seed], registry)
     results = run_folder.absolute().parent
     cell_folder = ResultsFolder(results).cells / weights.key
     record = _record(cell_folder / "train.json", weights)
@@ -138,17 +96,6 @@ def find_student(run_folder: Path, method: str, seed: int | None, registry: Regi
         able = ", ".join(str(n) for n in range(2, 1025) if student.supports(n)) or "none up to 1024"
         raise UserError(f"{weights.method} does not sample in one step, which is what is exported. It does {able}")
     return Student(run_folder, cell, teacher, student, record, load_file(file) if students.adapters else {})
-
-
-def _text(run_folder: Path, name: str) -> str:
-    try:
-        return (run_folder / name).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        inside = run_folder.iterdir() if run_folder.is_dir() else ()
-        runs = ", ".join(sorted(path.name for path in inside if (path / "config.yaml").is_file()))
-        raise UserError(
-            f"no run in {str(run_folder)!r}: it has no {name}{f'. Runs in it: {runs}' if runs else ''}"
-        ) from error
 
 
 def _chosen(

@@ -89,6 +89,12 @@ class MultistepMethod(Method):
             self._chosen[tuple(levels)] = self._times_of(levels)
         return self._chosen[tuple(levels)]
 
+    def levels_at(self, nfe: int) -> list[float]:
+        """The noise levels at which the steps after the first begin with `nfe` evaluations, falling."""
+        times = self.sampling_times(nfe)
+        begin = torch.linspace(len(times) - 1, 0, nfe + 1)[1:-1].round().long()
+        return list(self.teacher.schedule.noise_level(times[begin.to(times.device)]).tolist())
+
     def _times_of(self, levels: list[float]) -> Tensor:
         schedule, grid = self.teacher.schedule, self.sampling_grid
         low, high = schedule.noise_level(grid[[0, -1]]).tolist()
