@@ -16,7 +16,7 @@ from distillbench.evaluation.evaluator import Evaluator
 from distillbench.execution.run import run
 from distillbench.registry import Entry, Plugin, Registry, load_registry
 from distillbench.runs.cell_result import describe_cell
-from distillbench.runs.config import compose_runs
+from distillbench.runs.config import RunConfig, compose_runs
 from distillbench.runs.level_tuning import SEARCH, Wanted, check_trained, tune_levels
 from distillbench.runs.plan import plan
 from distillbench.runs.shared_context import restored
@@ -62,6 +62,7 @@ WORDS = [
 class Ran:
     results: Path
     registry: Registry
+    config: RunConfig
 
     @property
     def folder(self):
@@ -90,13 +91,14 @@ class Ran:
         (file,) = self.cell().glob("levels-*.json")
         return json.loads(file.read_bytes())["tried"]
 
-    def planned(self, *words):
-        """The cell of cm, planned by the run's own command with more settings."""
-        words = [*WORDS, "methods=[cm]", f'results_dir="{self.results}"', *words]
-        (cell,) = (cell for cell in plan(compose_runs(words, self.registry), self.registry) if cell.entry is not None)
-        return cell, cell.shared.load_teacher(Progress(None))
+    def planned(self, **settings):
+        """The cell of cm and its teacher, planned with the run's settings and more of cm."""
+        methods = {"cm": replace(self.config.methods["cm"], **settings)}
+        cells = plan([replace(self.config, methods=methods, results_dir=str(self.results))], self.registry)
+        return cells[-1], cells[-1].shared.load_teacher(Progress(None))
 
     def method(self):
+        """The student."""
         return restored(*self.planned(), self.cell() / "student.safetensors")
 
 
@@ -109,13 +111,13 @@ def first(tmp_path_factory):
     results = tmp_path_factory.mktemp("tuned") / "results"
     configs = compose_runs([*WORDS, "methods=[boot,cm]", f'results_dir="{results}"'], registry)
     run(plan(configs, registry), configs, Progress(None), lambda rows: None)
-    return Ran(results, registry)
+    return Ran(results, registry, configs[0])
 
 
 @pytest.fixture
 def ran(first, tmp_path):
     """A copy of the finished run, in another place."""
-    return Ran(Path(shutil.copytree(first.results, tmp_path / "moved")), first.registry)
+    return Ran(Path(shutil.copytree(first.results, tmp_path / "moved")), first.registry, first.config)
 
 
 def off_target(method: Method, levels, images, purpose, seed=0):
@@ -194,9 +196,9 @@ def test_rows_with_the_best_levels_are_added_and_nothing_is_trained(ran):
     summary = pd.read_parquet(ran.folder / "summary.parquet")
     assert summary["settings"].str.contains(text, regex=False).sum() == 2  # not merged with the default's
     # the setting that is printed finds these rows from the run's own command
-    there = describe_cell(*ran.planned(f"methods.cm.sampling_levels=[{levels}]"))
+    there = describe_cell(*ran.planned(sampling_levels=[levels]))
     assert there.evaluation_key == row["key"] and there.train_key == describe_cell(*ran.planned()).train_key
-    assert there.train_key != describe_cell(*ran.planned("methods.cm.mu=0")).train_key
+    assert there.train_key != describe_cell(*ran.planned(mu=0)).train_key
 
 
 def test_few_candidates_are_spread_over_the_grid_and_a_higher_score_may_be_better(ran):
@@ -245,4 +247,4 @@ def test_a_folder_that_is_no_run_and_a_student_that_is_gone_are_refused(ran):
 
 def test_a_plan_refuses_levels_outside_the_grid(first):
     with pytest.raises(UserError, match="cm: sampling_levels must lie between the ends of its grid"):
-        first.planned("methods.cm.sampling_levels=[[900]]")
+        first.planned(sampling_levels=[[900]])
