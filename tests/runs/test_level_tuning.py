@@ -15,13 +15,14 @@ from distillbench.diffusion.noise import Noise, stream_key
 from distillbench.evaluation.evaluator import Evaluator
 from distillbench.execution.run import run
 from distillbench.registry import Entry, Plugin, Registry, load_registry
+from distillbench.runs import cell_training
 from distillbench.runs.cell_result import describe_cell
 from distillbench.runs.config import RunConfig, compose_runs
 from distillbench.runs.level_tuning import SEARCH, Wanted, check_trained, tune_levels
 from distillbench.runs.plan import plan
 from distillbench.runs.shared_context import restored
 from distillbench.system.progress import Progress
-from distillbench.system.signals import Interrupted
+from distillbench.system.signals import Interrupted, Stop
 
 
 class Width(Metric):
@@ -243,6 +244,15 @@ def test_a_folder_that_is_no_run_and_a_student_that_is_gone_are_refused(ran):
     settings.write_text(settings.read_text().replace("segments: 1", "segments: 2"))
     with pytest.raises(UserError, match=r"sampling_levels must be \[\] with segments=2"):
         ran.search()
+
+
+def test_a_training_is_given_the_defaults_of_settings_of_sampling(ran, tmp_path, monkeypatch):
+    """So its scores along the way, which all such settings share, do not depend on the first one that trained it."""
+    seen = []
+    monkeypatch.setattr(cell_training, "build", lambda cell, *given: seen.append(cell.method_config) or 1 / 0)
+    cell, _ = ran.planned(sampling_levels=[[0.5]], mu=0)
+    assert cell_training.train_cell(cell, {}, tmp_path, Progress(None), Stop()).status == "failed"
+    assert seen == [replace(cell.method_config, sampling_levels=[])] and seen[0].mu == 0
 
 
 def test_a_plan_refuses_levels_outside_the_grid(first):
