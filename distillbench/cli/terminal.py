@@ -13,7 +13,6 @@ from distillbench.errors import first_of
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
-    from rich.table import Table
 
     from distillbench.runs.level_tuning import Tuning
     from distillbench.runs.shared_context import Cell
@@ -23,10 +22,6 @@ WIDEST_TEXT = 120
 LONGEST_VERDICT = 1000  # characters
 MOST_LINES = 50  # of a plan or a table
 MOST_NAMED = 8  # rows in one line of text
-COSTS = (  # columns that are shown where they fit
-    *("sample_latency_p50_ms", "train_seconds", "sample_images_per_second", "train_teacher_nfe", "train_student_nfe"),
-    *("train_images", "train_tflops", "train_joules"),
-)
 
 
 def new_console() -> Console:
@@ -49,19 +44,6 @@ def print_definitions(rows: Iterable[tuple[str, str]]) -> None:
     if lines:
         formatter.write_dl(lines, col_max=36)
     click.echo(formatter.getvalue(), nl=False)
-
-
-def _new_table(columns: Iterable[str], text: Sequence[str], footer: Sequence[str] | None = None) -> Table:
-    """An empty table, as narrow as its values. The columns in `text` are left-aligned, those of numbers right."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.show_footer = footer is not None
-    for k, name in enumerate(columns):
-        heading, end = "\n".join(name.split("_")), footer[k] if footer else ""
-        table.add_column(heading, end, vertical="bottom", no_wrap=True, justify="left" if name in text else "right")
-    return table
 
 
 def print_plan(console: Console, cells: list[Cell]) -> None:
@@ -95,10 +77,12 @@ def print_plan(console: Console, cells: list[Cell]) -> None:
 
 
 def _print_plan_table(console: Console, cells: list[Cell]) -> None:
+    from distillbench.reports.terminal_table import new_table, number
+
     columns = ["cell", "rows at NFE", "train_images", "train_teacher_NFE", "train_student_NFE", "sampling_NFE"]
     footer = [f"sum ({len(cells):,} cells)" if len(cells) > MOST_LINES else "sum", ""]
     footer += [number(sum(column)) for column in zip(*map(_cost, cells), strict=True)]
-    table = _new_table(columns, text=columns[:2], footer=footer)
+    table = new_table(columns, [k < 2 for k in range(len(columns))], footer=footer)
     lines = _plan_lines(cells)
     for label, nfe, costs in lines[:MOST_LINES]:
         table.add_row(label, ", ".join(map(str, nfe)), *map(number, costs))
@@ -149,13 +133,15 @@ def print_rows(progress: Progress, rows: pd.DataFrame) -> None:
 
     The index of `rows` are the settings that differ among the cells of the run.
     """
+    from distillbench.reports.terminal_table import number, row_name
+
     if len(rows) > MOST_LINES:
         counts = rows["status"].value_counts()
         progress.say(f"  {len(rows):,} rows: {', '.join(f'{count:,} {status}' for status, count in counts.items())}")
         return
     for differs, row in zip(rows.index, rows.to_dict("records"), strict=True):
         values = ", ".join(f"{name} {number(row[name])}" for name in _scores(rows))
-        name = _row_name(row, differs if isinstance(differs, str) else "")
+        name = row_name(row, differs if isinstance(differs, str) else "")
         progress.say(f"  {name}: {values if row['status'] == 'ok' else _why(row)}")
 
 
@@ -165,34 +151,22 @@ def print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, di
     `summary` is that of `table`, `directions` those of the scores. All columns are in table.csv and summary.csv.
     """
     from distillbench.records.statistics import KEYS
+    from distillbench.reports.terminal_table import COSTS, columns_that_fit, score_table, with_stars
 
     same = [name for name in ("dataset", "teacher", "budget", "device") if table[name].nunique() == 1]
     shared = {name: table[name].dropna().iloc[0] for name in same}
     _say(console, ", ".join(f"{name} {value}" for name, value in shared.items() if value))
     summary = table[KEYS].drop_duplicates().merge(summary, on=KEYS, how="left")  # in the order of the run
     lines = _best_lines(summary, directions)
-    shown = _columns_that_fit(console, summary, same, directions, lines)
-    console.print(_drawn(summary, shown, directions, lines))
+    names = _describing_columns(summary, same)
+    wanted = [*names, *directions, *(name for name in COSTS if summary[name].notna().any())]
+    best = with_stars(summary, directions).iloc[lines]
+    shown = columns_that_fit(console, best, wanted, directions, least=len(names) + 1)  # the first score always stays
+    console.print(score_table(best, shown, directions))
     notes = [*_notes(summary, shown, directions, lines), *_verdicts(summary, directions)]
     notes += _behind_teacher(summary, directions)
     for line in [*notes, *_failures(table), *_remarks(table), *_empty_scores(table, directions)]:
         _say(console, line)
-
-
-def _columns_that_fit(
-    console: Console, summary: pd.DataFrame, same: Sequence[str], directions: dict[str, str], lines: list[int]
-) -> list[str]:
-    """The columns that tell rows apart, then scores and costs as far as the console is wide enough."""
-    names = _describing_columns(summary, same)
-    first_score = len(names) + 1
-    names += [*directions, *(name for name in COSTS if summary[name].notna().any())]
-    unlimited = console.options.update(max_width=10_000)
-    while len(names) > first_score:  # the first score always stays
-        drawn = _drawn(summary, names, directions, lines)
-        if console.measure(drawn, options=unlimited).maximum <= console.width:
-            break
-        names.pop()
-    return names
 
 
 def _describing_columns(summary: pd.DataFrame, same: Sequence[str]) -> list[str]:
@@ -219,11 +193,13 @@ def _notes(summary: pd.DataFrame, shown: Sequence[str], directions: dict[str, st
 
 def _failures(table: pd.DataFrame) -> Iterator[str]:
     """Rows that are not ok, with their reasons."""
+    from distillbench.reports.terminal_table import row_name
+
     bad = table[table["status"] != "ok"]
     records = bad[:MOST_LINES].to_dict("records")
-    names = [_row_name(row) for row in records]
+    names = [row_name(row, "") for row in records]
     for row, name in zip(records, names, strict=True):
-        yield f"{_row_name(row, row['settings']) if names.count(name) > 1 else name}: {_why(row)}"
+        yield f"{row_name(row) if names.count(name) > 1 else name}: {_why(row)}"
     if len(bad) > MOST_LINES:
         yield _more(len(bad), "rows that are not ok (table.csv)")
 
@@ -259,33 +235,6 @@ def _best_lines(summary: pd.DataFrame, directions: dict[str, str]) -> list[int]:
     return order[:MOST_LINES].tolist()
 
 
-def _drawn(summary: pd.DataFrame, names: list[str], directions: dict[str, str], lines: list[int]) -> Table:
-    from rich.markup import escape
-
-    from distillbench.records.statistics import arrow, leaders
-
-    headings = [f"{name}_{arrow(directions[name])}".rstrip("_") if name in directions else name for name in names]
-    texts = ("dataset", "teacher", "method", "settings", "budget", "protocol", "status")
-    drawn = _new_table(headings, text=texts)
-    best = {name: leaders(summary, name, directions[name]).tolist() for name in names if name in directions}
-    for index, row in zip(lines, summary.iloc[lines].to_dict("records"), strict=True):
-        cells = (_cell(row, name, best.get(name, {}) and best[name][index]) for name in names)
-        drawn.add_row(*map(escape, cells))
-    return drawn
-
-
-def _cell(row: dict, name: str, best: bool) -> str:
-    """A value; a score with its interval, and a star where it leads (`statistics.leaders`)."""
-    import pandas as pd
-
-    text = number(row[name])
-    for source in ("training", "sampling"):
-        low, high = row.get(f"{name}_{source}_low"), row.get(f"{name}_{source}_high")
-        if low is not None and not pd.isna(low):
-            return f"{text} {source[0]}[{number(low)}, {number(high)}]{'*' if best else ''}"
-    return text
-
-
 def _verdicts(summary: pd.DataFrame, directions: dict[str, str]) -> list[str]:
     """For each score and number of evaluations which method leads, or why none does; one line if all have one seed."""
     from distillbench.records.statistics import COMPARABLE, verdict
@@ -306,6 +255,7 @@ def _verdicts(summary: pd.DataFrame, directions: dict[str, str]) -> list[str]:
 def _behind_teacher(summary: pd.DataFrame, directions: dict[str, str]) -> Iterator[str]:
     """For each score the students that are worse than the teacher's DDIM with as many evaluations."""
     from distillbench.records.statistics import COMPARABLE, TEACHER
+    from distillbench.reports.terminal_table import number
 
     same = [column for column in COMPARABLE if column != "budget"]  # the teacher has none
     for name, direction in directions.items():
@@ -366,22 +316,5 @@ def _scores(table: pd.DataFrame) -> list[str]:
     return [name for name in table.columns if name not in FIRST and name not in LAST]
 
 
-def _row_name(row: dict, settings: str = "") -> str:
-    seed = number(row["training_seed"])
-    words = [row["method"], settings, "" if seed == "-" else f"seed {seed}"]
-    return f"{' '.join(filter(None, words))}, {row['nfe']} NFE, noise {row['sampling_seed']}"
-
-
 def _why(row: dict) -> str:
     return f"{row['status']}: {row['reason']}"
-
-
-def number(value: object) -> str:
-    """A number with four digits, or all of a large one; "-" for an empty value."""
-    import pandas as pd
-
-    if pd.isna(value):
-        return "-"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
