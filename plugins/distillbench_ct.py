@@ -135,12 +135,6 @@ class ConsistencyTraining(MultistepMethod):
         if self.config.mu:
             self.following.move(1 - self.config.mu)
 
-    def supports(self, nfe: int) -> bool:
-        return 1 <= nfe < len(self.last)
-
-    def keeps_noise(self, nfe: int) -> bool:
-        return nfe == 1
-
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         return multistep(self.student, self.sampling_times(nfe), noise, nfe, c)
 

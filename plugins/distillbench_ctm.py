@@ -133,9 +133,6 @@ class ConsistencyTrajectory(MultistepMethod):
         if self.config.mu:
             self.following.move(1 - self.config.mu)
 
-    def supports(self, nfe: int) -> bool:
-        return 1 <= nfe < self.config.steps
-
     def keeps_noise(self, nfe: int) -> bool:
         return nfe == 1 or self.config.gamma == 0
 

@@ -124,12 +124,6 @@ class EasyConsistencyTuning(MultistepMethod):
         loss = mean_square(F, target, w) if config.metric == "l2" else pseudo_huber(F, target, w, config.huber_c)
         yield self.student, loss
 
-    def supports(self, nfe: int) -> bool:
-        return 1 <= nfe < len(self.grid)
-
-    def keeps_noise(self, nfe: int) -> bool:
-        return nfe == 1
-
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         return multistep(self.student, self.sampling_times(nfe), noise, nfe, c)
 

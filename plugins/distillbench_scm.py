@@ -132,12 +132,6 @@ class ContinuousConsistency(MultistepMethod):
     def after_step(self) -> None:
         self.updates += 1
 
-    def supports(self, nfe: int) -> bool:
-        return 1 <= nfe < len(self.grid)
-
-    def keeps_noise(self, nfe: int) -> bool:
-        return nfe == 1
-
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         return multistep(self.student, self.sampling_times(nfe), noise, nfe, c)
 

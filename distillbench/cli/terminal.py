@@ -275,9 +275,10 @@ def _behind_teacher(summary: pd.DataFrame, directions: dict[str, str]) -> Iterat
 def print_tuning(console: Console, tuning: Tuning, evaluated: bool) -> None:
     """The levels that were tried with their scores, what they cost, and how to evaluate the best ones."""
     from distillbench.records.statistics import arrow
+    from distillbench.reports.terminal_table import new_table, number
 
     heading = f"{tuning.metric}_{arrow(tuning.direction)}"
-    table = _new_table(["nfe", "levels", heading, "seconds", ""], text=["levels", ""])
+    table = new_table(["NFE", "levels", heading, "seconds", ""], [False, True, False, False, True])
     for one in sorted(tuning.tried, key=lambda one: (one.nfe, [-level for level in one.levels])):
         notes = ["now"] * (one.levels in tuning.present) + ["best"] * (one.levels in tuning.chosen)
         levels = ", ".join(f"{level:g}" for level in one.levels)

@@ -76,6 +76,13 @@ class MultistepMethod(Method):
         """The grid in sampling, if it is not the same as in training."""
         return self.grid
 
+    def supports(self, nfe: int) -> bool:
+        return 1 <= nfe < len(self.sampling_grid)
+
+    def keeps_noise(self, nfe: int) -> bool:
+        """With one evaluation; as a rule, more add fresh noise."""
+        return nfe == 1
+
     def sampling_times(self, nfe: int) -> Tensor:
         """The ascending times for samplers that spread `nfe` steps evenly over the indices of a grid.
 
