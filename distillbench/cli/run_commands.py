@@ -163,6 +163,7 @@ def tune_levels(
 
     \b
     distillbench run 'methods=[cm]' dataset=digits run_name=digits
+    distillbench tune-levels results/digits --nfe 2
     distillbench tune-levels results/digits --nfe 2 --evaluate
     """
     from pathlib import Path
@@ -183,7 +184,7 @@ def tune_levels(
         wanted = Wanted(method, seed, nfe, metric, images, candidates, sampling_seed)
         tuning = search(folder, wanted, registry, progress)
     print_tuning(console, tuning, evaluate)
-    if evaluate:
+    if evaluate and tuning.chosen != tuning.present:
         _run_configs([*tuning.configs, *tuning.tuned], registry, RunFlags(False, False, False, False, False))
 
 

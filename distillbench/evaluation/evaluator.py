@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,21 +52,21 @@ class Measured:
 class _LazySamples(Samples):
     """Samples whose teacher's are made when a metric asks for them."""
 
-    def __init__(
-        self, x_0: Tensor, images: ImageSet, of_teacher: Callable[[], tuple[Tensor, ImageSet]], real: ImageSet,
-        keeps_noise: bool, labels: Tensor | None, prompts: list[str] | None,
-    ) -> None:  # fmt: skip
-        given = {"x_0": x_0, "images": images, "of_teacher": of_teacher, "real": real}
-        for name, value in {**given, "keeps_noise": keeps_noise, "labels": labels, "prompts": prompts}.items():
-            object.__setattr__(self, name, value)  # Samples are frozen
-
     of_teacher: Callable[[], tuple[Tensor, ImageSet]]
 
-    @property
-    def teacher_x_0(self) -> Tensor:  # type: ignore[override]  # a field is read like a property
+    @staticmethod
+    def of(of_teacher: Callable[[], tuple[Tensor, ImageSet]], **others: Any) -> _LazySamples:
+        """`others`: the fields of Samples but `teacher_x_0` and `teacher`."""
+        samples: _LazySamples = object.__new__(_LazySamples)
+        for name, value in {"of_teacher": of_teacher, **others}.items():
+            object.__setattr__(samples, name, value)  # Samples are frozen
+        return samples
+
+    @cached_property
+    def teacher_x_0(self) -> Tensor:  # type: ignore[override]  # read like the field
         return self.of_teacher()[0]
 
-    @property
+    @cached_property
     def teacher(self) -> ImageSet:  # type: ignore[override]
         return self.of_teacher()[1]
 
@@ -147,16 +148,20 @@ class Evaluator:
         If several ranks sample, `order` (the cell and the weights) is sent to the others. With `lazy` the teacher is
         sampled only if a metric compares with it.
         """
-        if not lazy:
-            self.teacher_samples(seed, order)
+        of_teacher = partial(self.teacher_samples, seed, order)
+        teacher = None if lazy else of_teacher()
         with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:
             x_0 = self._sample(sampler, nfe, seed, step, order and replace(order, nfe=nfe, seed=seed))
         conditioning = self.teacher.conditioning
         labels = conditioning.labels_of_images(range(len(x_0))) if conditioning.classes else None
         texts = self.real.dataset.prompts
         prompts = [texts[label] for label in labels.tolist()] if texts is not None and labels is not None else None
-        seen, of_teacher = self._images(x_0), partial(self.teacher_samples, seed, order)
-        samples = _LazySamples(x_0, seen, of_teacher, self.real, keeps_noise, labels, prompts)
+        known: dict[str, Any] = {"x_0": x_0, "images": self._images(x_0), "real": self.real, "keeps_noise": keeps_noise}
+        known |= {"labels": labels, "prompts": prompts}
+        if teacher is None:
+            samples: Samples = _LazySamples.of(of_teacher, **known)
+        else:
+            samples = Samples(teacher_x_0=teacher[0], teacher=teacher[1], **known)
         scores: dict[str, float | None] = {}
         missing: dict[str, str] = {}
         with self.progress.step(f"{label}: scoring {nfe} NFE") as step:

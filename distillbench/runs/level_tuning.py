@@ -223,9 +223,11 @@ def _search_settings(config: RunConfig, wanted: Wanted, registry: Registry) -> R
     """The run's settings with the samples and the metric of the search."""
     metrics = chosen_metrics(config.evaluation, registry)
     able = [name for name, cls in metrics.items() if cls.direction != "none"]
-    name = wanted.metric or (able[0] if able else "")
+    if not able:
+        raise UserError(f"the run has no score that can be optimised: evaluation.metrics={config.evaluation.metrics}")
+    name = wanted.metric or able[0]
     if name not in able:
-        raise unknown("metric with a direction", name, able, " in the run")
+        raise unknown("metric to optimise", name, able, " in the run")
     network = metrics[name].network
     references = [
         word
