@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distillbench.evaluation.features import FeatureNetwork
     from distillbench.evaluation.reference_statistics import RealImages
     from distillbench.registry import Registry
+    from distillbench.runs.distances import Lpips
 
 
 @click.group()
@@ -48,10 +49,11 @@ def check_data(registry: Registry, settings: tuple[str, ...], grid: str | None) 
 @click.option("--from", "source", type=UserPath(), help="Copy this file, or the file of this folder.")
 @with_plugins
 def fetch(registry: Registry, network: str | None, source: str | None) -> None:
-    """Download the weights of a feature network.
+    """Download the weights of a feature network, or of LPIPS.
 
-    NETWORK is, for example, inception, which FID needs. Without NETWORK all are listed. No other command downloads.
-    The file is checked by its SHA-256, wherever it comes from, and stored in $DISTILLBENCH_WEIGHTS or the user's cache.
+    NETWORK is, for example, inception, which FID needs, or lpips, a distance that methods may train with. Without
+    NETWORK all are listed. No other command downloads. The file is checked by its SHA-256, wherever it comes from, and
+    stored in $DISTILLBENCH_WEIGHTS or the user's cache.
 
     \b
     distillbench fetch inception
@@ -61,14 +63,17 @@ def fetch(registry: Registry, network: str | None, source: str | None) -> None:
 
     from distillbench.evaluation.pretrained_weights import fetch as fetch_weights
     from distillbench.evaluation.pretrained_weights import weights_folder
+    from distillbench.runs.distances import Lpips
 
     folder = weights_folder()
+    networks: dict[str, type[FeatureNetwork] | type[Lpips]] = {**_networks(registry), Lpips.name: Lpips}
     if network is None:
         click.echo(f"weights are stored in {folder}")
-        networks = sorted(_networks(registry).items())
-        print_definitions((name, _describe_weights(cls, folder)) for name, cls in networks)
+        print_definitions((name, _describe_weights(cls, folder)) for name, cls in sorted(networks.items()))
         return
-    cls = _network(registry, network)
+    if network not in networks:
+        raise unknown("network", network, networks)
+    cls = networks[network]
     if not cls.weights.url and source is None:
         raise UserError(f"the weights of {network} come with an installed package: there is nothing to fetch")
     for weights in (cls.weights, *cls.also):
@@ -159,7 +164,7 @@ def _network(registry: Registry, name: str) -> type[FeatureNetwork]:
     return networks[name]
 
 
-def _describe_weights(cls: type[FeatureNetwork], folder: Path) -> str:
+def _describe_weights(cls: type[FeatureNetwork] | type[Lpips], folder: Path) -> str:
     try:
         cls.locate(folder)
         state = "present"

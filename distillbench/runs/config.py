@@ -28,6 +28,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from distillbench.datasets.augmentation import AugmentConfig
 from distillbench.errors import UserError, nearest, quoted, unknown
 from distillbench.evaluation.settings import EvaluationConfig
 from distillbench.options import option, require_between, require_one_of, require_positive
@@ -75,6 +76,7 @@ class RunConfig:
     evaluation: EvaluationConfig = option(EvaluationConfig, "what is sampled and scored")
     student: StudentConfig = option(StudentConfig, "the network of the students: the teacher's, adapters, or another")
     compute: ComputeConfig = option(ComputeConfig, "precision, compilation and memory of networks in training")
+    augment: AugmentConfig = option(AugmentConfig, "random augmentation of the real images of training")
     batch_size: int = option(128, "images of a training step, for every method")
     accumulate: int = option(1, "gradient accumulation: parts of a step, computed one after the other to save memory")
     on_oom: str = option(

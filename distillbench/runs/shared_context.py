@@ -48,7 +48,9 @@ def _settings_but(*names: str) -> tuple[str, ...]:
 SHARED_SETTINGS = _settings_but("methods", "seed")  # settings that decide a context
 CELL_SETTINGS = _settings_but("methods", "seed", "run_name")  # decide a method's cell, with the method's own
 TEACHER_SETTINGS = tuple(
-    name for name in CELL_SETTINGS if name not in ("budget", "batch_size", "guidance_range", "compute", "student")
+    name
+    for name in CELL_SETTINGS
+    if name not in ("budget", "batch_size", "guidance_range", "compute", "student", "augment")
 )
 
 
@@ -157,6 +159,7 @@ class Cell:
     solver: Solver | None = None  # of the teacher itself
     cost: TrainingCost = field(default_factory=TrainingCost)  # estimated
     cost_varies: bool = False  # the estimate is a mean: the cost of a step is random
+    compared: float = 0.0  # images that LPIPS evaluates for each training image, estimated
     group_size: int = 1  # the method's, once it is known
     nfe: list[int] = field(default_factory=list)  # of its rows
     cost_error: str = ""  # why the cost could not be estimated
@@ -171,6 +174,11 @@ class Cell:
     def reads_data(self) -> bool:
         """Whether it trains a method on real images."""
         return self.entry is not None and bool(self.entry.cls.reads_data(self.method_config))
+
+    @property
+    def augmentation(self) -> dict[str, Any]:
+        """The settings of the augmentation of its real images, as plain values; {} without."""
+        return self.shared.config.augment.plain() if self.reads_data else {}
 
     def sampler(self) -> Solver:
         """Of the teacher's rows."""
@@ -197,7 +205,10 @@ class SharedContexts:
 
     def identity(self, cell: Cell) -> Hashable:
         """Equal for cells that occur twice in a grid, such as the teacher's rows at several budgets."""
-        settings = self._settings(cell.shared.config, CELL_SETTINGS if cell.entry is not None else TEACHER_SETTINGS)
+        names = CELL_SETTINGS if cell.entry is not None else TEACHER_SETTINGS
+        if not cell.reads_data:  # then nothing is augmented
+            names = tuple(name for name in names if name != "augment")
+        settings = self._settings(cell.shared.config, names)
         return settings, cell.name, self.text(cell.method_config), cell.seed
 
     def _settings(self, config: RunConfig, names: Sequence[str]) -> Hashable:
