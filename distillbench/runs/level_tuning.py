@@ -36,6 +36,7 @@ from distillbench.runs.shared_context import Cell, SharedContexts, restored
 from distillbench.storage.files import key_of, sha256_file
 from distillbench.system.environment import device_name, environment
 from distillbench.system.progress import Progress
+from distillbench.teachers.teacher import Teacher
 from distillbench.training.multistep import MultistepMethod
 
 SEARCH = "search of levels"  # the purpose of its samples; those of an evaluation have another, so other noise
@@ -174,11 +175,7 @@ def _method_of(configs: list[RunConfig], wanted: Wanted, run_folder: Path, regis
     if asked is not None and asked not in classes:
         raise unknown("method", asked, classes, f" in the run {run_folder.name!r}")
     if asked in able or (asked is None and len(able) == 1):
-        name = asked or able[0]
-        for config in configs:
-            if name in config.methods:  # raises if other settings fix the levels
-                dataclasses.replace(config.methods[name], sampling_levels=[[1.0]])
-        return name
+        return asked or able[0]
     listed = ", ".join(able) or "none"
     if asked is not None:
         raise UserError(
@@ -193,8 +190,14 @@ def _find_student(
 ) -> _Student:
     contexts = SharedContexts()
     found: dict[str, _Student] = {}
+    fixed: list[UserError] = []
     for config in configs:
         if name in config.methods and wanted.seed in (None, config.seed):
+            try:
+                dataclasses.replace(config.methods[name], sampling_levels=[[1.0]])
+            except UserError as error:  # another setting fixes the levels
+                fixed.append(error)
+                continue
             cell = cell_of(_search_settings(config, wanted, registry), name, [], registry, contexts)
             cell.shared.noise = SEARCH
             description = describe_cell(cell, _teacher(cell, progress))
@@ -203,6 +206,8 @@ def _find_student(
                 found.setdefault(student.name, student)
     if wanted.method in found:
         return found[wanted.method]
+    if fixed and not found:
+        raise fixed[0]
     if not found or wanted.method not in (None, name):
         seed = "" if wanted.seed is None else f" (seed {wanted.seed})"
         raise UserError(
@@ -240,7 +245,8 @@ def _search_settings(config: RunConfig, wanted: Wanted, registry: Registry) -> R
     return dataclasses.replace(config, evaluation=evaluation)
 
 
-def _teacher(cell: Cell, progress: Progress) -> Any:
+def _teacher(cell: Cell, progress: Progress) -> Teacher:
+    """The teacher, without training it."""
     if cell.shared.teacher is None and cell.shared.source.plan().images:
         raise UserError(
             f"the teacher of {cell.label} is no longer in {cell.shared.folder.root}: it would be trained again"
