@@ -14,6 +14,8 @@ from distillbench.errors import Unavailable, UserError, unknown
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
+
     from distillbench.evaluation.features import FeatureNetwork
     from distillbench.evaluation.reference_statistics import RealImages
     from distillbench.registry import Registry
@@ -116,9 +118,10 @@ def export_reference(registry: Registry, settings: tuple[str, ...], network: str
 def import_reference(
     registry: Registry, file: str, settings: tuple[str, ...], network: str, images: int, output: str
 ) -> None:
-    """Import statistics of another tool (pytorch-fid, EDM) with the provenance that you declare.
+    """Import statistics of another tool (pytorch-fid, EDM, guided-diffusion) with the provenance that you declare.
 
-    distillbench cannot verify which dataset and network FILE was computed with.
+    distillbench cannot verify which dataset and network FILE was computed with. Images in FILE (`arr_0`) are passed
+    through the network: precision and recall are then computed with them.
 
     \b
     distillbench reference import cifar10-32x32.npz dataset=cifar10 dataset.path=cifar-10-python.tar.gz \\
@@ -132,8 +135,9 @@ def import_reference(
     real = _real_images(registry, settings)
     wanted = provenance_of(real.dataset, cls.identity(real.networks.folder))
     statistics, provenance = declared(read_reference(Path(file)), wanted, cls.width, images)
-    write_reference(written, statistics, provenance)
-    click.echo(f"written: {written}, declared as {network} statistics of {images} images of {real.dataset.name}")
+    features, words = _features_in(Path(file), real, cls)
+    write_reference(written, statistics, provenance, features)
+    click.echo(f"written: {written}, declared as {network} statistics of {images} images of {real.dataset.name}{words}")
 
 
 @reference.command("show")
@@ -147,8 +151,29 @@ def show_reference(file: str) -> None:
     found = read_reference(Path(file))
     click.echo(f"{found.path.name}: {len(found.statistics.mean)} features, sha256 {found.sha256}")
     print_definitions((name, str(value)) for name, value in sorted(found.provenance.items()))
+    if found.features is not None:
+        click.echo(f"with features of {len(found.features)} single images, for precision and recall")
     if not found.provenance:
         click.echo("it has no provenance: see distillbench reference import --help")
+
+
+def _features_in(file: Path, real: RealImages, network: type[FeatureNetwork]) -> tuple[Tensor | None, str]:
+    """The features of the images in a reference file, if it has any and the network is there; and what to say of it."""
+    from distillbench.evaluation.features import ImageSet
+    from distillbench.evaluation.sample_files import read_samples
+    from distillbench.storage.npz import Npz
+
+    names = Npz(file).names
+    unread = [name for name in names if name not in ("mu", "sigma", "arr_0", "arr_1")]
+    left_out = f"; not imported: {', '.join(unread)}" if unread else ""
+    if "arr_0" not in names:
+        return None, left_out
+    images = read_samples(file, (real.shape[1], real.shape[2]))
+    try:
+        features = ImageSet(images.batches, images.count, images.shape, real.networks).features(network)
+    except Unavailable as reason:
+        return None, f", without features of its {images.count} images: {reason}{left_out}"
+    return features, f", with features of its {images.count} images{left_out}"
 
 
 def _networks(registry: Registry) -> dict[str, type[FeatureNetwork]]:

@@ -18,7 +18,7 @@ from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Conditioning
 from distillbench.diffusion.samplers import Solver
 from distillbench.errors import Unavailable, UserError
 from distillbench.evaluation.distributed import SharedNetworks
-from distillbench.evaluation.evaluator import EVALUATION, Evaluator, features_kept
+from distillbench.evaluation.evaluator import EVALUATION, ROW, Evaluator, features_kept
 from distillbench.evaluation.features import Networks
 from distillbench.evaluation.metric import Metric, Need
 from distillbench.evaluation.pretrained_weights import weights_folder
@@ -28,8 +28,8 @@ from distillbench.records.layout import ResultsFolder
 from distillbench.registry import Entry, Registry
 from distillbench.runs.config import RunConfig
 from distillbench.runs.feature_order import FeatureOrder
-from distillbench.runs.metric_choice import chosen_metrics, read_references
-from distillbench.storage.files import canonical_json, check_writable
+from distillbench.runs.metric_choice import chosen_metrics, described, features_in_words, read_references
+from distillbench.storage.files import canonical_json, check_room, check_writable
 from distillbench.system.progress import Progress
 from distillbench.teachers.latents import training_data
 from distillbench.teachers.students import AS_TEACHER, StudentForm
@@ -79,6 +79,10 @@ class SharedContext:
     def folder(self) -> ResultsFolder:
         return ResultsFolder.of(self.config.results_dir)
 
+    def check_room(self) -> None:
+        """Raise UserError unless the disk has room to score a row: before training, not only when it is needed."""
+        check_room(self.folder.root, self.config.evaluation.bytes_of_row(self.dataset.shape), ROW)
+
     def load_teacher(self, progress: Progress) -> Teacher:
         if self.teacher is None:
             self.teacher = self.source.load(progress).conditioned(self.conditioning).with_students(self.students)
@@ -103,7 +107,15 @@ class SharedContext:
         """By metric: what decides its values, such as the weights that are installed."""
         if self.cached_identities is not None:
             return self.cached_identities
-        return {name: cls.identity(self.weights) for name, cls in self.metrics.items()}
+        real = {name: {"real": words} for name, cls in self.metrics.items() if (words := self._real(cls))}
+        return {name: cls.identity(self.weights) | real.get(name, {}) for name, cls in self.metrics.items()}
+
+    def _real(self, metric: type[Metric]) -> str:
+        return features_in_words(metric, self.config.evaluation, self.dataset, self.references)
+
+    def columns(self) -> dict[str, dict[str, str]]:
+        """By metric: its declarations in this run, for tables and reports."""
+        return described(self.metrics, self.config.evaluation, self.dataset, self.references)
 
     def training_images(self, progress: Progress) -> Dataset:
         """The images of the dataset, or their latents for a latent diffusion teacher."""
@@ -117,7 +129,10 @@ class SharedContext:
                 order = FeatureOrder(self.config, self.registry.selection)
                 networks = SharedNetworks(self.weights, self.device, self.ranks, order)
             cache = self.folder.cache("references")
-            real = RealImages(self.dataset, networks, cache, self.references, features_kept(self.metrics))
+            real = RealImages(
+                self.dataset, networks, cache, self.references, features_kept(self.metrics),
+                self.config.evaluation.real_features,
+            )  # fmt: skip
             answers = self.folder.cache("answers")
             parts = self.metrics, real, self.load_teacher(progress), progress, answers
             self.evaluator = Evaluator(self.config.evaluation, *parts, self.ranks, self.noise)
@@ -133,7 +148,11 @@ class SharedContext:
         compared = [cls for cls in self.metrics.values() if cls.needs & {Need.real, Need.real_images}]
         networks = {cls.network for cls in compared if cls.network is not None}
         real = self.get_evaluator(progress).real
-        return {network.name: real.describe(network) for network in sorted(networks, key=lambda n: n.name)}
+        words = {network.name: real.describe(network) for network in sorted(networks, key=lambda n: n.name)}
+        for cls in compared:
+            if cls.network is not None and (part := self._real(cls)) and part not in words[cls.network.name]:
+                words[cls.network.name] += f"; {part}"
+        return words
 
     def unavailable_metrics(self) -> dict[str, str]:
         """Metrics whose weights are missing, with the reason."""

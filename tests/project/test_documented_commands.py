@@ -51,6 +51,8 @@ HOW = {
     "reference export": "parse",
     "reference import": "parse",  # needs another tool's file
     "reference show": "parse",
+    "samples export": "parse",  # needs trained weights; tests/export/test_samples.py runs it
+    "samples score": "parse",
 }
 NEEDS = re.compile(r"\.(path|base|evaluation_path)=|references=|cuda")  # settings of files and devices not here
 WATCHES = "--watch"  # runs until it is interrupted

@@ -19,6 +19,7 @@ from distillbench.cli.terminal import print_tuning
 from distillbench.diffusion.noise import Noise, stream_key
 from distillbench.evaluation.evaluator import Evaluator
 from distillbench.execution.run import run
+from distillbench.export.run_export import find_student
 from distillbench.records.records import TriedLevels
 from distillbench.registry import Entry, Plugin, Registry, load_registry
 from distillbench.runs import cell_training
@@ -206,6 +207,10 @@ def test_rows_with_the_best_levels_are_added_and_nothing_is_trained(ran):
     assert row["train_seconds"] == default["train_seconds"]
     summary = pd.read_parquet(ran.folder / "summary.parquet")
     assert summary["settings"].str.contains(text, regex=False).sum() == 2  # not merged with the default's
+    # a command that samples the student says which of the two settings it takes
+    said = io.StringIO()
+    find_student(ran.folder, "cm", 0, ran.registry, Progress(Console(file=said, width=200)), nfe=2)
+    assert f"has, {{}}, {{'sampling_levels': [{levels}]}}, the first are used" in said.getvalue()
     # the setting that is printed finds these rows from the run's own command
     there = describe_cell(*ran.planned(sampling_levels=[levels]))
     assert there.evaluation_key == row["key"] and there.train_key == describe_cell(*ran.planned()).train_key

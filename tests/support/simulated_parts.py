@@ -123,7 +123,7 @@ def sampled() -> dict[str, Any]:
             evaluator = Evaluator(config, {}, real, teacher_on(device, Conditioning(CLASSES, 2.0), decode), SILENT)
             evaluator.teacher_samples(1)
             with recording() as record:
-                images[way] = evaluator.teacher_samples(0)[0]
+                images[way] = evaluator.teacher_samples(0)[0].tensor
             found[way] = [wait.what for wait in record.waits]
     found["equal"] = [torch.equal(images["cpu"], images[way]) for way in ("plain", "graphs")]
     return found
