@@ -37,6 +37,7 @@ from distillbench.registry import Registry
 from distillbench.runs.config_grid import PointBuilder
 from distillbench.runs.executor_config import EXECUTORS, ExecutorConfig, LocalConfig, kinds_with
 from distillbench.runs.overrides import CHOICES, GROUPS, LONGEST_NAME, first_line, grid_points, parse_override
+from distillbench.runs.released_teacher import released_teacher
 from distillbench.runs.written_values import expand_home, written_value
 from distillbench.teachers.students import StudentConfig
 from distillbench.training.budget import BudgetConfig, Limit
@@ -242,6 +243,8 @@ def _compose(
             bases[choices] = _keep_chosen(compose("config", list(choices)), registry)
         base = bases[choices]
         _check_dataset(base, registry)
+        if family := released_teacher(point, base, registry):
+            return _compose([*point, parse_override(f"teacher={family}", registry)], bases, registry)
         config = copy.deepcopy(base)
         for setting in values:
             _check_name(setting.key_or_group, base)

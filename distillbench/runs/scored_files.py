@@ -21,6 +21,7 @@ from distillbench.records.layout import ResultsFolder
 from distillbench.registry import Registry
 from distillbench.runs.config import compose_runs
 from distillbench.runs.metric_choice import chosen_metrics, described, read_references
+from distillbench.runs.run_downloads import fetch_asked
 from distillbench.runs.shared_context import choose_device
 from distillbench.storage.files import check_room
 from distillbench.system.progress import Progress
@@ -54,6 +55,7 @@ def score_file(path: Path, settings: Sequence[str], registry: Registry, progress
     torch.set_num_threads(config.threads)
     weights, device = weights_folder(), choose_device(config.device)
     metrics = chosen_metrics(config.evaluation, registry)
+    fetch_asked(configs, progress)
     dataset = registry.get("datasets", config.dataset.kind).cls(config.dataset)
     references = read_references(config.evaluation, metrics, dataset, weights)
     file = read_samples(path, (dataset.shape[1], dataset.shape[2]))
