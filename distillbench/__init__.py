@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from distillbench.training.method import Method as Method
     from distillbench.training.method import MethodConfig as MethodConfig
     from distillbench.training.method import Phase as Phase
+    from distillbench.training.multistep import MultistepMethod as MultistepMethod
     from distillbench.training.optimizer_config import NetworkConfig as NetworkConfig
     from distillbench.training.optimizer_config import OptimizerConfig as OptimizerConfig
     from distillbench.training.pairs import PairStore as PairStore
@@ -67,6 +68,7 @@ __all__ = [
     "Method",
     "MethodConfig",
     "Metric",
+    "MultistepMethod",
     "Need",
     "NetworkConfig",
     "Noise",
@@ -108,6 +110,7 @@ _HOMES = {
     "Method": "distillbench.training.method",
     "MethodConfig": "distillbench.training.method",
     "Metric": "distillbench.evaluation.metric",
+    "MultistepMethod": "distillbench.training.multistep",
     "Need": "distillbench.evaluation.metric",
     "NetworkConfig": "distillbench.training.optimizer_config",
     "Noise": "distillbench.diffusion.noise",

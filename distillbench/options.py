@@ -18,12 +18,13 @@ from distillbench.errors import UserError, nearest
 __all__ = ["option", "require_between", "require_fraction", "require_one_of", "require_positive"]
 
 
-def option(default: Any, help: str, path: bool = False) -> Any:
+def option(default: Any, help: str, path: bool = False, sampling: bool = False) -> Any:
     """A dataclass field with a default and the sentence that ``distillbench describe`` prints for it.
 
-    `path`: the value is a path or a list of paths, in which a leading ``~`` is the user's home.
+    `path`: the value is a path or a list of paths, in which a leading ``~`` is the user's home. `sampling`: the setting
+    of a method is used by its ``sample`` only. Trainings see its default, so another value trains nothing anew.
     """
-    return _field(default, {"help": help, "path": path})
+    return _field(default, {"help": help, "path": path, "sampling": sampling})
 
 
 def added_option(default: Any, help: str) -> Any:
