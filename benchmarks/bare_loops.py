@@ -336,11 +336,11 @@ def direct(task: Task) -> Iterator[None]:
 
 def pd(task: Task) -> Iterator[None]:
     """x~ = A z + B v + C v', and the student's x^ = alpha z - sigma v: all times the root of the weight."""
-    settings, N = task.settings, task.settings.steps
+    N = task.settings.steps
     student, teacher = student_of(task), copy.deepcopy(task.teacher)
     training = Training(task, student)
     halvings = [N >> k for k in range(1, N.bit_length())]
-    shares = [settings.last_share if n <= 2 else 1.0 for n in halvings]
+    shares = [2.0 if n <= 2 else 1.0 for n in halvings]
     for index, n in enumerate(halvings):
         end = sum(shares[: index + 1]) / sum(shares)
         theta = angle(torch.linspace(0, 1, 2 * n + 1, dtype=torch.float64))

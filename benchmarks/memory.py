@@ -97,7 +97,7 @@ def parts(pair: Pair, saved: int) -> dict[str, int]:
     method = pair.method
     trained = [method.student] + ([method.fake] if hasattr(method, "fake") else [])
     weights = sum(p.nbytes for network in trained for p in network.parameters())
-    average = bytes_of(method.student) if pair.config.ema_halflife_kimg else 0
+    average = bytes_of(method.student) if pair.config.averaged else 0
     return {
         "networks": bytes_of(method, method.teacher.denoiser),
         "gradients": weights,

@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from distillbench.training.method import Batch as Batch
     from distillbench.training.method import Method as Method
     from distillbench.training.method import MethodConfig as MethodConfig
-    from distillbench.training.method import NetworkConfig as NetworkConfig
-    from distillbench.training.method import OptimizerConfig as OptimizerConfig
     from distillbench.training.method import Phase as Phase
     from distillbench.training.multistep import MultistepMethod as MultistepMethod
+    from distillbench.training.optimizer_config import NetworkConfig as NetworkConfig
+    from distillbench.training.optimizer_config import OptimizerConfig as OptimizerConfig
     from distillbench.training.pairs import PairStore as PairStore
     from distillbench.training.pairs import Workspace as Workspace
 
@@ -112,9 +112,9 @@ _HOMES = {
     "Metric": "distillbench.evaluation.metric",
     "MultistepMethod": "distillbench.training.multistep",
     "Need": "distillbench.evaluation.metric",
-    "NetworkConfig": "distillbench.training.method",
+    "NetworkConfig": "distillbench.training.optimizer_config",
     "Noise": "distillbench.diffusion.noise",
-    "OptimizerConfig": "distillbench.training.method",
+    "OptimizerConfig": "distillbench.training.optimizer_config",
     "PairStore": "distillbench.training.pairs",
     "Phase": "distillbench.training.method",
     "Progress": "distillbench.system.progress",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -23,12 +24,41 @@ def option(default: Any, help: str, path: bool = False, sampling: bool = False) 
     `path`: the value is a path or a list of paths, in which a leading ``~`` is the user's home. `sampling`: the setting
     of a method is used by its ``sample`` only. Trainings see its default, so another value trains nothing anew.
     """
-    metadata = {"help": help, "path": path, "sampling": sampling}
+    return _field(default, {"help": help, "path": path, "sampling": sampling})
+
+
+def added_option(default: Any, help: str) -> Any:
+    """The same for a setting that is newer than results of its class. Their keys lack it, so its default is left out.
+
+    A plugin needs none: its source is part of the keys.
+    """
+    return _field(default, {"help": help, "path": False, "added": True})
+
+
+def _field(default: Any, metadata: dict[str, Any]) -> Any:
     if dataclasses.is_dataclass(default) and isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def plain_settings(value: Any) -> Any:
+    """A settings dataclass as values that JSON has, as they are part of keys."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if dataclasses.is_dataclass(value):
+        named = {f: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {f.name: plain_settings(own) for f, own in named.items() if not (_added(f) and own == f.default)}
+    if type(value) is list:
+        return [plain_settings(item) for item in value]
+    if type(value) is dict and all(type(name) is str for name in value):
+        return {name: plain_settings(item) for name, item in value.items()}
+    return json.loads(json.dumps(value))
+
+
+def _added(field: dataclasses.Field[Any]) -> bool:
+    return bool(field.metadata.get("added", False))
 
 
 def require_positive(config: Any, *names: str) -> None:

@@ -25,6 +25,7 @@ What a plugin may import: the names of `distillbench` itself and of the packages
 `docs/generate_api.py` makes this page.
 """
 SPECIAL = ("__init__", "__call__", "__len__", "__getitem__")
+OPTIONS = ("option", "added_option")  # functions that make a setting
 WIDTH = 100  # of a signature
 LONGEST_CONSTANT = 6  # lines that are shown as they are
 ROLE = re.compile(r":\w+:`~?([^`]+)`")
@@ -126,7 +127,7 @@ class _Source:
 
     def attribute(self, node: ast.stmt) -> list[str]:
         value = getattr(node, "value", None)
-        if isinstance(node, ast.AnnAssign) and isinstance(value, ast.Call) and ast.unparse(value.func) == "option":
+        if isinstance(node, ast.AnnAssign) and isinstance(value, ast.Call) and ast.unparse(value.func) in OPTIONS:
             default, told = value.args
             words = f"  # {ast.literal_eval(told)}" if isinstance(told, ast.Constant) else ""
             name, kind = ast.unparse(node.target), ast.unparse(node.annotation)

@@ -17,10 +17,9 @@ replaced by a second image with the same noise: E[x_0 + tau_s eps given x_t] is 
 | c      | class of x_0                                                       | of a batch |
 | F, F^- | consistency function of the student and of the target network      | (B,C,H,W)  |
 
-N grows in stages (distillbench.diffusion.CURRICULA). If networks have dropout, F and F^- drop the same features, as in
-iCT. For infinite N the optimum is the map of the data's ODE, which is also an exact teacher's: so one-step samples are
-compared with the teacher's. At finite N the optimum of pseudo_huber is further from it than that of l2: it estimates
-medians, not means, until |F - F^-| is below its c.
+N grows in stages (distillbench.diffusion.CURRICULA). If networks have dropout, F and F^- drop the same features. For
+infinite N the optimum is the map of the data's ODE, that of an exact teacher, so one-step samples are compared with it.
+At finite N the optimum of pseudo_huber is further from it than that of l2: it estimates medians until |F - F^-| < c.
 """
 
 from __future__ import annotations
@@ -52,8 +51,7 @@ from distillbench.options import require_between, require_fraction, require_one_
 class ConsistencyTraining(MultistepMethod):
     name = "ct"
     paper = "Song et al. 2023, arXiv:2303.01469; Song & Dhariwal 2023, arXiv:2310.14189"
-    needs_data, uses_teacher = True, False
-    can_start_fresh = True
+    needs_data, uses_teacher, can_start_fresh = True, False, True
     student: ConsistencyFunction
     last: Tensor
     sampling_grid = property(lambda self: self.last)
@@ -66,6 +64,7 @@ class ConsistencyTraining(MultistepMethod):
         s0: int = option(10, "smallest N - 1")
         s1: int = option(20, "largest N - 1 (arXiv:2310.14189: 10 to 1280; arXiv:2303.01469: 2 to 150)")
         mu: float = option(0.95, "decay of the target network; 0: the student itself, stop-gradient")
+        mu_grows: bool = option(False, "the decay is mu^(s0 / (N - 1)), mu in the first stage (arXiv:2303.01469)")
         metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}; for few pixels only l2 is unbiased")
         weight: str = option("inv_step", "lambda: uniform (1), or inv_step, 1/(tau_t - tau_s)")
         levels: str = option("lognormal", "noise levels of a batch: lognormal or uniform on a grid, or continuous")
@@ -110,6 +109,7 @@ class ConsistencyTraining(MultistepMethod):
 
     def start_phase(self, index: int) -> None:
         config, self.grid = self.config, self.times(self.stages[index][0]).to(self.last.device)
+        self.mu = config.mu ** (config.s0 / (len(self.grid) - 1)) if config.mu_grows else config.mu
         if config.levels in GRID_LEVELS:
             self.cumulative = GRID_LEVELS[config.levels](self.teacher.schedule, self.grid, config.p_mean, config.p_std)
 
@@ -133,7 +133,7 @@ class ConsistencyTraining(MultistepMethod):
 
     def after_step(self) -> None:
         if self.config.mu:
-            self.following.move(1 - self.config.mu)
+            self.following.move(1 - self.mu)
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         return multistep(self.student, self.sampling_times(nfe), noise, nfe, c)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
 from distillbench.diffusion import SNR_WEIGHTS, TIME_GRIDS, ddim, ddim_step, mean_square, x_at_top
-from distillbench.options import require_one_of, require_positive
+from distillbench.options import require_one_of
 
 
 class ProgressiveDistillation(Method):
@@ -47,15 +47,20 @@ class ProgressiveDistillation(Method):
         steps: int = option(16, "N, DDIM steps of the first teacher: a power of two; log2 N phases end at one step")
         weight: str = option("truncated_snr", "w: truncated_snr, max(SNR, 1), snr_plus_one, or edm, SNR + 4")
         times: str = option("uniform", f"grid of the first teacher's steps: {', '.join(TIME_GRIDS)}")
-        last_share: float = option(2.0, "budget of the phases with 2 and 1 steps, relative to that of the others")
+        shares: list[float] = option(
+            [], "relative budgets, one number for each phase or for all; empty: 2 for the last two phases, else 1"
+        )
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            require_positive(self, "last_share")
             require_one_of(self, "weight", SNR_WEIGHTS)
             require_one_of(self, "times", TIME_GRIDS)
             if self.steps < 2 or self.steps & (self.steps - 1):
                 raise UserError(f"steps must be a power of two, at least 2, got {self.steps}")
+            count = self.steps.bit_length() - 1
+            if len(self.shares) not in (0, 1, count) or not all(0 < share < float("inf") for share in self.shares):
+                wanted = f"{count} positive numbers, one for each phase, or a single one for all"
+                raise UserError(f"shares must be {wanted}, got {self.shares}")
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
@@ -67,8 +72,9 @@ class ProgressiveDistillation(Method):
         self.students = nn.ModuleDict({str(n): teacher.student().freeze() for n in self.halvings})
 
     def phases(self) -> list[Phase]:
-        shares = {1: self.config.last_share, 2: self.config.last_share}
-        return [Phase(f"{2 * n} to {n} steps", shares.get(n, 1.0)) for n in self.halvings]
+        shares = self.config.shares or [2.0 if n <= 2 else 1.0 for n in self.halvings]
+        shares = shares * len(self.halvings) if len(shares) == 1 else shares
+        return [Phase(f"{2 * n} to {n} steps", share) for n, share in zip(self.halvings, shares, strict=True)]
 
     def start_phase(self, index: int) -> None:
         self.n = self.halvings[index]

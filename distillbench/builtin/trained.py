@@ -31,7 +31,7 @@ from distillbench.diffusion.denoiser import TARGETS
 from distillbench.diffusion.schedules import SCHEDULES
 from distillbench.errors import quoted
 from distillbench.networks.architectures import NETWORKS, SIZED, read_architecture
-from distillbench.options import require_between, require_one_of, require_positive
+from distillbench.options import plain_settings, require_between, require_one_of, require_positive
 from distillbench.storage.checksummed import read_tensors, write_tensors
 from distillbench.storage.files import canonical_json, git_lfs_pointer, key_of, sha256_tensors
 from distillbench.system.environment import device_name
@@ -42,7 +42,7 @@ from distillbench.training.budget import BudgetConfig, Meter
 from distillbench.training.compute import ComputeConfig, applied, check_tf32
 from distillbench.training.data_stream import DataStream
 from distillbench.training.loop import Loop, train
-from distillbench.training.method import OptimizerConfig
+from distillbench.training.optimizer_config import OptimizerConfig
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import Resume, States
 
@@ -183,7 +183,7 @@ class Trained(TeacherSource):
         return self._recipe(on_gpu=self.device != "cpu")
 
     def _recipe(self, on_gpu: bool) -> dict[str, Any]:
-        plain = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        plain: dict[str, Any] = plain_settings(self.config)
         if not on_gpu:
             del plain["tf32"]
         if not self.config.flip:

@@ -16,8 +16,8 @@ import pandas as pd
 import yaml
 
 from distillbench.export.adapters import FILE
+from distillbench.options import plain_settings
 from distillbench.runs.plan import student_settings
-from distillbench.runs.shared_context import plain_settings
 
 if TYPE_CHECKING:
     from distillbench.export.forms import Form

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distillbench.system.dtensors import local_shards
 
 __all__ = ["MovingAverage", "move_towards"]
+
+
+def power_exponent(sigma_rel: float) -> float:
+    """gamma >= 0 of the average whose weights grow as t^gamma, from its relative width (Karras et al. 2024, EDM2).
+
+    sigma_rel is the standard deviation of these weights in t in [0, 1], at most 12^(-1/2) (gamma = 0): sigma_rel^2 =
+    (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), arXiv:2312.02696, eq. 123 to 126 and algorithm 2. The update at time t,
+    dt after the one before, keeps (1 - dt / t)^(gamma + 1) of the average (eq. 127).
+    """
+    t = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
 
 @torch.no_grad()

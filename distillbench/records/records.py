@@ -3,7 +3,7 @@
 results_dir/
   cells/<train key>/train.json, student.safetensors        cost and weights of one training; log.txt, error.txt
   cells/<train key>/checkpoint-*.safetensors               students during training, to be scored
-  cells/<train key>/resume/<parts>/state-*.safetensors     states from which an interrupted training resumes
+  cells/<train key>/resume/<microbatch>/state-*.safetensors  from which an interrupted training resumes
   cells/<train key>/evaluation-<key>.json, .safetensors    rows of one evaluation, and its first samples
   cells/<train key>/speed-<key>.json                       the sampling cost
   cells/<train key>/levels-<key>.json                      a search for levels of sampling
@@ -125,7 +125,8 @@ class TrainRecord(_Record):
     parameters: int | None = None  # of the student in training, with its adapters
     trained_parameters: int | None = None  # of these, in weights that get a gradient; None in older records
     student_inputs: str = ""  # what the student was trained on, such as data or noise; "": an earlier version
-    accumulate: int = 1  # parts of each step (gradient accumulation)
+    accumulate: int = 1  # parts of a step of the whole batch (gradient accumulation)
+    microbatch: int = 0  # most images that a process computed at once; 0: its share of a batch
     processes: int = 1  # ranks, each of which trained on a share of every batch
     weights_sha256: str = ""
     updates: int | None = None  # of all networks together; None in records of earlier versions

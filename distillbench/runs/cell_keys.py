@@ -38,7 +38,7 @@ def train_inputs(cell: Cell, teacher: Teacher) -> dict[str, Any]:
     }
     if cell.entry is None or cell.method_config is None:
         return inputs | {"method": None}
-    accumulates = config.accumulate > 1 or config.on_oom != "fail"
+    accumulates = config.microbatch > 0 or config.on_oom != "fail"
     along = {"checkpoints": config.evaluation.checkpoints} if config.evaluation.checkpoints else {}
     return (
         inputs
@@ -51,7 +51,7 @@ def train_inputs(cell: Cell, teacher: Teacher) -> dict[str, Any]:
             "seed": cell.seed,
             "energy": config.energy,
         }
-        | ({"accumulate": config.accumulate, "on_oom": config.on_oom} if accumulates else {})
+        | ({"microbatch": config.microbatch, "on_oom": config.on_oom} if accumulates else {})
         | ({"processes": ranks.count} if (ranks := cell.shared.ranks).count > 1 else {})
         | ({"augment": augmentation} if (augmentation := cell.augmentation) else {})
         | ({"student": student} if (student := cell.shared.students.plain()) else {})

@@ -10,10 +10,10 @@ from distillbench.training.compute import Sampling
 from distillbench.training.monitor import Monitor
 
 
-def monitor_of(cell: Cell, teacher: Teacher, parts: int, progress: Progress) -> Monitor | None:
-    """What looks at the samples of `cell` while it trains with each step in `parts`; None: nothing does.
+def monitor_of(cell: Cell, teacher: Teacher, microbatch: int, progress: Progress) -> Monitor | None:
+    """What looks at the samples of `cell` while it trains, `microbatch` images at once (0: all); None: nothing does.
 
-    Batches are as large as those of a step on one rank, which take more memory.
+    Batches are as large as what a rank computes at once in a step, which takes more memory.
     """
     config = cell.shared.config
     settings, ranks = config.evaluation, cell.shared.ranks
@@ -25,7 +25,8 @@ def monitor_of(cell: Cell, teacher: Teacher, parts: int, progress: Progress) -> 
         return None
     data = cell.shared.dataset
     real = teacher.to_latents is None and len(data) > 1 and tuple(data.shape) == tuple(teacher.shape)
-    batch = max(1, config.batch_size // (ranks.count * parts))
+    share = max(1, config.batch_size // ranks.count)
+    batch = min(microbatch, share) if microbatch else share
     asked = Sampling(settings.precision)  # CUDA graphs would hold memory that the training needs
     scores = PixelScores(data if real else None, settings.progress_images, batch, asked, cell.shared.device)
     return Monitor(scores, settings.progress_every, cell.nfe, lambda line: progress.say(f"{cell.label}: {line}"))

@@ -101,11 +101,10 @@ def _shared_columns(cell: Cell, teacher: Teacher, training: TrainRecord | None =
         settings += student_settings(config.student)
         settings += [f"augment.{name}={value}" for name, value in cell.augmentation.items()]
     settings.append(changed_settings(cell.method_config))
-    parts = config.accumulate if training is None else training.accumulate
-    if cell.entry is not None and parts > 1:
-        settings.append(
-            f"accumulate={parts}" + (" (memory ran out in fewer parts)" if parts > config.accumulate else "")
-        )
+    microbatch = config.microbatch if training is None else training.microbatch
+    if cell.entry is not None and microbatch:
+        more = " (memory ran out with more)" if microbatch != config.microbatch else ""
+        settings.append(f"microbatch={microbatch}{more}")
     if cell.entry is not None and (processes := cell.shared.ranks.count) > 1:
         settings.append(f"processes={processes}")
     compute = config.compute if cell.entry is not None else None

@@ -54,6 +54,7 @@ from distillbench.training.network_rows import NetworkRows
 from distillbench.training.optimizers import warm_up
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States
+from distillbench.training.share import parts_of
 
 TRAIN, STUDENT, ERROR = "train.json", "student.safetensors", "error.txt"  # in the folder of a cell
 
@@ -64,7 +65,7 @@ def train_cell(
     """Train the method of `cell`; write the record to `folder`, and the weights if the training succeeds.
 
     Resumes from the last state that an earlier process saved, unless `anew`. If memory runs out and the settings allow
-    it, training starts again with each step in twice as many parts. Raises Interrupted on a request to stop.
+    it, training starts again with half of the images at once. Raises Interrupted on a request to stop.
     """
     config = cell.shared.config
     check_sharding(config.compute, cell.shared.ranks.count)
@@ -72,13 +73,13 @@ def train_cell(
     common: dict[str, Any] = {"key": key_of(inputs), "inputs": inputs, "device": device_name(cell.shared.device)}
     common["environment"] = environment(cell.shared.device, config.threads)
     common["processes"] = cell.shared.ranks.count
-    parts = config.accumulate
+    microbatch = config.microbatch
     while True:
-        states = States(folder / "resume" / str(parts), config.states.keep, progress)
+        states = States(folder / "resume" / str(microbatch), config.states.keep, progress)
         if anew:
             states.clear()
         try:
-            record = _trained(cell, teacher, common | {"accumulate": parts}, folder, progress, states, stop)
+            record = _trained(cell, teacher, common | {"microbatch": microbatch}, folder, progress, states, stop)
             break
         except UserError:
             raise
@@ -87,14 +88,14 @@ def train_cell(
             break
         except Exception as error:  # a third-party method may raise anything; the other cells run
             status = status_of(error)
-            most = config.batch_size // cell.group_size // cell.shared.ranks.count  # parts of a step on one rank
-            if status == "failed" or config.compute.shard or config.on_oom == "fail" or 2 * parts > most:
+            smaller = _half(cell, microbatch)
+            if status == "failed" or config.compute.shard or config.on_oom == "fail" or not smaller:
                 record = TrainRecord(**common, status=status, reason=keep_traceback(error, folder, progress))
                 break
         states.clear()
         free_memory()
-        parts *= 2
-        progress.say(f"{cell.label}: memory ran out; training starts again, each step in {parts} parts")
+        microbatch = smaller
+        progress.say(f"{cell.label}: memory ran out; training starts again with {microbatch} images at once")
     write_record(folder / TRAIN, record)
     if cell.shared.ranks.busy:  # with FSDP the other ranks cannot leave their step
         raise UserError(f"{cell.label}: {record.reason}. The same command runs the other cells")
@@ -103,6 +104,14 @@ def train_cell(
         with suppress(OSError):  # damaged states that were set aside stay
             (folder / "resume").rmdir()
     return record
+
+
+def _half(cell: Cell, microbatch: int) -> int:
+    """About half of the images that a process has computed at once, in whole groups; 0 if that was one group."""
+    count, group = cell.shared.ranks.count, cell.group_size
+    share = -(-(cell.shared.config.batch_size // group) // count)  # in groups
+    at_once = min(microbatch // group, share) if microbatch else share
+    return (at_once + 1) // 2 * group if at_once > 1 else 0
 
 
 def status_of(error: Exception) -> Status:
@@ -119,10 +128,10 @@ def free_memory() -> None:
 
 @dataclass(frozen=True)
 class TrainOrder:
-    """What non-zero ranks need to train: the cell, the parts of a step, and the folder of training states."""
+    """What non-zero ranks need to train: the cell, the images at once, and the folder of training states."""
 
     task: CellTask
-    parts: int
+    microbatch: int
     folder: Path
 
 
@@ -143,11 +152,11 @@ class Measured:
 def follow_training(cell: Cell, order: TrainOrder, progress: Progress, stop: Stop) -> None:
     """What non-zero ranks do for a training. Writes nothing."""
     states = FollowerStates(order.folder, cell.shared.config.states.keep, progress)
-    _train(cell, order.parts, cell.shared.load_teacher(progress), order.folder, progress, states, stop)
+    _train(cell, order.microbatch, cell.shared.load_teacher(progress), order.folder, progress, states, stop)
 
 
 def _train(
-    cell: Cell, parts: int, teacher: Teacher, folder: Path, progress: Progress, states: States, stop: Stop
+    cell: Cell, microbatch: int, teacher: Teacher, folder: Path, progress: Progress, states: States, stop: Stop
 ) -> Measured:
     """Train the method of `cell` on this rank's rows of every batch."""
     shared, config = cell.shared, cell.shared.config
@@ -191,9 +200,9 @@ def _train(
         order = {} if data is None else {"order": data}
         watched = {"rss": rss, "gpu": gpu, "gpu_reserved": gpu.reserved, "device": gpu.device}
         resume = Resume(states, config.states.seconds, order, watched, stop, devices=[device_name(shared.device)])
-        loop = Loop(config.batch_size, parts, compute, ranks, config.augment)
+        loop = Loop(config.batch_size, microbatch, compute, ranks, config.augment)
         read = None if data is None else data.read
-        monitor = monitor_of(cell, teacher, parts, progress)
+        monitor = monitor_of(cell, teacher, microbatch, progress)
         trained = train(method, settings, workspace, read, loop, step, checkpoints, resume, monitor)
     peaks = {
         "peak_gpu_mib": gpu,
@@ -226,12 +235,12 @@ def _trained(
 ) -> TrainRecord:
     """Train, write the weights and return the record."""
     shared = cell.shared
-    parts = common["accumulate"]
+    microbatch = common["microbatch"]
     if cell.reads_data:
         shared.training_images(progress)  # rank 0 makes the latents first, the other ranks read them
-    order = TrainOrder(CellTask.of(cell), parts, states.folder)
+    order = TrainOrder(CellTask.of(cell), microbatch, states.folder)
     with shared.ranks.lead(order, recovers=not shared.config.compute.shard):
-        measured = _train(cell, parts, teacher, folder, progress, states, stop)
+        measured = _train(cell, microbatch, teacher, folder, progress, states, stop)
     method, trained, used = measured.method, measured.trained, measured.energy
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in measured.weights.items()}
     write_atomically(folder / STUDENT, lambda path: save_file(tensors, path))
@@ -253,6 +262,7 @@ def _trained(
         parameters=sum(p.numel() for p in method.student.parameters()),
         trained_parameters=sum(p.numel() for p in method.student.parameters() if p.requires_grad),
         student_inputs=method.inputs,
+        accumulate=parts_of(shared.config.batch_size, microbatch, shared.ranks.count, method.group_size),
         weights_sha256=sha256_file(folder / STUDENT),
         updates=counts.updates if counts.complete else None,
         clipped_steps=counts.clipped if counts.complete else None,

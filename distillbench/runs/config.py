@@ -79,9 +79,11 @@ class RunConfig:
     compute: ComputeConfig = option(ComputeConfig, "precision, compilation and memory of networks in training")
     augment: AugmentConfig = option(AugmentConfig, "random augmentation of the real images of training")
     batch_size: int = option(128, "images of a training step, for every method")
-    accumulate: int = option(1, "gradient accumulation: parts of a step, computed one after the other to save memory")
+    microbatch: int = option(
+        0, "most images that a process computes at once (gradient accumulation); 0: its whole share of a batch"
+    )
     on_oom: str = option(
-        "fail", "if training runs out of memory: fail, or accumulate (start again with twice the parts)"
+        "fail", "if training runs out of memory: fail, or accumulate (start again with half of the images at once)"
     )
     seed: int = option(0, "training seed: noise, times and the order of the data")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
@@ -99,7 +101,7 @@ class RunConfig:
         require_between(self, 0, LARGEST_INTEGER, "seed")
         require_between(self, 1, os.cpu_count() or 1, "threads")
         require_one_of(self, "energy", ("nvml", "zeus"))
-        require_between(self, 1, self.batch_size, "accumulate")
+        require_between(self, 0, LARGEST_INTEGER, "microbatch")
         require_one_of(self, "on_oom", ON_OOM)
         require_between(self, 0, float("inf"), "cell_seconds")
         if self.student.lora_rank and self.compute.shard:

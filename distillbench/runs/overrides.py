@@ -22,6 +22,9 @@ CHOICES = (*GROUPS, "executor", "experiment")
 NAME = re.compile(r"[A-Za-z_][\w/]*(\.\w+)*", re.ASCII)
 MOST_RUNS = 100_000  # points of a grid
 LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary files have longer names
+REPLACED = {  # settings of earlier versions
+    "accumulate": "write microbatch=N, the most images that a process computes at once, instead of a number of parts"
+}
 LONGEST_WORD = 10_000  # characters of a setting; Hydra's parser takes seconds for more
 
 
@@ -33,7 +36,9 @@ def parse_override(word: str, registry: Registry) -> Override:
         raise UserError(f"cannot use {quoted(word)}: settings are changed with name=value, none is added or deleted")
     if "=" not in word:
         raise UserError(f"{quoted(word)} is not a setting. A setting reads name=value{_meant(word, registry)}")
-    if len(name := word.partition("=")[0]) > LONGEST_NAME:  # Hydra looks for a file with this name
+    if (name := word.partition("=")[0]) in REPLACED:
+        raise UserError(f"no setting {quoted(name)}: {REPLACED[name]}")
+    if len(name) > LONGEST_NAME:  # Hydra looks for a file with this name
         raise UserError(f"no setting {quoted(name)}: its name has {len(name):,} characters")
     if len(word) > LONGEST_WORD:
         raise UserError(f"{quoted(word)} has {len(word):,} characters, a setting has at most {LONGEST_WORD:,}")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from distillbench.diffusion.distances import LPIPS
 from distillbench.errors import UserError
 from distillbench.evaluation.features import FeatureNetwork
+from distillbench.options import plain_settings
 from distillbench.registry import Registry
 from distillbench.runs.config import RunConfig
 from distillbench.runs.distances import Lpips
 from distillbench.runs.metric_choice import chosen_metrics
-from distillbench.runs.shared_context import plain_settings
 from distillbench.storage.downloads import Offer, fetch, located, offered
 from distillbench.storage.source_messages import missing_dataset
 from distillbench.storage.sources import Source, in_megabytes, of_dataset, of_teacher

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from distillbench.runs.shared_context import plain_settings
+from distillbench.options import plain_settings
 from distillbench.training.method import MethodConfig
 
 

@@ -58,7 +58,8 @@ def _readable() -> Iterator[None]:
 
 def _typed(document: Any, registry: Registry) -> RunConfig:
     plain: Any = OmegaConf.create(document)
-    plain.pop("executor", None)  # does not affect the student
+    for name in ("executor", "accumulate"):  # do not affect the student; the second is of earlier versions
+        plain.pop(name, None)
     typed: Any = OmegaConf.structured(RunConfig)
     entries = [("dataset", "datasets", "dataset"), ("teacher", "teachers", "teacher")]
     entries += [(f"methods.{name}", "methods", f"methods.{name}") for name in plain.methods]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from distillbench.evaluation.metric import Metric, Need
 from distillbench.evaluation.pretrained_weights import weights_folder
 from distillbench.evaluation.reference_statistics import RealImages, ReferenceFile
 from distillbench.metering.energy import check_source
+from distillbench.options import plain_settings
 from distillbench.records.layout import ResultsFolder
 from distillbench.registry import Entry, Registry
 from distillbench.runs.config import RunConfig
@@ -333,16 +333,3 @@ def choose_device(name: str) -> str:
     if not (index.isdigit() and int(index) < count):
         raise UserError(f"no device {name!r}. Possible: {', '.join(f'cuda:{i}' for i in range(count))}")
     return name
-
-
-def plain_settings(value: Any) -> Any:
-    """A settings dataclass as values that JSON has."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if dataclasses.is_dataclass(value):
-        return {f.name: plain_settings(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if type(value) is list:
-        return [plain_settings(item) for item in value]
-    if type(value) is dict and all(type(name) is str for name in value):
-        return {name: plain_settings(item) for name, item in value.items()}
-    return json.loads(json.dumps(value))

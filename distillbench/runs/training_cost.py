@@ -114,10 +114,10 @@ def _check_groups(cell: Cell, group: int) -> None:
         raise UserError(
             f"{cell.name} compares images in groups of {group}: {' and '.join(wrong)} must be divisible by {group}"
         )
-    if config.accumulate > config.batch_size // group:
+    if 0 < config.microbatch < group:
         raise UserError(
-            f"{cell.name} compares images in groups of {group}, so batch_size={config.batch_size} has only "
-            f"{config.batch_size // group} parts that can be accumulated, got accumulate={config.accumulate}"
+            f"{cell.name} compares images in groups of {group}: microbatch must be at least {group}, or 0 for the "
+            f"whole batch, got {config.microbatch}"
         )
 
 

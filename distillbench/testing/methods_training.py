@@ -90,7 +90,7 @@ def parts(bench: MethodBench) -> str:
             "the images, or random numbers are not drawn from the batch. Accumulation and several GPUs then train "
             "another loss"
         )
-    return "a step in two parts, as with accumulate or two GPUs, has the gradient of the whole step"
+    return "a step in two parts, as with microbatch or two GPUs, has the gradient of the whole step"
 
 
 def cost(bench: MethodBench) -> str:

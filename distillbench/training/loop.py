@@ -25,8 +25,9 @@ from distillbench.training.checkpoints import Checkpoint, Checkpoints, averaged_
 from distillbench.training.compute import ComputeConfig, grad_scaler, last_batch
 from distillbench.training.data_parallel import SINGLE_RANK, Ranks
 from distillbench.training.fsdp import Sharded, check_sharding
-from distillbench.training.method import Batch, Method, OptimizerConfig, Phase, Read
+from distillbench.training.method import Batch, Method, Phase, Read
 from distillbench.training.monitor import Monitor
+from distillbench.training.optimizer_config import OptimizerConfig
 from distillbench.training.optimizers import Average, Optimizers, learning_rate_factor
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import (
@@ -38,6 +39,7 @@ from distillbench.training.resume import (
     restore_torch_generators,
     torch_generators_state,
 )
+from distillbench.training.share import parts_of
 from distillbench.training.update_counts import UpdateCounts
 
 STEPS_BETWEEN_CHECKS = 50  # between reads of the loss, each of which waits for the device
@@ -68,7 +70,7 @@ class Loop:
     """How steps are computed, for every method."""
 
     batch_size: int  # images of a step, over all ranks
-    accumulate: int = 1  # parts in which a step is computed one after the other (gradient accumulation)
+    microbatch: int = 0  # most images that a rank computes at once (gradient accumulation); 0: its whole share
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     ranks: Ranks = SINGLE_RANK
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # of real images, except flips: `read` flips them
@@ -138,7 +140,7 @@ class _Training:
         if ranks.status(meter, due=False)[0] >= 1:
             raise RuntimeError(f"prepare() used up the budget of {meter.budget.amount:g} {meter.budget.limit}")
         if shard:
-            self.sharded = Sharded(method, self.config.ema_halflife_kimg > 0, ranks, device)
+            self.sharded = Sharded(method, self.config.averaged, ranks, device)
         phases = method.phases()
         shares = [phase.share for phase in phases]
         found = self._newest_state()
@@ -175,7 +177,7 @@ class _Training:
         scaler, own = grad_scaler(self.loop.compute, self.workspace.device), self.method.settings_of
         self.optimizers = Optimizers(self.config, scaler, self.ranks, own, self.curve.counts)
         twin = None if self.sharded is None else self.sharded.average
-        self.average = Average(self.method.student, self.config.ema_halflife_kimg, twin)
+        self.average = Average(self.method.student, self.config, twin)
 
     def _train_until(self, end: float, label: str) -> None:
         """Steps until the share `end` of the budget is used."""
@@ -201,10 +203,8 @@ class _Training:
         """One step of `size` images. All parts reach an update before the network is updated."""
         workspace, teacher, optimizers = self.workspace, self.workspace.teacher, self.optimizers
         args = teacher.shape, self.generator, workspace.device, self.read, teacher.conditioning, self.share
-        groups = size // self.share.group
-        least = groups // self.ranks.count  # of the smallest share: all ranks need the same number of parts
         batch = Batch(size, *args, self.step, self.phase, self.loop.augment)
-        parts = batch.parts(max(1, min(self.loop.accumulate, least)))
+        parts = batch.parts(parts_of(size, self.loop.microbatch, self.ranks.count, self.share.group))
         updates = [iter(self.method.train_step(part)) for part in parts]
         while True:
             losses: list[Tensor] = []

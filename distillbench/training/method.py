@@ -30,15 +30,16 @@ from distillbench.diffusion.distances import DISTANCES, Distance
 from distillbench.diffusion.noise import stream_key, uniform
 from distillbench.diffusion.schedules import SCHEDULES
 from distillbench.errors import UserError
-from distillbench.options import option, require_between, require_fraction, require_one_of, require_positive
+from distillbench.options import option, require_one_of
 from distillbench.system.transfers import to_device
+from distillbench.training.optimizer_config import NetworkConfig, OptimizerConfig
 from distillbench.training.share import WHOLE, Share
 
 if TYPE_CHECKING:
     from distillbench.teachers.teacher import Teacher
     from distillbench.training.pairs import Workspace
 
-__all__ = ["Batch", "Method", "MethodConfig", "NetworkConfig", "OptimizerConfig", "Phase"]
+__all__ = ["Batch", "Method", "MethodConfig", "Phase"]
 
 VARIED_STEPS, VARIED_CYCLES = 16, 4  # at least, for the mean cost of a phase with `cost_varies`
 
@@ -49,54 +50,6 @@ STUDENT_INPUTS = {
     "rollout": "images on the student's own chain of steps",
     "pairs": "noise-image pairs that are made before training",
 }
-
-
-@dataclass
-class OptimizerConfig:
-    """How the harness optimises and averages a network."""
-
-    lr: float = option(1e-3, "peak learning rate of Adam")
-    lr_warmup: float = option(0.05, "share of a phase over which the learning rate rises from 0")
-    lr_decay: str = option("cosine", "then: constant, linear or cosine, to 0 at the end of the phase")
-    beta1: float = option(0.9, "Adam's first decay rate")
-    beta2: float = option(0.999, "Adam's second decay rate")
-    weight_decay: float = option(0.0, "decoupled weight decay (AdamW)")
-    grad_clip: float = option(1.0, "largest norm of a network's gradients; 0: they are not clipped")
-    ema_halflife_kimg: float = option(10.0, "half-life of the weights' average in 1000 images; 0: no average")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "lr")
-        require_between(self, 0, 1, "lr_warmup")
-        require_fraction(self, "beta1", "beta2")
-        require_between(self, 0, float("inf"), "weight_decay", "grad_clip", "ema_halflife_kimg")
-        require_one_of(self, "lr_decay", ("constant", "linear", "cosine"))
-
-
-@dataclass
-class NetworkConfig:
-    """Settings of the optimiser of one network, where they differ from those of the method.
-
-    A method's Config has one for each such network, under the name of the method's attribute: ``fake: NetworkConfig =
-    option(NetworkConfig(grad_clip=0), "of the fake score")`` is for ``self.fake``. Warm-up and decay are the same for
-    all networks of a method, and only the student is averaged.
-    """
-
-    lr: float | None = option(None, "its peak learning rate; null: the method's")
-    beta1: float | None = option(None, "Adam's first decay rate for it; null: the method's")
-    beta2: float | None = option(None, "Adam's second decay rate for it; null: the method's")
-    weight_decay: float | None = option(None, "its decoupled weight decay; null: the method's")
-    grad_clip: float | None = option(None, "largest norm of its gradients; 0: not clipped; null: the method's")
-
-    def __post_init__(self) -> None:
-        OptimizerConfig(**self._own())
-
-    def _own(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-    def over(self, config: OptimizerConfig) -> OptimizerConfig:
-        """The settings of `config`, replaced by those that are set here."""
-        shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizerConfig)}
-        return OptimizerConfig(**shared | self._own())
 
 
 @dataclass

@@ -7,31 +7,41 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distillbench.networks.averaging import MovingAverage
+from distillbench.networks.averaging import MovingAverage, power_exponent
 from distillbench.system.dtensors import class_of, is_sharded, load_full, local_shards, shard_like
 from distillbench.training.data_parallel import SINGLE_RANK, DataParallelRanks, Ranks
 from distillbench.training.gradient_reduction import GradientReduction, NetworkGradients
-from distillbench.training.method import Method, NetworkConfig, OptimizerConfig
+from distillbench.training.method import Method
+from distillbench.training.optimizer_config import NetworkConfig, OptimizerConfig
 from distillbench.training.resume import State
 from distillbench.training.update_counts import UpdateCounts
 
+# The classes of OptimizerConfig.optimizer.
+MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),
+    "adam": functools.partial(torch.optim.Adam, fused=True),
+    "radam": functools.partial(torch.optim.RAdam, decoupled_weight_decay=True),
+}
+
 
 class Average:
-    """Exponential moving average of a network's weights, by half-life in images.
+    """Moving average of a network's weights, by the settings ``ema_...`` of :class:`OptimizerConfig`, in images.
 
-    At the start the half-life is at most 5 % of the images seen, so that the initial weights are forgotten (Karras et
-    al. 2022, `ema_rampup_ratio`). With half-life 0 the average is the network itself. A sharded network cannot be
-    copied; `twin` is then a network of the same architecture that is sharded in the same way.
+    Without them the average is the network itself. A sharded network cannot be copied; `twin` is then a network of the
+    same architecture that is sharded in the same way.
     """
 
-    def __init__(self, network: nn.Module, halflife_kimg: float, twin: nn.Module | None = None) -> None:
-        self.network, self.halflife = network, 1000 * halflife_kimg
+    def __init__(self, network: nn.Module, config: OptimizerConfig, twin: nn.Module | None = None) -> None:
+        self.network, self.config, self.halflife = network, config, 1000 * config.ema_halflife_kimg
+        self.power = power_exponent(config.ema_sigma_rel) + 1 if config.ema_sigma_rel else 0.0
         self.module = network
-        if self.halflife:
+        if config.averaged:
             self.module = copy.deepcopy(network).eval().requires_grad_(False) if twin is None else twin
         self.average = MovingAverage(self.module, network)
         self.images = 0
@@ -42,8 +52,16 @@ class Average:
         self.images += images
         if self.module is self.network:
             return
-        halflife = min(self.halflife, 0.05 * self.images)
-        self.average.move(1 - 0.5 ** (images / halflife))
+        self.average.move(self._share(images))
+
+    def _share(self, images: int) -> float:
+        """The weight of the network in the average after an update of `images`, the last ones of ``self.images``."""
+        if self.power:
+            return 1 - (1 - images / self.images) ** self.power
+        if self.config.ema_start == "rampup":
+            return 1 - 0.5 ** (images / min(self.halflife, 0.05 * self.images))
+        share = 1 - 0.5 ** (images / self.halflife)
+        return share if self.config.ema_start == "constant" else share / (1 - 0.5 ** (self.images / self.halflife))
 
     def state(self) -> State:
         own = self.module.state_dict() if self.module is not self.network else {}
@@ -59,32 +77,62 @@ def learning_rate_factor(config: OptimizerConfig, progress: float) -> float:
     """Warm-up times decay, as a share of the peak learning rate; `progress` of the phase is in [0, 1]."""
     warmup = min(1.0, progress / config.lr_warmup) if config.lr_warmup else 1.0
     past = max(0.0, (progress - config.lr_warmup) / max(1 - config.lr_warmup, 1e-12))
-    decay = {"constant": 1.0, "linear": 1 - past, "cosine": 0.5 * (1 + math.cos(math.pi * past))}
+    decay = {
+        "constant": 1.0,
+        "linear": 1 - past,
+        "cosine": 0.5 * (1 + math.cos(math.pi * past)),
+        "inverse_sqrt": max(progress / config.lr_decay_start, 1.0) ** -0.5,
+    }
     return warmup * decay[config.lr_decay]
 
 
-def clip(plain: list[Tensor], sharded: list[Tensor], largest: float, ranks: Ranks = SINGLE_RANK) -> Tensor | None:
-    """Scale the gradients of a network, in place, so that their norm is at most `largest`; 0: leave them.
+@dataclass
+class Gradients:
+    """The gradients of a network. `sharded` are local shards, whose norms are over the shards of all `ranks`."""
 
-    Returns the norm before, (), on the device; None without gradients. The arithmetic of
-    ``torch.nn.utils.clip_grad_norm_``, which groups tensors by device and dtype at every step. `sharded` are local
-    shards of gradients; the norm is over the shards of all `ranks`.
-    """
-    if not (plain or sharded):
-        return None
-    norms = list(torch._foreach_norm(plain)) if plain else []
-    if sharded:
-        square = torch.stack(torch._foreach_norm(sharded)).square().sum()
-        ranks.all_reduce([square])
-        norms.append(square.sqrt())
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    if largest:
-        torch._foreach_mul_(plain + sharded, (largest / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    plain: list[Tensor]
+    sharded: list[Tensor]
+    ranks: Ranks = SINGLE_RANK
+
+    def norm(self, by: str = "norm") -> Tensor:
+        """Their norm, (), on the device; by "value" the largest absolute value of an element. At least one is needed.
+
+        The arithmetic of ``torch.nn.utils.clip_grad_norm_``, which groups tensors by device and dtype at every step.
+        """
+        order = 2.0 if by == "norm" else math.inf
+        norms = list(torch._foreach_norm(self.plain, order)) if self.plain else []
+        if self.sharded:
+            norms.append(self._norm_of_shards(order))
+        return torch.linalg.vector_norm(torch.stack(norms), order)
+
+    def _norm_of_shards(self, order: float) -> Tensor:
+        if order == 2.0:
+            square = torch.stack(torch._foreach_norm(self.sharded)).square().sum()
+            self.ranks.all_reduce([square])
+            return square.sqrt()
+        of_ranks = self.sharded[0].new_zeros(self.ranks.count)
+        if own := [shard for shard in self.sharded if shard.numel()]:
+            of_ranks[self.ranks.share.index] = torch.stack(torch._foreach_norm(own, order)).max()
+        self.ranks.all_reduce([of_ranks])  # a sum of one number and zeros
+        return of_ranks.max()
+
+    def clip(self, largest: float, by: str, norm: Tensor) -> None:
+        """Limit their `norm`, or by "value" each element, to `largest`, in place."""
+        every = self.plain + self.sharded
+        if by == "norm":
+            torch._foreach_mul_(every, (largest / (norm + 1e-6)).clamp(max=1.0))
+        else:
+            torch._foreach_clamp_max_(every, largest)
+            torch._foreach_clamp_min_(every, -largest)
+
+    def nan_to_num(self) -> None:
+        """Replace NaN by 0 and infinities by 1e5 or -1e5, in place, as EDM's code does."""
+        for gradient in self.plain + self.sharded:
+            torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
 
 
 class Optimizers:
-    """One Adam for each network that a method yields, with one learning-rate schedule.
+    """One optimiser for each network that a method yields, with one learning-rate schedule.
 
     `settings_of` gives the settings of a network that replace those of `config`. `scaler` scales losses in fp16.
     Gradients are summed over `ranks`. `counts`: where updates are counted.
@@ -108,11 +156,15 @@ class Optimizers:
     def _make(self, network: nn.Module) -> torch.optim.Optimizer:
         settings = self.config if self.settings_of is None else self.settings_of(network).over(self.config)
         self.settings[network] = settings
-        betas, decay = (settings.beta1, settings.beta2), settings.weight_decay
+        given: dict[str, Any] = {
+            "betas": (settings.beta1, settings.beta2),
+            "eps": settings.eps,
+            "weight_decay": settings.weight_decay,
+        }
         weights = list(network.parameters())
         halves = [[w for w in weights if is_sharded(w) is sharded] for sharded in (False, True)]  # torch mixes no kinds
         groups = [{"params": half} for half in halves if half]
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, weight_decay=decay, fused=True)
+        return MAKERS[settings.optimizer](groups, lr=settings.lr, **given)
 
     def update(self, network: nn.Module, loss: Tensor, factor: float) -> None:
         """One step down the gradient of `loss` in the weights of `network`."""
@@ -150,14 +202,24 @@ class Optimizers:
                 plain = gradients
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        norm = clip(plain, sharded, settings.grad_clip, self.ranks)
-        if norm is not None and self.counts is not None:
-            self.counts.add(norm, settings.grad_clip)
+        if plain or sharded:
+            self._limit(Gradients(plain, sharded, self.ranks), settings)
         if self.scaler is None:
             optimizer.step()
             return
         self.scaler.step(optimizer)  # does nothing if a gradient overflowed
         self.scaler.update()
+
+    def _limit(self, gradients: Gradients, settings: OptimizerConfig) -> None:
+        """Count an update with these gradients, and clip them."""
+        norm = gradients.norm(settings.grad_clip_by)
+        if self.counts is not None:
+            self.counts.add(norm, settings.grad_clip)
+        if settings.grad_nan_to_num:
+            gradients.nan_to_num()
+            norm = gradients.norm(settings.grad_clip_by)
+        if settings.grad_clip:
+            gradients.clip(settings.grad_clip, settings.grad_clip_by, norm)
 
     def state(self, method: Method) -> State:
         """Adam's moments, by the names of the networks in `method`; RuntimeError for a network without a name."""
@@ -184,15 +246,15 @@ class Optimizers:
             for index, weight in enumerate(networks[name].parameters()):
                 found = {key.rpartition("/")[2]: key for key in state.tensors if key.startswith(f"{name}/{index}/")}
                 if found:
-                    optimizer.state[weight] = {key: _like(weight, state.tensors[full]) for key, full in found.items()}
+                    kept = {key: state.tensors[full] for key, full in found.items()}
+                    step = kept.pop("step")  # fused optimisers count on the device, torch.optim.RAdam on the CPU
+                    step = step.to(weight.device if optimizer.defaults.get("fused") else "cpu")
+                    optimizer.state[weight] = {"step": step} | {key: _like(weight, own) for key, own in kept.items()}
 
 
 def _like(weight: Tensor, buffer: Tensor) -> Tensor:
     """`buffer` with the memory format of `weight`: fused optimisers need the same strides."""
-    same = buffer.shape == weight.shape
-    if same and is_sharded(weight):
-        return shard_like(weight, buffer)
-    return torch.empty_like(weight).copy_(buffer) if same else buffer.to(weight.device)
+    return shard_like(weight, buffer) if is_sharded(weight) else torch.empty_like(weight).copy_(buffer)
 
 
 @functools.cache

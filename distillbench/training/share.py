@@ -40,4 +40,17 @@ class Share:
         return slice(self.index, None, self.count)
 
 
+def parts_of(size: int, microbatch: int, count: int = 1, group: int = 1) -> int:
+    """In how many parts each of `count` ranks computes its share of a batch of `size` images; `microbatch` 0: in one.
+
+    A part has at most `microbatch` images, in whole groups. All ranks need the same number of parts: if one of them has
+    fewer groups than that, its number of groups.
+    """
+    groups = size // group
+    if not microbatch:
+        return 1
+    largest, at_once = -(-groups // count), max(1, microbatch // group)
+    return max(1, min(-(-largest // at_once), groups // count))
+
+
 WHOLE = Share()

@@ -17,12 +17,12 @@ class UpdateCounts:
     def __init__(self) -> None:
         self.updates = 0
         self.nonfinite = 0  # updates whose gradients were not finite; in fp16 the loss scaler skips them
-        self.clipped: int | None = None  # updates whose norm was above the network's grad_clip; None: none has one
+        self.clipped: int | None = None  # updates that the network's grad_clip has limited; None: none has one
         self.complete = True  # False: a part of the training was done by a version that did not count
         self._norms: dict[float, list[Tensor]] = {}  # not read yet, by grad_clip
 
     def add(self, norm: Tensor, largest: float) -> None:
-        """Count an update whose gradients have this norm (), clipped to `largest`; 0: not clipped."""
+        """Count an update whose gradients have this norm, or largest element, (), clipped to `largest`; 0: not."""
         self.updates += 1
         self._norms.setdefault(largest, []).append(norm)
 

@@ -611,11 +611,11 @@ def test_out_of_memory_has_a_status_or_splits_the_steps(tmp_path):
     assert failed["status"] == "oom" and "Tried to allocate 1 PiB" in failed["reason"]
     ran = go(tmp_path, *words, "on_oom=accumulate", registry=with_strangers(NeedsMuch))
     row = ran.row("needs_much")
-    assert (row["status"], row["settings"]) == ("ok", "accumulate=8 (memory ran out in fewer parts)")
+    assert (row["status"], row["settings"]) == ("ok", "microbatch=8 (memory ran out with more)")
     assert row["train_images"] == BUDGET
     assert ran.said.count("memory ran out; training starts again") == 3
-    asked = go(tmp_path, *words, "accumulate=8", registry=with_strangers(NeedsMuch)).row("needs_much")
-    assert (asked["status"], asked["settings"]) == ("ok", "accumulate=8")
+    asked = go(tmp_path, *words, "microbatch=8", registry=with_strangers(NeedsMuch)).row("needs_much")
+    assert (asked["status"], asked["settings"]) == ("ok", "microbatch=8")
     assert asked["teacher_rmse"] == row["teacher_rmse"]
 
 

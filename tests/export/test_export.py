@@ -712,6 +712,8 @@ def test_settings_are_read_as_they_were_written(students):
     text = (students.folder / "config.yaml").read_text()
     assert read_config(text, students.registry) == students.configs
     assert "---\n".join(map(to_yaml, read_config(text, students.registry))) == text
+    older = text.replace("\nmicrobatch: 0\n", "\naccumulate: 1\n")
+    assert older != text and read_config(older, students.registry) == students.configs
 
 
 @pytest.mark.parametrize(

@@ -414,6 +414,16 @@ def test_target_network_is_a_moving_average():
     assert_target_is_a_moving_average(ct(mlp_teacher(), mu=0.9), 0.9)
 
 
+def test_the_decay_of_the_target_network_grows_with_the_number_of_levels():
+    """exp(s0 ln mu / (N - 1)), as in OpenAI's code: .9 at N = 3, .9986 at N = 151 (arXiv:2303.01469, section 6)."""
+    for index, published in ((0, 0.9), (148, 0.9986)):
+        method = ct(mlp_teacher(), curriculum="sqrt", s0=2, s1=150, mu=0.9, mu_grows=True)
+        method.start_phase(index)
+        mu = math.exp(2 * math.log(0.9) / (len(method.grid) - 1))
+        assert mu == pytest.approx(published, abs=5e-5)
+        assert_target_is_a_moving_average(method, mu)
+
+
 def test_the_target_is_what_is_compared_with():
     """With mu > 0 the answer at s is the target network's, not the student's."""
     method = ct(mlp_teacher(), mu=0.9)

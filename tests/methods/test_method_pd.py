@@ -190,11 +190,13 @@ def test_a_step_draws_all_of_its_grid_and_noises_real_images():
 
 
 def test_halvings_and_shares():
-    method = pd(steps=16, last_share=3.0)
+    method = pd(steps=16)
     assert method.halvings == [8, 4, 2, 1]
-    assert [phase.share for phase in method.phases()] == [1.0, 1.0, 3.0, 3.0]
+    shares = lambda method: [phase.share for phase in method.phases()]
+    assert shares(method) == [1.0, 1.0, 2.0, 2.0]  # the paper: twice as long for 2 and 1 steps
+    assert shares(pd(steps=16, shares=[3.0])) == [3.0] * 4 and shares(pd(steps=8, shares=[1, 2, 3])) == [1, 2, 3]
     assert all(phase.fresh for phase in method.phases())
-    assert pd(steps=2).halvings == [1] and [p.share for p in pd(steps=2).phases()] == [2.0]
+    assert pd(steps=2).halvings == [1] and shares(pd(steps=2)) == [2.0]
     for index, n in enumerate([8, 4, 2, 1]):
         method.start_phase(index)
         assert method.n == n and method.grid.tolist() == [j / (2 * n) for j in range(2 * n + 1)]
@@ -306,7 +308,18 @@ def test_a_long_chain_approaches_the_exact_flow_with_order_1():
     assert slope(errors) == pytest.approx(1, abs=0.15)
 
 
-@pytest.mark.parametrize("settings", [{"steps": 1}, {"steps": 12}, {"steps": 0}, {"weight": "snr"}, {"last_share": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 1},
+        {"steps": 12},
+        {"steps": 0},
+        {"weight": "snr"},
+        {"shares": [1.0, 2.0]},
+        {"shares": [0.0]},
+        {"shares": [1.0, 1.0, 1.0, -1.0]},
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         ProgressiveDistillation.Config(**settings)

@@ -44,7 +44,8 @@ from distillbench.diffusion.training_times import karras_time
 from distillbench.errors import UserError
 from distillbench.networks.architectures import ResidualMLP
 from distillbench.teachers.teacher import Teacher
-from distillbench.training.method import Batch, NetworkConfig
+from distillbench.training.method import Batch
+from distillbench.training.optimizer_config import NetworkConfig
 from distillbench.training.optimizers import Optimizers
 from distillbench_sid import ScoreIdentityDistillation
 

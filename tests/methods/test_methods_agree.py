@@ -134,7 +134,7 @@ def chain(eps: Tensor) -> Tensor:
     [
         (Direct, {"steps": STEPS, "pairs": 1000}, 400, 1e-4),
         (Direct, {"steps": STEPS, "online": True}, 400, 1e-4),
-        (ProgressiveDistillation, {"steps": STEPS, "last_share": 1.0}, 900, 1e-4),
+        (ProgressiveDistillation, {"steps": STEPS, "shares": [1.0]}, 900, 1e-4),
         (Boot, {"steps": STEPS, "target": "euler", "lr": 0.01}, 1000, 5e-3),
     ],
     ids=["direct offline", "direct online", "pd", "boot"],

@@ -146,14 +146,16 @@ DATASETS = (
 TEACHERS = "consistency, deepfloyd, diffusers, edm, gaussian, gmm, stable_diffusion, trained"
 METHODS = f"Possible: {', '.join(SHIPPED)}"
 TOP = (
-    "Possible: accumulate, augment, batch_size, budget, cell_seconds, compute, conditional, dataset, device, energy, "
-    "evaluation, executor, guidance, guidance_range, isolate, methods, on_oom, results_dir, run_name, seed, states, "
+    "Possible: augment, batch_size, budget, cell_seconds, compute, conditional, dataset, device, energy, evaluation, "
+    "executor, guidance, guidance_range, isolate, methods, microbatch, on_oom, results_dir, run_name, seed, states, "
     "student, teacher, threads"
 )
 NAMES = {
     "methods=[bot]": f"no method 'bot'. Did you mean 'boot'? {METHODS}",
     "methods=[boot,cmm]": f"no method 'cmm'. Did you mean 'cm'? {METHODS}",
     "methods=[Boot]": f"no method 'Boot'. Did you mean 'boot'? {METHODS}",
+    "accumulate=4": "no setting 'accumulate': write microbatch=N, the most images that a process computes at once, ",
+    "microbatch=-1": "microbatch must lie between 0 and 9223372036854775807, got -1",
     "methods=null": f"no method 'null'. {METHODS}",
     "methods=": f"no method ''. {METHODS}",
     "methods=[]": f"no method given. Write methods=[NAME,...]; p{METHODS[1:]}",

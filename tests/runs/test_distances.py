@@ -245,7 +245,7 @@ RUN = [
 
 
 def test_a_run_counts_it_and_says_so(weights, registry, tmp_path):
-    words = [*RUN, f"results_dir={tmp_path}", "accumulate=2", "methods.cm.metric=l2,lpips"]
+    words = [*RUN, f"results_dir={tmp_path}", "microbatch=2", "methods.cm.metric=l2,lpips"]
     configs = compose_runs(words, registry)
     cells = plan(configs, registry)
     assert {cell.method_config.metric: cell.compared for cell in cells if cell.entry} == {"l2": 0, "lpips": 2}

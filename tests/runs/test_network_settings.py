@@ -10,16 +10,16 @@ from torch import nn
 
 from analytic import make_workspace, mlp_teacher
 from distillbench.errors import UserError
-from distillbench.options import option
+from distillbench.options import option, plain_settings
 from distillbench.registry import load_registry
 from distillbench.runs.config import compose_runs, describe_options
 from distillbench.runs.plan import changed_settings
-from distillbench.runs.shared_context import plain_settings
 from distillbench.storage.files import key_of
 from distillbench.system.progress import Step
 from distillbench.training.budget import BudgetConfig
 from distillbench.training.loop import Loop, train
-from distillbench.training.method import Method, MethodConfig, NetworkConfig, OptimizerConfig
+from distillbench.training.method import Method, MethodConfig
+from distillbench.training.optimizer_config import NetworkConfig, OptimizerConfig
 from distillbench.training.optimizers import learning_rate_factor
 
 RUN = ["methods=[sid]", "dataset=digits"]
@@ -107,6 +107,16 @@ def test_they_are_typed_and_part_of_the_key():
     assert told["fake.lr"] == "null" and told["fake.grad_clip"] == "0.0"
 
 
+def test_settings_that_were_added_are_part_of_the_key_only_if_they_are_set():
+    """The names are those of results from before there were others."""
+    own = {"lr", "lr_warmup", "lr_decay", "beta1", "beta2", "weight_decay", "grad_clip", "ema_halflife_kimg"}
+    assert plain_settings(OptimizerConfig()).keys() == own
+    assert plain_settings(NetworkConfig()).keys() == {"lr", "beta1", "beta2", "weight_decay", "grad_clip"}
+    plain = plain_settings(OptimizerConfig(optimizer="radam", ema_start="constant"))
+    assert plain.keys() - own == {"optimizer", "ema_start"}
+    assert plain_settings(NetworkConfig(grad_nan_to_num=False))["grad_nan_to_num"] is False
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -116,6 +126,12 @@ def test_they_are_typed_and_part_of_the_key():
         ("fake.lr=fast", r"methods\.sid\.fake\.lr must be a number or null, got 'fast'"),
         ("fake.lrs=1", r"no setting 'lrs' in 'methods\.sid\.fake'"),
         ("fake=1", r"methods\.sid\.fake must be a group of settings"),
+        (
+            "optimizer=adm",
+            r"methods\.sid\.optimizer must be one of adamw, adam, radam, got 'adm'\. Did you mean 'adam'",
+        ),
+        ("fake.optimizer=sgd", r"methods\.sid\.fake\.optimizer must be one of adamw, adam, radam, got 'sgd'"),
+        ("fake.grad_clip_by=size", r"methods\.sid\.fake\.grad_clip_by must be one of norm, value, got 'size'"),
         ("grad_clip=-1", r"methods\.sid\.grad_clip must be at least 0, got -1"),
     ],
 )

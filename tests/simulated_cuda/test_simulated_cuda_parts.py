@@ -56,5 +56,11 @@ def test_real_images_are_in_the_same_order_without_waits(results, way):
     assert equal and device == "cuda:0" and waits == []
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adam", "radam"])
+def test_an_optimizer_does_not_wait_and_resumes(results, kind):
+    waits, same, difference = results["optimizers"][kind]
+    assert waits == [] and same == [True, True] and difference < 1e-6
+
+
 def test_the_cost_of_sampling_is_measured(results):
     assert all(value is not None and value > 0 for value in results["timing"]["values"].values()), results["timing"]

@@ -97,7 +97,7 @@ class Steps:
 def trained(
     bench: MethodBench,
     config: ComputeConfig | None = None,
-    accumulate: int = 1,
+    microbatch: int = 0,
     folder: Path | None = None,
     ahead: int = 0,
 ) -> tuple[Method, Steps, list[Any]]:
@@ -112,7 +112,7 @@ def trained(
         watched = Steps(record)
         with watched.watching(method):
             read = None if stream is None else stream.read
-            loop = Loop(IMAGES, accumulate, config or ComputeConfig())
+            loop = Loop(IMAGES, microbatch, config or ComputeConfig())
             done = train(method, method.config, workspace, read, loop, SILENT, checkpoints)
     if stream is not None:
         stream.close()
@@ -233,14 +233,14 @@ COMPUTED = {
 def computed() -> dict[str, Any]:
     """Waits of steps in other precisions and in two parts. Losses must be finite, or the training would fail."""
     return {
-        f"{name}/{way}": _or_error(_waits_of, bench_of(name, "unconditional", GPU), config, 2)
+        f"{name}/{way}": _or_error(_waits_of, bench_of(name, "unconditional", GPU), config, IMAGES // 2)
         for way, config in COMPUTED.items()
         for name in METHODS
     }
 
 
-def _waits_of(bench: MethodBench, config: ComputeConfig, accumulate: int = 1, ahead: int = 0) -> dict[str, int]:
-    return trained(bench, config, accumulate, ahead=ahead)[1].waits()
+def _waits_of(bench: MethodBench, config: ComputeConfig, microbatch: int = 0, ahead: int = 0) -> dict[str, int]:
+    return trained(bench, config, microbatch, ahead=ahead)[1].waits()
 
 
 @check
@@ -251,7 +251,7 @@ def read_ahead() -> dict[str, Any]:
         found = {}
         for name in [name for name, cls in METHODS.items() if cls.needs_data]:
             for label in ("unconditional", "classes"):
-                found[f"{name}/{label}"] = _or_error(_waits_of, bench_of(name, label, GPU), ComputeConfig(), 1, 2)
+                found[f"{name}/{label}"] = _or_error(_waits_of, bench_of(name, label, GPU), ComputeConfig(), 0, 2)
         return found
     finally:
         data_stream.HELD_BYTES = held

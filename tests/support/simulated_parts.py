@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from distillbench.simulated_cuda import install, recording
 
@@ -45,6 +46,9 @@ from distillbench.teachers.teacher import Teacher  # noqa: E402
 from distillbench.training import data_stream  # noqa: E402
 from distillbench.training.data_stream import DataStream  # noqa: E402
 from distillbench.training.method import Batch  # noqa: E402
+from distillbench.training.optimizer_config import OPTIMIZERS, OptimizerConfig  # noqa: E402
+from distillbench.training.optimizers import Optimizers  # noqa: E402
+from distillbench.training.resume import State  # noqa: E402
 from random_pictures import Pictures  # noqa: E402
 from simulated import check, main  # noqa: E402
 
@@ -260,6 +264,42 @@ def stream() -> dict[str, Any]:
         found[way] = [equal, str(x_0.device), [wait.what for wait in record.waits]]
     data_stream.HELD_BYTES = before
     return found
+
+
+@check
+def optimizers() -> dict[str, Any]:
+    """By optimiser: waits of three updates, whether a resumed one gives the same weights, distance to the CPU's."""
+    return {kind: _optimized(kind) for kind in OPTIMIZERS}
+
+
+def _optimized(kind: str) -> list[Any]:
+    config = OptimizerConfig(lr=0.1, optimizer=kind, beta2=0.9, grad_clip=0.01, grad_clip_by="value")
+    weights, waits, same = [], list[str](), list[bool]()
+    for device in DEVICES:
+        made, again, optimizer, resumed = _small(device), _small(device), Optimizers(config), Optimizers(config)
+        inputs = torch.randn(9, 5, 3, generator=torch.Generator().manual_seed(0)).to(device)
+        _update(optimizer, made, inputs[:3])
+        with recording() as record:
+            _update(optimizer, made, inputs[3:6])
+        waits += [f"{wait.place}: {wait.what}" for wait in record.waits]
+        kept = optimizer.state(made)
+        again.load_state_dict(made.state_dict())
+        resumed.restore(State({n: t.detach().cpu().clone() for n, t in kept.tensors.items()}, kept.values), again)
+        _update(optimizer, made, inputs[6:])
+        _update(resumed, again, inputs[6:])
+        same.append(all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True)))
+        weights.append(torch.cat([weight.detach().cpu().flatten() for weight in made.parameters()]))
+    return [waits, same, (weights[0] - weights[1]).abs().max().item()]
+
+
+def _small(device: str) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"student": nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))}).to(device)
+
+
+def _update(optimizers: Optimizers, method: nn.ModuleDict, inputs: torch.Tensor) -> None:
+    for x in inputs:
+        optimizers.update(method["student"], method["student"](x).square().mean(), 1.0)
 
 
 @check

@@ -23,7 +23,8 @@ import distillbench_sid
 import distillbench_tract
 from analytic import gaussian_teacher, mlp_teacher
 from distillbench.system.progress import Step
-from distillbench.training.method import Method, MethodConfig, OptimizerConfig, Phase
+from distillbench.training.method import Method, MethodConfig, Phase
+from distillbench.training.optimizer_config import OptimizerConfig
 
 SILENT = Step(lambda fraction, note: None)
 

@@ -50,7 +50,8 @@ from distillbench.training.compute import (
     sampling_identity,
     training_identity,
 )
-from distillbench.training.method import OptimizerConfig, Read
+from distillbench.training.method import Read
+from distillbench.training.optimizer_config import OptimizerConfig
 from distillbench.training.optimizers import Optimizers
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import State

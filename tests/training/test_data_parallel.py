@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import itertools
 import json
 import math
 import os
@@ -55,12 +56,13 @@ from distillbench.training.compute import Sampling
 from distillbench.training.data_parallel import SINGLE_RANK, Ranks, joined
 from distillbench.training.failures import LostError, translated
 from distillbench.training.loop import Loop, Trained, train
-from distillbench.training.method import Batch, Method, OptimizerConfig
+from distillbench.training.method import Batch, Method
 from distillbench.training.monitor import Monitor
+from distillbench.training.optimizer_config import OptimizerConfig
 from distillbench.training.optimizers import Optimizers
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States
-from distillbench.training.share import WHOLE, Share
+from distillbench.training.share import WHOLE, Share, parts_of
 from random_pictures import Pictures
 from tiny_training import SILENT
 from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port, method_class
@@ -83,9 +85,9 @@ def network(kind: type[ResidualMLP] = ResidualMLP) -> ResidualMLP:
 
 
 def training(
-    name: str, folder: Path, ranks: Ranks = SINGLE_RANK, parts: int = 1, limit: Limit = Limit.images, stop: int = 0,
-    kind: type[ResidualMLP] = ResidualMLP, cls: type[Method] | None = None, monitor: Monitor | None = None,
-    students: StudentForm = AS_TEACHER,
+    name: str, folder: Path, ranks: Ranks = SINGLE_RANK, microbatch: int = 0, limit: Limit = Limit.images,
+    stop: int = 0, kind: type[ResidualMLP] = ResidualMLP, cls: type[Method] | None = None,
+    monitor: Monitor | None = None, students: StudentForm = AS_TEACHER,
 ) -> tuple[dict[str, torch.Tensor], Trained]:  # fmt: skip
     """A few steps of a method on a tiny teacher; its weights and the result of the training."""
     cls = cls or method_class(name)
@@ -107,7 +109,7 @@ def training(
         resume = Resume(states, math.inf, {"order": order}, stop=StopAfter(stop))
     given = read if cls.needs_data else None
     seed_masks(0, ranks.share.index)
-    loop = Loop(BATCH, parts, ranks=ranks)
+    loop = Loop(BATCH, microbatch, ranks=ranks)
     left = train(method, method.config, workspace, given, loop, SILENT, resume=resume, monitor=monitor)
     return dict(method.state_dict()), left
 
@@ -150,7 +152,7 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
                 save_file(weights, folder / f"forgetful-{stop}-{rank}.safetensors")
         counted["mask"] = torch.rand(4).tolist()
         (folder / f"counted-{rank}.json").write_text(json.dumps(counted))
-        weights, _ = training("sid", folder, ranks, parts=2)
+        weights, _ = training("sid", folder, ranks, BATCH // 4)
         save_file(weights, folder / f"parts-{rank}.safetensors")
         (folder / f"sums-{rank}.json").write_text(json.dumps(summed(ranks, folder)))
         (folder / f"failures-{rank}.json").write_text(json.dumps(failures(ranks, folder)))
@@ -482,7 +484,7 @@ def test_ranks_share_the_computation_of_pairs(two, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", METHODS)
 def test_gradient_accumulation_changes_nothing(name, tmp_path):
     torch.set_num_threads(1)
-    assert_alike(training(name, tmp_path, parts=2)[0], training(name, tmp_path)[0])
+    assert_alike(training(name, tmp_path, microbatch=BATCH // 2)[0], training(name, tmp_path)[0])
 
 
 def test_a_budget_in_evaluations_counts_all_ranks(two, tmp_path):
@@ -533,6 +535,21 @@ def test_parts_of_a_batch_share_random_numbers():
     assert torch.equal(ours[0][0], eps[::2]) and torch.equal(ours[1][0], eps[1::2])
     assert torch.equal(ours[1][1], k[1::2])
     assert batch.parts(1) == [batch] and len(batch.parts(9)) == 5
+
+
+def test_a_part_has_at_most_the_images_of_a_microbatch():
+    """And no part of any rank is empty. Only where a rank has fewer images than parts are needed is one larger."""
+    assert [parts_of(2048, 64, count) for count in (1, 8, 64)] == [32, 4, 1]
+    assert parts_of(100, 0) == parts_of(100, 500) == 1 and parts_of(100, 64) == 2 and parts_of(12, 7, group=3) == 2
+    for size, microbatch, count, group in itertools.product((4, 12, 60), (1, 3, 5, 8, 60), (1, 2, 3), (1, 4)):
+        if size // group < count:
+            continue
+        parts = parts_of(size, microbatch, count, group)
+        shares = [Share(rank, count, group).size(size) for rank in range(count)]
+        sizes = [[Share(k, parts, group).size(share) for k in range(parts)] for share in shares]
+        assert [sum(of_rank) for of_rank in sizes] == shares and min(map(min, sizes)) > 0
+        allowed = max(group, microbatch // group * group)
+        assert max(map(max, sizes)) <= allowed or parts == min(shares) // group, (size, microbatch, count, group)
 
 
 def test_one_process_is_a_single_rank(monkeypatch):
@@ -697,7 +714,7 @@ def test_a_cell_that_fails_on_one_rank_is_a_row_and_other_rows_do_not_change(tmp
     assert table.loc["fails_in_sampling", "status"] == "oom"
     assert table.loc["fails_in_sampling", "reason"].startswith(reason)
     assert table.loc["needs_much", "status"] == "ok"
-    assert table.loc["needs_much", "settings"] == "accumulate=4 (memory ran out in fewer parts), processes=2"
+    assert table.loc["needs_much", "settings"] == "microbatch=16 (memory ran out with more), processes=2"
     (traceback,) = (path.read_text() for path in tmp_path.glob("among/cells/*/error.txt") if "luck" in path.read_text())
     assert "in third_step" in traceback
 

@@ -32,7 +32,8 @@ from distillbench.training.compute import ComputeConfig, applied
 from distillbench.training.data_parallel import SINGLE_RANK, Ranks, joined
 from distillbench.training.fsdp import Sharded, check_sharding, copied_for_sharding
 from distillbench.training.loop import Loop, Trained, train
-from distillbench.training.method import Method, OptimizerConfig
+from distillbench.training.method import Method
+from distillbench.training.optimizer_config import OptimizerConfig
 from distillbench.training.optimizers import Optimizers
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States
@@ -42,7 +43,9 @@ from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port, 
 
 SHARD, PLAIN = ComputeConfig(shard=True), ComputeConfig()
 IMAGES = 4 * BATCH
-LAST = {"parts": 3, "images": IMAGES - 3, "mu": 0.0}  # the last batch has 5 images, in parts
+RADAM = {"optimizer": "radam", "beta2": 0.9, "lr": 1.0, "lr_warmup": 0.0, "grad_clip": 1e-4, "grad_clip_by": "value"}
+RADAM |= {"weight_decay": 0.1, "grad_nan_to_num": True, "ema_sigma_rel": 0.2}
+LAST = {"microbatch": 2, "images": IMAGES - 3, "mu": 0.0}  # the last batch has 5 images, in parts
 HALF = {"precision": "bf16", "recompute": True}
 LAYERS = ("entry", "blocks.1")  # of the network itself, and a block, which are sharded each by itself
 
@@ -61,8 +64,8 @@ def new(name: str, **settings) -> Method:
 
 
 def training(
-    name: str, folder: Path, ranks: Ranks = SINGLE_RANK, compute: ComputeConfig = PLAIN, parts: int = 1, stop: int = 0,
-    fractions: tuple[float, ...] = (), images: int = IMAGES, **settings,
+    name: str, folder: Path, ranks: Ranks = SINGLE_RANK, compute: ComputeConfig = PLAIN, microbatch: int = 0,
+    stop: int = 0, fractions: tuple[float, ...] = (), images: int = IMAGES, **settings,
 ) -> tuple[dict[str, torch.Tensor], Trained]:  # fmt: skip
     """A few steps of a method on a tiny teacher: its full weights (on rank 0) and the result of the training."""
     method = new(name, **settings)
@@ -79,7 +82,7 @@ def training(
         states = (States if ranks.main else FollowerStates)(folder / "states", 1, Progress(None))
         resume = Resume(states, math.inf, {"order": order}, stop=StopAfter(stop))
     points = Checkpoints(fractions, folder, (1,)) if fractions else None
-    given, loop = read if method.needs_data else None, Loop(BATCH, parts, compute, ranks)
+    given, loop = read if method.needs_data else None, Loop(BATCH, microbatch, compute, ranks)
     with applied(compute, method, "cpu"):
         left = train(method, method.config, workspace, given, loop, SILENT, points, resume)
     return gather_full(method.state_dict(), ranks.main), left
@@ -128,7 +131,7 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
 
         for name in METHODS:
             keep(name, name, fractions=(0.5,) if name == "cm" else ())
-        keep("parts", "boot", parts=2)
+        keep("parts", "boot", microbatch=BATCH // 4)
         keep("last", "cm", **LAST)
         for layer in LAYERS:
             keep(layer, "adversarial", layer=layer)
@@ -143,6 +146,13 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
             (state,) = (folder / "states").iterdir()
             (folder / "copy" / state.name).write_bytes(state.read_bytes())
         keep("resumed", "tract", stop=99)
+        keep("radam", "tract", **RADAM)
+        told["radam clipped"] = training("tract", folder, ranks, SHARD, **RADAM)[1].counts.state()
+        with pytest.raises(Interrupted):
+            training("tract", folder / "radam", ranks, SHARD, stop=3 if ranks.main else 99, **RADAM)
+        weights, _ = training("tract", folder / "radam", ranks, SHARD, stop=99, **RADAM)
+        if ranks.main:
+            save_file({key: tensor.clone() for key, tensor in weights.items()}, folder / "radam resumed.safetensors")
         (folder / f"told-{rank}.json").write_text(json.dumps(told))
         assert ranks.main or ranks.next_order() is None
 
@@ -159,10 +169,11 @@ def told(two: Path, rank: int = 0) -> dict:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", [*METHODS, "parts", "last", *LAYERS])
+@pytest.mark.parametrize("name", [*METHODS, "parts", "last", "radam", *LAYERS])
 def test_sharded_networks_train_the_same_weights(two, name, tmp_path):
     torch.set_num_threads(1)
-    how = {"parts": {"name": "boot", "parts": 4}, "last": {"name": "cm"} | LAST}
+    how = {"parts": {"name": "boot", "microbatch": BATCH // 4}, "last": {"name": "cm"} | LAST}
+    how["radam"] = {"name": "tract"} | RADAM
     how |= {layer: {"name": "adversarial", "layer": layer} for layer in LAYERS}
     how = how.get(name, {"name": name})
     weights, left = training(folder=tmp_path, **how)
@@ -171,6 +182,8 @@ def test_sharded_networks_train_the_same_weights(two, name, tmp_path):
     for field in (field for field in cost if field.endswith(("nfe", "backward", "input", "images"))):
         assert theirs[field] == cost[field], field
     assert theirs["losses"] == pytest.approx([point.loss for point in left.curve], rel=1e-4)
+    if name == "radam":
+        assert left.counts.clipped and told(two)["radam clipped"] == left.counts.state()
 
 
 @pytest.mark.nightly
@@ -214,8 +227,9 @@ def test_gradients_of_sharded_networks_are_summed(two):
 
 @pytest.mark.nightly
 def test_a_sharded_training_resumes_bit_identically(two):
-    resumed, straight = load_file(two / "resumed.safetensors"), load_file(two / "tract.safetensors")
-    assert all(torch.equal(tensor, resumed[key]) for key, tensor in straight.items())
+    for one, other in (("resumed", "tract"), ("radam resumed", "radam")):
+        resumed, straight = (load_file(two / f"{name}.safetensors") for name in (one, other))
+        assert all(torch.equal(tensor, resumed[key]) for key, tensor in straight.items())
     assert told(two)["resumed"]["teacher_nfe"] == told(two)["tract"]["teacher_nfe"]
 
 

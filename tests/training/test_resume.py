@@ -17,6 +17,7 @@ from distillbench.system.signals import Interrupted
 from distillbench.testing.method_bench import StopAfter
 from distillbench.training.budget import BudgetConfig, Limit, Meter
 from distillbench.training.checkpoints import Checkpoints
+from distillbench.training.compute import ComputeConfig
 from distillbench.training.loop import Loop, train
 from distillbench.training.method import Method, MethodConfig, Phase
 from distillbench.training.resume import Resume, State, States
@@ -30,7 +31,7 @@ def states(folder, keep=2) -> States:
     return States(folder / "resume", keep, RecordingProgress())
 
 
-def run(method, folder, kept=None, stop_after=10**6, budget=None, seconds=1e9):
+def run(method, folder, kept=None, stop_after=10**6, budget=None, seconds=1e9, precision="fp32"):
     """Train, saving states to `kept` every `seconds`; stop after `stop_after` steps."""
     generator = torch.Generator().manual_seed(7)
     read = lambda n: (torch.randn(n, 2, 1, 1, generator=generator), None)
@@ -39,8 +40,8 @@ def run(method, folder, kept=None, stop_after=10**6, budget=None, seconds=1e9):
     if kept is not None:
         resume = Resume(kept, seconds, {"read": generator}, stop=StopAfter(stop_after))
     checkpoints = Checkpoints(FRACTIONS, folder / "checkpoints", NFE)
-    read = read if method.needs_data else None
-    return train(method, method.config, workspace, read, Loop(BATCH), SILENT, checkpoints, resume)
+    read, loop = read if method.needs_data else None, Loop(BATCH, compute=ComputeConfig(precision=precision))
+    return train(method, method.config, workspace, read, loop, SILENT, checkpoints, resume)
 
 
 def counted(cost):
@@ -100,8 +101,8 @@ class Odd(Method):
 
     name, paper, needs_data, Config = "odd", "", False, MethodConfig
 
-    def __init__(self) -> None:
-        super().__init__(MethodConfig(ema_halflife_kimg=0.01), gaussian_teacher())
+    def __init__(self, **settings) -> None:
+        super().__init__(MethodConfig(**{"ema_halflife_kimg": 0.01} | settings), gaussian_teacher())
         self.student, self.other = Weight(0.5), Weight(-0.5)
         self.register_buffer("count", torch.zeros(()))
 
@@ -148,6 +149,26 @@ def test_generators_phases_and_several_networks_are_restored(stop_after, tmp_pat
         torch.set_rng_state(before[0]), np.random.set_state(before[1]), random.setstate(before[2])
     assert same_weights(weights_of(whole), weights_of(method))
     assert losses(again) == losses(expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "radam", "ema_start": "bias_corrected", "lr_decay": "inverse_sqrt"},
+        {"optimizer": "adam", "weight_decay": 0.1, "ema_sigma_rel": 0.1, "grad_clip_by": "value"},
+        {"optimizer": "radam", "ema_start": "constant", "grad_nan_to_num": True, "beta2": 0.9},
+    ],
+)
+def test_each_optimizer_and_average_is_restored(settings, precision, tmp_path):
+    whole, method, kept = Odd(**settings), Odd(**settings), states(tmp_path)
+    seed_everything()
+    run(whole, tmp_path / "whole", precision=precision)
+    seed_everything()
+    with pytest.raises(Interrupted):
+        run(Odd(**settings), tmp_path, kept, 9, precision=precision)
+    run(method, tmp_path, kept, precision=precision)
+    assert same_weights(weights_of(whole), weights_of(method))
 
 
 def test_a_network_that_is_not_an_attribute_cannot_be_saved(tmp_path):
