@@ -144,6 +144,15 @@ class SharedContext:
         return reasons
 
 
+@dataclass(frozen=True)
+class PlanSpeed:
+    """How fast the few steps of a plan were, which compute no gradients; 0: there were none."""
+
+    image: float = 0.0  # seconds of a training image
+    evaluation: float = 0.0  # seconds of a network evaluation
+    preparation: float = 0.0  # seconds of what comes before the first step, if its evaluations are as fast
+
+
 @dataclass
 class Cell:
     """One method with its settings and a seed, or the teacher itself (`entry` None)."""
@@ -156,6 +165,7 @@ class Cell:
     solver: Solver | None = None  # of the teacher itself
     cost: TrainingCost = field(default_factory=TrainingCost)  # estimated
     cost_varies: bool = False  # the estimate is a mean: the cost of a step is random
+    plan_speed: PlanSpeed = PlanSpeed()
     group_size: int = 1  # the method's, once it is known
     nfe: list[int] = field(default_factory=list)  # of its rows
     cost_error: str = ""  # why the cost could not be estimated

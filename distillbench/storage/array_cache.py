@@ -14,6 +14,11 @@ from distillbench.storage.locks import wait_for_lock
 from distillbench.system.progress import Progress
 
 
+def array_file(folder: Path, recipe: dict[str, Any]) -> Path:
+    """The file of the array of `recipe`."""
+    return folder / f"{key_of(recipe)}.npy"
+
+
 def cached_array(
     folder: Path,
     what: str,
@@ -26,7 +31,7 @@ def cached_array(
 
     It is a copy-on-write memory map of a file in `folder`. One process computes it; others wait for that process.
     """
-    file = folder / f"{key_of(recipe)}.npy"
+    file = array_file(folder, recipe)
     found = _found(file, what, recipe, shape, progress)
     if found is None:
         with wait_for_lock(file, what, progress):
