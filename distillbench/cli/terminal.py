@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WIDEST_TEXT = 120
 LONGEST_VERDICT = 1000  # characters
+TIME = "time_about"  # column of a plan
 MOST_LINES = 50  # of a plan or a table
 MOST_NAMED = 8  # rows in one line of text
 COSTS = (  # columns that are shown where they fit
@@ -106,16 +107,25 @@ def _print_plan_table(console: Console, cells: list[Cell], seconds: dict[int, fl
     footer += [number(sum(column)) for column in zip(*map(_cost, cells), strict=True)]
     lines = _plan_lines(cells)
     rows = [[label, ", ".join(map(str, nfe)), *map(number, costs)] for label, nfe, costs, _ in lines[:MOST_LINES]]
+    tables = [_filled(columns, rows, footer)]
     if seconds is not None:
-        columns.append("time_about")
-        footer.append(about(sum(seconds[id(cell)] for cell in cells)))
-        for row, (*_, group) in zip(rows, lines, strict=False):
-            row.append(about(sum(seconds[id(cell)] for cell in group)))
-    table = _new_table(columns, text=columns[:2], footer=footer)
+        taken = [about(sum(seconds[id(cell)] for cell in group)) for *_, group in [*lines[:MOST_LINES], (cells,)]]
+        longer = [[*row, time] for row, time in zip(rows, taken, strict=False)]
+        whole = _filled([*columns, TIME], longer, [*footer, taken[-1]])
+        if console.measure(whole, options=console.options.update(max_width=10_000)).maximum <= console.width:
+            tables = [whole]
+        else:
+            tables.append(_filled(["cell", TIME], [[row[0], row[-1]] for row in longer], [footer[0], taken[-1]]))
+    for table in tables:
+        console.print(table)
+    _say_more(console, len(lines), "lines; the sum is of all")
+
+
+def _filled(columns: Sequence[str], rows: Iterable[Sequence[str]], footer: Sequence[str]) -> Table:
+    table = _new_table(columns, text=("cell", "rows at NFE"), footer=footer)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
-    _say_more(console, len(lines), "lines; the sum is of all")
+    return table
 
 
 def _plan_lines(cells: list[Cell]) -> list[tuple[str, list[int], tuple[int, ...], list[Cell]]]:

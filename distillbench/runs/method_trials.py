@@ -28,21 +28,22 @@ from distillbench.training.data_stream import DataStream
 from distillbench.training.loop import Loop, TrialSteps
 from distillbench.training.method import Batch, Method, OptimizerConfig
 from distillbench.training.optimizers import warm_up
-from distillbench.training.pairs import BATCH, PairStore, Solve, Workspace
+from distillbench.training.pairs import PairStore, Solve, Workspace
 
 WITH_GRADIENTS = 3.0  # time of a step over that of its forward passes alone, where no step with gradients is affordable
 
 
 @dataclass(frozen=True)
 class MethodTimes:
-    """Seconds of a training step, of the preparation before the first, and of a network evaluation of n images.
+    """Seconds of a training step, and of a network evaluation of n images where the student is sampled from.
 
-    `timed`: images of the largest step that was timed; 0: none, the plan's forward passes are scaled.
+    `pair_evaluations`: the teacher's for pairs that are not cached. `timed`: images of the largest step that was timed;
+    0: none, the plan's forward passes are scaled.
     """
 
     step: float
-    preparation: float
     evaluation: Line
+    pair_evaluations: int
     timed: int
 
 
@@ -59,22 +60,22 @@ def times_of_method(cell: Cell, teacher: Teacher, timer: Timer, seconds: float) 
         stack.callback(meter.stop)
         method = build(cell, teacher)
         stack.enter_context(applied(_timed(config.compute), method, cell.shared.device))
-        workspace = _TrialWorkspace(method.teacher, meter, cell, timer, seconds / 4)
+        workspace = _CountingWorkspace(method.teacher, meter, cell)
         method.prepare(workspace)
         data = DataStream(placeholder(cell.shared.dataset, teacher), 0, cell.shared.device) if cell.reads_data else None
         loop = Loop(batch, config.accumulate, _timed(config.compute))
         read = None if data is None else data.read
         steps = TrialSteps(method, cell.method_config, workspace, read, loop)
-        step, timed = _step(method, steps, first, batch, timer, seconds / 2)
+        step, timed = _step(method, steps, first, batch, timer, 0.75 * seconds)
     evaluation = times_of_sampling(method.eval().sample, min(cell.nfe), cell.shared, method.teacher, timer, seconds / 4)
-    return MethodTimes(step, workspace.seconds, evaluation, timed)
+    return MethodTimes(step, evaluation, workspace.evaluations, timed)
 
 
 def times_by_plan(cell: Cell) -> MethodTimes:
     """The times of the method of `cell`, as far as the steps of its plan show them."""
     rough = cell.plan_speed
     step = WITH_GRADIENTS * rough.image * cell.shared.config.batch_size
-    return MethodTimes(step, rough.preparation, Line(0.0, rough.evaluation), 0)
+    return MethodTimes(step, Line(0.0, rough.evaluation), rough.pair_evaluations, 0)
 
 
 def _timed(compute: ComputeConfig) -> ComputeConfig:
@@ -83,16 +84,21 @@ def _timed(compute: ComputeConfig) -> ComputeConfig:
 
 
 def _step(method: Method, steps: TrialSteps, first: int, batch: int, timer: Timer, seconds: float) -> tuple[float, int]:
-    """Seconds of a step of `batch` images, the mean over phases, and the most images that were timed in all phases."""
+    """Seconds of a step of `batch` images, the mean over phases, and the fewest images timed in one of them.
+
+    Of many phases the first, the middle and the last are timed.
+    """
     phases = method.phases()
-    mean, timed = 0.0, batch
+    chosen = {0, len(phases) // 2, len(phases) - 1}
+    total, shares, timed = 0.0, 0.0, batch
     for index, phase in enumerate(phases):
         steps.begin(index)
-        line = fit(partial(steps.take, phase.cost_steps), first, batch, timer, seconds / len(phases))
+        if index in chosen:
+            line = fit(partial(steps.take, phase.cost_steps), first, batch, timer, seconds / len(chosen))
+            total += phase.share * line(batch) / phase.cost_steps
+            shares, timed = shares + phase.share, min(timed, line.timed)
         steps.end(index)
-        mean += phase.share / sum(p.share for p in phases) * line(batch) / phase.cost_steps
-        timed = min(timed, line.timed)
-    return mean, timed
+    return total / shares, timed
 
 
 def times_of_sampling(
@@ -110,24 +116,21 @@ def times_of_sampling(
         return fit(sample, 1, config.batch_size, timer, seconds).over(nfe)
 
 
-class _TrialWorkspace(Workspace):
-    """Times the solver on a few pairs in place of all, and computes no others."""
+class _CountingWorkspace(Workspace):
+    """Counts the evaluations of the pairs that are not cached, and computes two of them."""
 
-    def __init__(self, teacher: Teacher, meter: Meter, cell: Cell, timer: Timer, allowed: float) -> None:
+    def __init__(self, teacher: Teacher, meter: Meter, cell: Cell) -> None:
         shared = cell.shared
         given = teacher, meter, shared.folder.cache("pairs"), shared.device, cell.seed or 0, Progress(None)
         super().__init__(*given, dry=True)
-        self.timer, self.allowed = timer, allowed
-        self.seconds = 0.0  # of all pairs that are not cached
+        self.evaluations = 0
 
     def pairs(self, solve: Solve, count: int, recipe: dict[str, Any]) -> PairStore:
+        before = self.meter.teacher_nfe
+        store = super().pairs(solve, count, recipe)
         if not self.has_pairs(count, recipe):
-            stream = stream_key("pairs", self.seed)
-            with torch.no_grad(), self.meter.pause():
-                work = lambda images: self._solve(solve, stream, range(images))
-                line = fit(work, 1, min(BATCH, count), self.timer, self.allowed)
-            self.seconds += line(min(BATCH, count)) * count / min(BATCH, count)
-        return super().pairs(solve, count, recipe)
+            self.evaluations += self.meter.teacher_nfe - before
+        return store
 
 
 class _Regression(Method):

@@ -150,7 +150,7 @@ class PlanSpeed:
 
     image: float = 0.0  # seconds of a training image
     evaluation: float = 0.0  # seconds of a network evaluation
-    preparation: float = 0.0  # seconds of what comes before the first step, if its evaluations are as fast
+    pair_evaluations: int = 0  # the teacher's before the first step
 
 
 @dataclass

@@ -24,6 +24,7 @@ from distillbench.storage.array_cache import array_file
 from distillbench.teachers.teacher import Teacher, TeacherPlan
 from distillbench.training.budget import Limit
 from distillbench.training.monitor import MOST
+from distillbench.training.pairs import BATCH
 
 PROCESS_SECONDS = 3.0  # to start a process for a cell or for a timing, and to import what it needs
 
@@ -118,13 +119,15 @@ class _Context:
         if budget.limit == Limit.seconds:
             preparation, training = 0.0, budget.seconds
         else:
-            preparation, training = times.preparation, cost.images / self.config.batch_size * times.step
+            teacher = self.speeds.teacher_evaluation()
+            preparation = times.pair_evaluations * teacher(BATCH) / BATCH
+            training = cost.images / self.config.batch_size * times.step
             if self.evaluation.progress_every:
                 looks = math.ceil(1 / self.evaluation.progress_every) * self.evaluation.progress_images
                 seen = min(looks * min(cell.nfe), MOST * (cost.teacher_nfe + cost.student_nfe))
                 training += seen * times.evaluation(self.config.batch_size) / self.config.batch_size
         self._depends(f"budget.{budget.limit.value}={budget.amount:g}", training)
-        self._depends(f"methods.{cell.name}: its settings of pairs", preparation)
+        self._depends(f"methods.{cell.name}.* (pairs)", preparation)
         return {Part.preparation: preparation, Part.training: training}
 
     def _evaluation(self, cell: Cell, line: Line) -> dict[Part, float]:

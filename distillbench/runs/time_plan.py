@@ -81,10 +81,12 @@ class TimePlan:
 
     def lines(self, on_cpu: bool) -> list[str]:
         """What a user should know: the time and its parts, how it was estimated, and how a long run gets shorter."""
+        if not self.parts():
+            return ["time: nothing is left to do"]
         parts = sorted(self.parts().items(), key=lambda part: -part[1])
         large = [f"{part} {about(seconds)}" for part, seconds in parts if seconds >= SMALL_SHARE * parts[0][1]]
         together = f", {self.at_once} cells at a time as if none slowed another" if self.at_once > 1 else ""
-        found = [f"time: about {about(self.seconds)}{together} ({', '.join(large)})" if large else "time: none"]
+        found = [f"time: about {about(self.seconds)}{together} ({', '.join(large)})"]
         found.append("This is an estimate from a few timed steps, with the machine's present load.")
         if self.scaled:
             found.append(f"Scaled, because more would take too long: {first_of(self.scaled, MOST_NAMED)}.")
@@ -105,10 +107,12 @@ def summed(levers: Iterable[Lever]) -> list[Lever]:
 
 
 def about(seconds: float) -> str:
-    """A time in two digits at most: "20 s", "4 min", "2 h 10 min", "3 days"."""
+    """A time in two digits at most: "20 s", "4 min", "2 h 10 min", "3 days"; "-" for none."""
+    if not seconds:
+        return "-"
     for below, unit, step, name in ((10, 1, 1, "s"), (92, 1, 5, "s"), (870, 60, 1, "min"), (3450, 60, 5, "min")):
         if seconds < below:
-            return f"{max(step * round(seconds / unit / step), 1 if seconds else 0)} {name}"
+            return f"{max(step * round(seconds / unit / step), 1)} {name}"
     hours, minutes = divmod(10 * round(seconds / 600), 60)
     if hours < 10:
         return f"{hours} h {minutes} min" if minutes else f"{hours} h"

@@ -91,8 +91,7 @@ def _estimate(cell: Cell, teacher: Teacher) -> None:
         per_image[3] += share * seconds
         method.end_phase(index, method.student)
     cell.cost_varies = any(phase.cost_varies for phase in phases)
-    evaluation = per_image[3] / max(1.0, per_image[0] + per_image[1])
-    cell.plan_speed = PlanSpeed(per_image[3], evaluation, ahead * evaluation)
+    cell.plan_speed = PlanSpeed(per_image[3], per_image[3] / max(1.0, per_image[0] + per_image[1]), ahead)
     images = config.budget.images if config.budget.limit == Limit.images else 0
     if config.budget.limit == Limit.nfe:
         images = int(max(0, config.budget.nfe - ahead) / per_image[2])

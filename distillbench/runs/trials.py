@@ -9,7 +9,8 @@ from functools import partial
 
 from distillbench.evaluation.timing import OUT_OF_MEMORY, Timer
 
-ENOUGH_SECONDS, ENOUGH_CALLS = 0.2, 10  # of repeated trials
+GROWTH = 4  # of the number of images from one trial to the next
+ENOUGH_SECONDS, ENOUGH_CALLS = 0.2, 10  # of trials of the largest size
 
 
 @dataclass(frozen=True)
@@ -45,30 +46,68 @@ class Allowance:
 
 
 def fit(work: Callable[[int], object], first: int, full: int, timer: Timer, seconds: float) -> Line:
-    """The line through trials of ``work(n)`` with n = `first` and as many images up to `full` as `seconds` allow.
+    """The line through trials of ``work(n)``: n = `first` and then more, up to `full`, as far as `seconds` allow.
 
-    The first trial of each size is a warm-up, unless there is no time for another. A trial is begun only if it is
-    expected to end in time; the first one always. Where memory runs out, fewer images are enough.
+    A trial is begun only if it is expected to end in time; the first one always. It is a warm-up if there is time for
+    another one. Where memory runs out, fewer images are enough.
     """
-    spent = small = timer.seconds(partial(work, first))
-    if spent + small <= seconds:
-        small, used = _repeated(partial(work, first), timer, (seconds - spent) / 4)
-        spent += used
-    size = full if small <= 0 else min(full, int(first * (seconds - spent) / (3 * small)))
-    if size < 2 * first:
-        return Line(0.0, small / first, first)
-    try:
-        spent += timer.seconds(partial(work, size))
-        large, _ = _repeated(partial(work, size), timer, seconds - spent)
-    except OUT_OF_MEMORY:
-        return Line(0.0, small / first, first)
-    each = min(max(0.0, large - small) / (size - first), large / size)
-    return Line(large - each * size, each, size)
+    trials = _Trials(work, timer, seconds)
+    if trials.affords(trials.take(first)):
+        trials.take(first)
+    while trials.size < full and trials.affords(GROWTH * trials.last):
+        try:
+            trials.take(min(GROWTH * trials.size, full))
+        except OUT_OF_MEMORY:
+            break
+    while trials.calls < ENOUGH_CALLS and trials.repeated < ENOUGH_SECONDS and trials.affords(trials.last):
+        trials.take(trials.size)
+    return trials.line()
 
 
-def _repeated(call: Callable[[], object], timer: Timer, seconds: float) -> tuple[float, float]:
-    """The mean of one or more calls, and their sum, which is about `seconds` at most."""
-    taken = [timer.seconds(call)]
-    while len(taken) < ENOUGH_CALLS and sum(taken) < ENOUGH_SECONDS and sum(taken) + taken[-1] <= seconds:
-        taken.append(timer.seconds(call))
-    return sum(taken) / len(taken), sum(taken)
+class _Trials:
+    """Trials of growing size. Of those of one size the mean counts, but not the first one, a warm-up."""
+
+    def __init__(self, work: Callable[[int], object], timer: Timer, seconds: float) -> None:
+        self.work, self.timer, self.left = work, timer, seconds
+        self.taken: dict[int, list[float]] = {}  # by size, in the order of the trials
+
+    def take(self, size: int) -> float:
+        """One trial; its seconds."""
+        seconds = self.timer.seconds(partial(self.work, size))
+        self.taken.setdefault(size, []).append(seconds)
+        self.left -= seconds
+        return seconds
+
+    def affords(self, seconds: float) -> bool:
+        return seconds <= self.left
+
+    @property
+    def size(self) -> int:
+        """The largest that was tried."""
+        return max(self.taken)
+
+    @property
+    def last(self) -> float:
+        return self.taken[self.size][-1]
+
+    @property
+    def calls(self) -> int:
+        return len(self.taken[self.size])
+
+    @property
+    def repeated(self) -> float:
+        return sum(self.taken[self.size][1:])
+
+    def line(self) -> Line:
+        first, size = min(self.taken), self.size
+        small, large = (_mean(self.taken[n]) for n in (first, size))
+        if size == first:
+            return Line(0.0, small / first, first)
+        each = min(max(0.0, large - small) / (size - first), large / size)
+        return Line(large - each * size, each, size)
+
+
+def _mean(seconds: list[float]) -> float:
+    """Of the trials after a warm-up, if there are any."""
+    counted = seconds[1:] or seconds
+    return sum(counted) / len(counted)
