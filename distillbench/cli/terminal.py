@@ -107,15 +107,15 @@ def _print_plan_table(console: Console, cells: list[Cell], seconds: dict[int, fl
     footer += [number(sum(column)) for column in zip(*map(_cost, cells), strict=True)]
     lines = _plan_lines(cells)
     rows = [[label, ", ".join(map(str, nfe)), *map(number, costs)] for label, nfe, costs, _ in lines[:MOST_LINES]]
+    groups = [group for *_, group in lines[:MOST_LINES]]
     tables = [_filled(columns, rows, footer)]
     if seconds is not None:
-        taken = [about(sum(seconds[id(cell)] for cell in group)) for *_, group in [*lines[:MOST_LINES], (cells,)]]
-        longer = [[*row, time] for row, time in zip(rows, taken, strict=False)]
-        whole = _filled([*columns, TIME], longer, [*footer, taken[-1]])
-        if console.measure(whole, options=console.options.update(max_width=10_000)).maximum <= console.width:
-            tables = [whole]
-        else:
-            tables.append(_filled(["cell", TIME], [[row[0], row[-1]] for row in longer], [footer[0], taken[-1]]))
+        *times, whole = [about(sum(seconds[id(cell)] for cell in group)) for group in [*groups, cells]]
+        longer = [[*row, time] for row, time in zip(rows, times, strict=True)]
+        tables = [_filled([*columns, TIME], longer, [*footer, whole])]
+        if console.measure(tables[0], options=console.options.update(max_width=10_000)).maximum > console.width:
+            narrow = [[row[0], row[-1]] for row in longer]
+            tables = [_filled(columns, rows, footer), _filled(["cell", TIME], narrow, [footer[0], whole])]
     for table in tables:
         console.print(table)
     _say_more(console, len(lines), "lines; the sum is of all")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.noise import Noise, stream_key
 from distillbench.evaluation.evaluator import Sampler
 from distillbench.evaluation.timing import Timer
@@ -49,6 +50,7 @@ class MethodTimes:
 
 def times_of_method(cell: Cell, teacher: Teacher, timer: Timer, seconds: float) -> MethodTimes:
     """The times of the method of `cell`, from trials that take about `seconds`."""
+    assert cell.method_config is not None
     config = cell.shared.config
     rough, batch = cell.plan_speed, config.batch_size
     first = min(batch, cell.group_size * -(-COST_IMAGES // cell.group_size))
@@ -136,6 +138,7 @@ class _CountingWorkspace(Workspace):
 class _Regression(Method):
     """What the training of a teacher costs: one pass of its network over noisy images, forward and backward."""
 
+    student: Denoiser
     name, Config, paper, needs_data = "regression", OptimizerConfig, "", True  # type: ignore[assignment]
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from distillbench.runs.cell import CellRunner, Policy
@@ -25,6 +26,9 @@ class Remains:
         return self.training or self.evaluation or self.speed
 
 
+NOTHING = Remains(False, False, False)
+
+
 def remains_of(cell: Cell, description: CellDescription, policy: Policy) -> Remains:
     """What is left of `cell`. Files of weights are looked for, not checked."""
     runner = CellRunner(cell, description, policy, Progress(None))
@@ -45,12 +49,15 @@ def remains_by_records(cells: Sequence[Cell], policy: Policy) -> list[Remains]:
     """What is left of each cell, for a plan. Loads the teacher, by which records are found, if there are any."""
     contexts = {id(cell.shared): cell.shared for cell in cells}.values()
     known = {id(shared): shared.load_teacher(Progress(None)) for shared in contexts if _has_records(shared)}
-    found = [
-        remains_of(cell, describe_cell(cell, known[id(cell.shared)]), policy)
-        if id(cell.shared) in known
-        else untouched(cell)
-        for cell in cells
-    ]
+    with ExitStack() as stack:
+        for shared in contexts:
+            stack.enter_context(shared.identities_cached())
+        found = [
+            remains_of(cell, describe_cell(cell, known[id(cell.shared)]), policy)
+            if id(cell.shared) in known
+            else untouched(cell)
+            for cell in cells
+        ]
     for shared in contexts:
         shared.teacher = None  # large ones are not kept
     return found

@@ -95,10 +95,11 @@ def _random_samples(
 ) -> Samples:
     """Random samples, `real` random images to compare them with, and features of random numbers of both."""
     x_0, teacher_x_0, others = (torch.rand(n, *shape) * 2 - 1 for n in (count, count, real))
-    sets = [_RandomImages(images, metric, networks) for images in (x_0, teacher_x_0, others)]
+    ours, teachers, compared = (_RandomImages(images, metric, networks) for images in (x_0, teacher_x_0, others))
     if metric.network is not None:
-        sets[2].know_statistics(metric.network)
-    return Samples(x_0, teacher_x_0, *sets, keeps_noise=True, labels=torch.zeros(count, dtype=torch.int64))
+        compared.know_statistics(metric.network)
+    labels = torch.zeros(count, dtype=torch.int64)
+    return Samples(x_0, teacher_x_0, ours, teachers, compared, keeps_noise=True, labels=labels)
 
 
 class _RandomImages(ImageSet):

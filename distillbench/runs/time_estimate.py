@@ -90,6 +90,7 @@ class _Context:
         self.shared, self.speeds = shared, speeds
         self.config, self.evaluation = shared.config, shared.config.evaluation
         self.levers: list[Lever] = []
+        self._timings: dict[tuple[Line, tuple[int, ...]], float] = {}
         missing = shared.unavailable_metrics()
         self.metrics = [cls for name, cls in shared.metrics.items() if name not in missing]
         self.networks = list(dict.fromkeys(cls.network for cls in self.metrics if cls.network is not None))
@@ -108,10 +109,16 @@ class _Context:
         if what.evaluation:
             found |= self._evaluation(cell, line)
         if what.speed:
-            found[Part.speed] = seconds_of_timing(line, cell.nfe, self.evaluation)
+            found[Part.speed] = self._timing(line, tuple(cell.nfe))
             self._depends(f"evaluation.timing={self.evaluation.timing}", found[Part.speed])
         processes = self.config.isolate + (what.speed and self.evaluation.timing == "process")
         return found | {Part.starting: processes * PROCESS_SECONDS}
+
+    def _timing(self, line: Line, rows: tuple[int, ...]) -> float:
+        """Seconds of the timing of rows, the same for all seeds."""
+        if (line, rows) not in self._timings:
+            self._timings[line, rows] = seconds_of_timing(line, rows, self.evaluation)
+        return self._timings[line, rows]
 
     def _training(self, cell: Cell, times: MethodTimes) -> dict[Part, float]:
         """Preparation, steps, and looks at samples; a budget in seconds includes the preparation."""
@@ -126,7 +133,7 @@ class _Context:
                 looks = math.ceil(1 / self.evaluation.progress_every) * self.evaluation.progress_images
                 seen = min(looks * min(cell.nfe), MOST * (cost.teacher_nfe + cost.student_nfe))
                 training += seen * times.evaluation(self.config.batch_size) / self.config.batch_size
-        self._depends(f"budget.{budget.limit.value}={budget.amount:g}", training)
+        self._depends(f"budget.{budget.limit.value}={_plain(budget.amount)}", training)
         self._depends(f"methods.{cell.name}.* (pairs)", preparation)
         return {Part.preparation: preparation, Part.training: training}
 
@@ -169,7 +176,7 @@ class _Context:
         if plan.images:
             found[Part.teacher] = self.speeds.teacher_training(plan)
             amount = plan.images if plan.seconds is None else plan.seconds
-            self._depends(f"{plan.setting}={amount:g}" if plan.setting else "the teacher", found[Part.teacher])
+            self._depends(f"{plan.setting}={_plain(amount)}" if plan.setting else "the teacher", found[Part.teacher])
         if not evaluates:
             return found
         missing = [seed for seed in self.evaluation.seeds if not self._has_answers(seed)]
@@ -225,6 +232,11 @@ class _Context:
             "scores of texts": any(Need.prompts in cls.needs for cls in self.metrics),
         }
         return [words for words, applies in asked.items() if applies]
+
+
+def _plain(amount: float) -> str:
+    """A number as it is written on the command line."""
+    return f"{amount:.0f}" if amount == int(amount) else f"{amount:g}"
 
 
 def _compares_with_teacher(metrics: Sequence[type[Metric]]) -> bool:

@@ -84,18 +84,23 @@ class TimePlan:
         if not self.parts():
             return ["time: nothing is left to do"]
         parts = sorted(self.parts().items(), key=lambda part: -part[1])
-        large = [f"{part} {about(seconds)}" for part, seconds in parts if seconds >= SMALL_SHARE * parts[0][1]]
-        together = f", {self.at_once} cells at a time as if none slowed another" if self.at_once > 1 else ""
-        found = [f"time: about {about(self.seconds)}{together} ({', '.join(large)})"]
-        found.append("This is an estimate from a few timed steps, with the machine's present load.")
+        found = [f"time: about {about(self.seconds)}, estimated from a few steps with the machine's present load"]
+        if self.at_once > 1:
+            found = [f"{found[0]}; {self.at_once} cells at a time, as if none slowed another; the parts are sums"]
+        found += [_entry(part, seconds) for part, seconds in parts if seconds >= SMALL_SHARE * parts[0][1]]
         if self.scaled:
-            found.append(f"Scaled, because more would take too long: {first_of(self.scaled, MOST_NAMED)}.")
+            found.append(f"scaled, because more would take too long: {first_of(self.scaled, MOST_NAMED)}")
         if self.left_out:
-            found.append(f"Left out: {'; '.join(self.left_out)}.")
+            found.append(f"not in this time: {'; '.join(self.left_out)}")
         if on_cpu and self.seconds > LONG_SECONDS and self.large_levers:
-            found.append("That is over an hour on the CPU. Smaller values of these settings shorten it:")
-            found += [f"  {lever.setting}: {about(lever.seconds)} depend on it" for lever in self.large_levers]
+            found.append("That is over an hour on the CPU. Time that depends on a setting, and shrinks with it:")
+            found += [_entry(lever.setting, lever.seconds) for lever in self.large_levers]
         return found
+
+
+def _entry(what: str, seconds: float) -> str:
+    """A line of a list."""
+    return f"  {what:36} {about(seconds):>10}"
 
 
 def summed(levers: Iterable[Lever]) -> list[Lever]:
