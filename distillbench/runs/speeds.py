@@ -41,6 +41,14 @@ NOT_OF_SPEED = ("methods", "seed", "budget", "results_dir", "run_name", "executo
 
 def estimate_by_trials(cells: Sequence[Cell], remains: Sequence[Remains], seconds: float) -> TimePlan:
     """The time of a run of `cells`, of which `remains` are left, from trials in this process of about `seconds`."""
+    with torch.random.fork_rng(devices=[]):
+        planned = _estimate(cells, remains, seconds)
+    gc.collect()
+    release_memory()
+    return planned
+
+
+def _estimate(cells: Sequence[Cell], remains: Sequence[Remains], seconds: float) -> TimePlan:
     left = [cell for cell, what in zip(cells, remains, strict=True) if what.any]
     allowance = Allowance(seconds, _pieces(left))
     known: dict[Hashable, Trials] = {}
@@ -53,12 +61,7 @@ def estimate_by_trials(cells: Sequence[Cell], remains: Sequence[Remains], second
             known[settings] = Trials(shared, teacher_sha256, allowance)
         return known[settings]
 
-    with torch.random.fork_rng(devices=[]):
-        planned = estimate(cells, remains, speeds_of)
-    known.clear()
-    gc.collect()
-    release_memory()
-    return planned
+    return estimate(cells, remains, speeds_of)
 
 
 def _pieces(cells: Sequence[Cell]) -> int:
@@ -122,9 +125,9 @@ class Trials:
         with self._attempt(cell.name):
             times = times_of_method(cell, self.teacher, self.timer, share)
             if not times.timed:
-                self.scaled.append(f"{cell.name} from forward passes of a few images")
+                self.scaled.append(f"{cell.name} by its forward passes alone")
             elif times.timed < self.shared.config.batch_size:
-                self.scaled.append(f"{cell.name} from steps of {times.timed}")
+                self.scaled.append(f"{cell.name} by steps of {times.timed}")
             return times
         return None
 

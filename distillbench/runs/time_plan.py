@@ -84,16 +84,15 @@ class TimePlan:
         if not self.parts():
             return ["time: nothing is left to do"]
         parts = sorted(self.parts().items(), key=lambda part: -part[1])
-        found = [f"time: about {about(self.seconds)}, estimated from a few steps with the machine's present load"]
+        found = [f"time: about {about(self.seconds)}, from a few timed steps at the machine's present load"]
         if self.at_once > 1:
-            found = [f"{found[0]}; {self.at_once} cells at a time, as if none slowed another; the parts are sums"]
+            found.append(f"{self.at_once} cells at a time, as if none slowed another; these are sums:")
         found += [_entry(part, seconds) for part, seconds in parts if seconds >= SMALL_SHARE * parts[0][1]]
         if self.scaled:
-            found.append(f"scaled, because more would take too long: {first_of(self.scaled, MOST_NAMED)}")
-        if self.left_out:
-            found.append(f"not in this time: {'; '.join(self.left_out)}")
+            found.append(f"less exact: {first_of(self.scaled, MOST_NAMED)}")
+        found += [f"not in this time: {what}" for what in self.left_out[:MOST_NAMED]]
         if on_cpu and self.seconds > LONG_SECONDS and self.large_levers:
-            found.append("That is over an hour on the CPU. Time that depends on a setting, and shrinks with it:")
+            found.append("Over an hour on the CPU. These parts of it are in proportion to a setting:")
             found += [_entry(lever.setting, lever.seconds) for lever in self.large_levers]
         return found
 

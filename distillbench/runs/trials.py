@@ -10,6 +10,7 @@ from functools import partial
 from distillbench.evaluation.timing import OUT_OF_MEMORY, Timer
 
 GROWTH = 4  # of the number of images from one trial to the next
+LEAST_SECONDS = 0.2  # for the trials of a piece of work: few images alone would show what a call costs, not an image
 ENOUGH_SECONDS, ENOUGH_CALLS = 0.2, 10  # of trials of the largest size
 
 
@@ -51,7 +52,7 @@ def fit(work: Callable[[int], object], first: int, full: int, timer: Timer, seco
     A trial is begun only if it is expected to end in time; the first one always. It is a warm-up if there is time for
     another one. Where memory runs out, fewer images are enough.
     """
-    trials = _Trials(work, timer, seconds)
+    trials = _Trials(work, timer, max(seconds, LEAST_SECONDS))
     if trials.affords(trials.take(first)):
         trials.take(first)
     while trials.size < full and trials.affords(GROWTH * trials.last):
