@@ -12,7 +12,7 @@ std, as in the paper; networks are evaluated at equal noise level, sd eta.
     w(t) = 1/2 sigmoid(b - logsnr) (-dlogsnr/dt) (1 - t)^a / (t^2 + (1 - t)^2),   logsnr = -2 log eta
 
 The M images of a group share s, r and t. Terms i = j, of one x_0 and eps, are a consistency loss of weight 1/M, with a
-gradient at the exact map where y' is random given x_t. Without `diagonal`: i != j of equal classes, over M (M - 1).
+gradient at the exact map where y' is random given x_t. `diagonal=false`: i != j of equal classes, over M (M - 1).
 
 | symbol   | meaning                                                                  | shape             |
 |----------|--------------------------------------------------------------------------|-------------------|
@@ -54,8 +54,8 @@ class InductiveMomentMatching(Method):
         grad_clip: float = option(0.0, "largest norm of gradients; 0: not clipped, as weights differ by factors of 100")
         schedule: str = option("flow_matching", "noise schedule that it works on; no other is possible")
         start: str = option("teacher", "weights that the student starts from: the teacher's, or fresh (published)")
-        group_size: int = option(32, "M, images of a group (published: 4); the batch size is a multiple of it")
-        diagonal: bool = option(False, "whether the sum has its terms i = j (published: true)")
+        group_size: int = option(4, "M, images of a group, as published; the batch size is a multiple of it")
+        diagonal: bool = option(True, "whether the sum has its terms i = j (published); false: the unbiased estimator")
         k: int = option(5, "2^k steps of eta from 160 to 0 (published: 12 for latents, 15 for CIFAR-10)")
         a: float = option(0.0, "power of 1 - t in the weight (published: 1, or 2 where networks get t - s)")
         b: float = option(2.0, "shift of log SNR in the weight (published: 4 or 5)")

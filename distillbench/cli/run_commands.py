@@ -109,7 +109,7 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
     from distillbench.execution.followers import follow, in_these_processes
     from distillbench.execution.run import run as run_cells
     from distillbench.runs.cell import Policy
-    from distillbench.runs.forecast import forecast
+    from distillbench.runs.forecast import forecast, why_none
     from distillbench.runs.plan import plan
     from distillbench.system.progress import Progress
     from distillbench.training.data_parallel import joined
@@ -124,7 +124,7 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
             return
         cells = plan(configs, registry)
         if flags.dry_run:
-            print_plan(console, cells, forecast(cells, policy))
+            print_plan(console, cells, forecast(cells, policy), why_none(cells))
             raise SystemExit(SOMETHING_FAILED if any(cell.cost_error for cell in cells) else 0)
         for config in configs:
             check_sharding(config.compute, ranks.count)

@@ -23,10 +23,6 @@ LONGEST_VERDICT = 1000  # characters
 TIME = "time_about"  # column of a plan
 MOST_LINES = 50  # of a plan or a table
 MOST_NAMED = 8  # rows in one line of text
-COSTS = (  # columns that are shown where they fit
-    *("sample_latency_p50_ms", "train_seconds", "sample_images_per_second", "train_teacher_nfe", "train_student_nfe"),
-    *("train_images", "train_tflops", "train_joules"),
-)
 
 
 def new_console() -> Console:
@@ -51,23 +47,10 @@ def print_definitions(rows: Iterable[tuple[str, str]]) -> None:
     click.echo(formatter.getvalue(), nl=False)
 
 
-def _new_table(columns: Iterable[str], text: Sequence[str], footer: Sequence[str] | None = None) -> Table:
-    """An empty table, as narrow as its values. The columns in `text` are left-aligned, those of numbers right."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.show_footer = footer is not None
-    for k, name in enumerate(columns):
-        heading, end = "\n".join(name.split("_")), footer[k] if footer else ""
-        table.add_column(heading, end, vertical="bottom", no_wrap=True, justify="left" if name in text else "right")
-    return table
-
-
-def print_plan(console: Console, cells: list[Cell], times: TimePlan | None = None) -> None:
+def print_plan(console: Console, cells: list[Cell], times: TimePlan | None = None, why_no_times: str = "") -> None:
     """The plan: for each dataset and teacher a table of its cells with their costs, and what would be empty or fail.
 
-    With `times` also how long the cells will take.
+    With `times` also how long the cells will take; `why_no_times` is the reason why there are none.
     Of more than MOST_LINES cells, those that differ only in the seed share a line, and the first lines are shown.
     """
     from distillbench.runs.plan import notes_of, teacher_plan
@@ -95,11 +78,14 @@ def print_plan(console: Console, cells: list[Cell], times: TimePlan | None = Non
         _say(console, note)
     for line in [] if times is None else times.lines(cells[0].shared.device == "cpu"):
         _say(console, line)
+    if why_no_times:
+        _say(console, f"time: no estimate ({why_no_times})")
     _say(console, "dry run: nothing was run or written")
 
 
 def _print_plan_table(console: Console, cells: list[Cell], seconds: dict[int, float] | None) -> None:
     """`seconds`: by the id of a cell."""
+    from distillbench.reports.terminal_table import fits, number
     from distillbench.runs.time_plan import about
 
     columns = ["cell", "rows at NFE", "train_images", "train_teacher_NFE", "train_student_NFE", "sampling_NFE"]
@@ -113,7 +99,7 @@ def _print_plan_table(console: Console, cells: list[Cell], seconds: dict[int, fl
         *times, whole = [about(sum(seconds[id(cell)] for cell in group)) for group in [*groups, cells]]
         longer = [[*row, time] for row, time in zip(rows, times, strict=True)]
         tables = [_filled([*columns, TIME], longer, [*footer, whole])]
-        if console.measure(tables[0], options=console.options.update(max_width=10_000)).maximum > console.width:
+        if not fits(console, tables[0]):
             narrow = [[row[0], row[-1]] for row in longer]
             tables = [_filled(columns, rows, footer), _filled(["cell", TIME], narrow, [footer[0], whole])]
     for table in tables:
@@ -122,7 +108,9 @@ def _print_plan_table(console: Console, cells: list[Cell], seconds: dict[int, fl
 
 
 def _filled(columns: Sequence[str], rows: Iterable[Sequence[str]], footer: Sequence[str]) -> Table:
-    table = _new_table(columns, text=("cell", "rows at NFE"), footer=footer)
+    from distillbench.reports.terminal_table import new_table
+
+    table = new_table(columns, [name in ("cell", "rows at NFE") for name in columns], footer=footer)
     for row in rows:
         table.add_row(*row)
     return table
@@ -171,13 +159,15 @@ def print_rows(progress: Progress, rows: pd.DataFrame) -> None:
 
     The index of `rows` are the settings that differ among the cells of the run.
     """
+    from distillbench.reports.terminal_table import number, row_name
+
     if len(rows) > MOST_LINES:
         counts = rows["status"].value_counts()
         progress.say(f"  {len(rows):,} rows: {', '.join(f'{count:,} {status}' for status, count in counts.items())}")
         return
     for differs, row in zip(rows.index, rows.to_dict("records"), strict=True):
         values = ", ".join(f"{name} {number(row[name])}" for name in _scores(rows))
-        name = _row_name(row, differs if isinstance(differs, str) else "")
+        name = row_name(row, differs if isinstance(differs, str) else "")
         progress.say(f"  {name}: {values if row['status'] == 'ok' else _why(row)}")
 
 
@@ -187,34 +177,22 @@ def print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, di
     `summary` is that of `table`, `directions` those of the scores. All columns are in table.csv and summary.csv.
     """
     from distillbench.records.statistics import KEYS
+    from distillbench.reports.terminal_table import COSTS, columns_that_fit, score_table, with_stars
 
     same = [name for name in ("dataset", "teacher", "budget", "device") if table[name].nunique() == 1]
     shared = {name: table[name].dropna().iloc[0] for name in same}
     _say(console, ", ".join(f"{name} {value}" for name, value in shared.items() if value))
     summary = table[KEYS].drop_duplicates().merge(summary, on=KEYS, how="left")  # in the order of the run
     lines = _best_lines(summary, directions)
-    shown = _columns_that_fit(console, summary, same, directions, lines)
-    console.print(_drawn(summary, shown, directions, lines))
+    names = _describing_columns(summary, same)
+    wanted = [*names, *directions, *(name for name in COSTS if summary[name].notna().any())]
+    best = with_stars(summary, directions).iloc[lines]
+    shown = columns_that_fit(console, best, wanted, directions, least=len(names) + 1)  # the first score always stays
+    console.print(score_table(best, shown, directions))
     notes = [*_notes(summary, shown, directions, lines), *_verdicts(summary, directions)]
     notes += _behind_teacher(summary, directions)
     for line in [*notes, *_failures(table), *_remarks(table), *_empty_scores(table, directions)]:
         _say(console, line)
-
-
-def _columns_that_fit(
-    console: Console, summary: pd.DataFrame, same: Sequence[str], directions: dict[str, str], lines: list[int]
-) -> list[str]:
-    """The columns that tell rows apart, then scores and costs as far as the console is wide enough."""
-    names = _describing_columns(summary, same)
-    first_score = len(names) + 1
-    names += [*directions, *(name for name in COSTS if summary[name].notna().any())]
-    unlimited = console.options.update(max_width=10_000)
-    while len(names) > first_score:  # the first score always stays
-        drawn = _drawn(summary, names, directions, lines)
-        if console.measure(drawn, options=unlimited).maximum <= console.width:
-            break
-        names.pop()
-    return names
 
 
 def _describing_columns(summary: pd.DataFrame, same: Sequence[str]) -> list[str]:
@@ -241,11 +219,13 @@ def _notes(summary: pd.DataFrame, shown: Sequence[str], directions: dict[str, st
 
 def _failures(table: pd.DataFrame) -> Iterator[str]:
     """Rows that are not ok, with their reasons."""
+    from distillbench.reports.terminal_table import row_name
+
     bad = table[table["status"] != "ok"]
     records = bad[:MOST_LINES].to_dict("records")
-    names = [_row_name(row) for row in records]
+    names = [row_name(row, "") for row in records]
     for row, name in zip(records, names, strict=True):
-        yield f"{_row_name(row, row['settings']) if names.count(name) > 1 else name}: {_why(row)}"
+        yield f"{row_name(row) if names.count(name) > 1 else name}: {_why(row)}"
     if len(bad) > MOST_LINES:
         yield _more(len(bad), "rows that are not ok (table.csv)")
 
@@ -281,33 +261,6 @@ def _best_lines(summary: pd.DataFrame, directions: dict[str, str]) -> list[int]:
     return order[:MOST_LINES].tolist()
 
 
-def _drawn(summary: pd.DataFrame, names: list[str], directions: dict[str, str], lines: list[int]) -> Table:
-    from rich.markup import escape
-
-    from distillbench.records.statistics import arrow, leaders
-
-    headings = [f"{name}_{arrow(directions[name])}".rstrip("_") if name in directions else name for name in names]
-    texts = ("dataset", "teacher", "method", "settings", "budget", "protocol", "status")
-    drawn = _new_table(headings, text=texts)
-    best = {name: leaders(summary, name, directions[name]).tolist() for name in names if name in directions}
-    for index, row in zip(lines, summary.iloc[lines].to_dict("records"), strict=True):
-        cells = (_cell(row, name, best.get(name, {}) and best[name][index]) for name in names)
-        drawn.add_row(*map(escape, cells))
-    return drawn
-
-
-def _cell(row: dict, name: str, best: bool) -> str:
-    """A value; a score with its interval, and a star where it leads (`statistics.leaders`)."""
-    import pandas as pd
-
-    text = number(row[name])
-    for source in ("training", "sampling"):
-        low, high = row.get(f"{name}_{source}_low"), row.get(f"{name}_{source}_high")
-        if low is not None and not pd.isna(low):
-            return f"{text} {source[0]}[{number(low)}, {number(high)}]{'*' if best else ''}"
-    return text
-
-
 def _verdicts(summary: pd.DataFrame, directions: dict[str, str]) -> list[str]:
     """For each score and number of evaluations which method leads, or why none does; one line if all have one seed."""
     from distillbench.records.statistics import COMPARABLE, verdict
@@ -328,6 +281,7 @@ def _verdicts(summary: pd.DataFrame, directions: dict[str, str]) -> list[str]:
 def _behind_teacher(summary: pd.DataFrame, directions: dict[str, str]) -> Iterator[str]:
     """For each score the students that are worse than the teacher's DDIM with as many evaluations."""
     from distillbench.records.statistics import COMPARABLE, TEACHER
+    from distillbench.reports.terminal_table import number
 
     same = [column for column in COMPARABLE if column != "budget"]  # the teacher has none
     for name, direction in directions.items():
@@ -351,22 +305,5 @@ def _scores(table: pd.DataFrame) -> list[str]:
     return [name for name in table.columns if name not in FIRST and name not in LAST]
 
 
-def _row_name(row: dict, settings: str = "") -> str:
-    seed = number(row["training_seed"])
-    words = [row["method"], settings, "" if seed == "-" else f"seed {seed}"]
-    return f"{' '.join(filter(None, words))}, {row['nfe']} NFE, noise {row['sampling_seed']}"
-
-
 def _why(row: dict) -> str:
     return f"{row['status']}: {row['reason']}"
-
-
-def number(value: object) -> str:
-    """A number with four digits, or all of a large one; "-" for an empty value."""
-    import pandas as pd
-
-    if pd.isna(value):
-        return "-"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -12,7 +12,8 @@ from distillbench.errors import UserError
 from distillbench.reports.compare import compare, print_comparison
 from distillbench.reports.merge import Keep, left_out, merge, write
 from distillbench.reports.runs import TWICE, RunData, read_run
-from distillbench.reports.show import Rows, plain, print_csv, print_rows, run_names, say, select
+from distillbench.reports.show import Rows, print_csv, print_rows, run_names, select
+from distillbench.reports.terminal_table import plain, say
 
 
 def compare_runs(a: str, b: str, tolerance: float, all_costs: bool, console: Console) -> int:

@@ -19,7 +19,8 @@ from distillbench.records.table import LAST, UPDATES
 from distillbench.reports.differences import environment_differences, heading, settings_differences, value_text
 from distillbench.reports.merge import SAME, records
 from distillbench.reports.runs import RunData
-from distillbench.reports.show import fits, new_table, number, plain, run_names, say
+from distillbench.reports.show import run_names
+from distillbench.reports.terminal_table import fits, new_table, number, plain, say
 
 MATCH = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol"]
 COUNTED = ("train_images", "train_teacher_nfe", "train_student_nfe", "train_tflops", "sample_gflops", "parameters",

@@ -20,7 +20,8 @@ from distillbench.records.settings_file import write_settings
 from distillbench.records.statistics import summarise
 from distillbench.records.table import FIRST, LAST, LATER, make_along, make_table, write_table
 from distillbench.reports.runs import RunData
-from distillbench.reports.show import IDENTITY, number, plain, row_name, run_names
+from distillbench.reports.show import IDENTITY, run_names
+from distillbench.reports.terminal_table import number, plain, row_name
 from distillbench.storage.files import write_text
 
 Keep = Literal["first", "last"]

@@ -9,20 +9,27 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from distillbench.errors import UserError, nearest, quoted, unknown
-from distillbench.records.statistics import ARROWS, KEYS, SEEDS, leaders
+from distillbench.records.statistics import KEYS, SEEDS
 from distillbench.reports.runs import RunData
+from distillbench.reports.terminal_table import (
+    COSTS,
+    STAR,
+    columns_that_fit,
+    fits,
+    number,
+    plain,
+    row_name,
+    say,
+    score_table,
+    there,
+    with_stars,
+)
 
 Rows = Literal["summary", "all"]
 RUN = "run"  # the column that tells runs apart where several are shown
-STAR = " best"  # suffix of columns that are true where a method leads in a score
-COSTS = ("sample_latency_p50_ms", "train_seconds", "sample_images_per_second", "train_teacher_nfe", "train_student_nfe")
-WIDEST = 10_000
 IDENTITY = [*KEYS, *SEEDS]  # identify a measurement; failed rows have these columns too
 
 _FILTER = re.compile(r"\s*(?P<column>[^<>=!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.*?)\s*", re.DOTALL)
@@ -32,73 +39,6 @@ _SIGNS: dict[str, Callable[[pd.Series, float], pd.Series]] = {
     ">": lambda column, value: column > value,
     ">=": lambda column, value: column >= value,
 }
-
-
-# --- words and numbers -----------------------------------------------------------------------------------------------
-
-
-def plain(text: object) -> str:
-    """Text in which unprintable characters are escaped as in Python (a line end is \\n).
-
-    >>> plain("a\\x1b[31mb")
-    'a\\\\x1b[31mb'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def say(console: Console, line: str) -> None:
-    """Print a line without markup, control characters and line breaks."""
-    console.print(Text(plain(line)), soft_wrap=True)
-
-
-def number(value: object, width: object = None) -> str:
-    """A value rounded to two digits of `width`, half its interval; without a width to four digits.
-
-    >>> number(176.84304, 7.7658), number(1870.512704), number(0.1561677, 0.0003), number(1797), number(None)
-    ('176.8', '1,871', '0.15617', '1,797', '-')
-    """
-    if value is None or value is pd.NA:
-        return "-"
-    if isinstance(value, str):
-        return plain(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    x = float(value)  # type: ignore[arg-type]
-    if not math.isfinite(x):
-        return "-" if math.isnan(x) else f"{x:g}"
-    w = 0.0 if width is None or width is pd.NA else abs(float(width))  # type: ignore[arg-type]
-    if 0 < w < math.inf and w > abs(x) * 1e-12:
-        decimals = max(0, 1 - math.floor(math.log10(w)))
-        return f"{x:,.{decimals}f}" if decimals <= 8 else f"{x:.4g}"
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
-
-
-def row_name(row: dict[str, object]) -> str:
-    """The name of a row of the table."""
-    seed = row.get("training_seed")
-    words = [str(row["method"]) + (f" [{row['settings']}]" if _there(row["settings"]) else "")]
-    words += [f"seed {seed}"] if _there(seed) else []
-    words += [f"{number(row['nfe'])} NFE", f"noise {number(row['sampling_seed'])}"]
-    return ", ".join(words)
-
-
-def _there(value: object) -> bool:
-    return not pd.isna(value) and value != ""  # type: ignore[call-overload]
-
-
-def new_table(headings: Sequence[str], text: Sequence[bool], fold: bool = False) -> Table:
-    """An empty table that looks like that of `distillbench run`. `text` columns are left-aligned; `fold` wraps them."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for heading, left in zip(headings, text, strict=True):
-        lines = Text("\n".join(plain(part) for part in heading.split("_")))
-        justify: Literal["left", "right"] = "left" if left else "right"
-        table.add_column(lines, vertical="bottom", no_wrap=not fold, overflow="fold", justify=justify)
-    return table
-
-
-def fits(console: Console, table: Table) -> bool:
-    """Whether the table is as narrow as the console."""
-    return console.measure(table, options=console.options.update(max_width=WIDEST)).maximum <= console.width
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -163,9 +103,7 @@ def _rows_of(run: RunData, rows: Rows) -> pd.DataFrame:
     """The table, or its summary in the order of the run, with columns of leaders."""
     if rows == "all" or not len(run.table):
         return run.table.copy()
-    summary = run.summary
-    stars = {name + STAR: leaders(summary, name, direction) for name, direction in run.directions.items()}
-    marked = pd.concat([summary, pd.DataFrame(stars, index=summary.index)], axis=1)
+    marked = with_stars(run.summary, run.directions)
     order = run.table[KEYS].assign(settings=run.table["settings"].fillna("")).drop_duplicates()
     found = order.merge(marked.drop_duplicates(KEYS), on=KEYS, how="left")
     return found[list(marked.columns)][found["status"].notna()]
@@ -253,13 +191,12 @@ def print_rows(console: Console, shown: Shown, rows: Rows) -> None:
     if not len(frame):
         say(console, "no rows")
     elif shown.columns:
-        drawn = _drawn(shown, shown.columns)
-        console.print(drawn if fits(console, drawn) else _drawn(shown, shown.columns, fold=True))
+        _print_table(console, shown, shown.columns)
     else:
         _print_what_fits(console, shown, rows)
     for row in shown.failed.to_dict("records"):
         where = f"{row[RUN]}: " if shown.several else ""
-        reason = row["reason"] if _there(row["reason"]) else "no reason is recorded"
+        reason = row["reason"] if there(row["reason"]) else "no reason is recorded"
         say(console, f"{where}{row_name(row)}: {number(row['status'])}: {reason}")
     notes = [(row[RUN] if shown.several else "", row["note"], row) for row in shown.noted.to_dict("records")]
     for run, note in dict.fromkeys((run, note) for run, note, _ in notes):
@@ -285,12 +222,9 @@ def _print_what_fits(console: Console, shown: Shown, rows: Rows) -> None:
     first = len(names)
     scores = [name for name in shown.directions if name in frame]
     names += scores + [name for name in COSTS if frame[name].notna().any()]
-    cut = []
-    while len(names) > first + 1 and not fits(console, _drawn(shown, names)):  # the first score is always there
-        cut.append(names.pop())
-    drawn = _drawn(shown, names)
-    console.print(drawn if fits(console, drawn) else _drawn(shown, names, fold=True))
-    hidden = [name for name in scores if name in cut]
+    names = columns_that_fit(console, frame, names, shown.directions, least=first + 1)  # the first score stays
+    _print_table(console, shown, names)
+    hidden = [name for name in scores if name not in names]
     notes = [f"not shown, as too wide: {', '.join(hidden)} (--columns, --csv)"] if hidden else []
     for source in ("training", "sampling"):
         ends = [f"{name}_{source}_low" for name in scores]
@@ -302,21 +236,7 @@ def _print_what_fits(console: Console, shown: Shown, rows: Rows) -> None:
         say(console, line)
 
 
-def _drawn(shown: Shown, names: Sequence[str], fold: bool = False) -> Table:
-    frame, directions = shown.frame, shown.directions
-    headings = [f"{name}_{ARROWS[directions[name]]}".rstrip("_") if name in directions else name for name in names]
-    table = new_table(headings, [not pd.api.types.is_numeric_dtype(frame[name]) for name in names], fold)
-    for row in frame.to_dict("records"):
-        table.add_row(*(Text(_cell(row, name)) for name in names))
-    return table
-
-
-def _cell(row: dict, name: str) -> str:
-    """A value; a score with its interval, and a star if it leads."""
-    for source in ("training", "sampling"):
-        low, high = row.get(f"{name}_{source}_low"), row.get(f"{name}_{source}_high")
-        if low is not None and high is not None and not pd.isna(low) and not pd.isna(high):
-            half = (high - low) / 2
-            ends = f"{source[0]}[{number(low, half)}, {number(high, half)}]"
-            return f"{number(row[name], half)} {ends}{'*' if row.get(name + STAR) is True else ''}"
-    return number(row[name])
+def _print_table(console: Console, shown: Shown, names: list[str]) -> None:
+    """The columns `names`, whose texts are wrapped if the console is too narrow."""
+    drawn = score_table(shown.frame, names, shown.directions)
+    console.print(drawn if fits(console, drawn) else score_table(shown.frame, names, shown.directions, fold=True))

@@ -38,13 +38,13 @@ WITH_GRADIENTS = 3.0  # time of a step over that of its forward passes alone, wh
 class MethodTimes:
     """Seconds of a training step, and of a network evaluation of n images where the student is sampled from.
 
-    `pair_evaluations`: the teacher's for pairs that are not cached. `timed`: images of the largest step that was timed;
-    0: none, the plan's forward passes are scaled.
+    `pairs`: the folder and the teacher's evaluations of noise-image pairs that are not cached. `timed`: images of the
+    largest step that was timed; 0: none, the plan's forward passes are scaled.
     """
 
     step: float
     evaluation: Line
-    pair_evaluations: int
+    pairs: tuple[tuple[str, int], ...]
     timed: int
 
 
@@ -70,14 +70,15 @@ def times_of_method(cell: Cell, teacher: Teacher, timer: Timer, seconds: float) 
         steps = TrialSteps(method, cell.method_config, workspace, read, loop)
         step, timed = _step(method, steps, first, batch, timer, 0.75 * seconds)
     evaluation = times_of_sampling(method.eval().sample, min(cell.nfe), cell.shared, method.teacher, timer, seconds / 4)
-    return MethodTimes(step, evaluation, workspace.evaluations, timed)
+    return MethodTimes(step, evaluation, tuple(workspace.missing), timed)
 
 
 def times_by_plan(cell: Cell) -> MethodTimes:
     """The times of the method of `cell`, as far as the steps of its plan show them."""
     rough = cell.plan_speed
     step = WITH_GRADIENTS * rough.image * cell.shared.config.batch_size
-    return MethodTimes(step, Line(0.0, rough.evaluation), rough.pair_evaluations, 0)
+    pairs = ((f"{cell.name} {cell.differs}", rough.pair_evaluations),)
+    return MethodTimes(step, Line(0.0, rough.evaluation), pairs, 0)
 
 
 def _timed(compute: ComputeConfig) -> ComputeConfig:
@@ -125,13 +126,14 @@ class _CountingWorkspace(Workspace):
         shared = cell.shared
         given = teacher, meter, shared.folder.cache("pairs"), shared.device, cell.seed or 0, Progress(None)
         super().__init__(*given, dry=True)
-        self.evaluations = 0
+        self.missing: list[tuple[str, int]] = []
 
     def pairs(self, solve: Solve, count: int, recipe: dict[str, Any]) -> PairStore:
         before = self.meter.teacher_nfe
         store = super().pairs(solve, count, recipe)
         if not self.has_pairs(count, recipe):
-            self.evaluations += self.meter.teacher_nfe - before
+            _, folder = self._place(count, recipe)
+            self.missing.append((folder.name, self.meter.teacher_nfe - before))
         return store
 
 

@@ -6,7 +6,7 @@ Rows cost their evaluations and their scores, a training its images; what caches
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 from distillbench.evaluation.evaluator import features_kept, most_nfe, teacher_samples_recipe
@@ -17,10 +17,11 @@ from distillbench.runs.method_trials import MethodTimes
 from distillbench.runs.predicted_timing import seconds_of_timing
 from distillbench.runs.remains import Remains
 from distillbench.runs.score_trials import NetworkTimes
-from distillbench.runs.shared_context import Cell, SharedContext
+from distillbench.runs.shared_context import Cell, SharedContext, plain_settings
 from distillbench.runs.time_plan import Lever, Part, TimePlan, summed
 from distillbench.runs.trials import Line
 from distillbench.storage.array_cache import array_file
+from distillbench.storage.files import canonical_json
 from distillbench.teachers.teacher import Teacher, TeacherPlan
 from distillbench.training.budget import Limit
 from distillbench.training.monitor import MOST
@@ -63,18 +64,19 @@ def estimate(
     `speeds_of` gives the speeds of a context whose teacher has a SHA-256 (empty: not known).
     """
     contexts: dict[int, _Context] = {}
+    once = _Once()
     for cell, what in zip(cells, remains, strict=True):
         if what.any and id(cell.shared) not in contexts:
-            contexts[id(cell.shared)] = _Context(cell.shared, speeds_of(cell.shared, what.teacher_sha256))
+            contexts[id(cell.shared)] = _Context(cell.shared, speeds_of(cell.shared, what.teacher_sha256), once)
     pairs = list(zip(cells, remains, strict=True))
     for cell, what in pairs:  # before networks are loaded for scores, which may use up the time that there is
         if what.any and cell.entry is not None:
             contexts[id(cell.shared)].speeds.method(cell)
     times = [contexts[id(cell.shared)].of_cell(cell, what) if what.any else {} for cell, what in pairs]
+    evaluated = {id(cell.shared) for cell, what in pairs if what.evaluation}
     before: dict[Part, float] = {}
-    for context in contexts.values():
-        mine = [what for cell, what in pairs if cell.shared is context.shared]
-        for part, seconds in context.before(any(what.evaluation for what in mine)).items():
+    for key, context in contexts.items():
+        for part, seconds in context.before(key in evaluated).items():
             before[part] = before.get(part, 0.0) + seconds
     levers = summed(lever for context in contexts.values() for lever in context.levers)
     notes = [note for context in contexts.values() for note in (*context.speeds.notes, *context.left_out())]
@@ -83,11 +85,26 @@ def estimate(
     return TimePlan(times, before, at_once, levers, list(dict.fromkeys(notes)), list(dict.fromkeys(scaled)))
 
 
+class _Once:
+    """What cells and contexts share is done once: by the first of them."""
+
+    def __init__(self) -> None:
+        self.done: set[Hashable] = set()
+
+    def is_first(self, *what: Hashable) -> bool:
+        """Whether nobody has asked for it before."""
+        known = what in self.done
+        self.done.add(what)
+        return not known
+
+
 class _Context:
     """The times of the cells that share settings, dataset and teacher, and the settings that they depend on."""
 
-    def __init__(self, shared: SharedContext, speeds: Speeds) -> None:
-        self.shared, self.speeds = shared, speeds
+    def __init__(self, shared: SharedContext, speeds: Speeds, once: _Once) -> None:
+        self.shared, self.speeds, self.once = shared, speeds, once
+        config = shared.config
+        self.teacher = canonical_json(plain_settings([config.dataset, config.teacher, config.conditional]))
         self.config, self.evaluation = shared.config, shared.config.evaluation
         self.levers: list[Lever] = []
         self._timings: dict[tuple[Line, tuple[int, ...]], float] = {}
@@ -126,8 +143,8 @@ class _Context:
         if budget.limit == Limit.seconds:
             preparation, training = 0.0, budget.seconds
         else:
-            teacher = self.speeds.teacher_evaluation()
-            preparation = times.pair_evaluations * teacher(BATCH) / BATCH
+            missing = (n for name, n in times.pairs if self.once.is_first(Part.preparation, name, cell.seed))
+            preparation = sum(missing) * self.speeds.teacher_evaluation()(BATCH) / BATCH
             training = cost.images / self.config.batch_size * times.step
             if self.evaluation.progress_every:
                 looks = math.ceil(1 / self.evaluation.progress_every) * self.evaluation.progress_images
@@ -173,27 +190,29 @@ class _Context:
         """The seconds of what is done once; `evaluates`: for rows that are left."""
         found: dict[Part, float] = {}
         plan = self.shared.source.plan()
-        if plan.images:
+        if plan.images and self.once.is_first(Part.teacher, self.teacher):
             found[Part.teacher] = self.speeds.teacher_training(plan)
             amount = plan.images if plan.seconds is None else plan.seconds
             self._depends(f"{plan.setting}={_plain(amount)}" if plan.setting else "the teacher", found[Part.teacher])
         if not evaluates:
             return found
-        missing = [seed for seed in self.evaluation.seeds if not self._has_answers(seed)]
+        missing = [seed for seed in self.evaluation.seeds if self._lacks_answers(seed)]
         nfe = most_nfe(self.evaluation, self.speeds.teacher)
         found[Part.reference] = len(missing) * self._samples(self.speeds.teacher_evaluation(), nfe)
         self._depends(self._steps, found[Part.reference])
         self._depends(self._images, found[Part.reference])
-        found[Part.scoring] = 0.0 if self.config.isolate else self._loading()
+        loads = not self.config.isolate and self.once.is_first(Part.scoring)
+        found[Part.scoring] = self._loading() if loads else 0.0
         found[Part.real] = sum(self._of_real_images(network) for network in self.networks)
         self._depends(f"dataset={self.shared.dataset.name}", found[Part.real])
         return found
 
-    def _has_answers(self, seed: int) -> bool:
+    def _lacks_answers(self, seed: int) -> bool:
+        """Whether the many-step samples of a sampling seed are not there, and not made for other cells either."""
         shared, teacher = self.shared, self.speeds.teacher
         given = self.evaluation, teacher, teacher.sha256, shared.dataset.sha256, shared.device, seed
         file = array_file(shared.folder.cache("answers"), teacher_samples_recipe(*given))
-        return file.with_suffix(".json").is_file()
+        return not file.with_suffix(".json").is_file() and self.once.is_first(Part.reference, self.teacher, file.name)
 
     def _of_real_images(self, network: type[FeatureNetwork]) -> float:
         """Seconds of the features of all real images, if they are needed and not there."""
@@ -202,7 +221,9 @@ class _Context:
             return 0.0
         networks, cache = Networks(shared.weights, shared.device), shared.folder.cache("references")
         real = RealImages(shared.dataset, networks, cache, shared.references, features_kept(shared.metrics))
-        return 0.0 if real.has(network) else self.speeds.network(network)(len(shared.dataset))
+        if real.has(network) or not self.once.is_first(Part.real, network, shared.dataset.sha256):
+            return 0.0
+        return self.speeds.network(network)(len(shared.dataset))
 
     # --- what it depends on, and what is left out
 

@@ -131,7 +131,7 @@ def test_without_the_diagonal_it_is_unbiased():
     h = time([0.5] * size)
     for shift in (0.0, 0.4):
         y, target = images(size, 1, (1, 1, 1)), images(size, 2, (1, 1, 1)) + shift
-        found = imm(group_size=M).mmd(y, target, h, UNCONDITIONAL)
+        found = imm(group_size=M, diagonal=False).mmd(y, target, h, UNCONDITIONAL)
         a, b = y[:1000].flatten(), target[:1000].flatten()
         apart = sum((laplace(p, p).sum() - 1000) / (1000 * 999) for p in (a, b))
         expected = (apart - 2 * laplace(a, b).mean()).item()
@@ -145,7 +145,7 @@ def test_without_the_diagonal_it_is_unbiased():
 def test_only_images_of_one_class_are_compared_without_the_diagonal():
     M, labels = 4, torch.tensor([0, 1, 0, 1, 2, 2, 2, 1])
     y, target, h = images(8, 1), images(8, 2), time([0.2] * 8)
-    found = imm(group_size=M).mmd(y, target, h, Condition(labels))
+    found = imm(group_size=M, diagonal=False).mmd(y, target, h, Condition(labels))
     for g in range(2):
         of_group = labels[g * M :][:M].tolist()
         counted = lambda i, j, of_group=of_group: i != j and of_group[i] == of_group[j]
@@ -168,7 +168,7 @@ def test_equal_images_have_a_finite_gradient(diagonal):
 def test_the_exact_map_has_no_gradient_without_the_diagonal():
     """With it the mean gradient is not zero: it wants smaller samples (specification 27)."""
     settings = {"group_size": 4, "k": 9}
-    found = gain_slopes(1.0, 4000, 40, **settings)
+    found = gain_slopes(1.0, 4000, 40, **settings, diagonal=False)
     error = found.std() / math.sqrt(len(found))
     assert found.mean().abs() < 3 * error
     published = gain_slopes(1.0, 4000, 40, **settings, diagonal=True)
@@ -184,7 +184,7 @@ def test_a_gain_that_is_wrong_is_corrected(gain, sign, diagonal):
 
 @pytest.mark.parametrize("start", [0.7, 1.4])
 def test_a_trained_gain_is_that_of_the_exact_map(start):
-    method = with_map(start, group_size=16)
+    method = with_map(start, group_size=16, diagonal=False)
     images = [make_batch(256, (1, 1, 1), seed, gaussian_images(seed + 1000, (0.0,), (V,))) for seed in range(300)]
     minimised(method.student, lambda step: loss_of(method, images[step]))
     assert method.student.gain.item() == pytest.approx(1, abs=0.05)
@@ -324,7 +324,7 @@ def test_the_start_is_the_teacher_s_weights_or_fresh_ones():
 
 def test_what_is_refused():
     with pytest.raises(UserError, match="group_size"):
-        InductiveMomentMatching.Config(group_size=1)
+        InductiveMomentMatching.Config(group_size=1, diagonal=False)
     InductiveMomentMatching.Config(group_size=1, diagonal=True)
     with pytest.raises(UserError, match="start"):
         InductiveMomentMatching.Config(start="random")

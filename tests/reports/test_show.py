@@ -10,7 +10,8 @@ from distillbench.errors import UserError
 from distillbench.records.table import make_table, write_table
 from distillbench.reports.commands import show_runs
 from distillbench.reports.runs import read_run
-from distillbench.reports.show import number, plain, select
+from distillbench.reports.show import select
+from distillbench.reports.terminal_table import number, plain
 from tables_of_runs import TEACHER, row, run_folder, seeds
 
 ROWS = [row(fid=80.0, **TEACHER), *seeds([10.0, 11.0]), *seeds([20.0, 21.0], method="cm")]

@@ -58,4 +58,4 @@ def test_lines_of_rows_name_it_too():
     progress = RecordingProgress()
     print_rows(progress, make_table([row, row], []).set_axis(["lr=0.0001", "lr=0.001"]))
     names = [line.partition(":")[0].strip() for line in progress.lines]
-    assert names == ["cm lr=0.0001 seed 0, 1 NFE, noise 0", "cm lr=0.001 seed 0, 1 NFE, noise 0"]
+    assert names == ["cm [lr=0.0001], seed 0, 1 NFE, noise 0", "cm [lr=0.001], seed 0, 1 NFE, noise 0"]

@@ -161,7 +161,7 @@ class Given:
         self.notes, self.scaled = [], []
 
     def method(self, cell):
-        return MethodTimes(step=0.5, evaluation=Line(0.0, 0.002), pair_evaluations=3000, timed=128)
+        return MethodTimes(step=0.5, evaluation=Line(0.0, 0.002), pairs=(("pairs", 3000),), timed=128)
 
     def teacher_training(self, plan):
         return plan.images / 1000
@@ -204,6 +204,16 @@ def test_what_is_there_costs_nothing(cells):
     assert not scored.cells[0] and Part.training not in scored.cells[1] and scored.cells[1][Part.scoring] > 0
     timed = given(cells, [NOTHING, Remains(training=False, evaluation=False, speed=True)])
     assert not timed.before and set(timed.cells[1]) == {Part.speed, Part.starting}
+
+
+def test_what_cells_share_is_counted_once(registry, tmp_path):
+    """Two learning rates and two budgets: pairs for each seed, the teacher's samples and the real images once."""
+    words = ["methods=[boot]", "seed=0,1", "methods.boot.lr=1e-4,2e-4", "budget.images=6400,12800", "teacher.seed=5"]
+    _, cells = planned(registry, tmp_path, *WORDS, *words)
+    times = given(cells, [untouched(cell) for cell in cells])
+    assert sum(cell.get(Part.preparation, 0.0) for cell in times.cells) == pytest.approx(2 * 3.0)
+    assert (times.before[Part.teacher], times.before[Part.reference]) == (2000, pytest.approx(64 * 0.6))
+    assert times.before[Part.real] == pytest.approx(18 * 100 * 0.002)
 
 
 def test_a_teacher_is_trained_once_and_a_budget_in_seconds_is_known(registry, tmp_path):
