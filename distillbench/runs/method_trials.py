@@ -52,9 +52,11 @@ def times_of_method(cell: Cell, teacher: Teacher, timer: Timer, seconds: float) 
     """The times of the method of `cell`, from trials that take about `seconds`."""
     assert cell.method_config is not None
     config = cell.shared.config
-    rough, batch = cell.plan_speed, config.batch_size
+    batch, image = config.batch_size, WITH_GRADIENTS * cell.plan_speed.image
     first = min(batch, cell.group_size * -(-COST_IMAGES // cell.group_size))
-    if WITH_GRADIENTS * rough.image * first > seconds:
+    if 2 * image * first > seconds:  # images of a large network: a step of few is not much faster for each
+        first = cell.group_size
+    if image * first > seconds:
         return times_by_plan(cell)
     warm_up(cell.shared.device)
     with ExitStack() as stack:
@@ -155,10 +157,10 @@ class _Regression(Method):
 
 def seconds_of_teacher_training(
     shared: SharedContext, plan: TeacherPlan, teacher: Teacher, timer: Timer, seconds: float
-) -> float:
-    """Seconds of the training that `plan` describes."""
+) -> tuple[float, int]:
+    """Seconds of the training that `plan` describes, and the images of the largest step that was timed."""
     if plan.seconds is not None:
-        return plan.seconds
+        return plan.seconds, plan.batch_size
     warm_up(shared.device)
     config = OptimizerConfig()
     with ExitStack() as stack:
@@ -171,4 +173,4 @@ def seconds_of_teacher_training(
         steps = TrialSteps(method, config, workspace, read, Loop(plan.batch_size))
         steps.begin(0)
         line = fit(partial(steps.take, 1), 1, plan.batch_size, timer, seconds)
-    return line(plan.batch_size) * plan.images / plan.batch_size
+    return line(plan.batch_size) * plan.images / plan.batch_size, line.timed

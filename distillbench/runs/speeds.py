@@ -133,8 +133,11 @@ class Trials:
 
     def teacher_training(self, plan: TeacherPlan) -> float:
         with self._attempt("the training of the teacher"):
-            share = self.allowance.share()
-            return seconds_of_teacher_training(self.shared, plan, self.untrained, self.timer, share)
+            given = self.shared, plan, self.untrained, self.timer, self.allowance.share()
+            seconds, timed = seconds_of_teacher_training(*given)
+            if timed < plan.batch_size:
+                self.scaled.append(f"the teacher's training by steps of {timed}")
+            return seconds
         return 0.0
 
     def teacher_evaluation(self) -> Line:

@@ -11,6 +11,7 @@ from distillbench.evaluation.timing import OUT_OF_MEMORY, Timer
 
 GROWTH = 4  # of the number of images from one trial to the next
 LEAST_SECONDS = 0.2  # for the trials of a piece of work: few images alone would show what a call costs, not an image
+AGAIN_SECONDS = 2.0  # a first trial that took less is a warm-up in any case: it may take several times as long
 ENOUGH_SECONDS, ENOUGH_CALLS = 0.2, 10  # of trials of the largest size
 
 
@@ -49,11 +50,11 @@ class Allowance:
 def fit(work: Callable[[int], object], first: int, full: int, timer: Timer, seconds: float) -> Line:
     """The line through trials of ``work(n)``: n = `first` and then more, up to `full`, as far as `seconds` allow.
 
-    A trial is begun only if it is expected to end in time; the first one always. It is a warm-up if there is time for
-    another one. Where memory runs out, fewer images are enough.
+    A trial is begun only if it is expected to end in time; the first one always. It is a warm-up, and taken again
+    unless it was long. Where memory runs out, fewer images are enough.
     """
     trials = _Trials(work, timer, max(seconds, LEAST_SECONDS))
-    if trials.affords(trials.take(first)):
+    if trials.take(first) <= max(trials.left, AGAIN_SECONDS):
         trials.take(first)
     while trials.size < full and trials.affords(GROWTH * trials.last):
         try:

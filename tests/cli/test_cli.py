@@ -170,7 +170,7 @@ def test_a_dry_run_prints_the_plan_with_its_cost_and_writes_nothing(call, tmp_pa
     assert max(map(len, out.splitlines())) <= 80
     times = re.findall(r"^(?:\w+ \(seed \d\)|sum) .* (\d+ (?:s|min|h))", out, re.MULTILINE)
     assert len(times) == 5
-    assert re.search(r"^time: about \d+ (s|min|h)", out, re.MULTILINE) and "  training " in out
+    assert re.search(r"^time: about \d+ (s|min|h)", out, re.MULTILINE) and "  noise-image pairs " in out
     cells = dict(re.findall(r"^(\w+ \(seed \d\)) +(1 .*)$", out, re.MULTILINE))
     assert list(cells) == ["boot (seed 0)", "direct (seed 0)", "boot (seed 1)", "direct (seed 1)"]
     numbers = [int(word.replace(",", "")) for word in cells["boot (seed 1)"].split()[:-2]]  # then a time
