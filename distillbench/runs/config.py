@@ -88,7 +88,7 @@ class RunConfig:
     cell_seconds: float = option(0.0, "time limit of the process of a cell; 0: none")
     states: StatesConfig = option(StatesConfig, "training states, from which an interrupted training resumes")
     estimate_seconds: float = option(
-        10.0, "about the most that is spent on an estimate of the run's time before it begins; 0: no estimate"
+        20.0, "about the most that is spent on an estimate of the run's time before it begins; 0: no estimate"
     )
     energy: str = option("nvml", "how energy is measured: nvml (the GPU's counter) or zeus (an extra)")
     results_dir: str = option("results", "folder for records and tables", path=True)

@@ -34,7 +34,7 @@ from distillbench.storage.files import canonical_json
 from distillbench.system.subprocesses import in_words
 from distillbench.teachers.teacher import TeacherPlan
 
-PIECES_OF_METHOD = 4  # shares of the time of a method, of which more is timed than of other pieces
+PIECES = 4  # shares of the time for a method, and for the training of the teacher, which matter most
 MOST_SETTINGS = 8  # of one method that are timed; others are scaled by their evaluations
 NOT_OF_SPEED = ("methods", "seed", "budget", "results_dir", "run_name", "executor", "isolate", "cell_seconds", "states")
 
@@ -66,10 +66,10 @@ def _estimate(cells: Sequence[Cell], remains: Sequence[Remains], seconds: float)
 
 def _pieces(cells: Sequence[Cell]) -> int:
     """How many shares of the time the trials of `cells` need."""
-    pieces = PIECES_OF_METHOD * len({(_settings(cell.shared), _key(cell)) for cell in cells if cell.entry is not None})
+    pieces = PIECES * len({(_settings(cell.shared), _key(cell)) for cell in cells if cell.entry is not None})
     for shared in {_settings(cell.shared): cell.shared for cell in cells}.values():
         networks = {cls.network for cls in shared.metrics.values() if cls.network is not None}
-        pieces += 1 + bool(shared.source.plan().images) + len(networks) + len(shared.metrics)
+        pieces += 1 + PIECES * bool(shared.source.plan().images) + len(networks) + len(shared.metrics)
     return pieces
 
 
@@ -118,7 +118,7 @@ class Trials:
         return self._methods[key][1]
 
     def _timed(self, cell: Cell) -> MethodTimes | None:
-        share = sum(self.allowance.share() for _ in range(PIECES_OF_METHOD))
+        share = sum(self.allowance.share() for _ in range(PIECES))
         if cell.cost_error:
             self.notes.append(f"{cell.name}, which would fail")
             return None
@@ -133,7 +133,8 @@ class Trials:
 
     def teacher_training(self, plan: TeacherPlan) -> float:
         with self._attempt("the training of the teacher"):
-            given = self.shared, plan, self.untrained, self.timer, self.allowance.share()
+            share = sum(self.allowance.share() for _ in range(PIECES))
+            given = self.shared, plan, self.untrained, self.timer, share
             seconds, timed = seconds_of_teacher_training(*given)
             if timed < plan.batch_size:
                 self.scaled.append(f"the teacher's training by steps of {timed}")

@@ -84,7 +84,7 @@ class Clock:
         (0.01, 0.001, 0.3, 128),
         (0.3, 0.001, 0.001, 8),
         (0.0, 0.5, 1.0, 8),
-        (0.0, 0.01, 0.5, 8),
+        (0.0, 0.01, 0.5, 32),
     ],
 )
 def test_a_line_is_found_in_the_time_that_is_allowed(fixed, each, allowed, most):
