@@ -14,6 +14,7 @@ from distillbench.evaluation.settings import EvaluationConfig
 from distillbench.execution.announcement import announce
 from distillbench.execution.run import run
 from distillbench.registry import load_registry
+from distillbench.runs import speeds
 from distillbench.runs.cell import AS_IS, Policy
 from distillbench.runs.config import compose_runs
 from distillbench.runs.executor_config import SubmititConfig
@@ -264,6 +265,24 @@ def test_trials_leave_everything_as_it_was(registry, tmp_path):
     assert not any(what.any for what in remains_by_records(cells, AS_IS)) and cells[0].shared.teacher is None
     assert remains_by_records(cells, Policy(force=True))[1].training
     assert forecast(cells, AS_IS).lines(True) == ["time: nothing is left to do"]
+    known = remains_by_records(cells, AS_IS)[0].teacher_sha256
+    for sha256, there in [(known, True), ("", False)]:  # the teacher's samples are cached
+        rescored = estimate_by_trials(cells, [Remains(False, True, False, sha256), NOTHING], 0.1)
+        assert (rescored.before[Part.reference] == 0) is there and rescored.cells[0][Part.sampling] > 0
+
+
+def test_a_teacher_that_is_to_be_trained_is_timed_and_what_fails_is_named(registry, tmp_path, monkeypatch):
+    def fails(*given):
+        raise ValueError("no luck")
+
+    monkeypatch.setattr(speeds, "times_of_method", fails)
+    _, cells = planned(
+        registry, tmp_path, *SMALL, "teacher.width=16", "teacher.depth=1", "teacher.budget.images=512000"
+    )
+    times = estimate_by_trials(cells, [untouched(cell) for cell in cells], 0.5)
+    assert times.left_out == ["cm (ValueError: no luck)"] and times.cells[1] == {}
+    assert 0.5 < times.before[Part.teacher] < 5000  # 2000 steps of a tiny network
+    assert "not in this time: cm (ValueError: no luck)" in times.lines(on_cpu=True)
 
 
 def test_the_first_lines_of_a_run(registry, tmp_path):
