@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Teacher, hookimpl, option
-from distillbench.diffusion import TIME_GRIDS, UNCONDITIONAL, ddim, mean_square, time_like, whole_grid, x_at_t_max
+from distillbench.diffusion import DISTANCE_NAMES, TIME_GRIDS, UNCONDITIONAL, ddim, time_like, whole_grid, x_at_t_max
 from distillbench.networks import TwoTimes
 from distillbench.options import require_between, require_one_of, require_positive
 
@@ -62,6 +62,7 @@ class Boot(Method):
         steps: int = option(8, "N, steps from t_max to t_min")
         times: str = option("uniform", f"their grid ({', '.join(TIME_GRIDS)}), or continuous: any t, steps of delta")
         target: str = option("heun", "y_s by exponential heun, or by one euler step (exact DDIM, one evaluation less)")
+        metric: str = option("l2", f"|.|^2 of both losses, or another distance: {', '.join(DISTANCE_NAMES)}")
         weight: str = option("uniform", "w: uniform (1), inv_delta2 (1/delta^2) or inv_dlam2 (1/(1-r)^2)")
         beta: float = option(1.0, "weight of the boundary loss, to be read together with w")
         boundary_share: float = option(0.25, "share of a batch on which the boundary loss is estimated")
@@ -75,6 +76,7 @@ class Boot(Method):
             require_between(self, 0, 1, "handover")
             require_one_of(self, "times", (*TIME_GRIDS, "continuous"))
             require_one_of(self, "target", ("euler", "heun"))
+            require_one_of(self, "metric", DISTANCE_NAMES)
             require_one_of(self, "weight", ("uniform", "inv_delta2", "inv_dlam2"))
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
@@ -120,7 +122,8 @@ class Boot(Method):
             f_t, y_T = self.teacher.denoise(x, times, c[both]).split([batch.size, n])
             y_s = self.target(eps, y_t, f_t, t, s, c)
         g_s, g_T = g(eps[both], torch.cat([s, t_max]), c[both]).split([batch.size, n])
-        yield g, mean_square(g_s, y_s, self.weight(t, s)) + self.config.beta * mean_square(g_T, y_T)
+        d = self.distances[self.config.metric]
+        yield g, d(g_s, y_s, self.weight(t, s)) + self.config.beta * d(g_T, y_T)
 
     def supports(self, nfe: int) -> bool:
         return nfe == 1 or (self.config.handover > 0 and nfe > 1 and (nfe - 1) % self.evaluations == 0)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, Workspace, hookimpl, option
 from distillbench.diffusion import (
-    DISTANCES,
+    DISTANCE_NAMES,
     ONE_STEP,
     STEP_WEIGHTS,
     TIME_GRIDS,
@@ -71,7 +71,7 @@ class ConsistencyDistillation(Method):
         segments: int = option(1, "K, segments of the grid and evaluations of a sample; 1: any number of them below N")
         times: str = option("karras", "grid of the levels: karras, uniform (in t) or uniform_lambda")
         mu: float = option(0.95, "decay of the target network; 0: the student itself, stop-gradient")
-        metric: str = option("l2", "d: l2 (squared) or pseudo_huber, sqrt(|.|^2 + c^2) - c, c = .00054 sqrt(pixels)")
+        metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}")
         weight: str = option("inv_step", "lambda: uniform (1), or inv_step, 1/(tau_t - tau_s) of arXiv:2310.14189")
         sigma_min: float = option(0.002, "e, smallest noise level")
         sigma_max: float = option(80.0, "largest noise level")
@@ -87,7 +87,7 @@ class ConsistencyDistillation(Method):
             require_one_of(self, "solver", ONE_STEP)
             require_one_of(self, "times", ("karras", "uniform", "uniform_lambda"))
             require_one_of(self, "weight", STEP_WEIGHTS)
-            require_one_of(self, "metric", DISTANCES)
+            require_one_of(self, "metric", DISTANCE_NAMES)
             if self.sigma_min >= self.sigma_max:
                 raise UserError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
 
@@ -125,7 +125,7 @@ class ConsistencyDistillation(Method):
             with torch.no_grad():
                 target = self.target(x_s, s, c, *end)
             F = self.student(x_t, t, c, *end)
-        weight, distance = STEP_WEIGHTS[self.config.weight](schedule, t, s), DISTANCES[self.config.metric]
+        weight, distance = STEP_WEIGHTS[self.config.weight](schedule, t, s), self.distances[self.config.metric]
         yield self.student, distance(F, target, weight)
 
     def after_step(self) -> None:

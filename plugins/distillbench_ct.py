@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
 from distillbench.diffusion import (
     CURRICULA,
-    DISTANCES,
+    DISTANCE_NAMES,
     GRID_LEVELS,
     ConsistencyFunction,
     continuous_pair,
@@ -65,7 +65,7 @@ class ConsistencyTraining(Method):
         s0: int = option(10, "smallest N - 1")
         s1: int = option(20, "largest N - 1 (arXiv:2310.14189: 10 to 1280; arXiv:2303.01469: 2 to 150)")
         mu: float = option(0.95, "decay of the target network; 0: the student itself, stop-gradient")
-        metric: str = option("l2", "d: l2 (squared), or pseudo_huber, whose optimum is biased for few pixels")
+        metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}; for few pixels only l2 is unbiased")
         weight: str = option("inv_step", "lambda: uniform (1), or inv_step, 1/(tau_t - tau_s)")
         levels: str = option("lognormal", "noise levels of a batch: lognormal or uniform on a grid, or continuous")
         p_mean: float = option(-1.1, "mean of ln tau of that log-normal")
@@ -83,7 +83,7 @@ class ConsistencyTraining(Method):
             require_fraction(self, "mu")
             require_one_of(self, "start", ("fresh", "teacher"))
             require_one_of(self, "curriculum", CURRICULA)
-            require_one_of(self, "metric", DISTANCES)
+            require_one_of(self, "metric", DISTANCE_NAMES)
             require_one_of(self, "weight", ("uniform", "inv_step"))
             require_one_of(self, "levels", (*GRID_LEVELS, "continuous"))
             require_between(self, 0, self.sigma_max, "sigma_min")
@@ -128,7 +128,7 @@ class ConsistencyTraining(Method):
                 target = torch.where(tau_s > 0, self.target(x_s, s, c), x_0)
             F = self.student(x_t, t, c)
         weight = inverse_length(schedule.noise_level(t), tau_s) if config.weight == "inv_step" else 1.0
-        yield self.student, DISTANCES[config.metric](F, target, weight)
+        yield self.student, self.distances[config.metric](F, target, weight)
 
     def after_step(self) -> None:
         if self.config.mu:

@@ -1,8 +1,7 @@
 """CTM: from any time of a teacher's trajectory, a student jumps to any earlier one.
 
-Kim, Lai, Liao, Murata, Takida, Uesaka, He, Mitsufuji & Ermon 2023, "Consistency Trajectory Models: Learning Probability
-Flow ODE Trajectory of Diffusion", arXiv:2310.02279, as released, but without the adversarial loss. Noise levels are
-EDM's, tau = sigma_t / alpha_t, so it works on any schedule: x^ = x_t / alpha_t = x_0 + tau eps.
+Kim, Lai, Liao, Murata, Takida, Uesaka, He, Mitsufuji & Ermon 2023, arXiv:2310.02279, as released, but without the
+adversarial loss. Noise levels are EDM's, tau = sigma_t / alpha_t; on any schedule x^ = x_t / alpha_t = x_0 + tau eps.
 
     G(x_t, t, s)^ = tau_s / tau_t x^ + (1 - tau_s / tau_t) g(x_t, t, s),    so that G(x_t, t, t) = x_t
     x_u = n steps of Heun with the teacher, t -> u,    P(n) ~ n, one n for all images
@@ -11,7 +10,7 @@ EDM's, tau = sigma_t / alpha_t, so it works on any schedule: x^ = x_t / alpha_t 
     L  += w (1 / tau^2 + 1 / sd^2) |g(x_t, t, t) - x_0|^2,    since g(x_t, t, t) = E[x_0 given x_t]
     weights of g- <- mu weights of g- + (1 - mu) weights of g
 
-d is the squared error of x^. A gradient passes through G- to its input. All evaluations in d share one dropout mask.
+d compares x^. A gradient passes through G- to its input. All evaluations in d share one dropout mask.
 
 | symbol     | meaning                                                                            | shape     |
 |------------|------------------------------------------------------------------------------------|-----------|
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, Workspace, hookimpl, option
 from distillbench.diffusion import (
+    DISTANCE_NAMES,
     SNR_WEIGHTS,
     check_heun,
     ddim_step,
@@ -60,6 +60,7 @@ class ConsistencyTrajectory(Method):
         steps: int = option(18, "N, noise levels of the grid (the paper: 18 for CIFAR-10, 40 for ImageNet)")
         solver_steps: int = option(5, "largest n (the paper: N - 1, from any level to the lowest)")
         compare: str = option("soft", "where: soft, at the lowest level through the target network, or local, at s")
+        metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}")
         mu: float = option(0.95, "decay of the target network (released: .999); 0: the student itself")
         denoising: float = option(0.1, "w, a fixed weight (the paper's adapts to gradients of the last layer); 0: none")
         gamma: float = option(0.0, "noise of several evaluations, from 0, none (the ODE), to 1, consistency models'")
@@ -75,6 +76,7 @@ class ConsistencyTrajectory(Method):
             require_between(self, 0, 1, "gamma")
             require_fraction(self, "mu")  # with 1 the target network would never learn
             require_one_of(self, "compare", ("soft", "local"))
+            require_one_of(self, "metric", DISTANCE_NAMES)
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
@@ -104,7 +106,8 @@ class ConsistencyTrajectory(Method):
         k = batch.integers(n, len(grid))
         t, u, s = grid[k], grid[k - n], grid[(batch.uniform() * (k - n + 1)).long()]
         x_t = x_u = schedule.noised(batch.x_0, t, batch.noise())
-        soft, end = self.config.compare == "soft", s
+        soft, d = self.config.compare == "soft", self.distances[self.config.metric]
+        end = grid[torch.zeros_like(k)] if soft else s
         with one_mask(self.student, self.target):
             with torch.no_grad():
                 for i in range(n):
@@ -112,23 +115,20 @@ class ConsistencyTrajectory(Method):
                 b = self.G(self.student if soft else self.target, x_u, u, s, c)
             a = self.G(self.student, x_t, t, s, c)
             if soft:
-                end = grid[torch.zeros_like(k)]
                 with frozen_weights(self.target):
                     a, b = (self.G(self.target, x_s, s, end, c) for x_s in (a, b))
-        return mean_square(a / schedule.alpha(end), b / schedule.alpha(end))
+        return d(a / schedule.alpha(end), b / schedule.alpha(end))
 
     def denoising_loss(self, batch: Batch) -> Tensor:
-        """Half of the levels are log-normal, the others from the upper .7 of the grid, as released."""
         schedule, u = self.teacher.schedule, batch.uniform()
         high = karras_time(schedule, 1 - 0.7 * u, self.config.sigma_min, self.config.sigma_max)
-        t = torch.where(batch.uniform() < 0.5, lognormal_time(schedule, u, -1.2, 1.2), high)
+        t = torch.where(batch.uniform() < 0.5, lognormal_time(schedule, u, -1.2, 1.2), high)  # as released
         x_t = schedule.noised(batch.x_0, t, batch.noise())
         weight = SNR_WEIGHTS["edm"](schedule.noise_level(t) ** -2).to(x_t)
         return mean_square(self.student(x_t, t, t, batch.c), batch.x_0, weight)
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        denoising = self.w * self.denoising_loss(batch) if self.w else 0.0
-        yield self.student, self.consistency_loss(batch) + denoising
+        yield self.student, (self.w * self.denoising_loss(batch) if self.w else 0.0) + self.consistency_loss(batch)
 
     def after_step(self) -> None:
         if self.config.mu:

@@ -25,10 +25,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import l1_loss, mse_loss
 
 from distillbench import Batch, Condition, Method, MethodConfig, PairStore, UserError, Workspace, hookimpl, option
-from distillbench.diffusion import SAMPLERS, Solver, time_like, x_at_t_max
+from distillbench.diffusion import DISTANCE_NAMES, SAMPLERS, Solver, time_like, x_at_t_max
 from distillbench.options import require_one_of, require_positive
 
 
@@ -43,14 +42,14 @@ class Direct(Method):
         lr: float = option(2e-3, "peak learning rate of Adam")
         steps: int = option(64, "N, steps of the teacher's sampler")
         solver: str = option("ddim", f"the teacher's sampler, SAMPLER or SAMPLER/GRID: {', '.join(SAMPLERS)}")
-        loss: str = option("l2", "l2 (squared) or l1 (the paper's choice for CIFAR-10)")
+        loss: str = option("l2", f"{', '.join(DISTANCE_NAMES)} (the paper's choice for CIFAR-10: l1)")
         online: bool = option(False, "solve for every batch instead of making pairs ahead")
         pairs: int = option(32_768, "noise-image pairs made ahead (offline)")
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require_positive(self, "steps", "pairs")
-            require_one_of(self, "loss", ("l1", "l2"))
+            require_one_of(self, "loss", DISTANCE_NAMES)
             if not Solver.parse(self.solver).deterministic:
                 raise UserError(f"solver must be deterministic, got {self.solver!r}, which adds noise of its own")
 
@@ -84,8 +83,7 @@ class Direct(Method):
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         eps, x_0, c = self.pair(batch)
-        loss = l1_loss if self.config.loss == "l1" else mse_loss
-        yield self.student, loss(self.g(eps, c), x_0)  # (BOOT paper, eq. 2)
+        yield self.student, self.distances[self.config.loss](self.g(eps, c), x_0)  # (BOOT paper, eq. 2)
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         return self.g(noise(0), c)

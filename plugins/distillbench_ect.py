@@ -32,20 +32,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
 from distillbench.diffusion import (
-    DISTANCES,
+    DISTANCE_NAMES,
     SIGMA_DATA,
     ConsistencyFunction,
     continuous_pair,
     ddim_step,
     inverse_length,
     karras_times,
-    mean_square,
     multistep,
     one_mask,
     pseudo_huber,
@@ -70,7 +70,7 @@ class EasyConsistencyTuning(Method):
         stages: int = option(4, "number of stages (released: 8 for CIFAR-10, 1 for one hour)")
         k: float = option(8.0, "k, how much longer steps at low noise levels are")
         b: float = option(1.0, "b, 1 / the noise level below which steps are longer")
-        metric: str = option("l2", "d: l2 (squared), or pseudo_huber (released), which is biased for few pixels")
+        metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}; released: pseudo_huber, biased for few pixels")
         huber_c: float = option(0.0, "C of pseudo_huber (released: 0)")
         p_mean: float = option(-1.1, "mean of ln tau")
         p_std: float = option(2.0, "standard deviation of ln tau")
@@ -81,7 +81,7 @@ class EasyConsistencyTuning(Method):
         def __post_init__(self) -> None:
             super().__post_init__()
             require_one_of(self, "source", ("data", "teacher"))
-            require_one_of(self, "metric", DISTANCES)
+            require_one_of(self, "metric", DISTANCE_NAMES)
             require_positive(self, "p_std", "sigma_min", "sigma_max", "mid")
             require_between(self, 0, float("inf"), "k", "b", "huber_c")
             require_between(self, 1, float("inf"), "stages")
@@ -124,8 +124,9 @@ class EasyConsistencyTuning(Method):
                 target = torch.where(tau_s > 0, self.student(x_s, s, c), f)
             F = self.student(x_t, t, c)
         w = inverse_length(schedule.noise_level(t), tau_s)
-        loss = mean_square(F, target, w) if config.metric == "l2" else pseudo_huber(F, target, w, config.huber_c)
-        yield self.student, loss
+        huber = config.metric == "pseudo_huber"
+        d = partial(pseudo_huber, c=config.huber_c) if huber else self.distances[config.metric]
+        yield self.student, d(F, target, w)
 
     def supports(self, nfe: int) -> bool:
         return 1 <= nfe < len(self.grid)

@@ -39,9 +39,9 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Denoiser, Method, MethodConfig, Teacher, hookimpl, option
 from distillbench.diffusion import (
+    DISTANCE_NAMES,
     ConsistencyFunction,
     ddim_step,
-    mean_square,
     multistep,
     one_mask,
     segment_edges,
@@ -86,7 +86,7 @@ class LatentConsistency(Method):
         segments: int = option(1, "K, segments of the grid and evaluations of a sample; 1: any number of them up to N")
         times: str = option("trailing", "solver's grid: trailing (as released), uniform (in t) or uniform_lambda")
         mu: float = option(0.95, "decay of the target network; 0: the student itself, stop-gradient")
-        loss: str = option("huber", "huber, the pseudo-Huber loss of each value, or l2 (squared)")
+        loss: str = option("huber", f"huber, the pseudo-Huber loss of each value, or {', '.join(DISTANCE_NAMES)}")
         huber_c: float = option(1e-3, "h of the Huber loss, below which it is quadratic")
         sigma_data: float = option(0.5, "sd of c_skip and c_out")
         scaling: float = option(10.0, "tau of c_skip and c_out by index")
@@ -96,7 +96,7 @@ class LatentConsistency(Method):
             require_between(self, 2, INDICES - 1, "steps")
             require_between(self, 1, self.steps, "segments")
             require_one_of(self, "times", ("trailing", "uniform", "uniform_lambda"))
-            require_one_of(self, "loss", ("huber", "l2"))
+            require_one_of(self, "loss", ("huber", *DISTANCE_NAMES))
             require_fraction(self, "mu")  # with 1 the target network would never learn
             require_positive(self, "huber_c", "sigma_data", "scaling")
 
@@ -123,8 +123,8 @@ class LatentConsistency(Method):
         yield self.student, self.distance(F, target)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.config.loss == "l2":
-            return mean_square(a, b)
+        if self.config.loss != "huber":
+            return self.distances[self.config.loss](a, b)
         h = self.config.huber_c
         return (((a - b).square() + h**2).sqrt() - h).mean()
 

@@ -11,14 +11,13 @@ arXiv:2309.06380). Data-free. The paper's time runs from noise to data; here, as
 
 At the optimum v(x_T, T) = (x_T - M(eps))/T, so one step gives M(eps). For t < T it is a mean over the paths through
 x_t: if no two of them cross, as in one dimension, any number of steps is exact. The second phase, if there is one,
-distils the flow into k steps: the same L at t = T/k, 2T/k, ..., T only.
+distils the flow into k steps: the same L, or d(f, x_0), at t = T/k, 2T/k, ..., T only.
 
 | symbol | meaning                                                                                 | shape      |
 |--------|-----------------------------------------------------------------------------------------|------------|
 | eps    | noise                                                                                   | (B,C,H,W)  |
 | x_0    | M(eps), the teacher's sample: the end of the path                                       | (B,C,H,W)  |
-| T      | t_max of the schedule x_t = (1 - t) x_0 + t eps: almost 1                               | float      |
-| x_T    | where sampling starts                                                                   | (B,C,H,W)  |
+| T, x_T | t_max of the schedule x_t = (1 - t) x_0 + t eps: a float, almost 1; start of sampling   | (B,C,H,W)  |
 | t, s   | times, s < t                                                                            | (B,1,1,1)  |
 | f, v   | student as a denoiser, and its velocity dx/dt: at first the teacher's                   | (B,C,H,W)  |
 | c      | condition: class and guidance of the teacher                                            | of a batch |
@@ -39,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, Workspace, hookimpl, option
-from distillbench.diffusion import SAMPLERS, Solver, mean_square, time_like, x_at_t_max
+from distillbench.diffusion import DISTANCE_NAMES, SAMPLERS, Solver, mean_square, time_like, x_at_t_max
 from distillbench.options import require_between, require_one_of, require_positive
 
 A = 4.0  # of u_shaped times
@@ -64,12 +63,14 @@ class Reflow(Method):
         t_low: float = option(1e-3, "smallest t of training, as released")
         distil_share: float = option(0.0, "budget of the distillation, relative to reflow's (0: none)")
         distil_steps: int = option(1, "k, number of steps that the flow is distilled into")
+        distil_metric: str = option("l2", f"L again (l2), or f is compared with x_0: {', '.join(DISTANCE_NAMES)}")
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require_one_of(self, "schedule", ("flow_matching",))
             require_one_of(self, "times", ("u_shaped", "uniform"))
             require_positive(self, "steps", "pairs", "distil_steps")
+            require_one_of(self, "distil_metric", DISTANCE_NAMES)
             require_between(self, 1e-4, 0.1, "t_low")
             require_between(self, 0, float("inf"), "distil_share")
             if not Solver.parse(self.solver).deterministic:
@@ -84,8 +85,7 @@ class Reflow(Method):
             self.flow = teacher.student().freeze()  # the average of the first phase
 
     def phases(self) -> list[Phase]:
-        distil = [Phase("distil", self.config.distil_share)] if self.config.distil_share else []
-        return [Phase("reflow"), *distil]
+        return [Phase("reflow"), Phase("distil", share)] if (share := self.config.distil_share) else [Phase("reflow")]
 
     def start_phase(self, index: int) -> None:
         self.distils = index == 1
@@ -97,8 +97,7 @@ class Reflow(Method):
 
     def M(self, eps: Tensor, c: Condition) -> Tensor:
         """x_0, the teacher's sample in N steps on its own schedule, whichever one training is on."""
-        teacher = self.teacher.native
-        solver = Solver.parse(self.config.solver)
+        teacher, solver = self.teacher.native, Solver.parse(self.config.solver)
         return solver.solve(partial(teacher.denoise, c=c), teacher.schedule, eps, self.config.steps)
 
     def prepare(self, workspace: Workspace) -> None:
@@ -124,14 +123,16 @@ class Reflow(Method):
         eps, x_0, c = self.store.read(batch.integers(0, len(self.store)))
         t, x_T = self.time(batch), x_at_t_max(self.teacher.schedule, eps)
         x_t = x_0 + (t / self.T).to(x_0) * (x_T - x_0)
-        yield self.student, mean_square((x_T - x_0) / self.T, self.v(self.student, x_t, t, c))  # (eq. 1)
+        if self.distils and self.config.distil_metric != "l2":
+            yield self.student, self.distances[self.config.distil_metric](self.student(x_t, t, c), x_0)
+        else:
+            yield self.student, mean_square((x_T - x_0) / self.T, self.v(self.student, x_t, t, c))  # (eq. 1)
 
     def supports(self, nfe: int) -> bool:
         return nfe >= 1
 
     def _distilled(self, nfe: int) -> bool:
-        """Whether the student takes `nfe` steps. Otherwise the flow from before distillation does."""
-        return not self.config.distil_share or nfe == self.config.distil_steps
+        return not self.config.distil_share or nfe == self.config.distil_steps  # otherwise the first phase's flow
 
     def ready(self, nfe: int, phase: int) -> bool:
         return self.supports(nfe) and (self._distilled(nfe) or phase == 1)

@@ -1,8 +1,7 @@
 """SiD: score identity distillation. A one-step generator learns the teacher's distribution from its noised samples.
 
-Zhou, Zheng, Wang, Yin & Huang 2024, "Score identity Distillation: Exponentially Fast Distillation of Pretrained
-Diffusion Models for One-Step Generation", arXiv:2404.04057, as in the authors' code. Data-free. Noise levels are
-EDM's, tau = sigma_t / alpha_t, so it works on any schedule: x_t = alpha_t (x + tau eps).
+Zhou, Zheng, Wang, Yin & Huang 2024, arXiv:2404.04057, as in the authors' code. Data-free. Noise levels are EDM's,
+tau = sigma_t / alpha_t, so it works on any schedule: x_t = alpha_t (x + tau eps).
 
     x     = G(z) = D_G(sigma_t' z, t'),   tau_t' = sigma_init
     L_psi = E w |D_psi(x_t, t) - sg[x]|^2,   w = 1/tau^2 + 1/sd^2,   log tau ~ N(p_mean, p_std^2)
@@ -11,9 +10,9 @@ EDM's, tau = sigma_t / alpha_t, so it works on any schedule: x_t = alpha_t (x + 
             L_G   += adversarial E[1/m] E softplus(-l(x_t)),   l clamped to [-10, 10]
 
 L_G has gradients through x, and through x_t in both D_phi and D_psi, but updates only G. At the optimal psi it is, but
-for m, (1 - alpha) E|d|^2: its value does not measure progress. SiD-LSG (Zhou et al. 2024, arXiv:2406.01561) guides
-D_psi like D_phi where it is fitted (`guided_fit`: kappa_1) and in L_G (`guided_loss`: kappa_2 = kappa_3). SiDA (Zhou et
-al. 2024, arXiv:2410.14919): the mean of a layer of psi over channels is l, (B,...); y_t is a real image y noised as x.
+for m, (1 - alpha) E|d|^2: its value does not measure progress. SiD-LSG (arXiv:2406.01561) guides D_psi like D_phi where
+it is fitted (`guided_fit`: kappa_1) and in L_G (`guided_loss`: kappa_2 = kappa_3). SiDA (arXiv:2410.14919): the mean of
+a layer of psi over channels is l, (B,...); y_t is a real image y noised as x. In L_psi, x and y may be augmented first.
 
 | symbol            | meaning                                                                            | shape     |
 |-------------------|------------------------------------------------------------------------------------|-----------|
@@ -54,6 +53,7 @@ class ScoreIdentityDistillation(Method):
         guided_loss: bool = option(False, "guide the fake score like the teacher in L_G (SiD-LSG)")
         adversarial: float = option(0.0, "weight of the adversarial term of L_G; 0: none, data-free (SiDA: 1e-4)")
         discriminator: float = option(1.0, "weight of the discriminator's loss, as released")
+        augment: float = option(0.0, "probability of each of EDM's transformations of x and y in L_psi (released: .12)")
         layer: str = option("", "submodule of the network whose output's mean over channels is the discriminator")
         sigma_min: float = option(0.002, "smallest noise level of L_G")
         sigma_max: float = option(80.0, "largest noise level of the Karras ramp of L_G")
@@ -69,6 +69,7 @@ class ScoreIdentityDistillation(Method):
             require_between(self, -1, 2, "alpha")
             require_between(self, 0, 1e6, "adversarial", "discriminator")
             require_between(self, 1e-3, 1, "ramp_share")
+            require_between(self, 0, 1, "augment")
             require_between(self, -20, 20, "p_mean")
             require_between(self, 0, self.sigma_max, "sigma_min")
             if self.adversarial and (not self.layer or self.guided_fit or self.guided_loss):
@@ -90,25 +91,23 @@ class ScoreIdentityDistillation(Method):
         return config.adversarial > 0
 
     def G(self, z: Tensor, c: Condition) -> Tensor:
-        t = time_like(z, self.t_init)
-        return self.student(self.teacher.schedule.sigma(t) * z, t, c)
+        return self.student(self.teacher.schedule.sigma(t := time_like(z, self.t_init)) * z, t, c)
 
     def D_psi(self, x_t: Tensor, t: Tensor, c: Condition, guide: bool, f_gradient: bool = True) -> tuple:
         """D_psi(x_t, t), guided if `guide`, and l(x_t), None without a discriminator."""
         if not self.config.adversarial:
             return guided(self.fake, self.teacher.conditioning, x_t, t, c) if guide else self.fake(x_t, t, c), None
         D, features = self.fake.features([self.config.layer], x_t, t, c, f_gradient=f_gradient)
-        h = features[self.config.layer]
-        return D, h.mean(dim=-1 if h.ndim == 3 else 1)  # of tokens: (B,N,C)
+        return D, (h := features[self.config.layer]).mean(dim=-1 if h.ndim == 3 else 1)  # of tokens: (B,N,C)
 
-    def fake_loss(self, x: Tensor, t: Tensor, eps: Tensor, c: Condition, y: Tensor | None = None) -> Tensor:
-        """L_psi, with the discriminator's loss for real images y."""
+    def fake_loss(self, x: Tensor, c: Condition, t: Tensor, eps: Tensor, real: tuple | None = None) -> Tensor:
+        """L_psi, with the discriminator's loss for real images y and their condition."""
         schedule, config = self.teacher.schedule, self.config
         w = denoising_weight(schedule, t, config.sigma_data).to(x.dtype)
         D_psi, l_x = self.D_psi(schedule.noised(x, t, eps), t, c, config.guided_fit)
         loss = (w * (D_psi - x).square()).mean()
-        if y is not None:
-            _, l_y = self.D_psi(schedule.noised(y, t, eps), t, c, False, f_gradient=False)
+        if real is not None:
+            _, l_y = self.D_psi(schedule.noised(real[0], t, eps), t, real[1], False, f_gradient=False)
             loss = loss + config.discriminator * w.mean() * softplus(torch.cat([-l_y, l_x])).mean() / x[0].numel()
         return loss
 
@@ -129,7 +128,8 @@ class ScoreIdentityDistillation(Method):
             with torch.no_grad():  # and so without dropout
                 x = self.G(batch.noise(), c)
             t = lognormal_time(schedule, batch.uniform(), config.p_mean, config.p_std)
-            yield self.fake, self.fake_loss(x, t, batch.noise(), c, batch.x_0 if config.adversarial else None)
+            real = batch.augmented(batch.x_0, c, config.augment) if config.adversarial else None
+            yield self.fake, self.fake_loss(*batch.augmented(x, c, config.augment), t, batch.noise(), real)
         c = batch.random_c()
         x, t = self.G(batch.noise(), c), karras_time(schedule, batch.uniform(), self.low, self.high, config.rho)
         product, m, l_x = self.identity(x, t, batch.noise(), c)

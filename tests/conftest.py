@@ -29,6 +29,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of downloads of all tests, empty: what a user has downloaded is not seen."""
+    folder = tmp_path_factory.mktemp("downloads")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DISTILLBENCH_DOWNLOADS", str(folder))
+        patched.delenv("DISTILLBENCH_SOURCES", raising=False)
+        yield folder
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """float64 as the default dtype, so that schedules and noise come in it."""

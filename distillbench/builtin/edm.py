@@ -14,7 +14,7 @@ import hashlib
 import inspect
 import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,11 @@ from distillbench.diffusion.schedules import VE
 from distillbench.errors import quoted
 from distillbench.networks.edm import NETWORKS
 from distillbench.options import require_fraction
+from distillbench.storage.downloads import located
 from distillbench.storage.files import canonical_json, git_lfs_pointer, sha256_tensors
 from distillbench.storage.safe_pickle import PersistentObject, read_pickle
+from distillbench.storage.source_messages import missing_teacher
+from distillbench.storage.sources import Source, of_teacher
 from distillbench.system.progress import Progress
 from distillbench.teachers.teacher import TeacherPlan
 
@@ -79,11 +82,19 @@ class Edm(TeacherSource):
 
     @dataclass
     class Config(TeacherConfig):
-        path: str = option("", f"the file (required), such as {PUBLISHED['ffhq']}", path=True)
+        path: str = option("", f"the file, such as {PUBLISHED['ffhq']}; empty: a downloaded one", path=True)
+        download: bool = option(False, "without teacher.path: download the released network that fits the dataset")
+        release: str = option(
+            "", "without teacher.path: a network by its name in `distillbench fetch`; empty: the one that fits"
+        )
         dropout: float = option(0.0, "dropout of students in training (EDM trains with .05 to .25)")
 
         def __post_init__(self) -> None:
             require_fraction(self, "dropout")
+
+    def notes(self) -> Sequence[str]:
+        source = None if self.config.path else self._source()
+        return [] if source is None else [f"{source.title}, by {source.publisher}, from {source.origin}"]
 
     def plan(self) -> TeacherPlan:
         self._check()
@@ -116,14 +127,14 @@ class Edm(TeacherSource):
 
     @functools.cached_property
     def _file(self) -> Path:
+        if not self.config.path:
+            return self._downloaded()
         example = PUBLISHED.get(self.dataset.name, PUBLISHED["ffhq"])
         accepted = (
             f"Possible: a network of NVIDIA's EDM release ({', '.join(PUBLISHED.values())} and their variants; see "
             f"the README of NVlabs/edm on GitHub), or a snapshot of its training script: distillbench run "
             f"'methods=[boot,cm]' dataset={self.dataset.name} teacher=edm teacher.path=FOLDER/{example}"
         )
-        if not self.config.path:
-            raise UserError(f"teacher=edm needs teacher.path=FILE. {accepted}")
         file = Path(self.config.path)
         if file.is_dir():
             raise UserError(f"teacher.path: {self.config.path!r} is a folder, but teacher=edm reads a file. {accepted}")
@@ -133,6 +144,26 @@ class Edm(TeacherSource):
             if why := git_lfs_pointer(start.read(64)):
                 raise UserError(f"teacher.path: {file.name!r} cannot be read: {why}")
         return file
+
+    def _source(self) -> Source | None:
+        side, conditional = self.dataset.shape[-1], bool(self.conditioning.classes)
+        return of_teacher(self.dataset.name, side, conditional, self.name, self.config.release)
+
+    def _downloaded(self) -> Path:
+        """The released network that fits the run, or the one that is named, if it was downloaded."""
+        source = self._source()
+        if source is None:
+            name, side, conditional = self.dataset.name, self.dataset.shape[-1], bool(self.conditioning.classes)
+            fitting = of_teacher(name, side, not conditional, self.name)
+            hint = f"for conditional={str(not conditional).lower()} there is {fitting.name}" if fitting else "none"
+            raise UserError(
+                f"teacher=edm needs teacher.path=FILE: no released network is known for dataset={name} at "
+                f"{side}x{side} and conditional={str(conditional).lower()} ({hint}). teacher.release=NAME names one"
+            )
+        path = located(source)
+        if path is None:
+            raise UserError(missing_teacher(source))
+        return path
 
     @functools.cached_property
     def _description(self) -> Description:

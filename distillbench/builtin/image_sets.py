@@ -1,7 +1,7 @@
 """Published image datasets: their content, licences, and where to get their files.
 
-Nothing is downloaded without ``dataset.download=true``. Numbers of images are the published ones. A source with another
-number is accepted, and the split in every row shows it ("train (200 of 70,000)").
+Nothing is downloaded without ``dataset.download=true``. Numbers of images are the published ones. Files of your own
+with another number are accepted, and the split in every row shows it ("train (200 of 70,000)"); a download is not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from distillbench import hookimpl, option
 from distillbench.datasets.image_dataset import FileConfig, FileDataset
+from distillbench.storage.sources import FILE, read_sources
 
+RELEASED = read_sources(FILE)  # with how to make the files by hand
 NO_LABELS = "none, because EDM's tool writes folder numbers as classes; auto, folders or captions"
 EDM_TOOL = "with NVlabs/edm: python dataset_tool.py"
 
@@ -21,7 +23,7 @@ class Cifar10(FileDataset):
     name = "cifar10"
     licence = "none stated; for research, cite Krizhevsky 2009"
     title = "CIFAR-10, 50,000 + 10,000 photographs of 10 classes, 32x32"
-    origin = "The CIFAR page of the University of Toronto has cifar-10-python.tar.gz, which is read directly."
+    origin = RELEASED["cifar10"].by_hand
     usual = "cifar-10-python.tar.gz"
     count = {"train": 50_000, "test": 10_000, "all": 60_000}
     known_classes = 10
@@ -41,11 +43,7 @@ class Ffhq(FileDataset):
     name = "ffhq"
     licence = "CC BY-NC-SA 4.0 (NVIDIA); each photograph under the licence of its author"
     title = "FFHQ, 70,000 faces, 64x64 unless dataset.resolution=256"
-    origin = (
-        "NVlabs/ffhq-dataset has the images at 1024x1024; they may be given as a folder and are resized when they are "
-        f"read. Create EDM's file once {EDM_TOOL} --source=images1024x1024 --dest=ffhq-64x64.zip "
-        "--resolution=64x64"
-    )
+    origin = RELEASED["ffhq"].by_hand
     usual = "ffhq-64x64.zip"
     count = {"train": 70_000}
 
@@ -63,13 +61,7 @@ class ImageNet64(FileDataset):
     name = "imagenet64"
     licence = "ImageNet terms: research and education, not commercial"
     title = "ImageNet at 64x64, 1,281,167 + 50,000 photographs of 1,000 classes"
-    origin = (
-        "image-net.org has ILSVRC 2012, which needs an account. Create the usual zip "
-        f"{EDM_TOOL} --source=ILSVRC/Data/CLS-LOC/train --dest=imagenet-64x64.zip --resolution=64x64 "
-        "--transform=center-crop. The folder train/ may be given with dataset.labels=folders. Downsampled "
-        "ImageNet (train_data_batch_1.npz, ...) is read too; put map_clsloc.txt beside it, because it numbers classes "
-        "in another order. It was resized with another filter"
-    )
+    origin = RELEASED["imagenet64"].by_hand
     usual = "imagenet-64x64.zip"
     count = {"train": 1_281_167, "test": 50_000}
     known_classes = 1000

@@ -113,6 +113,7 @@ class Trained(TeacherSource):
         schedule: str = option("vp_cosine", f"noise schedule: {', '.join(SCHEDULES)}")
         seed: int = option(0, "seed of the teacher's training")
         batch_size: int = option(256, "images in a training step")
+        flip: bool = option(False, "flip half of the images of its training left to right")
         tf32: bool = option(False, "on a GPU, float32 products and convolutions may round their factors to 10 bits")
         budget: BudgetConfig = dataclasses.field(
             default_factory=lambda: BudgetConfig(images=2_000_000), metadata={"help": "how long the teacher trains"}
@@ -187,6 +188,8 @@ class Trained(TeacherSource):
         plain = json.loads(json.dumps(dataclasses.asdict(self.config)))
         if not on_gpu:
             del plain["tf32"]
+        if not self.config.flip:
+            del plain["flip"]
         for name in ("kind", "path", "network", "width", "depth", "architecture"):
             del plain[name]
         if self.conditioning.classes:
@@ -262,7 +265,7 @@ class Trained(TeacherSource):
         ahead = 0 if self.device == "cpu" else compute.prefetch
         states = States(kept.with_suffix(".states"), KEPT_STATES, progress)
         with ExitStack() as stack:
-            data = DataStream(self.dataset, config.seed, self.device, ahead)
+            data = DataStream(self.dataset, config.seed, self.device, ahead, flip=config.flip)
             stack.callback(data.close)
             step = stack.enter_context(progress.step(f"teacher on {self.dataset.name}"))
             stack.enter_context(applied(compute, method, self.device))

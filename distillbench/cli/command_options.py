@@ -51,6 +51,20 @@ def with_plugins(command: Callable[..., None]) -> Callable[..., None]:
     return loaded
 
 
+def before_plugins(check: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Call ``check(**options)`` before a command loads its plugins, for errors that can be told without them."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def checked(*arguments: Any, **options: Any) -> None:
+            check(**options)
+            command(*arguments, **options)
+
+        return checked
+
+    return decorate
+
+
 debuggable = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 
 

@@ -1,4 +1,4 @@
-"""The commands about data that runs need: ``data check``, ``fetch`` (weights) and ``reference`` (statistics)."""
+"""The commands about data that runs need: ``data check``, ``fetch`` and ``reference`` (statistics)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from distillbench.errors import Unavailable, UserError, unknown
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import Tensor
 
     from distillbench.evaluation.features import FeatureNetwork
     from distillbench.evaluation.reference_statistics import RealImages
@@ -44,36 +46,35 @@ def check_data(registry: Registry, settings: tuple[str, ...], grid: str | None) 
 
 
 @click.command()
-@click.argument("network", required=False)
-@click.option("--from", "source", type=UserPath(), help="Copy this file, or the file of this folder.")
+@click.argument("names", metavar="[NAME...]", nargs=-1)
+@click.option("--from", "source", type=UserPath(), help="Copy this file, or the files of this folder.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask before a download.")
 @with_plugins
-def fetch(registry: Registry, network: str | None, source: str | None) -> None:
-    """Download the weights of a feature network.
+def fetch(registry: Registry, names: tuple[str, ...], source: str | None, yes: bool) -> None:
+    """Download datasets, teachers, and weights of feature networks and of LPIPS.
 
-    NETWORK is, for example, inception, which FID needs. Without NETWORK all are listed. No other command downloads.
-    The file is checked by its SHA-256, wherever it comes from, and stored in $DISTILLBENCH_WEIGHTS or the user's cache.
+    NAME is a dataset (ffhq), a released teacher (edm-ffhq-64), a feature network (inception, which FID needs), lpips (a
+    distance that methods may train with), or a setting of a run: experiment=NAME fetches everything that this
+    experiment reads. Without NAME all are listed.
+
+    Sizes and licences are shown before the download, and you are asked, except for weights of networks. Files are
+    checked by their SHA-256. Where none is published, the first download is trusted and later ones are compared with
+    it. Datasets and teachers are stored in $DISTILLBENCH_DOWNLOADS, weights in $DISTILLBENCH_WEIGHTS, or in the user's
+    cache. An interrupted download continues where it ended.
 
     \b
-    distillbench fetch inception
+    distillbench fetch experiment=boot_ffhq64
+    distillbench fetch ffhq edm-ffhq-64 --yes
     distillbench fetch inception --from weights-inception-2015-12-05-6726825d.pth
     """
     from pathlib import Path
 
-    from distillbench.evaluation.pretrained_weights import fetch as fetch_weights
-    from distillbench.evaluation.pretrained_weights import weights_folder
+    from distillbench.cli.fetch_command import fetch_named, list_everything
 
-    folder = weights_folder()
-    if network is None:
-        click.echo(f"weights are stored in {folder}")
-        networks = sorted(_networks(registry).items())
-        print_definitions((name, _describe_weights(cls, folder)) for name, cls in networks)
-        return
-    cls = _network(registry, network)
-    if not cls.weights.url and source is None:
-        raise UserError(f"the weights of {network} come with an installed package: there is nothing to fetch")
-    for weights in (cls.weights, *cls.also):
-        path = fetch_weights(network, weights, folder, Path(source) if source is not None else None)
-        click.echo(f"written: {path} ({weights.licence})")
+    if names:
+        fetch_named(registry, names, None if source is None else Path(source), yes)
+    else:
+        list_everything(registry)
 
 
 @click.group()
@@ -111,9 +112,10 @@ def export_reference(registry: Registry, settings: tuple[str, ...], network: str
 def import_reference(
     registry: Registry, file: str, settings: tuple[str, ...], network: str, images: int, output: str
 ) -> None:
-    """Import statistics of another tool (pytorch-fid, EDM) with the provenance that you declare.
+    """Import statistics of another tool (pytorch-fid, EDM, guided-diffusion) with the provenance that you declare.
 
-    distillbench cannot verify which dataset and network FILE was computed with.
+    distillbench cannot verify which dataset and network FILE was computed with. Images in FILE (`arr_0`) are passed
+    through the network: precision and recall are then computed with them.
 
     \b
     distillbench reference import cifar10-32x32.npz dataset=cifar10 dataset.path=cifar-10-python.tar.gz \\
@@ -127,8 +129,9 @@ def import_reference(
     real = _real_images(registry, settings)
     wanted = provenance_of(real.dataset, cls.identity(real.networks.folder))
     statistics, provenance = declared(read_reference(Path(file)), wanted, cls.width, images)
-    write_reference(written, statistics, provenance)
-    click.echo(f"written: {written}, declared as {network} statistics of {images} images of {real.dataset.name}")
+    features, words = _features_in(Path(file), real, cls)
+    write_reference(written, statistics, provenance, features)
+    click.echo(f"written: {written}, declared as {network} statistics of {images} images of {real.dataset.name}{words}")
 
 
 @reference.command("show")
@@ -142,31 +145,38 @@ def show_reference(file: str) -> None:
     found = read_reference(Path(file))
     click.echo(f"{found.path.name}: {len(found.statistics.mean)} features, sha256 {found.sha256}")
     print_definitions((name, str(value)) for name, value in sorted(found.provenance.items()))
+    if found.features is not None:
+        click.echo(f"with features of {len(found.features)} single images, for precision and recall")
     if not found.provenance:
         click.echo("it has no provenance: see distillbench reference import --help")
 
 
-def _networks(registry: Registry) -> dict[str, type[FeatureNetwork]]:
-    """The feature networks of all metrics, by name."""
-    found = [entry.cls.network for entry in registry.metrics.values() if entry.cls.network is not None]
-    return {cls.name: cls for cls in found}
+def _features_in(file: Path, real: RealImages, network: type[FeatureNetwork]) -> tuple[Tensor | None, str]:
+    """The features of the images in a reference file, if it has any and the network is there; and what to say of it."""
+    from distillbench.evaluation.features import ImageSet
+    from distillbench.evaluation.sample_files import read_samples
+    from distillbench.storage.npz import Npz
+
+    names = Npz(file).names
+    unread = [name for name in names if name not in ("mu", "sigma", "arr_0", "arr_1")]
+    left_out = f"; not imported: {', '.join(unread)}" if unread else ""
+    if "arr_0" not in names:
+        return None, left_out
+    images = read_samples(file, (real.shape[1], real.shape[2]))
+    try:
+        features = ImageSet(images.batches, images.count, images.shape, real.networks).features(network)
+    except Unavailable as reason:
+        return None, f", without features of its {images.count} images: {reason}{left_out}"
+    return features, f", with features of its {images.count} images{left_out}"
 
 
 def _network(registry: Registry, name: str) -> type[FeatureNetwork]:
-    networks = _networks(registry)
+    from distillbench.cli.fetch_command import networks_of
+
+    networks = networks_of(registry)
     if name not in networks:
         raise unknown("feature network", name, networks)
     return networks[name]
-
-
-def _describe_weights(cls: type[FeatureNetwork], folder: Path) -> str:
-    try:
-        cls.locate(folder)
-        state = "present"
-    except Unavailable as reason:
-        state = str(reason)
-    source = cls.weights.url or "comes with an installed package"
-    return f"{state}; {cls.weights.mib} MiB, {cls.weights.licence}, {source}"
 
 
 def _real_images(registry: Registry, settings: Sequence[str]) -> RealImages:
@@ -177,12 +187,15 @@ def _real_images(registry: Registry, settings: Sequence[str]) -> RealImages:
     from distillbench.evaluation.reference_statistics import RealImages
     from distillbench.records.layout import ResultsFolder
     from distillbench.runs.config import compose_runs
+    from distillbench.runs.run_downloads import fetch_asked
     from distillbench.runs.shared_context import choose_device
+    from distillbench.system.progress import Progress
 
     configs = compose_runs(list(settings), registry, need_methods=False)
     if len(configs) > 1:
         raise UserError(f"a reference describes one dataset, the settings describe {len(configs)}")
     config = configs[0]
+    fetch_asked(configs, Progress(new_console()))
     dataset = registry.get("datasets", config.dataset.kind).cls(config.dataset)
     networks = Networks(weights_folder(), choose_device(config.device))
     return RealImages(dataset, networks, ResultsFolder.of(config.results_dir).cache("references"))

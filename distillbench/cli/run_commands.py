@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from distillbench.cli.command_options import BAD_INPUT, SOMETHING_FAILED, UserPath, output_file, with_plugins
+from distillbench.cli.command_options import (
+    BAD_INPUT,
+    SOMETHING_FAILED,
+    UserPath,
+    before_plugins,
+    output_file,
+    with_plugins,
+)
 from distillbench.cli.terminal import new_console, print_plan, print_rows, print_table
 from distillbench.errors import UserError
 from distillbench.system.signals import stopping
@@ -30,6 +37,19 @@ class RunFlags:
     fail_fast: bool
 
 
+def check_files(settings: Sequence[str], show_config: bool, **options: object) -> None:
+    """Raise UserError at once, before the seconds that torch takes to load, if the dataset's files are not there."""
+    from distillbench.storage.source_messages import without_files
+    from distillbench.system.launchers import follows
+
+    if show_config:
+        return
+    if message := without_files(click.get_current_context().info_name or "run", settings):
+        if follows():  # rank 0 prints the error
+            raise SystemExit(BAD_INPUT)
+        raise UserError(message)
+
+
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
     """The settings and flags of `run` and `score`."""
 
@@ -39,6 +59,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--retry-failed", is_flag=True, help="Retry what failed or ran out of memory or time before.")
     @click.option("--force", is_flag=True, help="Do everything again, also what is finished.")
     @click.option("--fail-fast", is_flag=True, help="Stop at the first failing cell.")
+    @before_plugins(check_files)
     @with_plugins
     @functools.wraps(command)
     def wrapped(registry: Registry, settings: Sequence[str], **flags: bool) -> None:
@@ -88,10 +109,14 @@ def score(registry: Registry, settings: Sequence[str], flags: RunFlags) -> None:
 
 def _run(registry: Registry, settings: Sequence[str], flags: RunFlags, need_methods: bool = True) -> None:
     from distillbench.runs.config import compose_runs, to_yaml
+    from distillbench.runs.run_downloads import check_dataset_files
+    from distillbench.storage.source_messages import user_line
     from distillbench.system.launchers import follows
 
     try:
         configs = compose_runs(list(settings), registry, need_methods)
+        if not flags.show_config:
+            check_dataset_files(configs, user_line("run" if need_methods else "score", settings))
     except UserError:
         if follows():  # rank 0 prints the error
             raise SystemExit(BAD_INPUT) from None
@@ -111,6 +136,7 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
     from distillbench.runs.cell import Policy
     from distillbench.runs.forecast import forecast, why_none
     from distillbench.runs.plan import plan
+    from distillbench.runs.run_downloads import asked_offers, describe, fetch_all
     from distillbench.system.progress import Progress
     from distillbench.training.data_parallel import joined
     from distillbench.training.fsdp import check_sharding
@@ -122,6 +148,13 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
         if not ranks.main:
             follow(ranks, stop)
             return
+        offers = asked_offers(configs)
+        for line in describe(offers):
+            progress.say(line)
+        if offers and flags.dry_run:
+            progress.say("dry run: nothing was downloaded. The plan is made from these files")
+            return
+        fetch_all(offers, progress)
         cells = plan(configs, registry)
         if flags.dry_run:
             print_plan(console, cells, forecast(cells, policy), why_none(cells))
@@ -159,6 +192,7 @@ def train_teacher(registry: Registry, settings: tuple[str, ...], output: str | N
 
     from distillbench.execution.run import train_teacher_of
     from distillbench.runs.config import compose_runs
+    from distillbench.runs.run_downloads import fetch_asked
     from distillbench.storage.files import check_writable
     from distillbench.system.progress import Progress
 
@@ -169,5 +203,6 @@ def train_teacher(registry: Registry, settings: tuple[str, ...], output: str | N
     for config in configs if file is None else []:
         check_writable(Path(config.results_dir))
     progress = Progress(new_console())
+    fetch_asked(configs, progress)
     for config in configs:
         progress.say(f"written: {train_teacher_of(config, registry, file, progress)}")

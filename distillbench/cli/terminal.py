@@ -65,6 +65,10 @@ def print_plan(console: Console, cells: list[Cell], times: TimePlan | None = Non
         _print_plan_table(console, group, seconds)
         if varied := dict.fromkeys(cell.name for cell in group if cell.cost_varies):
             _say(console, f"{', '.join(varied)}: evaluations are about these, because steps have random costs")
+        if compared := {cell.name: cell.compared for cell in group if cell.compared}:
+            counted = ", ".join(f"{name} on {count:.3g} images" for name, count in compared.items())
+            words = "which costs seconds and train_tflops, and counts as no evaluations"
+            _say(console, f"LPIPS is evaluated for each training image: {counted}, {words}")
         for column, why in group[0].shared.unavailable_metrics().items():
             _say(console, f"{column} would be empty: {why}")
         failing = [cell for cell in group if cell.cost_error]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
+import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,18 +57,18 @@ from distillbench.datasets.image_readers import (
 from distillbench.datasets.tables import HubReader, ParquetReader
 from distillbench.errors import UserError, nearest, quoted
 from distillbench.options import option, require_between, require_one_of, require_positive
+from distillbench.storage.downloads import located, read_record
 from distillbench.storage.files import canonical_json, git_lfs_pointer
+from distillbench.storage.source_messages import ACCEPTED, hub_needs, missing_dataset, usual_line
+from distillbench.storage.sources import known, of_dataset
 
 __all__ = ["FileConfig", "FileDataset"]
 
 HUB = "hub:"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 TRANSPARENCY = "alpha over white"
 MOST_CLASSES = 2**20
 LABELS = ("auto", "folders", "captions", "none")
-ACCEPTED = (
-    "EDM's dataset zip or any zip of images, a folder of images, .npz, .npy, idx or .parquet files, tars of images, "
-    "CIFAR's python batches, or a hub dataset as hub:OWNER/NAME with dataset.download=true"
-)
 ADVICE = {  # for files of unsupported kinds, by suffix
     **dict.fromkeys((".h5", ".hdf5", ".mat", ".pt", ".pth", ".pkl", ".pickle"), "save its arrays by np.savez('a.npz', "
                     "images=images, labels=labels), images uint8 (N,H,W,C)"),
@@ -116,7 +118,7 @@ def _open_path(path: Path, split: str, labels: str) -> Reader:
     if is_folder:
         return _open_folder(path, split, labels)
     if not is_file:
-        raise dataset_error(f"no file or folder {str(path)!r}.{_suggestion(path)}")
+        raise dataset_error(f"no file or folder {str(path)!r}.{_suggestion(path)}{_hub_hint(path)}")
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -215,15 +217,20 @@ def _suggestion(path: Path) -> str:
     return nearest(path.name, names)
 
 
+def _hub_hint(path: Path) -> str:
+    """How to read the dataset of the hub that `path` may be meant as."""
+    name = path.as_posix()
+    if not HUB_ID.fullmatch(name) or path.parent.is_dir():
+        return ""
+    return f". If it is a dataset of the hub: {hub_needs(name, False) or f'dataset.path={HUB}{name}'}"
+
+
 def _open_hub(name: str, split: str, download: bool, library: ModuleType | None = None, labels: str = "auto") -> Reader:
     """A dataset of the `datasets` library, which is imported unless the caller passes it."""
-    if not download and not Path(name).is_dir():
-        raise UserError(f"dataset.path={HUB}{name} must be downloaded: allow it with dataset.download=true")
     if library is None:
-        try:
-            library = importlib.import_module("datasets")
-        except ImportError as error:
-            raise dataset_error(f"{HUB}{name} needs the package 'datasets': pip install 'distillbench[hub]'") from error
+        if missing := hub_needs(name, download):
+            raise UserError(missing)
+        library = importlib.import_module("datasets")
     return HubReader(name, split, library, labels)
 
 
@@ -242,7 +249,9 @@ class FileConfig(DatasetConfig):
     crop: str = option("center", "center: the largest centred square; none: images must be square")
     resize: str = option("pillow_bicubic", f"{', '.join(RESIZES)} (images must have the side already)")
     labels: str = option("auto", "auto: those in the source, else its captions; folders, captions or none")
-    download: bool = option(False, "allow the library 'datasets' to fetch hub:OWNER/NAME")
+    download: bool = option(
+        False, "without dataset.path: download the published files; with hub:OWNER/NAME: allow its download"
+    )
     workers: int = option(4, "threads that decode images; results are the same for any number")
     memory_mib: int = option(1024, "decoded images are cached in memory if all of them fit into this size in MiB")
 
@@ -275,19 +284,20 @@ class FileDataset(Dataset):
             raise UserError(
                 f"dataset.split must be one of {', '.join(self.count)} for {self.name}, got {config.split!r}"
             )
-        self.path = config.path or (self.installed if self.installed and Path(self.installed).is_dir() else "")
-        if not self.path:
-            raise UserError(self._missing())
+        installed = self.installed if self.installed and Path(self.installed).is_dir() else ""
+        self.source = None if config.path or installed else of_dataset(self.name, dataclasses.asdict(config))
+        self.path = config.path or installed or self._fetched()
         self.reader = open_source(self.path, config.split, config.labels, config.download)
         self.shape = (self._channels(), config.resolution, config.resolution)
         self.fit = Fit(self._channels(), config.resolution, config.crop, config.resize)
         self.workers = config.workers if self.reader.encoded else 1
+        self._check_count()
         self.split = self._split()
         self._label()
         self._decode([0])  # so that an unreadable source fails before a run begins
         self.sha256 = self._sha256()
         self.resizer = self._resizer()
-        self.notes = [*self.reader.notes, *self._notes()]
+        self.notes = [*self._provenance(), *self.reader.notes, *self._notes()]
         small = len(self) * int(np.prod(self.shape)) <= config.memory_mib * 2**20
         self._cache = torch.empty(len(self) if small else 0, *self.shape, dtype=torch.uint8)
         self._cached = torch.zeros(len(self._cache), dtype=torch.bool)
@@ -295,7 +305,33 @@ class FileDataset(Dataset):
     def _channels(self) -> int:
         return self.channels
 
+    def _fetched(self) -> str:
+        """The files that were downloaded. Raises UserError if they are not there."""
+        path = None if self.source is None else located(self.source)
+        if path is None:
+            raise UserError(self._missing())
+        return str(path)
+
+    def _check_count(self) -> None:
+        """Refuse a download with another number of images than published."""
+        if self.source is not None and self.source.images not in (None, len(self)):
+            raise dataset_error(
+                f"{self.source.origin} has {len(self):,} images and {self.source.title} has {self.source.images:,}: it "
+                f"is not the published set. To use it as it is: dataset.path={self.path}"
+            )
+
+    def _provenance(self) -> list[str]:
+        """Where the images were downloaded from, and what must be known about them."""
+        record = None if self.source is None else read_record(self.source)
+        if self.source is None or record is None:
+            return []
+        commit = f", commit {record.commit[:12]}" if record.commit else ""
+        notes = [f"images from {self.source.origin}{commit}, by {self.source.publisher}"]
+        return [*notes, self.source.note] if self.source.note else notes
+
     def _missing(self) -> str:
+        if self.source is not None:
+            return missing_dataset(self.source, usual_line(self.source), known().get(self.source.teacher))
         return (
             f"dataset={self.name} needs dataset.path=PATH, the files of {self.title}. PATH may be {ACCEPTED}. Example: "
             f"distillbench run 'methods=[boot,cm]' dataset={self.name} dataset.path={self.usual}. {self.origin}"

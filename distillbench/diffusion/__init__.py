@@ -14,11 +14,9 @@ from distillbench._lazy import load
 if TYPE_CHECKING:
     from distillbench.diffusion.conditioning import UNCONDITIONAL as UNCONDITIONAL
     from distillbench.diffusion.conditioning import WITHOUT_CLASSES as WITHOUT_CLASSES
-    from distillbench.diffusion.consistency import DISTANCES as DISTANCES
     from distillbench.diffusion.consistency import STEP_WEIGHTS as STEP_WEIGHTS
     from distillbench.diffusion.consistency import ConsistencyFunction as ConsistencyFunction
     from distillbench.diffusion.consistency import multistep as multistep
-    from distillbench.diffusion.consistency import pseudo_huber as pseudo_huber
     from distillbench.diffusion.consistency import segment_edges as segment_edges
     from distillbench.diffusion.consistency import segment_start as segment_start
     from distillbench.diffusion.consistency import segmentwise as segmentwise
@@ -34,6 +32,9 @@ if TYPE_CHECKING:
     from distillbench.diffusion.denoiser import implied_eps as implied_eps
     from distillbench.diffusion.derivatives import derivative as derivative
     from distillbench.diffusion.derivatives import tangent as tangent
+    from distillbench.diffusion.distances import DISTANCE_NAMES as DISTANCE_NAMES
+    from distillbench.diffusion.distances import DISTANCES as DISTANCES
+    from distillbench.diffusion.distances import pseudo_huber as pseudo_huber
     from distillbench.diffusion.distributions import Distribution as Distribution
     from distillbench.diffusion.distributions import Gaussian as Gaussian
     from distillbench.diffusion.distributions import GaussianMixture as GaussianMixture
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CURRICULA",
     "DISTANCES",
+    "DISTANCE_NAMES",
     "GRID_LEVELS",
     "INPUTS",
     "ONE_STEP",
@@ -150,7 +152,8 @@ __all__ = [
 
 _HOMES = {
     "CURRICULA": "distillbench.diffusion.consistency_times",
-    "DISTANCES": "distillbench.diffusion.consistency",
+    "DISTANCES": "distillbench.diffusion.distances",
+    "DISTANCE_NAMES": "distillbench.diffusion.distances",
     "GRID_LEVELS": "distillbench.diffusion.consistency_times",
     "INPUTS": "distillbench.diffusion.denoiser",
     "ONE_STEP": "distillbench.diffusion.samplers",
@@ -202,7 +205,7 @@ _HOMES = {
     "mixture": "distillbench.diffusion.distributions",
     "multistep": "distillbench.diffusion.consistency",
     "one_mask": "distillbench.diffusion.dropout",
-    "pseudo_huber": "distillbench.diffusion.consistency",
+    "pseudo_huber": "distillbench.diffusion.distances",
     "renoise": "distillbench.diffusion.samplers",
     "rollout": "distillbench.diffusion.rollouts",
     "segment_edges": "distillbench.diffusion.consistency",

@@ -4,15 +4,16 @@ Classifier-free guidance (Ho & Salimans 2021, arXiv:2207.12598) in the one conve
 
     f_w = f_0 + w (f_c - f_0),     w = 1 is no guidance; Ho & Salimans' own w is w - 1
 
-| symbol | meaning                                                | shape             |
-|--------|--------------------------------------------------------|-------------------|
-| c      | condition: labels, w, text, image                      | of a batch        |
-| labels | classes 0, ..., classes - 1; `classes` stands for none | (B,) int64        |
-| text   | texts as the teacher's text encoder gives them         | (B,L,D)           |
-| image  | images that an upscaler enlarges                       | (B,C,h,w)         |
-| w      | guidance weight                                        | (B,1,1,1)         |
-| f_c    | denoiser given the class                               | (B,C,H,W)         |
-| f_0    | denoiser given no class                                | (B,C,H,W)         |
+| symbol       | meaning                                                | shape      |
+|--------------|--------------------------------------------------------|------------|
+| c            | condition: labels, w, text, image                      | of a batch |
+| labels       | classes 0, ..., classes - 1; `classes` stands for none | (B,) int64 |
+| text         | texts as the teacher's text encoder gives them         | (B,L,D)    |
+| image        | images that an upscaler enlarges                       | (B,C,h,w)  |
+| augmentation | labels of an augmented image, 0 for none               | (B,9)      |
+| w            | guidance weight                                        | (B,1,1,1)  |
+| f_c          | denoiser given the class                               | (B,C,H,W)  |
+| f_0          | denoiser given no class                                | (B,C,H,W)  |
 
 Texts have labels too: label i is prompt i of the dataset, and the label for none is the empty text.
 """
@@ -41,6 +42,7 @@ class Condition:
     guides: bool = True  # False: w is 1 everywhere; the student has it as an input, the teacher is evaluated once
     text: Tensor | None = None
     image: Tensor | None = None
+    augmentation: Tensor | None = None  # None: images are as in the dataset, as with labels of 0
 
     def __getitem__(self, rows: slice | Tensor) -> Condition:
         """The condition of some images of the batch, such as ``c[:10]``, or those at the indices `rows`."""
@@ -48,9 +50,9 @@ class Condition:
 
     def of_rows(self, pick: Callable[[Tensor], Tensor]) -> Condition:
         """The condition of the images whose rows `pick` takes from a tensor of the batch."""
-        parts = (None if part is None else pick(part) for part in (self.labels, self.w, self.text, self.image))
-        labels, w, text, image = parts
-        return Condition(labels, w, self.guides, text, image)
+        own = (self.labels, self.w, self.text, self.image, self.augmentation)
+        labels, w, text, image, augmentation = (None if part is None else pick(part) for part in own)
+        return Condition(labels, w, self.guides, text, image, augmentation)
 
 
 UNCONDITIONAL = Condition()
@@ -175,7 +177,7 @@ class Conditioning:
         assert c.labels is not None
         labels = torch.full_like(c.labels, self.classes)
         text = None if self.texts is None else self.texts.empty(len(labels), labels.device)
-        return Condition(labels, text=text, image=c.image)
+        return Condition(labels, text=text, image=c.image, augmentation=c.augmentation)
 
     def _small_noise(self, stream: int, indices: Sequence[int]) -> Tensor | None:
         return None if self.small is None else Noise(stream, indices, self.small.shape)(0)

@@ -1,4 +1,4 @@
-"""Shared parts of consistency models: the boundary-exact function, segments, distances, weights, samplers.
+"""Shared parts of consistency models: the boundary-exact function, segments, weights, samplers.
 
 Song, Dhariwal, Chen & Sutskever 2023, arXiv:2303.01469. Noise levels are EDM's, tau = sigma_t / alpha_t, so it works on
 any schedule: x^ = x_t / alpha_t = x_0 + tau eps.
@@ -20,7 +20,6 @@ mapped to its own start, by one DDIM step of the student's own prediction. From 
 | e_0, ..., e_K  | edges of the segments, times of the grid         | (K+1,)    |
 | tau            | noise level sigma_t / alpha_t                    | (B,1,1,1) |
 | D              | student as a denoiser                            | (B,C,H,W) |
-| a, b           | images that are compared                         | (B,C,H,W) |
 """
 
 from __future__ import annotations
@@ -33,13 +32,11 @@ from torch import Tensor, nn
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
 from distillbench.diffusion.consistency_times import inverse_length
 from distillbench.diffusion.denoiser import Denoiser
-from distillbench.diffusion.losses import mean_square
 from distillbench.diffusion.samplers import ddim_step, time_like, x_at_top
 from distillbench.diffusion.schedules import NoiseSchedule
 
 __all__ = [
-    "DISTANCES", "STEP_WEIGHTS", "ConsistencyFunction", "multistep", "pseudo_huber", "segment_edges", "segment_start",
-    "segmentwise",
+    "STEP_WEIGHTS", "ConsistencyFunction", "multistep", "segment_edges", "segment_start", "segmentwise",
 ]  # fmt: skip
 
 
@@ -77,24 +74,6 @@ def segment_edges(grid: Tensor, segments: int) -> Tensor:
 def segment_start(edges: Tensor, t: Tensor) -> Tensor:
     """e_j with e_j < t <= e_(j+1), for times above e_0; shape of t."""
     return edges[torch.searchsorted(edges, t) - 1]
-
-
-def pseudo_huber(a: Tensor, b: Tensor, w: Tensor | float = 1.0, c: float | None = None) -> Tensor:
-    """The mean of w (sqrt(|a - b|^2 + c^2) - c), by default with c = .00054 sqrt(pixels).
-
-    Song & Dhariwal 2023, arXiv:2310.14189. With c = 0 it is the mean of w |a - b|.
-    """
-    if c == 0:  # of this the gradient at a = b is 0; of the root of a sum it is infinite
-        return (w * torch.linalg.vector_norm(a - b, dim=(1, 2, 3), keepdim=True)).mean()
-    c = 0.00054 * a[0].numel() ** 0.5 if c is None else c
-    return (w * (((a - b).square().sum(dim=(1, 2, 3), keepdim=True) + c**2).sqrt() - c)).mean()
-
-
-# The mean of lambda d(a, b), of lambda (B,1,1,1) or a number.
-DISTANCES: dict[str, Callable[[Tensor, Tensor, Tensor | float], Tensor]] = {
-    "l2": mean_square,
-    "pseudo_huber": pseudo_huber,
-}
 
 
 def inverse_step(schedule: NoiseSchedule, t: Tensor, s: Tensor) -> Tensor:

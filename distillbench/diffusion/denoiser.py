@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from distillbench.diffusion.autograd_levels import has_tangent, needs_gradient, reaches_weights
 from distillbench.diffusion.conditioning import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
-from distillbench.diffusion.embeddings import GuidanceEmbedding
+from distillbench.diffusion.embeddings import AugmentedNetwork, GuidanceEmbedding
 from distillbench.diffusion.modes import evaluating
 from distillbench.diffusion.network_features import ROWS, FeatureRecorder, feature_shapes
 from distillbench.diffusion.schedules import NoiseSchedule
+from distillbench.errors import UserError
 from distillbench.system.dtensors import class_of
 
 __all__ = ["INPUTS", "PREDICTIONS", "SIGMA_DATA", "TARGETS", "Denoiser", "guided", "implied_eps"]
@@ -300,6 +301,8 @@ class Denoiser(nn.Module):
 
     def output(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL, embedding: Tensor | None = None) -> Tensor:
         """What the network itself predicts (eps, x_0, v, ...) on its native schedule, shape (B,C,H,W)."""
+        if c.augmentation is not None:
+            _check_labels(self.network, c.augmentation)
         if self.guidance is not None:
             e = self.guidance(c.w)
             embedding = e if embedding is None else embedding + e
@@ -364,6 +367,17 @@ class Denoiser(nn.Module):
         return self.eval().requires_grad_(False)
 
 
+def _check_labels(network: nn.Module, labels: Tensor) -> None:
+    """Raise UserError unless `network` takes these labels; without them students would generate augmented images."""
+    taken = network.augment_dim if isinstance(network, AugmentedNetwork) else 0
+    if taken != labels.shape[1]:
+        raise UserError(
+            f"augmented images have {labels.shape[1]} labels, and this {class_of(network).__name__} takes "
+            f"{taken or 'none'}. EDM's networks for CIFAR-10, FFHQ and AFHQv2 take 9. Possible: augment.probability=0, "
+            "and 0 for a method's own augment; augment.flip=true needs no labels"
+        )
+
+
 def guided(denoiser: Denoiser, conditioning: Conditioning, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
     """f_w = f_0 + w (f_c - f_0), both evaluated in one batch; f itself where `c` has no w. Shape (B,C,H,W).
 
@@ -380,9 +394,9 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, x_t: Tensor, t: Tenso
 
 def joined(a: Condition, b: Condition) -> Condition:
     """The conditions of two batches as one of both, without guidance."""
-    pairs = ((a.labels, b.labels), (a.text, b.text), (a.image, b.image))
-    labels, text, image = (None if x is None or y is None else torch.cat([x, y]) for x, y in pairs)
-    return Condition(labels, text=text, image=image)
+    pairs = ((a.labels, b.labels), (a.text, b.text), (a.image, b.image), (a.augmentation, b.augmentation))
+    labels, text, image, augmentation = (None if x is None or y is None else torch.cat([x, y]) for x, y in pairs)
+    return Condition(labels, text=text, image=image, augmentation=augmentation)
 
 
 def implied_eps(x_t: Tensor, x_0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GuidanceEmbedding", "PlacedFeatures", "ScalarEmbedding", "TimeEmbedding", "TimeFeatures", "TimedNetwork"]
+__all__ = [
+    "AugmentedNetwork", "GuidanceEmbedding", "PlacedFeatures", "ScalarEmbedding", "TimeEmbedding", "TimeFeatures",
+    "TimedNetwork",
+]  # fmt: skip
 
 
 class TimeFeatures(nn.Module):
@@ -75,6 +78,12 @@ class PlacedFeatures:
     name: str  # of the features in each owner
     argument: Callable[[Tensor], Tensor] = torch.positive  # the time itself; from the network's time, (B,) -> (B,)
     logarithmic: bool = False  # they are features of log(argument)
+
+
+class AugmentedNetwork:
+    """A network that can take the labels of augmented images, ``c.augmentation``."""
+
+    augment_dim: int  # how many; 0: none
 
 
 class TimedNetwork(nn.Module, ABC):

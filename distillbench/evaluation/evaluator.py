@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,9 @@ from distillbench.evaluation.features import ImageSet
 from distillbench.evaluation.metric import Metric, Need, Samples, check_needs
 from distillbench.evaluation.reference_statistics import RealImages
 from distillbench.evaluation.settings import EvaluationConfig
+from distillbench.evaluation.stored_images import StoredImages
 from distillbench.storage.array_cache import cached_array
+from distillbench.storage.files import check_room
 from distillbench.system.progress import Progress, Step
 from distillbench.system.transfers import to_host
 from distillbench.teachers.teacher import Teacher
@@ -36,7 +39,7 @@ from distillbench.training.turns import in_turns
 Sampler = Callable[[Callable[[int], Tensor], int, Condition], Tensor]  # (noise, nfe, c) -> x_0 (B,C,H,W)
 SHOWN = 64  # images of every row that are saved for viewing
 TEACHER_SAMPLES_PROTOCOL = 2  # version of the cached teacher samples: increase it when samples change
-READ = 1024  # images passed to feature networks at a time
+ROW = "scoring a row, whose samples are stored in float32,"  # what takes room on the disk
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,11 @@ class Evaluator:
         self.networks, self.device = real.networks, real.networks.device
         self.metrics = [cls() for cls in metrics.values()]
         self.kept = features_kept(metrics)
-        self._teacher_samples: dict[int, tuple[Tensor, ImageSet]] = {}  # by sampling seed
+        self._teacher_samples: dict[int, tuple[StoredImages, ImageSet]] = {}  # by sampling seed
         self._call: NetworkCall | None = None  # shared by all rows of a cell
 
-    def teacher_samples(self, seed: int, order: SampleOrder | None = None) -> tuple[Tensor, ImageSet]:
-        """The teacher's many-step samples for the noise of `seed`: (N,C,H,W), and as 8-bit images.
+    def teacher_samples(self, seed: int, order: SampleOrder | None = None) -> tuple[StoredImages, ImageSet]:
+        """The teacher's many-step samples for the noise of `seed`: in a file, and as 8-bit images.
 
         With a cache they are computed once for all processes and stored. `order` is sent to the other ranks, which
         sample their share.
@@ -72,15 +75,26 @@ class Evaluator:
         if seed not in self._teacher_samples:
             order = order and replace(order, teacher_samples=True, seed=seed)
             if self.cache is None:
-                x_0 = self._sample_teacher(seed, order)
+                x_0 = self._new_file()
+                self._sample_teacher(seed, order, x_0.add)
             else:
                 x_0 = self._cached_teacher_samples(seed, self.cache, order)
             self._teacher_samples[seed] = x_0, self._images(x_0)
         return self._teacher_samples[seed]
 
-    def _sample_teacher(self, seed: int, order: SampleOrder | None) -> Tensor:
+    def _sample_teacher(self, seed: int, order: SampleOrder | None, keep: Callable[[Tensor], None]) -> None:
         with self.progress.step("the teacher's many-step samples") as step:
-            return self._sample(self._solver(), self._most_nfe(), seed, step, order)
+            self._sample(self._solver(), self._most_nfe(), seed, step, order, keep)
+
+    def _new_file(self) -> StoredImages:
+        """A temporary file for the samples of a row."""
+        self._check_room(1)
+        return StoredImages(self.cache)
+
+    def _check_room(self, rows: int) -> None:
+        """Raise UserError unless the disk has room for the samples of so many rows."""
+        size = self.config.bytes_of_row(self.teacher.image_shape)
+        check_room(self.cache or Path(tempfile.gettempdir()), rows * size, ROW)
 
     def _solver(self) -> Sampler:
         """The sampler of the many-step samples."""
@@ -89,16 +103,16 @@ class Evaluator:
     def _most_nfe(self) -> int:
         return most_nfe(self.config, self.teacher)
 
-    def _cached_teacher_samples(self, seed: int, cache: Path, order: SampleOrder | None) -> Tensor:
+    def _cached_teacher_samples(self, seed: int, cache: Path, order: SampleOrder | None) -> StoredImages:
         dataset = self.real.dataset.sha256
         recipe = teacher_samples_recipe(self.config, self.teacher, self.teacher.sha256, dataset, self.device, seed)
 
-        def fill(array: np.ndarray) -> None:
-            array[:] = self._sample_teacher(seed, order).numpy()
+        def fill(write: Callable[[np.ndarray], Any]) -> None:
+            self._check_room(2)  # these samples, and then those of the first row
+            self._sample_teacher(seed, order, lambda images: write(images.numpy()))
 
         shape = (self.config.images, *self.teacher.image_shape)
-        array = cached_array(cache, "the teacher's samples", recipe, shape, fill, self.progress)
-        return torch.from_numpy(array).to(torch.get_default_dtype())
+        return StoredImages.in_npy(cached_array(cache, "the teacher's samples", recipe, shape, fill, self.progress))
 
     def measure(
         self, sampler: Sampler, nfe: int, seed: int, keeps_noise: bool, label: str, order: SampleOrder | None = None
@@ -107,42 +121,62 @@ class Evaluator:
 
         If several ranks sample, `order` (the cell and the weights) is sent to the others.
         """
-        teacher_x_0, teacher = self.teacher_samples(seed, order)
-        with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:
-            x_0 = self._sample(sampler, nfe, seed, step, order and replace(order, nfe=nfe, seed=seed))
+        teacher = self.teacher_samples(seed, order)
+        x_0 = self._new_file()
+        try:
+            with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:
+                self._sample(sampler, nfe, seed, step, order and replace(order, nfe=nfe, seed=seed), x_0.add)
+            return self._scored(x_0, *teacher, keeps_noise, f"{label}: scoring {nfe} NFE")
+        finally:
+            x_0.close()
+
+    def _scored(
+        self, x_0: StoredImages, teacher_x_0: StoredImages, teacher: ImageSet, keeps_noise: bool, label: str
+    ) -> Measured:
         conditioning = self.teacher.conditioning
-        labels = conditioning.labels_of_images(range(len(x_0))) if conditioning.classes else None
+        labels = conditioning.labels_of_images(range(x_0.count)) if conditioning.classes else None
         texts = self.real.dataset.prompts
         prompts = [texts[label] for label in labels.tolist()] if texts is not None and labels is not None else None
-        samples = Samples(x_0, teacher_x_0, self._images(x_0), teacher, self.real, keeps_noise, labels, prompts)
+        samples = Samples(
+            x_0.tensor, teacher_x_0.tensor, self._images(x_0), teacher, self.real, keeps_noise, labels, prompts,
+            lambda: zip(x_0.batches(), teacher_x_0.batches(), strict=True),
+        )  # fmt: skip
         scores: dict[str, float | None] = {}
         missing: dict[str, str] = {}
-        with self.progress.step(f"{label}: scoring {nfe} NFE") as step:
+        with self.progress.step(label) as step:
             for index, metric in enumerate(self.metrics):
-                scores[metric.name], reason = _score(metric, samples)
+                scores[metric.name], reason = score_or_reason(metric, samples)
                 if reason:
                     missing[metric.name] = reason
                 step.advance((index + 1) / len(self.metrics), metric.name)
-        return Measured(scores, missing, to_uint8(x_0[:SHOWN]))
+        return Measured(scores, missing, to_uint8(x_0.first(SHOWN)))
 
-    def _images(self, x_0: Tensor) -> ImageSet:
-        shape = (x_0.shape[1], x_0.shape[2], x_0.shape[3])
-        return ImageSet(lambda: map(to_uint8, x_0.split(READ)), len(x_0), shape, self.networks, self.kept)
+    def _images(self, x_0: StoredImages) -> ImageSet:
+        return ImageSet(lambda: map(to_uint8, x_0.batches()), x_0.count, x_0.shape, self.networks, self.kept)
 
     def _noise(self, first: int, seed: int) -> Noise:
         indices = range(first, min(first + self.config.batch_size, self.config.images))
         return Noise(stream_key("evaluation", seed), indices, self.teacher.shape, self.device)
 
-    def _sample(self, sampler: Sampler, nfe: int, seed: int, step: Step, order: SampleOrder | None) -> Tensor:
+    def sample(self, sampler: Sampler, nfe: int, seed: int, label: str, keep: Callable[[Tensor], None]) -> None:
+        """Call `keep` with each batch of the row that :meth:`measure` scores, (B,C,H,W) on the host, in order."""
+        with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:
+            self._sample(sampler, nfe, seed, step, None, keep)
+
+    def _sample(
+        self, sampler: Sampler, nfe: int, seed: int, step: Step, order: SampleOrder | None,
+        keep: Callable[[Tensor], None],
+    ) -> None:  # fmt: skip
+        """Call `keep` with each batch of a row, (B,C,H,W) on the host, in order."""
         if self.ranks.count > 1:
             with self.ranks.lead(order):
-                images, error = self._in_turns(sampler, nfe, seed, step)
+                error = self._in_turns(sampler, nfe, seed, step, keep)
             if error is not None:
                 raise error
-            return torch.cat(images)
+            return
         with self._sampling():
-            images = list(self._checked(to_host(self._batches(sampler, nfe, seed), self.device), nfe, step))
-        return torch.cat(images)
+            for images in self._checked(to_host(self._batches(sampler, nfe, seed), self.device), nfe, step):
+                keep(images)
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
@@ -163,10 +197,13 @@ class Evaluator:
     def follow_sampling(self, sampler: Sampler | None, order: SampleOrder) -> None:
         """Sample this rank's batches of rank 0's row; `sampler` None: the teacher's many-step sampler."""
         nfe = self._most_nfe() if order.teacher_samples else order.nfe
-        self._in_turns(self._solver() if sampler is None else sampler, nfe, order.seed, Step(lambda *_: None))
+        sampler = self._solver() if sampler is None else sampler
+        self._in_turns(sampler, nfe, order.seed, Step(lambda *_: None), lambda images: None)
 
-    def _in_turns(self, sampler: Sampler, nfe: int, seed: int, step: Step) -> tuple[list[Tensor], Exception | None]:
-        """The batches of a row, each sampled by one of several ranks."""
+    def _in_turns(
+        self, sampler: Sampler, nfe: int, seed: int, step: Step, keep: Callable[[Tensor], None]
+    ) -> Exception | None:
+        """The batches of a row, each sampled by one of several ranks; rank 0 keeps them."""
         count = math.ceil(self.config.images / self.config.batch_size)
 
         def sample_batch(index: int) -> Tensor:
@@ -175,7 +212,7 @@ class Evaluator:
             return images
 
         with self._sampling():
-            return in_turns(count, sample_batch, self.ranks)
+            return in_turns(count, sample_batch, self.ranks, keep)
 
     def _batches(
         self, sampler: Sampler, nfe: int, seed: int, which: range | None = None
@@ -250,7 +287,8 @@ def features_kept(metrics: dict[str, type[Metric]]) -> frozenset:
     return frozenset(cls.network for cls in metrics.values() if cls.network and Need.features in cls.needs)
 
 
-def _score(metric: Metric, samples: Samples) -> tuple[float | None, str]:
+def score_or_reason(metric: Metric, samples: Samples) -> tuple[float | None, str]:
+    """The score and no reason; or None and why there is none."""
     try:
         check_needs(type(metric), samples)
         value = metric.score(samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from distillbench.errors import Unavailable
 from distillbench.evaluation.features import FeatureNetwork, ImageSet
+from distillbench.evaluation.stored_images import images_at_once
 
 __all__ = ["DIRECTIONS", "Metric", "Need", "Samples"]
 
@@ -33,6 +35,7 @@ class Samples:
     """Generated images and what they are compared with.
 
     `x_0` and `teacher_x_0`, the teacher's many-step samples for the same noise, are (N,C,H,W) in [-1, 1], clipped.
+    In a run they are memory-mapped files, which may be larger than the memory: :meth:`batches` reads a part at a time.
     `images` and `teacher` are the same two as sets of 8-bit images, rounded once; `real` are the real images.
     `keeps_noise` is False if the samples are not meant to match the teacher's for the same noise.
     """
@@ -45,6 +48,12 @@ class Samples:
     keeps_noise: bool
     labels: Tensor | None = None  # (N,), the classes that the samples are conditioned on
     prompts: list[str] | None = None
+    read: Callable[[], Iterable[tuple[Tensor, Tensor]]] | None = None  # reads `batches` without the whole tensors
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x_0, teacher_x_0) in order, a limited number at a time, whatever the number and size of the images."""
+        size = images_at_once(tuple(self.x_0.shape[1:]))
+        yield from self.read() if self.read else zip(self.x_0.split(size), self.teacher_x_0.split(size), strict=True)
 
 
 class Metric(ABC):

@@ -6,13 +6,15 @@ import functools
 import os
 import shutil
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
 from distillbench.errors import Unavailable, UserError
 from distillbench.storage.files import sha256_file, write_atomically
+from distillbench.storage.http_download import download
+from distillbench.storage.locks import wait_for_lock
+from distillbench.system.progress import Progress
 
 __all__ = ["WeightsFile", "locate"]
 
@@ -55,20 +57,17 @@ def locate(network: str, weights: WeightsFile, folder: Path) -> Path:
     raise Unavailable(f"{missing} {weights.sha256[:8]}... (distillbench fetch {network})")
 
 
-def fetch(network: str, weights: WeightsFile, folder: Path, source: Path | None) -> Path:
+def fetch(network: str, weights: WeightsFile, folder: Path, source: Path | None, progress: Progress) -> Path:
     """Download the file into `folder`, or copy it from `source`: the file, or a folder that holds it by its name.
 
     Raises UserError if it cannot be downloaded, does not exist, or has another SHA-256.
     """
-    from torch.hub import download_url_to_file
-
     target = folder / weights.file
     target.parent.mkdir(parents=True, exist_ok=True)
     if source is None:
-        try:
-            download_url_to_file(weights.url, str(target), hash_prefix=weights.sha256)
-        except (RuntimeError, OSError, HTTPException) as error:  # RuntimeError: another hash
-            raise UserError(f"cannot download {weights.url}: {error}") from error
+        with wait_for_lock(target, network, progress), progress.step(f"{network}: {target.name}") as step:
+            if not (target.is_file() and sha256_file(target) == weights.sha256):
+                download(weights.url, target, weights.sha256, step)
         return target
     if source.is_dir():
         source = source / target.name

@@ -25,8 +25,10 @@ from distillbench.storage.files import key_of, sha256_file, write_atomically
 from distillbench.storage.npz import Npz
 
 BATCH = 256  # images read at a time
+DRAWN_SEED = 2020  # of the real images that are drawn if not all features are kept
 LARGEST = 2**29  # bytes of an array in a file: 8,192 features
 IMAGE_KEYS = ("dataset", "dataset_sha256", "split", "shape", "resizer")  # keys of provenance for the images
+READ = ("mu", "sigma", "provenance", "features")  # arrays of a file
 NETWORK_KEYS = ("network", "protocol", "weights_sha256")  # and for the network
 
 
@@ -38,16 +40,23 @@ class ReferenceFile:
     statistics: GaussianStatistics
     provenance: dict[str, Any]  # empty for a file of another tool
     sha256: str
+    features: Tensor | None = None  # (M,D) float32, of some of the images
 
 
-def write_reference(path: Path, statistics: GaussianStatistics, provenance: dict[str, Any]) -> None:
-    """Write an .npz with float64 arrays and with `provenance`, to which the number of images is added."""
+def write_reference(
+    path: Path, statistics: GaussianStatistics, provenance: dict[str, Any], features: Tensor | None = None
+) -> None:
+    """Write an .npz with float64 arrays and with `provenance`, to which the number of images is added.
+
+    `features` (M,D) are those of some of the images, for precision and recall.
+    """
     mu, sigma = statistics.mean.cpu().numpy(), statistics.covariance.cpu().numpy()
+    some: dict[str, Any] = {} if features is None else {"features": features.cpu().numpy()}
     text = np.array(json.dumps(provenance | {"images": statistics.n}, sort_keys=True))
 
     def write(temporary: str) -> None:
         with open(temporary, "wb") as file:  # given a path, numpy would append .npz to it
-            np.savez(file, mu=mu, sigma=sigma, provenance=text)
+            np.savez(file, mu=mu, sigma=sigma, provenance=text, **some)
 
     write_atomically(path, write)
 
@@ -59,11 +68,12 @@ def read_reference(path: Path) -> ReferenceFile:
         missing = [name for name in ("mu", "sigma") if name not in arrays.names]
         if missing:
             raise UserError(f"{path.name}: no array {missing[0]!r}; a reference holds mu and sigma")
-        read = [arrays.infos[name] for name in ("mu", "sigma", "provenance") if name in arrays.infos]
+        read = [arrays.infos[name] for name in READ if name in arrays.infos]
         if any(info.file_size > LARGEST for info in read):  # ADM's files hold the images too
             raise ValueError(f"an array has more than {LARGEST:,} bytes, more than any network's features")
         mu, sigma = arrays["mu"], arrays["sigma"]
         provenance = json.loads(str(arrays["provenance"])) if "provenance" in arrays.names else {}
+        features = arrays["features"] if provenance and "features" in arrays.names else None
     except FileNotFoundError:
         raise UserError(f"no reference file {str(path)!r}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -80,8 +90,15 @@ def read_reference(path: Path) -> ReferenceFile:
     n = provenance.get("images", 0)
     if type(n) is not int or not 0 <= n < 2**53:
         raise UserError(f"{path.name}: images in provenance must be their number, got {quoted(repr(n))}")
+    if features is not None and (
+        features.dtype != np.float32 or features.shape[1:] != mu.shape or not np.isfinite(features).all()
+    ):
+        raise UserError(
+            f"{path.name}: features must be finite float32 (M,{len(mu)}), got {features.dtype} {features.shape}"
+        )
     statistics = GaussianStatistics(n, torch.from_numpy(mu), given=torch.from_numpy(sigma))
-    return ReferenceFile(path, statistics, provenance, sha256_file(path))
+    kept = None if features is None else torch.from_numpy(features)
+    return ReferenceFile(path, statistics, provenance, sha256_file(path), kept)
 
 
 def provenance_of(dataset: Dataset, network: dict[str, Any]) -> dict[str, Any]:
@@ -128,12 +145,19 @@ def declared(
 
 
 class RealImages(ImageSet):
-    """The real images of a dataset. Their features are cached on disk, under a key of all that determines them."""
+    """The real images of a dataset. Their features are cached on disk, under a key of all that determines them.
+
+    With 0 < `drawn` < their number, :meth:`features` are those of so many of them, drawn at random, and no others are
+    read for it; :meth:`statistics` are always those of all.
+    """
 
     def __init__(
         self, dataset: Dataset, networks: Networks, cache: Path, files: Iterable[ReferenceFile] = (),
-        kept: frozenset[type[FeatureNetwork]] = frozenset(),
+        kept: frozenset[type[FeatureNetwork]] = frozenset(), drawn: int = 0,
     ) -> None:  # fmt: skip
+        self.drawn: DrawnImages | None = None
+        if 0 < drawn < len(dataset):
+            self.drawn, kept = DrawnImages(dataset, networks, cache, drawn), frozenset()
         super().__init__(lambda: _batches(dataset), len(dataset), dataset.shape, networks, kept)
         self.dataset, self.cache = dataset, cache
         self.files = {file.provenance.get("network", ""): file for file in files}
@@ -147,9 +171,12 @@ class RealImages(ImageSet):
         return f"{file.statistics.n} images, {file.path.name} {file.sha256[:8]}"
 
     def features(self, network: type[FeatureNetwork]) -> Tensor:
-        if network.name in self.files and not self.count:
-            raise Unavailable(f"{self.files[network.name].path.name} holds no features, only their mean and covariance")
-        return super().features(network)
+        file = self.files.get(network.name)
+        if file is not None and file.features is not None:
+            return file.features
+        if file is not None and not self.count:
+            raise Unavailable(f"{file.path.name} holds no features, only their mean and covariance")
+        return super().features(network) if self.drawn is None else self.drawn.features(network)
 
     def statistics(self, network: type[FeatureNetwork]) -> GaussianStatistics:
         file = self.files.get(network.name)
@@ -161,14 +188,15 @@ class RealImages(ImageSet):
 
     def has(self, network: type[FeatureNetwork]) -> bool:
         """Whether the features of `network` that the run needs seem to be there: the files are not checked."""
-        if network.name in self.files and (network not in self._kept or not self.count):
+        file = self.files.get(network.name)
+        if file is not None and (network not in self._kept or file.features is not None or not self.count):
             return True
         path, _ = self._place(network)
         return path.is_file() and (network not in self._kept or _features_path(path).is_file())
 
     def _place(self, network: type[FeatureNetwork]) -> tuple[Path, dict[str, Any]]:
         """The cached file of statistics, and its provenance."""
-        wanted = provenance_of(self.dataset, network.identity(self.networks.folder))
+        wanted = self._provenance(network)
         return self.cache / f"{network.name}-{key_of(wanted)}.npz", wanted
 
     def _extract(self, network: type[FeatureNetwork], keep: bool) -> None:
@@ -180,6 +208,9 @@ class RealImages(ImageSet):
         write_reference(path, self._statistics[network], wanted)
         if keep:
             write_tensors(_features_path(path), {"features": self._features[network].contiguous()})
+
+    def _provenance(self, network: type[FeatureNetwork]) -> dict[str, Any]:
+        return provenance_of(self.dataset, network.identity(self.networks.folder))
 
     def _read_cached(self, network: type[FeatureNetwork], path: Path, wanted: dict[str, Any], keep: bool) -> bool:
         """Read the cached files; False if they are missing, damaged, or lack the features that `keep` requires."""
@@ -197,9 +228,28 @@ class RealImages(ImageSet):
         return True
 
 
-def _batches(dataset: Dataset) -> Iterator[Tensor]:
-    for indices in torch.arange(len(dataset)).split(BATCH):
-        yield to_uint8(dataset.read(indices))
+class DrawnImages(RealImages):
+    """`count` images of a dataset, drawn without replacement by a generator of their own."""
+
+    def __init__(self, dataset: Dataset, networks: Networks, cache: Path, count: int) -> None:
+        super().__init__(dataset, networks, cache)
+        generator = torch.Generator().manual_seed(DRAWN_SEED)
+        indices = torch.randperm(len(dataset), generator=generator)[:count].sort().values
+        self.read, self.count = (lambda: _batches(dataset, indices)), count
+
+    def _provenance(self, network: type[FeatureNetwork]) -> dict[str, Any]:
+        return super()._provenance(network) | {"drawn": drawn_in_words(self.count)}
+
+
+def drawn_in_words(count: int) -> str:
+    """What a protocol says of `count` real images that :class:`DrawnImages` draws."""
+    return f"features of {count:,} real images, drawn at random without replacement, seed {DRAWN_SEED}"
+
+
+def _batches(dataset: Dataset, indices: Tensor | None = None) -> Iterator[Tensor]:
+    """The images at `indices`; None: all."""
+    for part in (torch.arange(len(dataset)) if indices is None else indices).split(BATCH):
+        yield to_uint8(dataset.read(part))
 
 
 def _features_path(path: Path) -> Path:

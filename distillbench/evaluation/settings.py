@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from distillbench.diffusion.samplers import SAMPLERS, Solver
@@ -28,6 +29,9 @@ class EvaluationConfig:
     references: list[str] = option(
         [], "files of reference statistics (.npz) to use instead of the dataset's images", path=True
     )
+    real_features: int = option(
+        0, "real images, drawn at random, whose features are kept: precision, recall, density, ...; 0: all"
+    )
     checkpoints: int = option(0, "points along training, between its start and end, at which students are scored too")
     progress_every: float = option(
         0.1, "share of the budget after which the student is scored cheaply while it trains; 0: never"
@@ -42,6 +46,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require_positive(self, "images", "batch_size", "timing_seconds", "largest_timed_batch")
         require_between(self, 0, 1000, "checkpoints")
+        require_between(self, 0, 2**53, "real_features")
         require_between(self, 0, 1, "progress_every")
         require_between(self, 2, 1_000_000, "progress_images")
         require_one_of(self, "timing", TIMINGS)
@@ -60,6 +65,10 @@ class EvaluationConfig:
                 f"evaluation.teacher_samplers: the first gives the samples that others are compared with, and "
                 f"{solvers[0].name} adds noise. Put another before it, such as ddim"
             )
+
+    def bytes_of_row(self, shape: tuple[int, ...]) -> int:
+        """The size of a row's samples on disk: float32 images of `shape` (C,H,W)."""
+        return 4 * self.images * math.prod(shape)
 
     @property
     def sampling(self) -> Sampling:

@@ -57,6 +57,9 @@ def run(
         if table.failed:
             advice = "--retry-failed runs what failed, or ran out of memory or time, again"
             progress.say(f"not ok in an earlier run: {', '.join(table.failed)} ({advice})")
+        unfinished = [cells[index].shared for index in table.unfinished()]
+        for shared in {id(shared): shared for shared in unfinished}.values():
+            shared.check_room()
         try:
             _run_all(cells, scan.descriptions, executor, policy, progress, table)
         except Interrupted as interrupted:

@@ -101,7 +101,7 @@ class RunTable:
         self.folder, self.configs, self.on_rows = folder, configs, on_rows
         self.descriptions = scan.descriptions
         contexts = {id(cell.shared): cell.shared for cell in cells}.values()
-        self.columns = {name: cls.describe() for shared in contexts for name, cls in shared.metrics.items()}
+        self.columns = {name: facts for shared in contexts for name, facts in shared.columns().items()}
         self.environment = scan.environment
         self.results: dict[int, CellResult] = {}
         self.files = HashCache(folder.parent / CELLS)

@@ -54,6 +54,7 @@ class Condition:
     """The conditions of a batch of images: `labels` (B,) int64, or none."""
 
     labels: Tensor | None = None
+    augmentation: Tensor | None = None  # of training
 
 
 UNCONDITIONAL = Condition()

@@ -30,13 +30,14 @@ from distillbench.records.records import TrainRecord, load_record
 from distillbench.records.settings_file import FULL, SEPARATOR, read_settings
 from distillbench.registry import Registry
 from distillbench.runs.config import RunConfig
-from distillbench.runs.shared_context import Cell, SharedContext, make_source, plain_settings, restored
+from distillbench.runs.shared_context import Cell, SharedContext, choose_device, make_source, plain_settings, restored
 from distillbench.storage.files import sha256_file
 from distillbench.system.progress import Progress
-from distillbench.teachers.students import StudentForm
+from distillbench.teachers.students import AS_TEACHER, StudentForm
 from distillbench.teachers.teacher import Teacher
 from distillbench.training.method import Method
 
+TEACHER = "teacher:"  # and a sampler: the method of the teacher's rows
 WEIGHTS = re.compile(r"(?P<method>.+)-seed(?P<seed>\d+)-(?P<key>[0-9a-f]{16})\.safetensors")
 
 
@@ -104,8 +105,14 @@ def _typed(document: Any, registry: Registry) -> RunConfig:
     return config
 
 
-def find_student(run_folder: Path, method: str, seed: int | None, registry: Registry, progress: Progress) -> Student:
-    """The student of `method` and `seed` with its weights, on the CPU. Raises UserError if there is none."""
+def find_student(
+    run_folder: Path, method: str, seed: int | None, registry: Registry, progress: Progress, nfe: int = 1,
+    device: str = "cpu",
+) -> Student:  # fmt: skip
+    """The student of `method` and `seed` with its weights, on `device` ("": the run's).
+
+    Raises UserError if there is none, or if it does not sample with `nfe` evaluations.
+    """
     documents = _documents(_text(run_folder, "config.yaml"))
     table = list(csv.DictReader(io.StringIO(_text(run_folder, "table.csv"), newline="")))
     if len(documents) <= FULL:
@@ -118,13 +125,9 @@ def find_student(run_folder: Path, method: str, seed: int | None, registry: Regi
     described = [config for config in configs if _describes(config, weights.method, record)]
     if not described:
         raise UserError(f"the config.yaml of {str(run_folder)!r} does not describe the training {weights.name}")
-    config = dataclasses.replace(described[0], device="cpu", results_dir=str(results))
-    method_config = config.methods[weights.method]
-    dataset, source, conditioning = make_source(config, registry, "cpu")
-    if source.plan().images:
-        raise UserError(f"the teacher of {weights.name} is no longer in {str(results)!r}: it would be trained again")
     students = StudentForm.from_plain(record.inputs.get("student", {}))
-    shared = SharedContext(config, registry, "cpu", dataset, source, conditioning, {}, Path(), [], students=students)
+    shared = _context(described[0], registry, results, weights.name, device, students)
+    method_config = shared.config.methods[weights.method]
     cell = Cell(shared, weights.method, registry.get("methods", method_config.kind), method_config, weights.seed)
     teacher = shared.load_teacher(progress)
     if teacher.sha256 != record.inputs["teacher_sha256"]:
@@ -133,10 +136,36 @@ def find_student(run_folder: Path, method: str, seed: int | None, registry: Regi
         progress.say(f"{weights.name}: was trained by another version of the plugin of {weights.method}")
     file = _intact(run_folder, cell_folder, weights, record)
     student = _restored(cell, teacher, file)
-    if not student.supports(1):
-        able = ", ".join(str(n) for n in range(2, 1025) if student.supports(n)) or "none up to 1024"
-        raise UserError(f"{weights.method} does not sample in one step, which is what is exported. It does {able}")
+    if not student.supports(nfe):
+        able = ", ".join(str(n) for n in range(1, 1025) if student.supports(n)) or "none up to 1024"
+        asked = "in one step, which is what is exported" if nfe == 1 else f"with {nfe} evaluations"
+        raise UserError(f"{weights.method} does not sample {asked}. It does {able}")
     return Student(run_folder, cell, teacher, student, record, load_file(file) if students.adapters else {})
+
+
+def find_teacher(run_folder: Path, name: str, registry: Registry, progress: Progress) -> tuple[Cell, Teacher]:
+    """The cell of the teacher's rows `name`, such as "teacher:ddim", and the teacher, on the run's device."""
+    configs = _typed_all(_documents(_text(run_folder, "config.yaml")), registry)
+    named = {
+        f"{TEACHER}{solver.name}": (config, solver) for config in configs for solver in config.evaluation.solvers()
+    }
+    if name not in named:
+        raise unknown("row of the teacher", name, named, f" in the run {run_folder.name!r}")
+    config, solver = named[name]
+    shared = _context(config, registry, run_folder.absolute().parent, run_folder.name, "")
+    return Cell(shared, name, solver=solver), shared.load_teacher(progress)
+
+
+def _context(
+    config: RunConfig, registry: Registry, results: Path, what: str, device: str, students: StudentForm = AS_TEACHER
+) -> SharedContext:
+    """Dataset and teacher of a run that is over. Raises UserError if its teacher would be trained again."""
+    device = device or choose_device(config.device)
+    config = dataclasses.replace(config, device=device, results_dir=str(results))
+    dataset, source, conditioning = make_source(config, registry, device)
+    if source.plan().images:
+        raise UserError(f"the teacher of {what} is no longer in {str(results)!r}: it would be trained again")
+    return SharedContext(config, registry, device, dataset, source, conditioning, {}, Path(), [], students=students)
 
 
 def _text(run_folder: Path, name: str) -> str:

@@ -12,7 +12,8 @@ the names of the released files, so that these weights load unchanged.
 | h, aux    | features; the image (or features) that runs beside them   | (B,c,h,w)               |
 
 `embedding` is added to the network's own before the last activation: every block gets e = silu(own + embedding).
-Labels equal to `label_dim`, and no labels, are a row of zeros instead of a one-hot row.
+Labels equal to `label_dim`, and no labels, are a row of zeros instead of a one-hot row. Without labels of augmentation
+nothing is added, as with zeros.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d, dropout, one_hot, scaled_dot_product_attention, silu
 
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
-from distillbench.diffusion.embeddings import PlacedFeatures, TimedNetwork
+from distillbench.diffusion.embeddings import AugmentedNetwork, PlacedFeatures, TimedNetwork
 
 BOX = (1, 1)  # the mean of 2x2 pixels; NCSN++ resamples with (1, 3, 3, 1)
 Init = Callable[[Tensor], object]  # initialises a weight
@@ -209,7 +210,7 @@ def _name(side: int, what: str) -> str:
     return f"{side}x{side}_{what}"
 
 
-class _UNet(TimedNetwork):
+class _UNet(TimedNetwork, AugmentedNetwork):
     """An encoder through the resolutions side, ..., side / 2^(L-1), and a decoder back, with skip connections.
 
     At each resolution the encoder has `num_blocks` blocks and the decoder one more. The channels of a resolution are
@@ -217,11 +218,14 @@ class _UNet(TimedNetwork):
     features.
     """
 
+    map_augment: nn.Linear | None
+
     def __init__(
         self,
         img_resolution: int,
         in_channels: int,
         label_dim: int,
+        augment_dim: int,
         model_channels: int,
         channel_mult: Sequence[int],
         channel_mult_emb: int,
@@ -231,7 +235,7 @@ class _UNet(TimedNetwork):
         super().__init__()
         if not channel_mult or img_resolution % 2 ** (len(channel_mult) - 1):
             raise ValueError(f"images of {img_resolution} pixels a side cannot be halved {len(channel_mult) - 1} times")
-        self.in_channels, self.classes = in_channels, label_dim
+        self.in_channels, self.classes, self.augment_dim = in_channels, label_dim, augment_dim
         self.model_channels, self.embedding_channels = model_channels, model_channels * channel_mult_emb
         self.num_blocks, self.attn_resolutions = num_blocks, tuple(attn_resolutions)
         self.sides = [img_resolution >> level for level in range(len(channel_mult))]
@@ -278,6 +282,12 @@ class _UNet(TimedNetwork):
     def writes(self, side: int, h: Tensor, image: Tensor | None) -> Tensor | None:
         """The image so far, after the decoder's features of a resolution."""
         raise NotImplementedError
+
+    def with_labels(self, e: Tensor, c: Condition) -> Tensor:
+        """The features e (B, channels) of the noise level, to which those of the labels of augmentation are added."""
+        if self.map_augment is None or c.augmentation is None:
+            return e
+        return e + self.map_augment(c.augmentation.to(e.dtype))
 
     def one_hot(self, time: Tensor, c: Condition) -> Tensor:
         """One-hot labels (B, classes); zeros for no class."""
@@ -348,7 +358,7 @@ class SongUNet(_UNet):
         resample_filter: Sequence[float] = BOX,
     ) -> None:
         super().__init__(
-            *(img_resolution, in_channels, label_dim, model_channels),
+            *(img_resolution, in_channels, label_dim, augment_dim, model_channels),
             *(channel_mult, channel_mult_emb, num_blocks, attn_resolutions),
         )
         self.encoder_type = _one_of("encoder_type", encoder_type, ("standard", "skip", "residual"))
@@ -400,7 +410,7 @@ class SongUNet(_UNet):
         e = torch.cat([sin, cos], dim=1)  # the order of Song et al., for which the weights were trained
         if self.map_label is not None:
             e = e + self.map_label(self.one_hot(time, c) * math.sqrt(self.classes))
-        return self.map_layer1(silu(self.map_layer0(e)))
+        return self.map_layer1(silu(self.map_layer0(self.with_labels(e, c))))
 
     def reads(self, side: int, h: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
         if self.encoder_type == "skip":
@@ -437,7 +447,7 @@ class DhariwalUNet(_UNet):
         label_dropout: float = 0.0,  # a setting of EDM's training; unused here
     ) -> None:
         super().__init__(
-            *(img_resolution, in_channels, label_dim, model_channels),
+            *(img_resolution, in_channels, label_dim, augment_dim, model_channels),
             *(channel_mult, channel_mult_emb, num_blocks, attn_resolutions),
         )
         init, emb = partial(nn.init.kaiming_uniform_, a=math.sqrt(5)), self.embedding_channels  # +-1/sqrt(fan-in)
@@ -464,7 +474,7 @@ class DhariwalUNet(_UNet):
         self.out_conv = Conv(self.widths[0], out_channels, 3, init=nn.init.zeros_)
 
     def embed(self, time: Tensor, c: Condition) -> Tensor:
-        e = self.map_layer1(silu(self.map_layer0(self.map_noise(time))))
+        e = self.map_layer1(silu(self.map_layer0(self.with_labels(self.map_noise(time), c))))
         return e if self.map_label is None else e + self.map_label(self.one_hot(time, c))
 
     def writes(self, side: int, h: Tensor, image: Tensor | None) -> Tensor | None:

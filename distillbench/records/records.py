@@ -52,8 +52,9 @@ class ProgressPoint(_Record):
 class NetworkRows(_Record):
     """Evaluations (images) of networks of one kind: what `tflops` is computed from.
 
-    `counted`: "teacher" or "student". `weights` is how many numbers are in all weights of the network (its class, with
-    the module), `trained` in those that got a gradient; 0: these rows were evaluated without a gradient to weights.
+    `counted`: "teacher", "student", or "distance": LPIPS, whose rows are no evaluations of a budget. `weights` is how
+    many numbers are in all weights of the network (its class, with the module), `trained` in those that got a gradient;
+    0: these rows were evaluated without a gradient to weights.
     `to_weights` and `to_input` of the `forward` rows had a backward pass, the second to the input only; `along` had a
     derivative along a direction (forward mode). `features`: the submodules, joined by ", ", whose outputs alone had a
     backward pass; "": the network's output had it.

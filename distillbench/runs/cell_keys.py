@@ -52,6 +52,7 @@ def train_inputs(cell: Cell, teacher: Teacher) -> dict[str, Any]:
         }
         | ({"accumulate": config.accumulate, "on_oom": config.on_oom} if accumulates else {})
         | ({"processes": ranks.count} if (ranks := cell.shared.ranks).count > 1 else {})
+        | ({"augment": augmentation} if (augmentation := cell.augmentation) else {})
         | ({"student": student} if (student := cell.shared.students.plain()) else {})
         | ({"compute": compute} if (compute := training_identity(config.compute, cell.shared.device)) else {})
     )

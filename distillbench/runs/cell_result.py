@@ -99,6 +99,7 @@ def _shared_columns(cell: Cell, teacher: Teacher, training: TrainRecord | None =
     student = cell.shared.students if cell.entry is not None else AS_TEACHER
     if cell.entry is not None:
         settings += student_settings(config.student)
+        settings += [f"augment.{name}={value}" for name, value in cell.augmentation.items()]
     settings.append(changed_settings(cell.method_config))
     parts = config.accumulate if training is None else training.accumulate
     if cell.entry is not None and parts > 1:

@@ -32,6 +32,7 @@ from distillbench.records.records import (
 )
 from distillbench.runs.cell_monitor import monitor_of
 from distillbench.runs.cell_task import CellTask
+from distillbench.runs.distances import COUNTED, Distances, lpips_flops
 from distillbench.runs.shared_context import Cell, SharedContext, build
 from distillbench.storage.files import key_of, sha256_file, write_atomically
 from distillbench.system.dtensors import gather_full
@@ -159,7 +160,8 @@ def _train(
     with ExitStack() as stack:
         data = None
         if cell.reads_data:
-            data = DataStream(shared.training_images(progress), cell.seed, shared.device, ahead, ranks.share)
+            images, flip = shared.training_images(progress), config.augment.flip
+            data = DataStream(images, cell.seed, shared.device, ahead, ranks.share, flip)
             stack.callback(data.close)
             data.preload(progress)  # not part of the budget, like all preparation of data
         step = stack.enter_context(progress.step(f"{cell.label}: training"))
@@ -177,6 +179,7 @@ def _train(
         if not compute.shard:  # with FSDP that happens when it is sharded
             ranks.broadcast_module(method)
         meter = Meter(config.budget, teacher, shared.device, watches=(rss, gpu), energy=joules)
+        method.distances = Distances(teacher, meter, shared.weights, shared.device)
         given = method.teacher, meter, cache, shared.device, cell.seed, progress
         workspace = Workspace(*given, energy_source=config.energy, ranks=ranks)
         points = config.evaluation.checkpoints
@@ -185,7 +188,7 @@ def _train(
         order = {} if data is None else {"order": data}
         watched = {"rss": rss, "gpu": gpu, "gpu_reserved": gpu.reserved, "device": gpu.device}
         resume = Resume(states, config.states.seconds, order, watched, stop, devices=[device_name(shared.device)])
-        loop = Loop(config.batch_size, parts, compute, ranks)
+        loop = Loop(config.batch_size, parts, compute, ranks, config.augment)
         read = None if data is None else data.read
         monitor = monitor_of(cell, teacher, parts, progress)
         trained = train(method, cell.method_config, workspace, read, loop, step, checkpoints, resume, monitor)
@@ -283,9 +286,10 @@ def _flops(
     try:
         if teacher.conditioning.small is not None:
             raise Unavailable("the evaluations of an upscaler's base model are not counted apart from its own")
-        if sum(rows.forward for rows in cost.networks) != cost.teacher_nfe + cost.student_nfe:
+        rows = [each for each in cost.networks if each.counted != COUNTED]
+        if sum(each.forward for each in rows) != cost.teacher_nfe + cost.student_nfe:
             raise Unavailable("a part of the training was counted by an earlier version of distillbench")
-        return measured_flops(cost.networks, teacher, networks, shared.device), ""
+        return measured_flops(rows, teacher, networks, shared.device) | lpips_flops(cost.networks), ""
     except Unavailable as reason:
         return {}, str(reason)
     except Exception as error:  # a third-party network may raise anything

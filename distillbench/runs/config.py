@@ -28,6 +28,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from distillbench.datasets.augmentation import AugmentConfig
 from distillbench.errors import UserError, nearest, quoted, unknown
 from distillbench.evaluation.settings import EvaluationConfig
 from distillbench.options import option, require_between, require_one_of, require_positive
@@ -36,6 +37,7 @@ from distillbench.registry import Registry
 from distillbench.runs.config_grid import PointBuilder
 from distillbench.runs.executor_config import EXECUTORS, ExecutorConfig, LocalConfig, kinds_with
 from distillbench.runs.overrides import CHOICES, GROUPS, LONGEST_NAME, first_line, grid_points, parse_override
+from distillbench.runs.released_teacher import released_teacher
 from distillbench.runs.written_values import expand_home, written_value
 from distillbench.teachers.students import StudentConfig
 from distillbench.training.budget import BudgetConfig, Limit
@@ -75,6 +77,7 @@ class RunConfig:
     evaluation: EvaluationConfig = option(EvaluationConfig, "what is sampled and scored")
     student: StudentConfig = option(StudentConfig, "the network of the students: the teacher's, adapters, or another")
     compute: ComputeConfig = option(ComputeConfig, "precision, compilation and memory of networks in training")
+    augment: AugmentConfig = option(AugmentConfig, "random augmentation of the real images of training")
     batch_size: int = option(128, "images of a training step, for every method")
     accumulate: int = option(1, "gradient accumulation: parts of a step, computed one after the other to save memory")
     on_oom: str = option(
@@ -243,6 +246,8 @@ def _compose(
             bases[choices] = _keep_chosen(compose("config", list(choices)), registry)
         base = bases[choices]
         _check_dataset(base, registry)
+        if family := released_teacher(point, base, registry):
+            return _compose([*point, parse_override(f"teacher={family}", registry)], bases, registry)
         config = copy.deepcopy(base)
         for setting in values:
             _check_name(setting.key_or_group, base)

@@ -17,6 +17,7 @@ from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.noise import Noise, stream_key
 from distillbench.evaluation.evaluator import Sampler
 from distillbench.evaluation.timing import Timer
+from distillbench.runs.distances import Distances
 from distillbench.runs.shared_context import Cell, SharedContext, build
 from distillbench.runs.training_cost import COST_IMAGES
 from distillbench.runs.trials import Line, fit
@@ -64,11 +65,12 @@ def times_of_method(cell: Cell, teacher: Teacher, timer: Timer, seconds: float) 
         stack.callback(meter.stop)
         method = build(cell, teacher)
         stack.enter_context(applied(_timed(config.compute), method, cell.shared.device))
+        method.distances = Distances(teacher, meter, cell.shared.weights, cell.shared.device)
         workspace = _CountingWorkspace(method.teacher, meter, cell)
         method.prepare(workspace)
-        data = DataStream(placeholder(cell.shared.dataset, teacher), 0, cell.shared.device) if cell.reads_data else None
-        loop = Loop(batch, config.accumulate, _timed(config.compute))
-        read = None if data is None else data.read
+        images, flip = placeholder(cell.shared.dataset, teacher), config.augment.flip
+        read = DataStream(images, 0, cell.shared.device, flip=flip).read if cell.reads_data else None
+        loop = Loop(batch, config.accumulate, _timed(config.compute), augment=config.augment)
         steps = TrialSteps(method, cell.method_config, workspace, read, loop)
         step, timed = _step(method, steps, first, batch, timer, 0.75 * seconds)
     evaluation = times_of_sampling(method.eval().sample, min(cell.nfe), cell.shared, method.teacher, timer, seconds / 4)

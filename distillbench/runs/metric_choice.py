@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distillbench.datasets.dataset import Dataset
 from distillbench.errors import UserError, unknown
-from distillbench.evaluation.metric import Metric
-from distillbench.evaluation.reference_statistics import ReferenceFile, check_reference, provenance_of, read_reference
+from distillbench.evaluation.metric import Metric, Need
+from distillbench.evaluation.reference_statistics import (
+    ReferenceFile,
+    check_reference,
+    drawn_in_words,
+    provenance_of,
+    read_reference,
+)
 from distillbench.evaluation.settings import EvaluationConfig
 from distillbench.registry import Registry
 
@@ -43,3 +50,29 @@ def read_references(
             raise UserError(f"{word} and {files[name].path.name} are both references of network {name!r}")
         files[name] = file
     return list(files.values())
+
+
+def features_in_words(
+    metric: type[Metric], config: EvaluationConfig, dataset: Dataset, references: Sequence[ReferenceFile]
+) -> str:
+    """Which real images' features `metric` compares with, if not those of all; else the empty string."""
+    if not {Need.real_images, Need.features} <= metric.needs or metric.network is None:
+        return ""
+    file = next((file for file in references if file.provenance["network"] == metric.network.name), None)
+    if file is not None and file.features is not None:
+        return f"features of {len(file.features):,} real images in {file.path.name}"
+    count = config.real_features
+    return drawn_in_words(count) if 0 < count < len(dataset) else ""
+
+
+def described(
+    metrics: Mapping[str, type[Metric]], config: EvaluationConfig, dataset: Dataset,
+    references: Sequence[ReferenceFile],
+) -> dict[str, dict[str, str]]:  # fmt: skip
+    """By metric: its declarations, for tables and reports."""
+    found = {}
+    for name, cls in metrics.items():
+        found[name] = cls.describe()
+        if words := features_in_words(cls, config, dataset, references):
+            found[name]["protocol"] += f"; {words}"
+    return found

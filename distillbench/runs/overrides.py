@@ -115,7 +115,10 @@ def _check_choice(setting: Override, registry: Registry) -> None:
         return
     value = setting.value()
     names = value if isinstance(value, list) else [value]
-    possible = GlobalHydra.instance().config_loader().get_group_options(key)
+    if key in GROUPS:  # configs/teacher has variants for experiments alone
+        possible = sorted(registry.of_kind(GROUPS[key]))
+    else:
+        possible = GlobalHydra.instance().config_loader().get_group_options(key)
     for name in names:
         if name not in possible:
             raise registry.no(key.removesuffix("s"), "null" if name is None else str(name), possible)

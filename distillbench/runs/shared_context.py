@@ -18,7 +18,7 @@ from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Conditioning
 from distillbench.diffusion.samplers import Solver
 from distillbench.errors import Unavailable, UserError
 from distillbench.evaluation.distributed import SharedNetworks
-from distillbench.evaluation.evaluator import Evaluator, features_kept
+from distillbench.evaluation.evaluator import ROW, Evaluator, features_kept
 from distillbench.evaluation.features import Networks
 from distillbench.evaluation.metric import Metric, Need
 from distillbench.evaluation.pretrained_weights import weights_folder
@@ -28,8 +28,8 @@ from distillbench.records.layout import ResultsFolder
 from distillbench.registry import Entry, Registry
 from distillbench.runs.config import RunConfig
 from distillbench.runs.feature_order import FeatureOrder
-from distillbench.runs.metric_choice import chosen_metrics, read_references
-from distillbench.storage.files import canonical_json, check_writable
+from distillbench.runs.metric_choice import chosen_metrics, described, features_in_words, read_references
+from distillbench.storage.files import canonical_json, check_room, check_writable
 from distillbench.system.progress import Progress
 from distillbench.teachers.latents import training_data
 from distillbench.teachers.students import AS_TEACHER, StudentForm
@@ -48,7 +48,9 @@ def _settings_but(*names: str) -> tuple[str, ...]:
 SHARED_SETTINGS = _settings_but("methods", "seed")  # settings that decide a context
 CELL_SETTINGS = _settings_but("methods", "seed", "run_name")  # decide a method's cell, with the method's own
 TEACHER_SETTINGS = tuple(
-    name for name in CELL_SETTINGS if name not in ("budget", "batch_size", "guidance_range", "compute", "student")
+    name
+    for name in CELL_SETTINGS
+    if name not in ("budget", "batch_size", "guidance_range", "compute", "student", "augment")
 )
 
 
@@ -76,6 +78,10 @@ class SharedContext:
     def folder(self) -> ResultsFolder:
         return ResultsFolder.of(self.config.results_dir)
 
+    def check_room(self) -> None:
+        """Raise UserError unless the disk has room to score a row: before training, not only when it is needed."""
+        check_room(self.folder.root, self.config.evaluation.bytes_of_row(self.dataset.shape), ROW)
+
     def load_teacher(self, progress: Progress) -> Teacher:
         if self.teacher is None:
             self.teacher = self.source.load(progress).conditioned(self.conditioning).with_students(self.students)
@@ -100,7 +106,15 @@ class SharedContext:
         """By metric: what decides its values, such as the weights that are installed."""
         if self.cached_identities is not None:
             return self.cached_identities
-        return {name: cls.identity(self.weights) for name, cls in self.metrics.items()}
+        real = {name: {"real": words} for name, cls in self.metrics.items() if (words := self._real(cls))}
+        return {name: cls.identity(self.weights) | real.get(name, {}) for name, cls in self.metrics.items()}
+
+    def _real(self, metric: type[Metric]) -> str:
+        return features_in_words(metric, self.config.evaluation, self.dataset, self.references)
+
+    def columns(self) -> dict[str, dict[str, str]]:
+        """By metric: its declarations in this run, for tables and reports."""
+        return described(self.metrics, self.config.evaluation, self.dataset, self.references)
 
     def training_images(self, progress: Progress) -> Dataset:
         """The images of the dataset, or their latents for a latent diffusion teacher."""
@@ -114,7 +128,10 @@ class SharedContext:
                 order = FeatureOrder(self.config, self.registry.selection)
                 networks = SharedNetworks(self.weights, self.device, self.ranks, order)
             cache = self.folder.cache("references")
-            real = RealImages(self.dataset, networks, cache, self.references, features_kept(self.metrics))
+            real = RealImages(
+                self.dataset, networks, cache, self.references, features_kept(self.metrics),
+                self.config.evaluation.real_features,
+            )  # fmt: skip
             answers = self.folder.cache("answers")
             parts = self.metrics, real, self.load_teacher(progress), progress, answers
             self.evaluator = Evaluator(self.config.evaluation, *parts, self.ranks)
@@ -130,7 +147,11 @@ class SharedContext:
         compared = [cls for cls in self.metrics.values() if cls.needs & {Need.real, Need.real_images}]
         networks = {cls.network for cls in compared if cls.network is not None}
         real = self.get_evaluator(progress).real
-        return {network.name: real.describe(network) for network in sorted(networks, key=lambda n: n.name)}
+        words = {network.name: real.describe(network) for network in sorted(networks, key=lambda n: n.name)}
+        for cls in compared:
+            if cls.network is not None and (part := self._real(cls)) and part not in words[cls.network.name]:
+                words[cls.network.name] += f"; {part}"
+        return words
 
     def unavailable_metrics(self) -> dict[str, str]:
         """Metrics whose weights are missing, with the reason."""
@@ -166,6 +187,7 @@ class Cell:
     cost: TrainingCost = field(default_factory=TrainingCost)  # estimated
     cost_varies: bool = False  # the estimate is a mean: the cost of a step is random
     plan_speed: PlanSpeed = PlanSpeed()
+    compared: float = 0.0  # images that LPIPS evaluates for each training image, estimated
     group_size: int = 1  # the method's, once it is known
     nfe: list[int] = field(default_factory=list)  # of its rows
     cost_error: str = ""  # why the cost could not be estimated
@@ -180,6 +202,11 @@ class Cell:
     def reads_data(self) -> bool:
         """Whether it trains a method on real images."""
         return self.entry is not None and bool(self.entry.cls.reads_data(self.method_config))
+
+    @property
+    def augmentation(self) -> dict[str, Any]:
+        """The settings of the augmentation of its real images, as plain values; {} without."""
+        return self.shared.config.augment.plain() if self.reads_data else {}
 
     def sampler(self) -> Solver:
         """Of the teacher's rows."""
@@ -206,7 +233,10 @@ class SharedContexts:
 
     def identity(self, cell: Cell) -> Hashable:
         """Equal for cells that occur twice in a grid, such as the teacher's rows at several budgets."""
-        settings = self._settings(cell.shared.config, CELL_SETTINGS if cell.entry is not None else TEACHER_SETTINGS)
+        names = CELL_SETTINGS if cell.entry is not None else TEACHER_SETTINGS
+        if not cell.reads_data:  # then nothing is augmented
+            names = tuple(name for name in names if name != "augment")
+        settings = self._settings(cell.shared.config, names)
         return settings, cell.name, self.text(cell.method_config), cell.seed
 
     def _settings(self, config: RunConfig, names: Sequence[str]) -> Hashable:

@@ -172,6 +172,7 @@ class _Context:
     def _row(self) -> float:
         """Seconds of all scores of a row."""
         images, real = self.evaluation.images, len(self.shared.dataset)
+        real = min(real, self.evaluation.real_features or real)
         metrics = sum(self.speeds.metric(cls, images, real) for cls in self.metrics)
         return metrics + sum(self.speeds.network(network)(images) for network in self.networks)
 
@@ -220,10 +221,11 @@ class _Context:
         if not any(cls.network is network and cls.needs & needs for cls in self.metrics):
             return 0.0
         networks, cache = Networks(shared.weights, shared.device), shared.folder.cache("references")
-        real = RealImages(shared.dataset, networks, cache, shared.references, features_kept(shared.metrics))
-        if real.has(network) or not self.once.is_first(Part.real, network, shared.dataset.sha256):
-            return 0.0
-        return self.speeds.network(network)(len(shared.dataset))
+        kept, drawn = features_kept(shared.metrics), self.evaluation.real_features
+        real = RealImages(shared.dataset, networks, cache, shared.references, kept, drawn)
+        sets = [real, *([real.drawn] if real.drawn is not None and network in kept else [])]
+        first = lambda one: self.once.is_first(Part.real, network, shared.dataset.sha256, one.count)
+        return sum(self.speeds.network(network)(one.count) for one in sets if not one.has(network) and first(one))
 
     # --- what it depends on, and what is left out
 

@@ -10,6 +10,7 @@ import torch
 
 from distillbench.errors import UserError
 from distillbench.evaluation.timing import timer_of
+from distillbench.runs.distances import Distances, compared
 from distillbench.runs.shared_context import Cell, PlanSpeed, SharedContext, build
 from distillbench.system.progress import Progress
 from distillbench.teachers.latents import placeholder
@@ -39,7 +40,7 @@ class CostCache:
         if same in self.known:
             known = self.known[same]
             cell.cost, cell.nfe, cell.cost_error = known.cost, list(known.nfe), known.cost_error
-            cell.cost_varies, cell.group_size = known.cost_varies, known.group_size
+            cell.cost_varies, cell.group_size, cell.compared = known.cost_varies, known.group_size, known.compared
             cell.plan_speed = known.plan_speed
             return
         try:
@@ -63,12 +64,14 @@ def _estimate(cell: Cell, teacher: Teacher) -> None:
     torch.set_num_threads(config.threads)
     meter = Meter(config.budget, teacher, shared.device)
     method = build(cell, teacher)
+    method.distances = Distances(teacher, meter, shared.weights, shared.device, dry=True)
     wanted = cell.nfe
     cell.nfe = [n for n in wanted if method.supports(n)]
     if not cell.nfe:
         able = ", ".join(str(n) for n in range(1, 1025) if method.supports(n)) or "none up to 1024"
         raise UserError(f"{cell.name} cannot sample with evaluation.nfe={wanted}. Possible: {able}")
     _check_groups(cell, method.group_size)
+    _check_augmentation(cell, method, teacher)
     workspace = Workspace(method.teacher, meter, Path(), shared.device, 0, Progress(None), dry=True)
     method.prepare(workspace)
     ahead = meter.teacher_nfe
@@ -77,24 +80,27 @@ def _estimate(cell: Cell, teacher: Teacher) -> None:
             f"{cell.name}: its preparation costs {ahead:,} evaluations, budget.nfe allows {config.budget.nfe:,}"
         )
     phases = method.phases()
-    per_image = [0.0, 0.0, 0.0, 0.0]  # of the teacher, of students, and as the budget counts them; seconds
-    timer = timer_of(shared.device)
+    per_image = [0.0, 0.0, 0.0, 0.0]  # of the teacher, of students, as the budget counts them; of LPIPS
+    timer, seconds_per_image = timer_of(shared.device), 0.0
     batches = _Batches(cell, method, teacher)
     for index, phase in enumerate(phases):
         method.start_phase(index)
-        before = meter.teacher_nfe, meter.student_nfe, meter.evaluations
+        before = meter.teacher_nfe, meter.student_nfe, meter.evaluations, compared(meter.cost().networks)
         seconds = timer.seconds(partial(_steps, method, batches, index, phase.cost_steps))
         share = phase.share / sum(p.share for p in phases) / (phase.cost_steps * batches.size)
         per_image[0] += share * (meter.teacher_nfe - before[0])
         per_image[1] += share * (meter.student_nfe - before[1])
         per_image[2] += share * (meter.evaluations - before[2])
-        per_image[3] += share * seconds
+        per_image[3] += share * (compared(meter.cost().networks) - before[3])
+        seconds_per_image += share * seconds
         method.end_phase(index, method.student)
     cell.cost_varies = any(phase.cost_varies for phase in phases)
-    cell.plan_speed = PlanSpeed(per_image[3], per_image[3] / max(1.0, per_image[0] + per_image[1]), ahead)
+    evaluations = max(1.0, per_image[0] + per_image[1])
+    cell.plan_speed = PlanSpeed(seconds_per_image, seconds_per_image / evaluations, ahead)
     images = config.budget.images if config.budget.limit == Limit.images else 0
     if config.budget.limit == Limit.nfe:
         images = int(max(0, config.budget.nfe - ahead) / per_image[2])
+    cell.compared = per_image[3]
     cell.cost = TrainingCost(images, 0.0, ahead + round(images * per_image[0]), round(images * per_image[1]))
 
 
@@ -124,12 +130,28 @@ def _check_groups(cell: Cell, group: int) -> None:
         )
 
 
+def _check_augmentation(cell: Cell, method: Method, teacher: Teacher) -> None:
+    """Raise UserError if the real images of `cell` cannot be augmented as the settings say."""
+    asked = cell.augmentation
+    if asked and teacher.to_latents is not None:
+        raise UserError(
+            f"augment.{next(iter(asked))} changes images, and teacher={teacher.name} trains students on latents, each "
+            "encoded once from an image as it is. Possible: augment.flip=false augment.probability=0"
+        )
+    if "probability" in asked and method.inputs != "data":
+        raise UserError(
+            f"augment.probability: {cell.name} compares generated images with real ones, which must not be augmented "
+            "alone. Possible: augment.probability=0; augment.flip=true"
+        )
+
+
 class _Batches:
     """The batches of the steps that are counted, of `size` images each."""
 
     def __init__(self, cell: Cell, method: Method, teacher: Teacher) -> None:
         self.teacher, self.device = method.teacher, cell.shared.device
         self.size = method.group_size * -(-COST_IMAGES // method.group_size)
+        self.augment = cell.shared.config.augment
         self.share = Share(group=method.group_size)
         self.generator = torch.Generator().manual_seed(0)
         data = DataStream(placeholder(cell.shared.dataset, teacher), 0, self.device)
@@ -138,4 +160,4 @@ class _Batches:
     def of_step(self, step: int, phase: int) -> Batch:
         """The batch of a step of phase number `phase`."""
         about = self.teacher.shape, self.generator, self.device, self.read, self.teacher.conditioning
-        return Batch(self.size, *about, self.share, step, phase)
+        return Batch(self.size, *about, self.share, step, phase, self.augment)

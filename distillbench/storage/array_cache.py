@@ -1,17 +1,22 @@
-"""Large arrays that are computed once, cached in files under the hash of their recipe, and memory-mapped."""
+"""Large arrays that are computed once, part by part, and cached in files under the hash of their recipe."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 
 from distillbench.storage.checksummed import read_array, write_checksum
 from distillbench.storage.files import key_of, write_atomically
 from distillbench.storage.locks import wait_for_lock
 from distillbench.system.progress import Progress
+
+DTYPE = np.dtype(np.float32)
+Fill = Callable[[Callable[[np.ndarray], Any]], None]
 
 
 def array_file(folder: Path, recipe: dict[str, Any]) -> Path:
@@ -24,46 +29,49 @@ def cached_array(
     what: str,
     recipe: dict[str, Any],
     shape: tuple[int, ...],
-    fill: Callable[[np.ndarray], None],
+    fill: Fill,
     progress: Progress,
-) -> np.ndarray:
-    """A float32 array of `shape`, computed by ``fill(array)`` once for each `recipe` (all that determines its values).
+) -> Path:
+    """The .npy file in `folder` of a float32 array of `shape`, computed once for each `recipe`.
 
-    It is a copy-on-write memory map of a file in `folder`. One process computes it; others wait for that process.
+    `recipe` is all that determines the values. ``fill(write)`` calls ``write(part)`` for each part of the array in
+    order, so it is never in memory as a whole. One process computes it; others wait for that process.
     """
     file = array_file(folder, recipe)
-    found = _found(file, what, recipe, shape, progress)
-    if found is None:
+    if not _found(file, what, recipe, shape, progress):
         with wait_for_lock(file, what, progress):
-            found = _found(file, what, recipe, shape, progress)
-            if found is None:
+            if not _found(file, what, recipe, shape, progress):
                 _make(file, recipe, shape, fill)
-                return np.load(file, mmap_mode="c")
-    return found
+    return file
 
 
-def _make(file: Path, recipe: dict[str, Any], shape: tuple[int, ...], fill: Callable[[np.ndarray], None]) -> None:
+def _make(file: Path, recipe: dict[str, Any], shape: tuple[int, ...], fill: Fill) -> None:
+    size = math.prod(shape) * DTYPE.itemsize
+
     def write(path: str) -> None:
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        fill(array)
-        array.flush()
+        with open(path, "wb") as opened:
+            npy.write_array_header_1_0(
+                opened, {"descr": npy.dtype_to_descr(DTYPE), "fortran_order": False, "shape": shape}
+            )
+            start = opened.tell()
+            fill(lambda part: opened.write(np.ascontiguousarray(part, DTYPE).data))
+            if opened.tell() - start != size:
+                raise RuntimeError(f"an array {shape} has {size:,} bytes, {opened.tell() - start:,} were written")
 
     file.with_suffix(".json").unlink(missing_ok=True)  # the checksum of an earlier array
     write_atomically(file, write)
     write_checksum(file, {"recipe": recipe})
 
 
-def _found(
-    file: Path, what: str, recipe: dict[str, Any], shape: tuple[int, ...], progress: Progress
-) -> np.ndarray | None:
-    """The cached array; None if it is missing or damaged."""
+def _found(file: Path, what: str, recipe: dict[str, Any], shape: tuple[int, ...], progress: Progress) -> bool:
+    """Whether the array is cached; False if its file is damaged."""
     if not file.with_suffix(".json").exists():
-        return None
+        return False
     try:
-        array = read_array(file, {"recipe": recipe}, mode="c")
-        if array.shape != shape or array.dtype != np.float32:
+        array = read_array(file, {"recipe": recipe})
+        if array.shape != shape or array.dtype != DTYPE:
             raise ValueError("its shape or dtype is wrong")
-        return array
+        return True
     except ValueError as error:
         progress.say(f"{what} in {file} cannot be used ({error}) and is computed again")
-        return None
+        return False

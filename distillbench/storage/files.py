@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # reports need files and no tensors
     from torch import Tensor
 
 LFS_START = b"version https://git-lfs.github.com/spec/"
+FEWER = "fewer evaluation.images or another results_dir"  # what takes less room, or room elsewhere
 TEMPORARY = ".writing-"  # prefix of the names of files that are being written
 
 __all__ = ["canonical_json", "key_of", "sha256_file", "sha256_tensors", "signed", "write_atomically"]
@@ -116,12 +118,28 @@ def _umask() -> int:
     return mask
 
 
+def check_room(folder: Path, size: int, what: str, instead: str = FEWER) -> None:
+    """Raise UserError unless `size` bytes, for `what`, are free on the disk of `folder`, which need not exist yet."""
+    free = shutil.disk_usage(_existing(folder)).free
+    if size > free:
+        raise UserError(
+            f"{what} takes {size / 2**30:,.1f} GiB on disk, and {free / 2**30:,.1f} GiB are free in {str(folder)!r}. "
+            f"Free some, or set {instead}"
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """`folder` or its nearest existing parent."""
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
 def check_writable(folder: Path) -> None:
     """Raise UserError unless files can be created in `folder` or in its nearest existing parent."""
-    parent = folder.absolute()
     try:
-        while not parent.exists():
-            parent = parent.parent
+        parent = _existing(folder)
         if not parent.is_dir():
             raise NotADirectoryError(f"{parent} is not a folder")
         tempfile.TemporaryFile(dir=parent).close()

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.diffusion.denoiser import Denoiser, NetworkCall
+from distillbench.diffusion.distances import DISTANCES, LPIPS
+from distillbench.diffusion.losses import mean_square
 from distillbench.diffusion.noise import FixedNoise, Noise, stream_key
 from distillbench.diffusion.schedules import VPCosine
 from distillbench.errors import first_of
@@ -192,6 +194,7 @@ class MethodBench:
         """The method as the harness builds it before training."""
         teacher, config = teacher or self.teacher(), self.config()
         method = build_method(self.cls, config, teacher, 0, self.device)
+        method.distances = DISTANCES | dict.fromkeys(LPIPS, mean_square)  # a check has no weights of LPIPS
         if self.computed.configured:
             how = self.computed
             call = ConfiguredCall(device_type(self.device), how.precision, recompute=how.recompute)

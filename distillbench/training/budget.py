@@ -70,7 +70,7 @@ class TrainingCost:
     stand_in_backward: int = 0  # of teacher_backward
     teacher_along: int = 0  # of teacher_nfe: with a derivative along a direction (forward mode, torch.func.jvp)
     student_along: int = 0  # of student_nfe
-    networks: tuple[NetworkRows, ...] = ()  # the same evaluations, by kind of network
+    networks: tuple[NetworkRows, ...] = ()  # the same evaluations, by kind of network, and those of LPIPS
     teacher_seconds: float = 0.0  # forward passes of the teacher and of its frozen copies
     student_seconds: float = 0.0  # forward passes of students, all backward passes, optimiser steps
     compile_seconds: float | None = 0.0  # torch's compiler; None if torch does not report it: then it is in the others
@@ -114,6 +114,7 @@ class Meter:
         self._timed = {counter: partial(self.stopwatch.charging, account) for account, counter in accounts.items()}
         for counter, timed in self._timed.items():
             counter.timed = timed
+        self._others: tuple[NetworkRows, ...] = ()
         self._uncharged_rows, self._uncharged_networks = self._rows(), self._networks()
         self.stopwatch.wait()
         self._start = self.stopwatch.now()
@@ -170,6 +171,10 @@ class Meter:
         )
         self.charged_energy += energy
 
+    def add(self, rows: NetworkRows) -> None:
+        """Count rows of a network that is neither a teacher nor a student: they are no evaluations of the budget."""
+        self._others = sum_of_rows((*self._others, rows))
+
     def restart(self, cost: TrainingCost, energy: Energy) -> None:
         """Continue from the cost of an earlier process; what this meter has counted so far is dropped."""
         self.stopwatch.reset()
@@ -199,7 +204,7 @@ class Meter:
     def _networks(self) -> tuple[NetworkRows, ...]:
         """The counters, by kind of network."""
         counters = {"teacher": self.teacher.teacher_rows, "student": self.teacher.student_rows}
-        return tuple(
+        counted = (
             NetworkRows(
                 side,
                 name_of(kind.network),
@@ -211,6 +216,7 @@ class Meter:
             for side, counter in counters.items()
             for kind, rows in counter.kinds.items()
         )
+        return (*counted, *self._others)
 
     def _of_teacher(self, rows: int) -> NetworkRows:
         """Evaluations of the teacher's own network, without gradient."""

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distillbench.datasets.augmentation import flipped
 from distillbench.datasets.dataset import Dataset, to_float
+from distillbench.diffusion.noise import stream_key
 from distillbench.system.progress import Progress
 from distillbench.system.transfers import fits_on, to_device
 from distillbench.training.share import WHOLE, Share
@@ -25,7 +27,8 @@ class _Prefetched:
     """A batch that is being read."""
 
     size: int
-    before: Tensor  # the generator's state before the batch was drawn
+    before: Tensor  # the state before the batch was drawn
+    flips: Tensor | None
     images: Future[tuple[Tensor, Tensor | None]]
 
 
@@ -35,11 +38,17 @@ class DataStream:
     A dataset of up to HELD_BYTES as float32 is read once, to the device; a larger one to a GPU in :meth:`preload`. Of
     others a thread prefetches `ahead` batches into pinned memory. `share` are the rows of each batch that this rank
     trains on. The saved state is that of the next batch, not of prefetched ones.
+
+    With `flip` half of the images are flipped left to right. Which ones is drawn by a generator of its own, so the
+    images are the same ones in the same order as without.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, device: str, ahead: int = 0, share: Share = WHOLE) -> None:
+    def __init__(
+        self, dataset: Dataset, seed: int, device: str, ahead: int = 0, share: Share = WHOLE, flip: bool = False
+    ) -> None:
         self.dataset, self.device, self.ahead, self.share = dataset, device, ahead, share
         self.generator = torch.Generator().manual_seed(seed)
+        self.flips = torch.Generator().manual_seed(stream_key("flips", seed)) if flip else None
         small = 4 * len(dataset) * math.prod(dataset.shape) <= HELD_BYTES
         self._held: Tensor | None = None
         self._holds = small
@@ -70,13 +79,14 @@ class DataStream:
 
         Classes are (B,) int64, on the CPU.
         """
-        if self._holds:
-            return self._look_up(self._draw(size))
-        if self._reader is not None:
-            images, labels = self._next_prefetched(size)
-            return to_float(images.to(self.device, non_blocking=True)), labels
-        images, labels = self._read(self._draw(size))
-        return to_float(to_device(images, self.device)), labels
+        if not self._holds and self._reader is not None:
+            images, labels, flips = self._next_prefetched(size)
+            images = to_float(images.to(self.device, non_blocking=True))
+        else:
+            indices, flips = self._draw(size)
+            images, labels = self._look_up(indices) if self._holds else self._read(indices)
+            images = to_float(to_device(images, self.device))
+        return (images if flips is None else flipped(images, to_device(flips, self.device))), labels
 
     def close(self) -> None:
         """Stop prefetching."""
@@ -85,38 +95,51 @@ class DataStream:
             self._reader.shutdown(cancel_futures=True)
 
     def get_state(self) -> Tensor:
-        """The state of the generator before the next batch."""
-        return self._queue[0].before if self._queue else self.generator.get_state()
+        """The state of the generator before the next batch, followed by that of the flips."""
+        return self._queue[0].before if self._queue else self._state()
 
     def set_state(self, state: Tensor) -> None:
         """Continue from `state`."""
         self._queue.clear()
-        self.generator.set_state(state)
+        length = len(self.generator.get_state())
+        self.generator.set_state(state[:length].clone())  # torch crashes on a view
+        if self.flips is not None:
+            self.flips.set_state(state[length:].clone())
 
-    def _draw(self, size: int) -> Tensor:
-        return self.share.of(torch.randint(len(self.dataset), (size,), generator=self.generator))
+    def _state(self) -> Tensor:
+        own = self.generator.get_state()
+        return own if self.flips is None else torch.cat([own, self.flips.get_state()])
+
+    def _draw(self, size: int) -> tuple[Tensor, Tensor | None]:
+        """This rank's share of the next batch: indices, and whether each image is flipped, or None for no flips."""
+        indices = self.share.of(torch.randint(len(self.dataset), (size,), generator=self.generator))
+        if self.flips is None:
+            return indices, None
+        return indices, self.share.of(torch.rand(size, generator=self.flips) < 0.5)
 
     def _look_up(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         if self._held is None:
             self._held = to_float(to_device(self.dataset.read(torch.arange(len(self.dataset))), self.device))
         labels = self.dataset.labels(indices) if self.dataset.classes else None
-        return to_float(self._held.index_select(0, to_device(indices, self.device))), labels
+        return self._held.index_select(0, to_device(indices, self.device)), labels
 
     def _read(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         labels = self.dataset.labels(indices) if self.dataset.classes else None
         return self.dataset.read(indices), labels
 
-    def _next_prefetched(self, size: int) -> tuple[Tensor, Tensor | None]:
+    def _next_prefetched(self, size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self._queue and self._queue[0].size != size:  # the last batch is smaller than the prefetched ones
             self._drop_prefetched()
         while len(self._queue) <= self.ahead:
             self._prefetch(size)
-        return self._queue.popleft().images.result()
+        batch = self._queue.popleft()
+        return *batch.images.result(), batch.flips
 
     def _prefetch(self, size: int) -> None:
         assert self._reader is not None
-        before = self.generator.get_state()
-        self._queue.append(_Prefetched(size, before, self._reader.submit(self._read_pinned, self._draw(size))))
+        before = self._state()
+        indices, flips = self._draw(size)
+        self._queue.append(_Prefetched(size, before, flips, self._reader.submit(self._read_pinned, indices)))
 
     def _read_pinned(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         images, labels = self._read(indices)

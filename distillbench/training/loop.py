@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distillbench.datasets.augmentation import AugmentConfig
 from distillbench.errors import DivergedError
 from distillbench.metering.energy import Energy
 from distillbench.metering.stopwatch import Account
@@ -70,6 +71,7 @@ class Loop:
     accumulate: int = 1  # parts in which a step is computed one after the other (gradient accumulation)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     ranks: Ranks = SINGLE_RANK
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # of real images, except flips: `read` flips them
 
 
 def train(
@@ -237,7 +239,8 @@ class _Training:
         args = teacher.shape, self.generator, workspace.device, self.read, teacher.conditioning, self.share
         groups = size // self.share.group
         least = groups // self.ranks.count  # of the smallest share: all ranks need the same number of parts
-        parts = Batch(size, *args, self.step, self.phase).parts(max(1, min(self.loop.accumulate, least)))
+        batch = Batch(size, *args, self.step, self.phase, self.loop.augment)
+        parts = batch.parts(max(1, min(self.loop.accumulate, least)))
         updates = [iter(self.method.train_step(part)) for part in parts]
         while True:
             losses: list[Tensor] = []

@@ -17,14 +17,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from distillbench.datasets.augmentation import TRANSFORMS, AugmentConfig, Transformations, draw_transformations
 from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Condition, Conditioning
+from distillbench.diffusion.distances import DISTANCES, Distance
 from distillbench.diffusion.noise import stream_key, uniform
 from distillbench.diffusion.schedules import SCHEDULES
 from distillbench.errors import UserError
@@ -147,7 +149,8 @@ class Batch:
 
     Real images are read only when ``x_0`` (or, for a method that needs data, ``c``) is asked for. `size` is the number
     of images on this rank: all ranks draw the random numbers of the whole batch, and each keeps its `share`. `step` is
-    the index of the step within its phase, counted by the harness, also across interruptions.
+    the index of the step within its phase, counted by the harness, also across interruptions. With EDM's
+    transformations in `augment`, ``x_0`` is transformed and ``c`` has the labels of that.
     """
 
     def __init__(
@@ -161,12 +164,14 @@ class Batch:
         share: Share = WHOLE,
         step: int = 0,
         phase: int = 0,
+        augment: AugmentConfig | None = None,
     ) -> None:
         if size % share.group:
             raise ValueError(f"a batch of groups of {share.group} images cannot have {size} images")
         self.size, self.shape, self.device, self.step = share.size(size), shape, device, step
         self._whole, self._share, self._phase, self._integers = size, share, phase, 0
         self._generator, self._read, self._conditioning = generator, read, conditioning
+        self._augment = augment if augment is not None and augment.transforms_images else None
 
     def parts(self, count: int) -> list[Batch]:
         """The batch in at most `count` parts of nearly equal size, with the same random numbers as the whole batch.
@@ -190,16 +195,32 @@ class Batch:
             raise RuntimeError("the method declares that it reads no data (needs_data) but asks for real images")
         return self._read(self._whole)
 
+    @functools.cached_property
+    def _transformed(self) -> tuple[Tensor, Tensor | None]:
+        """``x_0``, and its labels of augmentation."""
+        images, augment = self._data[0], self._augment
+        if augment is None:
+            return images, None
+        transformations = self._transformations(augment.probability, augment.transforms)
+        return transformations(images), transformations.labels
+
+    def _transformations(self, probability: float, transforms: Sequence[str]) -> Transformations:
+        return Transformations(
+            self._drawn(lambda size: draw_transformations(size, self._generator, probability, transforms))
+        )
+
     @property
     def x_0(self) -> Tensor:
         """Real images (B,C,H,W) in [-1, 1]. A method that asks for them must declare it: ``Method.reads_data``."""
-        return self._data[0]
+        return self._transformed[0]
 
     @functools.cached_property
     def c(self) -> Condition:
         """The condition: the classes of ``x_0``, or random classes for a method without data."""
         labels = self._data[1] if self._read is not None and self._conditioning.classes else None
-        return self._conditioning.draw(self._whole, self._generator, self.device, labels, self._share.of)
+        c = self._conditioning.draw(self._whole, self._generator, self.device, labels, self._share.of)
+        augmented = self._read is not None and self._augment is not None
+        return dataclasses.replace(c, augmentation=self._transformed[1]) if augmented else c
 
     def random_c(self, drop: float = 0.0) -> Condition:
         """Random classes, independent of ``x_0``, and a random guidance weight w if there is one; new at each call.
@@ -207,6 +228,19 @@ class Batch:
         If the run is guided, each image has no class with probability `drop`.
         """
         return self._conditioning.draw(self._whole, self._generator, self.device, None, self._share.of, drop)
+
+    def augmented(self, x: Tensor, c: Condition, probability: float) -> tuple[Tensor, Condition]:
+        """Images x after EDM's random transformations, each applied with `probability`, and c with their labels.
+
+        For a network that learns from transformed images of other origin than ``x_0``, such as a fake score. With
+        probability 0 both are unchanged. Networks that take no such labels raise UserError when they are called.
+        """
+        if not probability:
+            return x, c
+        if c.augmentation is not None:
+            raise ValueError("images that are already transformed (c.augmentation) cannot be transformed again")
+        transformations = self._transformations(probability, TRANSFORMS)
+        return transformations(x), dataclasses.replace(c, augmentation=transformations.labels)
 
     def noise(self) -> Tensor:
         """Standard normal noise (B,C,H,W)."""
@@ -267,8 +301,8 @@ class _Part(Batch):
         return number
 
     @functools.cached_property
-    def _data(self) -> tuple[Tensor, Tensor | None]:
-        x_0, labels = self._batch._data
+    def _transformed(self) -> tuple[Tensor, Tensor | None]:
+        x_0, labels = self._batch._transformed
         return self._share.of(x_0), None if labels is None else self._share.of(labels)
 
     @functools.cached_property
@@ -291,6 +325,7 @@ class Method(nn.Module, ABC):
     needs_data: ClassVar[bool]  # at default settings; False: may not read real images
     can_start_fresh: ClassVar[bool] = False  # True: its student may start from random weights (student.architecture)
     student: nn.Module  # what is trained, averaged and sampled
+    distances: Mapping[str, Distance] = DISTANCES  # by name; in a training the harness adds those of LPIPS
 
     def __init__(self, config: Any, teacher: Teacher) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ class NetworkRows:
     and their backward passes start from the same outputs: a row then costs the same FLOPs.
     """
 
-    counted: str  # by which counter: "teacher" or "student"
+    counted: str  # by which counter: "teacher" or "student"; "distance": of LPIPS
     network: str  # its class, with its module
     weights: int  # numbers in all its weights
     trained: int  # in those that get a gradient; 0: these rows were evaluated without a gradient to weights

@@ -192,7 +192,8 @@ class Workspace:
                 step.advance(indices.stop / count)
                 return images
 
-            chunks, error = in_turns(math.ceil(count / BATCH), chunk, self.ranks)
+            chunks: list[Tensor] = []
+            error = in_turns(math.ceil(count / BATCH), chunk, self.ranks, chunks.append)
             if error is not None:
                 raise error
         after, used = self.meter.cost(), self.ranks.sum_energy(watch.used)

@@ -10,18 +10,21 @@ from distillbench.training.data_parallel import Ranks
 from distillbench.training.failures import Failure, LostError, worst
 
 
-def in_turns(count: int, make: Callable[[int], Tensor], ranks: Ranks) -> tuple[list[Tensor], Exception | None]:
-    """Batches 0, ..., count - 1, number i computed by rank i mod their count. Rank 0 gets all in order, the others [].
+def in_turns(
+    count: int, make: Callable[[int], Tensor], ranks: Ranks, keep: Callable[[Tensor], None]
+) -> Exception | None:
+    """Batches 0, ..., count - 1, number i computed by rank i mod their count. Rank 0 keeps all, in order.
 
-    The second value is the error that a rank has raised, on all ranks; None without one.
+    Returns the error that a rank has raised, on all ranks; None without one.
     """
-    made: list[Tensor] = []
     for first in range(0, count, ranks.count):
         batch, error = tried(make, first + ranks.share.index, count)
         if (wrong := first_error(error, ranks)) is not None:
-            return made, wrong
-        made += [tensor for tensor in ranks.gather(batch) if tensor is not None]
-    return made, None
+            return wrong
+        for tensor in ranks.gather(batch):
+            if tensor is not None:
+                keep(tensor)
+    return None
 
 
 def tried(make: Callable[[int], Tensor], index: int, count: int) -> tuple[Tensor | None, Exception | None]:

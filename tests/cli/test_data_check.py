@@ -124,7 +124,7 @@ def test_the_command_fails_where_images_are_damaged(tmp_path, registry):
 
 
 def test_what_the_command_refuses(tmp_path, registry):
-    with pytest.raises(UserError, match=r"dataset=ffhq needs dataset\.path"):
+    with pytest.raises(UserError, match=r"dataset=ffhq has no files yet"):
         run(registry, "dataset=ffhq")
     with pytest.raises(UserError, match=r"--grid must name a \.png file"):
         run(registry, "dataset=digits", grid=tmp_path / "a.jpg")
@@ -132,7 +132,7 @@ def test_what_the_command_refuses(tmp_path, registry):
         run(registry, "dataset=digits", "seed=0,1")
     with pytest.raises(UserError, match=r"no setting 'pth' in 'dataset'.*Did you mean 'path'"):
         run(registry, "dataset=ffhq", "dataset.pth=x")
-    with pytest.raises(UserError, match=r"hub:owner/name must be downloaded"):
+    with pytest.raises(UserError, match=r"hub:owner/name needs .*dataset\.download=true"):
         run(registry, "dataset=ffhq", "dataset.path=hub:owner/name")
 
 

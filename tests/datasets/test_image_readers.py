@@ -508,12 +508,22 @@ def test_a_hub_dataset_is_loaded_by_name_and_split():
     assert (reader.labels, reader.captions) == (None, ["a", "b"])
 
 
-def test_a_hub_dataset_needs_permission_and_its_errors_are_reported():
+def test_a_hub_dataset_says_at_once_all_that_it_needs_and_its_errors_are_reported(monkeypatch):
     def load(name, split):
         raise ConnectionError("no route\nto the hub")
 
-    with pytest.raises(UserError, match=r"hub:owner/name must be downloaded: allow it with dataset\.download=true"):
-        open_source("hub:owner/name")
+    line = r"The whole line: .*dataset\.path=hub:owner/name dataset\.download=true$"
+    package = r"the package 'datasets' \(pip install 'distillbench\[hub\]'\) and "
+    folder, installed = SimpleNamespace(origin=None), SimpleNamespace(origin="datasets/__init__.py")
+    for found, needed in ((None, package), (folder, package), (installed, "")):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
+        with pytest.raises(UserError, match=f"hub:owner/name needs {needed}dataset.download=true. {line}"):
+            open_source("hub:owner/name")
+        with pytest.raises(UserError, match=f"no file or folder 'owner/name'.*a dataset of the hub: .* needs {needed}"):
+            open_source("owner/name")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package 'datasets' \(pip install 'distillbench\[hub\]'\)\. The"):
+        open_source("hub:owner/name", download=True)
     with pytest.raises(UserError, match=r"cannot load 'owner/name', split 'train': no route$"):
         _open_hub("owner/name", "train", True, library(load))
     with pytest.raises(UserError, match="has no column image"):

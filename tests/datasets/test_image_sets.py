@@ -25,6 +25,7 @@ from distillbench.datasets.image_dataset import CROPS, RESIZES, FileDataset, Fit
 from distillbench.errors import UserError
 from distillbench.evaluation.sampling_speed import LazyDataset
 from distillbench.registry import Source, load_registry
+from distillbench.storage.sources import of_dataset
 from image_sources import edm, idx, make, pixels, png, write_folder, write_zip
 
 SETS = [Cifar10, Ffhq, ImageNet64, LsunBedroom, CelebaHq, AfhqV2, Mnist, FashionMnist]
@@ -230,6 +231,13 @@ def test_a_dataset_without_files_says_what_to_do(cls, monkeypatch):
     with pytest.raises(UserError) as caught:
         make(cls)
     message = str(caught.value)
+    if of_dataset(cls.name, {}) is not None:
+        first, download, *_ = message.splitlines()
+        assert first.startswith(f"dataset={cls.name} has no files yet") and cls.licence in first
+        line = f"distillbench run 'methods=[boot,cm]' dataset={cls.name} dataset.download=true teacher.download=true"
+        assert line in download and f"dataset={cls.name} dataset.path={cls.usual}" in message
+        assert cls.origin in message and "EDM's dataset zip" in message
+        return
     assert message.startswith(f"dataset={cls.name} needs dataset.path=PATH")
     for part in (cls.title, cls.origin, "EDM's dataset zip", "a folder of images", "hub:OWNER/NAME"):
         assert part in message

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from analytic import close, schedules, time
-from distillbench.diffusion.consistency import pseudo_huber
 from distillbench.diffusion.consistency_times import CURRICULA, GRID_LEVELS, continuous_pair, inverse_length
+from distillbench.diffusion.distances import pseudo_huber
 from distillbench.diffusion.samplers import karras_times
 from distillbench.diffusion.schedules import SCHEDULES
 

@@ -78,7 +78,7 @@ def test_the_reference_is_the_teacher_with_most_steps_on_that_noise():
     judge = evaluator(teacher_steps=[1, 8, 4])
     eps = Noise(stream_key("evaluation", 0), range(10), (2, 1, 1))(0)
     expected = ddim_chain(judge.teacher.schedule, eps, uniform_times(judge.teacher.schedule, 8)).clamp(-1, 1)
-    assert torch.allclose(judge.teacher_samples(0)[0], expected, rtol=0, atol=1e-8)
+    assert torch.allclose(judge.teacher_samples(0)[0].tensor, expected, rtol=0, atol=1e-8)
     sampler = teacher_sampler(judge.teacher, Solver.parse("ddim"))
     assert judge.measure(sampler, 8, 0, True, "test").scores == {"teacher_rmse": 0.0}
     assert judge.measure(sampler, 1, 0, True, "test").scores["teacher_rmse"] > 0.1
@@ -135,7 +135,7 @@ def test_samples_are_checked_only_on_the_host(monkeypatch):
     monkeypatch.setattr(evaluate, "to_host", lambda batches, device: iter(list(batches)))
     fractions = []
     with pytest.raises(DivergedError):
-        judge._sample(sampler, 1, 0, Step(lambda fraction, note: fractions.append(fraction)), None)
+        judge._sample(sampler, 1, 0, Step(lambda fraction, note: fractions.append(fraction)), None, list().append)
     assert made == [4, 4, 2] and fractions == [0.4]
 
 
@@ -159,7 +159,7 @@ def test_networks_are_captured_once_for_all_rows_of_a_cell(monkeypatch):
 def test_samples_are_clipped_and_undefined_scores_have_a_reason():
     judge = evaluator(metrics=(TeacherRmse, Broken))
     measured = judge.measure(Sampler(judge.teacher, result=lambda x: torch.full_like(x, 5.0)), 1, 0, True, "test")
-    expected = (1 - judge.teacher_samples(0)[0]).square().mean().sqrt().item()
+    expected = (1 - judge.teacher_samples(0)[0].tensor).square().mean().sqrt().item()
     assert measured.scores["teacher_rmse"] == pytest.approx(expected, rel=1e-12)
     assert measured.scores["broken"] is None and "nan" in measured.missing["broken"]
     assert (measured.shown == 255).all() and measured.shown.dtype is torch.uint8
@@ -177,7 +177,7 @@ def test_latents_are_decoded_before_they_are_scored():
     teacher = dataclasses.replace(gaussian_teacher(), decode=lambda z: z[:, :1].repeat(1, 3, 2, 2))
     judge = evaluator(teacher=teacher)
     measured = judge.measure(Sampler(teacher), 1, 0, True, "test")
-    assert measured.shown.shape == (10, 3, 2, 2) and judge.teacher_samples(0)[0].shape == (10, 3, 2, 2)
+    assert measured.shown.shape == (10, 3, 2, 2) and judge.teacher_samples(0)[0].tensor.shape == (10, 3, 2, 2)
 
 
 @pytest.mark.parametrize("values", [[], [1, 1], [-1]])

@@ -12,7 +12,9 @@ import torch
 
 from distillbench import Unavailable, UserError
 from distillbench.evaluation.features import FeatureNetwork, Networks
-from distillbench.evaluation.pretrained_weights import VARIABLE, WeightsFile, fetch, locate, weights_folder
+from distillbench.evaluation.pretrained_weights import VARIABLE, WeightsFile, locate, weights_folder
+from distillbench.evaluation.pretrained_weights import fetch as fetch_weights
+from distillbench.system.progress import Progress
 
 CONTENT, OTHER = b"the right bytes", b"other bytes"
 
@@ -45,7 +47,13 @@ def put(path: Path, content: bytes) -> Path:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """The files below `folder` but those of locks."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".claim")
+    return sorted(str(path.relative_to(folder)) for path in found)
+
+
+def fetch(network: str, weights: WeightsFile, folder: Path, source: Path | None) -> Path:
+    return fetch_weights(network, weights, folder, source, Progress(None))
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -169,13 +177,13 @@ def test_fetch_downloads(folder, tmp_path, file):
 
 
 @pytest.mark.parametrize("old", [None, OTHER])
-def test_a_download_of_other_bytes_is_refused_and_leaves_nothing_behind(folder, tmp_path, old):
+def test_a_download_of_other_bytes_is_refused_and_set_aside(folder, tmp_path, old):
     if old is not None:
         put(folder / "net.pth", old)
     weights = served(tmp_path / "server" / "net.pth", OTHER + b".")
     with pytest.raises(UserError, match=re.escape(weights.url)):
         fetch("net", weights, folder, None)
-    assert files(folder) == ([] if old is None else ["net.pth"])
+    assert files(folder) == ([] if old is None else ["net.pth"]) + ["net.pth.refused"]
     assert old is None or (folder / "net.pth").read_bytes() == old
 
 

@@ -14,8 +14,10 @@ from distillbench.builtin.efficientnet_lite0 import EfficientNetLite0, network_i
 from distillbench.cli import commands
 from distillbench.datasets.dataset import Dataset
 from distillbench.errors import Unavailable, UserError
+from distillbench.evaluation.feature_metrics import precision_and_recall
 from distillbench.evaluation.features import FeatureNetwork, ImageSet, Networks, extract
 from distillbench.evaluation.frechet import Moments, frechet_distance
+from distillbench.evaluation.metric import Samples
 from distillbench.evaluation.pretrained_weights import WeightsFile
 from distillbench.evaluation.reference_statistics import (
     RealImages,
@@ -24,7 +26,11 @@ from distillbench.evaluation.reference_statistics import (
     read_reference,
     write_reference,
 )
+from distillbench.registry import load_registry
+from distillbench.runs.config import compose_runs
+from distillbench.runs.shared_context import SharedContexts
 
+GIVEN = {"mu": np.zeros(3), "sigma": np.eye(3), "provenance": np.array('{"images": 9}')}
 IDENTITY = {"network": "toy", "protocol": "toy/1", "weights_sha256": "ab"}
 
 
@@ -64,13 +70,70 @@ class Numbers(Dataset):
         return self.images[indices]
 
 
-def real(cache, dataset=None, files=(), kept=frozenset()):
-    return RealImages(Numbers() if dataset is None else dataset, Networks(Path("weights"), "cpu"), cache, files, kept)
+def real(cache, dataset=None, files=(), kept=frozenset(), drawn=0):
+    networks = Networks(Path("weights"), "cpu")
+    return RealImages(Numbers() if dataset is None else dataset, networks, cache, files, kept, drawn)
 
 
 @pytest.fixture(autouse=True)
 def no_blocks():
     Toy.blocks.clear()
+
+
+# --- a part of the images --------------------------------------------------------------------------------------------
+
+
+def test_only_drawn_images_are_read_for_features_and_all_for_statistics(tmp_path, monkeypatch):
+    read, images = [], Numbers().images
+    monkeypatch.setattr(Numbers, "read", lambda self, indices: read.extend(indices.tolist()) or self.images[indices])
+    some = real(tmp_path, drawn=7, kept=frozenset({Toy}))
+    features = some.features(Toy)
+    assert len(set(read)) == len(read) == 7 and read == sorted(read) != list(range(7))
+    torch.testing.assert_close(features, images[read].float().flatten(1) @ Toy(None, "cpu").matrix)
+    assert some.statistics(Toy).n == 20 and len(read) == 27
+    assert torch.equal(some.statistics(Toy).covariance, real(tmp_path).statistics(Toy).covariance)
+    assert torch.equal(real(tmp_path, drawn=7).features(Toy), features) and len(read) == 27  # cached
+    assert not torch.equal(real(tmp_path, drawn=6).features(Toy), features[:6])
+    assert len(real(tmp_path, drawn=20).features(Toy)) == len(real(tmp_path).features(Toy)) == 20
+
+
+def test_scores_of_single_images_use_the_drawn_ones(tmp_path):
+    """Precision and recall by their definition, over numpy's distances."""
+    some, networks = real(tmp_path, Numbers(count=60), drawn=30), Networks(Path("weights"), "cpu")
+    made = torch.randint(0, 256, (40, 3, 2, 2), generator=torch.Generator().manual_seed(5)).to(torch.uint8)
+    seen = ImageSet(lambda: [made], 40, (3, 2, 2), networks)
+    x, y = (features.double().numpy() for features in (seen.features(Toy), some.features(Toy)))
+    apart = lambda a, b: np.linalg.norm(a[:, None] - b[None], axis=2)
+    radius = lambda a: np.sort(apart(a, a), axis=1)[:, 3]
+    expected = (apart(x, y) <= radius(y)).any(1).mean(), (apart(y, x) <= radius(x)).any(1).mean()
+    samples = Samples(made, made, seen, seen, some, False)
+    assert precision_and_recall(samples, Toy) == pytest.approx(expected) and 0 < expected[0] < 1
+
+
+def test_the_drawn_number_is_part_of_the_protocol_of_scores_that_depend_on_it(tmp_path):
+    registry = load_registry()
+    words = ["methods=[boot]", "dataset=digits", f'results_dir="{tmp_path}"', "device=cpu"]
+    words += ["evaluation.metrics=[precision_inception,fid,teacher_rmse]"]
+
+    def context(*more):
+        return SharedContexts().of(compose_runs([*words, *more], registry)[0], registry)
+
+    plain, all_of_them, drawn = (
+        context(),
+        context("evaluation.real_features=1797"),
+        context("evaluation.real_features=99"),
+    )
+    assert plain.metric_identities() == all_of_them.metric_identities()
+    changed = {name for name, seen in drawn.metric_identities().items() if seen != plain.metric_identities()[name]}
+    assert changed == {"precision_inception"}
+    said = {name: facts["protocol"] for name, facts in drawn.columns().items()}
+    assert said["precision_inception"].endswith(
+        "; features of 99 real images, drawn at random without replacement, seed 2020"
+    )
+    assert said["fid"] == plain.columns()["fid"]["protocol"]
+    assert plain.columns()["precision_inception"] == registry.metrics["precision_inception"].cls.describe()
+    with pytest.raises(UserError, match=r"evaluation\.real_features|real_features"):
+        context("evaluation.real_features=-1")
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
@@ -174,6 +237,9 @@ def test_a_reference_with_another_provenance_is_refused(tmp_path, fact):
         ({"mu": np.array([None, 1]), "sigma": np.zeros((2, 2))}, "cannot be read"),  # would need a pickle
         ({"mu": np.zeros(3), "sigma": np.eye(3), "provenance": np.array("{")}, "cannot be read"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "provenance": np.array("[]")}, "not a JSON object"),
+        (GIVEN | {"features": np.zeros((4, 2), np.float32)}, r"features must be finite float32 \(M,3\), got float32"),
+        (GIVEN | {"features": np.zeros((4, 3))}, "features must be finite float32"),
+        (GIVEN | {"features": np.full((4, 3), np.nan, np.float32)}, "features must be finite float32"),
     ],
 )
 def test_an_invalid_reference_is_refused(tmp_path, arrays, message):

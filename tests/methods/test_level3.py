@@ -93,6 +93,11 @@ DISTRIBUTIONS: dict[str, tuple[type[Method], dict, tuple[int, ...]]] = {
     # levels twice those of EDM, as the distribution is twice as wide
     "sid": (ScoreIdentityDistillation, {"lr": 1e-3, "sigma_init": 5.0, "sigma_data": 1.0}, (1,)),
     "imm": (InductiveMomentMatching, {"sigma_data": 1.0}, (1, 8)),
+    "imm, without i = j": (
+        InductiveMomentMatching,
+        {"sigma_data": 1.0, "diagonal": False, "group_size": 32},
+        (1, 8),
+    ),
     "moment, K = 1": (MomentMatching, {"steps": 1}, (1,)),
     "moment, K = 4": (MomentMatching, {"steps": 4}, (4,)),
     "dmd": (DistributionMatching, {"lr": 1e-3}, (1,)),

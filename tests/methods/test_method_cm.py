@@ -28,8 +28,9 @@ from analytic import (
     weights_of,
 )
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Conditioning
-from distillbench.diffusion.consistency import DISTANCES, ConsistencyFunction
+from distillbench.diffusion.consistency import ConsistencyFunction
 from distillbench.diffusion.denoiser import Denoiser
+from distillbench.diffusion.distances import DISTANCES
 from distillbench.diffusion.noise import FixedNoise
 from distillbench.diffusion.samplers import ONE_STEP, time_like
 from distillbench.diffusion.schedules import SCHEDULES, VE, VPCosine
@@ -467,7 +468,7 @@ def test_levels_beyond_the_schedule_leave_no_step_of_length_zero(name, settings,
         {"mu": 1.5},
         {"mu": 1.0},
         {"solver": "rk4"},
-        {"metric": "l1"},
+        {"metric": "linf"},
         {"segments": 0},
         {"segments": 12},
         {"sigma_data": 0},

@@ -624,7 +624,7 @@ def test_levels_without_any_weight_are_refused():
         {"mu": 1.0},
         {"start": "noise"},
         {"curriculum": "linear"},
-        {"metric": "l1"},
+        {"metric": "linf"},
         {"weight": "snr"},
         {"levels": "cosine"},
         {"p_std": 0.0},

@@ -415,7 +415,7 @@ def test_the_second_of_two_steps_starts_at_mid():
     "settings",
     [
         {"source": "noise"},
-        {"metric": "l1"},
+        {"metric": "linf"},
         {"huber_c": -1.0},
         {"q": 1.0},
         {"stages": 0},

@@ -366,7 +366,7 @@ def test_the_defaults_are_the_release_s():
         {"segments": 0},
         {"segments": 51},
         {"times": "karras"},
-        {"loss": "l1"},
+        {"loss": "linf"},
         {"mu": 1.0},
         {"huber_c": 0.0},
         {"sigma_data": -1.0},

@@ -258,7 +258,7 @@ def test_the_optimal_fake_score_is_the_denoiser_of_the_generator_s_distribution(
         method.zero_grad()
         with torch.no_grad():
             method.fake.network.l.fill_(math.log(variance))
-        loss = 2 * method.fake_loss(a * z, t, eps, UNCONDITIONAL)  # a mean over two images of one pixel
+        loss = 2 * method.fake_loss(a * z, UNCONDITIONAL, t, eps)  # a mean over two images of one pixel
         loss.backward()
         k = variance / (variance + tau**2)
         expected = (tau**-2 + sd**-2) * ((k - 1) ** 2 * a**2 + k**2 * tau**2)
@@ -304,7 +304,7 @@ def test_the_fake_score_s_loss_is_edm_s():
 def times_of(method, batch: Batch) -> tuple[Tensor, Tensor]:
     """t of L_psi and of L_G in a step."""
     seen = []
-    method.fake_loss = lambda x, t, *rest: seen.append(t) or x.sum()
+    method.fake_loss = lambda x, c, t, *rest: seen.append(t) or x.sum()
     method.identity = lambda x, t, *rest: seen.append(t) or (x, torch.ones(1), None)
     list(method.train_step(batch))
     of_fake, of_generator = seen
@@ -523,7 +523,7 @@ def test_the_guided_answer_of_the_fake_score_is_fitted(guided_fit):
     t, eps = time([0.5]), torch.ones(1, 1, 1, 1)
     for x, zero in ((0.9, False), (0.2 + W * 0.2 if guided_fit else 0.4, True)):
         method.zero_grad()
-        method.fake_loss(torch.full((1, 1, 1, 1), x), t, eps, c).backward()
+        method.fake_loss(torch.full((1, 1, 1, 1), x), c, t, eps).backward()
         gradient = method.fake.network.values.grad
         weight = method.teacher.schedule.noise_level(t).item() ** -2 + 4
         error = 2 * weight * ((0.2 + W * 0.2 if guided_fit else 0.4) - x)
@@ -669,7 +669,7 @@ def test_the_discriminator_tells_real_images_from_generated_ones_under_the_same_
     y, t = y + 1, VPCosine().t_of_lam(torch.linspace(-1, 1, 6).double().view(-1, 1, 1, 1))
     x[5] = 60.0  # a logit beyond 10
     method, schedule = judged(x, k, **SIDA), VPCosine()
-    loss = method.fake_loss(x, t, eps, UNCONDITIONAL, y)
+    loss = method.fake_loss(x, UNCONDITIONAL, t, eps, (y, UNCONDITIONAL))
     loss.backward()
     l_x, l_y = (k * schedule.noised(image, t, eps).mean(dim=(1, 2, 3)) for image in (x, y))
     close(l_y - l_x, k * (schedule.alpha(t) * (y - x)).mean(dim=(1, 2, 3)), rtol=1e-9)  # the noise is the same
@@ -727,6 +727,26 @@ def test_real_images_are_read_exactly_if_the_adversarial_weight_is_positive(adve
     if reads:
         assert len(asked) == 3 and torch.equal(asked[0], labels) and torch.equal(asked[1], labels)
         assert not torch.equal(asked[2], labels)
+
+
+@pytest.mark.parametrize("settings", [{}, SIDA])
+def test_the_fake_score_learns_from_augmented_images_and_the_generator_from_its_own(settings):
+    """Generated and real images each have their own transformations and labels; the noise is drawn afterwards."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(6, 2, 4, 4, generator=generator) for _ in range(2))
+    method, seen = judged(x, augment=0.9, **settings), []
+    method.fake_loss = lambda *given: seen.append(given) or x.sum()
+    method.identity = lambda *given: seen.append(given) or (x, torch.ones(1), torch.zeros(1))
+    list(method.train_step(reading(y)))
+    (found, c, _, eps, real), (own, _, _, c_own) = seen
+    twin = reading(y)
+    twin.noise(), twin.uniform()
+    for images, (augmented, told) in ([(y, real)] if settings else []) + [(x, (found, c))]:
+        expected, labels = twin.augmented(images, UNCONDITIONAL, 0.9)
+        assert torch.equal(augmented, expected) and torch.equal(told.augmentation, labels.augmentation)
+        assert not torch.allclose(augmented, images)
+    assert torch.equal(eps, twin.noise()) and (real is None) == (not settings)
+    assert torch.equal(own, x) and c_own.augmentation is None
 
 
 @pytest.mark.usefixtures("float64")
@@ -869,6 +889,7 @@ def test_the_defaults_are_the_release_s():
         {"sigma_data": 0.0},
         {"adversarial": -1.0, "layer": "blocks.0"},
         {"discriminator": -1.0},
+        {"augment": 1.5},
         {"adversarial": 0.1},
         {"adversarial": 0.1, "layer": "blocks.0", "guided_fit": True},
         {"adversarial": 0.1, "layer": "blocks.0", "guided_loss": True},

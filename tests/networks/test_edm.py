@@ -395,12 +395,22 @@ def test_classes_are_one_hot_rows_and_none_is_a_row_of_zeros(cls, factor):
         assert close(ask(network, 2), told(x, time, network.map_label.weight[:, 2][None]))
 
 
-def test_augmentation_weights_change_nothing():
-    network = tiny(augment_dim=9)
+@pytest.mark.parametrize("cls", [SongUNet, DhariwalUNet])
+def test_labels_of_augmentation_are_an_embedding_beside_that_of_the_noise_level(cls):
+    """Like features of the noise level that are larger by W a. Without labels, and with zeros, W changes nothing."""
+    network = tiny(cls, augment_dim=9)
+    x, time, a = noise(2, 3, 8, 8), torch.tensor([0.3, -0.7]), noise(2, 9)
+    told = network(x, time, None, Condition(augmentation=a))
+    moved = copy.deepcopy(network)
+    added = a @ network.map_augment.weight.T
+    if cls is SongUNet:  # its features are sines and cosines in the other order
+        added = added.roll(added.shape[1] // 2, dims=1)
+    moved.map_noise.register_forward_hook(lambda module, args, features: features + added)
+    assert close(told, moved(x, time)) and not close(told, network(x, time), 0.01)
     other = copy.deepcopy(network)
     other.map_augment.weight.data += 1
-    x, time = noise(1, 3, 8, 8), torch.tensor([0.3])
     assert torch.equal(network(x, time), other(x, time))
+    assert close(other(x, time, None, Condition(augmentation=0 * a)), network(x, time))
 
 
 # --- as students -----------------------------------------------------------------------------------------------------

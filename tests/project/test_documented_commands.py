@@ -20,7 +20,9 @@ import yaml
 
 from distillbench.cli import command_options, plugin_commands, result_commands
 from distillbench.cli.commands import cli, main
+from distillbench.cli.fetch_command import weighted_networks
 from distillbench.registry import Entry, Plugin, Source, installed, load_registry
+from distillbench.storage import sources
 from distillbench.testing.bench_networks import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,8 +52,12 @@ HOW = {
     "reference export": "parse",
     "reference import": "parse",  # needs another tool's file
     "reference show": "parse",
+    "samples export": "parse",  # needs trained weights; tests/export/test_samples.py runs it
+    "samples score": "parse",
 }
-NEEDS = re.compile(r"\.(path|base|evaluation_path)=|references=|cuda")  # settings of files and devices not here
+NEEDS = re.compile(
+    r"\.(path|base|evaluation_path|download)=|references=|cuda"
+)  # settings of files and devices not here
 WATCHES = "--watch"  # runs until it is interrupted
 VARIABLES = {"gpu": "0", "seed": "0", "method": "boot"}
 PREFIX = re.compile(
@@ -178,6 +184,7 @@ def test_documented_commands_work(page, words, command_line, registry):
         if not code:
             here = not any(NEEDS.search(word) for word in words) and "--show-config" not in words
             composed = assert_paths_are_given(printed)
+            here = here and not any(is_fetched(settings, "dataset") for settings in composed)
             if here and unplanned(composed):
                 code, printed = command_line(*words, "estimate_seconds=0", "--dry-run")
     else:
@@ -202,7 +209,11 @@ def names_and_settings(command_line, registry, name, params):
     """Compose the settings of a command that is not run, and look its names up."""
     settings = list(params.get("settings", ()))
     network = params.get("network")
-    if network and name == "check":
+    if name == "fetch":
+        known = {*weighted_networks(registry), *sources.known(), "tiny"}
+        assert {word for word in params["names"] if "=" not in word} <= known
+        settings = [word for word in params["names"] if "=" in word]
+    elif network and name == "check":
         assert network in ARCHITECTURES, network
     elif network:
         known = {entry.cls.network.name for entry in registry.metrics.values() if entry.cls.network}
@@ -227,14 +238,28 @@ def names_and_settings(command_line, registry, name, params):
 
 
 def assert_paths_are_given(printed):
-    """Datasets and teachers that are files have a path; a teacher that is trained on first use needs none."""
+    """Datasets and teachers that are files have a path or a download; a teacher that is trained needs none."""
     composed = list(yaml.load_all(printed, yaml.CSafeLoader))
     for settings in composed:
         for group in ("dataset", "teacher"):
             chosen = settings[group]
             if "path" in chosen and chosen["kind"] != "trained":
-                assert chosen["path"], f"{group}={chosen['kind']} without {group}.path"
+                given = chosen["path"] or is_fetched(settings, group)
+                assert given, f"{group}={chosen['kind']} without {group}.path"
     return composed
+
+
+def is_fetched(settings, group):
+    """Whether the dataset or teacher of these settings is read from a file that `distillbench fetch` gets."""
+    dataset, teacher = settings["dataset"], settings["teacher"]
+    if settings[group].get("path"):
+        return False
+    if group == "dataset":
+        return sources.of_dataset(dataset["kind"], dataset) is not None
+    side, conditional = dataset.get("resolution", 0), settings["conditional"]
+    return (
+        sources.of_teacher(dataset["kind"], side, conditional, teacher["kind"], teacher.get("release", "")) is not None
+    )
 
 
 PLANNED = set()  # methods with all that their plan depends on: each is planned once

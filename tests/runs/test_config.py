@@ -146,7 +146,7 @@ DATASETS = (
 TEACHERS = "consistency, deepfloyd, diffusers, edm, gaussian, gmm, stable_diffusion, trained"
 METHODS = f"Possible: {', '.join(SHIPPED)}"
 TOP = (
-    "Possible: accumulate, batch_size, budget, cell_seconds, compute, conditional, dataset, device, energy, "
+    "Possible: accumulate, augment, batch_size, budget, cell_seconds, compute, conditional, dataset, device, energy, "
     "evaluation, executor, guidance, guidance_range, isolate, methods, on_oom, results_dir, run_name, seed, states, "
     "student, teacher, threads"
 )

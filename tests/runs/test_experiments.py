@@ -23,15 +23,19 @@ from rich.console import Console
 
 from by_day import by_day
 from distillbench.cli import commands
+from distillbench.diffusion.distances import LPIPS
 from distillbench.diffusion.samplers import Solver
 from distillbench.execution.run import run
 from distillbench.networks.edm import DhariwalUNet, SongUNet
 from distillbench.registry import load_registry
 from distillbench.runs.config import RunConfig, compose_runs, config_folder
+from distillbench.runs.distances import lpips_flops
 from distillbench.runs.plan import plan
 from distillbench.system.progress import Progress
+from distillbench.training.network_rows import NetworkRows
 from edm_files import DDPM, EdmWriter
 from image_sources import cifar, edm, pixels, png, write_folder, write_zip
+from lpips_weights import use_random_weights, write_random_weights
 
 EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
 PLANNED_BY_DAY = ("boot_sd15", "compare_cifar10", "smoke")
@@ -62,11 +66,13 @@ LESS = {  # where an experiment's own number would take a minute
 PAIRED = {"direct", "reflow"}  # methods with noise-image pairs
 ABSENT = {  # what an experiment names and its small files have not
     "sida_cifar10": ["methods.sid.layer=enc.4x4_block0"],
+    "reflow_cifar10": ["methods.reflow.distil_metric=lpips"],  # 8 pixels are too few for LPIPS
 }
 CYCLES = {"dmd": 5}  # steps after which the cost repeats, of methods whose steps differ
 ESTIMATE = re.compile(
-    r"Estimate: (?:[\d.]+ M evaluations for the pairs and )?([\d.,]+ M|[\d,]+) images x ([\d.]+) forward-equivalents,?"
-    r"(?: and [\d.]+ M evaluations for pairs,)? x ([\d,]+) GFLOP = (\d\.\d)e(\d+) FLOP, ([\d,.]+) GPU-hours at 40"
+    r"Estimate: (?:[\d.]+ M evaluations for the pairs and )?([\d.,]+ M|[\d,]+) images x \(?([\d.]+) "
+    r"forward-equivalents,?(?: and [\d.]+ M evaluations for pairs,)? x ([\d,]+) GFLOP(?: \+ (\d+) GFLOP of LPIPS\))?"
+    r" = (\d\.\d)e(\d+) FLOP, ([\d,.]+) GPU-hours at 40"
 )
 
 
@@ -194,6 +200,13 @@ def written(registry) -> Callable[[str], RunConfig]:
     return composed
 
 
+@pytest.fixture(scope="module")
+def lpips_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lpips")
+    write_random_weights(folder)
+    return folder
+
+
 @pytest.fixture
 def words(request, tmp_path, monkeypatch, written) -> Callable[[str], list[str]]:
     """``words(name)``: the experiment's command line, on small files in an empty folder."""
@@ -201,6 +214,8 @@ def words(request, tmp_path, monkeypatch, written) -> Callable[[str], list[str]]
 
     def shrunk(name: str) -> list[str]:
         config = written(name)
+        if with_lpips(config):
+            use_random_weights(request.getfixturevalue("lpips_folder"), monkeypatch)
         write = request.getfixturevalue("edm_writer")
         teacher = TEACHERS[config.teacher.kind](tmp_path, config, write)
         return [*chosen(name), *DATASETS[config.dataset.kind](tmp_path), *teacher, *ABSENT.get(name, [])]
@@ -257,6 +272,9 @@ def test_it_takes_two_steps_and_is_scored(name, words, written, registry):
     assert (outcome.folder / "samples.png").is_file()
     if (estimate := estimated(name)) is not None:
         records = [json.loads(file.read_bytes()) for file in outcome.folder.parent.glob("cells/*/train.json")]
+        if estimate["lpips"]:  # two images forward, one of them with a gradient
+            (rows,) = [rows for rows in records[0]["cost"]["networks"] if rows["counted"] == "distance"]
+            assert (rows["forward"], rows["to_input"]) == (2 * images, images)
         made = sum(forwards(record, configs[0]) for record in records)
         assert made == pytest.approx(estimate["forwards"], rel=2e-4)  # of four digits
 
@@ -274,6 +292,11 @@ def forwards(record: dict, config: RunConfig) -> float:
     return (teacher + cost["student_nfe"] + backward) / cost["images"]
 
 
+def with_lpips(config: RunConfig) -> list[str]:
+    """The forms of LPIPS that its methods train with."""
+    return [value for method in config.methods.values() for value in vars(method).values() if value in [*LPIPS]]
+
+
 def evaluations_for_pairs(config: RunConfig, method: str) -> int:
     """Of the teacher, for all noise-image pairs of `method`; 0 if it has none."""
     if method not in PAIRED:
@@ -288,12 +311,13 @@ def estimated(name: str) -> dict[str, float] | None:
     found = ESTIMATE.search(" ".join(line.lstrip("# ") for line in lines if line.startswith("#")))
     if found is None:
         return None
-    images, equivalents, gflop, digits, power, hours = found.groups()
+    images, equivalents, gflop, lpips, digits, power, hours = found.groups()
     millions = 1e6 if images.endswith("M") else 1.0
     return {
         "images": float(images.rstrip(" M").replace(",", "")) * millions,
         "forwards": float(equivalents),
         "gflop": float(gflop.replace(",", "")),
+        "lpips": float(lpips or 0),
         "flop": float(f"{digits}e{power}"),
         "hours": float(hours.replace(",", "")),
     }
@@ -306,7 +330,9 @@ def test_its_estimate_adds_up(name, written):
     config = written(name)
     assert told["images"] == pytest.approx(config.budget.images, rel=0.005)
     ahead = sum(evaluations_for_pairs(config, method) for method in config.methods)
-    flop = (told["images"] * told["forwards"] + ahead) * told["gflop"] * 1e9
+    (resized,) = lpips_flops([NetworkRows("distance", "LPIPS at 224x224", 0, 0)]).values()
+    assert told["lpips"] == any(LPIPS[form].side for form in with_lpips(config)) * round(3 * resized.forward / 1e9)
+    flop = ((told["images"] * told["forwards"] + ahead) * told["gflop"] + told["images"] * told["lpips"]) * 1e9
     assert told["flop"] == pytest.approx(flop, rel=0.05)  # of two digits
     assert told["hours"] == pytest.approx(flop / (40e12 * 3600), rel=0.03)
 

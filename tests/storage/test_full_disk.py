@@ -75,6 +75,15 @@ def test_a_disk_that_is_full_at_any_write_loses_nothing(registry, tmp_path, monk
     assert stopped >= 3
 
 
+def test_a_run_whose_samples_do_not_fit_on_the_disk_does_not_begin(tmp_path, monkeypatch, capsys):
+    """16 samples of two float32 values are 128 bytes."""
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=127))
+    with pytest.raises(SystemExit) as exit:
+        commands.main(["run", *WORDS, f"results_dir={tmp_path / 'results'}"])
+    assert exit.value.code == 2 and not list(tmp_path.rglob("train.json"))
+    assert "scoring a row, whose samples are stored in float32, takes 0.0 GiB on disk" in capsys.readouterr().err
+
+
 def test_the_command_line_reports_a_full_disk(tmp_path, monkeypatch, capsys):
     disk = Disk(0)
     monkeypatch.setattr(distillbench.storage.files, "os", SimpleNamespace(**vars(os) | {"fsync": disk.fsync}))

@@ -40,7 +40,8 @@ DISTRIBUTION_TOLERANCES: dict[str, dict[int, float]] = {
     "dmd": {1: 0.097},
     "dmd, four steps": {1: 0.062, 2: 0.066, 4: 0.073},
     "dmd, Diff-Instruct": {1: 0.102},
-    "imm": {1: 0.116, 8: 0.096},
+    "imm": {1: 0.236, 8: 0.25},  # the published estimator, which has an optimum of its own
+    "imm, without i = j": {1: 0.116, 8: 0.096},
     "moment, K = 1": {1: 0.109},
     "moment, K = 4": {4: 0.147},
     "sid": {1: 0.078},

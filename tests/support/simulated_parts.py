@@ -22,6 +22,7 @@ torch.set_num_threads(1)
 
 from rich.console import Console  # noqa: E402
 
+from distillbench.datasets.augmentation import AugmentConfig  # noqa: E402
 from distillbench.diffusion.conditioning import Conditioning  # noqa: E402
 from distillbench.diffusion.denoiser import Denoiser, NetworkCall  # noqa: E402
 from distillbench.diffusion.samplers import Solver  # noqa: E402
@@ -43,6 +44,7 @@ from distillbench.teachers.latents import training_data  # noqa: E402
 from distillbench.teachers.teacher import Teacher  # noqa: E402
 from distillbench.training import data_stream  # noqa: E402
 from distillbench.training.data_stream import DataStream  # noqa: E402
+from distillbench.training.method import Batch  # noqa: E402
 from random_pictures import Pictures  # noqa: E402
 from simulated import check, main  # noqa: E402
 
@@ -121,7 +123,7 @@ def sampled() -> dict[str, Any]:
             evaluator = Evaluator(config, {}, real, teacher_on(device, Conditioning(CLASSES, 2.0), decode), SILENT)
             evaluator.teacher_samples(1)
             with recording() as record:
-                images[way] = evaluator.teacher_samples(0)[0]
+                images[way] = evaluator.teacher_samples(0)[0].tensor
             found[way] = [wait.what for wait in record.waits]
     found["equal"] = [torch.equal(images["cpu"], images[way]) for way in ("plain", "graphs")]
     return found
@@ -237,17 +239,18 @@ def latents() -> dict[str, Any]:
 
 @check
 def stream() -> dict[str, Any]:
-    """Batches of each device, from device memory and prefetched, and waits for one batch."""
+    """Batches of each device, flipped and transformed, from device memory and prefetched, and waits for one batch."""
     found: dict[str, Any] = {}
     before = data_stream.HELD_BYTES
     for way, held in (("held", before), ("read ahead", 0)):
         data_stream.HELD_BYTES = held
         batches: dict[str, list[torch.Tensor]] = {}
         for device in DEVICES:
-            source = DataStream(Pictures(40, SHAPE, CLASSES), 0, device, 0 if device == "cpu" else 2)
+            source = DataStream(Pictures(40, SHAPE, CLASSES), 0, device, 0 if device == "cpu" else 2, flip=True)
+            dice = torch.Generator(device).manual_seed(0)
             batches[device] = [part.cpu() for _ in range(2) for part in source.read(8)]
             with recording() as record:
-                x_0, _ = source.read(8)
+                x_0 = Batch(8, SHAPE, dice, device, source.read, augment=AugmentConfig(probability=0.5)).x_0
             state = source.get_state()
             batches[device].append(x_0.cpu())
             source.set_state(state)

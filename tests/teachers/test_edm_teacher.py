@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distillbench.builtin import edm
 from distillbench.builtin.edm import PUBLISHED, Edm
-from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Conditioning
+from distillbench.diffusion.conditioning import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.diffusion.samplers import Solver
 from distillbench.errors import UserError
 from distillbench.networks.edm import DhariwalUNet, SongUNet
@@ -168,17 +168,31 @@ def test_positional_arguments_are_known_by_their_order(edm_writer):
 # --- what does not fit -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path, words", [
-    ("", r"teacher=edm needs teacher\.path=FILE\. Possible"),
-    ("nowhere/edm.pkl", r"teacher\.path: no file 'nowhere/edm\.pkl'\. Possible"),
-])  # fmt: skip
-def test_a_missing_file_gives_the_command_and_what_is_accepted(path, words):
-    with pytest.raises(UserError, match=words) as caught:
-        edm_source(path, name="afhqv2").plan()
+def test_a_missing_file_gives_the_command_and_what_is_accepted():
+    with pytest.raises(UserError, match=r"teacher\.path: no file 'nowhere/edm\.pkl'\. Possible") as caught:
+        edm_source("nowhere/edm.pkl", name="afhqv2").plan()
     message = str(caught.value)
     assert all(published in message for published in PUBLISHED.values()) and "NVlabs/edm on GitHub" in message
     command = "distillbench run 'methods=[boot,cm]' dataset=afhqv2 teacher=edm teacher.path=FOLDER/"
     assert message.endswith(command + "edm-afhqv2-64x64-uncond-vp.pkl")
+
+
+def test_without_a_path_the_released_network_that_fits_is_named_with_the_line_that_downloads_it():
+    def message(shape=(3, 64, 64), conditioning=WITHOUT_CLASSES, **settings):
+        with pytest.raises(UserError) as caught:
+            edm_source("", shape, conditioning, **settings).plan()
+        return str(caught.value)
+
+    line = "distillbench run 'methods=[boot,cm]' dataset=ffhq teacher=edm"
+    found = message()
+    assert found.startswith("teacher=edm has no file yet: EDM, FFHQ at 64x64, unconditional, vp (DDPM++) (CC BY-NC-SA")
+    assert f"{line} teacher.download=true\n" in found and "/edm-ffhq-64x64-uncond-vp.pkl, by NVIDIA" in found
+    found = message(release="edm-ffhq-64-ve")
+    assert f"{line} teacher.release=edm-ffhq-64-ve teacher.download=true\n" in found
+    assert "edm-imagenet-64x64-cond-adm.pkl" in message(name="imagenet64", conditioning=Conditioning(1000))
+    found = message(name="imagenet64")
+    assert "for dataset=imagenet64 at 64x64 and conditional=false (for conditional=true there is edm-imag" in found
+    assert "no released network is known for dataset=digits at 8x8" in message((1, 8, 8), name="digits")
 
 
 def test_a_teacher_of_other_images_or_classes_is_refused(edm_writer):

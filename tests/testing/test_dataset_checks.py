@@ -27,7 +27,7 @@ def test_built_in_datasets_conform(name):
 
 def test_missing_files_are_reported():
     found = check_class(DATASETS["cifar10"].cls)
-    assert "cannot be built with these settings: dataset=cifar10 needs dataset.path=PATH" in failed(found)["builds"]
+    assert "cannot be built with these settings: dataset=cifar10 has no files yet" in failed(found)["builds"]
     assert {finding.ok for finding in found[2:]} == {None}
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,14 +22,20 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
+from distillbench.builtin.pixels import Spread, TeacherRmse
 from distillbench.diffusion.conditioning import UNCONDITIONAL
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.dropout import seed_masks
+from distillbench.diffusion.samplers import Solver
 from distillbench.diffusion.schedules import VPCosine
 from distillbench.errors import DivergedError, UserError
-from distillbench.evaluation.distributed import SharedNetworks
-from distillbench.evaluation.features import FeatureNetwork
+from distillbench.evaluation.distributed import SampleOrder, SharedNetworks
+from distillbench.evaluation.evaluator import Evaluator, teacher_sampler
+from distillbench.evaluation.features import FeatureNetwork, Networks
 from distillbench.evaluation.progress_scores import PixelScores
+from distillbench.evaluation.reference_statistics import RealImages
+from distillbench.evaluation.settings import EvaluationConfig
+from distillbench.evaluation.stored_images import StoredImages
 from distillbench.execution.followers import check_rows
 from distillbench.metering.energy import Energy
 from distillbench.networks.adapters import Adapters
@@ -54,6 +61,7 @@ from distillbench.training.optimizers import Optimizers
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States
 from distillbench.training.share import WHOLE, Share
+from random_pictures import Pictures
 from tiny_training import SILENT
 from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port, method_class
 
@@ -147,6 +155,7 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
         (folder / f"sums-{rank}.json").write_text(json.dumps(summed(ranks, folder)))
         (folder / f"failures-{rank}.json").write_text(json.dumps(failures(ranks, folder)))
         first_features_only(ranks, folder)
+        scored_by_both(ranks, folder)
         assert ranks.sum_energy(Energy(1.0)) == Energy(2.0)
         assert ranks.sum_energy(Energy(1.0) if rank else Energy(None, "none")).reason == "none"
         assert ranks.main or ranks.next_order() is None
@@ -176,6 +185,35 @@ def first_features_only(ranks: Ranks, folder: Path) -> None:
         with ranks.follow():
             networks.follow_extraction(Brightness)
     assert not ranks.busy and ranks.all_gather(ranks.share.index) == [0, 1]
+
+
+def judge(folder: Path, ranks: Ranks) -> tuple[Evaluator, Callable]:
+    """An evaluator of 20 images in batches of 8, and a sampler."""
+    torch.manual_seed(0)
+    teacher = Teacher("tiny", Denoiser(network(), VPCosine(), "v"), SHAPE, "tiny")
+    config = EvaluationConfig(images=20, batch_size=8, teacher_steps=[4])
+    real = RealImages(Pictures(4, SHAPE), Networks(folder, "cpu"), folder)
+    metrics = {"teacher_rmse": TeacherRmse, "spread": Spread}
+    evaluator = Evaluator(config, metrics, real, teacher, Progress(None), folder / "answers", ranks)
+    return evaluator, teacher_sampler(teacher, Solver.parse("ddim"))
+
+
+def scored_by_both(ranks: Ranks, folder: Path) -> None:
+    """The teacher's samples, a row, a row for which the disk of rank 0 has no room, and the row again."""
+    evaluator, sampler = judge(folder, ranks)
+    if ranks.main:
+        order = SampleOrder("task")
+        measured = evaluator.measure(sampler, 2, 0, True, "two steps", order)
+        with patch.object(StoredImages, "add", side_effect=OSError("full")), pytest.raises(OSError, match="full"):
+            evaluator.measure(sampler, 2, 0, True, "two steps", order)
+        assert evaluator.measure(sampler, 2, 0, True, "two steps", order).scores == measured.scores
+        (folder / "scores.json").write_text(json.dumps(measured.scores))
+        return
+    for fails in (False, False, True, False):
+        given = ranks.next_order()
+        raised = pytest.raises(RuntimeError, match="on rank 0: OSError: full") if fails else nullcontext()
+        with raised, ranks.follow():
+            evaluator.follow_sampling(None if given.teacher_samples else sampler, given)
 
 
 class ThreeLayers(torch.nn.Module):
@@ -339,6 +377,14 @@ def test_two_ranks_train_the_same_weights_as_one(two, name, tmp_path):
         assert counted[field] == cost[field], field
     assert counted["losses"] == pytest.approx([point.loss for point in left.curve], rel=1e-4)
     assert counted["updates"] == left.counts.state()
+
+
+def test_two_ranks_have_the_scores_of_one(two, tmp_path):
+    torch.set_num_threads(1)
+    evaluator, sampler = judge(tmp_path, SINGLE_RANK)
+    assert json.loads((two / "scores.json").read_text()) == evaluator.measure(sampler, 2, 0, True, "two steps").scores
+    (ours,), (theirs,) = ((folder / "answers").glob("*.npy") for folder in (tmp_path, two))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_rank_0_looks_at_samples_and_neither_rank_notices(two):

@@ -558,6 +558,59 @@ def test_each_rank_reads_whole_groups_of_images(large):
         assert torch.equal(stream.read(12)[0], whole[rows])
 
 
+class Sided(Numbers):
+    """Image i has the value i on the left and 255 - i on the right, and class i mod 3."""
+
+    classes = 3
+
+    def read(self, indices):
+        left = super().read(indices)[..., :1]
+        return torch.cat([left, 255 - left], dim=3)
+
+    def labels(self, indices):
+        return indices % 3
+
+
+def batches(stream, sizes=(30, 30, 7, 30)):
+    """Images and classes of some batches."""
+    images, classes = zip(*(stream.read(size) for size in sizes), strict=True)
+    stream.close()
+    return torch.cat(images), torch.cat(classes)
+
+
+def test_flips_mirror_half_of_the_same_images():
+    """Those at the same places for every method: they belong to the seed and not to how images are read."""
+    (images, classes), (plain, same) = (
+        batches(DataStream(Sided(), 0, "cpu", flip=flip), [2000]) for flip in (True, False)
+    )
+    mirrored = (images == plain.flip(3)).flatten(1).all(dim=1)
+    assert ((images == plain).flatten(1).all(dim=1) ^ mirrored).all() and torch.equal(classes, same)
+    assert abs(mirrored.double().mean() - 0.5) < 5 * 0.5 / 2000**0.5
+    other = (batches(DataStream(Sided(), 1, "cpu", flip=flip), [2000])[0] for flip in (True, False))
+    assert not torch.equal(mirrored, torch.eq(*other).flatten(1).all(dim=1).logical_not())
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_flips_are_the_same_however_images_are_read(large, monkeypatch, ahead):
+    """Prefetched, held, preloaded, in shares of ranks, after an interruption."""
+    stream = lambda share=data_stream.WHOLE, seed=0: DataStream(Sided(), seed, "cpu", ahead, share, flip=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(data_stream, "HELD_BYTES", 2**20)
+        expected, _ = batches(stream())
+    assert torch.equal(batches(stream())[0], expected)
+    with monkeypatch.context() as patched:
+        patched.setattr(data_stream, "fits_on", lambda device, size: True)
+        (preloaded := stream()).preload(Progress(None))
+        assert preloaded._held is not None and torch.equal(batches(preloaded)[0], expected)
+    for index in range(3):
+        assert torch.equal(batches(stream(Share(index, 3)), [30])[0], expected[:30][index::3])
+    cut, other = stream(), stream(seed=5)
+    cut.read(30), other.read(11)
+    other.set_state(cut.get_state().clone())
+    cut.close()
+    assert torch.equal(batches(other, (30, 7, 30))[0], expected[30:])
+
+
 def test_uint8_becomes_minus_one_to_one():
     assert to_float(torch.tensor([0, 255, 51], dtype=torch.uint8)).tolist() == pytest.approx([-1, 1, -0.6])
 

@@ -1,0 +1,145 @@
+"""``distillbench fetch``: download datasets, teachers and weights by name, or everything that an experiment needs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from distillbench.cli.terminal import new_console
+from distillbench.errors import Unavailable, UserError, unknown
+from distillbench.evaluation.features import FeatureNetwork
+from distillbench.evaluation.pretrained_weights import fetch as fetch_weights
+from distillbench.evaluation.pretrained_weights import weights_folder
+from distillbench.registry import Registry
+from distillbench.runs.config import compose_runs
+from distillbench.runs.distances import Lpips
+from distillbench.runs.run_downloads import describe, fetch_all, needs_of
+from distillbench.storage.downloads import adopt, downloads_folder, is_intact, located, offered
+from distillbench.storage.sources import Source, in_megabytes, known, size_in_words
+from distillbench.system.progress import Progress
+
+Network = type[FeatureNetwork] | type[Lpips]
+INDENT = " " * 26
+
+
+def networks_of(registry: Registry) -> dict[str, type[FeatureNetwork]]:
+    """The feature networks of all metrics, by name."""
+    found = [entry.cls.network for entry in registry.metrics.values() if entry.cls.network is not None]
+    return {cls.name: cls for cls in found}
+
+
+def weighted_networks(registry: Registry) -> dict[str, Network]:
+    """Everything that has files of weights, by name: feature networks, and the distance LPIPS."""
+    return {**networks_of(registry), Lpips.name: Lpips}
+
+
+def list_everything(registry: Registry) -> None:
+    """Print all that can be fetched: what is there, sizes, licences, origins."""
+    click.echo(f"datasets and teachers, in {downloads_folder()}:")
+    for source in known().values():
+        state = "present" if located(source) is not None else "missing"
+        _print_entry(source.name, state, size_in_words(source), f"{source.part}={source.plugin}, {source.title}")
+        click.echo(f"{INDENT}{source.licence}; {source.origin}, by {source.publisher}")
+    click.echo(f"weights of feature networks and of the distance LPIPS, in {weights_folder()}:")
+    for name, cls in sorted(weighted_networks(registry).items()):
+        _print_entry(name, _state(cls), f"{cls.weights.mib} MiB", cls.weights.file)
+        click.echo(f"{INDENT}{cls.weights.licence}; {cls.weights.url or 'comes with an installed package'}")
+
+
+def _print_entry(name: str, state: str, size: str, what: str) -> None:
+    click.echo(f"  {name:<22}  {state}, {size}: {what}")
+
+
+def _state(cls: Network) -> str:
+    try:
+        cls.locate(weights_folder())
+    except Unavailable as reason:
+        return str(reason) if (weights_folder() / cls.weights.file).exists() else "missing"
+    return "present"
+
+
+def fetch_named(registry: Registry, words: Sequence[str], given: Path | None, yes: bool) -> None:
+    """Fetch what `words` name, from `given` or by download. Networks that are named are not asked about."""
+    sources, networks = _wanted(registry, words)
+    progress = Progress(new_console())
+    if given is not None:
+        if len(sources) + len(networks) != 1:
+            raise UserError("--from takes one name: a dataset, a teacher or a network")
+        for source in sources:
+            click.echo(f"written: {adopt(source, given, progress)} ({source.licence})")
+    else:
+        only_networks = not sources and not any("=" in word for word in words)
+        _download(sources, networks, progress, yes or only_networks)
+    for cls in networks:
+        for weights in (cls.weights, *cls.also):
+            path = fetch_weights(cls.name, weights, weights_folder(), given, progress)
+            click.echo(f"written: {path} ({weights.licence})")
+
+
+def _wanted(registry: Registry, words: Sequence[str]) -> tuple[list[Source], list[Network]]:
+    """The sources and networks that the names and settings ask for."""
+    sources, networks = known(), weighted_networks(registry)
+    chosen: dict[str, Source] = {}
+    nets: dict[str, Network] = {}  # by their file, which two may share
+    for name in (word for word in words if "=" not in word):
+        if name in sources:
+            chosen[name] = sources[name]
+        elif name in networks:
+            _check_fetchable(networks[name])
+            nets[networks[name].weights.file] = networks[name]
+        else:
+            raise unknown("dataset, teacher or network", name, [*sources, *networks])
+    if settings := [word for word in words if "=" in word]:
+        for config in compose_runs(settings, registry, need_methods=False):
+            needs = needs_of(config, registry)
+            for line in needs.by_hand:
+                click.echo(line)
+            chosen |= {source.name: source for source in needs.sources}
+            nets |= {cls.weights.file: cls for cls in needs.networks if cls.weights.url and not _is_there(cls)}
+    return list(chosen.values()), list(nets.values())
+
+
+def _check_fetchable(cls: Network) -> None:
+    if not cls.weights.url:
+        raise UserError(f"the weights of {cls.name} come with an installed package: there is nothing to fetch")
+
+
+def _is_there(cls: Network) -> bool:
+    try:
+        cls.locate(weights_folder())
+    except Unavailable:
+        return False
+    return True
+
+
+def _download(sources: Sequence[Source], networks: Sequence[Network], progress: Progress, agreed: bool) -> None:
+    """Say what would be downloaded, ask, and download the sources. The networks are only named and counted here."""
+    missing = []
+    for source in sources:
+        if is_intact(source):
+            progress.say(f"already there, and checked: {source.name}, {located(source)}")
+        else:
+            missing.append(source)
+    offers = [offered(source) for source in missing]
+    for line in [*describe(offers), *_describe_networks(networks)]:
+        progress.say(line)
+    sizes = [offer.bytes for offer in offers] + [cls.weights.mib * 2**20 for cls in networks]
+    if not sizes:
+        return
+    unknown_sizes = f", and {sizes.count(None)} of unknown size" if None in sizes else ""
+    total = f"{in_megabytes(sum(size or 0 for size in sizes))}{unknown_sizes}"
+    if not agreed:
+        if not sys.stdin.isatty():
+            raise UserError(f"this downloads {total}, and there is no terminal to ask at: add --yes")
+        if not click.confirm(f"Download {total} to {downloads_folder()}?"):
+            raise UserError("nothing was downloaded")
+    fetch_all(offers, progress)
+
+
+def _describe_networks(networks: Sequence[Network]) -> Iterator[str]:
+    for cls in networks:
+        weights = cls.weights
+        yield f"download {cls.name}, {weights.mib} MiB: weights, from {weights.url}; licence: {weights.licence}"
