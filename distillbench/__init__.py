@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from distillbench.training.method import NetworkConfig as NetworkConfig
     from distillbench.training.method import OptimizerConfig as OptimizerConfig
     from distillbench.training.method import Phase as Phase
+    from distillbench.training.multistep import MultistepMethod as MultistepMethod
     from distillbench.training.pairs import PairStore as PairStore
     from distillbench.training.pairs import Workspace as Workspace
 
@@ -67,6 +68,7 @@ __all__ = [
     "Method",
     "MethodConfig",
     "Metric",
+    "MultistepMethod",
     "Need",
     "NetworkConfig",
     "Noise",
@@ -108,6 +110,7 @@ _HOMES = {
     "Method": "distillbench.training.method",
     "MethodConfig": "distillbench.training.method",
     "Metric": "distillbench.evaluation.metric",
+    "MultistepMethod": "distillbench.training.multistep",
     "Need": "distillbench.evaluation.metric",
     "NetworkConfig": "distillbench.training.method",
     "Noise": "distillbench.diffusion.noise",

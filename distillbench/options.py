@@ -17,12 +17,13 @@ from distillbench.errors import UserError, nearest
 __all__ = ["option", "require_between", "require_fraction", "require_one_of", "require_positive"]
 
 
-def option(default: Any, help: str, path: bool = False) -> Any:
+def option(default: Any, help: str, path: bool = False, sampling: bool = False) -> Any:
     """A dataclass field with a default and the sentence that ``distillbench describe`` prints for it.
 
-    `path`: the value is a path or a list of paths, in which a leading ``~`` is the user's home.
+    `path`: the value is a path or a list of paths, in which a leading ``~`` is the user's home. `sampling`: the setting
+    of a method is used by its ``sample`` only. Trainings see its default, so another value trains nothing anew.
     """
-    metadata = {"help": help, "path": path}
+    metadata = {"help": help, "path": path, "sampling": sampling}
     if dataclasses.is_dataclass(default) and isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, list | dict) or dataclasses.is_dataclass(default):

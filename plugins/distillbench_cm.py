@@ -34,7 +34,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, Workspace, hookimpl, option
+from distillbench import Batch, Condition, MultistepMethod, Teacher, UserError, Workspace, hookimpl, option
 from distillbench.diffusion import (
     DISTANCE_NAMES,
     ONE_STEP,
@@ -54,17 +54,16 @@ from distillbench.networks import MovingAverage
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 
 
-class ConsistencyDistillation(Method):
+class ConsistencyDistillation(MultistepMethod):
     name = "cm"
     paper = "Song et al. 2023, arXiv:2303.01469"
     needs_data = True
     can_start_fresh = True
     student: ConsistencyFunction
-    grid: Tensor
     edges: Tensor
 
     @dataclass
-    class Config(MethodConfig):
+    class Config(MultistepMethod.Config):
         lr: float = option(2e-3, "peak learning rate of Adam")
         steps: int = option(12, "N, noise levels of the grid (the paper: 18 for CIFAR-10, 40 for ImageNet)")
         solver: str = option("heun", "teacher step: heun (two evaluations) or ddim (Euler, one evaluation)")
@@ -83,6 +82,7 @@ class ConsistencyDistillation(Method):
             require_positive(self, "sigma_min", "sigma_max", "sigma_data", "rho")
             require_between(self, 2, float("inf"), "steps")
             require_between(self, 1, self.steps - 1, "segments")
+            self.require_free_levels(self.segments == 1, "segments")
             require_fraction(self, "mu")  # with 1 the target network would never learn
             require_one_of(self, "solver", ONE_STEP)
             require_one_of(self, "times", ("karras", "uniform", "uniform_lambda"))
@@ -141,7 +141,7 @@ class ConsistencyDistillation(Method):
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         if self.config.segments > 1:
             return segmentwise(self.student, self.edges, noise(0), c)
-        return multistep(self.student, self.grid, noise, nfe, c)
+        return multistep(self.student, self.sampling_times(nfe), noise, nfe, c)
 
 
 @hookimpl(api=2)

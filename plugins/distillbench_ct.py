@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
+from distillbench import Batch, Condition, MultistepMethod, Phase, Teacher, UserError, hookimpl, option
 from distillbench.diffusion import (
     CURRICULA,
     DISTANCE_NAMES,
@@ -49,16 +49,17 @@ from distillbench.networks import MovingAverage
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 
 
-class ConsistencyTraining(Method):
+class ConsistencyTraining(MultistepMethod):
     name = "ct"
     paper = "Song et al. 2023, arXiv:2303.01469; Song & Dhariwal 2023, arXiv:2310.14189"
     needs_data, uses_teacher = True, False
     can_start_fresh = True
     student: ConsistencyFunction
     last: Tensor
+    sampling_grid = property(lambda self: self.last)
 
     @dataclass
-    class Config(MethodConfig):
+    class Config(MultistepMethod.Config):
         lr: float = option(2e-3, "peak learning rate of Adam")
         start: str = option("fresh", "weights that the student starts from: fresh, or the teacher's (teacher)")
         curriculum: str = option("doubling", "how N grows: doubling (arXiv:2310.14189) or sqrt (arXiv:2303.01469)")
@@ -134,14 +135,8 @@ class ConsistencyTraining(Method):
         if self.config.mu:
             self.following.move(1 - self.config.mu)
 
-    def supports(self, nfe: int) -> bool:
-        return 1 <= nfe < len(self.last)
-
-    def keeps_noise(self, nfe: int) -> bool:
-        return nfe == 1
-
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        return multistep(self.student, self.last, noise, nfe, c)
+        return multistep(self.student, self.sampling_times(nfe), noise, nfe, c)
 
 
 @hookimpl(api=2)

@@ -31,7 +31,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, Workspace, hookimpl, option
+from distillbench import Batch, Condition, MultistepMethod, Phase, Teacher, Workspace, hookimpl, option
 from distillbench.diffusion import (
     DISTANCE_NAMES,
     SNR_WEIGHTS,
@@ -49,21 +49,20 @@ from distillbench.networks import MovingAverage, TwoTimes, frozen_weights
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 
 
-class ConsistencyTrajectory(Method):
+class ConsistencyTrajectory(MultistepMethod):
     name = "ctm"
     paper = "Kim et al. 2023, arXiv:2310.02279"
     needs_data = True
-    grid: Tensor
 
     @dataclass
-    class Config(MethodConfig):
+    class Config(MultistepMethod.Config):
         steps: int = option(18, "N, noise levels of the grid (the paper: 18 for CIFAR-10, 40 for ImageNet)")
         solver_steps: int = option(5, "largest n (the paper: N - 1, from any level to the lowest)")
         compare: str = option("soft", "where: soft, at the lowest level through the target network, or local, at s")
         metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}")
         mu: float = option(0.95, "decay of the target network (released: .999); 0: the student itself")
         denoising: float = option(0.1, "w, a fixed weight (the paper's adapts to gradients of the last layer); 0: none")
-        gamma: float = option(0.0, "noise of several evaluations, from 0, none (the ODE), to 1, consistency models'")
+        gamma: float = option(0.0, "noise of several evaluations, 0 (the ODE) to 1 (consistency models)", sampling=True)
         sigma_min: float = option(0.002, "smallest noise level")
         sigma_max: float = option(80.0, "largest noise level")
 
@@ -134,15 +133,12 @@ class ConsistencyTrajectory(Method):
         if self.config.mu:
             self.following.move(1 - self.config.mu)
 
-    def supports(self, nfe: int) -> bool:
-        return 1 <= nfe < self.config.steps
-
     def keeps_noise(self, nfe: int) -> bool:
         return nfe == 1 or self.config.gamma == 0
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         G = partial(self.G, self.student, c=c)
-        return gamma_sampling(G, self.teacher.schedule, self.grid, noise, nfe, self.config.gamma)
+        return gamma_sampling(G, self.teacher.schedule, self.sampling_times(nfe), noise, nfe, self.config.gamma)
 
 
 @hookimpl(api=2)

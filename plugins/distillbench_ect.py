@@ -37,7 +37,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
+from distillbench import Batch, Condition, MultistepMethod, Phase, Teacher, UserError, hookimpl, option
 from distillbench.diffusion import (
     DISTANCE_NAMES,
     SIGMA_DATA,
@@ -53,17 +53,15 @@ from distillbench.diffusion import (
 from distillbench.options import require_between, require_one_of, require_positive
 
 
-class EasyConsistencyTuning(Method):
+class EasyConsistencyTuning(MultistepMethod):
     name = "ect"
     paper = "Geng et al. 2024, arXiv:2406.14548"
     needs_data = True
     can_start_fresh = True
     student: ConsistencyFunction
-    grid: Tensor
-    two: Tensor
 
     @dataclass
-    class Config(MethodConfig):
+    class Config(MultistepMethod.Config):
         lr: float = option(2e-3, "peak learning rate of Adam")
         source: str = option("data", "of f: data, x_0 itself (ECT), or the teacher (ECD)")
         q: float = option(4.0, "q of the stages (released: 2 for CIFAR-10, 4 for ImageNet, 256 for one hour)")
@@ -76,19 +74,20 @@ class EasyConsistencyTuning(Method):
         p_std: float = option(2.0, "standard deviation of ln tau")
         sigma_min: float = option(0.002, "smallest noise level; below, tau_s is 0")
         sigma_max: float = option(80.0, "largest noise level, where sampling starts")
-        mid: float = option(0.821, "noise level of the second of two steps (ImageNet: 1.526)")
+        sampling_levels: list = option(
+            [[0.821]], "noise levels where steps after the first begin (ImageNet: [[1.526]])", sampling=True
+        )
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require_one_of(self, "source", ("data", "teacher"))
             require_one_of(self, "metric", DISTANCE_NAMES)
-            require_positive(self, "p_std", "sigma_min", "sigma_max", "mid")
+            require_positive(self, "p_std", "sigma_min", "sigma_max")
             require_between(self, 0, float("inf"), "k", "b", "huber_c")
             require_between(self, 1, float("inf"), "stages")
             if not self.q > 1:
                 raise UserError(f"q must be above 1, so that steps shrink from stage to stage, got {self.q}")
-            if not self.sigma_min < self.mid < self.sigma_max:
-                raise UserError("sigma_min, mid and sigma_max must rise")
+            require_between(self, self.sigma_min, float("inf"), "sigma_max")
 
     @property
     def uses_teacher(self) -> bool:
@@ -101,9 +100,7 @@ class EasyConsistencyTuning(Method):
         self.student = ConsistencyFunction(teacher.student(), 0.0, SIGMA_DATA)
         self.within = teacher.schedule.restricted(math.log(config.sigma_min), math.log(config.sigma_max))
         grid = karras_times(self.within, 18, config.sigma_min, config.sigma_max)
-        mid = self.within.t_of_lam(torch.full((1,), math.log(config.mid), dtype=torch.float64))
         self.register_buffer("grid", grid, persistent=False)  # of several evaluations
-        self.register_buffer("two", torch.cat([grid[:1], mid, grid[-1:]]), persistent=False)  # of two
 
     def phases(self) -> list[Phase]:
         return [Phase(f"q^a = {self.config.q**a:g}", fresh=False) for a in range(1, self.config.stages + 1)]
@@ -128,14 +125,8 @@ class EasyConsistencyTuning(Method):
         d = partial(pseudo_huber, c=config.huber_c) if huber else self.distances[config.metric]
         yield self.student, d(F, target, w)
 
-    def supports(self, nfe: int) -> bool:
-        return 1 <= nfe < len(self.grid)
-
-    def keeps_noise(self, nfe: int) -> bool:
-        return nfe == 1
-
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        return multistep(self.student, self.two if nfe == 2 else self.grid, noise, nfe, c)
+        return multistep(self.student, self.sampling_times(nfe), noise, nfe, c)
 
 
 @hookimpl(api=2)

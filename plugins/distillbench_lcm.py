@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Condition, Denoiser, Method, MethodConfig, Teacher, hookimpl, option
+from distillbench import Batch, Condition, Denoiser, MultistepMethod, Teacher, hookimpl, option
 from distillbench.diffusion import (
     DISTANCE_NAMES,
     ConsistencyFunction,
@@ -70,17 +70,16 @@ class ScaledConsistencyFunction(ConsistencyFunction):
         return (sd**2 / square).to(dtype), (tau / square.sqrt()).to(dtype)
 
 
-class LatentConsistency(Method):
+class LatentConsistency(MultistepMethod):
     name = "lcm"
     paper = "Luo et al. 2023, arXiv:2310.04378"
     needs_data = True
     can_start_fresh = True
     student: ScaledConsistencyFunction
-    grid: Tensor
     edges: Tensor
 
     @dataclass
-    class Config(MethodConfig):
+    class Config(MultistepMethod.Config):
         lr: float = option(2e-3, "peak learning rate of Adam (published: 8e-6, and 1e-4 for adapters)")
         steps: int = option(50, "N, steps of the solver's grid")
         segments: int = option(1, "K, segments of the grid and evaluations of a sample; 1: any number of them up to N")
@@ -95,6 +94,7 @@ class LatentConsistency(Method):
             super().__post_init__()
             require_between(self, 2, INDICES - 1, "steps")
             require_between(self, 1, self.steps, "segments")
+            self.require_free_levels(self.segments == 1, "segments")
             require_one_of(self, "times", ("trailing", "uniform", "uniform_lambda"))
             require_one_of(self, "loss", ("huber", *DISTANCE_NAMES))
             require_fraction(self, "mu")  # with 1 the target network would never learn
@@ -141,7 +141,7 @@ class LatentConsistency(Method):
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         if self.config.segments > 1:
             return segmentwise(self.student, self.edges, noise(0), c)
-        return multistep(self.student, self.grid, noise, nfe, c)
+        return multistep(self.student, self.sampling_times(nfe), noise, nfe, c)
 
 
 @hookimpl(api=2)

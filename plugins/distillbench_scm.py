@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Condition, Denoiser, Method, MethodConfig, Teacher, UserError, hookimpl, option
+from distillbench import Batch, Condition, Denoiser, MultistepMethod, Teacher, UserError, hookimpl, option
 from distillbench.diffusion import (
     ConsistencyFunction,
     derivative,
@@ -63,16 +63,15 @@ class WeightedConsistency(ConsistencyFunction):
         return self.log_weight(lam).mean(dim=1).view(-1, 1, 1, 1) - lam.to(torch.get_default_dtype())
 
 
-class ContinuousConsistency(Method):
+class ContinuousConsistency(MultistepMethod):
     name = "scm"
     paper = "Lu & Song 2024, arXiv:2410.11081"
     needs_data = True
     student: WeightedConsistency
     updates: Tensor
-    grid: Tensor
 
     @dataclass
-    class Config(MethodConfig):
+    class Config(MultistepMethod.Config):
         lr: float = option(2e-3, "peak learning rate of Adam")
         source: str = option("teacher", "of f_T: the teacher (sCD), or data, x_0 itself (sCT)")
         smooth: int = option(8, "degree of the polynomials in which the student sees time; 0: as the teacher sees it")
@@ -133,14 +132,8 @@ class ContinuousConsistency(Method):
     def after_step(self) -> None:
         self.updates += 1
 
-    def supports(self, nfe: int) -> bool:
-        return 1 <= nfe < len(self.grid)
-
-    def keeps_noise(self, nfe: int) -> bool:
-        return nfe == 1
-
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        return multistep(self.student, self.grid, noise, nfe, c)
+        return multistep(self.student, self.sampling_times(nfe), noise, nfe, c)
 
 
 @hookimpl(api=2)

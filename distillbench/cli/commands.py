@@ -13,14 +13,14 @@ from distillbench.cli.command_options import BAD_INPUT, INTERRUPTED, SOMETHING_F
 from distillbench.cli.data_commands import data, fetch, reference
 from distillbench.cli.plugin_commands import check, describe, list_, new_plugin, plugins
 from distillbench.cli.result_commands import clean, compare, doctor, export, merge, report, show
-from distillbench.cli.run_commands import run, score, teacher
+from distillbench.cli.run_commands import run, score, teacher, tune_levels
 from distillbench.cli.sample_commands import samples
 from distillbench.errors import DivergedError, Unavailable, UserError
 from distillbench.system.output_encoding import replace_unwritable
 from distillbench.system.signals import Interrupted
 
 COMMANDS: tuple[click.Command, ...] = (
-    *(run, score, teacher),
+    *(run, tune_levels, score, teacher),
     *(list_, describe, check, new_plugin, plugins),
     *(data, fetch, reference, samples),
     *(show, report, compare, merge, export, doctor, clean),

@@ -12,11 +12,23 @@ from distillbench.cli import clean
 from distillbench.cli.doctor_findings import MIB, Finding, Installation
 from distillbench.errors import counted, first_of
 from distillbench.records.layout import CACHE, CELLS
-from distillbench.records.records import EvaluationRecord, OtherVersion, SpeedRecord, TrainRecord, read_record
+from distillbench.records.records import (
+    EvaluationRecord,
+    LevelsRecord,
+    OtherVersion,
+    SpeedRecord,
+    TrainRecord,
+    read_record,
+)
 from distillbench.storage import folders
 from distillbench.storage.files import key_of, sha256_file
 
-RECORDS: dict[str, Any] = {"train": TrainRecord, "evaluation": EvaluationRecord, "speed": SpeedRecord}  # by file
+RECORDS: dict[str, Any] = {  # by the beginning of the file's name
+    "train": TrainRecord,
+    "evaluation": EvaluationRecord,
+    "speed": SpeedRecord,
+    "levels": LevelsRecord,
+}
 HASHED_MIB = 512  # total size of the files that are hashed without --thorough
 
 
@@ -75,7 +87,7 @@ def _records(results_dir: Path) -> list[Path]:
     return found
 
 
-def _read(path: Path, content: Any) -> TrainRecord | EvaluationRecord | SpeedRecord:
+def _read(path: Path, content: Any) -> TrainRecord | EvaluationRecord | SpeedRecord | LevelsRecord:
     """The record at `path`. Raises ValueError if it is damaged or has the name of another record."""
     name, _, key = path.stem.partition("-")
     record = read_record(path, RECORDS[name], content.get("inputs", {}))

@@ -172,6 +172,56 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
         raise SystemExit(SOMETHING_FAILED)
 
 
+@click.command()
+@click.argument("run_folder", type=UserPath())
+@click.option("--method", help="Its student, as NAME or NAME-seedS-KEY. [the only method that has levels to choose]")
+@click.option("--seed", type=click.IntRange(min=0), help="Training seed of the student. [the first]")
+@click.option("--nfe", type=click.IntRange(min=2), help="Search for 2, ..., NFE evaluations. [the most of the run]")
+@click.option("--metric", help="Score of the run to optimise. [the first with a direction]")
+@click.option("--images", type=click.IntRange(min=1), help="Samples of each candidate. [evaluation.images]")
+@click.option("--candidates", type=click.IntRange(min=1), default=40, show_default=True, help="Levels, at most.")
+@click.option(
+    "--sampling-seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the search's noise."
+)
+@click.option("--evaluate", is_flag=True, help="Add rows with the levels to the run. Nothing is trained.")
+@with_plugins
+def tune_levels(
+    registry: Registry, run_folder: str, method: str | None, seed: int | None, nfe: int | None, metric: str | None,
+    images: int | None, candidates: int, sampling_seed: int, evaluate: bool,
+) -> None:  # fmt: skip
+    """Search the noise levels at which a finished student is sampled in several steps.
+
+    For 2, 3, ... evaluations the best next level is found by ternary search (Song et al. 2023), which assumes that the
+    score has one minimum. All candidates are sampled from the same noise. It is not that of the run's scores, which
+    stay unbiased. An interrupted search continues.
+
+    \b
+    distillbench run 'methods=[cm]' dataset=digits run_name=digits
+    distillbench tune-levels results/digits --nfe 2
+    distillbench tune-levels results/digits --nfe 2 --evaluate
+    """
+    from pathlib import Path
+
+    from distillbench.cli.terminal import print_tuning
+    from distillbench.runs.level_tuning import Wanted, check_trained
+    from distillbench.runs.level_tuning import tune_levels as search
+    from distillbench.system.launchers import started_together
+    from distillbench.system.progress import Progress
+
+    if started_together():
+        raise UserError("tune-levels uses one process: start it without torchrun or accelerate")
+    console, folder = new_console(), Path(run_folder)
+    progress = Progress(console)
+    with stopping():
+        if evaluate:
+            check_trained(folder, registry, progress)
+        wanted = Wanted(method, seed, nfe, metric, images, candidates, sampling_seed)
+        tuning = search(folder, wanted, registry, progress)
+    print_tuning(console, tuning, evaluate)
+    if evaluate and tuning.chosen != tuning.present:
+        _run_configs([*tuning.configs, *tuning.tuned], registry, RunFlags(False, False, False, False, False))
+
+
 @click.group()
 def teacher() -> None:
     """Train teachers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from distillbench.runs.level_tuning import Tuning
     from distillbench.runs.shared_context import Cell
     from distillbench.runs.time_plan import TimePlan
     from distillbench.system.progress import Progress
@@ -300,6 +302,44 @@ def _behind_teacher(summary: pd.DataFrame, directions: dict[str, str]) -> Iterat
                     behind.append(f"{row['method']} at {row['nfe']} NFE ({scores})")
         if behind:
             yield f"{name} worse than the teacher's own DDIM at as many evaluations: {first_of(behind, MOST_NAMED)}"
+
+
+def print_tuning(console: Console, tuning: Tuning, evaluated: bool) -> None:
+    """The levels that were tried with their scores, what they cost, and how to evaluate the best ones."""
+    from distillbench.records.statistics import arrow
+    from distillbench.reports.terminal_table import new_table, number
+
+    heading = f"{tuning.metric}_{arrow(tuning.direction)}"
+    table = new_table(["NFE", "levels", heading, "seconds", ""], [False, True, False, False, True])
+    for one in sorted(tuning.tried, key=lambda one: (one.nfe, [-level for level in one.levels])):
+        notes = ["now"] * (one.levels in tuning.present) + ["best"] * (one.levels in tuning.chosen)
+        levels = ", ".join(f"{level:g}" for level in one.levels)
+        score = "not finite" if one.score is None else number(one.score)
+        table.add_row(str(one.nfe), levels, score, number(one.seconds), ", ".join(notes))
+    console.print(table)
+    evaluations = sum(one.evaluations for one in tuning.tried)
+    seconds = sum(one.seconds for one in tuning.tried)
+    recorded = len(tuning.tried) - tuning.fresh
+    earlier = f"; {recorded:,} of them in an earlier search" if recorded else ""
+    for line in (
+        f"{tuning.label}: {len(tuning.tried):,} candidates of {tuning.images:,} images took {evaluations:,} network "
+        f"evaluations and {seconds:,.0f} s{earlier}",
+        f"these {tuning.metric} are of the search's own noise, and the best of several: do not report them",
+    ):
+        _say(console, line)
+    for nfe in range(2, len(tuning.chosen) + 2):
+        if not tuning.is_unimodal(nfe):
+            _say(
+                console, f"{nfe} evaluations: more than one minimum was seen, so the search may have missed the lowest"
+            )
+    if tuning.chosen == tuning.present:
+        _say(console, "the levels of the run are the best that were tried")
+    elif not evaluated:
+        _say(
+            console,
+            f"to sample with the best: {shlex.quote(tuning.setting)} in the run's command, which trains nothing",
+        )
+        _say(console, "to add such rows to the run: the same command again with --evaluate")
 
 
 def _scores(table: pd.DataFrame) -> list[str]:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ from distillbench.training.data_parallel import SINGLE_RANK, Ranks
 from distillbench.training.turns import in_turns
 
 Sampler = Callable[[Callable[[int], Tensor], int, Condition], Tensor]  # (noise, nfe, c) -> x_0 (B,C,H,W)
+OfTeacher = Callable[[], tuple[StoredImages, ImageSet]]  # the teacher's many-step samples
+EVALUATION = "evaluation"  # the purpose of samples whose scores are reported; the noise of others differs
 SHOWN = 64  # images of every row that are saved for viewing
 TEACHER_SAMPLES_PROTOCOL = 2  # version of the cached teacher samples: increase it when samples change
 ROW = "scoring a row, whose samples are stored in float32,"  # what takes room on the disk
@@ -51,14 +53,37 @@ class Measured:
     shown: Tensor  # the first images, uint8
 
 
+class _LazySamples(Samples):
+    """Samples whose teacher's are made when a metric asks for them."""
+
+    of_teacher: OfTeacher
+
+    @staticmethod
+    def of(of_teacher: OfTeacher, **others: Any) -> _LazySamples:
+        """`others`: the fields of Samples but `teacher_x_0` and `teacher`."""
+        samples: _LazySamples = object.__new__(_LazySamples)
+        for name, value in {"of_teacher": of_teacher, **others}.items():
+            object.__setattr__(samples, name, value)  # Samples are frozen
+        return samples
+
+    @cached_property
+    def teacher_x_0(self) -> Tensor:  # type: ignore[override]  # read like the field
+        return self.of_teacher()[0].tensor
+
+    @cached_property
+    def teacher(self) -> ImageSet:  # type: ignore[override]
+        return self.of_teacher()[1]
+
+
 class Evaluator:
     """Scores samplers on one dataset against one teacher. One object serves all samplers: same noise, same metrics."""
 
     def __init__(
         self, config: EvaluationConfig, metrics: dict[str, type[Metric]], real: RealImages, teacher: Teacher,
-        progress: Progress, cache: Path | None = None, ranks: Ranks = SINGLE_RANK,
+        progress: Progress, cache: Path | None = None, ranks: Ranks = SINGLE_RANK, noise: str = EVALUATION,
     ) -> None:  # fmt: skip
-        self.ranks = ranks
+        """`noise`: the purpose of what is sampled. Different purposes have different noise for the same seed."""
+        self.ranks, self.noise = ranks, noise
         self.config, self.teacher, self.real, self.progress, self.cache = config, teacher, real, progress, cache
         self.networks, self.device = real.networks, real.networks.device
         self.metrics = [cls() for cls in metrics.values()]
@@ -106,6 +131,8 @@ class Evaluator:
     def _cached_teacher_samples(self, seed: int, cache: Path, order: SampleOrder | None) -> StoredImages:
         dataset = self.real.dataset.sha256
         recipe = teacher_samples_recipe(self.config, self.teacher, self.teacher.sha256, dataset, self.device, seed)
+        if self.noise != EVALUATION:
+            recipe["noise"] = self.noise
 
         def fill(write: Callable[[np.ndarray], Any]) -> None:
             self._check_room(2)  # these samples, and then those of the first row
@@ -115,32 +142,38 @@ class Evaluator:
         return StoredImages.in_npy(cached_array(cache, "the teacher's samples", recipe, shape, fill, self.progress))
 
     def measure(
-        self, sampler: Sampler, nfe: int, seed: int, keeps_noise: bool, label: str, order: SampleOrder | None = None
-    ) -> Measured:
+        self, sampler: Sampler, nfe: int, seed: int, keeps_noise: bool, label: str, order: SampleOrder | None = None,
+        lazy: bool = False,
+    ) -> Measured:  # fmt: skip
         """The scores of `sampler` at `nfe` evaluations per image, on the noise of sampling seed `seed`.
 
-        If several ranks sample, `order` (the cell and the weights) is sent to the others.
+        If several ranks sample, `order` (the cell and the weights) is sent to the others. With `lazy` the teacher is
+        sampled only if a metric compares with it.
         """
-        teacher = self.teacher_samples(seed, order)
+        of_teacher = partial(self.teacher_samples, seed, order)
+        if not lazy:
+            of_teacher()
         x_0 = self._new_file()
         try:
             with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:
                 self._sample(sampler, nfe, seed, step, order and replace(order, nfe=nfe, seed=seed), x_0.add)
-            return self._scored(x_0, *teacher, keeps_noise, f"{label}: scoring {nfe} NFE")
+            return self._scored(x_0, of_teacher, keeps_noise, f"{label}: scoring {nfe} NFE", lazy)
         finally:
             x_0.close()
 
-    def _scored(
-        self, x_0: StoredImages, teacher_x_0: StoredImages, teacher: ImageSet, keeps_noise: bool, label: str
-    ) -> Measured:
+    def _scored(self, x_0: StoredImages, of_teacher: OfTeacher, keeps_noise: bool, label: str, lazy: bool) -> Measured:
         conditioning = self.teacher.conditioning
         labels = conditioning.labels_of_images(range(x_0.count)) if conditioning.classes else None
         texts = self.real.dataset.prompts
         prompts = [texts[label] for label in labels.tolist()] if texts is not None and labels is not None else None
-        samples = Samples(
-            x_0.tensor, teacher_x_0.tensor, self._images(x_0), teacher, self.real, keeps_noise, labels, prompts,
-            lambda: zip(x_0.batches(), teacher_x_0.batches(), strict=True),
-        )  # fmt: skip
+        known: dict[str, Any] = {"x_0": x_0.tensor, "images": self._images(x_0), "real": self.real}
+        known |= {"keeps_noise": keeps_noise, "labels": labels, "prompts": prompts}
+        known["read"] = lambda: zip(x_0.batches(), of_teacher()[0].batches(), strict=True)
+        if lazy:
+            samples: Samples = _LazySamples.of(of_teacher, **known)
+        else:
+            teacher_x_0, teacher = of_teacher()
+            samples = Samples(teacher_x_0=teacher_x_0.tensor, teacher=teacher, **known)
         scores: dict[str, float | None] = {}
         missing: dict[str, str] = {}
         with self.progress.step(label) as step:
@@ -156,7 +189,7 @@ class Evaluator:
 
     def _noise(self, first: int, seed: int) -> Noise:
         indices = range(first, min(first + self.config.batch_size, self.config.images))
-        return Noise(stream_key("evaluation", seed), indices, self.teacher.shape, self.device)
+        return Noise(stream_key(self.noise, seed), indices, self.teacher.shape, self.device)
 
     def sample(self, sampler: Sampler, nfe: int, seed: int, label: str, keep: Callable[[Tensor], None]) -> None:
         """Call `keep` with each batch of the row that :meth:`measure` scores, (B,C,H,W) on the host, in order."""

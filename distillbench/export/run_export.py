@@ -11,26 +11,24 @@ import csv
 import dataclasses
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from yaml import YAMLError
 
 from distillbench.errors import UserError, unknown
 from distillbench.records.layout import ResultsFolder
 from distillbench.records.records import TrainRecord, load_record
-from distillbench.records.settings_file import FULL, SEPARATOR, read_settings
+from distillbench.records.settings_file import FULL
 from distillbench.registry import Registry
 from distillbench.runs.config import RunConfig
-from distillbench.runs.shared_context import Cell, SharedContext, choose_device, make_source, plain_settings, restored
+from distillbench.runs.sampling_settings import sampling_settings, training_settings
+from distillbench.runs.saved_settings import plain_documents, text_of_run, typed_settings
+from distillbench.runs.shared_context import Cell, SharedContext, choose_device, make_source, restored
 from distillbench.storage.files import sha256_file
 from distillbench.system.progress import Progress
 from distillbench.teachers.students import AS_TEACHER, StudentForm
@@ -66,45 +64,6 @@ class Student:
     state: Mapping[str, Tensor]  # its state dict in training, with adapters
 
 
-def read_config(text: str, registry: Registry) -> list[RunConfig]:
-    """The settings in a run's config.yaml, one for each document. Raises UserError if they cannot be read."""
-    return _typed_all(_documents(text), registry)
-
-
-def _documents(text: str) -> list[Any]:
-    load = lambda part: [OmegaConf.to_container(OmegaConf.create(one)) for one in SEPARATOR.split(part)]
-    with _readable():
-        return read_settings(text, load)
-
-
-def _typed_all(documents: Sequence[Any], registry: Registry) -> list[RunConfig]:
-    with _readable():
-        return [_typed(document, registry) for document in documents]
-
-
-@contextmanager
-def _readable() -> Iterator[None]:
-    try:
-        yield
-    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"config.yaml cannot be read; it may be of another version of distillbench: {why}") from error
-
-
-def _typed(document: Any, registry: Registry) -> RunConfig:
-    plain: Any = OmegaConf.create(document)
-    plain.pop("executor", None)  # does not affect the student
-    typed: Any = OmegaConf.structured(RunConfig)
-    entries = [("dataset", "datasets", "dataset"), ("teacher", "teachers", "teacher")]
-    entries += [(f"methods.{name}", "methods", f"methods.{name}") for name in plain.methods]
-    for path, kind, place in entries:
-        name = str(OmegaConf.select(plain, f"{place}.kind"))
-        OmegaConf.update(typed, path, OmegaConf.structured(registry.get(kind, name).cls.Config), force_add=True)
-    config = OmegaConf.to_object(OmegaConf.merge(typed, plain))
-    assert isinstance(config, RunConfig)
-    return config
-
-
 def find_student(
     run_folder: Path, method: str, seed: int | None, registry: Registry, progress: Progress, nfe: int = 1,
     device: str = "cpu",
@@ -113,18 +72,22 @@ def find_student(
 
     Raises UserError if there is none, or if it does not sample with `nfe` evaluations.
     """
-    documents = _documents(_text(run_folder, "config.yaml"))
-    table = list(csv.DictReader(io.StringIO(_text(run_folder, "table.csv"), newline="")))
+    documents = plain_documents(text_of_run(run_folder, "config.yaml"))
+    table = list(csv.DictReader(io.StringIO(text_of_run(run_folder, "table.csv"), newline="")))
     if len(documents) <= FULL:
-        _typed_all(documents, registry)  # unreadable settings are the first error
+        typed_settings(documents, registry)  # unreadable settings are the first error
     weights = _chosen(run_folder, method, seed, documents, table)
-    configs = _typed_all([document for document in documents if document["seed"] == weights.seed], registry)
+    configs = typed_settings([document for document in documents if document["seed"] == weights.seed], registry)
     results = run_folder.absolute().parent
     cell_folder = ResultsFolder(results).cells / weights.key
     record = _record(cell_folder / "train.json", weights)
     described = [config for config in configs if _describes(config, weights.method, record)]
     if not described:
         raise UserError(f"the config.yaml of {str(run_folder)!r} does not describe the training {weights.name}")
+    sampled = {str(sampling_settings(config.methods[weights.method])): None for config in described}
+    if nfe > 1 and len(sampled) > 1:
+        every = ", ".join(sampled)
+        progress.say(f"{weights.name}: of the settings of sampling that the run has, {every}, the first are used")
     students = StudentForm.from_plain(record.inputs.get("student", {}))
     shared = _context(described[0], registry, results, weights.name, device, students)
     method_config = shared.config.methods[weights.method]
@@ -145,7 +108,7 @@ def find_student(
 
 def find_teacher(run_folder: Path, name: str, registry: Registry, progress: Progress) -> tuple[Cell, Teacher]:
     """The cell of the teacher's rows `name`, such as "teacher:ddim", and the teacher, on the run's device."""
-    configs = _typed_all(_documents(_text(run_folder, "config.yaml")), registry)
+    configs = typed_settings(plain_documents(text_of_run(run_folder, "config.yaml")), registry)
     named = {
         f"{TEACHER}{solver.name}": (config, solver) for config in configs for solver in config.evaluation.solvers()
     }
@@ -166,17 +129,6 @@ def _context(
     if source.plan().images:
         raise UserError(f"the teacher of {what} is no longer in {str(results)!r}: it would be trained again")
     return SharedContext(config, registry, device, dataset, source, conditioning, {}, Path(), [], students=students)
-
-
-def _text(run_folder: Path, name: str) -> str:
-    try:
-        return (run_folder / name).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        inside = run_folder.iterdir() if run_folder.is_dir() else ()
-        runs = ", ".join(sorted(path.name for path in inside if (path / "config.yaml").is_file()))
-        raise UserError(
-            f"no run in {str(run_folder)!r}: it has no {name}{f'. Runs in it: {runs}' if runs else ''}"
-        ) from error
 
 
 def _chosen(
@@ -230,7 +182,7 @@ def _describes(config: RunConfig, name: str, record: TrainRecord) -> bool:
     wanted = {
         "dataset": config.dataset.kind,
         "teacher": config.teacher.kind,
-        "config": plain_settings(config.methods[name]),
+        "config": training_settings(config.methods[name]),
         "budget": {"limit": config.budget.limit.value, "amount": config.budget.amount},
         "batch_size": config.batch_size,
         "seed": config.seed,

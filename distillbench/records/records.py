@@ -6,6 +6,7 @@ results_dir/
   cells/<train key>/resume/<parts>/state-*.safetensors     states from which an interrupted training resumes
   cells/<train key>/evaluation-<key>.json, .safetensors    rows of one evaluation, and its first samples
   cells/<train key>/speed-<key>.json                       the sampling cost
+  cells/<train key>/levels-<key>.json                      a search for levels of sampling
   cache/                                                   teachers, noise-image pairs, reference statistics, ...
   <run>/table.*, summary.*, along.*, columns.json, samples.png, config.yaml, environment.json, weights/
 """
@@ -211,7 +212,32 @@ class SpeedRecord(_Record):
     environment: dict[str, Any]
 
 
-AnyRecord = TypeVar("AnyRecord", TrainRecord, EvaluationRecord, SpeedRecord)
+class TriedLevels(_Record):
+    """The score of a student at `levels`, at which its steps after the first begin; None: not finite."""
+
+    levels: list[float]
+    score: float | None
+    evaluations: int  # of networks, also the teacher's if the metric compares with its samples
+    seconds: float  # of sampling and scoring, with what the first candidate prepares for all
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of an image."""
+        return len(self.levels) + 1
+
+
+class LevelsRecord(_Record):
+    """A search for levels of sampling. Its samples are no others' and its scores are in no table."""
+
+    schema_version: Literal[3] = SCHEMA
+    key: str
+    inputs: dict[str, Any]
+    tried: list[TriedLevels] = []
+    device: str
+    environment: dict[str, Any]
+
+
+AnyRecord = TypeVar("AnyRecord", TrainRecord, EvaluationRecord, SpeedRecord, LevelsRecord)
 
 
 def write_record(path: Path, record: BaseModel) -> None:

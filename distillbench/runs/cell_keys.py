@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import distillbench
-from distillbench.runs.shared_context import Cell, SharedContext, plain_settings
+from distillbench.runs.sampling_settings import sampling_settings, training_settings
+from distillbench.runs.shared_context import Cell, SharedContext
 from distillbench.storage.files import key_of
 from distillbench.teachers.teacher import Teacher
 from distillbench.training.compute import sampling_identity, training_identity
@@ -35,7 +36,7 @@ def train_inputs(cell: Cell, teacher: Teacher) -> dict[str, Any]:
         "device": cell.shared.device.split(":")[0],
         "threads": config.threads,
     }
-    if cell.entry is None:
+    if cell.entry is None or cell.method_config is None:
         return inputs | {"method": None}
     accumulates = config.accumulate > 1 or config.on_oom != "fail"
     along = {"checkpoints": config.evaluation.checkpoints} if config.evaluation.checkpoints else {}
@@ -44,7 +45,7 @@ def train_inputs(cell: Cell, teacher: Teacher) -> dict[str, Any]:
         | along
         | {
             "method": cell.entry.identity(),
-            "config": plain_settings(cell.method_config),
+            "config": training_settings(cell.method_config),
             "budget": {"limit": config.budget.limit.value, "amount": config.budget.amount},
             "batch_size": config.batch_size,
             "seed": cell.seed,
@@ -110,6 +111,8 @@ def _sampled(cell: Cell) -> dict[str, Any]:
     inputs: dict[str, Any] = {"compute": compute} if compute else {}
     if cell.solver is not None:
         inputs["sampler"] = cell.solver.name
+    if cell.method_config is not None and (chosen := sampling_settings(cell.method_config)):
+        inputs["sampling"] = chosen
     if cell.shared.config.conditional:
         inputs["guidance"] = cell.shared.config.guidance
     return inputs

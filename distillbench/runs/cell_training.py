@@ -33,6 +33,7 @@ from distillbench.records.records import (
 from distillbench.runs.cell_monitor import monitor_of
 from distillbench.runs.cell_task import CellTask
 from distillbench.runs.distances import COUNTED, Distances, lpips_flops
+from distillbench.runs.sampling_settings import as_trained
 from distillbench.runs.shared_context import Cell, SharedContext, build
 from distillbench.storage.files import key_of, sha256_file, write_atomically
 from distillbench.system.dtensors import gather_full
@@ -170,7 +171,9 @@ def _train(
         joules = stack.enter_context(energy(shared.device, config.energy))
         if compute.shard:
             teacher = stack.enter_context(copied_for_sharding(teacher))
-        method = build(cell, teacher, "cpu" if compute.shard else shared.device)
+        settings = as_trained(cell.method_config)
+        cell_as_trained = dataclasses.replace(cell, method_config=settings)
+        method = build(cell_as_trained, teacher, "cpu" if compute.shard else shared.device)
         cell.group_size = method.group_size
         if data is not None:
             data.share = dataclasses.replace(ranks.share, group=method.group_size)
@@ -191,7 +194,7 @@ def _train(
         loop = Loop(config.batch_size, parts, compute, ranks, config.augment)
         read = None if data is None else data.read
         monitor = monitor_of(cell, teacher, parts, progress)
-        trained = train(method, cell.method_config, workspace, read, loop, step, checkpoints, resume, monitor)
+        trained = train(method, settings, workspace, read, loop, step, checkpoints, resume, monitor)
     peaks = {
         "peak_gpu_mib": gpu,
         "peak_gpu_reserved_mib": gpu.reserved,

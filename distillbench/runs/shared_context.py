@@ -18,7 +18,7 @@ from distillbench.diffusion.conditioning import WITHOUT_CLASSES, Conditioning
 from distillbench.diffusion.samplers import Solver
 from distillbench.errors import Unavailable, UserError
 from distillbench.evaluation.distributed import SharedNetworks
-from distillbench.evaluation.evaluator import ROW, Evaluator, features_kept
+from distillbench.evaluation.evaluator import EVALUATION, ROW, Evaluator, features_kept
 from distillbench.evaluation.features import Networks
 from distillbench.evaluation.metric import Metric, Need
 from distillbench.evaluation.pretrained_weights import weights_folder
@@ -71,6 +71,7 @@ class SharedContext:
     evaluator: Evaluator | None = None
     students: StudentForm = AS_TEACHER
     ranks: Ranks = SINGLE_RANK  # the processes that train and sample together
+    noise: str = EVALUATION  # the purpose of what is sampled: each has noise of its own
     cached_identities: dict[str, Any] | None = None  # in a block of `identities_cached`
     cached_protocol: str = ""  # the same
 
@@ -134,7 +135,7 @@ class SharedContext:
             )  # fmt: skip
             answers = self.folder.cache("answers")
             parts = self.metrics, real, self.load_teacher(progress), progress, answers
-            self.evaluator = Evaluator(self.config.evaluation, *parts, self.ranks)
+            self.evaluator = Evaluator(self.config.evaluation, *parts, self.ranks, self.noise)
         return self.evaluator
 
     def release_evaluator(self) -> None:

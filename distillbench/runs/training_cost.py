@@ -18,6 +18,7 @@ from distillbench.teachers.teacher import Teacher
 from distillbench.training.budget import Limit, Meter, TrainingCost
 from distillbench.training.data_stream import DataStream
 from distillbench.training.method import Batch, Method
+from distillbench.training.multistep import MultistepMethod
 from distillbench.training.pairs import Workspace
 from distillbench.training.share import Share
 
@@ -70,6 +71,8 @@ def _estimate(cell: Cell, teacher: Teacher) -> None:
     if not cell.nfe:
         able = ", ".join(str(n) for n in range(1, 1025) if method.supports(n)) or "none up to 1024"
         raise UserError(f"{cell.name} cannot sample with evaluation.nfe={wanted}. Possible: {able}")
+    if isinstance(method, MultistepMethod):
+        method.check_levels()
     _check_groups(cell, method.group_size)
     _check_augmentation(cell, method, teacher)
     workspace = Workspace(method.teacher, meter, Path(), shared.device, 0, Progress(None), dry=True)

@@ -39,7 +39,8 @@ def evaluator(**changes) -> Evaluator:
     metrics = {cls.name: cls for cls in changes.pop("metrics", (TeacherRmse,))}
     teacher = changes.pop("teacher", None) or gaussian_teacher()
     real = RealImages(Pictures(), Networks(Path("nowhere"), "cpu"), Path("nowhere"))  # these metrics do not read it
-    return Evaluator(EvaluationConfig(**plain | changes), metrics, real, teacher, Progress(None))
+    noise = changes.pop("noise", evaluate.EVALUATION)
+    return Evaluator(EvaluationConfig(**plain | changes), metrics, real, teacher, Progress(None), noise=noise)
 
 
 class Sampler:
@@ -191,3 +192,32 @@ def test_sampling_seeds_must_be_different_and_not_negative(values):
 def test_lists_of_evaluations_must_be_positive_and_different(name, values):
     with pytest.raises(UserError, match=name):
         EvaluationConfig(**{name: values})
+
+
+class Copied(TeacherRmse):
+    """Reads the teacher's samples of a copy."""
+
+    name = "copied"
+
+    def score(self, samples):
+        return super().score(dataclasses.replace(samples, labels=None))
+
+
+@pytest.mark.parametrize("metric", [Broken, TeacherRmse, Copied])
+def test_the_teacher_is_sampled_lazily_only_for_metrics_that_compare_with_it(metric):
+    """And the score is the same."""
+    eager, lazy = evaluator(metrics=(metric,)), evaluator(metrics=(metric,))
+    before = lazy.teacher.teacher_rows.rows
+    given = Sampler(lazy.teacher, result=lambda x: x / 2), 2, 0, True, "x"
+    scored = lazy.measure(*given, lazy=True)
+    assert lazy.teacher.teacher_rows.rows - before == 10 * (2 if metric is Broken else 2 + 8)
+    assert scored.scores == eager.measure(Sampler(eager.teacher, result=lambda x: x / 2), *given[1:]).scores
+
+
+def test_samples_of_another_purpose_have_other_noise():
+    scored, searched = evaluator(), evaluator(noise="search")
+    both = [Sampler(one.teacher) for one in (scored, searched)]
+    for one, sampler in zip((scored, searched), both, strict=True):
+        one.measure(sampler, 1, 0, True, "x")
+    streams = [{stream for stream, _ in sampler.seen} for sampler in both]
+    assert streams == [{stream_key("evaluation", 0)}, {stream_key("search", 0)}] and streams[0] != streams[1]

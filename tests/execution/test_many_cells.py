@@ -24,7 +24,6 @@ from distillbench.execution import run_folder
 from distillbench.execution.run import run
 from distillbench.execution.run_folder import RunTable, ThrottledWriter
 from distillbench.execution.workers import InProcessWorker
-from distillbench.export import run_export
 from distillbench.options import option
 from distillbench.records import settings_file
 from distillbench.records.sample_grid import MOST_ROWS, sample_grid
@@ -35,6 +34,7 @@ from distillbench.reports.runs import read_run
 from distillbench.runs import config, config_grid, plan, shared_context, training_cost
 from distillbench.runs.cell import AS_IS
 from distillbench.runs.config import compose_runs, to_yaml
+from distillbench.runs.saved_settings import read_config
 from distillbench.runs.shared_context import plain_settings
 from distillbench.storage import hash_cache, links
 from distillbench.storage.hash_cache import HashCache
@@ -166,7 +166,7 @@ def test_the_file_of_many_settings_says_what_differs_and_reads_as_if_it_said_all
     load = lambda part: list(yaml.safe_load_all(part))
     assert read_settings(text, load) == read_settings(whole, load) == load(whole)
     assert [one[BUT].get("run_name", "plain") for one in load(text)[1:]] == [run.run_name for run in runs[1:]]
-    assert run_export.read_config(text, registry) == runs
+    assert read_config(text, registry) == runs
     (tmp_path / "config.yaml").write_text(text)
     assert read_run(tmp_path).configs == load(whole)
     assert write_settings(runs[:3], to_yaml) == "---\n".join(map(to_yaml, runs[:3]))

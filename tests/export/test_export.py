@@ -43,6 +43,7 @@ from distillbench.records.records import signed
 from distillbench.registry import load_registry
 from distillbench.runs.config import compose_runs, to_yaml
 from distillbench.runs.plan import plan
+from distillbench.runs.saved_settings import read_config
 from distillbench.system.progress import Progress
 from distillbench_boot import Boot
 from distillbench_cm import ConsistencyDistillation
@@ -709,8 +710,8 @@ def test_third_party_text_is_escaped_in_a_card():
 
 def test_settings_are_read_as_they_were_written(students):
     text = (students.folder / "config.yaml").read_text()
-    assert run_export.read_config(text, students.registry) == students.configs
-    assert "---\n".join(map(to_yaml, run_export.read_config(text, students.registry))) == text
+    assert read_config(text, students.registry) == students.configs
+    assert "---\n".join(map(to_yaml, read_config(text, students.registry))) == text
 
 
 @pytest.mark.parametrize(

@@ -421,8 +421,8 @@ def test_the_second_of_two_steps_starts_at_mid():
         {"stages": 0},
         {"k": -1.0},
         {"p_std": 0.0},
-        {"mid": 100.0},
-        {"sigma_min": 2, "sigma_max": 1},
+        {"sampling_levels": [[-1.0]]},
+        {"sigma_max": 1, "sigma_min": 2},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings):

@@ -47,6 +47,7 @@ HOW = {
     "doctor": "parse",  # seconds; tests/cli/test_doctor.py runs it
     "fetch": "parse",  # downloads
     "export": "parse",  # needs trained weights; tests/export/test_export.py runs it
+    "tune-levels": "parse",  # the same; tests/runs/test_level_tuning.py runs it
     "data check": "parse",  # reads the user's files
     "teacher train": "parse",  # trains
     "reference export": "parse",
