@@ -90,9 +90,7 @@ class RunConfig:
     isolate: bool = option(True, "run each cell in its own process, so that a crash fails one row only")
     cell_seconds: float = option(0.0, "time limit of the process of a cell; 0: none")
     states: StatesConfig = option(StatesConfig, "training states, from which an interrupted training resumes")
-    estimate_seconds: float = option(
-        20.0, "about the most that is spent on an estimate of the run's time before it begins; 0: no estimate"
-    )
+    estimate_seconds: float = option(20.0, "about the most that an estimate of the run's time may take; 0: none")
     energy: str = option("nvml", "how energy is measured: nvml (the GPU's counter) or zeus (an extra)")
     results_dir: str = option("results", "folder for records and tables", path=True)
     run_name: str = option("", "name of this run's folder in results_dir; empty: made from the dataset and the cells")
