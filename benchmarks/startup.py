@@ -17,7 +17,7 @@ from measuring import compare, machine, print_table
 
 BASELINE = [sys.executable, "-c", "import torch"]
 MODULE = [sys.executable, "-m", "distillbench"]
-RUN = ["run", "methods=[boot,cm,pd,direct]", "dataset=digits", "--dry-run"]
+RUN = ["run", "methods=[boot,cm,pd,direct]", "dataset=digits", "estimate_seconds=0", "--dry-run"]
 COMMANDS = {
     "distillbench --help": [*MODULE, "--help"],
     "distillbench list methods": [*MODULE, "list", "methods"],

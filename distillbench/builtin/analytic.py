@@ -11,6 +11,7 @@ import functools
 import hashlib
 from abc import abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +66,9 @@ class Analytic(TeacherSource):
 
     def plan(self) -> TeacherPlan:
         self.untrained()
-        return TeacherPlan("in closed form", self.config.fit_images, self.config.fit_images)
+        images = self.config.fit_images
+        images = 0 if images and self._fitted.is_file() else images
+        return TeacherPlan("in closed form", images, images, FIT_BATCH, setting="teacher.fit_images")
 
     def untrained(self) -> Teacher:
         return self._teacher(self._first(), "untrained")
@@ -108,9 +111,14 @@ class Analytic(TeacherSource):
             blank=self._blank,
         )
 
+    @property
+    def _fitted(self) -> Path:
+        """The file of the students' initial weights, where it is cached."""
+        return self.cache / f"{self.name}-{key_of(self._recipe())}.safetensors"
+
     def _fit(self, start: nn.Module, progress: Progress) -> None:
         """Load the trained initial weights into `start`, from the cache or by training now."""
-        file = self.cache / f"{self.name}-{key_of(self._recipe())}.safetensors"
+        file = self._fitted
         try:
             start.load_state_dict(read_tensors(file))
             return

@@ -38,7 +38,7 @@ from distillbench.system.environment import device_name
 from distillbench.system.progress import Progress
 from distillbench.teachers.diffusers_schedulers import unknown_keys
 from distillbench.teachers.teacher import TeacherPlan
-from distillbench.training.budget import BudgetConfig, Meter
+from distillbench.training.budget import BudgetConfig, Limit, Meter
 from distillbench.training.compute import ComputeConfig, applied, check_tf32
 from distillbench.training.data_stream import DataStream
 from distillbench.training.loop import Loop, train
@@ -150,8 +150,10 @@ class Trained(TeacherSource):
             return TeacherPlan(str(file.name))
         if not len(self.dataset):
             raise UserError(f"teacher=trained must be trained first, but dataset={self.dataset.name} has no images")
-        images = self.config.budget.images
-        return TeacherPlan("to be trained", images, images)
+        budget, size = self.config.budget, self.config.batch_size
+        images = budget.nfe if budget.limit == Limit.nfe else budget.images  # an image takes one evaluation
+        seconds = budget.seconds if budget.limit == Limit.seconds else None
+        return TeacherPlan("to be trained", images, images, size, seconds, f"teacher.budget.{budget.limit.value}")
 
     def untrained(self) -> Teacher:
         file = self._file()

@@ -134,6 +134,7 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
     from distillbench.execution.followers import follow, in_these_processes
     from distillbench.execution.run import run as run_cells
     from distillbench.runs.cell import Policy
+    from distillbench.runs.forecast import forecast, why_none
     from distillbench.runs.plan import plan
     from distillbench.runs.run_downloads import asked_offers, describe, fetch_all
     from distillbench.system.progress import Progress
@@ -156,7 +157,7 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
         fetch_all(offers, progress)
         cells = plan(configs, registry)
         if flags.dry_run:
-            print_plan(console, cells)
+            print_plan(console, cells, forecast(cells, policy), why_none(cells))
             raise SystemExit(SOMETHING_FAILED if any(cell.cost_error for cell in cells) else 0)
         for config in configs:
             check_sharding(config.compute, ranks.count)

@@ -13,13 +13,16 @@ from distillbench.errors import first_of
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
+    from rich.table import Table
 
     from distillbench.runs.level_tuning import Tuning
     from distillbench.runs.shared_context import Cell
+    from distillbench.runs.time_plan import TimePlan
     from distillbench.system.progress import Progress
 
 WIDEST_TEXT = 120
 LONGEST_VERDICT = 1000  # characters
+TIME = "time_about"  # column of a plan
 MOST_LINES = 50  # of a plan or a table
 MOST_NAMED = 8  # rows in one line of text
 
@@ -46,20 +49,22 @@ def print_definitions(rows: Iterable[tuple[str, str]]) -> None:
     click.echo(formatter.getvalue(), nl=False)
 
 
-def print_plan(console: Console, cells: list[Cell]) -> None:
+def print_plan(console: Console, cells: list[Cell], times: TimePlan | None = None, why_no_times: str = "") -> None:
     """The plan: for each dataset and teacher a table of its cells with their costs, and what would be empty or fail.
 
+    With `times` also how long the cells will take; `why_no_times` is the reason why there are none.
     Of more than MOST_LINES cells, those that differ only in the seed share a line, and the first lines are shown.
     """
     from distillbench.runs.plan import notes_of, teacher_plan
 
+    seconds = None if times is None else {id(cell): times.of_cell(index) for index, cell in enumerate(cells)}
     by_context: dict[int, list[Cell]] = {}
     for cell in cells:
         by_context.setdefault(id(cell.shared), []).append(cell)
     for group, (dataset, name, origin) in zip(by_context.values(), teacher_plan(cells), strict=True):
         images = f", {origin.images:,} images" if origin.images else ""
         _say(console, f"dataset {dataset}, teacher {name}: {origin.origin}{images}")
-        _print_plan_table(console, group)
+        _print_plan_table(console, group, seconds)
         if varied := dict.fromkeys(cell.name for cell in group if cell.cost_varies):
             _say(console, f"{', '.join(varied)}: evaluations are about these, because steps have random costs")
         if compared := {cell.name: cell.compared for cell in group if cell.compared}:
@@ -77,29 +82,52 @@ def print_plan(console: Console, cells: list[Cell]) -> None:
             _say(console, f"Each method trains {budget.seconds:g} s; its images and evaluations cannot be predicted.")
     for note in notes_of(cells):
         _say(console, note)
+    for line in [] if times is None else times.lines(cells[0].shared.device == "cpu"):
+        _say(console, line)
+    if why_no_times:
+        _say(console, f"time: no estimate ({why_no_times})")
     _say(console, "dry run: nothing was run or written")
 
 
-def _print_plan_table(console: Console, cells: list[Cell]) -> None:
-    from distillbench.reports.terminal_table import new_table, number
+def _print_plan_table(console: Console, cells: list[Cell], seconds: dict[int, float] | None) -> None:
+    """`seconds`: by the id of a cell."""
+    from distillbench.reports.terminal_table import fits, number
+    from distillbench.runs.time_plan import about
 
     columns = ["cell", "rows at NFE", "train_images", "train_teacher_NFE", "train_student_NFE", "sampling_NFE"]
     footer = [f"sum ({len(cells):,} cells)" if len(cells) > MOST_LINES else "sum", ""]
     footer += [number(sum(column)) for column in zip(*map(_cost, cells), strict=True)]
-    table = new_table(columns, [k < 2 for k in range(len(columns))], footer=footer)
     lines = _plan_lines(cells)
-    for label, nfe, costs in lines[:MOST_LINES]:
-        table.add_row(label, ", ".join(map(str, nfe)), *map(number, costs))
-    console.print(table)
+    rows = [[label, ", ".join(map(str, nfe)), *map(number, costs)] for label, nfe, costs, _ in lines[:MOST_LINES]]
+    groups = [group for *_, group in lines[:MOST_LINES]]
+    tables = [_filled(columns, rows, footer)]
+    if seconds is not None:
+        *times, whole = [about(sum(seconds[id(cell)] for cell in group)) for group in [*groups, cells]]
+        longer = [[*row, time] for row, time in zip(rows, times, strict=True)]
+        tables = [_filled([*columns, TIME], longer, [*footer, whole])]
+        if not fits(console, tables[0]):
+            narrow = [[row[0], row[-1]] for row in longer]
+            tables = [_filled(columns, rows, footer), _filled(["cell", TIME], narrow, [footer[0], whole])]
+    for table in tables:
+        console.print(table)
     _say_more(console, len(lines), "lines; the sum is of all")
 
 
-def _plan_lines(cells: list[Cell]) -> list[tuple[str, list[int], tuple[int, ...]]]:
-    """(label, numbers of evaluations, costs) of each line of a plan."""
+def _filled(columns: Sequence[str], rows: Iterable[Sequence[str]], footer: Sequence[str]) -> Table:
+    from distillbench.reports.terminal_table import new_table
+
+    table = new_table(columns, [name in ("cell", "rows at NFE") for name in columns], footer=footer)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _plan_lines(cells: list[Cell]) -> list[tuple[str, list[int], tuple[int, ...], list[Cell]]]:
+    """(label, numbers of evaluations, costs, cells) of each line of a plan."""
     from distillbench.runs.plan import changed_settings
 
     if len(cells) <= MOST_LINES:
-        return [(cell.label, cell.nfe, _cost(cell)) for cell in cells]
+        return [(cell.label, cell.nfe, _cost(cell), [cell]) for cell in cells]
     alike: dict[tuple, list[Cell]] = {}
     for cell in cells:
         settings = changed_settings(cell.method_config)
@@ -108,7 +136,7 @@ def _plan_lines(cells: list[Cell]) -> list[tuple[str, list[int], tuple[int, ...]
     for (name, settings, nfe, cost), group in alike.items():
         seeds = f" ({len(group):,} seeds)" if len(group) > 1 else f" (seed {group[0].seed})" if group[0].entry else ""
         costs = tuple(value * len(group) for value in cost)
-        lines.append((" ".join(filter(None, [name + seeds, settings])), list(nfe), costs))
+        lines.append((" ".join(filter(None, [name + seeds, settings])), list(nfe), costs, group))
     return lines
 
 

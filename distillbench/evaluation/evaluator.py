@@ -126,26 +126,13 @@ class Evaluator:
         return teacher_sampler(self.teacher, self.config.solvers()[0])
 
     def _most_nfe(self) -> int:
-        """Network evaluations of one many-step sample."""
-        steps = max(self.config.teacher_steps)
-        return self.config.solvers()[0].evaluations(steps) * self.teacher.conditioning.evaluations
+        return most_nfe(self.config, self.teacher)
 
     def _cached_teacher_samples(self, seed: int, cache: Path, order: SampleOrder | None) -> StoredImages:
-        recipe = {
-            "protocol": TEACHER_SAMPLES_PROTOCOL,
-            "teacher_sha256": self.teacher.sha256,
-            "sampler": self.config.solvers()[0].name,
-            "nfe": self._most_nfe(),
-            "images": self.config.images,
-            "batch_size": self.config.batch_size,  # changes the last bits, as do devices and threads
-            "seed": seed,
-            "device": self.device.split(":")[0],
-            "threads": torch.get_num_threads(),
-            "dataset_sha256": self.real.dataset.sha256,  # includes its texts, and the images that an upscaler enlarges
-            **self.teacher.conditioning.evaluation_identity(),
-            **({"noise": self.noise} if self.noise != EVALUATION else {}),
-            **({"compute": computed} if (computed := sampling_identity(self.config.sampling, self.device)) else {}),
-        }
+        dataset = self.real.dataset.sha256
+        recipe = teacher_samples_recipe(self.config, self.teacher, self.teacher.sha256, dataset, self.device, seed)
+        if self.noise != EVALUATION:
+            recipe["noise"] = self.noise
 
         def fill(write: Callable[[np.ndarray], Any]) -> None:
             self._check_room(2)  # these samples, and then those of the first row
@@ -298,6 +285,34 @@ class Evaluator:
 
     def _rows(self) -> int:
         return self.teacher.teacher_rows.rows + self.teacher.student_rows.rows
+
+
+def most_nfe(config: EvaluationConfig, teacher: Teacher) -> int:
+    """Network evaluations of one of the teacher's many-step samples."""
+    return config.solvers()[0].evaluations(max(config.teacher_steps)) * teacher.conditioning.evaluations
+
+
+def teacher_samples_recipe(
+    config: EvaluationConfig, teacher: Teacher, teacher_sha256: str, dataset_sha256: str, device: str, seed: int
+) -> dict[str, Any]:
+    """All that determines the teacher's many-step samples for a sampling seed.
+
+    `dataset_sha256` includes the dataset's texts, and the images that an upscaler enlarges.
+    """
+    return {
+        "protocol": TEACHER_SAMPLES_PROTOCOL,
+        "teacher_sha256": teacher_sha256,
+        "sampler": config.solvers()[0].name,
+        "nfe": most_nfe(config, teacher),
+        "images": config.images,
+        "batch_size": config.batch_size,  # changes the last bits, as do devices and threads
+        "seed": seed,
+        "device": device.split(":")[0],
+        "threads": torch.get_num_threads(),
+        "dataset_sha256": dataset_sha256,
+        **teacher.conditioning.evaluation_identity(),
+        **({"compute": computed} if (computed := sampling_identity(config.sampling, device)) else {}),
+    }
 
 
 def features_kept(metrics: dict[str, type[Metric]]) -> frozenset:

@@ -186,9 +186,21 @@ class RealImages(ImageSet):
             self._imported[network] = file.statistics.to(self.networks.device)
         return self._imported[network]
 
-    def _extract(self, network: type[FeatureNetwork], keep: bool) -> None:
+    def has(self, network: type[FeatureNetwork]) -> bool:
+        """Whether the features of `network` that the run needs seem to be there: the files are not checked."""
+        file = self.files.get(network.name)
+        if file is not None and (network not in self._kept or file.features is not None or not self.count):
+            return True
+        path, _ = self._place(network)
+        return path.is_file() and (network not in self._kept or _features_path(path).is_file())
+
+    def _place(self, network: type[FeatureNetwork]) -> tuple[Path, dict[str, Any]]:
+        """The cached file of statistics, and its provenance."""
         wanted = self._provenance(network)
-        path = self.cache / f"{network.name}-{key_of(wanted)}.npz"
+        return self.cache / f"{network.name}-{key_of(wanted)}.npz", wanted
+
+    def _extract(self, network: type[FeatureNetwork], keep: bool) -> None:
+        path, wanted = self._place(network)
         if self._read_cached(network, path, wanted, keep):
             return
         super()._extract(network, keep)

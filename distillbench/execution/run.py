@@ -11,14 +11,17 @@ import pandas as pd
 import torch
 
 from distillbench.errors import printable
+from distillbench.execution.announcement import announce
 from distillbench.execution.executors import Executor, executor_of
 from distillbench.execution.run_folder import Outcome, RunTable
+from distillbench.execution.workers import Scan
 from distillbench.metering.memory import release_memory
 from distillbench.registry import Registry
 from distillbench.runs.cell import AS_IS, Policy
 from distillbench.runs.cell_result import CellDescription
 from distillbench.runs.config import RunConfig
-from distillbench.runs.plan import notes_of
+from distillbench.runs.plan import notes_of, teacher_plan
+from distillbench.runs.remains import NOTHING, Remains, remains_of, untouched
 from distillbench.runs.shared_context import Cell, choose_device, make_source
 from distillbench.storage.files import key_of
 from distillbench.system.progress import Progress
@@ -41,9 +44,15 @@ def run(
     for note in notes_of(cells):
         progress.say(note)
     release_memory()  # of the plan: worker processes need the GPU
+    to_be_trained = any(plan.images for _, _, plan in teacher_plan(cells))
+    if to_be_trained:  # at once: no record of a new teacher exists
+        announce(cells, [untouched(cell) for cell in cells], Path(config.results_dir), progress)
     with closing(executor_of(config, progress, stop)) as executor:
         scan = executor.scan(cells, policy)
-        table = RunTable(_run_folder(scan.descriptions, config), cells, configs, scan, on_rows)
+        folder = _run_folder(scan.descriptions, config)
+        if not to_be_trained:
+            announce(cells, _remains(cells, scan, policy), folder, progress)
+        table = RunTable(folder, cells, configs, scan, on_rows)
         table.add({index: result for index, result in enumerate(scan.results) if result is not None})
         if table.failed:
             advice = "--retry-failed runs what failed, or ran out of memory or time, again"
@@ -57,6 +66,14 @@ def run(
             table.finish("interrupted", f"{interrupted.name}: the same command resumes it")
             raise
         return table.finish("skipped", "--fail-fast, and an earlier cell is not ok")
+
+
+def _remains(cells: Sequence[Cell], scan: Scan, policy: Policy) -> list[Remains]:
+    """What is left of each cell after a scan."""
+    return [
+        NOTHING if result is not None else remains_of(cell, description, policy)
+        for cell, description, result in zip(cells, scan.descriptions, scan.results, strict=True)
+    ]
 
 
 def _run_all(

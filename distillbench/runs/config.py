@@ -92,6 +92,7 @@ class RunConfig:
     isolate: bool = option(True, "run each cell in its own process, so that a crash fails one row only")
     cell_seconds: float = option(0.0, "time limit of the process of a cell; 0: none")
     states: StatesConfig = option(StatesConfig, "training states, from which an interrupted training resumes")
+    estimate_seconds: float = option(20.0, "about the most that an estimate of the run's time may take; 0: none")
     energy: str = option("nvml", "how energy is measured: nvml (the GPU's counter) or zeus (an extra)")
     results_dir: str = option("results", "folder for records and tables", path=True)
     run_name: str = option("", "name of this run's folder in results_dir; empty: made from the dataset and the cells")
@@ -103,7 +104,7 @@ class RunConfig:
         require_one_of(self, "energy", ("nvml", "zeus"))
         require_between(self, 0, LARGEST_INTEGER, "microbatch")
         require_one_of(self, "on_oom", ON_OOM)
-        require_between(self, 0, float("inf"), "cell_seconds")
+        require_between(self, 0, float("inf"), "cell_seconds", "estimate_seconds")
         if self.student.lora_rank and self.compute.shard:
             raise UserError(
                 f"student.lora_rank={self.student.lora_rank} does not go with compute.shard=true: FSDP of adapters is "

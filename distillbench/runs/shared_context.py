@@ -166,6 +166,15 @@ class SharedContext:
         return reasons
 
 
+@dataclass(frozen=True)
+class PlanSpeed:
+    """How fast the few steps of a plan were, which compute no gradients; 0: there were none."""
+
+    image: float = 0.0  # seconds of a training image
+    evaluation: float = 0.0  # seconds of a network evaluation
+    pair_evaluations: int = 0  # the teacher's before the first step
+
+
 @dataclass
 class Cell:
     """One method with its settings and a seed, or the teacher itself (`entry` None)."""
@@ -178,6 +187,7 @@ class Cell:
     solver: Solver | None = None  # of the teacher itself
     cost: TrainingCost = field(default_factory=TrainingCost)  # estimated
     cost_varies: bool = False  # the estimate is a mean: the cost of a step is random
+    plan_speed: PlanSpeed = PlanSpeed()
     compared: float = 0.0  # images that LPIPS evaluates for each training image, estimated
     group_size: int = 1  # the method's, once it is known
     nfe: list[int] = field(default_factory=list)  # of its rows

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from distillbench.errors import UserError
+from distillbench.evaluation.timing import timer_of
 from distillbench.runs.distances import Distances, compared
-from distillbench.runs.shared_context import Cell, SharedContext, build
+from distillbench.runs.shared_context import Cell, PlanSpeed, SharedContext, build
 from distillbench.system.progress import Progress
 from distillbench.teachers.latents import placeholder
 from distillbench.teachers.teacher import Teacher
@@ -40,6 +42,7 @@ class CostCache:
             known = self.known[same]
             cell.cost, cell.nfe, cell.cost_error = known.cost, list(known.nfe), known.cost_error
             cell.cost_varies, cell.group_size, cell.compared = known.cost_varies, known.group_size, known.compared
+            cell.plan_speed = known.plan_speed
             return
         try:
             _estimate(cell, self._teacher(cell.shared))
@@ -81,25 +84,34 @@ def _estimate(cell: Cell, teacher: Teacher) -> None:
         )
     phases = method.phases()
     per_image = [0.0, 0.0, 0.0, 0.0]  # of the teacher, of students, as the budget counts them; of LPIPS
+    timer, seconds_per_image = timer_of(shared.device), 0.0
     batches = _Batches(cell, method, teacher)
     for index, phase in enumerate(phases):
         method.start_phase(index)
         before = meter.teacher_nfe, meter.student_nfe, meter.evaluations, compared(meter.cost().networks)
-        for step in range(phase.cost_steps):
-            for _ in method.train_step(batches.of_step(step, index)):
-                pass
+        seconds = timer.seconds(partial(_steps, method, batches, index, phase.cost_steps))
         share = phase.share / sum(p.share for p in phases) / (phase.cost_steps * batches.size)
         per_image[0] += share * (meter.teacher_nfe - before[0])
         per_image[1] += share * (meter.student_nfe - before[1])
         per_image[2] += share * (meter.evaluations - before[2])
         per_image[3] += share * (compared(meter.cost().networks) - before[3])
+        seconds_per_image += share * seconds
         method.end_phase(index, method.student)
     cell.cost_varies = any(phase.cost_varies for phase in phases)
+    evaluations = max(1.0, per_image[0] + per_image[1])
+    cell.plan_speed = PlanSpeed(seconds_per_image, seconds_per_image / evaluations, ahead)
     images = config.budget.images if config.budget.limit == Limit.images else 0
     if config.budget.limit == Limit.nfe:
         images = int(max(0, config.budget.nfe - ahead) / per_image[2])
     cell.compared = per_image[3]
     cell.cost = TrainingCost(images, 0.0, ahead + round(images * per_image[0]), round(images * per_image[1]))
+
+
+def _steps(method: Method, batches: _Batches, phase: int, count: int) -> None:
+    """The first `count` steps of a phase, without updates."""
+    for step in range(count):
+        for _ in method.train_step(batches.of_step(step, phase)):
+            pass
 
 
 def _check_groups(cell: Cell, group: int) -> None:

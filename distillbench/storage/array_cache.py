@@ -19,6 +19,11 @@ DTYPE = np.dtype(np.float32)
 Fill = Callable[[Callable[[np.ndarray], Any]], None]
 
 
+def array_file(folder: Path, recipe: dict[str, Any]) -> Path:
+    """The file of the array of `recipe`."""
+    return folder / f"{key_of(recipe)}.npy"
+
+
 def cached_array(
     folder: Path,
     what: str,
@@ -32,7 +37,7 @@ def cached_array(
     `recipe` is all that determines the values. ``fill(write)`` calls ``write(part)`` for each part of the array in
     order, so it is never in memory as a whole. One process computes it; others wait for that process.
     """
-    file = folder / f"{key_of(recipe)}.npy"
+    file = array_file(folder, recipe)
     if not _found(file, what, recipe, shape, progress):
         with wait_for_lock(file, what, progress):
             if not _found(file, what, recipe, shape, progress):

@@ -234,11 +234,18 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """Where the teacher would be loaded from, or what its training would cost."""
+    """Where the teacher would be loaded from, or what its training would cost.
+
+    A training takes `seconds` where its budget says so; otherwise the time of steps of `batch_size` images decides.
+    `setting` is the setting that limits it, such as "teacher.budget.images".
+    """
 
     origin: str  # file it is read from, or "to be trained"
     images: int = 0
     nfe: int = 0
+    batch_size: int = 1
+    seconds: float | None = None
+    setting: str = ""
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,37 @@ def train(
         workspace.meter.stop()
 
 
+class TrialSteps:
+    """Steps of a training that never is one: they cost what those of :func:`train` do, and leave the weights alone.
+
+    The caller prepares the method before, begins its phases in order, and ends each.
+    """
+
+    def __init__(
+        self, method: Method, config: OptimizerConfig, workspace: Workspace, read: Read | None, loop: Loop
+    ) -> None:
+        self._training = _Training(method, config, workspace, read, loop, Step(lambda *_: None), None, None, None)
+        self._phases = method.phases()
+
+    def begin(self, phase: int) -> None:
+        """Begin phase number `phase`, with optimisers of its own."""
+        self._training.meter.look_again()
+        self._training.start(self._phases, phase)
+
+    def take(self, steps: int, images: int) -> None:
+        """The first `steps` of the phase, of `images` each, with a learning rate of 0."""
+        training = self._training
+        for step in range(steps):
+            training.step = step
+            training.take_step(images, 0.0)
+            training.average.update(images)
+        training.curve.losses.clear()
+
+    def end(self, phase: int) -> None:
+        """End phase number `phase`."""
+        self._training.method.end_phase(phase, self._training.average.module)
+
+
 class _Training:
     """The loop, and its state as it is saved."""
 
@@ -149,7 +180,7 @@ class _Training:
         for index in range(self.phase, len(phases)):
             meter.look_again()
             if found is None:
-                self._start(phases, index)
+                self.start(phases, index)
             found = None
             with nullcontext() if self.resume is None else self.resume.stop.patiently():
                 self._train_until(min(sum(shares[: index + 1]) / sum(shares), 1.0) - 1e-12, phases[index].label)
@@ -166,7 +197,8 @@ class _Training:
         with self.ranks.main_first():  # rank 0 renames damaged files
             return self.resume.states.newest()
 
-    def _start(self, phases: list[Phase], index: int) -> None:
+    def start(self, phases: list[Phase], index: int) -> None:
+        """Begin a phase."""
         self.phase, self.step = index, 0
         self.method.start_phase(index)
         if index == 0 or phases[index].fresh:
@@ -181,7 +213,7 @@ class _Training:
 
     def _train_until(self, end: float, label: str) -> None:
         """Steps until the share `end` of the budget is used."""
-        method, meter, curve = self.method, self.meter, self.curve
+        meter, curve = self.meter, self.curve
         progress = self.ranks.progress(meter)
         while progress < end:
             self._write_checkpoints(progress)
@@ -189,8 +221,7 @@ class _Training:
             size = meter.next_batch(self.loop.batch_size)
             factor = learning_rate_factor(self.config, (progress - self.begin) / max(self.finish - self.begin, 1e-12))
             with nullcontext() if size == self.loop.batch_size else last_batch(self.loop.compute):
-                self._step(size, factor)
-            method.after_step()
+                self.take_step(size, factor)
             self.step += 1
             meter.images += size
             self.average.update(size)
@@ -199,8 +230,13 @@ class _Training:
             if due and self.resume is not None:
                 self._save(self.resume)
 
-    def _step(self, size: int, factor: float) -> None:
-        """One step of `size` images. All parts reach an update before the network is updated."""
+    def take_step(self, size: int, factor: float) -> None:
+        """One step of `size` images, and what the method does after it."""
+        self._update(size, factor)
+        self.method.after_step()
+
+    def _update(self, size: int, factor: float) -> None:
+        """The updates of a step. All parts reach an update before the network is updated."""
         workspace, teacher, optimizers = self.workspace, self.workspace.teacher, self.optimizers
         args = teacher.shape, self.generator, workspace.device, self.read, teacher.conditioning, self.share
         batch = Batch(size, *args, self.step, self.phase, self.loop.augment)

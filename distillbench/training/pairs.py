@@ -116,6 +116,27 @@ class Workspace:
         stream = stream_key("pairs", self.seed)
         if self.dry:
             return self._cost_only(solve, count, stream)
+        recipe, folder = self._place(count, recipe)
+        with ExitStack() as claim:
+            targets = self._found(folder, recipe, claim) if self.ranks.main else None
+            with nullcontext() if self.ranks.main else self.meter.pause():  # rank 0 may wait for another run
+                found = self.ranks.broadcast_flag(targets is not None)
+            if not found:
+                targets = self._make(solve, count, stream)
+                if self.ranks.main:
+                    self._write(folder, recipe, targets)
+        if self.ranks.count > 1:
+            targets = self._read_on_all_ranks(folder, targets)
+        assert targets is not None
+        return PairStore(stream, targets, self.device, self.teacher.conditioning)
+
+    def has_pairs(self, count: int, recipe: dict[str, Any]) -> bool:
+        """Whether these pairs seem to be cached: their files are not checked."""
+        _, folder = self._place(count, recipe)
+        return (folder / "manifest.json").is_file()
+
+    def _place(self, count: int, recipe: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+        """All that determines the pairs and their cost, and the folder of their files."""
         key = {
             "format": FORMAT,
             "teacher_sha256": self.teacher.sha256,
@@ -129,19 +150,7 @@ class Workspace:
         if self.ranks.count > 1:
             key["processes"] = self.ranks.count  # the pairs are the same, the seconds are not
         recipe = key | self.teacher.conditioning.plain() | recipe
-        folder = self.cache / hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
-        with ExitStack() as claim:
-            targets = self._found(folder, recipe, claim) if self.ranks.main else None
-            with nullcontext() if self.ranks.main else self.meter.pause():  # rank 0 may wait for another run
-                found = self.ranks.broadcast_flag(targets is not None)
-            if not found:
-                targets = self._make(solve, count, stream)
-                if self.ranks.main:
-                    self._write(folder, recipe, targets)
-        if self.ranks.count > 1:
-            targets = self._read_on_all_ranks(folder, targets)
-        assert targets is not None
-        return PairStore(stream, targets, self.device, self.teacher.conditioning)
+        return recipe, self.cache / hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
 
     def _found(self, folder: Path, recipe: dict[str, Any], claim: ExitStack) -> Tensor | None:
         """The cached pairs, also those that another run computes meanwhile. Without any, `claim` holds the lock."""

@@ -163,28 +163,32 @@ def test_plugins(call):
 
 
 def test_a_dry_run_prints_the_plan_with_its_cost_and_writes_nothing(call, tmp_path):
-    code, out, err = call(
-        "run", "methods=[boot,direct]", "dataset=digits", "seed=0,1", "budget.images=1000", "--dry-run"
-    )
+    words = ["seed=0,1", "budget.images=1000", "evaluation.metrics=[teacher_rmse]", "estimate_seconds=1"]
+    code, out, err = call("run", "methods=[boot,direct]", "dataset=digits", *words, "--dry-run")
     assert (code, err) == (0, "")
     assert below(tmp_path) == []
     assert max(map(len, out.splitlines())) <= 80
+    times = re.findall(r"^(?:\w+ \(seed \d\)|sum) .* (\d+ (?:s|min|h))", out, re.MULTILINE)
+    assert len(times) == 5
+    assert re.search(r"^time: about \d+ (s|min|h)", out, re.MULTILINE) and "  noise-image pairs " in out
     cells = dict(re.findall(r"^(\w+ \(seed \d\)) +(1 .*)$", out, re.MULTILINE))
     assert list(cells) == ["boot (seed 0)", "direct (seed 0)", "boot (seed 1)", "direct (seed 1)"]
-    numbers = [int(word.replace(",", "")) for word in cells["boot (seed 1)"].split()]
+    numbers = [int(word.replace(",", "")) for word in cells["boot (seed 1)"].split()[:-2]]  # then a time
     assert numbers[:2] == [1, 1000]  # one row, at one evaluation; images
     assert re.search(r"^sum +4,000 ", out, re.MULTILINE)
     assert "nothing was run or written" in out
 
 
 def test_a_dry_run_of_a_dataset_without_a_teacher_says_so(call):
-    code, out, _ = call("run", *GIVEN, "teacher.seed=12345", "teacher.budget.images=70000", "--dry-run")
+    words = ["teacher.seed=12345", "teacher.budget.images=70000", "estimate_seconds=0"]
+    code, out, _ = call("run", *GIVEN, *words, "--dry-run")
     assert code == 0
     assert "teacher trained: to be trained, 70,000 images" in out
 
 
 def test_a_dry_run_by_time_predicts_no_images(call):
-    _, out, _ = call("run", *GIVEN, "budget.limit=seconds", "budget.seconds=5", "--dry-run")
+    _, out, _ = call("run", *GIVEN, "budget.limit=seconds", "budget.seconds=5", "estimate_seconds=0", "--dry-run")
+    assert "time: no estimate (estimate_seconds=0)" in out
     assert "Each method trains 5 s" in out
 
 

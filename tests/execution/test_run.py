@@ -638,7 +638,16 @@ def test_a_method_that_fails_in_the_plan_fails_alone(tmp_path, cls, reason):
 def test_a_dry_run_says_what_would_fail(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("distillbench.registry.load_registry", lambda *selected: with_strangers(RaisesAtOnce))
     with pytest.raises(SystemExit) as done:
-        commands.main(["run", "methods=[raises_at_once,boot]", *SMALLER, f"results_dir={tmp_path}", "--dry-run"])
+        commands.main(
+            [
+                "run",
+                "methods=[raises_at_once,boot]",
+                *SMALLER,
+                f"results_dir={tmp_path}",
+                "estimate_seconds=0",
+                "--dry-run",
+            ]
+        )
     out, err = capsys.readouterr()
     assert (done.value.code, err) == (1, "")
     assert "raises_at_once (seed 0) would fail: ValueError: no luck at all\n" in out

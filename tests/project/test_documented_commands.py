@@ -187,7 +187,7 @@ def test_documented_commands_work(page, words, command_line, registry):
             composed = assert_paths_are_given(printed)
             here = here and not any(is_fetched(settings, "dataset") for settings in composed)
             if here and unplanned(composed):
-                code, printed = command_line(*words, "--dry-run")
+                code, printed = command_line(*words, "estimate_seconds=0", "--dry-run")
     else:
         code, printed = names_and_settings(command_line, registry, name, params)
     DONE[words] = printed if code else ""

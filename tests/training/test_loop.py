@@ -32,7 +32,7 @@ from distillbench.training.budget import BudgetConfig, Limit
 from distillbench.training.compute import ComputeConfig
 from distillbench.training.data_parallel import SINGLE_RANK
 from distillbench.training.data_stream import DataStream
-from distillbench.training.loop import Loop, Trained, _Curve, train
+from distillbench.training.loop import Loop, Trained, TrialSteps, _Curve, train
 from distillbench.training.method import Phase
 from distillbench.training.optimizers import Average, learning_rate_factor
 from distillbench.training.share import Share
@@ -391,6 +391,30 @@ def test_one_seed_gives_the_same_weights_bit_for_bit(tmp_path, name):
     first = weights(0, "a")
     assert same_weights(first, weights(0, "b"))
     assert not same_weights(first, weights(1, "c"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_trial_steps_repeat_a_cycle_and_leave_the_weights_alone(tmp_path, name):
+    """As many evaluations each time as those of any training: what is timed for an estimate is what a training does."""
+    torch.set_default_dtype(torch.float32)
+    cls, settings = METHODS[name]
+    torch.manual_seed(0)
+    method = cls(cls.Config(**settings), mlp_teacher())
+    images, workspace = gaussian_images(), make_workspace(method.teacher, tmp_path, dry=True)
+    read = (lambda n: (images(n)[0].float(), None)) if cls.needs_data else None
+    method.prepare(workspace)
+    trial = TrialSteps(method, method.config, workspace, read, Loop(8))
+    for index, phase in enumerate(method.phases()):
+        trial.begin(index)
+        before, counts = weights_of(method.student), []
+        for _ in range(2):
+            begin = workspace.meter.evaluations
+            trial.take(phase.cost_steps, 8)
+            counts.append(workspace.meter.evaluations - begin)
+        assert counts[0] > 0 and (counts[0] == counts[1] or phase.cost_varies)
+        assert same_weights(weights_of(method.student), before)
+        trial.end(index)
+    assert workspace.meter.images == 0
 
 
 # --- inputs of a step ------------------------------------------------------------------------------------------------

@@ -148,6 +148,13 @@ def test_a_dry_run_has_the_cost_without_the_work(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_cached_pairs_are_found_without_reading_them(tmp_path):
+    workspace = make_workspace(gaussian_teacher(), tmp_path)
+    assert not workspace.has_pairs(12, RECIPE)
+    request_pairs(tmp_path)
+    assert workspace.has_pairs(12, RECIPE) and not workspace.has_pairs(13, RECIPE)
+
+
 def test_making_pairs_leaves_no_gradients(tmp_path):
     teacher = gaussian_teacher()
     workspace = Workspace(teacher, Meter(make_workspace(teacher, tmp_path).meter.budget, teacher, "cpu"), tmp_path,
