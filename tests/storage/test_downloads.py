@@ -331,3 +331,55 @@ def test_another_process_is_waited_for(server, folder):
     progress.say = lambda line: (progress.lines.append(line), lock.release())  # type: ignore[method-assign]
     fetch(offered(source), progress)
     assert progress.lines == ["waiting for net, which another process is making"]
+
+
+def given_files(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+def test_a_part_of_what_was_downloaded_by_hand_is_refused(server, folder, tmp_path):
+    source = at_hub("data/*.parquet")
+    given = given_files(tmp_path / "given", "data/train-00000-of-00003.parquet", "data/train-00002-of-00003.parquet")
+    with pytest.raises(UserError, match=r"--from: '.*given' lacks data/train-00001-of-00003\.parquet, which faces has"):
+        adopt(source, given, SILENT)
+    assert located(source) is None and not below(folder)
+    given_files(given, "data/train-00001-of-00003.parquet")
+    assert adopt(source, given, SILENT) == located(source) == folder / "faces"
+    (folder / "faces" / "data" / "train-00000-of-00003.parquet").unlink()
+    (given / "net.pkl").write_bytes(DATA[:-1])
+    with pytest.raises(UserError, match=r"net\.pkl' is not net: it has 10,239 bytes, not 10,240"):
+        adopt(by_url(server, size=len(DATA)), given, SILENT)
+
+
+def test_files_by_hand_must_be_all_of_those_that_were_there_before(server, folder, tmp_path):
+    source = at_hub("data/*.parquet")
+    get(source)
+    (folder / "faces" / "data" / "b.parquet").unlink()
+    given = given_files(tmp_path / "given", "data/a.parquet")
+    (given / "data" / "a.parquet").write_bytes(b"a")
+    with pytest.raises(UserError, match=r"lacks data/b\.parquet, which faces has"):
+        adopt(source, given, SILENT)
+
+
+@pytest.mark.parametrize("revision", [COMMIT, "main"])
+def test_a_revision_of_the_entry_is_found_again_whoever_downloaded_it(server, folder, tmp_path, revision):
+    source = at_hub(revision=revision)
+    assert get(source) == located(source)
+    assert located(at_hub(revision="e" * 40)) is None
+    assert f"--revision {revision} --include" in by_hand(source)
+    (folder / "faces.json").unlink()
+    path = given_files(tmp_path / "given", "faces.zip") / "faces.zip"
+    assert adopt(source, path, SILENT) == located(source)
+
+
+def test_files_of_an_earlier_revision_are_not_read_with_the_new_ones(server, folder):
+    get(at_hub("data/*.parquet"))
+    server.repositories[REPOSITORY] = {"data/c.parquet": b"c", "data/d.parquet": b"d"}
+    progress = RecordingProgress()
+    path = fetch(offered(at_hub("data/*.parquet", revision="main")), progress)
+    assert sorted(file.name for file in path.rglob("*.parquet")) == ["c.parquet", "d.parquet"]
+    assert below(folder / "faces" / "data")[0] == "a.parquet.refused"
+    assert "faces does not have the file data/a.parquet: set aside as" in "".join(progress.lines)
