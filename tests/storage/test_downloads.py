@@ -14,6 +14,7 @@ import pytest
 from distillbench.errors import UserError
 from distillbench.storage import downloads, sources
 from distillbench.storage.downloads import adopt, by_hand, fetch, located, offered, read_record
+from distillbench.storage.source_messages import missing_teacher
 from distillbench.storage.sources import HUB_DATASET, URL, Source, SourceFile, known, of_dataset, of_teacher
 from distillbench.system.progress import Progress
 from file_server import COMMIT, serving
@@ -50,8 +51,8 @@ def server(folder, monkeypatch):
         yield files
 
 
-def at_hub(*patterns: str, **settings: object) -> Source:
-    parts = ("faces", "dataset", "ffhq", "Faces", "CC0", "a mirror", HUB_DATASET)
+def at_hub(*patterns: str, part: str = "dataset", **settings: object) -> Source:
+    parts = ("faces", part, "ffhq", "Faces", "CC0", "a mirror", HUB_DATASET)
     return Source(*parts, repository=REPOSITORY, patterns=patterns or ("faces.zip",), **settings)
 
 
@@ -137,6 +138,28 @@ def test_a_file_of_own_entries_replaces_those_of_the_same_name(tmp_path, monkeyp
     monkeypatch.setenv(sources.VARIABLE, str(tmp_path / "none.toml"))
     with pytest.raises(UserError, match=r"cannot read .*none\.toml"):
         known()
+
+
+@pytest.mark.parametrize("entry, why", [
+    ('kind = "url"', "kind 'url' needs files"),
+    ('kind = "hub dataset"\nrepository = "a/b"', "kind 'hub dataset' needs repository and patterns"),
+    ('kind = "url"\nfiles = [{url = "https://a/x.pkl"}, {url = "https://b/x.pkl"}]', "the same name: x.pkl, x.pkl"),
+    ('kind = "url"\nfiles = [{url = "https://a/.."}]', "'..' cannot be the name of a file or folder"),
+    ('kind = "url"\nfiles = [{url = "https://a/"}]', "'' cannot be the name"),
+])  # fmt: skip
+def test_an_entry_without_files_of_its_own_is_refused(tmp_path, entry, why):
+    words = "\n".join(f'{name} = "x"' for name in ("part", "plugin", "title", "licence", "publisher"))
+    (tmp_path / "own.toml").write_text(f"[a]\n{words}\n{entry}")
+    with pytest.raises(UserError, match=f"entry 'a' .*cannot be used: .*{why}"):
+        sources.read_sources(tmp_path / "own.toml")
+    (tmp_path / "own.toml").write_text(f'["../a"]\n{words}\nkind = "url"\nfiles = [{{url = "https://a/x.pkl"}}]')
+    with pytest.raises(UserError, match=r"'\.\./a' cannot be the name of a file or folder"):
+        sources.read_sources(tmp_path / "own.toml")
+
+
+def test_a_teacher_of_the_hub_has_a_message_like_others(folder):
+    source = at_hub("nets/x.pkl", part="teacher")
+    assert "teacher.path=FOLDER/nets/x.pkl" in missing_teacher(source)
 
 
 # --- by URL ----------------------------------------------------------------------------------------------------------
