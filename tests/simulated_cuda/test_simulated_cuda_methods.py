@@ -12,7 +12,7 @@ from shipped import METHODS
 from simulated import Results, results_of
 
 pytestmark = pytest.mark.slow
-BY_DAY = ("cm", "scm", "sid")
+BY_DAY = ("sid",)
 LABELS = ("unconditional", "guidance drawn", "classes", "guided")
 DAY_CASES = [f"{name}/unconditional" for name in BY_DAY]
 CASES = by_day([f"{name}/{label}" for label in LABELS for name in METHODS], DAY_CASES)
