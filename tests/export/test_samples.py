@@ -155,6 +155,22 @@ def test_which_of_several_guidances_is_written_is_said(tmp_path):
     assert progress.lines == ["teacher:ddim: the run has guidance=2.0 and guidance=3.0; the first is used"]
 
 
+def test_images_that_are_no_pictures_are_refused(tmp_path, capsys):
+    configs = compose_runs(["methods=[]", "dataset=gmm", "teacher=gmm", "device=cpu"], load_registry(), False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(write_settings(configs, to_yaml))
+    words = ["--method", "teacher:ddim", "--nfe", 1, "-o", tmp_path / "x.npz"]
+    assert call("samples", "export", tmp_path / "run", *words) == 2
+    assert "holds images of 1 or 3 channels, the run's have 2" in capsys.readouterr().err
+    assert not (tmp_path / "x.npz").exists()
+
+
+def test_a_missing_file_is_said_before_anything_is_downloaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("distillbench.runs.scored_files.fetch_asked", lambda *given: 1 / 0)
+    assert call("samples", "score", tmp_path / "x.npz", *DATASET) == 2
+    assert "no file of samples" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
