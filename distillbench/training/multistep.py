@@ -53,11 +53,8 @@ class MultistepMethod(Method):
     class Config(MethodConfig):
         """Settings of such a method. Its own Config derives from this one."""
 
-        sampling_levels: list[Any] = option(  # of lists of float, which OmegaConf refuses if they have an int
-            [],
-            "noise levels where steps after the first begin, falling: [[A],[B,C]] for 2 and 3 evaluations; "
-            "for other numbers they are spread evenly over the grid",
-            sampling=True,
+        sampling_levels: list = option(  # of lists of float, which OmegaConf refuses if they have an int
+            [], "noise levels of steps after the first, [[A],[B,C]] for 2, 3 NFE; else of the grid", sampling=True
         )
 
         def __post_init__(self) -> None:
