@@ -63,8 +63,7 @@ class SampleFile:
 
 def read_samples(path: Path, sides: tuple[int, int]) -> SampleFile:
     """The images of an .npz file, which must have these `sides` (H,W). Raises UserError if it has none of them."""
-    if not path.is_file():
-        raise UserError(f"no file of samples {str(path)!r}")
+    check_exists(path)
     try:
         found = SampleFile(path, open_npz([path], "all", labelled=True))
     except UserError as error:  # written for dataset.path
@@ -78,6 +77,12 @@ def read_samples(path: Path, sides: tuple[int, int]) -> SampleFile:
                 f"{part.images.shape}"
             )
     return found
+
+
+def check_exists(path: Path) -> None:
+    """Raise UserError if there is no file at `path`."""
+    if not path.is_file():
+        raise UserError(f"no file of samples {str(path)!r}")
 
 
 @contextmanager

@@ -90,6 +90,16 @@ class ThrottledWriter:
             self.error = error
 
 
+def merged_columns(every: Sequence[dict[str, dict[str, str]]]) -> dict[str, dict[str, str]]:
+    """The declarations of each score. A protocol that differs between rows, as with other real images, has them all."""
+    protocols: dict[str, dict[str, None]] = {}
+    for columns in every:
+        for name, facts in columns.items():
+            protocols.setdefault(name, {})[facts["protocol"]] = None
+    known = {name: facts for columns in every for name, facts in columns.items()}
+    return {name: facts | {"protocol": ", or ".join(protocols[name])} for name, facts in known.items()}
+
+
 class RunTable:
     """The results so far, in the order of the cells, and the run's folder."""
 
@@ -101,7 +111,7 @@ class RunTable:
         self.folder, self.configs, self.on_rows = folder, configs, on_rows
         self.descriptions = scan.descriptions
         contexts = {id(cell.shared): cell.shared for cell in cells}.values()
-        self.columns = {name: facts for shared in contexts for name, facts in shared.columns().items()}
+        self.columns = merged_columns([shared.columns() for shared in contexts])
         self.environment = scan.environment
         self.results: dict[int, CellResult] = {}
         self.files = HashCache(folder.parent / CELLS)

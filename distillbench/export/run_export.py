@@ -11,7 +11,7 @@ import csv
 import dataclasses
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from distillbench.diffusion.samplers import Solver
 from distillbench.errors import UserError, unknown
+from distillbench.options import plain_settings
 from distillbench.records.layout import ResultsFolder
 from distillbench.records.records import TrainRecord, load_record
 from distillbench.records.settings_file import FULL
@@ -84,12 +86,9 @@ def find_student(
     described = [config for config in configs if _describes(config, weights.method, record)]
     if not described:
         raise UserError(f"the config.yaml of {str(run_folder)!r} does not describe the training {weights.name}")
-    sampled = {str(sampling_settings(config.methods[weights.method])): None for config in described}
-    if nfe > 1 and len(sampled) > 1:
-        every = ", ".join(sampled)
-        progress.say(f"{weights.name}: of the settings of sampling that the run has, {every}, the first are used")
     students = StudentForm.from_plain(record.inputs.get("student", {}))
-    shared = _context(described[0], registry, results, weights.name, device, students)
+    config = _first(described, weights.name, weights.method if nfe > 1 else "", progress)
+    shared = _context(config, registry, results, weights.name, device, students)
     method_config = shared.config.methods[weights.method]
     cell = Cell(shared, weights.method, registry.get("methods", method_config.kind), method_config, weights.seed)
     teacher = shared.load_teacher(progress)
@@ -109,14 +108,38 @@ def find_student(
 def find_teacher(run_folder: Path, name: str, registry: Registry, progress: Progress) -> tuple[Cell, Teacher]:
     """The cell of the teacher's rows `name`, such as "teacher:ddim", and the teacher, on the run's device."""
     configs = typed_settings(plain_documents(text_of_run(run_folder, "config.yaml")), registry)
-    named = {
-        f"{TEACHER}{solver.name}": (config, solver) for config in configs for solver in config.evaluation.solvers()
-    }
+    named: dict[str, list[tuple[RunConfig, Solver]]] = {}
+    for config in configs:
+        for solver in config.evaluation.solvers():
+            named.setdefault(f"{TEACHER}{solver.name}", []).append((config, solver))
     if name not in named:
         raise unknown("row of the teacher", name, named, f" in the run {run_folder.name!r}")
-    config, solver = named[name]
+    config = _first([config for config, _ in named[name]], name, "", progress)
+    _, solver = named[name][0]
     shared = _context(config, registry, run_folder.absolute().parent, run_folder.name, "")
     return Cell(shared, name, solver=solver), shared.load_teacher(progress)
+
+
+def _first(configs: Sequence[RunConfig], what: str, method: str, progress: Progress) -> RunConfig:
+    """The first of the settings that a run has for `what`; says so if samples of the others differ.
+
+    `method` is given where its settings of sampling matter.
+    """
+    every = []
+    for config in configs:
+        own = {f"dataset.{name}": value for name, value in plain_settings(config.dataset).items()}
+        own |= {f"teacher.{name}": value for name, value in plain_settings(config.teacher).items()}
+        own |= {"conditional": config.conditional, "guidance": config.guidance if config.conditional else ""}
+        every.append(own | (sampling_settings(config.methods[method]) if method else {}))
+    names = [name for name in {name: None for own in every for name in own} if _differs(name, every)]
+    words = [", ".join(f"{name}={own[name]}" for name in names if name in own) or "defaults" for own in every]
+    if names:
+        progress.say(f"{what}: the run has {' and '.join(dict.fromkeys(words))}; the first is used")
+    return configs[0]
+
+
+def _differs(name: str, every: Sequence[dict[str, Any]]) -> bool:
+    return any(own.get(name) != every[0].get(name) for own in every)
 
 
 def _context(

@@ -42,7 +42,9 @@ def export_samples(run_folder: Path, row: Row, output: Path, registry: Registry,
     check_sampling(given.sampling, shared.device)
     torch.set_num_threads(shared.config.threads)
     config = dataclasses.replace(given, images=row.images or given.images)
-    _, height, width = teacher.image_shape
+    channels, height, width = teacher.image_shape
+    if channels not in (1, CHANNELS):
+        raise UserError(f"a file of samples holds images of 1 or {CHANNELS} channels, the run's have {channels}")
     size = CHANNELS * config.images * height * width
     check_room(output.parent, size, f"a file of {config.images:,} samples", "fewer --images or another --output")
     nothing = RealImages(shared.dataset, Networks(Path(), shared.device), Path())  # no metric reads it

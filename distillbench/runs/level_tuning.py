@@ -76,7 +76,7 @@ class Tuning:
     def setting(self) -> str:
         """The setting with the chosen levels, as on the command line."""
         levels = self.tuned[0].methods[self.method].sampling_levels
-        lists = ",".join(f"[{','.join(f'{level:g}' for level in one)}]" for one in levels)
+        lists = ",".join(f"[{','.join(map(_written, one))}]" for one in levels)
         return f"methods.{self.method}.sampling_levels=[{lists}]"
 
     def is_unimodal(self, nfe: int) -> bool:
@@ -290,6 +290,11 @@ def _candidates(method: MultistepMethod, most: int) -> list[float]:
 
 def _rounded(level: float) -> float:
     return float(f"{level:.{DIGITS}g}")
+
+
+def _written(level: float) -> str:
+    """A level as on the command line, with all its digits: levels that the search leaves are the user's."""
+    return short if float(short := f"{level:g}") == level else repr(level)
 
 
 def _lower_is_better(score: float | None, direction: str) -> float:

@@ -15,7 +15,7 @@ from distillbench.evaluation.features import FeatureNetwork, ImageSet, Networks
 from distillbench.evaluation.metric import Need, Samples
 from distillbench.evaluation.pretrained_weights import weights_folder
 from distillbench.evaluation.reference_statistics import RealImages
-from distillbench.evaluation.sample_files import SampleFile, read_samples
+from distillbench.evaluation.sample_files import SampleFile, check_exists, read_samples
 from distillbench.evaluation.stored_images import StoredImages
 from distillbench.records.layout import ResultsFolder
 from distillbench.registry import Registry
@@ -48,6 +48,7 @@ class NoImages(ImageSet):
 
 def score_file(path: Path, settings: Sequence[str], registry: Registry, progress: Progress) -> FileScores:
     """Score the images at `path` by the dataset and the `evaluation` of `settings`. Raises UserError for bad input."""
+    check_exists(path)  # before a dataset is downloaded
     configs = compose_runs(list(settings), registry, need_methods=False)
     if len(configs) > 1:
         raise UserError(f"a file is scored by one group of settings, got {len(configs)}")

@@ -16,6 +16,7 @@ from distillbench.evaluation.reference_statistics import RealImages
 from distillbench.runs.method_trials import MethodTimes
 from distillbench.runs.predicted_timing import seconds_of_timing
 from distillbench.runs.remains import Remains
+from distillbench.runs.sampling_settings import training_settings
 from distillbench.runs.score_trials import NetworkTimes
 from distillbench.runs.shared_context import Cell, SharedContext, plain_settings
 from distillbench.runs.time_plan import Lever, Part, TimePlan, summed
@@ -27,6 +28,7 @@ from distillbench.training.budget import Limit
 from distillbench.training.monitor import MOST
 from distillbench.training.pairs import BATCH
 
+NOT_OF_TRAINING = ("methods", "seed", "evaluation", "executor", "results_dir", "run_name")
 PROCESS_SECONDS = 3.0  # to start a process for a cell or for a timing, and to import what it needs
 
 
@@ -106,6 +108,8 @@ class _Context:
         config = shared.config
         self.teacher = canonical_json(plain_settings([config.dataset, config.teacher, config.conditional]))
         self.config, self.evaluation = shared.config, shared.config.evaluation
+        plain = {name: value for name, value in plain_settings(config).items() if name not in NOT_OF_TRAINING}
+        self.trained = canonical_json([plain, config.evaluation.checkpoints])
         self.levers: list[Lever] = []
         self._timings: dict[tuple[Line, tuple[int, ...]], float] = {}
         missing = shared.unavailable_metrics()
@@ -121,7 +125,7 @@ class _Context:
             return {}
         line = self.speeds.teacher_evaluation() if times is None else times.evaluation
         found: dict[Part, float] = {}
-        if what.training and times is not None:
+        if what.training and times is not None and self.once.is_first(Part.training, *self._trained(cell)):
             found |= self._training(cell, times)
         if what.evaluation:
             found |= self._evaluation(cell, line)
@@ -130,6 +134,11 @@ class _Context:
             self._depends(f"evaluation.timing={self.evaluation.timing}", found[Part.speed])
         processes = self.config.isolate + (what.speed and self.evaluation.timing == "process")
         return found | {Part.starting: processes * PROCESS_SECONDS}
+
+    def _trained(self, cell: Cell) -> tuple[Hashable, ...]:
+        """Equal for cells that share a student: they differ in how it is sampled and scored."""
+        assert cell.method_config is not None
+        return cell.name, canonical_json(training_settings(cell.method_config)), cell.seed, self.trained
 
     def _timing(self, line: Line, rows: tuple[int, ...]) -> float:
         """Seconds of the timing of rows, the same for all seeds."""

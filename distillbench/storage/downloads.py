@@ -11,15 +11,16 @@ import fnmatch
 import functools
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from platformdirs import user_cache_path
 
-from distillbench.errors import UserError, quoted
+from distillbench.errors import UserError, first_of, quoted
 from distillbench.storage.files import sha256_file, signed, write_atomically, write_text
 from distillbench.storage.http_download import REFUSED, Unreachable, bytes_at, check_space, download
 from distillbench.storage.locks import wait_for_lock
@@ -28,6 +29,8 @@ from distillbench.system.progress import Progress
 
 VARIABLE = "DISTILLBENCH_DOWNLOADS"  # environment variable: the folder of downloads
 FORMAT = 1
+SHARD = re.compile(r"(.*-)(\d+)-of-(\d{1,6})(\.\w+)")  # such as data/train-00000-of-00002.parquet
+MOST_NAMED = 4  # files in a message
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def read_record(source: Source) -> Record | None:
         plain = json.loads(_record_file(source).read_text(encoding="utf-8"))
         if plain != signed(plain) or plain["format"] != FORMAT or plain["origin"] != source.origin:
             return None
-        if source.revision and plain["commit"] != source.revision:
+        if source.revision not in ("", plain["commit"], plain.get("revision", "")):
             return None
         files = {str(name): (int(size), str(sha256)) for name, (size, sha256) in plain["files"].items()}
         return Record(plain["origin"], plain["commit"], files)
@@ -140,7 +143,7 @@ def _offered_by_hub(source: Source) -> Offer:
     from huggingface_hub import HfApi
 
     record = read_record(source)
-    revision = source.revision or (record.commit if record else "") or None
+    revision = (record.commit if record else "") or source.revision or None  # a revision may be a branch, which moves
     with _helped(source, f"{source.repository} from the hub"):
         info = HfApi().dataset_info(source.repository, revision=revision, files_metadata=True)
     found = [s for s in info.siblings or [] if any(fnmatch.fnmatchcase(s.rfilename, p) for p in source.patterns)]
@@ -180,7 +183,8 @@ def by_hand(source: Source) -> str:
     """The command that downloads the files without distillbench."""
     if source.kind == HUB_DATASET:
         included = " ".join(f"--include '{pattern}'" for pattern in source.patterns)
-        return f"hf download {source.repository} --repo-type dataset {included} --local-dir FOLDER"
+        at = f" --revision {source.revision}" if source.revision else ""
+        return f"hf download {source.repository} --repo-type dataset{at} {included} --local-dir FOLDER"
     return " && ".join(f"curl -LO {file.url}" for file in source.files)
 
 
@@ -207,6 +211,7 @@ def adopt(source: Source, given: Path, progress: Progress) -> Path:
 
     def copy(folder: Path) -> dict[str, tuple[int, str]]:
         found = _given_files(source, given)
+        _check_complete(source, given, found)
         check_space(folder, sum(path.stat().st_size for path in found.values()), source.name)
         expected, files = _expected(source), {}
         for name, path in found.items():
@@ -234,6 +239,30 @@ def _given_files(source: Source, given: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def _check_complete(source: Source, given: Path, found: Mapping[str, Path]) -> None:
+    """Raise UserError if a file has another size than published, or if one of the files is not at `given`.
+
+    Which there are is known from the record of an earlier download, or from names such as train-00000-of-00002.parquet.
+    """
+    for file in source.files:
+        size = found[file.name].stat().st_size
+        if file.bytes not in (None, size):
+            raise UserError(
+                f"{str(found[file.name])!r} is not {source.name}: it has {size:,} bytes, not {file.bytes:,}"
+            )
+    record = read_record(source)
+    wanted = set() if record is None else set(record.files)
+    for name in found:
+        if numbered := SHARD.fullmatch(name):
+            start, digits, count, end = numbered.groups()
+            wanted |= {f"{start}{k:0{len(digits)}}-of-{count}{end}" for k in range(int(count))}
+    if missing := sorted(wanted - set(found)):
+        raise UserError(
+            f"--from: {str(given)!r} lacks {first_of(missing, MOST_NAMED)}, which {source.name} has. Files that belong "
+            "together are given together"
+        )
+
+
 def _kept(
     source: Source, commit: str, make: Callable[[Path], dict[str, tuple[int, str]]], progress: Progress
 ) -> Path:  # fmt: skip
@@ -248,9 +277,20 @@ def _kept(
         folder.mkdir(parents=True, exist_ok=True)
         files = make(folder)
         if record is None:
+            _set_aside_others(source, folder, files, progress)
             plain = {"format": FORMAT, "origin": source.origin, "commit": commit, "files": files}
+            plain |= {"revision": source.revision} if source.revision else {}
             write_text(_record_file(source), json.dumps(signed(plain), indent=1))
         return _path(folder, list(files))
+
+
+def _set_aside_others(source: Source, folder: Path, files: Iterable[str], progress: Progress) -> None:
+    """Rename what lies in the folder and is none of `files`, such as those of an earlier commit: all would be read."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name not in set(files) and not name.startswith(".") and path.suffix != REFUSED:
+            aside = path.replace(path.with_name(path.name + REFUSED))
+            progress.say(f"{source.name} does not have the file {name}: set aside as {str(aside)!r}")
 
 
 def _expected(source: Source) -> Callable[[str], str | None]:

@@ -92,12 +92,13 @@ def missing_teacher(source: Source) -> str:
     own = "" if _is_found(source) else f" teacher.release={source.name}"
     dataset = source.settings.get("dataset", "NAME")
     run = f"distillbench run 'methods=[boot,cm]' dataset={dataset} teacher={source.plugin}"
+    names = [*(file.name for file in source.files), *source.patterns]
     return "\n".join(
         [
             f"teacher={source.plugin} has no file yet: {source.title} ({source.licence})",
             f"  download:    {run}{own} teacher.download=true",
             f"               {source.origin}, by {source.publisher}, {size_in_words(source)}",
-            f"  your file:   {run} teacher.path=FOLDER/{source.files[0].name}",
+            f"  your file:   {run} teacher.path=FOLDER/{names[0]}",
         ]
     )
 

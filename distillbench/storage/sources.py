@@ -7,6 +7,7 @@ those of the same name. Neither torch nor plugins are imported here, so that mis
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ FILE = Path(__file__).resolve().parents[1] / "sources.toml"
 VARIABLE = "DISTILLBENCH_SOURCES"  # environment variable: a file with own entries
 DATASET, TEACHER = "dataset", "teacher"  # parts of a run
 HUB_DATASET, URL = "hub dataset", "url"  # kinds of sources
-
+PLAIN = re.compile(r"[^./\\][^/\\]*")  # names of files and folders
 
 _STRICT = ConfigDict(extra="forbid")  # a misspelt sha256 must not go unnoticed
 
@@ -107,7 +108,23 @@ def _read_entry(name: str, entry: Any, file: Path) -> Source:
         raise UserError(f"the entry {name!r} in {str(file)!r} cannot be used: {why}") from error
     if source.kind not in (HUB_DATASET, URL):
         raise unknown("kind of source", source.kind, (HUB_DATASET, URL), f" ({name} in {file.name})")
+    if why := _unusable(source):
+        raise UserError(f"the entry {name!r} in {str(file)!r} cannot be used: {why}")
     return source
+
+
+def _unusable(source: Source) -> str:
+    """Why the files of an entry cannot be asked for, or have no place of their own; or ""."""
+    if source.kind == HUB_DATASET and not (source.repository and source.patterns):
+        return f"kind {HUB_DATASET!r} needs repository and patterns"
+    names = [file.name for file in source.files]
+    if source.kind == URL and not names:
+        return f"kind {URL!r} needs files"
+    if len(set(names)) < len(names):
+        return f"two of its files have the same name: {', '.join(sorted(names))}"
+    if wrong := [name for name in (source.name, *names) if not PLAIN.fullmatch(name)]:
+        return f"{wrong[0]!r} cannot be the name of a file or folder"
+    return ""
 
 
 _ENTRY = TypeAdapter(Source)

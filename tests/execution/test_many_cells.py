@@ -22,7 +22,7 @@ from distillbench.cli.terminal import MOST_LINES, print_plan, print_rows, print_
 from distillbench.errors import UserError
 from distillbench.execution import run_folder
 from distillbench.execution.run import run
-from distillbench.execution.run_folder import RunTable, ThrottledWriter
+from distillbench.execution.run_folder import RunTable, ThrottledWriter, merged_columns
 from distillbench.execution.workers import InProcessWorker
 from distillbench.options import option, plain_settings
 from distillbench.records import settings_file
@@ -417,3 +417,8 @@ def test_a_picture_of_many_rows_says_how_many_it_leaves_out():
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     few, many = (sample_grid([(f"row {k}", images) for k in range(count)]) for count in (MOST_ROWS, 5000))
     assert many.height == few.height + 52
+
+
+def test_a_protocol_that_differs_between_the_rows_of_a_run_is_said_whole():
+    few, every = ({"p": {"unit": "", "protocol": words}} for words in ("prdc/1; of 50 images", "prdc/1"))
+    assert merged_columns([few, every, few]) == {"p": {"unit": "", "protocol": "prdc/1; of 50 images, or prdc/1"}}

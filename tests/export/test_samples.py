@@ -18,7 +18,12 @@ from distillbench.datasets.dataset import to_float
 from distillbench.errors import UserError
 from distillbench.evaluation.reference_statistics import read_reference
 from distillbench.evaluation.sample_files import read_samples, writing
+from distillbench.export.run_export import find_teacher
 from distillbench.records.sample_grid import unstack_shown
+from distillbench.records.settings_file import write_settings
+from distillbench.registry import load_registry
+from distillbench.runs.config import compose_runs, to_yaml
+from recorded_progress import RecordingProgress
 
 DATASET = ["dataset=gmm", "dataset.means=[[-0.5,0.1,0],[0.13,-0.27,0.2],[0.4,0.37,0.1]]", "dataset.count=60"]
 WORDS = ["methods=[direct]", "conditional=true", *DATASET, "teacher=gmm", "teacher.width=16", "isolate=false"]
@@ -137,6 +142,33 @@ def test_another_number_of_images_and_noise(exported):
     _, other = exported("direct", 1, "--images", "16", "--sampling-seed", "1")
     _, plain = exported("direct", 1)
     assert np.array_equal(few["arr_0"], plain["arr_0"][:16]) and not np.array_equal(few["arr_0"], other["arr_0"])
+
+
+def test_which_of_several_guidances_is_written_is_said(tmp_path):
+    """It is the first, as for a student, and not the last."""
+    registry, progress = load_registry(), RecordingProgress()
+    (tmp_path / "run").mkdir()
+    configs = compose_runs([*WORDS, "guidance=2,3", f'results_dir="{tmp_path}"'], registry)
+    (tmp_path / "run" / "config.yaml").write_text(write_settings(configs, to_yaml))
+    cell, _ = find_teacher(tmp_path / "run", "teacher:ddim", registry, progress)
+    assert cell.shared.config.guidance == 2
+    assert progress.lines == ["teacher:ddim: the run has guidance=2.0 and guidance=3.0; the first is used"]
+
+
+def test_images_that_are_no_pictures_are_refused(tmp_path, capsys):
+    configs = compose_runs(["methods=[]", "dataset=gmm", "teacher=gmm", "device=cpu"], load_registry(), False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(write_settings(configs, to_yaml))
+    words = ["--method", "teacher:ddim", "--nfe", 1, "-o", tmp_path / "x.npz"]
+    assert call("samples", "export", tmp_path / "run", *words) == 2
+    assert "holds images of 1 or 3 channels, the run's have 2" in capsys.readouterr().err
+    assert not (tmp_path / "x.npz").exists()
+
+
+def test_a_missing_file_is_said_before_anything_is_downloaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("distillbench.runs.scored_files.fetch_asked", lambda *given: 1 / 0)
+    assert call("samples", "score", tmp_path / "x.npz", *DATASET) == 2
+    assert "no file of samples" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_rows_with_the_best_levels_are_added_and_nothing_is_trained(ran):
     # a command that samples the student says which of the two settings it takes
     said = io.StringIO()
     find_student(ran.folder, "cm", 0, ran.registry, Progress(Console(file=said, width=200)), nfe=2)
-    assert f"has, {{}}, {{'sampling_levels': [{levels}]}}, the first are used" in said.getvalue()
+    assert f"the run has defaults and sampling_levels=[{levels}]; the first is used" in said.getvalue()
     # the setting that is printed finds these rows from the run's own command
     there = describe_cell(*ran.planned(sampling_levels=[levels]))
     assert there.evaluation_key == row["key"] and there.train_key == describe_cell(*ran.planned()).train_key
@@ -273,6 +273,15 @@ def test_more_than_one_minimum_and_samples_that_are_not_finite_are_said():
     assert "2 evaluations: more than one minimum was seen" in said.getvalue() and "not finite" in said.getvalue()
     assert "the levels of the run are the best that were tried" in said.getvalue()
     assert replace(found, tried=scores[:3]).is_unimodal(2) and not found.is_unimodal(2)
+
+
+def test_the_setting_has_all_digits_of_levels_that_the_user_gave(first):
+    settings = replace(first.config.methods["cm"], sampling_levels=[[0.8], [0.8123456789, 1e-05]])
+    tuned = [replace(first.config, methods={"cm": settings})]
+    setting = Tuning("cm", "", "fid", "lower", 4, [], [], [], 0, [], tuned).setting
+    assert setting == "methods.cm.sampling_levels=[[0.8],[0.8123456789,1e-05]]"
+    (read,) = compose_runs([*WORDS, "methods=[cm]", setting], first.registry)
+    assert read.methods["cm"].sampling_levels == settings.sampling_levels
 
 
 def test_a_training_is_given_the_defaults_of_settings_of_sampling(ran, tmp_path, monkeypatch):

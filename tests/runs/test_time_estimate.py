@@ -223,6 +223,19 @@ def test_what_cells_share_is_counted_once(registry, tmp_path):
     assert times.before[Part.real] == pytest.approx(18 * 100 * 0.002)
 
 
+def test_a_student_that_is_sampled_and_scored_in_several_ways_is_trained_once(registry, tmp_path):
+    words = [
+        "methods=[cm]",
+        "methods.cm.sampling_levels=[],[[0.8]]",
+        "evaluation.images=100,200",
+        "budget.images=12800",
+    ]
+    _, cells = planned(registry, tmp_path, *WORDS, *words)
+    times = given(cells, [untouched(cell) for cell in cells])
+    assert sorted(cell[Part.training] for cell in times.cells if Part.training in cell) == [50]
+    assert sum(Part.sampling in cell for cell in times.cells) == len(cells) == 6
+
+
 def test_a_teacher_is_trained_once_and_a_budget_in_seconds_is_known(registry, tmp_path):
     words = ["methods=[boot]", "seed=0,1", "teacher.seed=5", "budget.limit=seconds", "budget.seconds=33"]
     _, cells = planned(registry, tmp_path, *WORDS, *words)

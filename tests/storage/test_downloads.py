@@ -14,6 +14,7 @@ import pytest
 from distillbench.errors import UserError
 from distillbench.storage import downloads, sources
 from distillbench.storage.downloads import adopt, by_hand, fetch, located, offered, read_record
+from distillbench.storage.source_messages import missing_teacher
 from distillbench.storage.sources import HUB_DATASET, URL, Source, SourceFile, known, of_dataset, of_teacher
 from distillbench.system.progress import Progress
 from file_server import COMMIT, serving
@@ -50,8 +51,8 @@ def server(folder, monkeypatch):
         yield files
 
 
-def at_hub(*patterns: str, **settings: object) -> Source:
-    parts = ("faces", "dataset", "ffhq", "Faces", "CC0", "a mirror", HUB_DATASET)
+def at_hub(*patterns: str, part: str = "dataset", **settings: object) -> Source:
+    parts = ("faces", part, "ffhq", "Faces", "CC0", "a mirror", HUB_DATASET)
     return Source(*parts, repository=REPOSITORY, patterns=patterns or ("faces.zip",), **settings)
 
 
@@ -137,6 +138,28 @@ def test_a_file_of_own_entries_replaces_those_of_the_same_name(tmp_path, monkeyp
     monkeypatch.setenv(sources.VARIABLE, str(tmp_path / "none.toml"))
     with pytest.raises(UserError, match=r"cannot read .*none\.toml"):
         known()
+
+
+@pytest.mark.parametrize("entry, why", [
+    ('kind = "url"', "kind 'url' needs files"),
+    ('kind = "hub dataset"\nrepository = "a/b"', "kind 'hub dataset' needs repository and patterns"),
+    ('kind = "url"\nfiles = [{url = "https://a/x.pkl"}, {url = "https://b/x.pkl"}]', "the same name: x.pkl, x.pkl"),
+    ('kind = "url"\nfiles = [{url = "https://a/.."}]', "'..' cannot be the name of a file or folder"),
+    ('kind = "url"\nfiles = [{url = "https://a/"}]', "'' cannot be the name"),
+])  # fmt: skip
+def test_an_entry_without_files_of_its_own_is_refused(tmp_path, entry, why):
+    words = "\n".join(f'{name} = "x"' for name in ("part", "plugin", "title", "licence", "publisher"))
+    (tmp_path / "own.toml").write_text(f"[a]\n{words}\n{entry}")
+    with pytest.raises(UserError, match=f"entry 'a' .*cannot be used: .*{why}"):
+        sources.read_sources(tmp_path / "own.toml")
+    (tmp_path / "own.toml").write_text(f'["../a"]\n{words}\nkind = "url"\nfiles = [{{url = "https://a/x.pkl"}}]')
+    with pytest.raises(UserError, match=r"'\.\./a' cannot be the name of a file or folder"):
+        sources.read_sources(tmp_path / "own.toml")
+
+
+def test_a_teacher_of_the_hub_has_a_message_like_others(folder):
+    source = at_hub("nets/x.pkl", part="teacher")
+    assert "teacher.path=FOLDER/nets/x.pkl" in missing_teacher(source)
 
 
 # --- by URL ----------------------------------------------------------------------------------------------------------
@@ -331,3 +354,55 @@ def test_another_process_is_waited_for(server, folder):
     progress.say = lambda line: (progress.lines.append(line), lock.release())  # type: ignore[method-assign]
     fetch(offered(source), progress)
     assert progress.lines == ["waiting for net, which another process is making"]
+
+
+def given_files(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+def test_a_part_of_what_was_downloaded_by_hand_is_refused(server, folder, tmp_path):
+    source = at_hub("data/*.parquet")
+    given = given_files(tmp_path / "given", "data/train-00000-of-00003.parquet", "data/train-00002-of-00003.parquet")
+    with pytest.raises(UserError, match=r"--from: '.*given' lacks data/train-00001-of-00003\.parquet, which faces has"):
+        adopt(source, given, SILENT)
+    assert located(source) is None and not below(folder)
+    given_files(given, "data/train-00001-of-00003.parquet")
+    assert adopt(source, given, SILENT) == located(source) == folder / "faces"
+    (folder / "faces" / "data" / "train-00000-of-00003.parquet").unlink()
+    (given / "net.pkl").write_bytes(DATA[:-1])
+    with pytest.raises(UserError, match=r"net\.pkl' is not net: it has 10,239 bytes, not 10,240"):
+        adopt(by_url(server, size=len(DATA)), given, SILENT)
+
+
+def test_files_by_hand_must_be_all_of_those_that_were_there_before(server, folder, tmp_path):
+    source = at_hub("data/*.parquet")
+    get(source)
+    (folder / "faces" / "data" / "b.parquet").unlink()
+    given = given_files(tmp_path / "given", "data/a.parquet")
+    (given / "data" / "a.parquet").write_bytes(b"a")
+    with pytest.raises(UserError, match=r"lacks data/b\.parquet, which faces has"):
+        adopt(source, given, SILENT)
+
+
+@pytest.mark.parametrize("revision", [COMMIT, "main"])
+def test_a_revision_of_the_entry_is_found_again_whoever_downloaded_it(server, folder, tmp_path, revision):
+    source = at_hub(revision=revision)
+    assert get(source) == located(source)
+    assert located(at_hub(revision="e" * 40)) is None
+    assert f"--revision {revision} --include" in by_hand(source)
+    (folder / "faces.json").unlink()
+    path = given_files(tmp_path / "given", "faces.zip") / "faces.zip"
+    assert adopt(source, path, SILENT) == located(source)
+
+
+def test_files_of_an_earlier_revision_are_not_read_with_the_new_ones(server, folder):
+    get(at_hub("data/*.parquet"))
+    server.repositories[REPOSITORY] = {"data/c.parquet": b"c", "data/d.parquet": b"d"}
+    progress = RecordingProgress()
+    path = fetch(offered(at_hub("data/*.parquet", revision="main")), progress)
+    assert sorted(file.name for file in path.rglob("*.parquet")) == ["c.parquet", "d.parquet"]
+    assert below(folder / "faces" / "data")[0] == "a.parquet.refused"
+    assert "faces does not have the file data/a.parquet: set aside as" in "".join(progress.lines)
