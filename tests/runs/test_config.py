@@ -146,9 +146,9 @@ DATASETS = (
 TEACHERS = "consistency, deepfloyd, diffusers, edm, gaussian, gmm, stable_diffusion, trained"
 METHODS = f"Possible: {', '.join(SHIPPED)}"
 TOP = (
-    "Possible: augment, batch_size, budget, cell_seconds, compute, conditional, dataset, device, energy, evaluation, "
-    "executor, guidance, guidance_range, isolate, methods, microbatch, on_oom, results_dir, run_name, seed, states, "
-    "student, teacher, threads"
+    "Possible: augment, batch_size, budget, cell_seconds, compute, conditional, dataset, device, energy, "
+    "estimate_seconds, evaluation, executor, guidance, guidance_range, isolate, methods, microbatch, on_oom, "
+    "results_dir, run_name, seed, states, student, teacher, threads"
 )
 NAMES = {
     "methods=[bot]": f"no method 'bot'. Did you mean 'boot'? {METHODS}",
