@@ -155,10 +155,10 @@ class Edm(TeacherSource):
         if source is None:
             name, side, conditional = self.dataset.name, self.dataset.shape[-1], bool(self.conditioning.classes)
             fitting = of_teacher(name, side, not conditional, self.name)
-            hint = f"for conditional={str(not conditional).lower()} there is {fitting.name}" if fitting else "none"
+            hint = f" (for conditional={str(not conditional).lower()} there is {fitting.name})" if fitting else ""
             raise UserError(
                 f"teacher=edm needs teacher.path=FILE: no released network is known for dataset={name} at "
-                f"{side}x{side} and conditional={str(conditional).lower()} ({hint}). teacher.release=NAME names one"
+                f"{side}x{side} and conditional={str(conditional).lower()}{hint}. teacher.release=NAME names one"
             )
         path = located(source)
         if path is None:

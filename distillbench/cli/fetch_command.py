@@ -128,6 +128,8 @@ def _download(sources: Sequence[Source], networks: Sequence[Network], progress: 
         progress.say(line)
     sizes = [offer.bytes for offer in offers] + [cls.weights.mib * 2**20 for cls in networks]
     if not sizes:
+        if not sources:
+            progress.say("nothing to download")
         return
     unknown_sizes = f", and {sizes.count(None)} of unknown size" if None in sizes else ""
     total = f"{in_megabytes(sum(size or 0 for size in sizes))}{unknown_sizes}"

@@ -8,6 +8,7 @@ import click
 
 from distillbench.cli.command_options import UserPath, output_file, with_plugins
 from distillbench.cli.terminal import new_console, print_definitions
+from distillbench.errors import counted
 
 if TYPE_CHECKING:
     from distillbench.registry import Registry
@@ -76,7 +77,7 @@ def score_samples(registry: Registry, file: str, settings: tuple[str, ...], as_j
         protocols = {name: facts["protocol"] for name, facts in found.columns.items()}
         click.echo(json.dumps(said | {"protocols": protocols}, indent=2))
         return
-    click.echo(f"{Path(file).name}: {found.images:,} images")
+    click.echo(f"{Path(file).name}: {counted(found.images, 'image')}")
     print_definitions(
         (name, _in_words(value, name, found.missing, found.columns)) for name, value in found.scores.items()
     )

@@ -12,9 +12,9 @@ from platformdirs import user_cache_path
 
 from distillbench.errors import Unavailable, UserError
 from distillbench.storage.files import sha256_file, write_atomically
-from distillbench.storage.http_download import download
+from distillbench.storage.http_download import Unreachable, download
 from distillbench.storage.locks import wait_for_lock
-from distillbench.system.progress import Progress
+from distillbench.system.progress import Progress, Step
 
 __all__ = ["WeightsFile", "locate"]
 
@@ -67,7 +67,7 @@ def fetch(network: str, weights: WeightsFile, folder: Path, source: Path | None,
     if source is None:
         with wait_for_lock(target, network, progress), progress.step(f"{network}: {target.name}") as step:
             if not (target.is_file() and sha256_file(target) == weights.sha256):
-                download(weights.url, target, weights.sha256, step)
+                _download(network, weights, target, step)
         return target
     if source.is_dir():
         source = source / target.name
@@ -78,6 +78,16 @@ def fetch(network: str, weights: WeightsFile, folder: Path, source: Path | None,
     if source.resolve() != target.resolve():
         write_atomically(target, lambda path: shutil.copyfile(source, path))
     return target
+
+
+def _download(network: str, weights: WeightsFile, target: Path, step: Step) -> None:
+    try:
+        download(weights.url, target, weights.sha256, step)
+    except Unreachable as error:
+        raise UserError(
+            f"{error}\n  by hand, where there is a network: curl -LO {weights.url}; then here: distillbench fetch "
+            f"{network} --from FOLDER/{weights.url.rpartition('/')[2]}"
+        ) from error
 
 
 def _torch_hub() -> Path:

@@ -12,11 +12,9 @@ import dataclasses
 import functools
 import math
 import os
-import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,7 @@ from distillbench.runs.config_grid import PointBuilder
 from distillbench.runs.executor_config import EXECUTORS, ExecutorConfig, LocalConfig, kinds_with
 from distillbench.runs.overrides import CHOICES, GROUPS, LONGEST_NAME, first_line, grid_points, parse_override
 from distillbench.runs.released_teacher import released_teacher
-from distillbench.runs.written_values import expand_home, written_value
+from distillbench.runs.written_values import expand_home, is_enum, type_in_words, written_value
 from distillbench.teachers.students import StudentConfig
 from distillbench.training.budget import BudgetConfig, Limit
 from distillbench.training.compute import ComputeConfig
@@ -397,7 +395,7 @@ def _explained(error: Exception, values: list[Override], base: DictConfig | None
         return UserError(f"{path} must be given: {wanted}")
     if not given or isinstance(error, InterpolationResolutionError):
         return UserError(f"{path} must be {wanted}: {first_line(error)}")
-    near = nearest(given.strip("'"), [member.name for member in hints[name]]) if _is_enum(hints[name]) else ""
+    near = nearest(given.strip("'"), [member.name for member in hints[name]]) if is_enum(hints[name]) else ""
     return UserError(f"{path} must be {wanted}, got {given}{near and '.'}{near}")
 
 
@@ -410,24 +408,6 @@ def _given(path: str, values: list[Override]) -> str:
 def _wanted_group(path: str, node: DictConfig) -> str:
     names = [str(name) for name in node if name != "kind"]
     return f"a group of settings, to be changed one by one ({path}.{names[0] if names else 'NAME'}=...)"
-
-
-def type_in_words(hint: Any) -> str:
-    """A type as text, such as "a whole number", "a list of numbers" or "one of images, seconds, nfe"."""
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    plural = {int: "whole numbers", float: "numbers", str: "names", Any: "values"}
-    if _is_enum(hint):
-        return f"one of {', '.join(member.name for member in hint)}"
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(type_in_words(part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is list:
-        (item,) = typing.get_args(hint)
-        return f"a list of {plural.get(item, item)}"
-    return words.get(hint, str(hint))
-
-
-def _is_enum(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, Enum)
 
 
 def _join(path: str, name: str) -> str:

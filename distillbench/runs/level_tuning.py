@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from distillbench.errors import DivergedError, UserError, unknown
+from distillbench.errors import DivergedError, UserError, first_of, unknown
 from distillbench.evaluation.level_search import is_unimodal, ternary_search
 from distillbench.evaluation.reference_statistics import read_reference
 from distillbench.records.records import LevelsRecord, TrainRecord, TriedLevels, read_record, write_record
@@ -41,6 +41,7 @@ from distillbench.training.multistep import MultistepMethod
 
 SEARCH = "search of levels"  # the purpose of its samples; those of an evaluation have another, so other noise
 DIGITS = 4  # significant ones, of levels
+MOST_NAMED = 4  # numbers in a message
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,9 @@ def _method_of(configs: list[RunConfig], wanted: Wanted, run_folder: Path, regis
 def _find_student(
     configs: list[RunConfig], name: str, wanted: Wanted, registry: Registry, progress: Progress
 ) -> _Student:
+    seeds = sorted({config.seed for config in configs if name in config.methods})
+    if wanted.seed is not None and wanted.seed not in seeds:
+        raise unknown("seed", str(wanted.seed), map(str, seeds), f" of {name} in the run")
     contexts = SharedContexts()
     found: dict[str, _Student] = {}
     fixed: list[UserError] = []
@@ -275,7 +279,9 @@ def _most_evaluations(method: MultistepMethod, config: RunConfig, wanted: Wanted
     if most < 2:
         raise UserError(f"{method.name}: the run has no row with two or more evaluations. Give their number: --nfe 2")
     if lacking := [str(nfe) for nfe in range(2, most + 1) if not method.supports(nfe)]:
-        raise UserError(f"{method.name} does not sample with {', '.join(lacking)} evaluations")
+        raise UserError(
+            f"{method.name} does not sample with {first_of(lacking, MOST_NAMED)} evaluations. Give fewer: --nfe"
+        )
     return most
 
 

@@ -81,8 +81,9 @@ class TimePlan:
 
     def lines(self, on_cpu: bool) -> list[str]:
         """What a user should know: the time and its parts, how it was estimated, and how a long run gets shorter."""
+        missing = [f"not in this time: {what}" for what in self.left_out[:MOST_NAMED]]
         if not self.parts():
-            return ["time: nothing is left to do"]
+            return ["time: not known", *missing] if missing else ["time: nothing is left to do"]
         parts = sorted(self.parts().items(), key=lambda part: -part[1])
         found = [f"time: about {about(self.seconds)}, from a few timed steps at the machine's present load"]
         if self.at_once > 1:
@@ -90,7 +91,7 @@ class TimePlan:
         found += [_entry(part, seconds) for part, seconds in parts if seconds >= SMALL_SHARE * parts[0][1]]
         if self.scaled:
             found.append(f"less exact: {first_of(self.scaled, MOST_NAMED)}")
-        found += [f"not in this time: {what}" for what in self.left_out[:MOST_NAMED]]
+        found += missing
         if on_cpu and self.seconds > LONG_SECONDS and self.large_levers:
             found.append("Over an hour on the CPU. These parts of it are in proportion to a setting:")
             found += [_entry(lever.setting, lever.seconds) for lever in self.large_levers]

@@ -9,10 +9,13 @@ import re
 import types
 import typing
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+
+from distillbench.errors import UserError, quoted
 
 HOME = re.compile(r"(?<=[=,\[(])(\s*)(~[^,\[\]{}()'\"]*)")
 OPENING, CLOSING, QUOTES = "[{(", ")}]", "'\""
@@ -45,9 +48,17 @@ def split_values(text: str) -> list[str]:
 
 
 def written_value(setting: Override, node: DictConfig) -> Any:
-    """The value of `setting`; for a setting of type str in `node`, the text as it was written."""
+    """The value of `setting`; for a setting of type str in `node`, the text as it was written.
+
+    Raises UserError for what OmegaConf would take: a number that is neither 0 nor 1 as true, a list in a list of names
+    or numbers.
+    """
     value, hint = setting.value(), _hint(node, setting.key_or_group)
     text = str(setting.input_line).partition("=")[2].strip()
+    is_flat = typing.get_origin(hint) is list and typing.get_args(hint)[0] in (str, int, float)
+    nested = is_flat and isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
+    if nested or (hint is bool and isinstance(value, int | float) and value not in (0, 1)):
+        raise UserError(f"{setting.key_or_group} must be {type_in_words(hint)}, got {quoted(text)}")
     if hint is str:
         return _as_text(value, text)
     if typing.get_origin(hint) is list and typing.get_args(hint) == (str,) and isinstance(value, list):
@@ -102,3 +113,22 @@ def _groups(config: Any) -> Iterator[Any]:
         for inner in value.values() if isinstance(value, dict) else [value]:
             if dataclasses.is_dataclass(inner) and not isinstance(inner, type):
                 yield from _groups(inner)
+
+
+def type_in_words(hint: Any) -> str:
+    """A type as text, such as "a whole number", "a list of numbers" or "one of images, seconds, nfe"."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    plural = {int: "whole numbers", float: "numbers", str: "names", Any: "values"}
+    if is_enum(hint):
+        return f"one of {', '.join(member.name for member in hint)}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(type_in_words(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        return f"a list of {plural.get(item, item)}"
+    return words.get(hint, str(hint))
+
+
+def is_enum(hint: Any) -> bool:
+    """Whether a type is an Enum."""
+    return isinstance(hint, type) and issubclass(hint, Enum)

@@ -161,8 +161,11 @@ def _check_name(source: Source, name: str) -> None:
 
 
 @contextmanager
-def _helped(source: Source, what: str) -> Iterator[None]:
-    """Turns errors of the hub's library, the network and servers into a UserError that says what can be done."""
+def _helped(source: Source, what: str, begun: bool = False) -> Iterator[None]:
+    """Turns errors of the hub's library, the network and servers into a UserError that says what can be done.
+
+    `begun`: something may have arrived.
+    """
     try:
         yield
     except Exception as error:  # huggingface_hub raises errors of its own and of its HTTP library
@@ -171,12 +174,24 @@ def _helped(source: Source, what: str) -> Iterator[None]:
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         why = why.strip() if isinstance(error, UserError) else f"cannot get {what}: {why.strip()}"
         at_hub = source.kind == HUB_DATASET
-        mirror = "\n  behind a proxy or with a mirror: HTTPS_PROXY=..., HF_ENDPOINT=https://..." if at_hub else ""
+        mirror = (
+            f"\n  behind a proxy or with a mirror: HTTPS_PROXY=..., HF_ENDPOINT=https://... (now {_hub()})"
+            if at_hub
+            else ""
+        )
+        kept = "what has arrived is kept: the same command continues" if begun else "nothing was downloaded"
         raise UserError(
-            f"{why}\n  what has arrived is kept: the same command continues"
+            f"{why}\n  {kept}"
             f"\n  by hand, where there is a network: {by_hand(source)}; then here: distillbench fetch {source.name} "
             f"--from FOLDER{mirror}"
         ) from error
+
+
+def _hub() -> str:
+    """The address that the hub's library asks."""
+    from huggingface_hub.constants import ENDPOINT
+
+    return str(ENDPOINT)
 
 
 def by_hand(source: Source) -> str:
@@ -315,7 +330,7 @@ def _received(
     if source.kind == HUB_DATASET:
         from huggingface_hub import hf_hub_download
 
-        with _helped(source, f"{file.name} of {source.repository} from the hub"):
+        with _helped(source, f"{file.name} of {source.repository} from the hub", begun=True):
             hf_hub_download(source.repository, file.name, repo_type="dataset", revision=offer.commit, local_dir=folder)
         found = sha256_file(path)
         for wanted, said in ((expected, "as first downloaded or published"), (file.sha256, "as the hub says")):
@@ -324,7 +339,7 @@ def _received(
     elif expected is not None and path.is_file() and sha256_file(path) == expected:
         found = expected
     else:
-        with _helped(source, file.url), progress.step(f"{source.name}: {file.name}") as step:
+        with _helped(source, file.url, begun=True), progress.step(f"{source.name}: {file.name}") as step:
             found = download(file.url, path, expected, step)
     if file.bytes is not None and path.stat().st_size != file.bytes:
         raise _refused(source, path, f"of {path.stat().st_size:,} bytes", f"of {file.bytes:,} bytes")

@@ -74,7 +74,7 @@ def missing_dataset(source: Source, command: str, teacher: Source | None) -> str
             lines.append("               (without teacher.download=true, the default teacher=trained first trains one)")
     return "\n".join(
         [
-            f"dataset={source.plugin} has no files yet: {source.title} ({source.licence})",
+            f"dataset={source.plugin} has no files yet: {source.title} (licence: {source.licence})",
             f"  download:    {command} dataset.download=true{asked}",
             f"               images: {source.origin}, by {source.publisher}, {size_in_words(source)}",
             *([f"               {source.note}"] if source.note else []),
@@ -95,7 +95,7 @@ def missing_teacher(source: Source) -> str:
     names = [*(file.name for file in source.files), *source.patterns]
     return "\n".join(
         [
-            f"teacher={source.plugin} has no file yet: {source.title} ({source.licence})",
+            f"teacher={source.plugin} has no file yet: {source.title} (licence: {source.licence})",
             f"  download:    {run}{own} teacher.download=true",
             f"               {source.origin}, by {source.publisher}, {size_in_words(source)}",
             f"  your file:   {run} teacher.path=FOLDER/{names[0]}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import subprocess
@@ -14,6 +15,7 @@ from distillbench.cli import command_options, commands
 from distillbench.errors import UserError
 from distillbench.registry import load_registry
 from distillbench.runs.config import compose_runs
+from distillbench.runs.distances import Lpips
 from distillbench.runs.run_downloads import needs_of
 from distillbench.storage import downloads, sources
 from file_server import serving
@@ -107,7 +109,9 @@ def test_the_message_begins_with_the_whole_line_and_needs_no_torch(tmp_path):
     status, modules = done.stdout.splitlines()
     assert status == "2" and not {"torch", "hydra", "numpy", "huggingface_hub"} & set(modules.split())
     lines = done.stderr.splitlines()
-    assert lines[0].startswith("error: dataset=ffhq has no files yet: FFHQ, 70,000 faces, 64x64 (CC BY-NC-SA 4.0")
+    assert lines[0].startswith(
+        "error: dataset=ffhq has no files yet: FFHQ, 70,000 faces, 64x64 (licence: CC BY-NC-SA 4.0"
+    )
     assert lines[1].split(maxsplit=1)[1] == "distillbench run " + " ".join([f"'{HEADLINE[0]}'", *HEADLINE[1:]])
     for part in (
         "Dmini/FFHQ-64x64 on the hub",
@@ -208,6 +212,16 @@ def test_fetch_of_an_experiment_names_all_that_it_reads(call, server, monkeypatc
     assert "teacher=diffusers has no known download" in out
     code, out, errors = call("fetch", "dataset=digits", "evaluation.metrics=[fd_dinov2]")
     assert code == 2 and "this downloads 1.22 GB, and there is no terminal to ask at: add --yes" in errors
+
+
+def test_weights_that_cannot_be_reached_and_nothing_to_fetch(call, server, monkeypatch):
+    missing = dataclasses.replace(Lpips.weights, url=f"{server.url}/none.pth")
+    monkeypatch.setattr(Lpips, "weights", missing)
+    code, _, out = call("fetch", "lpips")
+    assert code == 2 and "404" in out
+    assert f"curl -LO {server.url}/none.pth; then here: distillbench fetch lpips --from FOLDER/none.pth" in out
+    code, *said = call("fetch", "dataset=digits")
+    assert code == 0 and "nothing to download" in "".join(said)
 
 
 def test_what_fetch_refuses(call, tmp_path):

@@ -146,9 +146,9 @@ DATASETS = (
 TEACHERS = "consistency, deepfloyd, diffusers, edm, gaussian, gmm, stable_diffusion, trained"
 METHODS = f"Possible: {', '.join(SHIPPED)}"
 TOP = (
-    "Possible: augment, batch_size, budget, cell_seconds, compute, conditional, dataset, device, energy, evaluation, "
-    "executor, guidance, guidance_range, isolate, methods, microbatch, on_oom, results_dir, run_name, seed, states, "
-    "student, teacher, threads"
+    "Possible: augment, batch_size, budget, cell_seconds, compute, conditional, dataset, device, energy, "
+    "estimate_seconds, evaluation, executor, guidance, guidance_range, isolate, methods, microbatch, on_oom, "
+    "results_dir, run_name, seed, states, student, teacher, threads"
 )
 NAMES = {
     "methods=[bot]": f"no method 'bot'. Did you mean 'boot'? {METHODS}",
@@ -223,6 +223,11 @@ VALUES = {
     "evaluation.nfe=[1,1]": "evaluation.nfe must list different positive numbers, got [1, 1]",
     "evaluation.images=0": "evaluation.images must be positive, got 0",
     "evaluation.metrics=fid": "evaluation.metrics must be a list of names, got 'fid'",
+    "evaluation.metrics=[[fid]]": "evaluation.metrics must be a list of names, got '[[fid]]'",
+    "augment.transforms=[[xflip]]": "augment.transforms must be a list of names, got '[[xflip]]'",
+    "guidance_range=[[1]]": "guidance_range must be a list of numbers, got '[[1]]'",
+    "augment.flip=7": "augment.flip must be true or false, got '7'",
+    "augment.flip=0.5": "augment.flip must be true or false, got '0.5'",
     "methods.boot.lr=-1": "methods.boot.lr must be positive, got -1.0",
     "methods.boot.lr=nan": "methods.boot.lr must be positive, got nan",
     "methods.boot.lr=1e400": "methods.boot.lr must be positive, got inf",

@@ -231,7 +231,7 @@ def test_few_candidates_are_spread_over_the_grid_and_a_higher_score_may_be_bette
     [
         ({"method": "boot"}, r"boot has no levels of sampling to choose.* that have: cm"),
         ({"method": "bot"}, r"no method 'bot' in the run 'here'. Did you mean 'boot'\? Possible: boot, cm"),
-        ({"seed": 7}, r"no finished student cm \(seed 7\).* Students that it has: none"),
+        ({"seed": 7}, r"no seed '7' of cm in the run\. Possible: 0"),
         ({"method": "cm-seed0-0123456789abcdef"}, r"no finished student cm-seed0-0123456789abcdef .*: cm-seed0-"),
         ({"metric": "fid"}, "no metric to optimise 'fid' in the run"),
         (
@@ -240,6 +240,7 @@ def test_few_candidates_are_spread_over_the_grid_and_a_higher_score_may_be_bette
         ),
         ({"metric": "teacher_rmse"}, "teacher_rmse has no value with 2 evaluations: sampling adds fresh"),
         ({"nfe": STEPS + 1}, "cm does not sample with 9, 10 evaluations"),
+        ({"nfe": STEPS + 9}, "cm does not sample with 9, 10, 11, 12 and 6 more evaluations"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(first, wanted, message):

@@ -296,6 +296,8 @@ def test_a_teacher_that_is_to_be_trained_is_timed_and_what_fails_is_named(regist
     assert times.left_out == ["cm (ValueError: no luck)"] and times.cells[1] == {}
     assert 0.5 < times.before[Part.teacher] < 5000  # 2000 steps of a tiny network
     assert "not in this time: cm (ValueError: no luck)" in times.lines(on_cpu=True)
+    nothing = dataclasses.replace(times, cells=[{}, {}], before={})  # what is left was not timed, and is not done
+    assert nothing.lines(on_cpu=True) == ["time: not known", "not in this time: cm (ValueError: no luck)"]
 
 
 def test_the_first_lines_of_a_run(registry, tmp_path):

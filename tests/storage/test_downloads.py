@@ -225,7 +225,8 @@ def test_no_server_says_how_to_do_it_by_hand(server, folder):
     with pytest.raises(UserError) as caught:
         offered(source)
     first, kept, hand = str(caught.value).splitlines()
-    assert first == f"cannot download {server.url}/net.pkl: HTTP Error 404: Not Found" and "continues" in kept
+    assert first == f"cannot download {server.url}/net.pkl: HTTP Error 404: Not Found"
+    assert kept.strip() == "nothing was downloaded"
     assert f"curl -LO {server.url}/net.pkl" in hand and "distillbench fetch net --from FOLDER" in hand
 
 
@@ -316,7 +317,7 @@ def test_no_hub_says_how_to_do_it_by_hand(server, folder, monkeypatch):
     assert message.startswith("cannot get owner/faces from the hub: ")
     command = "hf download owner/faces --repo-type dataset --include 'faces.zip' --local-dir FOLDER"
     assert command in message and command == by_hand(at_hub())
-    assert "distillbench fetch faces --from FOLDER" in message and "HF_ENDPOINT=" in message
+    assert "distillbench fetch faces --from FOLDER" in message and "HF_ENDPOINT=https://... (now http" in message
 
 
 def test_a_name_that_points_outside_the_folder_is_refused(server, folder):
