@@ -127,11 +127,11 @@ class ConsistencyTrajectory(MultistepMethod):
         return mean_square(self.student(x_t, t, t, batch.c), batch.x_0, denoising_weight(schedule, t).to(x_t))
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        denoising, consistency = self.denoising_loss(batch) if self.w else 0.0, self.consistency_loss(batch)
-        if (w := self.w) and self.config.adaptive:
+        denoising, consistency = self.denoising_loss(batch) if self.w else torch.zeros(()), self.consistency_loss(batch)
+        if self.w and self.config.adaptive:
             last = self.student.denoiser.last_weight(self.teacher.shape, self.teacher.conditioning)
-            w = w * gradient_ratio(consistency, denoising, last)
-        yield self.student, w * denoising + consistency
+            denoising = gradient_ratio(consistency, denoising, last) * denoising
+        yield self.student, self.w * denoising + consistency
 
     def after_step(self) -> None:
         if self.config.mu:
