@@ -1,7 +1,7 @@
 """CTM: from any time of a teacher's trajectory, a student jumps to any earlier one.
 
-Kim, Lai, Liao, Murata, Takida, Uesaka, He, Mitsufuji & Ermon 2023, arXiv:2310.02279, as released, but without the
-adversarial loss. Noise levels are EDM's, tau = sigma_t / alpha_t; on any schedule x^ = x_t / alpha_t = x_0 + tau eps.
+Kim et al. 2023, arXiv:2310.02279, as released, but without the adversarial loss. Noise levels tau = sigma_t / alpha_t
+and x^ = x_t / alpha_t = x_0 + tau eps are EDM's; d compares x^, with one dropout mask. A gradient passes through G-.
 
     G(x_t, t, s)^ = tau_s / tau_t x^ + (1 - tau_s / tau_t) g(x_t, t, s),    so that G(x_t, t, t) = x_t
     x_u = n steps of Heun with the teacher, t -> u,    P(n) ~ n, one n for all images
@@ -10,14 +10,12 @@ adversarial loss. Noise levels are EDM's, tau = sigma_t / alpha_t; on any schedu
     L  += w (1 / tau^2 + 1 / sd^2) |g(x_t, t, t) - x_0|^2,    since g(x_t, t, t) = E[x_0 given x_t]
     weights of g- <- mu weights of g- + (1 - mu) weights of g
 
-d compares x^. A gradient passes through G- to its input. All evaluations in d share one dropout mask.
-
 | symbol     | meaning                                                                            | shape     |
 |------------|------------------------------------------------------------------------------------|-----------|
 | t, u, s, e | times of a grid of N noise levels; e is the lowest                                 | (B,1,1,1) |
 | g, g-      | student: the teacher's network with an embedding of s, zero at first; its target   | (B,C,H,W) |
 | G, G-      | x_s on the trajectory through x_t: DDIM's step with the data prediction g or g-    | (B,C,H,W) |
-| c, w, sd   | condition: class and guidance; weight of denoising; EDM's .5                       |           |
+| c, w, sd   | condition; weight (adaptive: times the ratio of two gradients' norms); EDM's .5    |           |
 """
 
 from __future__ import annotations
@@ -34,25 +32,26 @@ from torch import Tensor, nn
 from distillbench import Batch, Condition, MultistepMethod, Phase, Teacher, Workspace, hookimpl, option
 from distillbench.diffusion import (
     DISTANCE_NAMES,
-    SNR_WEIGHTS,
     check_heun,
     ddim_step,
+    denoising_weight,
     gamma_sampling,
+    gradient_ratio,
     heun_step,
     karras_time,
     karras_times,
     lognormal_time,
     mean_square,
     one_mask,
+    with_gradient_of,
 )
 from distillbench.networks import MovingAverage, TwoTimes, frozen_weights
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 
 
 class ConsistencyTrajectory(MultistepMethod):
-    name = "ctm"
-    paper = "Kim et al. 2023, arXiv:2310.02279"
-    needs_data = True
+    name, paper, needs_data = "ctm", "Kim et al. 2023, arXiv:2310.02279", True
+    student: TwoTimes
 
     @dataclass
     class Config(MultistepMethod.Config):
@@ -61,7 +60,8 @@ class ConsistencyTrajectory(MultistepMethod):
         compare: str = option("soft", "where: soft, at the lowest level through the target network, or local, at s")
         metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}")
         mu: float = option(0.95, "decay of the target network (released: .999); 0: the student itself")
-        denoising: float = option(0.1, "w, a fixed weight (the paper's adapts to gradients of the last layer); 0: none")
+        denoising: float = option(0.1, "w, weight of denoising; 0: none")
+        adaptive: bool = option(False, "w times the ratio of both losses' gradients in the last layer (the paper)")
         gamma: float = option(0.0, "noise of several evaluations, 0 (the ODE) to 1 (consistency models)", sampling=True)
         sigma_min: float = option(0.002, "smallest noise level")
         sigma_max: float = option(80.0, "largest noise level")
@@ -112,22 +112,26 @@ class ConsistencyTrajectory(MultistepMethod):
                 for i in range(n):
                     x_u = heun_step(schedule, partial(self.teacher.denoise, c=c), x_u, grid[k - i], grid[k - i - 1])
                 b = self.G(self.student if soft else self.target, x_u, u, s, c)
-            a = self.G(self.student, x_t, t, s, c)
+            x_s = self.G(self.student, x_t, t, s, c)
+            a = cut = x_s.detach().requires_grad_() if self.config.adaptive else x_s
             if soft:
                 with frozen_weights(self.target):
-                    a, b = (self.G(self.target, x_s, s, end, c) for x_s in (a, b))
-        return d(a / schedule.alpha(end), b / schedule.alpha(end))
+                    a, b = (self.G(self.target, x, s, end, c) for x in (a, b))
+        return with_gradient_of(d(a / schedule.alpha(end), b / schedule.alpha(end)), cut, x_s)
 
     def denoising_loss(self, batch: Batch) -> Tensor:
         schedule, u = self.teacher.schedule, batch.uniform()
         high = karras_time(schedule, 1 - 0.7 * u, self.config.sigma_min, self.config.sigma_max)
         t = torch.where(batch.uniform() < 0.5, lognormal_time(schedule, u, -1.2, 1.2), high)  # as released
         x_t = schedule.noised(batch.x_0, t, batch.noise())
-        weight = SNR_WEIGHTS["edm"](schedule.noise_level(t) ** -2).to(x_t)
-        return mean_square(self.student(x_t, t, t, batch.c), batch.x_0, weight)
+        return mean_square(self.student(x_t, t, t, batch.c), batch.x_0, denoising_weight(schedule, t).to(x_t))
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
-        yield self.student, (self.w * self.denoising_loss(batch) if self.w else 0.0) + self.consistency_loss(batch)
+        denoising, consistency = self.denoising_loss(batch) if self.w else torch.zeros(()), self.consistency_loss(batch)
+        if self.w and self.config.adaptive:
+            last = self.student.denoiser.last_weight(self.teacher.shape, self.teacher.conditioning)
+            denoising = gradient_ratio(consistency, denoising, last) * denoising
+        yield self.student, self.w * denoising + consistency
 
     def after_step(self) -> None:
         if self.config.mu:

@@ -14,7 +14,7 @@ arXiv:2101.02388. Data-free: it learns from noise-image pairs that the teacher m
 | c      | condition: class and guidance of the teacher         | of a batch|
 
 Online, every batch is solved anew (N teacher evaluations per image). Offline (the paper), `pairs` are made ahead and
-used repeatedly. Unlike the released code, targets are not stored as truncated 8-bit values.
+used repeatedly. They are stored in float32; with `eight_bit`, x_0 is truncated to 8-bit values when they are read.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Direct(Method):
         loss: str = option("l2", f"{', '.join(DISTANCE_NAMES)} (the paper's choice for CIFAR-10: l1)")
         online: bool = option(False, "solve for every batch instead of making pairs ahead")
         pairs: int = option(32_768, "noise-image pairs made ahead (offline)")
+        eight_bit: bool = option(False, "truncate x_0 to [-1, 1] in 8 bits, rounding down (released)")
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -74,6 +75,10 @@ class Direct(Method):
             recipe = {"solver": solver, "steps": self.config.steps, "schedule": self.config.schedule}
             self.store = workspace.pairs(self.solve, self.config.pairs, recipe)
 
+    def target(self, x_0: Tensor) -> Tensor:
+        """x_0, or its 8-bit value k / 127.5 - 1, k = 0, ..., 255."""
+        return (x_0.clamp(-1, 1) * 127.5 + 127.5).floor() / 127.5 - 1 if self.config.eight_bit else x_0
+
     def pair(self, batch: Batch) -> tuple[Tensor, Tensor, Condition]:
         if self.store is not None:
             return self.store.read(batch.integers(0, len(self.store)))
@@ -83,7 +88,7 @@ class Direct(Method):
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         eps, x_0, c = self.pair(batch)
-        yield self.student, self.distances[self.config.loss](self.g(eps, c), x_0)  # (BOOT paper, eq. 2)
+        yield self.student, self.distances[self.config.loss](self.g(eps, c), self.target(x_0))  # (BOOT paper, eq. 2)
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         return self.g(noise(0), c)

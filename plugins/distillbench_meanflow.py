@@ -19,9 +19,10 @@ v is the teacher's velocity (x_t - f) / t, or that of a pair, eps - x_0, whose m
 | c      | condition, to networks; in w a constant                                     |            |
 
 u = (x_t - D) / t for the student D(x_t, t, s), the teacher's network with an embedding of s that starts at zero: at
-first u is the teacher's velocity for every s. The paper's times are logit-normal, which hardly ever draws the t where
-sampling starts; so half of ours are uniform. Its p = 1 is slow from a bad start, and with random v any p > 0 moves the
-optimum from the mean towards a mode, so p is 0 here.
+first u is the teacher's velocity for every s, unless its weights are fresh. The paper's times are logit-normal, which
+hardly ever draws the t where sampling starts; so half of ours are uniform. They are the larger and the smaller of two
+draws, or, as released for CIFAR-10, t and min(t, s) with a distribution of its own for s. The paper's p = 1 is slow
+from a bad start, and with random v any p > 0 moves the optimum from the mean towards a mode, so p is 0 here.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ class AverageVelocity(TwoTimes):
 class MeanFlow(Method):
     name = "meanflow"
     paper = "Geng et al. 2025, arXiv:2505.13447"
-    needs_data = True
+    needs_data, can_start_fresh = True, True
     student: AverageVelocity
 
     @dataclass
     class Config(MethodConfig):
         schedule: str = option("flow_matching", "noise schedule that it works on; no other is possible")
         source: str = option("teacher", "of v: the teacher, or data, eps - x_0")
+        start: str = option("teacher", "weights that the student starts from: the teacher's, or fresh (published)")
         smooth: int = option(8, "degree of the polynomials in which the student sees time; 0: as the teacher sees it")
         exact: bool = option(False, "du/dt by torch.func.jvp instead of a finite difference")
         step: float = option(5e-3, "h, step of the finite difference in t")
@@ -62,6 +64,8 @@ class MeanFlow(Method):
         uniform: float = option(0.5, "ours: share of uniform times; the others are logit-normal")
         p_mean: float = option(-0.4, "mean of logit t of the logit-normal times")
         p_std: float = option(1.0, "standard deviation of logit t of the logit-normal times")
+        p_mean_s: float | None = option(None, "mean of logit s, drawn apart from t; null: of the two, s is the smaller")
+        p_std_s: float = option(1.6, "standard deviation of logit s where it is drawn apart")
         p: float = option(0.0, "power of the weight (the paper: 1, and .75 for CIFAR-10)")
         c: float = option(1e-3, "constant of the weight")
 
@@ -69,7 +73,8 @@ class MeanFlow(Method):
             super().__post_init__()
             require_one_of(self, "schedule", ("flow_matching",))
             require_one_of(self, "source", ("teacher", "data"))
-            require_positive(self, "p_std", "c")
+            require_one_of(self, "start", ("fresh", "teacher"))
+            require_positive(self, "p_std", "p_std_s", "c")
             require_between(self, 0, 1, "ratio", "uniform", "p")
             require_between(self, 0, float("inf"), "smooth")
             require_between(self, 1e-5, 0.1, "step")
@@ -78,22 +83,29 @@ class MeanFlow(Method):
         super().__init__(config, teacher)
         if config.source == "data" and teacher.conditioning.guided:
             raise UserError("meanflow with source=data cannot be guided: leave guidance at 1, or use source=teacher")
-        denoiser = teacher.student()
+        denoiser = teacher.student(fresh=config.start == "fresh")
         self.student = AverageVelocity(smooth_times(denoiser, config.smooth) if config.smooth else denoiser)
         self.t_min, self.t_max = teacher.schedule.t_min, teacher.schedule.t_max - config.step
 
-    def time(self, batch: Batch) -> Tensor:
+    def time(self, batch: Batch, mean: float, std: float) -> Tensor:
         """Uniform or logit-normal, (B,1,1,1)."""
         # logit t = lam, so a logit-normal t is a log-normal noise level
-        t = lognormal_time(self.teacher.schedule, batch.uniform(), self.config.p_mean, self.config.p_std)
+        t = lognormal_time(self.teacher.schedule, batch.uniform(), mean, std)
         t = t.clamp(self.t_min, self.t_max)
         return torch.where(batch.uniform() < self.config.uniform, batch.uniform(self.t_min, self.t_max), t)
 
+    def times(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """t, and s where it is below t; t is h or more above the lowest time."""
+        config, apart = self.config, self.config.p_mean_s is not None
+        a = self.time(batch, config.p_mean, config.p_std)
+        b = self.time(batch, *((config.p_mean_s, config.p_std_s) if apart else (config.p_mean, config.p_std)))
+        t = (a if apart else torch.maximum(a, b)).clamp(min=self.t_min + config.step)
+        return t, torch.minimum(t if apart else a, b)
+
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         config, x_0, eps, c = self.config, batch.x_0, batch.noise(), batch.c
-        a, b = self.time(batch), self.time(batch)
-        t = torch.maximum(a, b).clamp(min=self.t_min + config.step)
-        s = torch.where(batch.uniform() < config.ratio, torch.minimum(a, b), t)
+        t, below = self.times(batch)
+        s = torch.where(batch.uniform() < config.ratio, below, t)
         x_t = self.teacher.schedule.noised(x_0, t, eps)
         with torch.no_grad():
             v = eps - x_0 if config.source == "data" else (x_t - self.teacher.denoise(x_t, t, c)) / t.to(x_t)

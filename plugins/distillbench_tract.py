@@ -1,6 +1,6 @@
 """TRACT: from any time in a group of the teacher's steps, a student learns to reach the group's end in one step.
 
-Berthelot et al. 2023, arXiv:2303.04248, as released (apple/ml-tract), unclipped. In the phase from T_p to T_p+1 steps a
+Berthelot et al. 2023, arXiv:2303.04248, as released (apple/ml-tract). In the phase from T_p to T_p+1 steps a
 group is S = T_p / T_p+1 steps of the grid. t is uniform on the grid, t' the next time down, t'' the end of t's group:
 
     x_t   = alpha_t x_0 + sigma_t eps;          x_t' = DDIM(x_t, f(x_t, t), t -> t')               (teacher f)
@@ -22,7 +22,7 @@ After a phase the student's average becomes the teacher; the student, its optimi
 |----------------|---------------------------------------------------------------|-----------|
 | t > t' >= t''  | times t_j, t_j-1, t_e of the phase's grid; j > e, S divides e | (B,1,1,1) |
 | tau            | noise level, float64                                          | (B,1,1,1) |
-| f, g, x^       | data predictions: teacher, self-teacher, student              | (B,C,H,W) |
+| f, g, x^       | data predictions: teacher, self-teacher, student; see `clip`  | (B,C,H,W) |
 | x~             | target                                                        | (B,C,H,W) |
 | k              | updates of the self-teacher, over all phases                  | () int64  |
 | c              | condition; only the first teacher is guided                   | of a batch|
@@ -33,7 +33,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -46,9 +45,7 @@ from distillbench.options import require_fraction, require_one_of
 
 
 class Tract(Method):
-    name = "tract"
-    paper = "Berthelot et al. 2023, arXiv:2303.04248"
-    needs_data = True
+    name, paper, needs_data = "tract", "Berthelot et al. 2023, arXiv:2303.04248", True
     k: Tensor
     times: Tensor
 
@@ -61,6 +58,7 @@ class Tract(Method):
         teacher_step: str = option("ddim", "the first teacher's: ddim, or heun (two evaluations; on times: karras)")
         mu: float = option(0.5, "decay of the self-teacher; 0: the student itself")
         weight: str = option("truncated_snr", "w: truncated_snr, max(SNR, 1), snr_plus_one, or edm, SNR + 4")
+        clip: bool = option(False, "clip the predictions of DDIM's steps, also in sampling, to [-1, 1] (released)")
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -101,15 +99,18 @@ class Tract(Method):
         """The first teacher's grid, thinned to n steps."""
         return self.times[:: self.config.steps[0] // n]
 
+    def clipped(self, x_0: Tensor) -> Tensor:
+        return x_0.clamp(-1, 1) if self.config.clip else x_0
+
     def target(self, x_t: Tensor, j: Tensor, e: Tensor, times: tuple[Tensor, ...], c: Condition) -> Tensor:
         """x~ for x_t at t_j, whose group ends at t_e."""
         schedule, (t, t_1, t_2) = self.teacher.schedule, times
         tau, tau_1, tau_2 = (schedule.noise_level(r) for r in (t, t_1, t_2))
-        f = self.taught_by(x_t, t, c)
+        f = self.taught_by(x_t, t, c) if self.heun else self.clipped(self.taught_by(x_t, t, c))
         if self.heun:
             f_1 = self.taught_by(ddim_step(schedule, x_t, f, t, t_1), t_1, c)
             f = f + (tau / (2 * tau_1)).to(f.dtype) * (f_1 - f)
-        g = self.self_teacher(ddim_step(schedule, x_t, f, t, t_1), t_1, c)
+        g = self.clipped(self.self_teacher(ddim_step(schedule, x_t, f, t, t_1), t_1, c))
         a = torch.where(e == 0, 0.0, tau_2 * (tau - tau_1) / (tau_1 * (tau - tau_2))).to(f.dtype)
         return torch.where(j - 1 == e, f, torch.lerp(g, f, a))  # a f + (1 - a) g
 
@@ -140,8 +141,8 @@ class Tract(Method):
         return nfe in self.config.steps[1 : phase + 1]  # a phase's student is stored when it ends
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        schedule, grid = self.teacher.schedule, self.grid_of(nfe)
-        return ddim(partial(self.students[str(nfe)], c=c), schedule, x_at_top(schedule, noise(0), grid), grid)
+        schedule, grid, student = self.teacher.schedule, self.grid_of(nfe), self.students[str(nfe)]
+        return ddim(lambda x, t: self.clipped(student(x, t, c=c)), schedule, x_at_top(schedule, noise(0), grid), grid)
 
 
 @hookimpl(api=2)

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from distillbench.diffusion.distributions import mixture as mixture
     from distillbench.diffusion.dropout import one_mask as one_mask
     from distillbench.diffusion.exact_denoiser import ExactDenoiser as ExactDenoiser
+    from distillbench.diffusion.loss_balance import gradient_ratio as gradient_ratio
+    from distillbench.diffusion.loss_balance import with_gradient_of as with_gradient_of
     from distillbench.diffusion.losses import SNR_WEIGHTS as SNR_WEIGHTS
     from distillbench.diffusion.losses import denoising_loss as denoising_loss
     from distillbench.diffusion.losses import denoising_weight as denoising_weight
@@ -123,6 +125,7 @@ __all__ = [
     "derivative",
     "dpmpp_2m",
     "gamma_sampling",
+    "gradient_ratio",
     "guided",
     "heun",
     "heun_step",
@@ -146,6 +149,7 @@ __all__ = [
     "uniform_lambda_times",
     "uniform_times",
     "whole_grid",
+    "with_gradient_of",
     "x_at_t_max",
     "x_at_top",
 ]
@@ -193,6 +197,7 @@ _HOMES = {
     "derivative": "distillbench.diffusion.derivatives",
     "dpmpp_2m": "distillbench.diffusion.samplers",
     "gamma_sampling": "distillbench.diffusion.two_times",
+    "gradient_ratio": "distillbench.diffusion.loss_balance",
     "guided": "distillbench.diffusion.denoiser",
     "heun": "distillbench.diffusion.samplers",
     "heun_step": "distillbench.diffusion.samplers",
@@ -216,6 +221,7 @@ _HOMES = {
     "uniform_lambda_times": "distillbench.diffusion.samplers",
     "uniform_times": "distillbench.diffusion.samplers",
     "whole_grid": "distillbench.diffusion.samplers",
+    "with_gradient_of": "distillbench.diffusion.loss_balance",
     "x_at_t_max": "distillbench.diffusion.samplers",
     "x_at_top": "distillbench.diffusion.samplers",
 }

@@ -28,10 +28,10 @@ from distillbench.diffusion.autograd_levels import has_tangent, needs_gradient, 
 from distillbench.diffusion.conditioning import UNCONDITIONAL, WITHOUT_CLASSES, Condition, Conditioning
 from distillbench.diffusion.embeddings import AugmentedNetwork, GuidanceEmbedding
 from distillbench.diffusion.modes import evaluating
-from distillbench.diffusion.network_features import ROWS, FeatureRecorder, feature_shapes
+from distillbench.diffusion.network_features import ROWS, FeatureRecorder, feature_shapes, last_weight
 from distillbench.diffusion.schedules import NoiseSchedule
 from distillbench.errors import UserError
-from distillbench.system.dtensors import class_of
+from distillbench.system.dtensors import class_of, is_sharded
 
 __all__ = ["INPUTS", "PREDICTIONS", "SIGMA_DATA", "TARGETS", "Denoiser", "guided", "implied_eps"]
 
@@ -273,6 +273,7 @@ class Denoiser(nn.Module):
         self.native = self.schedule = schedule
         self.prediction = prediction
         self.guidance: GuidanceEmbedding | None = None
+        self._last_weight: str | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -344,8 +345,27 @@ class Denoiser(nn.Module):
         For the layers that a method puts on them, in its ``__init__``: ``shape`` and ``conditioning`` are the
         teacher's. Nothing is evaluated, counted, drawn or changed. Raises UserError like :meth:`features`.
         """
+        return feature_shapes(self.network, names, shape, self._example(conditioning))
+
+    def last_weight(self, shape: tuple[int, int, int], conditioning: Conditioning = WITHOUT_CLASSES) -> nn.Parameter:
+        """The weight of the layer that the network calls last, which has two or more dimensions and is trained.
+
+        The first call finds it, by an evaluation of images (C,H,W) of `shape` in which nothing is computed: ``shape``
+        and ``conditioning`` are the teacher's. Of adapters it is one of theirs. Raises UserError if there is none, and
+        if the network is sharded over ranks.
+        """
+        if any(is_sharded(weight) for weight in self.network.parameters()):
+            raise UserError(
+                "the last layer of a network alone has no gradient if the network is sharded. Possible: "
+                "compute.shard=false, or settings that need no such gradient"
+            )
+        if self._last_weight is None:
+            self._last_weight = last_weight(self.network, shape, self._example(conditioning))
+        return self.network.get_parameter(self._last_weight)
+
+    def _example(self, conditioning: Conditioning) -> Condition:
         device = next((weight.device for weight in self.network.parameters()), torch.device("cpu"))
-        return feature_shapes(self.network, names, shape, conditioning.example(ROWS, device))
+        return conditioning.example(ROWS, device)
 
     def on(self, schedule: NoiseSchedule) -> Denoiser:
         """The same network, read on another schedule at equal signal-to-noise ratio (it is not copied).

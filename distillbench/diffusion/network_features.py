@@ -129,15 +129,46 @@ def feature_shapes(
     Nothing is computed: the network runs in evaluation mode on tensors without numbers (torch's FakeTensorMode), which
     also replace its weights and buffers. Raises the errors of :class:`FeatureRecorder`.
     """
-    recorder, dtype = FeatureRecorder(network, names), torch.get_default_dtype()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), evaluating(network), recorder.recording():
+    recorder = FeatureRecorder(network, names)
+    with recorder.recording(), _without_numbers(network, shape, c):
+        features = recorder.take(ROWS, torch.get_default_dtype())
+    return {name: tuple(feature.shape[1:]) for name, feature in features.items()}
+
+
+def last_weight(network: nn.Module, shape: tuple[int, int, int], c: Condition) -> str:
+    """The name of the weight of the layer that `network` calls last: a parameter of two or more dimensions.
+
+    Of those with `requires_grad`, so with adapters it is one of theirs. Nothing is computed, as by
+    :func:`feature_shapes`. Raises UserError for a network without such a weight.
+    """
+    weights = {
+        module: f"{name}.{own}" if name else own
+        for name, module in network.named_modules()
+        for own, weight in module.named_parameters(recurse=False)
+        if weight.ndim > 1 and weight.requires_grad
+    }
+    called: list[str] = []
+    with ExitStack() as hooks:
+        for module, name in weights.items():
+            hooks.callback(module.register_forward_hook(lambda *_, name=name: called.append(name)).remove)
+        with _without_numbers(network, shape, c):
+            pass
+    if not called:
+        raise UserError(f"{class_of(network).__name__} has no last layer: it calls none with a weight to train")
+    return called[-1]
+
+
+@contextmanager
+def _without_numbers(network: nn.Module, shape: tuple[int, int, int], c: Condition) -> Iterator[None]:
+    """A block after an evaluation on tensors without numbers, and in their mode."""
+    dtype = torch.get_default_dtype()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), evaluating(network):
         weights = {name: _like(given) for name, given in [*network.named_parameters(), *network.named_buffers()]}
         parts = (None if given is None else _like(given) for given in (c.labels, c.text, c.image))
         labels, text, image = parts
         x, time = torch.empty(ROWS, *shape, dtype=dtype), torch.empty(ROWS, dtype=dtype)
         functional_call(network, weights, (x, time, None, Condition(labels, text=text, image=image)))
-        features = recorder.take(ROWS, dtype)
-    return {name: tuple(feature.shape[1:]) for name, feature in features.items()}
+        yield
 
 
 def _version(output: Any) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillbench.diffusion.schedules import NoiseSchedule
+from distillbench.diffusion.schedules import DiscreteBetas, NoiseSchedule
 from distillbench.errors import UserError, unknown
 from distillbench.system.transfers import to_device
 
@@ -106,6 +106,23 @@ def consistency_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
     return torch.cat([torch.tensor([schedule.t_min], dtype=torch.float64), levels[index]])
 
 
+def ddpm_quadratic_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """t_min, then DDPM's noise levels at the N indices 800 (k / (N - 1))^2 of 0, ..., 999; shape (N+1,) float64.
+
+    DDIM's "quad" steps (Song et al. 2021, arXiv:2010.02502), with the ends of its code and without its rounding to
+    integers, which repeats some indices. The first and the last level are moved into the schedule's range,
+    so that all are distinct. A single step starts at index 800.
+    """
+    ddpm = DiscreteBetas("linear")
+    ends = ddpm.t_of_lam(torch.tensor(schedule.lam_range, dtype=torch.float64)) * ddpm.steps - 1
+    low, high = ends.clamp(0, LAST_QUADRATIC).sqrt().tolist()
+    ramp = torch.linspace(1, 0, steps, dtype=torch.float64).flip(0)
+    index = (low + ramp * (high - low)) ** 2
+    times = schedule.t_of_lam(ddpm.lam((index + 1) / ddpm.steps))
+    return torch.cat([torch.tensor([schedule.t_min], dtype=torch.float64), times])
+
+
+LAST_QUADRATIC = 800.0  # index of the highest level
 LEVELS = 40  # of a consistency model
 POINTS = 1000  # diffusers' indices 0, ..., 999
 
@@ -144,6 +161,7 @@ TIME_GRIDS: dict[str, Callable[[NoiseSchedule, int], Tensor]] = {
     "uniform_lambda": uniform_lambda_times,
     "karras": karras_grid,
     "consistency": consistency_grid,
+    "ddpm_quadratic": ddpm_quadratic_grid,
     "leading": partial(diffusers_grid, spacing=_leading),
     "linspace": partial(diffusers_grid, spacing=_linspace),
     "trailing": partial(diffusers_grid, spacing=_trailing),

@@ -17,6 +17,7 @@ from distillbench.diffusion import ExactDenoiser, FlowMatching, VPCosine, mixtur
 from distillbench.diffusion.denoiser import Denoiser, NetworkCall
 from distillbench.diffusion.modes import frozen_weights
 from distillbench.networks import ResidualMLP, TwoTimes, UNet, calls
+from distillbench.networks.adapters import Adapters, inject
 from distillbench.networks.calls import ConfiguredCall
 from distillbench.networks.cuda_graphs import Captured
 from distillbench.teachers.encoded_prompts import PlaceholderPrompts
@@ -81,6 +82,42 @@ def test_features_of_every_network(name):
     assert torch.equal(f_beside, f_alone) and torch.equal(features[LAYERS[name]], seen[0])
     assert {key: tuple(value.shape[1:]) for key, value in features.items()} == shapes
     assert f.counted.counter.rows == 2 * len(x_t) and not module._forward_hooks
+
+
+LAST = {
+    "mlp": "exit",
+    "unet": "unet.conv_out",
+    "edm, ddpm++": "dec.8x8_aux_conv",
+    "edm, ncsn++": "dec.8x8_aux_conv",
+    "edm, adm": "out_conv",
+    "diffusers, dit": "transformer.proj_out_2",
+}
+
+
+@pytest.mark.parametrize("name", [*LAST, "diffusers, text"])
+def test_the_last_weight_of_every_network(name):
+    """That of the layer which makes the output, though some networks register others later (their classes)."""
+    f, key = denoiser(name).requires_grad_(True), f"{LAST.get(name, 'unet.conv_out')}.weight"
+    state = torch.get_rng_state()
+    for _ in range(2):
+        assert f.last_weight(image_shape(name), conditioning(name)) is f.network.get_parameter(key)
+    assert f.counted.counter.rows == 0 and torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks for module in f.modules())
+
+
+def test_the_last_weight_is_trained():
+    pytest.importorskip("peft")
+    f = perceptron()
+    inject(f.network, Adapters(2, 2.0))
+    assert f.last_weight(SHAPE) is f.network.get_parameter("exit.lora_B.default.weight")
+    with pytest.raises(UserError, match="ResidualMLP has no last layer: it calls none with a weight to train"):
+        perceptron().freeze().last_weight(SHAPE)
+
+
+def test_a_sharded_network_has_no_last_weight(monkeypatch):
+    monkeypatch.setattr("distillbench.diffusion.denoiser.is_sharded", lambda weight: weight.ndim > 1)
+    with pytest.raises(UserError, match=r"has no gradient if the network is sharded. Possible: compute.shard=false"):
+        perceptron().last_weight(SHAPE)
 
 
 def by_hand(f: Denoiser, x_t: Tensor, t: Tensor, embedding: Tensor | None = None) -> Tensor:

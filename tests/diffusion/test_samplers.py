@@ -466,7 +466,7 @@ def test_a_grid_ascends_from_t_min_through_distinct_times(name, grid):
         assert times.shape == (steps + 1,) and times.dtype is torch.float64
         assert times[0] == schedule.t_min and times[1] >= times[0] and (times[1:].diff() > 0).all()
         assert times[-1] <= schedule.t_max
-        if steps == 1 or grid not in ("leading", "karras", "consistency"):
+        if (steps == 1 or grid not in ("leading", "karras", "consistency")) and grid != "ddpm_quadratic":
             largest = 80.0 if grid in ("karras", "consistency") else math.inf
             top = min(schedule.noise_level(torch.tensor(schedule.t_max)).item(), largest)
             assert schedule.noise_level(times[-1]).item() == pytest.approx(top, rel=1e-9)
@@ -478,6 +478,22 @@ def test_uniform_lambda_is_uniform_in_the_logarithm_of_the_noise_level(name):
     levels = schedule.noise_level(TIME_GRIDS["uniform_lambda"](schedule, 12)).numpy()
     np.testing.assert_allclose(levels, np.geomspace(levels[0], levels[-1], 13), rtol=1e-8)
     assert levels[-1] == schedule.noise_level(torch.tensor(schedule.t_max)).item()
+
+
+def test_quadratic_levels_are_those_of_ddim_s_code_up_to_its_rounding():
+    """linspace(0, sqrt(1000 * .8), N)^2 and alpha_bar = cumprod(1 - linspace(1e-4, .02, 1000)), log-linear between."""
+    log_abar = np.log1p(-np.linspace(1e-4, 0.02, 1000)).cumsum()
+    for steps in (2, 10, 100):
+        index = np.linspace(0, np.sqrt(800), steps) ** 2
+        level = np.sqrt(np.expm1(-np.interp(index, np.arange(1000), log_abar)))  # sigma / alpha
+        for name in ("ddpm_linear", "ve", "vp_cosine", "flow_matching"):
+            schedule = SCHEDULES[name]()
+            times = TIME_GRIDS["ddpm_quadratic"](schedule, steps)
+            np.testing.assert_allclose(schedule.noise_level(times[1:]), level, rtol=1e-9)
+        np.testing.assert_allclose(TIME_GRIDS["ddpm_quadratic"](VE(), 1)[1], level[-1], rtol=1e-9)
+    narrow = VE(sigma_min=0.1, sigma_max=10.0)
+    times = TIME_GRIDS["ddpm_quadratic"](narrow, 50)
+    assert (times[1:].diff() > 0).all() and times[1:].numpy()[[0, -1]] == pytest.approx([0.1, 10.0])
 
 
 def test_leading_starts_below_t_max():
@@ -567,7 +583,10 @@ def test_a_solver_has_one_name(text, name, grid):
         ("dim", r"no sampler 'dim'\. Did you mean 'ddim'\? Possible: ddim, ddpm, dpmpp_2m, heun"),
         ("DDIM/karras", "no sampler 'DDIM'. Did you mean 'ddim'"),
         ("", "no sampler ''"),
-        ("ddim/karas", "no time grid 'karas' for sampler ddim. Did you mean 'karras'. Possible: consistency, karras, "),
+        (
+            "ddim/karas",
+            "no time grid 'karas' for sampler ddim. Did you mean 'karras'. Possible: consistency, ddpm_quadratic, ",
+        ),
         ("ddim/", "no time grid ''"),
         ("ddim/karras/karras", "no time grid 'karras/karras'"),
     ],

@@ -333,6 +333,46 @@ def test_denoising():
     close(loss_of(method, batch_of(method, 64)), total, rtol=1e-9)
 
 
+@pytest.mark.parametrize("compare", ["soft", "local"])
+def test_the_adaptive_weight_makes_both_gradients_of_the_last_layer_equally_long(compare):
+    """w |a| / (|b| + 1e-4) by gradients of whole losses, and the step's gradient is a + that times b in all weights."""
+    plain = ctm(mlp_teacher(), mu=0.5, compare=compare)
+    adaptive = ctm(mlp_teacher(), mu=0.5, compare=compare, adaptive=True, denoising=0.3)
+    for method in (plain, adaptive):
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for weight in method.student.parameters():
+                weight.add_(0.1 * torch.randn_like(weight))
+    batch, weights = batch_of(plain, 16), dict(plain.student.named_parameters())
+    losses = [plain.denoising_loss(batch), plain.consistency_loss(batch)]
+    b, a = (torch.autograd.grad(loss, list(weights.values()), retain_graph=True) for loss in losses)
+    last = [*weights].index("denoiser.counted.network.exit.weight")
+    ratio = a[last].norm() / (b[last].norm() + 1e-4)
+    assert abs(ratio - 1) > 0.1
+    loss = loss_of(adaptive, batch_of(adaptive, 16))
+    close(loss, 0.3 * ratio * losses[0] + losses[1], rtol=1e-9)
+    loss.backward()
+    for weight, of_a, of_b in zip(adaptive.student.parameters(), a, b, strict=True):
+        close(weight.grad, of_a + 0.3 * ratio * of_b, rtol=1e-8, atol=1e-14)
+    assert all(weight.grad is None for weight in adaptive.target.parameters())
+
+
+def test_the_adaptive_weight_costs_no_further_pass_through_the_target(tmp_path):
+    method = ctm(mlp_teacher(), denoising=0.5, mu=0.9, adaptive=True)
+    meter, passes = make_workspace(method.teacher, tmp_path).meter, []
+
+    def note(gradient: Tensor) -> None:
+        passes.append(gradient)
+
+    def watch(target: nn.Module, given: tuple, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(note)
+
+    method.target.register_forward_hook(watch)
+    loss_of(method, batch_of(method, 7)).backward()
+    assert len(passes) == 1 and meter.cost().student_backward_input == 7
+
+
 def test_a_guided_teacher_is_followed_and_not_denoised():
     teacher = dataclasses.replace(mlp_teacher(), conditioning=Conditioning(3, 2.0))
     assert ctm(teacher, denoising=0.5).w == 0

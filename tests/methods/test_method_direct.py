@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,21 @@ def test_pairs_are_noise_and_the_closed_form_ddim_of_it(tmp_path):
     eps, x_0 = all_pairs(method)
     assert torch.equal(eps, Noise(stream_key("pairs", 0), range(20), (2, 1, 1))(0))
     close(x_0, ddim_chain(VPCosine(), eps, torch.linspace(0, 1, 9, dtype=torch.float64)), atol=3e-7)
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_targets_of_eight_bits_are_those_of_the_release(tmp_path, online):
+    """float_to_image, and back by y / 127.5 - 1: numpy's uint8, which rounds down."""
+    settings = {"steps": 4, "pairs": 30, "online": online}
+    teacher = gaussian_teacher(VPCosine(), (0.9, -0.9), (0.5, 0.5))
+    plain, ours = (prepared(tmp_path, teacher, eight_bit=bits, **settings)[0] for bits in (False, True))
+    ours.student = plain.student
+    eps, x_0, c = plain.pair(make_batch(16))
+    y = (np.clip(x_0.numpy(), -1, 1) * 127.5 + 127.5).astype("uint8")
+    assert x_0.abs().max() > 1 and len(np.unique(y)) > 10
+    expected = (plain.g(eps, c) - torch.from_numpy(y.astype("float64") / 127.5 - 1)).square().mean()
+    close(loss_of(ours, make_batch(16)), expected, rtol=1e-12)
+    assert abs(loss_of(plain, make_batch(16)) - expected) > 1e-6
 
 
 def test_it_says_whether_pairs_are_made_ahead():

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from analytic import (
@@ -17,12 +18,15 @@ from analytic import (
     make_batch,
     minimised,
     mlp_teacher,
+    same_weights,
     time,
+    weights_of,
 )
 from distillbench import Conditioning, UserError
 from distillbench.diffusion import FlowMatching, time_like
 from distillbench.diffusion.conditioning import UNCONDITIONAL
 from distillbench.diffusion.noise import FixedNoise
+from distillbench.networks import ResidualMLP
 from distillbench_meanflow import MeanFlow
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -69,7 +73,7 @@ def test_the_average_velocity_at_equal_times_is_the_teacher_s():
     data = meanflow(mlp_teacher(FLOW), ratio=0.0, source="data")
     again = batch()
     x_0, eps = again.x_0, again.noise()
-    t = torch.maximum(data.time(again), data.time(again))
+    t, _ = data.times(again)
     x_t = (1 - t) * x_0 + t * eps
     v = (x_t - data.teacher.denoise(x_t, t)) / t
     close(loss_of(data, batch()), (v - (eps - x_0)).square().mean(), rtol=1e-10)
@@ -137,9 +141,29 @@ def test_differences_stay_between_the_ends():
 def test_half_of_the_times_are_uniform():
     """The others are logit-normal: of these, P(t < .5) = Phi(.4)."""
     for share in (0.0, 0.5, 1.0):
-        t = meanflow(uniform=share).time(make_batch(20_000))
+        t = meanflow(uniform=share).time(make_batch(20_000), -0.4, 1.0)
         below = share * 0.5 + (1 - share) * torch.special.ndtr(torch.tensor(0.4)).item()
         assert (t < 0.5).double().mean().item() == pytest.approx(below, abs=0.015)
+
+
+def test_two_times_of_one_distribution_are_sorted():
+    """The larger of two draws has the square of their distribution function, and the smaller the rest."""
+    t, s = meanflow(uniform=0.0, step=1e-5).times(make_batch(20_000))
+    below = lambda x: torch.special.ndtr(torch.logit(torch.as_tensor(x)) + 0.4).numpy()
+    assert stats.kstest(t.flatten().numpy(), lambda x: below(x) ** 2).pvalue > 1e-4
+    assert stats.kstest(s.flatten().numpy(), lambda x: 1 - (1 - below(x)) ** 2).pvalue > 1e-4
+
+
+def test_times_that_are_drawn_apart():
+    """logit t ~ N(-.6, 1.6^2) alone; s = min(t, r) with logit r ~ N(-4, 2^2), as sample_two_timesteps_t_r_v1."""
+    method = meanflow(uniform=0.0, p_mean=-0.6, p_std=1.6, p_mean_s=-4.0, p_std_s=2.0, step=1e-5)
+    t, s = method.times(make_batch(20_000))
+    logit = lambda x: torch.logit(x).flatten().numpy()
+    assert stats.kstest(logit(t), stats.norm(-0.6, 1.6).cdf).pvalue > 1e-4
+    above = lambda x: stats.norm(-0.6, 1.6).sf(x) * stats.norm(-4.0, 2.0).sf(x)  # both are above x
+    assert stats.kstest(logit(s), lambda x: 1 - above(x)).pvalue > 1e-4
+    equal = stats.norm.cdf((-4.0 + 0.6) / math.hypot(1.6, 2.0))  # P(t < r) of independent normal logits
+    assert (s == t).double().mean().item() == pytest.approx(equal, abs=0.008) and (s <= t).all()
 
 
 # --- the student -----------------------------------------------------------------------------------------------------
@@ -151,6 +175,14 @@ def test_at_first_it_is_the_teacher_s_velocity_for_every_s():
     v = (x_t - method.teacher.denoise(x_t, t)) / t
     for s in (t, t / 2, torch.zeros_like(t) + FLOW.t_min):
         close(method.student(x_t, t, s), v, atol=1e-10)
+
+
+def test_the_start_is_the_teacher_s_weights_or_fresh_ones():
+    teacher = mlp_teacher(FLOW)
+    teacher.blank = lambda: ResidualMLP((2, 1, 1), width=16, depth=1)
+    mine, fresh = weights_of(teacher.denoiser), weights_of(meanflow(teacher, start="fresh").student.denoiser)
+    assert same_weights(weights_of(meanflow(teacher).student.denoiser), mine)
+    assert fresh.keys() == mine.keys() and not same_weights(fresh, mine)
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 5])
@@ -167,6 +199,10 @@ def test_samples_of_the_exact_velocity(nfe):
 def test_settings_that_are_not_possible():
     with pytest.raises(UserError, match=r"schedule must be one of .*flow_matching"):
         meanflow(schedule="ve")
+    with pytest.raises(UserError, match="start must be one of fresh, teacher, got 'random'"):
+        meanflow(start="random")
+    with pytest.raises(UserError, match="p_std_s must be positive"):
+        meanflow(p_std_s=0.0)
     with pytest.raises(UserError, match=r"source must be one of .*teacher, data"):
         meanflow(source="pairs")
     teacher = gaussian_teacher(FLOW).conditioned(Conditioning(2, 3.0))

@@ -214,6 +214,41 @@ def test_no_digits_are_lost_where_steps_are_short():
     assert (released.double() - exact).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("phase", [0, 1])
+def test_the_clipped_target_is_the_released_one(phase):
+    """post_xt_x0 of tc_distill.py, which clips x_0 and then computes eps, in both steps."""
+    method = tract(mixture_teacher(), phase, steps=[32, 8, 2], clip=True)
+    schedule, grid = method.teacher.schedule, method.grid
+    f, g = method.taught_by, mixture_teacher(schedule, spreads=(0.4, 0.1, 0.3)).denoise
+    wide = lambda network: lambda x, t, c=UNCONDITIONAL: 1.7 * network(x, t, UNCONDITIONAL)
+    method.taught_by, method.self_teacher = wide(f), Call(wide(g))
+    j = torch.arange(method.group + 1, len(grid)).repeat(20).view(-1, 1, 1, 1)
+    e = (j - 1).div(method.group, rounding_mode="floor") * method.group
+    t, t_1, t_2 = grid[j], grid[j - 1], grid[e]
+    x_t = 2 * make_batch(len(j), (1, 1, 1)).noise()
+
+    def post_xt_x0(x, network, t, s):
+        x_0 = 1.7 * network(x, t, UNCONDITIONAL)
+        assert (x_0.abs() > 1).any() and (x_0.abs() < 1).any()
+        return ddim_to(schedule, x, x_0.clip(-1, 1), t, s)
+
+    x_1 = post_xt_x0(x_t, f, t, t_1)
+    x_2 = torch.where(e == j - 1, x_1, post_xt_x0(x_1, g, t_1, t_2))
+    close(target_of(method, x_t, j), x_0_that_lands(schedule, x_t, x_2, t, t_2), atol=1e-10)
+
+
+def test_samples_are_ddim_with_clipped_predictions():
+    method, eps = tract(gaussian_teacher(VPCosine(), (0.9, -0.9), (0.5, 0.5)), clip=True), make_batch(64).noise()
+    schedule, times, x = method.teacher.schedule, uniform_times(VPCosine(), 4), eps
+    for k in (4, 3, 2, 1):
+        t, s = (time_like(x, times[i]) for i in (k, k - 1))
+        x_0 = method.teacher.denoise(x, t).clip(-1, 1)
+        x = ddim_to(schedule, x, x_0, t, s)
+    sample = method.sample(FixedNoise([eps]), 4, UNCONDITIONAL)
+    close(sample, x_0, atol=1e-12)
+    assert sample.abs().max() == 1
+
+
 # --- oracle students -------------------------------------------------------------------------------------------------
 
 CHAINS = [[16, 1], [16, 4, 1], [16, 8, 4, 2, 1], [12, 6, 2, 1]]
@@ -410,7 +445,7 @@ def test_weights(weight):
 
 
 def released_edm_loss(student, f, g, x: Tensor, noise: Tensor, j: Tensor) -> Tensor:
-    """train_op of tc_distill_edm.py for the schedule 40, 1, with sigma_data .5; its answers not clipped."""
+    """train_op of tc_distill_edm.py for the schedule 40, 1, with sigma_data .5."""
     sd = 0.5
     sigma = torch.cat([torch.zeros(1), torch.linspace(0.002 ** (1 / 7), 80.0 ** (1 / 7), 40).pow(7)]).double()
     s = [sigma[i] for i in (j, (j - 1).clamp(1), torch.zeros_like(j))]
@@ -421,7 +456,7 @@ def released_edm_loss(student, f, g, x: Tensor, noise: Tensor, j: Tensor) -> Ten
     xt_ = xt + (s[1] - s[0]) * eps
     eps = 0.5 * (eps + (xt_ - f(xt_, s[1])) / s[1])
     xt_ = xt + (s[1] - s[0]) * eps
-    x0_ = g(xt_, s[1])
+    x0_ = torch.clip(g(xt_, s[1]), -1.0, 1.0)
     xt2 = x0_ + (xt_ - x0_) / s[1] * s[2]
     xt2 = xt2 + (j == 1) * (xt_ - xt2)
     xt2 = (xt2 * s[0] - xt * s[2]) / (s[0] - s[2])
@@ -435,11 +470,12 @@ def test_the_edm_variant_is_the_release_s():
     """On its grid, with its teacher's step and its weight: the loss is equal to rounding."""
     schedule = VE(sigma_min=0.002, sigma_max=80.0)
     teacher = mlp_teacher(schedule, "x0")
-    method = tract(teacher, 0, steps=[40, 1], times="karras", teacher_step="heun", weight="edm")
+    method = tract(teacher, 0, steps=[40, 1], times="karras", teacher_step="heun", weight="edm", clip=True)
     torch.manual_seed(3)
     with torch.no_grad():
         for weight in (*method.student.parameters(), *method.self_teacher.parameters()):
             weight.add_(0.1 * torch.randn_like(weight))
+        method.self_teacher.network.exit.bias.add_(1.0)  # some of its predictions are clipped
     batch, again = (make_batch(512, seed=4, read=gaussian_images()) for _ in range(2))
     at = lambda network: lambda x, tau: network(x, schedule.t_of_lam(tau.log()))
     x, noise, j = again.x_0, again.noise(), again.integers(1, 41)
