@@ -85,6 +85,13 @@ class NoiseSchedule(ABC):
         dtype = torch.get_default_dtype()
         return difference.exp().to(dtype), (-torch.expm1(difference)).to(dtype)
 
+    def time_of_level(self, tau: float, setting: str) -> float:
+        """The time whose noise level is `tau`. Raises UserError, which names the setting, for one that there is not."""
+        low, high = torch.tensor(self.lam_range, dtype=torch.float64).exp().tolist()
+        if not low <= tau <= high:
+            raise UserError(f"{setting} must be a noise level of the schedule, {low:g} to {high:g}, got {tau}")
+        return self.t_of_lam(torch.tensor(tau, dtype=torch.float64).log()).item()
+
     def restricted(self, lam_low: float, lam_high: float) -> Self:
         """A copy whose [t_min, t_max] is narrowed, never widened, to where lam lies in [lam_low, lam_high]."""
         low, high = self.lam_range

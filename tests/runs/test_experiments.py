@@ -58,9 +58,10 @@ SMALL = [
     "isolate=false",
     "run_name=here",
 ]
-LESS = {  # where an experiment's own number would take a minute
+LESS = {  # where an experiment's own number would take a minute, or two steps are too few for it
     "direct": "methods.direct.pairs=8",
     "ct": "methods.ct.s1=10",
+    "sid": "methods.sid.generator_start=0",
     "reflow": "methods.reflow.pairs=8",
 }
 PAIRED = {"direct", "reflow"}  # methods with noise-image pairs
