@@ -267,6 +267,34 @@ def test_the_student_is_updated_once_in_a_cycle(ratio):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("gan", [{}, {"gan_weight": 0.5, "layer": LAYER}], ids=["data-free", "adversarial"])
+def test_with_shared_images_the_fake_score_learns_from_those_of_the_student_s_update(gan, tmp_path):
+    """DMD2's iteration: one draw of noise and class, the student's update if it is due, then the fake score's."""
+    teacher = class_teacher(Conditioning(3))
+    method = perturbed(dmd(teacher, shared=True, fake_updates=2, levels=[80.0, 1.0], **gan))
+    labels = torch.tensor([0, 1, 2, 2, 1, 0, 0])
+    meter, seen, networks = make_workspace(teacher, tmp_path).meter, [], []
+    student_loss, fake_loss = method.student_loss, method.fake_loss
+    method.student_loss = lambda x, k, batch, c: seen.append((x.detach(), k, c)) or student_loss(x, k, batch, c)
+    method.fake_loss = lambda x, k, batch, c: seen.append((x, k, c)) or fake_loss(x, k, batch, c)
+    for step in range(3):
+        generator, read = torch.Generator().manual_seed(step), lambda n: (torch.zeros(n, 2, 1, 1), labels)
+        batch = Batch(7, (2, 1, 1), generator, "cpu", read, teacher.conditioning, step=step)
+        for network, loss in method.train_step(batch):
+            networks.append(network)
+            method.zero_grad()
+            loss.backward()
+            other = method.student if network is method.fake else method.fake
+            assert all(weight.grad is None for weight in other.parameters())
+    assert networks == [method.student, method.fake, method.fake, method.student, method.fake]
+    for (x, k, c), (x_fake, k_fake, c_fake) in ((seen[0], seen[1]), (seen[3], seen[4])):
+        assert torch.equal(x, x_fake) and not x_fake.requires_grad and k is k_fake and c is c_fake
+    assert not torch.equal(seen[1][0], seen[2][0])  # each step draws anew
+    heads = 7 * (3 * 2 + 2) if gan else 0  # of x and of a real image in three updates; of x in the student's two
+    assert (meter.teacher_nfe, meter.student_nfe) == (7 * 2, 7 * (3 * 2 + 3 + 2) + heads)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("gan", [{}, {"gan_weight": 0.5, "layer": LAYER}], ids=["data-free", "adversarial"])
 def test_an_update_moves_one_network(gan):
     method = dmd(**ONE_TO_ONE | gan)
     teacher = weights_of(method.teacher.denoiser)
