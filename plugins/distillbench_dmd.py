@@ -44,6 +44,7 @@ TIMES = {  # t from the schedule and a uniform draw
 }
 WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # w from |x - D_phi| and tau
     "dmd": lambda error, tau: 1 / error.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-5),
+    "released": lambda error, tau: 1 / error.mean(dim=(1, 2, 3), keepdim=True),
     "one": lambda error, tau: torch.ones_like(tau),
     "kl": lambda error, tau: tau**-2,
 }
@@ -62,7 +63,7 @@ class DistributionMatching(Method):
         mixture: bool = option(False, "the fake score is of the mixture of all steps (published), and not of each step")
         fake_updates: int = option(5, "updates of the fake score to one of the student (Diff-Instruct: 1)")
         shared: bool = option(False, "both updates of a step use the same images, the student's first (as released)")
-        weight: str = option("dmd", "w: dmd, one (Diff-Instruct), or kl, 1/tau^2")
+        weight: str = option("dmd", "w: dmd, floor 1e-5; released, none, NaN -> 0; one (Diff-Instruct); kl, 1/tau^2")
         times: str = option("karras", "t: uniform on Karras et al.'s ramp, or lognormal (Diff-Instruct)")
         margin: float = option(0.02, "share of these times at each end that the student's loss leaves out")
         gan_weight: float = option(0.0, "of the student's adversarial loss (published: 3e-3); 0: none, data-free")
@@ -111,7 +112,8 @@ class DistributionMatching(Method):
         with torch.no_grad():
             x_t, tau = self.teacher.schedule.noised(x, t, eps), self.teacher.schedule.noise_level(t).to(x.dtype)
             D_phi, D_psi = self.teacher.denoise(x_t, t, c), self.fake(x_t, t, k, c)
-            return WEIGHTS[self.config.weight]((x - D_phi).abs(), tau) * (D_psi - D_phi)
+            g = WEIGHTS[self.config.weight]((x - D_phi).abs(), tau) * (D_psi - D_phi)
+            return g.nan_to_num() if self.config.weight == "released" else g
 
     def student_loss(self, x: Tensor, k: Tensor, batch: Batch, c: Condition) -> Tensor:
         g = self.g(x, k, self.time(batch, self.config.margin), batch.noise(), c)

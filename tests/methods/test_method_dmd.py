@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -192,6 +193,25 @@ def test_the_normaliser_is_of_one_image_and_has_a_floor():
     method.teacher.denoise = lambda x_t, t, c: x  # a teacher that agrees with x to the last digit
     D_psi = method.fake.denoiser(method.teacher.schedule.noised(x, t, eps), t)
     close(method.g(x, K, t, eps, UNCONDITIONAL), 1e5 * (D_psi - x), rtol=1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_released_weight_has_no_floor_and_drops_what_is_not_a_number():
+    """As numpy's nan_to_num. A teacher that is 1e-7 from x, at x, at x as the fake score is, and not a number."""
+    method = perturbed(dmd(weight="released"))
+    batch = make_batch(4)
+    x, t, eps = batch.noise(), method.time(batch), batch.noise()
+    D_psi = method.fake.denoiser(method.teacher.schedule.noised(x, t, eps), t).detach()
+    D_phi = x + torch.tensor([1e-7, 0.0, 0.0, math.nan]).view(4, 1, 1, 1)
+    x[2], D_phi[2] = D_psi[2], D_psi[2]
+    method.teacher.denoise = lambda x_t, t, c: D_phi
+    method.fake.forward = lambda x_t, t, k, c: D_psi
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.abs((x - D_phi).numpy()).mean(axis=(1, 2, 3), keepdims=True)
+        expected = np.nan_to_num((D_psi - D_phi).numpy() / error)
+    found = method.g(x, K, t, eps, UNCONDITIONAL).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert np.abs(found[0]).max() > 2e5 and np.abs(found[1]).max() > 1e300 and not found[2:].any()
 
 
 @pytest.mark.usefixtures("float64")
