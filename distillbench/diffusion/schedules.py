@@ -31,6 +31,9 @@ from distillbench.errors import UserError, unknown
 __all__ = ["SCHEDULES", "VE", "DiscreteBetas", "FlowMatching", "NoiseSchedule", "VPCosine", "VPLinear"]
 
 
+FARTHEST_LAM = 20.0  # of ln tau, 10 standard deviations of 2 from -1 to 1 away
+
+
 class NoiseSchedule(ABC):
     """A schedule is defined by ``lam(t)``, its inverse ``t_of_lam``, and log alpha as a function of lambda.
 
@@ -168,6 +171,10 @@ class VE(NoiseSchedule):
 
     def _log_alpha(self, lam: Tensor) -> Tensor:
         return torch.zeros_like(lam)
+
+    def unbounded(self) -> VE:
+        """The same with every noise level that a draw can reach."""
+        return VE(math.exp(-FARTHEST_LAM), math.exp(FARTHEST_LAM))
 
 
 class FlowMatching(NoiseSchedule):
