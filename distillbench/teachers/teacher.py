@@ -79,7 +79,8 @@ class Teacher:
     global generator. `students` says whether students are such copies, adapters, or another architecture.
 
     A latent teacher denoises latents of `shape` and decodes them to images of `image_shape`. `encode` runs before
-    sampling and `decode` after it; neither is part of the sampling time. `clip` clips its data predictions.
+    sampling and `decode` after it; neither is part of the sampling time. With `to_posterior` students train on latents
+    that are drawn anew at each use of an image, without it on `to_latents`. `clip` clips its data predictions.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Teacher:
     clip: Clip = Clip()
     students: StudentForm = AS_TEACHER
     student_rows: Counter = field(default_factory=Counter)
+    to_posterior: Callable[[Tensor], Tensor] | None = None  # images to mean and deviation of latents, (B,2c,h,w)
 
     def __post_init__(self) -> None:
         self.denoiser.freeze()
@@ -145,6 +147,10 @@ class Teacher:
     def encoded(self, images: Tensor) -> Tensor:
         """The latents of `images` (B,C,H,W) in [-1, 1], encoded in parts; for a teacher in pixel space the images."""
         return self._in_parts(self.to_latents, images)
+
+    def posterior(self, images: Tensor) -> Tensor:
+        """Mean and standard deviation (B,2c,h,w) of the latents of `images` (B,C,H,W), encoded in parts."""
+        return self._in_parts(self.to_posterior, images)
 
     def _in_parts(self, call: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
         if call is None:
