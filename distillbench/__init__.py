@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from distillbench.training.method import MethodConfig as MethodConfig
     from distillbench.training.method import Phase as Phase
     from distillbench.training.multistep import MultistepMethod as MultistepMethod
+    from distillbench.training.multistep import SegmentedMethod as SegmentedMethod
     from distillbench.training.optimizer_config import NetworkConfig as NetworkConfig
     from distillbench.training.optimizer_config import OptimizerConfig as OptimizerConfig
     from distillbench.training.pairs import PairStore as PairStore
@@ -77,6 +78,7 @@ __all__ = [
     "Phase",
     "Progress",
     "Samples",
+    "SegmentedMethod",
     "Teacher",
     "TeacherConfig",
     "TeacherPlan",
@@ -111,6 +113,7 @@ _HOMES = {
     "MethodConfig": "distillbench.training.method",
     "Metric": "distillbench.evaluation.metric",
     "MultistepMethod": "distillbench.training.multistep",
+    "SegmentedMethod": "distillbench.training.multistep",
     "Need": "distillbench.evaluation.metric",
     "NetworkConfig": "distillbench.training.optimizer_config",
     "Noise": "distillbench.diffusion.noise",

@@ -27,14 +27,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Condition, MultistepMethod, Teacher, UserError, Workspace, hookimpl, option
+from distillbench import Batch, SegmentedMethod, Teacher, UserError, Workspace, hookimpl, option
 from distillbench.diffusion import (
     DISTANCE_NAMES,
     ONE_STEP,
@@ -44,30 +44,24 @@ from distillbench.diffusion import (
     NoiseSchedule,
     check_heun,
     karras_times,
-    multistep,
     one_mask,
-    segment_edges,
-    segment_start,
-    segmentwise,
 )
 from distillbench.networks import MovingAverage
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 
 
-class ConsistencyDistillation(MultistepMethod):
+class ConsistencyDistillation(SegmentedMethod):
     name = "cm"
     paper = "Song et al. 2023, arXiv:2303.01469"
     needs_data = True
     can_start_fresh = True
     student: ConsistencyFunction
-    edges: Tensor
 
     @dataclass
-    class Config(MultistepMethod.Config):
+    class Config(SegmentedMethod.Config):
         lr: float = option(2e-3, "peak learning rate of Adam")
         steps: int = option(12, "N, noise levels of the grid (the paper: 18 for CIFAR-10, 40 for ImageNet)")
         solver: str = option("heun", "teacher step: heun (two evaluations) or ddim (Euler, one evaluation)")
-        segments: int = option(1, "K, segments of the grid and evaluations of a sample; 1: any number of them below N")
         times: str = option("karras", "grid of the levels: karras, uniform (in t) or uniform_lambda")
         mu: float = option(0.95, "decay of the target network; 0: the student itself, stop-gradient")
         metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}")
@@ -82,7 +76,6 @@ class ConsistencyDistillation(MultistepMethod):
             require_positive(self, "sigma_min", "sigma_max", "sigma_data", "rho")
             require_between(self, 2, float("inf"), "steps")
             require_between(self, 1, self.steps - 1, "segments")
-            self.require_free_levels(self.segments == 1, "segments")
             require_fraction(self, "mu")  # with 1 the target network would never learn
             require_one_of(self, "solver", ONE_STEP)
             require_one_of(self, "times", ("karras", "uniform", "uniform_lambda"))
@@ -94,7 +87,6 @@ class ConsistencyDistillation(MultistepMethod):
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
         self.register_buffer("grid", self.levels(config, teacher.schedule), persistent=False)
-        self.register_buffer("edges", segment_edges(self.grid, config.segments), persistent=False)
         e = teacher.schedule.noise_level(self.grid[:1]).item()  # the schedule may not reach down to sigma_min
         self.student = ConsistencyFunction(teacher.student(), e, config.sigma_data)
         self.target = copy.deepcopy(self.student).requires_grad_(False) if config.mu else self.student
@@ -117,7 +109,7 @@ class ConsistencyDistillation(MultistepMethod):
         x_0, eps, c = batch.x_0, batch.noise(), batch.c
         n = batch.integers(0, len(grid) - 1)
         t, s = grid[n + 1], grid[n]
-        end = () if self.config.segments == 1 else (segment_start(self.edges, t),)
+        end = self.segment_end(t)
         x_t = schedule.noised(x_0, t, eps)
         with torch.no_grad():
             x_s = ONE_STEP[self.config.solver](schedule, partial(self.teacher.denoise, c=c), x_t, t, s)
@@ -131,17 +123,6 @@ class ConsistencyDistillation(MultistepMethod):
     def after_step(self) -> None:
         if self.config.mu:
             self.following.move(1 - self.config.mu)  # (eq. 8)
-
-    def supports(self, nfe: int) -> bool:
-        return 1 <= nfe < self.config.steps if self.config.segments == 1 else nfe == self.config.segments
-
-    def keeps_noise(self, nfe: int) -> bool:
-        return nfe == self.config.segments
-
-    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        if self.config.segments > 1:
-            return segmentwise(self.student, self.edges, noise(0), c)
-        return multistep(self.student, self.sampling_times(nfe), noise, nfe, c)
 
 
 @hookimpl(api=2)

@@ -17,6 +17,7 @@ replaced by a second image with the same noise: E[x_0 + tau_s eps given x_t] is 
 | c      | class of x_0                                                       | of a batch |
 | F, F^- | consistency function of the student and of the target network      | (B,C,H,W)  |
 
+With `segments=K` F maps to the start of the segment of t, and s is at least there (arXiv:2403.06807).
 N grows in stages (distillbench.diffusion.CURRICULA). If networks have dropout, F and F^- drop the same features. For
 infinite N the optimum is the map of the data's ODE, that of an exact teacher, so one-step samples are compared with it.
 At finite N the optimum of pseudo_huber is further from it than that of l2: it estimates medians until |F - F^-| < c.
@@ -26,13 +27,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Condition, MultistepMethod, Phase, Teacher, UserError, hookimpl, option
+from distillbench import Batch, Phase, SegmentedMethod, Teacher, UserError, hookimpl, option
 from distillbench.diffusion import (
     CURRICULA,
     DISTANCE_NAMES,
@@ -41,14 +42,13 @@ from distillbench.diffusion import (
     continuous_pair,
     inverse_length,
     karras_times,
-    multistep,
     one_mask,
 )
-from distillbench.networks import MovingAverage, scale_fourier
+from distillbench.networks import MovingAverage
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 
 
-class ConsistencyTraining(MultistepMethod):
+class ConsistencyTraining(SegmentedMethod):
     name = "ct"
     paper = "Song et al. 2023, arXiv:2303.01469; Song & Dhariwal 2023, arXiv:2310.14189"
     needs_data, uses_teacher, can_start_fresh = True, False, True
@@ -57,7 +57,7 @@ class ConsistencyTraining(MultistepMethod):
     sampling_grid = property(lambda self: self.last)
 
     @dataclass
-    class Config(MultistepMethod.Config):
+    class Config(SegmentedMethod.Config):
         lr: float = option(2e-3, "peak learning rate of Adam")
         start: str = option("fresh", "weights that the student starts from: fresh, or the teacher's (teacher)")
         fourier_scale: float = option(0.0, "of a fresh NCSN++'s features of time; 0: 16 (arXiv:2310.14189: .02)")
@@ -84,13 +84,14 @@ class ConsistencyTraining(MultistepMethod):
             require_fraction(self, "mu")
             require_one_of(self, "start", ("fresh", "teacher"))
             require_between(self, 0, 1000, "fourier_scale")
-            if self.fourier_scale and self.start != "fresh":
-                raise UserError("fourier_scale needs start=fresh: the teacher's weights are trained with its own scale")
             require_one_of(self, "curriculum", CURRICULA)
             require_one_of(self, "metric", DISTANCE_NAMES)
             require_one_of(self, "weight", ("uniform", "inv_step"))
             require_one_of(self, "levels", (*GRID_LEVELS, "continuous"))
             require_between(self, 0, self.sigma_max, "sigma_min")
+            require_between(self, 1, self.s1, "segments")
+            if self.segments > 1 and self.levels == "continuous":
+                raise UserError(f"segments={self.segments} needs levels on a grid, got levels=continuous")
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
@@ -100,8 +101,7 @@ class ConsistencyTraining(MultistepMethod):
         self.register_buffer("last", self.times(self.stages[-1][0]), persistent=False)  # cut to the schedule
         self.within = teacher.schedule.restricted(math.log(config.sigma_min), math.log(config.sigma_max))
         e = 0.0 if config.levels == "continuous" else teacher.schedule.noise_level(self.last[:1]).item()
-        start = teacher.student(fresh=config.start == "fresh")
-        start = scale_fourier(start, config.fourier_scale) if config.fourier_scale else start
+        start = teacher.student(fresh=config.start == "fresh", fourier_scale=config.fourier_scale)
         self.student = ConsistencyFunction(start, e, config.sigma_data)
         self.target = copy.deepcopy(self.student).requires_grad_(False) if config.mu else self.student
         self.following = MovingAverage(self.target, self.student)
@@ -129,20 +129,20 @@ class ConsistencyTraining(MultistepMethod):
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         schedule, config, x_0, eps, c = self.teacher.schedule, self.config, batch.x_0, batch.noise(), batch.c
         t, s, tau_s = self.pair(batch.uniform())
+        if end := self.segment_end(t):  # its edges are levels of the last stage
+            s = torch.maximum(s, *end)
+            tau_s = schedule.noise_level(s)
         x_t, x_s = schedule.noised(x_0, t, eps), schedule.noised(x_0, s, eps)
         with one_mask(self.student, self.target):
             with torch.no_grad():
-                target = torch.where(tau_s > 0, self.target(x_s, s, c), x_0)
-            F = self.student(x_t, t, c)
+                target = torch.where(tau_s > 0, self.target(x_s, s, c, *end), x_0)
+            F = self.student(x_t, t, c, *end)
         weight = inverse_length(schedule.noise_level(t), tau_s) if config.weight == "inv_step" else 1.0
         yield self.student, self.distances[config.metric](F, target, weight)
 
     def after_step(self) -> None:
         if self.config.mu:
             self.following.move(1 - self.mu)
-
-    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        return multistep(self.student, self.sampling_times(nfe), noise, nfe, c)
 
 
 @hookimpl(api=2)

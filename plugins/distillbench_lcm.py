@@ -31,22 +31,18 @@ The paper's w is ours less 1. If networks have dropout, F and F^- drop the same 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from distillbench import Batch, Condition, Denoiser, MultistepMethod, Teacher, hookimpl, option
+from distillbench import Batch, Denoiser, SegmentedMethod, Teacher, hookimpl, option
 from distillbench.diffusion import (
     DISTANCE_NAMES,
     ConsistencyFunction,
     ddim_step,
-    multistep,
     one_mask,
-    segment_edges,
-    segment_start,
-    segmentwise,
     whole_grid,
 )
 from distillbench.networks import MovingAverage
@@ -70,19 +66,17 @@ class ScaledConsistencyFunction(ConsistencyFunction):
         return (sd**2 / square).to(dtype), (tau / square.sqrt()).to(dtype)
 
 
-class LatentConsistency(MultistepMethod):
+class LatentConsistency(SegmentedMethod):
     name = "lcm"
     paper = "Luo et al. 2023, arXiv:2310.04378"
     needs_data = True
     can_start_fresh = True
     student: ScaledConsistencyFunction
-    edges: Tensor
 
     @dataclass
-    class Config(MultistepMethod.Config):
+    class Config(SegmentedMethod.Config):
         lr: float = option(2e-3, "peak learning rate of Adam (published: 8e-6, and 1e-4 for adapters)")
         steps: int = option(50, "N, steps of the solver's grid")
-        segments: int = option(1, "K, segments of the grid and evaluations of a sample; 1: any number of them up to N")
         times: str = option("trailing", "solver's grid: trailing (as released), uniform (in t) or uniform_lambda")
         mu: float = option(0.95, "decay of the target network; 0: the student itself, stop-gradient")
         loss: str = option("huber", f"huber, the pseudo-Huber loss of each value, or {', '.join(DISTANCE_NAMES)}")
@@ -94,7 +88,6 @@ class LatentConsistency(MultistepMethod):
             super().__post_init__()
             require_between(self, 2, INDICES - 1, "steps")
             require_between(self, 1, self.steps, "segments")
-            self.require_free_levels(self.segments == 1, "segments")
             require_one_of(self, "times", ("trailing", "uniform", "uniform_lambda"))
             require_one_of(self, "loss", ("huber", *DISTANCE_NAMES))
             require_fraction(self, "mu")  # with 1 the target network would never learn
@@ -103,7 +96,6 @@ class LatentConsistency(MultistepMethod):
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
         self.register_buffer("grid", whole_grid(config.times, teacher.schedule, config.steps), persistent=False)
-        self.register_buffer("edges", segment_edges(self.grid, config.segments), persistent=False)
         self.student = ScaledConsistencyFunction(teacher.student(), config.scaling, config.sigma_data)
         self.target = copy.deepcopy(self.student).requires_grad_(False) if config.mu else self.student
         self.following = MovingAverage(self.target, self.student)
@@ -112,7 +104,7 @@ class LatentConsistency(MultistepMethod):
         schedule, grid, c = self.teacher.schedule, self.grid, batch.c
         n = batch.integers(1, len(grid))
         t, s = grid[n], grid[n - 1]
-        end = () if self.config.segments == 1 else (segment_start(self.edges, t),)
+        end = self.segment_end(t)
         x_t = schedule.noised(batch.x_0, t, batch.noise())
         with torch.no_grad():
             x_s = ddim_step(schedule, x_t, self.teacher.denoise(x_t, t, c), t, s)
@@ -131,17 +123,6 @@ class LatentConsistency(MultistepMethod):
     def after_step(self) -> None:
         if self.config.mu:
             self.following.move(1 - self.config.mu)
-
-    def supports(self, nfe: int) -> bool:
-        return 1 <= nfe <= self.config.steps if self.config.segments == 1 else nfe == self.config.segments
-
-    def keeps_noise(self, nfe: int) -> bool:
-        return nfe == self.config.segments
-
-    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        if self.config.segments > 1:
-            return segmentwise(self.student, self.edges, noise(0), c)
-        return multistep(self.student, self.sampling_times(nfe), noise, nfe, c)
 
 
 @hookimpl(api=2)

@@ -126,6 +126,7 @@ def test_on_the_command_line(folder, capsys, monkeypatch):
     assert "left out: RuntimeError: no luck" in " ".join(out.split()) and "Traceback" in err
 
 
+@pytest.mark.nightly
 def test_a_method_from_a_file_is_timed_in_a_fresh_process(folder, tmp_path):
     """The process that measures speed is handed the method, so it must find the file as well."""
     results = tmp_path / "results"

@@ -249,9 +249,7 @@ class FileConfig(DatasetConfig):
     crop: str = option("center", "center: the largest centred square; none: images must be square")
     resize: str = option("pillow_bicubic", f"{', '.join(RESIZES)} (images must have the side already)")
     labels: str = option("auto", "auto: those in the source, else its captions; folders, captions or none")
-    download: bool = option(
-        False, "without dataset.path: download the published files; with hub:OWNER/NAME: allow its download"
-    )
+    download: bool = option(False, "download the published files, or what a path hub:OWNER/NAME names")
     workers: int = option(4, "threads that decode images; results are the same for any number")
     memory_mib: int = option(1024, "decoded images are cached in memory if all of them fit into this size in MiB")
 

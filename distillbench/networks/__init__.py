@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from distillbench.networks.architectures import UNet as UNet
     from distillbench.networks.averaging import MovingAverage as MovingAverage
     from distillbench.networks.averaging import move_towards as move_towards
-    from distillbench.networks.time_features import scale_fourier as scale_fourier
     from distillbench.networks.time_features import smooth_times as smooth_times
 
 __all__ = [
@@ -50,7 +49,6 @@ __all__ = [
     "evaluating",
     "frozen_weights",
     "move_towards",
-    "scale_fourier",
     "smooth_times",
 ]
 
@@ -72,7 +70,6 @@ _HOMES = {
     "evaluating": "distillbench.diffusion.modes",
     "frozen_weights": "distillbench.diffusion.modes",
     "move_towards": "distillbench.networks.averaging",
-    "scale_fourier": "distillbench.networks.time_features",
     "smooth_times": "distillbench.networks.time_features",
 }
 

@@ -20,6 +20,7 @@ from distillbench.diffusion.embeddings import GuidanceEmbedding
 from distillbench.diffusion.schedules import NoiseSchedule
 from distillbench.errors import UserError
 from distillbench.networks.adapters import inject
+from distillbench.networks.time_features import scale_fourier
 from distillbench.options import option
 from distillbench.system.offloading import Offloaded
 from distillbench.teachers.students import AS_TEACHER, StudentForm
@@ -165,14 +166,19 @@ class Teacher:
             stack.enter_context(module.keep_on_device())
         return stack
 
-    def student(self, fresh: bool | None = None) -> Denoiser:
+    def student(self, fresh: bool | None = None, fourier_scale: float = 0.0) -> Denoiser:
         """A trainable network of the form that the run's settings (`student`) give.
 
         By default it is a copy of the teacher's, or starts as one and trains adapters alone, or is another architecture
         with random weights. `fresh` insists on random weights (True) or on the teacher's (False): UserError if the
         settings do not allow that. If training draws w, the student has w as an input, by an embedding that is zero
-        before training.
+        before training. `fourier_scale` above 0 is the scale of its Fourier features of time (``scale_fourier``), in
+        place of its own, which other weights than random ones have learned to read: UserError for those.
         """
+        if fourier_scale:
+            if not fresh:
+                raise UserError("fourier_scale needs a student that starts from random weights (start=fresh)")
+            return scale_fourier(self.student(fresh), fourier_scale)
         form = self.students
         if form.architecture is not None:
             if fresh is False:

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distillbench.diffusion.conditioning import Condition
+from distillbench.diffusion.consistency import (
+    ConsistencyFunction,
+    multistep,
+    segment_edges,
+    segment_start,
+    segmentwise,
+)
 from distillbench.errors import UserError
-from distillbench.options import option
+from distillbench.options import option, require_between
 from distillbench.teachers.teacher import Teacher
 from distillbench.training.method import Method, MethodConfig
 
-__all__ = ["MultistepMethod"]
+__all__ = ["MultistepMethod", "SegmentedMethod"]
 
 
 def _checked(levels: Any) -> list[float]:
@@ -44,11 +53,8 @@ class MultistepMethod(Method):
     class Config(MethodConfig):
         """Settings of such a method. Its own Config derives from this one."""
 
-        sampling_levels: list[Any] = option(  # of lists of float, which OmegaConf refuses if they have an int
-            [],
-            "noise levels where steps after the first begin, falling: [[A],[B,C]] for 2 and 3 evaluations; "
-            "for other numbers they are spread evenly over the grid",
-            sampling=True,
+        sampling_levels: list = option(  # of lists of float, which OmegaConf refuses if they have an int
+            [], "noise levels of steps after the first, [[A],[B,C]] for 2, 3 NFE; else of the grid", sampling=True
         )
 
         def __post_init__(self) -> None:
@@ -123,3 +129,45 @@ class MultistepMethod(Method):
                     f"{able}"
                 )
             self.sampling_times(nfe)
+
+
+class SegmentedMethod(MultistepMethod):
+    """A consistency model, of the whole trajectory or of each of its K segments.
+
+    With K = 1 it samples by algorithm 1 of Song et al. 2023 (arXiv:2303.01469), in any number of steps. Otherwise the
+    student maps each segment of the grid to the segment's own start (Heek et al. 2024, arXiv:2403.06807), in K
+    evaluations without fresh noise.
+    """
+
+    student: ConsistencyFunction
+
+    @dataclass
+    class Config(MultistepMethod.Config):
+        """Settings of such a method."""
+
+        segments: int = option(1, "K, segments of the grid and evaluations of a sample; 1: any number of evaluations")
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require_between(self, 1, float("inf"), "segments")
+            self.require_free_levels(self.segments == 1, "segments")
+
+    @property
+    def edges(self) -> Tensor:
+        """e_0 < ... < e_K, (K+1,), times of the grid."""
+        return segment_edges(self.sampling_grid, self.config.segments)
+
+    def segment_end(self, t: Tensor) -> tuple[Tensor, ...]:
+        """Where F maps x_t to, as its last argument: (e_j,) with e_j < t <= e_(j+1), shape of t; () with K = 1."""
+        return () if self.config.segments == 1 else (segment_start(self.edges, t),)
+
+    def supports(self, nfe: int) -> bool:
+        return super().supports(nfe) if self.config.segments == 1 else nfe == self.config.segments
+
+    def keeps_noise(self, nfe: int) -> bool:
+        return nfe == self.config.segments
+
+    def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
+        if self.config.segments > 1:
+            return segmentwise(self.student, self.edges, noise(0), c)
+        return multistep(self.student, self.sampling_times(nfe), noise, nfe, c)

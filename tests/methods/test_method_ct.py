@@ -36,10 +36,10 @@ from analytic import (
     weights_of,
 )
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition, Conditioning
-from distillbench.diffusion.consistency import ConsistencyFunction, multistep
+from distillbench.diffusion.consistency import ConsistencyFunction, multistep, segment_edges, segmentwise
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.noise import FixedNoise
-from distillbench.diffusion.samplers import karras_times, time_like
+from distillbench.diffusion.samplers import ddim_step, karras_times, time_like
 from distillbench.diffusion.schedules import SCHEDULES, VE, VPCosine
 from distillbench.errors import UserError
 from distillbench.networks.architectures import ResidualMLP
@@ -552,6 +552,75 @@ def test_trained_students_reach_the_closed_form(tmp_path, settings, steps):
     assert error() < 0.04 < 0.1 * before
 
 
+# --- segments --------------------------------------------------------------------------------------------------------
+
+
+class EulerTo(nn.Module):
+    """`gain` times the optimum with segments on a Gaussian: Euler steps of its ODE from t to `end`, over `times`."""
+
+    def __init__(self, method, times: Tensor, gain: float = 1.0) -> None:
+        super().__init__()
+        self.denoise, self.schedule, self.times = method.teacher.denoise, method.teacher.schedule, times
+        self.gain = nn.Parameter(torch.tensor(gain))
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Condition, end: Tensor) -> Tensor:
+        for lower, upper in reversed(list(pairwise(self.times))):
+            a, b = time_like(x_t, upper), time_like(x_t, lower)
+            step = ddim_step(self.schedule, x_t, self.denoise(x_t, a), a, b)
+            x_t = torch.where((t >= a) & (end <= b), step, x_t)
+        return self.gain * x_t
+
+
+@pytest.mark.parametrize("name", ["ve", "vp_cosine", "flow_matching"])
+def test_with_segments_the_optimum_is_the_chain_cut_at_the_edges(name):
+    """The mean gradient is zero there, exactly: x_0 = m +- sd and eps = +-1 have the moments that it is made of.
+
+    Edges are levels of the last stage, 0, 2, 5 and 8 of 9. In the first stage, whose levels are 0, 2, 4, 6, 8 of these,
+    the pair of 6 and 4 is cut at 5.
+    """
+    schedule = SCHEDULES[name]()
+    method = ct(gaussian_teacher(schedule), s0=4, s1=8, curriculum="doubling", segments=3)
+    assert torch.equal(method.edges, method.last[[0, 2, 5, 8]])
+    assert len(method.grid) == 5
+    times = torch.cat([method.grid, method.last[[5]]]).sort().values
+    sign = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    x_0, eps = column(MEAN) + column(VARIANCE).sqrt() * time(sign[:, 0]), time(sign[:, 1]).expand(4, 2, 1, 1)
+    for n in range(4):
+        slopes = []
+        for gain in (1.0, 1.02):
+            method.student, method.target = EulerTo(method, times, gain), EulerTo(method, times)
+            loss_of(method, given(x_0, eps, method, n)).backward()
+            slopes.append(method.student.gain.grad.abs().item())
+        assert slopes[0] < 1e-9 * slopes[1] and slopes[1] > 0
+
+
+def test_with_segments_pairs_are_cut_at_the_edges():
+    method = ct(mlp_teacher(), s0=4, s1=8, curriculum="doubling", segments=3, weight="inv_step")
+    asked = []
+    for network in (method.target, method.student):
+        network.register_forward_hook(lambda module, args, out: asked.append((*args, out)))
+    loss = loss_of(method, batch_of(method, 200))
+    (x_s, s, _, end, target), (_, t, _, same, F) = asked
+    found = {tuple(torch.cat([t, s, end], dim=1)[k].flatten().tolist()) for k in range(200)}
+    places = {tuple(int((method.last - value).abs().argmin()) for value in row) for row in found}
+    assert places == {(2, 0, 0), (4, 2, 2), (6, 5, 5), (8, 6, 5)} and torch.equal(end, same)
+    at_end = (s == end).flatten()
+    assert torch.equal(target[at_end], x_s[at_end])
+    tau_t, tau_s = (method.teacher.schedule.noise_level(q) for q in (t, s))
+    close(loss, ((F - target).square() / (tau_t - tau_s)).mean(), rtol=1e-9)
+
+
+def test_segments_are_sampled_in_as_many_evaluations_only():
+    method = ct(mlp_teacher(), segments=4)
+    assert [n for n in range(20) if method.supports(n)] == [4] and method.keeps_noise(4)
+    eps = make_batch(5).noise()
+    expected = segmentwise(method.student, segment_edges(method.last, 4), eps)
+    assert torch.equal(method.sample(FixedNoise([eps]), 4, UNCONDITIONAL), expected)
+    for wrong in ({"segments": 0}, {"segments": 18}, {"segments": 2, "levels": "continuous"}):
+        with pytest.raises(UserError, match="segments"):
+            ct(**wrong)
+
+
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
@@ -616,6 +685,8 @@ def test_a_fresh_ncsn_may_have_slower_features_of_time():
     theirs, ours = weights(), weights(fourier_scale=0.02)
     close(ours.pop("map_noise.freqs"), theirs.pop("map_noise.freqs") * 0.02 / 16, rtol=1e-6)
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    with pytest.raises(UserError, match="fourier_scale needs a student that starts from random weights"):
+        ct(teacher, start="teacher", fourier_scale=0.02)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -654,7 +725,6 @@ def test_levels_without_any_weight_are_refused():
         {"mu": 1.0},
         {"start": "noise"},
         {"fourier_scale": -1.0},
-        {"fourier_scale": 0.02, "start": "teacher"},
         {"curriculum": "linear"},
         {"metric": "linf"},
         {"weight": "snr"},

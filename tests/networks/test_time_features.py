@@ -13,11 +13,11 @@ from analytic import close, gaussian_teacher, time
 from distillbench import Condition, UserError
 from distillbench.diffusion import VE, VPCosine, derivative
 from distillbench.diffusion.denoiser import Denoiser
-from distillbench.networks import DiT, ResidualMLP, TimeFeatures, UNet, scale_fourier, smooth_times
+from distillbench.networks import DiT, ResidualMLP, TimeFeatures, UNet, smooth_times
 from distillbench.networks.diffusers_calls import ScoreCall
 from distillbench.networks.diffusers_wrappers import PixelUNet
 from distillbench.networks.edm import DhariwalUNet, Fourier, SongUNet
-from distillbench.networks.time_features import PolynomialFeatures
+from distillbench.networks.time_features import PolynomialFeatures, scale_fourier
 from small_diffusers_networks import dit, pixel_unet, text_unet
 
 CPU = torch.device("cpu")

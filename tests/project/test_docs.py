@@ -263,9 +263,72 @@ def test_generated_pages_are_those_of_this_code(name):
     assert (DOCS / f"{name}.md").read_text() == made, f"docs/{name}.md is stale: python docs/generate_{name}.py"
 
 
-def test_results_are_those_of_the_reference_run():
-    text = (DOCS / "results.md").read_text()
-    assert text == page_generator("generate_results").page(text), "docs/results.md: python docs/generate_results.py"
+@pytest.mark.parametrize("name", ["experiments", "results"])
+def test_generated_tables_are_those_of_their_sources(name):
+    """Of the reference run, and of the headers of the prepared experiments."""
+    text, generator = (DOCS / f"{name}.md").read_text(), page_generator(f"generate_{name}")
+    before, after = generator.MARKS
+    assert text.count(before) == text.count(after) == 1
+    assert text == generator.page(text), f"docs/{name}.md is stale: python docs/generate_{name}.py"
+
+
+EXPERIMENTS = sorted((ROOT / "configs" / "experiment").glob("*.yaml"))
+OF_THE_SCORES = {"seeds", "teacher_steps"}  # settings that choose what is measured beside the published score
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
+def test_an_experiments_header_has_its_differences(file):
+    """Every setting that its comment calls ours is named in a row, unless nothing is published."""
+    rows, text = page_generator("generate_experiments").differences(file), file.read_text()
+    assert bool(rows) == (file.stem not in ("compare_cifar10", "smoke"))
+    named = set(re.findall(r"\w+", " ".join(setting for setting, *_ in rows)))
+    ours = set(re.findall(r"^ *(\w+): [^#\n]*# ours\b", text, re.MULTILINE)) - OF_THE_SCORES
+    assert not rows or ours <= named, sorted(ours - named)
+    assert "Other than published" not in text
+
+
+TABLE = (
+    "# | setting | published | here | why |\n# |---|---|---|---|\n# | lr | 1 | 2 | ours |\n# | mu | 0 | 1 | ours |\n"
+)
+
+
+@pytest.mark.parametrize(
+    "header, line, message",
+    [
+        (
+            TABLE.replace("| 2 | ours", "| 2"),
+            4,
+            r"a row has 4 cells \(setting, published, here, why\), got \['lr', '1', '2'\]",
+        ),
+        (TABLE.replace("| 2 | ours", "| 2 | ours | |"), 4, "a row has 4 cells"),
+        (TABLE.replace("| 2 | ours", "| | ours"), 4, "a row has 4 cells"),
+        (TABLE.replace("here", "ours"), 2, r"begins with the lines \| setting \| published \| here \| why \|"),
+        (TABLE.replace("# |---|---|---|---|\n", ""), 2, "begins with the lines"),
+        ("".join(TABLE.splitlines(keepends=True)[:2]), 2, "and has rows"),
+        (TABLE.replace("# | mu", "# and\n# | mu"), 2, "do not follow each other"),
+        ("# Published: FID 3\n", 1, "neither a table of differences nor a line '# Published: nothing'"),
+    ],
+)
+def test_a_wrong_header_is_refused_with_its_line(tmp_path, header, line, message):
+    differences, file = page_generator("generate_experiments").differences, tmp_path / "one.yaml"
+    file.write_text(f"# @package _global_\n{TABLE}defaults:\n# | not | a | header |\n")
+    assert differences(file) == [["lr", "1", "2", "ours"], ["mu", "0", "1", "ours"]]
+    file.write_text(f"# @package _global_\n{header}defaults:\n")
+    with pytest.raises(SystemExit, match=f"^{re.escape(str(file))}:{line}: .*{message}"):
+        differences(file)
+
+
+def test_a_row_that_experiments_share_is_written_once(tmp_path, monkeypatch):
+    generator = page_generator("generate_experiments")
+    monkeypatch.setattr(generator, "FOLDER", tmp_path)
+    (tmp_path / "a.yaml").write_text(TABLE)
+    (tmp_path / "b.yaml").write_text(TABLE.replace("| 1 | 2 |", "| 1 | 3 |"))
+    (tmp_path / "c.yaml").write_text("# Published: nothing.\n")
+    assert generator.table().splitlines()[2:] == [
+        "| `a` | lr | 1 | 2 | ours |",
+        "| `a`, `b` | mu | 0 | 1 | ours |",
+        "| `b` | lr | 1 | 3 | ours |",
+    ]
 
 
 def test_every_subpackage_is_on_the_page_of_the_architecture():

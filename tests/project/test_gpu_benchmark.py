@@ -259,6 +259,7 @@ def fake(monkeypatch, tmp_path):
     return gpu.Run("cuda", "gpu", tmp_path / "out", 25.0, 0)
 
 
+@pytest.mark.nightly
 def test_a_step_that_crashes_or_hangs_does_not_stop_the_others(fake, tmp_path, capsys):
     kinds = [gpu.Kind(name, 4.0, name) for name in ("environment", "limits", "precision", "runs")]
     fake.all(kinds, tmp_path / "scratch")

@@ -220,6 +220,7 @@ def test_boot_passes_to_the_teacher_if_asked_for(registry, tmp_path):
     assert students["nfe"].tolist() == [1, 3] and students["settings"].str.contains("handover=0.5").all()
 
 
+@pytest.mark.nightly
 def test_the_teacher_has_rows_of_every_sampler(registry, tmp_path):
     words = ["dataset=gmm", "teacher=gmm", *NARROW, "evaluation.teacher_samplers=[ddim,heun,dpmpp_2m/uniform,ddpm]"]
     table = table_of(registry, tmp_path, "methods=[direct]", *words)
@@ -231,6 +232,7 @@ def test_the_teacher_has_rows_of_every_sampler(registry, tmp_path):
     assert rmse.isna().tolist() == [name == ("teacher:ddpm", 4) for name in rmse.index]  # it adds fresh noise
 
 
+@pytest.mark.nightly
 def test_a_method_works_on_another_schedule_at_equal_snr(registry, tmp_path):
     words = ["dataset=gmm", "teacher=gmm", *NARROW, "methods.cm.schedule=ve", "methods.pd.schedule=flow_matching"]
     table = table_of(registry, tmp_path, "methods=[cm,pd]", *words)

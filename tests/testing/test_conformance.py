@@ -133,6 +133,7 @@ class Good(Method):
         return self.g(noise(0), c)
 
 
+@pytest.mark.nightly
 def test_a_correct_method_passes():
     found = check_method(Good, distribution_images=20_000)
     assert {finding.ok for finding in found} == {True} and not any(finding.doubt for finding in found)
