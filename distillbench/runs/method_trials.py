@@ -70,7 +70,7 @@ def times_of_method(cell: Cell, teacher: Teacher, timer: Timer, seconds: float) 
         method.prepare(workspace)
         images, flip = placeholder(cell.shared.dataset, teacher), config.augment.flip
         read = DataStream(images, 0, cell.shared.device, flip=flip).read if cell.reads_data else None
-        loop = Loop(batch, config.accumulate, _timed(config.compute), augment=config.augment)
+        loop = Loop(batch, config.microbatch, _timed(config.compute), augment=config.augment)
         steps = TrialSteps(method, cell.method_config, workspace, read, loop)
         step, timed = _step(method, steps, first, batch, timer, 0.75 * seconds)
     evaluation = times_of_sampling(method.eval().sample, min(cell.nfe), cell.shared, method.teacher, timer, seconds / 4)

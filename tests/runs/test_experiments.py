@@ -360,3 +360,16 @@ def test_halflives_are_those_of_the_decay_that_their_comment_names():
             assert float(value) == pytest.approx(expected, rel=0.012), name
             found += 1
     assert found >= 10
+
+
+def test_gradients_of_mean_losses_are_clipped_as_much_as_those_of_the_published_sums():
+    """`3.26e-4 # ...: 1 for a loss summed over 3,072 pixels` is computed anew. Ours are means over pixels."""
+    pattern = re.compile(r"grad_clip: ([\d.e-]+) # .*: (\d+) for a loss summed over ([\d,]+) pixels")
+    found = {}
+    for name in EXPERIMENTS:
+        text = (config_folder() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+        for ours, theirs, summed in pattern.findall(text):
+            found[name] = float(ours), int(theirs) / int(summed.replace(",", ""))
+    assert found.keys() >= {"tract_cifar10", "sida_cifar10"}  # the losses of both programs are sums
+    for name, (ours, expected) in found.items():
+        assert ours == pytest.approx(expected, rel=0.01), name
