@@ -60,6 +60,7 @@ class ConsistencyTraining(SegmentedMethod):
     class Config(SegmentedMethod.Config):
         lr: float = option(2e-3, "peak learning rate of Adam")
         start: str = option("fresh", "weights that the student starts from: fresh, or the teacher's (teacher)")
+        fourier_scale: float = option(0.0, "of a fresh NCSN++'s features of time; 0: 16 (arXiv:2310.14189: .02)")
         curriculum: str = option("doubling", "how N grows: doubling (arXiv:2310.14189) or sqrt (arXiv:2303.01469)")
         s0: int = option(10, "smallest N - 1")
         s1: int = option(20, "largest N - 1 (arXiv:2310.14189: 10 to 1280; arXiv:2303.01469: 2 to 150)")
@@ -82,6 +83,7 @@ class ConsistencyTraining(SegmentedMethod):
             require_between(self, self.s0, float("inf"), "s1")
             require_fraction(self, "mu")
             require_one_of(self, "start", ("fresh", "teacher"))
+            require_between(self, 0, 1000, "fourier_scale")
             require_one_of(self, "curriculum", CURRICULA)
             require_one_of(self, "metric", DISTANCE_NAMES)
             require_one_of(self, "weight", ("uniform", "inv_step"))
@@ -99,7 +101,8 @@ class ConsistencyTraining(SegmentedMethod):
         self.register_buffer("last", self.times(self.stages[-1][0]), persistent=False)  # cut to the schedule
         self.within = teacher.schedule.restricted(math.log(config.sigma_min), math.log(config.sigma_max))
         e = 0.0 if config.levels == "continuous" else teacher.schedule.noise_level(self.last[:1]).item()
-        self.student = ConsistencyFunction(teacher.student(fresh=config.start == "fresh"), e, config.sigma_data)
+        start = teacher.student(fresh=config.start == "fresh", fourier_scale=config.fourier_scale)
+        self.student = ConsistencyFunction(start, e, config.sigma_data)
         self.target = copy.deepcopy(self.student).requires_grad_(False) if config.mu else self.student
         self.following = MovingAverage(self.target, self.student)
 

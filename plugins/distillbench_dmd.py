@@ -44,6 +44,7 @@ TIMES = {  # t from the schedule and a uniform draw
 }
 WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # w from |x - D_phi| and tau
     "dmd": lambda error, tau: 1 / error.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-5),
+    "released": lambda error, tau: 1 / error.mean(dim=(1, 2, 3), keepdim=True),
     "one": lambda error, tau: torch.ones_like(tau),
     "kl": lambda error, tau: tau**-2,
 }
@@ -53,13 +54,16 @@ class DistributionMatching(Method):
     name = "dmd"
     paper = "Yin et al. 2024, arXiv:2405.14867"
     needs_data = False
+    reads_data = classmethod(lambda cls, config: config.gan_weight > 0)
+    inputs = property(lambda self: "rollout" if len(self.times) > 1 else "noise")
 
     @dataclass
     class Config(MethodConfig):
         levels: list[float] = option([80.0], "noise levels of the student's steps, falling; as many as it has steps")
         mixture: bool = option(False, "the fake score is of the mixture of all steps (published), and not of each step")
         fake_updates: int = option(5, "updates of the fake score to one of the student (Diff-Instruct: 1)")
-        weight: str = option("dmd", "w: dmd, one (Diff-Instruct), or kl, 1/tau^2")
+        shared: bool = option(False, "both updates of a step use the same images, the student's first (as released)")
+        weight: str = option("dmd", "w: dmd, floor 1e-5; released, none, NaN -> 0; one (Diff-Instruct); kl, 1/tau^2")
         times: str = option("karras", "t: uniform on Karras et al.'s ramp, or lognormal (Diff-Instruct)")
         margin: float = option(0.02, "share of these times at each end that the student's loss leaves out")
         gan_weight: float = option(0.0, "of the student's adversarial loss (published: 3e-3); 0: none, data-free")
@@ -80,14 +84,6 @@ class DistributionMatching(Method):
         self.times = chain_times(teacher.schedule, config.levels)
         steps, layer = 1 if config.mixture else len(self.times), config.layer if config.gan_weight else None
         self.fake = FakeScore(teacher.trainable_copy(), steps, layer, teacher.shape, teacher.conditioning)
-
-    @classmethod
-    def reads_data(cls, config: Config) -> bool:
-        return config.gan_weight > 0
-
-    @property
-    def inputs(self) -> str:
-        return "rollout" if len(self.times) > 1 else "noise"
 
     def phases(self) -> list[Phase]:
         return [Phase(cycle=self.config.fake_updates)]
@@ -116,7 +112,8 @@ class DistributionMatching(Method):
         with torch.no_grad():
             x_t, tau = self.teacher.schedule.noised(x, t, eps), self.teacher.schedule.noise_level(t).to(x.dtype)
             D_phi, D_psi = self.teacher.denoise(x_t, t, c), self.fake(x_t, t, k, c)
-            return WEIGHTS[self.config.weight]((x - D_phi).abs(), tau) * (D_psi - D_phi)
+            g = WEIGHTS[self.config.weight]((x - D_phi).abs(), tau) * (D_psi - D_phi)
+            return g.nan_to_num() if self.config.weight == "released" else g
 
     def student_loss(self, x: Tensor, k: Tensor, batch: Batch, c: Condition) -> Tensor:
         g = self.g(x, k, self.time(batch, self.config.margin), batch.noise(), c)
@@ -127,11 +124,14 @@ class DistributionMatching(Method):
         return loss
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
+        due, shared = batch.step % self.config.fake_updates == 0, self.config.shared
         c, k = batch.random_c(), batch.integers(0, len(self.times))
-        with torch.no_grad():  # and so without dropout
+        with torch.set_grad_enabled(due and shared):  # without gradients there is no dropout
             x = self.chain(batch.noise, k, c)
-        yield self.fake, self.fake_loss(x, k, batch, c)
-        if batch.step % self.config.fake_updates == 0:
+        if due and shared:
+            yield self.student, self.student_loss(x, k, batch, c)
+        yield self.fake, self.fake_loss(x.detach(), k, batch, c)
+        if due and not shared:
             c, k = batch.random_c(), batch.integers(0, len(self.times))
             yield self.student, self.student_loss(self.chain(batch.noise, k, c), k, batch, c)
 

@@ -16,7 +16,7 @@ is one step of Euler's method on the teacher's ODE: consistency distillation in 
 | t, s   | times, s < t                                                              | (B,1,1,1)  |
 | tau    | noise level                                                               | (B,1,1,1)  |
 | f      | x_0, or the teacher's data prediction, guided where c says so             | (B,C,H,W)  |
-| F      | student: its data prediction D, without another boundary condition        | (B,C,H,W)  |
+| F      | student: its data prediction D; in sampling, F = x^ at `boundary`         | (B,C,H,W)  |
 | a      | stage; stages have equal shares of the training images                    | int        |
 | c      | class, guidance                                                           | of a batch |
 
@@ -29,6 +29,7 @@ difference is small, in a few it is not; so the default is the squared error.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ class EasyConsistencyTuning(MultistepMethod):
         p_std: float = option(2.0, "standard deviation of ln tau")
         sigma_min: float = option(0.002, "smallest noise level; below, tau_s is 0")
         sigma_max: float = option(80.0, "largest noise level, where sampling starts")
+        bounded: bool = option(True, "cut levels of training to these; false: to what the network takes (released)")
+        boundary: float = option(0.0, "noise level where F is x^ in sampling; 0: none (released: .003)", sampling=True)
         sampling_levels: list = option(
             [[0.821]], "noise levels where steps after the first begin (ImageNet: [[1.526]])", sampling=True
         )
@@ -98,9 +101,12 @@ class EasyConsistencyTuning(MultistepMethod):
         if config.source == "data" and teacher.conditioning.guided:
             raise UserError("ect with source=data cannot be guided: leave guidance at 1, or use source=teacher")
         self.student = ConsistencyFunction(teacher.student(), 0.0, SIGMA_DATA)
-        self.within = teacher.schedule.restricted(math.log(config.sigma_min), math.log(config.sigma_max))
-        grid = karras_times(self.within, 18, config.sigma_min, config.sigma_max)
+        within = teacher.schedule.restricted(math.log(config.sigma_min), math.log(config.sigma_max))
+        self.within = within if config.bounded else self.student.denoiser.every_level
+        grid = karras_times(within, 18, config.sigma_min, config.sigma_max)
         self.register_buffer("grid", grid, persistent=False)  # of several evaluations
+        begins = within.noise_level(grid[1]).item(), *itertools.chain(*config.sampling_levels)
+        require_between(config, 0, min(begins), "boundary")
 
     def phases(self) -> list[Phase]:
         return [Phase(f"q^a = {self.config.q**a:g}", fresh=False) for a in range(1, self.config.stages + 1)]
@@ -126,7 +132,8 @@ class EasyConsistencyTuning(MultistepMethod):
         yield self.student, d(F, target, w)
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        return multistep(self.student, self.sampling_times(nfe), noise, nfe, c)
+        F = ConsistencyFunction(self.student.denoiser, self.config.boundary, SIGMA_DATA)
+        return multistep(F, self.sampling_times(nfe), noise, nfe, c)
 
 
 @hookimpl(api=2)

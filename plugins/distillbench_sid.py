@@ -10,9 +10,9 @@ tau = sigma_t / alpha_t, so it works on any schedule: x_t = alpha_t (x + tau eps
             L_G   += adversarial E[1/m] E softplus(-l(x_t)),   l clamped to [-10, 10]
 
 L_G has gradients through x, and through x_t in both D_phi and D_psi, but updates only G. At the optimal psi it is, but
-for m, (1 - alpha) E|d|^2: its value does not measure progress. SiD-LSG (arXiv:2406.01561) guides D_psi like D_phi where
-it is fitted (`guided_fit`: kappa_1) and in L_G (`guided_loss`: kappa_2 = kappa_3). SiDA (arXiv:2410.14919): the mean of
-a layer of psi over channels is l, (B,...); y_t is a real image y noised as x. In L_psi, x and y may be augmented first.
+for m, (1 - alpha) E|d|^2: no measure of progress. SiD-LSG (arXiv:2406.01561) guides D_psi like D_phi where it is fitted
+(`guided_fit`: kappa_1) and in L_G (`guided_loss`: kappa_2 = kappa_3). SiDA (arXiv:2410.14919): l is the mean of a layer
+of psi over channels, (B,...); y_t a real image y noised as x.
 
 | symbol            | meaning                                                                            | shape     |
 |-------------------|------------------------------------------------------------------------------------|-----------|
@@ -30,17 +30,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from distillbench import Batch, Condition, Method, MethodConfig, NetworkConfig, Teacher, UserError, hookimpl, option
+from distillbench import Batch, Condition, Method, MethodConfig, NetworkConfig, Phase, Teacher, UserError, hookimpl
 from distillbench.diffusion import denoising_weight, guided, karras_time, karras_times, lognormal_time, time_like
 from distillbench.networks import frozen_weights
-from distillbench.options import require_between, require_positive
+from distillbench.options import option, require_between, require_positive
 
 
 class ScoreIdentityDistillation(Method):
     name = "sid"
     paper = "Zhou et al. 2024, arXiv:2404.04057"
-    needs_data = False
-    inputs = "noise"  # real images train the fake score only
+    reads_data = classmethod(lambda cls, config: config.adversarial > 0)
+    needs_data, inputs = False, "noise"  # real images train the fake score only
 
     @dataclass
     class Config(MethodConfig):
@@ -52,6 +52,8 @@ class ScoreIdentityDistillation(Method):
         guided_fit: bool = option(False, "guide the fake score like the teacher where it is fitted (SiD-LSG)")
         guided_loss: bool = option(False, "guide the fake score like the teacher in L_G (SiD-LSG)")
         adversarial: float = option(0.0, "weight of the adversarial term of L_G; 0: none, data-free (SiDA: 1e-4)")
+        generator_start: float = option(0.0, "share of training before G's first update (SiDA: 100,000 images)")
+        adversarial_start: float = option(0.0, "share of it before L_G's adversarial term joins (SiDA: 200,000 images)")
         discriminator: float = option(1.0, "weight of the discriminator's loss, as released")
         augment: float = option(0.0, "probability of each of EDM's transformations of x and y in L_psi (released: .12)")
         layer: str = option("", "submodule of the network whose output's mean over channels is the discriminator")
@@ -69,7 +71,7 @@ class ScoreIdentityDistillation(Method):
             require_between(self, -1, 2, "alpha")
             require_between(self, 0, 1e6, "adversarial", "discriminator")
             require_between(self, 1e-3, 1, "ramp_share")
-            require_between(self, 0, 1, "augment")
+            require_between(self, 0, 1, "augment", "generator_start", "adversarial_start")
             require_between(self, -20, 20, "p_mean")
             require_between(self, 0, self.sigma_max, "sigma_min")
             if self.adversarial and (not self.layer or self.guided_fit or self.guided_loss):
@@ -78,17 +80,14 @@ class ScoreIdentityDistillation(Method):
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
         self.fake = teacher.trainable_copy()
-        schedule, rho, share, level = teacher.schedule, config.rho, config.ramp_share, config.sigma_init
-        low, high = torch.tensor(schedule.lam_range, dtype=torch.float64).exp().tolist()
-        if not low <= level <= high:
-            raise UserError(f"sigma_init must be a noise level of the schedule, {low:g} to {high:g}, got {level}")
-        self.t_init = schedule.t_of_lam(torch.tensor(level, dtype=torch.float64).log()).item()
+        schedule, rho, share = teacher.schedule, config.rho, config.ramp_share
+        self.t_init = schedule.time_of_level(config.sigma_init, "sigma_init")
         top = (config.sigma_min ** (1 / rho) * (1 - share) + config.sigma_max ** (1 / rho) * share) ** rho  # 24.4
+        self.starts = sorted({0.0, config.generator_start, config.adversarial_start})  # of phases
         self.low, self.high = schedule.noise_level(karras_times(schedule, 2, config.sigma_min, top, rho)).tolist()
 
-    @classmethod
-    def reads_data(cls, config: Config) -> bool:
-        return config.adversarial > 0
+    def phases(self) -> list[Phase]:
+        return Phase.starting_at(self.starts)
 
     def G(self, z: Tensor, c: Condition) -> Tensor:
         return self.student(self.teacher.schedule.sigma(t := time_like(z, self.t_init)) * z, t, c)
@@ -113,8 +112,7 @@ class ScoreIdentityDistillation(Method):
 
     def identity(self, x: Tensor, t: Tensor, eps: Tensor, c: Condition) -> tuple[Tensor, Tensor, Tensor]:
         """d [(D_phi - x) - alpha d], m and l(x_t): (B,C,H,W), (B,1,1,1), (B,...)."""
-        x_t = self.teacher.schedule.noised(x, t, eps)
-        D_phi = self.teacher.denoise(x_t, t, c)
+        D_phi = self.teacher.denoise(x_t := self.teacher.schedule.noised(x, t, eps), t, c)
         with frozen_weights(self.fake):  # gradients reach x_t, not psi; no dropout
             D_psi, l_x = self.D_psi(x_t, t, c, self.config.guided_loss)
         d = D_phi - D_psi
@@ -130,11 +128,13 @@ class ScoreIdentityDistillation(Method):
             t = lognormal_time(schedule, batch.uniform(), config.p_mean, config.p_std)
             real = batch.augmented(batch.x_0, c, config.augment) if config.adversarial else None
             yield self.fake, self.fake_loss(*batch.augmented(x, c, config.augment), t, batch.noise(), real)
+        if self.starts[batch.phase] < config.generator_start:
+            return
         c = batch.random_c()
         x, t = self.G(batch.noise(), c), karras_time(schedule, batch.uniform(), self.low, self.high, config.rho)
         product, m, l_x = self.identity(x, t, batch.noise(), c)
         loss = (product / m).mean()
-        if config.adversarial:
+        if config.adversarial and self.starts[batch.phase] >= config.adversarial_start:
             loss = loss + config.adversarial * (1 / m).mean() * softplus(-l_x.clamp(-10, 10)).mean()  # as released
         yield self.student, loss
 

@@ -46,7 +46,7 @@ from distillbench.builtin.diffusers_pipelines import (
 from distillbench.diffusion.conditioning import Conditioning, Texts
 from distillbench.errors import unsupported
 from distillbench.networks.diffusers_wrappers import Autoencoder, TextUNet
-from distillbench.options import require_positive
+from distillbench.options import added_option, require_one_of, require_positive
 from distillbench.storage.files import canonical_json, sha256_file
 from distillbench.system.offloading import Offloaded
 from distillbench.system.progress import Progress
@@ -314,10 +314,12 @@ class StableDiffusion(TextPipeline):
     @dataclass
     class Config(PipelineConfig):
         decode_batch: int = option(4, "batch size of the autoencoder")
+        latents: str = added_option("mean", "of training images: mean of the autoencoder's posterior, or drawn from it")
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require_positive(self, "decode_batch")
+            require_one_of(self, "latents", ("mean", "drawn"))
 
     def plan(self) -> TeacherPlan:
         index = self._index(self.config.path)
@@ -360,7 +362,9 @@ class StableDiffusion(TextPipeline):
             decode=self._in_slices(autoencoder, autoencoder.decode),
             to_latents=self._in_slices(autoencoder, autoencoder.encode),
         )
-        return dataclasses.replace(teacher, encode=encoder, offloaded=(autoencoder.offloaded, encoder.offloaded))
+        drawn = self._in_slices(autoencoder, autoencoder.posterior) if self.config.latents == "drawn" else None
+        both = autoencoder.offloaded, encoder.offloaded
+        return dataclasses.replace(teacher, encode=encoder, offloaded=both, to_posterior=drawn)
 
     def _in_slices(self, autoencoder: Autoencoder, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """`call` in batches of `decode_batch`: an image of 512x512 takes gigabytes."""

@@ -29,7 +29,7 @@ from distillbench.diffusion.conditioning import UNCONDITIONAL, WITHOUT_CLASSES, 
 from distillbench.diffusion.embeddings import AugmentedNetwork, GuidanceEmbedding
 from distillbench.diffusion.modes import evaluating
 from distillbench.diffusion.network_features import ROWS, FeatureRecorder, feature_shapes, last_weight
-from distillbench.diffusion.schedules import NoiseSchedule
+from distillbench.diffusion.schedules import VE, NoiseSchedule
 from distillbench.errors import UserError
 from distillbench.system.dtensors import class_of, is_sharded
 
@@ -375,6 +375,16 @@ class Denoiser(nn.Module):
         twin = copy.copy(self)
         twin.schedule = schedule if schedule is self.native else schedule.restricted(*self.native.lam_range)
         return twin
+
+    @property
+    def every_level(self) -> NoiseSchedule:
+        """Its schedule with all noise levels that the network takes: its own, but for EDM's networks any level.
+
+        Those are scaled for every level (Karras et al. 2022, table 1), and trained on draws without bounds.
+        """
+        schedule = self.schedule
+        free = self.prediction == "edm" and schedule is self.native
+        return schedule.unbounded() if free and isinstance(schedule, VE) else schedule
 
     def copy(self, counter: Counter) -> Denoiser:
         """An independent copy with its own weights, counted by `counter`."""

@@ -31,6 +31,9 @@ from distillbench.errors import UserError, unknown
 __all__ = ["SCHEDULES", "VE", "DiscreteBetas", "FlowMatching", "NoiseSchedule", "VPCosine", "VPLinear"]
 
 
+FARTHEST_LAM = 20.0  # of ln tau, 10 standard deviations of 2 from -1 to 1 away
+
+
 class NoiseSchedule(ABC):
     """A schedule is defined by ``lam(t)``, its inverse ``t_of_lam``, and log alpha as a function of lambda.
 
@@ -84,6 +87,13 @@ class NoiseSchedule(ABC):
         difference = self.lam(s) - self.lam(t)
         dtype = torch.get_default_dtype()
         return difference.exp().to(dtype), (-torch.expm1(difference)).to(dtype)
+
+    def time_of_level(self, tau: float, setting: str) -> float:
+        """The time whose noise level is `tau`. Raises UserError, which names the setting, for one that there is not."""
+        low, high = torch.tensor(self.lam_range, dtype=torch.float64).exp().tolist()
+        if not low <= tau <= high:
+            raise UserError(f"{setting} must be a noise level of the schedule, {low:g} to {high:g}, got {tau}")
+        return self.t_of_lam(torch.tensor(tau, dtype=torch.float64).log()).item()
 
     def restricted(self, lam_low: float, lam_high: float) -> Self:
         """A copy whose [t_min, t_max] is narrowed, never widened, to where lam lies in [lam_low, lam_high]."""
@@ -161,6 +171,10 @@ class VE(NoiseSchedule):
 
     def _log_alpha(self, lam: Tensor) -> Tensor:
         return torch.zeros_like(lam)
+
+    def unbounded(self) -> VE:
+        """The same with every noise level that a draw can reach."""
+        return VE(math.exp(-FARTHEST_LAM), math.exp(FARTHEST_LAM))
 
 
 class FlowMatching(NoiseSchedule):

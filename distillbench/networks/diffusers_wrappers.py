@@ -237,6 +237,14 @@ class Autoencoder:
         with self.offloaded.on_device() as module:
             return (self._mode(module.encode(images)) - self.shift) * self.scale
 
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] to the mean and the standard deviation of their latents, (B,2c,h,w)."""
+        module: Any
+        with self.offloaded.on_device() as module:
+            encoded = module.encode(images).latent_dist
+            return torch.cat([(encoded.mean - self.shift) * self.scale, encoded.std * self.scale], dim=1)
+
     def _mode(self, encoded: Any) -> Tensor:
         return encoded.latent_dist.mode()
 

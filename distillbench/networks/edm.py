@@ -131,6 +131,7 @@ class Fourier(nn.Module):
 
     def __init__(self, channels: int, scale: float = 16.0) -> None:
         super().__init__()
+        self.scale = scale
         self.register_buffer("freqs", torch.normal(0.0, scale, (channels // 2,)))
 
     def forward(self, time: Tensor) -> Tensor:

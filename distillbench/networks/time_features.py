@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from distillbench.diffusion.denoiser import INPUTS, Denoiser
 from distillbench.diffusion.embeddings import TimedNetwork
 from distillbench.errors import UserError
+from distillbench.networks.edm import Fourier, SongUNet
 
-__all__ = ["smooth_times"]
+__all__ = ["scale_fourier", "smooth_times"]
 
 NODES = 8192  # times at which the features are fitted: several in each period of the fastest
 
@@ -93,4 +94,27 @@ def smooth_times(denoiser: Denoiser, degree: int = 8) -> Denoiser:
     for owner in placed.owners:
         features = owner.get_submodule(placed.name)
         owner.add_module(placed.name, PolynomialFeatures(features, low, high, degree, placed.logarithmic, device))
+    return denoiser
+
+
+def scale_fourier(denoiser: Denoiser, scale: float) -> Denoiser:
+    """`denoiser`, whose random Fourier features of time get frequencies of standard deviation `scale`, not 16.
+
+    It is changed in place and returned. For a student with random weights, as other weights have learned to read the
+    frequencies that they were trained with: Song & Dhariwal 2023, arXiv:2310.14189, train from .02, with which the
+    network changes slowly in time. The drawn frequencies are multiplied, so nothing else is drawn.
+
+    Raises UserError for a network without Fourier features of EDM's kind, and ValueError unless `scale` is positive.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    network = denoiser.network
+    features = network.map_noise if isinstance(network, SongUNet) else None
+    if not isinstance(features, Fourier):
+        raise UserError(
+            f"a {type(network).__name__} without EDM's Fourier features of time has no scale of them to set. Possible: "
+            "NCSN++ (teacher=edm_cifar10_ve), or no setting for that scale (fourier_scale=0)"
+        )
+    features.freqs.mul_(scale / features.scale)
+    features.scale = scale
     return denoiser

@@ -54,6 +54,7 @@ def train_inputs(cell: Cell, teacher: Teacher) -> dict[str, Any]:
         | ({"microbatch": config.microbatch, "on_oom": config.on_oom} if accumulates else {})
         | ({"processes": ranks.count} if (ranks := cell.shared.ranks).count > 1 else {})
         | ({"augment": augmentation} if (augmentation := cell.augmentation) else {})
+        | ({"latents": "drawn"} if cell.reads_data and teacher.to_posterior is not None else {})
         | ({"student": student} if (student := cell.shared.students.plain()) else {})
         | ({"compute": compute} if (compute := training_identity(config.compute, cell.shared.device)) else {})
     )

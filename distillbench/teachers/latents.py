@@ -45,28 +45,44 @@ class Latents(Dataset):
         return self.dataset.labels(indices)
 
 
+class Posteriors(Latents):
+    """The same with `rows` (N,2c,h,w), mean and standard deviation of each latent, from which a training draws."""
+
+    def __init__(self, dataset: Dataset, rows: np.ndarray) -> None:
+        super().__init__(dataset, rows)
+        self.shape = (rows.shape[1] // 2, rows.shape[2], rows.shape[3])
+
+    @staticmethod
+    def drawn(rows: Tensor, eps: Tensor) -> Tensor:
+        """mean + std eps, (B,c,h,w), of rows as they are read."""
+        mean, std = rows.chunk(2, dim=1)
+        return mean + std * eps
+
+
 def training_data(dataset: Dataset, teacher: Teacher, cache: Path, device: str, progress: Progress) -> Dataset:
     """The training data of students of `teacher`: `dataset` itself, or its latents, computed once and cached.
 
-    Latents are computed in float32. On a GPU this is part of the cache key, because older versions used TF32.
+    A teacher with ``to_posterior`` has :class:`Posteriors` in place of latents, of twice the size. They are computed
+    in float32. On a GPU this is part of the cache key, because older versions used TF32.
     """
     if teacher.to_latents is None or not len(dataset):
         return dataset
     recipe: dict[str, Any] = {
         "dataset_sha256": dataset.sha256,
         "teacher_sha256": teacher.sha256,
-        "latent": "mean of the posterior",
+        "latent": "mean of the posterior" if teacher.to_posterior is None else "mean and deviation of the posterior",
     }
     recipe |= {} if device == "cpu" else {"tf32": False}
     file = cache / f"{dataset.name}-{key_of(recipe)}.npy"
-    shape = (len(dataset), *teacher.shape)
+    channels, *sides = teacher.shape
+    shape = (len(dataset), channels if teacher.to_posterior is None else 2 * channels, *sides)
     rows = _found(file, shape)
     if rows is None:
         with tf32(False, device):
             write_atomically(file, lambda path: _encode(dataset, teacher, Path(path), shape, device, progress))
         write_checksum(file, recipe)
         rows = np.load(file, mmap_mode="r")
-    return Latents(dataset, rows)
+    return Latents(dataset, rows) if teacher.to_posterior is None else Posteriors(dataset, rows)
 
 
 def placeholder(dataset: Dataset, teacher: Teacher) -> Dataset:
@@ -89,11 +105,12 @@ def _encode(
     dataset: Dataset, teacher: Teacher, path: Path, shape: tuple[int, ...], device: str, progress: Progress
 ) -> None:
     rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    encode = teacher.encoded if teacher.to_posterior is None else teacher.posterior
     about = f"encoding {dataset.name} to latents"
     with torch.no_grad(), teacher.autoencoder_kept_on_device(), progress.step(about) as step:
         for first in range(0, len(dataset), BATCH):
             indices = torch.arange(first, min(first + BATCH, len(dataset)))
             x_0 = to_float(to_device(dataset.read(indices), device))
-            rows[indices.numpy()] = teacher.encoded(x_0).float().cpu().numpy()
+            rows[indices.numpy()] = encode(x_0).float().cpu().numpy()
             step.advance((first + len(indices)) / len(dataset))
     rows.flush()

@@ -20,6 +20,7 @@ from distillbench.diffusion.embeddings import GuidanceEmbedding
 from distillbench.diffusion.schedules import NoiseSchedule
 from distillbench.errors import UserError
 from distillbench.networks.adapters import inject
+from distillbench.networks.time_features import scale_fourier
 from distillbench.options import option
 from distillbench.system.offloading import Offloaded
 from distillbench.teachers.students import AS_TEACHER, StudentForm
@@ -79,7 +80,8 @@ class Teacher:
     global generator. `students` says whether students are such copies, adapters, or another architecture.
 
     A latent teacher denoises latents of `shape` and decodes them to images of `image_shape`. `encode` runs before
-    sampling and `decode` after it; neither is part of the sampling time. `clip` clips its data predictions.
+    sampling and `decode` after it; neither is part of the sampling time. With `to_posterior` students train on latents
+    that are drawn anew at each use of an image, without it on `to_latents`. `clip` clips its data predictions.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Teacher:
     clip: Clip = Clip()
     students: StudentForm = AS_TEACHER
     student_rows: Counter = field(default_factory=Counter)
+    to_posterior: Callable[[Tensor], Tensor] | None = None  # images to mean and deviation of latents, (B,2c,h,w)
 
     def __post_init__(self) -> None:
         self.denoiser.freeze()
@@ -146,6 +149,10 @@ class Teacher:
         """The latents of `images` (B,C,H,W) in [-1, 1], encoded in parts; for a teacher in pixel space the images."""
         return self._in_parts(self.to_latents, images)
 
+    def posterior(self, images: Tensor) -> Tensor:
+        """Mean and standard deviation (B,2c,h,w) of the latents of `images` (B,C,H,W), encoded in parts."""
+        return self._in_parts(self.to_posterior, images)
+
     def _in_parts(self, call: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
         if call is None:
             return x
@@ -159,14 +166,19 @@ class Teacher:
             stack.enter_context(module.keep_on_device())
         return stack
 
-    def student(self, fresh: bool | None = None) -> Denoiser:
+    def student(self, fresh: bool | None = None, fourier_scale: float = 0.0) -> Denoiser:
         """A trainable network of the form that the run's settings (`student`) give.
 
         By default it is a copy of the teacher's, or starts as one and trains adapters alone, or is another architecture
         with random weights. `fresh` insists on random weights (True) or on the teacher's (False): UserError if the
         settings do not allow that. If training draws w, the student has w as an input, by an embedding that is zero
-        before training.
+        before training. `fourier_scale` above 0 is the scale of its Fourier features of time (``scale_fourier``), in
+        place of its own, which other weights than random ones have learned to read: UserError for those.
         """
+        if fourier_scale:
+            if not fresh:
+                raise UserError("fourier_scale needs a student that starts from random weights (start=fresh)")
+            return scale_fourier(self.student(fresh), fourier_scale)
         form = self.students
         if form.architecture is not None:
             if fresh is False:

@@ -15,6 +15,7 @@ from distillbench.datasets.dataset import Dataset, to_float
 from distillbench.diffusion.noise import stream_key
 from distillbench.system.progress import Progress
 from distillbench.system.transfers import fits_on, to_device
+from distillbench.teachers.latents import Posteriors
 from distillbench.training.share import WHOLE, Share
 
 HELD_BYTES = 2**26  # of images as float32, on any device
@@ -28,7 +29,7 @@ class _Prefetched:
 
     size: int
     before: Tensor  # the state before the batch was drawn
-    flips: Tensor | None
+    varied: Tensor | None  # whether each image is flipped, or noise of its latent
     images: Future[tuple[Tensor, Tensor | None]]
 
 
@@ -40,7 +41,8 @@ class DataStream:
     trains on. The saved state is that of the next batch, not of prefetched ones.
 
     With `flip` half of the images are flipped left to right. Which ones is drawn by a generator of its own, so the
-    images are the same ones in the same order as without.
+    images are the same ones in the same order as without. Of posteriors of latents one latent is drawn at each use of
+    an image, by that generator too: latents cannot be flipped.
     """
 
     def __init__(
@@ -48,7 +50,11 @@ class DataStream:
     ) -> None:
         self.dataset, self.device, self.ahead, self.share = dataset, device, ahead, share
         self.generator = torch.Generator().manual_seed(seed)
-        self.flips = torch.Generator().manual_seed(stream_key("flips", seed)) if flip else None
+        self.posteriors = isinstance(dataset, Posteriors)
+        if flip and self.posteriors:
+            raise ValueError("latents cannot be flipped")
+        purpose = "flips" if flip else "latents" if self.posteriors else ""
+        self.variation = torch.Generator().manual_seed(stream_key(purpose, seed)) if purpose else None
         small = 4 * len(dataset) * math.prod(dataset.shape) <= HELD_BYTES
         self._held: Tensor | None = None
         self._holds = small
@@ -80,13 +86,13 @@ class DataStream:
         Classes are (B,) int64, on the CPU.
         """
         if not self._holds and self._reader is not None:
-            images, labels, flips = self._next_prefetched(size)
+            images, labels, varied = self._next_prefetched(size)
             images = to_float(images.to(self.device, non_blocking=True))
         else:
-            indices, flips = self._draw(size)
+            indices, varied = self._draw(size)
             images, labels = self._look_up(indices) if self._holds else self._read(indices)
             images = to_float(to_device(images, self.device))
-        return (images if flips is None else flipped(images, to_device(flips, self.device))), labels
+        return self._varied(images, varied), labels
 
     def close(self) -> None:
         """Stop prefetching."""
@@ -95,7 +101,7 @@ class DataStream:
             self._reader.shutdown(cancel_futures=True)
 
     def get_state(self) -> Tensor:
-        """The state of the generator before the next batch, followed by that of the flips."""
+        """The state of the generator before the next batch, followed by that of flips or latents."""
         return self._queue[0].before if self._queue else self._state()
 
     def set_state(self, state: Tensor) -> None:
@@ -103,19 +109,29 @@ class DataStream:
         self._queue.clear()
         length = len(self.generator.get_state())
         self.generator.set_state(state[:length].clone())  # torch crashes on a view
-        if self.flips is not None:
-            self.flips.set_state(state[length:].clone())
+        if self.variation is not None:
+            self.variation.set_state(state[length:].clone())
 
     def _state(self) -> Tensor:
         own = self.generator.get_state()
-        return own if self.flips is None else torch.cat([own, self.flips.get_state()])
+        return own if self.variation is None else torch.cat([own, self.variation.get_state()])
 
     def _draw(self, size: int) -> tuple[Tensor, Tensor | None]:
-        """This rank's share of the next batch: indices, and whether each image is flipped, or None for no flips."""
+        """This rank's share of the next batch: indices, and whether each image is flipped, or noise of its latent."""
         indices = self.share.of(torch.randint(len(self.dataset), (size,), generator=self.generator))
-        if self.flips is None:
+        if self.variation is None:
             return indices, None
-        return indices, self.share.of(torch.rand(size, generator=self.flips) < 0.5)
+        if self.posteriors:
+            eps = torch.randn(size, *self.dataset.shape, generator=self.variation, dtype=torch.float32)
+            return indices, self.share.of(eps)
+        return indices, self.share.of(torch.rand(size, generator=self.variation) < 0.5)
+
+    def _varied(self, images: Tensor, varied: Tensor | None) -> Tensor:
+        """`images` with the flips or the noise of their latents that were drawn for them."""
+        if varied is None:
+            return images
+        varied = to_device(varied, self.device)
+        return Posteriors.drawn(images, varied.to(images.dtype)) if self.posteriors else flipped(images, varied)
 
     def _look_up(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         if self._held is None:
@@ -133,13 +149,13 @@ class DataStream:
         while len(self._queue) <= self.ahead:
             self._prefetch(size)
         batch = self._queue.popleft()
-        return *batch.images.result(), batch.flips
+        return *batch.images.result(), batch.varied
 
     def _prefetch(self, size: int) -> None:
         assert self._reader is not None
         before = self._state()
-        indices, flips = self._draw(size)
-        self._queue.append(_Prefetched(size, before, flips, self._reader.submit(self._read_pinned, indices)))
+        indices, varied = self._draw(size)
+        self._queue.append(_Prefetched(size, before, varied, self._reader.submit(self._read_pinned, indices)))
 
     def _read_pinned(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         images, labels = self._read(indices)

@@ -19,6 +19,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -86,6 +87,18 @@ class Phase:
         if self.cycle < 1:
             raise UserError(f"Phase.cycle is a number of steps, at least 1, got {self.cycle} in phase {self.label!r}")
 
+    @classmethod
+    def starting_at(cls, starts: Sequence[float]) -> list[Phase]:
+        """One training in parts, which begin at these ascending shares of it, the first at 0; nothing starts anew.
+
+        Raises UserError for a share of 1 or more.
+        """
+        if starts[-1] >= 1:
+            raise UserError(f"what starts within training starts at a share of it below 1, got {starts[-1]}")
+        labels = ["training", *(f"training from {100 * start:g} %" for start in starts[1:])]
+        parts = zip(labels, pairwise([*starts, 1.0]), strict=True)
+        return [cls(label, end - start, fresh=False) for label, (start, end) in parts]
+
     @property
     def cost_steps(self) -> int:
         """The steps from which its cost is estimated: a cycle, or as many whole cycles as are enough for a mean."""
@@ -102,8 +115,8 @@ class Batch:
 
     Real images are read only when ``x_0`` (or, for a method that needs data, ``c``) is asked for. `size` is the number
     of images on this rank: all ranks draw the random numbers of the whole batch, and each keeps its `share`. `step` is
-    the index of the step within its phase, counted by the harness, also across interruptions. With EDM's
-    transformations in `augment`, ``x_0`` is transformed and ``c`` has the labels of that.
+    the index of the step within its `phase`, counted by the harness, also across interruptions; `phase` is the index
+    in ``Method.phases()``. With EDM's transformations in `augment`, ``x_0`` is transformed and ``c`` has their labels.
     """
 
     def __init__(
@@ -121,8 +134,8 @@ class Batch:
     ) -> None:
         if size % share.group:
             raise ValueError(f"a batch of groups of {share.group} images cannot have {size} images")
-        self.size, self.shape, self.device, self.step = share.size(size), shape, device, step
-        self._whole, self._share, self._phase, self._integers = size, share, phase, 0
+        self.size, self.shape, self.device, self.step, self.phase = share.size(size), shape, device, step, phase
+        self._whole, self._share, self._integers = size, share, 0
         self._generator, self._read, self._conditioning = generator, read, conditioning
         self._augment = augment if augment is not None and augment.transforms_images else None
 
@@ -223,7 +236,7 @@ class Batch:
         waited for.
         """
         self._integers += 1
-        stream = stream_key(f"step {self.step} of phase {self._phase}", self._generator.initial_seed())
+        stream = stream_key(f"step {self.step} of phase {self.phase}", self._generator.initial_seed())
         return low + int((high - low) * uniform(stream, [self._integers]).item())
 
 
@@ -231,7 +244,8 @@ class _Part(Batch):
     """A part of a batch. The parts draw together: what the first one draws is stored, and each takes its rows of it."""
 
     def __init__(self, batch: Batch, share: Share, drawn: list[Any]) -> None:
-        self.size, self.shape, self.device, self.step = share.size(batch.size), batch.shape, batch.device, batch.step
+        self.size, self.shape, self.device = share.size(batch.size), batch.shape, batch.device
+        self.step, self.phase = batch.step, batch.phase
         self._batch, self._share, self._stored, self._asked = batch, share, drawn, 0
         self._generator = batch._generator
 

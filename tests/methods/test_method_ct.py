@@ -43,6 +43,8 @@ from distillbench.diffusion.samplers import ddim_step, karras_times, time_like
 from distillbench.diffusion.schedules import SCHEDULES, VE, VPCosine
 from distillbench.errors import UserError
 from distillbench.networks.architectures import ResidualMLP
+from distillbench.networks.edm import SongUNet
+from distillbench.teachers.teacher import Teacher
 from distillbench.training.method import Batch
 from distillbench_ct import ConsistencyTraining
 
@@ -667,6 +669,26 @@ def test_what_is_left_of_e_is_not_added_again(name):
     assert variance == pytest.approx(v + e**2, rel=v / (v + T**2))
 
 
+def test_a_fresh_ncsn_may_have_slower_features_of_time():
+    """iCT's .02 in place of 16, in the student and in the target network, and nothing else is another."""
+    sizes = {"model_channels": 32, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": ()}
+    blank = lambda: SongUNet(8, 3, 3, embedding_type="fourier", **sizes)
+    teacher = Teacher("ncsn++", Denoiser(blank(), VE(), "edm"), (3, 8, 8), "ncsn++", blank=blank)
+
+    def weights(**settings):
+        torch.manual_seed(0)
+        method = ct(teacher, start="fresh", mu=0.5, **settings)
+        own = method.student.denoiser.network.state_dict()
+        assert all(torch.equal(own[name], value) for name, value in method.target.denoiser.network.state_dict().items())
+        return own
+
+    theirs, ours = weights(), weights(fourier_scale=0.02)
+    close(ours.pop("map_noise.freqs"), theirs.pop("map_noise.freqs") * 0.02 / 16, rtol=1e-6)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    with pytest.raises(UserError, match="fourier_scale needs a student that starts from random weights"):
+        ct(teacher, start="teacher", fourier_scale=0.02)
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -702,6 +724,7 @@ def test_levels_without_any_weight_are_refused():
         {"s1": 5, "s0": 10},
         {"mu": 1.0},
         {"start": "noise"},
+        {"fourier_scale": -1.0},
         {"curriculum": "linear"},
         {"metric": "linf"},
         {"weight": "snr"},

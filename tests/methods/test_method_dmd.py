@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -195,6 +196,25 @@ def test_the_normaliser_is_of_one_image_and_has_a_floor():
 
 
 @pytest.mark.usefixtures("float64")
+def test_the_released_weight_has_no_floor_and_drops_what_is_not_a_number():
+    """As numpy's nan_to_num. A teacher that is 1e-7 from x, at x, at x as the fake score is, and not a number."""
+    method = perturbed(dmd(weight="released"))
+    batch = make_batch(4)
+    x, t, eps = batch.noise(), method.time(batch), batch.noise()
+    D_psi = method.fake.denoiser(method.teacher.schedule.noised(x, t, eps), t).detach()
+    D_phi = x + torch.tensor([1e-7, 0.0, 0.0, math.nan]).view(4, 1, 1, 1)
+    x[2], D_phi[2] = D_psi[2], D_psi[2]
+    method.teacher.denoise = lambda x_t, t, c: D_phi
+    method.fake.forward = lambda x_t, t, k, c: D_psi
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.abs((x - D_phi).numpy()).mean(axis=(1, 2, 3), keepdims=True)
+        expected = np.nan_to_num((D_psi - D_phi).numpy() / error)
+    found = method.g(x, K, t, eps, UNCONDITIONAL).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert np.abs(found[0]).max() > 2e5 and np.abs(found[1]).max() > 1e300 and not found[2:].any()
+
+
+@pytest.mark.usefixtures("float64")
 def test_both_denoisers_see_the_same_x_t():
     method, seen = perturbed(dmd(**ONE_TO_ONE)), []
     denoise = method.teacher.denoise
@@ -263,6 +283,34 @@ def test_the_student_is_updated_once_in_a_cycle(ratio):
     assert networks == ([method.fake, method.student] + [method.fake] * (ratio - 1)) * 2
     (phase,) = method.phases()
     assert phase.cycle == ratio and not phase.cost_varies
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("gan", [{}, {"gan_weight": 0.5, "layer": LAYER}], ids=["data-free", "adversarial"])
+def test_with_shared_images_the_fake_score_learns_from_those_of_the_student_s_update(gan, tmp_path):
+    """DMD2's iteration: one draw of noise and class, the student's update if it is due, then the fake score's."""
+    teacher = class_teacher(Conditioning(3))
+    method = perturbed(dmd(teacher, shared=True, fake_updates=2, levels=[80.0, 1.0], **gan))
+    labels = torch.tensor([0, 1, 2, 2, 1, 0, 0])
+    meter, seen, networks = make_workspace(teacher, tmp_path).meter, [], []
+    student_loss, fake_loss = method.student_loss, method.fake_loss
+    method.student_loss = lambda x, k, batch, c: seen.append((x.detach(), k, c)) or student_loss(x, k, batch, c)
+    method.fake_loss = lambda x, k, batch, c: seen.append((x, k, c)) or fake_loss(x, k, batch, c)
+    for step in range(3):
+        generator, read = torch.Generator().manual_seed(step), lambda n: (torch.zeros(n, 2, 1, 1), labels)
+        batch = Batch(7, (2, 1, 1), generator, "cpu", read, teacher.conditioning, step=step)
+        for network, loss in method.train_step(batch):
+            networks.append(network)
+            method.zero_grad()
+            loss.backward()
+            other = method.student if network is method.fake else method.fake
+            assert all(weight.grad is None for weight in other.parameters())
+    assert networks == [method.student, method.fake, method.fake, method.student, method.fake]
+    for (x, k, c), (x_fake, k_fake, c_fake) in ((seen[0], seen[1]), (seen[3], seen[4])):
+        assert torch.equal(x, x_fake) and not x_fake.requires_grad and k is k_fake and c is c_fake
+    assert not torch.equal(seen[1][0], seen[2][0])  # each step draws anew
+    heads = 7 * (3 * 2 + 2) if gan else 0  # of x and of a real image in three updates; of x in the student's two
+    assert (meter.teacher_nfe, meter.student_nfe) == (7 * 2, 7 * (3 * 2 + 3 + 2) + heads)
 
 
 @pytest.mark.usefixtures("float64")

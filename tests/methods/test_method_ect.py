@@ -137,6 +137,32 @@ def test_the_noise_levels_are_log_normal():
     assert kstest(lam[(lam > math.log(0.0021)) & (lam < math.log(79))].numpy(), norm(-0.8, 1.6).cdf).pvalue > 0.01
 
 
+def test_without_bounds_edm_s_networks_learn_at_every_level_that_is_drawn():
+    method = ect(mlp_teacher(VE(0.1, 5.0), "edm"), bounded=False, sigma_min=0.2, sigma_max=4.0)
+    method.student, batch = Recorder(), batch_of(method, 500)
+    loss_of(method, batch)
+    (x_s, s, _), (x_t, t, _) = method.student.asked
+    again = batch_of(method, 500)
+    x_0, eps = again.x_0, again.noise()
+    tau_t = drawn(again, 0.0, math.inf)
+    tau_s = released(tau_t, 0, 2.0)
+    assert (tau_t < 0.1).sum() > 50 and (tau_t > 5).sum() > 20
+    kept = (tau_s > 0).flatten()
+    close(t, tau_t, rtol=1e-9)
+    close(s[kept], tau_s[kept], rtol=1e-9)
+    close(x_t, x_0 + tau_t * eps, rtol=1e-9)
+    close(x_s[kept], (x_0 + tau_s * eps)[kept], rtol=1e-9, atol=1e-9)
+    schedule = method.teacher.schedule
+    close(schedule.noise_level(method.grid[[0, -1]]), torch.tensor([0.2, 4.0]), rtol=1e-9)  # of samples
+
+
+def test_without_bounds_other_networks_learn_within_their_own_schedule():
+    """And EDM's where they are read on another one."""
+    for teacher in (mlp_teacher(VE(0.1, 5.0), "x0"), mlp_teacher(VE(0.1, 5.0), "edm").on(VPCosine())):
+        method = ect(teacher, bounded=False, sigma_min=0.2, sigma_max=4.0)
+        close(torch.tensor(method.within.lam_range).exp(), torch.tensor([0.1, 5.0]), rtol=1e-6)
+
+
 # --- the loss --------------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +435,27 @@ def test_the_second_of_two_steps_starts_at_mid():
         close(method.sample(FixedNoise(z), 3, UNCONDITIONAL), x, rtol=1e-9)
         assert method.sample(FixedNoise(z), 17, UNCONDITIONAL).isfinite().all()
     assert [nfe for nfe in range(30) if method.supports(nfe)] == list(range(1, 18))
+
+
+def test_a_boundary_shifts_samples_as_in_the_release_and_nothing_in_training():
+    """ECMPrecond: c_skip = s^2 / ((tau - e)^2 + s^2) and c_out = (tau - e) s / sqrt(tau^2 + s^2), s = .5, e = .003."""
+    teacher, e = mlp_teacher(VE(), "edm"), 0.003
+    method, z = ect(teacher, boundary=e), [make_batch(4, seed=k).noise() for k in range(2)]
+
+    def F(x: Tensor, tau: float) -> Tensor:
+        network = teacher.denoiser.network(x / math.hypot(tau, 0.5), torch.full((4,), math.log(tau) / 4), None, None)
+        return 0.25 / ((tau - e) ** 2 + 0.25) * x + (tau - e) * 0.5 / math.hypot(tau, 0.5) * network
+
+    with torch.no_grad():
+        x = F(80 * z[0], 80.0)
+        close(method.sample(FixedNoise(z), 1, UNCONDITIONAL), x, rtol=1e-9, atol=1e-12)
+        fresh = math.sqrt(0.821**2 - e**2)
+        close(method.sample(FixedNoise(z), 2, UNCONDITIONAL), F(x + fresh * z[1], 0.821), rtol=1e-9, atol=1e-12)
+        x = method.sample(FixedNoise(z), 2, UNCONDITIONAL)
+        close(x, F(F(80 * z[0], 80.0) + 0.821 * z[1], 0.821), rtol=1e-4, atol=1e-5)  # as released
+    assert loss_of(method, batch_of(method)) == loss_of(ect(teacher), batch_of(method))
+    with pytest.raises(UserError, match=r"boundary must lie between 0 and 0\.821, got 1\.0"):
+        ect(teacher, boundary=1.0, sigma_min=0.8)
 
 
 @pytest.mark.parametrize(

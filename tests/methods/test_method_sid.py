@@ -761,6 +761,36 @@ def test_gradients_of_sida_reach_one_network_at_a_time():
         method.zero_grad()
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("starts", [(14, 31), (14, 0), (0, 31), (31, 14)])
+def test_the_generator_rests_and_its_adversarial_term_waits_for_their_shares_of_the_images(starts, tmp_path):
+    """In ten steps of six images; as released, a step counts the images before it. l = 0: the term is .3 ln 2."""
+    first, joined = starts
+    method = judged(torch.zeros(6, 2, 1, 1), generator_start=first / 60, adversarial_start=joined / 60, **SIDA)
+    method.identity = lambda x, t, eps, c: (0 * x, torch.ones(6, 1, 1, 1), torch.zeros(6, 1, 1))
+    found, train_step = [], method.train_step
+
+    def watched(batch):
+        found.append([])
+        for network, loss in train_step(batch):
+            found[-1].append(loss.item() if network is method.student else None)
+            yield network, loss
+
+    method.train_step = watched
+    trained(method, tmp_path, 10, 6)
+    term = 0.3 * math.log(2)
+    expected = [[None, *([term if n >= joined else 0.0] if n >= first else [])] for n in range(0, 60, 6)]
+    assert found == [pytest.approx(losses) for losses in expected]
+
+
+def test_training_is_one_phase_unless_something_starts_later():
+    stages = lambda **settings: [(phase.label, phase.share) for phase in sid(**settings).phases()]
+    assert stages() == [("training", 1.0)]
+    assert stages(generator_start=0.25) == [("training", 0.25), ("training from 25 %", 0.75)]
+    with pytest.raises(UserError, match=r"starts at a share of it below 1, got 1\.0"):
+        stages(generator_start=1.0)
+
+
 def test_a_layer_that_there_is_not_is_refused():
     method = sid(adversarial=0.1, layer="bloks.0")
     with pytest.raises(UserError, match=r"no submodule 'bloks\.0'\. Possible, for example: blocks\.0"):
@@ -891,6 +921,8 @@ def test_the_defaults_are_the_release_s():
         {"adversarial": -1.0, "layer": "blocks.0"},
         {"discriminator": -1.0},
         {"augment": 1.5},
+        {"generator_start": -0.1},
+        {"adversarial_start": 1.5},
         {"adversarial": 0.1},
         {"adversarial": 0.1, "layer": "blocks.0", "guided_fit": True},
         {"adversarial": 0.1, "layer": "blocks.0", "guided_loss": True},

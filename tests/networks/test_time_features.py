@@ -16,8 +16,8 @@ from distillbench.diffusion.denoiser import Denoiser
 from distillbench.networks import DiT, ResidualMLP, TimeFeatures, UNet, smooth_times
 from distillbench.networks.diffusers_calls import ScoreCall
 from distillbench.networks.diffusers_wrappers import PixelUNet
-from distillbench.networks.edm import DhariwalUNet, SongUNet
-from distillbench.networks.time_features import PolynomialFeatures
+from distillbench.networks.edm import DhariwalUNet, Fourier, SongUNet
+from distillbench.networks.time_features import PolynomialFeatures, scale_fourier
 from small_diffusers_networks import dit, pixel_unet, text_unet
 
 CPU = torch.device("cpu")
@@ -181,3 +181,40 @@ def test_what_cannot_be_made_smooth_is_refused():
         smooth_times(Denoiser(text_unet(100, class_embed_type="timestep"), VPCosine(), "v"))
     with pytest.raises(ValueError, match="degree must be at least 1, got 0"):
         smooth_times(made("mlp"), 0)
+
+
+# --- the scale of Fourier features ------------------------------------------------------------------------------------
+
+
+def test_scaled_fourier_features_are_those_that_a_draw_with_that_scale_gives():
+    """And in the network they are the only change: at time 0 all of them are what they were."""
+    network = SongUNet(8, 3, 3, **SIZES | {"model_channels": 64}, embedding_type="fourier")
+    f = Denoiser(network.eval(), VE(), "edm")
+    torch.manual_seed(3)
+    f.network.map_noise = Fourier(64)
+    twin = scale_fourier(copy.deepcopy(f), 0.02)
+    torch.manual_seed(3)
+    drawn = 0.02 * torch.randn(32)
+    a = torch.linspace(-1.5, 1.1, 7)
+    angles = 2 * np.pi * np.outer(a.numpy(), drawn.numpy())
+    found = twin.network.map_noise(a).numpy()
+    np.testing.assert_allclose(found, np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=1e-6)
+    assert 0.01 < twin.network.map_noise.freqs.std() < 0.03 and 8 < f.network.map_noise.freqs.std() < 24
+    x = torch.randn(2, 3, 8, 8)
+    for weight in (*f.network.parameters(), *twin.network.parameters()):
+        nn.init.constant_(weight, 0.1)
+    assert torch.equal(f(x, time([1.0, 1.0])), twin(x, time([1.0, 1.0])))  # ln 1 / 4 = 0
+    assert not torch.allclose(f(x, time([2.0, 3.0])), twin(x, time([2.0, 3.0])))
+    scale_fourier(twin, 16.0)
+    close(twin.network.map_noise.freqs, f.network.map_noise.freqs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mlp", "ddpm++", "adm", "fourier"])
+def test_a_network_without_edm_s_fourier_features_has_no_scale(name):
+    with pytest.raises(UserError, match=r"without EDM's Fourier features of time .*fourier_scale=0"):
+        scale_fourier(made(name), 0.02)
+
+
+def test_a_scale_of_zero_is_a_mistake_of_the_caller():
+    with pytest.raises(ValueError, match="scale must be positive, got 0"):
+        scale_fourier(made("ncsn++"), 0.0)

@@ -44,6 +44,16 @@ def described(cells):
     return found
 
 
+def test_drawn_latents_are_part_of_keys(registry):
+    """Those of means, and of methods that read no images, are as they have always been."""
+    _, boot, ect = planned(registry, "methods=[boot,ect]")
+    for cell, told in ((boot, {}), (ect, {"latents": "drawn"})):
+        teacher = cell.shared.load_teacher(SILENT)
+        plain = train_inputs(cell, teacher)
+        drawn = train_inputs(cell, replace(teacher, to_posterior=torch.abs))
+        assert drawn == plain | told and "latents" not in plain
+
+
 def test_flips_are_part_of_keys_and_rows_where_real_images_are_read(registry, tmp_path):
     """boot reads none: it is trained once, with the key that it has always had. Scores are made in the same way."""
     cells = planned(registry, "methods=[boot,ect]", "augment.flip=true,false", "augment.probability=0")

@@ -58,9 +58,10 @@ SMALL = [
     "isolate=false",
     "run_name=here",
 ]
-LESS = {  # where an experiment's own number would take a minute
+LESS = {  # where an experiment's own number would take a minute, or two steps are too few for it
     "direct": "methods.direct.pairs=8",
     "ct": "methods.ct.s1=10",
+    "sid": "methods.sid.generator_start=0",
     "reflow": "methods.reflow.pairs=8",
 }
 PAIRED = {"direct", "reflow"}  # methods with noise-image pairs
@@ -121,8 +122,10 @@ DATASETS: dict[str, Callable[[Path], list[str]]] = {
 
 
 def _edm_pickle(folder: Path, config: RunConfig, write: EdmWriter) -> list[str]:
-    """As NVIDIA's training writes them: ADM with ImageNet's classes, DDPM++ without."""
-    kind, settings = (DhariwalUNet, {"model_channels": 64, "label_dim": 1000}) if config.conditional else (SongUNet, {})
+    """As NVIDIA's training writes them: ADM with ImageNet's classes, DDPM++ without, and NCSN++'s features of time."""
+    fourier = {"embedding_type": "fourier"} if config.teacher.release.endswith("-ve") else {}
+    adm = DhariwalUNet, {"model_channels": 64, "label_dim": 1000}
+    kind, settings = adm if config.conditional else (SongUNet, fourier)
     _, path = write.network(kind, DDPM | settings)
     return [f"teacher.path={path}", f"dataset.resolution={SIDE}"]
 

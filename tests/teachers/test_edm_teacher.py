@@ -185,7 +185,9 @@ def test_without_a_path_the_released_network_that_fits_is_named_with_the_line_th
 
     line = "distillbench run 'methods=[boot,cm]' dataset=ffhq teacher=edm"
     found = message()
-    assert found.startswith("teacher=edm has no file yet: EDM, FFHQ at 64x64, unconditional, vp (DDPM++) (licence: CC BY-NC-")
+    assert found.startswith(
+        "teacher=edm has no file yet: EDM, FFHQ at 64x64, unconditional, vp (DDPM++) (licence: CC BY-NC-"
+    )
     assert f"{line} teacher.download=true\n" in found and "/edm-ffhq-64x64-uncond-vp.pkl, by NVIDIA" in found
     found = message(release="edm-ffhq-64-ve")
     assert f"{line} teacher.release=edm-ffhq-64-ve teacher.download=true\n" in found

@@ -42,6 +42,27 @@ def test_latents_are_cached_and_read_by_row(tmp_path):
     assert sum(calls) == 40 and torch.equal(again.read(indices), latents.read(indices))
 
 
+def test_posteriors_of_latents_are_cached_beside_the_means(tmp_path):
+    calls, pictures = [], Pictures()
+    means = latent_teacher(calls)
+    of_means = lambda x: torch.cat([means.to_latents(x), means.to_latents(x.abs())], dim=1)
+    teacher = dataclasses.replace(means, to_posterior=of_means)
+    latents = training_data(pictures, teacher, tmp_path, "cpu", SILENT)
+    indices = torch.tensor([3, 39, 0])
+    pool = lambda x: torch.nn.functional.avg_pool2d(x, 2).float()
+    x = pictures.images[indices] / 127.5 - 1
+    rows = latents.read(indices)
+    torch.testing.assert_close(rows, torch.cat([pool(x), pool(x.abs())], dim=1))
+    assert latents.shape == (1, 4, 4) and torch.equal(latents.labels(indices), indices % 3)
+    eps = torch.randn(3, 1, 4, 4)
+    torch.testing.assert_close(latents.drawn(rows, eps), pool(x) + pool(x.abs()) * eps)
+    assert training_data(pictures, means, tmp_path, "cpu", SILENT).read(indices).shape == (3, 1, 4, 4)
+    before = sum(calls)
+    assert torch.equal(training_data(pictures, teacher, tmp_path, "cpu", SILENT).read(indices), rows)
+    assert sum(calls) == before and len([*tmp_path.glob("*.npy")]) == 2
+    assert placeholder(pictures, teacher).shape == (1, 4, 4)
+
+
 @pytest.mark.parametrize("call", ["to_images", "encoded"])
 def test_images_are_decoded_and_encoded_in_parts(monkeypatch, call):
     """As many pixels at a time as fit, and at least one image: the same as all at once."""

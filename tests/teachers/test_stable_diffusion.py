@@ -120,6 +120,14 @@ def test_latents_are_the_means_of_the_encoder(folders, cache):
     with torch.no_grad():
         expected = pipeline.vae.encode(x).latent_dist.mean * pipeline.vae.config.scaling_factor
     torch.testing.assert_close(teacher.to_latents(x), expected, rtol=1e-5, atol=1e-6)
+    assert teacher.to_posterior is None
+    drawn = loaded(folders["epsilon"], cache, latents="drawn")
+    with torch.no_grad():
+        posterior, scale = pipeline.vae.encode(x).latent_dist, pipeline.vae.config.scaling_factor
+    both = torch.cat([posterior.mean * scale, posterior.std * scale], dim=1)
+    torch.testing.assert_close(drawn.posterior(x), both, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(drawn.to_latents(x), expected, rtol=1e-5, atol=1e-6)
+    assert drawn.sha256 == teacher.sha256
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -223,6 +231,7 @@ def edited(folder, target, **changes):
         ({}, {"variant": "fp16"}, "no weights diffusion_pytorch_model.fp16.safetensors"),
         ({}, {"variant": "../x"}, "variant must be letters"),
         ({}, {"decode_batch": 0}, "decode_batch must be positive, got 0"),
+        ({}, {"latents": "mode"}, "latents must be one of mean, drawn, got 'mode'"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_weights_are_read(folders, tmp_path, reads, changes, settings, message):

@@ -9,8 +9,10 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest, norm
 from torch import nn
 
 import distillbench.metering.stopwatch
@@ -27,6 +29,7 @@ from distillbench.datasets.dataset import Dataset, to_float
 from distillbench.diffusion.conditioning import Conditioning
 from distillbench.errors import DivergedError, UserError
 from distillbench.system.progress import Progress
+from distillbench.teachers.latents import Posteriors
 from distillbench.training import data_stream
 from distillbench.training.budget import BudgetConfig, Limit
 from distillbench.training.compute import ComputeConfig
@@ -590,10 +593,36 @@ def test_flips_mirror_half_of_the_same_images():
     assert not torch.equal(mirrored, torch.eq(*other).flatten(1).all(dim=1).logical_not())
 
 
+def posteriors() -> Posteriors:
+    """Of a dataset's images: mean i in two channels, and standard deviations 1 + i / 100 and 2 + i / 100."""
+    images = Sided()
+    images.licence = images.sha256 = images.prompts = images.evaluated = None
+    i = np.arange(len(images), dtype=np.float32)[:, None, None, None]
+    return Posteriors(images, np.concatenate([i, i, 1 + i / 100, 2 + i / 100], axis=1) * np.ones((1, 1, 3, 2), "f4"))
+
+
+def test_latents_are_drawn_anew_at_each_use_of_an_image():
+    """(x - mean) / std is standard normal, and of its own at each use; images and classes are those of the means."""
+    data, (images, classes) = posteriors(), batches(DataStream(Sided(), 0, "cpu"), [2000])
+    assert data.shape == (2, 3, 2) and len(data) == len(Sided())
+    x, same = batches(DataStream(data, 0, "cpu"), [2000])
+    assert torch.equal(classes, same) and x.shape == (2000, 2, 3, 2)
+    index = ((images[:, :, :1, :1] + 1) * 127.5).round()
+    z = (x - index) / (torch.tensor([1.0, 2.0]).view(2, 1, 1) + index / 100)
+    assert kstest(z.flatten().numpy(), norm.cdf).pvalue > 0.01
+    assert len(z.flatten().unique()) > 0.99 * z.numel()
+    other = batches(DataStream(data, 1, "cpu"), [2000])[0]
+    assert not torch.equal(other, x) and torch.equal(batches(DataStream(data, 0, "cpu"), [2000])[0], x)
+    with pytest.raises(ValueError, match="latents cannot be flipped"):
+        DataStream(data, 0, "cpu", flip=True)
+
+
 @pytest.mark.parametrize("ahead", [0, 2])
-def test_flips_are_the_same_however_images_are_read(large, monkeypatch, ahead):
+@pytest.mark.parametrize("data", [Sided, posteriors], ids=["flips", "latents"])
+def test_flips_and_latents_are_the_same_however_images_are_read(large, monkeypatch, ahead, data):
     """Prefetched, held, preloaded, in shares of ranks, after an interruption."""
-    stream = lambda share=data_stream.WHOLE, seed=0: DataStream(Sided(), seed, "cpu", ahead, share, flip=True)
+    flip = data is Sided
+    stream = lambda share=data_stream.WHOLE, seed=0: DataStream(data(), seed, "cpu", ahead, share, flip=flip)
     with monkeypatch.context() as patched:
         patched.setattr(data_stream, "HELD_BYTES", 2**20)
         expected, _ = batches(stream())
