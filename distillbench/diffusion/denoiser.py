@@ -83,6 +83,8 @@ def _edm_input(t: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
 
 INPUTS["edm"] = _edm_input
 
+SCALED_AT_EVERY_LEVEL = frozenset(["edm"])  # predictions of networks whose inputs and outputs have a unit variance
+
 
 class NetworkCall:
     """How the networks of a counter are called. The base class calls them unchanged.
@@ -383,7 +385,7 @@ class Denoiser(nn.Module):
         Those are scaled for every level (Karras et al. 2022, table 1), and trained on draws without bounds.
         """
         schedule = self.schedule
-        free = self.prediction == "edm" and schedule is self.native
+        free = self.prediction in SCALED_AT_EVERY_LEVEL and schedule is self.native
         return schedule.unbounded() if free and isinstance(schedule, VE) else schedule
 
     def copy(self, counter: Counter) -> Denoiser:
