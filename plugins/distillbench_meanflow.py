@@ -79,6 +79,10 @@ class MeanFlow(Method):
             require_between(self, 0, float("inf"), "smooth")
             require_between(self, 1e-5, 0.1, "step")
 
+    @property
+    def uses_teacher(self) -> bool:
+        return self.config.source == "teacher"
+
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
         if config.source == "data" and teacher.conditioning.guided:

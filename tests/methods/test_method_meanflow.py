@@ -71,6 +71,7 @@ def test_the_average_velocity_at_equal_times_is_the_teacher_s():
     method = meanflow(mlp_teacher(FLOW), ratio=0.0)
     assert loss_of(method, batch()).item() < 1e-25
     data = meanflow(mlp_teacher(FLOW), ratio=0.0, source="data")
+    assert not data.uses_teacher and meanflow(mlp_teacher(FLOW)).uses_teacher
     again = batch()
     x_0, eps = again.x_0, again.noise()
     t, _ = data.times(again)
