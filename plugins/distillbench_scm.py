@@ -93,6 +93,10 @@ class ContinuousConsistency(MultistepMethod):
             if self.sigma_min >= self.sigma_max:
                 raise UserError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
 
+    @property
+    def uses_teacher(self) -> bool:
+        return self.config.source == "teacher"
+
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
         if config.source == "data" and teacher.conditioning.guided:

@@ -183,3 +183,7 @@ def test_settings_that_are_not_possible():
     teacher = gaussian_teacher().conditioned(Conditioning(2, 3.0))
     with pytest.raises(UserError, match="source=data cannot be guided"):
         scm(teacher, source="data")
+
+
+def test_from_data_it_uses_no_teacher():
+    assert scm(mlp_teacher(VE())).uses_teacher and not scm(mlp_teacher(VE()), source="data").uses_teacher
