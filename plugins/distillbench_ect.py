@@ -132,8 +132,10 @@ class EasyConsistencyTuning(MultistepMethod):
         yield self.student, d(F, target, w)
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        F = ConsistencyFunction(self.student.denoiser, self.config.boundary, SIGMA_DATA)
-        return multistep(F, self.sampling_times(nfe), noise, nfe, c)
+        e, F = self.config.boundary, self.student
+        return multistep(
+            ConsistencyFunction(F.denoiser, e, SIGMA_DATA) if e else F, self.sampling_times(nfe), noise, nfe, c
+        )
 
 
 @hookimpl(api=2)

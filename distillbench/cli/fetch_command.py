@@ -71,6 +71,8 @@ def fetch_named(registry: Registry, words: Sequence[str], given: Path | None, ye
         for source in sources:
             click.echo(f"written: {adopt(source, given, progress)} ({source.licence})")
     else:
+        for cls in networks:
+            _check_fetchable(cls)
         only_networks = not sources and not any("=" in word for word in words)
         _download(sources, networks, progress, yes or only_networks)
     for cls in networks:
@@ -88,7 +90,6 @@ def _wanted(registry: Registry, words: Sequence[str]) -> tuple[list[Source], lis
         if name in sources:
             chosen[name] = sources[name]
         elif name in networks:
-            _check_fetchable(networks[name])
             nets[networks[name].weights.file] = networks[name]
         else:
             raise unknown("dataset, teacher or network", name, [*sources, *networks])

@@ -150,7 +150,8 @@ def test_ignored_files_are_noted_in_data_check_in_a_dry_run_and_in_a_run(tmp_pat
     note = "ignored, not a supported image format: 2 .jp2 (\\x1b[2J.jp2, 1.jp2)"
     assert note in " ".join(out.split())
     every = load_registry()
-    cells = plan(compose_runs(["methods=[boot]", f"results_dir={tmp_path / 'results'}", *words], every), every)
+    words += ["methods=[boot]", f"results_dir={tmp_path / 'results'}", "estimate_seconds=0"]
+    cells = plan(compose_runs(words, every), every)
     console = Console(file=io.StringIO(), width=200, highlight=False)
     print_plan(console, cells)
     assert f"dataset folder: {note}\n" in console.file.getvalue()
@@ -165,4 +166,4 @@ def test_ignored_files_are_noted_in_data_check_in_a_dry_run_and_in_a_run(tmp_pat
     monkeypatch.setattr(running, "executor_of", stop)
     with pytest.raises(Stopped):
         running.run(cells, [cells[0].shared.config], Progress(console), print)
-    assert console.file.getvalue() == f"dataset folder: {note}\n"
+    assert console.file.getvalue().startswith(f"dataset folder: {note}\n")

@@ -83,7 +83,7 @@ def test_latents_on_a_gpu_are_in_float32_under_another_key(tmp_path, monkeypatch
         read = lambda self, indices: None
 
     monkeypatch.setattr(latents, "_encode", encode)
-    teacher = SimpleNamespace(to_latents=True, sha256="1" * 64, shape=(1, 4, 4))
+    teacher = SimpleNamespace(to_latents=True, to_posterior=None, sha256="1" * 64, shape=(1, 4, 4))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
         for device in ("cpu", "cpu", "cuda:1", "cuda:0"):
             training_data(Pictures(), teacher, tmp_path, device, SILENT)

@@ -27,9 +27,10 @@ def test_characters_missing_in_an_encoding_are_replaced(monkeypatch, encoding, s
 def test_tables_are_printed_in_any_encoding(encoding):
     code = (
         "from distillbench.system.output_encoding import replace_unwritable\n"
-        "from distillbench.cli.terminal import _new_table, new_console\n"
+        "from distillbench.cli.terminal import new_console\n"
+        "from distillbench.reports.terminal_table import new_table\n"
         "replace_unwritable()\n"
-        "table = _new_table(['method', 'fd_↓'], text=['method'])\n"
+        "table = new_table(['method', 'fd_↓'], [True, False])\n"
         "table.add_row('boot σ', '1')\n"
         "new_console().print(table)\n"
     )

@@ -695,7 +695,7 @@ def test_a_killed_rank_ends_the_run_with_one_message(tmp_path):
     torchrun = Torchrun(tmp_path)
     done = torchrun.run("[direct,dies]", "alone")
     assert done.returncode != 0 and done.stderr.count("another rank has ended") == 1, done.stderr[-3000:]
-    assert done.stdout.count("direct seed 0") + done.stderr.count("direct seed 0") == 1
+    assert done.stdout.count("direct, seed 0") + done.stderr.count("direct, seed 0") == 1
     train, scores = torchrun.records("alone")
     assert train["processes"] == 2 and train["cost"]["images"] == 640 and train["status"] == "ok"
     assert scores["rows"][0]["status"] == "ok"
