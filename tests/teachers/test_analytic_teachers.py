@@ -181,8 +181,9 @@ def test_data_free_methods_need_no_images_and_the_others_are_refused(registry, t
 
 @pytest.mark.parametrize(
     "guidance",
-    [pytest.param(["guidance=2"], marks=pytest.mark.nightly), ["guidance=2", "guidance_range=[1,3]"]],
+    [["guidance=2"], ["guidance=2", "guidance_range=[1,3]"]],
 )
+@pytest.mark.nightly
 def test_every_method_that_has_a_teacher_distils_a_guided_one(registry, tmp_path, guidance):
     """Two counted evaluations wherever the guided teacher answers; a later phase's teacher is a student, at one."""
     words = ["dataset=gmm", "teacher=gmm", *IMAGES, "dataset.shape=[1,2,2]", "dataset.count=256", *NARROW]
@@ -280,6 +281,7 @@ def test_phases_start_from_the_top_of_their_own_grid(registry, tmp_path, name, t
         close(x, t.float() * eps(0), rtol=1e-6)
 
 
+@pytest.mark.nightly
 def test_pairs_with_drawn_guidance_weights_are_cached(registry, tmp_path):
     words = ["methods=[direct]", "dataset=gmm", "teacher=gmm", *NARROW, *SMALL, "conditional=true", "guidance=2"]
     for lr in (1e-3, 2e-3):

@@ -10,7 +10,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,6 +23,7 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
+from by_day import by_day
 from distillbench.builtin.pixels import Spread, TeacherRmse
 from distillbench.diffusion.conditioning import UNCONDITIONAL
 from distillbench.diffusion.denoiser import Denoiser
@@ -68,6 +69,7 @@ from tiny_training import SILENT
 from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port, method_class
 
 STEPS = 6
+BY_DAY = ("boot", "cm", "continuous_time", "adversarial", "direct", "imm", "pd", "sid")
 SMALL_BUCKET, PAIRS_AT_ONCE = 256, 4  # bytes; several buckets and rounds, as there are of real networks
 
 
@@ -114,6 +116,29 @@ def training(
     return dict(method.state_dict()), left
 
 
+def train_each(names: Iterable[str], rank: int, folder: Path, ranks: Ranks) -> dict[str, dict]:
+    """What the trainings of these methods cost, and their losses; their weights are saved in `folder`."""
+    counted = {}
+    for name in names:
+        weights, left = training(name, folder, ranks)
+        save_file(weights, folder / f"{name}-{rank}.safetensors")
+        losses = [point.loss for point in left.curve]
+        counted[name] = asdict(left.cost) | {"losses": losses, "updates": left.counts.state()}
+    return counted
+
+
+def run_rank_of_others(rank: int, port: int, folder: Path) -> None:
+    """The main function of each of two ranks that train the methods which are left to the night."""
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(240, exit=True)
+    gradient_reduction.BUCKET_BYTES, pairs.BATCH = SMALL_BUCKET, PAIRS_AT_ONCE
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in given.items()})
+    with joined("cpu") as ranks:
+        counted = train_each([name for name in METHODS if name not in BY_DAY], rank, folder, ranks)
+    (folder / f"counted-{rank}.json").write_text(json.dumps(counted))
+
+
 def run_rank(rank: int, port: int, folder: Path) -> None:
     """The main function of each of two ranks."""
     torch.set_num_threads(1)
@@ -123,14 +148,7 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
     os.environ.update({name: str(value) for name, value in given.items()})
     with joined("cpu") as ranks:
         assert ranks.share == Share(rank, 2) and ranks.main == (rank == 0)
-        counted = {}
-        for name in METHODS:
-            weights, left = training(name, folder, ranks)
-            save_file(weights, folder / f"{name}-{rank}.safetensors")
-            counted[name] = asdict(left.cost) | {
-                "losses": [point.loss for point in left.curve],
-                "updates": left.counts.state(),
-            }
+        counted = train_each(BY_DAY, rank, folder, ranks)
         seen = Monitor(PixelScores(None, 5, 2, Sampling(), "cpu"), 0.3, (1,), print, most=1e9)
         weights, left = training("cm", folder, ranks, monitor=seen)
         save_file(weights, folder / f"looks-{rank}.safetensors")
@@ -366,8 +384,16 @@ def two(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_two_ranks_train_the_same_weights_as_one(two, name, tmp_path):
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("others")
+    torch.multiprocessing.spawn(run_rank_of_others, (free_port(), folder), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("name", by_day(METHODS, BY_DAY))
+def test_two_ranks_train_the_same_weights_as_one(request, name, tmp_path):
+    two = request.getfixturevalue("two" if name in BY_DAY else "others")
     torch.set_num_threads(1)
     weights, left = training(name, tmp_path)
     main, follower = (load_file(two / f"{name}-{rank}.safetensors") for rank in range(2))
