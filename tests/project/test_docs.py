@@ -552,6 +552,7 @@ def test_the_dataset_conforms_and_runs(registry, tmp_path):
     assert not [cell.cost_error for cell in plan(compose_runs(words, registry), registry) if cell.cost_error]
 
 
+@pytest.mark.nightly
 def test_the_teacher_conforms(registry, tmp_path):
     """After a short training of the page's network, by the page's own conventions."""
     entry, digits = registry.teachers["small_conv"], registry.datasets["digits"].cls
