@@ -96,7 +96,7 @@ def test_a_terminated_run_saves_a_state_and_resumes(tmp_path):
     found = rows(tmp_path)
     assert found.loc["slow", "status"] == "interrupted"
     assert found.loc["slow", "reason"].startswith("SIGTERM: the same command resumes it")
-    (state,) = log[0].parent.glob("resume/1/state-*.safetensors")
+    (state,) = log[0].parent.glob("resume/0/state-*.safetensors")
     images = int(state.name.split("-")[1])
     assert 0 < images < 800
     done = subprocess.run(command(tmp_path, *words), capture_output=True, text=True)
@@ -119,7 +119,7 @@ def test_the_process_of_a_cell_saves_a_state_when_the_run_is_killed(tmp_path):
     running.wait()
     wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
     assert not is_locked(log[0].parent)
-    assert list(log[0].parent.glob("resume/1/state-*.safetensors"))
+    assert list(log[0].parent.glob("resume/0/state-*.safetensors"))
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------
