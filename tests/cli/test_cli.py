@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import save_file
 
+from command_line import exit_code
 from distillbench.builtin.trained import METADATA, Trained
 from distillbench.cli import command_options, commands, terminal
 from distillbench.errors import DivergedError
@@ -54,12 +55,7 @@ def call(tmp_path, monkeypatch, capfd, registry):
     monkeypatch.setenv("COLUMNS", "80")
 
     def run(*words):
-        try:
-            commands.main(words)
-            code = 0
-        except SystemExit as done:
-            code = done.code
-        return code, *capfd.readouterr()
+        return exit_code(*words), *capfd.readouterr()
 
     return run
 

@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
+from command_line import exit_code
 from distillbench.builtin.inception import InceptionV3
-from distillbench.cli import command_options, commands
+from distillbench.cli import command_options
 from distillbench.errors import UserError
 from distillbench.registry import load_registry
 from distillbench.runs.config import compose_runs
@@ -69,12 +70,7 @@ def call(tmp_path, monkeypatch, capsys, registry):
     monkeypatch.setenv("DISTILLBENCH_WEIGHTS", str(tmp_path / "weights"))
 
     def run(*words):
-        try:
-            commands.main(words)
-            code = 0
-        except SystemExit as done:
-            code = done.code
-        return code, *capsys.readouterr()
+        return exit_code(*words), *capsys.readouterr()
 
     return run
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from command_line import exit_code
 from distillbench import Batch, Method, MethodConfig, Phase, UserError, hookimpl, option, registry
-from distillbench.cli import commands
 from distillbench.diffusion.conditioning import UNCONDITIONAL
 from distillbench.diffusion.derivatives import derivative
 from distillbench.diffusion.noise import Noise
@@ -1096,11 +1096,7 @@ def call(tmp_path, monkeypatch, capfd, small):
     monkeypatch.setenv("COLUMNS", "100")
 
     def run(*words):
-        try:
-            commands.main(words)
-            code = 0
-        except SystemExit as done:
-            code = done.code
+        code = exit_code(*words)
         assert not list(tmp_path.iterdir())
         return code, *capfd.readouterr()
 

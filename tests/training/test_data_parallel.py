@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import faulthandler
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -66,7 +64,7 @@ from distillbench.training.resume import FollowerStates, Resume, States
 from distillbench.training.share import WHOLE, Share, parts_of
 from random_pictures import Pictures
 from tiny_training import SILENT
-from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port, method_class
+from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port, method_class, start_rank
 
 STEPS = 6
 BY_DAY = ("boot", "cm", "continuous_time", "adversarial", "direct", "imm", "pd", "sid")
@@ -129,11 +127,8 @@ def train_each(names: Iterable[str], rank: int, folder: Path, ranks: Ranks) -> d
 
 def run_rank_of_others(rank: int, port: int, folder: Path) -> None:
     """The main function of each of two ranks that train the methods which are left to the night."""
-    torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(240, exit=True)
+    start_rank(rank, port)
     gradient_reduction.BUCKET_BYTES, pairs.BATCH = SMALL_BUCKET, PAIRS_AT_ONCE
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in given.items()})
     with joined("cpu") as ranks:
         counted = train_each([name for name in METHODS if name not in BY_DAY], rank, folder, ranks)
     (folder / f"counted-{rank}.json").write_text(json.dumps(counted))
@@ -141,11 +136,8 @@ def run_rank_of_others(rank: int, port: int, folder: Path) -> None:
 
 def run_rank(rank: int, port: int, folder: Path) -> None:
     """The main function of each of two ranks."""
-    torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(240, exit=True)  # instead of waiting for a message that never comes
+    start_rank(rank, port)
     gradient_reduction.BUCKET_BYTES, pairs.BATCH = SMALL_BUCKET, PAIRS_AT_ONCE
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in given.items()})
     with joined("cpu") as ranks:
         assert ranks.share == Share(rank, 2) and ranks.main == (rank == 0)
         counted = train_each(BY_DAY, rank, folder, ranks)
@@ -356,10 +348,7 @@ LORA = StudentForm(Adapters(2, 2.0))
 
 def run_rank_of_adapters(rank: int, port: int, folder: Path) -> None:
     """The main function of each of two ranks that train adapters."""
-    torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(240, exit=True)
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in given.items()})
+    start_rank(rank, port)
     with joined("cpu") as ranks:
         for name in ("cm", "sid"):
             save_file(training(name, folder, ranks, students=LORA)[0], folder / f"{name}-{rank}.safetensors")

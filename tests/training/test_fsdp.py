@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -39,7 +37,7 @@ from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States
 from distillbench.training.share import WHOLE, Share
 from tiny_training import SILENT
-from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port, method_class
+from two_ranks import BATCH, METHODS, SETTINGS, SHAPE, assert_alike, free_port, method_class, start_rank
 
 SHARD, PLAIN = ComputeConfig(shard=True), ComputeConfig()
 IMAGES = 4 * BATCH
@@ -116,10 +114,7 @@ def held(ranks: Ranks, folder: Path) -> dict[str, int]:
 
 def run_rank(rank: int, port: int, folder: Path) -> None:
     """The main function of each of two ranks."""
-    faulthandler.dump_traceback_later(240, exit=True)  # instead of waiting for a message that never comes
-    torch.set_num_threads(1)
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in given.items()})
+    start_rank(rank, port)
     with joined("cpu") as ranks:
         told = {"held": held(ranks, folder)}
 
