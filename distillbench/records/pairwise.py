@@ -31,7 +31,6 @@ which is exact where one of the two dominates and too wide in between.
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,7 +115,7 @@ def typical_variance(variances: Floats, freedom: int) -> Floats:
 
 def shared_covariance(influences: Floats) -> Floats:
     """(A,A) covariance of the methods' means over images, of influences (A,S,n), without what differs between seeds."""
-    A, S, n = influences.shape
+    _, S, n = influences.shape
     centred = influences - influences.mean(axis=-1, keepdims=True)
     mean = centred.mean(axis=1)
     covariance = mean @ mean.T / (n * (n - 1))
@@ -150,7 +149,7 @@ def _variances_of_differences(covariance: Floats) -> Floats:
 def _largest_over_seeds(methods: int, seeds: int) -> Floats:
     """(DRAWS,) sorted: the largest statistic of all pairs if all methods are equal.
 
-    The standard deviation of each method is drawn from the prior. Means are 1 and all spreads small: then w is constant.
+    The standard deviation of each method is drawn from the prior. All have the same w.
     """
     random = np.random.default_rng(0)
     first, second = _pairs(methods)
