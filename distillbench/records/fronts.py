@@ -35,7 +35,8 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class Front:
-    """The points of one group, by cost. `group`: the values of COMPARABLE of its first point. `left_out`: points without a comparison, and why.
+    """The points of one group, by cost. `group`: the values of COMPARABLE of its first point. `left_out`: points that
+    were not compared, and why.
 
     Draw a line through points that are "on", none through "unclear" ones, and let those "off" recede.
     """
