@@ -193,7 +193,7 @@ def _train(
         meter = Meter(config.budget, teacher, shared.device, watches=(rss, gpu), energy=joules)
         method.distances = Distances(teacher, meter, shared.weights, shared.device)
         given = method.teacher, meter, cache, shared.device, cell.seed, progress
-        workspace = Workspace(*given, energy_source=config.energy, ranks=ranks)
+        workspace = Workspace(*given, energy_source=config.energy, ranks=ranks, shard=compute.shard)
         points = config.evaluation.checkpoints
         fractions = tuple((k + 1) / (points + 1) for k in range(points))
         checkpoints = Checkpoints(fractions, folder, tuple(cell.nfe))

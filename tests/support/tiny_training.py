@@ -45,7 +45,7 @@ METHODS = {
     "meanflow": (distillbench_meanflow.MeanFlow, {}),
     "moment": (distillbench_moment.MomentMatching, {"steps": 1}),  # these tests sample in one step
     "pd": (distillbench_pd.ProgressiveDistillation, {"steps": 4}),
-    "reflow": (distillbench_reflow.Reflow, {"steps": 4, "pairs": 12, "distil_share": 0.5}),
+    "reflow": (distillbench_reflow.Reflow, {"steps": 4, "pairs": 12, "distil_share": 0.5, "distil_pairs": "own"}),
     "scm": (distillbench_scm.ContinuousConsistency, {"warmup": 10}),
     "sid": (distillbench_sid.ScoreIdentityDistillation, {"fake_updates": 2}),
     "tract": (distillbench_tract.Tract, {"steps": [4, 2, 1]}),

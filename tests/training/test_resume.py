@@ -63,6 +63,7 @@ def checkpoints_of(trained):
         *((name, 7) for name in METHODS),
         ("pd", 1),
         ("pd", STEPS - 2),
+        ("reflow", STEPS - 4),  # in its second phase, whose pairs are those of the first phase's average
         *(pytest.param(name, n, marks=pytest.mark.nightly) for name in METHODS for n in (1, STEPS - 2) if name != "pd"),
     ],
 )
