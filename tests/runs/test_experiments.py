@@ -283,7 +283,8 @@ def test_it_takes_two_steps_and_is_scored(name, words, written, registry):
 
 
 def forwards(record: dict, config: RunConfig) -> float:
-    """Forward-equivalents of a training image, pairs left out: a gradient of weights counts two, of an input one.
+    """Forward-equivalents of a training image, pairs left out: a gradient of weights counts two, of an input one, a
+    derivative along a direction two.
 
     CTM draws its teacher's steps of Heun, n of at most M with P(n) ~ n: they are replaced by their mean, (2 M + 1) / 3.
     """
@@ -292,7 +293,8 @@ def forwards(record: dict, config: RunConfig) -> float:
     if name == "ctm":
         teacher = 2 * (2 * config.methods[name].solver_steps + 1) / 3 * cost["images"]
     backward = 2 * cost["student_backward"] - cost["student_backward_input"] + cost["teacher_backward"]
-    return (teacher + cost["student_nfe"] + backward) / cost["images"]
+    along = 2 * (cost["teacher_along"] + cost["student_along"])
+    return (teacher + cost["student_nfe"] + backward + along) / cost["images"]
 
 
 def with_lpips(config: RunConfig) -> list[str]:
