@@ -134,9 +134,17 @@ class _CountingWorkspace(Workspace):
         self.label = f"{cell.name} {cell.differs}"
         self.missing: list[tuple[str, int]] = []
 
-    def pairs(self, solve: Solve, count: int, recipe: dict[str, Any], network: nn.Module | None = None) -> PairStore:
+    def pairs(
+        self,
+        solve: Solve,
+        count: int,
+        recipe: dict[str, Any],
+        network: nn.Module | None = None,
+        held_out: bool = False,
+    ) -> PairStore:
         before = self.meter.evaluations
-        store = super().pairs(solve, count, recipe, network)
+        store = super().pairs(solve, count, recipe, network, held_out)
+        recipe = recipe | {"held_out": True} if held_out else recipe
         if network is not None:  # after its training the network will be another one
             self.missing.append((f"{self.label}, {canonical_json(recipe)}", self.meter.evaluations - before))
         elif not self.has_pairs(count, recipe):

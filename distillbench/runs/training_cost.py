@@ -90,8 +90,8 @@ def _estimate(cell: Cell, teacher: Teacher) -> None:
     mean = partial(_mean, stages)
     cell.cost_varies = any(stage.phase.cost_varies for stage in stages)
     evaluations = max(1.0, mean("teacher") + mean("student"))
-    between = sum(stage.teacher_before + stage.student_before for stage in stages)
-    cell.plan_speed = PlanSpeed(mean("seconds"), mean("seconds") / evaluations, ahead + between)
+    prepared = sum(stage.before.teacher_nfe + stage.before.student_nfe for stage in stages)
+    cell.plan_speed = PlanSpeed(mean("seconds"), mean("seconds") / evaluations, ahead + prepared)
     cell.compared = mean("compared")
     images = [0.0] * len(stages)
     if config.budget.limit == Limit.images:
@@ -99,18 +99,19 @@ def _estimate(cell: Cell, teacher: Teacher) -> None:
     if config.budget.limit == Limit.nfe:
         images = [*map(float, _affordable(cell, stages, ahead, config.budget.nfe))]
     trained = list(zip(images, stages, strict=True))
-    teacher_nfe = ahead + sum(one.teacher_before for one in stages) + round(sum(n * one.teacher for n, one in trained))
-    student_nfe = sum(one.student_before for one in stages) + round(sum(n * one.student for n, one in trained))
-    cell.cost = TrainingCost(round(sum(images)), 0.0, teacher_nfe, student_nfe)
+    once = [cost for stage in stages for cost in (stage.before, stage.after)]
+    teacher_nfe = sum(cost.teacher_nfe for cost in once) + round(sum(n * one.teacher for n, one in trained))
+    student_nfe = sum(cost.student_nfe for cost in once) + round(sum(n * one.student for n, one in trained))
+    cell.cost = TrainingCost(round(sum(images)), 0.0, ahead + teacher_nfe, student_nfe)
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """What a phase costs: evaluations before its first step, and evaluations and seconds of a training image."""
+    """What a phase costs: before its first step, after its last one, and evaluations and seconds of an image."""
 
     phase: Phase
-    teacher_before: int
-    student_before: int
+    before: TrainingCost
+    after: TrainingCost
     teacher: float
     student: float
     counted: float  # of both, as the budget counts them
@@ -125,15 +126,18 @@ def _stage(method: Method, workspace: Workspace, batches: _Batches, index: int) 
     def counts() -> list[int]:
         return [meter.teacher_nfe, meter.student_nfe, meter.evaluations, compared(meter.cost().networks)]
 
-    before = counts()
+    def spent(earlier: list[int], later: list[int]) -> TrainingCost:
+        return TrainingCost(teacher_nfe=later[0] - earlier[0], student_nfe=later[1] - earlier[1])
+
+    began = counts()
     method.start_phase(index)
     method.prepare_phase(index, workspace)
     prepared = counts()
     seconds = timer_of(workspace.device).seconds(partial(_steps, method, batches, index, phase.cost_steps))
-    images = phase.cost_steps * batches.size
-    made = [(after - earlier) / images for after, earlier in zip(counts(), prepared, strict=True)]
+    images, trained = phase.cost_steps * batches.size, counts()
     method.end_phase(index, method.student)
-    return _Stage(phase, prepared[0] - before[0], prepared[1] - before[1], *made, seconds / images)
+    made = [(after - earlier) / images for after, earlier in zip(trained, prepared, strict=True)]
+    return _Stage(phase, spent(began, prepared), spent(trained, counts()), *made, seconds / images)
 
 
 def _mean(stages: Sequence[_Stage], name: str) -> float:
@@ -147,14 +151,14 @@ def _affordable(cell: Cell, stages: Sequence[_Stage], ahead: int, budget: int) -
     spent, total, share = float(ahead), sum(stage.phase.share for stage in stages), 0.0
     for stage in stages:
         share += stage.phase.share / total
-        before = stage.teacher_before + stage.student_before
+        before = stage.before.teacher_nfe + stage.before.student_nfe
         if before and spent + before >= share * budget:
             raise UserError(
                 f"{cell.name}: the preparation of phase {stage.phase.label!r} costs {before:,} evaluations, and until "
                 f"its end budget.nfe={budget:,} allows {max(0, round(share * budget - spent)):,} more"
             )
         images.append(int(max(0.0, share * budget - spent - before) / stage.counted))
-        spent += before + images[-1] * stage.counted
+        spent += before + images[-1] * stage.counted + stage.after.teacher_nfe + stage.after.student_nfe
     return images
 
 

@@ -366,6 +366,11 @@ class Method(nn.Module, ABC):
     def end_phase(self, index: int, average: nn.Module) -> None:
         """After the last step of phase `index`; `average` is the averaged student, or the student without averaging."""
 
+    @property
+    def note(self) -> str:
+        """What readers of the rows must know of the trained student, such as which of several was kept; often ""."""
+        return ""
+
     def supports(self, nfe: int) -> bool:
         """Whether ``sample`` can use exactly `nfe` network evaluations per image."""
         return nfe == 1

@@ -43,6 +43,7 @@ BATCH = 1024
 HELD_BYTES = 2**30  # of noise and targets
 FORMAT = 2
 Solve = Callable[[Tensor, Condition], Tensor]  # (eps, c) -> x_0
+Loss = Callable[[Tensor, Tensor, Condition], Tensor]  # (eps, x_0, c) -> a mean over the images
 
 
 class PairStore:
@@ -53,8 +54,16 @@ class PairStore:
     up by their labels.
     """
 
-    def __init__(self, stream: int, targets: Tensor, device: str, conditioning: Conditioning = WITHOUT_CLASSES) -> None:
+    def __init__(
+        self,
+        stream: int,
+        targets: Tensor,
+        device: str,
+        conditioning: Conditioning = WITHOUT_CLASSES,
+        stands_for: int | None = None,
+    ) -> None:
         self.stream, self.targets, self.device, self.conditioning = stream, targets, device, conditioning
+        self.stands_for = len(targets) if stands_for is None else stands_for  # more than there are in a dry run
         size = 2 * targets.nbytes  # smaller images of a conditioning would add to it
         self._holds = conditioning.small is None and (size <= HELD_BYTES or fits_on(device, size))
         self._held: tuple[Tensor, Tensor, Condition] | None = None
@@ -109,7 +118,14 @@ class Workspace:
         self.seed, self.progress, self.dry, self.energy_source = seed, progress, dry, energy_source
         self.ranks, self.shard = ranks, shard
 
-    def pairs(self, solve: Solve, count: int, recipe: dict[str, Any], network: nn.Module | None = None) -> PairStore:
+    def pairs(
+        self,
+        solve: Solve,
+        count: int,
+        recipe: dict[str, Any],
+        network: nn.Module | None = None,
+        held_out: bool = False,
+    ) -> PairStore:
         """`count` pairs eps -> solve(eps, c), from the cache or computed now and cached.
 
         `recipe` says in plain values how `solve` works (solver, steps, ...); with the teacher's hash, the seed and the
@@ -119,8 +135,12 @@ class Workspace:
         `network`: what `solve` evaluates in place of the teacher, a frozen network of the method. The hash of its
         weights is part of the key, and eps is other noise than that of the teacher's pairs. Raises RuntimeError if it
         is not frozen, or if `solve` evaluates a student without it; UserError with `shard`.
+
+        `held_out`: pairs of other noise than those that are trained on.
         """
-        stream = stream_key("pairs" if network is None else "pairs of a student", self.seed)
+        purpose = ("held-out pairs" if held_out else "pairs") + (" of a student" if network is not None else "")
+        stream = stream_key(purpose, self.seed)
+        recipe = recipe | {"held_out": True} if held_out else recipe
         if network is not None:
             if self.shard:
                 raise UserError("compute.shard=true does not go with noise-image pairs that a student computes")
@@ -140,6 +160,25 @@ class Workspace:
             targets = self._read_on_all_ranks(folder, targets)
         assert targets is not None
         return PairStore(stream, targets, self.device, self.teacher.conditioning)
+
+    def mean_loss(self, store: PairStore, loss: Loss) -> float:
+        """The mean of loss(eps, x_0, c) over all pairs of `store`, without gradient; charged to the method.
+
+        Each rank computes its share, and all get the same number. Then a method may decide by it, such as which of
+        several students it keeps.
+        """
+        before, batches = self.meter.cost(), range(0, len(store), BATCH)
+        if not self.shard:  # with FSDP all ranks evaluate a network together
+            batches = batches[self.ranks.share.index :: self.ranks.count]
+        total = 0.0
+        with torch.no_grad():
+            for first in batches:
+                indices = torch.arange(first, min(first + BATCH, len(store)))
+                total += loss(*store.read(indices)).item() * len(indices)
+        if self.dry:
+            self._charge_rest(before, store.stands_for)
+        totals = self.ranks.all_gather(total)
+        return (totals[0] if self.shard else sum(totals)) / len(store)
 
     def has_pairs(self, count: int, recipe: dict[str, Any]) -> bool:
         """Whether these pairs seem to be cached: their files are not checked."""
@@ -186,9 +225,15 @@ class Workspace:
         before = self.meter.cost()
         with torch.no_grad():
             targets = self._solve(solve, stream, range(2))
+        _check_solved(before, self.meter.cost(), network)
+        self._charge_rest(before, count)
+        targets = targets.expand(2, *self.teacher.shape)
+        return PairStore(stream, targets, self.device, self.teacher.conditioning, count)
+
+    def _charge_rest(self, before: TrainingCost, count: int) -> None:
+        """Charge the evaluations since `before`, which were for two pairs, once more for all others of `count`."""
         after = self.meter.cost()
-        _check_solved(before, after, network)
-        rest = lambda spent: spent * count // 2 - spent  # of all pairs but these two
+        rest = lambda spent: spent * count // 2 - spent
         rows = sum_of_rows(after.networks, before.networks)
         self.meter.charge(
             0.0,
@@ -196,8 +241,6 @@ class Workspace:
             student_nfe=rest(after.student_nfe - before.student_nfe),
             networks=[dataclasses.replace(each, forward=rest(each.forward)) for each in rows],
         )
-        targets = targets.expand(2, *self.teacher.shape)
-        return PairStore(stream, targets, self.device, self.teacher.conditioning)
 
     def _make(self, solve: Solve, count: int, stream: int, network: nn.Module | None) -> Tensor:
         """All targets on rank 0, after each rank has computed its share; an empty tensor on the others."""

@@ -29,9 +29,6 @@ from distillbench.diffusion import FlowMatching, Solver, VPCosine, time_like, un
 from distillbench.diffusion.conditioning import UNCONDITIONAL
 from distillbench.diffusion.noise import FixedNoise
 from distillbench.diffusion.schedules import SCHEDULES
-from distillbench.registry import load_registry
-from distillbench.runs.config import compose_runs
-from distillbench.runs.plan import plan
 from distillbench_direct import Direct
 from distillbench_reflow import Reflow
 
@@ -323,27 +320,6 @@ def test_pairs_steps_and_samples_are_counted(tmp_path):
     method.sample(FixedNoise([make_batch(3).noise()]), 5, UNCONDITIONAL)
     assert (meter.teacher_nfe, meter.student_nfe) == (60, 7 + 15)
     assert method.inputs == "pairs" and not method.needs_data
-
-
-OWN = "methods.reflow.steps=4 methods.reflow.pairs=1000 methods.reflow.distil_share=0.5 methods.reflow.distil_pairs=own"
-
-
-def planned(folder, budget: str):
-    """The cell of reflow in a plan on the digits, with 1,000 pairs by the teacher and 1,000 by the flow."""
-    words = f"methods=[reflow] dataset=digits device=cpu evaluation.nfe=[1] results_dir={folder} {OWN} {budget}".split()
-    registry = load_registry()
-    return next(cell for cell in plan(compose_runs(words, registry), registry) if cell.entry is not None)
-
-
-def test_a_plan_counts_the_flow_s_pairs(tmp_path):
-    """Of 17,000 evaluations 4,000 are the teacher's; the first phase ends at two thirds; 4,000 are for new pairs."""
-    cell = planned(tmp_path, "budget.limit=nfe budget.nfe=17000")
-    assert cell.cost.images == pytest.approx(17000 - 8000, abs=1) and cell.cost.teacher_nfe == 4000
-    assert cell.cost.student_nfe == cell.cost.images + 4000 and cell.plan_speed.pair_evaluations == 8000
-    with pytest.raises(
-        UserError, match=r"phase 'distil' costs 4,000 evaluations, .* budget.nfe=12,000 allows 4,000 more"
-    ):
-        planned(tmp_path, "budget.limit=nfe budget.nfe=12000")  # of which 8,000 are those of the first phase
 
 
 # --- distillation ----------------------------------------------------------------------------------------------------
