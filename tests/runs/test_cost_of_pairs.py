@@ -49,7 +49,7 @@ def test_a_plan_counts_the_flow_s_pairs_and_losses_on_held_out_pairs(registry, t
 @pytest.mark.nightly
 def test_a_run_costs_what_was_planned_and_names_the_average_that_was_kept(registry, tmp_path):
     small = "batch_size=100 evaluation.images=32 evaluation.metrics=[teacher_rmse] evaluation.timing=off"
-    budget = "budget.limit=nfe budget.nfe=17000 teacher.images=2000"
+    budget = "budget.limit=nfe budget.nfe=17000 teacher.budget.images=2000"
     cells, every, configs = planned(registry, tmp_path, f"{small} {budget}")
     table = run(every, configs, Progress(Console(file=io.StringIO())), lambda rows: None).table
     for name, cell in cells.items():
@@ -59,4 +59,4 @@ def test_a_run_costs_what_was_planned_and_names_the_average_that_was_kept(regist
         assert row["train_teacher_nfe"] == cell.cost.teacher_nfe
         beside = cell.cost.student_nfe - cell.cost.images
         assert row["train_student_nfe"] - row["train_images"] == beside == {"reflow": 4000, "direct": 2000}[name]
-        assert ("on held-out pairs (the last: " in row["reason"]) == (name == "direct")
+        assert ("on held-out pairs (the last: " in (row["note"] or "")) == (name == "direct")
