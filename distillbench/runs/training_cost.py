@@ -136,8 +136,9 @@ def _stage(method: Method, workspace: Workspace, batches: _Batches, index: int) 
     seconds = timer_of(workspace.device).seconds(partial(_steps, method, batches, index, phase.cost_steps))
     images, trained = phase.cost_steps * batches.size, counts()
     method.end_phase(index, method.student)
-    made = [(after - earlier) / images for after, earlier in zip(trained, prepared, strict=True)]
-    return _Stage(phase, spent(began, prepared), spent(trained, counts()), *made, seconds / images)
+    teacher, student, counted, lpips = ((b - a) / images for a, b in zip(prepared, trained, strict=True))
+    once = spent(began, prepared), spent(trained, counts())
+    return _Stage(phase, *once, teacher, student, counted, lpips, seconds / images)
 
 
 def _mean(stages: Sequence[_Stage], name: str) -> float:

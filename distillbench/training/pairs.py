@@ -118,6 +118,9 @@ class Workspace:
         self.seed, self.progress, self.dry, self.energy_source = seed, progress, dry, energy_source
         self.ranks, self.shard = ranks, shard
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
+        return self  # a copy of a method that keeps its workspace shares it
+
     def pairs(
         self,
         solve: Solve,
@@ -271,9 +274,9 @@ class Workspace:
         }
         if network is not None:
             mine = after.student_nfe - before.student_nfe, sum_of_rows(after.networks, before.networks)
-            evaluations, rows = zip(*self.ranks.all_gather(mine), strict=True)
+            of_ranks, rows = zip(*self.ranks.all_gather(mine), strict=True)
             self._cost |= {
-                "student_nfe": sum(evaluations),
+                "student_nfe": sum(of_ranks),
                 "student_seconds": after.student_seconds - before.student_seconds,
                 "networks": [dataclasses.asdict(each) for each in sum_of_rows(each for own in rows for each in own)],
             }
