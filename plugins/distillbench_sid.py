@@ -37,7 +37,8 @@ from distillbench.options import Among, Between, option, require_between, requir
 
 
 class ScoreIdentityDistillation(Method):
-    name, paper = "sid", "Zhou et al. 2024, arXiv:2404.04057"
+    name = "sid"
+    paper = "Zhou et al. 2024, arXiv:2404.04057"
     reads_data = classmethod(lambda cls, config: config.adversarial > 0)
     needs_data, inputs = False, "noise"  # real images train the fake score only
 
@@ -79,8 +80,7 @@ class ScoreIdentityDistillation(Method):
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        self.fake = teacher.trainable_copy()
-        schedule, rho, share = teacher.schedule, config.rho, config.ramp_share
+        self.fake, schedule, rho, share = teacher.trainable_copy(), teacher.schedule, config.rho, config.ramp_share
         self.t_init = schedule.time_of_level(config.sigma_init, "sigma_init")
         top = (config.sigma_min ** (1 / rho) * (1 - share) + config.sigma_max ** (1 / rho) * share) ** rho  # 24.4
         self.starts = sorted({0.0, config.generator_start, config.adversarial_start})  # of phases
