@@ -56,7 +56,7 @@ def score_file(path: Path, settings: Sequence[str], registry: Registry, progress
     torch.set_num_threads(config.threads)
     weights, device = weights_folder(), choose_device(config.device)
     metrics = chosen_metrics(config.evaluation, registry)
-    fetch_asked(configs, progress)
+    fetch_asked(configs, registry, progress)
     dataset = registry.get("datasets", config.dataset.kind).cls(config.dataset)
     references = read_references(config.evaluation, metrics, dataset, weights)
     file = read_samples(path, (dataset.shape[1], dataset.shape[2]))
