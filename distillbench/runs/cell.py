@@ -121,6 +121,12 @@ def write_failure(cell: Cell, description: CellDescription, status: str, reason:
     _write_evaluation(_evaluation_path(description), record, [])
 
 
+def record_sha256(description: CellDescription) -> str:
+    """The SHA-256 of the record of a cell's training; "" without one."""
+    path = description.folder / TRAIN
+    return sha256_file(path) if path.is_file() else ""
+
+
 def follow_sampling(cell: Cell, order: SampleOrder, progress: Progress) -> None:
     """What non-zero ranks do for a row, or for the teacher's many-step samples."""
     torch.set_num_threads(cell.shared.config.threads)
@@ -148,8 +154,11 @@ class CellRunner:
 
     def found_training(self, intact: Callable[[Path, str], bool]) -> TrainRecord | None:
         """The record of the training; None: train (again). `intact`: whether a file has a SHA-256."""
-        record = self._found(self.folder / TRAIN, TrainRecord, self.description.train_inputs)
-        if record is None or self.policy.runs_again(record.status):
+        done_again = self.policy.force and record_sha256(self.description) != self.description.stale
+        if self.policy.force and not done_again:
+            return None
+        record = _read(self.folder / TRAIN, TrainRecord, self.description.train_inputs, self.progress)
+        if record is None or (not done_again and self.policy.runs_again(record.status)):
             return None
         if record.status == "ok" and not intact(self.folder / STUDENT, record.weights_sha256):
             self.progress.say(f"{self.cell.label}: the weights of the record are missing or damaged; training again")

@@ -18,11 +18,12 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from distillbench import Method, MethodConfig
+from distillbench import Method, MethodConfig, option
 from distillbench.cli import commands
 from distillbench.execution.run import run
 from distillbench.records.records import signed
 from distillbench.registry import Entry, Plugin, load_registry
+from distillbench.runs import cell, cell_training
 from distillbench.runs.cell import AS_IS, Policy
 from distillbench.runs.config import compose_runs
 from distillbench.runs.plan import plan
@@ -582,6 +583,38 @@ def test_retry_failed_runs_failed_cells_and_force_runs_all(tmp_path):
     assert not error.exists()
     forced = go(tmp_path, *words, registry=with_strangers(mended, calm), policy=Policy(force=True))
     assert (forced.row("becomes_nan")["status"], forced.failed) == ("ok", [])
+
+
+class Sampled(Stranger):
+    """Has a setting of sampling, so that cells share a training."""
+
+    name = "sampled"
+
+    @dataclasses.dataclass
+    class Config(MethodConfig):
+        shift: float = option(0.0, "added to samples", sampling=True)
+
+    def sample(self, noise, nfe, c):
+        return super().sample(noise, nfe, c) + self.config.shift
+
+
+@pytest.mark.nightly
+def test_force_trains_once_for_cells_that_share_a_training(tmp_path):
+    words = ["methods=[sampled]", "methods.sampled.shift=0,0.1", *SMALLER]
+    trained = []
+    registry = with_strangers(Sampled)
+    go(tmp_path, *words, registry=registry)
+    (record,) = tmp_path.glob("cells/*/train.json")
+    before = record.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cell, "train_cell", lambda *given: trained.append(1) or cell_training.train_cell(*given))
+        forced = go(tmp_path, *words, registry=registry, policy=Policy(force=True))
+    assert len(trained) == 1 and not forced.failed and record.read_bytes() != before
+    assert len(forced.table[forced.table["method"] == "sampled"]) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cell, "train_cell", lambda *given: trained.append(1) or cell_training.train_cell(*given))
+        go(tmp_path, *words, registry=registry, policy=Policy(force=True))
+    assert len(trained) == 2  # once each time
 
 
 def test_fail_fast_skips_later_cells(tmp_path):
