@@ -93,10 +93,11 @@ def check_disk(installation: Installation) -> Iterator[Finding]:
 
 def check_downloads(installation: Installation) -> Iterator[Finding]:
     """Whether datasets and teachers that were fetched are complete; with --thorough also their hashes."""
-    good, folder = [], downloads_folder()
+    good, stored, folder = [], False, downloads_folder()
     for name, source in known().items():
         if not (folder / name).is_dir() or read_record(source) is None:
             continue
+        stored = True
         if located(source) is None or (installation.thorough and not is_intact(source)):
             yield Finding("wrong", f"{name}: files are missing or damaged", f"distillbench fetch {name}")
         else:
@@ -108,7 +109,7 @@ def check_downloads(installation: Installation) -> Iterator[Finding]:
     if left:
         line = f"left over of downloads: {counted(len(left), 'file')}, {folders.size_of(left) / MIB:,.1f} MiB"
         yield Finding("warning", line, "distillbench clean --downloads")
-    if not good and not left:
+    if not stored and not left:
         yield Finding("ok", f"no downloads in {folder} yet")
 
 

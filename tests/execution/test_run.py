@@ -23,7 +23,7 @@ from distillbench.cli import commands
 from distillbench.execution.run import run
 from distillbench.records.records import signed
 from distillbench.registry import Entry, Plugin, load_registry
-from distillbench.runs import cell, cell_training
+from distillbench.runs import cell as cell_module
 from distillbench.runs.cell import AS_IS, Policy
 from distillbench.runs.config import compose_runs
 from distillbench.runs.plan import plan
@@ -599,21 +599,17 @@ class Sampled(Stranger):
 
 
 @pytest.mark.nightly
-def test_force_trains_once_for_cells_that_share_a_training(tmp_path):
-    words = ["methods=[sampled]", "methods.sampled.shift=0,0.1", *SMALLER]
-    trained = []
-    registry = with_strangers(Sampled)
+def test_force_trains_once_for_cells_that_share_a_training(tmp_path, monkeypatch):
+    words, trained = ["methods=[sampled]", "methods.sampled.shift=0,0.1", *SMALLER], []
+    registry, train_cell = with_strangers(Sampled), cell_module.train_cell
     go(tmp_path, *words, registry=registry)
     (record,) = tmp_path.glob("cells/*/train.json")
     before = record.read_bytes()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cell, "train_cell", lambda *given: trained.append(1) or cell_training.train_cell(*given))
-        forced = go(tmp_path, *words, registry=registry, policy=Policy(force=True))
+    monkeypatch.setattr(cell_module, "train_cell", lambda *given: trained.append(1) or train_cell(*given))
+    forced = go(tmp_path, *words, registry=registry, policy=Policy(force=True))
     assert len(trained) == 1 and not forced.failed and record.read_bytes() != before
-    assert len(forced.table[forced.table["method"] == "sampled"]) == 2
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cell, "train_cell", lambda *given: trained.append(1) or cell_training.train_cell(*given))
-        go(tmp_path, *words, registry=registry, policy=Policy(force=True))
+    assert forced.table.loc[forced.table["method"] == "sampled", "key"].nunique() == 2
+    go(tmp_path, *words, registry=registry, policy=Policy(force=True))
     assert len(trained) == 2  # once each time
 
 
