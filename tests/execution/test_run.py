@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from distillbench import Method, MethodConfig, option
 from distillbench.cli import commands
+from distillbench.evaluation.evaluator import Evaluator
 from distillbench.execution.run import run
 from distillbench.records.records import signed
 from distillbench.registry import Entry, Plugin, load_registry
@@ -29,6 +30,7 @@ from distillbench.runs.config import compose_runs
 from distillbench.runs.plan import plan
 from distillbench.storage.files import key_of, sha256_file
 from distillbench.system.progress import Progress
+from distillbench.system.signals import Interrupted
 
 COLUMNS = """
 dataset teacher guidance method training_seed sampling_seed nfe images budget protocol status reason note
@@ -611,6 +613,32 @@ def test_force_trains_once_for_cells_that_share_a_training(tmp_path, monkeypatch
     assert forced.table.loc[forced.table["method"] == "sampled", "key"].nunique() == 2
     go(tmp_path, *words, registry=registry, policy=Policy(force=True))
     assert len(trained) == 2  # once each time
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("row", range(5))
+def test_an_interruption_within_scoring_loses_the_row_in_progress_alone(tmp_path, monkeypatch, row):
+    """And the table is that of a run without one, to the last digit."""
+    words = ["methods=[boot]", *SMALLER, *TEACHER, "evaluation.seeds=[0,1]", "evaluation.timing=off"]
+    words += ["evaluation.checkpoints=1"]
+    measure, labels = Evaluator.measure, []
+
+    def interrupted(self, sampler, nfe, seed, keeps_noise, label, order=None):
+        labels.append((label, nfe, seed))
+        if len(labels) == 3 + row:
+            raise Interrupted("SIGTERM")
+        return measure(self, sampler, nfe, seed, keeps_noise, label, order)
+
+    whole = go(tmp_path / "whole", *words)
+    monkeypatch.setattr(Evaluator, "measure", interrupted)
+    with pytest.raises(Interrupted):
+        go(tmp_path / "cut", *words)
+    again = go(tmp_path / "cut", *words)
+    (twice,) = {one for one in labels if labels.count(one) > 1}
+    assert labels.count(twice) == 2 and twice == labels[2 + row]
+    pd.testing.assert_frame_equal(scores(again.table), scores(whole.table))
+    assert (again.folder / "samples.png").read_bytes() == (whole.folder / "samples.png").read_bytes()
+    assert not list((tmp_path / "cut" / "cells").glob("*/rows-*"))
 
 
 def test_fail_fast_skips_later_cells(tmp_path):
