@@ -158,7 +158,6 @@ def clean(results_dir: str, downloads: bool, what: tuple[str, ...], older_than: 
     distillbench clean                       # files of killed processes; states of finished trainings
     distillbench clean --what pairs --yes    # noise-image pairs, which are recomputed when needed
     distillbench clean --downloads           # parts of interrupted downloads, refused files; lists what is stored
-    distillbench clean --downloads --what ffhq
     """
     from pathlib import Path
 
