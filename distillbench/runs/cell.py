@@ -155,7 +155,8 @@ class CellRunner:
 
     def found_training(self, intact: Callable[[Path, str], bool]) -> TrainRecord | None:
         """The record of the training; None: train (again). `intact`: whether a file has a SHA-256."""
-        done_again = self.policy.force and record_sha256(self.description) != self.description.stale
+        stale = self.description.stale
+        done_again = self.policy.force and stale is not None and record_sha256(self.description) != stale
         if self.policy.force and not done_again:
             return None
         record = _read(self.folder / TRAIN, TrainRecord, self.description.train_inputs, self.progress)
