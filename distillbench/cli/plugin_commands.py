@@ -86,6 +86,22 @@ def _describe(registry: Registry, kind: str, name: str) -> None:
     options = describe_options(entry.cls.Config)
     click.echo("\nsettings and their defaults:" if options else "\nno settings")
     print_definitions((f"{prefix}.{option}={default}", text) for option, default, text in options)
+    if kind == "methods":
+        _describe_search(entry.cls.Config, prefix)
+
+
+def _describe_search(config: type, prefix: str) -> None:
+    """What ``distillbench tune`` searches."""
+    from distillbench.options import declares_search_space, search_space
+
+    click.echo("\nsettings that distillbench tune searches:")
+    if not declares_search_space(config):
+        none = "The plugin declares none: learning rate and average alone are searched, around their defaults."
+        click.echo(click.wrap_text(none, width()))
+    print_definitions((f"{prefix}.{name}", str(search)) for name, search in search_space(config).items())
+    if sampling := search_space(config, sampling=True):
+        click.echo("\nsettings of sampling, searched with finished students (tune.after):")
+        print_definitions((f"{prefix}.{name}", str(search)) for name, search in sampling.items())
 
 
 @click.command()

@@ -70,6 +70,14 @@ ABOUT = {  # columns other than scores: heading (with its unit), explanation
         "load while timing",
         "processor time of other processes while sampling was timed, as a fraction of all cores",
     ),
+    "tuning": (
+        "tuning",
+        "how the method's settings were found: equal_trials, self_tuned or defaults (no search)",
+    ),
+    "tuning_trials": ("trials", "trials of the search for the method's settings, those that failed included"),
+    "tuning_images": ("search, images", "images that all these trials trained on"),
+    "tuning_seconds": ("search, s", "training time of all these trials"),
+    "tuning_joules": ("search, J", "energy of all these trials"),
     "fraction": ("fraction of the budget", "progress of training"),
 }
 

@@ -40,6 +40,7 @@ from distillbench.runs.written_values import expand_home, is_enum, type_in_words
 from distillbench.teachers.students import StudentConfig
 from distillbench.training.budget import BudgetConfig, Limit
 from distillbench.training.compute import ComputeConfig
+from distillbench.training.method import MethodConfig
 
 ON_OOM = ("fail", "accumulate")
 HERE = Path(__file__).resolve().parents[1]
@@ -308,6 +309,9 @@ def _no_setting(path: str, part: str, where: str, node: DictConfig) -> str:
         return f"no setting {quoted(path)}: {quoted(part)} is not among methods=[{','.join(names)}]{near and '.'}{near}"
     kind = f" ({where}={node.kind})" if where in CHOICES else ""
     level = f" in '{where}'{kind}" if where else ""
+    group = OmegaConf.get_type(node)
+    if isinstance(group, type) and issubclass(group, MethodConfig) and part in group.replaced:
+        near = f" It was replaced by {group.replaced[part]}."
     if where == "executor" and (kinds := kinds_with(part)):
         near = f" It is one of executor={' and '.join(kinds)}."
     return f"no setting {quoted(part)}{level}.{near} {possible}"
