@@ -15,6 +15,7 @@ from distillbench.cli.command_options import (
     UserPath,
     before_plugins,
     output_file,
+    waiting,
     with_plugins,
 )
 from distillbench.cli.completion import complete_setting
@@ -167,7 +168,7 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
             progress.say("dry run: nothing was downloaded. The plan is made from these files")
             return
         fetch_all(offers, progress)
-        with progress.step("planning the cells"):
+        with waiting("planning the cells ..."):
             cells = plan(configs, registry)
         if flags.dry_run:
             print_plan(console, cells, forecast(cells, policy), why_none(cells))

@@ -365,7 +365,7 @@ def test_debug_shows_where_an_error_comes_from(call):
     ],
 )
 def test_what_stops_a_run_is_one_line(call, monkeypatch, error, code, message):
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise error
 
     monkeypatch.setattr("distillbench.execution.run.run", stop)
