@@ -14,10 +14,10 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from distillbench.records.statistics import ARROWS, TEACHER
+from distillbench.records.statistics import TEACHER
 from distillbench.records.table import LAST, UPDATES
 from distillbench.reports.differences import environment_differences, heading, settings_differences, value_text
-from distillbench.reports.labels import NAMES
+from distillbench.reports.labels import NAMES, Labels
 from distillbench.reports.merge import SAME, records
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import run_names
@@ -76,6 +76,7 @@ class Comparison:
     directions: dict[str, str]
     matched: int  # number of rows that are in both
     protocols: bool  # whether the protocols of some row differ
+    labels: Labels = field(default_factory=Labels)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -112,7 +113,7 @@ def compare(a: RunData, b: RunData, tolerance: float = 0.1) -> Comparison:
     """
     left, right = _groups(a.table), _groups(b.table)
     shared = [row for row in left if row in right]
-    name = _Namer([*left, *right])
+    name = _Namer([*left, *right], Labels.of([a.labels, b.labels]))
     rows, lost, protocols = _unmatched(left, right, name)
     notes: list[str] = []
     directions = _same_scores(a, b, notes)
@@ -143,6 +144,7 @@ def compare(a: RunData, b: RunData, tolerance: float = 0.1) -> Comparison:
         directions=directions,
         matched=len(shared),
         protocols=protocols,
+        labels=Labels.of([a.labels, b.labels]),
         notes=notes,
     )
 
@@ -316,7 +318,8 @@ def _how(row: Row, other: Row) -> dict[str, str]:
 class _Namer:
     """Names rows by method, evaluations, and the columns of MATCH that it takes to tell `rows` apart."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Row], labels: Labels) -> None:
+        self.labels = labels
         self.columns: list[str] = []
         told = {(row[MATCH.index("method")], row[MATCH.index("nfe")]) for row in rows}
         for column in ("settings", "dataset", "guidance", "budget", "images", "teacher", "protocol"):
@@ -333,7 +336,12 @@ class _Namer:
             for column in self.columns
             if told[column] is not None and column not in without
         ]
-        return ", ".join([str(told["method"]), f"{value_text(told['nfe'])} NFE", *more])
+        return ", ".join([self.labels.method_label(str(told["method"])).short, f"{value_text(told['nfe'])} NFE", *more])
+
+    def what(self, column: str) -> str:
+        """A score with its arrow; a cost with its unit, too."""
+        label = self.labels.label(column)
+        return label.heading if column not in self.labels.columns else f"{label.short} {label.arrow}".rstrip()
 
 
 def _devices(rows: Rows) -> str:
@@ -359,7 +367,7 @@ def _same_scores(a: RunData, b: RunData, notes: list[str]) -> dict[str, str]:
 
 def print_comparison(console: Console, found: Comparison, all_costs: bool = False) -> None:
     """Print what differs, the tables and the conclusion. Costs within the tolerance only with `all_costs`."""
-    for line in found.runs:
+    for line in found.runs if found.comparable else [*conclusion(found), *found.runs]:
         say(console, line)
     for title, lines in (("settings", found.settings), ("environment", found.environment)):
         say(console, f"{title}: {'' if lines else 'no difference'}".rstrip())
@@ -371,17 +379,17 @@ def print_comparison(console: Console, found: Comparison, all_costs: bool = Fals
         say(console, f"  {line}")
     for line in found.notes:
         say(console, line)
-    name = _Namer([one.row for one in found.scores + found.costs])
+    name = _Namer([one.row for one in found.scores + found.costs], found.labels)
     if found.scores:
-        _print_changes(console, found.scores, name, found.directions)
+        _print_changes(console, found.scores, name)
     costs = [one for one in found.costs if all_costs or one.verdict not in (SAME_VALUE, "within tolerance")]
     if costs:
-        _print_changes(console, costs, name, {cost: "higher" if cost in HIGHER else "lower" for cost in COSTS})
-    for line in conclusion(found):
+        _print_changes(console, costs, name)
+    for line in conclusion(found) if found.comparable else []:
         say(console, line)
 
 
-def _print_changes(console: Console, changes: list[Change], name: _Namer, directions: Mapping[str, str]) -> None:
+def _print_changes(console: Console, changes: list[Change], name: _Namer) -> None:
     """Print one line for each change, without columns that are empty in all."""
     intervals = any(one.low is not None for one in changes)
     devices, seeds = len({one.device for one in changes if one.device}) > 1, any(one.seeds != (1, 1) for one in changes)
@@ -393,7 +401,7 @@ def _print_changes(console: Console, changes: list[Change], name: _Namer, direct
         table = new_table(headings, text, fold)
         for one in changes:
             width = abs(one.after - one.before) if one.low is None or one.high is None else (one.high - one.low) / 2
-            cells = [name(one.row), f"{one.name} {ARROWS[directions[one.name]]}".rstrip()]
+            cells = [name(one.row), name.what(one.name)]
             cells += ["{}, {}".format(*one.seeds)] * seeds
             cells += [number(one.before, width), number(one.after, width), _change(one, width)]
             between = "" if one.low is None else f"{number(one.low, width)} to {number(one.high, width)}"
@@ -421,12 +429,12 @@ def conclusion(found: Comparison) -> list[str]:
     lines = []
     if found.protocols:
         lines.append("Protocols differ: scores of the rows named above are not compared.")
-    name = _Namer([one.row for one in found.scores + found.costs])
+    name = _Namer([one.row for one in found.scores + found.costs], found.labels)
     worse = found.worse
     for one in worse:
         beyond = "without a value" if one.verdict == GONE else "worse"
         limit = f" by {_change(one, abs(one.after - one.before))}" if one.verdict == WORSE else ""
-        lines.append(f"{beyond}: {one.name} of {name(one.row)}{limit}")
+        lines.append(f"{beyond}: {found.labels.label(one.name).short} of {name(one.row)}{limit}")
     counts = Counter(one.verdict for one in found.scores)
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     lines += [f"{len(found.scores)} scores compared: {told}."] if found.scores else []

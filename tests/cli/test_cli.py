@@ -557,6 +557,21 @@ def test_a_bar_shows_the_time_elapsed_and_the_time_left(monkeypatch, capsys):
         assert "elapsed 1:02:03, about 0:00 left" in shown(3723.0)
 
 
+def test_the_times_of_a_bar_are_whole_in_80_columns_and_the_note_is_cut_off(capsys):
+    progress = Progress(Console(force_terminal=True, width=80, color_system=None))
+    with progress.overall(5, 1, Times()) as show, progress.step("a method lr=0.0003 (seed 0): training") as step:
+        show(1, "cell 2 of 5: a method")
+        step.advance(0.1)
+        time.sleep(0.01)
+        step.advance(0.3, "a note that is far too long for what is left of a line of a terminal")
+        capsys.readouterr()
+        progress._bars.refresh()
+        lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", capsys.readouterr().out).splitlines()
+    overall, inner = (line for line in lines if "elapsed" in line)
+    assert "cell 2 of 5: a method" in overall and "20% elapsed 0:00" in overall
+    assert "30% elapsed 0:00, about 0:00 left" in inner and "…" in inner and max(len(overall), len(inner)) <= 80
+
+
 def test_without_a_console_nothing_is_printed(capsys):
     with Progress(None).step("a step") as step:
         step.advance(0.5)
