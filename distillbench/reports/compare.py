@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +16,21 @@ from rich.text import Text
 
 from distillbench.records.statistics import TEACHER
 from distillbench.records.table import LAST, UPDATES
-from distillbench.reports.differences import environment_differences, heading, settings_differences, value_text
+from distillbench.reports.differences import (
+    MATCH,
+    Row,
+    RowNamer,
+    environment_differences,
+    heading,
+    settings_differences,
+    value_text,
+)
 from distillbench.reports.labels import NAMES, Labels
 from distillbench.reports.merge import SAME, records
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import run_names
 from distillbench.reports.terminal_table import fits, new_table, number, plain, put, say
 
-MATCH = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol"]
 COUNTED = ("train_images", "train_teacher_nfe", "train_student_nfe", "train_tflops", "sample_gflops", "parameters",
            "trained_parameters")  # fmt: skip
 HIGHER = ("sample_images_per_second",)  # costs for which higher is better
@@ -35,7 +42,6 @@ NOTHING_WORSE, SOMETHING_WORSE, BAD_INPUT = 0, 1, 2  # exit codes
 SAME_VALUE, WITHIN, ONE_SEED, CHANGED = "same", "within noise", "one seed: not known", "changed"
 BETTER, WORSE, GONE, NEW = "better", "worse", "no value any more", "new"
 
-Row = tuple[Any, ...]  # the values of MATCH, None for empty ones
 Rows = list[dict[str, Any]]  # rows of the table, None for empty values
 
 
@@ -113,7 +119,7 @@ def compare(a: RunData, b: RunData, tolerance: float = 0.1) -> Comparison:
     """
     left, right = _groups(a.table), _groups(b.table)
     shared = [row for row in left if row in right]
-    name = _Namer([*left, *right], Labels.of([a.labels, b.labels]))
+    name = RowNamer([*left, *right], Labels.of([a.labels, b.labels]))
     rows, lost, protocols = _unmatched(left, right, name)
     notes: list[str] = []
     directions = _same_scores(a, b, notes)
@@ -276,7 +282,9 @@ def _seeds_in_words(seeds: tuple[Any, Any]) -> str:
     return (f"seed {training}, " if training is not None else "") + f"noise {sampling}"
 
 
-def _unmatched(left: Mapping[Row, Rows], right: Mapping[Row, Rows], name: _Namer) -> tuple[list[str], list[str], bool]:
+def _unmatched(
+    left: Mapping[Row, Rows], right: Mapping[Row, Rows], name: RowNamer
+) -> tuple[list[str], list[str], bool]:
     """Texts on rows that only one run has; texts on those of A that were ok; whether protocols differ.
 
     A row of A is paired with the row of B of the same dataset, method and number of evaluations that differs in the
@@ -315,35 +323,6 @@ def _how(row: Row, other: Row) -> dict[str, str]:
     return {column: f"{value_text(x)} → {value_text(y)}" for column, x, y in pairs if x != y}
 
 
-class _Namer:
-    """Names rows by method, evaluations, and the columns of MATCH that it takes to tell `rows` apart."""
-
-    def __init__(self, rows: Sequence[Row], labels: Labels) -> None:
-        self.labels = labels
-        self.columns: list[str] = []
-        told = {(row[MATCH.index("method")], row[MATCH.index("nfe")]) for row in rows}
-        for column in ("settings", "dataset", "guidance", "budget", "images", "teacher", "protocol"):
-            places = [MATCH.index(name) for name in ("method", "nfe", *self.columns, column)]
-            finer = {tuple(row[k] for k in places) for row in rows}
-            if len(finer) > len(told):
-                self.columns.append(column)
-                told = finer
-
-    def __call__(self, row: Row, without: Container[str] = ()) -> str:
-        told = dict(zip(MATCH, row, strict=True))
-        more = [
-            f"{column} {value_text(told[column])}"
-            for column in self.columns
-            if told[column] is not None and column not in without
-        ]
-        return ", ".join([self.labels.method_label(str(told["method"])).short, f"{value_text(told['nfe'])} NFE", *more])
-
-    def what(self, column: str) -> str:
-        """A score with its arrow; a cost with its unit, too."""
-        label = self.labels.label(column)
-        return label.heading if column not in self.labels.columns else f"{label.short} {label.arrow}".rstrip()
-
-
 def _devices(rows: Rows) -> str:
     return ", ".join(dict.fromkeys(row["device"] or "an unknown device" for row in rows))
 
@@ -379,7 +358,7 @@ def print_comparison(console: Console, found: Comparison, all_costs: bool = Fals
         say(console, f"  {line}")
     for line in found.notes:
         say(console, line)
-    name = _Namer([one.row for one in found.scores + found.costs], found.labels)
+    name = RowNamer([one.row for one in found.scores + found.costs], found.labels)
     if found.scores:
         _print_changes(console, found.scores, name)
     costs = [one for one in found.costs if all_costs or one.verdict not in (SAME_VALUE, "within tolerance")]
@@ -389,7 +368,7 @@ def print_comparison(console: Console, found: Comparison, all_costs: bool = Fals
         say(console, line)
 
 
-def _print_changes(console: Console, changes: list[Change], name: _Namer) -> None:
+def _print_changes(console: Console, changes: list[Change], name: RowNamer) -> None:
     """Print one line for each change, without columns that are empty in all."""
     intervals = any(one.low is not None for one in changes)
     devices, seeds = len({one.device for one in changes if one.device}) > 1, any(one.seeds != (1, 1) for one in changes)
@@ -429,7 +408,7 @@ def conclusion(found: Comparison) -> list[str]:
     lines = []
     if found.protocols:
         lines.append("Protocols differ: scores of the rows named above are not compared.")
-    name = _Namer([one.row for one in found.scores + found.costs], found.labels)
+    name = RowNamer([one.row for one in found.scores + found.costs], found.labels)
     worse = found.worse
     for one in worse:
         beyond = "without a value" if one.verdict == GONE else "worse"

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from command_line import exit_code
 from distillbench.builtin.trained import METADATA, Trained
-from distillbench.cli import command_options, commands, terminal
+from distillbench.cli import command_options, commands, plugin_table, terminal
 from distillbench.errors import DivergedError
 from distillbench.records.statistics import summarise
 from distillbench.records.table import make_table
@@ -52,7 +52,8 @@ def call(tmp_path, monkeypatch, capfd, registry):
 
     The plugins are loaded once for all calls.
     """
-    monkeypatch.setattr(command_options, "load_plugins", lambda folders: registry)
+    for module in (command_options, plugin_table):
+        monkeypatch.setattr(module, "load_plugins", lambda folders: registry)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
