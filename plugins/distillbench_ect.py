@@ -63,6 +63,7 @@ class EasyConsistencyTuning(MultistepMethod):
 
     @dataclass
     class Config(MultistepMethod.Config):
+        replaced = {"mid": "sampling_levels=[[LEVEL]]"}
         lr: float = option(2e-3, "peak learning rate of Adam")
         source: str = option("data", "of f: data, x_0 itself (ECT), or the teacher (ECD)")
         q: float = option(4.0, "q of the stages (released: 2 for CIFAR-10, 4 for ImageNet, 256 for one hour)")

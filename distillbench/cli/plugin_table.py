@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from distillbench.registry import Entry, Plugin, Registry
 
 KINDS = ("methods", "teachers", "datasets", "metrics")
-FORMAT = 1  # of the file
+FORMAT = 2  # of the file
 PATH = tuple(sys.path)  # before plugins are loaded, which can change it
 KEPT_SECONDS = 30 * 86400.0  # after which a table is deleted when another one is written
 
@@ -55,6 +55,7 @@ class Described:
     facts: dict[str, str]
     settings: list[Setting] = field(default_factory=list)
     learned: str = ""  # of a method: a key of method_kinds.KINDS
+    replaced: dict[str, str] = field(default_factory=dict)  # of a method: settings of earlier versions
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,7 @@ def _described(kind: str, entry: Entry) -> Described:
         facts,
         settings,
         learned,
+        dict(cls.Config.replaced) if kind == "methods" else {},
     )
 
 

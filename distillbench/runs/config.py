@@ -52,6 +52,7 @@ from distillbench.runs.written_values import expand_home, is_enum, type_in_words
 from distillbench.teachers.students import StudentConfig
 from distillbench.training.budget import BudgetConfig, Limit
 from distillbench.training.compute import ComputeConfig
+from distillbench.training.method import MethodConfig
 
 ON_OOM = ("fail", "accumulate")
 RESERVED_NAMES = (".", "..", CELLS, CACHE)  # not for runs
@@ -305,7 +306,9 @@ def _takes_any_name(node: Any) -> bool:
 
 
 def _no_setting(path: str, part: str, where: str, node: DictConfig) -> UserError:
-    return no_setting(path, part, where, map(str, node), str(node.kind) if where in CHOICES[1:] else "")
+    group, kind = OmegaConf.get_type(node), str(node.kind) if where in CHOICES[1:] else ""
+    replaced = group.replaced if isinstance(group, type) and issubclass(group, MethodConfig) else {}
+    return no_setting(path, part, where, map(str, node), kind, replaced)
 
 
 def _check_groups(config: DictConfig, base: DictConfig, values: list[Override]) -> None:
