@@ -45,7 +45,7 @@ SMALLEST_ALPHA = 1e-3  # at T, of a student that predicts eps: the error of its 
 
 
 class Reflow(Method):
-    name, paper = "reflow", "Liu et al. 2022, arXiv:2209.03003"
+    name, label, paper = "reflow", "reflow", "Liu et al. 2022, arXiv:2209.03003"
     needs_data, can_start_fresh, inputs = False, True, "pairs"
 
     @dataclass

@@ -1,20 +1,22 @@
-"""What the commands share: exit codes, option types and decorators, and loading the plugins."""
+"""What the commands share: exit codes, option types and decorators."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from distillbench.cli.loading import load_plugins, origin
 from distillbench.errors import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from distillbench.registry import Plugin, Registry
 
 BAD_INPUT, SOMETHING_FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 
@@ -41,14 +43,38 @@ def with_plugins(command: Callable[..., None]) -> Callable[..., None]:
     @plugin_options
     @functools.wraps(command)
     def loaded(*arguments: Any, folders: Sequence[str], debug: bool, **options: Any) -> None:
-        registry = load_plugins(folders)
+        first = "distillbench.registry" not in sys.modules
+        with waiting("loading torch and the plugins ..."):
+            registry = load_plugins(folders)
         for plugin in registry.broken:
             click.echo(f"warning: plugin {origin(plugin)} is left out: {plugin.error}", err=True)
             if debug:
                 click.echo(plugin.traceback, err=True)
-        command(*arguments, registry=registry, **options)
+        try:
+            command(*arguments, registry=registry, **options)
+        except UserError:
+            if first:  # so that the next wrong name is told without torch
+                from distillbench.cli.plugin_table import keep, table_of
+
+                keep(table_of(registry), registry)
+            raise
 
     return loaded
+
+
+@contextmanager
+def waiting(line: str) -> Iterator[None]:
+    """Show `line` in a terminal while the block runs."""
+    shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    if shown:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+    try:
+        yield
+    finally:
+        if shown:
+            sys.stderr.write("\r" + " " * len(line) + "\r")
+            sys.stderr.flush()
 
 
 def before_plugins(check: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -66,26 +92,6 @@ def before_plugins(check: Callable[..., None]) -> Callable[[Callable[..., None]]
 
 
 debuggable = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
-
-
-def load_plugins(folders: Iterable[str]) -> Registry:
-    """The plugins of installed packages and of `folders`, as far as $DISTILLBENCH_PLUGINS selects them."""
-    from pathlib import Path
-
-    from distillbench.registry import ONLY, Selection
-
-    patterns = [pattern.strip() for pattern in os.environ.get(ONLY, "").split(",")]
-    return Selection(tuple(Path(folder).resolve() for folder in folders), tuple(filter(None, patterns))).load()
-
-
-def origin(plugin: Plugin) -> str:
-    """The plugin's name, distribution and version."""
-    return f"{plugin.name} ({version(plugin)})"
-
-
-def version(plugin: Plugin) -> str:
-    """The plugin's distribution and its version."""
-    return f"{plugin.distribution} {plugin.version}"
 
 
 def output_file(output: str, suffix: str) -> Path:

@@ -17,15 +17,16 @@ from safetensors.numpy import load_file  # without torch, which takes seconds to
 
 from distillbench.errors import UserError, nearest
 from distillbench.records.influences import InfluenceFiles
-from distillbench.records.layout import CACHE, CELLS
+from distillbench.records.layout import CELLS
 from distillbench.records.sample_grid import unstack_shown
 from distillbench.records.settings_file import read_settings
 from distillbench.records.statistics import KEYS, SEEDS, summarise
 from distillbench.records.table import FIRST, LAST, LATER, make_along, make_table
+from distillbench.reports.labels import METHOD, Labels
 
 TWICE = "rows of one measurement differ; the first ones are used"
 KEY = re.compile(r"[\w-]{1,64}")  # of an evaluation; cannot be a path or a pattern
-NOT_RUNS = (CELLS, CACHE)  # folders beside runs
+FILES = ("table.parquet", "table.csv", "config.yaml", "columns.json")  # any of them makes a folder a run
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class RunData:
     configs: list[dict[str, Any]]  # resolved settings, one for each point of the grid
     environment: dict[str, Any]
     problems: list[str] = field(default_factory=list)
+    methods: dict[str, dict[str, str]] = field(default_factory=dict)  # label and title of each method
 
     @property
     def name(self) -> str:
@@ -49,6 +51,11 @@ class RunData:
     def directions(self) -> dict[str, str]:
         """By score: lower, higher or none."""
         return {name: declared["direction"] for name, declared in self.columns.items()}
+
+    @property
+    def labels(self) -> Labels:
+        """The names of its columns and methods for people."""
+        return Labels(self.columns, self.methods)
 
     @property
     def influences(self) -> InfluenceFiles:
@@ -85,16 +92,15 @@ class RunData:
 def read_run(folder: Path) -> RunData:
     """The run in `folder`. Raises UserError only if the folder does not exist or has no file of a run."""
     if not folder.is_dir():
-        beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        runs = [name for name in beside if name not in NOT_RUNS]
+        beside = [path for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        runs = [path.name for path in beside if any((path / name).is_file() for name in FILES)]
         raise UserError(
             f"no run {str(folder)!r}.{nearest(folder.name, runs)} Possible: {', '.join(sorted(runs)) or 'none'}"
         )
-    names = ("table.parquet", "table.csv", "config.yaml", "columns.json")
-    if not any((folder / name).is_file() for name in names):
-        raise UserError(f"{str(folder)!r} is not a run: it has none of {', '.join(names)}")
+    if not any((folder / name).is_file() for name in FILES):
+        raise UserError(f"{str(folder)!r} is not a run: it has none of {', '.join(FILES)}")
     problems: list[str] = []
-    columns = _columns(folder, problems)
+    columns, methods = _declared(folder, problems)
     table = _frame(folder, "table", problems)
     table = make_table([], list(columns)) if table is None else _known(table, columns, problems)
     along = _frame(folder, "along", problems, needed=False)
@@ -107,7 +113,7 @@ def read_run(folder: Path) -> RunData:
     summary = _summary(table, columns, problems)
     return RunData(
         folder, table, summary, make_along([], list(columns)) if along is None else along, columns, configs,
-        _json(folder / "environment.json", problems), problems,
+        _json(folder / "environment.json", problems), problems, methods,
     )  # fmt: skip
 
 
@@ -123,8 +129,13 @@ def _summary(table: pd.DataFrame, columns: dict[str, dict[str, str]], problems: 
         return summarise(table.drop_duplicates([*KEYS, *SEEDS]), directions)
 
 
-def _columns(folder: Path, problems: list[str]) -> dict[str, dict[str, str]]:
+def _declared(
+    folder: Path, problems: list[str]
+) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:  # fmt: skip
+    """The declarations of each score, and the names of each method; {} in runs of earlier versions."""
     declared = _json(folder / "columns.json", problems)
+    named = declared.pop(METHOD, {})
+    methods = {name: facts for name, facts in named.items() if isinstance(facts, dict)} if type(named) is dict else {}
     good = {
         name: facts
         for name, facts in declared.items()
@@ -132,7 +143,7 @@ def _columns(folder: Path, problems: list[str]) -> dict[str, dict[str, str]]:
     }
     if len(good) != len(declared):
         problems.append("columns.json is damaged: scores without a direction are ignored")
-    return good
+    return good, methods
 
 
 def _known(table: pd.DataFrame, columns: dict[str, dict[str, str]], problems: list[str]) -> pd.DataFrame:

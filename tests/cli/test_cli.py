@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -15,12 +16,13 @@ from safetensors.torch import save_file
 
 from command_line import exit_code
 from distillbench.builtin.trained import METADATA, Trained
-from distillbench.cli import command_options, commands, terminal
+from distillbench.cli import command_options, commands, plugin_table, terminal
 from distillbench.errors import DivergedError
 from distillbench.records.statistics import summarise
 from distillbench.records.table import make_table
 from distillbench.registry import load_registry
-from distillbench.system.progress import Progress
+from distillbench.reports.labels import Labels
+from distillbench.system.progress import Progress, Times
 from shipped import METHODS as SHIPPED
 
 GIVEN = ["methods=[boot]", "dataset=digits"]
@@ -50,7 +52,8 @@ def call(tmp_path, monkeypatch, capfd, registry):
 
     The plugins are loaded once for all calls.
     """
-    monkeypatch.setattr(command_options, "load_plugins", lambda folders: registry)
+    for module in (command_options, plugin_table):
+        monkeypatch.setattr(module, "load_plugins", lambda folders: registry)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
@@ -363,7 +366,7 @@ def test_debug_shows_where_an_error_comes_from(call):
     ],
 )
 def test_what_stops_a_run_is_one_line(call, monkeypatch, error, code, message):
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise error
 
     monkeypatch.setattr("distillbench.execution.run.run", stop)
@@ -383,7 +386,11 @@ def test_a_teacher_is_trained_and_used(call, tmp_path):
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
-METRICS = ["fd_efficientnet_lite0", "teacher_rmse"]
+METRICS = {
+    "fd_efficientnet_lite0": {"label": "FD (EffNet-Lite0)", "title": "the distance in full", "unit": "squared"},
+    "teacher_rmse": {"label": "RMSE to teacher"},
+}
+METHODS = {name: {"label": label} for name, label in {"boot": "BOOT", "teacher:ddim": "teacher, DDIM"}.items()}
 COSTS = {
     "train_seconds": 61.25,
     "train_images": 400_000,
@@ -406,37 +413,40 @@ def table(*changes):
         "teacher_rmse": 0.123456,
         "key": "0123456789abcdef",
     } | COSTS
-    return make_table([row | change for change in changes], METRICS)
+    return make_table([row | change for change in changes], list(METRICS))
 
 
 def printed(content, width):
-    console = Console(width=width, record=True, file=io.StringIO())
-    directions = dict.fromkeys(METRICS, "lower")
-    terminal.print_table(console, content, summarise(content, directions), directions)
-    return console.export_text()
+    console = Console(width=width, file=io.StringIO())
+    labels = Labels({name: {"direction": "lower"} | facts for name, facts in METRICS.items()}, METHODS)
+    terminal.print_table(console, content, summarise(content, labels.directions), labels)
+    return console.file.getvalue()
 
 
 TEACHER = {"method": "teacher:ddim", "training_seed": None, "train_images": None, "train_seconds": None, "nfe": 64}
 
 
 def test_a_student_that_is_worse_than_the_teacher_at_as_many_evaluations_is_named():
-    name = METRICS[0] if isinstance(METRICS, list | tuple) else next(iter(METRICS))
+    name = "fd_efficientnet_lite0"
     content = table({name: 700.0}, {"method": "cm", name: 300.0}, TEACHER | {"nfe": 1, name: 500.0}, TEACHER)
     content.loc[content["method"] == "teacher:ddim", "budget"] = None  # as in the table of a run
     lines = [line for line in printed(content, 120).splitlines() if "worse than the teacher" in line]
     assert lines == [
-        f"{name} worse than the teacher's own DDIM at as many evaluations: boot at 1 NFE (700 against 500)"
+        "FD (EffNet-Lite0) worse than the teacher's own DDIM at as many evaluations: BOOT at 1 NFE (700 against 500)"
     ]
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_fits_the_terminal(width):
     text = printed(table(TEACHER, {}, {"method": "cm", "nfe": 2, "teacher_rmse": None}), width)
-    assert max(len(line.rstrip()) for line in text.splitlines()[1:]) <= width
+    assert max(map(len, text.partition("\nFD (EffNet-Lite0): ")[0].splitlines()[1:])) <= width
     assert "…" not in text
-    boot = next(line for line in text.splitlines() if line.startswith("boot"))
-    assert boot.split()[:4] == ["boot", "1", "640.8", "0.1235"]
+    boot = next(line for line in text.splitlines() if line.startswith("BOOT"))
+    assert boot.split()[:4] == ["BOOT", "1", "640.8", "0.1235"]
     assert ("400,000" in boot) == (width == 120)
+    left_out = [line for line in text.splitlines() if line.startswith("not shown, as too wide: ")]
+    assert bool(left_out) == (width == 80)
+    assert "FD (EffNet-Lite0): the distance in full, in squared (fd_efficientnet_lite0)" in text
     assert "dataset digits, teacher trained-0354d7c4, budget b, device cpu (a model)" in text
     assert "status" not in text and "no method is marked as best" in text
 
@@ -448,27 +458,27 @@ def test_scores_have_arrows_intervals_and_a_star_only_for_a_significant_lead():
         rows.append({"training_seed": seed, "fd_efficientnet_lite0": 100 + seed, "teacher_rmse": 0.1 + seed})
         rows.append(rows[-1] | {"method": "cm", "fd_efficientnet_lite0": 300 + seed, "teacher_rmse": 0.2 + seed})
     text = printed(table(*rows), 120)
-    boot = next(line for line in text.splitlines() if line.startswith("boot"))
+    boot = next(line for line in text.splitlines() if line.startswith("BOOT"))
     cm = next(line for line in text.splitlines() if line.startswith("cm "))
-    assert "101.0 t[98.5, 103.5]*" in boot and boot.count("*") == 1 and "*" not in cm
-    assert "lite0_↓".replace("_", "") not in text and "↓" in text
-    assert "t[...]: 95 % interval of the mean over training seeds" in text
-    assert "teacher_rmse, 1 NFE: intervals overlap" in text
+    assert "101.0 ± 2.5*" in boot and boot.count("*") == 1 and "*" not in cm  # t of two degrees over sqrt(3) is 2.48
+    assert "↓" in text and "3 training seeds\n" in text
+    assert "±: half of the 95 % interval of the mean over training seeds" in text
+    assert "RMSE to teacher, 1 NFE: intervals overlap" in text
 
 
 def test_columns_that_differ_are_shown():
     text = printed(table({}, {"dataset": "folder"}), 120)
     assert re.search(r"^dataset +method", text, re.MULTILINE)
     text = printed(table({}, {"settings": "lr=0.5"}), 120)
-    assert re.search(r"^boot +1 +lr=0\.5 ", text, re.MULTILINE)
+    assert re.search(r"^BOOT +1 +lr=0\.5 ", text, re.MULTILINE)
     text = printed(table({}, {"budget": "other"}), 120)
-    assert re.search(r"^boot +1 +other ", text, re.MULTILINE)
+    assert re.search(r"^BOOT +1 +other ", text, re.MULTILINE)
 
 
 def test_failed_rows_are_shown_with_their_reasons():
     failed = {"status": "failed", "reason": "ValueError: a [b] c", "teacher_rmse": None, "fd_efficientnet_lite0": None}
     text = printed(table({}, failed | {"training_seed": 1}), 80)
-    assert "boot, seed 1, 1 NFE, noise 0: failed: ValueError: a [b] c" in text
+    assert "BOOT, seed 1, 1 NFE, noise 0: failed: ValueError: a [b] c" in text
     assert "1 of 2 ok" in text
 
 
@@ -478,11 +488,35 @@ def test_failed_rows_are_shown_with_their_reasons():
 def test_without_a_terminal_progress_is_plain_lines(monkeypatch, capsys):
     now = 0.0
     monkeypatch.setattr("distillbench.system.progress.time.perf_counter", lambda: now)
-    with Progress(Console(width=80)).step("a step") as step:
-        for now in (0.0, 5.0, 11.0, 12.0, 22.0):
+    progress = Progress(Console(width=80))
+    with progress.step("a step") as step:
+        for now in (0.0, 5.0, 11.0, 12.0, 22.0, 44.0):
             step.advance(now / 44, "a note")
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["a step: 25%, 11 s, about 33 s left  a note", "a step: 50%, 22 s, about 22 s left  a note"]
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
+    assert [line[9:] for line in lines] == [
+        "a step: 25%, elapsed 0:11, about 0:33 left  a note",
+        "a step: 50%, elapsed 0:22, about 0:22 left  a note",
+    ]
+    with progress.overall(3, 0, Times()) as show:
+        show(1, "cell 2 of 3: cm")
+    assert capsys.readouterr().out.endswith(" cell 2 of 3: cm, elapsed 0:00\n")
+
+
+def test_without_a_terminal_a_step_that_lasts_has_a_line_for_its_start(monkeypatch, capsys):
+    monkeypatch.setattr("distillbench.system.progress.SECONDS_BEFORE_LINE", 0.02)
+    progress = Progress(Console(width=80))
+    begin = time.time()
+    with progress.step("long"):
+        deadline = time.monotonic() + 10
+        while not (said := capsys.readouterr().out) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    when, _, label = said.strip().partition(" ")
+    assert label == "long" and when in {time.strftime("%H:%M:%S", time.localtime(begin + k)) for k in (0, 1)}
+    monkeypatch.setattr("distillbench.system.progress.SECONDS_BEFORE_LINE", 60.0)
+    with progress.step("short"):
+        pass
+    assert capsys.readouterr().out == ""
 
 
 def test_in_a_terminal_progress_is_bars_that_vanish_and_steps_can_be_nested(capsys):
@@ -514,14 +548,29 @@ def test_a_bar_shows_the_time_elapsed_and_the_time_left(monkeypatch, capsys):
             progress._bars.refresh()
             return capsys.readouterr().out
 
-        assert "0:05 elapsed" in (line := shown(5.0)) and "left" not in line
+        assert "elapsed 0:05" in (line := shown(5.0)) and "left" not in line
         step.advance(0.25, "a note")
         assert "left" not in shown(6.0)
         now = 25.0
         step.advance(0.40)
-        assert "0:25 elapsed, about 1:20 left" in shown(25.0)
-        assert "0:35 elapsed, about 1:10 left" in shown(35.0)
-        assert "1:02:03 elapsed, about 0:00 left" in shown(3723.0)
+        assert "elapsed 0:25, about 1:20 left" in shown(25.0)
+        assert "elapsed 0:35, about 1:10 left" in shown(35.0)
+        assert "elapsed 1:02:03, about 0:00 left" in shown(3723.0)
+
+
+def test_the_times_of_a_bar_are_whole_in_80_columns_and_the_note_is_cut_off(capsys):
+    progress = Progress(Console(force_terminal=True, width=80, color_system=None))
+    with progress.overall(5, 1, Times()) as show, progress.step("a method lr=0.0003 (seed 0): training") as step:
+        show(1, "cell 2 of 5: a method")
+        step.advance(0.1)
+        time.sleep(0.01)
+        step.advance(0.3, "a note that is far too long for what is left of a line of a terminal")
+        capsys.readouterr()
+        progress._bars.refresh()
+        lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", capsys.readouterr().out).splitlines()
+    overall, inner = (line for line in lines if "elapsed" in line)
+    assert "cell 2 of 5: a method" in overall and "20% elapsed 0:00" in overall
+    assert "30% elapsed 0:00, about 0:00 left" in inner and "…" in inner and max(len(overall), len(inner)) <= 80
 
 
 def test_without_a_console_nothing_is_printed(capsys):
