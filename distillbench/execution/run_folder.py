@@ -14,6 +14,7 @@ import pandas as pd
 from distillbench.execution.workers import Scan
 from distillbench.records.layout import CELLS
 from distillbench.records.sample_grid import sample_grid
+from distillbench.records.sample_strips import write_strips
 from distillbench.records.settings_file import write_settings
 from distillbench.records.statistics import summarise
 from distillbench.records.table import make_along, make_table, write_table
@@ -168,8 +169,12 @@ class RunTable:
         links = {self.folder / "weights" / one.weights[1]: one.weights[0] for one in results if one.weights is not None}
         link_all({target: source for target, source in links.items() if target not in self.linked})
         self.linked |= links.keys()
-        lines = [line for one in results for line in one.shown]
+        lines = [(label, images) for one in results for label, _, images in one.shown]
         write_atomically(self.folder / "samples.png", lambda path: sample_grid(lines).save(path, format="png"))
+        write_strips(
+            self.folder,
+            ((one.description.columns["key"], nfe, images.numpy()) for one in results for _, nfe, images in one.shown),
+        )
         self.written = table, summary
 
     def _texts(self) -> dict[str, str]:

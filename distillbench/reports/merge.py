@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import yaml
 
 from distillbench.errors import UserError
 from distillbench.records.layout import CELLS
+from distillbench.records.sample_strips import SAMPLES
 from distillbench.records.settings_file import write_settings
 from distillbench.records.statistics import summarise
 from distillbench.records.table import FIRST, LAST, LATER, make_along, make_table, write_table
@@ -42,6 +44,7 @@ class Merged:
     configs: list[dict[str, Any]]
     environment: dict[str, Any]
     notes: list[str]  # texts on what was left out, kept once or chosen
+    folders: list[Path] = field(default_factory=list)  # of the runs, whose samples are copied
 
 
 def merge(runs: Sequence[RunData], keep: Keep | None = None) -> Merged:
@@ -78,8 +81,9 @@ def merge(runs: Sequence[RunData], keep: Keep | None = None) -> Merged:
     if lacking:
         notes.append(f"columns that a run lacks, and that are empty in the others, are left out: {', '.join(lacking)}")
     return Merged(
-        table.drop(columns=lacking), summary, along, columns, configs, {MERGED: _different(environments)}, notes
-    )
+        table.drop(columns=lacking), summary, along, columns, configs, {MERGED: _different(environments)}, notes,
+        [run.folder for run in runs],
+    )  # fmt: skip
 
 
 def write(merged: Merged, folder: Path) -> None:
@@ -102,6 +106,9 @@ def write(merged: Merged, folder: Path) -> None:
             texts["config.yaml"] = write_settings(merged.configs, _yaml)
         for name, text in texts.items():
             write_text(made / name, text)
+        for run in merged.folders:
+            if (run / SAMPLES).is_dir():
+                shutil.copytree(run / SAMPLES, made / SAMPLES, dirs_exist_ok=True)
         if folder.is_dir():
             folder.rmdir()
         os.replace(made, folder)
@@ -120,7 +127,7 @@ def left_out(runs: Sequence[RunData], output: Path) -> list[str]:
             continue
         beside = place == output.resolve().parent
         found = "which is beside the merged folder" if beside else "where reports of the merged folder do not look"
-        lines.append(f"records and samples are not copied: they stay in {plain(place / 'cells')}, {found}")
+        lines.append(f"records are not copied: they stay in {plain(place / 'cells')}, {found}")
     return lines
 
 
