@@ -51,7 +51,7 @@ from distillbench.options import require_between, require_fraction, require_one_
 
 
 class ConsistencyDistillation(SegmentedMethod):
-    name = "cm"
+    name, label, title = "cm", "CM", "consistency distillation"
     paper = "Song et al. 2023, arXiv:2303.01469"
     needs_data = True
     can_start_fresh = True

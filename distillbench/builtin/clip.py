@@ -37,7 +37,7 @@ class ClipViTL14(FeatureNetwork):
     Needs the extra package transformers. The folder has transformers' layout, and each file is checked by its SHA-256.
     """
 
-    name = "clip_vit_l14"
+    name, label, title = "clip_vit_l14", "CLIP L/14", "CLIP ViT-L/14"
     protocol = (
         "clip_vit_l14/1: 8-bit images; grey repeated to 3 channels; PIL bicubic resize of the shorter side to 224, "
         "rounded to 8 bits, middle 224x224; CLIP's mean and deviation; openai/clip-vit-large-patch14, float32; "
@@ -136,6 +136,7 @@ class ClipScore(feature_metrics.FeatureMetric):
     """
 
     name, network = "clip_score_vit_l14", ClipViTL14
+    label, title = "CLIP score", "agreement of images with their prompts by {network}"
     unit = "100 x cosine"
     direction = "higher"
     protocol = "clip_score/1: mean over samples of 100 max(cos(image, prompt), 0)"

@@ -79,6 +79,7 @@ def _describe(registry: Registry, kind: str, name: str) -> None:
         print_definitions((fact, text or "none") for fact, text in entry.cls.describe().items())
         return
     facts = [(fact.replace("_", " "), getattr(entry.cls, fact)) for fact in rules.KINDS[kind].declares]
+    facts = [(fact, value) for fact, value in facts if value != ""]
     print_definitions((fact, {True: "yes", False: "no"}.get(value, value)) for fact, value in facts)
     if rules.KINDS[kind].config is None:
         return

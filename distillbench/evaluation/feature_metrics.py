@@ -46,6 +46,8 @@ class FrechetDistance(FeatureMetric):
     Biased upwards for few samples: compare it only at equal numbers of images.
     """
 
+    label = "FD ({network})"
+    title = "Fréchet distance of {network} features"
     unit = "squared feature distance"
     direction = "lower"
     protocol = "frechet/2: covariances over n - 1, float64, all real images"
@@ -58,6 +60,8 @@ class FrechetDistance(FeatureMetric):
 class FrechetDistanceToTeacher(FeatureMetric):
     """Squared Fréchet distance to the teacher's many-step samples for the same noise: 0 for a perfect student."""
 
+    label = "FD to teacher ({network})"
+    title = "Fréchet distance of {network} features to the teacher's samples"
     unit = "squared feature distance"
     direction = "lower"
     protocol = "frechet_to_teacher/1: covariances over n - 1, float64, the same noise on both sides"
@@ -74,6 +78,8 @@ class FrechetDistanceExtrapolated(FeatureMetric):
     that comes from the finite number of real images remains.
     """
 
+    label = "FD∞ ({network})"
+    title = "Fréchet distance of {network} features, extrapolated to infinitely many samples"
     unit = "squared feature distance"
     direction = "lower"
     protocol = f"frechet_extrapolated/1: 8 subsets of n/2 to n >= 4 D samples, evenly spaced in n, seed {SEED}"
@@ -99,6 +105,8 @@ class FrechetDistanceExtrapolated(FeatureMetric):
 class KernelDistance(FeatureMetric):
     """Squared maximum mean discrepancy, kernel (f.g / D + 1)^3, unbiased (Bińkowski et al. 2018, arXiv:1801.01401)."""
 
+    label = "KD ({network})"
+    title = "kernel distance of {network} features"
     unit = "squared kernel distance"
     direction = "lower"
     protocol = f"kernel/2: float64, mean over 100 subsets of 1000, torch-fidelity's, seed {SEED}"
@@ -123,6 +131,8 @@ class Precision(FeatureMetric):
     arXiv:1904.06991 uses VGG-16; values with another network are not comparable.
     """
 
+    label = "precision ({network})"
+    title = "precision by {network} features"
     unit = "share"
     direction = "higher"
     protocol = "precision_recall/2: float64, k = 3, balls closed"
@@ -135,6 +145,8 @@ class Precision(FeatureMetric):
 class Recall(FeatureMetric):
     """Share of real images within the ball of a sample up to its third neighbour (Kynkäänniemi et al. 2019)."""
 
+    label = "recall ({network})"
+    title = "recall by {network} features"
     unit = "share"
     direction = "higher"
     protocol = Precision.protocol
@@ -147,6 +159,8 @@ class Recall(FeatureMetric):
 class Density(FeatureMetric):
     """Mean number of balls of real images (up to neighbour 5) that hold a sample, over 5 (Naeem et al. 2020)."""
 
+    label = "density ({network})"
+    title = "density by {network} features"
     unit = "balls over k"
     direction = "higher"
     protocol = "density_coverage/2: arXiv:2002.09797, float64, k = 5, balls open"
@@ -159,6 +173,8 @@ class Density(FeatureMetric):
 class Coverage(FeatureMetric):
     """Share of real images whose ball (up to neighbour 5) holds a sample (Naeem et al. 2020, arXiv:2002.09797)."""
 
+    label = "coverage ({network})"
+    title = "coverage by {network} features"
     unit = "share"
     direction = "higher"
     protocol = Density.protocol
@@ -171,6 +187,8 @@ class Coverage(FeatureMetric):
 class FeatureDistanceToTeacher(FeatureMetric):
     """Mean distance between the features of a sample and of the teacher's for the same noise."""
 
+    label = "distance to teacher ({network})"
+    title = "mean distance of {network} features to the teacher's"
     unit = "feature distance"
     direction = "lower"
     protocol = "feature_distance_to_teacher/1: mean Euclidean distance"
@@ -187,6 +205,8 @@ class FeatureSpread(FeatureMetric):
     In a conditional run it is the standard deviation within each class.
     """
 
+    label = "spread ({network})"
+    title = "spread of {network} features relative to the teacher's"
     unit = "ratio to the teacher's"
     direction = "none"
     protocol = "spread/1: root of the summed variances within each class, over that of the teacher's answers"
@@ -203,6 +223,8 @@ class NearestReal(FeatureMetric):
     A diagnostic of copying: well below 1, samples are closer to training images than these are to each other.
     """
 
+    label = "nearest real ({network})"
+    title = "distance of {network} features to the nearest real image"
     unit = "ratio to that of real images"
     direction = "none"
     protocol = "nearest_real/2: float64, medians of Euclidean distances; a real image is not its own neighbour"

@@ -60,6 +60,8 @@ class Metric(ABC):
     """A score of generated images: one column of the table, called `name`."""
 
     name: ClassVar[str]  # the column; contains the network's name unless the metric is defined with one network
+    label: ClassVar[str] = ""  # the name in tables, such as "FD ({network})"; empty: the name without underscores
+    title: ClassVar[str] = ""  # the same in full, such as "Fréchet distance of {network} features"; empty: the label
     unit: ClassVar[str]
     direction: ClassVar[str]  # one of DIRECTIONS: which is better
     protocol: ClassVar[str]  # everything but the network that determines the score, with a version
@@ -79,7 +81,11 @@ class Metric(ABC):
     @classmethod
     def describe(cls) -> dict[str, str]:
         """Its declarations, for tables and reports."""
+        short, full = ("", "") if cls.network is None else cls.network.names()
+        label = cls.label.replace("{network}", short) or cls.name.replace("_", " ")
         return {
+            "label": label,
+            "title": cls.title.replace("{network}", full) or label,
             "unit": cls.unit,
             "direction": cls.direction,
             "network": cls.network.name if cls.network else "",

@@ -18,6 +18,7 @@ from distillbench.records.sample_strips import write_strips
 from distillbench.records.settings_file import write_settings
 from distillbench.records.statistics import summarise
 from distillbench.records.table import make_along, make_table, write_table
+from distillbench.reports.labels import METHOD
 from distillbench.runs.cell_result import CellResult
 from distillbench.runs.config import RunConfig, to_yaml
 from distillbench.runs.shared_context import Cell
@@ -37,6 +38,7 @@ class Outcome:
     table: pd.DataFrame
     summary: pd.DataFrame
     columns: dict[str, dict[str, str]]  # the declarations of each score
+    methods: dict[str, dict[str, str]]  # the names of each method for people
     failed: list[str]  # labels of the cells that are not ok
 
 
@@ -113,6 +115,8 @@ class RunTable:
         self.descriptions = scan.descriptions
         contexts = {id(cell.shared): cell.shared for cell in cells}.values()
         self.columns = merged_columns([shared.columns() for shared in contexts])
+        names = {cell.name: cell.names for cell in cells}
+        self.methods = {name: {"label": short, "title": full} for name, (short, full) in names.items()}
         self.environment = scan.environment
         self.results: dict[int, CellResult] = {}
         self.files = HashCache(folder.parent / CELLS)
@@ -152,7 +156,7 @@ class RunTable:
             self.writer.changed = True
         self.writer.flush()
         self.files.keep()
-        return Outcome(self.folder, *self.written, self.columns, self.failed)
+        return Outcome(self.folder, *self.written, self.columns, self.methods, self.failed)
 
     def _write(self) -> None:
         results = [one for _, one in sorted(dict(self.results).items())]  # a copy: the timer thread writes, too
@@ -181,6 +185,6 @@ class RunTable:
         """The contents of files that do not change during the run, by name."""
         return {
             "config.yaml": write_settings(self.configs, to_yaml),
-            "columns.json": json.dumps(self.columns, indent=2) + "\n",
+            "columns.json": json.dumps(self.columns | {METHOD: self.methods}, indent=2, ensure_ascii=False) + "\n",
             "environment.json": json.dumps(self.environment, indent=2) + "\n",
         }

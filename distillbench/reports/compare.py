@@ -17,6 +17,7 @@ from rich.text import Text
 from distillbench.records.statistics import ARROWS, TEACHER
 from distillbench.records.table import LAST, UPDATES
 from distillbench.reports.differences import environment_differences, heading, settings_differences, value_text
+from distillbench.reports.labels import NAMES
 from distillbench.reports.merge import SAME, records
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import run_names
@@ -344,7 +345,8 @@ def _same_scores(a: RunData, b: RunData, notes: list[str]) -> dict[str, str]:
     found = {}
     for name in dict.fromkeys([*a.columns, *b.columns]):
         x, y = a.columns.get(name), b.columns.get(name)
-        differs = [fact for fact in dict.fromkeys([*(x or {}), *(y or {})]) if x and y and x.get(fact) != y.get(fact)]
+        facts = [fact for fact in dict.fromkeys([*(x or {}), *(y or {})]) if fact not in NAMES]
+        differs = [fact for fact in facts if x and y and x.get(fact) != y.get(fact)]
         if differs:
             notes.append(f"{name} is not compared: the runs declare another {', '.join(differs)}")
         else:

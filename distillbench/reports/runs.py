@@ -22,6 +22,7 @@ from distillbench.records.sample_strips import read_strips
 from distillbench.records.settings_file import read_settings
 from distillbench.records.statistics import KEYS, SEEDS, summarise
 from distillbench.records.table import FIRST, LAST, LATER, make_along, make_table
+from distillbench.reports.labels import METHOD, Labels
 
 TWICE = "rows of one measurement differ; the first ones are used"
 KEY = re.compile(r"[\w-]{1,64}")  # of an evaluation; cannot be a path or a pattern
@@ -40,6 +41,7 @@ class RunData:
     configs: list[dict[str, Any]]  # resolved settings, one for each point of the grid
     environment: dict[str, Any]
     problems: list[str] = field(default_factory=list)
+    methods: dict[str, dict[str, str]] = field(default_factory=dict)  # label and title of each method
     notes: list[str] = field(default_factory=list)  # what is no problem, such as columns that an older version lacks
 
     @property
@@ -50,6 +52,11 @@ class RunData:
     def directions(self) -> dict[str, str]:
         """By score: lower, higher or none."""
         return {name: declared["direction"] for name, declared in self.columns.items()}
+
+    @property
+    def labels(self) -> Labels:
+        """The names of its columns and methods for people."""
+        return Labels(self.columns, self.methods)
 
     def shown(self, key: str) -> list[tuple[int, int, np.ndarray]]:
         """(nfe, sampling seed, images (N,C,H,W) uint8) of the evaluation `key`; [] if there are none.
@@ -102,7 +109,7 @@ def read_run(folder: Path) -> RunData:
         raise UserError(f"{str(folder)!r} is not a run: it has none of {', '.join(names)}")
     problems: list[str] = []
     notes: list[str] = []
-    columns = _columns(folder, problems)
+    columns, methods = _declared(folder, problems)
     table = _frame(folder, "table", problems)
     table = make_table([], list(columns)) if table is None else _known(table, columns, problems, notes)
     along = _frame(folder, "along", problems, needed=False)
@@ -115,7 +122,7 @@ def read_run(folder: Path) -> RunData:
     summary = _summary(table, columns, problems)
     return RunData(
         folder, table, summary, make_along([], list(columns)) if along is None else along, columns, configs,
-        _json(folder / "environment.json", problems), problems, notes,
+        _json(folder / "environment.json", problems), problems, methods, notes,
     )  # fmt: skip
 
 
@@ -131,8 +138,13 @@ def _summary(table: pd.DataFrame, columns: dict[str, dict[str, str]], problems: 
         return summarise(table.drop_duplicates([*KEYS, *SEEDS]), directions)
 
 
-def _columns(folder: Path, problems: list[str]) -> dict[str, dict[str, str]]:
+def _declared(
+    folder: Path, problems: list[str]
+) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:  # fmt: skip
+    """The declarations of each score, and the names of each method; {} in runs of earlier versions."""
     declared = _json(folder / "columns.json", problems)
+    named = declared.pop(METHOD, {})
+    methods = {name: facts for name, facts in named.items() if isinstance(facts, dict)} if type(named) is dict else {}
     good = {
         name: facts
         for name, facts in declared.items()
@@ -140,7 +152,7 @@ def _columns(folder: Path, problems: list[str]) -> dict[str, dict[str, str]]:
     }
     if len(good) != len(declared):
         problems.append("columns.json is damaged: scores without a direction are ignored")
-    return good
+    return good, methods
 
 
 def _known(

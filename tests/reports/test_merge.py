@@ -153,7 +153,9 @@ def test_keeping_the_first_or_last_of_a_conflict_is_associative(keep, fid):
 
 def again(made):
     """What was merged, as a run."""
-    return RunData(Path("m"), made.table, made.summary, made.along, made.columns, made.configs, made.environment)
+    return RunData(
+        Path("m"), made.table, made.summary, made.along, dict(made.labels.columns), made.configs, made.environment
+    )
 
 
 def test_a_run_read_from_csv_is_the_same(runs, tmp_path):
@@ -316,6 +318,6 @@ def test_hostile_names_are_harmless(tmp_path):
 def test_the_files_are_those_of_a_run(runs, tmp_path):
     merged(runs, tmp_path / "m")
     run = merge([read_run(folder) for folder in runs])
-    assert json.loads((tmp_path / "m" / "columns.json").read_text()) == run.columns
+    assert json.loads((tmp_path / "m" / "columns.json").read_text()) == {**run.labels.columns, "method": {}}
     assert list(yaml.safe_load_all((tmp_path / "m" / "config.yaml").read_text())) == run.configs
     assert list(run.table.columns) == list(make_table([], list(COLUMNS)).columns)
