@@ -104,7 +104,7 @@ def leaders(summary: pd.DataFrame, metric: str, direction: str) -> pd.Series:
     marks = np.zeros(len(summary), dtype=bool)
     used = [f"{metric}{ending}" for ending in ("", "_missing", "_training_low", "_training_high")]
     rows = summary[["method", "settings", "device", "training_seeds", "status", *used]]
-    number = _group_numbers(summary)
+    number = group_numbers(summary)
     for one in np.unique(number):
         places = np.flatnonzero(number == one)
         best, _ = _judge(rows.iloc[places], metric, direction)
@@ -116,7 +116,7 @@ def leaders(summary: pd.DataFrame, metric: str, direction: str) -> pd.Series:
 def verdict(group: pd.DataFrame, metric: str, direction: str) -> str:
     """Why a student of `group` leads, or why none does. `group`: rows of a summary that are equal in COMPARABLE."""
     _check_direction(direction)
-    if len(np.unique(_group_numbers(group))) > 1:
+    if len(np.unique(group_numbers(group))) > 1:
         raise ValueError(f"a verdict is about rows that are equal in {', '.join(COMPARABLE)}")
     return _judge(group, metric, direction)[1]
 
@@ -126,7 +126,7 @@ def _judge(group: pd.DataFrame, metric: str, direction: str) -> tuple[int | None
     if direction == "none":
         return None, "direction none: neither is better"
     low, high = _floats(group[f"{metric}_training_low"]), _floats(group[f"{metric}_training_high"])
-    mean, labels = _floats(group[metric]), _labels(group)
+    mean, labels = _floats(group[metric]), distinct_labels(group)
     status, missing = group["status"].tolist(), group[f"{metric}_missing"].tolist()
     students = [i for i, method in enumerate(group["method"].tolist()) if not method.startswith(TEACHER)]
     scored = [i for i in students if not np.isnan(mean[i])]
@@ -157,7 +157,7 @@ def _judge(group: pd.DataFrame, metric: str, direction: str) -> tuple[int | None
     return int(best), f"{spans[best]} leads: no other interval reaches its own" + aside
 
 
-def _labels(group: pd.DataFrame) -> list[str]:
+def distinct_labels(group: pd.DataFrame) -> list[str]:
     """Distinct names of the rows: the method, with its settings and then its device if names are equal."""
     names = group["method"].tolist()
     for column in ("settings", "device"):
@@ -167,7 +167,7 @@ def _labels(group: pd.DataFrame) -> list[str]:
     return names
 
 
-def _group_numbers(summary: pd.DataFrame) -> Ints:
+def group_numbers(summary: pd.DataFrame) -> Ints:
     """(N,) group numbers: equal for rows that are equal in COMPARABLE. Empty equals empty."""
     number = np.zeros(len(summary), dtype=np.int64)
     for column in COMPARABLE:
