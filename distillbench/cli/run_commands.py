@@ -133,6 +133,7 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
     """Run the cells of `configs`, or print their plan; ranks other than 0 follow rank 0."""
     from distillbench.execution.followers import follow, in_these_processes
     from distillbench.execution.run import run as run_cells
+    from distillbench.execution.run_folder import labels_of
     from distillbench.runs.cell import Policy
     from distillbench.runs.forecast import forecast, why_none
     from distillbench.runs.plan import plan
@@ -163,9 +164,9 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
             check_sharding(config.compute, ranks.count)
         if ranks.count > 1:
             configs = in_these_processes(cells, configs, ranks, progress)
-        outcome = run_cells(cells, configs, progress, lambda rows: print_rows(progress, rows), policy, stop)
-    directions = {name: declared["direction"] for name, declared in outcome.columns.items()}
-    print_table(console, outcome.table, outcome.summary, directions)
+        labels = labels_of(cells)
+        outcome = run_cells(cells, configs, progress, lambda rows: print_rows(progress, rows, labels), policy, stop)
+    print_table(console, outcome.table, outcome.summary, outcome.labels)
     progress.say(f"all columns, samples and weights: {outcome.folder}")
     if outcome.failed:
         progress.say(f"not ok: {', '.join(outcome.failed)}")

@@ -21,7 +21,7 @@ from distillbench.reports.labels import NAMES
 from distillbench.reports.merge import SAME, records
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import run_names
-from distillbench.reports.terminal_table import fits, new_table, number, plain, say
+from distillbench.reports.terminal_table import fits, new_table, number, plain, put, say
 
 MATCH = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol"]
 COUNTED = ("train_images", "train_teacher_nfe", "train_student_nfe", "train_tflops", "sample_gflops", "parameters",
@@ -400,7 +400,7 @@ def _print_changes(console: Console, changes: list[Change], name: _Namer, direct
             cells += [between] * intervals + [one.device] * devices + [one.verdict]
             table.add_row(*(Text(plain(cell)) for cell in cells))
         if fold or fits(console, table):
-            console.print(table)
+            put(console, table)
             return
 
 

@@ -143,6 +143,11 @@ class Labels:
                         known[name] = facts
         return cls(columns, methods)
 
+    @property
+    def directions(self) -> dict[str, str]:
+        """By score: lower, higher or none."""
+        return {name: str(facts["direction"]) for name, facts in self.columns.items()}
+
     def label(self, column: str) -> Label:
         """The label of a column: a score, a cost, or what describes a row."""
         facts = self.columns.get(column)
