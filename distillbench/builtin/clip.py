@@ -143,13 +143,21 @@ class ClipScore(feature_metrics.FeatureMetric):
     needs = frozenset({Need.prompts, Need.features})
 
     def score(self, samples: Samples) -> float:
+        return self._cosines(samples).mean().item()
+
+    def influence(self, samples: Samples) -> Tensor:
+        cosines = self._cosines(samples)
+        return cosines - cosines.mean()
+
+    def _cosines(self, samples: Samples) -> Tensor:
+        """(N,) 100 max(cos, 0)."""
         assert samples.prompts is not None
         prompts = samples.prompts
         images = samples.images.features(self.network)
         network = samples.images.networks.get(self.network)
         assert isinstance(network, ClipViTL14)
         texts = samples.teacher.once(f"prompts {network.name}", lambda: network.texts(prompts))
-        return 100 * (images.double() * texts.double()).sum(dim=1).clamp(min=0).mean().item()
+        return 100 * (images.double() * texts.double()).sum(dim=1).clamp(min=0)
 
 
 @hookimpl(api=2)

@@ -5,11 +5,12 @@ results_dir/
   cells/<train key>/checkpoint-*.safetensors               students during training, to be scored
   cells/<train key>/resume/<microbatch>/state-*.safetensors  from which an interrupted training resumes
   cells/<train key>/evaluation-<key>.json, .safetensors    rows of one evaluation, and its first samples
+  cells/<train key>/influences-<key>.safetensors           how much each image moves each score of the evaluation
   cells/<train key>/speed-<key>.json                       the sampling cost
   cells/<train key>/levels-<key>.json                      a search for levels of sampling
   cache/                                                   teachers, noise-image pairs, reference statistics, ...
   <run>/table.*, summary.*, along.*, columns.json, samples.png, samples/, config.yaml,
-    environment.json, weights/
+    environment.json, weights/, influences/
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def _points_trace(name: str, points: list[Point], score: str, axis: dict[str, An
         "marker": {
             "color": look.colour,
             "symbol": look.symbol,
-            "size": (9 if strong else 7) if joined or strong else 6,
+            "size": size,
         },
         "opacity": 1 if strong or look.teacher else 0.55,
         "y": [mean for mean, _, _ in means],

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file  # without torch, which takes seconds to import
 
 from distillbench.errors import UserError, nearest
+from distillbench.records.influences import InfluenceFiles
 from distillbench.records.layout import CACHE, CELLS
 from distillbench.records.sample_grid import unstack_shown
 from distillbench.records.sample_strips import read_strips
@@ -57,6 +58,11 @@ class RunData:
     def labels(self) -> Labels:
         """The names of its columns and methods for people."""
         return Labels(self.columns, self.methods)
+
+    @property
+    def influences(self) -> InfluenceFiles:
+        """How much each image moves the scores of each row, for :func:`leading_groups`."""
+        return InfluenceFiles(self.folder)
 
     def shown(self, key: str) -> list[tuple[int, int, np.ndarray]]:
         """(nfe, sampling seed, images (N,C,H,W) uint8) of the evaluation `key`; [] if there are none.

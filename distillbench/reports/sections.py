@@ -275,7 +275,7 @@ def _answers(group: _Group) -> tuple[Answers | None, list[Answers]]:
     table = make_table([{name: value for name, value in row.items() if name != "run"} for row in rows], [*directions])
     table["images"] = table["images"].fillna(group.facts["images"])
     table = table.drop_duplicates([*KEYS, *SEEDS])
-    groups = leading_groups(table, directions)
+    groups = leading_groups(table, directions, [run.influences for run in dict.fromkeys(r.run for r in group.table_rows)])
     first = primary(groups, [*directions])
     found = {score: answers(groups, group.entries, score, group.labels) for score in directions}
     return found.get(first), [one for score, one in found.items() if one is not None and score != first]
@@ -366,7 +366,7 @@ def _facts(group: _Group) -> list[tuple[str, str]]:
         ("Guidance", number(facts["guidance"])),
         (
             "Budget per method",
-            _grouped(facts["budget"] or "") or ("not known" if students else "none: nothing is trained"),
+            budget or ("not known" if students else "none: nothing is trained"),
         ),
         ("Samples per row", number(facts["images"])),
         ("Training seeds", _span(students, "training_seeds")),
