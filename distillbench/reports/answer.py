@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from distillbench.errors import counted
 from distillbench.records.leading import LeadingGroup, Standing
 from distillbench.records.statistics import KEYS
 from distillbench.reports.entries import Entry
@@ -164,7 +163,7 @@ def _with_unit(entry: Entry, cost: str, labels: Labels) -> str:
 
 def sentence(nfe: int, noun: str, ranked: Sequence[Ranked], group: LeadingGroup) -> str:
     """The comparison in one sentence. It claims a difference only where `group` found one."""
-    at = "At one step" if nfe == 1 else f"At {nfe} steps"
+    at = "At one evaluation" if nfe == 1 else f"At {nfe} evaluations"
     if not ranked:
         return f"{at}, no method has a score."
     leading, unclear, trailing = (
@@ -238,10 +237,10 @@ def _teachers_need(group: LeadingGroup, entries: Sequence[Entry], labels: Labels
             nfe, value = min(points, key=lambda point: sign * point[1])
             texts.append(f"{sampler}: not reached ({brief(value)} at {nfe})")
         elif reached == 0:
-            texts.append(f"{sampler}: {counted(points[0][0], 'step')} ({brief(points[0][1])})")
+            texts.append(f"{sampler}: at most {points[0][0]} ({brief(points[0][1])})")
         else:
             (below, worse), (above, better) = points[reached - 1], points[reached]
-            texts.append(f"{sampler}: between {below} ({brief(worse)}) and {above} steps ({brief(better)})")
+            texts.append(f"{sampler}: between {below} ({brief(worse)}) and {above} ({brief(better)})")
     return "; ".join(texts)
 
 

@@ -99,7 +99,7 @@ def quality(points: Sequence[Point], costs: Sequence[str], score: str, style: St
     scored = [p for p in points if p.scores[score][0] is not None and any(p.values.get(c) is not None for c in costs)]
     series = _series(scored, style)
     values = [[p.scores[score][0] for p in own] for own in series.values()]
-    axis = {"title": {"text": style.score(score)}, **scale(values)}
+    axis = {"title": _title(style.score(score)), **scale(values)}
     traces = [_points_trace(name, own, score, axis, style) for name, own in series.items()]
     teacher = _teachers_best(points, score, style) if all(cost.startswith("train_") for cost in costs) else None
     x = {cost: _cost_option(cost, list(series.values()), style, teacher is not None) for cost in costs}
@@ -108,7 +108,7 @@ def quality(points: Sequence[Point], costs: Sequence[str], score: str, style: St
     if teacher is not None:
         value, text = teacher
         traces.append(_line_trace(text, value))
-        labels.append({"trace": len(traces) - 1, "point": 1, "text": safe(text), "strong": False})
+        labels.append({"trace": len(traces) - 1, "point": 1, "text": safe(text), "strong": False, "line": True})
         if value > 0 or axis["type"] == "linear":
             axis |= scale([*values, [value]])
     figure = _figure(traces, {"yaxis": axis})
@@ -119,6 +119,10 @@ def quality(points: Sequence[Point], costs: Sequence[str], score: str, style: St
         f"{listed(names)}. The table Comparison has its numbers."
     )
     return {"figure": figure, "choices": {"x": x}, "fronts": fronts, "labels": labels, "alt": alt}
+
+
+def _title(text: str) -> dict[str, Any]:
+    return {"text": text, "standoff": 6}
 
 
 def _has(points: Sequence[Point], cost: str, score: str) -> bool:
@@ -157,7 +161,7 @@ def _points_trace(name: str, points: list[Point], score: str, axis: dict[str, An
         "customdata": [f"{safe(short)} {plus_minus(*mean)}" for mean in means],
         "hovertemplate": "<b>%{text}</b><br>%{customdata}<br>%{hovertext}<extra></extra>",
     }
-    if any(low is not None for _, low, _ in means):
+    if strong and any(low is not None for _, low, _ in means):
         trace["error_y"] = _error_bars(means, axis)
     return trace
 
@@ -196,7 +200,7 @@ def _teachers_best(points: Sequence[Point], score: str, style: Style) -> tuple[f
     best = max(rows, key=lambda p: p.nfe or 0, default=None)
     if best is None or best.scores[score][0] is None:
         return None
-    return float(best.scores[score][0]), f"{best.series}, {best.nfe} steps"
+    return float(best.scores[score][0]), f"{best.series}, NFE {best.nfe}"
 
 
 def _line_trace(name: str, value: float) -> dict[str, Any]:
@@ -254,7 +258,7 @@ def along_training(curves: Sequence[Curve], scores: Sequence[str], costs: Sequen
     y = {}
     for score in scores:
         means = [[v[score] for _, v in curve.points] for curve in curves]
-        axis = {"title": {"text": style.score(score)}, **scale([[m for m, _, _ in own] for own in means])}
+        axis = {"title": _title(style.score(score)), **scale([[m for m, _, _ in own] for own in means])}
         short = safe(style.labels.label(score).short)
         both = [part for own in means for part in _curve_values(own, short)]
         y[score] = {"label": short, "traces": both, "axes": {"yaxis": axis}}

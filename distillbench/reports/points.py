@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from distillbench.errors import counted
 from distillbench.reports import charts, words
 from distillbench.reports.entries import Entry, Row
 from distillbench.reports.tables import COSTS
@@ -17,7 +16,7 @@ def point(entry: Entry, scores: Iterable[str]) -> charts.Point:
     values["nfe"] = None if nfe is None else float(nfe)
     return charts.Point(
         series=entry.label,
-        label=entry.label if nfe is None else f"{entry.label}, {counted(nfe, 'step')}",
+        label=entry.label if nfe is None else f"{entry.label}, NFE {nfe}",
         teacher=entry.is_teacher,
         nfe=nfe,
         values=values,
@@ -75,11 +74,11 @@ def _spread(values: Iterable[float | None]) -> charts.Mean:
 
 
 def along_notes(curves: Sequence[charts.Curve]) -> list[str]:
-    single = [f"{c.series} ({counted(c.nfe, 'step')})" for c in curves if len(c.points) == 1]
+    single = [f"{c.series} (NFE {c.nfe})" for c in curves if len(c.points) == 1]
     if not single:
         return []
     has = "has one point" if len(single) == 1 else "have one point each"
-    return [f"{words.listed(single)} {has}: they were scored with this number of steps at the end only."]
+    return [f"{words.listed(single)} {has}: they were scored at this NFE at the end only."]
 
 
 def _mean(rows: Iterable[Row], name: str) -> float | None:

@@ -262,7 +262,7 @@ def _section(name: str, group: _Group, along: list[Row], several_sections: bool)
         leaders=_leaders_strips(grid, main),
         details=every_row_table(f"{name}-rows", group.table_rows, scores, group.several_runs, group.labels, common),
         common=common,
-        notes=[f"{len(series):,} methods share one colour: {charts.MOST_SERIES} are told apart"] if alone else [],
+        notes=_chart_notes(entries, len(series) if alone else 0),
     )
 
 
@@ -275,7 +275,8 @@ def _answers(group: _Group) -> tuple[Answers | None, list[Answers]]:
     table = make_table([{name: value for name, value in row.items() if name != "run"} for row in rows], [*directions])
     table["images"] = table["images"].fillna(group.facts["images"])
     table = table.drop_duplicates([*KEYS, *SEEDS])
-    groups = leading_groups(table, directions, [run.influences for run in dict.fromkeys(r.run for r in group.table_rows)])
+    runs = {id(row.run): row.run for row in group.table_rows}
+    groups = leading_groups(table, directions, [run.influences for run in runs.values()])
     first = primary(groups, [*directions])
     found = {score: answers(groups, group.entries, score, group.labels) for score in directions}
     return found.get(first), [one for score, one in found.items() if one is not None and score != first]
@@ -296,6 +297,15 @@ def _quality(
     plain = charts.Style(style.looks, style.labels)
     small = [(style.labels.label(s).short, charts.quality(points, every, s, plain)) for s in scores if s != main]
     return [(t, c) for t, c in first if c], [(t, c) for t, c in small if c]
+
+
+def _chart_notes(entries: Sequence[Entry], alike: int) -> list[str]:
+    """Notes on the first charts; `alike`: the number of series, if they share one look."""
+    notes = [f"{alike:,} methods share one colour: {charts.MOST_SERIES} are told apart"] if alike else []
+    students = [entry for entry in entries if not entry.is_teacher]
+    if students and all(entry.values.get(SPEED[0]) is None for entry in students):
+        notes.append(f"Latency is not known: {why_empty(SPEED[0], students)}")
+    return notes
 
 
 def _sentences(main: Answers | None, curves: Sequence[charts.Curve], group: _Group) -> list[str]:

@@ -98,7 +98,7 @@
       const w = pen.measureText(plain).width + 2, h = size + 1;
       let spot = null;
       for (const far of label.small ? [8] : [9, 18, 30, 44]) {
-        for (const [u, v] of PLACES) {
+        for (const [u, v] of label.line ? [[-1, -1], [-1, 1]] : PLACES) {
           const x = p[0] + u * (far + w / 2), y = p[1] + v * (far + h / 2);
           if (!hits([x - w / 2, y - h / 2, x + w / 2, y + h / 2])) { spot = [x, y, far]; break; }
         }
@@ -108,8 +108,9 @@
       room.push([spot[0] - w / 2, spot[1] - h / 2, spot[0] + w / 2, spot[1] + h / 2]);
       const log = axis => axis.type === "log" ? Math.log10 : value => value;
       found.push({
-        x: log(xaxis)(trace.x[label.point]), y: log(yaxis)(trace.y[label.point]), text: label.text, ax: spot[0] - p[0], ay: spot[1] - p[1],
-        showarrow: true, arrowhead: 0, arrowwidth: spot[2] > 10 ? 0.7 : 0.01, arrowcolor: css("--soft"), borderpad: 0, standoff: 5, captureevents: false,
+        x: log(xaxis)(trace.x[label.point]), y: log(yaxis)(trace.y[label.point]), text: label.text, borderpad: 0, captureevents: false,
+        ...(spot[2] > 10 ? { showarrow: true, arrowhead: 0, arrowwidth: 0.7, arrowcolor: css("--soft"), standoff: 5, ax: spot[0] - p[0], ay: spot[1] - p[1] }
+          : { showarrow: false, xshift: spot[0] - p[0], yshift: p[1] - spot[1] }),
         font: { size, color: label.strong ? css("--ink") : css("--soft"), weight: label.strong ? 600 : 400 },
       });
     }
