@@ -17,13 +17,12 @@ from distillbench.reports.words import brief, listed, plus_minus
 
 TRAINING = ("train_tflops", "train_seconds", "train_teacher_nfe", "train_images")  # the first that is known is shown
 SAMPLING = ("sample_latency_p50_ms", "sample_gflops")
-WIDE = 0.5  # half an interval over its mean, from which on a method that is not the best cannot be placed
 MOST_NAMED = 5  # methods that a sentence names of one kind
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A method at one number of evaluations. `place`: leading, unclear or trailing."""
+    """A method at one number of evaluations. `place`: leading or trailing."""
 
     label: str
     place: str
@@ -132,9 +131,6 @@ def _ranked(
     one: Standing, entry: Entry, place: str, group: LeadingGroup, labels: Labels, training: str, sampling: str
 ) -> Ranked:
     low, high, _ = entry.interval(group.score)
-    wide = low is not None and high is not None and (high - low) / 2 > WIDE * abs(one.mean)
-    if place == "leading" and wide and one is not group.best:
-        place = "unclear"
     return Ranked(
         entry.label,
         place,
@@ -164,35 +160,28 @@ def _with_unit(entry: Entry, cost: str, labels: Labels) -> str:
 def sentence(nfe: int, noun: str, ranked: Sequence[Ranked], group: LeadingGroup) -> str:
     """The comparison in one sentence. It claims a difference only where `group` found one."""
     at = "At one evaluation" if nfe == 1 else f"At {nfe} evaluations"
-    if not ranked:
-        return f"{at}, no method has a score."
-    leading, unclear, trailing = (
-        [one for one in ranked if one.place == place] for place in ("leading", "unclear", "trailing")
-    )
+    leading, trailing = ([one for one in ranked if one.place == place] for place in ("leading", "trailing"))
+    if not leading:
+        return f"{at}, no method can be compared: rows failed or have no score."
     if len(ranked) == 1:
-        return f"{at}, only {ranked[0].label} has this score ({noun} {ranked[0].text})."
-    if group.rule == "none" and not trailing:
-        first, others = ranked[0], ranked[1:3]
-        then = f", then {listed(f'{one.label} ({brief(one.value)})' for one in others)}"
-        why = "each method was trained once" if group.training_seeds <= 1 else "they could not be compared"
-        return f"{at}, {first.label} has the best {noun} ({brief(first.value)}){then}; the order is not certain: {why}."
-    parts = [_lead(leading, noun, alone=not unclear)]
-    if unclear:
-        vary = "varies" if len(unclear) == 1 else "vary"
-        parts.append(f"{listed((one.label for one in unclear), 3)} {vary} too much between seeds to be placed")
-    if trailing:
-        parts.append(_trail(trailing))
+        what = "can be compared" if group.left_out else "has this score"
+        return f"{at}, only {ranked[0].label} {what} ({noun} {ranked[0].text})."
+    if group.rule == "none":
+        first = f"{leading[0].label} has the best {noun} ({brief(leading[0].value)})"
+        then = listed(f"{one.label} ({brief(one.value)})" for one in leading[1:3])
+        seeds = {0: "they have no training seed in common", 1: "there is one training seed"}
+        why = seeds.get(group.training_seeds, "they could not be compared")
+        return f"{at}, {first}, then {then}; the order is not certain: {why}."
+    parts = [_lead(leading, noun), *([_trail(trailing)] if trailing else [])]
     return f"{at}, {'; '.join(parts)}."
 
 
-def _lead(leading: Sequence[Ranked], noun: str, alone: bool) -> str:
+def _lead(leading: Sequence[Ranked], noun: str) -> str:
     if len(leading) == 1:
-        verb = f"leads ({noun} {leading[0].text})" if alone else f"has the best {noun} ({leading[0].text})"
-        return f"{leading[0].label} {verb}"
-    shown = len(leading) if len(leading) <= MOST_NAMED else 3
-    values = [one.value for one in leading]
-    names = listed((one.label for one in leading), shown)
-    return f"{names} cannot be told apart ({noun} {brief(values[0])} to {brief(values[-1])})"
+        return f"{leading[0].label} leads ({noun} {leading[0].text})"
+    names = listed((one.label for one in leading), len(leading) if len(leading) <= MOST_NAMED else 3)
+    values = brief(leading[0].value), brief(leading[-1].value)
+    return f"{names} cannot be told apart ({noun} {' to '.join(dict.fromkeys(values))})"
 
 
 def _trail(trailing: Sequence[Ranked]) -> str:
@@ -222,6 +211,8 @@ def _has(entry: Entry, cost: str) -> bool:
 
 def _teachers_need(group: LeadingGroup, entries: Sequence[Entry], labels: Labels) -> str:
     """Between which numbers of evaluations the teacher reaches the best method's score, for each of its samplers."""
+    if not group.leaders:
+        return ""
     sign, best = (1 if group.direction == "lower" else -1), group.best.mean
     samplers: dict[str, list[tuple[int, float]]] = {}
     for entry in entries:
