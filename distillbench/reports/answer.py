@@ -81,8 +81,8 @@ def answers(
     training, sampling = (_first_known(students, costs) for costs in (TRAINING, SAMPLING))
     rows = [_answer(one, of, entries, labels, training, sampling) for one in mine]
     name = labels.label(score)
-    heads = ["" if not cost else labels.label(cost).short for cost in (training, sampling)]
-    return Answers(score, f"{name.short} {name.arrow}".strip(), *heads, rows)
+    spent, speed = ("" if not cost else labels.label(cost).short for cost in (training, sampling))
+    return Answers(score, f"{name.short} {name.arrow}".strip(), spent, speed, rows)
 
 
 def primary(groups: Sequence[LeadingGroup], scores: Sequence[str]) -> str:

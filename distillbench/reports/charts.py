@@ -101,7 +101,7 @@ def quality(points: Sequence[Point], costs: Sequence[str], score: str, style: St
     values = [[p.scores[score][0] for p in own] for own in series.values()]
     axis = {"title": _title(style.score(score)), **scale(values)}
     traces = [_points_trace(name, own, score, axis, style) for name, own in series.items()]
-    teacher = _teachers_best(points, score, style) if all(cost.startswith("train_") for cost in costs) else None
+    teacher = _teachers_best(points, score) if all(cost.startswith("train_") for cost in costs) else None
     x = {cost: _cost_option(cost, list(series.values()), style, teacher is not None) for cost in costs}
     fronts = {cost: front for cost in costs if (front := _front(scored, cost, score, style.labels.label(score).arrow))}
     labels = _labels(series, style)
@@ -155,7 +155,7 @@ def _points_trace(name: str, points: list[Point], score: str, axis: dict[str, An
             "symbol": look.symbol,
             "size": size,
         },
-        "opacity": 1 if strong or look.teacher else 0.55,
+        "opacity": 1 if strong or look.teacher else 0.65,
         "y": [mean for mean, _, _ in means],
         "text": [safe(p.label) for p in points],
         "customdata": [f"{safe(short)} {plus_minus(*mean)}" for mean in means],
@@ -194,13 +194,13 @@ def _cost_option(cost: str, series: list[list[Point]], style: Style, line: bool)
     return {"label": style.cost(cost), "traces": traces, "axes": {"xaxis": axis}}
 
 
-def _teachers_best(points: Sequence[Point], score: str, style: Style) -> tuple[float, str] | None:
+def _teachers_best(points: Sequence[Point], score: str) -> tuple[float, str] | None:
     """The value of the teacher with its most evaluations, and a text."""
-    rows = [p for p in points if p.teacher and p.nfe is not None and p.scores[score][0] is not None]
-    best = max(rows, key=lambda p: p.nfe or 0, default=None)
-    if best is None or best.scores[score][0] is None:
+    rows = [(p.nfe, mean, p.series) for p in points if p.teacher and p.nfe and (mean := p.scores[score][0]) is not None]
+    if not rows:
         return None
-    return float(best.scores[score][0]), f"{best.series}, NFE {best.nfe}"
+    nfe, mean, series = max(rows)
+    return mean, f"{series}, NFE {nfe}"
 
 
 def _line_trace(name: str, value: float) -> dict[str, Any]:
