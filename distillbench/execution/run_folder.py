@@ -20,8 +20,10 @@ from distillbench.records.settings_file import write_settings
 from distillbench.records.statistics import summarise
 from distillbench.records.table import make_along, make_table, write_table
 from distillbench.reports.labels import METHOD, Labels
+from distillbench.reports.reproduce import COMMAND
 from distillbench.runs.cell_result import CellResult
 from distillbench.runs.config import RunConfig, to_yaml
+from distillbench.runs.run_command import run_commands
 from distillbench.runs.shared_context import Cell
 from distillbench.storage.files import write_atomically, write_text
 from distillbench.storage.hash_cache import HashCache
@@ -194,6 +196,7 @@ class RunTable:
         """The contents of files that do not change during the run, by name."""
         return {
             "config.yaml": write_settings(self.configs, to_yaml),
+            COMMAND: "".join(f"{command}\n" for command in run_commands(self.configs)),
             "columns.json": json.dumps({**self.columns, METHOD: self.labels.methods}, indent=2, ensure_ascii=False)
             + "\n",
             "environment.json": json.dumps(self.environment, indent=2) + "\n",

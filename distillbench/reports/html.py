@@ -167,6 +167,7 @@ def _provenance(name: str, run: RunData) -> dict[str, Any]:
         "environment": environment,
         "configs": [yaml.safe_dump(config, sort_keys=False, allow_unicode=True) for config in shown],
         "left_out": len(run.configs) - len(shown),
-        "commands": commands(run.configs)[:MOST_CONFIGS],
+        "commands": run.commands[:MOST_CONFIGS],
+        "every": commands(run.configs)[:MOST_CONFIGS],
         "notes": run.notes,
     }

@@ -22,6 +22,7 @@ from distillbench.records.settings_file import write_settings
 from distillbench.records.statistics import summarise
 from distillbench.records.table import FIRST, LAST, LATER, make_along, make_table, write_table
 from distillbench.reports.labels import METHOD, NAMES, Labels
+from distillbench.reports.reproduce import COMMAND
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import IDENTITY, run_names
 from distillbench.reports.terminal_table import number, plain, row_name
@@ -45,6 +46,7 @@ class Merged:
     configs: list[dict[str, Any]]
     environment: dict[str, Any]
     notes: list[str]  # texts on what was left out, kept once or chosen
+    commands: list[str] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)  # of the runs, whose samples are copied
 
 
@@ -83,7 +85,7 @@ def merge(runs: Sequence[RunData], keep: Keep | None = None) -> Merged:
         notes.append(f"columns that a run lacks, and that are empty in the others, are left out: {', '.join(lacking)}")
     return Merged(
         table.drop(columns=lacking), summary, along, labels, configs, {MERGED: _different(environments)}, notes,
-        [run.folder for run in runs],
+        list(dict.fromkeys(command for run in runs for command in run.commands)), [run.folder for run in runs],
     )  # fmt: skip
 
 
@@ -108,6 +110,8 @@ def write(merged: Merged, folder: Path) -> None:
         }
         if merged.configs:
             texts["config.yaml"] = write_settings(merged.configs, _yaml)
+        if merged.commands:
+            texts[COMMAND] = "".join(f"{command}\n" for command in merged.commands)
         for name, text in texts.items():
             write_text(made / name, text)
         for run in merged.folders:

@@ -24,6 +24,7 @@ from distillbench.records.settings_file import read_settings
 from distillbench.records.statistics import KEYS, SEEDS, summarise
 from distillbench.records.table import FIRST, LAST, LATER, make_along, make_table
 from distillbench.reports.labels import METHOD, Labels
+from distillbench.reports.reproduce import COMMAND
 
 TWICE = "rows of one measurement differ; the first ones are used"
 KEY = re.compile(r"[\w-]{1,64}")  # of an evaluation; cannot be a path or a pattern
@@ -43,6 +44,7 @@ class RunData:
     environment: dict[str, Any]
     problems: list[str] = field(default_factory=list)
     methods: dict[str, dict[str, str]] = field(default_factory=dict)  # label and title of each method
+    commands: list[str] = field(default_factory=list)  # that reproduce it, with what differs from defaults
     notes: list[str] = field(default_factory=list)  # what is no problem, such as columns that an older version lacks
 
     @property
@@ -128,7 +130,7 @@ def read_run(folder: Path) -> RunData:
     summary = _summary(table, columns, problems)
     return RunData(
         folder, table, summary, make_along([], list(columns)) if along is None else along, columns, configs,
-        _json(folder / "environment.json", problems), problems, methods, notes,
+        _json(folder / "environment.json", problems), problems, methods, _commands(folder), notes,
     )  # fmt: skip
 
 
@@ -230,6 +232,14 @@ def _configs(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
     except (OSError, ValueError, OverflowError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"config.yaml is damaged: {' '.join(str(error).split())[:100]}")
     return []
+
+
+def _commands(folder: Path) -> list[str]:
+    """The lines of COMMAND; [] without the file, as in runs of older versions."""
+    try:
+        return [line for line in (folder / COMMAND).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError):
+        return []
 
 
 def _json(file: Path, problems: list[str]) -> dict[str, Any]:

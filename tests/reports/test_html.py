@@ -296,12 +296,31 @@ def test_commands_compose_to_the_settings_of_the_run():
         "budget.images=77",
     ]
     config = yaml.safe_load(to_yaml(compose_runs(asked, registry)[0]))
-    [(_, every)] = commands([config, {**config, "seed": 3}])
+    [every] = commands([config, {**config, "seed": 3}])
     import shlex
 
     program, command, *settings = shlex.split(every)
     assert (program, command, settings[-1]) == ("distillbench", "run", "seed=0,3")
     assert [yaml.safe_load(to_yaml(c)) for c in compose_runs(settings, registry)] == [config, {**config, "seed": 3}]
+
+
+def test_the_short_command_has_what_differs_from_defaults_and_nothing_else():
+    import shlex
+
+    from distillbench.registry import load_registry
+    from distillbench.runs.config import compose_runs
+    from distillbench.runs.run_command import run_commands
+
+    registry = load_registry()
+    asked = ["methods=[boot,pd]", "dataset=digits", "methods.boot.lr=0.001,0.002", "evaluation.teacher_steps=[1,4]"]
+    runs = compose_runs([*asked, "seed=0,1", "results_dir=/elsewhere"], registry)
+    usual = compose_runs(["methods=[boot]", "dataset=digits"], registry)[0].methods["boot"].lr
+    found = [shlex.split(command)[2:] for command in run_commands(runs)]
+    lrs = [f"methods.boot.lr={lr}" for lr in (0.001, 0.002) if lr != usual]
+    same = ["methods=[boot,pd]", "dataset=digits", "teacher=trained", "evaluation.teacher_steps=[1,4]", "seed=0,1"]
+    assert sorted(word for words in found for word in words) == sorted([*same * 2, *lrs])
+    again = [config for words in found for config in compose_runs([*words, "results_dir=/elsewhere"], registry)]
+    assert sorted(map(str, again)) == sorted(map(str, runs))
 
 
 # --- bad runs --------------------------------------------------------------------------------------------------------
