@@ -150,7 +150,7 @@ class Evaluator:
         """The scores of `sampler` at `nfe` evaluations per image, on the noise of sampling seed `seed`.
 
         If several ranks sample, `order` (the cell and the weights) is sent to the others. With `lazy` the teacher is
-        sampled only if a metric compares with it. With `influences` those of the images on the scores are computed, too.
+        sampled only if a metric compares with it. With `influences` those of the images are computed, too.
         """
         of_teacher = partial(self.teacher_samples, seed, order)
         if not lazy:

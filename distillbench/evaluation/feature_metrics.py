@@ -136,7 +136,7 @@ class KernelDistance(FeatureMetric):
         return torch.stack(distances).mean().item()
 
     def influence(self, samples: Samples) -> Tensor:
-        """Of the discrepancy of all images: its mean over subsets has nearly the same, since it is the same on average."""
+        """Of the discrepancy of all images: its mean over subsets has nearly the same."""
         ours, real = _float64_features(samples, self.network)
         n, itself = len(ours), (ours.square().mean(dim=1) + 1) ** 3
         among = torch.cat([_mean_kernel(part, ours) for part in ours.split(ROWS)]) * n - itself

@@ -104,7 +104,7 @@ def _factor(a: GaussianStatistics, b: GaussianStatistics) -> tuple[Tensor, Gauss
 def frechet_influence(features: Tensor, other: GaussianStatistics) -> Tensor:
     """(n,) influence of each of `features` (n,D) on their squared Fréchet distance to `other`, float64, with mean 0.
 
-    It is the derivative by the weight of feature i (the infinitesimal jackknife), where the features have mean m and covariance S:
+    It is the derivative by the weight of feature i (the infinitesimal jackknife). With mean m and covariance S:
 
         2 (m - m_b).(x_i - m) + n / (n - 1) (x_i - m)^T (I - T) (x_i - m) + constant,
         T = R^T (R S R^T)^-1/2 R for S_b = R^T R

@@ -1,6 +1,6 @@
 """Files of influences: how much each image of a row moves each of its scores, to compare methods on common noise.
 
-A safetensors file for each evaluation, with a float32 tensor (n,) "<nfe>/<sampling seed>/<score>" for each row and score:
+A safetensors file for each evaluation has a float32 tensor (n,) "<nfe>/<sampling seed>/<score>" for each row and score:
 cells/<train key>/influences-<evaluation key>.safetensors, linked to <run>/influences/<evaluation key>.safetensors.
 """
 

@@ -18,10 +18,12 @@ from distillbench.records.statistics import (
     check_direction,
     distinct_labels,
     group_numbers,
+    is_cost,
     is_ok,
     tidy,
 )
 
+NOT_STORED = "no influences of images are stored for this score"
 Rule = Literal["seeds and images", "seeds", "images", "none"]
 
 
@@ -36,8 +38,8 @@ class Influences(Protocol):
 class Standing:
     """One method in a comparison. `row` has its values of statistics.KEYS, `label` is distinct within the group.
 
-    `mean` is over all of its seeds. `difference` is its mean minus the best's on the training seeds that all have in
-    common; negative is better if lower is better. `low` and `high`: its simultaneous 95 % interval; `p`: corrected.
+    `mean` is over the seeds that all methods of the group have in common. `difference` is its mean minus the best's:
+    positive is worse if lower is better. `low` and `high`: its simultaneous 95 % interval; `p`: corrected.
     All four are None for the best itself, and where nothing could be compared (rule "none").
     """
 
@@ -153,18 +155,18 @@ def _judged(members: Sequence[_Unit], score: str, direction: str, where: Sequenc
     left_out = {unit.label: why for unit in members if (why := unit.why_left_out(score))}
     units = [unit for unit in members if unit.label not in left_out]
     values = [unit.values(score) for unit in units]
-    means = [_mean_over_seeds(one) for one in values]
+    seeds = _common_seeds(values)
+    means = [_mean_over_seeds(one, *seeds) for one in values]
     sign = 1 if direction == "lower" else -1
     order = sorted(range(len(units)), key=lambda i: sign * means[i])
     group = {name: members[0].row[name] for name in COMPARABLE}
-    seeds = _common_seeds(values)
     pairs, images, why = _compared(units, values, score, seeds, where)
     standings = [_standing(units[i], means[i], None if pairs is None else (pairs, i, order[0])) for i in order]
     rule = _rule(pairs, len(seeds[0]), images)
     return LeadingGroup(
         group, score, direction,
         tuple(one for one in standings if not one.apart), tuple(one for one in standings if one.apart),
-        left_out, rule, why or _said(rule, len(seeds[0]), images), len(seeds[0]), images,
+        left_out, rule, why or _said(rule, len(seeds[0]), images, is_cost(score)), len(seeds[0]), images,
     )  # fmt: skip
 
 
@@ -184,7 +186,7 @@ def _compared(
     known = _all_influences(units, score, training, sampling, where)
     pairs = compare(at_seeds, known)
     if pairs is None:
-        return None, 0, "Not compared: one training seed, and no influences of images are stored for this score."
+        return None, 0, "Not compared: one training seed" + ("." if is_cost(score) else f", and {NOT_STORED}.")
     return pairs, 0 if known is None else known.shape[-1], ""
 
 
@@ -213,10 +215,11 @@ def _common_seeds(values: Sequence[dict[tuple[int, int], float]]) -> tuple[list[
     return sorted(common), sorted(noise)
 
 
-def _mean_over_seeds(values: dict[tuple[int, int], float]) -> float:
-    """The mean over training seeds of the mean over their sampling seeds."""
-    seeds = sorted({s for s, _ in values})
-    return float(np.mean([np.mean([value for (t, _), value in values.items() if t == s]) for s in seeds]))
+def _mean_over_seeds(values: dict[tuple[int, int], float], training: Sequence[int], sampling: Sequence[int]) -> float:
+    """The mean over training seeds of the mean over their sampling seeds: the common ones, or if there are none all."""
+    part = {key: value for key, value in values.items() if key[0] in training and key[1] in sampling} or values
+    seeds = sorted({s for s, _ in part})
+    return float(np.mean([np.mean([value for (t, _), value in part.items() if t == s]) for s in seeds]))
 
 
 def _standing(unit: _Unit, mean: float, at: tuple[Pairs, int, int] | None) -> Standing:
@@ -236,12 +239,15 @@ def _rule(pairs: Pairs | None, seeds: int, images: int) -> Rule:
     return "images" if seeds < 2 else "seeds and images" if images else "seeds"
 
 
-def _said(rule: Rule, seeds: int, images: int) -> str:
+def _said(rule: Rule, seeds: int, images: int, cost: bool) -> str:
     noise = f"{counted(images, 'image')} from common noise"
-    trainings = f"{counted(seeds, 'common training seed')}"
+    trainings = counted(seeds, "common training seed")
+    trainings_only = f"over {trainings}"
     basis = {
         "seeds and images": f"over {trainings} and {noise}",
-        "seeds": f"over {trainings}; does not include which images were sampled, because no influences are stored",
+        "seeds": trainings_only
+        if cost
+        else f"{trainings_only}; does not include which images were sampled: {NOT_STORED}",
         "images": f"over {noise}; does not include variation between trainings (one training seed)",
     }[rule]
     return f"Pairwise comparison, corrected for all pairs, {basis}."

@@ -124,6 +124,7 @@ class TrainRecord(_Record):
     peak_gpu_reserved_mib: float | None = None
     peak_device_mib: float | None = None
     peak_rss_mib: float | None = None
+    machine_load: float | None = None  # processor time of other processes over that of all cores; None in older records
     parameters: int | None = None  # of the student in training, with its adapters
     trained_parameters: int | None = None  # of these, in weights that get a gradient; None in older records
     student_inputs: str = ""  # what the student was trained on, such as data or noise; "": an earlier version
@@ -195,6 +196,7 @@ class SpeedRow(_Record):
     peak_gpu_reserved_mib: float | None = None
     peak_device_mib: float | None = None
     peak_rss_mib: float | None = None
+    machine_load: float | None = None  # of all rows together; None in older records
     parameters: int | None = None
     flops_not_counted: list[str] = []
     missing: dict[str, str] = {}

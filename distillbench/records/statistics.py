@@ -197,8 +197,13 @@ def _check(table: pd.DataFrame, directions: Mapping[str, str], confidence: float
         raise ValueError(f"these names of metrics give columns of the same name: {', '.join(twice)}")
 
 
+def is_cost(column: str) -> bool:
+    """Whether a column of numbers is a cost of training or of sampling, not a score."""
+    return column.startswith(("train_", "sample_"))
+
+
 def _costs(table: pd.DataFrame, directions: Mapping[str, str]) -> list[str]:
-    costs = [name for name in table.columns if name.startswith(("train_", "sample_")) and name not in directions]
+    costs = [name for name in table.columns if is_cost(name) and name not in directions]
     return [name for name in costs if pd.api.types.is_numeric_dtype(table[name])]
 
 

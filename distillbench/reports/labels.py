@@ -62,6 +62,16 @@ _COLUMNS: dict[str, tuple[str, str, str]] = {
     "student_architecture": ("architecture", "the student's network, if it is not the teacher's", ""),
     "clipped_steps": ("clipped updates", "updates whose gradients had a norm above grad_clip", ""),
     "nonfinite_steps": ("updates not finite", "updates whose gradients were not finite", ""),
+    "machine_load_training": (
+        "load while training",
+        "processor time of other processes while training, as a fraction of all cores",
+        "",
+    ),
+    "machine_load_sampling": (
+        "load while timing",
+        "processor time of other processes while sampling was timed, as a fraction of all cores",
+        "",
+    ),
     "fraction": ("fraction of the budget", "progress of training", ""),
 }
 _COSTS: dict[str, tuple[str, str, str]] = {

@@ -313,8 +313,10 @@ def test_the_influence_of_an_image_on_a_mean_is_what_the_mean_loses_without_it(s
 
 
 def test_the_influence_on_a_kernel_distance_is_what_each_of_its_two_means_loses():
-    """Without image i the mean over pairs changes by 2 (h_i - U) / (n - 2), the one over real images by (v_i - V) / (n - 1)."""
-    kernel = lambda a, b: (a.numpy() @ b.numpy().T / 6 + 1) ** 3  # noqa: E731
+    """Without image i the mean over pairs loses 2 (h_i - U) / (n - 2), that over real images (v_i - V) / (n - 1)."""
+
+    def kernel(a, b):
+        return (a.numpy() @ b.numpy().T / 6 + 1) ** 3
 
     def means(x):
         inner = kernel(x, x)

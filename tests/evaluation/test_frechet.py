@@ -149,8 +149,10 @@ def weighted_distance(x: np.ndarray, weights: np.ndarray, other: GaussianStatist
 
 
 @pytest.mark.parametrize(
-    ("n", "features", "real"), [(40, 5, 60), (12, 20, 60), (40, 20, 15), (9, 20, 15)], ids=["full", "few", "few real", "few of both"]
-)  # fmt: skip
+    ("n", "features", "real"),
+    [(40, 5, 60), (12, 20, 60), (40, 20, 15), (9, 20, 15)],
+    ids=["full", "few", "few real", "few of both"],
+)
 def test_the_influence_is_the_derivative_by_the_weight_of_an_image(n, features, real):
     other = statistics(real, features, 3)
     x = torch.randn(n, features, generator=generator(4)) @ torch.randn(features, features, generator=generator(5))
