@@ -22,6 +22,7 @@ SHOWN = (
     "sample_latency_p50_ms",
 )  # costs that are visible at first
 TEXTS = ("run", "dataset", "teacher", "method", "settings", "inputs", "status", "reason", "device", "key")
+SAME = 0.02  # part of a cost by which its seeds may differ without a word
 NO_REASON = "empty, no reason recorded"
 
 
@@ -218,4 +219,7 @@ def _cost_cell(entry: Entry, cost: str) -> Cell:
     value = entry.values.get(cost)
     if value is None:
         return Cell("–", None, "", "none", entry.why_empty(cost) or NO_REASON)
-    return Cell(number(value), float(value))
+    known = {float(row[cost]) for row in entry.behind if row.get(cost) is not None and row["status"] == "ok"}
+    apart = len(known) > 1 and max(known) - min(known) > SAME * abs(max(known))
+    below = f"{number(min(known))} to {number(max(known))}" if apart else ""
+    return Cell(number(value), float(value), below, title="mean, and the range over seeds" if apart else "")
