@@ -54,11 +54,13 @@ class Kind:
     declares: dict[str, type]  # class attributes beside `name`
 
 
+NAMED = {"label": str, "title": str}
+
 KINDS = {
-    "methods": Kind(Method, MethodConfig, {"paper": str, "needs_data": bool}),
+    "methods": Kind(Method, MethodConfig, {**NAMED, "paper": str, "needs_data": bool}),
     "teachers": Kind(TeacherSource, TeacherConfig, {}),
     "datasets": Kind(Dataset, DatasetConfig, {"licence": str}),
-    "metrics": Kind(Metric, None, {"unit": str, "direction": str, "protocol": str}),
+    "metrics": Kind(Metric, None, {**NAMED, "unit": str, "direction": str, "protocol": str}),
 }
 
 

@@ -51,7 +51,7 @@ class SignalNetwork(TwoTimes):
 
 
 class Boot(Method):
-    name = "boot"
+    name, label, title = "boot", "BOOT", "BOOT, data-free bootstrapping"
     paper = "Gu et al. 2023, arXiv:2306.05544"
     needs_data = False
     grid: Tensor

@@ -51,7 +51,7 @@ from distillbench.options import Among, Between, require_between, require_fracti
 
 
 class ConsistencyDistillation(SegmentedMethod):
-    name = "cm"
+    name, label, title = "cm", "CM", "consistency distillation"
     paper = "Song et al. 2023, arXiv:2303.01469"
     needs_data = True
     can_start_fresh = True

@@ -49,7 +49,7 @@ from distillbench.options import Among, Between, require_between, require_fracti
 
 
 class ConsistencyTraining(SegmentedMethod):
-    name = "ct"
+    name, label, title = "ct", "CT", "consistency training"
     paper = "Song et al. 2023, arXiv:2303.01469; Song & Dhariwal 2023, arXiv:2310.14189"
     needs_data, uses_teacher, can_start_fresh = True, False, True
     student: ConsistencyFunction

@@ -50,7 +50,7 @@ from distillbench.options import Among, Between, require_between, require_fracti
 
 
 class ConsistencyTrajectory(MultistepMethod):
-    name, paper, needs_data = "ctm", "Kim et al. 2023, arXiv:2310.02279", True
+    name, label, paper, needs_data = "ctm", "CTM", "Kim et al. 2023, arXiv:2310.02279", True
     student: TwoTimes
 
     @dataclass

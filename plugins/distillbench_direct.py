@@ -32,7 +32,7 @@ from distillbench.options import Among, Between, require_one_of, require_positiv
 
 
 class Direct(Method):
-    name = "direct"
+    name, label, title = "direct", "direct", "direct distillation"
     paper = "Luhman & Luhman 2021, arXiv:2101.02388"
     needs_data = False
     can_start_fresh = True

@@ -51,7 +51,7 @@ WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # w from |x - D_phi|
 
 
 class DistributionMatching(Method):
-    name = "dmd"
+    name, label, title = "dmd", "DMD", "distribution matching distillation"
     paper = "Yin et al. 2024, arXiv:2405.14867"
     needs_data = False
     reads_data = classmethod(lambda cls, config: config.gan_weight > 0)

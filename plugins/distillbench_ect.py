@@ -55,7 +55,7 @@ from distillbench.options import Among, Between, require_between, require_one_of
 
 
 class EasyConsistencyTuning(MultistepMethod):
-    name = "ect"
+    name, label, title = "ect", "ECT", "easy consistency tuning"
     paper = "Geng et al. 2024, arXiv:2406.14548"
     needs_data = True
     can_start_fresh = True

@@ -42,7 +42,7 @@ ETA_MAX, SMALLEST_STEP, SMALLEST_DISTANCE = 160.0, 1e-4, 1e-8
 
 
 class InductiveMomentMatching(Method):
-    name = "imm"
+    name, label, title = "imm", "IMM", "inductive moment matching"
     paper = "Zhou et al. 2025, arXiv:2503.07565"
     needs_data, uses_teacher = True, False
     can_start_fresh = True

@@ -67,7 +67,7 @@ class ScaledConsistencyFunction(ConsistencyFunction):
 
 
 class LatentConsistency(SegmentedMethod):
-    name = "lcm"
+    name, label, title = "lcm", "LCM", "latent consistency model"
     paper = "Luo et al. 2023, arXiv:2310.04378"
     needs_data = True
     can_start_fresh = True

@@ -47,7 +47,7 @@ class AverageVelocity(TwoTimes):
 
 
 class MeanFlow(Method):
-    name = "meanflow"
+    name, label, title = "meanflow", "MeanFlow", "mean flow, the average velocity"
     paper = "Geng et al. 2025, arXiv:2505.13447"
     needs_data, can_start_fresh = True, True
     student: AverageVelocity

@@ -45,7 +45,7 @@ WEIGHTS = {"uniform": torch.ones_like, **SNR_WEIGHTS}  # of squared errors of x_
 
 
 class MomentMatching(Method):
-    name = "moment"
+    name, label, title = "moment", "moment matching", "moment matching distillation"
     paper = "Salimans et al. 2024, arXiv:2406.04103"
     needs_data = True
     grid: Tensor

@@ -34,7 +34,7 @@ from distillbench.options import Among, Between, require_one_of
 
 
 class ProgressiveDistillation(Method):
-    name = "pd"
+    name, label, title = "pd", "PD", "progressive distillation"
     paper = "Salimans & Ho 2022, arXiv:2202.00512"
     needs_data = True
     times: Tensor

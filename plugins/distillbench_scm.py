@@ -64,7 +64,7 @@ class WeightedConsistency(ConsistencyFunction):
 
 
 class ContinuousConsistency(MultistepMethod):
-    name = "scm"
+    name, label, title = "scm", "sCM", "continuous-time consistency model"
     paper = "Lu & Song 2024, arXiv:2410.11081"
     needs_data = True
     student: WeightedConsistency

@@ -37,7 +37,7 @@ from distillbench.options import Among, Between, option, require_between, requir
 
 
 class ScoreIdentityDistillation(Method):
-    name = "sid"
+    name, label, title = "sid", "SiD", "score identity distillation"
     paper = "Zhou et al. 2024, arXiv:2404.04057"
     reads_data = classmethod(lambda cls, config: config.adversarial > 0)
     needs_data, inputs = False, "noise"  # real images train the fake score only

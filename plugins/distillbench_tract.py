@@ -45,7 +45,7 @@ from distillbench.options import Among, Between, require_fraction, require_one_o
 
 
 class Tract(Method):
-    name, paper, needs_data = "tract", "Berthelot et al. 2023, arXiv:2303.04248", True
+    name, label, paper, needs_data = "tract", "TRACT", "Berthelot et al. 2023, arXiv:2303.04248", True
     k: Tensor
     times: Tensor
 

@@ -37,7 +37,7 @@ class ClipViTL14(FeatureNetwork):
     Needs the extra package transformers. The folder has transformers' layout, and each file is checked by its SHA-256.
     """
 
-    name = "clip_vit_l14"
+    name, label, title = "clip_vit_l14", "CLIP L/14", "CLIP ViT-L/14"
     protocol = (
         "clip_vit_l14/1: 8-bit images; grey repeated to 3 channels; PIL bicubic resize of the shorter side to 224, "
         "rounded to 8 bits, middle 224x224; CLIP's mean and deviation; openai/clip-vit-large-patch14, float32; "
@@ -136,19 +136,28 @@ class ClipScore(feature_metrics.FeatureMetric):
     """
 
     name, network = "clip_score_vit_l14", ClipViTL14
+    label, title = "CLIP score", "agreement of images with their prompts by {network}"
     unit = "100 x cosine"
     direction = "higher"
     protocol = "clip_score/1: mean over samples of 100 max(cos(image, prompt), 0)"
     needs = frozenset({Need.prompts, Need.features})
 
     def score(self, samples: Samples) -> float:
+        return self._cosines(samples).mean().item()
+
+    def influence(self, samples: Samples) -> Tensor:
+        cosines = self._cosines(samples)
+        return cosines - cosines.mean()
+
+    def _cosines(self, samples: Samples) -> Tensor:
+        """(N,) 100 max(cos, 0)."""
         assert samples.prompts is not None
         prompts = samples.prompts
         images = samples.images.features(self.network)
         network = samples.images.networks.get(self.network)
         assert isinstance(network, ClipViTL14)
         texts = samples.teacher.once(f"prompts {network.name}", lambda: network.texts(prompts))
-        return 100 * (images.double() * texts.double()).sum(dim=1).clamp(min=0).mean().item()
+        return 100 * (images.double() * texts.double()).sum(dim=1).clamp(min=0)
 
 
 @hookimpl(api=2)

@@ -30,7 +30,7 @@ OFFSET = 0.1  # that DINOv2 adds to the grid's side when it interpolates positio
 class DinoV2(FeatureNetwork):
     """DINOv2 ViT-L/14 without registers (Oquab et al. 2023, arXiv:2304.07193): the normalised class token, 1024."""
 
-    name = "dinov2"
+    name, label, title = "dinov2", "DINOv2", "DINOv2 ViT-L/14"
     protocol = (
         "dinov2/1: 8-bit images; grey repeated to 3 channels; PIL bicubic resize to 224x224, rounded to 8 bits; "
         "ImageNet mean and deviation; ViT-L/14 without registers, timm, float32; position embeddings interpolated as "

@@ -24,7 +24,7 @@ STRIDE, SMALLEST, LARGEST = 32, 64, 224  # of the input's side; the network was 
 class EfficientNetLite0(FeatureNetwork):
     """timm's ``tf_efficientnet_lite0`` with weights from a package: 1280 features before the classifier."""
 
-    name = "efficientnet_lite0"
+    name, label, title = "efficientnet_lite0", "EffNet-Lite0", "EfficientNet-Lite0"
     protocol = (
         "efficientnet_lite0/1: 8-bit images; grey repeated to 3 channels; bicubic antialiased resize to the side "
         "rounded up to a multiple of 32 within [64, 224]; (x - 127) / 128; 1280 pooled features"

@@ -22,7 +22,7 @@ from distillbench.evaluation.pretrained_weights import WeightsFile
 class InceptionV3(FeatureNetwork):
     """torch-fidelity's ``inception-v3-compat``: 2048 pooled features (Heusel et al. 2017, arXiv:1706.08500)."""
 
-    name = "inception"
+    name, label, title = "inception", "Inception", "Inception-V3"
     protocol = (
         "inception/1: 8-bit images; grey repeated to 3 channels; bilinear resize to 299 as TensorFlow 1 does it; "
         "(x - 128) / 128; torch-fidelity 0.4 inception-v3-compat, float32; 2048 pooled features"
@@ -61,7 +61,7 @@ class InceptionV3(FeatureNetwork):
 class InceptionV3Clean(InceptionV3):
     """The same network with clean-fid's resizing (Parmar et al. 2022, arXiv:2104.11222): antialiased, not rounded."""
 
-    name = "inception_clean"
+    name, label, title = "inception_clean", "Inception, clean", "Inception-V3 (clean-fid's resizing)"
     protocol = (
         "inception_clean/1: 8-bit images; grey repeated to 3 channels; clean-fid 0.1.35's resize to 299 (mode clean: "
         "PIL bicubic in float, each channel by itself, clipped to [0, 255]); (x - 128) / 128; the body of "
@@ -81,14 +81,17 @@ class InceptionV3Clean(InceptionV3):
 
 class Fid(feature_metrics.FrechetDistance):
     name, network = "fid", InceptionV3
+    label, title = "FID", "Fréchet Inception distance"
 
 
 class FidInfinity(feature_metrics.FrechetDistanceExtrapolated):
     name, network = "fid_infinity", InceptionV3
+    label, title = "FID∞", "Fréchet Inception distance, extrapolated to infinitely many samples"
 
 
 class FidClean(feature_metrics.FrechetDistance):
     name, network = "fid_clean", InceptionV3Clean
+    label, title = "clean FID", "Fréchet Inception distance with clean-fid's resizing"
 
 
 class FdTeacherInception(feature_metrics.FrechetDistanceToTeacher):
@@ -97,6 +100,7 @@ class FdTeacherInception(feature_metrics.FrechetDistanceToTeacher):
 
 class Kid(feature_metrics.KernelDistance):
     name, network = "kid", InceptionV3
+    label, title = "KID", "kernel Inception distance"
 
 
 class InceptionScore(feature_metrics.FeatureMetric):
@@ -106,6 +110,7 @@ class InceptionScore(feature_metrics.FeatureMetric):
     """
 
     name, network = "inception_score", InceptionV3
+    label, title = "IS", "Inception Score"
     unit = "effective number of classes"
     direction = "higher"
     protocol = (

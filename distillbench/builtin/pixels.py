@@ -23,7 +23,8 @@ MOST_VALUES = 2**27  # float64 values in memory at a time, of class means or of 
 class TeacherRmse(Metric):
     """Root mean square difference to the teacher's many-step samples from the same noise, clipped to [-1, 1]."""
 
-    name = "teacher_rmse"
+    name, label = "teacher_rmse", "RMSE to teacher"
+    title = "root mean square difference to the teacher's samples from the same noise"
     unit = "pixel values in [-1, 1]"
     direction = "lower"
     protocol = "teacher_rmse/1: root mean square over images and pixels, both clipped to [-1, 1], not quantised"
@@ -33,6 +34,11 @@ class TeacherRmse(Metric):
         total = sum((x_0 - teacher).double().square().sum().item() for x_0, teacher in samples.batches())
         return (total / samples.x_0.numel()) ** 0.5
 
+    def influence(self, samples: Samples) -> Tensor:
+        squares = torch.cat([(x_0 - of).double().square().flatten(1).mean(dim=1) for x_0, of in samples.batches()])
+        mean = squares.mean()
+        return (squares - mean) / (2 * mean.sqrt()) if mean else squares
+
 
 class Spread(Metric):
     """Standard deviation of the samples' pixels relative to the teacher's samples: 1 means equally diverse.
@@ -40,7 +46,7 @@ class Spread(Metric):
     In a conditional run it is computed within each class.
     """
 
-    name = "spread"
+    name, title = "spread", "spread of pixels relative to the teacher's"
     unit = "ratio to the teacher's"
     direction = "none"
     protocol = "spread/1: root of the summed pixel variances within each class, over that of the teacher's answers"
@@ -91,7 +97,8 @@ def _within(samples: Samples, row: Tensor, members: Tensor) -> tuple[float, floa
 class NearestRealRmse(Metric):
     """Median root mean square difference between a sample and its nearest real image. Near 0, samples are copies."""
 
-    name = "nearest_real_rmse"
+    name, label = "nearest_real_rmse", "RMSE to nearest real"
+    title = "root mean square difference to the nearest real image"
     unit = "pixel values in [-1, 1]"
     direction = "none"
     protocol = "nearest_real_rmse/2: float64, median over samples, all real images, both clipped to [-1, 1]"

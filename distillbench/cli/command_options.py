@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -41,14 +43,38 @@ def with_plugins(command: Callable[..., None]) -> Callable[..., None]:
     @plugin_options
     @functools.wraps(command)
     def loaded(*arguments: Any, folders: Sequence[str], debug: bool, **options: Any) -> None:
-        registry = load_plugins(folders)
+        first = "distillbench.registry" not in sys.modules
+        with waiting("loading torch and the plugins ..."):
+            registry = load_plugins(folders)
         for plugin in registry.broken:
             click.echo(f"warning: plugin {origin(plugin)} is left out: {plugin.error}", err=True)
             if debug:
                 click.echo(plugin.traceback, err=True)
-        command(*arguments, registry=registry, **options)
+        try:
+            command(*arguments, registry=registry, **options)
+        except UserError:
+            if first:  # so that the next wrong name is told without torch
+                from distillbench.cli.plugin_table import keep, table_of
+
+                keep(table_of(registry), registry)
+            raise
 
     return loaded
+
+
+@contextmanager
+def waiting(line: str) -> Iterator[None]:
+    """Show `line` in a terminal while the block runs."""
+    shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    if shown:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+    try:
+        yield
+    finally:
+        if shown:
+            sys.stderr.write("\r" + " " * len(line) + "\r")
+            sys.stderr.flush()
 
 
 def before_plugins(check: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:

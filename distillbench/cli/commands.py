@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from distillbench._version import __version__
+from distillbench.cli import completion
 from distillbench.cli.command_options import BAD_INPUT, INTERRUPTED, SOMETHING_FAILED, TERMINATED
 from distillbench.cli.data_commands import data, fetch, reference
 from distillbench.cli.plugin_commands import check, describe, list_, new_plugin, plugins
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else list(arguments)
     os.environ["MPLBACKEND"] = "agg"  # child processes inherit it; matplotlib refuses a notebook's backend there
     replace_unwritable()
+    completion.install()
     try:
         cli.main(words, prog_name="distillbench", standalone_mode=False)
     except (click.Abort, Interrupted) as interrupted:

@@ -2,110 +2,164 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from distillbench.cli.command_options import (
-    SOMETHING_FAILED,
-    UserPath,
-    load_plugins,
-    origin,
-    plugin_options,
-    version,
-    with_plugins,
-)
+from distillbench.cli.command_options import SOMETHING_FAILED, UserPath, plugin_options, waiting, with_plugins
+from distillbench.cli.plugin_table import KINDS, Described, Found, PluginTable, kept_table, new_table, plugin_table
 from distillbench.cli.terminal import print_definitions, width
 from distillbench.errors import UserError
 
 if TYPE_CHECKING:
-    from distillbench.registry import Entry, Plugin, Registry
+    from distillbench.registry import Registry
 
-KINDS = ("methods", "teachers", "datasets", "metrics")
+LISTED = (*KINDS, "experiments", "samplers", "schedules")
+
+
+def as_json(command: Callable[..., None]) -> Callable[..., None]:
+    """The option of a command that can print JSON."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def print_json(value: object) -> None:
+    """Print JSON, and nothing else on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def table_for(folders: Sequence[str], debug: bool) -> PluginTable:
+    """The table of the plugins; warns about plugins that failed to load."""
+    kept = None if debug else kept_table(folders)
+    if kept is None:
+        with waiting("loading torch and the plugins, once after every change of theirs ..."):
+            kept = new_table(folders, debug)
+    for line in kept.warnings:
+        click.echo(f"warning: {line}", err=True)
+    for traceback in kept.tracebacks.values():
+        click.echo(traceback, err=True)
+    return kept
 
 
 @click.command("list")
-@click.argument("kind", type=click.Choice(KINDS))
-@with_plugins
-def list_(registry: Registry, kind: str) -> None:
-    """List the available methods, teachers, datasets or metrics.
+@click.argument("kind", required=False, type=click.Choice(LISTED))
+@as_json
+@plugin_options
+def list_(kind: str | None, as_json: bool, folders: tuple[str, ...], debug: bool) -> None:
+    """List the available methods, teachers, datasets, metrics, experiments, samplers or schedules; without KIND, all.
 
     Methods are grouped by what they learn, each with its need of real images and its numbers of evaluations.
     """
-    entries = sorted(registry.of_kind(kind).items())
-    if kind == "methods":
-        _list_methods(entries)
+    table = table_for(folders, debug)
+    kinds = [kind] if kind else list(LISTED)
+    if as_json:
+        found = {one: _plain(one, table) for one in kinds}
+        print_json(found[kind] if kind else found)
         return
-    print_definitions((name, f"{_summary(entry.cls)} [{version(entry.plugin)}]") for name, entry in entries)
+    for one in kinds:
+        if kind is None:
+            click.echo(f"{one}:")
+        _list(one, table)
 
 
-def _list_methods(entries: Iterable[tuple[str, Entry]]) -> None:
-    from distillbench.testing import method_kinds
-
-    groups: dict[str, list[tuple[str, str]]] = {learned: [] for learned in method_kinds.KINDS}
-    for name, entry in entries:
-        facts = method_kinds.facts_of(entry.cls)
-        told = f"{'real images' if facts.reads_data else 'no real images'}; NFE {facts.nfe or 'unknown'}"
-        groups[facts.kind].append((name, f"{_summary(entry.cls)} ({told}) [{version(entry.plugin)}]"))
-    for learned, rows in groups.items():
+def _list(kind: str, table: PluginTable) -> None:
+    if kind not in KINDS:
+        print_definitions((row["name"], row["summary"]) for row in _plain(kind, table))
+        return
+    entries = table.kinds[kind].values()
+    if kind != "methods":
+        print_definitions((one.name, f"{one.summary} [{one.version}]") for one in entries)
+        return
+    for learned, meaning in table.learned.items():
+        rows = [one for one in entries if one.learned == learned]
         if rows:
-            click.echo(f"{learned}: {method_kinds.KINDS[learned]}")
-            print_definitions(rows)
+            click.echo(f"{learned}: {meaning}")
+            print_definitions((one.name, f"{one.summary} ({_told(one)}) [{one.version}]") for one in rows)
+
+
+def _told(method: Described) -> str:
+    images = "real images" if method.facts["reads_data"] == "yes" else "no real images"
+    return f"{images}; NFE {method.facts['nfe']}"
+
+
+def _plain(kind: str, table: PluginTable) -> list[dict[str, Any]]:
+    """The things of a kind as plain values."""
+    if kind == "experiments":
+        return [{"name": name, "summary": summary} for name, summary in experiment_summaries().items()]
+    if kind in KINDS:
+        return [
+            {"name": one.name, "summary": one.summary, "plugin": one.version, **one.facts}
+            | ({"learns": one.learned} if one.learned else {})
+            for one in table.kinds[kind].values()
+        ]
+    return [{"name": name, "summary": text} for name, text in getattr(table, kind).items()]
+
+
+def experiment_summaries() -> dict[str, str]:
+    """The first line of the comment on top of each prepared experiment."""
+    from distillbench.runs.overrides import config_folder, experiments
+
+    found = {}
+    for name in experiments():
+        lines = (config_folder() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+        comments = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
+        found[name] = next((line for line in comments if not line.startswith("@")), "").removesuffix(".")
+    return found
+
+
+def complete_name(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of methods, teachers, datasets and metrics that begin like `incomplete`."""
+    folders = ctx.params.get("folders") or ()
+    return [name for name in plugin_table(folders).names if name.startswith(incomplete)]
 
 
 @click.command()
-@click.argument("name")
-@with_plugins
-def describe(registry: Registry, name: str) -> None:
+@click.argument("name", shell_complete=complete_name)
+@as_json
+@plugin_options
+def describe(name: str, as_json: bool, folders: tuple[str, ...], debug: bool) -> None:
     """Show what NAME is, its plugin, and its settings."""
-    found = [kind for kind in KINDS if name in registry.of_kind(kind)]
+    table = table_for(folders, debug)
+    found = {kind: table.kinds[kind][name] for kind in KINDS if name in table.kinds[kind]}
     if not found:
-        raise registry.no("method, teacher, dataset or metric", name, [n for k in KINDS for n in registry.of_kind(k)])
-    for kind in found:
-        _describe(registry, kind, name)
+        raise table.no("method, teacher, dataset or metric", name, table.names)
+    if as_json:
+        print_json([{"kind": kind.removesuffix("s"), **asdict(one)} for kind, one in found.items()])
+        return
+    for kind, one in found.items():
+        _describe(kind, one)
 
 
-def _describe(registry: Registry, kind: str, name: str) -> None:
-    from distillbench import registry as rules
-    from distillbench.runs.config import describe_options
-
-    entry = registry.get(kind, name)
-    click.echo(f"{name}: {kind.removesuffix('s')} from plugin {origin(entry.plugin)}")
-    click.echo(click.wrap_text(_documentation(entry.cls), width(), preserve_paragraphs=True))
+def _describe(kind: str, one: Described) -> None:
+    click.echo(f"{one.name}: {kind.removesuffix('s')} from plugin {one.plugin}")
+    click.echo(click.wrap_text(one.documentation, width(), preserve_paragraphs=True))
+    print_definitions((fact.replace("_", " "), text) for fact, text in one.facts.items())
     if kind == "metrics":
-        print_definitions((fact, text or "none") for fact, text in entry.cls.describe().items())
         return
-    facts = [(fact.replace("_", " "), getattr(entry.cls, fact)) for fact in rules.KINDS[kind].declares]
-    print_definitions((fact, {True: "yes", False: "no"}.get(value, value)) for fact, value in facts)
-    if rules.KINDS[kind].config is None:
-        return
-    prefix = f"methods.{name}" if kind == "methods" else kind.removesuffix("s")
-    options = describe_options(entry.cls.Config)
-    click.echo("\nsettings and their defaults:" if options else "\nno settings")
-    print_definitions((f"{prefix}.{option}={default}", text) for option, default, text in options)
+    prefix = f"methods.{one.name}" if kind == "methods" else kind.removesuffix("s")
+    click.echo("\nsettings and their defaults:" if one.settings else "\nno settings")
+    print_definitions((f"{prefix}.{setting.name}={setting.default}", setting.help) for setting in one.settings)
     if kind == "methods":
-        _describe_search(entry.cls.Config, prefix)
+        _describe_search(one, prefix)
 
 
-def _describe_search(config: type, prefix: str) -> None:
+def _describe_search(one: Described, prefix: str) -> None:
     """What ``distillbench tune`` searches."""
-    from distillbench.options import declares_search_space, search_space
-
     click.echo("\nsettings that distillbench tune searches:")
-    if not declares_search_space(config):
+    if not one.declares_search:
         none = "The plugin declares none: learning rate and average alone are searched, around their defaults."
         click.echo(click.wrap_text(none, width()))
-    print_definitions((f"{prefix}.{name}", str(search)) for name, search in search_space(config).items())
-    if sampling := search_space(config, sampling=True):
+    print_definitions((f"{prefix}.{name}", search) for name, search in one.searched.items())
+    if one.searched_after:
         click.echo("\nsettings of sampling, searched with finished students (tune.after):")
-        print_definitions((f"{prefix}.{name}", str(search)) for name, search in sampling.items())
+        print_definitions((f"{prefix}.{name}", search) for name, search in one.searched_after.items())
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_name)
 @click.argument("settings", nargs=-1)
 @click.option("--quick", is_flag=True, help="Skip the training on an exact teacher: seconds instead of a minute.")
 @click.option("--thorough", is_flag=True, help="Train five times as long on the exact teacher.")
@@ -180,12 +234,14 @@ def new_plugin(registry: Registry, name: str, kind: str, output: str | None) -> 
     from distillbench.cli.new_plugin import new_plugin as write_package
 
     folder = write_package(name, kind, Path(output) if output else None, registry.of_kind(f"{kind}s"))
-    click.echo(f"written: {folder}. Its README.md explains how to install, check and run it")
+    click.echo(f"written: {folder}. Its README.md explains how to install, check and run it. Next:")
+    click.echo(f"  uv pip install -e {shlex.quote(str(folder))}\n  distillbench check {name}")
 
 
 @click.command()
+@as_json
 @plugin_options
-def plugins(folders: tuple[str, ...], debug: bool) -> None:
+def plugins(as_json: bool, folders: tuple[str, ...], debug: bool) -> None:
     """Show all plugins and what they register.
 
     For each its distribution and version, its hooks and what they register, its file, or why it is left out.
@@ -195,30 +251,20 @@ def plugins(folders: tuple[str, ...], debug: bool) -> None:
     \b
     DISTILLBENCH_PLUGINS='distillbench,my_*' distillbench plugins --plugins-dir my_plugins
     """
-    registry = load_plugins(folders)
-    print_definitions((plugin.name, _describe_plugin(plugin)) for plugin in registry.plugins)
-    for plugin in registry.broken if debug else []:
-        click.echo(f"\n{plugin.name}:\n{plugin.traceback}", err=True)
+    kept = None if debug else kept_table(folders)
+    table = kept or new_table(folders, debug)
+    if as_json:
+        print_json([asdict(plugin) for plugin in table.plugins])
+    else:
+        print_definitions((plugin.name, _describe_plugin(plugin)) for plugin in table.plugins)
+    for name, traceback in table.tracebacks.items():
+        click.echo(f"\n{name}:\n{traceback}", err=True)
 
 
-def _describe_plugin(plugin: Plugin) -> str:
+def _describe_plugin(plugin: Found) -> str:
     if plugin.not_selected:
-        return f"{version(plugin)}; not loaded: {plugin.not_selected}"
+        return f"{plugin.version}; not loaded: {plugin.not_selected}"
     if plugin.error:
-        return f"{version(plugin)}; left out: {plugin.error}{plugin.origin and f' ({plugin.origin})'}"
-    brings = [brought.partition(": ") for brought in plugin.brings]
-    names = {hook: [name for kind, _, name in brings if hook == f"register_{kind}"] for hook in plugin.hooks}
-    hooks = (f"{hook}: {', '.join(found) or 'nothing'}" for hook, found in names.items())
-    return f"{version(plugin)}; {'; '.join(hooks)}; {plugin.origin}"
-
-
-def _summary(cls: type) -> str:
-    return _documentation(cls).split("\n")[0].removesuffix(".")
-
-
-def _documentation(cls: type) -> str:
-    """The first paragraph of the class's own docstring, of its base's in `scores`, or of its module's."""
-    bases = [base for base in cls.__mro__[1:] if base.__module__.startswith("distillbench.evaluation.feature_metrics")]
-    texts = (vars(base)["__doc__"] for base in (cls, *bases))
-    text = next((text for text in texts if text), sys.modules[cls.__module__].__doc__ or "")
-    return inspect.cleandoc(text).split("\n\n")[0]
+        return f"{plugin.version}; left out: {plugin.error}{plugin.origin and f' ({plugin.origin})'}"
+    hooks = (f"{hook}: {', '.join(found) or 'nothing'}" for hook, found in plugin.hooks.items())
+    return f"{plugin.version}; {'; '.join(hooks)}; {plugin.origin}"

@@ -17,6 +17,7 @@ from distillbench.cli.command_options import (
     output_file,
     with_plugins,
 )
+from distillbench.cli.completion import complete_setting
 from distillbench.cli.terminal import new_console, print_plan, print_rows, print_table
 from distillbench.errors import UserError
 from distillbench.system.signals import stopping
@@ -37,29 +38,39 @@ class RunFlags:
     fail_fast: bool
 
 
-def check_files(settings: Sequence[str], show_config: bool, **options: object) -> None:
-    """Raise UserError at once, before the seconds that torch takes to load, if the dataset's files are not there."""
+def check_early(settings: Sequence[str], show_config: bool, folders: Sequence[str], **options: object) -> None:
+    """Raise UserError at once, before the seconds that torch takes to load, for what can be told without it.
+
+    That is a wrong name, a word for a number, or a dataset whose files are not there.
+    """
+    from distillbench.cli.plugin_table import kept_table
     from distillbench.storage.source_messages import without_files
     from distillbench.system.launchers import follows
 
-    if show_config:
-        return
-    if message := without_files(click.get_current_context().info_name or "run", settings):
+    command = click.get_current_context().info_name or "run"
+    try:
+        if table := kept_table(folders):
+            from distillbench.cli.settings_check import check_words
+
+            check_words(settings, table, need_methods=command == "run")
+        if not show_config and (message := without_files(command, settings)):
+            raise UserError(message)
+    except UserError:
         if follows():  # rank 0 prints the error
-            raise SystemExit(BAD_INPUT)
-        raise UserError(message)
+            raise SystemExit(BAD_INPUT) from None
+        raise
 
 
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
     """The settings and flags of `run` and `score`."""
 
-    @click.argument("settings", nargs=-1)
+    @click.argument("settings", nargs=-1, shell_complete=complete_setting)
     @click.option("--dry-run", is_flag=True, help="Check everything and print the plan with its cost; run nothing.")
     @click.option("--show-config", is_flag=True, help="Print the settings as YAML; run nothing.")
     @click.option("--retry-failed", is_flag=True, help="Retry what failed or ran out of memory or time before.")
     @click.option("--force", is_flag=True, help="Do everything again, also what is finished.")
     @click.option("--fail-fast", is_flag=True, help="Stop at the first failing cell.")
-    @before_plugins(check_files)
+    @before_plugins(check_early)
     @with_plugins
     @functools.wraps(command)
     def wrapped(registry: Registry, settings: Sequence[str], **flags: bool) -> None:
@@ -133,6 +144,7 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
     """Run the cells of `configs`, or print their plan; ranks other than 0 follow rank 0."""
     from distillbench.execution.followers import follow, in_these_processes
     from distillbench.execution.run import run as run_cells
+    from distillbench.execution.run_folder import labels_of
     from distillbench.runs.cell import Policy
     from distillbench.runs.forecast import forecast, why_none
     from distillbench.runs.plan import plan
@@ -163,9 +175,9 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
             check_sharding(config.compute, ranks.count)
         if ranks.count > 1:
             configs = in_these_processes(cells, configs, ranks, progress)
-        outcome = run_cells(cells, configs, progress, lambda rows: print_rows(progress, rows), policy, stop)
-    directions = {name: declared["direction"] for name, declared in outcome.columns.items()}
-    print_table(console, outcome.table, outcome.summary, directions)
+        labels = labels_of(cells)
+        outcome = run_cells(cells, configs, progress, lambda rows: print_rows(progress, rows, labels), policy, stop)
+    print_table(console, outcome.table, outcome.summary, outcome.labels)
     progress.say(f"all columns, samples and weights: {outcome.folder}")
     if outcome.failed:
         progress.say(f"not ok: {', '.join(outcome.failed)}")
@@ -228,7 +240,7 @@ def teacher() -> None:
 
 
 @teacher.command("train")
-@click.argument("settings", nargs=-1)
+@click.argument("settings", nargs=-1, shell_complete=complete_setting)
 @click.option("--output", "-o", type=UserPath(dir_okay=False), help="File to write. [a file in the results' cache]")
 @with_plugins
 def train_teacher(registry: Registry, settings: tuple[str, ...], output: str | None) -> None:

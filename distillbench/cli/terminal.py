@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from distillbench.reports.labels import Labels
     from distillbench.runs.level_tuning import Tuning
     from distillbench.runs.shared_context import Cell
     from distillbench.runs.time_plan import TimePlan
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 WIDEST_TEXT = 120
 LONGEST_VERDICT = 1000  # characters
-TIME = "time_about"  # column of a plan
+TIME = "time\nabout"  # column of a plan
 MOST_LINES = 50  # of a plan or a table
 MOST_NAMED = 8  # rows in one line of text
 
@@ -91,10 +92,11 @@ def print_plan(console: Console, cells: list[Cell], times: TimePlan | None = Non
 
 def _print_plan_table(console: Console, cells: list[Cell], seconds: dict[int, float] | None) -> None:
     """`seconds`: by the id of a cell."""
-    from distillbench.reports.terminal_table import fits, number
+    from distillbench.reports.terminal_table import fits, number, put
     from distillbench.runs.time_plan import about
 
-    columns = ["cell", "rows at NFE", "train_images", "train_teacher_NFE", "train_student_NFE", "sampling_NFE"]
+    columns = ["cell", "rows at NFE", "training\nimages"]
+    columns += [f"{what}\nevaluations" for what in ("teacher", "student", "sampling")]
     footer = [f"sum ({len(cells):,} cells)" if len(cells) > MOST_LINES else "sum", ""]
     footer += [number(sum(column)) for column in zip(*map(_cost, cells), strict=True)]
     lines = _plan_lines(cells)
@@ -109,7 +111,7 @@ def _print_plan_table(console: Console, cells: list[Cell], seconds: dict[int, fl
             narrow = [[row[0], row[-1]] for row in longer]
             tables = [_filled(columns, rows, footer), _filled(["cell", TIME], narrow, [footer[0], whole])]
     for table in tables:
-        console.print(table)
+        put(console, table)
     _say_more(console, len(lines), "lines; the sum is of all")
 
 
@@ -160,7 +162,7 @@ def _cost(cell: Cell) -> tuple[int, int, int, int]:
     return cell.cost.images, cell.cost.teacher_nfe, cell.cost.student_nfe, sampling
 
 
-def print_rows(progress: Progress, rows: pd.DataFrame) -> None:
+def print_rows(progress: Progress, rows: pd.DataFrame, labels: Labels) -> None:
     """Print a line for each new row; one line for all if there are many, as those of a resumed run.
 
     The index of `rows` are the settings that differ among the cells of the run.
@@ -172,83 +174,89 @@ def print_rows(progress: Progress, rows: pd.DataFrame) -> None:
         progress.say(f"  {len(rows):,} rows: {', '.join(f'{count:,} {status}' for status, count in counts.items())}")
         return
     for differs, row in zip(rows.index, rows.to_dict("records"), strict=True):
-        values = ", ".join(f"{name} {number(row[name])}" for name in _scores(rows))
-        name = row_name(row, differs if isinstance(differs, str) else "")
+        values = ", ".join(f"{labels.label(name).short} {number(row[name])}" for name in _scores(rows))
+        name = row_name(row, differs if isinstance(differs, str) else "", labels)
         progress.say(f"  {name}: {values if row['status'] == 'ok' else _why(row)}")
 
 
-def print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, directions: dict[str, str]) -> None:
+def print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, labels: Labels) -> None:
     """Means over seeds with their intervals, in as many columns as fit, and what must be known about the rows.
 
-    `summary` is that of `table`, `directions` those of the scores. All columns are in table.csv and summary.csv.
+    `summary` is that of `table`, `labels` have the scores. All columns are in table.csv and summary.csv.
     """
     from distillbench.records.statistics import KEYS
-    from distillbench.reports.terminal_table import COSTS, columns_that_fit, score_table, with_stars
+    from distillbench.reports.terminal_table import (
+        COSTS,
+        columns_that_fit,
+        put,
+        score_table,
+        shared_seeds,
+        table_notes,
+        with_stars,
+    )
 
+    directions = labels.directions
     same = [name for name in ("dataset", "teacher", "budget", "device") if table[name].nunique() == 1]
     shared = {name: table[name].dropna().iloc[0] for name in same}
-    _say(console, ", ".join(f"{name} {value}" for name, value in shared.items() if value))
     summary = table[KEYS].drop_duplicates().merge(summary, on=KEYS, how="left")  # in the order of the run
     lines = _best_lines(summary, directions)
-    names = _describing_columns(summary, same)
+    counts, seeds = shared_seeds(summary)
+    _say(console, ", ".join([*(f"{name} {value}" for name, value in shared.items() if value), *counts]))
+    names = _describing_columns(summary, same, seeds)
     wanted = [*names, *directions, *(name for name in COSTS if summary[name].notna().any())]
     best = with_stars(summary, directions).iloc[lines]
-    shown = columns_that_fit(console, best, wanted, directions, least=len(names) + 1)  # the first score always stays
-    console.print(score_table(best, shown, directions))
-    notes = [*_notes(summary, shown, directions, lines), *_verdicts(summary, directions)]
-    notes += _behind_teacher(summary, directions)
-    for line in [*notes, *_failures(table), *_remarks(table), *_empty_scores(table, directions)]:
+    shown = columns_that_fit(console, best, wanted, labels, least=len(names) + 1)  # the first score always stays
+    put(console, score_table(best, shown, labels))
+    notes = [*_left_out(summary, labels, lines), *table_notes(best, shown, wanted, labels)]
+    notes += [*_verdicts(summary, labels), *_behind_teacher(summary, labels)]
+    for line in [*notes, *_failures(table, labels), *_remarks(table, labels), *_empty_scores(table, labels)]:
         _say(console, line)
 
 
-def _describing_columns(summary: pd.DataFrame, same: Sequence[str]) -> list[str]:
+def _describing_columns(summary: pd.DataFrame, same: Sequence[str], seeds: Sequence[str]) -> list[str]:
     """Method, evaluations, and what else it takes to tell rows apart; `same` are columns of one value."""
     names = [name for name in ("dataset", "teacher") if name not in same] + ["method", "nfe"]
     for column in ("settings", "guidance", "budget", "protocol"):
         if summary[column].nunique(dropna=False) > 1 and summary.duplicated(names).any():
             names.append(column)
-    names += [name for name in ("training_seeds", "sampling_seeds") if (summary[name] > 1).any()]
-    return names + ["status"] * bool((summary["status"] != "ok").any())
+    return [*names, *seeds] + ["status"] * bool((summary["status"] != "ok").any())
 
 
-def _notes(summary: pd.DataFrame, shown: Sequence[str], directions: dict[str, str], lines: list[int]) -> Iterator[str]:
-    """Which rows and scores are left out, and what the intervals are."""
+def _left_out(summary: pd.DataFrame, labels: Labels, lines: list[int]) -> Iterator[str]:
+    """Which rows are left out."""
     if len(lines) < len(summary):
-        best = f"the {len(lines)} best by {next(iter(directions))}" if directions else f"the first {len(lines)}"
+        first = next((labels.label(name).short for name in labels.columns), "")
+        best = f"the {len(lines)} best by {first}" if first else f"the first {len(lines)}"
         yield f"{best} of {len(summary):,} (all: summary.csv, distillbench show)"
-    if cut := [name for name in directions if name not in shown]:
-        yield f"not shown: {', '.join(cut)} (summary.csv)"
-    for source in ("training", "sampling"):
-        if any(summary[f"{name}_{source}_low"].notna().any() for name in directions):
-            yield f"{source[0]}[...]: 95 % interval of the mean over {source} seeds"
 
 
-def _failures(table: pd.DataFrame) -> Iterator[str]:
+def _failures(table: pd.DataFrame, labels: Labels) -> Iterator[str]:
     """Rows that are not ok, with their reasons."""
     from distillbench.reports.terminal_table import row_name
 
     bad = table[table["status"] != "ok"]
     records = bad[:MOST_LINES].to_dict("records")
-    names = [row_name(row, "") for row in records]
+    names = [row_name(row, "", labels) for row in records]
     for row, name in zip(records, names, strict=True):
-        yield f"{row_name(row) if names.count(name) > 1 else name}: {_why(row)}"
+        yield f"{row_name(row, labels=labels) if names.count(name) > 1 else name}: {_why(row)}"
     if len(bad) > MOST_LINES:
         yield _more(len(bad), "rows that are not ok (table.csv)")
 
 
-def _remarks(table: pd.DataFrame) -> Iterator[str]:
+def _remarks(table: pd.DataFrame, labels: Labels) -> Iterator[str]:
     """Notes on rows that are ok, each with its rows."""
     for note, rows in table[table["note"].fillna("") != ""].groupby("note", sort=False):
-        named = dict.fromkeys(f"{row['method']}, {row['nfe']} NFE" for row in rows.to_dict("records"))
+        methods = [(labels.method_label(row["method"]).short, row["nfe"]) for row in rows.to_dict("records")]
+        named = dict.fromkeys(f"{method}, {nfe} NFE" for method, nfe in methods)
         yield f"note on {'; '.join(named)}: {note}"
 
 
-def _empty_scores(table: pd.DataFrame, names: Iterable[str]) -> Iterator[str]:
+def _empty_scores(table: pd.DataFrame, labels: Labels) -> Iterator[str]:
     """Why a score is empty in all rows."""
-    for name in names:
+    for name in labels.columns:
         reasons = table.loc[table[name].isna() & (table["status"] == "ok"), "reason"]
         if table[name].isna().all() and len(reasons):
-            yield f"{name} is empty: {_reason_of(name, reasons.iloc[0])}"
+            yield f"{labels.label(name).short} is empty: {_reason_of(name, reasons.iloc[0])}"
 
 
 def _reason_of(name: str, reasons: str) -> str:
@@ -267,7 +275,7 @@ def _best_lines(summary: pd.DataFrame, directions: dict[str, str]) -> list[int]:
     return order[:MOST_LINES].tolist()
 
 
-def _verdicts(summary: pd.DataFrame, directions: dict[str, str]) -> list[str]:
+def _verdicts(summary: pd.DataFrame, labels: Labels) -> list[str]:
     """For each score and number of evaluations which method leads, or why none does; one line if all have one seed."""
     from distillbench.records.statistics import COMPARABLE, verdict
 
@@ -276,21 +284,22 @@ def _verdicts(summary: pd.DataFrame, directions: dict[str, str]) -> list[str]:
         return ["one training seed: no method is marked as best (seed=0,1,2 trains three)"] if len(students) > 1 else []
     lines = []
     students = summary[~summary["method"].str.startswith("teacher:")]
-    for name, direction in directions.items():
+    students = students.assign(method=[labels.method_label(name).short for name in students["method"]])
+    for name, direction in labels.directions.items():
         for _, group in students.groupby(COMPARABLE, dropna=False, sort=False) if direction != "none" else []:
             if len(group) > 1:
-                line = f"{name}, {group['nfe'].iloc[0]} NFE: {verdict(group, name, direction)}"
+                line = f"{labels.label(name).short}, {group['nfe'].iloc[0]} NFE: {verdict(group, name, direction)}"
                 lines.append(line if len(line) <= LONGEST_VERDICT else f"{line[:LONGEST_VERDICT]} ...")
     return lines
 
 
-def _behind_teacher(summary: pd.DataFrame, directions: dict[str, str]) -> Iterator[str]:
+def _behind_teacher(summary: pd.DataFrame, labels: Labels) -> Iterator[str]:
     """For each score the students that are worse than the teacher's DDIM with as many evaluations."""
     from distillbench.records.statistics import COMPARABLE, TEACHER
     from distillbench.reports.terminal_table import number
 
     same = [column for column in COMPARABLE if column != "budget"]  # the teacher has none
-    for name, direction in directions.items():
+    for name, direction in labels.directions.items():
         behind = []
         for _, group in summary.groupby(same, dropna=False, sort=False) if direction != "none" else []:
             ddim = group.loc[group["method"] == f"{TEACHER}ddim", name].dropna()
@@ -299,24 +308,26 @@ def _behind_teacher(summary: pd.DataFrame, directions: dict[str, str]) -> Iterat
             for row in group[~group["method"].str.startswith(TEACHER)].dropna(subset=[name]).to_dict("records"):
                 if row[name] > ddim.iloc[0] if direction == "lower" else row[name] < ddim.iloc[0]:
                     scores = f"{number(row[name])} against {number(ddim.iloc[0])}"
-                    behind.append(f"{row['method']} at {row['nfe']} NFE ({scores})")
+                    method = labels.method_label(row["method"]).short
+                    behind.append(f"{method} at {row['nfe']} NFE ({scores})")
         if behind:
-            yield f"{name} worse than the teacher's own DDIM at as many evaluations: {first_of(behind, MOST_NAMED)}"
+            what = f"{labels.label(name).short} worse than the teacher's own DDIM at as many evaluations"
+            yield f"{what}: {first_of(behind, MOST_NAMED)}"
 
 
 def print_tuning(console: Console, tuning: Tuning, evaluated: bool) -> None:
     """The levels that were tried with their scores, what they cost, and how to evaluate the best ones."""
     from distillbench.records.statistics import arrow
-    from distillbench.reports.terminal_table import new_table, number
+    from distillbench.reports.terminal_table import new_table, number, put
 
-    heading = f"{tuning.metric}_{arrow(tuning.direction)}"
+    heading = f"{tuning.metric} {arrow(tuning.direction)}".rstrip()
     table = new_table(["NFE", "levels", heading, "seconds", ""], [False, True, False, False, True])
     for one in sorted(tuning.tried, key=lambda one: (one.nfe, [-level for level in one.levels])):
         notes = ["now"] * (one.levels in tuning.present) + ["best"] * (one.levels in tuning.chosen)
         levels = ", ".join(f"{level:g}" for level in one.levels)
         score = "not finite" if one.score is None else number(one.score)
         table.add_row(str(one.nfe), levels, score, number(one.seconds), ", ".join(notes))
-    console.print(table)
+    put(console, table)
     evaluations = sum(one.evaluations for one in tuning.tried)
     seconds = sum(one.seconds for one in tuning.tried)
     recorded = len(tuning.tried) - tuning.fresh

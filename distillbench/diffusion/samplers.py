@@ -329,6 +329,7 @@ class Sampler:
     grid: str  # default, a name of TIME_GRIDS
     per_step: int = 1  # evaluations of f in every step but the last, which makes one
     deterministic: bool = True
+    label: str = ""  # its name in tables
 
 
 def _without_noise(sampler: Callable[[DenoiseFunction, NoiseSchedule, Tensor, Tensor], Tensor]) -> SampleFunction:
@@ -340,11 +341,11 @@ def _no_noise(k: int) -> Tensor:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(_without_noise(ddim), "uniform"),
-    "heun": Sampler(_without_noise(heun), "karras", per_step=2),
-    "dpmpp_2m": Sampler(_without_noise(dpmpp_2m), "karras"),
-    "ddpm": Sampler(ancestral, "uniform", deterministic=False),
-    "renoise": Sampler(renoise, "consistency", deterministic=False),
+    "ddim": Sampler(_without_noise(ddim), "uniform", label="DDIM"),
+    "heun": Sampler(_without_noise(heun), "karras", per_step=2, label="Heun"),
+    "dpmpp_2m": Sampler(_without_noise(dpmpp_2m), "karras", label="DPM-Solver++(2M)"),
+    "ddpm": Sampler(ancestral, "uniform", deterministic=False, label="DDPM"),
+    "renoise": Sampler(renoise, "consistency", deterministic=False, label="renoising"),
 }
 
 
@@ -373,6 +374,12 @@ class Solver:
     def name(self) -> str:
         """``sampler``, with ``/grid`` where the grid is not its default: two names differ if the solvers do."""
         return self.sampler if self.grid == SAMPLERS[self.sampler].grid else f"{self.sampler}/{self.grid}"
+
+    @property
+    def label(self) -> str:
+        """The name in tables, such as "DDIM" or "Heun, uniform grid"."""
+        grid = "" if self.grid == SAMPLERS[self.sampler].grid else f", {self.grid.replace('_', ' ')} grid"
+        return f"{SAMPLERS[self.sampler].label}{grid}"
 
     @property
     def deterministic(self) -> bool:

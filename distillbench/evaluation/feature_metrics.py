@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distillbench.errors import Unavailable
 from distillbench.evaluation.features import FeatureNetwork, ImageSet
-from distillbench.evaluation.frechet import GaussianStatistics, frechet_distance
+from distillbench.evaluation.frechet import GaussianStatistics, frechet_distance, frechet_influence
 from distillbench.evaluation.metric import Metric, Need, Samples
 from distillbench.system.transfers import fits_on, to_device
 
@@ -46,24 +46,39 @@ class FrechetDistance(FeatureMetric):
     Biased upwards for few samples: compare it only at equal numbers of images.
     """
 
+    label = "FD ({network})"
+    title = "Fréchet distance of {network} features"
     unit = "squared feature distance"
     direction = "lower"
     protocol = "frechet/2: covariances over n - 1, float64, all real images"
     needs = frozenset({Need.real})
+    influence_needs = frozenset({Need.features})
 
     def score(self, samples: Samples) -> float:
         return frechet_distance(samples.real.statistics(self.network), samples.images.statistics(self.network))
+
+    def influence(self, samples: Samples) -> Tensor:
+        return frechet_influence(samples.images.features(self.network), samples.real.statistics(self.network))
 
 
 class FrechetDistanceToTeacher(FeatureMetric):
     """Squared Fréchet distance to the teacher's many-step samples for the same noise: 0 for a perfect student."""
 
+    label = "FD to teacher ({network})"
+    title = "Fréchet distance of {network} features to the teacher's samples"
     unit = "squared feature distance"
     direction = "lower"
     protocol = "frechet_to_teacher/1: covariances over n - 1, float64, the same noise on both sides"
+    influence_needs = frozenset({Need.features})
 
     def score(self, samples: Samples) -> float:
         return frechet_distance(samples.teacher.statistics(self.network), samples.images.statistics(self.network))
+
+    def influence(self, samples: Samples) -> Tensor:
+        """Of the noise: other noise changes both sides."""
+        sides = (samples.images, samples.teacher), (samples.teacher, samples.images)
+        of = [frechet_influence(a.features(self.network), b.statistics(self.network)) for a, b in sides]
+        return of[0] + of[1]
 
 
 class FrechetDistanceExtrapolated(FeatureMetric):
@@ -74,6 +89,8 @@ class FrechetDistanceExtrapolated(FeatureMetric):
     that comes from the finite number of real images remains.
     """
 
+    label = "FD∞ ({network})"
+    title = "Fréchet distance of {network} features, extrapolated to infinitely many samples"
     unit = "squared feature distance"
     direction = "lower"
     protocol = f"frechet_extrapolated/1: 8 subsets of n/2 to n >= 4 D samples, evenly spaced in n, seed {SEED}"
@@ -99,6 +116,8 @@ class FrechetDistanceExtrapolated(FeatureMetric):
 class KernelDistance(FeatureMetric):
     """Squared maximum mean discrepancy, kernel (f.g / D + 1)^3, unbiased (Bińkowski et al. 2018, arXiv:1801.01401)."""
 
+    label = "KD ({network})"
+    title = "kernel distance of {network} features"
     unit = "squared kernel distance"
     direction = "lower"
     protocol = f"kernel/2: float64, mean over 100 subsets of 1000, torch-fidelity's, seed {SEED}"
@@ -116,6 +135,15 @@ class KernelDistance(FeatureMetric):
             distances.append(_squared_mmd(x, y))
         return torch.stack(distances).mean().item()
 
+    def influence(self, samples: Samples) -> Tensor:
+        """Of the discrepancy of all images: its mean over subsets has nearly the same."""
+        ours, real = _float64_features(samples, self.network)
+        n, itself = len(ours), (ours.square().mean(dim=1) + 1) ** 3
+        among = torch.cat([_mean_kernel(part, ours) for part in ours.split(ROWS)]) * n - itself
+        across = torch.cat([_mean_kernel(part, real) for part in ours.split(ROWS)])
+        result = 2 * (among / (n - 1) - across)
+        return result - result.mean()
+
 
 class Precision(FeatureMetric):
     """Share of samples within the ball of a real image up to its third neighbour (Kynkäänniemi et al. 2019).
@@ -123,6 +151,8 @@ class Precision(FeatureMetric):
     arXiv:1904.06991 uses VGG-16; values with another network are not comparable.
     """
 
+    label = "precision ({network})"
+    title = "precision by {network} features"
     unit = "share"
     direction = "higher"
     protocol = "precision_recall/2: float64, k = 3, balls closed"
@@ -131,10 +161,17 @@ class Precision(FeatureMetric):
     def score(self, samples: Samples) -> float:
         return precision_and_recall(samples, self.network)[0]
 
+    def influence(self, samples: Samples) -> Tensor:
+        ours, real = _float64_features(samples, self.network)
+        inside = _inside(ours, real, _real_radii(samples, self.network, real, 3)).double()
+        return inside - inside.mean()
+
 
 class Recall(FeatureMetric):
     """Share of real images within the ball of a sample up to its third neighbour (Kynkäänniemi et al. 2019)."""
 
+    label = "recall ({network})"
+    title = "recall by {network} features"
     unit = "share"
     direction = "higher"
     protocol = Precision.protocol
@@ -147,6 +184,8 @@ class Recall(FeatureMetric):
 class Density(FeatureMetric):
     """Mean number of balls of real images (up to neighbour 5) that hold a sample, over 5 (Naeem et al. 2020)."""
 
+    label = "density ({network})"
+    title = "density by {network} features"
     unit = "balls over k"
     direction = "higher"
     protocol = "density_coverage/2: arXiv:2002.09797, float64, k = 5, balls open"
@@ -155,10 +194,19 @@ class Density(FeatureMetric):
     def score(self, samples: Samples) -> float:
         return density_and_coverage(samples, self.network)[0]
 
+    def influence(self, samples: Samples) -> Tensor:
+        k = 5
+        ours, real = _float64_features(samples, self.network)
+        radii = _real_radii(samples, self.network, real, k)
+        balls = torch.cat([(distances < radii).sum(dim=1) for _, distances in _distances(ours, real)]) / k
+        return balls.double() - balls.double().mean()
+
 
 class Coverage(FeatureMetric):
     """Share of real images whose ball (up to neighbour 5) holds a sample (Naeem et al. 2020, arXiv:2002.09797)."""
 
+    label = "coverage ({network})"
+    title = "coverage by {network} features"
     unit = "share"
     direction = "higher"
     protocol = Density.protocol
@@ -171,14 +219,23 @@ class Coverage(FeatureMetric):
 class FeatureDistanceToTeacher(FeatureMetric):
     """Mean distance between the features of a sample and of the teacher's for the same noise."""
 
+    label = "distance to teacher ({network})"
+    title = "mean distance of {network} features to the teacher's"
     unit = "feature distance"
     direction = "lower"
     protocol = "feature_distance_to_teacher/1: mean Euclidean distance"
     needs = frozenset({Need.same_noise, Need.features})
 
     def score(self, samples: Samples) -> float:
+        return self._distances(samples).mean().item()
+
+    def influence(self, samples: Samples) -> Tensor:
+        distances = self._distances(samples)
+        return distances - distances.mean()
+
+    def _distances(self, samples: Samples) -> Tensor:
         ours, theirs = samples.images.features(self.network), samples.teacher.features(self.network)
-        return torch.linalg.vector_norm(ours.double() - theirs.double(), dim=1).mean().item()
+        return torch.linalg.vector_norm(ours.double() - theirs.double(), dim=1)
 
 
 class FeatureSpread(FeatureMetric):
@@ -187,6 +244,8 @@ class FeatureSpread(FeatureMetric):
     In a conditional run it is the standard deviation within each class.
     """
 
+    label = "spread ({network})"
+    title = "spread of {network} features relative to the teacher's"
     unit = "ratio to the teacher's"
     direction = "none"
     protocol = "spread/1: root of the summed variances within each class, over that of the teacher's answers"
@@ -203,6 +262,8 @@ class NearestReal(FeatureMetric):
     A diagnostic of copying: well below 1, samples are closer to training images than these are to each other.
     """
 
+    label = "nearest real ({network})"
+    title = "distance of {network} features to the nearest real image"
     unit = "ratio to that of real images"
     direction = "none"
     protocol = "nearest_real/2: float64, medians of Euclidean distances; a real image is not its own neighbour"
@@ -253,6 +314,12 @@ def _kernel(f: Tensor, g: Tensor) -> Tensor:
     return torch.matmul(f, g.T).div_(f.shape[1]).add_(1).pow_(3)
 
 
+def _mean_kernel(points: Tensor, others: Tensor) -> Tensor:
+    """(N,) mean over `others` (M,D) of the kernel with each of `points` (N,D)."""
+    sums = [_kernel(points, part).sum(dim=1) for part in others.split(MOST_DISTANCES // len(points))]
+    return torch.stack(sums).sum(dim=0) / len(others)
+
+
 def precision_and_recall(samples: Samples, network: type[FeatureNetwork], k: int = 3) -> tuple[float, float]:
     """Precision and recall, computed together and once for these samples."""
     if min(len(samples.images.features(network)), len(samples.real.features(network))) <= k:
@@ -273,8 +340,12 @@ def _real_radii(samples: Samples, network: type[FeatureNetwork], real: Tensor, k
 
 def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
     """Share of `points` (N,D) in any closed ball around `centres` (M,D) with `radii` (M,)."""
-    counts = [(distances <= radii).any(dim=1).sum() for _, distances in _distances(points, centres)]
-    return torch.stack(counts).sum().item() / len(points)
+    return _inside(points, centres, radii).sum().item() / len(points)
+
+
+def _inside(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
+    """(N,) whether each of `points` (N,D) is in any closed ball around `centres` (M,D) with `radii` (M,)."""
+    return torch.cat([(distances <= radii).any(dim=1) for _, distances in _distances(points, centres)])
 
 
 def density_and_coverage(samples: Samples, network: type[FeatureNetwork], k: int = 5) -> tuple[float, float]:

@@ -33,11 +33,19 @@ class FeatureNetwork(ABC):
     """
 
     name: ClassVar[str]
+    label: ClassVar[str] = ""  # the name in tables, such as "EffNet-Lite0"; empty: the name without underscores
+    title: ClassVar[str] = ""  # the same in full, such as "EfficientNet-Lite0"; empty: the label
     protocol: ClassVar[str]  # everything but the weights that determines the features, with a version
     width: ClassVar[int]  # D
     weights: ClassVar[WeightsFile]
     also: ClassVar[tuple[WeightsFile, ...]] = ()  # further files that are found and checked alike, such as a vocabulary
     batch: ClassVar[int] = 128  # images per batch
+
+    @classmethod
+    def names(cls) -> tuple[str, str]:
+        """Its name in tables, and in full."""
+        label = cls.label or cls.name.replace("_", " ")
+        return label, cls.title or label
 
     @classmethod
     def locate(cls, folder: Path) -> Path:

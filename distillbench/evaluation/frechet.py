@@ -101,6 +101,37 @@ def _factor(a: GaussianStatistics, b: GaussianStatistics) -> tuple[Tensor, Gauss
     return a.root, b
 
 
+def frechet_influence(features: Tensor, other: GaussianStatistics) -> Tensor:
+    """(n,) influence of each of `features` (n,D) on their squared Fréchet distance to `other`, float64, with mean 0.
+
+    It is the derivative by the weight of feature i (the infinitesimal jackknife). With mean m and covariance S:
+
+        2 (m - m_b).(x_i - m) + n / (n - 1) (x_i - m)^T (I - T) (x_i - m) + constant,
+        T = R^T (R S R^T)^-1/2 R for S_b = R^T R
+
+    With the rows of X = (x_i - m) / sqrt(n - 1), the term in T is n - 1 times the diagonal of (X S_b X^T)^1/2. So no
+    inverse is needed, and n <= D, where S is singular, is no special case: then that matrix is n x n, else D x D. The
+    standard deviation of the distance is then overestimated, 1.1 to 1.4 times for n < 2 D and normal features (see the
+    tests); for n >= 8 D it is right within 4 %.
+    """
+    x = features.to(other.mean.device).double()
+    mean, scale = x.mean(dim=0), len(x) - 1
+    x = x - mean
+    if len(x) <= x.shape[1]:
+        half = x if other.rows is None else x @ other.rows.T
+        gram = (half @ other.covariance @ half.T if other.rows is None else half @ half.T) / scale
+        values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+        root = (vectors.square() * values.clamp(min=0).sqrt()).sum(dim=1)
+    else:
+        R = other.rows if other.rows is not None else other.root if other.cholesky is None else other.cholesky
+        projected = x @ R.T / scale**0.5
+        values, vectors = torch.linalg.eigh(projected.T @ projected)
+        known = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        root = ((projected @ vectors[:, known]).square() / values[known].sqrt()).sum(dim=1)
+    result = 2 * x @ (mean - other.mean) + len(x) / scale * (x.square().sum(dim=1) - scale * root)
+    return result - result.mean()
+
+
 class Moments:
     """Mean and covariance of features in blocks: one pass, float64, O(D x D) memory for any number of features.
 

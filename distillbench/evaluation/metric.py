@@ -60,15 +60,26 @@ class Metric(ABC):
     """A score of generated images: one column of the table, called `name`."""
 
     name: ClassVar[str]  # the column; contains the network's name unless the metric is defined with one network
+    label: ClassVar[str] = ""  # the name in tables, such as "FD ({network})"; empty: the name without underscores
+    title: ClassVar[str] = ""  # the same in full, such as "Fréchet distance of {network} features"; empty: the label
     unit: ClassVar[str]
     direction: ClassVar[str]  # one of DIRECTIONS: which is better
     protocol: ClassVar[str]  # everything but the network that determines the score, with a version
     network: ClassVar[type[FeatureNetwork] | None] = None
     needs: ClassVar[frozenset[Need]] = frozenset()
+    influence_needs: ClassVar[frozenset[Need]] = frozenset()  # of `influence`, besides `needs`
 
     @abstractmethod
     def score(self, samples: Samples) -> float:
         """The score; raises Unavailable(reason) if it is undefined."""
+
+    def influence(self, samples: Samples) -> Tensor | None:
+        """(N,) how much each image moves the score, with mean 0; None if that is not known.
+
+        The derivative of the score by the weight of the image, times N: of a mean over images, the image's value minus
+        the mean. Its variance over N is the variance of the score over noise. Used to tell whether methods differ.
+        """
+        return None
 
     @classmethod
     def identity(cls, weights_folder: Path) -> dict[str, Any]:
@@ -79,7 +90,11 @@ class Metric(ABC):
     @classmethod
     def describe(cls) -> dict[str, str]:
         """Its declarations, for tables and reports."""
+        short, full = ("", "") if cls.network is None else cls.network.names()
+        label = cls.label.replace("{network}", short) or cls.name.replace("_", " ")
         return {
+            "label": label,
+            "title": cls.title.replace("{network}", full) or label,
             "unit": cls.unit,
             "direction": cls.direction,
             "network": cls.network.name if cls.network else "",

@@ -12,13 +12,18 @@ from pathlib import Path
 import pandas as pd
 
 from distillbench.execution.workers import Scan
+from distillbench.records.influences import run_file
 from distillbench.records.layout import CELLS
 from distillbench.records.sample_grid import sample_grid
+from distillbench.records.sample_strips import write_strips
 from distillbench.records.settings_file import write_settings
 from distillbench.records.statistics import summarise
 from distillbench.records.table import make_along, make_table, write_table
+from distillbench.reports.labels import METHOD, Labels
+from distillbench.reports.reproduce import COMMAND
 from distillbench.runs.cell_result import CellResult
 from distillbench.runs.config import RunConfig, to_yaml
+from distillbench.runs.run_command import run_commands
 from distillbench.runs.shared_context import Cell
 from distillbench.storage.files import write_atomically, write_text
 from distillbench.storage.hash_cache import HashCache
@@ -35,7 +40,7 @@ class Outcome:
     folder: Path
     table: pd.DataFrame
     summary: pd.DataFrame
-    columns: dict[str, dict[str, str]]  # the declarations of each score
+    labels: Labels  # the declarations of each score, and the names of each method
     failed: list[str]  # labels of the cells that are not ok
 
 
@@ -100,6 +105,14 @@ def merged_columns(every: Sequence[dict[str, dict[str, str]]]) -> dict[str, dict
     return {name: facts | {"protocol": ", or ".join(protocols[name])} for name, facts in known.items()}
 
 
+def labels_of(cells: Sequence[Cell]) -> Labels:
+    """The names of the scores and methods of `cells` for people, and what each score declares."""
+    contexts = {id(cell.shared): cell.shared for cell in cells}.values()
+    names = {cell.name: cell.names for cell in cells}
+    methods = {name: {"label": short, "title": full} for name, (short, full) in names.items()}
+    return Labels(merged_columns([shared.columns() for shared in contexts]), methods)
+
+
 class RunTable:
     """The results so far, in the order of the cells, and the run's folder."""
 
@@ -110,8 +123,8 @@ class RunTable:
         """`on_rows` gets new rows. Their index is what tells their cells apart, such as "lr=0.0001"."""
         self.folder, self.configs, self.on_rows = folder, configs, on_rows
         self.descriptions = scan.descriptions
-        contexts = {id(cell.shared): cell.shared for cell in cells}.values()
-        self.columns = merged_columns([shared.columns() for shared in contexts])
+        self.labels = labels_of(cells)
+        self.columns = self.labels.columns
         self.environment = scan.environment
         self.results: dict[int, CellResult] = {}
         self.files = HashCache(folder.parent / CELLS)
@@ -151,12 +164,12 @@ class RunTable:
             self.writer.changed = True
         self.writer.flush()
         self.files.keep()
-        return Outcome(self.folder, *self.written, self.columns, self.failed)
+        return Outcome(self.folder, *self.written, self.labels, self.failed)
 
     def _write(self) -> None:
         results = [one for _, one in sorted(dict(self.results).items())]  # a copy: the timer thread writes, too
         table = make_table([row for one in results for row in one.rows], list(self.columns))
-        summary = summarise(table, {name: metric["direction"] for name, metric in self.columns.items()})
+        summary = summarise(table, self.labels.directions)
         write_table(table, self.folder)
         write_table(summary, self.folder, "summary")
         along = [row for one in results for row in one.along]
@@ -166,16 +179,25 @@ class RunTable:
         for name, text in self.texts.items():
             write_text(self.folder / name, text)
         links = {self.folder / "weights" / one.weights[1]: one.weights[0] for one in results if one.weights is not None}
+        for one in results:
+            if one.influences is not None:
+                links[run_file(self.folder, one.description.evaluation_key)] = one.influences
         link_all({target: source for target, source in links.items() if target not in self.linked})
         self.linked |= links.keys()
-        lines = [line for one in results for line in one.shown]
+        lines = [(label, images) for one in results for label, _, images in one.shown]
         write_atomically(self.folder / "samples.png", lambda path: sample_grid(lines).save(path, format="png"))
+        write_strips(
+            self.folder,
+            ((one.description.columns["key"], nfe, images.numpy()) for one in results for _, nfe, images in one.shown),
+        )
         self.written = table, summary
 
     def _texts(self) -> dict[str, str]:
         """The contents of files that do not change during the run, by name."""
         return {
             "config.yaml": write_settings(self.configs, to_yaml),
-            "columns.json": json.dumps(self.columns, indent=2) + "\n",
+            COMMAND: "".join(f"{command}\n" for command in run_commands(self.configs)),
+            "columns.json": json.dumps({**self.columns, METHOD: self.labels.methods}, indent=2, ensure_ascii=False)
+            + "\n",
             "environment.json": json.dumps(self.environment, indent=2) + "\n",
         }

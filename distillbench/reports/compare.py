@@ -15,18 +15,19 @@ from rich.console import Console
 from rich.text import Text
 
 from distillbench.records.statistics import ARROWS, TEACHER
-from distillbench.records.table import LAST, UPDATES
+from distillbench.records.table import LAST, LOADS, UPDATES
 from distillbench.reports.differences import environment_differences, heading, settings_differences, value_text
+from distillbench.reports.labels import NAMES
 from distillbench.reports.merge import SAME, records
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import run_names
-from distillbench.reports.terminal_table import fits, new_table, number, plain, say
+from distillbench.reports.terminal_table import fits, new_table, number, plain, put, say
 
 MATCH = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol"]
 COUNTED = ("train_images", "train_teacher_nfe", "train_student_nfe", "train_tflops", "sample_gflops", "parameters",
            "trained_parameters")  # fmt: skip
 HIGHER = ("sample_images_per_second",)  # costs for which higher is better
-NO_COST = ("sample_best_batch", "student_lora_rank", *UPDATES)  # numbers that are not costs
+NO_COST = ("sample_best_batch", "student_lora_rank", *UPDATES, *LOADS)  # numbers that are not costs
 COSTS = [name for name, kind in LAST.items() if kind != "string" and name not in NO_COST]
 LEVEL = 0.95
 NOTHING_WORSE, SOMETHING_WORSE, BAD_INPUT = 0, 1, 2  # exit codes
@@ -344,7 +345,8 @@ def _same_scores(a: RunData, b: RunData, notes: list[str]) -> dict[str, str]:
     found = {}
     for name in dict.fromkeys([*a.columns, *b.columns]):
         x, y = a.columns.get(name), b.columns.get(name)
-        differs = [fact for fact in dict.fromkeys([*(x or {}), *(y or {})]) if x and y and x.get(fact) != y.get(fact)]
+        facts = [fact for fact in dict.fromkeys([*(x or {}), *(y or {})]) if fact not in NAMES]
+        differs = [fact for fact in facts if x and y and x.get(fact) != y.get(fact)]
         if differs:
             notes.append(f"{name} is not compared: the runs declare another {', '.join(differs)}")
         else:
@@ -398,7 +400,7 @@ def _print_changes(console: Console, changes: list[Change], name: _Namer, direct
             cells += [between] * intervals + [one.device] * devices + [one.verdict]
             table.add_row(*(Text(plain(cell)) for cell in cells))
         if fold or fits(console, table):
-            console.print(table)
+            put(console, table)
             return
 
 

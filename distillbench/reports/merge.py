@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,12 @@ import yaml
 
 from distillbench.errors import UserError
 from distillbench.records.layout import CELLS
+from distillbench.records.sample_strips import SAMPLES
 from distillbench.records.settings_file import write_settings
 from distillbench.records.statistics import summarise
 from distillbench.records.table import FIRST, LAST, LATER, make_along, make_table, write_table
+from distillbench.reports.labels import METHOD, NAMES, Labels
+from distillbench.reports.reproduce import COMMAND
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import IDENTITY, run_names
 from distillbench.reports.terminal_table import number, plain, row_name
@@ -38,10 +42,12 @@ class Merged:
     table: pd.DataFrame
     summary: pd.DataFrame
     along: pd.DataFrame
-    columns: dict[str, dict[str, str]]
+    labels: Labels  # the declarations of each score, and the names of each method
     configs: list[dict[str, Any]]
     environment: dict[str, Any]
     notes: list[str]  # texts on what was left out, kept once or chosen
+    commands: list[str] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)  # of the runs, whose samples are copied
 
 
 def merge(runs: Sequence[RunData], keep: Keep | None = None) -> Merged:
@@ -55,8 +61,8 @@ def merge(runs: Sequence[RunData], keep: Keep | None = None) -> Merged:
     Merging is associative: merge(merge(a, b), c), merge(a, merge(b, c)) and merge(a, b, c) hold the same.
     """
     names = [plain(name) for name in run_names(runs)]
-    columns = _declared(runs, names)
-    scores = list(columns)
+    labels = _declared(runs, names)
+    scores = list(labels.columns)
     for run, name in zip(runs, names, strict=True):
         if not len(run.table):
             raise UserError(f"{name}: no rows to merge. {'; '.join(run.problems)}".strip())
@@ -66,7 +72,7 @@ def merge(runs: Sequence[RunData], keep: Keep | None = None) -> Merged:
     _check_schema(runs, names, "along", [*make_along([], []).columns, "device"])
     alongs = [_tidy(_with_device(run, scores)) for run in runs]
     along, more = _once(alongs, names, [*IDENTITY, "fraction"], scores, keep)
-    directions = {score: declared["direction"] for score, declared in columns.items()}
+    directions = {score: str(declared["direction"]) for score, declared in labels.columns.items()}
     try:
         summary = summarise(table, directions)
     except ValueError as error:
@@ -78,8 +84,9 @@ def merge(runs: Sequence[RunData], keep: Keep | None = None) -> Merged:
     if lacking:
         notes.append(f"columns that a run lacks, and that are empty in the others, are left out: {', '.join(lacking)}")
     return Merged(
-        table.drop(columns=lacking), summary, along, columns, configs, {MERGED: _different(environments)}, notes
-    )
+        table.drop(columns=lacking), summary, along, labels, configs, {MERGED: _different(environments)}, notes,
+        list(dict.fromkeys(command for run in runs for command in run.commands)), [run.folder for run in runs],
+    )  # fmt: skip
 
 
 def write(merged: Merged, folder: Path) -> None:
@@ -95,13 +102,21 @@ def write(merged: Merged, folder: Path) -> None:
         if len(merged.along):
             write_table(merged.along, made, "along")
         texts = {
-            "columns.json": json.dumps(merged.columns, indent=2) + "\n",
+            "columns.json": json.dumps(
+                {**merged.labels.columns, METHOD: merged.labels.methods}, indent=2, ensure_ascii=False
+            )
+            + "\n",
             "environment.json": json.dumps(merged.environment, indent=2) + "\n",
         }
         if merged.configs:
             texts["config.yaml"] = write_settings(merged.configs, _yaml)
+        if merged.commands:
+            texts[COMMAND] = "".join(f"{command}\n" for command in merged.commands)
         for name, text in texts.items():
             write_text(made / name, text)
+        for run in merged.folders:
+            if (run / SAMPLES).is_dir():
+                shutil.copytree(run / SAMPLES, made / SAMPLES, dirs_exist_ok=True)
         if folder.is_dir():
             folder.rmdir()
         os.replace(made, folder)
@@ -120,15 +135,15 @@ def left_out(runs: Sequence[RunData], output: Path) -> list[str]:
             continue
         beside = place == output.resolve().parent
         found = "which is beside the merged folder" if beside else "where reports of the merged folder do not look"
-        lines.append(f"records and samples are not copied: they stay in {plain(place / 'cells')}, {found}")
+        lines.append(f"records are not copied: they stay in {plain(place / 'cells')}, {found}")
     return lines
 
 
 # --- declarations ----------------------------------------------------------------------------------------------------
 
 
-def _declared(runs: Sequence[RunData], names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The declarations of all scores. Raises UserError if two runs declare one score differently."""
+def _declared(runs: Sequence[RunData], names: Sequence[str]) -> Labels:
+    """The declarations of all scores. Raises UserError if two runs declare one score differently, beyond its names."""
     columns: dict[str, dict[str, str]] = {}
     origin: dict[str, str] = {}
     for run, name in zip(runs, names, strict=True):
@@ -138,12 +153,12 @@ def _declared(runs: Sequence[RunData], names: Sequence[str]) -> dict[str, dict[s
                 continue
             before = columns[score]
             for fact in dict.fromkeys([*before, *declared]):
-                if before.get(fact) != declared.get(fact):
+                if fact not in NAMES and before.get(fact) != declared.get(fact):
                     raise UserError(
                         f"{plain(score)} is declared differently: its {plain(fact)} is {before.get(fact)!r} in "
                         f"{origin[score]} and {declared.get(fact)!r} in {name}. These two scores cannot be merged"
                     )
-    return columns
+    return Labels.of(run.labels for run in runs)
 
 
 def _check_schema(runs: Sequence[RunData], names: Sequence[str], file: str, known: Sequence[str]) -> list[str]:

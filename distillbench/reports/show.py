@@ -13,6 +13,7 @@ from rich.console import Console
 
 from distillbench.errors import UserError, nearest, quoted, unknown
 from distillbench.records.statistics import KEYS, SEEDS
+from distillbench.reports.labels import Labels
 from distillbench.reports.runs import RunData
 from distillbench.reports.terminal_table import (
     COSTS,
@@ -21,9 +22,12 @@ from distillbench.reports.terminal_table import (
     fits,
     number,
     plain,
+    put,
     row_name,
     say,
     score_table,
+    shared_seeds,
+    table_notes,
     there,
     with_stars,
 )
@@ -49,7 +53,7 @@ class Shown:
     """The selected rows of one or several runs."""
 
     frame: pd.DataFrame
-    directions: dict[str, str]  # by score
+    labels: Labels
     several: bool  # runs: the frame has a column RUN
     columns: list[str]  # that were asked for; empty: all
     failed: pd.DataFrame  # rows of the table that are not ok and that the filters let through
@@ -64,14 +68,13 @@ def select(
     A summary has one row for each of KEYS. Raises UserError for names, filters and values that do not exist.
     """
     names = run_names(runs)
-    directions = {score: direction for run in runs for score, direction in run.directions.items()}
     parts = [_rows_of(run, rows) for run in runs]
     if len(runs) > 1:
-        labels = [pd.array([name] * len(part), dtype="string") for part, name in zip(parts, names, strict=True)]
-        parts = [part.assign(**{RUN: name}) for part, name in zip(parts, labels, strict=True)]
-    filled = [part for part in parts if len(part)] or parts[:1]
+        filled = [pd.array([name] * len(part), dtype="string") for part, name in zip(parts, names, strict=True)]
+        parts = [part.assign(**{RUN: name}) for part, name in zip(parts, filled, strict=True)]
+    some = [part for part in parts if len(part)] or parts[:1]
     order = list(dict.fromkeys(name for part in parts for name in part.columns))
-    frame = pd.concat(filled, ignore_index=True).reindex(columns=order)
+    frame = pd.concat(some, ignore_index=True).reindex(columns=order)
     possible = [name for name in order if not name.endswith(STAR)]
     for name in columns:
         _check_column(name, possible, rows)
@@ -90,7 +93,8 @@ def select(
     failed = noted = pd.DataFrame()
     if tables:
         failed, noted = whole[~_is_ok(whole)], whole[whole["note"].fillna("") != ""]
-    return Shown(frame.reset_index(drop=True), directions, len(runs) > 1, list(columns), failed, noted)
+    labels = Labels.of(run.labels for run in runs)
+    return Shown(frame.reset_index(drop=True), labels, len(runs) > 1, list(columns), failed, noted)
 
 
 def run_names(runs: Sequence[RunData]) -> list[str]:
@@ -197,10 +201,14 @@ def print_rows(console: Console, shown: Shown, rows: Rows) -> None:
     for row in shown.failed.to_dict("records"):
         where = f"{row[RUN]}: " if shown.several else ""
         reason = row["reason"] if there(row["reason"]) else "no reason is recorded"
-        say(console, f"{where}{row_name(row)}: {number(row['status'])}: {reason}")
+        say(console, f"{where}{row_name(row, labels=shown.labels)}: {number(row['status'])}: {reason}")
     notes = [(row[RUN] if shown.several else "", row["note"], row) for row in shown.noted.to_dict("records")]
     for run, note in dict.fromkeys((run, note) for run, note, _ in notes):
-        rows_of = [f"{row['method']}, {number(row['nfe'])} NFE" for r, n, row in notes if (r, n) == (run, note)]
+        rows_of = [
+            f"{shown.labels.method_label(row['method']).short}, {number(row['nfe'])} NFE"
+            for r, n, row in notes
+            if (r, n) == (run, note)
+        ]
         say(console, f"{f'{run}: ' if run else ''}note on {'; '.join(dict.fromkeys(rows_of))}: {note}")
 
 
@@ -209,7 +217,9 @@ def _print_what_fits(console: Console, shown: Shown, rows: Rows) -> None:
     values = {
         name: frame[name].replace("", pd.NA).dropna().unique() for name in ("dataset", "teacher", "budget", "device")
     }
-    say(console, ", ".join(f"{name} {found[0]}" for name, found in values.items() if len(found) == 1))
+    shared = [f"{name} {found[0]}" for name, found in values.items() if len(found) == 1]
+    counts, seeds_columns = shared_seeds(frame) if rows == "summary" else ([], [])
+    say(console, ", ".join([*shared, *counts]))
     names = (
         [RUN] * shown.several + [name for name in ("dataset", "teacher") if len(values[name]) > 1] + ["method", "nfe"]
     )
@@ -217,19 +227,14 @@ def _print_what_fits(console: Console, shown: Shown, rows: Rows) -> None:
     for telling_apart in ("settings", "guidance", "budget", "images", "device", "protocol"):
         differs = frame[telling_apart].nunique(dropna=False) > 1
         names += [telling_apart] if differs and frame.duplicated([*names, *seeds]).any() else []
-    names += seeds or [name for name in ("training_seeds", "sampling_seeds") if (frame[name] > 1).any()]
+    names += seeds or seeds_columns
     names += ["status"] if (frame["status"] != "ok").any() else []
     first = len(names)
-    scores = [name for name in shown.directions if name in frame]
-    names += scores + [name for name in COSTS if frame[name].notna().any()]
-    names = columns_that_fit(console, frame, names, shown.directions, least=first + 1)  # the first score stays
+    scores = [name for name in shown.labels.columns if name in frame]
+    wanted = [*names, *scores, *(name for name in COSTS if frame[name].notna().any())]
+    names = columns_that_fit(console, frame, wanted, shown.labels, least=first + 1)  # the first score stays
     _print_table(console, shown, names)
-    hidden = [name for name in scores if name not in names]
-    notes = [f"not shown, as too wide: {', '.join(hidden)} (--columns, --csv)"] if hidden else []
-    for source in ("training", "sampling"):
-        ends = [f"{name}_{source}_low" for name in scores]
-        if any(end in frame and frame[end].notna().any() for end in ends):
-            notes.append(f"{source[0]}[...]: 95 % interval of the mean over {source} seeds")
+    notes = table_notes(frame, names, wanted, shown.labels)
     if any(frame[name + STAR].eq(True).any() for name in scores if name + STAR in frame):
         notes.append("*: leads beyond its interval" + (", in its own run" if shown.several else ""))
     for line in notes:
@@ -238,5 +243,5 @@ def _print_what_fits(console: Console, shown: Shown, rows: Rows) -> None:
 
 def _print_table(console: Console, shown: Shown, names: list[str]) -> None:
     """The columns `names`, whose texts are wrapped if the console is too narrow."""
-    drawn = score_table(shown.frame, names, shown.directions)
-    console.print(drawn if fits(console, drawn) else score_table(shown.frame, names, shown.directions, fold=True))
+    drawn = score_table(shown.frame, names, shown.labels)
+    put(console, drawn if fits(console, drawn) else score_table(shown.frame, names, shown.labels, fold=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -12,14 +13,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distillbench.records.statistics import arrow, leaders
+from distillbench.records.statistics import TEACHER, leaders
+from distillbench.reports.labels import Label, Labels
 
 STAR = " best"  # suffix of columns that are true where a method leads in a score
 COSTS = (  # columns that are shown where they fit
-    *("sample_latency_p50_ms", "train_seconds", "sample_images_per_second", "train_teacher_nfe", "train_student_nfe"),
-    *("train_images", "train_tflops", "train_joules"),
+    *("train_tflops", "train_seconds", "sample_latency_p50_ms", "train_teacher_nfe", "train_student_nfe"),
+    *("sample_images_per_second", "train_images", "train_joules"),
 )
-WIDEST = 10_000
+WIDEST = 10_000  # characters of a line where no terminal breaks it
+LONGEST_UNIT = 8  # characters of a unit in a heading
+NO_LABELS = Labels()
+SOURCES = ("training", "sampling")  # of an interval: seeds
 
 
 def plain(text: object) -> str:
@@ -58,10 +63,10 @@ def number(value: object, width: object = None) -> str:
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
 
 
-def row_name(row: Mapping[str, object], settings: object = None) -> str:
+def row_name(row: Mapping[str, object], settings: object = None, labels: Labels = NO_LABELS) -> str:
     """The name of a row of the table; `settings` replaces the text of its settings."""
     seed, settings = row.get("training_seed"), row["settings"] if settings is None else settings
-    words = [str(row["method"]) + (f" [{settings}]" if there(settings) else "")]
+    words = [labels.method_label(str(row["method"])).short + (f" [{settings}]" if there(settings) else "")]
     words += [f"seed {seed}"] if there(seed) else []
     words += [f"{number(row['nfe'])} NFE", f"noise {number(row['sampling_seed'])}"]
     return ", ".join(words)
@@ -79,7 +84,7 @@ def new_table(
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.show_footer = footer is not None
     for k, (heading, left) in enumerate(zip(headings, text, strict=True)):
-        lines = Text("\n".join(plain(part) for part in heading.split("_")))
+        lines = Text("\n".join(plain(part) for part in heading.split("\n")))
         justify: Literal["left", "right"] = "left" if left else "right"
         end = footer[k] if footer else ""
         table.add_column(lines, end, vertical="bottom", no_wrap=not fold, overflow="fold", justify=justify)
@@ -91,37 +96,123 @@ def fits(console: Console, table: Table) -> bool:
     return console.measure(table, options=console.options.update(max_width=WIDEST)).maximum <= console.width
 
 
+def put(console: Console, table: Table) -> None:
+    """Print a table; outside of a terminal without blanks at the ends of lines."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    lines = captured.get().splitlines()
+    console.file.write("".join(f"{line.rstrip()}\n" for line in lines))
+
+
 def with_stars(summary: pd.DataFrame, directions: Mapping[str, str]) -> pd.DataFrame:
     """The summary with a column for each score that is true where a method leads in it (`statistics.leaders`)."""
     stars = {name + STAR: leaders(summary, name, direction) for name, direction in directions.items()}
     return pd.concat([summary, pd.DataFrame(stars, index=summary.index)], axis=1)
 
 
-def score_table(frame: pd.DataFrame, names: Sequence[str], directions: Mapping[str, str], fold: bool = False) -> Table:
-    """The columns `names` of `frame` as a table. Scores have arrows, intervals, and a star where a method leads."""
-    headings = [f"{name}_{arrow(directions[name])}".rstrip("_") if name in directions else name for name in names]
+def score_table(frame: pd.DataFrame, names: Sequence[str], labels: Labels, fold: bool = False) -> Table:
+    """The columns `names` of `frame` as a table, under their labels.
+
+    Values with an interval are ``mean ± half of it``; where a method leads, a star follows. A blank line parts methods,
+    and the teacher's rows are dim.
+    """
+    rows = frame.to_dict("records")
+    columns = {name: _texts(rows, name, labels) for name in names}
+    headings = [_heading(labels.label(name), texts) for name, texts in columns.items()]
     table = new_table(headings, [not pd.api.types.is_numeric_dtype(frame[name]) for name in names], fold)
-    for row in frame.to_dict("records"):
-        table.add_row(*(Text(_cell(row, name)) for name in names))
+    methods = [str(row.get("method")) for row in rows]
+    ends = [method != after for method, after in zip(methods, [*methods[1:], ""], strict=True)]
+    parted = sum(ends) == len(set(methods)) < len(methods)
+    for k, (row, end) in enumerate(zip(rows, ends, strict=True)):
+        cells = [
+            Text(texts[k], "bold green" if row.get(name + STAR) is True else "") for name, texts in columns.items()
+        ]
+        table.add_row(*cells, style="dim" if methods[k].startswith(TEACHER) else None, end_section=parted and end)
     return table
 
 
 def columns_that_fit(
-    console: Console, frame: pd.DataFrame, names: Sequence[str], directions: Mapping[str, str], least: int
-) -> list[str]:
+    console: Console, frame: pd.DataFrame, names: Sequence[str], labels: Labels, least: int
+) -> list[str]:  # fmt: skip
     """The first of the columns `names` that fit into the console; at least `least` of them."""
     shown = list(names)
-    while len(shown) > least and not fits(console, score_table(frame, shown, directions)):
+    while len(shown) > least and not fits(console, score_table(frame, shown, labels)):
         shown.pop()
     return shown
 
 
-def _cell(row: dict, name: str) -> str:
-    """A value; a score with its interval, and a star if it leads."""
-    for source in ("training", "sampling"):
+def shared_seeds(summary: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Texts on the numbers of seeds that all rows share, such as "2 training seeds"; and the columns that differ."""
+    told, columns = [], []
+    for source in SOURCES:
+        name = f"{source}_seeds"
+        students = summary[summary["training_seeds"] > 0] if source == "training" else summary
+        counts = students[name].unique()
+        if len(counts) > 1:
+            columns.append(name)
+        elif len(counts) and counts[0] > 1:
+            told.append(f"{counts[0]} {source} seeds")
+    return told, columns
+
+
+def table_notes(frame: pd.DataFrame, shown: Sequence[str], wanted: Sequence[str], labels: Labels) -> list[str]:
+    """What the columns are, which of the `wanted` ones are not `shown`, and what the intervals are."""
+    notes = []
+    for name in shown:
+        label = labels.label(name)
+        if name in labels.columns and label.short != name:
+            unit = f", in {label.unit}" if label.unit else ""
+            notes.append(f"{label.short}: {label.long}{unit} ({name})")
+    if hidden := [labels.label(name).short for name in wanted if name not in shown]:
+        notes.append(f"not shown, as too wide: {', '.join(hidden)} (distillbench show --columns or --csv)")
+    found = [source for source in SOURCES if any(_has_interval(frame, name, source) for name in shown)]
+    for source in found:
+        rest = ", where there is none over training seeds" if source == "sampling" and len(found) > 1 else ""
+        notes.append(f"±: half of the 95 % interval of the mean over {source} seeds{rest}")
+    return notes
+
+
+def _has_interval(frame: pd.DataFrame, name: str, source: str) -> bool:
+    low = f"{name}_{source}_low"
+    return low in frame and bool(frame[low].notna().any())
+
+
+def _heading(label: Label, texts: Sequence[str]) -> str:
+    """The label with its unit and arrow, in lines that are as long as the longest of `texts` or of its words."""
+    words = [
+        *plain(label.short).replace("_", "_ ").split(),
+        *[f"({label.unit})"] * (0 < len(label.unit) <= LONGEST_UNIT),
+    ]
+    width = max(map(len, [*words, *texts]))
+    lines = textwrap.wrap(" ".join(words), width, break_long_words=False, break_on_hyphens=False)
+    lines = [line.replace("_ ", "_") for line in lines]
+    if label.arrow and len(lines[-1]) + 2 <= width:
+        lines[-1] += f" {label.arrow}"
+    elif label.arrow:
+        lines.append(label.arrow)
+    return "\n".join(lines)
+
+
+def _texts(rows: Sequence[Mapping[str, object]], name: str, labels: Labels) -> list[str]:
+    """The cells of a column. Means, ± and stars are below each other."""
+    if name == "method":
+        return [plain(labels.method_label(str(row[name])).short) for row in rows]
+    parts = [_mean_and_half(row, name) for row in rows]
+    width = max((len(half) for _, half in parts), default=0)
+    halves = [f" ± {half:>{width}}" if half else " " * (3 + width) * (width > 0) for _, half in parts]
+    stars = ["*" if row.get(name + STAR) is True else " " for row in rows]
+    stars = stars if "*" in stars else [""] * len(rows)
+    return [f"{mean}{half}{star}" for (mean, _), half, star in zip(parts, halves, stars, strict=True)]
+
+
+def _mean_and_half(row: Mapping[str, object], name: str) -> tuple[str, str]:
+    """A value, and half of its interval, or "" if it has none."""
+    for source in SOURCES:
         low, high = row.get(f"{name}_{source}_low"), row.get(f"{name}_{source}_high")
-        if low is not None and high is not None and not pd.isna(low) and not pd.isna(high):
-            half = (high - low) / 2
-            ends = f"{source[0]}[{number(low, half)}, {number(high, half)}]"
-            return f"{number(row[name], half)} {ends}{'*' if row.get(name + STAR) is True else ''}"
-    return number(row[name])
+        if low is not None and high is not None and there(low) and there(high):
+            half = (float(high) - float(low)) / 2  # type: ignore[arg-type]
+            return number(row[name], half), number(half, half)
+    return number(row[name]), ""

@@ -10,68 +10,14 @@ import pandas as pd
 
 from distillbench.errors import counted
 from distillbench.records.statistics import TEACHER, leaders, verdict
+from distillbench.reports.labels import COLUMNS
 
 ABOUT = {  # columns other than scores: heading (with its unit), explanation
-    "run": ("run", "the run's folder"),
-    "dataset": ("dataset", "the images"),
-    "teacher": ("teacher", "the teacher's name and the first digits of its hash"),
-    "guidance": ("guidance", "weight of the teacher's classifier-free guidance; 1 is without guidance"),
-    "method": ("method", "the student's method; teacher:SAMPLER is the teacher itself"),
-    "settings": ("settings", "the method's settings that differ from its defaults"),
-    "inputs": ("trained on", "what the student was trained on: data, noise, rollout or pairs"),
-    "training_seed": ("training seed", "seed of the student's training"),
-    "sampling_seed": ("sampling seed", "seed of the noise that was sampled from"),
-    "training_seeds": ("training seeds", "number of students that were trained"),
-    "sampling_seeds": ("sampling seeds", "number of noise seeds that each student was sampled with"),
-    "nfe": ("NFE", "network evaluations per image"),
-    "images": ("images", "number of samples that were scored"),
-    "status": ("status", "whether all seeds have scores"),
-    "reason": ("reason", "why a row is not ok; why a value is empty"),
-    "note": ("note", "remark on a row that is ok, such as an unstable sampler"),
-    "compute": ("computed in", "precision and other compute settings of training and of sampling"),
-    "device": ("device", "kind and model of the processor"),
-    "key": ("record", "key of the row's record in cells/"),
-    "sample_latency_p50_ms": ("latency p50, ms", "median time to sample one image"),
-    "sample_latency_p95_ms": ("latency p95, ms", "95th percentile of the time to sample one image"),
-    "sample_images_per_second": ("images/s", "highest throughput over batch sizes"),
-    "sample_best_batch": ("best batch", "batch size with the highest throughput"),
-    "sample_gflops": ("GFLOPs per image", "floating-point operations to sample one image"),
-    "sample_decoder_latency_ms": (
-        "decoder, ms",
-        "time of the teacher's latent decoder for one image; not part of the latency",
-    ),
-    "sample_text_encoder_latency_ms": ("text encoder, ms", "time of the text encoder; not part of the latency"),
-    "sample_peak_gpu_mib": ("sampling: GPU peak, MiB", "peak memory of tensors while sampling"),
-    "sample_peak_gpu_reserved_mib": ("sampling: GPU reserved, MiB", "peak memory of torch's allocator while sampling"),
-    "sample_peak_device_mib": (
-        "sampling: device peak, MiB",
-        "peak memory in use on the device, minus that before sampling",
-    ),
-    "sample_peak_rss_mib": ("sampling: resident peak, MiB", "peak resident memory of the sampling process"),
-    "train_images": ("training images", "images consumed by training steps"),
-    "train_seconds": ("training, s", "wall-clock time of training, without evaluation and writing files"),
-    "train_teacher_seconds": ("training: teacher, s", "part of it: forward passes of the teacher"),
-    "train_student_seconds": ("training: student, s", "part of it: the student's passes and optimizer steps"),
-    "train_compile_seconds": ("training: compiler, s", "part of it: torch's compiler"),
-    "train_other_seconds": ("training: rest, s", "part of it: data, noise, targets, averaging"),
-    "train_teacher_nfe": ("teacher evaluations", "images that the teacher evaluated in training"),
-    "train_student_nfe": ("student evaluations", "images that the student evaluated in training"),
-    "train_tflops": ("training, TFLOPs", "floating-point operations of the networks, forward and backward"),
-    "train_joules": ("training, J", "energy of the whole GPU"),
-    "train_peak_gpu_mib": ("training: GPU peak, MiB", "peak memory of tensors while training"),
-    "train_peak_gpu_reserved_mib": ("training: GPU reserved, MiB", "peak memory of torch's allocator while training"),
-    "train_peak_device_mib": ("training: device peak, MiB", "peak memory in use on the device by all processes"),
-    "train_peak_rss_mib": ("training: resident peak, MiB", "peak resident memory of the training process"),
-    "tuning": (
-        "tuning",
-        "how the method's settings were found: equal_trials, self_tuned or defaults (no search)",
-    ),
-    "tuning_trials": ("trials", "trials of the search for the method's settings, those that failed included"),
-    "tuning_images": ("search, images", "images that all these trials trained on"),
-    "tuning_seconds": ("search, s", "training time of all these trials"),
-    "tuning_joules": ("search, J", "energy of all these trials"),
-    "fraction": ("fraction of the budget", "progress of training"),
+    name: (f"{label.short}, {label.unit}" if label.unit else label.short, label.long) for name, label in COLUMNS.items()
 }
+
+
+MOST_DECIMALS = 12
 
 
 def heading(column: str) -> str:
@@ -104,6 +50,42 @@ def number(value: object, low: object = None, high: object = None) -> str:
     if x and (abs(x) < 1e-4 or abs(x) >= 1e15):
         return f"{x:.{max(0, min(decimals + _exponent(x), 8))}e}".replace("-", "−")
     return f"{round(x, decimals):,.{max(decimals, 0)}f}".replace("-", "−")
+
+
+def decimals(value: float, half_width: float | None = None) -> int:
+    """The number of decimals of a value: as many as its half width is rounded to.
+
+    The half width is rounded as by the Particle Data Group: to two digits if its first three are below 355, else to one
+    (so 1.234 has two decimals at 0.04 and at 0.12). Without one: four significant digits. Never below 0.
+    """
+    if half_width is not None and math.isfinite(half_width) and half_width > 0:
+        lead = math.floor(math.log10(half_width))
+        first = round(half_width / 10 ** (lead - 2))
+        return max(0, min(MOST_DECIMALS, (1 if first < 355 else 0) - lead))
+    if value == 0 or not math.isfinite(value):
+        return 0
+    return max(0, min(MOST_DECIMALS, 3 - math.floor(math.log10(abs(value)))))
+
+
+def plus_minus(mean: object, low: object = None, high: object = None) -> str:
+    """A mean with its interval: "174 ± 12", or "174 [170 to 190]" where the interval is not symmetric."""
+    if not (is_known(mean) and is_known(low) and is_known(high)):
+        return number(mean)
+    x, ends = float(mean), (float(low), float(high))  # type: ignore[arg-type]
+    half = (ends[1] - ends[0]) / 2
+    if not (math.isfinite(x) and math.isfinite(half) and half > 0):
+        return number(mean)
+    digits = decimals(x, half)
+    texts = [f"{value:,.{digits}f}".replace("-", "−") for value in (x, *ends, half)]
+    symmetric = abs(x - sum(ends) / 2) < 0.05 * half
+    return f"{texts[0]} ± {texts[3]}" if symmetric else f"{texts[0]} [{texts[1]} to {texts[2]}]"
+
+
+def brief(value: float) -> str:
+    """A number in a sentence: three digits."""
+    if not math.isfinite(value) or not value:
+        return number(value)
+    return f"{round(value, 2 - _exponent(value)):,.{max(0, 2 - _exponent(value))}f}".replace("-", "−")
 
 
 def _exponent(x: float) -> int:

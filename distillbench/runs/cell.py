@@ -15,8 +15,9 @@ from torch import Tensor
 
 from distillbench.errors import DivergedError, UserError
 from distillbench.evaluation.distributed import SampleOrder
-from distillbench.evaluation.evaluator import Sampler, teacher_sampler
+from distillbench.evaluation.evaluator import Measured, Sampler, teacher_sampler
 from distillbench.evaluation.sampling_speed import SpeedError, measure, measure_in_fresh_process
+from distillbench.records.influences import cell_file, named
 from distillbench.records.records import (
     FINAL,
     AnyRecord,
@@ -175,14 +176,19 @@ class CellRunner:
         shared, inputs = self.cell.shared, self.description.evaluation_inputs
         common = self._common(inputs, training.weights_sha256 if training is not None else "")
         shown: list[Tensor] = []
+        influences: dict[tuple[int, int], dict[str, Tensor]] = {}
         if training is not None and training.status != "ok":
             record = EvaluationRecord(**common, rows=self._rows_with(training.status, training.reason))
         else:
-            rows, shown = self._rows()
+            rows, shown, influences = self._rows()
             along = self._rows_along(training) if training is not None else []
             references = shared.describe_references(self.progress)
             record = EvaluationRecord(**common, rows=rows, along=along, references=references)
             shared.get_evaluator(self.progress).release()
+        file = cell_file(self.folder, record.key)
+        file.unlink(missing_ok=True)  # of other weights
+        if influences:
+            write_atomically(file, lambda temporary: save_file(named(influences), temporary))
         _write_evaluation(_evaluation_path(self.description), record, shown)
         return record, shown
 
@@ -192,34 +198,36 @@ class CellRunner:
             for nfe, seed in self.description.nfe_and_seeds
         ]
 
-    def _rows(self) -> tuple[list[RowRecord], list[Tensor]]:
-        """The rows of a trained student or of the teacher, and the samples to show of those that are ok."""
+    def _rows(self) -> tuple[list[RowRecord], list[Tensor], dict[tuple[int, int], dict[str, Tensor]]]:
+        """The rows of a trained student or of the teacher; of those that are ok the samples to show, and influences."""
         weights = self.folder / STUDENT if self.cell.entry is not None else None
         try:
             method = None if weights is None else _restored(self.cell, weights, self.progress)
         except UserError:
             raise
         except Exception as error:
-            return self._rows_with(status_of(error), keep_traceback(error, self.folder, self.progress)), []
-        rows, shown = [], []
+            return self._rows_with(status_of(error), keep_traceback(error, self.folder, self.progress)), [], {}
+        rows, shown, influences = [], [], {}
         for nfe, seed in self.description.nfe_and_seeds:
-            row, images = self._row(method, weights, nfe, seed, self.cell.label)
+            row, measured = self._row(method, weights, nfe, seed, self.cell.label, influences=True)
             rows.append(row)
-            if images is not None and seed == self.cell.shared.config.evaluation.seeds[0]:
-                shown.append(images)
-        return rows, shown
+            if measured is not None and measured.influences:
+                influences[nfe, seed] = measured.influences
+            if measured is not None and seed == self.cell.shared.config.evaluation.seeds[0]:
+                shown.append(measured.shown)
+        return rows, shown, influences
 
     def _row(
-        self, method: Method | None, weights: Path | None, nfe: int, seed: int, label: str
-    ) -> tuple[RowRecord, Tensor | None]:
-        """One row, and its samples to show if it is ok."""
+        self, method: Method | None, weights: Path | None, nfe: int, seed: int, label: str, influences: bool = False
+    ) -> tuple[RowRecord, Measured | None]:
+        """One row, and what was measured if it is ok."""
         cell = self.cell
         try:
             evaluator = cell.shared.get_evaluator(self.progress)
             sampler = _sampler(cell, method, self.progress)
             keeps_noise = _keeps_noise(cell, nfe) if method is None else method.keeps_noise(nfe)
             order = SampleOrder(CellTask.of(cell), weights) if cell.shared.ranks.count > 1 else None
-            measured = evaluator.measure(sampler, nfe, seed, keeps_noise, label, order)
+            measured = evaluator.measure(sampler, nfe, seed, keeps_noise, label, order, influences=influences)
         except UserError:
             raise
         except DivergedError as error:
@@ -228,7 +236,7 @@ class CellRunner:
             reason = keep_traceback(error, self.folder, self.progress)
             return RowRecord(nfe=nfe, sampling_seed=seed, status=status_of(error), reason=reason), None
         row = RowRecord(nfe=nfe, sampling_seed=seed, scores=measured.scores, missing=measured.missing)
-        return row, measured.shown
+        return row, measured
 
     def _rows_along(self, training: TrainRecord) -> list[CheckpointScores]:
         """The scores of the student at its checkpoints; not part of the budget, and not timed."""

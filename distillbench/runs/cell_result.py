@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from distillbench.records.influences import cell_file
 from distillbench.records.records import CheckpointScores, EvaluationRecord, SpeedRecord, TrainRecord
 from distillbench.records.table import cost_columns, table_row
 from distillbench.runs.cell_keys import cell_folder, evaluation_inputs, protocol_key, train_inputs
@@ -57,7 +58,8 @@ class CellResult:
     ok: bool = False  # every row has scores
     weights: tuple[Path, str] | None = None  # the student's file, and its name in the run's folder
     weights_sha256: str = ""
-    shown: list[tuple[str, Tensor]] = field(default_factory=list)  # lines of the picture: label, (N,C,H,W) uint8
+    influences: Path | None = None  # the file of its images' influences on scores
+    shown: list[tuple[str, int, Tensor]] = field(default_factory=list)  # samples: label, nfe, (N,C,H,W) uint8
 
 
 def describe_cell(cell: Cell, teacher: Teacher) -> CellDescription:
@@ -82,6 +84,7 @@ def result_of(
     weights = None
     if training is not None and training.status == "ok":
         weights = (description.folder / STUDENT, f"{cell.name}-seed{cell.seed}-{training.key}.safetensors")
+    influences = cell_file(description.folder, evaluation.key)
     return CellResult(
         description,
         _table_rows(cell, training, evaluation, speed),
@@ -89,6 +92,7 @@ def result_of(
         all(row.status == "ok" for row in [*evaluation.rows, *evaluation.along]),
         weights,
         "" if training is None else training.weights_sha256,
+        influences if influences.is_file() else None,
         _picture_lines(cell, evaluation, shown),
     )
 
@@ -185,11 +189,12 @@ def _along_rows(cell: Cell, training: TrainRecord | None, evaluation: Evaluation
     return rows
 
 
-def _picture_lines(cell: Cell, evaluation: EvaluationRecord, shown: list[Tensor]) -> list[tuple[str, Tensor]]:
+def _picture_lines(cell: Cell, evaluation: EvaluationRecord, shown: list[Tensor]) -> list[tuple[str, int, Tensor]]:
     """One line for each row of the first sampling seed that is ok."""
     config = cell.shared.config
     first = config.evaluation.seeds[0]
     good = [row for row in evaluation.rows if row.status == "ok" and row.sampling_seed == first]
     guidance = f", w = {config.guidance:g}" if config.conditional else ""
-    labels = [f"{cell.label}{guidance}, {row.nfe} NFE" for row in good]
-    return list(zip(labels, shown, strict=True))
+    return [
+        (f"{cell.label}{guidance}, {row.nfe} NFE", row.nfe, images) for row, images in zip(good, shown, strict=True)
+    ]

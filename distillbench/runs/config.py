@@ -33,8 +33,20 @@ from distillbench.options import option, require_between, require_one_of, requir
 from distillbench.records.layout import CACHE, CELLS
 from distillbench.registry import Registry
 from distillbench.runs.config_grid import PointBuilder
-from distillbench.runs.executor_config import EXECUTORS, ExecutorConfig, LocalConfig, kinds_with
-from distillbench.runs.overrides import CHOICES, GROUPS, LONGEST_NAME, first_line, grid_points, parse_override
+from distillbench.runs.executor_config import EXECUTORS, ExecutorConfig, LocalConfig
+from distillbench.runs.overrides import (
+    CHOICES,
+    GROUPS,
+    LONGEST_NAME,
+    below_value,
+    config_folder,
+    first_line,
+    grid_points,
+    no_dataset,
+    no_method,
+    no_setting,
+    parse_override,
+)
 from distillbench.runs.released_teacher import released_teacher
 from distillbench.runs.written_values import expand_home, is_enum, type_in_words, written_value
 from distillbench.teachers.students import StudentConfig
@@ -42,7 +54,6 @@ from distillbench.training.budget import BudgetConfig, Limit
 from distillbench.training.compute import ComputeConfig
 
 ON_OOM = ("fail", "accumulate")
-HERE = Path(__file__).resolve().parents[1]
 RESERVED_NAMES = (".", "..", CELLS, CACHE)  # not for runs
 LARGEST_INTEGER = 2**63 - 1
 
@@ -153,14 +164,6 @@ def _is_folder_name(name: str) -> bool:
     return plain and name not in RESERVED_NAMES
 
 
-def config_folder() -> Path:
-    """The folder of YAML files: in the package (wheel) or next to it (checkout)."""
-    for folder in (HERE / "configs", HERE.parent / "configs"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise UserError(f"no config.yaml in {HERE / 'configs'}: distillbench is not completely installed")
-
-
 def compose_runs(words: list[str], registry: Registry, need_methods: bool = True) -> list[RunConfig]:
     """One RunConfig for each point of the grid that the overrides `words` span. Raises UserError for invalid ones."""
     _store_nodes(registry)
@@ -175,7 +178,7 @@ def compose_runs(words: list[str], registry: Registry, need_methods: bool = True
     for run in runs:
         expand_home(run)
     if need_methods and not all(run.methods for run in runs):
-        raise UserError(f"no method given. Write methods=[NAME,...]; possible: {', '.join(sorted(registry.methods))}")
+        raise no_method(registry.methods)
     if any(run.executor != runs[0].executor for run in runs):
         raise UserError("executor cannot be swept: a run has one")
     return runs
@@ -279,7 +282,7 @@ def _keep_chosen(config: DictConfig, registry: Registry) -> DictConfig:
 
 def _check_dataset(base: DictConfig, registry: Registry) -> None:
     if base.dataset is None:
-        raise UserError(f"no dataset given. Write dataset=NAME; possible: {', '.join(sorted(registry.datasets))}")
+        raise no_dataset(registry.datasets)
 
 
 def _check_name(path: str, base: DictConfig) -> None:
@@ -291,9 +294,9 @@ def _check_name(path: str, base: DictConfig) -> None:
     for depth, part in enumerate(parts):
         where = ".".join(parts[:depth])
         if not isinstance(node, DictConfig):
-            raise UserError(f"no setting {quoted(path)}: '{where}' is a value, it has no settings below it")
+            raise below_value(path, where)
         if part not in list(node):  # not `in node`, which is False for settings without a default
-            raise UserError(_no_setting(path, part, where, node))
+            raise _no_setting(path, part, where, node)
         node = None if OmegaConf.is_missing(node, part) else node[part]
 
 
@@ -301,16 +304,8 @@ def _takes_any_name(node: Any) -> bool:
     return isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict
 
 
-def _no_setting(path: str, part: str, where: str, node: DictConfig) -> str:
-    names = sorted(str(name) for name in node if name != "kind") + ([] if where else ["experiment"])
-    near, possible = nearest(part, names), f"Possible: {', '.join(names) or 'none'}"
-    if where == "methods":
-        return f"no setting {quoted(path)}: {quoted(part)} is not among methods=[{','.join(names)}]{near and '.'}{near}"
-    kind = f" ({where}={node.kind})" if where in CHOICES else ""
-    level = f" in '{where}'{kind}" if where else ""
-    if where == "executor" and (kinds := kinds_with(part)):
-        near = f" It is one of executor={' and '.join(kinds)}."
-    return f"no setting {quoted(part)}{level}.{near} {possible}"
+def _no_setting(path: str, part: str, where: str, node: DictConfig) -> UserError:
+    return no_setting(path, part, where, map(str, node), str(node.kind) if where in CHOICES[1:] else "")
 
 
 def _check_groups(config: DictConfig, base: DictConfig, values: list[Override]) -> None:
@@ -386,7 +381,7 @@ def _explained(error: Exception, values: list[Override], base: DictConfig | None
     node = OmegaConf.select(base, parent) if parent else base
     hints = typing.get_type_hints(OmegaConf.get_type(node))
     if name not in list(node):
-        return UserError(_no_setting(path, name, parent, node))
+        return _no_setting(path, name, parent, node)
     if name not in hints:
         return UserError(f"cannot use {path}={_given(path, values)}: {first_line(error)}")
     wanted = _wanted_group(path, node[name]) if dataclasses.is_dataclass(hints[name]) else type_in_words(hints[name])
@@ -416,16 +411,26 @@ def _join(path: str, name: str) -> str:
 
 def describe_options(config: type) -> list[tuple[str, str, str]]:
     """(name, default, help) of every setting of a Config dataclass, nested ones as `outer.inner`."""
+    return [row[:3] for row in described_types(config)]
+
+
+def described_types(config: type) -> list[tuple[str, str, str, str, str]]:
+    """The same with "int", "float", "bool" or "" for another type, and the type in words."""
     return list(_described(OmegaConf.structured(config)))
 
 
-def _described(node: DictConfig) -> Iterator[tuple[str, str, str]]:
+def _described(node: DictConfig) -> Iterator[tuple[str, str, str, str, str]]:
     defaults: Any = OmegaConf.to_container(node, enum_to_str=True)
     config: Any = OmegaConf.get_type(node)
+    hints = typing.get_type_hints(config)
     for f in dataclasses.fields(config):
         inner = OmegaConf.get_type(node, f.name)
         if dataclasses.is_dataclass(inner):
-            yield from ((f"{f.name}.{name}", default, text) for name, default, text in _described(node[f.name]))
+            for name, default, help_, kind, wanted in _described(node[f.name]):
+                yield f"{f.name}.{name}", default, help_, kind, wanted
         elif f.name != "kind":
             default = defaults[f.name]
-            yield f.name, "null" if default is None else str(default), f.metadata.get("help", "")
+            hint = hints[f.name]
+            kind = hint.__name__ if hint in (int, float, bool) else ""
+            text = "null" if default is None else str(default)
+            yield f.name, text, f.metadata.get("help", ""), kind, type_in_words(hint)

@@ -1,4 +1,7 @@
-"""Command-line arguments as Hydra overrides, and the grid points that they span."""
+"""Command-line arguments as Hydra overrides, and the grid points that they span.
+
+Torch is not imported here, so that the command line can refuse a wrong name at once.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,17 @@ import dataclasses
 import itertools
 import math
 import re
-from typing import Any
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, Protocol
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep, ValueType
 from hydra.errors import HydraException
 
-from distillbench.errors import UserError, quoted
-from distillbench.registry import Registry
+from distillbench.errors import UserError, nearest, quoted
+from distillbench.runs.executor_config import kinds_with
 from distillbench.runs.written_values import quote_home, split_values
 
 GROUPS = {"methods": "methods", "dataset": "datasets", "teacher": "teachers"}  # config group: kind in the registry
@@ -25,10 +30,34 @@ LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary files have lo
 REPLACED = {  # settings of earlier versions
     "accumulate": "write microbatch=N, the most images that a process computes at once, instead of a number of parts"
 }
+HERE = Path(__file__).resolve().parents[1]
 LONGEST_WORD = 10_000  # characters of a setting; Hydra's parser takes seconds for more
 
 
-def parse_override(word: str, registry: Registry) -> Override:
+class Names(Protocol):
+    """What is registered: a Registry, or the table of one."""
+
+    def of_kind(self, kind: str) -> Collection[str]:
+        """The names of "methods", "teachers", "datasets" or "metrics"."""
+
+    def no(self, kind: str, name: str, possible: Iterable[str], where: str = "") -> UserError:
+        """The error for an unknown name."""
+
+
+def config_folder() -> Path:
+    """The folder of YAML files: in the package (wheel) or next to it (checkout)."""
+    for folder in (HERE / "configs", HERE.parent / "configs"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(f"no config.yaml in {HERE / 'configs'}: distillbench is not completely installed")
+
+
+def experiments() -> list[str]:
+    """The names of the prepared experiments."""
+    return sorted(file.stem for file in (config_folder() / "experiment").glob("*.yaml"))
+
+
+def parse_override(word: str, registry: Names) -> Override:
     """One command-line argument as Hydra's Override. Raises UserError if it is not of the form name=value."""
     if not word.strip():
         raise UserError("an empty setting. A setting reads name=value")
@@ -54,7 +83,7 @@ def parse_override(word: str, registry: Registry) -> Override:
     return setting
 
 
-def _meant(word: str, registry: Registry) -> str:
+def _meant(word: str, registry: Names) -> str:
     for group, kind in GROUPS.items():
         if word in registry.of_kind(kind):
             return f". Did you mean {group}={f'[{word}]' if group == 'methods' else word}?"
@@ -72,7 +101,7 @@ def _advice(word: str) -> str:
     return f"a value with unusual characters needs quotes inside the shell's quotes: '{name}=\"VALUE\"'"
 
 
-def grid_points(settings: list[Override], registry: Registry) -> list[list[Override]]:
+def grid_points(settings: list[Override], registry: Names) -> list[list[Override]]:
     """Every combination of the values that the settings are swept over."""
     axes = [_values(setting, registry) for setting in settings]
     if math.prod(map(len, axes)) > MOST_RUNS:
@@ -87,7 +116,7 @@ def _too_many() -> UserError:
     return UserError(f"the sweeps span more than {MOST_RUNS:,} runs")
 
 
-def _values(setting: Override, registry: Registry) -> list[Override]:
+def _values(setting: Override, registry: Names) -> list[Override]:
     word = str(setting.input_line)
     if not setting.is_sweep_override():
         return [setting]
@@ -114,7 +143,7 @@ def _at(setting: Override, value: Any) -> Override:
     return dataclasses.replace(setting, value_type=ValueType.ELEMENT, _value=value, input_line=word)
 
 
-def _check_choice(setting: Override, registry: Registry) -> None:
+def _check_choice(setting: Override, registry: Names) -> None:
     key = setting.key_or_group
     if key not in CHOICES:
         return
@@ -130,6 +159,37 @@ def _check_choice(setting: Override, registry: Registry) -> None:
     if key != "methods" and len(names) != 1:
         every = ",".join(map(str, names))
         raise UserError(f"{key} takes one name, got [{every}]. To sweep over several write {key}={every or 'NAME'}")
+
+
+def no_setting(path: str, part: str, where: str, names: Iterable[str], kind: str) -> UserError:
+    """The error for a setting `path` whose `part` is none of `names`, the settings below `where`.
+
+    `kind` is the choice that these settings belong to, such as the name of the dataset.
+    """
+    names = sorted(name for name in names if name != "kind") + ([] if where else ["experiment"])
+    near, possible = nearest(part, names), f"Possible: {', '.join(names) or 'none'}"
+    if where == "methods":
+        chosen = f"methods=[{','.join(names)}]"
+        return UserError(f"no setting {quoted(path)}: {quoted(part)} is not among {chosen}{near and '.'}{near}")
+    level = f" in '{where}'{f' ({where}={kind})' if where in CHOICES else ''}" if where else ""
+    if where == "executor" and (kinds := kinds_with(part)):
+        near = f" It is one of executor={' and '.join(kinds)}."
+    return UserError(f"no setting {quoted(part)}{level}.{near} {possible}")
+
+
+def below_value(path: str, where: str) -> UserError:
+    """The error for a setting `path` below the value `where`."""
+    return UserError(f"no setting {quoted(path)}: '{where}' is a value, it has no settings below it")
+
+
+def no_dataset(possible: Iterable[str]) -> UserError:
+    """The error for settings without a dataset."""
+    return UserError(f"no dataset given. Write dataset=NAME; possible: {', '.join(sorted(possible))}")
+
+
+def no_method(possible: Iterable[str]) -> UserError:
+    """The error for settings without a method."""
+    return UserError(f"no method given. Write methods=[NAME,...]; possible: {', '.join(sorted(possible))}")
 
 
 def first_line(error: BaseException, count: int = 1) -> str:

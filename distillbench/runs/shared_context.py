@@ -200,6 +200,14 @@ class Cell:
         return " ".join(filter(None, [self.name, self.differs, seed]))
 
     @property
+    def names(self) -> tuple[str, str]:
+        """The name of its method, or of the teacher's sampler, in tables; and the same in full."""
+        if self.entry is not None:
+            return self.entry.cls.names()
+        sampler = self.sampler().label
+        return f"teacher, {sampler}", f"the teacher, sampled with {sampler}"
+
+    @property
     def reads_data(self) -> bool:
         """Whether it trains a method on real images."""
         return self.entry is not None and bool(self.entry.cls.reads_data(self.method_config))

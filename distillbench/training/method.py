@@ -287,6 +287,8 @@ class Method(nn.Module, ABC):
     """
 
     name: ClassVar[str]  # as on the command line: lower-case letters, digits, underscores
+    label: ClassVar[str] = ""  # the name in tables, such as "BOOT"; empty: the name without underscores
+    title: ClassVar[str] = ""  # the same in full, such as "progressive distillation"; empty: the label
     Config: ClassVar[type[MethodConfig]]
     paper: ClassVar[str]  # authors, year, arXiv number
     needs_data: ClassVar[bool]  # at default settings; False: may not read real images
@@ -308,6 +310,12 @@ class Method(nn.Module, ABC):
         if missing := named.keys() - dict(self.named_children()).keys():
             raise RuntimeError(f"the Config names {', '.join(sorted(missing))}, but the method has no such network")
         return next((own for name, own in named.items() if getattr(self, name) is network), NetworkConfig())
+
+    @classmethod
+    def names(cls) -> tuple[str, str]:
+        """Its name in tables, and in full."""
+        label = cls.label or cls.name.replace("_", " ")
+        return label, cls.title or label
 
     @classmethod
     def reads_data(cls, config: Any) -> bool:

@@ -20,6 +20,7 @@ from distillbench.errors import DivergedError
 from distillbench.records.statistics import summarise
 from distillbench.records.table import make_table
 from distillbench.registry import load_registry
+from distillbench.reports.labels import Labels
 from distillbench.system.progress import Progress
 from shipped import METHODS as SHIPPED
 
@@ -383,7 +384,11 @@ def test_a_teacher_is_trained_and_used(call, tmp_path):
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
-METRICS = ["fd_efficientnet_lite0", "teacher_rmse"]
+METRICS = {
+    "fd_efficientnet_lite0": {"label": "FD (EffNet-Lite0)", "title": "the distance in full", "unit": "squared"},
+    "teacher_rmse": {"label": "RMSE to teacher"},
+}
+METHODS = {name: {"label": label} for name, label in {"boot": "BOOT", "teacher:ddim": "teacher, DDIM"}.items()}
 COSTS = {
     "train_seconds": 61.25,
     "train_images": 400_000,
@@ -406,37 +411,40 @@ def table(*changes):
         "teacher_rmse": 0.123456,
         "key": "0123456789abcdef",
     } | COSTS
-    return make_table([row | change for change in changes], METRICS)
+    return make_table([row | change for change in changes], list(METRICS))
 
 
 def printed(content, width):
-    console = Console(width=width, record=True, file=io.StringIO())
-    directions = dict.fromkeys(METRICS, "lower")
-    terminal.print_table(console, content, summarise(content, directions), directions)
-    return console.export_text()
+    console = Console(width=width, file=io.StringIO())
+    labels = Labels({name: {"direction": "lower"} | facts for name, facts in METRICS.items()}, METHODS)
+    terminal.print_table(console, content, summarise(content, labels.directions), labels)
+    return console.file.getvalue()
 
 
 TEACHER = {"method": "teacher:ddim", "training_seed": None, "train_images": None, "train_seconds": None, "nfe": 64}
 
 
 def test_a_student_that_is_worse_than_the_teacher_at_as_many_evaluations_is_named():
-    name = METRICS[0] if isinstance(METRICS, list | tuple) else next(iter(METRICS))
+    name = "fd_efficientnet_lite0"
     content = table({name: 700.0}, {"method": "cm", name: 300.0}, TEACHER | {"nfe": 1, name: 500.0}, TEACHER)
     content.loc[content["method"] == "teacher:ddim", "budget"] = None  # as in the table of a run
     lines = [line for line in printed(content, 120).splitlines() if "worse than the teacher" in line]
     assert lines == [
-        f"{name} worse than the teacher's own DDIM at as many evaluations: boot at 1 NFE (700 against 500)"
+        "FD (EffNet-Lite0) worse than the teacher's own DDIM at as many evaluations: BOOT at 1 NFE (700 against 500)"
     ]
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_fits_the_terminal(width):
     text = printed(table(TEACHER, {}, {"method": "cm", "nfe": 2, "teacher_rmse": None}), width)
-    assert max(len(line.rstrip()) for line in text.splitlines()[1:]) <= width
+    assert max(map(len, text.partition("\nFD (EffNet-Lite0): ")[0].splitlines()[1:])) <= width
     assert "…" not in text
-    boot = next(line for line in text.splitlines() if line.startswith("boot"))
-    assert boot.split()[:4] == ["boot", "1", "640.8", "0.1235"]
+    boot = next(line for line in text.splitlines() if line.startswith("BOOT"))
+    assert boot.split()[:4] == ["BOOT", "1", "640.8", "0.1235"]
     assert ("400,000" in boot) == (width == 120)
+    left_out = [line for line in text.splitlines() if line.startswith("not shown, as too wide: ")]
+    assert bool(left_out) == (width == 80)
+    assert "FD (EffNet-Lite0): the distance in full, in squared (fd_efficientnet_lite0)" in text
     assert "dataset digits, teacher trained-0354d7c4, budget b, device cpu (a model)" in text
     assert "status" not in text and "no method is marked as best" in text
 
@@ -448,27 +456,27 @@ def test_scores_have_arrows_intervals_and_a_star_only_for_a_significant_lead():
         rows.append({"training_seed": seed, "fd_efficientnet_lite0": 100 + seed, "teacher_rmse": 0.1 + seed})
         rows.append(rows[-1] | {"method": "cm", "fd_efficientnet_lite0": 300 + seed, "teacher_rmse": 0.2 + seed})
     text = printed(table(*rows), 120)
-    boot = next(line for line in text.splitlines() if line.startswith("boot"))
+    boot = next(line for line in text.splitlines() if line.startswith("BOOT"))
     cm = next(line for line in text.splitlines() if line.startswith("cm "))
-    assert "101.0 t[98.5, 103.5]*" in boot and boot.count("*") == 1 and "*" not in cm
-    assert "lite0_↓".replace("_", "") not in text and "↓" in text
-    assert "t[...]: 95 % interval of the mean over training seeds" in text
-    assert "teacher_rmse, 1 NFE: intervals overlap" in text
+    assert "101.0 ± 2.5*" in boot and boot.count("*") == 1 and "*" not in cm  # t of two degrees over sqrt(3) is 2.48
+    assert "↓" in text and "3 training seeds\n" in text
+    assert "±: half of the 95 % interval of the mean over training seeds" in text
+    assert "RMSE to teacher, 1 NFE: intervals overlap" in text
 
 
 def test_columns_that_differ_are_shown():
     text = printed(table({}, {"dataset": "folder"}), 120)
     assert re.search(r"^dataset +method", text, re.MULTILINE)
     text = printed(table({}, {"settings": "lr=0.5"}), 120)
-    assert re.search(r"^boot +1 +lr=0\.5 ", text, re.MULTILINE)
+    assert re.search(r"^BOOT +1 +lr=0\.5 ", text, re.MULTILINE)
     text = printed(table({}, {"budget": "other"}), 120)
-    assert re.search(r"^boot +1 +other ", text, re.MULTILINE)
+    assert re.search(r"^BOOT +1 +other ", text, re.MULTILINE)
 
 
 def test_failed_rows_are_shown_with_their_reasons():
     failed = {"status": "failed", "reason": "ValueError: a [b] c", "teacher_rmse": None, "fd_efficientnet_lite0": None}
     text = printed(table({}, failed | {"training_seed": 1}), 80)
-    assert "boot, seed 1, 1 NFE, noise 0: failed: ValueError: a [b] c" in text
+    assert "BOOT, seed 1, 1 NFE, noise 0: failed: ValueError: a [b] c" in text
     assert "1 of 2 ok" in text
 
 

@@ -35,7 +35,7 @@ fd_efficientnet_lite0 teacher_rmse
 train_images train_seconds train_teacher_seconds train_student_seconds train_compile_seconds train_other_seconds
 train_teacher_nfe
 train_student_nfe train_tflops train_joules train_peak_gpu_mib train_peak_gpu_reserved_mib train_peak_device_mib
-train_peak_rss_mib clipped_steps nonfinite_steps
+train_peak_rss_mib clipped_steps nonfinite_steps machine_load_training machine_load_sampling
 sample_latency_p50_ms sample_latency_p95_ms sample_images_per_second sample_best_batch sample_gflops
 sample_decoder_latency_ms sample_text_encoder_latency_ms sample_peak_gpu_mib sample_peak_gpu_reserved_mib
 sample_peak_device_mib sample_peak_rss_mib parameters trained_parameters student_lora_rank student_architecture
@@ -219,7 +219,8 @@ def test_rows_arrive_one_by_one(first):
 def test_the_folder_has_the_files_that_the_readme_lists(first):
     names = {path.name for path in first.folder.iterdir()}
     tables = {f"{name}.{kind}" for name in ("table", "summary") for kind in ("csv", "parquet")}
-    assert names == tables | {"columns.json", "samples.png", "weights", "config.yaml", "environment.json"}
+    texts = {"columns.json", "config.yaml", "command.txt", "environment.json"}
+    assert names == tables | texts | {"samples.png", "samples", "weights", "influences"}
     assert first.folder.parent == first.results
 
 

@@ -153,7 +153,9 @@ def test_keeping_the_first_or_last_of_a_conflict_is_associative(keep, fid):
 
 def again(made):
     """What was merged, as a run."""
-    return RunData(Path("m"), made.table, made.summary, made.along, made.columns, made.configs, made.environment)
+    return RunData(
+        Path("m"), made.table, made.summary, made.along, dict(made.labels.columns), made.configs, made.environment
+    )
 
 
 def test_a_run_read_from_csv_is_the_same(runs, tmp_path):
@@ -234,7 +236,7 @@ def test_a_column_that_is_empty_elsewhere_may_be_lacking(runs, tmp_path):
     rewrite(runs[1], lambda table: table.drop(columns="train_joules"))
     said = merged(runs, tmp_path / "m")
     assert "columns that a run lacks, and that are empty in the others, are left out: train_joules" in said
-    assert read_run(tmp_path / "m").problems == ["written by another version: no columns train_joules"]
+    assert read_run(tmp_path / "m").notes == ["written by a version of distillbench that had no columns train_joules"]
     joules = run_folder(tmp_path / "j", [row(training_seed=7, train_joules=5.0)])
     assert "m: table was written by another version than j, it has no train_joules" in refused(
         [tmp_path / "m", joules], tmp_path / "n"
@@ -316,6 +318,6 @@ def test_hostile_names_are_harmless(tmp_path):
 def test_the_files_are_those_of_a_run(runs, tmp_path):
     merged(runs, tmp_path / "m")
     run = merge([read_run(folder) for folder in runs])
-    assert json.loads((tmp_path / "m" / "columns.json").read_text()) == run.columns
+    assert json.loads((tmp_path / "m" / "columns.json").read_text()) == {**run.labels.columns, "method": {}}
     assert list(yaml.safe_load_all((tmp_path / "m" / "config.yaml").read_text())) == run.configs
     assert list(run.table.columns) == list(make_table([], list(COLUMNS)).columns)

@@ -1,6 +1,7 @@
 """The table in the terminal: which rows and columns are shown, what is refused, and that hostile names do nothing."""
 
 import io
+import re
 
 import pandas as pd
 import pytest
@@ -159,18 +160,45 @@ def test_the_table_says_what_is_common_and_marks_who_leads(run):
     text = shown(run)
     assert text.startswith("dataset digits, teacher trained-01234567, budget 1000 images, device cpu (a model)\n")
     lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
-    low, high = 10.5 - 12.7062 * 0.5, 10.5 + 12.7062 * 0.5  # std 0.5 ** 0.5 over 2 ** 0.5; t of one degree of freedom
-    assert f"10.5 t[{low:.1f}, {high:.1f}] " in lines["boot"]
+    half = 12.7062 * 0.5  # std 0.5 ** 0.5 over 2 ** 0.5; t of one degree of freedom
+    assert f"10.5 ± {half:.1f} " in lines["boot"]
     assert "*" not in lines["boot"]  # 20.5 less 6.35 is below 16.9
-    assert "t[...]: 95 % interval of the mean over training seeds" in text
+    assert "±: half of the 95 % interval of the mean over training seeds" in text
 
 
 def test_a_star_is_where_the_statistics_say_so_whatever_is_filtered(tmp_path):
     folder = run_folder(tmp_path / "r", [*seeds([10.0, 10.1]), *seeds([20.0, 20.1], method="cm")])
     for where in ([], ["method=boot"]):
         line = next(line for line in shown(folder, where=where).splitlines() if line.startswith("boot"))
-        assert "]*" in line
-    assert "]*" not in shown(folder, where=["method=cm"])
+        assert re.search(r"± \d\.\d+\*", line)
+    assert not re.search(r"\d\*", shown(folder, where=["method=cm"]))
+
+
+def test_methods_are_parted_by_a_blank_line_where_their_rows_are_together(run):
+    def blank_after(text):
+        lines = text.split("\n\n")
+        return [part.splitlines()[-1].split()[0] for part in lines[:-1]]
+
+    assert blank_after(shown(run)) == ["teacher:ddim", "boot", "cm"]
+    assert blank_after(shown(run, sort=["-nfe", "fid"])) == []
+
+
+def test_colours_are_for_terminals_alone_and_the_teacher_is_dim(tmp_path, monkeypatch):
+    folder = run_folder(
+        tmp_path / "r", [row(fid=80.0, **TEACHER), *seeds([10.0, 10.1]), *seeds([20.0, 20.1], method="cm")]
+    )
+    for no_color, expected in (("", "\x1b[1;32m"), ("1", "\x1b[1m")):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system="standard", highlight=False)
+        assert show_runs([str(folder)], [], [], [], "summary", False, console) == 0
+        lines = console.file.getvalue().splitlines()
+        assert any(line.startswith("\x1b[2mteacher:ddim") for line in lines)
+        assert any(f"{expected}10.05 ± 0.64*" in line for line in lines)
+    assert "\x1b" not in shown(folder)
+
+
+def test_lines_end_without_blanks_in_a_pipe(run):
+    assert not [line for line in shown(run, columns=["method", "nfe"]).splitlines() if line != line.rstrip()]
 
 
 def test_failed_rows_stay_visible_with_their_reasons_unless_a_filter_names_others(run):
@@ -182,9 +210,8 @@ def test_failed_rows_stay_visible_with_their_reasons_unless_a_filter_names_other
 
 def test_columns_that_do_not_fit_are_said_and_those_asked_for_are_whole(run):
     narrow = shown(run, width=60)
-    assert (
-        "not shown, as too wide: recall" in narrow and max(map(len, narrow.split("pd, seed")[0].splitlines()[1:])) <= 60
-    )
+    assert "not shown, as too wide: recall, training time" in narrow
+    assert max(map(len, narrow.split("not shown")[0].splitlines()[1:])) <= 60
     asked = shown(run, columns=["method,device,budget,teacher"], width=40)
     assert "…" not in asked and "".join(asked.split()).count("01234567") >= 5
 

@@ -16,7 +16,8 @@ from distillbench.errors import UserError
 from distillbench.options import option, require_between, require_fraction, require_one_of, require_positive
 from distillbench.registry import Entry, Plugin, load_registry
 from distillbench.runs import config
-from distillbench.runs.config import compose_runs, config_folder, describe_options, to_yaml
+from distillbench.runs.config import compose_runs, describe_options, to_yaml
+from distillbench.runs.overrides import config_folder
 from distillbench.training.method import MethodConfig
 from shipped import METHODS as SHIPPED
 

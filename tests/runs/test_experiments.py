@@ -28,8 +28,9 @@ from distillbench.diffusion.samplers import Solver
 from distillbench.execution.run import run
 from distillbench.networks.edm import DhariwalUNet, SongUNet
 from distillbench.registry import load_registry
-from distillbench.runs.config import RunConfig, compose_runs, config_folder
+from distillbench.runs.config import RunConfig, compose_runs
 from distillbench.runs.distances import lpips_flops
+from distillbench.runs.overrides import config_folder
 from distillbench.runs.plan import plan
 from distillbench.system.progress import Progress
 from distillbench.training.network_rows import NetworkRows
