@@ -45,8 +45,8 @@ SMALLEST_ALPHA = 1e-3  # at T, of a student that predicts eps: the error of its 
 
 
 class Reflow(Method):
-    name, label, paper = "reflow", "reflow", "Liu et al. 2022, arXiv:2209.03003"
-    needs_data, can_start_fresh, inputs = False, True, "pairs"
+    name, label, title = "reflow", "reflow", "rectified flow"
+    paper, needs_data, can_start_fresh, inputs = "Liu et al. 2022, arXiv:2209.03003", False, True, "pairs"
 
     @dataclass
     class Config(MethodConfig):

@@ -56,6 +56,9 @@ class Described:
     settings: list[Setting] = field(default_factory=list)
     learned: str = ""  # of a method: a key of method_kinds.KINDS
     replaced: dict[str, str] = field(default_factory=dict)  # of a method: settings of earlier versions
+    searched: dict[str, str] = field(default_factory=dict)  # of a method: its search space, by setting
+    searched_after: dict[str, str] = field(default_factory=dict)  # settings of sampling
+    declares_search: bool = True
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,18 @@ def _described(kind: str, entry: Entry) -> Described:
         settings,
         learned,
         dict(cls.Config.replaced) if kind == "methods" else {},
+        **(_search(cls.Config) if kind == "methods" else {}),
     )
+
+
+def _search(config: type) -> dict[str, Any]:
+    """What ``distillbench tune`` searches of a method."""
+    from distillbench.options import declares_search_space, search_space
+
+    training, sampling = (
+        {name: str(search) for name, search in search_space(config, sampling).items()} for sampling in (False, True)
+    )
+    return {"searched": training, "searched_after": sampling, "declares_search": declares_search_space(config)}
 
 
 def _settings(config: type) -> list[Setting]:

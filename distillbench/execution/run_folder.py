@@ -15,12 +15,15 @@ from distillbench.execution.workers import Scan
 from distillbench.records.influences import run_file
 from distillbench.records.layout import CELLS
 from distillbench.records.sample_grid import sample_grid
+from distillbench.records.sample_strips import write_strips
 from distillbench.records.settings_file import write_settings
 from distillbench.records.statistics import summarise
 from distillbench.records.table import make_along, make_table, write_table
 from distillbench.reports.labels import METHOD, Labels
+from distillbench.reports.reproduce import COMMAND
 from distillbench.runs.cell_result import CellResult
 from distillbench.runs.config import RunConfig, to_yaml
+from distillbench.runs.run_command import run_commands
 from distillbench.runs.shared_context import Cell
 from distillbench.storage.files import write_atomically, write_text
 from distillbench.storage.hash_cache import HashCache
@@ -184,14 +187,19 @@ class RunTable:
                 links[run_file(self.folder, one.description.evaluation_key)] = one.influences
         link_all({target: source for target, source in links.items() if target not in self.linked})
         self.linked |= links.keys()
-        lines = [line for one in results for line in one.shown]
+        lines = [(label, images) for one in results for label, _, images in one.shown]
         write_atomically(self.folder / "samples.png", lambda path: sample_grid(lines).save(path, format="png"))
+        write_strips(
+            self.folder,
+            ((one.description.columns["key"], nfe, images.numpy()) for one in results for _, nfe, images in one.shown),
+        )
         self.written = table, summary
 
     def _texts(self) -> dict[str, str]:
         """The contents of files that do not change during the run, by name."""
         return {
             "config.yaml": write_settings(self.configs, to_yaml),
+            COMMAND: "".join(f"{command}\n" for command in run_commands(self.configs)),
             "columns.json": json.dumps({**self.columns, METHOD: self.labels.methods}, indent=2, ensure_ascii=False)
             + "\n",
             "environment.json": json.dumps(self.environment, indent=2) + "\n",

@@ -9,7 +9,8 @@ results_dir/
   cells/<train key>/speed-<key>.json                       the sampling cost
   cells/<train key>/levels-<key>.json                      a search for levels of sampling
   cache/                                                   teachers, noise-image pairs, reference statistics, ...
-  <run>/table.*, summary.*, along.*, columns.json, samples.png, config.yaml, environment.json, weights/, influences/
+  <run>/table.*, summary.*, along.*, columns.json, samples.png, samples/, config.yaml, command.txt,
+    environment.json, weights/, influences/
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def _read(folders: Sequence[str]) -> list[RunData]:
             if problem.startswith(TWICE):
                 raise UserError(f"{plain(run.folder)}: {plain(problem)}")
     for run, name in zip(runs, run_names(runs), strict=True):
-        for problem in run.problems:
+        for problem in [*run.problems, *run.notes]:
             click.echo(f"{plain(name)}: {plain(problem)}", err=True)
     return runs
 

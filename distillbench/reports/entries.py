@@ -10,6 +10,7 @@ import pandas as pd
 
 from distillbench.records.statistics import KEYS, TEACHER
 from distillbench.reports import words
+from distillbench.reports.labels import Labels
 from distillbench.reports.runs import RunData
 from distillbench.reports.words import is_known
 
@@ -79,15 +80,18 @@ def key_without_images(row: Mapping[str, Any]) -> tuple:
     return tuple(_plain(row.get(name)) for name in KEYS if name != "images")
 
 
-def entries_of(summary: pd.DataFrame, several_runs: bool) -> list[Entry]:
+def entries_of(summary: pd.DataFrame, several_runs: bool, names: Labels) -> list[Entry]:
     """An entry for each row of a summary, whose column `run` names one run, or several joined by commas."""
     rows = rows_of(summary)
     runs = [str(row["run"]).split(", ") if several_runs else [row["run"]] for row in rows]
-    return [Entry(row, label, frozenset(of)) for row, label, of in zip(rows, _labels(rows), runs, strict=True)]
+    return [Entry(row, label, frozenset(of)) for row, label, of in zip(rows, _labels(rows, names), runs, strict=True)]
 
 
-def _labels(rows: Sequence[Row]) -> list[str]:
-    labels = [str(row["method"]) for row in rows]
+def _labels(rows: Sequence[Row], names: Labels) -> list[str]:
+    methods = [str(row["method"]) for row in rows]
+    of = {method: names.method_label(method).short for method in methods}
+    twice = {label for label in of.values() if list(of.values()).count(label) > 1}
+    labels = [method if of[method] in twice else of[method] for method in methods]
     for column in ("settings", "device", "run"):
         values: dict[str, set] = {}
         for label, row in zip(labels, rows, strict=True):
@@ -113,6 +117,27 @@ def attach(entries: Sequence[Entry], tables: Iterable[tuple[RunData, Row]]) -> l
                 found.append(TableRow(run, entry.label, row))
                 break
     return found
+
+
+def common_reasons(rows: Sequence[Row]) -> list[tuple[bool, str]]:
+    """Parts of reasons that all rows of the teacher (True), or all of students (False), have; of two rows at least."""
+    found = []
+    for teacher in (True, False):
+        parts = [
+            str(row["reason"]).split("; ") if row["reason"] else []
+            for row in rows
+            if str(row["method"]).startswith(TEACHER) is teacher
+        ]
+        if len(parts) > 1:
+            found += [(teacher, part) for part in dict.fromkeys(parts[0]) if all(part in own for own in parts)]
+    return found
+
+
+def without_common(row: Row, common: Iterable[tuple[bool, str]]) -> str:
+    """The row's reasons without those in `common`."""
+    teacher = str(row["method"]).startswith(TEACHER)
+    shared = {part for of, part in common if of is teacher}
+    return "; ".join(part for part in str(row["reason"] or "").split("; ") if part and part not in shared)
 
 
 def why_empty(column: str, entries: Sequence[Entry]) -> str:

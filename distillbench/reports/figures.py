@@ -24,6 +24,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from distillbench.errors import unknown
 from distillbench.records.statistics import TEACHER, arrow
+from distillbench.reports.looks import GREY, MARKERS, PALETTE, places
 from distillbench.reports.paper_data import GROUP, HEADINGS, SummaryData, comparable_sets
 from distillbench.storage.files import write_atomically
 
@@ -34,11 +35,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("pdf", "svg", "png")
 AXES = {"nfe": "nfe", "latency": "sample_latency_p50_ms", "training": "train_seconds"}  # end of a file's name: column
-# Okabe and Ito's colours, distinct for all kinds of colour vision; without yellow, which is too pale on white
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX<>h"
 LINES = ("-", "--", "-.", ":")
-GREY = "#777777"  # the teacher
 _STYLE: dict[str, Any] = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib
     "font.size": 9,
@@ -132,7 +129,7 @@ def _looks(data: SummaryData, runs: Sequence[RunData]) -> dict[str, _Look]:
     names = set(data.summary["method"].dropna()) | {str(m) for run in runs for m in run.along.get("method", [])}
     teachers = sorted(name for name in names if name.startswith(TEACHER))
     looks = {name: _Look(GREY, "*", LINES[i % len(LINES)]) for i, name in enumerate(teachers)}
-    for i, name in enumerate(sorted(names - set(teachers))):
+    for name, i in places(names).items():
         line = LINES[i // len(PALETTE) % len(LINES)]
         looks[name] = _Look(PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)], line)
     return looks

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +17,12 @@ import yaml
 
 from distillbench.errors import UserError
 from distillbench.records.layout import CELLS
+from distillbench.records.sample_strips import SAMPLES
 from distillbench.records.settings_file import write_settings
 from distillbench.records.statistics import summarise
 from distillbench.records.table import FIRST, LAST, LATER, make_along, make_table, write_table
 from distillbench.reports.labels import METHOD, NAMES, Labels
+from distillbench.reports.reproduce import COMMAND
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import IDENTITY, run_names
 from distillbench.reports.terminal_table import number, plain, row_name
@@ -43,6 +46,8 @@ class Merged:
     configs: list[dict[str, Any]]
     environment: dict[str, Any]
     notes: list[str]  # texts on what was left out, kept once or chosen
+    commands: list[str] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)  # of the runs, whose samples are copied
 
 
 def merge(runs: Sequence[RunData], keep: Keep | None = None) -> Merged:
@@ -79,8 +84,9 @@ def merge(runs: Sequence[RunData], keep: Keep | None = None) -> Merged:
     if lacking:
         notes.append(f"columns that a run lacks, and that are empty in the others, are left out: {', '.join(lacking)}")
     return Merged(
-        table.drop(columns=lacking), summary, along, labels, configs, {MERGED: _different(environments)}, notes
-    )
+        table.drop(columns=lacking), summary, along, labels, configs, {MERGED: _different(environments)}, notes,
+        list(dict.fromkeys(command for run in runs for command in run.commands)), [run.folder for run in runs],
+    )  # fmt: skip
 
 
 def write(merged: Merged, folder: Path) -> None:
@@ -104,8 +110,13 @@ def write(merged: Merged, folder: Path) -> None:
         }
         if merged.configs:
             texts["config.yaml"] = write_settings(merged.configs, _yaml)
+        if merged.commands:
+            texts[COMMAND] = "".join(f"{command}\n" for command in merged.commands)
         for name, text in texts.items():
             write_text(made / name, text)
+        for run in merged.folders:
+            if (run / SAMPLES).is_dir():
+                shutil.copytree(run / SAMPLES, made / SAMPLES, dirs_exist_ok=True)
         if folder.is_dir():
             folder.rmdir()
         os.replace(made, folder)
@@ -124,7 +135,7 @@ def left_out(runs: Sequence[RunData], output: Path) -> list[str]:
             continue
         beside = place == output.resolve().parent
         found = "which is beside the merged folder" if beside else "where reports of the merged folder do not look"
-        lines.append(f"records and samples are not copied: they stay in {plain(place / 'cells')}, {found}")
+        lines.append(f"records are not copied: they stay in {plain(place / 'cells')}, {found}")
     return lines
 
 

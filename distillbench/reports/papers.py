@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,12 +12,12 @@ from distillbench.errors import UserError, nearest, quoted, unknown
 from distillbench.records.statistics import TEACHER, arrow
 from distillbench.reports.paper_data import COSTS, GROUP, HEADINGS, SummaryData, comparable_sets
 from distillbench.reports.paper_forms import Cell, PaperTable, latex, markdown
+from distillbench.reports.words import MOST_DECIMALS, decimals
 
 if TYPE_CHECKING:
     from distillbench.reports.runs import RunData
 
 Form = Literal["markdown", "latex", "csv"]
-MOST_DECIMALS = 12
 
 
 def paper_table(
@@ -62,22 +61,7 @@ def paper_table(
     return markdown(tables, problems) if form == "markdown" else latex(tables, problems)
 
 
-# --- digits -----------------------------------------------------------------------------------------------------------
-
-
-def decimals(value: float, half_width: float | None = None) -> int:
-    """The number of decimals of a value: as many as its half width is rounded to.
-
-    The half width is rounded as by the Particle Data Group: to two digits if its first three are below 355, else to one
-    (so 1.234 has two decimals at 0.04 and at 0.12). Without one: four significant digits. Never below 0.
-    """
-    if half_width is not None and math.isfinite(half_width) and half_width > 0:
-        lead = math.floor(math.log10(half_width))
-        first = round(half_width / 10 ** (lead - 2))
-        return max(0, min(MOST_DECIMALS, (1 if first < 355 else 0) - lead))
-    if value == 0 or not math.isfinite(value):
-        return 0
-    return max(0, min(MOST_DECIMALS, 3 - math.floor(math.log10(abs(value)))))
+# --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def _number(value: Any, digits: int | None = None) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from distillbench.errors import counted
+from distillbench.records.statistics import TEACHER
 from distillbench.reports.runs import RunData
 from distillbench.reports.words import is_known, number, other_reasons
 
@@ -32,12 +33,20 @@ class Strip:
     width: int = 0
     height: int = 0
     note: str = ""
+    teacher: bool = False
 
 
 @dataclass(frozen=True)
 class Grid:
+    """The strips with images or with what failed, the teacher's first, the most evaluations on top."""
+
     strips: list[Strip]
     notes: list[str]
+
+    @property
+    def reference(self) -> Strip | None:
+        """The teacher's with the most evaluations, to which others are compared."""
+        return next((strip for strip in self.strips if strip.teacher and strip.source), None)
 
     @property
     def columns(self) -> int:
@@ -47,7 +56,7 @@ class Grid:
 Rows = Sequence[tuple[RunData, str, Mapping[str, Any]]]  # run, label, row of its table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Shown:
     """A row of the grid and its images (N,C,H,W) uint8, None if there are none."""
 
@@ -71,7 +80,12 @@ def grid(rows: Rows) -> Grid | None:
         notes.append(f"Of several training seeds one is shown: {', '.join(map(str, sorted(seeds)))}.")
     if len(chosen) > MOST_ROWS:
         notes.append(f"The first {MOST_ROWS} of {len(chosen):,} rows are shown.")
-    strips, columns = _strips_within_limit(_with_images(chosen[:MOST_ROWS]))
+    shown = _with_images(_teacher_first(chosen)[:MOST_ROWS])
+    lost = [one for one in shown if one.images is None and one.row["status"] == "ok"]
+    if lost:
+        of = "these rows" if len(lost) == len(shown) else counted(len(lost), "row")
+        notes.append(f"Samples of {of} are not kept: neither in this run's folder nor in cells/ beside it.")
+    strips, columns = _strips_within_limit([one for one in shown if one not in lost])
     if columns < MOST_COLUMNS:
         notes.append(f"{counted(columns, 'column')} of {MOST_COLUMNS}, to keep this file small.")
     return Grid(strips, notes)
@@ -85,6 +99,13 @@ def _one_per_label(rows: Rows) -> Rows:
         if name not in chosen or (chosen[name][2]["status"] != "ok" and row["status"] == "ok"):
             chosen[name] = (run, label, row)
     return list(chosen.values())
+
+
+def _teacher_first(rows: Rows) -> Rows:
+    """The teacher's rows, the most evaluations first, then the others in their order."""
+    teachers = [one for one in rows if str(one[2]["method"]).startswith(TEACHER)]
+    students = [one for one in rows if one not in teachers]
+    return [*sorted(teachers, key=lambda one: -(one[2]["nfe"] or 0)), *students]
 
 
 def _with_images(rows: Rows) -> list[_Shown]:
@@ -116,14 +137,14 @@ def _strips_within_limit(rows: Sequence[_Shown]) -> tuple[list[Strip], int]:
 
 def _strip(label: str, row: Mapping[str, Any], images: np.ndarray | None, columns: int) -> Strip:
     nfe, key = number(row["nfe"]), str(row["key"]) if is_known(row["key"]) else ""
+    teacher = str(row["method"]).startswith(TEACHER)
     if images is None or not len(images):
-        gone = "no samples: their records in cells/ are missing or damaged"
         bad = f"{row['status']}: {other_reasons(row['reason']) or 'no reason given'}"
-        return Strip(label, nfe, key, note=gone if row["status"] == "ok" else bad)
+        return Strip(label, nfe, key, note=bad, teacher=teacher)
     x = np.asarray(images[:columns]).transpose(0, 2, 3, 1)
     count, height, width, channels = x.shape
     picture = np.concatenate(list(x), axis=1)
     buffer = io.BytesIO()
     Image.fromarray(picture[..., 0] if channels == 1 else picture[..., :3]).save(buffer, "PNG", optimize=True)
     source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Strip(label, nfe, key, source, count, width, height)
+    return Strip(label, nfe, key, source, count, width, height, teacher=teacher)

@@ -5,27 +5,41 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-ONLY_IN_FULL = re.compile(  # settings that the short command leaves out
-    r"methods\.|teacher\.(?!path|kind)|evaluation\.(?!images|nfe|seeds|metrics)|results_dir|threads|energy|device"
-)
+COMMAND = "command.txt"  # in a run's folder: the command of each point of its grid, with what differs from defaults
+CHOICES = re.compile(r"(methods|dataset|teacher)=")  # always written
+ELSEWHERE = re.compile(r"(results_dir|run_name|executor)[.=]")  # where cells run and results go does not change them
 
 
-def commands(configs: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(short command, command with every setting) for the points of a grid; seeds of one point share a command."""
-    groups: dict[str, tuple[dict[str, Any], list[Any]]] = {}
-    for config in configs:
+def commands(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """The command with every setting for the points of a grid; seeds of one point share a command."""
+    return [_command(words) for words, _ in _points(configs, configs)]
+
+
+def short_commands(configs: Sequence[dict[str, Any]], defaults: Sequence[dict[str, Any]]) -> list[str]:
+    """The commands with the settings of each of `configs` that differ from those in `defaults`, of as many points."""
+    found = []
+    for words, usual in _points(configs, defaults):
+        known = {word for word in usual if not CHOICES.match(word) and not word.startswith("seed=")}
+        found.append(_command([word for word in words if word not in known and not ELSEWHERE.match(word)]))
+    return found
+
+
+def _points(configs: Sequence[dict[str, Any]], defaults: Sequence[dict[str, Any]]) -> list[tuple[list[str], list[str]]]:
+    """The settings as words, and those of the defaults, for points that differ in more than their seed."""
+    groups: dict[str, tuple[dict[str, Any], dict[str, Any], list[Any]]] = {}
+    for config, default in zip(configs, defaults, strict=True):
         rest = {name: value for name, value in config.items() if name != "seed"}
         key = json.dumps(rest, sort_keys=True, default=str)
-        groups.setdefault(key, (rest, []))[1].append(config.get("seed"))
+        groups.setdefault(key, (rest, default, []))[2].append(config.get("seed"))
     found = []
-    for config, seeds in groups.values():
-        every = _overrides(config)
+    for config, default, seeds in groups.values():
+        words = _overrides(config)
         if any(seed is not None for seed in seeds):
-            every.append(f"seed={','.join(map(str, dict.fromkeys(seeds)))}")
-        found.append((_command([word for word in every if not ONLY_IN_FULL.match(word)]), _command(every)))
+            words.append(f"seed={','.join(map(str, dict.fromkeys(seeds)))}")
+        found.append((words, _overrides(default)))
     return found
 
 
@@ -34,10 +48,10 @@ def _command(settings: list[str]) -> str:
 
 
 def _overrides(config: Mapping[str, Any]) -> list[str]:
-    """Every setting as an override of Hydra: first the methods, dataset and teacher by name."""
+    """Every setting as an override of Hydra: first the methods, dataset, teacher and executor by name."""
     methods = config.get("methods") if isinstance(config.get("methods"), dict) else {}
     found = [f"methods=[{','.join(map(str, methods))}]"] if methods else []
-    kinds = {part: config[part] for part in ("dataset", "teacher") if isinstance(config.get(part), dict)}
+    kinds = {part: config[part] for part in ("dataset", "teacher", "executor") if isinstance(config.get(part), dict)}
     found += [f"{part}={chosen['kind']}" for part, chosen in kinds.items() if chosen.get("kind")]
     for name, value in config.items():
         if name in kinds:

@@ -19,10 +19,12 @@ from distillbench.errors import UserError, nearest
 from distillbench.records.influences import InfluenceFiles
 from distillbench.records.layout import CELLS
 from distillbench.records.sample_grid import unstack_shown
+from distillbench.records.sample_strips import read_strips
 from distillbench.records.settings_file import read_settings
 from distillbench.records.statistics import KEYS, SEEDS, summarise
 from distillbench.records.table import FIRST, LAST, LATER, make_along, make_table
 from distillbench.reports.labels import METHOD, Labels
+from distillbench.reports.reproduce import COMMAND
 
 TWICE = "rows of one measurement differ; the first ones are used"
 KEY = re.compile(r"[\w-]{1,64}")  # of an evaluation; cannot be a path or a pattern
@@ -42,6 +44,8 @@ class RunData:
     environment: dict[str, Any]
     problems: list[str] = field(default_factory=list)
     methods: dict[str, dict[str, str]] = field(default_factory=dict)  # label and title of each method
+    commands: list[str] = field(default_factory=list)  # that reproduce it, with what differs from defaults
+    notes: list[str] = field(default_factory=list)  # what is no problem, such as columns that an older version lacks
 
     @property
     def name(self) -> str:
@@ -63,12 +67,23 @@ class RunData:
         return InfluenceFiles(self.folder)
 
     def shown(self, key: str) -> list[tuple[int, int, np.ndarray]]:
-        """(nfe, sampling seed, images (N,C,H,W) uint8) of the evaluation `key`; [] if its record is missing or damaged.
+        """(nfe, sampling seed, images (N,C,H,W) uint8) of the evaluation `key`; [] if there are none.
 
         The images are of rows that are ok, of the first sampling seed, by nfe; every evaluation has the same noise.
+        They are read from the record in cells/, or if that is missing or damaged, from the strips in the run's folder.
         """
         if not KEY.fullmatch(key):
             return []
+        return self._of_record(key) or self._of_strips(key)
+
+    def _of_strips(self, key: str) -> list[tuple[int, int, np.ndarray]]:
+        if not len(self.table):
+            return []
+        seeds = self.table.loc[self.table["key"].eq(key).fillna(False), "sampling_seed"].dropna()
+        first = int(seeds.iloc[0]) if len(seeds) else 0
+        return [(nfe, first, images) for nfe, images in read_strips(self.folder, key).items()]
+
+    def _of_record(self, key: str) -> list[tuple[int, int, np.ndarray]]:
         if record := self._evaluations.get(key):
             try:
                 rows = json.loads(record.read_text(encoding="utf-8"))["rows"]
@@ -100,9 +115,10 @@ def read_run(folder: Path) -> RunData:
     if not any((folder / name).is_file() for name in FILES):
         raise UserError(f"{str(folder)!r} is not a run: it has none of {', '.join(FILES)}")
     problems: list[str] = []
+    notes: list[str] = []
     columns, methods = _declared(folder, problems)
     table = _frame(folder, "table", problems)
-    table = make_table([], list(columns)) if table is None else _known(table, columns, problems)
+    table = make_table([], list(columns)) if table is None else _known(table, columns, problems, notes)
     along = _frame(folder, "along", problems, needed=False)
     if along is not None and not {"method", "training_seed", "nfe", "fraction", "status", *columns} <= set(along):
         problems.append("along is damaged or written by another version: it is ignored")
@@ -113,7 +129,7 @@ def read_run(folder: Path) -> RunData:
     summary = _summary(table, columns, problems)
     return RunData(
         folder, table, summary, make_along([], list(columns)) if along is None else along, columns, configs,
-        _json(folder / "environment.json", problems), problems, methods,
+        _json(folder / "environment.json", problems), problems, methods, _commands(folder), notes,
     )  # fmt: skip
 
 
@@ -146,11 +162,16 @@ def _declared(
     return good, methods
 
 
-def _known(table: pd.DataFrame, columns: dict[str, dict[str, str]], problems: list[str]) -> pd.DataFrame:
-    """The table with the columns and types of this version; missing columns are empty, which is a problem."""
+def _known(
+    table: pd.DataFrame, columns: dict[str, dict[str, str]], problems: list[str], notes: list[str]
+) -> pd.DataFrame:
+    """The table with the columns and types of this version; missing columns are empty, which is noted."""
     lacking = [name for name in [*FIRST, *LAST] if name not in table and name not in LATER]
-    if lacking:
-        problems.append(f"written by another version: no columns {', '.join(lacking)}")
+    needed = [name for name in lacking if name in (*KEYS, *SEEDS, "status")]
+    if needed:
+        problems.append(f"written by another version: no columns {', '.join(needed)}")
+    if more := [name for name in lacking if name not in needed]:
+        notes.append(f"written by a version of distillbench that had no columns {', '.join(more)}")
     undeclared = [name for name in table if name not in {*FIRST, *LAST, *columns}]
     if undeclared:
         problems.append(f"undeclared columns are ignored: {', '.join(map(str, undeclared))}")
@@ -210,6 +231,14 @@ def _configs(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
     except (OSError, ValueError, OverflowError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"config.yaml is damaged: {' '.join(str(error).split())[:100]}")
     return []
+
+
+def _commands(folder: Path) -> list[str]:
+    """The lines of COMMAND; [] without the file, as in runs of older versions."""
+    try:
+        return [line for line in (folder / COMMAND).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError):
+        return []
 
 
 def _json(file: Path, problems: list[str]) -> dict[str, Any]:

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
-from distillbench.records.statistics import COMPARABLE, KEYS, TEACHER, leaders
+from distillbench.errors import counted
+from distillbench.records.leading import leading_groups
+from distillbench.records.statistics import COMPARABLE, KEYS, SEEDS, TEACHER, leaders
+from distillbench.records.table import make_table
 from distillbench.reports import charts, pictures, words
+from distillbench.reports.answer import Answers, answers, improving, improving_sentence, primary
 from distillbench.reports.entries import (
     Entry,
     Row,
     TableRow,
     attach,
+    common_reasons,
     entries_of,
     key_without_images,
     rows_of,
     why_empty,
 )
+from distillbench.reports.labels import Labels
+from distillbench.reports.looks import Look, looks
+from distillbench.reports.points import along_notes, curves_of, point
 from distillbench.reports.runs import RunData
 from distillbench.reports.tables import COSTS, Comparison, Table, comparison_table, every_row_table
-from distillbench.reports.words import heading, is_known, number
+from distillbench.reports.words import is_known, number
 
 GROUP = [name for name in COMPARABLE if name != "nfe"]  # equal in the rows of one section
-SPENT = ["train_images", "train_seconds", "train_teacher_nfe", "train_student_nfe", "train_tflops", "train_joules"]
-QUALITY = {"NFE": ["nfe"], "latency": ["sample_latency_p50_ms"], "training cost": SPENT}  # costs of a chart by title
+SPENT = ["train_tflops", "train_seconds", "train_teacher_nfe", "train_student_nfe", "train_images", "train_joules"]
+SPEED = ["sample_latency_p50_ms", "sample_gflops", "nfe"]
 BARS = [name for name in COSTS if name.endswith(("_mib", "_joules"))]
+
+LOADS = {"machine_load_training": "Trained", "machine_load_sampling": "Timed"}
+BUSY = 0.1  # load by other processes from which on seconds are said to be measured on a busy machine
+MOST_LEADERS = 4  # whose samples are on the first screen
 
 Place = tuple  # the values of GROUP
 
@@ -38,25 +51,27 @@ class Section:
 
     id: str
     title: str
+    summary: str  # what was compared, in a line
     facts: list[tuple[str, str]]
     sentences: list[str]
     failures: list[str]
     remarks: list[str]  # notes on rows that are ok
-    leading: list[dict[str, Any]]
+    answer: Answers | None  # on the score that most methods have
+    others: list[Answers]  # on the other scores
+    first: list[tuple[str, charts.Chart]]  # this score over the costs of training and of sampling
+    small: list[tuple[str, charts.Chart]]  # every other score over a cost
     table: Table
-    quality: list[tuple[str, charts.Chart]]
     along: charts.Chart | None
+    along_notes: list[str]
     bars: list[tuple[str, charts.Chart]]
-    legend: list[tuple[str, str]]  # series and their colours
+    same: list[tuple[str, str]]  # costs that hardly differ, and their values
+    legend: list[tuple[str, Look]]
     empty: list[tuple[str, str]]  # costs that no row has, and why
     grid: pictures.Grid | None
+    leaders: list[pictures.Strip]  # of the teacher and of the methods that lead
     details: Table
+    common: list[tuple[bool, str]]  # reasons that all rows of the teacher (True) or of students share
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def nfes(self) -> list[int]:
-        """The numbers of evaluations at which methods are compared."""
-        return sorted({int(one["nfe"]) for one in self.leading})
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,8 @@ class _Group:
     table_rows: list[TableRow]
     scores: dict[str, str]  # direction by score
     several_runs: bool
+    labels: Labels
+    methods: list[str]  # of the whole report
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -91,11 +108,12 @@ class _Group:
     def samplers(self) -> list[str]:
         """The teacher's."""
         teachers = dict.fromkeys(str(entry.values["method"]) for entry in self.entries if entry.is_teacher)
-        return [method.removeprefix(TEACHER) for method in teachers]
+        return [self.labels.method_label(m).short.removeprefix("teacher, ").removeprefix(TEACHER) for m in teachers]
 
 
 def make_sections(runs: Sequence[RunData], names: Sequence[str], directions: Mapping[str, str]) -> list[Section]:
     """The sections of `runs`, which are called `names`; `directions` are those of the scores."""
+    labels = Labels.of(run.labels for run in runs)
     records = _read(runs, names)
     if records.summary is None:
         return []
@@ -107,7 +125,7 @@ def make_sections(runs: Sequence[RunData], names: Sequence[str], directions: Map
     return [
         _section(
             f"s{number_}",
-            _group(place, records.summary.iloc[own], records.tables, directions, len(runs) > 1),
+            _group(place, records.summary.iloc[own], records, directions, len(runs) > 1, labels),
             records.along,
             len(homes) > 1,
         )
@@ -182,16 +200,19 @@ def _homes(places: dict[Place, list[int]], rows: list[Row]) -> dict[Place, list[
 
 
 def _group(
-    place: Place, summary: pd.DataFrame, tables: list[tuple[RunData, Row]], directions: Mapping[str, str],
-    several_runs: bool,
+    place: Place, summary: pd.DataFrame, records: _Records, directions: Mapping[str, str], several_runs: bool,
+    labels: Labels,
 ) -> _Group:  # fmt: skip
     images = place[GROUP.index("images")]
     summary = summary.reset_index(drop=True)
     if images is not None:  # rows that failed before they knew it
         summary = summary.assign(images=summary["images"].fillna(images))
     scores = {name: direction for name, direction in directions.items() if f"{name}_missing" in summary}
-    entries = entries_of(summary, several_runs)
-    return _Group(place, summary, entries, attach(entries, tables), scores, several_runs)
+    entries = entries_of(summary, several_runs, labels)
+    methods = [] if records.summary is None else records.summary["method"].dropna().unique().tolist()
+    return _Group(
+        place, summary, entries, attach(entries, records.tables), scores, several_runs, labels, methods
+    )  # fmt: skip
 
 
 # --- a section -------------------------------------------------------------------------------------------------------
@@ -200,78 +221,169 @@ def _group(
 def _section(name: str, group: _Group, along: list[Row], several_sections: bool) -> Section:
     entries, scores = group.entries, group.scores
     leads = {score: leaders(group.summary, score, direction).tolist() for score, direction in scores.items()}
-    labels = [entry.label for entry in entries]
-    leading = words.leading(group.summary, labels, scores)
-    style = charts.styles(list(dict.fromkeys(labels)))
-    points = [_point(entry, scores) for entry in entries]
-    quality = ((title, charts.quality(points, costs, scores, style)) for title, costs in QUALITY.items())
-    bars = (
-        (title, charts.bars(points, [cost for cost in BARS if cost.startswith(start)], style))
-        for title, start in (("Training", "train_"), ("Sampling", "sample_"))
+    main, others = _answers(group)
+    series = {entry.label: str(entry.values["method"]) for entry in entries}
+    alone = len(series) > charts.MOST_SERIES
+    style = charts.Style(
+        {} if alone else looks(series, group.methods), group.labels, main.leading if main is not None else ()
     )
-    one_colour = len(style) > charts.MOST_SERIES
+    series_points = [point(entry, scores) for entry in entries]
+    first, small = _quality(series_points, main.score if main is not None else "", [*scores], style)
+    mine = [row for row in along if _place(row) == group.place]
+    curves = curves_of(mine, entries, [row.values for row in group.table_rows], [*scores], SPENT)
+    drawn = {
+        title: charts.bars(series_points, [cost for cost in BARS if cost.startswith(start)], style)
+        for title, start in (("Training", "train_"), ("Sampling", "sample_"))
+    }
+    grid = pictures.grid([(row.run, row.label, row.values) for row in group.table_rows])
+    common = common_reasons([row.values for row in group.table_rows])
     return Section(
         id=name,
-        title=_title(group.facts, several_sections),
+        title=_title(group, several_sections),
+        summary=_compared(group),
         facts=_facts(group),
-        sentences=[_compared(group), *words.conclusion(leading)],
+        sentences=_sentences(main, curves, group),
         failures=_failures(entries),
         remarks=_remarks(entries),
-        leading=leading,
-        table=comparison_table(f"{name}-table", Comparison(entries, scores, leads, group.several_runs)),
-        quality=[(title, chart) for title, chart in quality if chart],
-        along=charts.along_training(_lines(along, group), scores, style),
-        bars=[(title, chart) for title, chart in bars if chart],
-        legend=[] if one_colour else [(label, colour) for label, (colour, _) in style.items()],
+        answer=main,
+        others=others,
+        first=first,
+        small=small,
+        table=comparison_table(f"{name}-table", Comparison(entries, scores, leads, group.several_runs, group.labels)),
+        along=charts.along_training(curves, [*scores], SPENT, style),
+        along_notes=along_notes(curves),
+        bars=[(title, chart) for title, (chart, _) in drawn.items() if chart],
+        same=[one for _, same in drawn.values() for one in same],
+        legend=list(style.looks.items()),
         empty=[
-            (heading(cost), why_empty(cost, entries))
+            (group.labels.label(cost).short, why_empty(cost, entries))
             for cost in BARS
             if all(entry.values.get(cost) is None for entry in entries)
         ],
-        grid=pictures.grid([(row.run, row.label, row.values) for row in group.table_rows]),
-        details=every_row_table(f"{name}-rows", group.table_rows, scores, group.several_runs),
-        notes=[f"{len(style):,} methods share one colour: {charts.MOST_SERIES} are told apart"] if one_colour else [],
+        grid=grid,
+        leaders=_leaders_strips(grid, main),
+        details=every_row_table(f"{name}-rows", group.table_rows, scores, group.several_runs, group.labels, common),
+        common=common,
+        notes=_chart_notes(entries, len(series) if alone else 0),
     )
 
 
-def _title(facts: dict[str, Any], several_sections: bool) -> str:
+def _answers(group: _Group) -> tuple[Answers | None, list[Answers]]:
+    """The answers on the score that most methods have, and those on the others."""
+    directions = {score: direction for score, direction in group.scores.items() if direction != "none"}
+    rows = [row.values for row in group.table_rows if not str(row.values["method"]).startswith(TEACHER)]
+    if not rows or not directions:
+        return None, []
+    table = make_table([{name: value for name, value in row.items() if name != "run"} for row in rows], [*directions])
+    table["images"] = table["images"].fillna(group.facts["images"])
+    table = table.drop_duplicates([*KEYS, *SEEDS])
+    runs = {id(row.run): row.run for row in group.table_rows}
+    groups = leading_groups(table, directions, [run.influences for run in runs.values()])
+    first = primary(groups, [*directions])
+    found = {score: answers(groups, group.entries, score, group.labels) for score in directions}
+    return found.get(first), [one for score, one in found.items() if one is not None and score != first]
+
+
+def _quality(
+    points: Sequence[charts.Point], main: str, scores: Sequence[str], style: charts.Style
+) -> tuple[list[tuple[str, charts.Chart]], list[tuple[str, charts.Chart]]]:
+    """The charts of the main score over the costs of training and of sampling; those of the other scores."""
+    if not main:
+        return [], []
+    speed = next(
+        (cost for cost in SPEED if any(p.values.get(cost) is not None for p in points if not p.teacher)), "nfe"
+    )
+    pairs = (("training", SPENT), ("sampling", [speed, *(cost for cost in SPEED if cost != speed)]))
+    first = [(title, charts.quality(points, costs, main, style)) for title, costs in pairs]
+    every = ["nfe", *SPENT, *SPEED[:2]]
+    plain = charts.Style(style.looks, style.labels)
+    small = [(style.labels.label(s).short, charts.quality(points, every, s, plain)) for s in scores if s != main]
+    return [(t, c) for t, c in first if c], [(t, c) for t, c in small if c]
+
+
+def _chart_notes(entries: Sequence[Entry], alike: int) -> list[str]:
+    """Notes on the first charts; `alike`: the number of series, if they share one look."""
+    notes = [f"{alike:,} methods share one colour: {charts.MOST_SERIES} are told apart"] if alike else []
+    students = [entry for entry in entries if not entry.is_teacher]
+    if students and all(entry.values.get(SPEED[0]) is None for entry in students):
+        notes.append(f"Latency is not known: {why_empty(SPEED[0], students)}")
+    for column, what in LOADS.items():
+        loads = [float(row[column]) for entry in entries for row in entry.behind if row.get(column) is not None]
+        if loads and max(loads) > BUSY:
+            notes.append(f"{what} while other processes used up to {100 * max(loads):.0f} % of the machine")
+    return notes
+
+
+def _sentences(main: Answers | None, curves: Sequence[charts.Curve], group: _Group) -> list[str]:
+    if main is None:
+        return []
+    fewest = min(row.nfe for row in main.rows)
+    points = {
+        curve.series: [(f, m) for f, (_, v) in zip(curve.fractions, curve.points, strict=True)
+                       if (m := v[main.score][0]) is not None]
+        for curve in curves if curve.nfe == fewest
+    }  # fmt: skip
+    sign = 1 if group.scores[main.score] == "lower" else -1
+    return [text for text in (improving_sentence(improving(points, sign)),) if text]
+
+
+def _leaders_strips(grid: pictures.Grid | None, main: Answers | None) -> list[pictures.Strip]:
+    """The samples of the teacher and of at most MOST_LEADERS methods that lead at the fewest evaluations."""
+    if grid is None or main is None or grid.reference is None:
+        return []
+    row = min(main.rows, key=lambda one: one.nfe)
+    of = {(strip.label, strip.nfe): strip for strip in grid.strips if strip.source}
+    names = [one.label for one in row.leading][:MOST_LEADERS]
+    found = [of[(name, number(row.nfe))] for name in names if (name, number(row.nfe)) in of]
+    return [grid.reference, *found] if found else []
+
+
+def _title(group: _Group, several_sections: bool) -> str:
+    facts = group.facts
+    if not several_sections:
+        count = len({str(entry.values["method"]) for entry in group.students})
+        what = f"{counted(count, 'method')} of distillation" if count else "The teacher alone"
+        return f"{what} on {facts['dataset'] or 'an unknown dataset'}"
     parts = [str(facts["dataset"] or "unknown dataset"), str(facts["teacher"] or "")]
     if several_sections:
-        parts += [str(facts["budget"] or "teacher only")]
+        parts += [_grouped(str(facts["budget"] or "teacher only"))]
         parts += [f"{number(facts['images'])} images"] if facts["images"] else []
         parts += [f"guidance {number(facts['guidance'])}"] if facts["guidance"] is not None else []
         parts += [f"protocol {facts['protocol']}"] if facts["protocol"] else []
     return ", ".join(part for part in parts if part)
 
 
+def _grouped(text: str) -> str:
+    """The text with separators in its long numbers: 300,000 images."""
+    return re.sub(r"\b\d{5,}\b", lambda match: f"{int(match[0]):,}", text)
+
+
 def _compared(group: _Group) -> str:
-    """What was compared, on which data, within which budget."""
+    """What was compared, in a line: budget, seeds, samples, teacher."""
     facts = group.facts
-    students = list(dict.fromkeys(str(entry.values["method"]) for entry in group.students))
-    teacher = f"the frozen teacher {facts['teacher'] or 'of unknown name'}"
-    teacher += f" on {facts['dataset'] or 'an unknown dataset'}"
-    images = f"{number(facts['images'])} samples per row" if facts["images"] else "an unknown number of samples"
-    samplers = words.listed(group.samplers)
-    if not students:
-        return f"Only the teacher was scored: {teacher}, sampled with {samplers}, on {images}."
-    beside = f", next to the teacher sampled with {samplers}" if group.samplers else ""
-    verb, each = ("was", "") if len(students) == 1 else ("were", "each ")
-    return (
-        f"{words.listed(students)} {verb} distilled from {teacher}, {each}within "
-        f"{facts['budget'] or 'an unknown budget'}, and scored on {images}{beside}."
-    )
+    parts = [_grouped(str(facts["budget"] or "an unknown budget")) + " each"] if group.students else []
+    seeds = _span(group.students, "training_seeds")
+    parts += [f"{seeds} training seed{'s' * (seeds != '1')}"] if group.students and seeds else []
+    parts += [f"{number(facts['images'])} samples per row"] if facts["images"] else []
+    parts += [f"teacher {facts['teacher']}"] if facts["teacher"] else []
+    parts += [f"sampled with {words.listed(group.samplers)}"] if group.samplers else []
+    return " · ".join(parts)
 
 
 def _facts(group: _Group) -> list[tuple[str, str]]:
     """The list of facts above a section's tables, without empty ones."""
     facts, students = group.facts, group.students
     sampled_by = f", sampled with {words.listed(group.samplers)}" if group.samplers else ""
+    budget = _grouped(facts["budget"] or "")
     devices = dict.fromkeys(entry.values["device"] for entry in group.entries if entry.values["device"])
     found = [
         ("Dataset", facts["dataset"]),
         ("Teacher", f"{facts['teacher'] or ''}{sampled_by}"),
         ("Guidance", number(facts["guidance"])),
-        ("Budget per method", facts["budget"] or ("not known" if students else "none: nothing is trained")),
+        (
+            "Budget per method",
+            budget or ("not known" if students else "none: nothing is trained"),
+        ),
         ("Samples per row", number(facts["images"])),
         ("Training seeds", _span(students, "training_seeds")),
         ("Sampling seeds", _span(group.entries, "sampling_seeds")),
@@ -305,60 +417,3 @@ def _remarks(entries: Sequence[Entry]) -> list[str]:
         for note in dict.fromkeys(row["note"] for row in entry.behind if is_known(row.get("note"))):
             rows.setdefault(note, []).append(f"{entry.label} at NFE {entry.values['nfe']}")
     return [f"{words.listed(dict.fromkeys(named))}: {note}" for note, named in rows.items()]
-
-
-# --- points and lines of charts --------------------------------------------------------------------------------------
-
-
-def _point(entry: Entry, scores: Iterable[str]) -> charts.Point:
-    row, nfe = entry.values, entry.values["nfe"]
-    values = {name: None if row.get(name) is None else float(row[name]) for name in COSTS}
-    values["nfe"] = None if nfe is None else float(nfe)
-    return charts.Point(
-        series=entry.label,
-        label=entry.label if nfe is None else f"{entry.label}, NFE {nfe}",
-        teacher=entry.is_teacher,
-        device=str(row["device"] or ""),
-        nfe=nfe,
-        values=values,
-        scores={score: (_finite(row.get(score)), *entry.interval(score)[:2]) for score in scores},
-    )
-
-
-def _finite(value: Any) -> float | None:
-    return None if value is None or abs(float(value)) == float("inf") else float(value)
-
-
-def _lines(along: list[Row], group: _Group) -> list[charts.Line]:
-    """A line for each student that was scored along its training; its last point is from the table."""
-    labels: dict[tuple, str] = {}
-    for entry in group.entries:
-        for run in entry.runs:
-            labels.setdefault((entry.values["method"], entry.values["settings"], run), entry.label)
-
-    def name_of(row: Row) -> tuple[str | None, Any, Any]:
-        label = labels.get((row["method"], row["settings"], row["run"]))
-        return label, row["training_seed"], row["nfe"]
-
-    students: dict[tuple, dict[float, list[Row]]] = {}
-    for row in along:
-        name = name_of(row)
-        if name[0] and _place(row) == group.place and row["nfe"] is not None and row["fraction"] is not None:
-            students.setdefault(name, {}).setdefault(row["fraction"], []).append(row)
-    for final in group.table_rows:
-        if final.values["status"] == "ok" and (name := name_of(final.values)) in students:
-            students[name].setdefault(1.0, []).append(final.values)
-    lines = []
-    for (label, seed, nfe), fractions in students.items():
-        title = f"{label}, NFE {nfe}" + (f", seed {seed}" if seed is not None else "")
-        points = [
-            ({cost: _mean(rows, cost) for cost in SPENT}, {score: _mean(rows, score) for score in group.scores})
-            for _, rows in sorted(fractions.items())
-        ]
-        lines.append(charts.Line(label, nfe, title, points))
-    return lines
-
-
-def _mean(rows: Iterable[Row], name: str) -> float | None:
-    known = [value for row in rows if (value := _finite(row.get(name))) is not None]
-    return sum(known) / len(known) if known else None

@@ -6,15 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distillbench.records.statistics import arrow
+from distillbench.records.statistics import TEACHER
 from distillbench.records.table import LAST
 from distillbench.reports import words
-from distillbench.reports.entries import Entry, TableRow, why_empty
-from distillbench.reports.words import heading, number
+from distillbench.reports.charts import with_unit
+from distillbench.reports.entries import Entry, TableRow, why_empty, without_common
+from distillbench.reports.labels import Labels
+from distillbench.reports.words import number, plus_minus
 
 COSTS = [name for name in LAST if name.startswith(("train_", "sample_"))]
-SHOWN = ("sample_latency_p50_ms", "train_seconds", "train_teacher_nfe")  # costs that are visible at first
+SHOWN = (
+    "train_tflops",
+    "train_teacher_nfe",
+    "train_seconds",
+    "sample_latency_p50_ms",
+)  # costs that are visible at first
 TEXTS = ("run", "dataset", "teacher", "method", "settings", "inputs", "status", "reason", "device", "key")
+SAME = 0.02  # part of a cost by which its seeds may differ without a word
 NO_REASON = "empty, no reason recorded"
 
 
@@ -44,6 +52,7 @@ class Table:
     caption: str
     columns: list[Column]
     rows: list[list[Cell]]
+    baselines: list[bool]  # whether each row is of the teacher
 
     @property
     def hidden(self) -> list[int]:
@@ -59,9 +68,13 @@ class Comparison:
     scores: dict[str, str]  # direction by score
     leads: dict[str, list[bool]]
     several_runs: bool
+    labels: Labels
 
     def differs(self, column: str) -> bool:
         return len({entry.values.get(column) for entry in self.entries}) > 1
+
+    def differs_among_students(self, column: str) -> bool:
+        return len({entry.values.get(column) for entry in self.entries if not entry.is_teacher}) > 1
 
     def has(self, column: str) -> bool:
         return any(entry.values.get(column) is not None for entry in self.entries)
@@ -71,27 +84,34 @@ def comparison_table(id_: str, data: Comparison) -> Table:
     """Means over seeds. Every cost is a column, of which a few are visible at first."""
     columns = [*_describing(data), *_scores(data), *_costs(data), *_identifying(data)]
     rows = [[_cell(data, at, column) for column in columns] for at in range(len(data.entries))]
-    return Table(id_, "Means over seeds, with 95 % intervals", columns, rows)
+    teachers = [entry.is_teacher for entry in data.entries]
+    return Table(id_, "Means over seeds, with 95 % intervals", columns, rows, teachers)
 
 
-def every_row_table(id_: str, rows: Sequence[TableRow], scores: dict[str, str], several_runs: bool) -> Table:
-    """Every row of the runs' tables, seeds apart, with the key of its record."""
+def every_row_table(
+    id_: str, rows: Sequence[TableRow], scores: dict[str, str], several_runs: bool, labels: Labels,
+    common: Sequence[tuple[bool, str]],
+) -> Table:  # fmt: skip
+    """Every row of the runs' tables, seeds apart, with the key of its record. Reasons in `common` are left out."""
     inputs = ["inputs"] * any(row.values.get("inputs") for row in rows)
     names = ["method", "settings", *inputs, *["run"] * several_runs, "training_seed", "sampling_seed", "nfe", "status"]
     names += [*scores, "key", "reason"]
     any_settings = any(row.values["settings"] for row in rows)
     columns = [
-        Column(name, f"{name} {arrow(scores[name])}".strip(), name, True, False)
-        if name in scores
-        else _column(name, any_settings or name != "settings")
+        _score_column(name, scores[name], labels) if name in scores
+        else _column(labels, name, any_settings or name != "settings")
         for name in names
-    ]
-    return Table(
-        id_, "Every row, seeds apart", columns, [[_plain_cell(row.values, name) for name in names] for row in rows]
-    )
+    ]  # fmt: skip
+    lines = [{**row.values, "reason": without_common(row.values, common)} for row in rows]
+    cells = [[_plain_cell(line, name, labels) for name in names] for line in lines]
+    teachers = [str(row.values["method"]).startswith(TEACHER) for row in rows]
+    return Table(id_, "Every row, seeds apart", columns, cells, teachers)
 
 
-def _plain_cell(row: dict[str, Any], name: str) -> Cell:
+def _plain_cell(row: dict[str, Any], name: str, labels: Labels) -> Cell:
+    if name == "method":
+        label = labels.method_label(str(row[name]))
+        return Cell(label.short, label.short, title=str(row[name]))
     if name in TEXTS:
         failed = name == "status" and row[name] != "ok"
         return Cell(str(row.get(name) or ""), row.get(name), kind="failed" if failed else "")
@@ -101,46 +121,52 @@ def _plain_cell(row: dict[str, Any], name: str) -> Cell:
 # --- columns of the comparison ---------------------------------------------------------------------------------------
 
 
-def _column(name: str, shown: bool, has_values: bool = True) -> Column:
-    title, text = words.ABOUT[name]
-    return Column(name, title, text, shown, name in TEXTS, empty="" if has_values else "all have their defaults")
+def _column(labels: Labels, name: str, shown: bool, has_values: bool = True) -> Column:
+    label = labels.label(name)
+    empty = "" if has_values else "all have their defaults"
+    return Column(name, with_unit(label), f"{label.long} ({name})", shown, name in TEXTS, empty=empty)
+
+
+def _score_column(score: str, direction: str, labels: Labels, why: str = "") -> Column:
+    label = labels.label(score)
+    unit = f", in {label.unit}" if label.unit else ""
+    title = f"{label.long}{unit} ({score}): {words.better(direction)}"
+    first = "descending" if direction == "higher" else "ascending"
+    return Column(score, f"{label.short} {label.arrow}".strip(), title, True, False, first, why)
 
 
 def _describing(data: Comparison) -> list[Column]:
     """Columns that say what a row is."""
-    rows = [entry.values for entry in data.entries]
-    columns = [Column("method", "method", words.ABOUT["method"][1], True, True)]
-    columns += [_column("settings", data.differs("settings"), any(row["settings"] for row in rows))]
-    columns += [_column("run", data.differs("run"))] * data.several_runs
-    columns += [_column("nfe", True)]
+    rows, labels = [entry.values for entry in data.entries], data.labels
+    columns = [_column(labels, "method", True)]
+    columns += [_column(labels, "settings", data.differs("settings"), any(row["settings"] for row in rows))]
+    columns += [_column(labels, "run", data.differs("run"))] * data.several_runs
+    columns += [_column(labels, "nfe", True)]
     columns += [
-        _column(seeds, any((row[seeds] or 0) > 1 for row in rows)) for seeds in ("training_seeds", "sampling_seeds")
+        _column(labels, seeds, data.differs_among_students(seeds)) for seeds in ("training_seeds", "sampling_seeds")
     ]
-    return [*columns, _column("status", any(row["status"] != "ok" for row in rows))]
+    return [*columns, _column(labels, "status", any(row["status"] != "ok" for row in rows))]
 
 
 def _scores(data: Comparison) -> list[Column]:
-    columns = []
-    for score, direction in data.scores.items():
-        first = "descending" if direction == "higher" else "ascending"
-        title = f"{score}: {words.better(direction)}"
-        why = "" if data.has(score) else why_empty(score, data.entries)
-        columns.append(Column(score, f"{score} {arrow(direction)}".strip(), title, True, False, first, why))
-    return columns
+    whys = {score: "" if data.has(score) else why_empty(score, data.entries) for score in data.scores}
+    return [_score_column(score, direction, data.labels, whys[score]) for score, direction in data.scores.items()]
 
 
 def _costs(data: Comparison) -> list[Column]:
+    """Those that are shown first, then the others."""
     columns = []
-    for cost in COSTS:
-        first = "descending" if "per_second" in cost else "ascending"
+    for cost in [*SHOWN, *(cost for cost in COSTS if cost not in SHOWN)]:
+        label = data.labels.label(cost)
+        first = "descending" if label.arrow == "↑" else "ascending"
         shown, why = data.has(cost) and cost in SHOWN, "" if data.has(cost) else why_empty(cost, data.entries)
-        columns.append(Column(cost, heading(cost), words.ABOUT[cost][1], shown, False, first, why))
+        columns.append(Column(cost, with_unit(label), f"{label.long} ({cost})", shown, False, first, why))
     return columns
 
 
 def _identifying(data: Comparison) -> list[Column]:
     devices = {entry.values["device"] for entry in data.entries if entry.values["device"]}
-    return [_column("device", len(devices) > 1), _column("key", False)]
+    return [_column(data.labels, "device", len(devices) > 1), _column(data.labels, "key", False)]
 
 
 # --- cells of the comparison -----------------------------------------------------------------------------------------
@@ -149,6 +175,9 @@ def _identifying(data: Comparison) -> list[Column]:
 def _cell(data: Comparison, at: int, column: Column) -> Cell:
     entry, name = data.entries[at], column.name
     value = entry.values.get(name)
+    if name == "method":
+        label = data.labels.method_label(str(value))
+        return Cell(label.short, label.short, title=label.long if label.long != label.short else str(value))
     if name in data.scores:
         return _score_cell(entry, name, data.leads[name][at])
     if name in COSTS:
@@ -173,20 +202,24 @@ def _score_cell(entry: Entry, score: str, leads: bool) -> Cell:
     if value is None:
         return Cell("–", None, "", "none", entry.why_empty(score) or NO_REASON)
     low, high, source = entry.interval(score)
-    below, title = words.interval(low, high), ""
-    if below:
+    title, below = "", ""
+    if source:
         how = {"t": "Student's t", "bootstrap": "bootstrap"}.get(str(row.get(f"{score}_{source}_interval")), "")
-        title = f"95 % interval of the mean over {source} seeds{', ' + how if how else ''}"
-        below += " (sampling)" if source == "sampling" else ""
+        title = f"{words.interval(low, high)}: 95 % interval of the mean over {source} seeds"
+        title += f", {how}" if how else ""
+        below = "over sampling seeds" if source == "sampling" else ""
     if row.get(f"{score}_missing"):
         title = f"{title}; {row[f'{score}_missing']} of its rows have no score".lstrip("; ")
     if leads:
         title = f"leads: its interval overlaps with no other. {title}"
-    return Cell(number(value, low, high), float(value), below, "best" if leads else "", title)
+    return Cell(plus_minus(value, low, high), float(value), below, "best" if leads else "", title)
 
 
 def _cost_cell(entry: Entry, cost: str) -> Cell:
     value = entry.values.get(cost)
     if value is None:
         return Cell("–", None, "", "none", entry.why_empty(cost) or NO_REASON)
-    return Cell(number(value), float(value))
+    known = {float(row[cost]) for row in entry.behind if row.get(cost) is not None and row["status"] == "ok"}
+    apart = len(known) > 1 and max(known) - min(known) > SAME * abs(max(known))
+    below = f"{number(min(known))} to {number(max(known))}" if apart else ""
+    return Cell(number(value), float(value), below, title="mean, and the range over seeds" if apart else "")

@@ -17,6 +17,9 @@ ABOUT = {  # columns other than scores: heading (with its unit), explanation
 }
 
 
+MOST_DECIMALS = 12
+
+
 def heading(column: str) -> str:
     return ABOUT[column][0] if column in ABOUT else column
 
@@ -47,6 +50,42 @@ def number(value: object, low: object = None, high: object = None) -> str:
     if x and (abs(x) < 1e-4 or abs(x) >= 1e15):
         return f"{x:.{max(0, min(decimals + _exponent(x), 8))}e}".replace("-", "−")
     return f"{round(x, decimals):,.{max(decimals, 0)}f}".replace("-", "−")
+
+
+def decimals(value: float, half_width: float | None = None) -> int:
+    """The number of decimals of a value: as many as its half width is rounded to.
+
+    The half width is rounded as by the Particle Data Group: to two digits if its first three are below 355, else to one
+    (so 1.234 has two decimals at 0.04 and at 0.12). Without one: four significant digits. Never below 0.
+    """
+    if half_width is not None and math.isfinite(half_width) and half_width > 0:
+        lead = math.floor(math.log10(half_width))
+        first = round(half_width / 10 ** (lead - 2))
+        return max(0, min(MOST_DECIMALS, (1 if first < 355 else 0) - lead))
+    if value == 0 or not math.isfinite(value):
+        return 0
+    return max(0, min(MOST_DECIMALS, 3 - math.floor(math.log10(abs(value)))))
+
+
+def plus_minus(mean: object, low: object = None, high: object = None) -> str:
+    """A mean with its interval: "174 ± 12", or "174 [170 to 190]" where the interval is not symmetric."""
+    if not (is_known(mean) and is_known(low) and is_known(high)):
+        return number(mean)
+    x, ends = float(mean), (float(low), float(high))  # type: ignore[arg-type]
+    half = (ends[1] - ends[0]) / 2
+    if not (math.isfinite(x) and math.isfinite(half) and half > 0):
+        return number(mean)
+    digits = decimals(x, half)
+    texts = [f"{value:,.{digits}f}".replace("-", "−") for value in (x, *ends, half)]
+    symmetric = abs(x - sum(ends) / 2) < 0.05 * half
+    return f"{texts[0]} ± {texts[3]}" if symmetric else f"{texts[0]} [{texts[1]} to {texts[2]}]"
+
+
+def brief(value: float) -> str:
+    """A number in a sentence: three digits."""
+    if not math.isfinite(value) or not value:
+        return number(value)
+    return f"{round(value, 2 - _exponent(value)):,.{max(0, 2 - _exponent(value))}f}".replace("-", "−")
 
 
 def _exponent(x: float) -> int:

@@ -42,7 +42,7 @@ def report_runs(
     def write() -> None:
         runs = [read_run(Path(folder)) for folder in folders]
         for run in runs:
-            for problem in run.problems:
+            for problem in [*run.problems, *run.notes]:
                 click.echo(f"{run.name}: {problem}", err=True)
         for path in _write(runs, forms, target, names, decimals, sort):
             console.print(f"written: {path}", markup=False, soft_wrap=True)

@@ -60,7 +60,7 @@ class CellResult:
     weights: tuple[Path, str] | None = None  # the student's file, and its name in the run's folder
     weights_sha256: str = ""
     influences: Path | None = None  # the file of its images' influences on scores
-    shown: list[tuple[str, Tensor]] = field(default_factory=list)  # lines of the picture: label, (N,C,H,W) uint8
+    shown: list[tuple[str, int, Tensor]] = field(default_factory=list)  # samples: label, nfe, (N,C,H,W) uint8
 
 
 def describe_cell(cell: Cell, teacher: Teacher) -> CellDescription:
@@ -190,11 +190,12 @@ def _along_rows(cell: Cell, training: TrainRecord | None, evaluation: Evaluation
     return rows
 
 
-def _picture_lines(cell: Cell, evaluation: EvaluationRecord, shown: list[Tensor]) -> list[tuple[str, Tensor]]:
+def _picture_lines(cell: Cell, evaluation: EvaluationRecord, shown: list[Tensor]) -> list[tuple[str, int, Tensor]]:
     """One line for each row of the first sampling seed that is ok."""
     config = cell.shared.config
     first = config.evaluation.seeds[0]
     good = [row for row in evaluation.rows if row.status == "ok" and row.sampling_seed == first]
     guidance = f", w = {config.guidance:g}" if config.conditional else ""
-    labels = [f"{cell.label}{guidance}, {row.nfe} NFE" for row in good]
-    return list(zip(labels, shown, strict=True))
+    return [
+        (f"{cell.label}{guidance}, {row.nfe} NFE", row.nfe, images) for row, images in zip(good, shown, strict=True)
+    ]

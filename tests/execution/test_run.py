@@ -222,7 +222,8 @@ def test_rows_arrive_one_by_one(first):
 def test_the_folder_has_the_files_that_the_readme_lists(first):
     names = {path.name for path in first.folder.iterdir()}
     tables = {f"{name}.{kind}" for name in ("table", "summary") for kind in ("csv", "parquet")}
-    assert names == tables | {"columns.json", "samples.png", "weights", "influences", "config.yaml", "environment.json"}
+    texts = {"columns.json", "config.yaml", "command.txt", "environment.json"}
+    assert names == tables | texts | {"samples.png", "samples", "weights", "influences"}
     assert first.folder.parent == first.results
 
 

@@ -48,18 +48,20 @@ CONFIG = {
 }
 
 
-PLOTLY = report_html.get_plotlyjs
+PLOTLY = report_html.PLOTLY
 
 
 @pytest.fixture(autouse=True)
-def small_plotly(monkeypatch):
-    """Plotly's script has 5 MB, which takes a second to parse, and only a browser runs it."""
-    monkeypatch.setattr(report_html, "get_plotlyjs", lambda: "/* plotly */")
+def small_plotly(monkeypatch, tmp_path_factory):
+    """Plotly's script has 1 MB, which takes time to parse, and only a browser runs it."""
+    script = tmp_path_factory.getbasetemp() / "plotly.js"
+    script.write_text("/* plotly */")
+    monkeypatch.setattr(report_html, "PLOTLY", script)
 
 
 @pytest.fixture
 def real_plotly(monkeypatch, small_plotly):
-    monkeypatch.setattr(report_html, "get_plotlyjs", PLOTLY)
+    monkeypatch.setattr(report_html, "PLOTLY", PLOTLY)
 
 
 def row(method: str, nfe: int = 1, seed: int | None = 0, **more) -> dict:
@@ -179,16 +181,16 @@ def column(page: Page, table: str, heading: str) -> list[tuple[str, str, str]]:
 
 def test_a_leader_is_marked_only_where_intervals_allow():
     page = Page(html_report([good_run()]))
-    assert "boot leads significantly on fd_pixels at 1 evaluation (10.10)." in page.words
+    assert "At one evaluation, boot leads (fd_pixels 10.10 ± 0.25); pd (20.2) trails." in page.words
+    assert "At 2 evaluations, only pd has this score" in page.words
     marked = [text for text, kind, _ in column(page, "s1-table", "fd_pixels ↓") if "best" in kind]
-    assert len(marked) == 1 and marked[0].startswith("10.10 9.85 to 10.35")
-    near = run_of([*seeds("boot", [10.0, 14.0]), *seeds("pd", [11.0, 15.0])])
+    assert marked == ["10.10 ± 0.25 "]
+    near = run_of([*seeds("boot", [10.0, 14.0]), *seeds("pd", [15.0, 11.0])])
     page = Page(html_report([near]))
-    assert "no method leads significantly" in page.words and not any(
-        "best" in k for _, k, _ in column(page, "s1-table", "fd_pixels ↓")
-    )
+    assert "boot and pd cannot be told apart (fd_pixels 12.0 to 13.0)" in page.words
+    assert not any("best" in kind for _, kind, _ in column(page, "s1-table", "fd_pixels ↓"))
     page = Page(html_report([run_of([row("boot", fd_pixels=1.0), row("pd", fd_pixels=9.0)])]))
-    assert "needs at least two training seeds" in page.words
+    assert "boot has the best fd_pixels (1.00), then pd (9.00); the order is not certain" in page.words
 
 
 def test_every_row_has_the_key_of_its_record_and_failed_cells_have_reasons():
@@ -246,24 +248,27 @@ def test_several_runs_are_named_and_a_shared_cell_is_one_row():
 def test_charts_have_the_pareto_front_and_intervals():
     page = Page(html_report([good_run()]))
     chart = page.data["s1-quality-1"]
-    assert chart["fronts"]["nfe|fd_pixels"][0] == {"x": [1.0, 2.0], "y": pytest.approx([10.1, 9.2])}
-    trace = chart["choices"]["y"]["fd_pixels"]["traces"][[t["name"] for t in chart["figure"]["data"]].index("boot")]
+    assert chart["choices"]["x"].keys() >= {"train_seconds", "train_images"} and "train_seconds" not in chart["fronts"]
+    counted = page.data["s1-small-1"]  # recall over NFE: teacher, boot and pd at 1, pd at 2, all 0.5
+    assert counted["fronts"]["nfe"] == {"x": [1.0], "y": [0.5]}
+    [trace] = [trace for trace in chart["figure"]["data"] if trace["name"] == "boot"]
     assert trace["error_y"]["array"] == pytest.approx([0.1 * 4.302653 / np.sqrt(3)], rel=1e-5)  # t with 2 degrees
-    assert page.data["s1-quality-3"]["choices"]["x"].keys() >= {"train_seconds", "train_images"}
     along = page.data["s1-along"]
-    assert along["choices"]["y"]["fd_pixels"]["traces"][0]["y"] == [34.0, 28.0, 10.0]  # the last is the table's
+    band, line = along["choices"]["y"]["fd_pixels"]["traces"]  # of seeds 0 and 1; the last point is the table's
+    assert line["y"] == pytest.approx([34.0, 28.0, 10.1]) and band["y"][2:4] == [10.2, 10.0]
     assert "no GPU in use" in page.words.partition("Memory and energy")[2]
 
 
 @pytest.mark.parametrize("values", [(1.0, 5.0), (5.0, 1.0)])
 def test_the_pareto_front_depends_on_the_direction(values):
     points = [
-        charts.Point("m", "m", False, "cpu", n, {"nfe": float(n)}, {"s": (v, None, None)})
+        charts.Point("m", "m", False, n, {"nfe": float(n), "train_seconds": float(n)}, {"s": (v, None, None)})
         for n, v in zip((1, 2), values, strict=True)
     ]
-    sizes = {d: len(charts._fronts(points, "nfe", "s", d)[0]["x"]) for d in ("lower", "higher")}
-    assert sizes == ({"lower": 1, "higher": 2} if values[0] < values[1] else {"lower": 2, "higher": 1})
-    assert charts._fronts(points, "nfe", "s", "none") == []
+    sizes = {arrow: len(charts._front(points, "nfe", "s", arrow)["x"]) for arrow in "↓↑"}
+    assert sizes == ({"↓": 1, "↑": 2} if values[0] < values[1] else {"↓": 2, "↑": 1})
+    assert charts._front(points, "nfe", "s", "") is None
+    assert charts._front(points, "train_seconds", "s", "↓") is None, "seconds are noisy"
 
 
 @pytest.mark.parametrize(
@@ -291,12 +296,31 @@ def test_commands_compose_to_the_settings_of_the_run():
         "budget.images=77",
     ]
     config = yaml.safe_load(to_yaml(compose_runs(asked, registry)[0]))
-    [(_, every)] = commands([config, {**config, "seed": 3}])
+    [every] = commands([config, {**config, "seed": 3}])
     import shlex
 
     program, command, *settings = shlex.split(every)
     assert (program, command, settings[-1]) == ("distillbench", "run", "seed=0,3")
     assert [yaml.safe_load(to_yaml(c)) for c in compose_runs(settings, registry)] == [config, {**config, "seed": 3}]
+
+
+def test_the_short_command_has_what_differs_from_defaults_and_nothing_else():
+    import shlex
+
+    from distillbench.registry import load_registry
+    from distillbench.runs.config import compose_runs
+    from distillbench.runs.run_command import run_commands
+
+    registry = load_registry()
+    asked = ["methods=[boot,pd]", "dataset=digits", "methods.boot.lr=0.001,0.002", "evaluation.teacher_steps=[1,4]"]
+    runs = compose_runs([*asked, "seed=0,1", "results_dir=/elsewhere"], registry)
+    usual = compose_runs(["methods=[boot]", "dataset=digits"], registry)[0].methods["boot"].lr
+    found = [shlex.split(command)[2:] for command in run_commands(runs)]
+    lrs = [f"methods.boot.lr={lr}" for lr in (0.001, 0.002) if lr != usual]
+    same = ["methods=[boot,pd]", "dataset=digits", "teacher=trained", "evaluation.teacher_steps=[1,4]", "seed=0,1"]
+    assert sorted(word for words in found for word in words) == sorted([*same * 2, *lrs])
+    again = [config for words in found for config in compose_runs([*words, "results_dir=/elsewhere"], registry)]
+    assert sorted(map(str, again)) == sorted(map(str, runs))
 
 
 # --- bad runs --------------------------------------------------------------------------------------------------------
@@ -316,7 +340,8 @@ def folder(tmp_path: Path, run: RunData) -> Path:
 
 def test_reports_of_damaged_runs_list_the_problems(tmp_path):
     path = folder(tmp_path, good_run())
-    assert "no samples: their records" in html_report([read_run(path)])  # its cells are gone
+    said = Page(html_report([read_run(path)])).words  # its cells are gone
+    assert said.count("Samples of these rows are not kept") == 1 and "Problems" not in said
     (path / "table.parquet").write_bytes(b"PAR1 not really")
     said = Page(html_report([read_run(path)])).words
     assert "Problems of this run" in said and "table.parquet is damaged" in said and "boot leads" in said
@@ -324,7 +349,8 @@ def test_reports_of_damaged_runs_list_the_problems(tmp_path):
     frame[frame["method"] != "pd"].to_csv(path / "table.csv", index=False)
     said = Page(html_report([read_run(path)])).words
     assert "not finished: no rows of pd (seed 0)" in said
-    assert "written by another version: no columns train_tflops, sample_gflops" in said and "novel" in said
+    assert "written by a version of distillbench that had no columns train_tflops, sample_gflops" in said
+    assert "novel" in said
     (path / "table.csv").write_text("")
     (path / "columns.json").write_text("{")
     (path / "config.yaml").write_text("a: [")
@@ -350,7 +376,7 @@ def test_damaged_samples_are_left_out(tmp_path):
     cell.mkdir(parents=True)
     (cell / "evaluation-k.json").write_text(json.dumps({"rows": [{"nfe": 1, "sampling_seed": 0, "status": "ok"}]}))
     save_file({"unlike": torch.zeros(1)}, cell / "evaluation-k.safetensors")
-    assert "no samples: their records" in html_report([read_run(path)])
+    assert "Samples of these rows are not kept" in html_report([read_run(path)])
 
 
 # --- foreign text ----------------------------------------------------------------------------------------------------
@@ -440,13 +466,24 @@ window.addEventListener("load", async () => {
   const fd = heading("fd_pixels");
   fd.querySelector("button").click(); said.up = cells(fd); said.aria = fd.getAttribute("aria-sort");
   fd.querySelector("button").click(); said.down = cells(fd);
+  fd.querySelector("button").click(); said.original = cells(fd).join() !== said.up.join();
+  const filter = document.querySelector('input[data-filter="s1-table"]');
+  const rows = [...document.querySelectorAll("#s1-table tbody tr")];
+  filter.value = "pd"; filter.dispatchEvent(new Event("input"));
+  said.filtered = rows.filter(r => !r.hidden).map(r => r.cells[0].textContent.trim());
+  filter.value = ""; filter.dispatchEvent(new Event("input"));
   const nfe = heading("NFE"), box = document.querySelector(`.choose input[value="${nfe.cellIndex + 1}"]`);
   said.before = getComputedStyle(nfe).display; box.click(); said.after = getComputedStyle(nfe).display;
-  const shown = document.querySelector(".strip");
+  const grid = [...document.querySelectorAll(".grid")].at(-1), [reference, , shown] = grid.querySelectorAll(".strip");
+  said.reference = reference.dataset.label;
+  document.querySelector("[data-difference]").click();
+  const pixelOf = canvas => [...canvas.getContext("2d").getImageData(5, 5, 1, 1).data];
+  said.difference = pixelOf(shown.querySelector("canvas"));
+  document.querySelector("[data-difference]").click(); said.hidden = shown.querySelector("canvas") === null;
   const first = shown.querySelector("button"); first.click();
   const dialog = document.querySelector("dialog"), canvas = dialog.querySelector("canvas");
   said.open = dialog.open; said.width = canvas.width; said.told = dialog.querySelector("p").textContent;
-  said.pixel = [...canvas.getContext("2d").getImageData(5, 5, 1, 1).data];
+  said.pixels = [...dialog.querySelectorAll("canvas")].map(pixelOf);
   dialog.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
   said.moved = dialog.querySelector("p").textContent;
   dialog.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowDown", bubbles: true }));
@@ -455,9 +492,16 @@ window.addEventListener("load", async () => {
   for (const chart of document.querySelectorAll(".chart")) chart.scrollIntoView(), await wait(150);
   said.plots = document.querySelectorAll(".chart .main-svg").length > 0;
   said.drawn = [...document.querySelectorAll(".chart")].map(c => c.querySelectorAll(".trace").length);
-  const select = document.querySelector(".chooser-group > .controls select"), plot = document.querySelector(".chart");
+  const plot = document.querySelector('[data-chart="s1-along"]');
+  const select = plot.closest("figure").querySelector("select[data-axis=y]");
   said.title = plot.layout.yaxis.title.text; select.value = "recall"; select.dispatchEvent(new Event("change"));
   await wait(150); said.retitled = plot.layout.yaxis.title.text;
+  said.named = [...document.querySelectorAll('[data-chart="s1-quality-1"] .annotation-text')].map(t => t.textContent);
+  said.described = [...document.querySelectorAll(".chart")].every(c => c.role === "img" && c.ariaLabel.length > 20);
+  said.buttons = document.querySelectorAll(".modebar-btn").length;
+  const trace = document.querySelector('.legend button[data-trace="boot"]'), before = said.drawn[0];
+  trace.click(); await wait(150);
+  said.off = document.querySelectorAll(".chart")[0].querySelectorAll(".trace").length < before;
   said.alerts = window.alerts ?? 0;
   said.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   const out = document.createElement("pre"); out.id = "said"; out.textContent = JSON.stringify(said);
@@ -494,23 +538,61 @@ def test_the_page_has_no_console_message_without_a_network(real_plotly, tmp_path
 
 
 @needs_chromium
-@pytest.mark.parametrize("size", ["1280,900", "500,900"])
-def test_tables_sort_charts_are_drawn_and_pictures_enlarge(real_plotly, tmp_path, size):
+def test_tables_sort_charts_are_drawn_and_pictures_enlarge(real_plotly, tmp_path):
     text = html_report([good_run()])
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)  # it would stop the test's own script
     (tmp_path / "report.html").write_text(text.replace("</body>", DRIVE + "</body>"), encoding="utf-8")
-    answer = browse(tmp_path / "report.html", tmp_path / "profile", "--dump-dom", f"--window-size={size}")
+    answer = browse(tmp_path / "report.html", tmp_path / "profile", "--dump-dom", "--window-size=1280,900")
     assert console(answer) == []
     said = json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', answer.stdout)[1]))
     values = [float(v) for v in said["up"]]
     assert values == sorted(values) and said["aria"] == "ascending" and [float(v) for v in said["down"]] == values[::-1]
+    assert said["original"] and said["filtered"] == ["pd", "pd"]
     assert (said["before"], said["after"]) == ("table-cell", "none")
     assert said["open"] and said["closed"] and said["width"] >= 64 and said["width"] % 8 == 0
-    assert said["pixel"] == [20, 20, 20, 255] and "noise 1" in said["told"] and "noise 2" in said["moved"]
+    assert said["reference"] == "teacher:ddim, NFE 2"  # all images have 20 times their NFE
+    assert said["pixels"] == [[20, 20, 20, 255], [40, 40, 40, 255], [20, 20, 20, 255]]  # boot, teacher, difference
+    assert said["difference"] == [20, 20, 20, 255] and said["hidden"]
+    assert "noise 1" in said["told"] and "noise 2" in said["moved"]
     assert said["told"].split(",")[:2] != said["below"].split(",")[:2]
-    assert said["plots"] and all(count > 0 for count in said["drawn"]) and len(said["drawn"]) >= 5
+    assert said["plots"] and all(count > 0 for count in said["drawn"]) and len(said["drawn"]) >= 4
     assert said["title"] == "fd_pixels ↓" and said["retitled"] == "recall ↑"
-    assert said["wide"] == 0, "the page itself does not scroll sideways"
+    assert {"boot", "pd"} <= set(said["named"]) and said["described"] and said["off"]
+    assert said["buttons"] == 0, "such as one that sends the chart to an address"
+
+
+WIDTHS = (390, 800, 1400)
+FRAMES = """<body><script>
+addEventListener("load", () => setTimeout(() => {
+  const said = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument, root = page.documentElement, wide = root.clientWidth;
+    const cut = [...page.querySelectorAll("th, td, .chip, .name, figcaption, p, pre, dd")].filter(e => {
+      const at = e.getBoundingClientRect();
+      return at.width > 1 && at.right > wide + 1 && !e.closest("details:not([open]), thead");
+    });
+    const texts = cut.map(e => e.textContent.trim().slice(0, 40));
+    return [root.scrollWidth - wide, texts, page.querySelectorAll(".annotation").length];
+  });
+  const out = document.createElement("pre"); out.id = "said"; out.textContent = JSON.stringify(said);
+  document.body.append(out);
+}, 3000));
+</script>"""
+
+
+@needs_chromium
+def test_nothing_is_cut_off_on_phones_tablets_and_desks(real_plotly, tmp_path):
+    write_html([good_run()], tmp_path / "report.html")
+    frames = [f'<iframe src="report.html" style="width:{w}px;height:900px;border:0"></iframe>' for w in WIDTHS]
+    (tmp_path / "frames.html").write_text(FRAMES + "".join(frames), encoding="utf-8")
+    answer = browse(
+        tmp_path / "frames.html", tmp_path / "profile", "--dump-dom", "--allow-file-access-from-files",
+        "--window-size=1500,2900",
+    )  # fmt: skip
+    assert console(answer) == []
+    said = json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', answer.stdout)[1]))
+    assert len(said) == len(WIDTHS)
+    for width, (over, cut, labels) in zip(WIDTHS, said, strict=True):
+        assert over == 0 and cut == [] and labels > 0, (width, over, cut, labels)
 
 
 def test_published_numbers_are_separate_and_of_the_same_data():

@@ -236,7 +236,7 @@ def test_a_column_that_is_empty_elsewhere_may_be_lacking(runs, tmp_path):
     rewrite(runs[1], lambda table: table.drop(columns="train_joules"))
     said = merged(runs, tmp_path / "m")
     assert "columns that a run lacks, and that are empty in the others, are left out: train_joules" in said
-    assert read_run(tmp_path / "m").problems == ["written by another version: no columns train_joules"]
+    assert read_run(tmp_path / "m").notes == ["written by a version of distillbench that had no columns train_joules"]
     joules = run_folder(tmp_path / "j", [row(training_seed=7, train_joules=5.0)])
     assert "m: table was written by another version than j, it has no train_joules" in refused(
         [tmp_path / "m", joules], tmp_path / "n"
