@@ -355,7 +355,7 @@ def _title(group: _Group, several_sections: bool) -> str:
 
 def _grouped(text: str) -> str:
     """The text with separators in its long numbers: 300,000 images."""
-    return re.sub(r"\b\d{5,}\b", lambda match: f"{int(match[0]):,}", text)
+    return re.sub(r"\b\d{4,}\b", lambda match: f"{int(match[0]):,}", text)
 
 
 def _compared(group: _Group) -> str:
