@@ -497,6 +497,8 @@ def _report(console: Console, results_dir: Path, found: list[Removal]) -> None:
     """Print one line for each kind of files to remove, and the notes."""
     from rich.table import Table
 
+    from distillbench.reports.terminal_table import put
+
     total = [file for removal in found for file in removal.files]
     folders = any(removal.folders for removal in found)
     if not total and not folders:
@@ -512,7 +514,7 @@ def _report(console: Console, results_dir: Path, found: list[Removal]) -> None:
             drawn.add_row(f"  {removal.kind}", *_amounts(removal.files), KINDS[removal.kind])
         if len(some) > 1:
             drawn.add_row("  in all", *_amounts(total), "")
-        console.print(drawn, markup=False, highlight=False)
+        put(console, drawn)
         none = [removal.kind for removal in found if removal not in some]
         if none:
             _say(console, f"nothing of {', '.join(none)}")

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import click
 
-from distillbench._version import __version__
 from distillbench.cli import completion
 from distillbench.cli.command_options import BAD_INPUT, INTERRUPTED, SOMETHING_FAILED, TERMINATED
 from distillbench.cli.data_commands import data, fetch, reference
@@ -16,6 +15,7 @@ from distillbench.cli.plugin_commands import check, describe, list_, new_plugin,
 from distillbench.cli.result_commands import clean, compare, doctor, export, merge, report, show
 from distillbench.cli.run_commands import run, score, teacher, tune_levels
 from distillbench.cli.sample_commands import samples
+from distillbench.cli.versions import print_version
 from distillbench.errors import DivergedError, Unavailable, UserError
 from distillbench.system.output_encoding import replace_unwritable
 from distillbench.system.signals import Interrupted
@@ -29,7 +29,14 @@ COMMANDS: tuple[click.Command, ...] = (
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="distillbench")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=print_version,
+    help="Show the versions of distillbench, Python, torch and CUDA.",
+)
 def cli() -> None:
     """Compare methods that distil diffusion models: one frozen teacher, one budget, one evaluator.
 

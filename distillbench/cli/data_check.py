@@ -173,6 +173,7 @@ def command(settings: Sequence[str], registry: Registry, grid: Path | None, cons
     from rich import box
     from rich.table import Table
 
+    from distillbench.reports.terminal_table import put
     from distillbench.runs.config import compose_runs
     from distillbench.runs.run_downloads import fetch_asked
 
@@ -189,9 +190,7 @@ def command(settings: Sequence[str], registry: Registry, grid: Path | None, cons
     table.add_column(overflow="fold")
     for name, value in report.lines():
         table.add_row(name, printable(value))
-    with console.capture() as captured:
-        console.print(table, markup=False)
-    console.print("\n".join(line.rstrip() for line in captured.get().splitlines()), markup=False)
+    put(console, table)
     if grid is not None and report.shown is not None:
         picture = grid_picture(report.shown)
         write_atomically(grid, lambda path: picture.save(path, format="png"))

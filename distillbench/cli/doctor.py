@@ -55,8 +55,7 @@ def examine(
         for finding in findings(check, installation):
             levels[finding.level] += 1
             print_finding(console, name, finding)
-    wrong = f"{levels['wrong']:,} wrong" if levels["wrong"] else "nothing is wrong"
-    console.print(f"{wrong}, {counted(levels['warning'], 'warning')}", highlight=False)
+    console.print(f"{counted(levels['wrong'], 'error')}, {counted(levels['warning'], 'warning')}", highlight=False)
     return not levels["wrong"]
 
 
@@ -76,6 +75,8 @@ def print_finding(console: Console, name: str, finding: Finding) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from distillbench.reports.terminal_table import put
+
     drawn = Table.grid(padding=(0, 1, 0, 0))
     drawn.add_column(min_width=7, no_wrap=True)
     drawn.add_column(min_width=10, no_wrap=True)
@@ -83,7 +84,7 @@ def print_finding(console: Console, name: str, finding: Finding) -> None:
     drawn.add_row(Text(finding.level, STYLES[finding.level]), Text(name), Text(_plain(finding.line)))
     if finding.advice:
         drawn.add_row("", "", Text(f"to do: {_plain(finding.advice)}"))
-    console.print(drawn)
+    put(console, drawn)
 
 
 def _plain(text: str) -> str:

@@ -16,6 +16,7 @@ from distillbench.cli.command_options import (
     with_plugins,
 )
 from distillbench.cli.terminal import new_console
+from distillbench.errors import UserError
 
 if TYPE_CHECKING:
     from distillbench.registry import Registry
@@ -30,10 +31,11 @@ FORMS = ("html", "markdown", "latex", "csv", "figures")
 @click.option("--where", multiple=True, help="Conditions on rows: 'nfe<=2', method=boot,cm.")
 @click.option("--rows", type=click.Choice(["summary", "all"]), default="summary", help="Means over seeds, or all rows.")
 @click.option("--csv", is_flag=True, help="Print CSV.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: labels of columns and methods, and the rows.")
 @debuggable
 def show(
     runs: tuple[str, ...], columns: tuple[str, ...], sort: tuple[str, ...], where: tuple[str, ...],
-    rows: Literal["summary", "all"], csv: bool,
+    rows: Literal["summary", "all"], csv: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Print the table of RUNS, filtered and sorted.
 
@@ -42,7 +44,10 @@ def show(
     """
     from distillbench.reports.commands import show_runs
 
-    raise SystemExit(show_runs(runs, columns, sort, where, rows, csv, new_console()))
+    if csv and as_json:
+        raise UserError("--csv and --json exclude each other")
+    form: Literal["table", "csv", "json"] = "csv" if csv else "json" if as_json else "table"
+    raise SystemExit(show_runs(runs, columns, sort, where, rows, form, new_console()))
 
 
 @click.command()

@@ -15,6 +15,7 @@ from distillbench.cli.command_options import (
     UserPath,
     before_plugins,
     output_file,
+    waiting,
     with_plugins,
 )
 from distillbench.cli.completion import complete_setting
@@ -167,7 +168,8 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
             progress.say("dry run: nothing was downloaded. The plan is made from these files")
             return
         fetch_all(offers, progress)
-        cells = plan(configs, registry)
+        with waiting("planning the cells ..."):
+            cells = plan(configs, registry)
         if flags.dry_run:
             print_plan(console, cells, forecast(cells, policy), why_none(cells))
             raise SystemExit(SOMETHING_FAILED if any(cell.cost_error for cell in cells) else 0)
@@ -176,7 +178,8 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
         if ranks.count > 1:
             configs = in_these_processes(cells, configs, ranks, progress)
         labels = labels_of(cells)
-        outcome = run_cells(cells, configs, progress, lambda rows: print_rows(progress, rows, labels), policy, stop)
+        show = functools.partial(print_rows, progress, labels=labels)
+        outcome = run_cells(cells, configs, progress, show, policy, stop, show_found=False)
     print_table(console, outcome.table, outcome.summary, outcome.labels)
     progress.say(f"all columns, samples and weights: {outcome.folder}")
     if outcome.failed:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from distillbench.system.progress import Progress
 
 WIDEST_TEXT = 120
+LONGEST_LINE = 10_000
 LONGEST_VERDICT = 1000  # characters
 TIME = "time\nabout"  # column of a plan
 MOST_LINES = 50  # of a plan or a table
@@ -29,21 +32,26 @@ MOST_NAMED = 8  # rows in one line of text
 
 
 def new_console() -> Console:
-    """A console as wide as the terminal; without one $COLUMNS wide, or 80."""
+    """A console as wide as the terminal; without one $COLUMNS wide, or as wide as its lines."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, width=LONGEST_LINE if is_unbounded() else None)
+
+
+def is_unbounded() -> bool:
+    """Whether lines may have any length: no terminal breaks them, and $COLUMNS is not given."""
+    return not sys.stdout.isatty() and not os.environ.get("COLUMNS")
 
 
 def width() -> int:
     """The width of text in the terminal, as click has it for --help."""
-    return click.HelpFormatter(max_width=WIDEST_TEXT).width
+    return LONGEST_LINE if is_unbounded() else click.HelpFormatter(max_width=WIDEST_TEXT).width
 
 
 def print_definitions(rows: Iterable[tuple[str, str]]) -> None:
     """Print names with their meanings beside them, as --help prints options."""
     lines = [(name, " ".join(meaning.split())) for name, meaning in rows]
-    formatter = click.HelpFormatter(max_width=WIDEST_TEXT)
+    formatter = click.HelpFormatter(width=width())
     formatter.indent()
     if lines:
         formatter.write_dl(lines, col_max=36)

@@ -43,9 +43,13 @@ Results = Generator[tuple[int, CellResult | None], None, None]
 
 
 class Executor(Protocol):
-    """Distributes cells. `poll_seconds`: how long to wait before asking again for cells that other processes run."""
+    """Distributes cells, `at_once` at a time.
+
+    `poll_seconds`: how long to wait before asking again for cells that other processes run.
+    """
 
     poll_seconds: float
+    at_once: int
 
     def scan(self, cells: Sequence[Cell], policy: Policy) -> Scan:
         """Read what earlier runs left. Raises UserError if the teacher does not fit, Interrupted."""
@@ -89,6 +93,7 @@ class SerialExecutor:
     """Runs the cells in order, one at a time."""
 
     poll_seconds = 1.0
+    at_once = 1
 
     def __init__(self, worker: CellWorker) -> None:
         self.worker = worker
@@ -116,7 +121,7 @@ class PoolExecutor:
     poll_seconds = 1.0
 
     def __init__(self, progress: Progress, stop: Stop, seconds: float, where: LocalConfig) -> None:
-        self.stop, self.own_stop = stop, Stop()
+        self.stop, self.own_stop, self.at_once = stop, Stop(), where.count
         devices = where.devices or [""]
         self.workers = [
             SubprocessWorker(progress, self.own_stop, seconds, devices[k % len(devices)]) for k in range(where.count)
@@ -174,6 +179,7 @@ class RemoteExecutor:
 
     def __init__(self, backend: Backend, retries: int, progress: Progress, stop: Stop) -> None:
         self.backend, self.retries, self.progress, self.stop = backend, retries, progress, stop
+        self.at_once = backend.max_jobs
         for note in backend.notes:
             progress.say(note)
 

@@ -12,6 +12,7 @@ import torch
 
 from distillbench.errors import printable
 from distillbench.execution.announcement import announce
+from distillbench.execution.cell_times import CellTimes
 from distillbench.execution.executors import Executor, executor_of
 from distillbench.execution.run_folder import Outcome, RunTable
 from distillbench.execution.workers import Scan
@@ -23,6 +24,7 @@ from distillbench.runs.config import RunConfig
 from distillbench.runs.plan import notes_of, teacher_plan
 from distillbench.runs.remains import NOTHING, Remains, remains_of, untouched
 from distillbench.runs.shared_context import Cell, choose_device, make_source
+from distillbench.runs.time_plan import TimePlan
 from distillbench.storage.files import key_of
 from distillbench.system.progress import Progress
 from distillbench.system.signals import Interrupted, Stop
@@ -35,9 +37,11 @@ def run(
     on_rows: Callable[[pd.DataFrame], None],
     policy: Policy = AS_IS,
     stop: Stop | None = None,
+    show_found: bool = True,
 ) -> Outcome:
     """Run every cell. After each, update the run's folder and give the cell's rows to `on_rows`.
 
+    Rows that an earlier run left are given, too, unless `show_found` is False.
     On a request to stop it writes what there is, with rows for the cells that are missing, and raises Interrupted.
     """
     config, stop = configs[0], stop or Stop()
@@ -46,14 +50,15 @@ def run(
     release_memory()  # of the plan: worker processes need the GPU
     to_be_trained = any(plan.images for _, _, plan in teacher_plan(cells))
     if to_be_trained:  # at once: no record of a new teacher exists
-        announce(cells, [untouched(cell) for cell in cells], Path(config.results_dir), progress)
+        times = announce(cells, [untouched(cell) for cell in cells], Path(config.results_dir), progress)
     with closing(executor_of(config, progress, stop)) as executor:
-        scan = executor.scan(cells, policy)
+        with progress.step("looking for earlier results"):
+            scan = executor.scan(cells, policy)
         folder = _run_folder(scan.descriptions, config)
         if not to_be_trained:
-            announce(cells, _remains(cells, scan, policy), folder, progress)
+            times = announce(cells, _remains(cells, scan, policy), folder, progress)
         table = RunTable(folder, cells, configs, scan, on_rows)
-        table.add({index: result for index, result in enumerate(scan.results) if result is not None})
+        table.add({index: result for index, result in enumerate(scan.results) if result is not None}, show_found)
         if table.failed:
             advice = "--retry-failed runs what failed, or ran out of memory or time, again"
             progress.say(f"not ok in an earlier run: {', '.join(table.failed)} ({advice})")
@@ -61,7 +66,7 @@ def run(
         for shared in {id(shared): shared for shared in unfinished}.values():
             shared.check_room()
         try:
-            _run_all(cells, scan.descriptions, executor, policy, progress, table)
+            _run_all(cells, scan.descriptions, executor, policy, progress, table, times)
         except Interrupted as interrupted:
             table.finish("interrupted", f"{interrupted.name}: the same command resumes it")
             raise
@@ -78,23 +83,39 @@ def _remains(cells: Sequence[Cell], scan: Scan, policy: Policy) -> list[Remains]
 
 def _run_all(
     cells: Sequence[Cell], descriptions: Sequence[CellDescription], executor: Executor, policy: Policy,
-    progress: Progress, table: RunTable,
+    progress: Progress, table: RunTable, plan: TimePlan | None,
 ) -> None:  # fmt: skip
     """Run every unfinished cell, or wait for the other process that runs it."""
     reported: set[int] = set()
-    while unfinished := table.unfinished():
-        if policy.fail_fast and table.failed:
-            return
-        todo = {index: (cells[index], descriptions[index]) for index in unfinished}
-        with closing(executor.run(todo, policy)) as results:
-            for index, result in results:
-                if result is not None:
-                    table.add({index: result})
-                elif index not in reported:
-                    reported.add(index)
-                    progress.say(f"{cells[index].label}: another process is running it")
-        if len(table.unfinished()) == len(unfinished):
-            time.sleep(executor.poll_seconds)
+    if not table.unfinished():
+        return
+    times = CellTimes(table.unfinished(), plan, executor.at_once)
+    with progress.overall(len(cells), len(table.results), times) as show:
+        while unfinished := table.unfinished():
+            if policy.fail_fast and table.failed:
+                return
+            show(*_place(cells, table, executor))
+            todo = {index: (cells[index], descriptions[index]) for index in unfinished}
+            with closing(executor.run(todo, policy)) as results:
+                for index, result in results:
+                    if result is not None:
+                        times.finish(index)
+                        table.add({index: result})
+                        if table.unfinished():
+                            show(*_place(cells, table, executor))
+                    elif index not in reported:
+                        reported.add(index)
+                        progress.say(f"{cells[index].label}: another process is running it")
+            if len(table.unfinished()) == len(unfinished):
+                time.sleep(executor.poll_seconds)
+
+
+def _place(cells: Sequence[Cell], table: RunTable, executor: Executor) -> tuple[int, str]:
+    """How many cells are done, and the same in words."""
+    done = len(table.results)
+    if executor.at_once > 1:
+        return done, f"{done:,} of {len(cells):,} cells done"
+    return done, f"cell {done + 1:,} of {len(cells):,}: {cells[table.unfinished()[0]].label}"
 
 
 def _run_folder(descriptions: Sequence[CellDescription], config: RunConfig) -> Path:

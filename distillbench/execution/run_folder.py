@@ -141,17 +141,18 @@ class RunTable:
         """The indices of the cells without a result."""
         return [index for index in range(len(self.descriptions)) if index not in self.results]
 
-    def add(self, results: dict[int, CellResult]) -> None:
+    def add(self, results: dict[int, CellResult], show: bool = True) -> None:
         """Show the rows of `results`, by the cells' indices, and update the folder now or later."""
         for result in results.values():
             if result.weights is not None:
                 self.files.note(result.weights[0], result.weights_sha256)
-        if results:
+        self.results.update(results)
+        if results and show:
             self._show(results)
+        if results:
             self.writer.schedule()
 
     def _show(self, results: dict[int, CellResult]) -> None:
-        self.results.update(results)
         rows = [(result.description.differs, row) for result in results.values() for row in result.rows]
         table = make_table([row for _, row in rows], list(self.columns))
         self.on_rows(table.set_axis([differs for differs, _ in rows]))
@@ -160,7 +161,9 @@ class RunTable:
         """The run as it is. Unfinished cells get rows with this status and no scores."""
         missing = {index: self.descriptions[index] for index in self.unfinished()}
         if missing:
-            self._show({index: CellResult(one, one.status_rows(status, reason)) for index, one in missing.items()})
+            rows = {index: CellResult(one, one.status_rows(status, reason)) for index, one in missing.items()}
+            self.results.update(rows)
+            self._show(rows)
             self.writer.changed = True
         self.writer.flush()
         self.files.keep()

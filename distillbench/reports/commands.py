@@ -12,7 +12,7 @@ from distillbench.errors import UserError
 from distillbench.reports.compare import compare, print_comparison
 from distillbench.reports.merge import Keep, left_out, merge, write
 from distillbench.reports.runs import TWICE, RunData, read_run
-from distillbench.reports.show import Rows, print_csv, print_rows, run_names, select
+from distillbench.reports.show import Form, Rows, print_csv, print_json, print_rows, run_names, select
 from distillbench.reports.terminal_table import plain, say
 
 
@@ -44,7 +44,7 @@ def merge_runs(folders: Sequence[str], output: str, keep: Keep | None, console: 
 
 
 def show_runs(
-    folders: Sequence[str], columns: Sequence[str], sort: Sequence[str], where: Sequence[str], rows: Rows, csv: bool,
+    folders: Sequence[str], columns: Sequence[str], sort: Sequence[str], where: Sequence[str], rows: Rows, form: Form,
     console: Console,
 ) -> int:  # fmt: skip
     """Print the rows of the runs. `columns` and `sort`: names, or some joined by commas; `where`: comparisons."""
@@ -52,8 +52,10 @@ def show_runs(
         raise UserError("show takes one run or more")
     runs = _read(folders)
     shown = select(runs, _split(columns), _split(sort), where, rows)
-    if csv:
+    if form == "csv":
         print_csv(console, shown)
+    elif form == "json":
+        print_json(console, shown)
     else:
         print_rows(console, shown, rows)
     return 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import pandas as pd
@@ -33,6 +34,7 @@ from distillbench.reports.terminal_table import (
 )
 
 Rows = Literal["summary", "all"]
+Form = Literal["table", "csv", "json"]
 RUN = "run"  # the column that tells runs apart where several are shown
 IDENTITY = [*KEYS, *SEEDS]  # identify a measurement; failed rows have these columns too
 
@@ -183,10 +185,27 @@ def _float(part: str, name: str, text: str) -> float | None:
 
 def print_csv(console: Console, shown: Shown) -> None:
     """Write the rows as CSV with all digits."""
+    console.file.write(shown.frame[_written(shown)].to_csv(index=False))
+
+
+def print_json(console: Console, shown: Shown) -> None:
+    """Write the rows as JSON with all digits, with the names of columns and methods for people."""
+    names = _written(shown)
+    methods = dict.fromkeys(shown.frame["method"].dropna())
+    found = {
+        "columns": {name: asdict(shown.labels.label(name)) for name in names},
+        "methods": {name: asdict(shown.labels.method_label(name)) for name in methods},
+        "rows": json.loads(shown.frame[names].to_json(orient="records", double_precision=15)),
+    }
+    console.file.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+
+
+def _written(shown: Shown) -> list[str]:
+    """The columns to write: those asked for, or all."""
     names = shown.columns or [name for name in shown.frame.columns if not name.endswith(STAR)]
     if shown.several and not shown.columns:
         names = [RUN, *(name for name in names if name != RUN)]
-    console.file.write(shown.frame[names].to_csv(index=False))
+    return names
 
 
 def print_rows(console: Console, shown: Shown, rows: Rows) -> None:

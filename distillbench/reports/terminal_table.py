@@ -103,8 +103,7 @@ def put(console: Console, table: Table) -> None:
         return
     with console.capture() as captured:
         console.print(table)
-    lines = captured.get().splitlines()
-    console.file.write("".join(f"{line.rstrip()}\n" for line in lines))
+    console.print(Text("\n".join(line.rstrip() for line in captured.get().splitlines())), soft_wrap=True)
 
 
 def with_stars(summary: pd.DataFrame, directions: Mapping[str, str]) -> pd.DataFrame:

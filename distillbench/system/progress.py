@@ -6,14 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 from rich.text import Text
 
 __all__ = ["Progress"]
 
+SECONDS_BEFORE_LINE = 1.0  # of a step, before its line is printed where there is no terminal: shorter ones have none
 SECONDS_BETWEEN_LINES = 10.0
 REFRESHES_PER_SECOND = 2  # drawing takes CPU time from measurements
 
@@ -26,6 +29,15 @@ class Step:
 
     def advance(self, fraction: float, note: str = "") -> None:
         self._show(min(fraction, 1.0), note)
+
+
+class Clock(Protocol):
+    """Seconds since the start, and about how many are left; None: unknown."""
+
+    @property
+    def elapsed(self) -> float: ...
+    @property
+    def left(self) -> float | None: ...
 
 
 class Times:
@@ -56,13 +68,17 @@ class Times:
         return None if self.end is None else max(0.0, self.end - time.perf_counter())
 
 
+def times_in_words(times: Clock) -> str:
+    """Such as "elapsed 0:05, about 1:40 left"; the second part only where it is known."""
+    left = times.left
+    return f"elapsed {_clock(times.elapsed)}" + ("" if left is None else f", about {_clock(left)} left")
+
+
 class TimesColumn(ProgressColumn):
-    """Such as "0:05 elapsed, about 1:40 left"; the second part only where it is known."""
+    """The times of a step."""
 
     def render(self, task: Task) -> Text:
-        times: Times = task.fields["times"]
-        left = "" if times.left is None else f", about {_clock(times.left)} left"
-        return Text(f"{_clock(times.elapsed)} elapsed{left}")
+        return Text(times_in_words(task.fields["times"]), no_wrap=True)
 
 
 def _clock(seconds: float) -> str:
@@ -92,7 +108,8 @@ class Progress:
         if self.console is None:
             yield Step(lambda fraction, note: None)
         elif not self.console.is_terminal:
-            yield self._lines(label)
+            with self._lines(label) as step:
+                yield step
         else:
             with self._drawing(self.console) as bars:
                 times = Times()
@@ -104,6 +121,24 @@ class Progress:
 
                 try:
                     yield Step(show)
+                finally:
+                    bars.remove_task(task)
+
+    @contextmanager
+    def overall(self, total: int, done: int, times: Clock) -> Iterator[Callable[[int, str], None]]:
+        """A block with many steps, such as the cells of a run: a line of its own, with the times of the whole.
+
+        Gives ``show(done, label)``, to be called when the next one begins, or another one is done.
+        """
+        if self.console is None:
+            yield lambda done, label: None
+        elif not self.console.is_terminal:
+            yield lambda done, label: self._stamped(time.time(), f"{label}, {times_in_words(times)}")
+        else:
+            with self._drawing(self.console) as bars:
+                task = bars.add_task("", total=total, completed=done, note="", times=times)
+                try:
+                    yield lambda done, label: bars.update(task, completed=done, description=label)
                 finally:
                     bars.remove_task(task)
 
@@ -125,23 +160,42 @@ class Progress:
                     bars.stop()
                     self._bars = None
 
-    def _lines(self, label: str) -> Step:
-        times = Times()
+    @contextmanager
+    def _lines(self, label: str) -> Iterator[Step]:
+        """A line for the start of the step, with its time, and then one from time to time."""
+        times, begin = Times(), time.time()
         last = 0.0  # seconds after the start at which a line was printed
 
         def show(fraction: float, note: str) -> None:
             nonlocal last
             times.report(fraction)
             elapsed = times.elapsed
-            if elapsed - last < SECONDS_BETWEEN_LINES or times.left is None:
+            if elapsed - last < SECONDS_BETWEEN_LINES or times.left is None or fraction >= 1:
                 return
             last = elapsed
-            self.say(f"{label}: {fraction:.0%}, {elapsed:.0f} s, about {times.left:.0f} s left  {note}".rstrip())
+            self._stamped(time.time(), f"{label}: {fraction:.0%}, {times_in_words(times)}  {note}".rstrip())
 
-        return Step(show)
+        start = threading.Timer(SECONDS_BEFORE_LINE, self._stamped, (begin, label))
+        start.daemon = True
+        start.start()
+        try:
+            yield Step(show)
+        finally:
+            start.cancel()
+
+    def _stamped(self, when: float, line: str) -> None:
+        """Print a line with the time of day."""
+        self.say(f"{time.strftime('%H:%M:%S', time.localtime(when))} {line}")
 
 
 def _bars(console: Console) -> Bars:
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()]
-    columns += [TimesColumn(), TextColumn("{task.fields[note]}", markup=False)]
+    def column(ratio: int | None = None) -> Column:
+        return Column(no_wrap=True, overflow="ellipsis", ratio=ratio)
+
+    columns = [TextColumn("{task.description}", markup=False, table_column=column()), BarColumn(12)]
+    columns += [
+        TaskProgressColumn(),
+        TimesColumn(),
+        TextColumn("{task.fields[note]}", markup=False, table_column=column(1)),
+    ]
     return Bars(*columns, console=console, transient=True, refresh_per_second=REFRESHES_PER_SECOND)

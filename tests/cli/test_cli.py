@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -21,7 +22,7 @@ from distillbench.records.statistics import summarise
 from distillbench.records.table import make_table
 from distillbench.registry import load_registry
 from distillbench.reports.labels import Labels
-from distillbench.system.progress import Progress
+from distillbench.system.progress import Progress, Times
 from shipped import METHODS as SHIPPED
 
 GIVEN = ["methods=[boot]", "dataset=digits"]
@@ -364,7 +365,7 @@ def test_debug_shows_where_an_error_comes_from(call):
     ],
 )
 def test_what_stops_a_run_is_one_line(call, monkeypatch, error, code, message):
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise error
 
     monkeypatch.setattr("distillbench.execution.run.run", stop)
@@ -486,11 +487,35 @@ def test_failed_rows_are_shown_with_their_reasons():
 def test_without_a_terminal_progress_is_plain_lines(monkeypatch, capsys):
     now = 0.0
     monkeypatch.setattr("distillbench.system.progress.time.perf_counter", lambda: now)
-    with Progress(Console(width=80)).step("a step") as step:
-        for now in (0.0, 5.0, 11.0, 12.0, 22.0):
+    progress = Progress(Console(width=80))
+    with progress.step("a step") as step:
+        for now in (0.0, 5.0, 11.0, 12.0, 22.0, 44.0):
             step.advance(now / 44, "a note")
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["a step: 25%, 11 s, about 33 s left  a note", "a step: 50%, 22 s, about 22 s left  a note"]
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
+    assert [line[9:] for line in lines] == [
+        "a step: 25%, elapsed 0:11, about 0:33 left  a note",
+        "a step: 50%, elapsed 0:22, about 0:22 left  a note",
+    ]
+    with progress.overall(3, 0, Times()) as show:
+        show(1, "cell 2 of 3: cm")
+    assert capsys.readouterr().out.endswith(" cell 2 of 3: cm, elapsed 0:00\n")
+
+
+def test_without_a_terminal_a_step_that_lasts_has_a_line_for_its_start(monkeypatch, capsys):
+    monkeypatch.setattr("distillbench.system.progress.SECONDS_BEFORE_LINE", 0.02)
+    progress = Progress(Console(width=80))
+    begin = time.time()
+    with progress.step("long"):
+        deadline = time.monotonic() + 10
+        while not (said := capsys.readouterr().out) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    when, _, label = said.strip().partition(" ")
+    assert label == "long" and when in {time.strftime("%H:%M:%S", time.localtime(begin + k)) for k in (0, 1)}
+    monkeypatch.setattr("distillbench.system.progress.SECONDS_BEFORE_LINE", 60.0)
+    with progress.step("short"):
+        pass
+    assert capsys.readouterr().out == ""
 
 
 def test_in_a_terminal_progress_is_bars_that_vanish_and_steps_can_be_nested(capsys):
@@ -522,14 +547,14 @@ def test_a_bar_shows_the_time_elapsed_and_the_time_left(monkeypatch, capsys):
             progress._bars.refresh()
             return capsys.readouterr().out
 
-        assert "0:05 elapsed" in (line := shown(5.0)) and "left" not in line
+        assert "elapsed 0:05" in (line := shown(5.0)) and "left" not in line
         step.advance(0.25, "a note")
         assert "left" not in shown(6.0)
         now = 25.0
         step.advance(0.40)
-        assert "0:25 elapsed, about 1:20 left" in shown(25.0)
-        assert "0:35 elapsed, about 1:10 left" in shown(35.0)
-        assert "1:02:03 elapsed, about 0:00 left" in shown(3723.0)
+        assert "elapsed 0:25, about 1:20 left" in shown(25.0)
+        assert "elapsed 0:35, about 1:10 left" in shown(35.0)
+        assert "elapsed 1:02:03, about 0:00 left" in shown(3723.0)
 
 
 def test_without_a_console_nothing_is_printed(capsys):

@@ -105,7 +105,7 @@ def test_findings_are_printed_with_level_and_advice():
         "warning two        so so, so so, so so, so so, so so, so so, so so, so so, so",
         "                   so, so so, so so, so so,",
         "                   to do: look [here] [31m",
-        "nothing is wrong, 1 warning",
+        "0 errors, 1 warning",
     ]
 
 
@@ -117,7 +117,7 @@ def test_a_check_that_raises_becomes_a_finding_and_the_other_checks_still_run():
     fine, lines = printed([("bad", broken), ("good", lambda here: iter([Finding("ok", "fine")]))])
     assert not fine
     assert lines[1] == "wrong   bad        this could not be checked: ZeroDivisionError: by 0"
-    assert lines[2:] == ["ok      good       fine", "1 wrong, 0 warnings"]
+    assert lines[2:] == ["ok      good       fine", "1 error, 0 warnings"]
 
 
 def test_all_checks_pass_in_this_environment(tmp_path, monkeypatch):

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 
 import pytest
 
+from command_line import exit_code
 from distillbench.cli import commands, completion, plugin_table
 from distillbench.cli.completion import completions
 from distillbench.cli.plugin_table import kept_table, table_of
@@ -207,3 +209,13 @@ def test_settings_are_completed(table, before, incomplete, found):
 def test_bash_adds_no_blank_where_a_value_follows():
     """Click's template is changed in one place; if Click changes it, this fails."""
     assert completion.WITHOUT_BLANK in completion.BashWithoutBlank.source_template
+
+
+def test_the_version_names_what_a_report_of_a_fault_needs(capsys):
+    import torch
+
+    assert exit_code("--version") == 0
+    line = capsys.readouterr().out
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "no CUDA"
+    assert re.fullmatch(r"distillbench \S+ \(.*\)\n", line)
+    assert f"torch {torch.__version__.partition('+')[0]}" in line and built in line

@@ -1,6 +1,7 @@
 """The table in the terminal: which rows and columns are shown, what is refused, and that hostile names do nothing."""
 
 import io
+import json
 import re
 
 import pandas as pd
@@ -31,14 +32,14 @@ def data(run):
     return read_run(run)
 
 
-def shown(*folders, columns=(), sort=(), where=(), rows="summary", csv=False, width=200):
+def shown(*folders, columns=(), sort=(), where=(), rows="summary", form="table", width=200):
     console = Console(file=io.StringIO(), width=width, highlight=False, force_terminal=False)
-    assert show_runs([str(folder) for folder in folders], columns, sort, where, rows, csv, console) == 0
+    assert show_runs([str(folder) for folder in folders], columns, sort, where, rows, form, console) == 0
     return console.file.getvalue()
 
 
 def frame(*folders, **asked):
-    return pd.read_csv(io.StringIO(shown(*folders, csv=True, **asked)))
+    return pd.read_csv(io.StringIO(shown(*folders, form="csv", **asked)))
 
 
 # --- which rows ------------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def test_colours_are_for_terminals_alone_and_the_teacher_is_dim(tmp_path, monkey
     for no_color, expected in (("", "\x1b[1;32m"), ("1", "\x1b[1m")):
         monkeypatch.setenv("NO_COLOR", no_color)
         console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system="standard", highlight=False)
-        assert show_runs([str(folder)], [], [], [], "summary", False, console) == 0
+        assert show_runs([str(folder)], [], [], [], "summary", "table", console) == 0
         lines = console.file.getvalue().splitlines()
         assert any(line.startswith("\x1b[2mteacher:ddim") for line in lines)
         assert any(f"{expected}10.05 ± 0.64*" in line for line in lines)
@@ -276,3 +277,11 @@ def test_a_note_is_shown_once_for_all_its_rows(tmp_path):
     assert text.count("unstable [so] few") == 1
     assert "note on teacher:ddim, 1 NFE; boot, 7 NFE: unstable [so] few" in text
     assert "unstable" not in shown(run, where=["method=cm"])
+
+
+def test_json_has_all_digits_and_the_names_for_people(run):
+    found = json.loads(shown(run, form="json", where=["method=boot"]))
+    (only,) = found["rows"]
+    assert (only["method"], only["fid"], only["teacher"]) == ("boot", 10.5, "trained-01234567")
+    assert found["columns"]["fid"] == {"short": "fid", "long": "fid", "unit": "", "arrow": "↓"}
+    assert found["columns"]["train_seconds"]["unit"] == "s" and found["methods"]["boot"]["short"] == "boot"

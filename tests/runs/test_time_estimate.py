@@ -12,6 +12,7 @@ from distillbench.evaluation.features import Networks
 from distillbench.evaluation.reference_statistics import RealImages
 from distillbench.evaluation.settings import EvaluationConfig
 from distillbench.execution.announcement import announce
+from distillbench.execution.cell_times import CellTimes
 from distillbench.execution.run import run
 from distillbench.registry import load_registry
 from distillbench.runs import speeds
@@ -302,10 +303,11 @@ def test_a_teacher_that_is_to_be_trained_is_timed_and_what_fails_is_named(regist
 
 def test_the_first_lines_of_a_run(registry, tmp_path):
     _, cells = planned(registry, tmp_path, *SMALL, "isolate=true")
+    records = cells[0].shared.folder.cells
     for remains, expected in [
-        ([NOTHING, NOTHING], ["2 cells, 2 of them finished; results: here"]),
-        ([NOTHING, untouched(cells[1])], ["2 cells, 1 of them finished; results: here", "to do: cm (seed 0)",
-                                          "time: less than about 2 min"]),
+        ([NOTHING, NOTHING], [f"2 of 2 cells found in {records}, nothing is trained or sampled", "results: here"]),
+        ([NOTHING, untouched(cells[1])], [f"1 of 2 cells found in {records}, 1 to do", "results: here",
+                                          "to do: cm (seed 0)", "time: less than about 2 min"]),
     ]:  # fmt: skip
         said = io.StringIO()
         announce(cells, remains, "here", Progress(Console(file=said, width=200)))
@@ -321,3 +323,21 @@ def test_real_features_that_are_cached_are_found(cells, tmp_path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"")
     assert real.has(metric.network)
+
+
+def test_the_time_left_of_a_run_follows_the_cells_that_are_done(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("distillbench.execution.cell_times.time.perf_counter", lambda: now)
+    unplanned = CellTimes([0, 1, 2], None)
+    assert unplanned.left is None
+    plan = TimePlan([{Part.training: 10.0}, {Part.training: 40.0}, {Part.training: 50.0}])
+    exact, slow = CellTimes([0, 1, 2], plan), CellTimes([1, 2], plan)
+    assert exact.left == 100 and slow.left == 90
+    now = 10.0
+    exact.finish(0), unplanned.finish(0)
+    assert exact.left == pytest.approx(90) and unplanned.left == pytest.approx(20) and slow.left == 80
+    now = 80.0
+    slow.finish(1)  # twice as long as planned: 50 more count like 40 + 50 that took 80 + 50
+    assert slow.left == pytest.approx(50 * 130 / 90) and exact.left == pytest.approx(20)
+    now = 100.0
+    assert slow.left == pytest.approx(50 * 130 / 90 - 20) and unplanned.left == 0
