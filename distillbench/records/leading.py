@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -100,18 +100,12 @@ def leading_groups(
         check_direction(direction)
     rows = tidy(table)
     rows = rows[~rows["method"].str.startswith(TEACHER).fillna(True).astype(bool)]
-    units = rows.drop_duplicates(KEYS).reset_index(drop=True)
-    number, found = group_numbers(units), []
-    behind = {key: part for key, part in rows.groupby(KEYS, dropna=False, sort=False)}
-    keys = [_plain(key) for key in units[KEYS].itertuples(index=False, name=None)]
-    parts = {_plain(key): part for key, part in behind.items()}
+    firsts, units = units_of(rows)
+    number, found = group_numbers(firsts), []
     for one in np.unique(number):
         places = np.flatnonzero(number == one)
-        labels = distinct_labels(units.iloc[places])
-        members = [
-            _Unit(label, dict(zip(KEYS, keys[place], strict=True)), parts[keys[place]])
-            for label, place in zip(labels, places, strict=True)
-        ]
+        labels = distinct_labels(firsts.iloc[places])
+        members = [replace(units[place], label=label) for label, place in zip(labels, places, strict=True)]
         for score, direction in directions.items():
             if direction != "none" and any(rows[score].notna().any() for rows in (unit.rows for unit in members)):
                 found.append(_judged(members, score, direction, influences))
@@ -119,12 +113,12 @@ def leading_groups(
 
 
 @dataclass(frozen=True, eq=False)
-class _Unit:
-    """A method with its settings on its device: one that is compared."""
+class Unit:
+    """A method with its settings on its device at a number of evaluations: one that is compared."""
 
     label: str
-    row: dict[str, Any]
-    rows: pd.DataFrame
+    row: dict[str, Any]  # its values of KEYS
+    rows: pd.DataFrame  # of the table
 
     def why_left_out(self, score: str) -> str:
         ok = is_ok(self.rows)
@@ -151,16 +145,24 @@ class _Unit:
         return next((values for values in found if values is not None), None)
 
 
-def _judged(members: Sequence[_Unit], score: str, direction: str, where: Sequence[Influences]) -> LeadingGroup:
+def units_of(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Unit]]:
+    """The first row of each unit in a tidy table, and the units, without labels."""
+    firsts = rows.drop_duplicates(KEYS).reset_index(drop=True)
+    parts = {plain_key(key): part for key, part in rows.groupby(KEYS, dropna=False, sort=False)}
+    keys = [plain_key(key) for key in firsts[KEYS].itertuples(index=False, name=None)]
+    return firsts, [Unit("", dict(zip(KEYS, key, strict=True)), parts[key]) for key in keys]
+
+
+def _judged(members: Sequence[Unit], score: str, direction: str, where: Sequence[Influences]) -> LeadingGroup:
     left_out = {unit.label: why for unit in members if (why := unit.why_left_out(score))}
     units = [unit for unit in members if unit.label not in left_out]
     values = [unit.values(score) for unit in units]
-    seeds = _common_seeds(values)
-    means = [_mean_over_seeds(one, *seeds) for one in values]
+    seeds = common_seeds(values)
+    means = [mean_over_seeds(one, *seeds) for one in values]
     sign = 1 if direction == "lower" else -1
     order = sorted(range(len(units)), key=lambda i: sign * means[i])
     group = {name: members[0].row[name] for name in COMPARABLE}
-    pairs, images, why = _compared(units, values, score, seeds, where)
+    pairs, images, why = compared(units, values, score, seeds, where)
     standings = [_standing(units[i], means[i], None if pairs is None else (pairs, i, order[0])) for i in order]
     rule = _rule(pairs, len(seeds[0]), images)
     return LeadingGroup(
@@ -170,8 +172,8 @@ def _judged(members: Sequence[_Unit], score: str, direction: str, where: Sequenc
     )  # fmt: skip
 
 
-def _compared(
-    units: Sequence[_Unit], values: Sequence[dict[tuple[int, int], float]], score: str,
+def compared(
+    units: Sequence[Unit], values: Sequence[dict[tuple[int, int], float]], score: str,
     seeds: tuple[list[int], list[int]], where: Sequence[Influences],
 ) -> tuple[Pairs | None, int, str]:  # fmt: skip
     """The comparison, the number of images in it, and why there is none."""
@@ -191,7 +193,7 @@ def _compared(
 
 
 def _all_influences(
-    units: Sequence[_Unit], score: str, training: Sequence[int], sampling: Sequence[int], where: Sequence[Influences]
+    units: Sequence[Unit], score: str, training: Sequence[int], sampling: Sequence[int], where: Sequence[Influences]
 ) -> Floats | None:
     """(A,S,n) influences of the images of all sampling seeds; None if some are missing."""
     whole = []
@@ -206,7 +208,7 @@ def _all_influences(
     return np.stack(whole).reshape(len(units), len(training), -1)
 
 
-def _common_seeds(values: Sequence[dict[tuple[int, int], float]]) -> tuple[list[int], list[int]]:
+def common_seeds(values: Sequence[dict[tuple[int, int], float]]) -> tuple[list[int], list[int]]:
     """The training seeds that all have, and the sampling seeds that all have for each of them."""
     if not values:
         return [], []
@@ -215,14 +217,14 @@ def _common_seeds(values: Sequence[dict[tuple[int, int], float]]) -> tuple[list[
     return sorted(common), sorted(noise)
 
 
-def _mean_over_seeds(values: dict[tuple[int, int], float], training: Sequence[int], sampling: Sequence[int]) -> float:
+def mean_over_seeds(values: dict[tuple[int, int], float], training: Sequence[int], sampling: Sequence[int]) -> float:
     """The mean over training seeds of the mean over their sampling seeds: the common ones, or if there are none all."""
     part = {key: value for key, value in values.items() if key[0] in training and key[1] in sampling} or values
     seeds = sorted({s for s, _ in part})
     return float(np.mean([np.mean([value for (t, _), value in part.items() if t == s]) for s in seeds]))
 
 
-def _standing(unit: _Unit, mean: float, at: tuple[Pairs, int, int] | None) -> Standing:
+def _standing(unit: Unit, mean: float, at: tuple[Pairs, int, int] | None) -> Standing:
     if at is None or at[1] == at[2]:
         return Standing(unit.label, unit.row, mean)
     pairs, this, best = at
@@ -253,6 +255,6 @@ def _said(rule: Rule, seeds: int, images: int, cost: bool) -> str:
     return f"Pairwise comparison, corrected for all pairs, {basis}."
 
 
-def _plain(key: Any) -> tuple:
+def plain_key(key: Any) -> tuple:
     values = key if isinstance(key, tuple) else (key,)
     return tuple(None if pd.isna(value) else value.item() if hasattr(value, "item") else value for value in values)

@@ -73,16 +73,21 @@ def compare(values: Floats, influences: Floats | None = None) -> Pairs | None:
         return None
     first, second = _pairs(A)
     difference = (values[first] - values[second]).mean(axis=1)
-    squares = np.zeros((DRAWS, len(first)))  # of the half-widths, by rank of the largest statistic
+    parts: list[
+        tuple[Floats, Floats]
+    ] = []  # draws of the largest statistic, squared and sorted; variances of the pairs
     if S >= 2:
-        squares += _largest_over_seeds(A, S)[:, None] ** 2 * (moderated(values) / S)
+        parts.append((_largest_over_seeds(A, S) ** 2, moderated(values) / S))
     if influences is not None:
         covariance = shared_covariance(influences)
-        squares += _largest_over_images(covariance)[:, None] ** 2 * _variances_of_differences(covariance)
+        parts.append((_largest_over_images(covariance) ** 2, _variances_of_differences(covariance)))
     rank = int(LEVEL * (DRAWS + 1)) - 1
-    above = (squares >= difference**2).sum(axis=0)
-    p = np.where(difference == 0, 1.0, (1 + above) / (DRAWS + 1))
-    return Pairs(_matrix(difference, A, -1), _matrix(np.sqrt(squares[rank]), A), _matrix(p, A) + np.eye(A))
+    half_width = np.sqrt(sum(draws[rank] * variances for draws, variances in parts))
+    p = np.ones(len(difference))
+    for k in np.flatnonzero(difference):
+        above = (sum(draws * variances[k] for draws, variances in parts) >= difference[k] ** 2).sum()
+        p[k] = (1 + above) / (DRAWS + 1)
+    return Pairs(_matrix(difference, A, -1), _matrix(half_width, A), _matrix(p, A) + np.eye(A))
 
 
 def moderated(values: Floats) -> Floats:
@@ -110,6 +115,8 @@ def typical_variance(variances: Floats, freedom: int) -> Floats:
         slope = (share * (1 - share)).mean(axis=-1)
         step = (PRIOR / (PRIOR + freedom) - share.mean(axis=-1)) / np.maximum(slope, 1e-12)
         log = np.clip(log + np.clip(step, -2, 2), -600, 600)
+        if np.abs(step).max() < 1e-6:  # the error after a step is of the order of its square
+            break
     return np.where(start > 0, np.exp(log), 0.0)
 
 

@@ -8,7 +8,7 @@ sampling seed is one draw, no matter how many students were sampled with it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,10 +167,10 @@ def distinct_labels(group: pd.DataFrame) -> list[str]:
     return names
 
 
-def group_numbers(summary: pd.DataFrame) -> Ints:
-    """(N,) group numbers: equal for rows that are equal in COMPARABLE. Empty equals empty."""
+def group_numbers(summary: pd.DataFrame, columns: Sequence[str] = tuple(COMPARABLE)) -> Ints:
+    """(N,) group numbers: equal for rows that are equal in `columns`. Empty equals empty."""
     number = np.zeros(len(summary), dtype=np.int64)
-    for column in COMPARABLE:
+    for column in columns:
         codes, different = pd.factorize(summary[column], use_na_sentinel=False)
         number = np.unique(number * (len(different) + 1) + codes, return_inverse=True)[1]
     return number

@@ -37,16 +37,16 @@ LATER = (
     *STUDENT,
     *LOADS,
 )  # columns that tables of older versions lack; they are empty there
-COST: dict[str, str] = {
+COST: dict[str, str] = {  # what is counted first: it is the same on any machine
     "train_images": "Int64",
+    "train_teacher_nfe": "Int64",
+    "train_student_nfe": "Int64",
+    "train_tflops": "Float64",
     "train_seconds": "Float64",
     "train_teacher_seconds": "Float64",
     "train_student_seconds": "Float64",
     "train_compile_seconds": "Float64",
     "train_other_seconds": "Float64",
-    "train_teacher_nfe": "Int64",
-    "train_student_nfe": "Int64",
-    "train_tflops": "Float64",
     "train_joules": "Float64",
 }
 LAST: dict[str, str] = {
@@ -57,11 +57,11 @@ LAST: dict[str, str] = {
     "train_peak_rss_mib": "Float64",
     **dict.fromkeys(UPDATES, "Int64"),
     **dict.fromkeys(LOADS, "Float64"),
+    "sample_gflops": "Float64",
     "sample_latency_p50_ms": "Float64",
     "sample_latency_p95_ms": "Float64",
     "sample_images_per_second": "Float64",
     "sample_best_batch": "Int64",
-    "sample_gflops": "Float64",
     "sample_decoder_latency_ms": "Float64",
     "sample_text_encoder_latency_ms": "Float64",
     "sample_peak_gpu_mib": "Float64",

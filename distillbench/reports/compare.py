@@ -14,6 +14,7 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
+from distillbench.records.costs import COUNTED
 from distillbench.records.statistics import ARROWS, TEACHER
 from distillbench.records.table import LAST, LOADS, UPDATES
 from distillbench.reports.differences import environment_differences, heading, settings_differences, value_text
@@ -24,8 +25,6 @@ from distillbench.reports.show import run_names
 from distillbench.reports.terminal_table import fits, new_table, number, plain, put, say
 
 MATCH = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol"]
-COUNTED = ("train_images", "train_teacher_nfe", "train_student_nfe", "train_tflops", "sample_gflops", "parameters",
-           "trained_parameters")  # fmt: skip
 HIGHER = ("sample_images_per_second",)  # costs for which higher is better
 NO_COST = ("sample_best_batch", "student_lora_rank", *UPDATES, *LOADS)  # numbers that are not costs
 COSTS = [name for name, kind in LAST.items() if kind != "string" and name not in NO_COST]

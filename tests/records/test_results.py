@@ -185,7 +185,10 @@ def test_a_row_has_the_speed_of_its_nfe():
     """And has none, with the reason, where speed was not measured."""
     assert row(train_record(), nfe=2).get("sample_latency_p50_ms") is None
     without = row(train_record(), SPEED.model_copy(update={"rows": [], "reason": "killed"}))
-    assert without["sample_latency_p50_ms"] is None and "sample_*, machine_load_sampling empty: killed" in without["reason"]
+    assert (
+        without["sample_latency_p50_ms"] is None
+        and "sample_*, machine_load_sampling empty: killed" in without["reason"]
+    )
 
 
 def test_the_load_by_other_processes_is_in_a_row_and_older_records_say_that_they_lack_it():
