@@ -45,8 +45,7 @@ SMALLEST_ALPHA = 1e-3  # at T, of a student that predicts eps: the error of its 
 
 
 class Reflow(Method):
-    name, label, title = "reflow", "reflow", "rectified flow"
-    paper = "Liu et al. 2022, arXiv:2209.03003"
+    name, label, title, paper = "reflow", "reflow", "rectified flow", "Liu et al. 2022, arXiv:2209.03003"
     needs_data, can_start_fresh, inputs = False, True, "pairs"
 
     @dataclass
