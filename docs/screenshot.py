@@ -11,7 +11,7 @@ from pathlib import Path
 from distillbench.reports.html import write_html
 from distillbench.reports.runs import read_run
 
-WIDTH, HEIGHT = 1280, 2200
+WIDTH, HEIGHT = 1400, 1110
 
 
 def main(run: str, picture: str) -> None:

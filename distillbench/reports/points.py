@@ -77,8 +77,8 @@ def along_notes(curves: Sequence[charts.Curve]) -> list[str]:
     single = [f"{c.series} (NFE {c.nfe})" for c in curves if len(c.points) == 1]
     if not single:
         return []
-    has = "has one point" if len(single) == 1 else "have one point each"
-    return [f"{words.listed(single)} {has}: they were scored at this NFE at the end only."]
+    has = "has one point: it was" if len(single) == 1 else "have one point each: they were"
+    return [f"{words.listed(single)} {has} scored at this NFE at the end only."]
 
 
 def _mean(rows: Iterable[Row], name: str) -> float | None:

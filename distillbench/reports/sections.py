@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from distillbench.errors import counted
+from distillbench.records.costs import disturbed
 from distillbench.records.leading import leading_groups
 from distillbench.records.statistics import COMPARABLE, KEYS, SEEDS, TEACHER, leaders
 from distillbench.records.table import make_table
@@ -38,8 +39,6 @@ SPENT = ["train_tflops", "train_seconds", "train_teacher_nfe", "train_student_nf
 SPEED = ["sample_latency_p50_ms", "sample_gflops", "nfe"]
 BARS = [name for name in COSTS if name.endswith(("_mib", "_joules"))]
 
-LOADS = {"machine_load_training": "Trained", "machine_load_sampling": "Timed"}
-BUSY = 0.1  # load by other processes from which on seconds are said to be measured on a busy machine
 MOST_LEADERS = 4  # whose samples are on the first screen
 
 Place = tuple  # the values of GROUP
@@ -307,10 +306,8 @@ def _chart_notes(entries: Sequence[Entry], alike: int) -> list[str]:
     students = [entry for entry in entries if not entry.is_teacher]
     if students and all(entry.values.get(SPEED[0]) is None for entry in students):
         notes.append(f"Latency is not known: {why_empty(SPEED[0], students)}")
-    for column, what in LOADS.items():
-        loads = [float(row[column]) for entry in entries for row in entry.behind if row.get(column) is not None]
-        if loads and max(loads) > BUSY:
-            notes.append(f"{what} while other processes used up to {100 * max(loads):.0f} % of the machine")
+    if busy := disturbed(row for entry in entries for row in entry.behind):
+        notes.append(f"On a busy machine: {busy}")
     return notes
 
 
@@ -355,7 +352,7 @@ def _title(group: _Group, several_sections: bool) -> str:
 
 def _grouped(text: str) -> str:
     """The text with separators in its long numbers: 300,000 images."""
-    return re.sub(r"\b\d{5,}\b", lambda match: f"{int(match[0]):,}", text)
+    return re.sub(r"\b\d{4,}\b", lambda match: f"{int(match[0]):,}", text)
 
 
 def _compared(group: _Group) -> str:

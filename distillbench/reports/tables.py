@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distillbench.records.costs import spread
 from distillbench.records.statistics import TEACHER
 from distillbench.records.table import LAST
 from distillbench.reports import words
@@ -219,7 +220,7 @@ def _cost_cell(entry: Entry, cost: str) -> Cell:
     value = entry.values.get(cost)
     if value is None:
         return Cell("–", None, "", "none", entry.why_empty(cost) or NO_REASON)
-    known = {float(row[cost]) for row in entry.behind if row.get(cost) is not None and row["status"] == "ok"}
-    apart = len(known) > 1 and max(known) - min(known) > SAME * abs(max(known))
-    below = f"{number(min(known))} to {number(max(known))}" if apart else ""
+    of = spread(entry.behind, cost)
+    apart = of is not None and of.most - of.least > SAME * abs(of.most)
+    below = f"{number(of.least)} to {number(of.most)}" if of is not None and apart else ""
     return Cell(number(value), float(value), below, title="mean, and the range over seeds" if apart else "")

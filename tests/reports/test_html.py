@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
@@ -422,6 +423,11 @@ def test_nothing_is_loaded_from_outside():
     assert "http" not in re.sub(r'http-equiv="[^"]*"', "", own) and "@import" not in own and "url(" not in own
     [policy] = [a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
+    assert "form-action 'none'" in policy and "base-uri 'none'" in policy
+    offered = {a["download"]: a["href"] for _, a in page.tags if "download" in a}
+    rows = base64.b64decode(offered["rows.csv"].partition("base64,")[2]).decode().splitlines()
+    assert len(rows) == 1 + len(good_run().table) and "fd_pixels" in rows[0]
+    assert "tabular" in base64.b64decode(offered["table.tex"].partition("base64,")[2]).decode()
 
 
 # --- size ------------------------------------------------------------------------------------------------------------
