@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pandas as pd
 import torch
@@ -27,6 +29,8 @@ from distillbench.storage.files import key_of
 from distillbench.system.progress import Progress
 from distillbench.system.signals import Interrupted, Stop
 
+NONE_TUNED: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+
 
 def run(
     cells: list[Cell],
@@ -35,10 +39,12 @@ def run(
     on_rows: Callable[[pd.DataFrame], None],
     policy: Policy = AS_IS,
     stop: Stop | None = None,
+    tuning: Mapping[str, Mapping[str, Any]] = NONE_TUNED,
 ) -> Outcome:
     """Run every cell. After each, update the run's folder and give the cell's rows to `on_rows`.
 
     On a request to stop it writes what there is, with rows for the cells that are missing, and raises Interrupted.
+    `tuning`: by method, values of the columns of its rows that say how its settings were searched, and a `reason`.
     """
     config, stop = configs[0], stop or Stop()
     for note in notes_of(cells):
@@ -52,7 +58,7 @@ def run(
         folder = _run_folder(scan.descriptions, config)
         if not to_be_trained:
             announce(cells, _remains(cells, scan, policy), folder, progress)
-        table = RunTable(folder, cells, configs, scan, on_rows)
+        table = RunTable(folder, cells, configs, scan, on_rows, tuning)
         table.add({index: result for index, result in enumerate(scan.results) if result is not None})
         if table.failed:
             advice = "--retry-failed runs what failed, or ran out of memory or time, again"
@@ -89,7 +95,7 @@ def _run_all(
         with closing(executor.run(todo, policy)) as results:
             for index, result in results:
                 if result is not None:
-                    table.add({index: result})
+                    table.add_fresh({index: result})
                 elif index not in reported:
                     reported.add(index)
                     progress.say(f"{cells[index].label}: another process is running it")

@@ -29,7 +29,15 @@ FIRST: dict[str, str] = {  # column: pandas type
 }
 UPDATES = ("clipped_steps", "nonfinite_steps")  # of a training, but no costs
 STUDENT = ("trained_parameters", "student_lora_rank", "student_architecture")
-LATER = ("note", "inputs", *UPDATES, *STUDENT)  # columns that tables of older versions lack; they are empty there
+TUNING: dict[str, str] = {
+    "tuning": "string",
+    "tuning_trials": "Int64",
+    "tuning_images": "Int64",
+    "tuning_seconds": "Float64",
+    "tuning_joules": "Float64",
+}
+# columns that tables of older versions lack; they are empty there
+LATER = ("note", "inputs", *UPDATES, *STUDENT, *TUNING)
 COST: dict[str, str] = {
     "train_images": "Int64",
     "train_seconds": "Float64",
@@ -66,6 +74,7 @@ LAST: dict[str, str] = {
     "student_architecture": "string",
     "inputs": "string",
     "settings": "string",
+    **TUNING,
     "compute": "string",
     "reference": "string",
     "device": "string",
