@@ -24,7 +24,7 @@ from distillbench.diffusion.consistency import (
     segmentwise,
 )
 from distillbench.errors import UserError
-from distillbench.options import option, require_between
+from distillbench.options import Among, option, require_between
 from distillbench.teachers.teacher import Teacher
 from distillbench.training.method import Method, MethodConfig
 
@@ -54,7 +54,10 @@ class MultistepMethod(Method):
         """Settings of such a method. Its own Config derives from this one."""
 
         sampling_levels: list = option(  # of lists of float, which OmegaConf refuses if they have an int
-            [], "noise levels of steps after the first, [[A],[B,C]] for 2, 3 NFE; else of the grid", sampling=True
+            [],
+            "noise levels of steps after the first, [[A],[B,C]] for 2, 3 NFE; else of the grid",
+            sampling=True,
+            search=Among([[], [[0.2]], [[0.4]], [[0.8]], [[1.6]], [[3.2]], [[6.4]]]),
         )
 
         def __post_init__(self) -> None:
