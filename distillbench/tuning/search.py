@@ -57,7 +57,8 @@ class Search:
             trials = [trial for method in self.studies for trial in self._next(method)]
             if not trials:
                 return
-            if not self._run_round(trials):  # all of them are run by other processes
+            known = len(self.elsewhere)
+            if not self._run_round(trials) and len(self.elsewhere) == known:  # other processes run all that is left
                 time.sleep(self.executor.poll_seconds)
 
     # --- which trials are next
