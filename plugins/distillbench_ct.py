@@ -63,7 +63,7 @@ class ConsistencyTraining(SegmentedMethod):
         fourier_scale: float = option(0.0, "of a fresh NCSN++'s features of time; 0: 16 (arXiv:2310.14189: .02)")
         curriculum: str = option("doubling", "how N grows: doubling (arXiv:2310.14189) or sqrt (arXiv:2303.01469)")
         s0: int = option(10, "smallest N - 1", search=Between(2, 16, log=True))
-        s1: int = option(20, "largest N - 1 (released: 1280 and 150, from 10 and 2)", search=Between(16, 160, log=True))
+        s1: int = option(20, "largest N - 1 (released: 1280 and 150, from 10 and 2)", search=Between(20, 160, log=True))
         mu: float = option(0.95, "decay of the target; 0: the student itself", search=Among([0.0, 0.9, 0.95, 0.99]))
         mu_grows: bool = option(False, "the decay is mu^(s0 / (N - 1)), mu in the first stage (arXiv:2303.01469)")
         metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}; for few pixels only l2 is unbiased")
