@@ -38,6 +38,7 @@ def tune(registry: Registry, settings: Sequence[str], dry_run: bool, show_config
       tune.total.images=4800000    what each method may spend with self_tuned
       tune.metric=NAME tune.nfe=1  the score that is optimised
       tune.pruning=halving         trials that begin badly end after a quarter of the budget
+      tune.after=[sampling_levels] settings of sampling that are searched after training
       tune.search_seeds=[1000]     training seeds of the trials
       tune.final_seeds=[0,1]       training seeds of the final trainings
 

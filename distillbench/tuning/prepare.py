@@ -6,7 +6,7 @@ Nothing is trained or written here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from distillbench.runs.plan import plan
 from distillbench.runs.shared_context import Cell
 from distillbench.storage.files import key_of
 from distillbench.training.budget import Limit
+from distillbench.training.method import MethodConfig
 from distillbench.tuning.settings import TuneConfig
 
 GROUP = "tune"
+JOURNALS = "tuning"  # folder in that of the results
 SEARCH = "search of settings"  # the purpose of its samples; those of an evaluation have another, so other noise
 
 
@@ -46,6 +48,11 @@ class Tuning:
     final_cells: list[Cell]
     cells: dict[float, list[Cell]]  # by share of the budget: for each method a cell of the search, with its defaults
     spaces: dict[str, dict[str, Between | Among]]  # by method
+    trains: bool = True  # False: settings of sampling are searched, of students that are trained
+
+    def journal(self, method: str, identity: str) -> Path:
+        """The file with the trials of a method. A search after training has one for each student."""
+        return self.folder / JOURNALS / f"{method}{'' if self.trains else f'-sampling-{identity[:8]}'}.journal"
 
     @property
     def config(self) -> RunConfig:
@@ -85,14 +92,49 @@ def prepare(config: RunConfig, tune: TuneConfig, registry: Registry) -> Tuning:
     final = [dataclasses.replace(config, seed=seed) for seed in tune.final_seeds]
     final_cells = plan(final, registry)
     goal = _goal(config, tune, final_cells, registry)
-    spaces = {name: search_space(registry.get("methods", name).cls.Config) for name in config.methods}
+    spaces = {name: search_space(_config_of(name, registry)) for name in config.methods}
     cells: dict[float, list[Cell]] = {}
     if tune.searches:
         for share in tune.shares:
             cells[share] = _search_cells(_search_settings(config, goal, share, registry), tune, registry)
         if why := cells[1.0][0].shared.unavailable_metrics().get(goal.metric):
             raise UserError(f"{goal.metric} cannot be measured, and the search optimises it: {why}")
-    return Tuning(tune, goal, final, final_cells, cells, spaces)
+    tuning = Tuning(tune, goal, final, final_cells, cells, spaces)
+    if tune.after and not sampling_spaces(tuning, registry):
+        known = {name for kind in config.methods for name in search_space(_config_of(kind, registry), sampling=True)}
+        raise UserError(
+            f"tune.after={tune.after}: no method has one of these settings of sampling and a row with "
+            f"tune.after_nfe={tune.after_nfe} evaluations. Settings: {', '.join(sorted(known)) or 'none'}"
+        )
+    return tuning
+
+
+def _config_of(method: str, registry: Registry) -> type:
+    return registry.get("methods", method).cls.Config
+
+
+def sampling_spaces(tuning: Tuning, registry: Registry) -> dict[str, dict[str, Between | Among]]:
+    """By method: what the search after training tries; without the methods that have nothing of it."""
+    able = {cell.name for cell in tuning.final_cells if cell.entry is not None and tuning.tune.after_nfe in cell.nfe}
+    spaces: dict[str, dict[str, Between | Among]] = {}
+    for name in tuning.config.methods:
+        every = search_space(_config_of(name, registry), sampling=True)
+        chosen = {setting: entry for setting, entry in every.items() if setting in tuning.tune.after}
+        if name in able and chosen:
+            spaces[name] = chosen
+    return spaces
+
+
+def after_training(tuning: Tuning, methods: Mapping[str, MethodConfig], registry: Registry) -> Tuning:
+    """The search of settings of sampling, for the students of `methods` that the first search has trained."""
+    spaces = {name: space for name, space in sampling_spaces(tuning, registry).items() if name in methods}
+    tune = dataclasses.replace(
+        tuning.tune, protocol="equal_trials", trials=tuning.tune.after_trials, pruning="none", at_once=0
+    )
+    goal = dataclasses.replace(tuning.goal, nfe=tune.after_nfe)
+    config = dataclasses.replace(tuning.config, methods={name: methods[name] for name in spaces})
+    cells = {1.0: _search_cells(_search_settings(config, goal, 1.0, registry), tune, registry)} if spaces else {}
+    return dataclasses.replace(tuning, tune=tune, goal=goal, final=[config], cells=cells, spaces=spaces, trains=False)
 
 
 def _folder_name(config: RunConfig, tune: TuneConfig) -> str:

@@ -24,12 +24,10 @@ from distillbench.storage.files import key_of
 from distillbench.storage.locks import wait_for_lock
 from distillbench.system.progress import Progress
 from distillbench.training.budget import Limit
-from distillbench.tuning.prepare import Tuning
+from distillbench.tuning.prepare import JOURNALS, Tuning
 from distillbench.tuning.settings import TuneConfig
 from distillbench.tuning.studies import MethodStudy, promoted
 from distillbench.tuning.trials import COSTS, Outcome, Trial, best_of
-
-JOURNALS = "tuning"  # folder in that of the results
 
 
 @dataclass
@@ -196,7 +194,7 @@ class Search:
         goal = self.tuning.goal
         rows = [row for result in results for row in result.rows]
         first = [result.rows[0] for result in results]  # all rows of a training have its costs
-        costs = {name: _sum([row.get(name) for row in first]) for name in COSTS}
+        costs = {name: _sum([row.get(name) if self.tuning.trains else 0.0 for row in first]) for name in COSTS}
         bad = next((row for row in rows if row["status"] != "ok"), None)
         if bad is None:
             bad = next((row | {"status": "failed"} for row in rows if row.get(goal.metric) is None), None)
@@ -222,8 +220,7 @@ def open_studies(tuning: Tuning, executor: Executor) -> dict[str, MethodStudy]:
     for method, space in tuning.spaces.items():
         said = {name: repr(entry) for name, entry in space.items()}
         identity = key_of([said, tune.sampler, tune.sampler_seed, tune.pruning, tune.search_seeds, keys[method]])
-        path = tuning.folder / JOURNALS / f"{method}.journal"
-        defaults = tuning.defaults(method)
+        path, defaults = tuning.journal(method, identity), tuning.defaults(method)
         studies[method] = MethodStudy.open(path, method, space, defaults, tuning.goal.direction, tune, identity)
     return studies
 

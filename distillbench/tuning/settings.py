@@ -53,11 +53,18 @@ class TuneConfig:
     pruning: str = option("none", "none, or halving: a trial first trains a quarter of the budget, and the best go on")
     at_once: int = option(0, "trials of a method that are chosen together; 0: as many as it takes to use all workers")
 
+    after: list[str] = option(
+        [], "settings of sampling that are searched after training, such as [sampling_levels]; trains nothing"
+    )
+    after_trials: int = option(8, "trials of this second search, for each method that has one of these settings")
+    after_nfe: int = option(2, "network evaluations of the row that it optimises")
+
     def __post_init__(self) -> None:
         require_one_of(self, "protocol", PROTOCOLS)
         require_one_of(self, "sampler", SAMPLERS)
         require_one_of(self, "pruning", PRUNINGS)
-        require_between(self, 1, 100_000, "trials")
+        require_between(self, 1, 100_000, "trials", "after_trials")
+        require_between(self, 1, 1024, "after_nfe")
         require_between(self, 0, 1024, "nfe", "at_once")
         require_between(self, 0, LARGEST_SEED, "sampler_seed")
         for name in ("search_seeds", "final_seeds"):
@@ -72,6 +79,9 @@ class TuneConfig:
         if self.protocol == "self_tuned" and not self.total.amount:
             limit = self.total.limit
             raise UserError(f"protocol self_tuned needs tune.total.{limit}=N, what each method may spend on its trials")
+
+        if self.after and not self.searches:
+            raise UserError(f"after={self.after} needs a search, whose students it samples: protocol=defaults has none")
 
     @property
     def searches(self) -> bool:

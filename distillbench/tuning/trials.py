@@ -80,6 +80,6 @@ def _row(trial: Trial, outcome: Outcome, metric: str, nfe: int) -> dict[str, Any
     return {**own, "metric": metric, "nfe": nfe, **outcome.costs, **settings, "reason": outcome.reason}
 
 
-def write_trials(trials: Sequence[Trial], metric: str, nfe: int, folder: Path) -> None:
-    """trials.csv and trials.parquet in `folder`, each replaced as a whole."""
-    write_table(trials_table(trials, metric, nfe), folder, "trials")
+def write_trials(trials: Sequence[Trial], metric: str, nfe: int, folder: Path, name: str = "trials") -> None:
+    """<name>.csv and <name>.parquet in `folder`, each replaced as a whole."""
+    write_table(trials_table(trials, metric, nfe), folder, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +25,11 @@ from distillbench.storage.files import write_text
 from distillbench.system.progress import Progress
 from distillbench.system.signals import Stop
 from distillbench.training.budget import Limit
-from distillbench.tuning.prepare import Tuning
+from distillbench.tuning.prepare import Tuning, after_training, sampling_spaces
 from distillbench.tuning.search import Search, open_studies
 from distillbench.tuning.trials import Trial, best_of, spent, write_trials
 
-SETTINGS_FILE = "tuning.json"
+SETTINGS_FILE, AFTER = "tuning.json", "sampling_trials"
 NOT_OK = ("pruned", "diverged", "failed")
 
 
@@ -54,11 +54,18 @@ def tune(
         progress.say(line)
     trials, trained = _search(tuning, progress, stop) if tuning.tune.searches else ({}, 0)
     best = {name: best_of(trials.get(name, []), tuning.goal.direction) for name in tuning.config.methods}
-    for name, trial in best.items():
-        if trial is not None:
-            progress.say(f"{name}: best is trial {trial.number}, {_in_words(trial.settings)}")
-    _write_settings(tuning, best)
-    configs = [dataclasses.replace(config, methods=_tuned_methods(tuning, best)) for config in tuning.final]
+    _say_best(best, progress)
+    methods, later = _with_best(tuning.config.methods, best), dict[str, Trial | None]()
+    if tuning.tune.after:
+        good = {name: methods[name] for name, trial in best.items() if trial is not None}
+        after = after_training(tuning, good, registry)
+        found, more = _search(after, progress, stop) if after.spaces else ({}, 0)
+        trained += more
+        later = {name: best_of(of_method, after.goal.direction) for name, of_method in found.items()}
+        _say_best(later, progress)
+        methods = _with_best(methods, later)
+    _write_settings(tuning, best, later)
+    configs = [dataclasses.replace(config, methods=methods) for config in tuning.final]
     cells = plan(configs, registry)
     columns = {name: price(tuning, trials.get(name, []), best[name]) for name in best}
     outcome = run(cells, configs, progress, on_rows, AS_IS, stop, columns)
@@ -77,10 +84,22 @@ def introduction(tuning: Tuning, registry: Registry) -> list[str]:
         f"search: {each} for each of {methods}, by {goal.metric} with {goal.nfe} NFE, on noise of its own; then the "
         f"best of each is trained with seeds {seeds}"
     ]
+    if tune.after:
+        lines.append(_after_introduction(tuning, registry))
     names = [name for name in tuning.spaces if not declares_search_space(registry.get("methods", name).cls.Config)]
     if names:
         lines.append(f"no search space of their own, so only what every method has is searched: {', '.join(names)}")
     return lines
+
+
+def _after_introduction(tuning: Tuning, registry: Registry) -> str:
+    """What will be searched after training, and for which methods."""
+    tune, config = tuning.tune, tuning.config.evaluation
+    evaluations = tune.after_trials * len(tune.search_seeds) * tune.after_nfe * config.images * len(config.seeds)
+    return (
+        f"after training: {tune.after_trials} trials of {', '.join(tune.after)} with {tune.after_nfe} NFE, "
+        f"{evaluations:,} evaluations of the student, for each of: {', '.join(sampling_spaces(tuning, registry))}"
+    )
 
 
 def _search(tuning: Tuning, progress: Progress, stop: Stop) -> tuple[dict[str, list[Trial]], int]:
@@ -92,19 +111,25 @@ def _search(tuning: Tuning, progress: Progress, stop: Stop) -> tuple[dict[str, l
 
         def write() -> None:
             every = [trial for name in studies for trial in search.trials(name)]
-            write_trials(every, goal.metric, goal.nfe, tuning.folder)
+            write_trials(every, goal.metric, goal.nfe, tuning.folder, "trials" if tuning.trains else AFTER)
 
         search = Search(tuning, studies, executor, progress, write)
         search.run()
         write()
-        return {name: search.trials(name) for name in studies}, search.trained
+        return {name: search.trials(name) for name in studies}, search.trained if tuning.trains else 0
 
 
-def _tuned_methods(tuning: Tuning, best: dict[str, Trial | None]) -> dict[str, Any]:
-    """The settings of all methods with those of their best trials; a method without one keeps its defaults."""
-    given = tuning.config.methods
-    chosen = {name: {} if trial is None else trial.settings for name, trial in best.items()}
-    return {name: with_settings(given[name], settings) for name, settings in chosen.items()}
+def _with_best(methods: Mapping[str, Any], best: Mapping[str, Trial | None]) -> dict[str, Any]:
+    """The settings of all methods with those of their best trials; a method without one keeps its own."""
+    chosen = {name: trial.settings for name, trial in best.items() if trial is not None}
+    return {name: with_settings(config, chosen.get(name, {})) for name, config in methods.items()}
+
+
+def _say_best(best: Mapping[str, Trial | None], progress: Progress) -> None:
+    for name, trial in best.items():
+        if trial is not None:
+            settings = ", ".join(f"{setting}={value}" for setting, value in trial.settings.items())
+            progress.say(f"{name}: best is trial {trial.number}, {settings}")
 
 
 def price(tuning: Tuning, trials: Sequence[Trial], best: Trial | None) -> dict[str, Any]:
@@ -153,14 +178,19 @@ def _summary(method: str, trials: Sequence[Trial], tuning: Tuning) -> str:
     return f"search of {method}: {counted(len(ended), 'trial')}{others}, {cost}; {chosen}"
 
 
-def _write_settings(tuning: Tuning, best: dict[str, Trial | None]) -> None:
-    """tuning.json: the settings tune.*, and what was chosen."""
-    found = {name: trial for name, trial in best.items() if trial is not None}
-    chosen = {name: {"trial": trial.number, "settings": trial.settings} for name, trial in found.items()}
+def _write_settings(
+    tuning: Tuning, best: Mapping[str, Trial | None], later: Mapping[str, Trial | None]
+) -> None:  # fmt: skip
+    """tuning.json: the settings tune.*, and what was chosen, before and after training."""
+    found = [
+        (kind, name, trial)
+        for kind, trials in (("training", best), ("sampling", later))
+        for name, trial in trials.items()
+    ]
+    chosen: dict[str, Any] = {name: {} for name in best}
+    for kind, name, trial in found:
+        if trial is not None:
+            chosen[name][kind] = {"trial": trial.number, "settings": trial.settings}
     goal = dataclasses.asdict(tuning.goal)
     plain = {"tune": plain_settings(tuning.tune), "goal": goal, "chosen": chosen}
     write_text(tuning.folder / SETTINGS_FILE, json.dumps(plain, indent=2) + "\n")
-
-
-def _in_words(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in settings.items())

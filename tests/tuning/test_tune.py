@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +41,7 @@ TARGET, SPREAD, IMAGES, BUDGET = 0.3, 0.05, 20, 96
 @dataclass
 class KnobConfig(MethodConfig):
     gain: float = option(0.8, "the mean of its samples", search=Between(0.01, 1.0, log=True))
+    shift: float = option(0.0, "added with two evaluations", sampling=True, search=Between(-0.5, 0.5))
     ends: str = option("well", "how it ends", search=Among(["well", "fails", "diverges", "is refused"]))
 
     def __post_init__(self):
@@ -63,8 +66,13 @@ class Knob(Method):
         loss = (self.student(eps, self.at_T(eps)) - eps).square().mean()
         yield self.student, loss * (float("nan") if self.config.ends == "diverges" else 1.0)
 
+    def supports(self, nfe):
+        return nfe <= 2
+
     def sample(self, noise, nfe, c):
-        return 0 * self.student(noise(0), self.at_T(noise(0))) + self.config.gain + SPREAD * noise(0)
+        mean = self.config.gain + (self.config.shift if nfe == 2 else 0.0)
+        nothing = sum(0 * self.student(noise(0), self.at_T(noise(0))) for _ in range(nfe))
+        return nothing + mean + SPREAD * noise(0)
 
 
 class Dial(Knob):
@@ -170,7 +178,7 @@ def go(tuning, registry):
 
 
 WHOLE = ["tune.trials=4", "run_name=here", "tune.search_seeds=[7]", "tune.final_seeds=[3,4]", "evaluation.seeds=[0,1]"]
-WHOLE += ["tune.sampler_seed=2"]
+WHOLE += ["tune.sampler_seed=2", "tune.after=[shift]", "tune.after_trials=3"]
 
 
 @pytest.fixture(scope="module")
@@ -210,13 +218,35 @@ def test_the_final_rows_are_of_the_best_trial_on_seeds_and_noise_that_the_search
     best = ok.loc[ok["score"].idxmin()]
     gain = json.loads(best["setting:gain"])
     assert best["trial"] > 0
-    rows = tuned.rows("knob").to_dict("records")
+    rows = tuned.rows("knob")
+    rows = rows[rows["nfe"] == 1].to_dict("records")
     assert [(row["training_seed"], row["sampling_seed"]) for row in rows] == [(3, 0), (3, 1), (4, 0), (4, 1)]
     for row in rows:
         assert row["off_target"] == pytest.approx(score(gain, "evaluation", row["sampling_seed"]), abs=1e-6)
         assert f"gain={gain}" in row["settings"]
     finals = [one for one in tuned.trained if one[1] != 7]
     assert sorted(finals) == sorted((name, seed, gain) for name in ("knob", "dial") for seed in (3, 4))
+
+
+def test_settings_of_sampling_are_searched_after_training_which_trains_nothing(tuned):
+    trials = pd.read_parquet(tuned.folder / "sampling_trials.parquet")
+    assert trials["method"].tolist() == ["knob"] * 3 + ["dial"] * 3 and set(trials["nfe"]) == {2}
+    assert set(trials["train_images"]) == {0} and "setting:shift" not in tuned.trials
+    own, searched = trials[trials["method"] == "knob"], tuned.trials
+    searched = searched[searched["status"] == "ok"]
+    gain = json.loads(searched.loc[searched["score"].idxmin(), "setting:gain"])
+    for one in own.to_dict("records"):
+        shift = json.loads(one["setting:shift"])
+        assert one["score"] == pytest.approx(mean_score(gain + shift, SEARCH), abs=1e-6)
+    shift = json.loads(own.loc[own["score"].idxmin(), "setting:shift"])
+    assert shift != 0
+    rows = tuned.rows("knob")
+    for row in rows[rows["nfe"] == 2].to_dict("records"):
+        assert row["off_target"] == pytest.approx(score(gain + shift, "evaluation", row["sampling_seed"]), abs=1e-6)
+        assert f"shift={shift}" in row["settings"]
+    assert len([one for one in tuned.trained if one[1] == 7]) == 8  # four trials of two methods
+    chosen = json.loads((tuned.folder / "tuning.json").read_text())["chosen"]["knob"]
+    assert chosen["sampling"]["settings"] == {"shift": shift} and chosen["training"]["settings"]["gain"] == gain
 
 
 def test_no_noise_of_the_search_is_in_the_final_samples(tuned):
@@ -560,11 +590,13 @@ WRONG = {
     "tune.final_seeds=[1,1000]": "tune.final_seeds must not be among search_seeds",
     "tune.search_seeds=[]": "tune.search_seeds must list different numbers",
     "tune.trials=1,2": "tune.* takes one value of each setting",
+    "tune.after_trials=0": "tune.after_trials must lie between",
     "tune.total.limit=joule": "Did you mean 'joules'?",
     "seed=0,1": "tune has seeds of its own, tune.search_seeds and tune.final_seeds",
     "budget.images=64,96": "these span 2 runs",
     "tune.metric=fidd": "no metric to optimise 'fidd'",
-    "tune.nfe=2": "tune.nfe=2 must be a row of each method",
+    "tune.nfe=3": "tune.nfe=3 must be a row of each method",
+    "tune.after=[shif]": "no method has one of these settings of sampling and a row with tune.after_nfe=2",
     "evaluation.metrics=[spread]": "no score can be optimised",
 }
 
@@ -584,3 +616,56 @@ def test_the_command_refuses_ranks_and_prints_errors(registry, tmp_path, capsys,
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command(registry, tmp_path, "methods=[knob]") == 2
     assert "tune uses one process: start it without torchrun" in capsys.readouterr().err
+
+
+# --- real processes --------------------------------------------------------------------------------------------------
+
+REAL = ["methods=[boot,cm]", "tune.trials=4", "run_name=here", "tune.final_seeds=[0]", "evaluation.nfe=[1]"]
+REAL += ["evaluation.metrics=[teacher_rmse]"]
+
+
+def started(results, *words):
+    line = [sys.executable, "-m", "distillbench", "tune", *WORDS, *REAL, f'results_dir="{results}"', *words]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def table_of(results, name):
+    table = pd.read_csv(results / "here" / f"{name}.csv")
+    return table[[column for column in table if "seconds" not in column and "mib" not in column]]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    results = tmp_path_factory.mktemp("alone")
+    process = started(results)
+    assert process.wait() == 0, process.stdout.read()
+    return results
+
+
+@pytest.mark.nightly
+def test_a_killed_search_goes_on_with_other_workers_to_the_same_end(alone, tmp_path):
+    process = started(tmp_path)
+    while not (tmp_path / "here" / "trials.csv").is_file():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert len(pd.read_csv(tmp_path / "here" / "trials.csv")) < 8
+    process = started(tmp_path, "executor.workers=2", "isolate=true")
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    for name in ("trials", "table"):
+        assert table_of(tmp_path, name).equals(table_of(alone, name))
+
+
+@pytest.mark.nightly
+def test_two_processes_share_a_search(tmp_path):
+    processes = [started(tmp_path), started(tmp_path)]
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    trials = pd.read_csv(tmp_path / "here" / "trials.csv")
+    assert trials["trial"].tolist() == [0, 1, 2, 3] * 2 and set(trials["status"]) == {"ok"}
+    records = [json.loads(file.read_bytes()) for file in tmp_path.glob("cells/*/train.json")]
+    assert sum(record["inputs"]["seed"] == 1000 for record in records) == 8
+    counts = [one.count("of 4 done") for one in said]
+    assert sum(counts) >= 8 and min(counts) > 0  # a trial that both saw is said twice, and was trained once
