@@ -9,6 +9,7 @@ interruption chooses what it would have chosen without one, and every method get
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from distillbench.tuning.trials import Outcome, Trial
 
 STARTUP_TRIALS = 5  # random ones before TPE has something to learn from; Optuna's 10 are most of a usual search
 DIGITS = 4  # significant ones, of the numbers that are tried
-SEARCH, SETTINGS, RUNG = "search", "settings", "score at a quarter"  # attributes in the journal
+SEARCH, SETTINGS, OUTCOME, RUNG = "search", "settings", "outcome", "score at a quarter"  # attributes in the journal
 
 
 class SeededSampler(BaseSampler):
@@ -108,11 +109,8 @@ class MethodStudy:
 
     def _trial(self, frozen: FrozenTrial) -> Trial:
         kept = frozen.user_attrs
-        settings = json.loads(kept[SETTINGS])
-        if not frozen.state.is_finished():
-            return Trial(self.method, frozen.number, settings)
-        outcome = Outcome(kept["status"], kept["score"], kept["reason"], kept["costs"])
-        return Trial(self.method, frozen.number, settings, outcome)
+        outcome = Outcome(**kept[OUTCOME]) if frozen.state.is_finished() else None
+        return Trial(self.method, frozen.number, json.loads(kept[SETTINGS]), outcome)
 
     def ask(self) -> Trial:
         """The next trial. Call it in one process at a time."""
@@ -148,9 +146,7 @@ class MethodStudy:
         """
         if self.study.get_trials(deepcopy=False)[trial.number].state.is_finished():
             return
-        for name in ("status", "score", "reason"):
-            self._keep(trial.number, name, getattr(outcome, name))
-        self._keep(trial.number, "costs", dict(outcome.costs))
+        self._keep(trial.number, OUTCOME, dataclasses.asdict(outcome))
         if outcome.status == "pruned":
             self.study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
             return

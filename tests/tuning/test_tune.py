@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -165,6 +166,7 @@ def go(tuning, registry):
 
     def then_final(self):
         nonlocal now
+        now = "search"
         searched(self)
         now = "final"
 
@@ -345,8 +347,9 @@ def bases(ready, tmp_path_factory):
 
 
 @pytest.fixture
-def tuning(bases, tmp_path):
-    """A function of settings tune.* that gives a tuning in a folder of its own."""
+def tuning(bases, tmp_path, monkeypatch):
+    """A function of settings tune.* that gives a tuning in a folder of its own. Journals are not flushed to the disk."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
     def changed(place="here", methods=("knob",), pruning="none", ends=None, **settings):
         base = bases[pruning]
