@@ -276,11 +276,6 @@ def test_the_rows_name_the_protocol_and_the_price(tuned):
     assert teacher["tuning"].fillna("").tolist() == [""] * len(teacher) and teacher["tuning_trials"].isna().all()
 
 
-def test_a_finished_tuning_trains_nothing(ready, registry, tuned):
-    again = go(ready(tuned.folder.parent, *WHOLE, methods="knob,dial"), registry)
-    assert not again.trained and again.table.equals(tuned.table) and again.trials.equals(tuned.trials)
-
-
 @pytest.mark.nightly
 def test_defaults_are_those_of_a_run(ready, registry, tmp_path):
     done = go(ready(tmp_path / "tuned", "tune.protocol=defaults"), registry)
@@ -348,7 +343,7 @@ def bases(ready, tmp_path_factory):
 
 @pytest.fixture
 def tuning(bases, tmp_path, monkeypatch):
-    """A function of settings tune.* that gives a tuning in a folder of its own. Journals are not flushed to the disk."""
+    """A function of settings tune.* that gives a tuning in a folder of its own, whose journals are not flushed."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
     def changed(place="here", methods=("knob",), pruning="none", ends=None, **settings):
@@ -571,19 +566,27 @@ def command(registry, results, *words):
     return 0
 
 
-def test_the_command_says_what_it_did_and_then_that_nothing_is_left(registry, tmp_path, capsys):
-    words = ["methods=[knob]", "tune.trials=1", "tune.final_seeds=[0]"]
+def test_a_finished_tuning_is_printed_again_and_nothing_is_trained(registry, tuned, capsys, monkeypatch):
+    monkeypatch.setattr(cell_module, "train_cell", None)
+    files = ["trials.parquet", "sampling_trials.parquet", "table.parquet", "tuning.json"]
+    before = [(tuned.folder / name).read_bytes() for name in files]
+    assert command(registry, tuned.folder.parent, "methods=[knob,dial]", *WHOLE) == 0
+    said = capsys.readouterr().out
+    assert "nothing was trained: all trials and final trainings were found" in said
+    assert f"search of knob: 4 trials, 1 diverged, 1 failed, {2 * BUDGET} training images" in said
+    assert [(tuned.folder / name).read_bytes() for name in files] == before
+
+
+def test_the_price_is_said_before(registry, tmp_path, capsys):
+    words = ["methods=[knob]", "tune.trials=5", "tune.search_seeds=[7,8]", "tune.after=[shift]", "tune.after_trials=3"]
     assert command(registry, tmp_path, *words, "--dry-run") == 0
     said = capsys.readouterr().out
-    assert f"search of knob: 1 training, {BUDGET} images" in said and "dry run: nothing was run" in said
-    assert not any(tmp_path.glob("*/trials.csv"))
-    assert command(registry, tmp_path, *words) == 0
-    said = capsys.readouterr().out
-    assert "search of knob: 1 trial," in said and "nothing was trained" not in said
-    assert command(registry, tmp_path, *words) == 0
-    assert "nothing was trained: all trials and final trainings were found" in capsys.readouterr().out
+    assert f"search of knob: 10 trainings, {10 * BUDGET} images, 0 evaluations of the teacher" in said
+    assert f"{10 * IMAGES} in sampling" in said and "dry run: nothing was run" in said
+    assert f"{3 * 2 * 2 * IMAGES} evaluations of the student, for each of: knob" in said
+    assert not any(tmp_path.iterdir())
     assert command(registry, tmp_path, *words, "--show-config") == 0
-    assert "protocol: equal_trials" in capsys.readouterr().out
+    assert "search_seeds:\n  - 7\n  - 8" in capsys.readouterr().out
 
 
 WRONG = {
