@@ -71,7 +71,7 @@ class ConsistencyDistillation(SegmentedMethod):
         sigma_min: float = option(0.002, "e, smallest noise level")
         sigma_max: float = option(80.0, "largest noise level")
         sigma_data: float = option(0.5, "sd, standard deviation of the data")
-        rho: float = option(7.0, "curvature of the grid", search=Between(3.0, 11.0))
+        rho: float = option(7.0, "curvature of the grid")
 
         def __post_init__(self) -> None:
             super().__post_init__()

@@ -51,7 +51,8 @@ WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # w from |x - D_phi|
 
 
 class DistributionMatching(Method):
-    name, paper = "dmd", "Yin et al. 2024, arXiv:2405.14867"
+    name = "dmd"
+    paper = "Yin et al. 2024, arXiv:2405.14867"
     needs_data = False
     reads_data = classmethod(lambda cls, config: config.gan_weight > 0)
     inputs = property(lambda self: "rollout" if len(self.times) > 1 else "noise")
@@ -97,8 +98,7 @@ class DistributionMatching(Method):
         return G(*rollout(G, self.teacher.schedule, self.times, noise, k))
 
     def h(self, x: Tensor, k: Tensor, batch: Batch, c: Condition) -> Tensor:
-        t = self.time(batch)
-        return self.fake.logits(self.teacher.schedule.noised(x, t, batch.noise()), t, k, c)
+        return self.fake.logits(self.teacher.schedule.noised(x, t := self.time(batch), batch.noise()), t, k, c)
 
     def fake_loss(self, x: Tensor, k: Tensor, batch: Batch, c: Condition) -> Tensor:
         e = self.fake.embedding(k)

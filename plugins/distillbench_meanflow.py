@@ -15,7 +15,7 @@ v is the teacher's velocity (x_t - f) / t, or that of a pair, eps - x_0, whose m
 | v      | velocity dx_t/dt of the ODE                                                 | (B,C,H,W)  |
 | u      | student: average velocity from t to s                                       | (B,C,H,W)  |
 | f      | teacher's data prediction, guided where c says so                           | (B,C,H,W)  |
-| h      | step of the finite difference; t stays h away from both ends                | float      |
+| h      | step of the finite difference, exact: 0; t stays h away from both ends      | float      |
 | c      | condition, to networks; in w a constant                                     |            |
 
 u = (x_t - D) / t for the student D(x_t, t, s), the teacher's network with an embedding of s that starts at zero: at
@@ -90,7 +90,8 @@ class MeanFlow(Method):
             raise UserError("meanflow with source=data cannot be guided: leave guidance at 1, or use source=teacher")
         denoiser = teacher.student(fresh=config.start == "fresh")
         self.student = AverageVelocity(smooth_times(denoiser, config.smooth) if config.smooth else denoiser)
-        self.t_min, self.t_max = teacher.schedule.t_min, teacher.schedule.t_max - config.step
+        self.h = 0.0 if config.exact else config.step
+        self.t_min, self.t_max = teacher.schedule.t_min, teacher.schedule.t_max - self.h
 
     def time(self, batch: Batch, mean: float, std: float) -> Tensor:
         """Uniform or logit-normal, (B,1,1,1)."""
@@ -104,7 +105,7 @@ class MeanFlow(Method):
         config, apart = self.config, self.config.p_mean_s is not None
         a = self.time(batch, config.p_mean, config.p_std)
         b = self.time(batch, *((config.p_mean_s, config.p_std_s) if apart else (config.p_mean, config.p_std)))
-        t = (a if apart else torch.maximum(a, b)).clamp(min=self.t_min + config.step)
+        t = (a if apart else torch.maximum(a, b)).clamp(min=self.t_min + self.h)
         return t, torch.minimum(t if apart else a, b)
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:

@@ -46,16 +46,18 @@ class ProgressiveDistillation(Method):
         ema_halflife_kimg: float = option(0.0, "half-life of the weights' average in 1000 images; 0: none, as released")
         steps: int = option(
             16,
-            "N, the first teacher's steps, a power of two; log2 N phases end at one step",
+            "N, steps of the first teacher, a power of two; log2 N phases end at one step",
             search=Among([16, 32, 64]),
         )
         weight: str = option(
             "truncated_snr", "w: truncated_snr, max(SNR, 1), snr_plus_one, or edm, SNR + 4", search=Among(SNR_WEIGHTS)
         )
-        times: str = option(
-            "uniform",
-            f"grid of the first teacher's steps: {', '.join(TIME_GRIDS)}",
-            search=Among(["uniform", "uniform_lambda"]),
+        times: str = option("uniform", f"grid of the first teacher's steps: {', '.join(TIME_GRIDS)}")
+        clip: bool = option(
+            False,
+            "clip x^ of each step of sampling to [-1, 1] (released); not for latents",
+            sampling=True,
+            search=Among([False, True]),
         )
         shares: list[float] = option(
             [], "relative budgets, one number for each phase or for all; empty: 2 for the last two phases, else 1"
@@ -133,8 +135,9 @@ class ProgressiveDistillation(Method):
         return nfe in self.halvings[:phase]  # a phase's student is stored when it ends
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        schedule, grid = self.teacher.schedule, self.grid_of(nfe)
-        return ddim(partial(self.students[str(nfe)], c=c), schedule, x_at_top(schedule, noise(0), grid), grid)
+        schedule, grid, x_hat = self.teacher.schedule, self.grid_of(nfe), partial(self.students[str(nfe)], c=c)
+        clipped = lambda z_t, t: x_hat(z_t, t).clamp(-1, 1)
+        return ddim(clipped if self.config.clip else x_hat, schedule, x_at_top(schedule, noise(0), grid), grid)
 
 
 @hookimpl(api=2)

@@ -62,6 +62,14 @@ ABOUT = {  # columns other than scores: heading (with its unit), explanation
     "train_peak_gpu_reserved_mib": ("training: GPU reserved, MiB", "peak memory of torch's allocator while training"),
     "train_peak_device_mib": ("training: device peak, MiB", "peak memory in use on the device by all processes"),
     "train_peak_rss_mib": ("training: resident peak, MiB", "peak resident memory of the training process"),
+    "tuning": (
+        "tuning",
+        "how the method's settings were found: equal_trials, self_tuned or defaults (no search)",
+    ),
+    "tuning_trials": ("trials", "trials of the search for the method's settings, those that failed included"),
+    "tuning_images": ("search, images", "images that all these trials trained on"),
+    "tuning_seconds": ("search, s", "training time of all these trials"),
+    "tuning_joules": ("search, J", "energy of all these trials"),
     "fraction": ("fraction of the budget", "progress of training"),
 }
 

@@ -193,7 +193,7 @@ def _train(
         meter = Meter(config.budget, teacher, shared.device, watches=(rss, gpu), energy=joules)
         method.distances = Distances(teacher, meter, shared.weights, shared.device)
         given = method.teacher, meter, cache, shared.device, cell.seed, progress
-        workspace = Workspace(*given, energy_source=config.energy, ranks=ranks)
+        workspace = Workspace(*given, energy_source=config.energy, ranks=ranks, shard=compute.shard)
         points = config.evaluation.checkpoints
         fractions = tuple((k + 1) / (points + 1) for k in range(points))
         checkpoints = Checkpoints(fractions, folder, tuple(cell.nfe))
@@ -268,7 +268,7 @@ def _trained(
         clipped_steps=counts.clipped if counts.complete else None,
         nonfinite_steps=counts.nonfinite if counts.complete else None,
         curve=[CurvePoint(**dataclasses.asdict(point)) for point in trained.curve],
-        **_seen(measured.monitor),
+        **_seen(measured.monitor, method.note),
         checkpoints=[
             CheckpointRecord(
                 fraction=c.fraction,
@@ -284,12 +284,16 @@ def _trained(
     )
 
 
-def _seen(monitor: Monitor | None) -> dict[str, Any]:
-    """What was seen of samples along training, as fields of the record."""
+def _seen(monitor: Monitor | None, note: str) -> dict[str, Any]:
+    """What was seen of samples along training, and what the method notes, as fields of the record."""
     if monitor is None:
-        return {}
+        return {"note": note}
     points = [ProgressPoint(**dataclasses.asdict(point)) for point in monitor.points]
-    return {"progress": points, "progress_reference": monitor.look.reference, "note": monitor.note}
+    return {
+        "progress": points,
+        "progress_reference": monitor.look.reference,
+        "note": "; ".join(filter(None, [note, monitor.note])),
+    }
 
 
 def _flops(

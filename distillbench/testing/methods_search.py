@@ -7,8 +7,10 @@ is trained and scored like the default one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from distillbench.errors import UserError, unknown
@@ -24,11 +26,13 @@ from distillbench.options import (
 )
 from distillbench.teachers.teacher import Teacher
 from distillbench.testing.checks import Fault
-from distillbench.testing.method_bench import USUAL_NFE, MethodBench
+from distillbench.testing.method_bench import USUAL_NFE, MethodBench, workspace_of
+from distillbench.training.budget import BudgetConfig
 from distillbench.training.method import Method
 from distillbench.training.optimizer_config import OptimizerConfig
 
 COMBINATIONS = 16  # of values of all settings, drawn at random
+BUILT = 6  # of them
 
 
 def search(bench: MethodBench) -> str:
@@ -112,19 +116,26 @@ def _configured(config: type, settings: dict[str, Any]) -> None:
 
 
 def _check_methods(bench: MethodBench, space: Space) -> None:
-    """Build a method with each value of each setting that is the method's own, and compare it with the default one."""
+    """Build a method with each value of each setting that is the method's own, and compare it with the default one.
+
+    Some combinations are built, too.
+    """
     teacher = bench.teacher()
     default = _built(bench, teacher, {})
     of_optimizers = {f.name for f in dataclasses.fields(OptimizerConfig)}
     for name, value in _single(space):
         if name not in of_optimizers and "." not in name and value != setting_of(default.config, name):
             _check_same(default, _built(bench, teacher, {name: value}), f"{name}={value}")
+    for settings in itertools.islice(_combinations(space), BUILT):
+        _built(bench, teacher, settings)
 
 
 def _built(bench: MethodBench, teacher: Teacher, settings: dict[str, Any]) -> Method:
     config = with_settings(bench.cls.Config(), settings)
     try:
-        return dataclasses.replace(bench, given=config).method(teacher)
+        method = dataclasses.replace(bench, given=config).method(teacher)
+        method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=bench.device))
+        return method
     except UserError as error:
         raise Fault(f"{_written(settings)} is in the search space, and the method refuses it: {error}") from error
 

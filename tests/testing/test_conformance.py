@@ -243,6 +243,18 @@ class RefusedByTheMethod(Good):
             raise UserError(f"{config.steps} steps are too many")
 
 
+@fault("search", "pull=0.1 steps=8 is in the search space, and the method refuses it: 8 steps and a pull")
+class RefusedInPreparation(Good):
+    @dataclass
+    class Config(Good.Config):
+        pull: float = option(0.0, "weight of the target network", search=Among([0.0, 0.1]))
+        steps: int = option(4, "of the teacher's answer", search=Between(4, 8))
+
+    def prepare(self, workspace) -> None:
+        if self.config.pull and self.config.steps > 4:
+            raise UserError(f"{self.config.steps} steps and a pull")
+
+
 @fault("search", "9 settings of training are searched, at most 8 may be: lr, ema_halflife_kimg, a, b, c, d, e, f, g")
 class SearchesTooMany(Good):
     Config = make_dataclass(
