@@ -3,8 +3,8 @@
 The trials are in a journal (``tuning/NAME.journal`` in the run's folder): what was tried, what came of it, its cost.
 Optuna chooses the next settings, and nothing else: cells are run by the executors like all others.
 
-The sampler of trial n has a seed of its own, made from ``tune.sampler_seed`` and n. So a search that goes on after an
-interruption chooses what it would have chosen without one, and every method gets the same random numbers.
+Each setting of trial n has random numbers of its own, made from ``tune.sampler_seed``, its name and n. So a search that
+goes on after an interruption chooses what it would have chosen without one, and all methods get the same numbers.
 """
 
 from __future__ import annotations
@@ -37,18 +37,13 @@ SEARCH, SETTINGS, OUTCOME, RUNG = "search", "settings", "outcome", "score at a q
 
 
 class SeededSampler(BaseSampler):
-    """Optuna's sampler, made anew for each trial with a seed that belongs to the trial's number."""
+    """Optuna's sampler, made anew for each setting of a trial, with a seed that belongs to both.
+
+    So a choice depends on the trials that have ended and on nothing that a process remembers.
+    """
 
     def __init__(self, kind: str, seed: int) -> None:
         self.kind, self.seed = kind, seed
-        self.inner: BaseSampler = RandomSampler(seed)
-
-    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        seed = stream_key(f"trial {trial.number}", self.seed) % 2**32
-        if self.kind == "random":
-            self.inner = RandomSampler(seed)
-        else:
-            self.inner = TPESampler(n_startup_trials=STARTUP_TRIALS, multivariate=False, constant_liar=True, seed=seed)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}  # each setting is chosen on its own
@@ -61,7 +56,11 @@ class SeededSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        return self.inner.sample_independent(study, trial, param_name, param_distribution)
+        seed = stream_key(f"{param_name} of trial {trial.number}", self.seed) % 2**32
+        inner: BaseSampler = RandomSampler(seed)
+        if self.kind == "tpe":
+            inner = TPESampler(n_startup_trials=STARTUP_TRIALS, multivariate=False, constant_liar=True, seed=seed)
+        return inner.sample_independent(study, trial, param_name, param_distribution)
 
 
 @dataclass
@@ -115,9 +114,12 @@ class MethodStudy:
     def ask(self) -> Trial:
         """The next trial. Call it in one process at a time."""
         inside = {name: value for name, value in self.defaults.items() if value in self.space[name]}
-        if not self.study.get_trials(deepcopy=False):
+        known = self.study.get_trials(deepcopy=False)
+        if not known:
             self.study.enqueue_trial({name: _encoded(self.space[name], value) for name, value in inside.items()})
-        trial = self.study.ask()
+        running = (one for one in known if one.state == TrialState.RUNNING)
+        half = next((one for one in running if SETTINGS not in one.user_attrs), None)  # its process was killed here
+        trial = self.study.ask() if half is None else optuna.Trial(self.study, self._id(half.number))
         if trial.number == 0:
             for name in inside:  # the sampler learns from it; what lies outside of the space it cannot know
                 _suggest(trial, name, self.space[name])

@@ -180,7 +180,7 @@ def go(tuning, registry):
 
 
 WHOLE = ["tune.trials=4", "run_name=here", "tune.search_seeds=[7]", "tune.final_seeds=[3,4]", "evaluation.seeds=[0,1]"]
-WHOLE += ["tune.sampler_seed=2", "tune.after=[shift]", "tune.after_trials=3"]
+WHOLE += ["tune.sampler_seed=50", "tune.after=[shift]", "tune.after_trials=3"]
 
 
 @pytest.fixture(scope="module")
@@ -417,6 +417,19 @@ def test_a_trial_that_another_process_ended_is_as_it_ended(tuning):
     study.tell(trial, Outcome("failed", None, "too late"))
     assert [one.outcome.score for one in study.trials(1)] == [0.25] and searched(mine, executor) == study.trials(1)
     assert not executor.trained
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_process_that_was_killed_while_it_chose_a_trial_loses_none(tuning, number):
+    whole = searched(tuning("whole", trials=4), Pretend())
+    if number:
+        searched(tuning("parts", trials=number), Pretend())
+    study = open_studies(tuning("parts", trials=4), Pretend())["knob"]
+    if not number:
+        study.study.enqueue_trial({"gain": KnobConfig().gain, "ends": json.dumps("well"), "lr": KnobConfig().lr})
+    study.study.ask().suggest_float("lr", study.space["lr"].low, study.space["lr"].high, log=True)
+    assert len(study.trials(4)) == number
+    assert searched(tuning("parts", trials=4), Pretend()) == whole
 
 
 def test_other_settings_do_not_go_on_with_a_search(tuning):
