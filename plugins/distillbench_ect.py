@@ -63,6 +63,7 @@ class EasyConsistencyTuning(MultistepMethod):
 
     @dataclass
     class Config(MultistepMethod.Config):
+        replaced = {"mid": "sampling_levels=[[LEVEL]]"}
         lr: float = option(2e-3, "peak learning rate of Adam", search=Between(3e-4, 1e-2, log=True))
         source: str = option("data", "of f: data, x_0 itself (ECT), or the teacher (ECD)")
         q: float = option(4.0, "q of the stages (released: 2, 4, 256 for one hour)", search=Among([2.0, 4.0, 16.0]))

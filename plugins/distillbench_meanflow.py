@@ -60,6 +60,7 @@ class MeanFlow(Method):
         start: str = option("teacher", "weights that the student starts from: the teacher's, or fresh (published)")
         smooth: int = option(8, "degree of the polynomials in which the student sees time; 0: as the teacher sees it")
         exact: bool = option(False, "du/dt by torch.func.jvp instead of a finite difference")
+        embeds: str = option("s", "second time that the student embeds: s, or difference (released: t - s)")
         step: float = option(5e-3, "h, step of the finite difference in t", search=Between(1e-3, 2e-2, log=True))
         ratio: float = option(0.75, "share of a batch with s < t; else s = t, where u is v", search=Between(0.25, 1.0))
         uniform: float = option(0.5, "ours: share of uniform times; others are logit-normal", search=Between(0.0, 1.0))
@@ -75,6 +76,7 @@ class MeanFlow(Method):
             require_one_of(self, "schedule", ("flow_matching",))
             require_one_of(self, "source", ("teacher", "data"))
             require_one_of(self, "start", ("fresh", "teacher"))
+            require_one_of(self, "embeds", ("s", "difference"))
             require_positive(self, "p_std", "p_std_s", "c")
             require_between(self, 0, 1, "ratio", "uniform", "p")
             require_between(self, 0, float("inf"), "smooth")
@@ -89,7 +91,8 @@ class MeanFlow(Method):
         if config.source == "data" and teacher.conditioning.guided:
             raise UserError("meanflow with source=data cannot be guided: leave guidance at 1, or use source=teacher")
         denoiser = teacher.student(fresh=config.start == "fresh")
-        self.student = AverageVelocity(smooth_times(denoiser, config.smooth) if config.smooth else denoiser)
+        denoiser = smooth_times(denoiser, config.smooth) if config.smooth else denoiser
+        self.student = AverageVelocity(denoiser, embeds=config.embeds)
         self.h = 0.0 if config.exact else config.step
         self.t_min, self.t_max = teacher.schedule.t_min, teacher.schedule.t_max - self.h
 

@@ -136,7 +136,7 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
     from distillbench.runs.cell import Policy
     from distillbench.runs.forecast import forecast, why_none
     from distillbench.runs.plan import plan
-    from distillbench.runs.run_downloads import asked_offers, describe, fetch_all
+    from distillbench.runs.run_downloads import asked
     from distillbench.system.progress import Progress
     from distillbench.training.data_parallel import joined
     from distillbench.training.fsdp import check_sharding
@@ -148,13 +148,14 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
         if not ranks.main:
             follow(ranks, stop)
             return
-        offers = asked_offers(configs)
-        for line in describe(offers):
+        downloads = asked(configs, registry)
+        for line in downloads.lines():
             progress.say(line)
-        if offers and flags.dry_run:
+        if downloads.needed_to_plan and flags.dry_run:
             progress.say("dry run: nothing was downloaded. The plan is made from these files")
             return
-        fetch_all(offers, progress)
+        if not flags.dry_run:
+            downloads.fetch(progress)
         cells = plan(configs, registry)
         if flags.dry_run:
             print_plan(console, cells, forecast(cells, policy), why_none(cells))
@@ -253,6 +254,6 @@ def train_teacher(registry: Registry, settings: tuple[str, ...], output: str | N
     for config in configs if file is None else []:
         check_writable(Path(config.results_dir))
     progress = Progress(new_console())
-    fetch_asked(configs, progress)
+    fetch_asked(configs, registry, progress)
     for config in configs:
         progress.say(f"written: {train_teacher_of(config, registry, file, progress)}")

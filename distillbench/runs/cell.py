@@ -35,6 +35,7 @@ from distillbench.runs.cell_keys import speed_inputs
 from distillbench.runs.cell_result import CellDescription, CellResult, result_of
 from distillbench.runs.cell_task import CellTask
 from distillbench.runs.cell_training import ERROR, STUDENT, TRAIN, keep_traceback, status_of, train_cell
+from distillbench.runs.scored_rows import ScoredRows
 from distillbench.runs.shared_context import Cell, restored
 from distillbench.runs.speed_job import speed_job
 from distillbench.storage.files import key_of, sha256_file, write_atomically
@@ -121,6 +122,12 @@ def write_failure(cell: Cell, description: CellDescription, status: str, reason:
     _write_evaluation(_evaluation_path(description), record, [])
 
 
+def record_sha256(description: CellDescription) -> str:
+    """The SHA-256 of the record of a cell's training; "" without one."""
+    path = description.folder / TRAIN
+    return sha256_file(path) if path.is_file() else ""
+
+
 def follow_sampling(cell: Cell, order: SampleOrder, progress: Progress) -> None:
     """What non-zero ranks do for a row, or for the teacher's many-step samples."""
     torch.set_num_threads(cell.shared.config.threads)
@@ -148,8 +155,12 @@ class CellRunner:
 
     def found_training(self, intact: Callable[[Path, str], bool]) -> TrainRecord | None:
         """The record of the training; None: train (again). `intact`: whether a file has a SHA-256."""
-        record = self._found(self.folder / TRAIN, TrainRecord, self.description.train_inputs)
-        if record is None or self.policy.runs_again(record.status):
+        stale = self.description.stale
+        done_again = self.policy.force and stale is not None and record_sha256(self.description) != stale
+        if self.policy.force and not done_again:
+            return None
+        record = _read(self.folder / TRAIN, TrainRecord, self.description.train_inputs, self.progress)
+        if record is None or (not done_again and self.policy.runs_again(record.status)):
             return None
         if record.status == "ok" and not intact(self.folder / STUDENT, record.weights_sha256):
             self.progress.say(f"{self.cell.label}: the weights of the record are missing or damaged; training again")
@@ -175,15 +186,19 @@ class CellRunner:
         shared, inputs = self.cell.shared, self.description.evaluation_inputs
         common = self._common(inputs, training.weights_sha256 if training is not None else "")
         shown: list[Tensor] = []
+        kept: ScoredRows | None = None
         if training is not None and training.status != "ok":
             record = EvaluationRecord(**common, rows=self._rows_with(training.status, training.reason))
         else:
-            rows, shown = self._rows()
-            along = self._rows_along(training) if training is not None else []
+            kept = ScoredRows(self.folder, EvaluationRecord(**common, rows=[]), self.policy.force)
+            rows, shown = self._rows(kept)
+            along = self._rows_along(training, kept) if training is not None else []
             references = shared.describe_references(self.progress)
             record = EvaluationRecord(**common, rows=rows, along=along, references=references)
             shared.get_evaluator(self.progress).release()
         _write_evaluation(_evaluation_path(self.description), record, shown)
+        if kept is not None:
+            kept.discard()
         return record, shown
 
     def _rows_with(self, status: Status, reason: str) -> list[RowRecord]:
@@ -192,7 +207,7 @@ class CellRunner:
             for nfe, seed in self.description.nfe_and_seeds
         ]
 
-    def _rows(self) -> tuple[list[RowRecord], list[Tensor]]:
+    def _rows(self, kept: ScoredRows) -> tuple[list[RowRecord], list[Tensor]]:
         """The rows of a trained student or of the teacher, and the samples to show of those that are ok."""
         weights = self.folder / STUDENT if self.cell.entry is not None else None
         try:
@@ -202,11 +217,17 @@ class CellRunner:
         except Exception as error:
             return self._rows_with(status_of(error), keep_traceback(error, self.folder, self.progress)), []
         rows, shown = [], []
+        first_seed = self.cell.shared.config.evaluation.seeds[0]
         for nfe, seed in self.description.nfe_and_seeds:
-            row, images = self._row(method, weights, nfe, seed, self.cell.label)
+            found = kept.find(nfe, seed)
+            if found is None or (seed == first_seed and found[1] is None):
+                row, images = self._row(method, weights, nfe, seed, self.cell.label)
+                images = images if seed == first_seed else None
+                kept.keep(row, images)
+            else:
+                row, images = found
             rows.append(row)
-            if images is not None and seed == self.cell.shared.config.evaluation.seeds[0]:
-                shown.append(images)
+            shown += [] if images is None else [images]
         return rows, shown
 
     def _row(
@@ -230,17 +251,22 @@ class CellRunner:
         row = RowRecord(nfe=nfe, sampling_seed=seed, scores=measured.scores, missing=measured.missing)
         return row, measured.shown
 
-    def _rows_along(self, training: TrainRecord) -> list[CheckpointScores]:
+    def _rows_along(self, training: TrainRecord, kept: ScoredRows) -> list[CheckpointScores]:
         """The scores of the student at its checkpoints; not part of the budget, and not timed."""
         rows = []
         for checkpoint in training.checkpoints:
-            weights = self.folder / checkpoint.file
-            method = _restored(self.cell, weights, self.progress)
+            weights, method = self.folder / checkpoint.file, None
             label = f"{self.cell.label} at {checkpoint.fraction:.0%}"
             for nfe in checkpoint.ready:
                 for seed in self.cell.shared.config.evaluation.seeds:
+                    found = kept.find(nfe, seed, checkpoint.fraction)
+                    if found is not None and isinstance(found[0], CheckpointScores):
+                        rows.append(found[0])
+                        continue
+                    method = method or _restored(self.cell, weights, self.progress)
                     row, _ = self._row(method, weights, nfe, seed, label)
                     rows.append(CheckpointScores(fraction=checkpoint.fraction, **dict(row)))
+                    kept.keep(rows[-1], None)
         return rows
 
     # --- sampling cost

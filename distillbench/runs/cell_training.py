@@ -51,6 +51,7 @@ from distillbench.training.loop import Loop, Trained, train
 from distillbench.training.method import Method
 from distillbench.training.monitor import Monitor
 from distillbench.training.network_rows import NetworkRows
+from distillbench.training.optimizer_config import optimizers_of
 from distillbench.training.optimizers import warm_up
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States
@@ -164,7 +165,8 @@ def _train(
     ranks, compute = shared.ranks, config.compute
     cache = shared.folder.cache("pairs")
     torch.set_num_threads(config.threads)
-    warm_up(shared.device)
+    for optimizer in sorted(set(optimizers_of(cell.method_config).values())):
+        warm_up(shared.device, optimizer)
     shared.release_evaluator()
     ahead = 0 if shared.device == "cpu" else compute.prefetch
     with ExitStack() as stack:

@@ -40,6 +40,7 @@ from distillbench.runs.written_values import expand_home, is_enum, type_in_words
 from distillbench.teachers.students import StudentConfig
 from distillbench.training.budget import BudgetConfig, Limit
 from distillbench.training.compute import ComputeConfig
+from distillbench.training.method import MethodConfig
 
 ON_OOM = ("fail", "accumulate")
 HERE = Path(__file__).resolve().parents[1]
@@ -326,6 +327,9 @@ def _no_setting(path: str, part: str, where: str, node: DictConfig) -> str:
         return f"no setting {quoted(path)}: {quoted(part)} is not among methods=[{','.join(names)}]{near and '.'}{near}"
     kind = f" ({where}={node.kind})" if where in CHOICES else ""
     level = f" in '{where}'{kind}" if where else ""
+    group = OmegaConf.get_type(node)
+    if isinstance(group, type) and issubclass(group, MethodConfig) and part in group.replaced:
+        near = f" It was replaced by {group.replaced[part]}."
     if where == "executor" and (kinds := kinds_with(part)):
         near = f" It is one of executor={' and '.join(kinds)}."
     return f"no setting {quoted(part)}{level}.{near} {possible}"
@@ -352,7 +356,8 @@ def _instantiate(config: DictConfig) -> Any:
             raise
         except Exception as error:  # a third-party Config may raise anything
             raise UserError(f"{path or 'settings'}: {type(error).__name__}: {first_line(error)}") from error
-        _check_numbers(path, node)
+        for name in node:
+            _check_number(_join(path, str(name)), node[name])
     run = OmegaConf.to_object(config)
     try:
         OmegaConf.structured(run)
@@ -370,13 +375,8 @@ def _groups(node: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]
         yield path, node
 
 
-def _check_numbers(path: str, node: DictConfig) -> None:
-    """Refuse numbers that JSON records cannot hold."""
-    for name in node:
-        _check_number(_join(path, str(name)), node[name])
-
-
 def _check_number(path: str, given: Any) -> None:
+    """Refuse a number that JSON records cannot hold."""
     for value in given if isinstance(given, ListConfig | list) else [given]:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path} must be finite, got {value}")

@@ -356,7 +356,7 @@ class _Scorer:
         seed = shared.config.evaluation.seeds[0]
         try:
             keeps_noise = self.method.keeps_noise(nfe)
-            measured = evaluator.measure(self.method.sample, nfe, seed, keeps_noise, label, lazy=True)
+            measured = evaluator.measure(self.method.sample, nfe, seed, keeps_noise, label)
             score, reason = measured.scores[self.metric], measured.missing.get(self.metric)
         except DivergedError:
             score, reason = None, None

@@ -30,6 +30,7 @@ from distillbench.training.compute import ComputeConfig, Sampling, applied, samp
 from distillbench.training.data_stream import DataStream
 from distillbench.training.loop import Loop, TrialSteps
 from distillbench.training.method import Batch, Method, OptimizerConfig
+from distillbench.training.optimizer_config import optimizers_of
 from distillbench.training.optimizers import warm_up
 from distillbench.training.pairs import PairStore, Solve, Workspace
 
@@ -60,7 +61,8 @@ def times_of_method(cell: Cell, teacher: Teacher, timer: Timer, seconds: float) 
         first = cell.group_size
     if image * first > seconds:
         return times_by_plan(cell)
-    warm_up(cell.shared.device)
+    for optimizer in sorted(set(optimizers_of(cell.method_config).values())):
+        warm_up(cell.shared.device, optimizer)
     with ExitStack() as stack:
         meter = Meter(config.budget, teacher, cell.shared.device)
         stack.callback(meter.stop)

@@ -35,6 +35,7 @@ from distillbench.runs import config, config_grid, plan, shared_context, trainin
 from distillbench.runs.cell import AS_IS
 from distillbench.runs.config import compose_runs, to_yaml
 from distillbench.runs.saved_settings import read_config
+from distillbench.runs.time_plan import Part, TimePlan
 from distillbench.storage import hash_cache, links
 from distillbench.storage.hash_cache import HashCache
 from distillbench.system.progress import Progress
@@ -226,6 +227,22 @@ def test_a_plan_of_many_cells_is_printed_in_few_lines(planned):
     assert len([line for line in lines if "boot (100 seeds)" in line]) == SETTINGS, first
     (total,) = [line for line in lines if line.startswith("sum")]
     assert "sum (301 cells)" in total and f"{256 * 300:,}" in total
+
+
+def test_the_sum_of_a_plan_has_what_is_done_once(planned):
+    _, cells, _ = planned
+    times = TimePlan([{Part.training: 60.0}] * 3, {Part.teacher: 3600.0, Part.real: 0.0})
+    said = io.StringIO()
+    print_plan(Console(file=said, width=150), cells[:3], times)
+    lines = said.getvalue().splitlines()
+    teacher = next(line for line in lines if line.startswith("training the teacher"))
+    (total,) = [line for line in lines if line.startswith("sum")]
+    assert teacher.rstrip().endswith("1 h") and total.rstrip().endswith("1 h")
+    assert not [line for line in lines if line.startswith("features of")]
+    cells_alone = io.StringIO()
+    print_plan(Console(file=cells_alone, width=150), cells[:3], TimePlan([{Part.training: 60.0}] * 3))
+    (total,) = [line for line in cells_alone.getvalue().splitlines() if line.startswith("sum")]
+    assert total.rstrip().endswith("3 min")
 
 
 def test_plain_settings_equal_a_round_trip_through_json(registry):

@@ -80,6 +80,20 @@ def test_the_average_velocity_at_equal_times_is_the_teacher_s():
     close(loss_of(data, batch()), (v - (eps - x_0)).square().mean(), rtol=1e-10)
 
 
+def test_an_embedding_of_the_difference_moves_with_t():
+    """du/dt at constant s goes through t - s too: both derivatives agree, and neither is that of an embedding of s."""
+    found = {}
+    for embeds, exact in (("difference", True), ("difference", False), ("s", True)):
+        method = meanflow(mlp_teacher(FLOW), embeds=embeds, exact=exact, step=1e-5)
+        method.h, method.t_max = 1e-5, method.teacher.schedule.t_max - 1e-5  # the same times for all three
+        torch.manual_seed(3)
+        with torch.no_grad():
+            method.student.target_time[-1].weight.normal_(std=0.2)
+        found[embeds, exact] = loss_of(method, batch()).item()
+    assert found["difference", False] == pytest.approx(found["difference", True], rel=1e-3)
+    assert abs(found["s", True] / found["difference", True] - 1) > 0.1
+
+
 @pytest.mark.parametrize("source", ["teacher", "data"])
 def test_a_gain_that_is_too_small_grows(source):
     for gain, sign in ((0.5, -1), (2.0, 1)):

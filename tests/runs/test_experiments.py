@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,8 @@ ABSENT = {  # what an experiment names and its small files have not
     "sida_cifar10": ["methods.sid.layer=enc.4x4_block0"],
     "reflow_cifar10": ["methods.reflow.distil_metric=lpips"],  # 8 pixels are too few for LPIPS
 }
+if find_spec("bitsandbytes") is None:
+    ABSENT["lcm_sd15"] = ["methods.lcm.optimizer=adamw"]
 CYCLES = {"dmd": 5}  # steps after which the cost repeats, of methods whose steps differ
 ESTIMATE = re.compile(
     r"Estimate: (?:[\d.]+ M evaluations for the pairs and )?([\d.,]+ M|[\d,]+) images x \(?([\d.]+) "

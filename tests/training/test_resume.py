@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -152,6 +153,9 @@ def test_generators_phases_and_several_networks_are_restored(stop_after, tmp_pat
     assert losses(again) == losses(expected)
 
 
+WITH_BITSANDBYTES = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize(
     "settings",
@@ -159,6 +163,7 @@ def test_generators_phases_and_several_networks_are_restored(stop_after, tmp_pat
         {"optimizer": "radam", "ema_start": "bias_corrected", "lr_decay": "inverse_sqrt"},
         {"optimizer": "adam", "weight_decay": 0.1, "ema_sigma_rel": 0.1, "grad_clip_by": "value"},
         {"optimizer": "radam", "ema_start": "constant", "grad_nan_to_num": True, "beta2": 0.9},
+        pytest.param({"optimizer": "adamw8bit"}, marks=WITH_BITSANDBYTES),
     ],
 )
 def test_each_optimizer_and_average_is_restored(settings, precision, tmp_path):
