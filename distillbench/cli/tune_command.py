@@ -49,7 +49,7 @@ def tune(registry: Registry, settings: Sequence[str], dry_run: bool, show_config
     """
     from distillbench.runs.cell import AS_IS
     from distillbench.runs.forecast import forecast, why_none
-    from distillbench.runs.run_downloads import asked_offers, check_dataset_files, describe, fetch_all
+    from distillbench.runs.run_downloads import asked, check_dataset_files
     from distillbench.storage.source_messages import user_line
     from distillbench.system.launchers import started_together
     from distillbench.system.progress import Progress
@@ -60,22 +60,23 @@ def tune(registry: Registry, settings: Sequence[str], dry_run: bool, show_config
 
     if started_together():
         raise UserError("tune uses one process: start it without torchrun or accelerate")
-    config, asked = read_settings(settings, registry)
+    config, wanted = read_settings(settings, registry)
     if show_config:
-        click.echo(_as_yaml(config, asked), nl=False)
+        click.echo(_as_yaml(config, wanted), nl=False)
         return
     check_dataset_files([config], user_line("tune", settings))
     console = new_console()
     progress = Progress(console)
     with stopping() as stop:
-        offers = asked_offers([config])
-        for line in describe(offers):
+        downloads = asked([config], registry)
+        for line in downloads.lines():
             progress.say(line)
-        if offers and dry_run:
+        if downloads.needed_to_plan and dry_run:
             progress.say("dry run: nothing was downloaded. The plan is made from these files")
             return
-        fetch_all(offers, progress)
-        tuning = prepare(config, asked, registry)
+        if not dry_run:
+            downloads.fetch(progress)
+        tuning = prepare(config, wanted, registry)
         if dry_run:
             for line in [*introduction(tuning, registry), *estimate_lines(tuning)]:
                 progress.say(line)
@@ -97,9 +98,9 @@ def tune(registry: Registry, settings: Sequence[str], dry_run: bool, show_config
         raise SystemExit(SOMETHING_FAILED)
 
 
-def _as_yaml(config: RunConfig, asked: object) -> str:
+def _as_yaml(config: RunConfig, wanted: object) -> str:
     from omegaconf import OmegaConf
 
     from distillbench.runs.config import to_yaml
 
-    return to_yaml(config) + OmegaConf.to_yaml(OmegaConf.create({"tune": OmegaConf.structured(asked)}))
+    return to_yaml(config) + OmegaConf.to_yaml(OmegaConf.create({"tune": OmegaConf.structured(wanted)}))

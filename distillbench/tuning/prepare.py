@@ -97,8 +97,6 @@ def prepare(config: RunConfig, tune: TuneConfig, registry: Registry) -> Tuning:
     if tune.searches:
         for share in tune.shares:
             cells[share] = _search_cells(_search_settings(config, goal, share, registry), tune, registry)
-        if why := cells[1.0][0].shared.unavailable_metrics().get(goal.metric):
-            raise UserError(f"{goal.metric} cannot be measured, and the search optimises it: {why}")
     tuning = Tuning(tune, goal, final, final_cells, cells, spaces)
     if tune.after and not sampling_spaces(tuning, registry):
         known = {name for kind in config.methods for name in search_space(_config_of(kind, registry), sampling=True)}

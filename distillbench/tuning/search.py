@@ -209,8 +209,13 @@ class Search:
 
 
 def open_studies(tuning: Tuning, executor: Executor) -> dict[str, MethodStudy]:
-    """The study of each method, in the journals of the folder. Trains the teacher if there is none."""
+    """The study of each method, in the journals of the folder. Trains the teacher if there is none.
+
+    Raises UserError if the score cannot be measured here, and for journals of other searches.
+    """
     cells = [cell for group in tuning.cells.values() for cell in group]
+    if why := cells[0].shared.unavailable_metrics().get(tuning.goal.metric):
+        raise UserError(f"{tuning.goal.metric} cannot be measured, and the search optimises it: {why}")
     keys: dict[str, list[str]] = {}
     for cell, description in zip(cells, executor.scan(cells, AS_IS).descriptions, strict=True):
         keys.setdefault(cell.name, []).append(description.evaluation_key)

@@ -27,6 +27,7 @@ from distillbench.runs.cell_result import CellDescription, CellResult
 from distillbench.runs.config import compose_runs
 from distillbench.runs.executor_config import LocalConfig
 from distillbench.runs.plan import plan
+from distillbench.runs.shared_context import SharedContext
 from distillbench.system.progress import Progress
 from distillbench.system.signals import Interrupted, Stop
 from distillbench.tuning.prepare import SEARCH, prepare, read_settings
@@ -430,6 +431,12 @@ def test_a_process_that_was_killed_while_it_chose_a_trial_loses_none(tuning, num
     study.study.ask().suggest_float("lr", study.space["lr"].low, study.space["lr"].high, log=True)
     assert len(study.trials(4)) == number
     assert searched(tuning("parts", trials=4), Pretend()) == whole
+
+
+def test_a_score_that_cannot_be_measured_is_refused(tuning, monkeypatch):
+    monkeypatch.setattr(SharedContext, "unavailable_metrics", lambda self: {"off_target": "no weights"})
+    with pytest.raises(UserError, match="off_target cannot be measured, and the search optimises it: no weights"):
+        open_studies(tuning(), Pretend())
 
 
 def test_other_settings_do_not_go_on_with_a_search(tuning):
