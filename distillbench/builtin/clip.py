@@ -102,6 +102,10 @@ class ClipScore(feature_metrics.FeatureMetric):
     def score(self, samples: Samples) -> float:
         return 100 * cosines(samples, self.network).clamp(min=0).mean().item()
 
+    def influence(self, samples: Samples) -> Tensor:
+        values = 100 * cosines(samples, self.network).clamp(min=0)
+        return values - values.mean()
+
 
 @hookimpl(api=2)
 def register_metrics(register) -> None:

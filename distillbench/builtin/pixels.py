@@ -33,6 +33,11 @@ class TeacherRmse(Metric):
         total = sum((x_0 - teacher).double().square().sum().item() for x_0, teacher in samples.batches())
         return (total / samples.x_0.numel()) ** 0.5
 
+    def influence(self, samples: Samples) -> Tensor:
+        squares = torch.cat([(x_0 - of).double().square().flatten(1).mean(dim=1) for x_0, of in samples.batches()])
+        mean = squares.mean()
+        return (squares - mean) / (2 * mean.sqrt()) if mean else squares
+
 
 class Spread(Metric):
     """Standard deviation of the samples' pixels relative to the teacher's samples: 1 means equally diverse.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillbench.errors import UserError, counted, first_of, quoted, unknown
+from distillbench.records.influences import cell_file
 from distillbench.records.layout import CACHE, CELLS
 from distillbench.records.records import FINAL
 from distillbench.storage.files import TEMPORARY, sha256_file
@@ -280,6 +281,7 @@ def _failed(root: Path, before: float, busy: Busy, removal: Removal) -> None:
         for path in sorted(cell.glob("*.json")):
             if failed_record(_json(path)):
                 files += [path, path.with_suffix(".safetensors")]
+                files += [cell_file(cell, path.stem.removeprefix("evaluation-"))]
         removal.files += [file for file in files if lstat(file) is not None and _changed([file]) < before]
 
 

@@ -40,6 +40,7 @@ Sampler = Callable[[Callable[[int], Tensor], int, Condition], Tensor]  # (noise,
 OfTeacher = Callable[[], tuple[StoredImages, ImageSet]]  # the teacher's many-step samples
 EVALUATION = "evaluation"  # the purpose of samples whose scores are reported; the noise of others differs
 SHOWN = 64  # images of every row that are saved for viewing
+MOST_KEPT = 2**29  # bytes of features that are kept only for influences: 50,000 of Inception are fewer
 TEACHER_SAMPLES_PROTOCOL = 2  # version of the cached teacher samples: increase it when samples change
 ROW = "scoring a row, whose samples are stored in float32,"  # what takes room on the disk
 
@@ -51,6 +52,7 @@ class Measured:
     scores: dict[str, float | None]
     missing: dict[str, str]
     shown: Tensor  # the first images, uint8
+    influences: dict[str, Tensor]  # (N,) of each score of which they are known, if they were asked for
 
 
 class Evaluator:
@@ -65,7 +67,7 @@ class Evaluator:
         self.config, self.teacher, self.real, self.progress, self.cache = config, teacher, real, progress, cache
         self.networks, self.device = real.networks, real.networks.device
         self.metrics = [cls() for cls in metrics.values()]
-        self.kept = features_kept(metrics)
+        self.kept = features_kept(metrics) | kept_for_influences(metrics, config.images)
         self._teacher_samples: dict[int, tuple[StoredImages, ImageSet]] = {}  # by sampling seed
         self._call: NetworkCall | None = None  # shared by all rows of a cell
 
@@ -121,22 +123,25 @@ class Evaluator:
 
     def measure(
         self, sampler: Sampler, nfe: int, seed: int, keeps_noise: bool, label: str, order: SampleOrder | None = None,
+        influences: bool = False,
     ) -> Measured:  # fmt: skip
         """The scores of `sampler` at `nfe` evaluations per image, on the noise of sampling seed `seed`.
 
         If several ranks sample, `order` (the cell and the weights) is sent to the others. The teacher is sampled only
-        if a metric compares with it.
+        if a metric compares with it. With `influences` those of the images on the scores are computed, too.
         """
         of_teacher = partial(self.teacher_samples, seed, order)
         x_0 = self._new_file()
         try:
             with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:
                 self._sample(sampler, nfe, seed, step, order and replace(order, nfe=nfe, seed=seed), x_0.add)
-            return self._scored(x_0, of_teacher, keeps_noise, f"{label}: scoring {nfe} NFE")
+            return self._scored(x_0, of_teacher, keeps_noise, f"{label}: scoring {nfe} NFE", influences)
         finally:
             x_0.close()
 
-    def _scored(self, x_0: StoredImages, of_teacher: OfTeacher, keeps_noise: bool, label: str) -> Measured:
+    def _scored(
+        self, x_0: StoredImages, of_teacher: OfTeacher, keeps_noise: bool, label: str, influences: bool
+    ) -> Measured:
         conditioning = self.teacher.conditioning
         labels = conditioning.labels_of_images(range(x_0.count)) if conditioning.classes else None
         texts = self.real.dataset.prompts
@@ -148,13 +153,27 @@ class Evaluator:
         )  # fmt: skip
         scores: dict[str, float | None] = {}
         missing: dict[str, str] = {}
+        moved: dict[str, Tensor] = {}
         with self.progress.step(label) as step:
             for index, metric in enumerate(self.metrics):
                 scores[metric.name], reason = score_or_reason(metric, samples)
                 if reason:
                     missing[metric.name] = reason
+                elif influences and (values := self._influence(metric, samples)) is not None:
+                    moved[metric.name] = values
                 step.advance((index + 1) / len(self.metrics), metric.name)
-        return Measured(scores, missing, to_uint8(x_0.first(SHOWN)))
+        return Measured(scores, missing, to_uint8(x_0.first(SHOWN)), moved)
+
+    def _influence(self, metric: Metric, samples: Samples) -> Tensor | None:
+        """(N,) float32 on the host, of a score that methods are compared by."""
+        kept = metric.network is None or Need.features not in metric.influence_needs or metric.network in self.kept
+        if metric.direction == "none" or not kept:
+            return None
+        try:
+            values = metric.influence(samples)
+        except Unavailable:
+            return None
+        return None if values is None else values.float().cpu()
 
     def _images(self, x_0: StoredImages) -> ImageSet:
         return ImageSet(lambda: map(to_uint8, x_0.batches()), x_0.count, x_0.shape, self.networks, self.kept)
@@ -290,6 +309,12 @@ def teacher_samples_recipe(
 def features_kept(metrics: dict[str, type[Metric]]) -> frozenset:
     """The networks of which some metric needs every feature, not only mean and covariance."""
     return frozenset(cls.network for cls in metrics.values() if cls.network and Need.features in cls.needs)
+
+
+def kept_for_influences(metrics: dict[str, type[Metric]], images: int) -> frozenset:
+    """The networks of which every feature is needed only for influences of so many images, and takes little memory."""
+    asked = {cls.network for cls in metrics.values() if cls.network and Need.features in cls.influence_needs}
+    return frozenset(network for network in asked if 4 * images * network.width <= MOST_KEPT)
 
 
 def score_or_reason(metric: Metric, samples: Samples) -> tuple[float | None, str]:

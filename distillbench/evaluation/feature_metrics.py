@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distillbench.errors import Unavailable
 from distillbench.evaluation.features import FeatureNetwork, ImageSet
-from distillbench.evaluation.frechet import GaussianStatistics, frechet_distance
+from distillbench.evaluation.frechet import GaussianStatistics, frechet_distance, frechet_influence
 from distillbench.evaluation.metric import Metric, Need, Samples
 from distillbench.system.transfers import fits_on, to_device
 
@@ -50,9 +50,13 @@ class FrechetDistance(FeatureMetric):
     direction = "lower"
     protocol = "frechet/2: covariances over n - 1, float64, all real images"
     needs = frozenset({Need.real})
+    influence_needs = frozenset({Need.features})
 
     def score(self, samples: Samples) -> float:
         return frechet_distance(samples.real.statistics(self.network), samples.images.statistics(self.network))
+
+    def influence(self, samples: Samples) -> Tensor:
+        return frechet_influence(samples.images.features(self.network), samples.real.statistics(self.network))
 
 
 class FrechetDistanceToTeacher(FeatureMetric):
@@ -61,9 +65,16 @@ class FrechetDistanceToTeacher(FeatureMetric):
     unit = "squared feature distance"
     direction = "lower"
     protocol = "frechet_to_teacher/1: covariances over n - 1, float64, the same noise on both sides"
+    influence_needs = frozenset({Need.features})
 
     def score(self, samples: Samples) -> float:
         return frechet_distance(samples.teacher.statistics(self.network), samples.images.statistics(self.network))
+
+    def influence(self, samples: Samples) -> Tensor:
+        """Of the noise: other noise changes both sides."""
+        sides = (samples.images, samples.teacher), (samples.teacher, samples.images)
+        of = [frechet_influence(a.features(self.network), b.statistics(self.network)) for a, b in sides]
+        return of[0] + of[1]
 
 
 class FrechetDistanceExtrapolated(FeatureMetric):
@@ -117,6 +128,15 @@ class KernelDistance(FeatureMetric):
             distances.append(_squared_mmd(x, y))
         return torch.stack(distances).mean().item()
 
+    def influence(self, samples: Samples) -> Tensor:
+        """Of the discrepancy of all images: its mean over subsets has nearly the same."""
+        ours, real = _float64_features(samples, self.network)
+        n, itself = len(ours), (ours.square().mean(dim=1) + 1) ** 3
+        among = torch.cat([_mean_kernel(part, ours) for part in ours.split(ROWS)]) * n - itself
+        across = torch.cat([_mean_kernel(part, real) for part in ours.split(ROWS)])
+        result = 2 * (among / (n - 1) - across)
+        return result - result.mean()
+
 
 class Precision(FeatureMetric):
     """Share of samples within the ball of a real image up to its third neighbour (Kynkäänniemi et al. 2019).
@@ -132,6 +152,11 @@ class Precision(FeatureMetric):
 
     def score(self, samples: Samples) -> float:
         return precision_and_recall(samples, self.network)[0]
+
+    def influence(self, samples: Samples) -> Tensor:
+        ours, real = _float64_features(samples, self.network)
+        inside = _inside(ours, real, _real_radii(samples, self.network, real, 3)).double()
+        return inside - inside.mean()
 
 
 class Recall(FeatureMetric):
@@ -159,6 +184,13 @@ class Density(FeatureMetric):
     def score(self, samples: Samples) -> float:
         return density_and_coverage(samples, self.network)[0]
 
+    def influence(self, samples: Samples) -> Tensor:
+        k = 5
+        ours, real = _float64_features(samples, self.network)
+        radii = _real_radii(samples, self.network, real, k)
+        balls = torch.cat([(distances < radii).sum(dim=1) for _, distances in _distances(ours, real)]) / k
+        return balls.double() - balls.double().mean()
+
 
 class Coverage(FeatureMetric):
     """Share of real images whose ball (up to neighbour 5) holds a sample (Naeem et al. 2020, arXiv:2002.09797)."""
@@ -182,8 +214,15 @@ class FeatureDistanceToTeacher(FeatureMetric):
     needs = frozenset({Need.same_noise, Need.features})
 
     def score(self, samples: Samples) -> float:
+        return self._distances(samples).mean().item()
+
+    def influence(self, samples: Samples) -> Tensor:
+        distances = self._distances(samples)
+        return distances - distances.mean()
+
+    def _distances(self, samples: Samples) -> Tensor:
         ours, theirs = samples.images.features(self.network), samples.teacher.features(self.network)
-        return torch.linalg.vector_norm(ours.double() - theirs.double(), dim=1).mean().item()
+        return torch.linalg.vector_norm(ours.double() - theirs.double(), dim=1)
 
 
 class FeatureSpread(FeatureMetric):
@@ -258,6 +297,12 @@ def _kernel(f: Tensor, g: Tensor) -> Tensor:
     return torch.matmul(f, g.T).div_(f.shape[1]).add_(1).pow_(3)
 
 
+def _mean_kernel(points: Tensor, others: Tensor) -> Tensor:
+    """(N,) mean over `others` (M,D) of the kernel with each of `points` (N,D)."""
+    sums = [_kernel(points, part).sum(dim=1) for part in others.split(MOST_DISTANCES // len(points))]
+    return torch.stack(sums).sum(dim=0) / len(others)
+
+
 def precision_and_recall(samples: Samples, network: type[FeatureNetwork], k: int = 3) -> tuple[float, float]:
     """Precision and recall, computed together and once for these samples."""
     if min(len(samples.images.features(network)), len(samples.real.features(network))) <= k:
@@ -278,8 +323,12 @@ def _real_radii(samples: Samples, network: type[FeatureNetwork], real: Tensor, k
 
 def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
     """Share of `points` (N,D) in any closed ball around `centres` (M,D) with `radii` (M,)."""
-    counts = [(distances <= radii).any(dim=1).sum() for _, distances in _distances(points, centres)]
-    return torch.stack(counts).sum().item() / len(points)
+    return _inside(points, centres, radii).sum().item() / len(points)
+
+
+def _inside(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
+    """(N,) whether each of `points` (N,D) is in any closed ball around `centres` (M,D) with `radii` (M,)."""
+    return torch.cat([(distances <= radii).any(dim=1) for _, distances in _distances(points, centres)])
 
 
 def density_and_coverage(samples: Samples, network: type[FeatureNetwork], k: int = 5) -> tuple[float, float]:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+AT_ONCE = 4096  # features of which influences are computed at a time
+
 
 @dataclass(frozen=True, eq=False)
 class GaussianStatistics:
@@ -99,6 +101,47 @@ def _factor(a: GaussianStatistics, b: GaussianStatistics) -> tuple[Tensor, Gauss
         if first.cholesky is not None:
             return first.cholesky, other
     return a.root, b
+
+
+def frechet_influence(features: Tensor, other: GaussianStatistics) -> Tensor:
+    """(n,) influence of each of `features` (n,D) on their squared Fréchet distance to `other`, float64, with mean 0.
+
+    It is the derivative by the weight of feature i (the infinitesimal jackknife). With mean m and covariance S:
+
+        2 (m - m_b).(x_i - m) + n / (n - 1) (x_i - m)^T (I - T) (x_i - m) + constant,
+        T = R^T (R S R^T)^-1/2 R for S_b = R^T R
+
+    With the rows of X = (x_i - m) / sqrt(n - 1), the term in T is n - 1 times the diagonal of (X S_b X^T)^1/2. So no
+    inverse is needed, and n <= D, where S is singular, is no special case: then that matrix is n x n, else D x D. The
+    standard deviation of the distance is then overestimated, 1.1 to 1.4 times for n < 2 D and normal features (see the
+    tests); for n >= 8 D it is right within 4 %.
+    """
+    n, D = features.shape
+    device, mean = other.mean.device, features.mean(dim=0, dtype=torch.float64).to(other.mean.device)
+
+    def centred(block: Tensor) -> Tensor:
+        return block.to(device).double() - mean
+
+    blocks = features.split(n if n <= D else AT_ONCE)
+    if n <= D:
+        x = centred(features)
+        half = x if other.rows is None else x @ other.rows.T
+        gram = (half @ other.covariance @ half.T if other.rows is None else half @ half.T) / (n - 1)
+        values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+        roots = [(vectors.square() * values.clamp(min=0).sqrt()).sum(dim=1)]
+    else:
+        R = other.rows if other.rows is not None else other.root if other.cholesky is None else other.cholesky
+        product = sum((y.T @ y for y in (centred(block) @ R.T for block in blocks)), start=R.new_zeros(len(R), len(R)))
+        values, vectors = torch.linalg.eigh(product / (n - 1))
+        known = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        turn = R.T @ vectors[:, known] / values[known] ** 0.25
+        roots = [(centred(block) @ turn).square().sum(dim=1) / (n - 1) for block in blocks]
+    parts = []
+    for block, root in zip(blocks, roots, strict=True):
+        x = centred(block)
+        parts.append(2 * x @ (mean - other.mean) + n / (n - 1) * (x.square().sum(dim=1) - (n - 1) * root))
+    result = torch.cat(parts)
+    return result - result.mean()
 
 
 class Moments:

@@ -89,11 +89,20 @@ class Metric(ABC):
     protocol: ClassVar[str]  # everything but the network that determines the score, with a version
     network: ClassVar[type[FeatureNetwork] | None] = None
     needs: ClassVar[frozenset[Need]] = frozenset()
+    influence_needs: ClassVar[frozenset[Need]] = frozenset()  # of `influence`, besides `needs`
     fewest_real: ClassVar[int] = 2  # of the real images whose features it needs
 
     @abstractmethod
     def score(self, samples: Samples) -> float:
         """The score; raises Unavailable(reason) if it is undefined."""
+
+    def influence(self, samples: Samples) -> Tensor | None:
+        """(N,) how much each image moves the score, with mean 0; None if that is not known.
+
+        The derivative of the score by the weight of the image, times N: of a mean over images, the image's value minus
+        the mean. Its variance over N is the variance of the score over noise. Used to tell whether methods differ.
+        """
+        return None
 
     @classmethod
     def identity(cls, weights_folder: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from distillbench.diffusion.conditioning import Conditioning
 from distillbench.diffusion.denoiser import NetworkCall
 from distillbench.diffusion.noise import Noise, stream_key
 from distillbench.errors import Unavailable
+from distillbench.metering.load import machine_load
 from distillbench.metering.memory import Before, bytes_in_use, peak_gpu_mib, peak_rss_mib, release_memory
 from distillbench.system.precision import Float32Flags
 from distillbench.system.progress import Progress
@@ -94,6 +95,7 @@ class Speed:
     peak_gpu_reserved_mib: float | None = None
     peak_device_mib: float | None = None
     peak_rss_mib: float | None = None
+    machine_load: float | None = None  # by other processes, of all rows together
     parameters: int | None = None
     missing: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -309,7 +311,8 @@ class _Row:
 def measure_subject(subject: Subject, measurement: Measurement, timer: Timer) -> list[Speed]:
     """The cost of a sampler for each nfe of `measurement`, ascending."""
     rows = [_Row(nfe) for nfe in sorted(measurement.nfe)]
-    with torch.no_grad(), sampling(measurement.sampling, subject.teacher, measurement.device):
+    computed = sampling(measurement.sampling, subject.teacher, measurement.device)
+    with machine_load() as load, torch.no_grad(), computed:
         for one_pass in (_memory, _latency, _throughput, _flops):
             for row in rows:
                 one_pass(row, subject, measurement, timer)
@@ -319,7 +322,14 @@ def measure_subject(subject: Subject, measurement: Measurement, timer: Timer) ->
         row.values |= components.values
         row.missing |= components.missing
     return [
-        Speed(row.nfe, **row.values, parameters=subject.parameters, missing=row.missing, notes=row.notes)
+        Speed(
+            row.nfe,
+            **row.values,
+            machine_load=load.fraction,
+            parameters=subject.parameters,
+            missing=row.missing,
+            notes=row.notes,
+        )
         for row in rows
     ]
 

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from distillbench.execution.workers import Scan
+from distillbench.records.influences import run_file
 from distillbench.records.layout import CELLS
 from distillbench.records.sample_grid import sample_grid
 from distillbench.records.settings_file import write_settings
@@ -189,6 +190,9 @@ class RunTable:
         for name, text in self.texts.items():
             write_text(self.folder / name, text)
         links = {self.folder / "weights" / one.weights[1]: one.weights[0] for one in results if one.weights is not None}
+        for one in results:
+            if one.influences is not None:
+                links[run_file(self.folder, one.description.evaluation_key)] = one.influences
         link_all({target: source for target, source in links.items() if target not in self.linked})
         self.linked |= links.keys()
         lines = [line for one in results for line in one.shown]

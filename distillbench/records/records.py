@@ -5,10 +5,11 @@ results_dir/
   cells/<train key>/checkpoint-*.safetensors               students during training, to be scored
   cells/<train key>/resume/<microbatch>/state-*.safetensors  from which an interrupted training resumes
   cells/<train key>/evaluation-<key>.json, .safetensors    rows of one evaluation, and its first samples
+  cells/<train key>/influences-<key>.safetensors           how much each image moves each score of the evaluation
   cells/<train key>/speed-<key>.json                       the sampling cost
   cells/<train key>/levels-<key>.json                      a search for levels of sampling
   cache/                                                   teachers, noise-image pairs, reference statistics, ...
-  <run>/table.*, summary.*, along.*, columns.json, samples.png, config.yaml, environment.json, weights/
+  <run>/table.*, summary.*, along.*, columns.json, samples.png, config.yaml, environment.json, weights/, influences/
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ class TrainRecord(_Record):
     peak_gpu_reserved_mib: float | None = None
     peak_device_mib: float | None = None
     peak_rss_mib: float | None = None
+    machine_load: float | None = None  # processor time of other processes over that of all cores; None in older records
     parameters: int | None = None  # of the student in training, with its adapters
     trained_parameters: int | None = None  # of these, in weights that get a gradient; None in older records
     student_inputs: str = ""  # what the student was trained on, such as data or noise; "": an earlier version
@@ -193,6 +195,7 @@ class SpeedRow(_Record):
     peak_gpu_reserved_mib: float | None = None
     peak_device_mib: float | None = None
     peak_rss_mib: float | None = None
+    machine_load: float | None = None  # of all rows together; None in older records
     parameters: int | None = None
     flops_not_counted: list[str] = []
     missing: dict[str, str] = {}

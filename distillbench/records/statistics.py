@@ -8,7 +8,7 @@ sampling seed is one draw, no matter how many students were sampled with it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,7 @@ Ints = NDArray[np.int64]
 
 def arrow(direction: str) -> str:
     """The arrow for a heading: down if lower is better, up if higher is better, else none."""
-    _check_direction(direction)
+    check_direction(direction)
     return ARROWS[direction]
 
 
@@ -69,10 +69,10 @@ def summarise(
     The summary does not depend on the order of rows, and a row does not depend on other groups.
     """
     _check(table, directions, confidence)
-    table = _tidy(table)
+    table = tidy(table)
     first = ~table.duplicated(KEYS)
     summary = table.loc[first, KEYS].reset_index(drop=True)
-    ok = _is_ok(table).to_numpy()
+    ok = is_ok(table).to_numpy()
     group = np.cumsum(first.to_numpy()) - 1
     table = table[ok]
     design = _design(table, group[ok], len(summary))
@@ -100,11 +100,11 @@ def leaders(summary: pd.DataFrame, metric: str, direction: str) -> pd.Series:
     others to compare with, or one of which a row failed or has no score; none if some student has no interval, such as
     one that was trained once.
     """
-    _check_direction(direction)
+    check_direction(direction)
     marks = np.zeros(len(summary), dtype=bool)
     used = [f"{metric}{ending}" for ending in ("", "_missing", "_training_low", "_training_high")]
     rows = summary[["method", "settings", "device", "training_seeds", "status", *used]]
-    number = _group_numbers(summary)
+    number = group_numbers(summary)
     for one in np.unique(number):
         places = np.flatnonzero(number == one)
         best, _ = _judge(rows.iloc[places], metric, direction)
@@ -115,8 +115,8 @@ def leaders(summary: pd.DataFrame, metric: str, direction: str) -> pd.Series:
 
 def verdict(group: pd.DataFrame, metric: str, direction: str) -> str:
     """Why a student of `group` leads, or why none does. `group`: rows of a summary that are equal in COMPARABLE."""
-    _check_direction(direction)
-    if len(np.unique(_group_numbers(group))) > 1:
+    check_direction(direction)
+    if len(np.unique(group_numbers(group))) > 1:
         raise ValueError(f"a verdict is about rows that are equal in {', '.join(COMPARABLE)}")
     return _judge(group, metric, direction)[1]
 
@@ -126,7 +126,7 @@ def _judge(group: pd.DataFrame, metric: str, direction: str) -> tuple[int | None
     if direction == "none":
         return None, "direction none: neither is better"
     low, high = _floats(group[f"{metric}_training_low"]), _floats(group[f"{metric}_training_high"])
-    mean, labels = _floats(group[metric]), _labels(group)
+    mean, labels = _floats(group[metric]), distinct_labels(group)
     status, missing = group["status"].tolist(), group[f"{metric}_missing"].tolist()
     students = [i for i, method in enumerate(group["method"].tolist()) if not method.startswith(TEACHER)]
     scored = [i for i in students if not np.isnan(mean[i])]
@@ -157,7 +157,7 @@ def _judge(group: pd.DataFrame, metric: str, direction: str) -> tuple[int | None
     return int(best), f"{spans[best]} leads: no other interval reaches its own" + aside
 
 
-def _labels(group: pd.DataFrame) -> list[str]:
+def distinct_labels(group: pd.DataFrame) -> list[str]:
     """Distinct names of the rows: the method, with its settings and then its device if names are equal."""
     names = group["method"].tolist()
     for column in ("settings", "device"):
@@ -167,16 +167,16 @@ def _labels(group: pd.DataFrame) -> list[str]:
     return names
 
 
-def _group_numbers(summary: pd.DataFrame) -> Ints:
-    """(N,) group numbers: equal for rows that are equal in COMPARABLE. Empty equals empty."""
+def group_numbers(summary: pd.DataFrame, columns: Sequence[str] = tuple(COMPARABLE)) -> Ints:
+    """(N,) group numbers: equal for rows that are equal in `columns`. Empty equals empty."""
     number = np.zeros(len(summary), dtype=np.int64)
-    for column in COMPARABLE:
+    for column in columns:
         codes, different = pd.factorize(summary[column], use_na_sentinel=False)
         number = np.unique(number * (len(different) + 1) + codes, return_inverse=True)[1]
     return number
 
 
-def _check_direction(direction: str) -> None:
+def check_direction(direction: str) -> None:
     if direction not in ARROWS:
         raise ValueError(f"no direction {direction!r}. Possible: {', '.join(ARROWS)}")
 
@@ -186,7 +186,7 @@ def _check(table: pd.DataFrame, directions: Mapping[str, str], confidence: float
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}, it must lie between 0 and 1")
     for direction in directions.values():
-        _check_direction(direction)
+        check_direction(direction)
     absent = [name for name in [*KEYS, *SEEDS, "status", *directions] if name not in table.columns]
     if absent:
         raise ValueError(f"the table has no column {', '.join(absent)}")
@@ -197,12 +197,17 @@ def _check(table: pd.DataFrame, directions: Mapping[str, str], confidence: float
         raise ValueError(f"these names of metrics give columns of the same name: {', '.join(twice)}")
 
 
+def is_cost(column: str) -> bool:
+    """Whether a column of numbers is a cost of training or of sampling, not a score."""
+    return column.startswith(("train_", "sample_"))
+
+
 def _costs(table: pd.DataFrame, directions: Mapping[str, str]) -> list[str]:
-    costs = [name for name in table.columns if name.startswith(("train_", "sample_")) and name not in directions]
+    costs = [name for name in table.columns if is_cost(name) and name not in directions]
     return [name for name in costs if pd.api.types.is_numeric_dtype(table[name])]
 
 
-def _tidy(table: pd.DataFrame) -> pd.DataFrame:
+def tidy(table: pd.DataFrame) -> pd.DataFrame:
     """The rows without duplicates, with the types of KEYS and SEEDS, sorted by them.
 
     A failed row without a number of images is counted in every group that it may belong to. Raises ValueError for two
@@ -211,14 +216,14 @@ def _tidy(table: pd.DataFrame) -> pd.DataFrame:
     table = table.astype(_TYPES)
     table["settings"] = table["settings"].fillna("")  # CSV files turn "" into empty
     table = table.drop_duplicates()
-    lost = ~_is_ok(table) & table["images"].isna()
+    lost = ~is_ok(table) & table["images"].isna()
     if lost.any():
         known = table.loc[table["images"].notna(), KEYS].drop_duplicates()
         rest = [key for key in KEYS if key != "images"]
         found = table[lost].drop(columns="images").merge(known, how="left", on=rest)
         table = pd.concat([table[~lost], found[table.columns]])
     table = table.sort_values(KEYS + SEEDS, kind="stable", ignore_index=True)
-    ok = table[_is_ok(table)]
+    ok = table[is_ok(table)]
     clash = ok[ok.duplicated(KEYS + SEEDS)]
     if len(clash):
         names = ", ".join(f"{name}={value}" for name, value in clash.iloc[0][KEYS + SEEDS].items())
@@ -226,7 +231,7 @@ def _tidy(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _is_ok(table: pd.DataFrame) -> pd.Series:
+def is_ok(table: pd.DataFrame) -> pd.Series:
     return table["status"].eq("ok").fillna(False).astype(bool)
 
 

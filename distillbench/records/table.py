@@ -27,6 +27,7 @@ FIRST: dict[str, str] = {  # column: pandas type
     "reason": "string",
     "note": "string",
 }
+LOADS = ("machine_load_training", "machine_load_sampling")  # by other processes, while costs were measured
 UPDATES = ("clipped_steps", "nonfinite_steps")  # of a training, but no costs
 STUDENT = ("trained_parameters", "student_lora_rank", "student_architecture")
 TUNING: dict[str, str] = {
@@ -36,18 +37,18 @@ TUNING: dict[str, str] = {
     "tuning_seconds": "Float64",
     "tuning_joules": "Float64",
 }
-# columns that tables of older versions lack; they are empty there
-LATER = ("note", "inputs", *UPDATES, *STUDENT, *TUNING)
-COST: dict[str, str] = {
+# Columns that tables of older versions lack; they are empty there.
+LATER = ("note", "inputs", *UPDATES, *STUDENT, *LOADS, *TUNING)
+COST: dict[str, str] = {  # what is counted first: it is the same on any machine
     "train_images": "Int64",
+    "train_teacher_nfe": "Int64",
+    "train_student_nfe": "Int64",
+    "train_tflops": "Float64",
     "train_seconds": "Float64",
     "train_teacher_seconds": "Float64",
     "train_student_seconds": "Float64",
     "train_compile_seconds": "Float64",
     "train_other_seconds": "Float64",
-    "train_teacher_nfe": "Int64",
-    "train_student_nfe": "Int64",
-    "train_tflops": "Float64",
     "train_joules": "Float64",
 }
 LAST: dict[str, str] = {
@@ -57,11 +58,12 @@ LAST: dict[str, str] = {
     "train_peak_device_mib": "Float64",
     "train_peak_rss_mib": "Float64",
     **dict.fromkeys(UPDATES, "Int64"),
+    **dict.fromkeys(LOADS, "Float64"),
+    "sample_gflops": "Float64",
     "sample_latency_p50_ms": "Float64",
     "sample_latency_p95_ms": "Float64",
     "sample_images_per_second": "Float64",
     "sample_best_batch": "Int64",
-    "sample_gflops": "Float64",
     "sample_decoder_latency_ms": "Float64",
     "sample_text_encoder_latency_ms": "Float64",
     "sample_peak_gpu_mib": "Float64",
@@ -89,15 +91,20 @@ def table_row(
     """One row of the table. `columns`: those that all rows of the cell share. `training`: None for the teacher."""
     missing = dict(row.missing)
     if training is None:
-        missing |= dict.fromkeys(("train_*", *UPDATES), "the teacher is the baseline, nothing is distilled")
+        missing |= dict.fromkeys(("train_*", *UPDATES, LOADS[0]), "the teacher is the baseline, nothing is distilled")
     else:
         if training.status == "ok" and training.updates is None:
             missing |= dict.fromkeys(UPDATES, "not all of the training was done by a version that counts them")
-        missing |= {name if name in UPDATES else f"train_{name}": why for name, why in training.missing.items()}
+        if training.status == "ok" and training.machine_load is None:
+            missing[LOADS[0]] = "not recorded by the version that trained"
+        names = {name: name for name in UPDATES} | {"machine_load": LOADS[0]}
+        missing |= {names.get(name, f"train_{name}"): why for name, why in training.missing.items()}
     timed = next((found for found in speed.rows if found.nfe == row.nfe), SpeedRow(nfe=row.nfe))
     missing |= {f"sample_{name}": why for name, why in timed.missing.items()}
     if speed.reason:
-        missing["sample_*"] = speed.reason
+        missing |= dict.fromkeys(("sample_*", LOADS[1]), speed.reason)
+    elif speed.rows and timed.machine_load is None:
+        missing[LOADS[1]] = "not recorded by the version that measured"
     reasons = [row.reason] if row.reason else []
     for why in dict.fromkeys(missing.values()):
         reasons.append(f"{', '.join(c for c in missing if missing[c] == why)} empty: {why}")
@@ -112,6 +119,8 @@ def table_row(
         **{metric: row.scores.get(metric) for metric in metrics},
         **(_train_columns(training) if training is not None else {}),
         **measured,
+        LOADS[0]: None if training is None else training.machine_load,
+        LOADS[1]: timed.machine_load,
         "parameters": timed.parameters,
         "trained_parameters": None if training is None else training.trained_parameters,
         "inputs": "" if training is None else training.student_inputs,

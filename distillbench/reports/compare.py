@@ -14,8 +14,9 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
+from distillbench.records.costs import COUNTED
 from distillbench.records.statistics import ARROWS, TEACHER
-from distillbench.records.table import LAST, TUNING, UPDATES
+from distillbench.records.table import LAST, LOADS, TUNING, UPDATES
 from distillbench.reports.differences import environment_differences, heading, settings_differences, value_text
 from distillbench.reports.merge import SAME, records
 from distillbench.reports.runs import RunData
@@ -23,10 +24,8 @@ from distillbench.reports.show import run_names
 from distillbench.reports.terminal_table import fits, new_table, number, plain, say
 
 MATCH = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol"]
-COUNTED = ("train_images", "train_teacher_nfe", "train_student_nfe", "train_tflops", "sample_gflops", "parameters",
-           "trained_parameters")  # fmt: skip
 HIGHER = ("sample_images_per_second",)  # costs for which higher is better
-NO_COST = ("sample_best_batch", "student_lora_rank", *UPDATES, *TUNING)  # numbers that are not costs
+NO_COST = ("sample_best_batch", "student_lora_rank", *UPDATES, *LOADS, *TUNING)  # numbers that are not costs
 COSTS = [name for name, kind in LAST.items() if kind != "string" and name not in NO_COST]
 LEVEL = 0.95
 NOTHING_WORSE, SOMETHING_WORSE, BAD_INPUT = 0, 1, 2  # exit codes

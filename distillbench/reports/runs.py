@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file  # without torch, which takes seconds to import
 
 from distillbench.errors import UserError, nearest
+from distillbench.records.influences import InfluenceFiles
 from distillbench.records.layout import CACHE, CELLS
 from distillbench.records.sample_grid import unstack_shown
 from distillbench.records.settings_file import read_settings
@@ -48,6 +49,11 @@ class RunData:
     def directions(self) -> dict[str, str]:
         """By score: lower, higher or none."""
         return {name: declared["direction"] for name, declared in self.columns.items()}
+
+    @property
+    def influences(self) -> InfluenceFiles:
+        """How much each image moves the scores of each row, for :func:`leading_groups`."""
+        return InfluenceFiles(self.folder)
 
     def shown(self, key: str) -> list[tuple[int, int, np.ndarray]]:
         """(nfe, sampling seed, images (N,C,H,W) uint8) of the evaluation `key`; [] if its record is missing or damaged.

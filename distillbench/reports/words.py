@@ -62,6 +62,14 @@ ABOUT = {  # columns other than scores: heading (with its unit), explanation
     "train_peak_gpu_reserved_mib": ("training: GPU reserved, MiB", "peak memory of torch's allocator while training"),
     "train_peak_device_mib": ("training: device peak, MiB", "peak memory in use on the device by all processes"),
     "train_peak_rss_mib": ("training: resident peak, MiB", "peak resident memory of the training process"),
+    "machine_load_training": (
+        "load while training",
+        "processor time of other processes while training, as a fraction of all cores",
+    ),
+    "machine_load_sampling": (
+        "load while timing",
+        "processor time of other processes while sampling was timed, as a fraction of all cores",
+    ),
     "tuning": (
         "tuning",
         "how the method's settings were found: equal_trials, self_tuned or defaults (no search)",

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from distillbench.errors import DivergedError, UserError
 from distillbench.evaluation.distributed import SampleOrder
-from distillbench.evaluation.evaluator import Sampler, teacher_sampler
+from distillbench.evaluation.evaluator import Measured, Sampler, teacher_sampler
 from distillbench.evaluation.sampling_speed import SpeedError, measure, measure_in_fresh_process
+from distillbench.records.influences import cell_file
 from distillbench.records.records import (
     FINAL,
     AnyRecord,
@@ -196,6 +197,10 @@ class CellRunner:
             references = shared.describe_references(self.progress)
             record = EvaluationRecord(**common, rows=rows, along=along, references=references)
             shared.get_evaluator(self.progress).release()
+        file = cell_file(self.folder, record.key)
+        file.unlink(missing_ok=True)  # of other weights
+        if kept is not None and (influences := kept.influences()):
+            write_atomically(file, lambda temporary: save_file(influences, temporary))
         _write_evaluation(_evaluation_path(self.description), record, shown)
         if kept is not None:
             kept.discard()
@@ -221,9 +226,9 @@ class CellRunner:
         for nfe, seed in self.description.nfe_and_seeds:
             found = kept.find(nfe, seed)
             if found is None or (seed == first_seed and found[1] is None):
-                row, images = self._row(method, weights, nfe, seed, self.cell.label)
-                images = images if seed == first_seed else None
-                kept.keep(row, images)
+                row, measured = self._row(method, weights, nfe, seed, self.cell.label, influences=True)
+                images = measured.shown if measured is not None and seed == first_seed else None
+                kept.keep(row, images, {} if measured is None else measured.influences)
             else:
                 row, images = found
             rows.append(row)
@@ -231,16 +236,16 @@ class CellRunner:
         return rows, shown
 
     def _row(
-        self, method: Method | None, weights: Path | None, nfe: int, seed: int, label: str
-    ) -> tuple[RowRecord, Tensor | None]:
-        """One row, and its samples to show if it is ok."""
+        self, method: Method | None, weights: Path | None, nfe: int, seed: int, label: str, influences: bool = False
+    ) -> tuple[RowRecord, Measured | None]:
+        """One row, and what was measured if it is ok."""
         cell = self.cell
         try:
             evaluator = cell.shared.get_evaluator(self.progress)
             sampler = _sampler(cell, method, self.progress)
             keeps_noise = _keeps_noise(cell, nfe) if method is None else method.keeps_noise(nfe)
             order = SampleOrder(CellTask.of(cell), weights) if cell.shared.ranks.count > 1 else None
-            measured = evaluator.measure(sampler, nfe, seed, keeps_noise, label, order)
+            measured = evaluator.measure(sampler, nfe, seed, keeps_noise, label, order, influences)
         except UserError:
             raise
         except DivergedError as error:
@@ -249,7 +254,7 @@ class CellRunner:
             reason = keep_traceback(error, self.folder, self.progress)
             return RowRecord(nfe=nfe, sampling_seed=seed, status=status_of(error), reason=reason), None
         row = RowRecord(nfe=nfe, sampling_seed=seed, scores=measured.scores, missing=measured.missing)
-        return row, measured.shown
+        return row, measured
 
     def _rows_along(self, training: TrainRecord, kept: ScoredRows) -> list[CheckpointScores]:
         """The scores of the student at its checkpoints; not part of the budget, and not timed."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from distillbench.records.influences import cell_file
 from distillbench.records.records import CheckpointScores, EvaluationRecord, SpeedRecord, TrainRecord
 from distillbench.records.table import cost_columns, table_row
 from distillbench.runs.cell_keys import cell_folder, evaluation_inputs, protocol_key, train_inputs
@@ -58,6 +59,7 @@ class CellResult:
     ok: bool = False  # every row has scores
     weights: tuple[Path, str] | None = None  # the student's file, and its name in the run's folder
     weights_sha256: str = ""
+    influences: Path | None = None  # the file of its images' influences on scores
     shown: list[tuple[str, Tensor]] = field(default_factory=list)  # lines of the picture: label, (N,C,H,W) uint8
 
 
@@ -83,6 +85,7 @@ def result_of(
     weights = None
     if training is not None and training.status == "ok":
         weights = (description.folder / STUDENT, f"{cell.name}-seed{cell.seed}-{training.key}.safetensors")
+    influences = cell_file(description.folder, evaluation.key)
     return CellResult(
         description,
         _table_rows(cell, training, evaluation, speed),
@@ -90,6 +93,7 @@ def result_of(
         all(row.status == "ok" for row in [*evaluation.rows, *evaluation.along]),
         weights,
         "" if training is None else training.weights_sha256,
+        influences if influences.is_file() else None,
         _picture_lines(cell, evaluation, shown),
     )
 

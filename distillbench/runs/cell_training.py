@@ -19,6 +19,7 @@ from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.dropout import seed_masks
 from distillbench.errors import DivergedError, Unavailable, UserError
 from distillbench.metering.energy import Energy, energy
+from distillbench.metering.load import machine_load
 from distillbench.metering.memory import bytes_on_gpu, peak_gpu_mib, peak_rss_mib, release_memory
 from distillbench.records.records import (
     FINAL,
@@ -148,6 +149,7 @@ class Measured:
     no_compile_seconds: str
     device: str  # its name; all names if the training was resumed on another
     monitor: Monitor | None
+    load: float | None  # by other processes
 
 
 def follow_training(cell: Cell, order: TrainOrder, progress: Progress, stop: Stop) -> None:
@@ -177,6 +179,7 @@ def _train(
             stack.callback(data.close)
             data.preload(progress)  # not part of the budget, like all preparation of data
         step = stack.enter_context(progress.step(f"{cell.label}: training"))
+        load = stack.enter_context(machine_load())
         rss = stack.enter_context(peak_rss_mib())
         gpu = stack.enter_context(peak_gpu_mib(shared.device, _own_bytes(cell, teacher)))
         joules = stack.enter_context(energy(shared.device, config.energy))
@@ -215,7 +218,7 @@ def _train(
     weights = gather_full(method.state_dict(), ranks.main)
     largest = {name: _largest(ranks.all_gather((peak.mib, peak.reason))) for name, peak in peaks.items()}
     used, device = ranks.sum_energy(meter.energy()), ", then ".join(resume.devices)
-    return Measured(method, trained, weights, used, largest, meter.no_compile_seconds, device, monitor)
+    return Measured(method, trained, weights, used, largest, meter.no_compile_seconds, device, monitor, load.fraction)
 
 
 def _own_bytes(cell: Cell, teacher: Teacher) -> int | None:
@@ -251,6 +254,8 @@ def _trained(
     missing |= {"compile_seconds": measured.no_compile_seconds} if measured.no_compile_seconds else {}
     flops, reason = _flops(trained.cost, teacher, [] if shared.config.compute.shard else denoisers_of(method), shared)
     missing |= {"tflops": reason} if reason else {}
+    alone = shared.ranks.count == 1
+    missing |= {} if alone else {"machine_load": "several processes train: their work cannot be told from others'"}
     counts = trained.counts
     if counts.complete and counts.clipped is None:
         missing["clipped_steps"] = "grad_clip=0: gradients are not clipped"
@@ -261,6 +266,7 @@ def _trained(
         status="ok",
         cost=_recorded_cost(trained.cost, used, flops),
         **peaks,
+        machine_load=measured.load if alone else None,
         parameters=sum(p.numel() for p in method.student.parameters()),
         trained_parameters=sum(p.numel() for p in method.student.parameters() if p.requires_grad),
         student_inputs=method.inputs,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distillbench.records.influences import tensor_name
 from distillbench.records.records import CheckpointScores, EvaluationRecord, RowRecord, read_record, write_record
 from distillbench.storage.files import write_atomically
 
+INFLUENCE = "influence "  # before the name of a tensor
+NONE: Mapping[str, Tensor] = MappingProxyType({})
 PREFIX = "rows-"  # of the file's name, before the key of the evaluation
 
 
@@ -50,12 +55,19 @@ class ScoredRows:
                 return row, self.shown.get(_name(row))
         return None
 
-    def keep(self, row: RowRecord, images: Tensor | None) -> None:
-        """Write down a row, if it is ok, and its samples."""
+    def influences(self) -> dict[str, Tensor]:
+        """Those of all rows, by the names of their file."""
+        return {name.removeprefix(INFLUENCE): t for name, t in self.shown.items() if name.startswith(INFLUENCE)}
+
+    def keep(self, row: RowRecord, images: Tensor | None, influences: Mapping[str, Tensor] = NONE) -> None:
+        """Write down a row, if it is ok, its samples, and its images' influences by score."""
         if row.status != "ok":
             return
         if images is not None:  # first: where the row is, its samples are
             self.shown[_name(row)] = images.contiguous()
+        for score, values in influences.items():
+            self.shown[INFLUENCE + tensor_name(row.nfe, row.sampling_seed, score)] = values.contiguous()
+        if images is not None or influences:
             write_atomically(self._images, lambda path: save_file(self.shown, path))
         name = "along" if isinstance(row, CheckpointScores) else "rows"
         self.record = self.record.model_copy(update={name: [*getattr(self.record, name), row]})

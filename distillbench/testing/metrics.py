@@ -341,6 +341,23 @@ def order(bench: MetricBench) -> str:
     return "the same in another order" if error <= 1e-6 * abs(first) else f"in another order it changes by {error:.2g}"
 
 
+def influence(bench: MetricBench) -> str:
+    """The influences of images, if it gives them, are one finite number each, with mean 0, and follow their images."""
+    shuffled = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(0))
+    bench.score(bench.samples())
+    found, other = (bench.cls().influence(bench.samples(order=rows)) for rows in (None, shuffled))
+    if found is None or other is None:
+        raise NotApplicable("it gives no influences: methods are compared over seeds only")
+    if found.shape != (IMAGES,) or not found.isfinite().all():
+        raise Fault(f"influence must return a finite number for each image, (N,) = ({IMAGES},)")
+    size = found.abs().mean().item()
+    if abs(found.double().mean().item()) > ORDER_ERROR * size:
+        raise Fault(f"influences must have mean 0, got {found.double().mean():.4g}: subtract it")
+    if (found[shuffled] - other).abs().mean().item() > ORDER_ERROR * size:
+        raise Fault("the influences do not follow the images if these are in another order")
+    return f"of {size:.2g} in the mean"
+
+
 def direction(bench: MetricBench) -> str:
     """By the declared direction, the teacher's own samples are not worse than both noise and a constant."""
     good = bench.score(bench.samples("teacher"))
@@ -406,6 +423,7 @@ CHECKS = [
     Check(deterministic, ("scores",)),
     Check(unchanged, ("scores",)),
     Check(order, ("deterministic",)),
+    Check(influence, ("deterministic",)),
     Check(direction, ("scores",)),
     Check(sizes, ("scores",)),
 ]

@@ -295,3 +295,45 @@ def test_spread_within_classes_ignores_the_distance_between_them():
 def test_spread_is_undefined_for_a_constant_teacher():
     with pytest.raises(Unavailable, match="are all equal"):
         on(feature_metrics.FeatureSpread).score(samples(OURS, REAL, torch.ones(30, 6)))
+
+
+# --- the influence of an image ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "score", [feature_metrics.Precision, feature_metrics.Density, feature_metrics.FeatureDistanceToTeacher]
+)
+def test_the_influence_of_an_image_on_a_mean_is_what_the_mean_loses_without_it(score):
+    teacher = OURS + 0.1 * normal(30, 6, 3)
+    influence, whole = on(score).influence(samples(OURS, REAL, teacher)), on(score).score(samples(OURS, REAL, teacher))
+    for i in (0, 7, 29):
+        rest = [j for j in range(30) if j != i]
+        without = on(score).score(samples(OURS[rest], REAL, teacher[rest]))
+        assert influence[i].item() == pytest.approx(29 * (whole - without), abs=1e-6)
+
+
+def test_the_influence_on_a_kernel_distance_is_what_each_of_its_two_means_loses():
+    """Without image i the mean over pairs loses 2 (h_i - U) / (n - 2), that over real images (v_i - V) / (n - 1)."""
+
+    def kernel(a, b):
+        return (a.numpy() @ b.numpy().T / 6 + 1) ** 3
+
+    def means(x):
+        inner = kernel(x, x)
+        return (inner.sum() - inner.trace()) / (len(x) * (len(x) - 1)), kernel(x, REAL).mean()
+
+    ours = OURS.float().double()
+    influence, (among, across) = on(feature_metrics.KernelDistance).influence(samples(ours, REAL.float())), means(ours)
+    for i in (0, 7, 29):
+        fewer = means(ours[[j for j in range(30) if j != i]])
+        expected = 28 * (among - fewer[0]) - 2 * 29 * (across - fewer[1])
+        assert influence[i].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_other_noise_moves_both_sides_of_the_distance_to_the_teacher():
+    """The sum of the derivatives by the weight of an image on each side; 0 where both are equal."""
+    score = on(feature_metrics.FrechetDistanceToTeacher)
+    assert score.influence(samples(OURS, REAL, OURS)).abs().max() < 1e-5
+    moved = score.influence(samples(OURS, REAL, OURS + 1))
+    assert moved.abs().max() < 1e-5  # a shift of both together
+    assert score.influence(samples(OURS, REAL, 2 * OURS)).abs().max() > 0.1

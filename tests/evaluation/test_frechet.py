@@ -8,7 +8,8 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from distillbench.evaluation.frechet import GaussianStatistics, Moments, frechet_distance
+from distillbench.evaluation import frechet
+from distillbench.evaluation.frechet import GaussianStatistics, Moments, frechet_distance, frechet_influence
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -132,3 +133,62 @@ def test_statistics_are_computed_in_float64_with_n_minus_1():
     ours = GaussianStatistics.of(features)
     np.testing.assert_allclose(ours.mean, features.numpy().astype(np.float64).mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(ours.covariance, np.cov(features.numpy().astype(np.float64).T), rtol=1e-9)
+
+
+# --- the influence of an image ---------------------------------------------------------------------------------------
+
+
+def weighted_distance(x: np.ndarray, weights: np.ndarray, other: GaussianStatistics) -> float:
+    """The distance if feature i counts `weights[i]` times, from the eigenvalues of the product of the covariances."""
+    share = weights / weights.sum()
+    mean = share @ x
+    covariance = (x - mean).T * share @ (x - mean) * len(x) / (len(x) - 1)
+    values = np.linalg.eigvals(covariance @ other.covariance.numpy()).real
+    roots = np.sqrt(values[values > 1e-10 * values.max()]).sum()  # the others are rounding errors of 0
+    off = mean - other.mean.numpy()
+    return off @ off + np.trace(covariance) + other.covariance.trace().item() - 2 * roots
+
+
+@pytest.mark.parametrize(
+    ("n", "features", "real"),
+    [(40, 5, 60), (12, 20, 60), (40, 20, 15), (9, 20, 15)],
+    ids=["full", "few", "few real", "few of both"],
+)
+def test_the_influence_is_the_derivative_by_the_weight_of_an_image(n, features, real, monkeypatch):
+    monkeypatch.setattr(frechet, "AT_ONCE", 16)
+    other = statistics(real, features, 3)
+    x = torch.randn(n, features, generator=generator(4)) @ torch.randn(features, features, generator=generator(5))
+    influence = frechet_influence(x, other)
+    for i in range(0, n, 5):
+        change = 1e-4 * np.eye(n)[i]
+        ends = [weighted_distance(x.numpy(), 1 + step, other) for step in (change, -change)]
+        assert influence[i].item() == pytest.approx(n * (ends[0] - ends[1]) / 2e-4, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("n", "low", "high"), [(160, 0.92, 1.12), (24, 1.0, 1.6), (8, 1.0, 1.6)])
+def test_the_influence_gives_the_standard_deviation_over_samples(n, low, high):
+    """Of the distance and of the difference of two on common noise; too large, but not too small, for n < 2 D."""
+    D = 16
+    mixing = [torch.eye(D) + 0.3 * torch.randn(D, D, generator=generator(seed)) / D**0.5 for seed in (6, 7)]
+    real, random = GaussianStatistics(10**6, torch.zeros(D), torch.eye(D)), generator(8)
+    distances, estimates = [], []
+    for _ in range(400):
+        noise = torch.randn(n, D, generator=random)
+        sides = [noise @ mixing[0] + 0.3, noise @ mixing[1] - 0.1]
+        found = [frechet_distance(real, GaussianStatistics.of(x)) for x in sides]
+        moved = [frechet_influence(x, real) for x in sides]
+        distances.append([found[0], found[0] - found[1]])
+        estimates.append([moved[0].var().item() / n, (moved[0] - moved[1]).var().item() / n])
+    ratio = np.sqrt(np.mean(estimates, axis=0)) / np.std(distances, axis=0)
+    assert (ratio > low).all() and (ratio < high).all()
+
+
+@pytest.mark.nightly
+def test_the_influence_agrees_with_the_bootstrap_over_images():
+    """Resampled images have the same spread of the distance, apart from the bias of a resample."""
+    real = statistics(500, 8, 1)
+    x = torch.randn(600, 8, generator=generator(9)) @ torch.randn(8, 8, generator=generator(10))
+    picks = torch.randint(600, (800, 600), generator=generator(11))
+    spread = np.std([frechet_distance(real, GaussianStatistics.of(x[pick])) for pick in picks])
+    assert (frechet_influence(x, real).var().item() / 600) ** 0.5 == pytest.approx(spread, rel=0.1)

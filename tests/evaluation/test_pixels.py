@@ -66,3 +66,16 @@ def test_nearest_real_rmse_finds_copies():
     assert NearestRealRmse().score(near) == pytest.approx(0, abs=1e-6)
     off = Samples(copies - 0.25, copies, None, None, real, True)
     assert NearestRealRmse().score(off) == pytest.approx(0.25, rel=1e-5)
+
+
+def test_the_influence_on_teacher_rmse_is_the_derivative_by_the_weight_of_an_image():
+    """If image i counts 1 + e times, the mean square is that of the weighted images."""
+    x = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    squares = x.square().mean(dim=(1, 2, 3))
+    influence = TeacherRmse().influence(samples(x, torch.zeros_like(x)))
+    for i in range(6):
+        weights = torch.ones(6, dtype=torch.float64)
+        weights[i] += 1e-6
+        change = (weights @ squares / weights.sum()).sqrt() - squares.mean().sqrt()
+        assert influence[i].item() == pytest.approx(6 * change.item() / 1e-6, rel=1e-4)
+    assert not TeacherRmse().influence(samples(x, x)).any()

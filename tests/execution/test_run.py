@@ -35,11 +35,11 @@ from distillbench.system.signals import Interrupted
 COLUMNS = """
 dataset teacher guidance method training_seed sampling_seed nfe images budget protocol status reason note
 fd_efficientnet_lite0 teacher_rmse
-train_images train_seconds train_teacher_seconds train_student_seconds train_compile_seconds train_other_seconds
-train_teacher_nfe
-train_student_nfe train_tflops train_joules train_peak_gpu_mib train_peak_gpu_reserved_mib train_peak_device_mib
-train_peak_rss_mib clipped_steps nonfinite_steps
-sample_latency_p50_ms sample_latency_p95_ms sample_images_per_second sample_best_batch sample_gflops
+train_images train_teacher_nfe train_student_nfe train_tflops
+train_seconds train_teacher_seconds train_student_seconds train_compile_seconds train_other_seconds
+train_joules train_peak_gpu_mib train_peak_gpu_reserved_mib train_peak_device_mib
+train_peak_rss_mib clipped_steps nonfinite_steps machine_load_training machine_load_sampling
+sample_gflops sample_latency_p50_ms sample_latency_p95_ms sample_images_per_second sample_best_batch
 sample_decoder_latency_ms sample_text_encoder_latency_ms sample_peak_gpu_mib sample_peak_gpu_reserved_mib
 sample_peak_device_mib sample_peak_rss_mib parameters trained_parameters student_lora_rank student_architecture
 inputs settings tuning tuning_trials tuning_images tuning_seconds tuning_joules compute reference device key
@@ -222,7 +222,7 @@ def test_rows_arrive_one_by_one(first):
 def test_the_folder_has_the_files_that_the_readme_lists(first):
     names = {path.name for path in first.folder.iterdir()}
     tables = {f"{name}.{kind}" for name in ("table", "summary") for kind in ("csv", "parquet")}
-    assert names == tables | {"columns.json", "samples.png", "weights", "config.yaml", "environment.json"}
+    assert names == tables | {"columns.json", "samples.png", "weights", "influences", "config.yaml", "environment.json"}
     assert first.folder.parent == first.results
 
 

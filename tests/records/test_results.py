@@ -185,7 +185,21 @@ def test_a_row_has_the_speed_of_its_nfe():
     """And has none, with the reason, where speed was not measured."""
     assert row(train_record(), nfe=2).get("sample_latency_p50_ms") is None
     without = row(train_record(), SPEED.model_copy(update={"rows": [], "reason": "killed"}))
-    assert without["sample_latency_p50_ms"] is None and "sample_* empty: killed" in without["reason"]
+    assert (
+        without["sample_latency_p50_ms"] is None
+        and "sample_*, machine_load_sampling empty: killed" in without["reason"]
+    )
+
+
+def test_the_load_by_other_processes_is_in_a_row_and_older_records_say_that_they_lack_it():
+    timed = SPEED.model_copy(update={"rows": [one.model_copy(update={"machine_load": 0.25}) for one in SPEED.rows]})
+    cells = row(train_record(machine_load=0.5), timed)
+    assert (cells["machine_load_training"], cells["machine_load_sampling"]) == (0.5, 0.25)
+    assert "machine_load" not in cells["reason"]
+    old = row(train_record(), SPEED)
+    assert old["machine_load_training"] is None and old["machine_load_sampling"] is None
+    assert "machine_load_training empty: not recorded by the version that trained" in old["reason"]
+    assert "machine_load_sampling empty: not recorded by the version that measured" in old["reason"]
 
 
 def test_the_reason_lists_every_empty_column():

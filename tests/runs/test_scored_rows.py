@@ -64,3 +64,15 @@ def test_force_finds_none_and_a_finished_evaluation_leaves_no_file(kept, tmp_pat
     kept.discard()
     assert not list(tmp_path.iterdir())
     kept.discard()
+
+
+def test_influences_of_kept_rows_are_found_again(tmp_path):
+    """What was scored before an interruption has its influences in the evaluation that goes on."""
+    record = EvaluationRecord(key=key_of({"a": 1}), inputs={"a": 1}, rows=[], device="cpu", environment={})
+    rows = ScoredRows(tmp_path, record)
+    values = torch.arange(4.0)
+    rows.keep(RowRecord(nfe=2, sampling_seed=7, scores={"fd": 1.0}), None, {"fd": values})
+    again = ScoredRows(tmp_path, record)
+    assert again.find(2, 7)[1] is None
+    assert {name: found.tolist() for name, found in again.influences().items()} == {"2/7/fd": values.tolist()}
+    assert ScoredRows(tmp_path, record, fresh=True).influences() == {}

@@ -51,7 +51,13 @@ class Good(Metric):
     needs = frozenset({Need.same_noise})
 
     def score(self, samples):
-        return (samples.x_0 - samples.teacher_x_0).abs().double().mean().item()
+        return self.distances(samples).mean().item()
+
+    def influence(self, samples):
+        return self.distances(samples) - self.distances(samples).mean()
+
+    def distances(self, samples):
+        return (samples.x_0 - samples.teacher_x_0).abs().double().flatten(1).mean(dim=1)
 
 
 class GoodFeatures(feature_metrics.FrechetDistance):
@@ -198,6 +204,24 @@ class OverwritesFeatures(feature_metrics.FeatureDistanceToTeacher):
 class FirstOnly(Good):
     def score(self, samples):
         return (samples.x_0[0] - 1).abs().max().item() + super().score(samples)
+
+
+@fault("influence", "influences must have mean 0, got")
+class InfluenceIsNotCentred(Good):
+    def influence(self, samples):
+        return self.distances(samples)
+
+
+@fault("influence", "a finite number for each image, (N,) =")
+class InfluenceOfAllTogether(Good):
+    def influence(self, samples):
+        return self.distances(samples).mean()
+
+
+@fault("influence", "do not follow the images")
+class SortsInfluences(Good):
+    def influence(self, samples):
+        return super().influence(samples).sort().values
 
 
 @fault("direction", "'higher' the teacher's samples are the worst")
