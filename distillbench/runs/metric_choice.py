@@ -52,6 +52,14 @@ def read_references(
     return list(files.values())
 
 
+def references_of(config: EvaluationConfig, metric: type[Metric]) -> list[str]:
+    """The reference files of the settings that `metric` compares with."""
+    if metric.network is None:
+        return []
+    name = metric.network.name
+    return [word for word in config.references if read_reference(Path(word)).provenance.get("network") == name]
+
+
 def check_real_features(
     config: EvaluationConfig, metrics: Mapping[str, type[Metric]], dataset: Dataset, references: Sequence[ReferenceFile]
 ) -> None:
