@@ -88,7 +88,7 @@ def train(results: Path, methods: str, images: int, laws: list[str]) -> int:
 
 
 def keep(results: Path, laws: list[str]) -> None:
-    """Write, for each law, the points of the noise, of the distribution, of the teacher, and of every student's rows."""
+    """Write, for each law, points of the noise, the distribution, the teacher, and every student's rows."""
     from distillbench.diffusion.conditioning import UNCONDITIONAL
     from distillbench.diffusion.noise import Noise, stream_key
     from distillbench.evaluation.evaluator import EVALUATION, teacher_sampler

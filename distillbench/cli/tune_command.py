@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from distillbench.cli.command_options import SOMETHING_FAILED, before_plugins, with_plugins
-from distillbench.cli.run_commands import check_files
+from distillbench.cli.run_commands import check_early
 from distillbench.cli.terminal import new_console, print_plan, print_rows, print_table
 from distillbench.errors import UserError
 from distillbench.system.signals import stopping
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.argument("settings", nargs=-1)
 @click.option("--dry-run", is_flag=True, help="Check everything and print what the search will cost; run nothing.")
 @click.option("--show-config", is_flag=True, help="Print the settings as YAML; run nothing.")
-@before_plugins(check_files)
+@before_plugins(check_early)
 @with_plugins
 def tune(registry: Registry, settings: Sequence[str], dry_run: bool, show_config: bool) -> None:
     """Search the settings of methods on equal terms, and train the best of each anew.

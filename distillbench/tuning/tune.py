@@ -68,7 +68,7 @@ def tune(
     configs = [dataclasses.replace(config, methods=methods) for config in tuning.final]
     cells = plan(configs, registry)
     columns = {name: price(tuning, trials.get(name, []), best[name]) for name in best}
-    outcome = run(cells, configs, progress, on_rows, AS_IS, stop, columns)
+    outcome = run(cells, configs, progress, on_rows, AS_IS, stop, tuning=columns)
     return Tuned(outcome, trials, trained + outcome.fresh)
 
 
