@@ -182,6 +182,13 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+def default_of(config_class: type, name: str) -> Any:
+    """The default of a setting of a Config by its name in a search space."""
+    first, _, rest = name.partition(".")
+    (field,) = (field for field in dataclasses.fields(config_class) if field.name == first)
+    return setting_of(_default(field), rest) if rest else _default(field)
+
+
 def setting_of(config: Any, name: str) -> Any:
     """The value of a setting by its name in a search space, such as ``lr`` or ``fake.lr``."""
     for part in name.split("."):

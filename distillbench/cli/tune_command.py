@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 @click.argument("settings", nargs=-1)
 @click.option("--dry-run", is_flag=True, help="Check everything and print what the search will cost; run nothing.")
 @click.option("--show-config", is_flag=True, help="Print the settings as YAML; run nothing.")
+@click.option("--retry-failed", is_flag=True, help="Retry final trainings that failed. Trials stay as they ended.")
 @before_plugins(check_early)
 @with_plugins
-def tune(registry: Registry, settings: Sequence[str], dry_run: bool, show_config: bool) -> None:
+def tune(registry: Registry, settings: Sequence[str], dry_run: bool, show_config: bool, retry_failed: bool) -> None:
     """Search the settings of methods on equal terms, and train the best of each anew.
 
     Every method gets the same number of trials, budget and sampler of settings. The search sees neither the seeds of
@@ -49,7 +50,7 @@ def tune(registry: Registry, settings: Sequence[str], dry_run: bool, show_config
     To resume an interrupted search, run the same command again; two processes may work on one search.
     """
     from distillbench.execution.run_folder import labels_of
-    from distillbench.runs.cell import AS_IS
+    from distillbench.runs.cell import AS_IS, Policy
     from distillbench.runs.forecast import forecast, why_none
     from distillbench.runs.run_downloads import asked, check_dataset_files
     from distillbench.storage.source_messages import user_line
@@ -87,7 +88,7 @@ def tune(registry: Registry, settings: Sequence[str], dry_run: bool, show_config
             print_plan(console, cells, forecast(cells, AS_IS), why_none(cells))
             return
         show = functools.partial(print_rows, progress, labels=labels_of(tuning.final_cells))
-        tuned = run_tuning(tuning, registry, progress, show, stop)
+        tuned = run_tuning(tuning, registry, progress, show, stop, Policy(retry_failed))
     outcome = tuned.outcome
     print_table(console, outcome.table, outcome.summary, outcome.labels)
     for line in tuned.lines(tuning):

@@ -26,6 +26,7 @@ from distillbench.reports.reproduce import COMMAND
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import IDENTITY, run_names
 from distillbench.reports.terminal_table import number, plain, row_name
+from distillbench.reports.tuning_data import NAME as TRIALS
 from distillbench.storage.files import write_text
 
 Keep = Literal["first", "last"]
@@ -129,6 +130,11 @@ def _yaml(config: dict[str, Any]) -> str:
 def left_out(runs: Sequence[RunData], output: Path) -> list[str]:
     """Texts on what of the runs is not in `output`: pictures, students and records stay where they are."""
     lines = ["samples.png and weights/ are not merged: they stay in the runs' folders"]
+    if searched := [plain(run.folder) for run in runs if (run.folder / f"{TRIALS}.csv").is_file()]:
+        lines.append(
+            f"trials of searches are not merged: they stay in {', '.join(searched)}. Their price is in the rows, and a "
+            "report of the runs themselves shows them"
+        )
     for place in dict.fromkeys(run.folder.resolve().parent for run in runs):
         if not (place / CELLS).is_dir():
             lines.append(f"there are no records in {plain(place / 'cells')}")

@@ -6,6 +6,7 @@ there may be a hundred of them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import pandas as pd
 from distillbench.errors import counted
 from distillbench.records.statistics import ARROWS
 from distillbench.records.tuning_statistics import FEWEST_TRIALS, best_of, sensitivity
+from distillbench.reports.labels import Labels
 from distillbench.reports.runs import RunData
 from distillbench.reports.tuning_data import COSTS, Trial, Trials, read_trials
 from distillbench.reports.words import number
@@ -77,13 +79,41 @@ class TuningSection:
 
 def tuning_sections(runs: Sequence[RunData], names: Sequence[str]) -> list[TuningSection]:
     """A section for each run whose folder has trials."""
-    found = ((name, read_trials(run.folder, run.columns)) for name, run in zip(names, runs, strict=True))
-    with_trials = ((name, trials) for name, trials in found if trials is not None)
-    return [_section(f"tuning-{place}", name, trials) for place, (name, trials) in enumerate(with_trials, 1)]
+    found = ((name, run, read_trials(run.folder, run.columns)) for name, run in zip(names, runs, strict=True))
+    with_trials = ((name, run, trials) for name, run, trials in found if trials is not None)
+    return [
+        _section(f"tuning-{place}", name, _labelled(trials, run.labels), _strangers(run, trials))
+        for place, (name, run, trials) in enumerate(with_trials, 1)
+    ]
 
 
-def _section(id_: str, run: str, trials: Trials) -> TuningSection:
-    problems = list(trials.problems)
+def _labelled(trials: Trials, labels: Labels) -> Trials:
+    """The trials with the names of methods and of the score for people. Methods with one label keep their names."""
+    shown = {name: labels.method_label(name).short for name in trials.methods}
+    if len(set(shown.values())) < len(shown):
+        shown = {name: name for name in shown}
+    methods = {shown[name]: own for name, own in trials.methods.items()}
+    return dataclasses.replace(trials, metric=labels.label(trials.metric).short, methods=methods)
+
+
+def _strangers(run: RunData, trials: Trials) -> list[str]:
+    """What the rows of the run say that does not fit the trials in its folder, such as those of an earlier search."""
+    if "tuning_trials" not in run.table or not trials.methods:
+        return []
+    tuned = run.table[run.table["tuning_trials"].notna()]
+    said = {str(name): int(count) for name, count in zip(tuned["method"], tuned["tuning_trials"], strict=True)}
+    if len(run.table) and not any(said.values()):
+        return ["the trials are of another search: the rows of this run were not tuned"]
+    differ = [
+        f"{run.labels.method_label(name).short}: {said[name]}, not {len(own)}"
+        for name, own in trials.methods.items()
+        if name in said and said[name] != len(own)
+    ]
+    return [f"the rows of this run are of other numbers of trials ({'; '.join(differ)})"] if differ else []
+
+
+def _section(id_: str, run: str, trials: Trials, strangers: Sequence[str]) -> TuningSection:
+    problems = [*trials.problems, *strangers]
     counts = {len(own) for own in trials.methods.values()}
     if trials.protocol == "equal_trials" and len(counts) > 1:
         problems.append(f"the methods have {min(counts)} to {max(counts)} trials: the search has not ended")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 
 from distillbench.errors import UserError
@@ -64,13 +64,17 @@ class Search:
     def _next(self, method: str) -> list[Trial]:
         """The trials of a method that have not ended, with new ones if there are too few."""
         study, new = self.studies[method], list[Trial]()
-        with wait_for_lock(self.tuning.folder / JOURNALS / "next trial", "the choice of a trial", self.progress):
+        with self._alone():
             known = self.trials(method)
             running = [trial for trial in known if trial.outcome is None]
             mine = [trial for trial in running if (method, trial.number) not in self.elsewhere]
             while len(mine) + len(new) < self.tuning.at_once and self._may_begin([*known, *new]):
                 new.append(study.ask())
         return running + new
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """One process at a time decides on trials: which is next, and whether it goes on."""
+        return wait_for_lock(self.tuning.folder / JOURNALS / "next trial", "the choice of a trial", self.progress)
 
     def _may_begin(self, trials: Sequence[Trial]) -> bool:
         """Whether a method may begin another trial after `trials`."""
@@ -79,6 +83,8 @@ class Search:
         if self.tune.protocol != "self_tuned" or not trials:
             return True
         most = self._most(trials)
+        if not most and any(trial.outcome is None for trial in trials):
+            return False  # what a trial costs is not known before one has ended
         charged = sum(most if (cost := self._cost(trial)) is None else cost for trial in trials)
         return charged + most <= self.tune.total.amount
 
@@ -122,11 +128,19 @@ class Search:
         return ended
 
     def _goes_on(self, trial: Trial, outcome: Outcome, share: float) -> bool:
-        """Whether a trial is worth the whole budget; ends it if not. The defaults always are."""
+        """Whether a trial is worth the whole budget; ends it if not. The defaults always are.
+
+        It is decided once, by the trials that came so far, and kept: what another process trains on, or this one before
+        an interruption, is not ended by what came later, so all that was trained is in the price.
+        """
         study, goal = self.studies[trial.method], self.tuning.goal
-        study.note_rung(trial, outcome.score)
-        others = [score for number, score in study.rungs().items() if number != trial.number]
-        if trial.number == 0 or promoted(outcome.score, others, goal.direction):
+        with self._alone():
+            goes_on = study.decision(trial)
+            if goes_on is None:
+                others = [score for number, score in study.rungs().items() if number != trial.number]
+                goes_on = trial.number == 0 or promoted(outcome.score, others, goal.direction)
+                study.note_rung(trial, outcome.score, goes_on)
+        if goes_on:
             return True
         why = f"after {share:.0%} of the budget {goal.metric} was {outcome.score:.6g}, not among the best quarter"
         self._end(trial, Outcome("pruned", None, why, outcome.costs))

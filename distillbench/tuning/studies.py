@@ -21,7 +21,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -33,7 +33,8 @@ from distillbench.tuning.trials import Outcome, Trial
 
 STARTUP_TRIALS = 5  # random ones before TPE has something to learn from; Optuna's 10 are most of a usual search
 DIGITS = 4  # significant ones, of the numbers that are tried
-SEARCH, SETTINGS, OUTCOME, RUNG = "search", "settings", "outcome", "score at a quarter"  # attributes in the journal
+SEARCH, SETTINGS, OUTCOME = "search", "settings", "outcome"  # attributes in the journal
+RUNG, GOES_ON = "score at a quarter", "goes on"  # the same, with halving
 
 
 class SeededSampler(BaseSampler):
@@ -85,12 +86,19 @@ class MethodStudy:
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         path.parent.mkdir(parents=True, exist_ok=True)
-        storage = JournalStorage(JournalFileBackend(str(path)))
+        _remove_half_an_entry(path)
         sampler = SeededSampler(tune.sampler, tune.sampler_seed)
-        study = optuna.create_study(
-            storage=storage, study_name=method, load_if_exists=True, sampler=sampler,
-            direction="maximize" if direction == "higher" else "minimize",
-        )  # fmt: skip
+        try:
+            storage = JournalStorage(JournalFileBackend(str(path)))
+            study = optuna.create_study(
+                storage=storage, study_name=method, load_if_exists=True, sampler=sampler,
+                direction="maximize" if direction == "higher" else "minimize",
+            )  # fmt: skip
+        except Exception as error:  # Optuna replays the journal, which may raise anything if it is damaged
+            raise UserError(
+                f"the journal {str(path)!r} is damaged: {type(error).__name__}: {' '.join(str(error).split())[:100]}. "
+                "Without this file its search begins again, and finds what it has trained"
+            ) from error
         known = study.user_attrs.get(SEARCH)
         if known is None:
             study.set_user_attr(SEARCH, identity)
@@ -135,9 +143,15 @@ class MethodStudy:
         found = self.study.get_trials(deepcopy=False)
         return {one.number: one.user_attrs[RUNG] for one in found if RUNG in one.user_attrs}
 
-    def note_rung(self, trial: Trial, score: float | None) -> None:
-        """Keep the score of a trial at the first share of the budget."""
+    def decision(self, trial: Trial) -> bool | None:
+        """Whether a trial goes on after the first share of the budget; None if that is not decided."""
+        found: bool | None = self.study.get_trials(deepcopy=False)[trial.number].user_attrs.get(GOES_ON)
+        return found
+
+    def note_rung(self, trial: Trial, score: float | None, goes_on: bool) -> None:
+        """Keep the score of a trial at the first share of the budget, and whether it goes on."""
         self._keep(trial.number, RUNG, score)
+        self._keep(trial.number, GOES_ON, goes_on)
         if score is not None:
             self.storage.set_trial_intermediate_value(self._id(trial.number), 1, score)
 
@@ -161,6 +175,21 @@ class MethodStudy:
     def _id(self, number: int) -> int:
         study = self.storage.get_study_id_from_name(self.method)
         return self.storage.get_trial_id_from_study_id_trial_number(study, number)
+
+
+def _remove_half_an_entry(path: Path) -> None:
+    """Remove the last entry of a journal if the process was killed that wrote it: nothing behind it could be read."""
+    if not path.is_file():
+        return
+    lock = JournalFileSymlinkLock(str(path))  # that of Optuna's own writing
+    lock.acquire()
+    try:
+        with path.open("rb+") as file:
+            text = file.read()
+            if not text.endswith(b"\n"):
+                file.truncate(text.rfind(b"\n") + 1)
+    finally:
+        lock.release()
 
 
 def promoted(score: float | None, others: Sequence[float | None], direction: str, factor: int = 4) -> bool:

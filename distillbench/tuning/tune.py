@@ -11,14 +11,14 @@ from typing import Any
 
 import pandas as pd
 
-from distillbench.errors import counted
+from distillbench.errors import UserError, counted
 from distillbench.execution.executors import executor_of
 from distillbench.execution.run import run
 from distillbench.execution.run_folder import Outcome
 from distillbench.metering.memory import release_memory
-from distillbench.options import declares_search_space, plain_settings, with_settings
+from distillbench.options import declares_search_space, default_of, plain_settings, with_settings
 from distillbench.registry import Registry
-from distillbench.runs.cell import AS_IS
+from distillbench.runs.cell import AS_IS, Policy
 from distillbench.runs.plan import plan
 from distillbench.runs.time_plan import about
 from distillbench.storage.files import write_text
@@ -29,7 +29,7 @@ from distillbench.tuning.prepare import Tuning, after_training, sampling_spaces
 from distillbench.tuning.search import Search, open_studies
 from distillbench.tuning.trials import Trial, best_of, spent, write_trials
 
-SETTINGS_FILE, AFTER = "tuning.json", "sampling_trials"
+SETTINGS_FILE, TRIALS, AFTER = "tuning.json", "trials", "sampling_trials"
 NOT_OK = ("pruned", "diverged", "failed")
 
 
@@ -47,9 +47,16 @@ class Tuned:
 
 
 def tune(
-    tuning: Tuning, registry: Registry, progress: Progress, on_rows: Callable[[pd.DataFrame], None], stop: Stop
-) -> Tuned:
-    """Search, then train the best anew. On a request to stop it raises Interrupted; the same call goes on."""
+    tuning: Tuning, registry: Registry, progress: Progress, on_rows: Callable[[pd.DataFrame], None], stop: Stop,
+    policy: Policy = AS_IS,
+) -> Tuned:  # fmt: skip
+    """Search, then train the best anew. On a request to stop it raises Interrupted; the same call goes on.
+
+    `policy` is that of the final trainings: a trial is made once. Raises UserError where the folder has trials of a
+    search and this tuning searches nothing: they are not of its rows.
+    """
+    if not tuning.tune.searches and (tuning.folder / f"{TRIALS}.csv").is_file():
+        raise UserError(f"{str(tuning.folder)!r} has the trials of a search: give this tuning another run_name")
     for line in introduction(tuning, registry):
         progress.say(line)
     trials, trained = _search(tuning, progress, stop) if tuning.tune.searches else ({}, 0)
@@ -68,7 +75,7 @@ def tune(
     configs = [dataclasses.replace(config, methods=methods) for config in tuning.final]
     cells = plan(configs, registry)
     columns = {name: price(tuning, trials.get(name, []), best[name]) for name in best}
-    outcome = run(cells, configs, progress, on_rows, AS_IS, stop, tuning=columns)
+    outcome = run(cells, configs, progress, on_rows, policy, stop, tuning=columns)
     return Tuned(outcome, trials, trained + outcome.fresh)
 
 
@@ -84,11 +91,24 @@ def introduction(tuning: Tuning, registry: Registry) -> list[str]:
         f"search: {each} for each of {methods}, by {goal.metric} with {goal.nfe} NFE, on noise of its own; then the "
         f"best of each is trained with seeds {seeds}"
     ]
+    lines += _begins(tuning, registry)
     if tune.after:
         lines.append(_after_introduction(tuning, registry))
     names = [name for name in tuning.spaces if not declares_search_space(registry.get("methods", name).cls.Config)]
     if names:
         lines.append(f"no search space of their own, so only what every method has is searched: {', '.join(names)}")
+    return lines
+
+
+def _begins(tuning: Tuning, registry: Registry) -> list[str]:
+    """What the settings that were given mean where they are searched, too."""
+    lines = []
+    for name, space in tuning.spaces.items():
+        kind = registry.get("methods", name).cls.Config
+        own = tuning.defaults(name)
+        given = [f"{setting}={own[setting]}" for setting in space if own[setting] != default_of(kind, setting)]
+        if given:
+            lines.append(f"{name}: trial 0 has {', '.join(given)} as given, and the others search these settings, too")
     return lines
 
 
@@ -111,7 +131,7 @@ def _search(tuning: Tuning, progress: Progress, stop: Stop) -> tuple[dict[str, l
 
         def write() -> None:
             every = [trial for name in studies for trial in search.trials(name)]
-            write_trials(every, goal.metric, goal.nfe, tuning.folder, "trials" if tuning.trains else AFTER)
+            write_trials(every, goal.metric, goal.nfe, tuning.folder, TRIALS if tuning.trains else AFTER)
 
         search = Search(tuning, studies, executor, progress, write)
         search.run()
@@ -133,29 +153,38 @@ def _say_best(best: Mapping[str, Trial | None], progress: Progress) -> None:
 
 
 def price(tuning: Tuning, trials: Sequence[Trial], best: Trial | None) -> dict[str, Any]:
-    """The columns of a method's final rows that say how its settings were found and what that cost.
-
-    Images of failed trials, which are not measured, are those of the whole budget; their seconds and joules are
-    left out, and `reason` says so.
-    """
+    """The columns of a method's final rows that say how its settings were found and what that cost."""
     columns: dict[str, Any] = {"tuning": tuning.tune.protocol, "tuning_trials": len(trials)}
     why: list[str] = []
     for unit in ("images", "seconds", "joules"):
-        total, unmeasured = spent(trials, f"train_{unit}")
-        failed = [trial for trial in unmeasured if trial.outcome is not None and trial.outcome.status != "ok"]
-        if unit == "images" and unmeasured and tuning.config.budget.limit is Limit.images:
-            total += len(unmeasured) * most_images(tuning)
-            why.append(f"tuning_images with the whole budget for {counted(len(unmeasured), 'failed trial')}")
-        elif len(failed) < len(unmeasured):
-            columns[f"tuning_{unit}"] = None
-            why.append(f"tuning_{unit} empty: not measured in {counted(len(unmeasured), 'trial')}")
-            continue
-        elif failed:
-            why.append(f"tuning_{unit} without {counted(len(failed), 'failed trial')}, which is not measured")
-        columns[f"tuning_{unit}"] = round(total) if unit == "images" else total
+        total, how = charged(tuning, trials, unit)
+        columns[f"tuning_{unit}"] = round(total) if unit == "images" and total is not None else total
+        why += [f"tuning_{unit} {how}"] if how else []
     if trials and best is None:
         why.append("no trial is ok, so these are the defaults")
     return columns | ({"reason": "; ".join(why)} if why else {})
+
+
+def charged(tuning: Tuning, trials: Sequence[Trial], unit: str) -> tuple[float | None, str]:
+    """What all trials of a method cost in images, seconds or joules, and how failed ones are charged, in words.
+
+    What a failed training took is not measured. It is charged with the whole budget of images, or as much as the most
+    expensive trial took: never too little. None if a trial that is ok was not measured either, or if none was.
+    """
+    total, unmeasured = spent(trials, f"train_{unit}")
+    failed = [trial for trial in unmeasured if trial.outcome is not None and trial.outcome.status != "ok"]
+    if not unmeasured:
+        return total, ""
+    if unit == "images" and tuning.config.budget.limit is Limit.images:
+        most = float(most_images(tuning))
+        return total + len(unmeasured) * most, f"with the whole budget for {counted(len(unmeasured), 'failed trial')}"
+    measured = [trial.outcome.costs.get(f"train_{unit}") for trial in trials if trial.outcome is not None]
+    most = max((cost for cost in measured if cost is not None), default=0.0)
+    if len(failed) < len(unmeasured) or not most:
+        return None, f"empty: not measured in {counted(len(unmeasured), 'trial')}"
+    return total + len(
+        failed
+    ) * most, f"with that of the most expensive trial for {counted(len(failed), 'failed trial')}"
 
 
 def most_images(tuning: Tuning) -> int:
@@ -167,14 +196,16 @@ def _summary(method: str, trials: Sequence[Trial], tuning: Tuning) -> str:
     ended = [trial.outcome for trial in trials if trial.outcome is not None]
     counts = {status: sum(outcome.status == status for outcome in ended) for status in ("ok", *NOT_OK)}
     others = "".join(f", {count} {status}" for status, count in counts.items() if count and status != "ok")
-    images, seconds = (spent(trials, f"train_{unit}")[0] for unit in ("images", "seconds"))
+    images, seconds = (charged(tuning, trials, unit)[0] for unit in ("images", "seconds"))
     saved = ""
     if counts["pruned"]:
         full = len(tuning.tune.search_seeds) * tuning.cells[1.0][0].shared.config.budget.images
-        saved = f"; without halving {len(ended) * full:,} images"
+        trained = sum(outcome.costs["train_images"] != 0 for outcome in ended)  # all but those that were refused
+        saved = f"; without halving {trained * full:,} images"
     best = best_of(trials, tuning.goal.direction)
     chosen = "no trial is ok" if best is None else f"trial {best.number} was best"
-    cost = f"{images:,.0f} training images and {about(seconds)}{saved}"
+    counted_images = "an unknown number of" if images is None else f"{images:,.0f}"
+    cost = f"{counted_images} training images{'' if seconds is None else f' and {about(seconds)}'}{saved}"
     return f"search of {method}: {counted(len(ended), 'trial')}{others}, {cost}; {chosen}"
 
 

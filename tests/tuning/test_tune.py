@@ -34,8 +34,8 @@ from distillbench.tuning.prepare import SEARCH, prepare, read_settings
 from distillbench.tuning.search import Search, open_studies
 from distillbench.tuning.settings import TotalConfig, TuneConfig
 from distillbench.tuning.studies import SeededSampler, promoted
-from distillbench.tuning.trials import Outcome, Trial, best_of
-from distillbench.tuning.tune import price, tune
+from distillbench.tuning.trials import Outcome, Trial, best_of, write_trials
+from distillbench.tuning.tune import introduction, price, tune
 
 TARGET, SPREAD, IMAGES, BUDGET = 0.3, 0.05, 20, 96
 
@@ -264,14 +264,15 @@ def test_the_rows_name_the_protocol_and_the_price(tuned):
     trials = tuned.trials[tuned.trials["method"] == "knob"]
     row = tuned.rows("knob").to_dict("records")[0]
     assert (row["tuning"], row["tuning_trials"]) == ("equal_trials", 4)
-    assert row["tuning_seconds"] == pytest.approx(trials["train_seconds"].sum())
     ok, refused = trials["status"] == "ok", trials["setting:ends"] == '"is refused"'
     failed = int((~ok & ~refused).sum())
     assert trials["train_images"][ok].tolist() == [BUDGET] * int(ok.sum())
     assert trials["train_images"][refused].tolist() == [0] * int(refused.sum())
     assert row["tuning_images"] == BUDGET * (int(ok.sum()) + failed)
     assert f"tuning_images with the whole budget for {failed} failed trials" in row["reason"]
-    assert f"tuning_seconds without {failed} failed trials" in row["reason"]
+    seconds = trials["train_seconds"]  # failed ones are charged as much as the most expensive
+    assert row["tuning_seconds"] == pytest.approx(seconds.sum() + failed * seconds.max())
+    assert f"tuning_seconds with that of the most expensive trial for {failed} failed trials" in row["reason"]
     assert pd.isna(row["tuning_joules"]) and "tuning_joules empty" in row["reason"]
     teacher = tuned.rows("teacher:ddim")
     assert teacher["tuning"].fillna("").tolist() == [""] * len(teacher) and teacher["tuning_trials"].isna().all()
@@ -420,6 +421,27 @@ def test_a_trial_that_another_process_ended_is_as_it_ended(tuning):
     assert not executor.trained
 
 
+def test_a_journal_whose_last_entry_was_cut_off_goes_on(tuning):
+    """As if its process had been killed while it wrote."""
+    whole = searched(tuning("whole", trials=4), Pretend())
+    searched(tuning("parts", trials=3), Pretend())
+    journal = tuning("parts").folder / "tuning" / "knob.journal"
+    text = journal.read_bytes()
+    for cut in range(1, len(text) - text[:-1].rfind(b"\n"), 7):
+        journal.write_bytes(text[:-cut])
+        assert searched(tuning("parts", trials=4), Pretend()) == whole
+
+
+def test_a_damaged_journal_is_refused(tuning):
+    searched(tuning(trials=2), Pretend())
+    journal = tuning().folder / "tuning" / "knob.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for damaged in ([*lines[:3], b"{\n", *lines[3:]], [b"\0" * 99 + b"\n"]):
+        journal.write_bytes(b"".join(damaged))
+        with pytest.raises(UserError, match=r"the journal '.*knob.journal' is damaged: .*finds what it has trained"):
+            searched(tuning(trials=2), Pretend())
+
+
 @pytest.mark.parametrize("number", [0, 2])
 def test_a_process_that_was_killed_while_it_chose_a_trial_loses_none(tuning, number):
     whole = searched(tuning("whole", trials=4), Pretend())
@@ -456,6 +478,13 @@ def test_a_total_budget_pays_for_trials_failed_ones_too(tuning, limit, each):
         assert len(searched(mine, Pretend())) == count
     total = TotalConfig(limit=limit, **{limit: 100 * each})
     assert len(searched(tuning("most", protocol="self_tuned", total=total, trials=3), Pretend())) == 3
+
+
+def test_trials_that_are_chosen_together_keep_to_a_total_budget(tuning):
+    """Of which nothing is known before the first trial has ended."""
+    total = TotalConfig(limit="seconds", seconds=2 * 2)
+    mine = tuning(protocol="self_tuned", total=total, trials=50, at_once=8, ends=["well", "fails"])
+    assert len(searched(mine, Pretend())) == 2
 
 
 def test_what_is_limited_must_be_measured(tuning):
@@ -552,6 +581,20 @@ def test_halving_ends_trials_after_a_quarter_and_counts_what_it_saves(tuning):
     assert searched(tuning("parts", **halving), parts) == trials
 
 
+def test_what_goes_on_after_a_quarter_is_decided_once(tuning):
+    """By the trials that came before, also where another process looks at it later."""
+    mine = tuning(trials=2, pruning="halving", ends=["well", "fails"])
+    study = open_studies(mine, Pretend())["knob"]
+    first, second = study.ask(), study.ask()
+    search = Search(mine, {"knob": study}, Pretend(), Progress(None), lambda: None)
+    assert search._goes_on(first, Outcome("ok", 0.9), 0.25) and search._goes_on(second, Outcome("ok", 0.5), 0.25)
+    third, best = study.ask(), study.ask()
+    assert not search._goes_on(third, Outcome("ok", 0.7), 0.25) and search._goes_on(best, Outcome("ok", 0.1), 0.25)
+    other = Search(mine, open_studies(mine, Pretend()), Pretend(), Progress(None), lambda: None)
+    assert other._goes_on(second, Outcome("ok", 0.5), 0.25)  # though it is not the best by now
+    assert [one.outcome and one.outcome.status for one in study.trials(4)] == [None, None, "pruned", None]
+
+
 # --- the sampler -----------------------------------------------------------------------------------------------------
 
 
@@ -593,7 +636,7 @@ def test_a_finished_tuning_is_printed_again_and_nothing_is_trained(registry, tun
     assert command(registry, tuned.folder.parent, "methods=[knob,dial]", *WHOLE) == 0
     said = capsys.readouterr().out
     assert "nothing was trained: all trials and final trainings were found" in said
-    assert f"search of knob: 4 trials, 1 diverged, 1 failed, {2 * BUDGET} training images" in said
+    assert f"search of knob: 4 trials, 1 diverged, 1 failed, {4 * BUDGET} training images" in said
     assert [(tuned.folder / name).read_bytes() for name in files] == before
 
 
@@ -607,6 +650,21 @@ def test_the_price_is_said_before(registry, tmp_path, capsys):
     assert not any(tmp_path.iterdir())
     assert command(registry, tmp_path, *words, "--show-config") == 0
     assert "search_seeds:\n  - 7\n  - 8" in capsys.readouterr().out
+
+
+def test_values_that_are_given_are_those_of_trial_0_and_that_is_said(ready, registry, tmp_path):
+    begun = ready(tmp_path, "methods.knob.gain=0.5", "methods.knob.shift=0.25", "tune.after=[shift]")
+    assert begun.defaults("knob")["gain"] == 0.5
+    line = "knob: trial 0 has gain=0.5 as given, and the others search these settings, too"
+    assert line in introduction(begun, registry)
+    assert not any("as given" in line for line in introduction(ready(tmp_path), registry))
+
+
+def test_rows_without_a_search_are_not_put_beside_the_trials_of_one(ready, registry, tmp_path):
+    begun = ready(tmp_path, "run_name=here", "tune.protocol=defaults")
+    write_trials([Trial("knob", 0, {}, Outcome("ok", 0.5))], "off_target", 1, begun.folder)
+    with pytest.raises(UserError, match=r"here' has the trials of a search: give this tuning another run_name"):
+        go(begun, registry)
 
 
 WRONG = {
