@@ -1,5 +1,6 @@
 """The report of a search for settings: its file, and what the page shows of it."""
 
+import dataclasses
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from distillbench.records.table import make_along, make_table, write_table
 from distillbench.records.tuning_statistics import best_of, sensitivity
 from distillbench.reports import html as report_html
 from distillbench.reports.html import html_report
+from distillbench.reports.merge import left_out
 from distillbench.reports.runs import RunData
 from distillbench.reports.tuning_data import read_trials
 from distillbench.reports.tuning_section import tuning_sections
@@ -272,3 +274,31 @@ def test_two_runs_have_a_section_each(tmp_path):
 def small_plotly(monkeypatch):
     """Plotly's script is large, and only a browser runs it."""
     monkeypatch.setattr(report_html, "get_plotlyjs", lambda: "/* plotly */", raising=False)
+
+
+def test_methods_and_the_score_have_their_labels(tmp_path):
+    run = run_in(tmp_path / "run", TWO, columns={METRIC: {**DECLARED[METRIC], "label": "FD (pixels)"}})
+    run.methods.update(boot={"label": "BOOT"}, cm={"label": "CM"})
+    (found,) = tuning_sections([run], ["run"])
+    assert [row["method"] for row in found.table] == [panel.title for panel in found.curves] == ["BOOT", "CM"]
+    assert found.score.startswith("FD (pixels)") and METRIC not in " ".join(found.sentences)
+
+
+@pytest.mark.parametrize(
+    ("counts", "problem"),
+    [
+        ((None, None), "of another search: the rows of this run were not tuned"),
+        ((4, 6), "of other numbers of trials (boot: 4, not 6)"),
+        ((6, 6), ""),
+    ],
+)
+def test_trials_that_are_not_those_of_the_rows_are_a_problem(tmp_path, counts, problem):
+    run = run_in(tmp_path / "run", TWO)
+    rows = [{"method": name, "tuning_trials": count} for name, count in zip(("boot", "cm"), counts, strict=True)]
+    (found,) = tuning_sections([dataclasses.replace(run, table=make_table(rows, [METRIC]))], ["run"])
+    assert problem in " ".join(found.problems) and bool(problem) == bool(found.problems)
+
+
+def test_a_merge_says_where_the_trials_stay(tmp_path):
+    run = run_in(tmp_path / "run", TWO)
+    assert "trials of searches are not merged: they stay in" in " ".join(left_out([run], tmp_path / "both"))
