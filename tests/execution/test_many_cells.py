@@ -30,6 +30,7 @@ from distillbench.records.sample_grid import MOST_ROWS, sample_grid
 from distillbench.records.settings_file import BUT, read_settings, write_settings
 from distillbench.records.statistics import summarise
 from distillbench.registry import Entry, Plugin, load_registry
+from distillbench.reports.labels import Labels
 from distillbench.reports.runs import read_run
 from distillbench.runs import config, config_grid, plan, shared_context, training_cost
 from distillbench.runs.cell import AS_IS
@@ -307,7 +308,7 @@ def test_a_damaged_hash_cache_is_ignored(tmp_path):
 def go(done, said):
     configs, cells, _ = done
     progress = Progress(Console(file=said, width=200))
-    return run(cells, configs, progress, lambda rows: print_rows(progress, rows))
+    return run(cells, configs, progress, lambda rows: print_rows(progress, rows, Labels()))
 
 
 def test_a_run_that_finds_all_results_writes_its_folder_once(done, count):
@@ -330,7 +331,7 @@ def test_rows_that_arrive_one_by_one_are_all_in_the_final_table(done, tmp_path, 
     configs, cells, _ = done
     scan = InProcessWorker(Progress(None), Stop()).scan(cells, AS_IS)
     grown = []
-    table = RunTable(tmp_path / "run", cells, configs, scan, grown.append)
+    table = RunTable(tmp_path / "run", cells, configs, scan, grown.append, {})
     written = count(run_folder, "write_table")
     table.writer.due = time.monotonic() + 1000
     for index, result in enumerate(scan.results):

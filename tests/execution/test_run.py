@@ -725,7 +725,7 @@ def test_the_exit_code_says_whether_something_failed(tmp_path, monkeypatch, caps
     out, err = capsys.readouterr()
     assert (done, err) == (code, "")
     assert ("not ok: " in out) == (code == 1)
-    assert "becomes_nan, seed 0, 1 NFE, noise 0: diverged: the loss is nan" in out or "becomes_nan" not in methods
+    assert "becomes nan, seed 0, 1 NFE, noise 0: diverged: the loss is nan" in out or "becomes_nan" not in methods
     assert max(map(len, table_of(out))) <= 80
 
 
