@@ -322,7 +322,9 @@ def test_a_run_that_finds_all_results_writes_its_folder_once(done, count):
         assert picture.height < (MOST_ROWS + 2) * 52
     assert read_run(outcome.folder).problems == []
     shown = io.StringIO()
-    print_table(Console(file=shown, width=200), outcome.table, outcome.summary, Labels({"teacher_rmse": {"direction": "lower"}}))
+    print_table(
+        Console(file=shown, width=200), outcome.table, outcome.summary, Labels({"teacher_rmse": {"direction": "lower"}})
+    )
     assert shown.getvalue().count("\n") < 20
 
 
