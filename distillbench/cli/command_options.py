@@ -1,22 +1,22 @@
-"""What the commands share: exit codes, option types and decorators, and loading the plugins."""
+"""What the commands share: exit codes, option types and decorators."""
 
 from __future__ import annotations
 
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from distillbench.cli.loading import load_plugins, origin
 from distillbench.errors import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from distillbench.registry import Plugin, Registry
 
 BAD_INPUT, SOMETHING_FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 
@@ -92,26 +92,6 @@ def before_plugins(check: Callable[..., None]) -> Callable[[Callable[..., None]]
 
 
 debuggable = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
-
-
-def load_plugins(folders: Iterable[str]) -> Registry:
-    """The plugins of installed packages and of `folders`, as far as $DISTILLBENCH_PLUGINS selects them."""
-    from pathlib import Path
-
-    from distillbench.registry import ONLY, Selection
-
-    patterns = [pattern.strip() for pattern in os.environ.get(ONLY, "").split(",")]
-    return Selection(tuple(Path(folder).resolve() for folder in folders), tuple(filter(None, patterns))).load()
-
-
-def origin(plugin: Plugin) -> str:
-    """The plugin's name, distribution and version."""
-    return f"{plugin.name} ({version(plugin)})"
-
-
-def version(plugin: Plugin) -> str:
-    """The plugin's distribution and its version."""
-    return f"{plugin.distribution} {plugin.version}"
 
 
 def output_file(output: str, suffix: str) -> Path:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillbench._version import __version__
-from distillbench.cli import command_options
+from distillbench.cli.loading import load_plugins, origin, version
 from distillbench.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def kept_table(folders: Sequence[str] = ()) -> PluginTable | None:
 def new_table(folders: Sequence[str] = (), debug: bool = False) -> PluginTable:
     """A table from all plugins, which are loaded. It is kept, unless a plugin is broken."""
     fresh = "distillbench.registry" not in sys.modules
-    registry = command_options.load_plugins(folders)
+    registry = load_plugins(folders)
     table = table_of(registry, debug)
     if fresh:
         keep(table, registry)
@@ -224,7 +224,7 @@ def table_of(registry: Registry, debug: bool = False) -> PluginTable:
         samplers,
         schedules,
         dict(method_kinds.KINDS),
-        [f"plugin {command_options.origin(plugin)} is left out: {plugin.error}" for plugin in broken],
+        [f"plugin {origin(plugin)} is left out: {plugin.error}" for plugin in broken],
         {plugin.name: plugin.traceback for plugin in broken if debug},
     )
 
@@ -232,8 +232,7 @@ def table_of(registry: Registry, debug: bool = False) -> PluginTable:
 def _found(plugin: Plugin) -> Found:
     brings = [brought.partition(": ") for brought in plugin.brings]
     hooks = {hook: [name for kind, _, name in brings if hook == f"register_{kind}"] for hook in plugin.hooks}
-    version = command_options.version(plugin)
-    return Found(plugin.name, version, hooks, plugin.origin, plugin.not_selected, plugin.error)
+    return Found(plugin.name, version(plugin), hooks, plugin.origin, plugin.not_selected, plugin.error)
 
 
 def _described(kind: str, entry: Entry) -> Described:
@@ -256,8 +255,8 @@ def _described(kind: str, entry: Entry) -> Described:
     documentation = _documentation(cls)
     return Described(
         cls.name,
-        command_options.origin(entry.plugin),
-        command_options.version(entry.plugin),
+        origin(entry.plugin),
+        version(entry.plugin),
         _first_line(documentation),
         documentation,
         facts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,16 +15,23 @@ from rich.console import Console
 from rich.text import Text
 
 from distillbench.records.costs import COUNTED
-from distillbench.records.statistics import ARROWS, TEACHER
+from distillbench.records.statistics import TEACHER
 from distillbench.records.table import LAST, LOADS, UPDATES
-from distillbench.reports.differences import environment_differences, heading, settings_differences, value_text
-from distillbench.reports.labels import NAMES
+from distillbench.reports.differences import (
+    MATCH,
+    Row,
+    RowNamer,
+    environment_differences,
+    heading,
+    settings_differences,
+    value_text,
+)
+from distillbench.reports.labels import NAMES, Labels
 from distillbench.reports.merge import SAME, records
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import run_names
 from distillbench.reports.terminal_table import fits, new_table, number, plain, put, say
 
-MATCH = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol"]
 HIGHER = ("sample_images_per_second",)  # costs for which higher is better
 NO_COST = ("sample_best_batch", "student_lora_rank", *UPDATES, *LOADS)  # numbers that are not costs
 COSTS = [name for name, kind in LAST.items() if kind != "string" and name not in NO_COST]
@@ -34,7 +41,6 @@ NOTHING_WORSE, SOMETHING_WORSE, BAD_INPUT = 0, 1, 2  # exit codes
 SAME_VALUE, WITHIN, ONE_SEED, CHANGED = "same", "within noise", "one seed: not known", "changed"
 BETTER, WORSE, GONE, NEW = "better", "worse", "no value any more", "new"
 
-Row = tuple[Any, ...]  # the values of MATCH, None for empty ones
 Rows = list[dict[str, Any]]  # rows of the table, None for empty values
 
 
@@ -75,6 +81,7 @@ class Comparison:
     directions: dict[str, str]
     matched: int  # number of rows that are in both
     protocols: bool  # whether the protocols of some row differ
+    labels: Labels = field(default_factory=Labels)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -111,7 +118,7 @@ def compare(a: RunData, b: RunData, tolerance: float = 0.1) -> Comparison:
     """
     left, right = _groups(a.table), _groups(b.table)
     shared = [row for row in left if row in right]
-    name = _Namer([*left, *right])
+    name = RowNamer([*left, *right], Labels.of([a.labels, b.labels]))
     rows, lost, protocols = _unmatched(left, right, name)
     notes: list[str] = []
     directions = _same_scores(a, b, notes)
@@ -142,6 +149,7 @@ def compare(a: RunData, b: RunData, tolerance: float = 0.1) -> Comparison:
         directions=directions,
         matched=len(shared),
         protocols=protocols,
+        labels=Labels.of([a.labels, b.labels]),
         notes=notes,
     )
 
@@ -273,7 +281,9 @@ def _seeds_in_words(seeds: tuple[Any, Any]) -> str:
     return (f"seed {training}, " if training is not None else "") + f"noise {sampling}"
 
 
-def _unmatched(left: Mapping[Row, Rows], right: Mapping[Row, Rows], name: _Namer) -> tuple[list[str], list[str], bool]:
+def _unmatched(
+    left: Mapping[Row, Rows], right: Mapping[Row, Rows], name: RowNamer
+) -> tuple[list[str], list[str], bool]:
     """Texts on rows that only one run has; texts on those of A that were ok; whether protocols differ.
 
     A row of A is paired with the row of B of the same dataset, method and number of evaluations that differs in the
@@ -312,29 +322,6 @@ def _how(row: Row, other: Row) -> dict[str, str]:
     return {column: f"{value_text(x)} → {value_text(y)}" for column, x, y in pairs if x != y}
 
 
-class _Namer:
-    """Names rows by method, evaluations, and the columns of MATCH that it takes to tell `rows` apart."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.columns: list[str] = []
-        told = {(row[MATCH.index("method")], row[MATCH.index("nfe")]) for row in rows}
-        for column in ("settings", "dataset", "guidance", "budget", "images", "teacher", "protocol"):
-            places = [MATCH.index(name) for name in ("method", "nfe", *self.columns, column)]
-            finer = {tuple(row[k] for k in places) for row in rows}
-            if len(finer) > len(told):
-                self.columns.append(column)
-                told = finer
-
-    def __call__(self, row: Row, without: Container[str] = ()) -> str:
-        told = dict(zip(MATCH, row, strict=True))
-        more = [
-            f"{column} {value_text(told[column])}"
-            for column in self.columns
-            if told[column] is not None and column not in without
-        ]
-        return ", ".join([str(told["method"]), f"{value_text(told['nfe'])} NFE", *more])
-
-
 def _devices(rows: Rows) -> str:
     return ", ".join(dict.fromkeys(row["device"] or "an unknown device" for row in rows))
 
@@ -358,7 +345,7 @@ def _same_scores(a: RunData, b: RunData, notes: list[str]) -> dict[str, str]:
 
 def print_comparison(console: Console, found: Comparison, all_costs: bool = False) -> None:
     """Print what differs, the tables and the conclusion. Costs within the tolerance only with `all_costs`."""
-    for line in found.runs:
+    for line in found.runs if found.comparable else [*conclusion(found), *found.runs]:
         say(console, line)
     for title, lines in (("settings", found.settings), ("environment", found.environment)):
         say(console, f"{title}: {'' if lines else 'no difference'}".rstrip())
@@ -370,17 +357,17 @@ def print_comparison(console: Console, found: Comparison, all_costs: bool = Fals
         say(console, f"  {line}")
     for line in found.notes:
         say(console, line)
-    name = _Namer([one.row for one in found.scores + found.costs])
+    name = RowNamer([one.row for one in found.scores + found.costs], found.labels)
     if found.scores:
-        _print_changes(console, found.scores, name, found.directions)
+        _print_changes(console, found.scores, name)
     costs = [one for one in found.costs if all_costs or one.verdict not in (SAME_VALUE, "within tolerance")]
     if costs:
-        _print_changes(console, costs, name, {cost: "higher" if cost in HIGHER else "lower" for cost in COSTS})
-    for line in conclusion(found):
+        _print_changes(console, costs, name)
+    for line in conclusion(found) if found.comparable else []:
         say(console, line)
 
 
-def _print_changes(console: Console, changes: list[Change], name: _Namer, directions: Mapping[str, str]) -> None:
+def _print_changes(console: Console, changes: list[Change], name: RowNamer) -> None:
     """Print one line for each change, without columns that are empty in all."""
     intervals = any(one.low is not None for one in changes)
     devices, seeds = len({one.device for one in changes if one.device}) > 1, any(one.seeds != (1, 1) for one in changes)
@@ -392,7 +379,7 @@ def _print_changes(console: Console, changes: list[Change], name: _Namer, direct
         table = new_table(headings, text, fold)
         for one in changes:
             width = abs(one.after - one.before) if one.low is None or one.high is None else (one.high - one.low) / 2
-            cells = [name(one.row), f"{one.name} {ARROWS[directions[one.name]]}".rstrip()]
+            cells = [name(one.row), name.what(one.name)]
             cells += ["{}, {}".format(*one.seeds)] * seeds
             cells += [number(one.before, width), number(one.after, width), _change(one, width)]
             between = "" if one.low is None else f"{number(one.low, width)} to {number(one.high, width)}"
@@ -420,12 +407,12 @@ def conclusion(found: Comparison) -> list[str]:
     lines = []
     if found.protocols:
         lines.append("Protocols differ: scores of the rows named above are not compared.")
-    name = _Namer([one.row for one in found.scores + found.costs])
+    name = RowNamer([one.row for one in found.scores + found.costs], found.labels)
     worse = found.worse
     for one in worse:
         beyond = "without a value" if one.verdict == GONE else "worse"
         limit = f" by {_change(one, abs(one.after - one.before))}" if one.verdict == WORSE else ""
-        lines.append(f"{beyond}: {one.name} of {name(one.row)}{limit}")
+        lines.append(f"{beyond}: {found.labels.label(one.name).short} of {name(one.row)}{limit}")
     counts = Counter(one.verdict for one in found.scores)
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     lines += [f"{len(found.scores)} scores compared: {told}."] if found.scores else []

@@ -1,15 +1,18 @@
-"""How the settings and environments of two runs differ, as lines of text."""
+"""How the settings and environments of two runs differ, as lines of text, and the names of rows in them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
+from distillbench.reports.labels import Labels
 from distillbench.reports.merge import MERGED
 from distillbench.reports.runs import RunData
 
 IGNORED = ("results_dir", "run_name")  # settings that do not affect results
+MATCH = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol"]
+Row = tuple[Any, ...]  # the values of MATCH, None for empty ones
 
 
 def settings_differences(a: RunData, b: RunData) -> list[str]:
@@ -92,3 +95,32 @@ def heading(letter: str, name: str, run: RunData) -> str:
     words += dict.fromkeys(versions)
     count = len(run.table)
     return ", ".join([*words, f"{count:,} row{'s' * (count != 1)}"])
+
+
+class RowNamer:
+    """Names rows by method, evaluations, and the columns of MATCH that it takes to tell `rows` apart."""
+
+    def __init__(self, rows: Sequence[Row], labels: Labels) -> None:
+        self.labels = labels
+        self.columns: list[str] = []
+        told = {(row[MATCH.index("method")], row[MATCH.index("nfe")]) for row in rows}
+        for column in ("settings", "dataset", "guidance", "budget", "images", "teacher", "protocol"):
+            places = [MATCH.index(name) for name in ("method", "nfe", *self.columns, column)]
+            finer = {tuple(row[k] for k in places) for row in rows}
+            if len(finer) > len(told):
+                self.columns.append(column)
+                told = finer
+
+    def __call__(self, row: Row, without: Container[str] = ()) -> str:
+        told = dict(zip(MATCH, row, strict=True))
+        more = [
+            f"{column} {value_text(told[column])}"
+            for column in self.columns
+            if told[column] is not None and column not in without
+        ]
+        return ", ".join([self.labels.method_label(str(told["method"])).short, f"{value_text(told['nfe'])} NFE", *more])
+
+    def what(self, column: str) -> str:
+        """A score with its arrow; a cost with its unit, too."""
+        label = self.labels.label(column)
+        return label.heading if column not in self.labels.columns else f"{label.short} {label.arrow}".rstrip()

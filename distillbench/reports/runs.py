@@ -17,7 +17,7 @@ from safetensors.numpy import load_file  # without torch, which takes seconds to
 
 from distillbench.errors import UserError, nearest
 from distillbench.records.influences import InfluenceFiles
-from distillbench.records.layout import CACHE, CELLS
+from distillbench.records.layout import CELLS
 from distillbench.records.sample_grid import unstack_shown
 from distillbench.records.sample_strips import read_strips
 from distillbench.records.settings_file import read_settings
@@ -28,7 +28,7 @@ from distillbench.reports.reproduce import COMMAND
 
 TWICE = "rows of one measurement differ; the first ones are used"
 KEY = re.compile(r"[\w-]{1,64}")  # of an evaluation; cannot be a path or a pattern
-NOT_RUNS = (CELLS, CACHE)  # folders beside runs
+FILES = ("table.parquet", "table.csv", "config.yaml", "columns.json")  # any of them makes a folder a run
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,13 @@ class RunData:
 def read_run(folder: Path) -> RunData:
     """The run in `folder`. Raises UserError only if the folder does not exist or has no file of a run."""
     if not folder.is_dir():
-        beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        runs = [name for name in beside if name not in NOT_RUNS]
+        beside = [path for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        runs = [path.name for path in beside if any((path / name).is_file() for name in FILES)]
         raise UserError(
             f"no run {str(folder)!r}.{nearest(folder.name, runs)} Possible: {', '.join(sorted(runs)) or 'none'}"
         )
-    names = ("table.parquet", "table.csv", "config.yaml", "columns.json")
-    if not any((folder / name).is_file() for name in names):
-        raise UserError(f"{str(folder)!r} is not a run: it has none of {', '.join(names)}")
+    if not any((folder / name).is_file() for name in FILES):
+        raise UserError(f"{str(folder)!r} is not a run: it has none of {', '.join(FILES)}")
     problems: list[str] = []
     notes: list[str] = []
     columns, methods = _declared(folder, problems)

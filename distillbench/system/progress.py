@@ -18,6 +18,8 @@ __all__ = ["Progress"]
 
 SECONDS_BEFORE_LINE = 1.0  # of a step, before its line is printed where there is no terminal: shorter ones have none
 SECONDS_BETWEEN_LINES = 10.0
+WIDTH_OF_TIMES = 12 + 1 + 4 + 1 + 31 + 1  # characters: the bar, percent, and "elapsed 0:59, about 1:59:59 left"
+SHORTEST_LABEL = 12
 REFRESHES_PER_SECOND = 2  # drawing takes CPU time from measurements
 
 
@@ -72,6 +74,19 @@ def times_in_words(times: Clock) -> str:
     """Such as "elapsed 0:05, about 1:40 left"; the second part only where it is known."""
     left = times.left
     return f"elapsed {_clock(times.elapsed)}" + ("" if left is None else f", about {_clock(left)} left")
+
+
+class LabelColumn(ProgressColumn):
+    """The label of a step, shortened so that its times fit."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def render(self, task: Task) -> Text:
+        text = Text(task.description, no_wrap=True)
+        text.truncate(self.most, overflow="ellipsis")
+        return text
 
 
 class TimesColumn(ProgressColumn):
@@ -136,7 +151,7 @@ class Progress:
             yield lambda done, label: self._stamped(time.time(), f"{label}, {times_in_words(times)}")
         else:
             with self._drawing(self.console) as bars:
-                task = bars.add_task("", total=total, completed=done, note="", times=times)
+                task = bars.add_task(f"{total:,} cells", total=total, completed=done, note="", times=times)
                 try:
                     yield lambda done, label: bars.update(task, completed=done, description=label)
                 finally:
@@ -189,13 +204,12 @@ class Progress:
 
 
 def _bars(console: Console) -> Bars:
-    def column(ratio: int | None = None) -> Column:
-        return Column(no_wrap=True, overflow="ellipsis", ratio=ratio)
-
-    columns = [TextColumn("{task.description}", markup=False, table_column=column()), BarColumn(12)]
-    columns += [
-        TaskProgressColumn(),
-        TimesColumn(),
-        TextColumn("{task.fields[note]}", markup=False, table_column=column(1)),
-    ]
-    return Bars(*columns, console=console, transient=True, refresh_per_second=REFRESHES_PER_SECOND)
+    """Label, bar, percent and times; the note has what is left of the line, and is cut off at its end."""
+    note = TextColumn(
+        "{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    )
+    columns = [LabelColumn(max(console.width - WIDTH_OF_TIMES, SHORTEST_LABEL)), BarColumn(12), TaskProgressColumn()]
+    return Bars(
+        *columns, TimesColumn(), note, console=console, expand=True, transient=True,
+        refresh_per_second=REFRESHES_PER_SECOND,
+    )  # fmt: skip

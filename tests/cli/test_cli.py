@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from command_line import exit_code
 from distillbench.builtin.trained import METADATA, Trained
-from distillbench.cli import command_options, commands, terminal
+from distillbench.cli import command_options, commands, plugin_table, terminal
 from distillbench.errors import DivergedError
 from distillbench.records.statistics import summarise
 from distillbench.records.table import make_table
@@ -52,7 +52,8 @@ def call(tmp_path, monkeypatch, capfd, registry):
 
     The plugins are loaded once for all calls.
     """
-    monkeypatch.setattr(command_options, "load_plugins", lambda folders: registry)
+    for module in (command_options, plugin_table):
+        monkeypatch.setattr(module, "load_plugins", lambda folders: registry)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
@@ -555,6 +556,21 @@ def test_a_bar_shows_the_time_elapsed_and_the_time_left(monkeypatch, capsys):
         assert "elapsed 0:25, about 1:20 left" in shown(25.0)
         assert "elapsed 0:35, about 1:10 left" in shown(35.0)
         assert "elapsed 1:02:03, about 0:00 left" in shown(3723.0)
+
+
+def test_the_times_of_a_bar_are_whole_in_80_columns_and_the_note_is_cut_off(capsys):
+    progress = Progress(Console(force_terminal=True, width=80, color_system=None))
+    with progress.overall(5, 1, Times()) as show, progress.step("a method lr=0.0003 (seed 0): training") as step:
+        show(1, "cell 2 of 5: a method")
+        step.advance(0.1)
+        time.sleep(0.01)
+        step.advance(0.3, "a note that is far too long for what is left of a line of a terminal")
+        capsys.readouterr()
+        progress._bars.refresh()
+        lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", capsys.readouterr().out).splitlines()
+    overall, inner = (line for line in lines if "elapsed" in line)
+    assert "cell 2 of 5: a method" in overall and "20% elapsed 0:00" in overall
+    assert "30% elapsed 0:00, about 0:00 left" in inner and "…" in inner and max(len(overall), len(inner)) <= 80
 
 
 def test_without_a_console_nothing_is_printed(capsys):
