@@ -8,6 +8,7 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
+from distillbench.evaluation import frechet
 from distillbench.evaluation.frechet import GaussianStatistics, Moments, frechet_distance, frechet_influence
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -153,7 +154,8 @@ def weighted_distance(x: np.ndarray, weights: np.ndarray, other: GaussianStatist
     [(40, 5, 60), (12, 20, 60), (40, 20, 15), (9, 20, 15)],
     ids=["full", "few", "few real", "few of both"],
 )
-def test_the_influence_is_the_derivative_by_the_weight_of_an_image(n, features, real):
+def test_the_influence_is_the_derivative_by_the_weight_of_an_image(n, features, real, monkeypatch):
+    monkeypatch.setattr(frechet, "AT_ONCE", 16)
     other = statistics(real, features, 3)
     x = torch.randn(n, features, generator=generator(4)) @ torch.randn(features, features, generator=generator(5))
     influence = frechet_influence(x, other)
