@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -125,7 +126,7 @@ class RunTable:
         self.descriptions = scan.descriptions
         self.labels = labels_of(cells)
         self.columns = self.labels.columns
-        self.environment = scan.environment
+        self.environment = {"date": datetime.now(UTC).date().isoformat(), **scan.environment}
         self.results: dict[int, CellResult] = {}
         self.files = HashCache(folder.parent / CELLS)
         self.linked: set[Path] = set()
