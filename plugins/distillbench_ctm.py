@@ -63,6 +63,7 @@ class ConsistencyTrajectory(MultistepMethod):
         denoising: float = option(0.1, "w, weight of denoising; 0: none")
         adaptive: bool = option(False, "w times the ratio of both losses' gradients in the last layer (the paper)")
         gamma: float = option(0.0, "noise of several evaluations, 0 (the ODE) to 1 (consistency models)", sampling=True)
+        embeds: str = option("s", "embedding of s: s (of lam), network (released: of ln(s)/4 on EDM) or difference")
         sigma_min: float = option(0.002, "smallest noise level")
         sigma_max: float = option(80.0, "largest noise level")
 
@@ -81,7 +82,7 @@ class ConsistencyTrajectory(MultistepMethod):
         super().__init__(config, teacher)
         levels = karras_times(teacher.schedule, config.steps, config.sigma_min, config.sigma_max)
         self.register_buffer("grid", levels, persistent=False)
-        self.student = TwoTimes(teacher.student(), in_lambda=True)
+        self.student = TwoTimes(teacher.student(), in_lambda=True, embeds=config.embeds)
         self.target = copy.deepcopy(self.student).requires_grad_(False) if config.mu else self.student
         self.following = MovingAverage(self.target, self.student)
         self.w = 0 if teacher.conditioning.guided else config.denoising  # a guided g(x_t, t, t) is no mean of x_0
@@ -96,9 +97,8 @@ class ConsistencyTrajectory(MultistepMethod):
         return ddim_step(self.teacher.schedule, x_t, g(x_t, t, s, c), t, s)
 
     def draw_n(self, batch: Batch) -> int:
-        """P(n) ~ n: of the uniform numbers 0, 1, 2, ... the first gives 1, the next two give 2, the next three 3."""
         k = batch.one_integer(0, self.config.solver_steps * (self.config.solver_steps + 1) // 2)
-        return (math.isqrt(8 * k + 1) + 1) // 2
+        return (math.isqrt(8 * k + 1) + 1) // 2  # P(n) ~ n: 1 for k = 0, 2 for the next two, 3 for the next three
 
     def consistency_loss(self, batch: Batch) -> Tensor:
         schedule, grid, c, n = self.teacher.schedule, self.grid, batch.c, self.draw_n(batch)

@@ -3,7 +3,8 @@
 Luo, Tan, Huang, Li & Zhao 2023, "Latent Consistency Models", arXiv:2310.04378, sections 4.1 to 4.3, with the details
 of its training script in huggingface/diffusers. It works in latents and in pixels. The solver skips: its steps are 20
 of 1,000 times long, on a grid of N = 50 steps. The teacher is guided, with a w that is drawn for each image and is an
-input of the student (`guidance_range`), so a guided sample takes one evaluation a step.
+input of the student (`guidance_range`), so a guided sample takes one evaluation a step. `w_input=projected` is the
+release's input: ``time_cond_proj_dim`` of diffusers' U-Nets of texts, random at first.
 
     F(x_t, t, c) = c_skip x_t + c_out D,   c_skip = sd^2 / (tau^2 + sd^2),   c_out = tau / sqrt(tau^2 + sd^2)
     x_t = alpha_t x_0 + sigma_t eps,   x_s = one DDIM step of f_w from t to s,   f_w = f_0 + w (f_c - f_0)
@@ -45,7 +46,7 @@ from distillbench.diffusion import (
     one_mask,
     whole_grid,
 )
-from distillbench.networks import MovingAverage
+from distillbench.networks import MovingAverage, project_guidance
 from distillbench.options import require_between, require_fraction, require_one_of, require_positive
 
 INDICES = 1000  # of the schedules of diffusers
@@ -83,6 +84,7 @@ class LatentConsistency(SegmentedMethod):
         huber_c: float = option(1e-3, "h of the Huber loss, below which it is quadratic")
         sigma_data: float = option(0.5, "sd of c_skip and c_out")
         scaling: float = option(10.0, "tau of c_skip and c_out by index")
+        w_input: str = option("added", "how students get w: added to the embedding of time, or projected (as released)")
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -90,13 +92,15 @@ class LatentConsistency(SegmentedMethod):
             require_between(self, 1, self.steps, "segments")
             require_one_of(self, "times", ("trailing", "uniform", "uniform_lambda"))
             require_one_of(self, "loss", ("huber", *DISTANCE_NAMES))
+            require_one_of(self, "w_input", ("added", "projected"))
             require_fraction(self, "mu")  # with 1 the target network would never learn
             require_positive(self, "huber_c", "sigma_data", "scaling")
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
         self.register_buffer("grid", whole_grid(config.times, teacher.schedule, config.steps), persistent=False)
-        self.student = ScaledConsistencyFunction(teacher.student(), config.scaling, config.sigma_data)
+        denoiser = teacher.student() if config.w_input == "added" else project_guidance(teacher.student())
+        self.student = ScaledConsistencyFunction(denoiser, config.scaling, config.sigma_data)
         self.target = copy.deepcopy(self.student).requires_grad_(False) if config.mu else self.student
         self.following = MovingAverage(self.target, self.student)
 

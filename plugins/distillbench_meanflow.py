@@ -15,7 +15,7 @@ v is the teacher's velocity (x_t - f) / t, or that of a pair, eps - x_0, whose m
 | v      | velocity dx_t/dt of the ODE                                                 | (B,C,H,W)  |
 | u      | student: average velocity from t to s                                       | (B,C,H,W)  |
 | f      | teacher's data prediction, guided where c says so                           | (B,C,H,W)  |
-| h      | step of the finite difference; t stays h away from both ends                | float      |
+| h      | step of the finite difference, exact: 0; t stays h away from both ends      | float      |
 | c      | condition, to networks; in w a constant                                     |            |
 
 u = (x_t - D) / t for the student D(x_t, t, s), the teacher's network with an embedding of s that starts at zero: at
@@ -59,6 +59,7 @@ class MeanFlow(Method):
         start: str = option("teacher", "weights that the student starts from: the teacher's, or fresh (published)")
         smooth: int = option(8, "degree of the polynomials in which the student sees time; 0: as the teacher sees it")
         exact: bool = option(False, "du/dt by torch.func.jvp instead of a finite difference")
+        embeds: str = option("s", "second time that the student embeds: s, or difference (released: t - s)")
         step: float = option(5e-3, "h, step of the finite difference in t")
         ratio: float = option(0.75, "share of a batch with s < t; the rest has s = t, where u is v")
         uniform: float = option(0.5, "ours: share of uniform times; the others are logit-normal")
@@ -74,6 +75,7 @@ class MeanFlow(Method):
             require_one_of(self, "schedule", ("flow_matching",))
             require_one_of(self, "source", ("teacher", "data"))
             require_one_of(self, "start", ("fresh", "teacher"))
+            require_one_of(self, "embeds", ("s", "difference"))
             require_positive(self, "p_std", "p_std_s", "c")
             require_between(self, 0, 1, "ratio", "uniform", "p")
             require_between(self, 0, float("inf"), "smooth")
@@ -88,8 +90,10 @@ class MeanFlow(Method):
         if config.source == "data" and teacher.conditioning.guided:
             raise UserError("meanflow with source=data cannot be guided: leave guidance at 1, or use source=teacher")
         denoiser = teacher.student(fresh=config.start == "fresh")
-        self.student = AverageVelocity(smooth_times(denoiser, config.smooth) if config.smooth else denoiser)
-        self.t_min, self.t_max = teacher.schedule.t_min, teacher.schedule.t_max - config.step
+        denoiser = smooth_times(denoiser, config.smooth) if config.smooth else denoiser
+        self.student = AverageVelocity(denoiser, embeds=config.embeds)
+        self.h = 0.0 if config.exact else config.step
+        self.t_min, self.t_max = teacher.schedule.t_min, teacher.schedule.t_max - self.h
 
     def time(self, batch: Batch, mean: float, std: float) -> Tensor:
         """Uniform or logit-normal, (B,1,1,1)."""
@@ -103,7 +107,7 @@ class MeanFlow(Method):
         config, apart = self.config, self.config.p_mean_s is not None
         a = self.time(batch, config.p_mean, config.p_std)
         b = self.time(batch, *((config.p_mean_s, config.p_std_s) if apart else (config.p_mean, config.p_std)))
-        t = (a if apart else torch.maximum(a, b)).clamp(min=self.t_min + config.step)
+        t = (a if apart else torch.maximum(a, b)).clamp(min=self.t_min + self.h)
         return t, torch.minimum(t if apart else a, b)
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:

@@ -47,6 +47,9 @@ class ProgressiveDistillation(Method):
         steps: int = option(16, "N, DDIM steps of the first teacher: a power of two; log2 N phases end at one step")
         weight: str = option("truncated_snr", "w: truncated_snr, max(SNR, 1), snr_plus_one, or edm, SNR + 4")
         times: str = option("uniform", f"grid of the first teacher's steps: {', '.join(TIME_GRIDS)}")
+        clip: bool = option(
+            False, "clip x^ of each step of sampling to [-1, 1] (released); not for latents", sampling=True
+        )
         shares: list[float] = option(
             [], "relative budgets, one number for each phase or for all; empty: 2 for the last two phases, else 1"
         )
@@ -123,8 +126,9 @@ class ProgressiveDistillation(Method):
         return nfe in self.halvings[:phase]  # a phase's student is stored when it ends
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
-        schedule, grid = self.teacher.schedule, self.grid_of(nfe)
-        return ddim(partial(self.students[str(nfe)], c=c), schedule, x_at_top(schedule, noise(0), grid), grid)
+        schedule, grid, x_hat = self.teacher.schedule, self.grid_of(nfe), partial(self.students[str(nfe)], c=c)
+        clipped = lambda z_t, t: x_hat(z_t, t).clamp(-1, 1)
+        return ddim(clipped if self.config.clip else x_hat, schedule, x_at_top(schedule, noise(0), grid), grid)
 
 
 @hookimpl(api=2)

@@ -9,14 +9,14 @@ arXiv:2309.06380). Data-free. The paper's time runs from noise to data; here, as
     L   = E | (x_T - x_0)/T - v(x_t, t) |^2,   v(x, t) = (x - f(x, t)) / t                   (eq. 1)
     x_s = x_t + (s - t) v(x_t, t)                                                            (Euler)
 
-At the optimum v(x_T, T) = (x_T - M(eps))/T, so one step gives M(eps). For t < T it is a mean over the paths through
-x_t: if no two of them cross, as in one dimension, any number of steps is exact. The second phase, if there is one,
-distils the flow into k steps: the same L, or d(f, x_0), at t = T/k, 2T/k, ..., T only.
+At the optimum v(x_T, T) = (x_T - M(eps))/T: one step gives M(eps). For t < T it is a mean over the paths through x_t:
+if no two cross, as in one dimension, any number of steps is exact. A second phase distils the flow into k steps: L, or
+d(f, x_0), at t = T/k, 2T/k, ..., T, with the same pairs or, as published, with the flow's own, made from new eps.
 
 | symbol | meaning                                                                                 | shape      |
 |--------|-----------------------------------------------------------------------------------------|------------|
 | eps    | noise                                                                                   | (B,C,H,W)  |
-| x_0    | M(eps), the teacher's sample: the end of the path                                       | (B,C,H,W)  |
+| x_0    | M(eps), the teacher's sample, or the flow's: the end of the path                        | (B,C,H,W)  |
 | T, x_T | t_max of the schedule x_t = (1 - t) x_0 + t eps: a float, almost 1; start of sampling   | (B,C,H,W)  |
 | t, s   | times, s < t                                                                            | (B,1,1,1)  |
 | f, v   | student as a denoiser, and its velocity dx/dt: at first the teacher's                   | (B,C,H,W)  |
@@ -31,7 +31,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -46,11 +45,8 @@ SMALLEST_ALPHA = 1e-3  # at T, of a student that predicts eps: the error of its 
 
 
 class Reflow(Method):
-    name, label, title = "reflow", "reflow", "rectified flow"
-    paper = "Liu et al. 2022, arXiv:2209.03003"
-    needs_data = False
-    can_start_fresh = True
-    inputs = "pairs"
+    name, label, title, paper = "reflow", "reflow", "rectified flow", "Liu et al. 2022, arXiv:2209.03003"
+    needs_data, can_start_fresh, inputs = False, True, "pairs"
 
     @dataclass
     class Config(MethodConfig):
@@ -63,6 +59,7 @@ class Reflow(Method):
         t_low: float = option(1e-3, "smallest t of training, as released")
         distil_share: float = option(0.0, "budget of the distillation, relative to reflow's (0: none)")
         distil_steps: int = option(1, "k, number of steps that the flow is distilled into")
+        distil_pairs: str = option("teacher", "for distillation: the teacher's again, or own, of the flow (published)")
         distil_metric: str = option("l2", f"L again (l2), or f is compared with x_0: {', '.join(DISTANCE_NAMES)}")
 
         def __post_init__(self) -> None:
@@ -71,6 +68,7 @@ class Reflow(Method):
             require_one_of(self, "times", ("u_shaped", "uniform"))
             require_positive(self, "steps", "pairs", "distil_steps")
             require_one_of(self, "distil_metric", DISTANCE_NAMES)
+            require_one_of(self, "distil_pairs", ("teacher", "own"))
             require_between(self, 1e-4, 0.1, "t_low")
             require_between(self, 0, float("inf"), "distil_share")
             if not Solver.parse(self.solver).deterministic:
@@ -95,16 +93,20 @@ class Reflow(Method):
             self.flow.load_state_dict(average.state_dict())
             self.student.load_state_dict(average.state_dict())  # distillation starts from the flow
 
-    def M(self, eps: Tensor, c: Condition) -> Tensor:
-        """x_0, the teacher's sample in N steps on its own schedule, whichever one training is on."""
-        teacher, solver = self.teacher.native, Solver.parse(self.config.solver)
-        return solver.solve(partial(teacher.denoise, c=c), teacher.schedule, eps, self.config.steps)
+    def make_pairs(self, workspace: Workspace, teacher: Teacher, flow: nn.Module | None = None) -> None:
+        """eps and x_0 = M(eps), by the teacher or by `flow`, in N steps on the schedule of `teacher`."""
+        f, solver, steps = flow or teacher.denoise, Solver.parse(self.config.solver), self.config.steps
+        solver.check(teacher.schedule, steps)
+        recipe = {"solver": solver.name, "steps": steps, "schedule": self.config.schedule if flow else ""}  # as others
+        M = lambda eps, c: solver.solve(lambda x, t: f(x, t, c), teacher.schedule, eps, steps)
+        self.store = workspace.pairs(M, self.config.pairs, recipe, flow)
 
     def prepare(self, workspace: Workspace) -> None:
-        solver = Solver.parse(self.config.solver)
-        solver.check(self.teacher.native.schedule, self.config.steps)
-        recipe = {"solver": solver.name, "steps": self.config.steps, "schedule": ""}  # as other methods write it
-        self.store = workspace.pairs(self.M, self.config.pairs, recipe)
+        self.make_pairs(workspace, self.teacher.native)  # on its own schedule, whichever one training is on
+
+    def prepare_phase(self, index: int, workspace: Workspace) -> None:
+        if index == 1 and self.config.distil_pairs == "own":
+            self.make_pairs(workspace, self.teacher, self.flow)
 
     def v(self, flow: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         return (x_t - flow(x_t, t, c)) / t.to(x_t)
@@ -112,8 +114,7 @@ class Reflow(Method):
     def time(self, batch: Batch) -> Tensor:
         """(B,1,1,1), between t_low and T."""
         if self.distils:
-            k = self.config.distil_steps
-            return batch.integers(1, k + 1).double() * (self.T / k)
+            return batch.integers(1, (k := self.config.distil_steps) + 1).double() * (self.T / k)
         u = batch.uniform()
         if self.config.times == "u_shaped":  # by its inverse distribution function
             u = 0.5 + torch.asinh((2 * u - 1) * math.sinh(A / 2)) / A
@@ -121,10 +122,10 @@ class Reflow(Method):
 
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         eps, x_0, c = self.store.read(batch.integers(0, len(self.store)))
-        t, x_T = self.time(batch), x_at_t_max(self.teacher.schedule, eps)
+        t, x_T, metric = self.time(batch), x_at_t_max(self.teacher.schedule, eps), self.config.distil_metric
         x_t = x_0 + (t / self.T).to(x_0) * (x_T - x_0)
-        if self.distils and self.config.distil_metric != "l2":
-            yield self.student, self.distances[self.config.distil_metric](self.student(x_t, t, c), x_0)
+        if self.distils and metric != "l2":
+            yield self.student, self.distances[metric](self.student(x_t, t, c), x_0)
         else:
             yield self.student, mean_square((x_T - x_0) / self.T, self.v(self.student, x_t, t, c))  # (eq. 1)
 
@@ -139,8 +140,7 @@ class Reflow(Method):
 
     def sample(self, noise: Callable[[int], Tensor], nfe: int, c: Condition) -> Tensor:
         flow, x = self.student if self._distilled(nfe) else self.flow, x_at_t_max(self.teacher.schedule, noise(0))
-        times = torch.linspace(self.T, 0, nfe + 1, dtype=torch.float64).tolist()
-        for t, s in pairwise(times):
+        for t, s in pairwise(torch.linspace(self.T, 0, nfe + 1, dtype=torch.float64).tolist()):
             x = x + (s - t) * self.v(flow, x, time_like(x, t), c)
         return x
 

@@ -7,7 +7,7 @@ tau = sigma_t / alpha_t, so it works on any schedule: x_t = alpha_t (x + tau eps
     L_psi = E w |D_psi(x_t, t) - sg[x]|^2,   w = 1/tau^2 + 1/sd^2,   log tau ~ N(p_mean, p_std^2)
     L_G   = E d [ (D_phi(x_t, t) - x) - alpha d ] / m,   d = D_phi(x_t, t) - D_psi(x_t, t),   m = sg mean|x - D_phi|
     SiDA    L_psi += discriminator E[w] E[ softplus(-l(y_t)) + softplus(l(x_t)) ] / (2 CHW)
-            L_G   += adversarial E[1/m] E softplus(-l(x_t)),   l clamped to [-10, 10]
+            L_G    = (L_G + adversarial E[1/m] E softplus(-l(x_t))) / 2,   l clamped to [-10, 10]
 
 L_G has gradients through x, and through x_t in both D_phi and D_psi, but updates only G. At the optimal psi it is, but
 for m, (1 - alpha) E|d|^2: no measure of progress. SiD-LSG (arXiv:2406.01561) guides D_psi like D_phi where it is fitted
@@ -135,7 +135,7 @@ class ScoreIdentityDistillation(Method):
         product, m, l_x = self.identity(x, t, batch.noise(), c)
         loss = (product / m).mean()
         if config.adversarial and self.starts[batch.phase] >= config.adversarial_start:
-            loss = loss + config.adversarial * (1 / m).mean() * softplus(-l_x.clamp(-10, 10)).mean()  # as released
+            loss = (loss + config.adversarial * (1 / m).mean() * softplus(-l_x.clamp(-10, 10)).mean()) / 2  # released
         yield self.student, loss
 
     def keeps_noise(self, nfe: int) -> bool:

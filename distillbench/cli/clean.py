@@ -359,10 +359,10 @@ def _pairs(root: Path, before: float, busy: Busy, removal: Removal) -> None:
     for folder in _old(folders_in(_cache(root, "pairs")), before):
         made = _json(folder / "manifest.json")
         seconds += _amount(made.get("seconds"))
-        evaluations += int(_amount(made.get("teacher_nfe")))
+        evaluations += sum(int(_amount(made.get(name))) for name in ("teacher_nfe", "student_nfe"))
         removal.add(folder)
     if removal.files:
-        removal.notes.append(f"computing them took {seconds:,.0f} s and {counted(evaluations, 'teacher evaluation')}")
+        removal.notes.append(f"computing them took {seconds:,.0f} s and {counted(evaluations, 'network evaluation')}")
 
 
 def _latents(root: Path, before: float, busy: Busy, removal: Removal) -> None:

@@ -264,7 +264,7 @@ class Denoiser(nn.Module):
     (B, network.embedding_channels) that is added to its embedding of time, and the condition c.
 
     `schedule` is that of x_t and t, `native` that of the network. They differ after :meth:`on`. A student with the
-    guidance weight as an input has its embedding in `guidance`.
+    guidance weight as an input has its embedding in `guidance`, or its network reads c.w itself (`projects_guidance`).
     """
 
     def __init__(
@@ -275,6 +275,7 @@ class Denoiser(nn.Module):
         self.native = self.schedule = schedule
         self.prediction = prediction
         self.guidance: GuidanceEmbedding | None = None
+        self.projects_guidance = False
         self._last_weight: str | None = None
 
     @property
@@ -301,6 +302,11 @@ class Denoiser(nn.Module):
         """x_t and t of the native schedule with the same x^ and noise level."""
         s = self.native.t_of_lam(self.schedule.lam(t))
         return x_t * (self.native.alpha(s) / self.schedule.alpha(t)), s
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """The time that the network is given at t (B,1,1,1), (B,)."""
+        t = t if self.schedule is self.native else self.native.t_of_lam(self.schedule.lam(t))
+        return INPUTS[self.prediction](t, self.native)[-1].flatten()
 
     def output(self, x_t: Tensor, t: Tensor, c: Condition = UNCONDITIONAL, embedding: Tensor | None = None) -> Tensor:
         """What the network itself predicts (eps, x_0, v, ...) on its native schedule, shape (B,C,H,W)."""
@@ -418,7 +424,7 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, x_t: Tensor, t: Tenso
     if c.w is None or c.labels is None or not c.guides:
         return denoiser(x_t, t, c)
     both = joined(c, conditioning.none(c))
-    if denoiser.guidance is not None:
+    if denoiser.guidance is not None or denoiser.projects_guidance:
         both = replace(both, w=torch.cat([c.w, c.w]))
     f_c, f_0 = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     return f_0 + c.w * (f_c - f_0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -11,11 +12,15 @@ from torch import Tensor, nn
 
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
 from distillbench.diffusion.denoiser import Denoiser
-from distillbench.diffusion.embeddings import ScalarEmbedding
+from distillbench.diffusion.embeddings import ScalarEmbedding, TimedNetwork
 from distillbench.diffusion.samplers import time_like, x_at_top
 from distillbench.diffusion.schedules import NoiseSchedule
+from distillbench.errors import UserError, unknown
 
 __all__ = ["TwoTimes", "gamma_sampling"]
+
+
+EMBEDDED = ("s", "network", "difference")
 
 
 class TwoTimes(nn.Module):
@@ -24,16 +29,29 @@ class TwoTimes(nn.Module):
     The embedding starts at zero, so at first f(x_t, t, s, c) = `denoiser`(x_t, t, c) for every s. It works with every
     network that a :class:`~distillbench.diffusion.denoiser.Denoiser` has: the package's own, EDM's and diffusers'.
 
-    s is embedded as (s - t_min) / (t_max - t_min), or with `in_lambda` as the same of lam(s), which tells small noise
-    levels apart on every schedule.
+    `embeds` says of what:
+
+    - "s": of (s - t_min) / (t_max - t_min), or with `in_lambda` the same of lam(s), which tells small noise levels
+      apart on every schedule, by sines of frequencies from 1 to 1000;
+    - "network": of s as the network sees time, by copies of its own features: those of ln(s) / 4 for EDM's networks;
+    - "difference": of t - s, by the same features. Their frequencies are those of the network (at most 1 in EDM's
+      DDPM++ and ADM), so the derivative in t is as smooth as the network's own.
+
+    Raises UserError for another `embeds`, and for a network whose features of time are not known.
     """
 
-    def __init__(self, denoiser: Denoiser, in_lambda: bool = False) -> None:
+    def __init__(self, denoiser: Denoiser, in_lambda: bool = False, embeds: str = "s") -> None:
         super().__init__()
-        self.denoiser, self.in_lambda = denoiser, in_lambda
-        schedule = denoiser.schedule
-        ends = schedule.lam_range if in_lambda else (schedule.t_min, schedule.t_max)
-        self.target_time = ScalarEmbedding(denoiser.embedding_channels, *ends)
+        if embeds not in EMBEDDED:
+            raise unknown("embedding of a second time", embeds, EMBEDDED)
+        self.denoiser, self.in_lambda, self.embeds = denoiser, in_lambda, embeds
+        self.target_time: nn.Module
+        if embeds == "s":
+            schedule = denoiser.schedule
+            ends = schedule.lam_range if in_lambda else (schedule.t_min, schedule.t_max)
+            self.target_time = ScalarEmbedding(denoiser.embedding_channels, *ends)
+        else:
+            self.target_time = NetworkTimeEmbedding(denoiser, embeds)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -41,7 +59,7 @@ class TwoTimes(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor, c: Condition = UNCONDITIONAL) -> Tensor:
         """(B,C,H,W), for x_t (B,C,H,W) and times t and s (B,1,1,1)."""
-        return self.denoiser(x_t, t, c, self._embedding(s))
+        return self.denoiser(x_t, t, c, self._embedding(t, s))
 
     def features(
         self,
@@ -53,11 +71,52 @@ class TwoTimes(nn.Module):
         f_gradient: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """f(x_t, t, s, c), and features of the network: see ``Denoiser.features``."""
-        return self.denoiser.features(names, x_t, t, c, self._embedding(s), f_gradient)
+        return self.denoiser.features(names, x_t, t, c, self._embedding(t, s), f_gradient)
 
-    def _embedding(self, s: Tensor) -> Tensor:
+    def _embedding(self, t: Tensor, s: Tensor) -> Tensor:
         """Of the second time: (B, embedding_channels)."""
+        if self.embeds == "difference":
+            return cast(Tensor, self.target_time((t - s).flatten()))
+        if self.embeds == "network":
+            return cast(Tensor, self.target_time(self.denoiser.network_time(s.clamp(min=self.schedule.t_min))))
         return cast(Tensor, self.target_time(self.schedule.lam(s) if self.in_lambda else s))
+
+
+class NetworkTimeEmbedding(nn.Sequential):
+    """Of a time as a network is given it, (B,) -> (B, channels): two layers on copies of the network's own features.
+
+    It is zero until it is trained. Raises UserError if the features are not known, or if they are of the logarithm and
+    it `embeds` a difference, which may be 0.
+    """
+
+    def __init__(self, denoiser: Denoiser, embeds: str) -> None:
+        network, channels = denoiser.network, denoiser.embedding_channels
+        if not isinstance(network, TimedNetwork):
+            raise UserError(
+                f"the features of time of a {type(network).__name__} are not known, so no second time can be embedded "
+                f"by them (embeds={embeds}). Possible: embeds=s"
+            )
+        placed = network.time_features()
+        if placed.logarithmic and embeds == "difference":
+            raise UserError(
+                f"a {type(network).__name__} sees the logarithm of its time, and t - s may be 0: embeds=difference is "
+                "not possible. Possible: s, network"
+            )
+        features = copy.deepcopy(placed.owners[0].get_submodule(placed.name))
+        device = next(network.parameters()).device
+        width = features(torch.ones(1, device=device)).shape[-1]
+        output = nn.Linear(channels, channels)
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
+        super().__init__(features, nn.Linear(width, channels), nn.SiLU(), output)
+        self.argument = placed.argument
+
+    def forward(self, time: Tensor) -> Tensor:
+        features, *layers = self
+        e = features(self.argument(time)).to(layers[0].weight.dtype)
+        for layer in layers:
+            e = layer(e)
+        return cast(Tensor, e)
 
 
 def gamma_sampling(

@@ -51,6 +51,7 @@ ALLOWED = 1e-5  # largest residual of a fit, relative to its terms
 NOTHING = 1e-6  # coefficients of terms of size 1 below this are 0
 UNIT = 2.0**-24  # 1 - beta of a float32 beta is a multiple of this
 CANDIDATES = 4096  # pairs of betas to try
+PROJECTION = "time_embedding.cond_proj.weight"  # of the guidance weight, which becomes part of the fixed embedding
 LEAST_BETA = 2.0**-20  # 1 - alpha^2 for alpha = 1, which is then 5e-7 too small
 
 
@@ -300,7 +301,7 @@ def _rebuilt(unet: Any, channels: int, more: dict[str, Any], weights: dict[str, 
     """A copy of a UNet2D(Condition)Model with `channels` output channels; `more` changes its config."""
     config = {name: value for name, value in unet.config.items() if name[0] != "_"}
     fresh = type(unet).from_config(config | more | {"out_channels": channels})
-    kept = {name: tensor.detach().cpu() for name, tensor in unet.state_dict().items()} | weights
+    kept = {name: tensor.detach().cpu() for name, tensor in unet.state_dict().items() if name != PROJECTION} | weights
     for name in ("conv_out.weight", "conv_out.bias"):
         kept[name] = kept[name][:channels]
     fresh.load_state_dict(kept)
@@ -314,9 +315,11 @@ def _size(shape: torch.Size) -> int | list[int]:
 
 
 @torch.no_grad()
-def _fix_time(original: Any, features: Tensor, embedding: Tensor | None, copy: Any) -> None:
-    """Make `copy` return for every time what `original` returns for `features`, plus `embedding`."""
-    v = original(features)
+def _fix_time(
+    original: Any, features: Tensor, embedding: Tensor | None, copy: Any, projected: Tensor | None = None
+) -> None:
+    """Make `copy` return for every time what `original` returns for `features` and those of w, plus `embedding`."""
+    v = original(features, projected)
     v = v[0] if embedding is None else v[0] + embedding[0]
     last = copy.linear_2
     if copy.post_act is not None or last.bias is None:
@@ -363,14 +366,21 @@ def _fold_pixel_unet(seen: RecordedStep) -> Core:
 def _fold_text_unet(seen: RecordedStep) -> Core:
     if seen.c.image is not None:
         raise UserError("students that enlarge images cannot be exported. Possible: the base stage of a cascade")
-    return _fold_wrapped(seen, TextCore)
+    assert isinstance(seen.network, TextUNet)
+    w = seen.network.guidance_features(seen.c)
+    if w is not None and (w - w[:1]).abs().any():
+        raise _unsupported("its guidance weight differs from image to image")
+    more = {"time_cond_proj_dim": None}
+    return _fold_wrapped(seen, TextCore, more, None if w is None else w[:1].to(seen.network.wrapped.dtype))
 
 
-def _fold_wrapped(seen: RecordedStep, core: type[Core]) -> Core:
+def _fold_wrapped(
+    seen: RecordedStep, core: type[Core], more: dict[str, Any] | None = None, projected: Tensor | None = None
+) -> Core:
     network, channels = _wrapped(seen), seen.eps.shape[1]
-    unet = _rebuilt(network.wrapped, channels, {"sample_size": _size(seen.eps.shape)}, {})
+    unet = _rebuilt(network.wrapped, channels, {"sample_size": _size(seen.eps.shape)} | (more or {}), {})
     features = _features(network.wrapped, network.call.argument(seen.time).to(seen.x.dtype))
-    _fix_time(network.wrapped.time_embedding, features, seen.embedding, unet.time_embedding)
+    _fix_time(network.wrapped.time_embedding, features, seen.embedding, unet.time_embedding, projected)
     return core(unet, network.call.input, channels)
 
 

@@ -6,6 +6,7 @@ run folder -> settings, teacher, student (run_export.py) -> its one step, folded
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -24,6 +25,7 @@ from distillbench.export.card import Card, write_card
 from distillbench.export.fold import OneStep, RecordedStep, fit, fold, record_step
 from distillbench.export.forms import EXAMPLES, Form, Parts, form_of, parts_of
 from distillbench.export.run_export import Student, find_student
+from distillbench.networks.diffusers_wrappers import TextUNet
 from distillbench.registry import Registry
 from distillbench.system.progress import Progress
 from distillbench.teachers.teacher import Teacher
@@ -35,6 +37,14 @@ ALLOWED = 1e-4  # largest difference of a pixel, in [-1, 1]
 ROUNDINGS = 4  # float32 roundings of the step's terms that are allowed, if that is more than ALLOWED
 PATHS = {"_name_or_path", "name_or_path"}  # settings with the path that a component was read from
 CHECK_SEED, WATCH_SEED = 0, 1
+WITH_W = "unet_with_w"  # folder of a U-Net that has the guidance weight as an input
+
+
+OF_W = (
+    f"The guidance weight became part of that embedding, too. `{WITH_W}` has the U-Net as it was trained, with the "
+    "weight as its input (`time_cond_proj_dim`), as diffusers' `LatentConsistencyModelPipeline` with an `LCMScheduler` "
+    "takes it: its `guidance_scale` is w."
+)
 
 
 def export(
@@ -103,6 +113,9 @@ def write_pipeline(
     texts = [] if prompts is None else [prompts[label] for label in labels]
     form = form_of(core, step, teacher, parts, labels, texts)
     form.write(folder)
+    if isinstance(seen.network, TextUNet) and seen.network.takes_guidance:
+        seen.network.wrapped.save_pretrained(folder / WITH_W)
+        form = dataclasses.replace(form, fold=f"{form.fold} {OF_W}")
     for file in folder.rglob("*.json"):
         _forget_paths(file)
     return form, check(folder, form, checked, step, teacher)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from distillbench.networks.architectures import UNet as UNet
     from distillbench.networks.averaging import MovingAverage as MovingAverage
     from distillbench.networks.averaging import move_towards as move_towards
+    from distillbench.networks.diffusers_wrappers import project_guidance as project_guidance
     from distillbench.networks.time_features import smooth_times as smooth_times
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "evaluating",
     "frozen_weights",
     "move_towards",
+    "project_guidance",
     "smooth_times",
 ]
 
@@ -70,6 +72,7 @@ _HOMES = {
     "evaluating": "distillbench.diffusion.modes",
     "frozen_weights": "distillbench.diffusion.modes",
     "move_towards": "distillbench.networks.averaging",
+    "project_guidance": "distillbench.networks.diffusers_wrappers",
     "smooth_times": "distillbench.networks.time_features",
 }
 

@@ -6,6 +6,8 @@ otherwise those of diffusers, which can load what ``network.wrapped.save_pretrai
 (twice as many output channels as input channels), that half of its output is dropped.
 
 `embedding` is added to the embedding of time: the forward of its module is overridden during one call.
+
+:func:`project_guidance` makes the guidance weight w an input of a UNet2DConditionModel, in diffusers' own way.
 """
 
 from __future__ import annotations
@@ -20,11 +22,16 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Condition
+from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.embeddings import PlacedFeatures, TimedNetwork
 from distillbench.errors import UserError, unsupported
 from distillbench.networks.diffusers_calls import Call
 from distillbench.networks.forward_overrides import adding, overridden
 from distillbench.system.offloading import Offloaded
+
+__all__ = ["project_guidance"]
+
+GUIDANCE_CHANNELS = 256  # of the features of w: --unet_time_cond_proj_dim of diffusers' training of LCM
 
 
 def added(modules: list[nn.Module], embedding: Tensor | None) -> AbstractContextManager[None]:
@@ -105,6 +112,8 @@ class TextUNet(DiffusersNetwork):
     An upscaler also gets c.image as further channels of its input, enlarged to the size of x where it is smaller
     (bilinear, align_corners). `noise_level` is the noise level of c.image, another input of the upscaler: an index
     of its schedule (DeepFloyd IF's class label). c.image contains that noise already.
+
+    After :meth:`take_guidance` it also reads c.w, where there is one.
     """
 
     component = "unet"
@@ -118,6 +127,30 @@ class TextUNet(DiffusersNetwork):
         self.embedding_channels = unet.time_embedding.linear_2.out_features
         self.noise_level = noise_level
         self.takes_noise_level = config.class_embed_type == "timestep"
+
+    def take_guidance(self) -> None:
+        """Give diffusers' network its input for w (``time_cond_proj_dim``), with random weights as diffusers makes it.
+
+        W e(w) is added to the features of time, before the layers of their embedding. W is the new ``cond_proj``.
+        """
+        first = self.wrapped.time_embedding.linear_1
+        like = {"device": first.weight.device, "dtype": first.weight.dtype}
+        self.wrapped.time_embedding.cond_proj = nn.Linear(GUIDANCE_CHANNELS, first.in_features, bias=False, **like)
+        self.wrapped.register_to_config(time_cond_proj_dim=GUIDANCE_CHANNELS)
+
+    @property
+    def takes_guidance(self) -> bool:
+        return self.wrapped.time_embedding.cond_proj is not None
+
+    def guidance_features(self, c: Condition) -> Tensor | None:
+        """Sines and cosines of 1000 (w - 1), (B,256), as diffusers' pipelines of LCM call the network: our w is theirs
+        plus 1. None where w is no input, or the condition has none.
+        """
+        if c.w is None or not self.takes_guidance:
+            return None
+        from diffusers.models.embeddings import get_timestep_embedding  # seconds to import
+
+        return get_timestep_embedding(1000 * (c.w.flatten() - 1), GUIDANCE_CHANNELS, downscale_freq_shift=1)
 
     def _time_embeddings(self) -> list[nn.Module]:
         return [self.wrapped.time_embedding]
@@ -136,7 +169,9 @@ class TextUNet(DiffusersNetwork):
             x = torch.cat([x, large], dim=1)
         noise = torch.full((len(x),), self.noise_level, device=x.device) if self.takes_noise_level else None
         text = None if c.text is None else c.text.to(x.dtype)
-        return self.wrapped(x, argument, encoder_hidden_states=text, class_labels=noise).sample
+        w = self.guidance_features(c)
+        w = None if w is None else w.to(x.dtype)
+        return self.wrapped(x, argument, encoder_hidden_states=text, class_labels=noise, timestep_cond=w).sample
 
     @classmethod
     def serves(cls, config: Mapping[str, Any]) -> dict[int, bool]:
@@ -176,6 +211,34 @@ NETWORKS: dict[str, type[DiffusersNetwork]] = {
     "UNet2DConditionModel": TextUNet,
     "DiTTransformer2DModel": DiT,
 }
+
+
+def project_guidance(denoiser: Denoiser) -> Denoiser:
+    """`denoiser`, whose network now gets w in place of the embedding of w beside it; it is changed and returned.
+
+    For a student in a method's ``__init__``: ``self.student = project_guidance(teacher.student())``. It is the form of
+    latent consistency models in huggingface/diffusers (train_lcm_distill_sd_wds.py): the network is a
+    UNet2DConditionModel with ``time_cond_proj_dim=256``, whose layer ``cond_proj`` has random weights at first, drawn
+    from torch's global generator. So the student does not start as the teacher exactly.
+
+    Raises UserError for other networks, for a student without w as an input, and where not all weights are trained.
+    """
+    network = denoiser.network
+    if not isinstance(network, TextUNet):
+        raise UserError(
+            f"a {type(network).__name__} has no input for the guidance weight (time_cond_proj_dim). Possible: a "
+            "UNet2DConditionModel of diffusers, such as Stable Diffusion's, or an embedding beside the network"
+        )
+    if denoiser.guidance is None:
+        raise UserError("the guidance weight is an input of students only where training draws it: set guidance_range")
+    if not all(weight.requires_grad for weight in network.parameters()):
+        raise UserError(
+            "adapters cannot hold the network's new input for the guidance weight (time_cond_proj_dim): leave "
+            "student.lora_rank at 0, or use an embedding beside the network"
+        )
+    network.take_guidance()
+    denoiser.guidance, denoiser.projects_guidance = None, True
+    return denoiser
 
 
 def check_classes(serves: Mapping[int, bool], classes: int, guided: bool, name: str) -> None:

@@ -138,7 +138,7 @@ class TrainRecord(_Record):
     curve: list[CurvePoint] = []
     progress: list[ProgressPoint] = []
     progress_reference: str = ""  # what its scores compare with
-    note: str = ""  # for the rows: what was seen along training
+    note: str = ""  # for the rows: what the method notes, and what was seen along training
     checkpoints: list[CheckpointRecord] = []
     flops_not_counted: list[str] = []
     missing: dict[str, str] = {}

@@ -123,8 +123,16 @@ def _answer(
         _price(leading, of, group, sampling, labels),
         _teachers_need(group, entries, labels),
         group.said,
-        [f"{name}: {why}" for name, why in group.left_out.items()],
+        _left_out(group, labels),
     )
+
+
+def _left_out(group: LeadingGroup, labels: Labels) -> list[str]:
+    """The methods that were not compared, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in group.left_out.items():
+        by_reason.setdefault(why, []).append(labels.method_label(name).short)
+    return [f"{listed(names)}: {why}" for why, names in by_reason.items()]
 
 
 def _ranked(

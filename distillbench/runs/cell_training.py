@@ -52,6 +52,7 @@ from distillbench.training.loop import Loop, Trained, train
 from distillbench.training.method import Method
 from distillbench.training.monitor import Monitor
 from distillbench.training.network_rows import NetworkRows
+from distillbench.training.optimizer_config import optimizers_of
 from distillbench.training.optimizers import warm_up
 from distillbench.training.pairs import Workspace
 from distillbench.training.resume import FollowerStates, Resume, States
@@ -166,7 +167,8 @@ def _train(
     ranks, compute = shared.ranks, config.compute
     cache = shared.folder.cache("pairs")
     torch.set_num_threads(config.threads)
-    warm_up(shared.device)
+    for optimizer in sorted(set(optimizers_of(cell.method_config).values())):
+        warm_up(shared.device, optimizer)
     shared.release_evaluator()
     ahead = 0 if shared.device == "cpu" else compute.prefetch
     with ExitStack() as stack:
@@ -196,7 +198,7 @@ def _train(
         meter = Meter(config.budget, teacher, shared.device, watches=(rss, gpu), energy=joules)
         method.distances = Distances(teacher, meter, shared.weights, shared.device)
         given = method.teacher, meter, cache, shared.device, cell.seed, progress
-        workspace = Workspace(*given, energy_source=config.energy, ranks=ranks)
+        workspace = Workspace(*given, energy_source=config.energy, ranks=ranks, shard=compute.shard)
         points = config.evaluation.checkpoints
         fractions = tuple((k + 1) / (points + 1) for k in range(points))
         checkpoints = Checkpoints(fractions, folder, tuple(cell.nfe))
@@ -274,7 +276,7 @@ def _trained(
         clipped_steps=counts.clipped if counts.complete else None,
         nonfinite_steps=counts.nonfinite if counts.complete else None,
         curve=[CurvePoint(**dataclasses.asdict(point)) for point in trained.curve],
-        **_seen(measured.monitor),
+        **_seen(measured.monitor, method.note),
         checkpoints=[
             CheckpointRecord(
                 fraction=c.fraction,
@@ -290,12 +292,16 @@ def _trained(
     )
 
 
-def _seen(monitor: Monitor | None) -> dict[str, Any]:
-    """What was seen of samples along training, as fields of the record."""
+def _seen(monitor: Monitor | None, note: str) -> dict[str, Any]:
+    """What was seen of samples along training, and what the method notes, as fields of the record."""
     if monitor is None:
-        return {}
+        return {"note": note}
     points = [ProgressPoint(**dataclasses.asdict(point)) for point in monitor.points]
-    return {"progress": points, "progress_reference": monitor.look.reference, "note": monitor.note}
+    return {
+        "progress": points,
+        "progress_reference": monitor.look.reference,
+        "note": "; ".join(filter(None, [note, monitor.note])),
+    }
 
 
 def _flops(

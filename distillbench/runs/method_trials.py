@@ -21,6 +21,7 @@ from distillbench.runs.distances import Distances
 from distillbench.runs.shared_context import Cell, SharedContext, build
 from distillbench.runs.training_cost import COST_IMAGES
 from distillbench.runs.trials import Line, fit
+from distillbench.storage.files import canonical_json
 from distillbench.system.progress import Progress
 from distillbench.teachers.latents import placeholder
 from distillbench.teachers.teacher import Teacher, TeacherPlan
@@ -29,6 +30,7 @@ from distillbench.training.compute import ComputeConfig, Sampling, applied, samp
 from distillbench.training.data_stream import DataStream
 from distillbench.training.loop import Loop, TrialSteps
 from distillbench.training.method import Batch, Method, OptimizerConfig
+from distillbench.training.optimizer_config import optimizers_of
 from distillbench.training.optimizers import warm_up
 from distillbench.training.pairs import PairStore, Solve, Workspace
 
@@ -39,7 +41,7 @@ WITH_GRADIENTS = 3.0  # time of a step over that of its forward passes alone, wh
 class MethodTimes:
     """Seconds of a training step, and of a network evaluation of n images where the student is sampled from.
 
-    `pairs`: the folder and the teacher's evaluations of noise-image pairs that are not cached. `timed`: images of the
+    `pairs`: the name and the evaluations of noise-image pairs that are not cached. `timed`: images of the
     largest step that was timed; 0: none, the plan's forward passes are scaled.
     """
 
@@ -59,7 +61,8 @@ def times_of_method(cell: Cell, teacher: Teacher, timer: Timer, seconds: float) 
         first = cell.group_size
     if image * first > seconds:
         return times_by_plan(cell)
-    warm_up(cell.shared.device)
+    for optimizer in sorted(set(optimizers_of(cell.method_config).values())):
+        warm_up(cell.shared.device, optimizer)
     with ExitStack() as stack:
         meter = Meter(config.budget, teacher, cell.shared.device)
         stack.callback(meter.stop)
@@ -130,14 +133,25 @@ class _CountingWorkspace(Workspace):
         shared = cell.shared
         given = teacher, meter, shared.folder.cache("pairs"), shared.device, cell.seed or 0, Progress(None)
         super().__init__(*given, dry=True)
+        self.label = f"{cell.name} {cell.differs}"
         self.missing: list[tuple[str, int]] = []
 
-    def pairs(self, solve: Solve, count: int, recipe: dict[str, Any]) -> PairStore:
-        before = self.meter.teacher_nfe
-        store = super().pairs(solve, count, recipe)
-        if not self.has_pairs(count, recipe):
+    def pairs(
+        self,
+        solve: Solve,
+        count: int,
+        recipe: dict[str, Any],
+        network: nn.Module | None = None,
+        held_out: bool = False,
+    ) -> PairStore:
+        before = self.meter.evaluations
+        store = super().pairs(solve, count, recipe, network, held_out)
+        recipe = recipe | {"held_out": True} if held_out else recipe
+        if network is not None:  # after its training the network will be another one
+            self.missing.append((f"{self.label}, {canonical_json(recipe)}", self.meter.evaluations - before))
+        elif not self.has_pairs(count, recipe):
             _, folder = self._place(count, recipe)
-            self.missing.append((folder.name, self.meter.teacher_nfe - before))
+            self.missing.append((folder.name, self.meter.evaluations - before))
         return store
 
 

@@ -20,6 +20,7 @@ from distillbench.runs.training_cost import CostCache
 from distillbench.teachers.students import StudentConfig
 from distillbench.teachers.teacher import TeacherPlan
 from distillbench.training.method import MethodConfig
+from distillbench.training.optimizer_config import check_optimizers
 
 USUAL_NFE = (1, 2, 4)  # network evaluations of rows where evaluation.nfe is empty
 
@@ -41,6 +42,7 @@ def plan(configs: list[RunConfig], registry: Registry) -> list[Cell]:
                 if cell.entry is not None:
                     _check_data(cell)
                     _check_start(cell)
+                    _check_optimizers(cell)
                     cell.nfe = sorted(config.evaluation.nfe or USUAL_NFE)
                     costs.fill_in(cell, contexts.text(cell.method_config))
                 cells.append(cell)
@@ -95,6 +97,13 @@ def _check_start(cell: Cell) -> None:
         f"student.architecture: the student of {cell.name} starts from the teacher's weights, which another "
         f"architecture does not have. Methods that work from random weights: {able}. For the others: student.lora_rank"
     )
+
+
+def _check_optimizers(cell: Cell) -> None:
+    assert cell.method_config is not None
+    compute = cell.shared.config.compute
+    layout = {"compute.shard": compute.shard, "compute.channels_last": compute.channels_last}
+    check_optimizers(cell.method_config, f"methods.{cell.name}.", layout)
 
 
 def _check_nfe(config: RunConfig, cells: list[Cell]) -> None:

@@ -172,7 +172,7 @@ class PlanSpeed:
 
     image: float = 0.0  # seconds of a training image
     evaluation: float = 0.0  # seconds of a network evaluation
-    pair_evaluations: int = 0  # the teacher's before the first step
+    pair_evaluations: int = 0  # before the first step of a phase
 
 
 @dataclass

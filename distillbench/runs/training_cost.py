@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from distillbench.teachers.latents import placeholder
 from distillbench.teachers.teacher import Teacher
 from distillbench.training.budget import Limit, Meter, TrainingCost
 from distillbench.training.data_stream import DataStream
-from distillbench.training.method import Batch, Method
+from distillbench.training.method import Batch, Method, Phase
 from distillbench.training.multistep import MultistepMethod
 from distillbench.training.pairs import Workspace
 from distillbench.training.share import Share
@@ -75,36 +76,91 @@ def _estimate(cell: Cell, teacher: Teacher) -> None:
         method.check_levels()
     _check_groups(cell, method.group_size)
     _check_augmentation(cell, method, teacher)
-    workspace = Workspace(method.teacher, meter, Path(), shared.device, 0, Progress(None), dry=True)
+    given = method.teacher, meter, Path(), shared.device, 0, Progress(None)
+    workspace = Workspace(*given, dry=True, shard=config.compute.shard)
     method.prepare(workspace)
     ahead = meter.teacher_nfe
     if config.budget.limit == Limit.nfe and ahead >= config.budget.nfe:
         raise UserError(
             f"{cell.name}: its preparation costs {ahead:,} evaluations, budget.nfe allows {config.budget.nfe:,}"
         )
-    phases = method.phases()
-    per_image = [0.0, 0.0, 0.0, 0.0]  # of the teacher, of students, as the budget counts them; of LPIPS
-    timer, seconds_per_image = timer_of(shared.device), 0.0
     batches = _Batches(cell, method, teacher)
-    for index, phase in enumerate(phases):
-        method.start_phase(index)
-        before = meter.teacher_nfe, meter.student_nfe, meter.evaluations, compared(meter.cost().networks)
-        seconds = timer.seconds(partial(_steps, method, batches, index, phase.cost_steps))
-        share = phase.share / sum(p.share for p in phases) / (phase.cost_steps * batches.size)
-        per_image[0] += share * (meter.teacher_nfe - before[0])
-        per_image[1] += share * (meter.student_nfe - before[1])
-        per_image[2] += share * (meter.evaluations - before[2])
-        per_image[3] += share * (compared(meter.cost().networks) - before[3])
-        seconds_per_image += share * seconds
-        method.end_phase(index, method.student)
-    cell.cost_varies = any(phase.cost_varies for phase in phases)
-    evaluations = max(1.0, per_image[0] + per_image[1])
-    cell.plan_speed = PlanSpeed(seconds_per_image, seconds_per_image / evaluations, ahead)
-    images = config.budget.images if config.budget.limit == Limit.images else 0
+    stages = [_stage(method, workspace, batches, index) for index in range(len(method.phases()))]
+    total = sum(stage.phase.share for stage in stages)
+    mean = partial(_mean, stages)
+    cell.cost_varies = any(stage.phase.cost_varies for stage in stages)
+    evaluations = max(1.0, mean("teacher") + mean("student"))
+    prepared = sum(stage.before.teacher_nfe + stage.before.student_nfe for stage in stages)
+    cell.plan_speed = PlanSpeed(mean("seconds"), mean("seconds") / evaluations, ahead + prepared)
+    cell.compared = mean("compared")
+    images = [0.0] * len(stages)
+    if config.budget.limit == Limit.images:
+        images = [config.budget.images * stage.phase.share / total for stage in stages]
     if config.budget.limit == Limit.nfe:
-        images = int(max(0, config.budget.nfe - ahead) / per_image[2])
-    cell.compared = per_image[3]
-    cell.cost = TrainingCost(images, 0.0, ahead + round(images * per_image[0]), round(images * per_image[1]))
+        images = [*map(float, _affordable(cell, stages, ahead, config.budget.nfe))]
+    trained = list(zip(images, stages, strict=True))
+    once = [cost for stage in stages for cost in (stage.before, stage.after)]
+    teacher_nfe = sum(cost.teacher_nfe for cost in once) + round(sum(n * one.teacher for n, one in trained))
+    student_nfe = sum(cost.student_nfe for cost in once) + round(sum(n * one.student for n, one in trained))
+    cell.cost = TrainingCost(round(sum(images)), 0.0, ahead + teacher_nfe, student_nfe)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What a phase costs: before its first step, after its last one, and evaluations and seconds of an image."""
+
+    phase: Phase
+    before: TrainingCost
+    after: TrainingCost
+    teacher: float
+    student: float
+    counted: float  # of both, as the budget counts them
+    compared: float  # of LPIPS
+    seconds: float
+
+
+def _stage(method: Method, workspace: Workspace, batches: _Batches, index: int) -> _Stage:
+    """The cost of phase `index`, from the steps of a cycle without updates."""
+    phase, meter = method.phases()[index], workspace.meter
+
+    def counts() -> list[int]:
+        return [meter.teacher_nfe, meter.student_nfe, meter.evaluations, compared(meter.cost().networks)]
+
+    def spent(earlier: list[int], later: list[int]) -> TrainingCost:
+        return TrainingCost(teacher_nfe=later[0] - earlier[0], student_nfe=later[1] - earlier[1])
+
+    began = counts()
+    method.start_phase(index)
+    method.prepare_phase(index, workspace)
+    prepared = counts()
+    seconds = timer_of(workspace.device).seconds(partial(_steps, method, batches, index, phase.cost_steps))
+    images, trained = phase.cost_steps * batches.size, counts()
+    method.end_phase(index, method.student)
+    teacher, student, counted, lpips = ((b - a) / images for a, b in zip(prepared, trained, strict=True))
+    once = spent(began, prepared), spent(trained, counts())
+    return _Stage(phase, *once, teacher, student, counted, lpips, seconds / images)
+
+
+def _mean(stages: Sequence[_Stage], name: str) -> float:
+    """The mean of a field over phases, weighted with their shares of the budget."""
+    return sum(s.phase.share * getattr(s, name) for s in stages) / sum(s.phase.share for s in stages)
+
+
+def _affordable(cell: Cell, stages: Sequence[_Stage], ahead: int, budget: int) -> list[int]:
+    """The training images of each phase that a budget in evaluations allows, after `ahead` of them."""
+    images: list[int] = []
+    spent, total, share = float(ahead), sum(stage.phase.share for stage in stages), 0.0
+    for stage in stages:
+        share += stage.phase.share / total
+        before = stage.before.teacher_nfe + stage.before.student_nfe
+        if before and spent + before >= share * budget:
+            raise UserError(
+                f"{cell.name}: the preparation of phase {stage.phase.label!r} costs {before:,} evaluations, and until "
+                f"its end budget.nfe={budget:,} allows {max(0, round(share * budget - spent)):,} more"
+            )
+        images.append(int(max(0.0, share * budget - spent - before) / stage.counted))
+        spent += before + images[-1] * stage.counted + stage.after.teacher_nfe + stage.after.student_nfe
+    return images
 
 
 def _steps(method: Method, batches: _Batches, phase: int, count: int) -> None:

@@ -223,11 +223,13 @@ class MethodBench:
         `cost_only`: instead the steps from which a plan estimates the cost.
         """
         method, read, generator = self.method(), self.read(), torch.Generator(self.device).manual_seed(0)
-        method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=self.device))
+        workspace = workspace_of(method, Path(), BudgetConfig(), dry=True, device=self.device)
+        method.prepare(workspace)
         optimizers = Optimizers(method.config, settings_of=method.settings_of)
         about = self.images, self.shape, generator, self.device, read, self.conditioning, self.share
         for phase, stage in enumerate(method.phases()[:WALKED_PHASES]):
             method.start_phase(phase)
+            method.prepare_phase(phase, workspace)
             count = stage.cost_steps if cost_only else stage.cycle
             for step in range(count):
                 batch = WatchedBatch(*about, step, phase)
@@ -247,7 +249,8 @@ class MethodBench:
         """For each step of `cycles` cycles of the first WALKED_PHASES phases: the number of its cycle, and a function
         that takes it."""
         read, generator = self.read(), torch.Generator(self.device).manual_seed(0)
-        method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=self.device))
+        workspace = workspace_of(method, Path(), BudgetConfig(), dry=True, device=self.device)
+        method.prepare(workspace)
         optimizers = Optimizers(method.config, settings_of=method.settings_of)
 
         about = self.images, self.shape, generator, self.device, read, self.conditioning, self.share
@@ -259,6 +262,7 @@ class MethodBench:
 
         for phase, stage in enumerate(method.phases()[:WALKED_PHASES]):
             method.start_phase(phase)
+            method.prepare_phase(phase, workspace)
             for step in range(cycles * stage.cycle):
                 yield step // stage.cycle, functools.partial(take, step, phase)
             method.end_phase(phase, method.student)
@@ -291,8 +295,10 @@ class MethodBench:
     def first_gradient(self, parts: int) -> Tensor:
         """The gradient of the first update in each step of a cycle, flattened, with steps computed in `parts` parts."""
         method, generator = self.method(), torch.Generator().manual_seed(0)
-        method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True))
+        workspace = workspace_of(method, Path(), BudgetConfig(), dry=True)
+        method.prepare(workspace)
         method.start_phase(0)
+        method.prepare_phase(0, workspace)
         seed_global_generators(0)
         about = self.images, self.shape, generator, "cpu", self.read(), self.conditioning, self.share
         gradients: list[Tensor] = []

@@ -56,7 +56,8 @@ def flops(bench: MethodBench) -> str:
         raise NotApplicable("what is computed again in a backward pass is not counted")
     method, read = bench.method(), bench.read()
     generator = torch.Generator(bench.device).manual_seed(0)
-    method.prepare(workspace_of(method, Path(), BudgetConfig(), dry=True, device=bench.device))
+    workspace = workspace_of(method, Path(), BudgetConfig(), dry=True, device=bench.device)
+    method.prepare(workspace)
     optimizers = Optimizers(method.config, settings_of=method.settings_of)
     meter = Meter(BudgetConfig(), method.teacher, bench.device)
     meter.stop()
@@ -65,6 +66,7 @@ def flops(bench: MethodBench) -> str:
     for phase, stage in enumerate(method.phases()[:WALKED_PHASES]):
         meter.look_again()
         method.start_phase(phase)
+        method.prepare_phase(phase, workspace)
         ran, before = _Flops(), meter.cost().networks
         counters = method.teacher.teacher_rows, method.teacher.student_rows
         timed = [counter.timed for counter in counters]

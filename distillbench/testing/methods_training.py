@@ -98,17 +98,19 @@ def cost(bench: MethodBench) -> str:
     stages = bench.method().phases()
     if len(stages) > WALKED_PHASES:
         raise NotApplicable(f"it has more than {WALKED_PHASES} phases")
-    prepared, before = 0, 0
+    once, before, last = 0, 0, 0  # evaluations outside of steps
     rows: list[list[int]] = [[] for _ in stages]  # by phase, of each of its steps
     for event in bench.walk(cost_only=True):
         if event.what == "begin":
             before = rows_of(event.method)
-            prepared = prepared if event.phase or event.batch.step else before
+            once += 0 if event.batch.step else before - last  # prepare, prepare_phase and the end of the phase before
         if event.what == "stepped":
-            rows[event.phase].append(rows_of(event.method) - before)
+            last = rows_of(event.method)
+            rows[event.phase].append(last - before)
+    once += rows_of(event.method) - last
     steps = [stage.share / sum(each.share for each in stages) * bench.run.images / bench.images for stage in stages]
     means = [fmean(of_phase) for of_phase in rows]
-    estimated = prepared + sum(count * mean for count, mean in zip(steps, means, strict=True))
+    estimated = once + sum(count * mean for count, mean in zip(steps, means, strict=True))
     rounding = sum(abs(a - b) for a, b in pairwise(means))  # a phase ends with a whole step
     spread = 0.0
     for stage, count, of_phase in zip(stages, steps, rows, strict=True):

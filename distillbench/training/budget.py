@@ -156,18 +156,25 @@ class Meter:
         teacher_seconds: float = 0.0,
         energy: Energy = NO_ENERGY,
         compile_seconds: float = 0.0,
+        student_nfe: int = 0,
+        student_seconds: float = 0.0,
+        networks: Sequence[NetworkRows] | None = None,
     ) -> None:
         """Add the cost of work that was done earlier and is used again, such as cached pairs.
 
-        `teacher_seconds` and `compile_seconds` are the parts of `seconds` spent in the teacher and in torch's compiler.
+        `teacher_seconds`, `student_seconds` and `compile_seconds` are the parts of `seconds` spent in the networks and
+        in torch's compiler. `networks`: the evaluations by kind of network; None if all are of the teacher's own.
         """
+        rows = (self._of_teacher(teacher_nfe),) if networks is None else networks
         self.charged = replace(
             self.charged,
             seconds=self.charged.seconds + seconds,
             teacher_nfe=self.charged.teacher_nfe + teacher_nfe,
+            student_nfe=self.charged.student_nfe + student_nfe,
             teacher_seconds=self.charged.teacher_seconds + teacher_seconds,
+            student_seconds=self.charged.student_seconds + student_seconds,
             compile_seconds=(self.charged.compile_seconds or 0.0) + compile_seconds,
-            networks=sum_of_rows((*self.charged.networks, self._of_teacher(teacher_nfe))),
+            networks=sum_of_rows((*self.charged.networks, *rows)),
         )
         self.charged_energy += energy
 

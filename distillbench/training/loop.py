@@ -173,7 +173,6 @@ class _Training:
         if shard:
             self.sharded = Sharded(method, self.config.averaged, ranks, device)
         phases = method.phases()
-        shares = [phase.share for phase in phases]
         found = self._newest_state()
         if found is not None:
             self._restore(found)
@@ -183,7 +182,7 @@ class _Training:
                 self.start(phases, index)
             found = None
             with nullcontext() if self.resume is None else self.resume.stop.patiently():
-                self._train_until(min(sum(shares[: index + 1]) / sum(shares), 1.0) - 1e-12, phases[index].label)
+                self._train_until(_end_of_phase(phases, index), phases[index].label)
             method.end_phase(index, self.average.module)
         self.curve.log(phases[-1].label, last=True)
         method.student.load_state_dict(self.average.module.state_dict())
@@ -201,9 +200,22 @@ class _Training:
         """Begin a phase."""
         self.phase, self.step = index, 0
         self.method.start_phase(index)
+        self._prepare_phase(phases, index)
         if index == 0 or phases[index].fresh:
             self._make_optimizers()
             self.begin, self.finish = self.ranks.progress(self.meter), _end_of_schedule(phases, index)
+
+    def _prepare_phase(self, phases: list[Phase], index: int) -> None:
+        """Let the method prepare a phase, on all ranks at the same time. RuntimeError if no step of it is left then."""
+        meter, ranks, end = self.meter, self.ranks, _end_of_phase(phases, index)
+        evaluations, before = meter.evaluations, ranks.progress(meter)
+        self.method.prepare_phase(index, self.workspace)
+        after = ranks.progress(meter)
+        if ranks.broadcast_flag(meter.evaluations > evaluations and before < end <= after):
+            raise RuntimeError(
+                f"prepare_phase() used up the budget of phase {phases[index].label!r}, which ends at {end:.0%} of "
+                f"{meter.budget.in_words}"
+            )
 
     def _make_optimizers(self) -> None:
         scaler, own = grad_scaler(self.loop.compute, self.workspace.device), self.method.settings_of
@@ -332,6 +344,7 @@ class _Training:
         self.phase, self.step = values["phase"], values.get("step", 0)  # older states lack it, and had no cycles
         self.begin, self.finish = values["schedule"]
         load_full(method, state.part("method").tensors)
+        method.prepare_phase(self.phase, self.workspace)  # what it costs is dropped: the state's cost has it
         self._make_optimizers()
         self.average.restore(state.part("average"))
         self.optimizers.restore(state.part("optimizers"), method)
@@ -360,6 +373,12 @@ class _Training:
 
 def _checkpoint(plain: dict[str, Any]) -> Checkpoint:
     return Checkpoint(**plain | {"cost": TrainingCost.from_plain(plain["cost"]), "energy": Energy(**plain["energy"])})
+
+
+def _end_of_phase(phases: list[Phase], index: int) -> float:
+    """Progress at which phase `index` ends."""
+    shares = [phase.share for phase in phases]
+    return min(sum(shares[: index + 1]) / sum(shares), 1.0) - 1e-12
 
 
 def _end_of_schedule(phases: list[Phase], index: int) -> float:

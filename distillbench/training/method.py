@@ -280,8 +280,8 @@ class _Part(Batch):
 class Method(nn.Module, ABC):
     """A distillation method. The harness calls, in this order:
 
-    ``prepare``, then for each of ``phases()``: ``start_phase``, ``train_step`` and ``after_step`` many times,
-    ``end_phase``; at the end the average is copied into ``student``, and ``sample`` is called.
+    ``prepare``, then for each of ``phases()``: ``start_phase``, ``prepare_phase``, ``train_step`` and ``after_step``
+    many times, ``end_phase``; at the end the average is copied into ``student``, and ``sample`` is called.
 
     Networks that are attributes belong to the method's state and are saved. The teacher is not saved.
     """
@@ -353,6 +353,13 @@ class Method(nn.Module, ABC):
     def start_phase(self, index: int) -> None:
         """Before the first step of phase `index`."""
 
+    def prepare_phase(self, index: int, workspace: Workspace) -> None:
+        """After ``start_phase``, with the networks as trained so far: to compute pairs from them, for example.
+
+        Its cost is charged to the method. If the phase is interrupted it is called again, with the saved networks and
+        without charging anew, so it may use only networks that the phase does not train.
+        """
+
     @abstractmethod
     def train_step(self, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
         """Yield (network, loss) for each "update" line of the algorithm box; the harness updates, then continues here.
@@ -366,6 +373,11 @@ class Method(nn.Module, ABC):
 
     def end_phase(self, index: int, average: nn.Module) -> None:
         """After the last step of phase `index`; `average` is the averaged student, or the student without averaging."""
+
+    @property
+    def note(self) -> str:
+        """What readers of the rows must know of the trained student, such as which of several was kept; often ""."""
+        return ""
 
     def supports(self, nfe: int) -> bool:
         """Whether ``sample`` can use exactly `nfe` network evaluations per image."""

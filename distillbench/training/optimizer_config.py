@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distillbench.errors import UserError
 from distillbench.options import (
     added_option,
     option,
@@ -17,7 +20,8 @@ from distillbench.options import (
 
 __all__ = ["NetworkConfig", "OptimizerConfig"]
 
-OPTIMIZERS = ("adamw", "adam", "radam")
+OPTIMIZERS = ("adamw", "adam", "radam", "adamw8bit")
+LIBRARIES = {"adamw8bit": ("bitsandbytes", "adam8bit")}  # optimisers of optional libraries, and the extra for each
 WIDEST_POWER = 12**-0.5  # sigma_rel of the mean of all updates, gamma = 0
 
 
@@ -28,7 +32,8 @@ class OptimizerConfig:
     - ``optimizer``: adamw is ``torch.optim.AdamW``, with decoupled weight decay: an update shrinks the weights by lr *
       weight_decay. adam is ``torch.optim.Adam``, which adds weight_decay times the weight to its gradient. radam is
       ``torch.optim.RAdam`` (Liu et al. 2020, arXiv:1908.03265) with decoupled weight decay. Without weight decay adam
-      and adamw are the same.
+      and adamw are the same. adamw8bit is ``bitsandbytes.optim.AdamW8bit`` (Dettmers et al. 2021, arXiv:2110.02861):
+      adamw whose moments take 8 bits an element, in blocks of 256, for weights of at least 4096 elements.
     - ``lr_decay=inverse_sqrt`` is that of EDM2 (Karras et al. 2024, arXiv:2312.02696): lr / sqrt(max(p / p_0, 1)) at
       the share p of the phase, with p_0 = ``lr_decay_start``.
     - The average keeps 2^(-n / halflife) of itself at an update of n images (``ema_start=constant``). With ``rampup``
@@ -41,7 +46,7 @@ class OptimizerConfig:
 
     lr: float = option(1e-3, "peak learning rate of Adam")
     optimizer: str = added_option(
-        "adamw", "adamw, adam (weight decay is added to the gradient) or radam (rectified Adam)"
+        "adamw", "adamw, adam (weight decay is added to the gradient), radam (rectified Adam) or adamw8bit (an extra)"
     )
     lr_warmup: float = option(0.05, "share of a phase over which the learning rate rises from 0")
     lr_decay: str = option("cosine", "then: constant; linear or cosine, to 0 at the end of the phase; or inverse_sqrt")
@@ -88,7 +93,7 @@ class NetworkConfig:
     """
 
     lr: float | None = option(None, "its peak learning rate; null: the method's")
-    optimizer: str | None = added_option(None, "its optimiser: adamw, adam or radam; null: the method's")
+    optimizer: str | None = added_option(None, "its optimiser: adamw, adam, radam or adamw8bit; null: the method's")
     beta1: float | None = option(None, "Adam's first decay rate for it; null: the method's")
     beta2: float | None = option(None, "Adam's second decay rate for it; null: the method's")
     eps: float | None = added_option(None, "Adam's epsilon for it; null: the method's")
@@ -107,3 +112,34 @@ class NetworkConfig:
         """The settings of `config`, replaced by those that are set here."""
         shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizerConfig)}
         return OptimizerConfig(**shared | self._own())
+
+
+def optimizers_of(config: OptimizerConfig) -> dict[str, str]:
+    """The optimisers of a method, by the settings that choose them: `optimizer`, and `NAME.optimizer` of networks."""
+    own = {name: value for name, value in vars(config).items() if isinstance(value, NetworkConfig)}
+    chosen = {f"{name}.optimizer": value.optimizer for name, value in own.items() if value.optimizer is not None}
+    return {"optimizer": config.optimizer} | chosen
+
+
+def check_optimizers(config: OptimizerConfig, prefix: str, compute: Mapping[str, bool]) -> None:
+    """Raise UserError if the library of an optimiser is missing, or does not go with a true setting of `compute`.
+
+    `prefix` is that of the settings' names. bitsandbytes' kernels on a GPU get pointers to whole tensors: with sharded
+    ones, and with channels_last, it was not tested.
+    """
+    for setting, optimizer in optimizers_of(config).items():
+        if optimizer not in LIBRARIES:
+            continue
+        if importlib.util.find_spec(LIBRARIES[optimizer][0]) is None:
+            raise missing_library(f"{prefix}{setting}", optimizer)
+        refused = next((name for name, value in compute.items() if value), "")
+        if refused:
+            raise UserError(
+                f"{prefix}{setting}={optimizer} does not go with {refused}=true: it keeps moments of whole, contiguous "
+                "weights. Use optimizer=adamw, or leave that setting out"
+            )
+
+
+def missing_library(setting: str, optimizer: str) -> UserError:
+    library, extra = LIBRARIES[optimizer]
+    return UserError(f"{setting}={optimizer} needs the library {library}: pip install 'distillbench[{extra}]'")

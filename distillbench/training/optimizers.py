@@ -18,16 +18,27 @@ from distillbench.system.dtensors import class_of, is_sharded, load_full, local_
 from distillbench.training.data_parallel import SINGLE_RANK, DataParallelRanks, Ranks
 from distillbench.training.gradient_reduction import GradientReduction, NetworkGradients
 from distillbench.training.method import Method
-from distillbench.training.optimizer_config import NetworkConfig, OptimizerConfig
+from distillbench.training.optimizer_config import NetworkConfig, OptimizerConfig, missing_library
 from distillbench.training.resume import State
 from distillbench.training.update_counts import UpdateCounts
+
+
+def _adamw8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    try:
+        import bitsandbytes  # seconds to import
+    except ImportError as error:
+        raise missing_library("optimizer", "adamw8bit") from error
+    return bitsandbytes.optim.AdamW8bit(groups, **settings)
+
 
 # The classes of OptimizerConfig.optimizer.
 MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
     "adam": functools.partial(torch.optim.Adam, fused=True),
     "radam": functools.partial(torch.optim.RAdam, decoupled_weight_decay=True),
+    "adamw8bit": _adamw8bit,
 }
+LARGE = 4096  # elements of a weight whose moments have 8 bits
 
 
 class Average:
@@ -224,7 +235,8 @@ class Optimizers:
     def state(self, method: Method) -> State:
         """Adam's moments, by the names of the networks in `method`; RuntimeError for a network without a name."""
         names = {module: name for name, module in method.named_modules()}
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, Any] = {}
         for network, optimizer in self.by_network.items():
             if network not in names:
                 kind = class_of(network).__name__
@@ -233,32 +245,46 @@ class Optimizers:
                 )
             for index, weight in enumerate(network.parameters()):
                 for key, value in optimizer.state[weight].items():
-                    tensors[f"{names[network]}/{index}/{key}"] = value
+                    full = f"{names[network]}/{index}/{key}"
+                    if isinstance(value, Tensor):
+                        tensors[full] = value
+                    else:  # bitsandbytes counts steps by plain numbers
+                        numbers[full] = value
         scaler = {} if self.scaler is None else self.scaler.state_dict()
-        return State(tensors, {"networks": [names[network] for network in self.by_network], "scaler": scaler})
+        trained = [names[network] for network in self.by_network]
+        return State(tensors, {"networks": trained, "scaler": scaler, "numbers": numbers})
 
     def restore(self, state: State, method: Method) -> None:
         networks = dict(method.named_modules())
         if self.scaler is not None:
             self.scaler.load_state_dict(state.values["scaler"])
+        every = state.tensors | state.values.get("numbers", {})  # older states have no numbers
         for name in state.values["networks"]:
             optimizer = self.by_network[networks[name]] = self._make(networks[name])
             for index, weight in enumerate(networks[name].parameters()):
-                found = {key.rpartition("/")[2]: key for key in state.tensors if key.startswith(f"{name}/{index}/")}
+                found = {key.rpartition("/")[2]: key for key in every if key.startswith(f"{name}/{index}/")}
                 if found:
-                    kept = {key: state.tensors[full] for key, full in found.items()}
+                    kept = {key: every[full] for key, full in found.items()}
                     step = kept.pop("step")  # fused optimisers count on the device, torch.optim.RAdam on the CPU
-                    step = step.to(weight.device if optimizer.defaults.get("fused") else "cpu")
+                    if isinstance(step, Tensor):
+                        step = step.to(weight.device if optimizer.defaults.get("fused") else "cpu")
                     optimizer.state[weight] = {"step": step} | {key: _like(weight, own) for key, own in kept.items()}
 
 
 def _like(weight: Tensor, buffer: Tensor) -> Tensor:
-    """`buffer` with the memory format of `weight`: fused optimisers need the same strides."""
-    return shard_like(weight, buffer) if is_sharded(weight) else torch.empty_like(weight).copy_(buffer)
+    """`buffer` with the memory format of `weight`: fused optimisers need the same strides.
+
+    One of another shape, such as the scales of moments of 8 bits, is only moved to its device.
+    """
+    if buffer.shape != weight.shape:
+        return buffer.to(weight.device)
+    if is_sharded(weight):
+        return shard_like(weight, buffer)
+    return torch.empty_like(weight, dtype=buffer.dtype).copy_(buffer)
 
 
 @functools.cache
-def warm_up(device: str) -> None:
-    """Update one weight before the clock starts: torch imports modules for seconds at its first optimiser step."""
-    network = nn.ParameterList([torch.zeros(1, device=device)])
-    Optimizers(OptimizerConfig()).update(network, network[0].square().sum(), 1.0)
+def warm_up(device: str, optimizer: str = "adamw") -> None:
+    """Update one weight before the clock starts: libraries import modules for seconds at their first optimiser step."""
+    network = nn.ParameterList([torch.zeros(LARGE, device=device)])
+    Optimizers(OptimizerConfig(optimizer=optimizer)).update(network, network[0].square().sum(), 1.0)

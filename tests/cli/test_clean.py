@@ -261,7 +261,7 @@ def test_caches_are_removed_when_asked_with_a_note_on_their_cost(root):
     assert left(root / "cache") == [
         "latents", "pairs", "references", "references/.net-0.npz.claim", "teachers", "teachers/f.safetensors",
     ]  # fmt: skip
-    assert "pairs: computing them took 61 s and 65,536 teacher evaluations" in heard.text
+    assert "pairs: computing them took 61 s and 65,536 network evaluations" in heard.text
     assert "latents: computing them again encodes 12 images" in heard.text
     assert "references: computing them again reads the real images 1 time" in heard.text
 

@@ -48,6 +48,7 @@ from distillbench.system.progress import Progress
 from distillbench_boot import Boot
 from distillbench_cm import ConsistencyDistillation
 from distillbench_direct import Direct
+from distillbench_lcm import LatentConsistency
 from distillbench_pd import ProgressiveDistillation
 
 diffusers = pytest.importorskip("diffusers")
@@ -679,6 +680,34 @@ def test_texts(everything, record_property):
     card = (everything["texts"].folder / "README.md").read_text()
     assert "pipeline_tag: text-to-image" in card and "w = 3" in card and r"\[1.0, 5.0\]" in card
     assert "guidance_scale` must be 1" in card
+
+
+@pytest.mark.skipif(PROMPTS is None, reason="the text encoder is of transformers, which is not installed")
+def test_a_latent_consistency_model_is_one_of_diffusers(tmp_path):
+    """A student with a projected w in one step, and its U-Net in diffusers' own pipeline of LCM, with its scheduler."""
+    import text_pipelines
+    from distillbench.builtin.stable_diffusion import StableDiffusion
+
+    folder = text_pipelines.stable_diffusion(tmp_path / "pipeline")
+    asked = Conditioning(len(PROMPTS), 8.5, (6.0, 16.0))
+    config = StableDiffusion.Config(kind="stable_diffusion", path=str(folder))
+    source = StableDiffusion(config, text_pipelines.Captions(text_pipelines.Captions.Config()), tmp_path, "cpu", asked)
+    method = student_of(source.load(SILENT).conditioned(asked), LatentConsistency, w_input="projected")
+    one = exported(tmp_path / "exported", method, source, PROMPTS)
+    assert one.form.pipeline == "StableDiffusionPipeline" and one.difference < ALLOWED
+    assert "`unet_with_w` has the U-Net as it was trained" in one.form.fold
+    unet = diffusers.UNet2DConditionModel.from_pretrained(one.folder, subfolder="unet_with_w")
+    theirs = diffusers.LatentConsistencyModelPipeline.from_pretrained(
+        folder, unet=unet, safety_checker=None, scheduler=diffusers.LCMScheduler.from_pretrained(folder / "scheduler")
+    )
+    theirs.set_progress_bar_config(disable=True)
+    eps = torch.randn(8, *method.teacher.shape, generator=torch.Generator().manual_seed(0))
+    x_t = (1 - theirs.scheduler.alphas_cumprod[-1]).sqrt() * eps  # their pipeline starts from eps itself
+    asks = {"num_inference_steps": 1, "latents": x_t, "output_type": "latent"}
+    sample = lambda w: theirs([PROMPTS[i % len(PROMPTS)] for i in range(8)], guidance_scale=w, **asks).images
+    largest = float(one.x_0.abs().max())
+    torch.testing.assert_close(sample(8.5), one.x_0, atol=1e-5 * largest, rtol=0)
+    assert (sample(6.0) - one.x_0).abs().max() > 0.01 * largest
 
 
 def test_the_card(students, tmp_path):

@@ -57,6 +57,13 @@ def batch_of(method, size: int = 64, seed: int = 0, step: int = 0) -> Batch:
     return Batch(size, method.teacher.shape, torch.Generator().manual_seed(seed), "cpu", images, step=step)
 
 
+def test_s_can_be_embedded_as_the_network_sees_time():
+    assert ctm(mlp_teacher(), embeds="network").student.embeds == "network"
+    assert ctm(mlp_teacher()).student.embeds == "s" and ctm(mlp_teacher()).student.in_lambda
+    with pytest.raises(UserError, match="no embedding of a second time 'sines'"):
+        ctm(mlp_teacher(), embeds="sines")
+
+
 class Jump(nn.Module):
     """The g whose G is a given jump (x_t, t, s) -> x_s; where s = t it is 0, which G does not see."""
 

@@ -25,6 +25,7 @@ from distillbench.diffusion.noise import FixedNoise, Noise, stream_key
 from distillbench.diffusion.samplers import time_like, uniform_times
 from distillbench.diffusion.schedules import SCHEDULES, VPCosine
 from distillbench.errors import UserError
+from distillbench.training import pairs
 from distillbench_direct import Direct
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -64,7 +65,7 @@ def test_targets_of_eight_bits_are_those_of_the_release(tmp_path, online):
     eps, x_0, c = plain.pair(make_batch(16))
     y = (np.clip(x_0.numpy(), -1, 1) * 127.5 + 127.5).astype("uint8")
     assert x_0.abs().max() > 1 and len(np.unique(y)) > 10
-    expected = (plain.g(eps, c) - torch.from_numpy(y.astype("float64") / 127.5 - 1)).square().mean()
+    expected = (plain.g(plain.student, eps, c) - torch.from_numpy(y.astype("float64") / 127.5 - 1)).square().mean()
     close(loss_of(ours, make_batch(16)), expected, rtol=1e-12)
     assert abs(loss_of(plain, make_batch(16)) - expected) > 1e-6
 
@@ -191,7 +192,65 @@ def test_sample_is_the_student_at_t_max_with_one_evaluation(tmp_path, name):
     assert method.supports(1) and not method.supports(2) and method.keeps_noise(1)
 
 
-@pytest.mark.parametrize("settings", [{"steps": 0}, {"pairs": 0}, {"loss": "l3"}])
+# --- held-out pairs --------------------------------------------------------------------------------------------------
+
+
+HELD = {"steps": 4, "pairs": 12, "held_out": 10, "checks": 3}
+
+
+def test_held_out_pairs_are_others_and_are_charged(tmp_path):
+    method, meter = prepared(tmp_path, **HELD)
+    eps, x_0 = method.held.read(torch.arange(10))[:2]
+    close(x_0, ddim_chain(VPCosine(), eps, torch.linspace(0, 1, 5, dtype=torch.float64)), atol=3e-7)
+    assert not torch.isclose(eps[:, None], all_pairs(method)[0]).any()
+    assert meter.teacher_nfe == 4 * (12 + 10)
+    assert [(phase.share, phase.fresh) for phase in method.phases()] == 3 * [(pytest.approx(1 / 3), False)]
+    assert [phase.share for phase in direct(steps=4).phases()] == [1.0]
+
+
+@pytest.mark.parametrize("offsets", [(0.3, 0.1, 0.2), (0.3, 0.2, 0.1), (0.1, 0.1, 0.2)])
+def test_the_average_with_the_lowest_loss_on_held_out_pairs_is_sampled(offsets, tmp_path):
+    """Averages that are off by a constant have its square as their loss."""
+
+    class Off(Lookup):
+        def __init__(self, offset: float) -> None:
+            super().__init__(4)
+            self.offset = nn.Parameter(torch.tensor(offset))
+
+        def forward(self, eps, t, c):
+            return super().forward(eps, t, c) - self.offset
+
+    method, _ = prepared(tmp_path, **HELD)
+    method.best, ready = Off(9.0), []
+    for index, offset in enumerate(offsets):
+        ready.append(method.ready(1, index))
+        method.end_phase(index, Off(offset))
+    close(method.losses, torch.tensor(offsets).square(), rtol=1e-6)
+    first = offsets.index(min(offsets))
+    assert method.best.offset == offsets[first] and ready == [False, True, True]
+    share = ("33%", "67%", "100%")[first]
+    assert method.note == f"the average after {share} of training: loss 0.01 on held-out pairs (the last: " + (
+        f"{offsets[-1] ** 2:.4g})"
+    )
+    eps = make_batch(5).noise()
+    chain = ddim_chain(VPCosine(), eps, torch.linspace(0, 1, 5, dtype=torch.float64))
+    close(method.sample(FixedNoise([eps]), 1, UNCONDITIONAL), chain - offsets[first], atol=1e-12)
+
+
+def test_looks_at_held_out_pairs_are_evaluations_of_the_student(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "BATCH", 4)  # the last of three batches has two pairs
+    method, meter = prepared(tmp_path, mlp_teacher(), **HELD)
+    method.end_phase(0, method.student)
+    assert (meter.teacher_nfe, meter.student_nfe) == (4 * 22, 10)
+    assert not any(p.grad is not None for p in method.student.parameters())
+    eps, x_0, c = method.held.read(torch.arange(10))
+    close(method.losses[0], (method.g(method.student, eps, c) - x_0).square().mean(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"steps": 0}, {"pairs": 0}, {"loss": "l3"}, {"held_out": -1}, {"checks": 0}, {"held_out": 9, "online": True}],
+)
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         Direct.Config(**settings)

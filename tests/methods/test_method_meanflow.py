@@ -80,6 +80,19 @@ def test_the_average_velocity_at_equal_times_is_the_teacher_s():
     close(loss_of(data, batch()), (v - (eps - x_0)).square().mean(), rtol=1e-10)
 
 
+def test_an_embedding_of_the_difference_moves_with_t():
+    """du/dt at constant s goes through t - s too: both derivatives agree, and neither is that of an embedding of s."""
+    found = {}
+    for embeds, exact in (("difference", True), ("difference", False), ("s", True)):
+        method = meanflow(mlp_teacher(FLOW), embeds=embeds, exact=exact, step=1e-5)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            method.student.target_time[-1].weight.normal_(std=0.2)
+        found[embeds, exact] = loss_of(method, batch()).item()
+    assert found["difference", False] == pytest.approx(found["difference", True], rel=1e-3)
+    assert abs(found["s", True] / found["difference", True] - 1) > 0.1
+
+
 @pytest.mark.parametrize("source", ["teacher", "data"])
 def test_a_gain_that_is_too_small_grows(source):
     for gain, sign in ((0.5, -1), (2.0, 1)):
@@ -108,8 +121,10 @@ def test_from_data_the_optimum_is_the_same():
 
 
 def test_differences_are_the_exact_derivative():
-    settings = {"smooth": 8, "step": 1e-3}
-    losses = [loss_of(meanflow(mlp_teacher(FLOW), exact=exact, **settings), batch()).item() for exact in (True, False)]
+    exact, difference = (meanflow(mlp_teacher(FLOW), exact=each, smooth=8, step=1e-3) for each in (True, False))
+    assert (exact.h, exact.t_max, difference.t_max) == (0.0, FLOW.t_max, FLOW.t_max - 1e-3)
+    exact.h, exact.t_max = difference.h, difference.t_max  # the same times for both
+    losses = [loss_of(method, batch()).item() for method in (exact, difference)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[0] > 1e-5
 
 

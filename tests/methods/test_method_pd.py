@@ -31,6 +31,7 @@ from distillbench.diffusion.noise import FixedNoise
 from distillbench.diffusion.samplers import time_like
 from distillbench.diffusion.schedules import SCHEDULES, VPCosine
 from distillbench.errors import UserError
+from distillbench.runs.sampling_settings import as_trained, sampling_settings
 from distillbench.system.progress import Step
 from distillbench.training.budget import BudgetConfig
 from distillbench.training.loop import Loop, train
@@ -280,6 +281,28 @@ def test_sample_is_ddim_with_the_student_of_that_many_steps(nfe, tmp_path):
     method.sample(FixedNoise([eps]), nfe, UNCONDITIONAL)
     assert set(used) == {str(nfe)}
     assert [n for n in range(10) if method.supports(n)] == [1, 2, 4] and method.keeps_noise(nfe)
+
+
+@pytest.mark.parametrize("nfe", [1, 4])
+def test_clipping_in_sampling_is_that_of_the_release(nfe, tmp_path):
+    """ddim_step of its dpm.py: x^ is clipped, eps^ is that of the clipped x^, and the last step returns x^."""
+    method, schedule = pd(mlp_teacher(), steps=8, clip=True), VPCosine()
+    for parameter in method.students[str(nfe)].parameters():
+        parameter.data.mul_(3.0)  # clipped often, not always
+    meter, z = make_workspace(method.teacher, tmp_path).meter, 2 * make_batch(50).noise()
+    sampled, outside = method.sample(FixedNoise([z]), nfe, UNCONDITIONAL), []
+    assert (meter.teacher_nfe, meter.student_nfe) == (0, 50 * nfe)
+    for i in range(nfe, 0, -1):
+        t, s = time(i / nfe), time((i - 1) / nfe)
+        x = method.students[str(nfe)](z, t.expand(50, 1, 1, 1))
+        outside.append((x.abs() > 1).double().mean().item())
+        x = x.clip(-1, 1)
+        eps = (z - schedule.alpha(t) * x) / schedule.sigma(t)
+        z = schedule.alpha(s) * x + schedule.sigma(s) * eps if i > 1 else x
+    close(sampled, z, atol=1e-10)
+    assert all(0 < share < 1 for share in outside) and sampled.abs().max() == 1
+    trained = as_trained(method.config)
+    assert not trained.clip and sampling_settings(method.config) == {"clip": True}
 
 
 @pytest.mark.parametrize("name", some_schedules())

@@ -25,7 +25,7 @@ from analytic import (
     weights_of,
 )
 from distillbench import Teacher, UserError
-from distillbench.diffusion import FlowMatching, VPCosine, time_like, uniform_times
+from distillbench.diffusion import FlowMatching, Solver, VPCosine, time_like, uniform_times
 from distillbench.diffusion.conditioning import UNCONDITIONAL
 from distillbench.diffusion.noise import FixedNoise
 from distillbench.diffusion.schedules import SCHEDULES
@@ -110,8 +110,6 @@ def test_direct_distillation_s_pairs_are_found(tmp_path):
     assert teacher.teacher_rows.rows == rows == workspace.meter.teacher_nfe == 4 * 10
     for a, b in zip(*(m.store.read(torch.arange(10))[:2] for m in (first, second)), strict=True):
         assert torch.equal(a, b)
-    eps = second.store.read(torch.arange(10))[0]
-    assert torch.equal(second.M(eps, UNCONDITIONAL), first.solve(eps, UNCONDITIONAL))
 
 
 @pytest.mark.parametrize(("schedule", "level"), [("vp_cosine", 1e4), ("ve", 80.0), ("ddpm_linear", None)])
@@ -246,6 +244,68 @@ def test_a_trained_flow_reaches_the_teacher_s_chain(times, tmp_path):
         close(method.sample(FixedNoise([eps]), nfe, UNCONDITIONAL), chain, atol=1e-3)
 
 
+# --- pairs of the flow's own -----------------------------------------------------------------------------------------
+
+
+def own_pairs(method: Reflow, folder, seed: int = 0):
+    """The pairs of the second phase, (eps, x_0), and the meter that was charged for them alone."""
+    method.start_phase(1)
+    workspace = make_workspace(method.teacher, folder, seed=seed)
+    method.prepare_phase(1, workspace)
+    return *method.store.read(torch.arange(len(method.store)))[:2], workspace.meter
+
+
+@pytest.mark.parametrize(("solver", "steps", "tolerance"), [("ddim", 3, 1e-6), ("heun", 18, 1e-6)])
+def test_own_pairs_are_the_flow_s_answers(solver, steps, tolerance, tmp_path):
+    """In closed form: a flow along straight paths to 1 + M(eps) / 2, which is not the teacher's.
+
+    Heun's first noise level is 80, not that of T: its path is the one that meets 80/81 eps at t = 80/81.
+    """
+    answer = lambda eps: 1 + gaussian_answer(eps) / 2
+    method = reflow(pairs=40, steps=steps, solver=solver, distil_share=1.0, distil_pairs="own")
+    method.flow = StraightFlow(answer)
+    eps, x_0, _ = own_pairs(method, tmp_path)
+    close(x_0, method.flow(80 / 81 * eps, time(80 / 81)) if solver == "heun" else answer(eps), atol=tolerance)
+
+
+def test_own_pairs_have_new_noise_and_follow_the_flow_s_weights(tmp_path):
+    method = reflow(mlp_teacher(), pairs=10, steps=4, distil_share=1.0, distil_pairs="own")
+    method.prepare(make_workspace(method.teacher, tmp_path))
+    teachers = method.store.read(torch.arange(10))[:2]
+    eps, x_0, meter = own_pairs(method, tmp_path)
+    assert not torch.isclose(eps, teachers[0]).any()
+    assert (meter.teacher_nfe, meter.student_nfe) == (0, 4 * 10)
+    chain = Solver.parse("ddim").solve(method.flow, FLOW, eps, 4)
+    assert torch.equal(x_0, chain.float())
+    method.end_phase(0, mlp_teacher(seed=5).on(FLOW).student())
+    other_eps, other, _ = own_pairs(method, tmp_path)
+    assert torch.equal(other_eps, eps) and not torch.isclose(other, x_0).all()
+    assert len(list(tmp_path.glob("*/manifest.json"))) == 3
+
+
+def test_own_pairs_are_found_again_and_charged_alike(tmp_path):
+    """An interrupted second phase asks for them again, with the flow's weights from the saved state."""
+    settings = {"pairs": 10, "steps": 18, "solver": "heun", "distil_share": 1.0, "distil_pairs": "own"}
+    first, second = reflow(mlp_teacher(), **settings), reflow(mlp_teacher(), **settings)
+    eps, x_0, paid = own_pairs(first, tmp_path)
+    again_eps, again, charged = own_pairs(second, tmp_path)
+    assert torch.equal(again_eps, eps) and torch.equal(again, x_0)
+    assert second.teacher.student_rows.rows == 0
+    a, b = paid.cost(), charged.cost()
+    assert a.student_nfe == b.student_nfe == 10 * 35 and a.teacher_nfe == b.teacher_nfe == 0
+    assert a.networks == b.networks and [each.counted for each in a.networks] == ["student"]
+    assert 0 < b.student_seconds <= b.seconds and b.teacher_seconds == 0
+
+
+def test_the_teacher_s_pairs_stay_without_the_setting(tmp_path):
+    method = reflow(mlp_teacher(), pairs=10, steps=4, distil_share=1.0)
+    workspace = make_workspace(method.teacher, tmp_path)
+    method.prepare(workspace)
+    store, spent = method.store, workspace.meter.evaluations
+    method.prepare_phase(1, workspace)
+    assert method.store is store and workspace.meter.evaluations == spent
+
+
 # --- what it costs ---------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +357,15 @@ def test_without_distillation_there_is_one_phase_and_one_network():
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-WRONG = {"schedule": "ve", "times": "karras", "steps": 0, "pairs": 0, "distil_steps": 0, "t_low": 0.5} | {
+WRONG = {
+    "schedule": "ve",
+    "times": "karras",
+    "distil_pairs": "mine",
+    "steps": 0,
+    "pairs": 0,
+    "distil_steps": 0,
+    "t_low": 0.5,
+} | {
     "distil_share": -1.0,
     "solver": "ddpm",
 }

@@ -639,7 +639,7 @@ def reading(y: Tensor, seed: int = 0) -> Batch:
 
 @pytest.mark.usefixtures("float64")
 def test_the_adversarial_gradient_of_the_generator_raises_logits():
-    """-adversarial E[1/m] sigmoid(-l) k alpha_t / (B C), on top of SiD's; none where |l| > 10, where it is clamped."""
+    """Half of -adversarial E[1/m] sigmoid(-l) k alpha_t / (B C) and of SiD's; none where |l| > 10: it is clamped."""
     generator, k = torch.Generator().manual_seed(1), 1.5
     x = torch.randn(6, 2, 1, 1, generator=generator)
     x[4:] *= 1e4  # logits beyond 10
@@ -658,7 +658,7 @@ def test_the_adversarial_gradient_of_the_generator_raises_logits():
     assert (logits.abs() > 10).flatten().tolist() == [False] * 4 + [True] * 2
     m = (x - method.teacher.denoise(x_t, t)).abs().mean(dim=(1, 2, 3))
     slope = -0.3 * (1 / m).mean() * torch.sigmoid(-logits) * (logits.abs() < 10) * k * schedule.alpha(t) / (6 * 2)
-    close(gradients["sida"] - gradients["sid"], slope.expand(x.shape), rtol=1e-7, atol=1e-9)
+    close(2 * gradients["sida"] - gradients["sid"], slope.expand(x.shape), rtol=1e-7, atol=1e-9)
     assert (slope[:4] < 0).all()
 
 
@@ -764,10 +764,10 @@ def test_gradients_of_sida_reach_one_network_at_a_time():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("starts", [(14, 31), (14, 0), (0, 31), (31, 14)])
 def test_the_generator_rests_and_its_adversarial_term_waits_for_their_shares_of_the_images(starts, tmp_path):
-    """In ten steps of six images; as released, a step counts the images before it. l = 0: the term is .3 ln 2."""
+    """Ten steps of six images; a step counts the images before it, as released. L_G is 1, then (1 + .3 ln 2) / 2."""
     first, joined = starts
     method = judged(torch.zeros(6, 2, 1, 1), generator_start=first / 60, adversarial_start=joined / 60, **SIDA)
-    method.identity = lambda x, t, eps, c: (0 * x, torch.ones(6, 1, 1, 1), torch.zeros(6, 1, 1))
+    method.identity = lambda x, t, eps, c: (0 * x + 1, torch.ones(6, 1, 1, 1), torch.zeros(6, 1, 1))
     found, train_step = [], method.train_step
 
     def watched(batch):
@@ -778,8 +778,8 @@ def test_the_generator_rests_and_its_adversarial_term_waits_for_their_shares_of_
 
     method.train_step = watched
     trained(method, tmp_path, 10, 6)
-    term = 0.3 * math.log(2)
-    expected = [[None, *([term if n >= joined else 0.0] if n >= first else [])] for n in range(0, 60, 6)]
+    both = (1 + 0.3 * math.log(2)) / 2
+    expected = [[None, *([both if n >= joined else 1.0] if n >= first else [])] for n in range(0, 60, 6)]
     assert found == [pytest.approx(losses) for losses in expected]
 
 

@@ -6,10 +6,16 @@ import copy
 
 import pytest
 import torch
+from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
+from torch import nn
 from torch.nn.functional import interpolate
 
+from distillbench import Conditioning, Teacher
 from distillbench.diffusion.conditioning import Condition
+from distillbench.diffusion.denoiser import Denoiser, guided
+from distillbench.diffusion.schedules import VPCosine
 from distillbench.errors import UserError
+from distillbench.networks import project_guidance
 from distillbench.networks.diffusers_wrappers import DiT, PixelUNet, check_classes
 from distillbench.system.offloading import Offloaded
 from small_diffusers_networks import CALL, dit, pixel_unet, text_unet
@@ -154,6 +160,67 @@ def test_how_many_classes_a_network_serves():
 def test_what_our_call_does_not_know_is_refused(settings):
     with pytest.raises(UserError, match=f"no {next(iter(settings))} .* in the network's config"):
         pixel_unet(**settings)
+
+
+# --- the guidance weight as an input ---------------------------------------------------------------------------------
+
+
+def guided_student(network=None, drawn: bool = True) -> Denoiser:
+    start = Denoiser(network or text_unet(in_channels=4, out_channels=4), VPCosine(), "eps")
+    conditioning = Conditioning(2, 2.0, (1.0, 16.0) if drawn else None)
+    return Teacher("t", start, (4, 8, 8), "t", conditioning=conditioning).student().eval()
+
+
+def test_a_projected_guidance_weight_is_diffusers_own(tmp_path):
+    """A saved student is a U-Net with time_cond_proj_dim, which diffusers calls with its own features of w - 1."""
+    student = project_guidance(guided_student())
+    _, x, c = asked()["text"]
+    w = torch.tensor([7.5, 14.0])
+    out = student.network(x, TIME, None, Condition(text=c.text, w=w.view(-1, 1, 1, 1)))
+    student.network.wrapped.save_pretrained(tmp_path)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path).eval()
+    assert unet.config.time_cond_proj_dim == 256
+    features = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w - 1, embedding_dim=256)
+    expected = unet(x, torch.tensor([249.0, 799.0]), c.text, timestep_cond=features).sample
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert (out - unet(x, torch.tensor([249.0, 799.0]), c.text).sample).abs().max() > 1e-3
+
+
+def test_a_projected_guidance_weight_is_learned_and_starts_random_as_released():
+    """In place of the embedding beside the network; +-1/16 are the bounds of torch's Linear with 256 inputs."""
+    student = project_guidance(guided_student())
+    layer = student.network.wrapped.time_embedding.cond_proj.weight
+    assert 0.06 < layer.abs().max() <= 1 / 16 and student.guidance is None
+    _, x, c = asked()["text"]
+    c = Condition(torch.tensor([0, 1]), torch.full((2, 1, 1, 1), 3.0), text=c.text)
+    t = TIME.double().view(-1, 1, 1, 1)
+    guided(student, Conditioning(2, 2.0, (1.0, 16.0), texts=_Empty()), x, t, c).square().sum().backward()
+    assert layer.grad is not None and layer.grad.abs().sum() > 0  # guided() keeps w for both evaluations
+
+
+class _Empty:
+    """The texts of a run: all empty."""
+
+    def empty(self, count: int, device: torch.device) -> torch.Tensor:
+        return torch.zeros(count, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (lambda: guided_student(pixel_unet(num_class_embeds=3)), "a PixelUNet has no input for the guidance weight"),
+        (lambda: guided_student(drawn=False), "only where training draws it: set guidance_range"),
+        (lambda: frozen(guided_student()), "adapters cannot hold the network's new input"),
+    ],
+)
+def test_where_a_guidance_weight_cannot_be_projected(student, message):
+    with pytest.raises(UserError, match=message):
+        project_guidance(student())
+
+
+def frozen(student: Denoiser) -> Denoiser:
+    nn.Module.requires_grad_(student.network.wrapped.conv_in, False)
+    return student
 
 
 def test_parked_modules_are_shared_and_awake_only_while_they_work():

@@ -71,6 +71,8 @@ def test_prices_are_of_the_methods_that_lead_and_the_teacher_is_bracketed():
     better = entry("d", 50.0)
     row = answers([group([better])], [better, *teachers], "fd", LABELS).rows[0]
     assert row.teacher == "ddim: not reached (90.0 at 8)"
+    aside = group([better], left_out={"x": "failed", "y": "no score", "z": "failed"})
+    assert answers([aside], [better], "fd", LABELS).rows[0].left_out == ["x and z: failed", "y: no score"]
     assert primary([group([better])], ["fd"]) == "fd" and primary([], ["fd"]) == "" == primary([], [])
 
 

@@ -128,9 +128,12 @@ def test_settings_that_were_added_are_part_of_the_key_only_if_they_are_set():
         ("fake=1", r"methods\.sid\.fake must be a group of settings"),
         (
             "optimizer=adm",
-            r"methods\.sid\.optimizer must be one of adamw, adam, radam, got 'adm'\. Did you mean 'adam'",
+            r"methods\.sid\.optimizer must be one of adamw, adam, radam, adamw8bit, got 'adm'\. Did you mean 'adam'",
         ),
-        ("fake.optimizer=sgd", r"methods\.sid\.fake\.optimizer must be one of adamw, adam, radam, got 'sgd'"),
+        (
+            "fake.optimizer=sgd",
+            r"methods\.sid\.fake\.optimizer must be one of adamw, adam, radam, adamw8bit, got 'sgd'",
+        ),
         ("fake.grad_clip_by=size", r"methods\.sid\.fake\.grad_clip_by must be one of norm, value, got 'size'"),
         ("grad_clip=-1", r"methods\.sid\.grad_clip must be at least 0, got -1"),
     ],

@@ -35,7 +35,7 @@ METHODS = {
     "cm, mu 0": (distillbench_cm.ConsistencyDistillation, {"steps": 9, "mu": 0.0}),
     "ct": (distillbench_ct.ConsistencyTraining, {"start": "teacher"}),
     "ctm": (distillbench_ctm.ConsistencyTrajectory, {"steps": 9, "solver_steps": 2}),
-    "direct": (distillbench_direct.Direct, {"steps": 4, "pairs": 12}),
+    "direct": (distillbench_direct.Direct, {"steps": 4, "pairs": 12, "held_out": 6, "checks": 4}),
     "direct online": (distillbench_direct.Direct, {"steps": 4, "online": True}),
     "lcm": (distillbench_lcm.LatentConsistency, {"steps": 8, "mu": 0.5}),
     "ect": (distillbench_ect.EasyConsistencyTuning, {"stages": 2}),
@@ -45,7 +45,7 @@ METHODS = {
     "meanflow": (distillbench_meanflow.MeanFlow, {}),
     "moment": (distillbench_moment.MomentMatching, {"steps": 1}),  # these tests sample in one step
     "pd": (distillbench_pd.ProgressiveDistillation, {"steps": 4}),
-    "reflow": (distillbench_reflow.Reflow, {"steps": 4, "pairs": 12, "distil_share": 0.5}),
+    "reflow": (distillbench_reflow.Reflow, {"steps": 4, "pairs": 12, "distil_share": 0.5, "distil_pairs": "own"}),
     "scm": (distillbench_scm.ContinuousConsistency, {"warmup": 10}),
     "sid": (distillbench_sid.ScoreIdentityDistillation, {"fake_updates": 2}),
     "tract": (distillbench_tract.Tract, {"steps": [4, 2, 1]}),

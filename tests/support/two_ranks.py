@@ -16,8 +16,8 @@ from distillbench.registry import load_registry
 
 SHAPE, BATCH = (1, 4, 4), 8  # of an image; images of a step of both ranks together
 SETTINGS = {
-    "direct": {"pairs": 16, "steps": 2},
-    "reflow": {"pairs": 16, "steps": 2},
+    "direct": {"pairs": 16, "steps": 2, "held_out": 12, "checks": 2},
+    "reflow": {"pairs": 16, "steps": 2, "distil_share": 0.5, "distil_pairs": "own"},
     "imm": {"group_size": 2},
     "tract": {"steps": [4, 2, 1]},
     "pd": {"steps": 4},

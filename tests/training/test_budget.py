@@ -15,6 +15,7 @@ from distillbench.errors import UserError
 from distillbench.metering.energy import Energy
 from distillbench.metering.stopwatch import MOST_MARKS, Account, Stopwatch
 from distillbench.training.budget import BudgetConfig, Limit, Meter
+from distillbench.training.network_rows import NetworkRows
 
 
 @pytest.fixture
@@ -62,6 +63,16 @@ def test_a_charge_is_added_to_seconds_and_teacher_evaluations(clock):
     cost = meter.cost()
     assert (cost.seconds, cost.teacher_nfe, cost.student_nfe, cost.images) == (20.0, 300, 0, 0)
     assert meter.progress() == 0.5
+
+
+def test_a_charge_may_be_of_a_student():
+    rows = NetworkRows("student", "some.Network", 10, 0, forward=40)
+    meter = Meter(BudgetConfig(limit=Limit.nfe, nfe=400), gaussian_teacher(), "cpu")
+    for _ in range(2):
+        meter.charge(3.0, 0, student_nfe=40, student_seconds=2.0, networks=[rows])
+    cost = meter.cost()
+    assert (cost.teacher_nfe, cost.student_nfe, meter.student_nfe, meter.progress()) == (0, 80, 80, 0.2)
+    assert cost.student_seconds == 4.0 and cost.networks == (rows.plus(rows),)
 
 
 def test_progress_is_the_share_of_what_the_budget_limits(clock):

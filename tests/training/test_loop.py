@@ -155,6 +155,30 @@ def test_phases_share_the_budget_and_are_called_in_order(tmp_path):
     assert method.diary == expected
 
 
+class Preparing(Costly):
+    """Its second phase is prepared by 300 evaluations; the weight is written down."""
+
+    def prepare_phase(self, index, workspace):
+        self.diary.append((index, self.student.w.item()))
+        workspace.meter.charge(0.0, 300 * index)
+
+
+def test_a_phase_is_prepared_with_the_networks_as_trained_so_far(tmp_path):
+    """Linear decay over ten steps, and then over the ten that 300 evaluations leave of twenty."""
+    method = Preparing([Phase("a", 1.0), Phase("b", 2.0)])
+    run(method, tmp_path, budget=BudgetConfig(limit=Limit.nfe, nfe=900), lr_decay="linear")
+    assert [entry for entry in method.diary if isinstance(entry, tuple)] == [(0, 0.0), (1, method.path[9])]
+    assert method.diary[method.diary.index("start 1") + 1] == (1, method.path[9])
+    assert method.moves == pytest.approx(2 * [0.5 * (1 - k / 10) for k in range(10)], rel=1e-6, abs=1e-12)
+
+
+def test_a_phase_whose_preparation_uses_up_its_budget_is_an_error(tmp_path):
+    method = Preparing([Phase("a", 1.0), Phase("b", 1.0), Phase("c", 1.0)])
+    with pytest.raises(RuntimeError, match=r"budget of phase 'b', which ends at 67% of 900 nfe"):
+        run(method, tmp_path, budget=BudgetConfig(limit=Limit.nfe, nfe=900))
+    assert len(method.sizes) == 10
+
+
 def test_the_learning_rate_starts_anew_in_a_fresh_phase(tmp_path):
     """Linear decay over 4 and then 8 steps: lr (1 - k / n)."""
     method = Ramp([Phase("a", 1.0), Phase("b", 2.0)])

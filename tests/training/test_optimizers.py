@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 from distillbench.errors import UserError
 from distillbench.networks.averaging import power_exponent
-from distillbench.training.optimizer_config import NetworkConfig, OptimizerConfig
+from distillbench.training.optimizer_config import NetworkConfig, OptimizerConfig, check_optimizers
 from distillbench.training.optimizers import Average, Gradients, Optimizers, learning_rate_factor
 from distillbench.training.resume import State
 from distillbench.training.share import Share
@@ -101,10 +104,75 @@ def test_a_network_may_have_another_optimizer():
     assert type(optimizers.by_network[owner["student"]]) is torch.optim.RAdam
 
 
+# --- moments of 8 bits -----------------------------------------------------------------------------------------------
+
+
+def large() -> nn.ModuleDict:
+    """A weight whose moments have 8 bits, in an odd number of blocks, and one too small for that."""
+    random = torch.Generator().manual_seed(0)
+    weights = [torch.randn(17, 300, generator=random), torch.randn(5, generator=random)]
+    return nn.ModuleDict({"student": nn.ParameterList([weight.float() for weight in weights])})
+
+
+def descend(optimizers: Optimizers, owner: nn.ModuleDict, steps: range) -> None:
+    for step in steps:
+        random = torch.Generator().manual_seed(step)
+        terms = [(w * torch.randn(w.shape, generator=random).float()).sum() for w in owner["student"]]
+        optimizers.update(owner["student"], sum(terms), 1 / step)
+
+
+def test_adamw8bit_is_that_of_bitsandbytes_and_resumes():
+    """Held against the library's own optimiser, and against AdamW of 32 bits, from which it differs a little."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    whole, cut, resumed, theirs, plain = (large() for _ in range(5))
+    descend(Optimizers(settings("adamw8bit")), whole, range(1, STEPS + 1))
+    own = {"lr": LR, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": DECAY}
+    reference = bitsandbytes.optim.AdamW8bit(theirs["student"].parameters(), **own)
+    for step in range(1, STEPS + 1):
+        random = torch.Generator().manual_seed(step)
+        for weight in theirs["student"]:
+            weight.grad = torch.randn(weight.shape, generator=random).float()
+        reference.param_groups[0]["lr"] = LR / step
+        reference.step()
+    assert all(torch.equal(a, b) for a, b in zip(whole["student"], theirs["student"], strict=True))
+    descend(Optimizers(settings("adamw")), plain, range(1, STEPS + 1))
+    (moved, small), (apart, equal) = (
+        [(a - b).abs().mean() for a, b in zip(one["student"], other["student"], strict=True)]
+        for one, other in ((large(), whole), (plain, whole))
+    )
+    assert 0 < apart < 0.1 * moved and equal < 1e-5 * small
+    first, second = Optimizers(settings("adamw8bit")), Optimizers(settings("adamw8bit"))
+    descend(first, cut, range(1, 5))
+    state = first.by_network[cut["student"]].state[cut["student"][0]]
+    assert {state["state1"].dtype, state["state2"].dtype} == {torch.uint8}
+    kept = first.state(cut)
+    values = json.loads(json.dumps(kept.values))
+    resumed.load_state_dict(cut.state_dict())
+    second.restore(State({name: tensor.detach().clone() for name, tensor in kept.tensors.items()}, values), resumed)
+    descend(second, resumed, range(5, STEPS + 1))
+    assert all(torch.equal(a, b) for a, b in zip(whole["student"], resumed["student"], strict=True))
+
+
+def test_adamw8bit_is_refused_without_its_library_and_where_weights_are_not_whole(monkeypatch):
+    config = OptimizerConfig(optimizer="adamw8bit")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    message = r"optimizer=adamw8bit needs the library bitsandbytes: pip install 'distillbench\[adam8bit\]'"
+    with pytest.raises(UserError, match=message):
+        Optimizers(config).update(network := large()["student"], network[0].sum(), 1.0)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"methods\.lcm\.{message}"):
+        check_optimizers(config, "methods.lcm.", {"compute.shard": True})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    check_optimizers(config, "methods.lcm.", {"compute.shard": False})
+    check_optimizers(OptimizerConfig(), "methods.lcm.", {"compute.shard": True})
+    with pytest.raises(UserError, match=r"optimizer=adamw8bit does not go with compute\.shard=true: it keeps"):
+        check_optimizers(config, "", {"compute.channels_last": False, "compute.shard": True})
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"optimizer": "sgd"}, "optimizer must be one of adamw, adam, radam, got 'sgd'"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, adam, radam, adamw8bit, got 'sgd'"),
         ({"eps": 0.0}, "eps must be positive, got 0.0"),
         ({"lr_decay": "sqrt"}, "lr_decay must be one of constant, linear, cosine, inverse_sqrt, got 'sqrt'"),
         ({"lr_decay_start": 0.0}, "lr_decay_start must be positive, got 0.0"),

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from analytic import gaussian_teacher, make_workspace
+from analytic import gaussian_teacher, make_workspace, mlp_teacher
 from distillbench.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from distillbench.diffusion.noise import Noise, stream_key
+from distillbench.errors import UserError
 from distillbench.metering.energy import Energy
 from distillbench.storage.files import signed
 from distillbench.system.progress import Progress
@@ -162,6 +163,29 @@ def test_making_pairs_leaves_no_gradients(tmp_path):
     seen = []
     workspace.pairs(lambda eps, c: seen.append(torch.is_grad_enabled()) or eps, 3, RECIPE)
     assert seen == [False]
+
+
+def solved_by(teacher, network, folder, told=None, **settings):
+    """One request of pairs whose images are those of `network`."""
+    workspace = make_workspace(teacher, folder)
+    workspace.__dict__ |= settings
+    return workspace.pairs(lambda eps, c: network(eps, torch.full((len(eps), 1, 1, 1), 0.5)), 3, RECIPE, told)
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_pairs_of_a_student_must_be_named_and_frozen(dry, tmp_path):
+    teacher = mlp_teacher()
+    student = teacher.student()
+    with pytest.raises(RuntimeError, match="not told: cached pairs"):
+        solved_by(teacher, student, tmp_path, dry=dry)
+    with pytest.raises(RuntimeError, match="a network that is being trained"):
+        solved_by(teacher, student, tmp_path, student, dry=dry)
+    frozen = student.freeze()
+    with pytest.raises(
+        UserError, match=r"compute\.shard=true does not go with noise-image pairs that a student computes"
+    ):
+        solved_by(teacher, frozen, tmp_path, frozen, dry=dry, shard=True)
+    assert len(solved_by(teacher, frozen, tmp_path, frozen, dry=dry)) == (2 if dry else 3)
 
 
 class Numbered:
