@@ -11,10 +11,10 @@ from distillbench.cli.command_options import (
     SOMETHING_FAILED,
     UserPath,
     debuggable,
-    load_plugins,
     plugin_options,
     with_plugins,
 )
+from distillbench.cli.loading import load_plugins
 from distillbench.cli.terminal import new_console
 from distillbench.errors import UserError
 

@@ -104,7 +104,7 @@ def _print_plan_table(console: Console, cells: list[Cell], seconds: dict[int, fl
     from distillbench.runs.time_plan import about
 
     columns = ["cell", "rows at NFE", "training\nimages"]
-    columns += [f"{what}\nevaluations" for what in ("teacher", "student", "sampling")]
+    columns += [f"{what}\nNFE" for what in ("teacher", "student", "sampling")]
     footer = [f"sum ({len(cells):,} cells)" if len(cells) > MOST_LINES else "sum", ""]
     footer += [number(sum(column)) for column in zip(*map(_cost, cells), strict=True)]
     lines = _plan_lines(cells)

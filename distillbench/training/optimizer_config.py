@@ -46,7 +46,7 @@ class OptimizerConfig:
 
     lr: float = option(1e-3, "peak learning rate of Adam")
     optimizer: str = added_option(
-        "adamw", "adamw, adam (weight decay is added to the gradient), radam (rectified Adam) or adamw8bit (an extra)"
+        "adamw", "adamw, adam (weight decay is added to the gradient), radam or adamw8bit (an extra)"
     )
     lr_warmup: float = option(0.05, "share of a phase over which the learning rate rises from 0")
     lr_decay: str = option("cosine", "then: constant; linear or cosine, to 0 at the end of the phase; or inverse_sqrt")

@@ -753,3 +753,19 @@ def test_rows_have_a_note_if_heun_is_unstable(tmp_path):
     assert notes["teacher:heun", 7].startswith(unstable)
     assert notes["teacher:heun", 1] == notes["boot", 1]
     assert notes["boot", 1].startswith(f"compared with the teacher's answers by {unstable}")
+
+
+def test_rows_that_were_found_can_be_left_out_and_names_for_people_are_kept(copied):
+    registry = load_registry()
+    configs = compose_runs(["methods=[boot]", *SMALLER, f'results_dir="{copied.results}"'], registry)
+    log, shown = io.StringIO(), []
+    progress = Progress(Console(file=log, width=300))
+    outcome = run(plan(configs, registry), configs, progress, shown.append, show_found=False)
+    assert not shown and len(outcome.table) == len(copied.table)
+    assert f"2 of 2 cells found in {copied.results / 'cells'}, nothing is trained or sampled" in log.getvalue()
+    declared = json.loads((outcome.folder / "columns.json").read_text())
+    assert declared["teacher_rmse"]["label"] == "RMSE to teacher"
+    assert {name: one["label"] for name, one in declared["method"].items()} == {
+        "teacher:ddim": "teacher, DDIM",
+        "boot": "BOOT",
+    }

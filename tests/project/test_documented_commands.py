@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from distillbench.cli import command_options, plugin_commands, result_commands
+from distillbench.cli import command_options, plugin_table, result_commands
 from distillbench.cli.commands import cli, main
 from distillbench.cli.fetch_command import weighted_networks
 from distillbench.registry import Entry, Plugin, Source, installed, load_registry
@@ -137,7 +137,7 @@ def registry(tmp_path_factory):
 @pytest.fixture
 def command_line(registry, monkeypatch, tmp_path):
     """Runs a command in an empty folder with the plugins of `registry`: its exit code and what it printed."""
-    for module in (command_options, plugin_commands, result_commands):
+    for module in (command_options, plugin_table, result_commands):
         monkeypatch.setattr(module, "load_plugins", lambda folders: registry)
     monkeypatch.setenv("DISTILLBENCH_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ from distillbench.builtin.trained import Trained
 from distillbench.errors import UserError
 from distillbench.options import option, require_between, require_fraction, require_one_of, require_positive
 from distillbench.registry import Entry, Plugin, load_registry
-from distillbench.runs import config
+from distillbench.runs import config, overrides
 from distillbench.runs.config import compose_runs, describe_options, to_yaml
 from distillbench.runs.overrides import config_folder
 from distillbench.training.method import MethodConfig
@@ -456,7 +456,7 @@ def test_every_shipped_experiment_is_valid(registry):
 
 
 def test_an_incomplete_installation_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "HERE", tmp_path / "distillbench")
+    monkeypatch.setattr(overrides, "HERE", tmp_path / "distillbench")
     with pytest.raises(UserError, match=r"no config\.yaml in .* not completely installed"):
         config_folder()
     (tmp_path / "distillbench" / "configs").mkdir(parents=True)
