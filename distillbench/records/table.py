@@ -30,13 +30,8 @@ FIRST: dict[str, str] = {  # column: pandas type
 LOADS = ("machine_load_training", "machine_load_sampling")  # by other processes, while costs were measured
 UPDATES = ("clipped_steps", "nonfinite_steps")  # of a training, but no costs
 STUDENT = ("trained_parameters", "student_lora_rank", "student_architecture")
-LATER = (
-    "note",
-    "inputs",
-    *UPDATES,
-    *STUDENT,
-    *LOADS,
-)  # columns that tables of older versions lack; they are empty there
+# Columns that tables of older versions lack; they are empty there.
+LATER = ("note", "inputs", *UPDATES, *STUDENT, *LOADS)
 COST: dict[str, str] = {  # what is counted first: it is the same on any machine
     "train_images": "Int64",
     "train_teacher_nfe": "Int64",
