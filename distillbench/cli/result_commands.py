@@ -77,6 +77,23 @@ def report(
 
 
 @click.command()
+@click.argument("results", nargs=-1, required=True, type=UserPath())
+@click.option("--output", "-o", required=True, type=UserPath(file_okay=False), help="Folder of the site.")
+@debuggable
+def leaderboard(results: tuple[str, ...], output: str) -> None:
+    """Write a site that compares the runs in RESULTS.
+
+    RESULTS are runs, or folders of runs. The site is static: it works offline and on any web server.
+
+    \b
+    distillbench leaderboard results/reference results/mine -o site
+    """
+    from distillbench.reports.leaderboard import leaderboard as write
+
+    write(results, output, new_console())
+
+
+@click.command()
 @click.argument("a", type=UserPath())
 @click.argument("b", type=UserPath())
 @click.option("--tolerance", default=0.1, show_default=True, help="Relative change of a cost that is ignored.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -51,6 +51,11 @@ class Group:
     @property
     def facts(self) -> dict[str, Any]:
         return dict(zip(GROUP, self.place, strict=True))
+
+    def only(self, entries: Sequence[Entry]) -> Group:
+        """The group with some of its entries and their rows."""
+        labels = {entry.label for entry in entries}
+        return replace(self, entries=list(entries), table_rows=[row for row in self.table_rows if row.label in labels])
 
     @property
     def students(self) -> list[Entry]:
@@ -173,6 +178,12 @@ def group_answers(group: Group) -> tuple[Answers | None, list[Answers]]:
     first = primary(groups, [*directions])
     found = {score: answers(groups, group.entries, score, group.labels) for score in directions}
     return found.get(first), [one for score, one in found.items() if one is not None and score != first]
+
+
+def heading(group: Group) -> str:
+    """Dataset and budget."""
+    facts = group.facts
+    return f"{facts['dataset'] or 'unknown dataset'}, {_grouped(str(facts['budget'] or 'teacher only'))}"
 
 
 def title(group: Group, several_sections: bool) -> str:

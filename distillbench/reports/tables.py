@@ -209,7 +209,7 @@ def _cell(data: Comparison, at: int, column: Column) -> Cell:
 
 
 def _score_cell(entry: Entry, score: str, leads: Lead | None) -> Cell:
-    row, value = entry.values, entry.values[score]
+    row, value = entry.values, entry.values.get(score)
     if value is None and str(row["status"]).startswith("0 of "):
         status = str(entry.behind[0]["status"]) if entry.behind else "failed"
         return Cell(status, None, "", "failed", entry.failures() or "no reason given")
