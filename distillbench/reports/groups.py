@@ -183,7 +183,7 @@ def group_answers(group: Group) -> tuple[Answers | None, list[Answers]]:
 def heading(group: Group) -> str:
     """Dataset and budget."""
     facts = group.facts
-    return f"{facts['dataset'] or 'unknown dataset'}, {_grouped(str(facts['budget'] or 'teacher only'))}"
+    return f"{facts['dataset'] or 'unknown dataset'}, {grouped(str(facts['budget'] or 'teacher only'))}"
 
 
 def title(group: Group, several_sections: bool) -> str:
@@ -194,14 +194,14 @@ def title(group: Group, several_sections: bool) -> str:
         return f"{what} on {facts['dataset'] or 'an unknown dataset'}"
     parts = [str(facts["dataset"] or "unknown dataset"), str(facts["teacher"] or "")]
     if several_sections:
-        parts += [_grouped(str(facts["budget"] or "teacher only"))]
+        parts += [grouped(str(facts["budget"] or "teacher only"))]
         parts += [f"{number(facts['images'])} images"] if facts["images"] else []
         parts += [f"guidance {number(facts['guidance'])}"] if facts["guidance"] is not None else []
         parts += [f"protocol {facts['protocol']}"] if facts["protocol"] else []
     return ", ".join(part for part in parts if part)
 
 
-def _grouped(text: str) -> str:
+def grouped(text: str) -> str:
     """The text with separators in its long numbers: 300,000 images."""
     return re.sub(r"\b\d{4,}\b", lambda match: f"{int(match[0]):,}", text)
 
@@ -209,7 +209,7 @@ def _grouped(text: str) -> str:
 def compared(group: Group) -> str:
     """What was compared, in a line: budget, seeds, samples, teacher."""
     facts = group.facts
-    parts = [_grouped(str(facts["budget"] or "an unknown budget")) + " each"] if group.students else []
+    parts = [grouped(str(facts["budget"] or "an unknown budget")) + " each"] if group.students else []
     seeds = _span(group.students, "training_seeds")
     parts += [f"{seeds} training seed{'s' * (seeds != '1')}"] if group.students and seeds else []
     parts += [f"{number(facts['images'])} samples per row"] if facts["images"] else []
@@ -222,7 +222,7 @@ def facts_of(group: Group) -> list[tuple[str, str]]:
     """The list of facts above a section's tables, without empty ones."""
     facts, students = group.facts, group.students
     sampled_by = f", sampled with {words.listed(group.samplers)}" if group.samplers else ""
-    budget = _grouped(facts["budget"] or "")
+    budget = grouped(facts["budget"] or "")
     devices = dict.fromkeys(entry.values["device"] for entry in group.entries if entry.values["device"])
     found = [
         ("Dataset", facts["dataset"]),
