@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,6 +146,7 @@ def best_for_cost(runs: Sequence[RunData], data: SummaryData, score: str, cost: 
     if not tables or direction == "none":
         return []
     table = pd.concat(tables, ignore_index=True).drop_duplicates([*KEYS, *SEEDS])
+    table[score] = table[score].where(table[score].abs() < math.inf)
     each = cost.startswith("train_")
     found = fronts(table, score, direction, cost, [run.influences for run in runs], each_nfe=each)
     return [[(p.cost, p.score) for p in front.points if p.place == "on"] for front in found]

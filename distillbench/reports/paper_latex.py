@@ -44,7 +44,7 @@ def _float(table: PaperTable, number: int, style: PaperStyle) -> str:
     caption = ". ".join([*table.caption, *([f"Units: {'; '.join(units)}"] if units else [])])
     body = _tabular(table)
     if not size:
-        size, body = "scriptsize", f"\\resizebox{{\\linewidth}}{{!}}{{%\n{body}}}\n"
+        size, body = "scriptsize", f"\\resizebox{{\\linewidth}}{{!}}{{{body.rstrip()}}}\n"
     return (
         f"\\begin{{table{star}}}[htbp]\n\\centering\n\\caption{{{latex_text(caption)}.}}\n"
         f"\\label{{tab:{table.label}-{number}}}\n\\vskip 0.6ex\n\\{size}\n"
