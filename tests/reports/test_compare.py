@@ -186,7 +186,7 @@ def test_missing_rows_and_seeds_are_said_in_the_first_line(runs):
     assert (
         "Of 1 score with one seed it is not known." in line
         and line.startswith("Of the rows that both have, B")
-        and "1 row of A failed or are missing in B." in line
+        and "1 row of A failed or is missing in B." in line
     )
 
 
