@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from distillbench import Batch, Condition, Method, MethodConfig, Teacher, hookimpl, option
 from distillbench.diffusion import DISTANCE_NAMES, TIME_GRIDS, UNCONDITIONAL, ddim, time_like, whole_grid, x_at_t_max
 from distillbench.networks import TwoTimes
-from distillbench.options import require_between, require_one_of, require_positive
+from distillbench.options import Among, Between, require_between, require_one_of, require_positive
 
 
 class SignalNetwork(TwoTimes):
@@ -58,14 +58,18 @@ class Boot(Method):
 
     @dataclass
     class Config(MethodConfig):
-        lr: float = option(2e-3, "peak learning rate of Adam")
-        steps: int = option(8, "N, steps from t_max to t_min")
-        times: str = option("uniform", f"their grid ({', '.join(TIME_GRIDS)}), or continuous: any t, steps of delta")
-        target: str = option("heun", "y_s by exponential heun, or by one euler step (exact DDIM, one evaluation less)")
+        lr: float = option(2e-3, "peak learning rate of Adam", search=Between(3e-4, 1e-2, log=True))
+        steps: int = option(8, "N, steps from t_max to t_min", search=Between(4, 32, log=True))
+        times: str = option(
+            "uniform",
+            f"their grid ({', '.join(TIME_GRIDS)}), or continuous: any t, steps of delta",
+            search=Among(["uniform", "uniform_lambda", "continuous"]),
+        )
+        target: str = option("heun", "y_s by exponential heun, or by an euler step", search=Among(["heun", "euler"]))
         metric: str = option("l2", f"|.|^2 of both losses, or another distance: {', '.join(DISTANCE_NAMES)}")
         weight: str = option("uniform", "w: uniform (1), inv_delta2 (1/delta^2) or inv_dlam2 (1/(1-r)^2)")
-        beta: float = option(1.0, "weight of the boundary loss, to be read together with w")
-        boundary_share: float = option(0.25, "share of a batch on which the boundary loss is estimated")
+        beta: float = option(1.0, "weight of the boundary loss, to be read with w", search=Between(0.1, 10.0, log=True))
+        boundary_share: float = option(0.25, "share of a batch for the boundary loss", search=Among([0.1, 0.25]))
         handover: float = option(0.0, "ours: nfe > 1 goes on with the teacher's DDIM from this share of the times")
 
         def __post_init__(self) -> None:

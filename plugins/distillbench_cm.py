@@ -47,7 +47,7 @@ from distillbench.diffusion import (
     one_mask,
 )
 from distillbench.networks import MovingAverage
-from distillbench.options import require_between, require_fraction, require_one_of, require_positive
+from distillbench.options import Among, Between, require_between, require_fraction, require_one_of, require_positive
 
 
 class ConsistencyDistillation(SegmentedMethod):
@@ -59,13 +59,15 @@ class ConsistencyDistillation(SegmentedMethod):
 
     @dataclass
     class Config(SegmentedMethod.Config):
-        lr: float = option(2e-3, "peak learning rate of Adam")
-        steps: int = option(12, "N, noise levels of the grid (the paper: 18 for CIFAR-10, 40 for ImageNet)")
-        solver: str = option("heun", "teacher step: heun (two evaluations) or ddim (Euler, one evaluation)")
+        lr: float = option(2e-3, "peak learning rate of Adam", search=Between(3e-4, 1e-2, log=True))
+        steps: int = option(12, "N, noise levels of the grid (the paper: 18, 40)", search=Between(9, 40, log=True))
+        solver: str = option("heun", "teacher step: heun (two evaluations) or ddim (one)", search=Among(ONE_STEP))
         times: str = option("karras", "grid of the levels: karras, uniform (in t) or uniform_lambda")
-        mu: float = option(0.95, "decay of the target network; 0: the student itself, stop-gradient")
-        metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}")
-        weight: str = option("inv_step", "lambda: uniform (1), or inv_step, 1/(tau_t - tau_s) of arXiv:2310.14189")
+        mu: float = option(0.95, "decay of the target; 0: the student itself", search=Among([0.0, 0.9, 0.95, 0.99]))
+        metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}", search=Among(["l2", "pseudo_huber"]))
+        weight: str = option(
+            "inv_step", "lambda: uniform (1) or inv_step, 1/(tau_t - tau_s)", search=Among(STEP_WEIGHTS)
+        )
         sigma_min: float = option(0.002, "e, smallest noise level")
         sigma_max: float = option(80.0, "largest noise level")
         sigma_data: float = option(0.5, "sd, standard deviation of the data")

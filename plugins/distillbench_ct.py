@@ -45,7 +45,7 @@ from distillbench.diffusion import (
     one_mask,
 )
 from distillbench.networks import MovingAverage
-from distillbench.options import require_between, require_fraction, require_one_of, require_positive
+from distillbench.options import Among, Between, require_between, require_fraction, require_one_of, require_positive
 
 
 class ConsistencyTraining(SegmentedMethod):
@@ -58,19 +58,19 @@ class ConsistencyTraining(SegmentedMethod):
 
     @dataclass
     class Config(SegmentedMethod.Config):
-        lr: float = option(2e-3, "peak learning rate of Adam")
+        lr: float = option(2e-3, "peak learning rate of Adam", search=Between(3e-4, 1e-2, log=True))
         start: str = option("fresh", "weights that the student starts from: fresh, or the teacher's (teacher)")
         fourier_scale: float = option(0.0, "of a fresh NCSN++'s features of time; 0: 16 (arXiv:2310.14189: .02)")
         curriculum: str = option("doubling", "how N grows: doubling (arXiv:2310.14189) or sqrt (arXiv:2303.01469)")
-        s0: int = option(10, "smallest N - 1")
-        s1: int = option(20, "largest N - 1 (arXiv:2310.14189: 10 to 1280; arXiv:2303.01469: 2 to 150)")
-        mu: float = option(0.95, "decay of the target network; 0: the student itself, stop-gradient")
+        s0: int = option(10, "smallest N - 1", search=Between(2, 16, log=True))
+        s1: int = option(20, "largest N - 1 (released: 1280 and 150, from 10 and 2)", search=Between(20, 160, log=True))
+        mu: float = option(0.95, "decay of the target; 0: the student itself", search=Among([0.0, 0.9, 0.95, 0.99]))
         mu_grows: bool = option(False, "the decay is mu^(s0 / (N - 1)), mu in the first stage (arXiv:2303.01469)")
         metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}; for few pixels only l2 is unbiased")
         weight: str = option("inv_step", "lambda: uniform (1), or inv_step, 1/(tau_t - tau_s)")
         levels: str = option("lognormal", "noise levels of a batch: lognormal or uniform on a grid, or continuous")
-        p_mean: float = option(-1.1, "mean of ln tau of that log-normal")
-        p_std: float = option(2.0, "standard deviation of ln tau of that log-normal")
+        p_mean: float = option(-1.1, "mean of ln tau of that log-normal", search=Between(-2.0, 0.5))
+        p_std: float = option(2.0, "standard deviation of ln tau of that log-normal", search=Between(1.0, 2.5))
         sigma_min: float = option(0.002, "smallest noise level; it is e, unless levels=continuous")
         sigma_max: float = option(80.0, "largest noise level")
         sigma_data: float = option(0.5, "standard deviation of the data; not used by levels=continuous")

@@ -46,7 +46,7 @@ from distillbench.diffusion import (
     with_gradient_of,
 )
 from distillbench.networks import MovingAverage, TwoTimes, frozen_weights
-from distillbench.options import require_between, require_fraction, require_one_of, require_positive
+from distillbench.options import Among, Between, require_between, require_fraction, require_one_of, require_positive
 
 
 class ConsistencyTrajectory(MultistepMethod):
@@ -55,14 +55,15 @@ class ConsistencyTrajectory(MultistepMethod):
 
     @dataclass
     class Config(MultistepMethod.Config):
-        steps: int = option(18, "N, noise levels of the grid (the paper: 18 for CIFAR-10, 40 for ImageNet)")
-        solver_steps: int = option(5, "largest n (the paper: N - 1, from any level to the lowest)")
-        compare: str = option("soft", "where: soft, at the lowest level through the target network, or local, at s")
-        metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}")
-        mu: float = option(0.95, "decay of the target network (released: .999); 0: the student itself")
-        denoising: float = option(0.1, "w, weight of denoising; 0: none")
+        lr: float = option(1e-3, "peak learning rate of Adam", search=Between(3e-4, 1e-2, log=True))
+        steps: int = option(18, "N, noise levels of the grid (the paper: 18, 40)", search=Between(17, 40, log=True))
+        solver_steps: int = option(5, "largest n (the paper: N - 1, any level to the lowest)", search=Between(1, 5))
+        compare: str = option("soft", "at the lowest level (soft) or at s (local)", search=Among(["soft", "local"]))
+        metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}", search=Among(["l2", "pseudo_huber"]))
+        mu: float = option(0.95, "decay of the target (released: .999); 0: student", search=Among([0.9, 0.95, 0.999]))
+        denoising: float = option(0.1, "w, weight of denoising; 0: none", search=Between(0.01, 1.0, log=True))
         adaptive: bool = option(False, "w times the ratio of both losses' gradients in the last layer (the paper)")
-        gamma: float = option(0.0, "noise of several evaluations, 0 (the ODE) to 1 (consistency models)", sampling=True)
+        gamma: float = option(0.0, "noise of several steps, 0 (ODE) to 1 (CM)", sampling=True, search=Between(0.0, 1.0))
         embeds: str = option("s", "embedding of s: s (of lam), network (released: of ln(s)/4 on EDM) or difference")
         sigma_min: float = option(0.002, "smallest noise level")
         sigma_max: float = option(80.0, "largest noise level")
@@ -102,8 +103,7 @@ class ConsistencyTrajectory(MultistepMethod):
 
     def consistency_loss(self, batch: Batch) -> Tensor:
         schedule, grid, c, n = self.teacher.schedule, self.grid, batch.c, self.draw_n(batch)
-        k = batch.integers(n, len(grid))
-        t, u, s = grid[k], grid[k - n], grid[(batch.uniform() * (k - n + 1)).long()]
+        t, u, s = grid[k := batch.integers(n, len(grid))], grid[k - n], grid[(batch.uniform() * (k - n + 1)).long()]
         x_t = x_u = schedule.noised(batch.x_0, t, batch.noise())
         soft, d = self.config.compare == "soft", self.distances[self.config.metric]
         end = grid[torch.zeros_like(k)] if soft else s

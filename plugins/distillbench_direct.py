@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, Workspace, hookimpl, option
 from distillbench.diffusion import DISTANCE_NAMES, SAMPLERS, Solver, time_like, x_at_t_max
-from distillbench.options import require_between, require_one_of, require_positive
+from distillbench.options import Among, Between, require_between, require_one_of, require_positive
 
 
 class Direct(Method):
@@ -43,12 +43,14 @@ class Direct(Method):
 
     @dataclass
     class Config(MethodConfig):
-        lr: float = option(2e-3, "peak learning rate of Adam")
-        steps: int = option(64, "N, steps of the teacher's sampler")
+        lr: float = option(2e-3, "peak learning rate of Adam", search=Between(3e-4, 1e-2, log=True))
+        steps: int = option(64, "N, steps of the teacher's sampler", search=Among([16, 32, 64]))
         solver: str = option("ddim", f"the teacher's sampler, SAMPLER or SAMPLER/GRID: {', '.join(SAMPLERS)}")
-        loss: str = option("l2", f"{', '.join(DISTANCE_NAMES)} (the paper's choice for CIFAR-10: l1)")
+        loss: str = option(
+            "l2", f"{', '.join(DISTANCE_NAMES)} (the paper's choice for CIFAR-10: l1)", search=Among(["l2", "l1"])
+        )
         online: bool = option(False, "solve for every batch instead of making pairs ahead")
-        pairs: int = option(32_768, "noise-image pairs made ahead (offline)")
+        pairs: int = option(32_768, "noise-image pairs made ahead (offline)", search=Among([8192, 16_384, 32_768]))
         eight_bit: bool = option(False, "truncate x_0 to [-1, 1] in 8 bits, rounding down (released)")
         held_out: int = option(0, "pairs on which the best average is chosen; 0: the last (released: 51,200)")
         checks: int = option(25, "averages that are compared on held-out pairs, evenly along training")

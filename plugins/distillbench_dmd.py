@@ -36,7 +36,7 @@ from torch.nn.functional import softplus
 from distillbench import Batch, Condition, Method, MethodConfig, NetworkConfig, Phase, Teacher, hookimpl, option
 from distillbench.diffusion import chain_times, denoising_loss, karras_time, lognormal_time, mean_square, rollout
 from distillbench.networks import FakeScore, frozen_weights
-from distillbench.options import require_between, require_one_of, require_positive
+from distillbench.options import Among, Between, require_between, require_one_of, require_positive
 
 TIMES = {  # t from the schedule and a uniform draw
     "karras": functools.partial(karras_time, low=0.002, high=80.0),
@@ -59,17 +59,18 @@ class DistributionMatching(Method):
 
     @dataclass
     class Config(MethodConfig):
+        lr: float = option(1e-3, "peak learning rate of Adam", search=Between(3e-4, 1e-2, log=True))
         levels: list[float] = option([80.0], "noise levels of the student's steps, falling; as many as it has steps")
         mixture: bool = option(False, "the fake score is of the mixture of all steps (published), and not of each step")
-        fake_updates: int = option(5, "updates of the fake score to one of the student (Diff-Instruct: 1)")
+        fake_updates: int = option(5, "updates of the fake score to one of the student", search=Among([2, 5, 10]))
         shared: bool = option(False, "both updates of a step use the same images, the student's first (as released)")
-        weight: str = option("dmd", "w: dmd, floor 1e-5; released, none, NaN -> 0; one (Diff-Instruct); kl, 1/tau^2")
-        times: str = option("karras", "t: uniform on Karras et al.'s ramp, or lognormal (Diff-Instruct)")
-        margin: float = option(0.02, "share of these times at each end that the student's loss leaves out")
+        weight: str = option("dmd", "w: dmd, released (no floor), one, kl, 1/tau^2", search=Among(["dmd", "one", "kl"]))
+        times: str = option("karras", "t: uniform on Karras's ramp, or lognormal (Diff-Instruct)", search=Among(TIMES))
+        margin: float = option(0.02, "share of times at each end that L_G leaves out", search=Among([0.0, 0.02, 0.1]))
         gan_weight: float = option(0.0, "of the student's adversarial loss (published: 3e-3); 0: none, data-free")
         fake_gan_weight: float = option(0.01, "of the discriminator's loss")
         layer: str = option("", "submodule of the network whose output the discriminator gets")
-        fake: NetworkConfig = option(NetworkConfig(), "of the fake score and its discriminator")
+        fake: NetworkConfig = option(NetworkConfig(), "of the fake score", search={"lr": Among([None, 1e-3, 4e-3])})
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -97,8 +98,7 @@ class DistributionMatching(Method):
         return G(*rollout(G, self.teacher.schedule, self.times, noise, k))
 
     def h(self, x: Tensor, k: Tensor, batch: Batch, c: Condition) -> Tensor:
-        t = self.time(batch)
-        return self.fake.logits(self.teacher.schedule.noised(x, t, batch.noise()), t, k, c)
+        return self.fake.logits(self.teacher.schedule.noised(x, t := self.time(batch), batch.noise()), t, k, c)
 
     def fake_loss(self, x: Tensor, k: Tensor, batch: Batch, c: Condition) -> Tensor:
         e = self.fake.embedding(k)

@@ -51,7 +51,7 @@ from distillbench.diffusion import (
     one_mask,
     pseudo_huber,
 )
-from distillbench.options import require_between, require_one_of, require_positive
+from distillbench.options import Among, Between, require_between, require_one_of, require_positive
 
 
 class EasyConsistencyTuning(MultistepMethod):
@@ -63,22 +63,28 @@ class EasyConsistencyTuning(MultistepMethod):
 
     @dataclass
     class Config(MultistepMethod.Config):
-        lr: float = option(2e-3, "peak learning rate of Adam")
+        replaced = {"mid": "sampling_levels=[[LEVEL]]"}
+        lr: float = option(2e-3, "peak learning rate of Adam", search=Between(3e-4, 1e-2, log=True))
         source: str = option("data", "of f: data, x_0 itself (ECT), or the teacher (ECD)")
-        q: float = option(4.0, "q of the stages (released: 2 for CIFAR-10, 4 for ImageNet, 256 for one hour)")
-        stages: int = option(4, "number of stages (released: 8 for CIFAR-10, 1 for one hour)")
-        k: float = option(8.0, "k, how much longer steps at low noise levels are")
+        q: float = option(4.0, "q of the stages (released: 2, 4, 256 for one hour)", search=Among([2.0, 4.0, 16.0]))
+        stages: int = option(4, "number of stages (released: 8 for CIFAR-10, 1 for one hour)", search=Between(1, 8))
+        k: float = option(8.0, "k, how much longer steps at low noise levels are", search=Between(2.0, 32.0, log=True))
         b: float = option(1.0, "b, 1 / the noise level below which steps are longer")
         metric: str = option("l2", f"d: {', '.join(DISTANCE_NAMES)}; released: pseudo_huber, biased for few pixels")
         huber_c: float = option(0.0, "C of pseudo_huber (released: 0)")
-        p_mean: float = option(-1.1, "mean of ln tau")
-        p_std: float = option(2.0, "standard deviation of ln tau")
+        p_mean: float = option(-1.1, "mean of ln tau", search=Between(-2.0, 0.5))
+        p_std: float = option(2.0, "standard deviation of ln tau", search=Between(1.0, 2.5))
         sigma_min: float = option(0.002, "smallest noise level; below, tau_s is 0")
         sigma_max: float = option(80.0, "largest noise level, where sampling starts")
         bounded: bool = option(True, "cut levels of training to these; false: to what the network takes (released)")
-        boundary: float = option(0.0, "noise level where F is x^ in sampling; 0: none (released: .003)", sampling=True)
+        boundary: float = option(
+            0.0, "noise level where F is x^; 0: none (released: .003)", sampling=True, search=Among([0.0, 0.003])
+        )
         sampling_levels: list = option(
-            [[0.821]], "noise levels where steps after the first begin (ImageNet: [[1.526]])", sampling=True
+            [[0.821]],
+            "noise levels where steps after the first begin (ImageNet: [[1.526]])",
+            sampling=True,
+            search=Among([[], [[0.2]], [[0.4]], [[0.821]], [[1.526]], [[3.0]], [[6.0]]]),
         )
 
         def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, hookimpl, option
 from distillbench.diffusion import one_mask, time_like
 from distillbench.networks import TwoTimes
-from distillbench.options import require_between, require_one_of, require_positive
+from distillbench.options import Among, Between, require_between, require_one_of, require_positive
 
 ETA_MAX, SMALLEST_STEP, SMALLEST_DISTANCE = 160.0, 1e-4, 1e-8
 
@@ -50,17 +50,17 @@ class InductiveMomentMatching(Method):
 
     @dataclass
     class Config(MethodConfig):
-        lr: float = option(2e-3, "peak learning rate of Adam (published: 1e-4)")
+        lr: float = option(2e-3, "peak learning rate of Adam (published: 1e-4)", search=Between(3e-4, 1e-2, log=True))
         grad_clip: float = option(0.0, "largest norm of gradients; 0: not clipped, as weights differ by factors of 100")
         schedule: str = option("flow_matching", "noise schedule that it works on; no other is possible")
         start: str = option("teacher", "weights that the student starts from: the teacher's, or fresh (published)")
-        group_size: int = option(4, "M, images of a group, as published; the batch size is a multiple of it")
+        group_size: int = option(4, "M, images of a group, a divisor of the batch's", search=Among([4, 8, 16]))
         diagonal: bool = option(True, "whether the sum has its terms i = j (published); false: the unbiased estimator")
-        k: int = option(5, "2^k steps of eta from 160 to 0 (published: 12 for latents, 15 for CIFAR-10)")
-        a: float = option(0.0, "power of 1 - t in the weight (published: 1, or 2 where networks get t - s)")
-        b: float = option(2.0, "shift of log SNR in the weight (published: 4 or 5)")
+        k: int = option(5, "2^k steps of eta from 160 to 0 (published: 12, 15 for CIFAR-10)", search=Between(3, 9))
+        a: float = option(0.0, "power of 1 - t in the weight (published: 1 or 2)", search=Among([0.0, 1.0, 2.0]))
+        b: float = option(2.0, "shift of log SNR in the weight (published: 4 or 5)", search=Between(0.0, 5.0))
         t_max: float = option(0.994, "largest t, where sampling starts")
-        to_image: float = option(0.5, "ours: share of groups with the least s, as of one step (published: 0)")
+        to_image: float = option(0.5, "ours: share of groups with the least s (published: 0)", search=Between(0.0, 0.8))
         sigma_data: float = option(0.5, "sd, standard deviation of the data")
 
         def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ from distillbench.diffusion import (
     whole_grid,
 )
 from distillbench.networks import MovingAverage, project_guidance
-from distillbench.options import require_between, require_fraction, require_one_of, require_positive
+from distillbench.options import Among, Between, require_between, require_fraction, require_one_of, require_positive
 
 INDICES = 1000  # of the schedules of diffusers
 
@@ -76,14 +76,14 @@ class LatentConsistency(SegmentedMethod):
 
     @dataclass
     class Config(SegmentedMethod.Config):
-        lr: float = option(2e-3, "peak learning rate of Adam (published: 8e-6, and 1e-4 for adapters)")
-        steps: int = option(50, "N, steps of the solver's grid")
+        lr: float = option(2e-3, "peak learning rate of Adam (published: 8e-6)", search=Between(3e-4, 1e-2, log=True))
+        steps: int = option(50, "N, steps of the solver's grid", search=Between(17, 100, log=True))
         times: str = option("trailing", "solver's grid: trailing (as released), uniform (in t) or uniform_lambda")
-        mu: float = option(0.95, "decay of the target network; 0: the student itself, stop-gradient")
+        mu: float = option(0.95, "decay of the target; 0: the student itself", search=Among([0.0, 0.9, 0.95, 0.99]))
         loss: str = option("huber", f"huber, the pseudo-Huber loss of each value, or {', '.join(DISTANCE_NAMES)}")
-        huber_c: float = option(1e-3, "h of the Huber loss, below which it is quadratic")
+        huber_c: float = option(1e-3, "h, below which the Huber loss is quadratic", search=Between(1e-4, 1.0, log=True))
         sigma_data: float = option(0.5, "sd of c_skip and c_out")
-        scaling: float = option(10.0, "tau of c_skip and c_out by index")
+        scaling: float = option(10.0, "tau of c_skip and c_out by index", search=Between(0.1, 10.0, log=True))
         w_input: str = option("added", "how students get w: added to the embedding of time, or projected (as released)")
 
         def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, hookimpl, option
 from distillbench.diffusion import UNCONDITIONAL, derivative, lognormal_time, time_like
 from distillbench.networks import TwoTimes, smooth_times
-from distillbench.options import require_between, require_one_of, require_positive
+from distillbench.options import Between, require_between, require_one_of, require_positive
 
 
 class AverageVelocity(TwoTimes):
@@ -54,20 +54,21 @@ class MeanFlow(Method):
 
     @dataclass
     class Config(MethodConfig):
+        lr: float = option(1e-3, "peak learning rate of Adam", search=Between(3e-4, 1e-2, log=True))
         schedule: str = option("flow_matching", "noise schedule that it works on; no other is possible")
         source: str = option("teacher", "of v: the teacher, or data, eps - x_0")
         start: str = option("teacher", "weights that the student starts from: the teacher's, or fresh (published)")
         smooth: int = option(8, "degree of the polynomials in which the student sees time; 0: as the teacher sees it")
         exact: bool = option(False, "du/dt by torch.func.jvp instead of a finite difference")
         embeds: str = option("s", "second time that the student embeds: s, or difference (released: t - s)")
-        step: float = option(5e-3, "h, step of the finite difference in t")
-        ratio: float = option(0.75, "share of a batch with s < t; the rest has s = t, where u is v")
-        uniform: float = option(0.5, "ours: share of uniform times; the others are logit-normal")
-        p_mean: float = option(-0.4, "mean of logit t of the logit-normal times")
+        step: float = option(5e-3, "h, step of the finite difference in t", search=Between(1e-3, 2e-2, log=True))
+        ratio: float = option(0.75, "share of a batch with s < t; else s = t, where u is v", search=Between(0.25, 1.0))
+        uniform: float = option(0.5, "ours: share of uniform times; others are logit-normal", search=Between(0.0, 1.0))
+        p_mean: float = option(-0.4, "mean of logit t of the logit-normal times", search=Between(-2.0, 1.0))
         p_std: float = option(1.0, "standard deviation of logit t of the logit-normal times")
         p_mean_s: float | None = option(None, "mean of logit s, drawn apart from t; null: of the two, s is the smaller")
         p_std_s: float = option(1.6, "standard deviation of logit s where it is drawn apart")
-        p: float = option(0.0, "power of the weight (the paper: 1, and .75 for CIFAR-10)")
+        p: float = option(0.0, "power of the weight (the paper: 1, and .75 for CIFAR-10)", search=Between(0.0, 1.0))
         c: float = option(1e-3, "constant of the weight")
 
         def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, NetworkConfig, Phase, Teacher, hookimpl, option
 from distillbench.diffusion import SNR_WEIGHTS, ancestral, ancestral_step, mean_square, x_at_t_max
-from distillbench.options import require_between, require_one_of
+from distillbench.options import Among, Between, require_between, require_one_of
 
 WEIGHTS = {"uniform": torch.ones_like, **SNR_WEIGHTS}  # of squared errors of x_0, from SNR
 
@@ -52,14 +52,16 @@ class MomentMatching(Method):
 
     @dataclass
     class Config(MethodConfig):
-        lr: float = option(2e-3, "peak learning rate of Adam, of both networks")
-        beta1: float = option(0.0, "Adam's first decay rate, as published")
-        beta2: float = option(0.99, "Adam's second decay rate, as published")
+        lr: float = option(2e-3, "peak learning rate of Adam, of both networks", search=Between(3e-4, 1e-2, log=True))
+        beta1: float = option(0.0, "Adam's first decay rate, as published", search=Among([0.0, 0.5, 0.9]))
+        beta2: float = option(0.99, "Adam's second decay rate, as published", search=Among([0.9, 0.99, 0.999]))
         steps: int = option(4, "K, steps of the student (published: 1 to 8); 1 is data-free")
         weight: str = option(
-            "uniform", "w, from SNR: uniform, truncated_snr, snr_plus_one or edm (published: not found)"
+            "uniform", f"w, from SNR: {', '.join(WEIGHTS)} (published: not found)", search=Among(WEIGHTS)
         )
-        auxiliary: NetworkConfig = option(NetworkConfig(), "of the auxiliary network")
+        auxiliary: NetworkConfig = option(
+            NetworkConfig(), "of the auxiliary network", search={"lr": Among([None, 3e-4, 1e-3, 3e-3, 1e-2])}
+        )
 
         def __post_init__(self) -> None:
             super().__post_init__()

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, hookimpl, option
 from distillbench.diffusion import SNR_WEIGHTS, TIME_GRIDS, ddim, ddim_step, mean_square, x_at_top
-from distillbench.options import require_one_of
+from distillbench.options import Among, Between, require_one_of
 
 
 class ProgressiveDistillation(Method):
@@ -41,14 +41,23 @@ class ProgressiveDistillation(Method):
 
     @dataclass
     class Config(MethodConfig):
-        lr: float = option(2e-3, "peak learning rate of Adam, in every phase")
-        lr_decay: str = option("linear", "within a phase: constant, linear or cosine")
+        lr: float = option(2e-3, "peak learning rate of Adam, in every phase", search=Between(3e-4, 1e-2, log=True))
+        lr_decay: str = option("linear", "in a phase: constant, linear or cosine", search=Among(["constant", "linear"]))
         ema_halflife_kimg: float = option(0.0, "half-life of the weights' average in 1000 images; 0: none, as released")
-        steps: int = option(16, "N, DDIM steps of the first teacher: a power of two; log2 N phases end at one step")
-        weight: str = option("truncated_snr", "w: truncated_snr, max(SNR, 1), snr_plus_one, or edm, SNR + 4")
+        steps: int = option(
+            16,
+            "N, steps of the first teacher, a power of two; log2 N phases end at one step",
+            search=Among([16, 32, 64]),
+        )
+        weight: str = option(
+            "truncated_snr", "w: truncated_snr, max(SNR, 1), snr_plus_one, or edm, SNR + 4", search=Among(SNR_WEIGHTS)
+        )
         times: str = option("uniform", f"grid of the first teacher's steps: {', '.join(TIME_GRIDS)}")
         clip: bool = option(
-            False, "clip x^ of each step of sampling to [-1, 1] (released); not for latents", sampling=True
+            False,
+            "clip x^ of each step of sampling to [-1, 1] (released); not for latents",
+            sampling=True,
+            search=Among([False, True]),
         )
         shares: list[float] = option(
             [], "relative budgets, one number for each phase or for all; empty: 2 for the last two phases, else 1"

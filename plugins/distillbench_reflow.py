@@ -38,26 +38,26 @@ from torch import Tensor, nn
 
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, Workspace, hookimpl, option
 from distillbench.diffusion import DISTANCE_NAMES, SAMPLERS, Solver, mean_square, time_like, x_at_t_max
-from distillbench.options import require_between, require_one_of, require_positive
+from distillbench.options import Among, Between, require_between, require_one_of, require_positive
 
 A = 4.0  # of u_shaped times
 SMALLEST_ALPHA = 1e-3  # at T, of a student that predicts eps: the error of its velocity there is 1/alpha times as large
 
 
 class Reflow(Method):
-    name, label, title, paper = "reflow", "reflow", "rectified flow", "Liu et al. 2022, arXiv:2209.03003"
-    needs_data, can_start_fresh, inputs = False, True, "pairs"
+    name, label, title = "reflow", "reflow", "rectified flow"
+    paper, needs_data, can_start_fresh, inputs = "Liu et al. 2022, arXiv:2209.03003", False, True, "pairs"
 
     @dataclass
     class Config(MethodConfig):
-        lr: float = option(2e-3, "peak learning rate of Adam, in both phases")
+        lr: float = option(2e-3, "peak learning rate of Adam, in both phases", search=Between(3e-4, 1e-2, log=True))
         schedule: str = option("flow_matching", "noise schedule that it works on; no other is possible")
-        steps: int = option(64, "N, steps of the teacher's sampler")
+        steps: int = option(64, "N, steps of the teacher's sampler", search=Among([16, 32, 64]))
         solver: str = option("ddim", f"the teacher's sampler, SAMPLER or SAMPLER/GRID: {', '.join(SAMPLERS)}")
-        pairs: int = option(32_768, "noise-image pairs made before training")
-        times: str = option("u_shaped", "distribution of t: u_shaped, or uniform (the paper)")
-        t_low: float = option(1e-3, "smallest t of training, as released")
-        distil_share: float = option(0.0, "budget of the distillation, relative to reflow's (0: none)")
+        pairs: int = option(32_768, "noise-image pairs made before training", search=Among([8192, 16_384, 32_768]))
+        times: str = option("u_shaped", "u_shaped t, or uniform (the paper)", search=Among(["u_shaped", "uniform"]))
+        t_low: float = option(1e-3, "smallest t of training, as released", search=Between(1e-4, 1e-1, log=True))
+        distil_share: float = option(0.0, "budget of distillation, relative to reflow", search=Among([0.0, 0.25, 1.0]))
         distil_steps: int = option(1, "k, number of steps that the flow is distilled into")
         distil_pairs: str = option("teacher", "for distillation: the teacher's again, or own, of the flow (published)")
         distil_metric: str = option("l2", f"L again (l2), or f is compared with x_0: {', '.join(DISTANCE_NAMES)}")

@@ -45,7 +45,7 @@ from distillbench.diffusion import (
     tangent,
 )
 from distillbench.networks import ScalarEmbedding, smooth_times
-from distillbench.options import require_between, require_one_of, require_positive
+from distillbench.options import Between, require_between, require_one_of, require_positive
 
 
 class WeightedConsistency(ConsistencyFunction):
@@ -72,15 +72,15 @@ class ContinuousConsistency(MultistepMethod):
 
     @dataclass
     class Config(MultistepMethod.Config):
-        lr: float = option(2e-3, "peak learning rate of Adam")
+        lr: float = option(2e-3, "peak learning rate of Adam", search=Between(3e-4, 1e-2, log=True))
         source: str = option("teacher", "of f_T: the teacher (sCD), or data, x_0 itself (sCT)")
         smooth: int = option(8, "degree of the polynomials in which the student sees time; 0: as the teacher sees it")
         exact: bool = option(False, "df/dlam by torch.func.jvp instead of a finite difference")
-        step: float = option(1e-2, "h, step of the finite difference in lam")
-        c: float = option(0.1, "constant of the normalised tangent g / (|g| + c); 0: g itself")
+        step: float = option(1e-2, "h, step of the finite difference in lam", search=Between(1e-3, 1e-1, log=True))
+        c: float = option(0.1, "constant of the tangent, g / (|g| + c); 0: g", search=Between(0.01, 1.0, log=True))
         warmup: int = option(0, "updates until r = 1 (the paper: 10,000, for large networks)")
-        p_mean: float = option(-1.0, "mean of ln tau")
-        p_std: float = option(1.4, "standard deviation of ln tau")
+        p_mean: float = option(-1.0, "mean of ln tau", search=Between(-2.0, 0.5))
+        p_std: float = option(1.4, "standard deviation of ln tau", search=Between(1.0, 2.5))
         sigma_min: float = option(0.002, "smallest noise level")
         sigma_max: float = option(80.0, "largest noise level, where sampling starts")
         sigma_data: float = option(0.5, "sd, standard deviation of the data")

@@ -33,7 +33,7 @@ from torch.nn.functional import softplus
 from distillbench import Batch, Condition, Method, MethodConfig, NetworkConfig, Phase, Teacher, UserError, hookimpl
 from distillbench.diffusion import denoising_weight, guided, karras_time, karras_times, lognormal_time, time_like
 from distillbench.networks import frozen_weights
-from distillbench.options import option, require_between, require_positive
+from distillbench.options import Among, Between, option, require_between, require_positive
 
 
 class ScoreIdentityDistillation(Method):
@@ -44,9 +44,10 @@ class ScoreIdentityDistillation(Method):
 
     @dataclass
     class Config(MethodConfig):
-        beta1: float = option(0.0, "Adam's first decay rate, as released")
-        alpha: float = option(1.2, "alpha of L_G (released: 1.2; 1.0 for AFHQ-v2, SiD-LSG and SiDA)")
-        sigma_init: float = option(2.5, "noise level of the generator's input")
+        lr: float = option(1e-3, "peak learning rate of Adam", search=Between(3e-4, 1e-2, log=True))
+        beta1: float = option(0.0, "Adam's first decay rate, as released", search=Among([0.0, 0.5, 0.9]))
+        alpha: float = option(1.2, "alpha of L_G (released: 1.2; SiD-LSG and SiDA: 1.0)", search=Between(0.75, 1.25))
+        sigma_init: float = option(2.5, "noise level of the generator's input", search=Between(1.0, 20.0, log=True))
         fake: NetworkConfig = option(NetworkConfig(grad_clip=0.0), "of the fake score; not clipped, as released")
         fake_updates: int = option(1, "updates of the fake score to one of the generator")
         guided_fit: bool = option(False, "guide the fake score like the teacher where it is fitted (SiD-LSG)")
@@ -59,7 +60,7 @@ class ScoreIdentityDistillation(Method):
         layer: str = option("", "submodule of the network whose output's mean over channels is the discriminator")
         sigma_min: float = option(0.002, "smallest noise level of L_G")
         sigma_max: float = option(80.0, "largest noise level of the Karras ramp of L_G")
-        ramp_share: float = option(0.8, "L_G draws uniformly from this low share of its ramp (released: 800 of 1000)")
+        ramp_share: float = option(0.8, "low share of its ramp that L_G draws (released: .8)", search=Between(0.5, 1.0))
         rho: float = option(7.0, "curvature of the ramp, on which tau^(1/rho) is linear")
         p_mean: float = option(-1.2, "mean of log tau in L_psi (EDM's training)")
         p_std: float = option(1.2, "standard deviation of log tau in L_psi")
@@ -79,8 +80,7 @@ class ScoreIdentityDistillation(Method):
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        self.fake = teacher.trainable_copy()
-        schedule, rho, share = teacher.schedule, config.rho, config.ramp_share
+        self.fake, schedule, rho, share = teacher.trainable_copy(), teacher.schedule, config.rho, config.ramp_share
         self.t_init = schedule.time_of_level(config.sigma_init, "sigma_init")
         top = (config.sigma_min ** (1 / rho) * (1 - share) + config.sigma_max ** (1 / rho) * share) ** rho  # 24.4
         self.starts = sorted({0.0, config.generator_start, config.adversarial_start})  # of phases

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from distillbench import Batch, Condition, Method, MethodConfig, Phase, Teacher, UserError, Workspace, hookimpl, option
 from distillbench.diffusion import SNR_WEIGHTS, TIME_GRIDS, check_heun, ddim, ddim_step, mean_square, x_at_top
 from distillbench.networks import MovingAverage
-from distillbench.options import require_fraction, require_one_of
+from distillbench.options import Among, Between, require_fraction, require_one_of
 
 
 class Tract(Method):
@@ -51,13 +51,13 @@ class Tract(Method):
 
     @dataclass
     class Config(MethodConfig):
-        lr: float = option(2e-3, "peak learning rate of Adam")
-        lr_decay: str = option("linear", "over all phases together: constant (as released), linear or cosine")
+        lr: float = option(2e-3, "peak learning rate of Adam", search=Between(3e-4, 1e-2, log=True))
+        lr_decay: str = option("linear", "constant (released), linear or cosine", search=Among(["constant", "linear"]))
         steps: list[int] = option([16, 2, 1], "T_0, T_1, ...: steps of the first teacher, then of each phase's student")
         times: str = option("uniform", f"grid of the first teacher's steps: {', '.join(TIME_GRIDS)}")
         teacher_step: str = option("ddim", "the first teacher's: ddim, or heun (two evaluations; on times: karras)")
-        mu: float = option(0.5, "decay of the self-teacher; 0: the student itself")
-        weight: str = option("truncated_snr", "w: truncated_snr, max(SNR, 1), snr_plus_one, or edm, SNR + 4")
+        mu: float = option(0.5, "decay of the self-teacher; 0: the student itself", search=Among([0.0, 0.5, 0.9, 0.99]))
+        weight: str = option("truncated_snr", "max(SNR, 1), snr_plus_one, or edm, SNR + 4", search=Among(SNR_WEIGHTS))
         clip: bool = option(False, "clip the predictions of DDIM's steps, also in sampling, to [-1, 1] (released)")
 
         def __post_init__(self) -> None:

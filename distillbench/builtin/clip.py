@@ -1,40 +1,28 @@
-"""CLIP score: how well images match their prompts (Hessel et al. 2021, arXiv:2104.08718)."""
+"""CLIP score: how well images match their prompts (Hessel et al. 2021, arXiv:2104.08718); registers HPSv2 too."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from distillbench import Samples, Unavailable, hookimpl
+from distillbench import Samples, hookimpl
+from distillbench.builtin.clip_network import MEAN, SIDE, STD, VOCABULARY, ClipNetwork, cosines, openai_file
+from distillbench.builtin.hpsv2 import Hpsv2, Hpsv21
 from distillbench.evaluation import feature_metrics
-from distillbench.evaluation.features import FeatureNetwork, full_precision, resized
+from distillbench.evaluation.features import resized
 from distillbench.evaluation.metric import Need
-from distillbench.evaluation.pretrained_weights import WeightsFile, locate
-
-SIDE = 224  # pixels of the input
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images
-TOKENS = 77  # of a text, with start and end tokens
-FOLDER = "clip-vit-large-patch14"
-SOURCE = f"https://huggingface.co/openai/{FOLDER}/resolve/32bd64288804d66eefd0ccbe215aa642df71cc41"
 
 
-def _file(name: str, sha256: str, mib: int) -> WeightsFile:
-    return WeightsFile(f"{FOLDER}/{name}", sha256, f"{SOURCE}/{name}", "MIT", mib)
+class ClipViTL14(ClipNetwork):
+    """OpenAI's CLIP ViT-L/14 (Radford et al. 2021, arXiv:2103.00020): 768 values.
 
-
-class ClipViTL14(FeatureNetwork):
-    """OpenAI's CLIP ViT-L/14 (Radford et al. 2021, arXiv:2103.00020): unit vectors of images and texts, 768 each.
-
-    Needs the extra package transformers. The folder has transformers' layout, and each file is checked by its SHA-256.
+    The folder has transformers' layout, and each file is checked by its SHA-256.
     """
 
     name, label, title = "clip_vit_l14", "CLIP L/14", "CLIP ViT-L/14"
@@ -44,56 +32,26 @@ class ClipViTL14(FeatureNetwork):
         "projected embeddings of length 1; texts cut at 77 tokens"
     )
     width = 768
-    weights = _file("model.safetensors", "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb", 1632)
+    weights = openai_file("model.safetensors", "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb", 1632)
     also = (
-        _file("config.json", "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a", 1),
-        _file("vocab.json", "3f0c4f7d2086b61b38487075278ea9ed04edb53a03cbb045b86c27190fa8fb69", 1),
-        _file("merges.txt", "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a", 1),
+        openai_file("config.json", "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a", 1),
+        *VOCABULARY,
     )
-    batch = 64
-
-    @classmethod
-    def locate(cls, folder: Path) -> Path:
-        """The file of weights; the other files must be in the same folder."""
-        if importlib.util.find_spec("transformers") is None:
-            raise Unavailable(f"{cls.name} needs transformers (pip install distillbench[text])")
-        path = super().locate(folder)
-        for file in cls.also:
-            if locate(cls.name, file, folder).parent != path.parent:
-                raise Unavailable(f"the files of {cls.name} are in different folders: {path.parent} lacks {file.file}")
-        return path
 
     def __init__(self, file: Path, device: str) -> None:
-        from transformers import CLIPModel, CLIPTokenizer
+        from transformers import CLIPModel
 
-        folder = file.parent
         with _no_progress_bar():
             found: Any = CLIPModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+                file.parent, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
         model, loaded = found
         if loaded["missing_keys"]:  # transformers would continue with random weights
             raise RuntimeError(f"{file} lacks {', '.join(sorted(loaded['missing_keys']))}")
-        self.model = model.float().eval().requires_grad_(False).to(device)
-        self.tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-        self.device = device
+        self.use(model, self.root(file), device)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        seen = self.model.vision_model(pixel_values=network_input(images)).pooler_output
-        return normalize(self.model.visual_projection(seen))
-
-    def texts(self, prompts: list[str]) -> Tensor:
-        """Unit vectors (N,768) of texts, float32, on the CPU."""
-        found = []
-        with torch.inference_mode(), full_precision():
-            for first in range(0, len(prompts), self.batch):
-                tokens = self.tokenizer(
-                    prompts[first : first + self.batch], padding="max_length", max_length=TOKENS, truncation=True,
-                    return_tensors="pt",
-                ).to(self.device)  # fmt: skip
-                read = self.model.text_model(tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
-                found.append(normalize(self.model.text_projection(read)).cpu())
-        return torch.cat(found)
+    def network_input(self, images: Tensor) -> Tensor:
+        return network_input(images)
 
 
 @contextmanager
@@ -143,23 +101,15 @@ class ClipScore(feature_metrics.FeatureMetric):
     needs = frozenset({Need.prompts, Need.features})
 
     def score(self, samples: Samples) -> float:
-        return self._cosines(samples).mean().item()
+        return 100 * cosines(samples, self.network).clamp(min=0).mean().item()
 
     def influence(self, samples: Samples) -> Tensor:
-        cosines = self._cosines(samples)
-        return cosines - cosines.mean()
-
-    def _cosines(self, samples: Samples) -> Tensor:
-        """(N,) 100 max(cos, 0)."""
-        assert samples.prompts is not None
-        prompts = samples.prompts
-        images = samples.images.features(self.network)
-        network = samples.images.networks.get(self.network)
-        assert isinstance(network, ClipViTL14)
-        texts = samples.teacher.once(f"prompts {network.name}", lambda: network.texts(prompts))
-        return 100 * (images.double() * texts.double()).sum(dim=1).clamp(min=0)
+        values = 100 * cosines(samples, self.network).clamp(min=0)
+        return values - values.mean()
 
 
 @hookimpl(api=2)
 def register_metrics(register) -> None:
     register(ClipScore)
+    register(Hpsv2)
+    register(Hpsv21)

@@ -15,13 +15,14 @@ from distillbench.cli.plugin_commands import check, describe, list_, new_plugin,
 from distillbench.cli.result_commands import clean, compare, doctor, export, leaderboard, merge, report, show
 from distillbench.cli.run_commands import run, score, teacher, tune_levels
 from distillbench.cli.sample_commands import samples
+from distillbench.cli.tune_command import tune
 from distillbench.cli.versions import print_version
 from distillbench.errors import DivergedError, Unavailable, UserError
 from distillbench.system.output_encoding import replace_unwritable
 from distillbench.system.signals import Interrupted
 
 COMMANDS: tuple[click.Command, ...] = (
-    *(run, tune_levels, score, teacher),
+    *(run, tune, tune_levels, score, teacher),
     *(list_, describe, check, new_plugin, plugins),
     *(data, fetch, reference, samples),
     *(show, report, leaderboard, compare, merge, export, doctor, clean),

@@ -182,7 +182,7 @@ def command(settings: Sequence[str], registry: Registry, grid: Path | None, cons
     configs = compose_runs(list(settings), registry, need_methods=False)
     if len(configs) > 1:
         raise UserError(f"data check takes one dataset, but the settings describe {len(configs)} runs")
-    fetch_asked(configs, Progress(console))
+    fetch_asked(configs, registry, Progress(console))
     dataset = registry.get("datasets", configs[0].dataset.kind).cls(configs[0].dataset)
     report = check(dataset, Progress(console))
     table = Table(box=box.SIMPLE_HEAD, show_header=False, show_edge=False, padding=(0, 1, 0, 0))

@@ -195,7 +195,7 @@ def _real_images(registry: Registry, settings: Sequence[str]) -> RealImages:
     if len(configs) > 1:
         raise UserError(f"a reference describes one dataset, the settings describe {len(configs)}")
     config = configs[0]
-    fetch_asked(configs, Progress(new_console()))
+    fetch_asked(configs, registry, Progress(new_console()))
     dataset = registry.get("datasets", config.dataset.kind).cls(config.dataset)
     networks = Networks(weights_folder(), choose_device(config.device))
     return RealImages(dataset, networks, ResultsFolder.of(config.results_dir).cache("references"))

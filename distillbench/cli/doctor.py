@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distillbench.cli.doctor_devices import check_device, check_threads
-from distillbench.cli.doctor_disk import check_disk
+from distillbench.cli.doctor_disk import check_disk, check_downloads
 from distillbench.cli.doctor_findings import Check, Finding, Installation, Level
 from distillbench.cli.doctor_numerics import check_numerics
 from distillbench.cli.doctor_packages import check_packages, check_torch
@@ -37,6 +37,7 @@ CHECKS: list[tuple[str, Check]] = [
     ("disk", check_disk),
     ("plugins", check_plugins),
     ("networks", check_networks),
+    ("downloads", check_downloads),
     ("caches", check_caches),
     ("records", check_records),
     ("students", check_students),

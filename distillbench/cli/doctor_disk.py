@@ -6,15 +6,21 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distillbench.cli.clean_downloads import DAYS, leftovers
 from distillbench.cli.doctor_findings import MIB, Finding, Installation, Level
+from distillbench.errors import counted
 from distillbench.evaluation.pretrained_weights import VARIABLE
 from distillbench.storage import folders
+from distillbench.storage.downloads import VARIABLE as DOWNLOADS
+from distillbench.storage.downloads import downloads_folder, is_intact, located, read_record
 from distillbench.storage.files import TEMPORARY
+from distillbench.storage.sources import known
 
 LITTLE_MIB, TOO_LITTLE_MIB = 5 * 1024, 200  # free on a disk
 LITTLE_INODES = 1000
@@ -80,6 +86,31 @@ def check_disk(installation: Installation) -> Iterator[Finding]:
     yield from judge_files(what, disk)
     advice = f"only matters for fetching weights; {VARIABLE}=FOLDER sets another folder for them"
     yield judge_room(f"weights ({installation.weights})", find_disk(installation.weights), "warning", advice)
+    advice = f"only matters for fetching datasets and teachers; {DOWNLOADS}=FOLDER sets another folder for them"
+    folder = downloads_folder()
+    yield judge_room(f"downloads ({folder})", find_disk(folder), "warning", advice)
+
+
+def check_downloads(installation: Installation) -> Iterator[Finding]:
+    """Whether datasets and teachers that were fetched are complete; with --thorough also their hashes."""
+    good, stored, folder = [], False, downloads_folder()
+    for name, source in known().items():
+        if not (folder / name).is_dir() or read_record(source) is None:
+            continue
+        stored = True
+        if located(source) is None or (installation.thorough and not is_intact(source)):
+            yield Finding("wrong", f"{name}: files are missing or damaged", f"distillbench fetch {name}")
+        else:
+            good.append(name)
+    if good:
+        checked = "complete and undamaged" if installation.thorough else "complete (--thorough hashes them)"
+        yield Finding("ok", f"{checked}: {', '.join(good)}")
+    left = leftovers(time.time() - 86400 * DAYS)
+    if left:
+        line = f"left over of downloads: {counted(len(left), 'file')}, {folders.size_of(left) / MIB:,.1f} MiB"
+        yield Finding("warning", line, "distillbench clean --downloads")
+    if not stored and not left:
+        yield Finding("ok", f"no downloads in {folder} yet")
 
 
 def find_disk(folder: Path) -> Disk:

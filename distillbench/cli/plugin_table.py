@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from distillbench.registry import Entry, Plugin, Registry
 
 KINDS = ("methods", "teachers", "datasets", "metrics")
-FORMAT = 1  # of the file
+FORMAT = 2  # of the file
 PATH = tuple(sys.path)  # before plugins are loaded, which can change it
 KEPT_SECONDS = 30 * 86400.0  # after which a table is deleted when another one is written
 
@@ -55,6 +55,10 @@ class Described:
     facts: dict[str, str]
     settings: list[Setting] = field(default_factory=list)
     learned: str = ""  # of a method: a key of method_kinds.KINDS
+    replaced: dict[str, str] = field(default_factory=dict)  # of a method: settings of earlier versions
+    searched: dict[str, str] = field(default_factory=dict)  # of a method: its search space, by setting
+    searched_after: dict[str, str] = field(default_factory=dict)  # settings of sampling
+    declares_search: bool = True
 
 
 @dataclass(frozen=True)
@@ -262,7 +266,19 @@ def _described(kind: str, entry: Entry) -> Described:
         facts,
         settings,
         learned,
+        dict(cls.Config.replaced) if kind == "methods" else {},
+        **(_search(cls.Config) if kind == "methods" else {}),
     )
+
+
+def _search(config: type) -> dict[str, Any]:
+    """What ``distillbench tune`` searches of a method."""
+    from distillbench.options import declares_search_space, search_space
+
+    training, sampling = (
+        {name: str(search) for name, search in search_space(config, sampling).items()} for sampling in (False, True)
+    )
+    return {"searched": training, "searched_after": sampling, "declares_search": declares_search_space(config)}
 
 
 def _settings(config: type) -> list[Setting]:

@@ -175,22 +175,27 @@ def doctor(results_dir: str, thorough: bool, folders: tuple[str, ...], debug: bo
 
 @click.command()
 @click.option("--results-dir", default="results", show_default=True, type=UserPath(), help="Results folder to clean.")
-@click.option("--what", multiple=True, help="Kind of files; can be repeated. [temporary, states]")
+@click.option("--downloads", is_flag=True, help="Clean what `fetch` stores, not a results folder.")
+@click.option("--what", multiple=True, help="Kind of files, or a download; can be repeated. [temporary, states]")
 @click.option("--older-than", type=click.FloatRange(min=0), help="Only files older than this many days.")
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 @debuggable
-def clean(results_dir: str, what: tuple[str, ...], older_than: float | None, yes: bool) -> None:
-    """Delete unneeded files of a results folder (lists them, asks).
+def clean(results_dir: str, downloads: bool, what: tuple[str, ...], older_than: float | None, yes: bool) -> None:
+    """Delete unneeded files of a results folder, or of downloads (lists them, asks).
 
     \b
     distillbench clean                       # files of killed processes; states of finished trainings
     distillbench clean --what pairs --yes    # noise-image pairs, which are recomputed when needed
+    distillbench clean --downloads           # parts of interrupted downloads, refused files; lists what is stored
     """
     from pathlib import Path
 
     from distillbench.cli.clean import clean as remove
+    from distillbench.cli.clean_downloads import clean_downloads
 
     def confirm(text: str) -> bool:
         return sys.stdin.isatty() and click.confirm(text)
 
+    if downloads:
+        raise SystemExit(clean_downloads(what, older_than, yes, new_console(), confirm))
     raise SystemExit(remove(Path(results_dir), what, older_than, yes, new_console(), confirm))

@@ -53,7 +53,9 @@ def check_early(settings: Sequence[str], show_config: bool, folders: Sequence[st
         if table := kept_table(folders):
             from distillbench.cli.settings_check import check_words
 
-            check_words(settings, table, need_methods=command == "run")
+            own = ("tune.",) if command == "tune" else ()  # in no table of plugins
+            words = [word for word in settings if not word.startswith(own)]
+            check_words(words, table, need_methods=command != "score")
         if not show_config and (message := without_files(command, settings)):
             raise UserError(message)
     except UserError:
@@ -149,7 +151,7 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
     from distillbench.runs.cell import Policy
     from distillbench.runs.forecast import forecast, why_none
     from distillbench.runs.plan import plan
-    from distillbench.runs.run_downloads import asked_offers, describe, fetch_all
+    from distillbench.runs.run_downloads import asked
     from distillbench.system.progress import Progress
     from distillbench.training.data_parallel import joined
     from distillbench.training.fsdp import check_sharding
@@ -161,13 +163,14 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
         if not ranks.main:
             follow(ranks, stop)
             return
-        offers = asked_offers(configs)
-        for line in describe(offers):
+        downloads = asked(configs, registry)
+        for line in downloads.lines():
             progress.say(line)
-        if offers and flags.dry_run:
+        if downloads.needed_to_plan and flags.dry_run:
             progress.say("dry run: nothing was downloaded. The plan is made from these files")
             return
-        fetch_all(offers, progress)
+        if not flags.dry_run:
+            downloads.fetch(progress)
         with waiting("planning the cells ..."):
             cells = plan(configs, registry)
         if flags.dry_run:
@@ -268,6 +271,6 @@ def train_teacher(registry: Registry, settings: tuple[str, ...], output: str | N
     for config in configs if file is None else []:
         check_writable(Path(config.results_dir))
     progress = Progress(new_console())
-    fetch_asked(configs, progress)
+    fetch_asked(configs, registry, progress)
     for config in configs:
         progress.say(f"written: {train_teacher_of(config, registry, file, progress)}")

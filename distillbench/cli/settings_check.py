@@ -6,7 +6,7 @@ cannot decide, such as settings of an experiment's methods, it leaves to them. M
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from hydra import initialize_config_dir
 from hydra.core.override_parser.types import Override
@@ -16,6 +16,7 @@ from distillbench.errors import UserError, quoted
 from distillbench.runs.overrides import (
     CHOICES,
     GROUPS,
+    NOTHING_REPLACED,
     below_value,
     config_folder,
     grid_points,
@@ -69,13 +70,17 @@ def _check(setting: Override, chosen: dict[str, list[str]], table: PluginTable) 
         if name not in chosen["methods"]:
             raise no_setting(path, name, "methods", chosen["methods"], "")
         if rest:
-            _check_below(setting, rest, f"methods.{name}", table.kinds["methods"][name].settings, name)
+            method = table.kinds["methods"][name]
+            _check_below(setting, rest, f"methods.{name}", method.settings, name, method.replaced)
     elif first in ("dataset", "teacher") and rest and first in chosen:
         (name,) = chosen[first]
         _check_below(setting, rest, first, table.kinds[GROUPS[first]][name].settings, name)
 
 
-def _check_below(setting: Override, path: str, where: str, settings: Iterable[Setting], kind: str) -> None:
+def _check_below(
+    setting: Override, path: str, where: str, settings: Iterable[Setting], kind: str,
+    replaced: Mapping[str, str] = NOTHING_REPLACED,
+) -> None:  # fmt: skip
     """Check the setting `path` of the group `where`, which has these settings."""
     known = {one.name: one for one in settings}
     parts, whole = path.split("."), setting.key_or_group
@@ -86,7 +91,9 @@ def _check_below(setting: Override, path: str, where: str, settings: Iterable[Se
         start = f"{above}." if above else ""
         level = {name.removeprefix(start).partition(".")[0] for name in known if name.startswith(start)}
         if part not in level and part != "kind":
-            raise no_setting(whole, part, ".".join(filter(None, [where, above])), level, kind)
+            raise no_setting(
+                whole, part, ".".join(filter(None, [where, above])), level, kind, {} if above else replaced
+            )
     if path in known:
         _check_number(setting, known[path])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from distillbench.reports.labels import Labels
     from distillbench.runs.level_tuning import Tuning
     from distillbench.runs.shared_context import Cell
-    from distillbench.runs.time_plan import TimePlan
+    from distillbench.runs.time_plan import Part, TimePlan
     from distillbench.system.progress import Progress
 
 WIDEST_TEXT = 120
@@ -73,7 +73,8 @@ def print_plan(console: Console, cells: list[Cell], times: TimePlan | None = Non
     for group, (dataset, name, origin) in zip(by_context.values(), teacher_plan(cells), strict=True):
         images = f", {origin.images:,} images" if origin.images else ""
         _say(console, f"dataset {dataset}, teacher {name}: {origin.origin}{images}")
-        _print_plan_table(console, group, seconds)
+        before = {} if times is None or len(by_context) > 1 else times.before
+        _print_plan_table(console, group, seconds, before)
         if varied := dict.fromkeys(cell.name for cell in group if cell.cost_varies):
             _say(console, f"{', '.join(varied)}: evaluations are about these, because steps have random costs")
         if compared := {cell.name: cell.compared for cell in group if cell.compared}:
@@ -98,8 +99,10 @@ def print_plan(console: Console, cells: list[Cell], times: TimePlan | None = Non
     _say(console, "dry run: nothing was run or written")
 
 
-def _print_plan_table(console: Console, cells: list[Cell], seconds: dict[int, float] | None) -> None:
-    """`seconds`: by the id of a cell."""
+def _print_plan_table(
+    console: Console, cells: list[Cell], seconds: dict[int, float] | None, before: Mapping[Part, float]
+) -> None:
+    """`seconds`: by the id of a cell. `before`: those of what is done once, which the sum includes."""
     from distillbench.reports.terminal_table import fits, number, put
     from distillbench.runs.time_plan import about
 
@@ -112,8 +115,11 @@ def _print_plan_table(console: Console, cells: list[Cell], seconds: dict[int, fl
     groups = [group for *_, group in lines[:MOST_LINES]]
     tables = [_filled(columns, rows, footer)]
     if seconds is not None:
-        *times, whole = [about(sum(seconds[id(cell)] for cell in group)) for group in [*groups, cells]]
+        times = [about(sum(seconds[id(cell)] for cell in group)) for group in groups]
         longer = [[*row, time] for row, time in zip(rows, times, strict=True)]
+        once = {str(part): value for part, value in before.items() if value}
+        longer = [[part, *[""] * (len(columns) - 1), about(value)] for part, value in once.items()] + longer
+        whole = about(sum(once.values()) + sum(seconds[id(cell)] for cell in cells))
         tables = [_filled([*columns, TIME], longer, [*footer, whole])]
         if not fits(console, tables[0]):
             narrow = [[row[0], row[-1]] for row in longer]

@@ -25,7 +25,7 @@ from distillbench.datasets.annotations import READ_WITHOUT, as_classes, set_labe
 from distillbench.datasets.image_folders import check_expanded
 from distillbench.datasets.image_readers import DAMAGE, Reader, dataset_error, of_split, some, split_named
 from distillbench.errors import quoted
-from distillbench.storage.npz import Npz, check_memory, read_npy
+from distillbench.storage.npz import NotNpz, Npz, check_memory, read_npy
 from distillbench.storage.safe_pickle import Array, RefusedName, read_arrays
 
 BATCH = re.compile(r"((train_)?data_batch(_\d+)?|test_batch|val_data)")  # file names of pickled batches
@@ -204,6 +204,8 @@ class _Npz(Npz):
     def __init__(self, path: Path) -> None:
         try:
             super().__init__(path, mapped=True)
+        except NotNpz as error:
+            raise dataset_error(f"{str(path)!r} is no npz file: {error}") from error
         except ValueError as error:
             raise dataset_error(f"{str(path)!r} is a damaged or truncated npz file: {error}") from error
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, conv2d, conv_transpose2d, grid_sample, pad
 
-from distillbench.errors import unknown
+from distillbench.errors import UserError, unknown
 from distillbench.options import option, require_between
 from distillbench.system.precision import tf32
 from distillbench.system.transfers import to_device
@@ -65,12 +65,17 @@ class AugmentConfig:
         for name in self.transforms:
             if name not in TRANSFORMS:
                 raise unknown("transformation", name, TRANSFORMS)
+        if self.probability and not self.transforms:
+            raise UserError(
+                f"transforms must name some of {', '.join(TRANSFORMS)} with probability={self.probability:g}, got []; "
+                "without transformations set probability=0"
+            )
 
     def plain(self) -> dict[str, Any]:
         """The settings that change images, as plain values; {} if none does."""
         chosen = [name for name in TRANSFORMS if name in self.transforms]
         plain: dict[str, Any] = {"flip": True} if self.flip else {}
-        if self.probability and chosen:
+        if self.probability:
             plain["probability"] = self.probability
             plain |= {"transforms": chosen} if chosen != list(TRANSFORMS) else {}
         return plain

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,28 +53,6 @@ class Measured:
     missing: dict[str, str]
     shown: Tensor  # the first images, uint8
     influences: dict[str, Tensor]  # (N,) of each score of which they are known, if they were asked for
-
-
-class _LazySamples(Samples):
-    """Samples whose teacher's are made when a metric asks for them."""
-
-    of_teacher: OfTeacher
-
-    @staticmethod
-    def of(of_teacher: OfTeacher, **others: Any) -> _LazySamples:
-        """`others`: the fields of Samples but `teacher_x_0` and `teacher`."""
-        samples: _LazySamples = object.__new__(_LazySamples)
-        for name, value in {"of_teacher": of_teacher, **others}.items():
-            object.__setattr__(samples, name, value)  # Samples are frozen
-        return samples
-
-    @cached_property
-    def teacher_x_0(self) -> Tensor:  # type: ignore[override]  # read like the field
-        return self.of_teacher()[0].tensor
-
-    @cached_property
-    def teacher(self) -> ImageSet:  # type: ignore[override]
-        return self.of_teacher()[1]
 
 
 class Evaluator:
@@ -145,39 +123,34 @@ class Evaluator:
 
     def measure(
         self, sampler: Sampler, nfe: int, seed: int, keeps_noise: bool, label: str, order: SampleOrder | None = None,
-        lazy: bool = False, influences: bool = False,
+        influences: bool = False,
     ) -> Measured:  # fmt: skip
         """The scores of `sampler` at `nfe` evaluations per image, on the noise of sampling seed `seed`.
 
-        If several ranks sample, `order` (the cell and the weights) is sent to the others. With `lazy` the teacher is
-        sampled only if a metric compares with it. With `influences` those of the images are computed, too.
+        If several ranks sample, `order` (the cell and the weights) is sent to the others. The teacher is sampled only
+        if a metric compares with it. With `influences` those of the images on the scores are computed, too.
         """
         of_teacher = partial(self.teacher_samples, seed, order)
-        if not lazy:
-            of_teacher()
         x_0 = self._new_file()
         try:
             with self.progress.step(f"{label}: sampling with {nfe} NFE") as step:
                 self._sample(sampler, nfe, seed, step, order and replace(order, nfe=nfe, seed=seed), x_0.add)
-            return self._scored(x_0, of_teacher, keeps_noise, f"{label}: scoring {nfe} NFE", lazy, influences)
+            return self._scored(x_0, of_teacher, keeps_noise, f"{label}: scoring {nfe} NFE", influences)
         finally:
             x_0.close()
 
     def _scored(
-        self, x_0: StoredImages, of_teacher: OfTeacher, keeps_noise: bool, label: str, lazy: bool, influences: bool
-    ) -> Measured:  # fmt: skip
+        self, x_0: StoredImages, of_teacher: OfTeacher, keeps_noise: bool, label: str, influences: bool
+    ) -> Measured:
         conditioning = self.teacher.conditioning
         labels = conditioning.labels_of_images(range(x_0.count)) if conditioning.classes else None
         texts = self.real.dataset.prompts
         prompts = [texts[label] for label in labels.tolist()] if texts is not None and labels is not None else None
-        known: dict[str, Any] = {"x_0": x_0.tensor, "images": self._images(x_0), "real": self.real}
-        known |= {"keeps_noise": keeps_noise, "labels": labels, "prompts": prompts}
-        known["read"] = lambda: zip(x_0.batches(), of_teacher()[0].batches(), strict=True)
-        if lazy:
-            samples: Samples = _LazySamples.of(of_teacher, **known)
-        else:
-            teacher_x_0, teacher = of_teacher()
-            samples = Samples(teacher_x_0=teacher_x_0.tensor, teacher=teacher, **known)
+        made: dict[str, Any] = {"teacher_x_0": lambda: of_teacher()[0].tensor, "teacher": lambda: of_teacher()[1]}
+        samples = Samples(
+            x_0=x_0.tensor, images=self._images(x_0), real=self.real, keeps_noise=keeps_noise, labels=labels,
+            prompts=prompts, read=lambda: zip(x_0.batches(), of_teacher()[0].batches(), strict=True), **made,
+        )  # fmt: skip
         scores: dict[str, float | None] = {}
         missing: dict[str, str] = {}
         moved: dict[str, Tensor] = {}

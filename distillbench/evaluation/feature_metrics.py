@@ -123,6 +123,7 @@ class KernelDistance(FeatureMetric):
     protocol = f"kernel/2: float64, mean over 100 subsets of 1000, torch-fidelity's, seed {SEED}"
     needs = frozenset({Need.real_images, Need.features})
     subsets, subset = 100, 1000
+    fewest_real = subset
 
     def score(self, samples: Samples) -> float:
         ours, real = _float64_features(samples, self.network)  # first: missing weights are the more helpful reason
@@ -157,6 +158,7 @@ class Precision(FeatureMetric):
     direction = "higher"
     protocol = "precision_recall/2: float64, k = 3, balls closed"
     needs = frozenset({Need.real_images, Need.features})
+    fewest_real = 4  # a third neighbour
 
     def score(self, samples: Samples) -> float:
         return precision_and_recall(samples, self.network)[0]
@@ -176,6 +178,7 @@ class Recall(FeatureMetric):
     direction = "higher"
     protocol = Precision.protocol
     needs = Precision.needs
+    fewest_real = Precision.fewest_real
 
     def score(self, samples: Samples) -> float:
         return precision_and_recall(samples, self.network)[1]
@@ -190,6 +193,7 @@ class Density(FeatureMetric):
     direction = "higher"
     protocol = "density_coverage/2: arXiv:2002.09797, float64, k = 5, balls open"
     needs = frozenset({Need.real_images, Need.features})
+    fewest_real = 6  # a fifth neighbour
 
     def score(self, samples: Samples) -> float:
         return density_and_coverage(samples, self.network)[0]
@@ -211,6 +215,7 @@ class Coverage(FeatureMetric):
     direction = "higher"
     protocol = Density.protocol
     needs = Density.needs
+    fewest_real = Density.fewest_real
 
     def score(self, samples: Samples) -> float:
         return density_and_coverage(samples, self.network)[1]

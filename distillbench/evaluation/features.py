@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distillbench.errors import Unavailable
 from distillbench.evaluation.frechet import GaussianStatistics, Moments
-from distillbench.evaluation.pretrained_weights import WeightsFile, locate
+from distillbench.evaluation.pretrained_weights import WeightsFile, known_sha256, locate
 from distillbench.system.precision import float32_products
 from distillbench.system.transfers import to_device, to_host
 
@@ -68,7 +68,7 @@ class FeatureNetwork(ABC):
             cls.locate(folder)
         except Unavailable:
             return {"network": cls.name, "protocol": cls.protocol, "weights_sha256": None}
-        return {"network": cls.name, "protocol": cls.protocol, "weights_sha256": cls.weights.sha256}
+        return {"network": cls.name, "protocol": cls.protocol, "weights_sha256": known_sha256(cls.weights, folder)}
 
 
 class Networks:

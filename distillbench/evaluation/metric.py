@@ -37,6 +37,8 @@ class Samples:
     `x_0` and `teacher_x_0`, the teacher's many-step samples for the same noise, are (N,C,H,W) in [-1, 1], clipped.
     In a run they are memory-mapped files, which may be larger than the memory: :meth:`batches` reads a part at a time.
     `images` and `teacher` are the same two as sets of 8-bit images, rounded once; `real` are the real images.
+    `teacher_x_0` and `teacher` may be given as functions without arguments, which are called when they are first read:
+    a teacher need not be sampled for metrics that do not compare with it.
     `keeps_noise` is False if the samples are not meant to match the teacher's for the same noise.
     """
 
@@ -56,6 +58,28 @@ class Samples:
         yield from self.read() if self.read else zip(self.x_0.split(size), self.teacher_x_0.split(size), strict=True)
 
 
+class _Made:
+    """A field that may be given as a function, which is called when the field is first read."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, samples: Any, owner: type) -> Any:
+        if samples is None:
+            return self
+        value = vars(samples)[self.name]
+        if callable(value):
+            value = vars(samples)[self.name] = value()
+        return value
+
+    def __set__(self, samples: Any, value: Any) -> None:
+        vars(samples)[self.name] = value
+
+
+for _name in ("teacher_x_0", "teacher"):  # not in the class: there they would be defaults of its fields
+    setattr(Samples, _name, _Made(_name))
+
+
 class Metric(ABC):
     """A score of generated images: one column of the table, called `name`."""
 
@@ -68,6 +92,7 @@ class Metric(ABC):
     network: ClassVar[type[FeatureNetwork] | None] = None
     needs: ClassVar[frozenset[Need]] = frozenset()
     influence_needs: ClassVar[frozenset[Need]] = frozenset()  # of `influence`, besides `needs`
+    fewest_real: ClassVar[int] = 2  # of the real images whose features it needs
 
     @abstractmethod
     def score(self, samples: Samples) -> float:

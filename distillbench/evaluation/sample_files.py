@@ -26,6 +26,7 @@ from distillbench.datasets.array_readers import ArrayReader, open_npz
 from distillbench.datasets.dataset import to_uint8
 from distillbench.errors import UserError
 from distillbench.evaluation.stored_images import images_at_once
+from distillbench.storage.npz import NotNpz
 
 CHANNELS = 3  # that guided-diffusion reads: grey images are repeated
 
@@ -68,6 +69,8 @@ def read_samples(path: Path, sides: tuple[int, int]) -> SampleFile:
         found = SampleFile(path, open_npz([path], "all", labelled=True))
     except UserError as error:  # written for dataset.path
         why = str(error).removeprefix("dataset.path: ").removesuffix(READ_WITHOUT).rstrip()
+        if isinstance(error.__cause__, NotNpz):
+            why = f"{error.__cause__}. Write it as .npz: numpy.savez('samples.npz', arr_0=images)"
         raise UserError(f"{path.name}: {why}") from error
     for part in found.reader.parts:
         height, width, channels = part.images.shape[1:]

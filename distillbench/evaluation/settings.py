@@ -26,6 +26,7 @@ class EvaluationConfig:
     )
     seeds: list[int] = option([0], "sampling seeds: rows for each; an image's noise depends on it and its index alone")
     metrics: list[str] = option(["fd_efficientnet_lite0", "teacher_rmse"], "scores, by name or pattern: '*_inception'")
+    download: bool = option(False, "download missing weights of the scores' networks, and of LPIPS as a distance")
     references: list[str] = option(
         [], "files of reference statistics (.npz) to use instead of the dataset's images", path=True
     )

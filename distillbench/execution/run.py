@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pandas as pd
 import torch
@@ -29,6 +31,8 @@ from distillbench.storage.files import key_of
 from distillbench.system.progress import Progress
 from distillbench.system.signals import Interrupted, Stop
 
+NONE_TUNED: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+
 
 def run(
     cells: list[Cell],
@@ -38,11 +42,13 @@ def run(
     policy: Policy = AS_IS,
     stop: Stop | None = None,
     show_found: bool = True,
+    tuning: Mapping[str, Mapping[str, Any]] = NONE_TUNED,
 ) -> Outcome:
     """Run every cell. After each, update the run's folder and give the cell's rows to `on_rows`.
 
     Rows that an earlier run left are given, too, unless `show_found` is False.
     On a request to stop it writes what there is, with rows for the cells that are missing, and raises Interrupted.
+    `tuning`: by method, values of the columns of its rows that say how its settings were searched, and a `reason`.
     """
     config, stop = configs[0], stop or Stop()
     for note in notes_of(cells):
@@ -57,7 +63,7 @@ def run(
         folder = _run_folder(scan.descriptions, config)
         if not to_be_trained:
             times = announce(cells, _remains(cells, scan, policy), folder, progress)
-        table = RunTable(folder, cells, configs, scan, on_rows)
+        table = RunTable(folder, cells, configs, scan, on_rows, tuning)
         table.add({index: result for index, result in enumerate(scan.results) if result is not None}, show_found)
         if table.failed:
             advice = "--retry-failed runs what failed, or ran out of memory or time, again"
@@ -100,7 +106,7 @@ def _run_all(
                 for index, result in results:
                     if result is not None:
                         times.finish(index)
-                        table.add({index: result})
+                        table.add_fresh({index: result})
                         if table.unfinished():
                             show(*_place(cells, table, executor))
                     elif index not in reported:

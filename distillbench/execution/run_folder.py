@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -43,6 +45,7 @@ class Outcome:
     summary: pd.DataFrame
     labels: Labels  # the declarations of each score, and the names of each method
     failed: list[str]  # labels of the cells that are not ok
+    fresh: int  # cells that were run, and not found
 
 
 class ThrottledWriter:
@@ -119,9 +122,13 @@ class RunTable:
 
     def __init__(
         self, folder: Path, cells: Sequence[Cell], configs: list[RunConfig], scan: Scan,
-        on_rows: Callable[[pd.DataFrame], None],
+        on_rows: Callable[[pd.DataFrame], None], tuning: Mapping[str, Mapping[str, Any]],
     ) -> None:  # fmt: skip
-        """`on_rows` gets new rows. Their index is what tells their cells apart, such as "lr=0.0001"."""
+        """`on_rows` gets new rows. Their index is what tells their cells apart, such as "lr=0.0001".
+
+        `tuning`: by method, what its rows say of the search for its settings.
+        """
+        self.tuning = tuning
         self.folder, self.configs, self.on_rows = folder, configs, on_rows
         self.descriptions = scan.descriptions
         self.labels = labels_of(cells)
@@ -130,6 +137,7 @@ class RunTable:
         self.results: dict[int, CellResult] = {}
         self.files = HashCache(folder.parent / CELLS)
         self.linked: set[Path] = set()
+        self.fresh = 0
         self.texts: dict[str, str] = {}
         self.writer = ThrottledWriter(self._write)
 
@@ -147,6 +155,7 @@ class RunTable:
         for result in results.values():
             if result.weights is not None:
                 self.files.note(result.weights[0], result.weights_sha256)
+        results = {index: self._with_tuning(result) for index, result in results.items()}
         self.results.update(results)
         if results and show:
             self._show(results)
@@ -158,17 +167,32 @@ class RunTable:
         table = make_table([row for _, row in rows], list(self.columns))
         self.on_rows(table.set_axis([differs for differs, _ in rows]))
 
+    def add_fresh(self, results: dict[int, CellResult]) -> None:
+        """The same for cells that were run now."""
+        self.fresh += len(results)
+        self.add(results)
+
+    def _with_tuning(self, result: CellResult) -> CellResult:
+        """The result, whose rows say how their settings were searched."""
+        added = dict(self.tuning.get(result.description.columns["method"], {}))
+        if not added:
+            return result
+        why = added.pop("reason", "")
+        rows = [row | added | {"reason": "; ".join(filter(None, [row["reason"], why]))} for row in result.rows]
+        return dataclasses.replace(result, rows=rows)
+
     def finish(self, status: str, reason: str) -> Outcome:
         """The run as it is. Unfinished cells get rows with this status and no scores."""
         missing = {index: self.descriptions[index] for index in self.unfinished()}
         if missing:
-            rows = {index: CellResult(one, one.status_rows(status, reason)) for index, one in missing.items()}
-            self.results.update(rows)
-            self._show(rows)
+            ended = {index: CellResult(one, one.status_rows(status, reason)) for index, one in missing.items()}
+            ended = {index: self._with_tuning(result) for index, result in ended.items()}
+            self.results.update(ended)
+            self._show(ended)
             self.writer.changed = True
         self.writer.flush()
         self.files.keep()
-        return Outcome(self.folder, *self.written, self.labels, self.failed)
+        return Outcome(self.folder, *self.written, self.labels, self.failed, self.fresh)
 
     def _write(self) -> None:
         results = [one for _, one in sorted(dict(self.results).items())]  # a copy: the timer thread writes, too

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 
 from distillbench.errors import UserError
 from distillbench.records.layout import ResultsFolder
-from distillbench.runs.cell import Policy, found_cell, run_cell, write_failure
+from distillbench.runs.cell import Policy, found_cell, record_sha256, run_cell, write_failure
 from distillbench.runs.cell_result import CellDescription, CellResult, describe_cell
 from distillbench.runs.cell_task import CellTask, cells_of
 from distillbench.runs.shared_context import Cell
@@ -74,6 +74,8 @@ def scan_cells(cells: Sequence[Cell], policy: Policy, progress: Progress) -> Sca
         folders = {cell.shared.config.results_dir for cell in cells}
         files = {folder: HashCache(ResultsFolder.of(folder).cells) for folder in folders}
         descriptions = [describe_cell(cell, load_teacher(cell, progress)) for cell in cells]
+        if policy.force:  # cells that share a training do it again once, not once each
+            descriptions = [replace(one, stale=record_sha256(one)) for one in descriptions]
         results = [
             found_cell(cell, description, files[cell.shared.config.results_dir], progress, policy)
             for cell, description in zip(cells, descriptions, strict=True)
@@ -101,7 +103,7 @@ def claim_and_run(
 
     Raises WorkerError if the cell has another key here than where `description` was made.
     """
-    here = describe_cell(cell, load_teacher(cell, progress))
+    here = replace(describe_cell(cell, load_teacher(cell, progress)), stale=description.stale)
     if here.train_key != description.train_key:
         device = cell.shared.device.partition(":")[0]
         raise WorkerError(

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FOLDER = "influences"  # in a run's folder
 KEY = re.compile(r"[\w-]{1,64}")  # of an evaluation; cannot be a path
@@ -52,12 +48,3 @@ class InfluenceFiles:
         except (OSError, SafetensorError):
             return None
         return None if values is None or values.ndim != 1 else values.astype(np.float64)
-
-
-def named(rows: dict[tuple[int, int], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a file, of the influences by score of each (nfe, sampling seed)."""
-    return {
-        tensor_name(*row, score): values.contiguous()
-        for row, scores in rows.items()
-        for score, values in scores.items()
-    }

@@ -30,8 +30,15 @@ FIRST: dict[str, str] = {  # column: pandas type
 LOADS = ("machine_load_training", "machine_load_sampling")  # by other processes, while costs were measured
 UPDATES = ("clipped_steps", "nonfinite_steps")  # of a training, but no costs
 STUDENT = ("trained_parameters", "student_lora_rank", "student_architecture")
+TUNING: dict[str, str] = {
+    "tuning": "string",
+    "tuning_trials": "Int64",
+    "tuning_images": "Int64",
+    "tuning_seconds": "Float64",
+    "tuning_joules": "Float64",
+}
 # Columns that tables of older versions lack; they are empty there.
-LATER = ("note", "inputs", *UPDATES, *STUDENT, *LOADS)
+LATER = ("note", "inputs", *UPDATES, *STUDENT, *LOADS, *TUNING)
 COST: dict[str, str] = {  # what is counted first: it is the same on any machine
     "train_images": "Int64",
     "train_teacher_nfe": "Int64",
@@ -69,6 +76,7 @@ LAST: dict[str, str] = {
     "student_architecture": "string",
     "inputs": "string",
     "settings": "string",
+    **TUNING,
     "compute": "string",
     "reference": "string",
     "device": "string",

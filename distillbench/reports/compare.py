@@ -13,7 +13,7 @@ import pandas as pd
 
 from distillbench.records.costs import COUNTED
 from distillbench.records.statistics import TEACHER
-from distillbench.records.table import LAST, LOADS, UPDATES
+from distillbench.records.table import LAST, LOADS, TUNING, UPDATES
 from distillbench.reports.differences import (
     MATCH,
     Row,
@@ -29,7 +29,7 @@ from distillbench.reports.runs import RunData
 from distillbench.reports.show import run_names
 
 HIGHER = ("sample_images_per_second",)  # costs for which higher is better
-NO_COST = ("sample_best_batch", "student_lora_rank", *UPDATES, *LOADS)  # numbers that are not costs
+NO_COST = ("sample_best_batch", "student_lora_rank", *UPDATES, *LOADS, *TUNING)  # numbers that are not costs
 COSTS = [name for name, kind in LAST.items() if kind != "string" and name not in NO_COST]
 LEVEL = 0.95
 NOTHING_WORSE, SOMETHING_WORSE, BAD_INPUT = 0, 1, 2  # exit codes

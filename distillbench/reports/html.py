@@ -28,6 +28,7 @@ from distillbench.reports.reproduce import commands
 from distillbench.reports.runs import RunData
 from distillbench.reports.sections import Section, make_sections
 from distillbench.reports.tables import COSTS
+from distillbench.reports.tuning_section import tuning_sections
 from distillbench.storage.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -73,6 +74,7 @@ def html_report(runs: Sequence[RunData], home: str = "") -> str:
         clashes=clashes,
         overview=_overview(runs, names, sections),
         sections=sections,
+        tuning=tuning_sections(runs, names),
         scores=[
             (name, arrow(declared["direction"]), words.better(declared["direction"]), declared)
             for name, declared in columns.items()

@@ -72,6 +72,11 @@ _COLUMNS: dict[str, tuple[str, str, str]] = {
         "processor time of other processes while sampling was timed, as a fraction of all cores",
         "",
     ),
+    "tuning": ("tuning", "how the method's settings were found: equal_trials, self_tuned or defaults (no search)", ""),
+    "tuning_trials": ("trials", "trials of the search for the method's settings, those that failed included", ""),
+    "tuning_images": ("search: images", "images that all these trials trained on", ""),
+    "tuning_seconds": ("search: time", "training time of all these trials", "s"),
+    "tuning_joules": ("search: energy", "energy of all these trials", "J"),
     "fraction": ("fraction of the budget", "progress of training", ""),
 }
 _COSTS: dict[str, tuple[str, str, str]] = {

@@ -1,27 +1,14 @@
-"""Texts of a report: names of columns, numbers with as many digits as are significant, leaders, why cells are empty."""
+"""Texts of a report: numbers with as many digits as are significant, lists of names, why cells are empty."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
 import pandas as pd
 
-from distillbench.errors import counted
-from distillbench.records.statistics import TEACHER, leaders, verdict
-from distillbench.reports.labels import COLUMNS
-
-ABOUT = {  # columns other than scores: heading (with its unit), explanation
-    name: (f"{label.short}, {label.unit}" if label.unit else label.short, label.long) for name, label in COLUMNS.items()
-}
-
-
 MOST_DECIMALS = 12
-
-
-def heading(column: str) -> str:
-    return ABOUT[column][0] if column in ABOUT else column
 
 
 def is_known(value: object) -> bool:
@@ -41,15 +28,15 @@ def number(value: object, low: object = None, high: object = None) -> str:
         return "∞" if x > 0 else "−∞"
     width = float(high) - float(low) if is_known(low) and is_known(high) else 0.0  # type: ignore[arg-type]
     if math.isfinite(width) and width > 0:
-        decimals = 1 - _exponent(width / 2)
+        digits = 1 - _exponent(width / 2)
     elif x == int(x) and abs(x) < 1e15:
-        decimals = 0
+        digits = 0
     else:
-        decimals = 3 - _exponent(x)
-    decimals = min(decimals, 3 - _exponent(x) + 4) if x else min(decimals, 6)
+        digits = 3 - _exponent(x)
+    digits = min(digits, 3 - _exponent(x) + 4) if x else min(digits, 6)
     if x and (abs(x) < 1e-4 or abs(x) >= 1e15):
-        return f"{x:.{max(0, min(decimals + _exponent(x), 8))}e}".replace("-", "−")
-    return f"{round(x, decimals):,.{max(decimals, 0)}f}".replace("-", "−")
+        return f"{x:.{max(0, min(digits + _exponent(x), 8))}e}".replace("-", "−")
+    return f"{round(x, digits):,.{max(digits, 0)}f}".replace("-", "−")
 
 
 def decimals(value: float, half_width: float | None = None) -> int:
@@ -127,62 +114,3 @@ def other_reasons(reason: object) -> str:
 
 def better(direction: str) -> str:
     return {"lower": "lower is better", "higher": "higher is better"}.get(direction, "no direction")
-
-
-def leading(summary: pd.DataFrame, labels: Sequence[str], directions: Mapping[str, str]) -> list[dict[str, object]]:
-    """For each score and nfe of rows that may be compared: the best method, and whether it leads significantly.
-
-    `labels` names the rows of `summary`. Keys of each: score, nfe, name (several if tied), value, leads, alone (no
-    other method has the score), has_intervals (all methods have one), why.
-    """
-    found: list[dict[str, object]] = []
-    names = pd.Series(list(labels), index=summary.index, dtype=object)
-    students = summary[~summary["method"].fillna("").str.startswith(TEACHER)]
-    for score, direction in directions.items():
-        if direction == "none" or f"{score}_training_low" not in summary:
-            continue
-        marks = leaders(students, score, direction)
-        for nfe, group in students.groupby("nfe", dropna=True):
-            scored = group[group[score].notna()]
-            if not len(scored):
-                continue
-            values = scored[score].astype(float)
-            best = values.min() if direction == "lower" else values.max()
-            first = values.index[values == best]
-            row = scored.loc[first[0]]
-            ends = scored[[f"{score}_training_low", f"{score}_training_high"]]
-            found.append({
-                "score": score, "nfe": int(nfe), "name": " = ".join(names[first].tolist()[:3]),
-                "value": number(best, row[f"{score}_training_low"], row[f"{score}_training_high"]),
-                "leads": bool(marks[group.index].any()), "alone": len(scored) == 1,
-                "has_intervals": bool(ends.notna().all(axis=None)),
-                "why": verdict(group.reset_index(drop=True), score, direction),
-            })  # fmt: skip
-    return found
-
-
-def conclusion(found: Sequence[Mapping[str, object]]) -> list[str]:
-    """The findings of :func:`leading` in sentences, significant leads first."""
-    sure = [one for one in found if one["leads"]]
-    unsettled = [one for one in found if not one["leads"] and not one["alone"]]
-    lines = [
-        f"{one['name']} leads significantly on {one['score']} at {counted(_int(one['nfe']), 'evaluation')} "
-        f"({one['value']})."
-        for one in sure
-    ]
-    if unsettled:
-        one_seed = not any(one["has_intervals"] for one in unsettled)
-        because = (
-            "an interval needs at least two training seeds of each method"
-            if one_seed
-            else "95 % intervals over training seeds overlap or are missing, or rows are incomplete"
-        )
-        where = "Elsewhere" if sure else "On every score"
-        lines.append(f"{where} no method leads significantly: {because}.")
-    if found and not sure and not unsettled:
-        lines.append("No method leads: no score has two methods at the same number of evaluations to compare.")
-    return lines
-
-
-def _int(value: object) -> int:
-    return int(value)  # type: ignore[call-overload]

@@ -17,7 +17,7 @@ from distillbench.errors import DivergedError, UserError
 from distillbench.evaluation.distributed import SampleOrder
 from distillbench.evaluation.evaluator import Measured, Sampler, teacher_sampler
 from distillbench.evaluation.sampling_speed import SpeedError, measure, measure_in_fresh_process
-from distillbench.records.influences import cell_file, named
+from distillbench.records.influences import cell_file
 from distillbench.records.records import (
     FINAL,
     AnyRecord,
@@ -36,6 +36,7 @@ from distillbench.runs.cell_keys import speed_inputs
 from distillbench.runs.cell_result import CellDescription, CellResult, result_of
 from distillbench.runs.cell_task import CellTask
 from distillbench.runs.cell_training import ERROR, STUDENT, TRAIN, keep_traceback, status_of, train_cell
+from distillbench.runs.scored_rows import ScoredRows
 from distillbench.runs.shared_context import Cell, restored
 from distillbench.runs.speed_job import speed_job
 from distillbench.storage.files import key_of, sha256_file, write_atomically
@@ -122,6 +123,12 @@ def write_failure(cell: Cell, description: CellDescription, status: str, reason:
     _write_evaluation(_evaluation_path(description), record, [])
 
 
+def record_sha256(description: CellDescription) -> str:
+    """The SHA-256 of the record of a cell's training; "" without one."""
+    path = description.folder / TRAIN
+    return sha256_file(path) if path.is_file() else ""
+
+
 def follow_sampling(cell: Cell, order: SampleOrder, progress: Progress) -> None:
     """What non-zero ranks do for a row, or for the teacher's many-step samples."""
     torch.set_num_threads(cell.shared.config.threads)
@@ -149,8 +156,12 @@ class CellRunner:
 
     def found_training(self, intact: Callable[[Path, str], bool]) -> TrainRecord | None:
         """The record of the training; None: train (again). `intact`: whether a file has a SHA-256."""
-        record = self._found(self.folder / TRAIN, TrainRecord, self.description.train_inputs)
-        if record is None or self.policy.runs_again(record.status):
+        stale = self.description.stale
+        done_again = self.policy.force and stale is not None and record_sha256(self.description) != stale
+        if self.policy.force and not done_again:
+            return None
+        record = _read(self.folder / TRAIN, TrainRecord, self.description.train_inputs, self.progress)
+        if record is None or (not done_again and self.policy.runs_again(record.status)):
             return None
         if record.status == "ok" and not intact(self.folder / STUDENT, record.weights_sha256):
             self.progress.say(f"{self.cell.label}: the weights of the record are missing or damaged; training again")
@@ -176,20 +187,23 @@ class CellRunner:
         shared, inputs = self.cell.shared, self.description.evaluation_inputs
         common = self._common(inputs, training.weights_sha256 if training is not None else "")
         shown: list[Tensor] = []
-        influences: dict[tuple[int, int], dict[str, Tensor]] = {}
+        kept: ScoredRows | None = None
         if training is not None and training.status != "ok":
             record = EvaluationRecord(**common, rows=self._rows_with(training.status, training.reason))
         else:
-            rows, shown, influences = self._rows()
-            along = self._rows_along(training) if training is not None else []
+            kept = ScoredRows(self.folder, EvaluationRecord(**common, rows=[]), self.policy.force)
+            rows, shown = self._rows(kept)
+            along = self._rows_along(training, kept) if training is not None else []
             references = shared.describe_references(self.progress)
             record = EvaluationRecord(**common, rows=rows, along=along, references=references)
             shared.get_evaluator(self.progress).release()
         file = cell_file(self.folder, record.key)
         file.unlink(missing_ok=True)  # of other weights
-        if influences:
-            write_atomically(file, lambda temporary: save_file(named(influences), temporary))
+        if kept is not None and (influences := kept.influences()):
+            write_atomically(file, lambda temporary: save_file(influences, temporary))
         _write_evaluation(_evaluation_path(self.description), record, shown)
+        if kept is not None:
+            kept.discard()
         return record, shown
 
     def _rows_with(self, status: Status, reason: str) -> list[RowRecord]:
@@ -198,24 +212,28 @@ class CellRunner:
             for nfe, seed in self.description.nfe_and_seeds
         ]
 
-    def _rows(self) -> tuple[list[RowRecord], list[Tensor], dict[tuple[int, int], dict[str, Tensor]]]:
-        """The rows of a trained student or of the teacher; of those that are ok the samples to show, and influences."""
+    def _rows(self, kept: ScoredRows) -> tuple[list[RowRecord], list[Tensor]]:
+        """The rows of a trained student or of the teacher, and the samples to show of those that are ok."""
         weights = self.folder / STUDENT if self.cell.entry is not None else None
         try:
             method = None if weights is None else _restored(self.cell, weights, self.progress)
         except UserError:
             raise
         except Exception as error:
-            return self._rows_with(status_of(error), keep_traceback(error, self.folder, self.progress)), [], {}
-        rows, shown, influences = [], [], {}
+            return self._rows_with(status_of(error), keep_traceback(error, self.folder, self.progress)), []
+        rows, shown = [], []
+        first_seed = self.cell.shared.config.evaluation.seeds[0]
         for nfe, seed in self.description.nfe_and_seeds:
-            row, measured = self._row(method, weights, nfe, seed, self.cell.label, influences=True)
+            found = kept.find(nfe, seed)
+            if found is None or (seed == first_seed and found[1] is None):
+                row, measured = self._row(method, weights, nfe, seed, self.cell.label, influences=True)
+                images = measured.shown if measured is not None and seed == first_seed else None
+                kept.keep(row, images, {} if measured is None else measured.influences)
+            else:
+                row, images = found
             rows.append(row)
-            if measured is not None and measured.influences:
-                influences[nfe, seed] = measured.influences
-            if measured is not None and seed == self.cell.shared.config.evaluation.seeds[0]:
-                shown.append(measured.shown)
-        return rows, shown, influences
+            shown += [] if images is None else [images]
+        return rows, shown
 
     def _row(
         self, method: Method | None, weights: Path | None, nfe: int, seed: int, label: str, influences: bool = False
@@ -227,7 +245,7 @@ class CellRunner:
             sampler = _sampler(cell, method, self.progress)
             keeps_noise = _keeps_noise(cell, nfe) if method is None else method.keeps_noise(nfe)
             order = SampleOrder(CellTask.of(cell), weights) if cell.shared.ranks.count > 1 else None
-            measured = evaluator.measure(sampler, nfe, seed, keeps_noise, label, order, influences=influences)
+            measured = evaluator.measure(sampler, nfe, seed, keeps_noise, label, order, influences)
         except UserError:
             raise
         except DivergedError as error:
@@ -238,17 +256,22 @@ class CellRunner:
         row = RowRecord(nfe=nfe, sampling_seed=seed, scores=measured.scores, missing=measured.missing)
         return row, measured
 
-    def _rows_along(self, training: TrainRecord) -> list[CheckpointScores]:
+    def _rows_along(self, training: TrainRecord, kept: ScoredRows) -> list[CheckpointScores]:
         """The scores of the student at its checkpoints; not part of the budget, and not timed."""
         rows = []
         for checkpoint in training.checkpoints:
-            weights = self.folder / checkpoint.file
-            method = _restored(self.cell, weights, self.progress)
+            weights, method = self.folder / checkpoint.file, None
             label = f"{self.cell.label} at {checkpoint.fraction:.0%}"
             for nfe in checkpoint.ready:
                 for seed in self.cell.shared.config.evaluation.seeds:
+                    found = kept.find(nfe, seed, checkpoint.fraction)
+                    if found is not None and isinstance(found[0], CheckpointScores):
+                        rows.append(found[0])
+                        continue
+                    method = method or _restored(self.cell, weights, self.progress)
                     row, _ = self._row(method, weights, nfe, seed, label)
                     rows.append(CheckpointScores(fraction=checkpoint.fraction, **dict(row)))
+                    kept.keep(rows[-1], None)
         return rows
 
     # --- sampling cost

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import distillbench
+from distillbench.evaluation.evaluator import EVALUATION
 from distillbench.runs.sampling_settings import sampling_settings, training_settings
 from distillbench.runs.shared_context import Cell, SharedContext
 from distillbench.storage.files import key_of
@@ -63,7 +64,9 @@ def train_inputs(cell: Cell, teacher: Teacher) -> dict[str, Any]:
 def evaluation_inputs(cell: Cell, train_key: str) -> dict[str, Any]:
     """Everything else that decides the scores of a cell's rows."""
     seeds = cell.shared.config.evaluation.seeds
-    return _protocol(cell.shared) | _sampled(cell) | {"train_key": train_key, "nfe": cell.nfe, "seeds": seeds}
+    noise = {"noise": cell.shared.noise} if cell.shared.noise != EVALUATION else {}
+    inputs = _protocol(cell.shared) | _sampled(cell) | noise
+    return inputs | {"train_key": train_key, "nfe": cell.nfe, "seeds": seeds}
 
 
 def _protocol(shared: SharedContext) -> dict[str, Any]:

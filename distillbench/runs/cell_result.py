@@ -33,6 +33,7 @@ class CellDescription:
     train_inputs: dict[str, Any]
     evaluation_inputs: dict[str, Any]
     differs: str = ""  # as in Cell
+    stale: str | None = None  # with --force: SHA-256 of the training's record at the scan ("": none), to be done again
 
     @property
     def train_key(self) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from distillbench.evaluation.evaluator import EVALUATION
 from distillbench.registry import Registry, Selection
 from distillbench.runs.config import RunConfig
 from distillbench.runs.executor_config import LocalConfig
@@ -23,6 +24,7 @@ class CellTask:
     selection: Selection
     differs: str = ""  # as in Cell
     group_size: int = 1  # the same
+    noise: str = EVALUATION  # the purpose of its samples
 
     @staticmethod
     def of(cell: Cell, device: str = "") -> CellTask:
@@ -36,10 +38,12 @@ class CellTask:
             device=device or given.device,
             executor=LocalConfig(kind="local"),
         )
-        return CellTask(config, cell.name, cell.nfe, cell.shared.registry.selection, cell.differs, cell.group_size)
+        own = cell.nfe, cell.shared.registry.selection, cell.differs, cell.group_size, cell.shared.noise
+        return CellTask(config, cell.name, *own)
 
     def cell(self, registry: Registry, contexts: SharedContexts) -> Cell:
         cell = cell_of(self.config, self.name, self.nfe, registry, contexts)
+        cell.shared.noise = self.noise
         cell.differs, cell.group_size = self.differs, self.group_size
         return cell
 
@@ -47,5 +51,5 @@ class CellTask:
 def cells_of(tasks: Sequence[CellTask]) -> list[Cell]:
     """The cells of `tasks`, with one shared context for all that can share it."""
     registries = {selection: selection.load() for selection in {task.selection for task in tasks}}
-    contexts = SharedContexts()
-    return [task.cell(registries[task.selection], contexts) for task in tasks]
+    contexts = {noise: SharedContexts() for noise in {task.noise for task in tasks}}
+    return [task.cell(registries[task.selection], contexts[task.noise]) for task in tasks]

@@ -52,6 +52,7 @@ from distillbench.runs.written_values import expand_home, is_enum, type_in_words
 from distillbench.teachers.students import StudentConfig
 from distillbench.training.budget import BudgetConfig, Limit
 from distillbench.training.compute import ComputeConfig
+from distillbench.training.method import MethodConfig
 
 ON_OOM = ("fail", "accumulate")
 RESERVED_NAMES = (".", "..", CELLS, CACHE)  # not for runs
@@ -184,6 +185,19 @@ def compose_runs(words: list[str], registry: Registry, need_methods: bool = True
     return runs
 
 
+def compose_group(words: list[str], name: str, group: type, registry: Registry) -> Any:
+    """The settings of a group beside those of a run, such as tune.trials=16. Raises UserError for invalid ones."""
+    base = OmegaConf.create({name: OmegaConf.structured(group)})
+    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+        values = [parse_override(word, registry) for word in words]
+    if swept := [str(value.input_line) for value in values if value.is_sweep_override()]:
+        raise UserError(f"{name}.* takes one value of each setting, got {quoted(swept[0])}")
+    try:
+        return _instantiate(_changed(base, values))[name]
+    except OmegaConfBaseException as error:
+        raise _explained(error, values, base) from error
+
+
 def to_yaml(config: RunConfig) -> str:
     """The settings as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -249,18 +263,23 @@ def _compose(
         _check_dataset(base, registry)
         if family := released_teacher(point, base, registry):
             return _compose([*point, parse_override(f"teacher={family}", registry)], bases, registry)
-        config = copy.deepcopy(base)
-        for setting in values:
-            _check_name(setting.key_or_group, base)
-            value = written_value(setting, base)
-            replaces = isinstance(value, dict) and _takes_any_name(OmegaConf.select(config, setting.key_or_group))
-            OmegaConf.update(config, setting.key_or_group, value, merge=not replaces)
+        config = _changed(base, values)
         _check_groups(config, base, values)
         return config, _instantiate(config)
     except YAMLError as error:
         raise UserError(f"an experiment is not YAML: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise _explained(error, values, base) from error
+
+
+def _changed(base: DictConfig, values: list[Override]) -> DictConfig:
+    config = copy.deepcopy(base)
+    for setting in values:
+        _check_name(setting.key_or_group, base)
+        value = written_value(setting, base)
+        replaces = isinstance(value, dict) and _takes_any_name(OmegaConf.select(config, setting.key_or_group))
+        OmegaConf.update(config, setting.key_or_group, value, merge=not replaces)
+    return config
 
 
 def _keep_chosen(config: DictConfig, registry: Registry) -> DictConfig:
@@ -305,7 +324,9 @@ def _takes_any_name(node: Any) -> bool:
 
 
 def _no_setting(path: str, part: str, where: str, node: DictConfig) -> UserError:
-    return no_setting(path, part, where, map(str, node), str(node.kind) if where in CHOICES[1:] else "")
+    group, kind = OmegaConf.get_type(node), str(node.kind) if where in CHOICES[1:] else ""
+    replaced = group.replaced if isinstance(group, type) and issubclass(group, MethodConfig) else {}
+    return no_setting(path, part, where, map(str, node), kind, replaced)
 
 
 def _check_groups(config: DictConfig, base: DictConfig, values: list[Override]) -> None:
@@ -318,7 +339,7 @@ def _check_groups(config: DictConfig, base: DictConfig, values: list[Override]) 
             raise UserError(f"{path}.kind is {expected.kind!r} by choice and cannot be changed, got {node.kind!r}")
 
 
-def _instantiate(config: DictConfig) -> RunConfig:
+def _instantiate(config: DictConfig) -> Any:
     """Instantiate the dataclasses of `config`, innermost first, so that an error can name its group."""
     for path, node in _groups(config):
         try:
@@ -329,9 +350,9 @@ def _instantiate(config: DictConfig) -> RunConfig:
             raise
         except Exception as error:  # a third-party Config may raise anything
             raise UserError(f"{path or 'settings'}: {type(error).__name__}: {first_line(error)}") from error
-        _check_numbers(path, node)
+        for name in node:
+            _check_number(_join(path, str(name)), node[name])
     run = OmegaConf.to_object(config)
-    assert isinstance(run, RunConfig)
     try:
         OmegaConf.structured(run)
     except OmegaConfBaseException as error:  # an interpolation may have a value of another type
@@ -348,13 +369,8 @@ def _groups(node: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]
         yield path, node
 
 
-def _check_numbers(path: str, node: DictConfig) -> None:
-    """Refuse numbers that JSON records cannot hold."""
-    for name in node:
-        _check_number(_join(path, str(name)), node[name])
-
-
 def _check_number(path: str, given: Any) -> None:
+    """Refuse a number that JSON records cannot hold."""
     for value in given if isinstance(given, ListConfig | list) else [given]:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path} must be finite, got {value}")

@@ -22,14 +22,13 @@ import torch
 
 from distillbench.errors import DivergedError, UserError, first_of, unknown
 from distillbench.evaluation.level_search import is_unimodal, ternary_search
-from distillbench.evaluation.reference_statistics import read_reference
 from distillbench.records.records import LevelsRecord, TrainRecord, TriedLevels, read_record, write_record
 from distillbench.registry import Registry
 from distillbench.runs.cell_keys import evaluation_inputs
 from distillbench.runs.cell_result import CellDescription, describe_cell
 from distillbench.runs.cell_training import STUDENT, TRAIN
 from distillbench.runs.config import RunConfig
-from distillbench.runs.metric_choice import chosen_metrics
+from distillbench.runs.metric_choice import chosen_metrics, references_of
 from distillbench.runs.plan import USUAL_NFE, cell_of, plan
 from distillbench.runs.saved_settings import read_config, text_of_run
 from distillbench.runs.shared_context import Cell, SharedContexts, restored
@@ -237,12 +236,7 @@ def _search_settings(config: RunConfig, wanted: Wanted, registry: Registry) -> R
     name = wanted.metric or able[0]
     if name not in able:
         raise unknown("metric to optimise", name, able, " in the run")
-    network = metrics[name].network
-    references = [
-        word
-        for word in config.evaluation.references
-        if network is not None and read_reference(Path(word)).provenance.get("network") == network.name
-    ]
+    references = references_of(config.evaluation, metrics[name])
     images = wanted.images or config.evaluation.images
     changes: dict[str, Any] = {"metrics": [name], "references": references, "seeds": [wanted.sampling_seed]}
     evaluation = dataclasses.replace(config.evaluation, images=images, timing="off", **changes)
@@ -329,7 +323,7 @@ class _Scorer:
             raise UserError(f"{metric} cannot be measured: {why}")
         plain = dataclasses.replace(cell, method_config=dataclasses.replace(method.config, sampling_levels=[]))
         inputs = evaluation_inputs(plain, student.description.train_key)
-        inputs |= {"noise": cell.shared.noise, "weights_sha256": student.weights_sha256}
+        inputs |= {"weights_sha256": student.weights_sha256}
         path = student.description.folder / f"levels-{key_of(inputs)}.json"
         try:
             record = read_record(path, LevelsRecord, inputs)
@@ -362,7 +356,7 @@ class _Scorer:
         seed = shared.config.evaluation.seeds[0]
         try:
             keeps_noise = self.method.keeps_noise(nfe)
-            measured = evaluator.measure(self.method.sample, nfe, seed, keeps_noise, label, lazy=True)
+            measured = evaluator.measure(self.method.sample, nfe, seed, keeps_noise, label)
             score, reason = measured.scores[self.metric], measured.missing.get(self.metric)
         except DivergedError:
             score, reason = None, None

@@ -52,6 +52,27 @@ def read_references(
     return list(files.values())
 
 
+def references_of(config: EvaluationConfig, metric: type[Metric]) -> list[str]:
+    """The reference files of the settings that `metric` compares with."""
+    if metric.network is None:
+        return []
+    name = metric.network.name
+    return [word for word in config.references if read_reference(Path(word)).provenance.get("network") == name]
+
+
+def check_real_features(
+    config: EvaluationConfig, metrics: Mapping[str, type[Metric]], dataset: Dataset, references: Sequence[ReferenceFile]
+) -> None:
+    """Raise UserError if evaluation.real_features keeps fewer features than a metric needs."""
+    for name, metric in metrics.items():
+        drawn = features_in_words(metric, config, dataset, references) == drawn_in_words(config.real_features)
+        if drawn and config.real_features < metric.fewest_real:
+            raise UserError(
+                f"evaluation.real_features={config.real_features} is too few for {name}, which needs the features of "
+                f"at least {metric.fewest_real:,} real images (0: all)"
+            )
+
+
 def features_in_words(
     metric: type[Metric], config: EvaluationConfig, dataset: Dataset, references: Sequence[ReferenceFile]
 ) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,9 @@ REPLACED = {  # settings of earlier versions
 }
 HERE = Path(__file__).resolve().parents[1]
 LONGEST_WORD = 10_000  # characters of a setting; Hydra's parser takes seconds for more
+
+
+NOTHING_REPLACED: Mapping[str, str] = {}
 
 
 class Names(Protocol):
@@ -161,10 +164,13 @@ def _check_choice(setting: Override, registry: Names) -> None:
         raise UserError(f"{key} takes one name, got [{every}]. To sweep over several write {key}={every or 'NAME'}")
 
 
-def no_setting(path: str, part: str, where: str, names: Iterable[str], kind: str) -> UserError:
+def no_setting(
+    path: str, part: str, where: str, names: Iterable[str], kind: str, replaced: Mapping[str, str] = NOTHING_REPLACED
+) -> UserError:  # fmt: skip
     """The error for a setting `path` whose `part` is none of `names`, the settings below `where`.
 
-    `kind` is the choice that these settings belong to, such as the name of the dataset.
+    `kind` is the choice that these settings belong to, such as the name of the dataset. `replaced`: what came in the
+    place of settings of earlier versions.
     """
     names = sorted(name for name in names if name != "kind") + ([] if where else ["experiment"])
     near, possible = nearest(part, names), f"Possible: {', '.join(names) or 'none'}"
@@ -172,6 +178,8 @@ def no_setting(path: str, part: str, where: str, names: Iterable[str], kind: str
         chosen = f"methods=[{','.join(names)}]"
         return UserError(f"no setting {quoted(path)}: {quoted(part)} is not among {chosen}{near and '.'}{near}")
     level = f" in '{where}'{f' ({where}={kind})' if where in CHOICES else ''}" if where else ""
+    if part in replaced:
+        near = f" It was replaced by {replaced[part]}."
     if where == "executor" and (kinds := kinds_with(part)):
         near = f" It is one of executor={' and '.join(kinds)}."
     return UserError(f"no setting {quoted(part)}{level}.{near} {possible}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from distillbench.diffusion.distances import LPIPS
-from distillbench.errors import UserError
+from distillbench.errors import Unavailable, UserError
+from distillbench.evaluation import pretrained_weights
 from distillbench.evaluation.features import FeatureNetwork
+from distillbench.evaluation.pretrained_weights import WeightsFile, locate, weights_folder
 from distillbench.options import plain_settings
 from distillbench.registry import Registry
 from distillbench.runs.config import RunConfig
@@ -15,9 +18,82 @@ from distillbench.runs.distances import Lpips
 from distillbench.runs.metric_choice import chosen_metrics
 from distillbench.storage.downloads import Offer, fetch, located, offered
 from distillbench.storage.source_messages import missing_dataset
-from distillbench.storage.sources import Source, in_megabytes, of_dataset, of_teacher
+from distillbench.storage.sources import Source, in_megabytes, of_dataset, of_teacher, size_in_words
 from distillbench.system.progress import Progress
 from distillbench.training.method import MethodConfig
+
+Network = type[FeatureNetwork] | type[Lpips]  # what has files of weights
+
+
+@dataclass(frozen=True)
+class Downloads:
+    """What is to be downloaded: sources as their servers offer them, and networks that lack files of weights."""
+
+    offers: tuple[Offer, ...] = ()
+    networks: tuple[Network, ...] = ()
+
+    @property
+    def needed_to_plan(self) -> bool:
+        """Whether a plan is made from some of them; from the networks of metrics it is not."""
+        return bool(self.offers) or Lpips in self.networks
+
+    @property
+    def sizes(self) -> list[int | None]:
+        """Bytes of each; None if the server does not say them."""
+        return [offer.bytes for offer in self.offers] + [_mib(cls) * 2**20 for cls in self.networks]
+
+    def lines(self) -> list[str]:
+        """A line for each: name, size, content, origin, licence."""
+        return [line for offer in self.offers for line in _line(offer.source, offer.bytes)] + [
+            line for cls in self.networks for line in describe_network(cls)
+        ]
+
+    def fetch(self, progress: Progress) -> None:
+        """Download all, one after the other."""
+        for offer in self.offers:
+            progress.say(f"downloaded: {fetch(offer, progress)}")
+        for cls in self.networks:
+            for path, licence in fetch_network(cls, None, progress):
+                progress.say(f"downloaded: {path} ({licence})")
+
+
+def fetch_network(cls: Network, given: Path | None, progress: Progress) -> Iterator[tuple[Path, str]]:
+    """Download the files of weights of a network, or copy them from `given`. Yields each with its licence."""
+    for weights in (cls.weights, *cls.also):
+        yield pretrained_weights.fetch(cls.name, weights, weights_folder(), given, progress), weights.licence
+
+
+def lacking(cls: Network) -> list[WeightsFile]:
+    """The files of weights of a network that are not there."""
+    found = []
+    for weights in (cls.weights, *cls.also):
+        try:
+            locate(cls.name, weights, weights_folder())
+        except Unavailable:
+            found.append(weights)
+    return found
+
+
+def _mib(cls: Network) -> int:
+    """What is to be downloaded for a network."""
+    return sum(weights.mib for weights in lacking(cls))
+
+
+def describe_network(cls: Network) -> list[str]:
+    """The line about the download of a network's weights."""
+    weights = cls.weights
+    return [f"download {cls.name}, {_mib(cls)} MiB: weights, from {weights.url}; licence: {weights.licence}"]
+
+
+def describe_source(source: Source) -> list[str]:
+    """The lines about the download of a source, without asking its server."""
+    return _line(source, source.known_bytes)
+
+
+def _line(source: Source, size: int | None) -> list[str]:
+    said = size_in_words(source) if size is None else in_megabytes(size)
+    line = f"download {source.name}, {said}: {source.title}, from {source.origin}, by {source.publisher}"
+    return [f"{line}; licence: {source.licence}", *([f"  {source.note}"] if source.note else [])]
 
 
 @dataclass(frozen=True)
@@ -25,7 +101,7 @@ class Needs:
     """What a run needs: sources that can be downloaded, networks, and words on what cannot be downloaded."""
 
     sources: tuple[Source, ...]
-    networks: tuple[type[FeatureNetwork] | type[Lpips], ...]
+    networks: tuple[Network, ...]
     by_hand: tuple[str, ...]
 
 
@@ -33,12 +109,17 @@ def needs_of(config: RunConfig, registry: Registry) -> Needs:
     """Everything that the run reads from files, whether it is there or not."""
     found = {"dataset": _dataset_source(config), "teacher": _teacher_source(config)}
     by_hand = [words for part, source in found.items() if source is None and (words := _by_hand(config, part))]
+    networks = _networks_of(config, registry).values()
+    return Needs(tuple(s for s in found.values() if s is not None), tuple(networks), tuple(by_hand))
+
+
+def _networks_of(config: RunConfig, registry: Registry) -> dict[str, Network]:
+    """By name: the networks of the metrics, and LPIPS if a method trains with it."""
     metrics = chosen_metrics(config.evaluation, registry).values()
-    networks: dict[str, type[FeatureNetwork] | type[Lpips]] = {}
-    networks |= {cls.network.name: cls.network for cls in metrics if cls.network is not None}
+    networks: dict[str, Network] = {cls.network.name: cls.network for cls in metrics if cls.network is not None}
     if any(value in LPIPS for method in config.methods.values() for value in _texts(method)):
         networks[Lpips.name] = Lpips
-    return Needs(tuple(s for s in found.values() if s is not None), tuple(networks.values()), tuple(by_hand))
+    return networks
 
 
 def _texts(method: MethodConfig) -> list[str]:
@@ -84,39 +165,28 @@ def _distinct(configs: Sequence[RunConfig]) -> list[RunConfig]:
     return list({(id(c.dataset), id(c.teacher), c.conditional): c for c in configs}.values())
 
 
-def asked_offers(configs: Sequence[RunConfig]) -> list[Offer]:
-    """The downloads that the settings ask for (``download=true``) and that are not there yet, with their sizes."""
-    asked: dict[str, Source] = {}
+def asked(configs: Sequence[RunConfig], registry: Registry) -> Downloads:
+    """What the settings ask for (``download=true``) and that is not there yet, with sizes.
+
+    dataset.download and teacher.download are for sources, evaluation.download for weights of feature networks and of
+    LPIPS.
+    """
+    sources: dict[str, Source] = {}
     for config in _distinct(configs):
         for part, source in ((config.dataset, _dataset_source(config)), (config.teacher, _teacher_source(config))):
             if source is not None and plain_settings(part).get("download") and located(source) is None:
-                asked[source.name] = source
-    return [offered(source) for source in asked.values()]
+                sources[source.name] = source
+    networks: dict[str, Network] = {}
+    for config in configs:
+        if config.evaluation.download:
+            networks |= _networks_of(config, registry)
+    missing = tuple(cls for cls in networks.values() if cls.weights.url and lacking(cls))
+    return Downloads(tuple(offered(source) for source in sources.values()), missing)
 
 
-def fetch_asked(configs: Sequence[RunConfig], progress: Progress) -> None:
+def fetch_asked(configs: Sequence[RunConfig], registry: Registry, progress: Progress) -> None:
     """Download what the settings ask for by ``download=true``. What each download is, and its size, is said first."""
-    offers = asked_offers(configs)
-    for line in describe(offers):
+    downloads = asked(configs, registry)
+    for line in downloads.lines():
         progress.say(line)
-    fetch_all(offers, progress)
-
-
-def fetch_all(offers: Sequence[Offer], progress: Progress) -> None:
-    """Download the offers one after the other."""
-    for offer in offers:
-        progress.say(f"downloaded: {fetch(offer, progress)}")
-
-
-def describe(offers: Sequence[Offer]) -> list[str]:
-    """A line for each offer: name, size, content, origin, licence."""
-    lines = []
-    for offer in offers:
-        source = offer.source
-        size = "of unknown size" if offer.bytes is None else in_megabytes(offer.bytes)
-        lines.append(
-            f"download {source.name}, {size}: {source.title}, from {source.origin}, by {source.publisher}; licence: "
-            f"{source.licence}"
-        )
-        lines += [f"  {source.note}"] if source.note else []
-    return lines
+    downloads.fetch(progress)

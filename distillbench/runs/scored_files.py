@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from distillbench.datasets.dataset import to_float
-from distillbench.errors import Unavailable, UserError
+from distillbench.errors import Unavailable, UserError, quoted
 from distillbench.evaluation.evaluator import ROW, features_kept, score_or_reason
 from distillbench.evaluation.features import FeatureNetwork, ImageSet, Networks
 from distillbench.evaluation.metric import Need, Samples
@@ -20,12 +20,17 @@ from distillbench.evaluation.stored_images import StoredImages
 from distillbench.records.layout import ResultsFolder
 from distillbench.registry import Registry
 from distillbench.runs.config import compose_runs
-from distillbench.runs.metric_choice import chosen_metrics, described, read_references
+from distillbench.runs.metric_choice import check_real_features, chosen_metrics, described, read_references
 from distillbench.runs.run_downloads import fetch_asked
 from distillbench.runs.shared_context import choose_device
 from distillbench.storage.files import check_room
 from distillbench.system.progress import Progress
 
+USED = (  # settings that scores of a file depend on
+    *("dataset", "experiment", "evaluation.metrics", "evaluation.references", "evaluation.real_features"),
+    *("evaluation.download", "device", "threads", "results_dir"),
+)
+USED_GROUPS = ("dataset.",)
 NO_TEACHER = "a file of samples comes without those of a teacher"
 
 
@@ -49,6 +54,7 @@ class NoImages(ImageSet):
 def score_file(path: Path, settings: Sequence[str], registry: Registry, progress: Progress) -> FileScores:
     """Score the images at `path` by the dataset and the `evaluation` of `settings`. Raises UserError for bad input."""
     check_exists(path)  # before a dataset is downloaded
+    _check_used(settings)
     configs = compose_runs(list(settings), registry, need_methods=False)
     if len(configs) > 1:
         raise UserError(f"a file is scored by one group of settings, got {len(configs)}")
@@ -56,9 +62,10 @@ def score_file(path: Path, settings: Sequence[str], registry: Registry, progress
     torch.set_num_threads(config.threads)
     weights, device = weights_folder(), choose_device(config.device)
     metrics = chosen_metrics(config.evaluation, registry)
-    fetch_asked(configs, progress)
+    fetch_asked(configs, registry, progress)
     dataset = registry.get("datasets", config.dataset.kind).cls(config.dataset)
     references = read_references(config.evaluation, metrics, dataset, weights)
+    check_real_features(config.evaluation, metrics, dataset, references)
     file = read_samples(path, (dataset.shape[1], dataset.shape[2]))
     results, networks, kept = ResultsFolder.of(config.results_dir), Networks(weights, device), features_kept(metrics)
     drawn = config.evaluation.real_features
@@ -82,6 +89,16 @@ def score_file(path: Path, settings: Sequence[str], registry: Registry, progress
     finally:
         x_0.close()
     return FileScores(file.count, scores, missing, described(metrics, config.evaluation, dataset, references))
+
+
+def _check_used(settings: Sequence[str]) -> None:
+    """Raise UserError for a setting that does not decide the scores of a file."""
+    for word in settings:
+        name = word.partition("=")[0]
+        if "=" in word and name not in USED and not name.startswith(USED_GROUPS):
+            why = "nothing is trained or sampled, and all images of the file are scored"
+            possible = ", ".join([*USED, *(f"{group}*" for group in USED_GROUPS)])
+            raise UserError(f"samples score makes no use of {quoted(word)}: {why}. Possible: {possible}")
 
 
 def _stored(file: SampleFile, folder: Path) -> StoredImages:

@@ -28,7 +28,13 @@ from distillbench.records.layout import ResultsFolder
 from distillbench.registry import Entry, Registry
 from distillbench.runs.config import RunConfig
 from distillbench.runs.feature_order import FeatureOrder
-from distillbench.runs.metric_choice import chosen_metrics, described, features_in_words, read_references
+from distillbench.runs.metric_choice import (
+    check_real_features,
+    chosen_metrics,
+    described,
+    features_in_words,
+    read_references,
+)
 from distillbench.storage.files import canonical_json, check_room, check_writable
 from distillbench.system.progress import Progress
 from distillbench.teachers.latents import training_data
@@ -279,6 +285,7 @@ def _make_context(config: RunConfig, registry: Registry) -> SharedContext:
             solver.times(schedule, steps)  # raises if the time grid has no such number of steps
     weights = weights_folder()
     references = read_references(config.evaluation, metrics, dataset, weights)
+    check_real_features(config.evaluation, metrics, dataset, references)
     parts = config, registry, device, dataset, source, conditioning, metrics, weights, references
     return SharedContext(*parts, students=StudentForm.of(config.student))
 

@@ -12,7 +12,7 @@ import shutil
 import time
 from http.client import HTTPException, HTTPMessage
 from pathlib import Path
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from distillbench._version import __version__
@@ -39,7 +39,16 @@ def bytes_at(url: str) -> int | None:
         with urlopen(_request(url, {}), timeout=TIMEOUT) as answer:  # not by HEAD, which signed URLs may refuse
             return _length(answer.headers)
     except (OSError, HTTPException, ValueError) as error:
-        raise Unreachable(f"cannot download {url}: {error}") from error
+        raise Unreachable(f"cannot download {url}: {_in_words(error)}") from error
+
+
+def _in_words(error: BaseException) -> str:
+    """What failed, without the wrapping of urllib and the number of the system's error."""
+    if isinstance(error, URLError) and isinstance(error.reason, BaseException) and not isinstance(error, HTTPError):
+        error = error.reason
+    if isinstance(error, HTTPError):
+        return f"the server answers {error.code} {error.reason}"
+    return (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
@@ -94,14 +103,14 @@ def _receive(url: str, part: Path, mark: Path, is_checked: bool, step: Step) -> 
             error: Exception = ConnectionError("the connection was cut")
         except HTTPError as answer:
             if answer.code not in TEMPORARY_STATUS:
-                raise Unreachable(f"cannot download {url}: {answer}") from answer
+                raise Unreachable(f"cannot download {url}: {_in_words(answer)}") from answer
             error = answer
         except (OSError, HTTPException, ValueError) as reason:
             error = reason
         failures = 0 if _size(part) > before else failures + 1
         if failures == ATTEMPTS or isinstance(error, ValueError) or not _may_pass(error):
             kept = f"; {counted(_size(part), 'byte')} are kept, and the same command continues" if _size(part) else ""
-            raise Unreachable(f"cannot download {url}: {error}{kept}") from error
+            raise Unreachable(f"cannot download {url}: {_in_words(error)}{kept}") from error
         time.sleep(PAUSE * failures)
 
 

@@ -30,6 +30,18 @@ def check_memory(size: int) -> None:
         raise ValueError(f"its header declares {size:,} bytes, and {free:,} are free in memory")
 
 
+class NotNpz(ValueError):
+    """The file is whole, but of another format."""
+
+
+def _is_npy(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
+    except OSError:
+        return False
+
+
 class Npz:
     """The arrays of an npz file by name. With `mapped`, large uncompressed arrays are memory-mapped.
 
@@ -44,6 +56,8 @@ class Npz:
         except FileNotFoundError:
             raise
         except DAMAGED as error:
+            if _is_npy(path):
+                raise NotNpz("it is an .npy file, which holds one array without a name") from error
             raise ValueError(str(error)[:LONGEST_REASON] or type(error).__name__) from error
         self.infos = {info.filename.removesuffix(".npy"): info for info in infos}
         if len(self.infos) != len(infos):

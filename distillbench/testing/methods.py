@@ -2,8 +2,8 @@
 
 ``CHECKS`` at the end lists all checks with the checks that each of them needs. Here are those of what a method
 declares, and the comparison with a distribution whose denoiser is known; the others are in
-:mod:`distillbench.testing.methods_steps`, :mod:`distillbench.testing.methods_training` and
-:mod:`distillbench.testing.methods_sampling`.
+:mod:`distillbench.testing.methods_search`, :mod:`distillbench.testing.methods_steps`,
+:mod:`distillbench.testing.methods_training` and :mod:`distillbench.testing.methods_sampling`.
 
 | symbol | meaning                                                                     | shape        |
 |--------|-----------------------------------------------------------------------------|--------------|
@@ -55,6 +55,7 @@ from distillbench.testing.methods_sampling import (
     supports,
     uncounted,
 )
+from distillbench.testing.methods_search import search
 from distillbench.testing.methods_steps import (
     condition,
     data,
@@ -268,6 +269,7 @@ CHECKS = [
     Check(declared, benches="first"),
     Check(builds, ("declared",), must_apply=True),
     Check(phases, ("builds",), "first"),
+    Check(search, ("builds",), "first"),
     Check(data, ("phases",), "first"),
     Check(steps, ("data",), "first"),
     Check(condition, ("steps",), "conditional"),

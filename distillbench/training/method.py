@@ -55,8 +55,12 @@ STUDENT_INPUTS = {
 
 @dataclass
 class MethodConfig(OptimizerConfig):
-    """Settings that every method has. A method's own Config derives from this one and may change the defaults."""
+    """Settings that every method has. A method's own Config derives from this one and may change the defaults.
 
+    `replaced`: names of settings of earlier versions, and what to write instead, for the message about them.
+    """
+
+    replaced: ClassVar[dict[str, str]] = {}
     kind: str = option("", "the registered method (set by the choice of methods=...)")
     schedule: str = option("", "noise schedule that it works on, at the teacher's SNR; empty: the teacher's own")
 

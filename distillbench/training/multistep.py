@@ -24,7 +24,7 @@ from distillbench.diffusion.consistency import (
     segmentwise,
 )
 from distillbench.errors import UserError
-from distillbench.options import option, require_between
+from distillbench.options import Among, option, require_between
 from distillbench.teachers.teacher import Teacher
 from distillbench.training.method import Method, MethodConfig
 
@@ -54,7 +54,10 @@ class MultistepMethod(Method):
         """Settings of such a method. Its own Config derives from this one."""
 
         sampling_levels: list = option(  # of lists of float, which OmegaConf refuses if they have an int
-            [], "noise levels of steps after the first, [[A],[B,C]] for 2, 3 NFE; else of the grid", sampling=True
+            [],
+            "noise levels of steps after the first, [[A],[B,C]] for 2, 3 NFE; else of the grid",
+            sampling=True,
+            search=Among([[], [[0.2]], [[0.4]], [[0.8]], [[1.6]], [[3.2]], [[6.4]]]),
         )
 
         def __post_init__(self) -> None:
@@ -152,10 +155,17 @@ class SegmentedMethod(MultistepMethod):
             require_between(self, 1, float("inf"), "segments")
             self.require_free_levels(self.segments == 1, "segments")
 
+    def __init__(self, config: Any, teacher: Teacher) -> None:
+        super().__init__(config, teacher)
+        self._edges: tuple[Tensor, int, Tensor] | None = None  # a grid, its version, and its edges
+
     @property
     def edges(self) -> Tensor:
-        """e_0 < ... < e_K, (K+1,), times of the grid."""
-        return segment_edges(self.sampling_grid, self.config.segments)
+        """e_0 < ... < e_K, (K+1,), times of the grid. Computed again only if the grid is another or was changed."""
+        grid = self.sampling_grid
+        if self._edges is None or self._edges[0] is not grid or self._edges[1] != grid._version:
+            self._edges = grid, grid._version, segment_edges(grid, self.config.segments)
+        return self._edges[2]
 
     def segment_end(self, t: Tensor) -> tuple[Tensor, ...]:
         """Where F maps x_t to, as its last argument: (e_j,) with e_j < t <= e_(j+1), shape of t; () with K = 1."""

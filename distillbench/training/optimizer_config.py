@@ -10,6 +10,8 @@ from typing import Any
 
 from distillbench.errors import UserError
 from distillbench.options import (
+    Among,
+    Around,
     added_option,
     option,
     require_between,
@@ -22,6 +24,7 @@ __all__ = ["NetworkConfig", "OptimizerConfig"]
 
 OPTIMIZERS = ("adamw", "adam", "radam", "adamw8bit")
 LIBRARIES = {"adamw8bit": ("bitsandbytes", "adam8bit")}  # optimisers of optional libraries, and the extra for each
+AROUND = Around(5.0, of_zero=Among([0.0, 2.0, 10.0, 50.0]))  # where a search looks: 1.4 decades, or with and without
 WIDEST_POWER = 12**-0.5  # sigma_rel of the mean of all updates, gamma = 0
 
 
@@ -44,7 +47,7 @@ class OptimizerConfig:
       in `nonfinite_steps`. With fp16 the loss scaler skips them instead. A loss that is not finite ends the training.
     """
 
-    lr: float = option(1e-3, "peak learning rate of Adam")
+    lr: float = option(1e-3, "peak learning rate of Adam", search=AROUND)
     optimizer: str = added_option(
         "adamw", "adamw, adam (weight decay is added to the gradient), radam or adamw8bit (an extra)"
     )
@@ -58,7 +61,9 @@ class OptimizerConfig:
     grad_clip: float = option(1.0, "largest norm of a network's gradients; 0: they are not clipped")
     grad_clip_by: str = added_option("norm", "what grad_clip limits: the norm, or the value of each element")
     grad_nan_to_num: bool = added_option(False, "in gradients NaN becomes 0, infinity 1e5 (EDM's code)")
-    ema_halflife_kimg: float = option(10.0, "half-life of the weights' average in 1000 images; 0: no average")
+    ema_halflife_kimg: float = option(
+        10.0, "half-life of the weights' average in 1000 images; 0: no average", search=AROUND
+    )
     ema_start: str = added_option(
         "rampup", "rampup (half-life at most 5 % of the images seen), bias_corrected or constant"
     )

@@ -46,7 +46,12 @@ from distillbench.records.records import (
     write_record,
 )
 from distillbench.registry import Entry, Plugin, Registry, Source, load_registry
+from distillbench.storage.downloads import VARIABLE as DOWNLOADS
+from distillbench.storage.downloads import fetch, offered
 from distillbench.storage.files import key_of
+from distillbench.storage.sources import URL, SourceFile
+from distillbench.storage.sources import Source as Download
+from distillbench.system.progress import Progress
 
 COST = Cost(
     images=1, seconds=1, teacher_seconds=0, student_seconds=1, other_seconds=0, teacher_nfe=0, student_nfe=1,
@@ -56,7 +61,8 @@ ABOUT = {"device": "cpu", "environment": {}}
 
 
 @pytest.fixture
-def here(tmp_path) -> Installation:
+def here(tmp_path, monkeypatch) -> Installation:
+    monkeypatch.setenv(DOWNLOADS, str(tmp_path / "downloads"))
     return Installation(Registry(), tmp_path / "results", tmp_path / "weights")
 
 
@@ -530,7 +536,29 @@ def test_a_results_folder_that_cannot_be_written_to(tmp_path, here):
 
 def test_a_weights_folder_that_cannot_be_written_to_is_a_warning(tmp_path, here):
     (tmp_path / "weights").write_text("a file")
-    assert lines_of(doctor_disk.check_disk, here)[-1][0] == "warning"
+    (tmp_path / "downloads").write_text("a file")
+    for level, line in lines_of(doctor_disk.check_disk, here)[-2:]:
+        assert level == "warning" and "cannot be written to" in line
+
+
+def test_downloads_that_are_complete_damaged_or_left_over(tmp_path, here, monkeypatch):
+    assert lines_of(doctor_disk.check_downloads, here) == [("ok", f"no downloads in {tmp_path / 'downloads'} yet")]
+    (tmp_path / "net.pkl").write_bytes(b"whole")
+    file = SourceFile((tmp_path / "net.pkl").as_uri())
+    source = Download("net", "teacher", "edm", "Net", "CC0", "an institute", URL, files=(file,))
+    monkeypatch.setattr(doctor_disk, "known", lambda: {"net": source})
+    path = fetch(offered(source), Progress(None))
+    assert lines_of(doctor_disk.check_downloads, here) == [("ok", "complete (--thorough hashes them): net")]
+    path.write_bytes(b"other")  # of the same size
+    thorough = dataclasses.replace(here, thorough=True)
+    found = findings(doctor_disk.check_downloads, thorough)
+    assert found == [Finding("wrong", "net: files are missing or damaged", "distillbench fetch net")]
+    part = path.with_name("other.pkl.part")
+    part.write_bytes(b"part")
+    os.utime(part, (0, 0))
+    found = findings(doctor_disk.check_downloads, here)[-1]
+    assert (found.level, found.advice) == ("warning", "distillbench clean --downloads")
+    assert found.line.startswith("left over of downloads: 1 file, ")
 
 
 # --- results ---------------------------------------------------------------------------------------------------------

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from command_line import exit_code
+from distillbench.builtin.dinov2 import DinoV2
 from distillbench.builtin.inception import InceptionV3
-from distillbench.cli import command_options
+from distillbench.cli import command_options, fetch_command
 from distillbench.errors import UserError
+from distillbench.evaluation.pretrained_weights import WeightsFile
 from distillbench.registry import load_registry
+from distillbench.runs import run_downloads
 from distillbench.runs.config import compose_runs
 from distillbench.runs.distances import Lpips
 from distillbench.runs.run_downloads import needs_of
 from distillbench.storage import downloads, sources
+from distillbench.system.progress import Progress
 from file_server import serving
 from image_sources import edm, write_zip
 
@@ -174,14 +180,17 @@ def test_fetch_lists_everything_without_the_network(call):
 
 def test_fetch_asks_or_needs_yes(call, server, tmp_path, monkeypatch):
     code, out, errors = call("fetch", "faces", "edm-faces")
-    assert code == 2 and re.search(r"this downloads [\d.]+ MB, and there is no terminal to ask at: add --yes", errors)
-    size = len(server.files["/edm-faces.pkl"]) / 1e6
-    assert f"download edm-faces, {size:.1f} MB: EDM, faces, from {server.url}/edm-faces.pkl, by nobody; licence" in out
-    assert "download faces, 0.0 MB: Faces, from owner/faces on the hub" in out and "these are no faces" in out
+    assert code == 2 and "there is no terminal to ask at whether to download this: add --yes" in errors
+    assert not server.asked  # a network may be slow, or not there
+    assert f"download edm-faces, of unknown size: EDM, faces, from {server.url}/edm-faces.pkl, by nobody" in out
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    for answer, expected in ((False, 2), (True, 0)):
-        monkeypatch.setattr("click.confirm", lambda question, answer=answer: answer)
-        assert call("fetch", "faces")[0] == expected
+    monkeypatch.setattr("click.confirm", lambda question: False)
+    code, out, _ = call("fetch", "faces", "edm-faces")
+    size = len(server.files["/edm-faces.pkl"]) / 1e6
+    assert code == 2 and f"download edm-faces, {size:.1f} MB: EDM, faces, from {server.url}/edm-faces.pkl, by" in out
+    assert "download faces, 0.0 MB: Faces, from owner/faces on the hub" in out and "these are no faces" in out
+    monkeypatch.setattr("click.confirm", lambda question: True)
+    assert call("fetch", "faces")[0] == 0
     assert call("fetch", "edm-faces", "--yes")[0] == 0
     code, out, _ = call("fetch", "faces", "edm-faces")  # nothing to ask about
     assert code == 0 and out.count("already there") == 2
@@ -189,7 +198,8 @@ def test_fetch_asks_or_needs_yes(call, server, tmp_path, monkeypatch):
 
 
 def test_fetch_of_an_experiment_names_all_that_it_reads(call, server, monkeypatch):
-    monkeypatch.setattr(InceptionV3, "locate", classmethod(lambda cls, folder: folder))
+    lacking = run_downloads.lacking
+    monkeypatch.setattr(fetch_command, "lacking", lambda cls: [] if cls is InceptionV3 else lacking(cls))
     words = [
         "experiment=smoke",
         "dataset=ffhq",
@@ -207,7 +217,7 @@ def test_fetch_of_an_experiment_names_all_that_it_reads(call, server, monkeypatc
     assert code == 0 and "dataset=lsun_bedroom has no known download for these settings: give dataset.path" in out
     assert "teacher=diffusers has no known download" in out
     code, out, errors = call("fetch", "dataset=digits", "evaluation.metrics=[fd_dinov2]")
-    assert code == 2 and "this downloads 1.22 GB, and there is no terminal to ask at: add --yes" in errors
+    assert code == 2 and "no terminal to ask at" in errors and "download dinov2, 1161 MiB: weights, from" in out
 
 
 def test_weights_that_cannot_be_reached_and_nothing_to_fetch(call, server, monkeypatch):
@@ -227,6 +237,72 @@ def test_what_fetch_refuses(call, tmp_path):
     assert "no file cifar-10-python.tar.gz in" in call("fetch", "cifar10", "--from", str(tmp_path))[2]
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"x")
     assert "is not cifar10: its sha256 is" in call("fetch", "cifar10", "--from", str(tmp_path))[2]
+
+
+@pytest.fixture
+def small_dinov2(server, monkeypatch):
+    """The first features of DINOv2 are pixels, and its weights a few bytes of the server."""
+    server.files["/dinov2.pth"] = b"weights"
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setattr(DinoV2, "weights", WeightsFile("dinov2.pth", sha256, f"{server.url}/dinov2.pth", "MIT", 3))
+    monkeypatch.setattr(DinoV2, "__init__", lambda self, file, device: None)
+    monkeypatch.setattr(DinoV2, "__call__", lambda self, images: images.flatten(1).float())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "nowhere")
+
+
+DIGITS = ["run", "methods=[cm]", "dataset=digits", "experiment=smoke", *SMALL[3:], "evaluation.metrics=[fd_dinov2]"]
+
+
+def test_weights_are_downloaded_only_when_the_settings_ask(registry, server, tmp_path, small_dinov2):
+    words = ["methods=[]", "dataset=digits", "evaluation.metrics=[fd_dinov2,fd_efficientnet_lite0,teacher_rmse]"]
+    configs, asking = (compose_runs([*words, *more], registry, False) for more in ([], ["evaluation.download=true"]))
+    assert not run_downloads.asked(configs, registry).lines()
+    downloads = run_downloads.asked(asking, registry)
+    assert downloads.lines() == [f"download dinov2, 3 MiB: weights, from {server.url}/dinov2.pth; licence: MIT"]
+    assert downloads.sizes == [3 * 2**20] and not downloads.needed_to_plan and not server.asked
+    downloads.fetch(Progress(None))
+    assert (tmp_path / "weights" / "dinov2.pth").read_bytes() == b"weights"
+    assert not run_downloads.asked(asking, registry).lines()  # there now
+    trained = compose_runs(
+        ["methods=[cm]", "methods.cm.metric=lpips", *words[1:], "evaluation.download=true"], registry
+    )
+    downloads = run_downloads.asked(trained, registry)
+    assert downloads.networks == (Lpips,) and downloads.needed_to_plan
+
+
+@pytest.mark.nightly
+def test_a_dry_run_says_what_weights_it_would_download(call, server, tmp_path, small_dinov2):
+    words = DIGITS
+    code, out, errors = call(*words, "--dry-run")
+    assert code == 0, errors
+    advice = r"fd_dinov2 would be empty: .*\(distillbench fetch dinov2, or evaluation\.download=true in a run\)"
+    assert code == 0 and re.search(advice, out, re.S) and not server.asked
+    code, out, _ = call(*words, "evaluation.download=true", "--dry-run")  # the plan needs no weights
+    line = f"download dinov2, 3 MiB: weights, from {server.url}/dinov2.pth; licence: MIT"
+    assert code == 0 and line in out and "fd_dinov2 would be empty" in out and not (tmp_path / "weights").exists()
+
+
+@pytest.mark.nightly
+def test_a_run_downloads_the_weights_of_its_scores_when_asked(call, server, tmp_path, small_dinov2):
+    words = DIGITS
+    line = f"download dinov2, 3 MiB: weights, from {server.url}/dinov2.pth; licence: MIT"
+    code, out, errors = call(*words, "evaluation.download=true")
+    file = tmp_path / "weights" / "dinov2.pth"
+    assert code == 0, errors
+    assert out.index(line) < out.index(f"downloaded: {file} (MIT)") and file.read_bytes() == b"weights"
+    server.asked.clear()  # found, and the same cells, without the setting
+    code, out, _ = call(*words, "evaluation.download=true")
+    assert code == 0 and not server.asked and "download dinov2" not in out
+    assert (tmp_path / "results" / "faces" / "columns.json").is_file()
+    records = sorted((tmp_path / "results" / "cells").rglob("*.json"))
+    assert call(*words)[0] == 0 and sorted((tmp_path / "results" / "cells").rglob("*.json")) == records
+
+
+def test_a_dry_run_ends_before_a_plan_that_needs_weights(call, server, monkeypatch):
+    words = ["run", "methods=[cm]", "methods.cm.metric=lpips", "dataset=digits", "experiment=smoke"]
+    code, out, _ = call(*words, "evaluation.download=true", "--dry-run")
+    assert code == 0 and "download lpips, 529 MiB" in out
+    assert out.endswith("dry run: nothing was downloaded. The plan is made from these files\n")
 
 
 # --- the headline ----------------------------------------------------------------------------------------------------

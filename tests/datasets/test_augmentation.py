@@ -202,7 +202,8 @@ def test_plain_settings_are_those_that_change_images():
     assert AugmentConfig(flip=True, probability=0.12).plain() == {"flip": True, "probability": 0.12}
     some = AugmentConfig(probability=0.12, transforms=["translate", "xflip"])
     assert some.plain() == {"probability": 0.12, "transforms": ["xflip", "translate"]} and some.transforms_images
-    assert not AugmentConfig(probability=0.5, transforms=[]).transforms_images
+    with pytest.raises(UserError, match=r"transforms must name some of xflip, .* with probability=0\.5, got \[\]"):
+        AugmentConfig(probability=0.5, transforms=[])
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,26 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from distillbench import Unavailable
-from distillbench.builtin.clip import FOLDER, ClipScore, ClipViTL14, network_input
-from distillbench.evaluation.features import ImageSet, Networks
-from distillbench.evaluation.metric import Samples
+from distillbench.builtin.clip import ClipScore, ClipViTL14, network_input
+from distillbench.builtin.clip_network import FOLDER
 from distillbench.storage.files import sha256_file
+from image_text_samples import PROMPTS, pictures, samples, write_vocabulary
 
 transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")
 
 REAL_VOCABULARY = Path(__file__).parents[3] / "shared" / "data" / "clip_tokenizer"
-PROMPTS = ["a cat", "a photo of a CAT, sitting.", "42 apples", "a cat", "word " * 100]
-
-
-def write_vocabulary(folder: Path) -> int:
-    """Bytes, bytes that end a word, two merges, start and end; returns their number."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
-    return len(tokens)
 
 
 @pytest.fixture
@@ -64,18 +51,6 @@ def tiny(tmp_path) -> type[ClipScore]:
         network = TinyClip
 
     return TinyScore
-
-
-def pictures(count: int, height: int, width: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    coarse = torch.randint(0, 256, (count, 3, 3, 3), generator=generator).float()
-    return torch.nn.functional.interpolate(coarse, size=(height, width)).to(torch.uint8)
-
-
-def samples(images: Tensor, prompts: list[str], folder: Path) -> Samples:
-    x = torch.zeros(len(images), 3, 1, 1)
-    seen = ImageSet(lambda: [images], len(images), tuple(images.shape[1:]), Networks(folder, "cpu"))
-    return Samples(x, x, seen, seen, seen, True, prompts=prompts)
 
 
 def processed(images: Tensor) -> Tensor:
@@ -129,7 +104,10 @@ def test_every_file_must_exist_and_be_unchanged(tiny, tmp_path, monkeypatch, nam
     tiny.network.locate(tmp_path)
     file = tmp_path / FOLDER / name
     file.write_bytes(file.read_bytes() + b" ")
-    with pytest.raises(Unavailable, match=rf"{name} is not the file .*distillbench fetch clip_vit_l14\)"):
+    with pytest.raises(
+        Unavailable,
+        match=rf"{name} is not the file .*distillbench fetch clip_vit_l14, or evaluation\.download=true in a run\)",
+    ):
         tiny.network.locate(tmp_path)
     file.unlink()
     with pytest.raises(Unavailable, match=rf"not there: {FOLDER}/{name}"):

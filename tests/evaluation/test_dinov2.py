@@ -172,6 +172,6 @@ def test_the_large_network_is_the_one_of_the_official_file():
 
 def test_without_weights_the_reason_has_a_command(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(Unavailable, match=r"distillbench fetch dinov2\)"):
+    with pytest.raises(Unavailable, match=r"distillbench fetch dinov2, or evaluation\.download=true"):
         DinoV2.locate(tmp_path)
     assert FdDinoV2.identity(tmp_path)["seen"]["weights_sha256"] is None

@@ -63,7 +63,8 @@ def test_a_missing_file_gives_the_command_that_fetches_it(folder):
     with pytest.raises(Unavailable) as caught:
         locate("net", WEIGHTS, folder)
     assert str(caught.value) == (
-        f"the weights of net are not there: net.pth, sha256 {WEIGHTS.sha256[:8]}... (distillbench fetch net)"
+        f"the weights of net are not there: net.pth, sha256 {WEIGHTS.sha256[:8]}... (distillbench fetch net, or "
+        "evaluation.download=true in a run)"
     )
 
 
@@ -193,6 +194,56 @@ def test_a_download_that_fails_leaves_nothing_behind(folder, tmp_path):
     with pytest.raises(UserError, match="cannot download"):
         fetch("net", weights, folder, None)
     assert files(folder) == []
+
+
+# --- without a published hash -----------------------------------------------------------------------------------------
+
+
+def unpublished(url: str = "") -> WeightsFile:
+    return WeightsFile("net.pth", "", url, "MIT", 1)
+
+
+def test_the_first_hash_is_written_down_and_later_files_must_have_it(folder, tmp_path):
+    given = tmp_path / "by_hand.pth"
+    given.write_bytes(CONTENT)
+    assert fetch("net", unpublished(), folder, given) == folder / "net.pth"
+    assert (folder / "net.pth.sha256").read_text().strip() == hashlib.sha256(CONTENT).hexdigest()
+    assert locate("net", unpublished(), folder) == folder / "net.pth"
+    given.write_bytes(b"other")
+    with pytest.raises(
+        UserError, match=r"by_hand\.pth is not net: .* as first fetched; if you trust it, remove .*sha256"
+    ):
+        fetch("net", unpublished(), folder, given)
+    assert (folder / "net.pth").read_bytes() == CONTENT
+    (folder / "net.pth").write_bytes(b"other")
+    with pytest.raises(Unavailable, match=r"net\.pth is not the file that net is defined by"):
+        locate("net", unpublished(), folder)
+
+
+@pytest.mark.parametrize("record", [None, "", "ab", "not a hash " * 10])
+def test_a_file_that_nobody_fetched_is_not_used(folder, record):
+    folder.mkdir(exist_ok=True)
+    with pytest.raises(Unavailable, match=r"^the weights of net are not there: net\.pth \(distillbench fetch net, or"):
+        locate("net", unpublished(), folder)
+    (folder / "net.pth").write_bytes(CONTENT)
+    if record is not None:
+        (folder / "net.pth.sha256").write_text(record)
+    with pytest.raises(Unavailable, match=r"was not fetched, .*\(distillbench fetch net --from .*net\.pth\)"):
+        locate("net", unpublished(), folder)
+    fetch("net", unpublished(), folder, folder / "net.pth")
+    assert locate("net", unpublished(), folder) == folder / "net.pth"
+
+
+def test_a_download_without_a_published_hash_is_trusted_once(folder, tmp_path):
+    (tmp_path / "net.pth").write_bytes(CONTENT)
+    weights = unpublished((tmp_path / "net.pth").as_uri())
+    fetch("net", weights, folder, None)
+    (tmp_path / "net.pth").write_bytes(b"replaced by its publisher")
+    fetch("net", weights, folder, None)  # there already
+    assert locate("net", weights, folder).read_bytes() == CONTENT
+    (folder / "net.pth").unlink()
+    with pytest.raises(UserError, match="not the file that was expected"):
+        fetch("net", weights, folder, None)
 
 
 # --- networks --------------------------------------------------------------------------------------------------------

@@ -134,6 +134,12 @@ def test_the_drawn_number_is_part_of_the_protocol_of_scores_that_depend_on_it(tm
     assert plain.columns()["precision_inception"] == registry.metrics["precision_inception"].cls.describe()
     with pytest.raises(UserError, match=r"evaluation\.real_features|real_features"):
         context("evaluation.real_features=-1")
+    for metric, count in (("precision_inception", 4), ("coverage_dinov2", 6), ("kid", 1000)):
+        named, few = f"evaluation.metrics=[{metric}]", f"evaluation.real_features={count - 1}"
+        with pytest.raises(UserError, match=rf"{few} is too few for {metric}, which needs .* at least {count:,} real"):
+            context(named, few)
+        context(named, f"evaluation.real_features={count}")
+    context("evaluation.metrics=[fid]", "evaluation.real_features=1")  # of all images
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------

@@ -30,11 +30,13 @@ from distillbench.records.sample_grid import MOST_ROWS, sample_grid
 from distillbench.records.settings_file import BUT, read_settings, write_settings
 from distillbench.records.statistics import summarise
 from distillbench.registry import Entry, Plugin, load_registry
+from distillbench.reports.labels import Labels
 from distillbench.reports.runs import read_run
 from distillbench.runs import config, config_grid, plan, shared_context, training_cost
 from distillbench.runs.cell import AS_IS
 from distillbench.runs.config import compose_runs, to_yaml
 from distillbench.runs.saved_settings import read_config
+from distillbench.runs.time_plan import Part, TimePlan
 from distillbench.storage import hash_cache, links
 from distillbench.storage.hash_cache import HashCache
 from distillbench.system.progress import Progress
@@ -228,6 +230,22 @@ def test_a_plan_of_many_cells_is_printed_in_few_lines(planned):
     assert "sum (301 cells)" in total and f"{256 * 300:,}" in total
 
 
+def test_the_sum_of_a_plan_has_what_is_done_once(planned):
+    _, cells, _ = planned
+    times = TimePlan([{Part.training: 60.0}] * 3, {Part.teacher: 3600.0, Part.real: 0.0})
+    said = io.StringIO()
+    print_plan(Console(file=said, width=150), cells[:3], times)
+    lines = said.getvalue().splitlines()
+    teacher = next(line for line in lines if line.startswith("training the teacher"))
+    (total,) = [line for line in lines if line.startswith("sum")]
+    assert teacher.rstrip().endswith("1 h") and total.rstrip().endswith("1 h")
+    assert not [line for line in lines if line.startswith("features of")]
+    cells_alone = io.StringIO()
+    print_plan(Console(file=cells_alone, width=150), cells[:3], TimePlan([{Part.training: 60.0}] * 3))
+    (total,) = [line for line in cells_alone.getvalue().splitlines() if line.startswith("sum")]
+    assert total.rstrip().endswith("3 min")
+
+
 def test_plain_settings_equal_a_round_trip_through_json(registry):
     """But for the defaults of settings that were added (test_network_settings.py)."""
     import json
@@ -290,7 +308,7 @@ def test_a_damaged_hash_cache_is_ignored(tmp_path):
 def go(done, said):
     configs, cells, _ = done
     progress = Progress(Console(file=said, width=200))
-    return run(cells, configs, progress, lambda rows: print_rows(progress, rows))
+    return run(cells, configs, progress, lambda rows: print_rows(progress, rows, Labels()))
 
 
 def test_a_run_that_finds_all_results_writes_its_folder_once(done, count):
@@ -313,7 +331,7 @@ def test_rows_that_arrive_one_by_one_are_all_in_the_final_table(done, tmp_path, 
     configs, cells, _ = done
     scan = InProcessWorker(Progress(None), Stop()).scan(cells, AS_IS)
     grown = []
-    table = RunTable(tmp_path / "run", cells, configs, scan, grown.append)
+    table = RunTable(tmp_path / "run", cells, configs, scan, grown.append, {})
     written = count(run_folder, "write_table")
     table.writer.due = time.monotonic() + 1000
     for index, result in enumerate(scan.results):

@@ -18,16 +18,19 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from distillbench import Method, MethodConfig
+from distillbench import Method, MethodConfig, option
 from distillbench.cli import commands
+from distillbench.evaluation.evaluator import Evaluator
 from distillbench.execution.run import run
 from distillbench.records.records import signed
 from distillbench.registry import Entry, Plugin, load_registry
+from distillbench.runs import cell as cell_module
 from distillbench.runs.cell import AS_IS, Policy
 from distillbench.runs.config import compose_runs
 from distillbench.runs.plan import plan
 from distillbench.storage.files import key_of, sha256_file
 from distillbench.system.progress import Progress
+from distillbench.system.signals import Interrupted
 
 COLUMNS = """
 dataset teacher guidance method training_seed sampling_seed nfe images budget protocol status reason note
@@ -39,7 +42,7 @@ train_peak_rss_mib clipped_steps nonfinite_steps machine_load_training machine_l
 sample_gflops sample_latency_p50_ms sample_latency_p95_ms sample_images_per_second sample_best_batch
 sample_decoder_latency_ms sample_text_encoder_latency_ms sample_peak_gpu_mib sample_peak_gpu_reserved_mib
 sample_peak_device_mib sample_peak_rss_mib parameters trained_parameters student_lora_rank student_architecture
-inputs settings compute reference device key
+inputs settings tuning tuning_trials tuning_images tuning_seconds tuning_joules compute reference device key
 """
 SCORES = ["fd_efficientnet_lite0", "teacher_rmse"]
 BUDGET = 400  # not a multiple of the batch
@@ -585,6 +588,60 @@ def test_retry_failed_runs_failed_cells_and_force_runs_all(tmp_path):
     assert (forced.row("becomes_nan")["status"], forced.failed) == ("ok", [])
 
 
+class Sampled(Stranger):
+    """Has a setting of sampling, so that cells share a training."""
+
+    name = "sampled"
+
+    @dataclasses.dataclass
+    class Config(MethodConfig):
+        shift: float = option(0.0, "added to samples", sampling=True)
+
+    def sample(self, noise, nfe, c):
+        return super().sample(noise, nfe, c) + self.config.shift
+
+
+@pytest.mark.nightly
+def test_force_trains_once_for_cells_that_share_a_training(tmp_path, monkeypatch):
+    words, trained = ["methods=[sampled]", "methods.sampled.shift=0,0.1", *SMALLER], []
+    registry, train_cell = with_strangers(Sampled), cell_module.train_cell
+    go(tmp_path, *words, registry=registry)
+    (record,) = tmp_path.glob("cells/*/train.json")
+    before = record.read_bytes()
+    monkeypatch.setattr(cell_module, "train_cell", lambda *given: trained.append(1) or train_cell(*given))
+    forced = go(tmp_path, *words, registry=registry, policy=Policy(force=True))
+    assert len(trained) == 1 and not forced.failed and record.read_bytes() != before
+    assert forced.table.loc[forced.table["method"] == "sampled", "key"].nunique() == 2
+    go(tmp_path, *words, registry=registry, policy=Policy(force=True))
+    assert len(trained) == 2  # once each time
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("row", range(5))
+def test_an_interruption_within_scoring_loses_the_row_in_progress_alone(tmp_path, monkeypatch, row):
+    """And the table is that of a run without one, to the last digit."""
+    words = ["methods=[boot]", *SMALLER, *TEACHER, "evaluation.seeds=[0,1]", "evaluation.timing=off"]
+    words += ["evaluation.checkpoints=1"]
+    measure, labels = Evaluator.measure, []
+
+    def interrupted(self, sampler, nfe, seed, keeps_noise, label, order=None):
+        labels.append((label, nfe, seed))
+        if len(labels) == 3 + row:
+            raise Interrupted("SIGTERM")
+        return measure(self, sampler, nfe, seed, keeps_noise, label, order)
+
+    whole = go(tmp_path / "whole", *words)
+    monkeypatch.setattr(Evaluator, "measure", interrupted)
+    with pytest.raises(Interrupted):
+        go(tmp_path / "cut", *words)
+    again = go(tmp_path / "cut", *words)
+    (twice,) = {one for one in labels if labels.count(one) > 1}
+    assert labels.count(twice) == 2 and twice == labels[2 + row]
+    pd.testing.assert_frame_equal(scores(again.table), scores(whole.table))
+    assert (again.folder / "samples.png").read_bytes() == (whole.folder / "samples.png").read_bytes()
+    assert not list((tmp_path / "cut" / "cells").glob("*/rows-*"))
+
+
 def test_fail_fast_skips_later_cells(tmp_path):
     words = ["methods=[raises,boot]", *SMALLER]
     ran = go(tmp_path, *words, registry=with_strangers(Raises), policy=Policy(fail_fast=True))
@@ -668,7 +725,7 @@ def test_the_exit_code_says_whether_something_failed(tmp_path, monkeypatch, caps
     out, err = capsys.readouterr()
     assert (done, err) == (code, "")
     assert ("not ok: " in out) == (code == 1)
-    assert "becomes_nan, seed 0, 1 NFE, noise 0: diverged: the loss is nan" in out or "becomes_nan" not in methods
+    assert "becomes nan, seed 0, 1 NFE, noise 0: diverged: the loss is nan" in out or "becomes_nan" not in methods
     assert max(map(len, table_of(out))) <= 80
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from distillbench.cli import commands
+from distillbench.datasets.array_readers import open_npz
 from distillbench.datasets.dataset import to_float
 from distillbench.errors import UserError
 from distillbench.evaluation.reference_statistics import read_reference
@@ -218,8 +219,27 @@ def test_garbage_on_the_command_line(tmp_path, capsys):
     assert call("samples", "score", tmp_path / "samples.npz", *DATASET, f'results_dir="{tmp_path}"') == 2
     error = capsys.readouterr().err
     assert error == "error: samples.npz: cannot read 'arr_0' of 'samples.npz': it holds Python objects\n"
-    assert call("samples", "score", tmp_path / "samples.npz", *DATASET, "seed=0,1") == 2
+    assert call("samples", "score", tmp_path / "samples.npz", *DATASET, "threads=1,2") == 2
     assert "a file is scored by one group of settings, got 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["methods=[cm]", "methods.cm.lr=1", "evaluation.images=9", "seed=0", "teacher=gmm"])
+def test_a_setting_that_does_not_decide_the_scores_of_a_file_is_refused(tmp_path, capsys, word):
+    np.savez(tmp_path / "samples.npz", PIXELS)
+    assert call("samples", "score", tmp_path / "samples.npz", *DATASET, word) == 2
+    assert f"samples score makes no use of '{word}': nothing is trained or sampled" in capsys.readouterr().err
+
+
+def test_an_npy_file_is_not_called_a_damaged_npz(tmp_path):
+    for name in ("samples.npy", "samples.npz"):
+        with open(tmp_path / name, "wb") as file:
+            np.save(file, PIXELS)
+        with pytest.raises(UserError, match=rf"^{name}: it is an \.npy file, which holds one .* Write"):
+            read_samples(tmp_path / name, (1, 1))
+    with pytest.raises(UserError, match=r"cannot be read as a reference .*: it is an \.npy file"):
+        read_reference(tmp_path / "samples.npy")
+    with pytest.raises(UserError, match=r"samples\.npz' is no npz file: it is an \.npy file"):
+        open_npz([tmp_path / "samples.npz"], "all", True)
 
 
 def test_grey_images_are_written_in_colour_and_large_files_are_mapped(tmp_path):

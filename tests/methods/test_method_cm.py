@@ -400,6 +400,16 @@ def test_with_segments_the_optimum_is_the_chain_cut_at_the_edges(name, solver):
     assert loss_of(method, batch_of(method, 256)) > 1e-7
 
 
+def test_edges_are_computed_once_and_again_for_another_grid():
+    method = cm(mlp_teacher(), steps=10, segments=3)
+    edges = method.edges
+    assert method.edges is edges and torch.equal(edges, method.grid[[0, 3, 6, 9]])
+    method.grid.mul_(0.5)  # in place, as load_state_dict does
+    assert torch.equal(method.edges, method.grid[[0, 3, 6, 9]]) and not torch.equal(method.edges, edges)
+    method.grid = method.grid.float()  # as a move to another device or dtype
+    assert method.edges.dtype is torch.float32 and torch.equal(method.edges, method.grid[[0, 3, 6, 9]])
+
+
 def test_with_segments_both_networks_jump_to_the_start_of_t_s_segment(tmp_path):
     """By DDIM on their own prediction. Where that start is s, the target is x_s itself, whatever the network says."""
     method = cm(mlp_teacher(), mu=0.5, steps=10, segments=3)

@@ -34,6 +34,7 @@ PAGES += sorted((ROOT / "examples").glob("*/README.md"))
 HOW = {
     "run": "plan",
     "score": "plan",
+    "tune": "plan",
     "list": "run",
     "describe": "run",
     "plugins": "run",

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from scipy import stats
 
-from distillbench.records.influences import InfluenceFiles, named, run_file
+from distillbench.records.influences import InfluenceFiles, run_file, tensor_name
 from distillbench.records.leading import leading_groups
 from distillbench.records.pairwise import PRIOR, compare, moderated, shared_covariance, typical_variance
 
@@ -221,7 +221,7 @@ def test_influences_are_read_from_the_runs_folder(tmp_path):
     values = torch.arange(5.0)
     file = run_file(tmp_path, "abc")
     file.parent.mkdir()
-    save_file(named({(1, 0): {"fd": values}}), file)
+    save_file({tensor_name(1, 0, "fd"): values}, file)
     files = InfluenceFiles(tmp_path)
     assert files.of("abc", 1, 0, "fd").tolist() == values.tolist()
     assert files.of("abc", 2, 0, "fd") is None and files.of("abd", 1, 0, "fd") is None

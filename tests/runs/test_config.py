@@ -286,6 +286,11 @@ def test_invalid_settings_are_one_message(registry, word):
     assert message(registry, *GIVEN, word).startswith((NAMES | VALUES | FORMS)[word])
 
 
+def test_a_setting_of_an_earlier_version_names_what_replaced_it(registry):
+    found = message(registry, "methods=[ect]", "dataset=digits", "methods.ect.mid=0.8")
+    assert found.startswith("no setting 'mid' in 'methods.ect'. It was replaced by sampling_levels=[[LEVEL]]. Poss")
+
+
 def test_required_settings(registry):
     assert message(registry, "dataset=digits") == f"no method given. Write methods=[NAME,...]; {METHODS.lower()}"
     expected = f"no dataset given. Write dataset=NAME; possible: {DATASETS}"

@@ -265,7 +265,7 @@ def test_without_weights_nothing_starts(none_there, registry, tmp_path):
     with pytest.raises(UserError) as caught:
         plan(compose_runs([*RUN, f"results_dir={tmp_path}"], registry), registry)
     assert "the distance lpips: the weights of lpips are not there" in str(caught.value)
-    assert "(distillbench fetch lpips)" in str(caught.value)
+    assert "(distillbench fetch lpips, or evaluation.download=true in a run)" in str(caught.value)
     assert not list(tmp_path.glob("cells"))
 
 

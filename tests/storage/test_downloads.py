@@ -225,7 +225,7 @@ def test_no_server_says_how_to_do_it_by_hand(server, folder):
     with pytest.raises(UserError) as caught:
         offered(source)
     first, kept, hand = str(caught.value).splitlines()
-    assert first == f"cannot download {server.url}/net.pkl: HTTP Error 404: Not Found"
+    assert first == f"cannot download {server.url}/net.pkl: the server answers 404 Not Found"
     assert kept.strip() == "nothing was downloaded"
     assert f"curl -LO {server.url}/net.pkl" in hand and "distillbench fetch net --from FOLDER" in hand
 

@@ -105,11 +105,11 @@ def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(server, tmp_path
     server.statuses = [503, 429]
     assert fetched(server, tmp_path / "net.pkl") == SHA256
     server.asked.clear()
-    with pytest.raises(Unreachable, match=r"cannot download http://127.*/no\.pkl: HTTP Error 404"):
+    with pytest.raises(Unreachable, match=r"cannot download http://127.*/no\.pkl: the server answers 404"):
         fetched(server, tmp_path / "no.pkl", path="/no.pkl")
     assert len(server.gets) == 1
     server.statuses = [503] * http_download.ATTEMPTS
-    with pytest.raises(Unreachable, match="HTTP Error 503"):
+    with pytest.raises(Unreachable, match="the server answers 503"):
         fetched(server, tmp_path / "b.pkl")
 
 
@@ -117,9 +117,9 @@ def test_no_network(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/net.pkl"
-        with Progress(None).step("") as step, pytest.raises(Unreachable, match=r"cannot download http.*refused"):
+        with Progress(None).step("") as step, pytest.raises(Unreachable, match=r"net\.pkl: Connection refused$"):
             download(url, tmp_path / "net.pkl", None, step)
-        with pytest.raises(Unreachable, match="cannot download"):
+        with pytest.raises(Unreachable, match=r"net\.pkl: Connection refused$"):
             bytes_at(url)
     assert names(tmp_path) == []
 

@@ -11,7 +11,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 
 import numpy as np
 import pytest
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from command_line import exit_code
-from distillbench import Batch, Method, MethodConfig, Phase, UserError, hookimpl, option, registry
+from distillbench import Batch, Method, MethodConfig, NetworkConfig, Phase, UserError, hookimpl, option, registry
 from distillbench.diffusion.conditioning import UNCONDITIONAL
 from distillbench.diffusion.derivatives import derivative
 from distillbench.diffusion.noise import Noise
 from distillbench.diffusion.samplers import ddim, time_like, uniform_times, x_at_t_max
 from distillbench.networks import smooth_times
 from distillbench.networks.edm import SongUNet
+from distillbench.options import Among, Between, require_positive
 from distillbench.registry import Source, installed, load_registry
 from distillbench.testing import conformance, method_bench, methods, methods_learning, methods_steps
 from distillbench.testing.bench_networks import Computed
@@ -190,6 +191,119 @@ class DoesNotKnowItsSizes(Good):
     def __init__(self, config, teacher) -> None:
         super().__init__(config, teacher)
         self.head = nn.LazyLinear(3)
+
+
+@fault("search", "the default of steps, 4, is not in its search (8 to 16, whole numbers)")
+class DefaultOutsideItsSearch(Good):
+    @dataclass
+    class Config(Good.Config):
+        steps: int = option(4, "of the teacher's answer", search=Between(8, 16))
+
+
+@fault("search", "the search of pull mixes ints and floats: write 0.0 for 0")
+class MixedNumbers(Good):
+    @dataclass
+    class Config(Good.Config):
+        pull: float = option(0.01, "weight of the target network", search=Among([0, 0.01]))
+
+
+@fault("search", "steps=0 is in the search space, and the settings refuse it: steps must be positive, got 0")
+class RefusedEnd(Good):
+    @dataclass
+    class Config(Good.Config):
+        steps: int = option(4, "of the teacher's answer", search=Between(0, 8))
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require_positive(self, "steps")
+
+
+@fault("search", "is in the search space, and the settings refuse it: steps and pull exclude each other")
+class RefusedCombination(Good):
+    @dataclass
+    class Config(Good.Config):
+        pull: float = option(0.0, "weight of the target network", search=Among([0.0, 0.1]))
+        steps: int = option(4, "of the teacher's answer", search=Between(4, 8))
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.pull and self.steps > 4:
+                raise UserError("steps and pull exclude each other")
+
+
+@fault("search", "steps=8 is in the search space, and the method refuses it: 8 steps are too many")
+class RefusedByTheMethod(Good):
+    @dataclass
+    class Config(Good.Config):
+        steps: int = option(4, "of the teacher's answer", search=Between(4, 8))
+
+    def __init__(self, config, teacher) -> None:
+        super().__init__(config, teacher)
+        if config.steps > 4:
+            raise UserError(f"{config.steps} steps are too many")
+
+
+@fault("search", "pull=0.1 steps=8 is in the search space, and the method refuses it: 8 steps and a pull")
+class RefusedInPreparation(Good):
+    @dataclass
+    class Config(Good.Config):
+        pull: float = option(0.0, "weight of the target network", search=Among([0.0, 0.1]))
+        steps: int = option(4, "of the teacher's answer", search=Between(4, 8))
+
+    def prepare(self, workspace) -> None:
+        if self.config.pull and self.config.steps > 4:
+            raise UserError(f"{self.config.steps} steps and a pull")
+
+
+@fault("search", "9 settings of training are searched, at most 8 may be: lr, ema_halflife_kimg, a, b, c, d, e, f, g")
+class SearchesTooMany(Good):
+    Config = make_dataclass(
+        "Config",
+        [(name, float, option(1.0, "any", search=Between(0.0, 1.0))) for name in "abcdefg"],
+        bases=(Good.Config,),
+    )
+
+
+@fault("search", "no setting of fake (in its search) 'lrr'. Did you mean 'lr'?")
+class SearchOfNothing(Good):
+    @dataclass
+    class Config(Good.Config):
+        fake: NetworkConfig = option(NetworkConfig(), "of no network", search={"lrr": Among([None, 1e-3])})
+
+
+@fault("search", "pull has no settings, so no pull.lr either")
+class SearchOfANumber(Good):
+    @dataclass
+    class Config(Good.Config):
+        pull: float = option(0.01, "weight of the target network", search={"lr": Among([None, 1e-3])})
+
+
+@fault("search", "steps=3 changes whether it reads real images")
+class SearchesForData(Good):
+    reads_data = classmethod(lambda cls, config: config.steps < 4)
+
+    @dataclass
+    class Config(Good.Config):
+        steps: int = option(4, "of the teacher's answer", search=Between(3, 8))
+
+
+@fault("search", "steps=3 changes whether it uses the teacher")
+class SearchesForATeacher(Good):
+    uses_teacher = property(lambda self: self.config.steps > 3)
+
+    @dataclass
+    class Config(Good.Config):
+        steps: int = option(4, "of the teacher's answer", search=Between(3, 8))
+
+
+@fault("search", "with steps=8 it does not sample with NFE 1, as it does by default")
+class SearchLosesItsSamples(Good):
+    @dataclass
+    class Config(Good.Config):
+        steps: int = option(4, "of the teacher's answer", search=Between(4, 8))
+
+    def supports(self, nfe):
+        return nfe == 1 and self.config.steps == 4
 
 
 @fault("phases", "at least one, got []")
@@ -999,7 +1113,7 @@ def test_a_refusal_is_no_fault_but_is_reported(small):
     found = check_method(Unguided, distribution_images=0)
     assert not failed(found)
     assert found[1] == Finding("builds", True, "a student is built; guided: refused (no guidance)")
-    assert found[5] == Finding("condition", None, "not run: the class refuses what it needs")
+    assert found[6] == Finding("condition", None, "not run: the class refuses what it needs")
 
 
 def test_a_fault_names_the_benches_that_it_is_on(small):
@@ -1119,7 +1233,7 @@ def test_the_command_fails_where_a_check_does(call):
     code, out, _ = call("check", "bad", "--quick")
     assert code == 1
     assert "\nFAIL  noise                 at NFE 1 other noise gives the same images" in out
-    assert out.splitlines()[-1].startswith("method bad: 27 ok, 1 failed")
+    assert out.splitlines()[-1].startswith("method bad: 28 ok, 1 failed")
 
 
 def test_the_command_passes_the_network_and_its_computation(call, monkeypatch):

@@ -35,7 +35,7 @@ import torch
 from distillbench import Batch, Condition, Method, MethodConfig, Teacher, UserError, hookimpl, option
 from distillbench.diffusion import mean_square, time_like, x_at_t_max
 from distillbench.networks import MovingAverage, TwoTimes
-from distillbench.options import require_fraction, require_one_of
+from distillbench.options import Between, require_fraction, require_one_of
 from torch import Tensor, nn
 
 
@@ -49,7 +49,7 @@ class Shortcut(Method):
     class Config(MethodConfig):
         lr: float = option(2e-3, "peak learning rate of Adam")
         schedule: str = option("flow_matching", "the method is defined on flow_matching, and on no other schedule")
-        shortest: float = option(0.25, "share of a batch with s = t (released: 7/8)")
+        shortest: float = option(0.25, "share of a batch with s = t (released: 7/8)", search=Between(0.1, 0.9))
         mu: float = option(0.95, "decay of the target's average (released: .999)")
 
         def __post_init__(self) -> None:

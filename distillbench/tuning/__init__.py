@@ -1,0 +1,1 @@
+"""The search of methods' settings on equal terms: ``distillbench tune``."""
