@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distillbench import Method
 from distillbench.registry import Registry, installed, load_registry
-from distillbench.reports.words import brief
+from distillbench.reports.words import number
 from distillbench.runs.cell import Cell
 from distillbench.runs.config import compose_runs
 from distillbench.runs.plan import plan
@@ -63,8 +63,8 @@ def _row(cell: Cell, method: Method, registry: Registry) -> list[str]:
         cls.paper,
         "needed" if cls.needs_data else "no",
         ", ".join(map(str, cell.nfe)),
-        brief(cost.teacher_nfe / cost.images),
-        brief(cost.student_nfe / cost.images),
+        number(cost.teacher_nfe / cost.images),
+        number(cost.student_nfe / cost.images),
         str(len(method.phases())),
     ]
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 from PIL import Image
 
-from distillbench.execution.run_folder import labels_of
-from distillbench.records.statistics import TEACHER
-from distillbench.registry import installed, load_registry
 from distillbench.reports.answer import Answers
 from distillbench.reports.groups import Group, group_answers, make_groups
 from distillbench.reports.leaderboard import board_table
-from distillbench.reports.runs import RunData, read_run
+from distillbench.reports.runs import read_run
 from distillbench.reports.tables import Table
-from distillbench.runs.config import compose_runs
-from distillbench.runs.plan import plan
 
 DOCS = Path(__file__).resolve().parent
 REFERENCE = DOCS.parent / "results" / "reference"
@@ -51,19 +45,8 @@ def short_table() -> str:
 
 
 def _groups() -> list[Group]:
-    run = labelled(read_run(RUN))
+    run = read_run(RUN)
     return make_groups([run], [run.name], run.directions)
-
-
-def labelled(run: RunData) -> RunData:
-    """The run with the labels of today, if it is of a version that kept none."""
-    if run.methods:
-        return run
-    registry = load_registry([source for source in installed() if source.distribution == "distillbench"])
-    names = [str(name) for name in run.table["method"].unique() if not str(name).startswith(TEACHER)]
-    today = labels_of(plan(compose_runs([f"methods=[{','.join(names)}]", "dataset=digits"], registry), registry))
-    columns = {name: {**today.columns.get(name, {}), **told} for name, told in run.columns.items()}
-    return replace(run, columns=columns, methods={name: dict(told) for name, told in today.methods.items()})
 
 
 def _boards() -> list[Table]:
