@@ -322,7 +322,9 @@ def test_a_run_that_finds_all_results_writes_its_folder_once(done, count):
         assert picture.height < (MOST_ROWS + 2) * 52
     assert read_run(outcome.folder).problems == []
     shown = io.StringIO()
-    print_table(Console(file=shown, width=200), outcome.table, outcome.summary, {"teacher_rmse": "lower"})
+    print_table(
+        Console(file=shown, width=200), outcome.table, outcome.summary, Labels({"teacher_rmse": {"direction": "lower"}})
+    )
     assert shown.getvalue().count("\n") < 20
 
 
@@ -348,7 +350,7 @@ def test_the_table_of_a_sweep_shows_the_best(done):
     table = table.assign(settings=settings, teacher_rmse=scores)
     shown = io.StringIO()
     summary = summarise(table, {"teacher_rmse": "lower"})
-    print_table(Console(file=shown, width=200), table, summary, {"teacher_rmse": "lower"})
+    print_table(Console(file=shown, width=200), table, summary, Labels({"teacher_rmse": {"direction": "lower"}}))
     text = shown.getvalue()
     assert f"the {MOST_LINES} best by teacher_rmse of 301" in text and text.count("\n") < MOST_LINES + 30
     assert re.search(r"lr=300\b", text) and not re.search(r"lr=1\b", text)

@@ -717,6 +717,7 @@ def test_a_dry_run_says_what_would_fail(tmp_path, monkeypatch, capsys):
 )
 def test_the_exit_code_says_whether_something_failed(tmp_path, monkeypatch, capsys, methods, code):
     monkeypatch.setattr("distillbench.registry.load_registry", lambda *selected: with_strangers(Raises, BecomesNan))
+    monkeypatch.setenv("COLUMNS", "80")
     try:
         commands.main(["run", f"methods=[{methods}]", *SMALLER, f"results_dir={tmp_path}"])
         done = 0
