@@ -640,6 +640,20 @@ def test_a_finished_tuning_is_printed_again_and_nothing_is_trained(registry, tun
     assert [(tuned.folder / name).read_bytes() for name in files] == before
 
 
+def test_final_trainings_that_failed_are_done_again_when_asked(registry, tmp_path, monkeypatch):
+    train, trained = cell_module.train_cell, []
+
+    def fails_at_first(cell, *given):
+        trained.append(cell.name)
+        ends = "fails" if len(trained) == 1 else "well"
+        return train(replace(cell, method_config=replace(cell.method_config, ends=ends)), *given)
+
+    monkeypatch.setattr(cell_module, "train_cell", fails_at_first)
+    words = ["methods=[knob]", "tune.protocol=defaults", "tune.final_seeds=[0]"]
+    assert [command(registry, tmp_path, *words) for _ in range(2)] == [1, 1] and len(trained) == 1
+    assert command(registry, tmp_path, *words, "--retry-failed") == 0 and len(trained) == 2
+
+
 def test_the_price_is_said_before(registry, tmp_path, capsys):
     words = ["methods=[knob]", "tune.trials=5", "tune.search_seeds=[7,8]", "tune.after=[shift]", "tune.after_trials=3"]
     assert command(registry, tmp_path, *words, "--dry-run") == 0
