@@ -12,7 +12,7 @@ from distillbench.cli import completion
 from distillbench.cli.command_options import BAD_INPUT, INTERRUPTED, SOMETHING_FAILED, TERMINATED
 from distillbench.cli.data_commands import data, fetch, reference
 from distillbench.cli.plugin_commands import check, describe, list_, new_plugin, plugins
-from distillbench.cli.result_commands import clean, compare, doctor, export, merge, report, show
+from distillbench.cli.result_commands import clean, compare, doctor, export, leaderboard, merge, report, show
 from distillbench.cli.run_commands import run, score, teacher, tune_levels
 from distillbench.cli.sample_commands import samples
 from distillbench.cli.tune_command import tune
@@ -25,7 +25,7 @@ COMMANDS: tuple[click.Command, ...] = (
     *(run, tune, tune_levels, score, teacher),
     *(list_, describe, check, new_plugin, plugins),
     *(data, fetch, reference, samples),
-    *(show, report, compare, merge, export, doctor, clean),
+    *(show, report, leaderboard, compare, merge, export, doctor, clean),
 )
 
 

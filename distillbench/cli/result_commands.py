@@ -57,11 +57,18 @@ def show(
 @click.option("--columns", multiple=True, help="Columns of tables for papers, separated by commas.")
 @click.option("--precision", multiple=True, help="Decimals of a column: NAME=DECIMALS. [as the interval allows]")
 @click.option("--sort", help="Column to sort tables for papers by; a leading - reverses the order.")
+@click.option(
+    "--style",
+    type=click.Choice(["neurips", "icml"]),
+    default="neurips",
+    show_default=True,
+    help="Column widths of LaTeX tables and figures.",
+)
 @click.option("--watch", is_flag=True, help="Write again whenever a run has changed, until interrupted.")
 @debuggable
 def report(
     runs: tuple[str, ...], forms: tuple[str, ...], output: str | None, columns: tuple[str, ...],
-    precision: tuple[str, ...], sort: str | None, watch: bool,
+    precision: tuple[str, ...], sort: str | None, style: Literal["neurips", "icml"], watch: bool,
 ) -> None:  # fmt: skip
     """Write reports of RUNS: HTML, or tables and figures.
 
@@ -73,7 +80,24 @@ def report(
     """
     from distillbench.reports.write import report_runs
 
-    report_runs(runs, forms or ("html",), output, columns, precision, sort, watch, new_console())
+    report_runs(runs, forms or ("html",), output, columns, precision, sort, style, watch, new_console())
+
+
+@click.command()
+@click.argument("results", nargs=-1, required=True, type=UserPath())
+@click.option("--output", "-o", required=True, type=UserPath(file_okay=False), help="Folder of the site.")
+@debuggable
+def leaderboard(results: tuple[str, ...], output: str) -> None:
+    """Write a site that compares the runs in RESULTS.
+
+    RESULTS are runs, or folders of runs. The site is static: it works offline and on any web server.
+
+    \b
+    distillbench leaderboard results/reference results/mine -o site
+    """
+    from distillbench.reports.leaderboard import leaderboard as write
+
+    write(results, output, new_console())
 
 
 @click.command()

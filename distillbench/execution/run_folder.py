@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ class RunTable:
         self.descriptions = scan.descriptions
         self.labels = labels_of(cells)
         self.columns = self.labels.columns
-        self.environment = scan.environment
+        self.environment = {"date": datetime.now(UTC).date().isoformat(), **scan.environment}
         self.results: dict[int, CellResult] = {}
         self.files = HashCache(folder.parent / CELLS)
         self.linked: set[Path] = set()

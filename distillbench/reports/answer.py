@@ -32,6 +32,7 @@ class Ranked:
     seeds: int
     training: str
     sampling: str
+    method: str = ""  # its name in files
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def _ranked(
         _behind(one.mean, group.best.mean),
         int(entry.values["training_seeds"] or 0),
         *(_with_unit(entry, cost, labels) for cost in (training, sampling)),
+        str(entry.values["method"]),
     )
 
 

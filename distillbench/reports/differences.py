@@ -11,6 +11,7 @@ from distillbench.reports.merge import MERGED
 from distillbench.reports.runs import RunData
 
 IGNORED = ("results_dir", "run_name")  # settings that do not affect results
+IGNORED_FACTS = ("run", "date")  # of an environment
 MATCH = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol"]
 Row = tuple[Any, ...]  # the values of MATCH, None for empty ones
 
@@ -27,10 +28,10 @@ def environment_differences(a: RunData, b: RunData) -> list[str]:
     if not a.environment or not b.environment:
         lacking = ", ".join("AB"[k] for k, run in enumerate((a, b)) if not run.environment)
         return [f"the environment of {lacking} is not known"]
-    return _differences(_facts(_environments(a), ("run",)), _facts(_environments(b), ("run",)))
+    return _differences(_facts(environments(a), IGNORED_FACTS), _facts(environments(b), IGNORED_FACTS))
 
 
-def _environments(run: RunData) -> list[dict[str, Any]]:
+def environments(run: RunData) -> list[dict[str, Any]]:
     merged = run.environment.get(MERGED)
     return [one for one in merged if isinstance(one, dict)] if isinstance(merged, list) else [run.environment]
 
@@ -84,17 +85,20 @@ def value_text(value: Any) -> str:
 
 def heading(letter: str, name: str, run: RunData) -> str:
     """The run's name, its versions of distillbench and its number of rows."""
-    words = [f"{letter}: {name}"]
-    versions = []
-    for one in _environments(run):
+    count = len(run.table)
+    return ", ".join([f"{letter}: {name}", *versions(run), f"{count:,} row{'s' * (count != 1)}"])
+
+
+def versions(run: RunData) -> list[str]:
+    """The commits, or the versions, of distillbench that a run is of; several of merged runs."""
+    found = []
+    for one in environments(run):
         git = one.get("git")
         if isinstance(git, dict):
-            versions.append(f"commit {str(git.get('commit'))[:8]}" + (" and changes" if git.get("dirty") else ""))
+            found.append(f"commit {str(git.get('commit'))[:8]}" + (" and changes" if git.get("dirty") else ""))
         elif one.get("distillbench"):
-            versions.append(f"distillbench {one['distillbench']}")
-    words += dict.fromkeys(versions)
-    count = len(run.table)
-    return ", ".join([*words, f"{count:,} row{'s' * (count != 1)}"])
+            found.append(f"distillbench {one['distillbench']}")
+    return list(dict.fromkeys(found))
 
 
 class RowNamer:

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import re
-import unicodedata
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
-import matplotlib.style
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from distillbench.errors import unknown
-from distillbench.records.statistics import TEACHER, arrow
+from distillbench.records.fronts import fronts
+from distillbench.records.statistics import KEYS, SEEDS, TEACHER
+from distillbench.reports.axes import side_by_side
+from distillbench.reports.charts import with_unit
+from distillbench.reports.figure_style import POINTS, legend, name_points, new_figure, plain, scale
+from distillbench.reports.figure_style import style as drawing_style
 from distillbench.reports.looks import GREY, MARKERS, PALETTE, places
-from distillbench.reports.paper_data import GROUP, HEADINGS, SummaryData, comparable_sets
+from distillbench.reports.paper_data import GROUP, SummaryData, comparable_sets
+from distillbench.reports.paper_style import STYLES, Page, PaperStyle
 from distillbench.storage.files import write_atomically
 
 if TYPE_CHECKING:
@@ -34,28 +33,12 @@ if TYPE_CHECKING:
     from distillbench.reports.runs import RunData
 
 FORMATS = ("pdf", "svg", "png")
-AXES = {"nfe": "nfe", "latency": "sample_latency_p50_ms", "training": "train_seconds"}  # end of a file's name: column
-LINES = ("-", "--", "-.", ":")
-_STYLE: dict[str, Any] = {
-    "font.family": ["DejaVu Sans"],  # comes with matplotlib
-    "font.size": 9,
-    "legend.fontsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 5,
-    "text.parse_math": False,  # a "$" in a name is no formula
-    "axes.formatter.use_mathtext": False,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "distillbench",
-    "pdf.fonttype": 42,
-    "savefig.dpi": 200,
-    "figure.dpi": 100,
+AXES = {  # end of a file's name: columns, of which the first that has values is drawn
+    "nfe": ("nfe",),
+    "latency": ("sample_latency_p50_ms",),
+    "training": ("train_tflops", "train_seconds"),
 }
+LINES = ("-", "--", "-.", ":")
 _METADATA: dict[str, dict[str, Any]] = {
     "pdf": {"Creator": "distillbench", "Producer": None, "CreationDate": None, "ModDate": None},
     "svg": {"Creator": "distillbench", "Date": None},
@@ -71,50 +54,52 @@ _ALONG = [
     "train_images",
 ]
 _MOST_ROWS, _MOST_COLUMNS = 40, 10  # of a grid of samples
+MOST_PANELS = 6
+TALLEST_SAMPLES = 8.5  # inches
 
 
-def write_figures(runs: Sequence[RunData], folder: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+def write_figures(
+    runs: Sequence[RunData], folder: Path, formats: Sequence[str] = FORMATS, style: PaperStyle = "neurips"
+) -> list[Path]:
     """Draw the figures of `runs` into `folder` (created if missing) in all `formats`; returns the written files.
 
-    SCORE-nfe, SCORE-latency, SCORE-training: a score of the summary over evaluations, latency and seconds of training,
-    with its interval over training seeds, if there is one. SCORE-along: over training. samples: images of every method
-    and the teacher from the same noise. A figure without values is left out. Rows that may not be compared are in
-    separate figures: those of the second set end in -2. Each of several runs has its own samples.
+    SCORE-nfe, SCORE-latency, SCORE-training: a score of the summary over evaluations, latency and the cost of training,
+    with its interval over training seeds, if there is one. SCORE-along: over training, as means with a band from the
+    smallest to the largest seed. samples: images of every method and the teacher from the same noise. A figure without
+    values is left out. Rows that may not be compared are in separate figures: those of the second set end in -2. Each
+    of several runs has its own samples.
 
-    An axis is logarithmic if its values are positive and span more than a decade. A method has the same colour, marker
-    and line in all figures of one call. Raises UserError for an unknown format.
+    Figures are as wide as a column of `style`, several panels as wide as its text. Axes, colours and markers are those
+    of the HTML report; points of equal cost are drawn side by side. A grey band joins the points that are best for
+    their cost beyond the uncertainty (`records.fronts`), where there are two at least. Raises UserError for an unknown
+    format.
     """
     for form in formats:
         if form not in FORMATS:
             raise unknown("format", str(form), FORMATS)
     data = SummaryData.of(runs)
     files = _Files(folder, tuple(dict.fromkeys(formats)))
-    with _style():
+    page = STYLES[style]
+    with drawing_style(page):
         looks = _looks(data, runs)
         for number, rows in enumerate(comparable_sets(data.summary)):
             for score in data.columns:
-                for end, column in AXES.items():
-                    figure = _against(rows, data, score, column, looks)
+                for end, columns in AXES.items():
+                    column = next((c for c in columns if c in rows and rows[c].notna().any()), columns[-1])
+                    best = best_for_cost(runs, data, score, column) if column != "nfe" else []
+                    figure = _against(rows, data, score, column, looks, page, best)
                     files.write(figure, f"{score}-{end}", number)
         alongs = [run.along for run in runs if len(run.along) and set(_ALONG) <= set(run.along)]
         along = pd.concat(alongs, ignore_index=True) if alongs else pd.DataFrame()
         for number, part in enumerate(_alike(along)):
             for score in data.columns:
-                files.write(_along(part, data, score, looks), f"{score}-along", number)
+                files.write(_along(part, data, score, looks, page), f"{score}-along", number)
         for number, run in enumerate(runs):
-            files.write(_samples(run), "samples", number)
+            files.write(_samples(run, page), "samples", number)
     return files.written
 
 
 # --- how it looks ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """matplotlib's defaults and our style while drawing, whatever the user has configured."""
-    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
 
 
 @dataclass(frozen=True)
@@ -135,56 +120,12 @@ def _looks(data: SummaryData, runs: Sequence[RunData]) -> dict[str, _Look]:
     return looks
 
 
-def _plain(text: str, longest: int = 60) -> str:
-    """Text on one line, without characters that XML forbids, at most `longest` long; matplotlib hides a leading "_"."""
-    kinds = ("Cc", "Cs", "Cn", "Co", "Zl", "Zp")
-    text = " ".join("".join(" " if unicodedata.category(c) in kinds else c for c in str(text)).split())
-    text = text if len(text) <= longest else text[: longest - 1] + "…"
-    return f" {text}" if text.startswith("_") else text
-
-
-def _score_label(data: SummaryData, score: str) -> str:
-    declared = data.columns[score]
-    unit = f"\n({_plain(declared['unit'])})" if declared.get("unit") else ""
-    return f"{_plain(score)} {arrow(declared['direction'])}".rstrip() + unit
-
-
-def _new(columns: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(5.2 + 2.6 * (columns - 1), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, sharex=True, sharey=True, squeeze=False)
-    return figure, list(axes[0])
-
-
-def _scale(axes: Axes, which: str, values: Sequence[float], ticks: Sequence[float] = ()) -> None:
-    """Make an axis logarithmic if its positive values span more than a decade; ticks are plain numbers."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    good = [v for v in values if math.isfinite(v)]
-    plain = FuncFormatter(_tick)
-    if good and min(good) > 0 and max(good) / min(good) > 10:
-        (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-        if max(good) / min(good) < 1000:
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(plain)
-    if ticks:
-        axis.set_ticks(list(ticks))
-        axis.set_minor_locator(NullLocator())
-
-
-def _tick(value: float, _: int | None = None) -> str:
-    """A tick's label: 0.25, 1,000, 50k, 2.5M."""
-    for size, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / unit:,.6g}{letter}"
-    return f"{value:,.6g}"
-
-
-def _legend(figure: Figure, drawn: dict[str, Any]) -> None:
-    if drawn:
-        columns = math.ceil(len(drawn) / 16)
-        figure.set_figwidth(figure.get_figwidth() + 1.6 * (columns - 1))
-        figure.legend(list(drawn.values()), list(drawn), loc="outside right upper", frameon=False, ncols=columns)
+def _label(data: SummaryData, column: str) -> str:
+    """The title of an axis. Units of scores are in tables."""
+    label = data.labels.label(column)
+    if column in data.columns:
+        return plain(f"{label.short} {label.arrow}".strip())
+    return plain(with_unit(label))
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -194,7 +135,25 @@ def _floats(column: pd.Series) -> NDArray[np.float64]:
     return pd.to_numeric(column, errors="coerce").astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan)
 
 
-def _against(rows: pd.DataFrame, data: SummaryData, score: str, column: str, looks: dict[str, _Look]) -> Figure | None:
+def best_for_cost(runs: Sequence[RunData], data: SummaryData, score: str, cost: str) -> list[list[tuple[float, float]]]:
+    """The (cost, score) of points that are best for their cost beyond the uncertainty, by cost, for each group.
+
+    Points of costs of training are compared at the same number of evaluations only.
+    """
+    tables = [run.table for run in runs if len(run.table) and {score, cost} <= set(run.table)]
+    direction = str(data.columns[score]["direction"])
+    if not tables or direction == "none":
+        return []
+    table = pd.concat(tables, ignore_index=True).drop_duplicates([*KEYS, *SEEDS])
+    each = cost.startswith("train_")
+    found = fronts(table, score, direction, cost, [run.influences for run in runs], each_nfe=each)
+    return [[(p.cost, p.score) for p in front.points if p.place == "on"] for front in found]
+
+
+def _against(
+    rows: pd.DataFrame, data: SummaryData, score: str, column: str, looks: dict[str, _Look], page: Page,
+    best: Sequence[Sequence[tuple[float, float]]],
+) -> Figure | None:  # fmt: skip
     """The score over a column of the summary, with a line for each method; None if no row has both."""
     if column not in rows:
         return None
@@ -203,39 +162,53 @@ def _against(rows: pd.DataFrame, data: SummaryData, score: str, column: str, loo
     shown = np.isfinite(x) & np.isfinite(y)
     if not shown.any():
         return None
-    figure, (axes,) = _new()
+    figure, (axes,) = new_figure(page)
     drawn: dict[str, Any] = {}
-    names = _series(rows)
-    evaluations = _floats(rows["nfe"])
-    for name in dict.fromkeys(name for name, here in zip(names, shown, strict=True) if here):
-        places = np.array([i for i in range(len(rows)) if names[i] == name and shown[i]])
-        places = places[np.argsort(evaluations[places], kind="stable")]
-        look = looks[rows["method"].iloc[places[0]]]
-        known = np.isfinite(low[places]) & np.isfinite(high[places])
-        ends = np.stack([y[places] - low[places], high[places] - y[places]])
+    names, evaluations = _series(rows, data), _floats(rows["nfe"])
+    series = {name: _places(names, shown, evaluations, name) for name in dict.fromkeys(names)}
+    series = {name: at for name, at in series.items() if len(at)}
+    aside = side_by_side([[float(v) for v in x[at]] for at in series.values()])
+    texts = []
+    for (name, at), moved in zip(series.items(), aside, strict=True):
+        look = looks[rows["method"].iloc[at[0]]]
+        known = np.isfinite(low[at]) & np.isfinite(high[at])
+        ends = np.stack([y[at] - low[at], high[at] - y[at]])
         ends = np.where(known, ends, 0).clip(min=0)
-        bars = axes.errorbar(
-            x[places], y[places], yerr=ends if known.any() else None,
-            color=look.color, marker=look.marker, linestyle=look.line, capsize=2.5, elinewidth=1.0,
-        )  # fmt: skip
-        drawn[_plain(name)] = bars
-        if column != "nfe":
-            for i in places if len(places) > 1 else []:
-                axes.annotate(
-                    f"{evaluations[i]:.0f}", (x[i], y[i]), textcoords="offset points", xytext=(4, 4), fontsize=6.5,
-                    color=look.color,
-                )  # fmt: skip
-    _scale(axes, "y", [*y[shown], *low[shown & np.isfinite(low)], *high[shown & np.isfinite(high)]])
-    _scale(axes, "x", list(x[shown]), sorted({int(v) for v in x[shown]}) if column == "nfe" else ())
-    axes.set_xlabel(HEADINGS[column] + ("" if column == "nfe" else "; numbers at points: NFE"))
-    axes.set_ylabel(_score_label(data, score))
-    _legend(figure, drawn)
+        drawn[plain(name)] = axes.errorbar(
+            moved, y[at], yerr=ends if known.any() else None, color=look.color, marker=look.marker,
+            linestyle=look.line, capsize=1.5, elinewidth=0.7, capthick=0.7,
+        ).lines[0]  # fmt: skip
+        if column != "nfe" and len(at) > 1:
+            pairs = zip(moved, at, strict=True)
+            texts += [(float(v or 0), float(y[i]), f"{evaluations[i]:.0f}", look.color) for v, i in pairs]
+    _fronts(axes, best, list(zip(x[shown], y[shown], strict=True)))
+    scale(axes, "y", list(y[shown]))
+    drawn_at = [value for own in aside for value in own if value is not None]
+    scale(axes, "x", drawn_at, sorted({int(v) for v in x[shown]}) if column == "nfe" else ())
+    axes.set_xlabel(_label(data, column) + ("; numbers at points: NFE" if texts else ""))
+    axes.set_ylabel(_label(data, score))
+    legend(figure, drawn)
+    name_points(figure, axes, texts)
     return figure
 
 
-def _series(rows: pd.DataFrame) -> list[str]:
+def _places(names: Sequence[str], shown: NDArray[np.bool_], order: NDArray[np.float64], name: str) -> NDArray[np.intp]:
+    """The rows of a series that have values, by their number of evaluations."""
+    found = np.array([i for i in range(len(names)) if names[i] == name and shown[i]], dtype=np.intp)
+    return found[np.argsort(order[found], kind="stable")]
+
+
+def _fronts(axes: Axes, best: Sequence[Sequence[tuple[float, float]]], shown: Sequence[tuple[float, float]]) -> None:
+    """A band along each front of which two points at least are in this figure."""
+    for front in best:
+        here = [p for p in front if any(np.allclose(p, q, rtol=1e-9) for q in shown)]
+        if len(here) > 1:
+            axes.step(*zip(*here, strict=True), where="post", color="#000000", alpha=0.12, linewidth=5, zorder=0)
+
+
+def _series(rows: pd.DataFrame, data: SummaryData) -> list[str]:
     """The series of each row: its method, with settings, device and run if they are needed to tell rows apart."""
-    names = rows["method"].astype(object).fillna("").tolist()
+    names = [data.method(name) for name in rows["method"].astype(object).fillna("").tolist()]
     for column in ("settings", "device", "run"):
         often = pd.Series(list(zip(names, rows["nfe"].fillna(-1), strict=True))).duplicated(keep=False)
         twice = {name for name, more in zip(names, often, strict=True) if more}
@@ -253,13 +226,15 @@ def _alike(along: pd.DataFrame) -> list[pd.DataFrame]:
     return [part for _, part in along.groupby(GROUP, dropna=False, sort=False)]
 
 
-def _along(rows: pd.DataFrame, data: SummaryData, score: str, looks: dict[str, _Look]) -> Figure | None:
-    """The score along training, a panel for each number of evaluations; seeds are thin, their mean is thick."""
+def _along(
+    rows: pd.DataFrame, data: SummaryData, score: str, looks: dict[str, _Look], page: Page
+) -> Figure | None:  # fmt: skip
+    """The score along training, a panel for each number of evaluations: means over seeds, a band over all seeds."""
     if score not in rows:
         return None
     points = pd.DataFrame(
         {
-            "series": _along_series(rows),
+            "series": _along_series(rows, data),
             "method": rows["method"].astype(str).tolist(),
             "nfe": _floats(rows["nfe"]),
             "seed": _floats(rows["training_seed"]),
@@ -272,38 +247,36 @@ def _along(rows: pd.DataFrame, data: SummaryData, score: str, looks: dict[str, _
     if not len(points):
         return None
     points = points.groupby(["series", "method", "nfe", "seed", "fraction"], dropna=False, as_index=False).mean()
-    evaluations = sorted(points["nfe"].unique())[:6]
-    figure, panels = _new(len(evaluations))
+    evaluations = sorted(points["nfe"].unique())[:MOST_PANELS]
+    figure, panels = new_figure(page, len(evaluations))
     drawn: dict[str, Any] = {}
     for axes, nfe in zip(panels, evaluations, strict=True):
         here = points[points["nfe"] == nfe]
         for series, part in here.groupby("series", sort=True):
             look = looks[part["method"].iloc[0]]
+            seeds = part.groupby("fraction").agg(x=("x", "mean"), y=("y", "mean"), low=("y", "min"), high=("y", "max"))
             if part["seed"].nunique() > 1:
-                for _, one in part.groupby("seed"):
-                    axes.plot(one["x"], one["y"], color=look.color, alpha=0.3, linewidth=0.8)
-            mean = part.groupby("fraction", as_index=False)[["x", "y"]].mean()
-            line = axes.plot(mean["x"], mean["y"], color=look.color, marker=look.marker, linestyle=look.line)[0]
-            drawn.setdefault(_plain(str(series)), line)
-        axes.set_title(f"{nfe:.0f} NFE", fontsize=9)
-        axes.set_xlabel(HEADINGS["train_images"])
-    _scale(panels[0], "x", list(points["x"]))  # both axes are shared by all
-    _scale(panels[0], "y", list(points["y"]))
-    if panels[0].get_xscale() == "linear":
-        panels[0].xaxis.set_major_locator(MaxNLocator(4))
-    panels[0].set_ylabel(_score_label(data, score))
-    _legend(figure, drawn)
+                axes.fill_between(seeds["x"], seeds["low"], seeds["high"], color=look.color, alpha=0.18, linewidth=0)
+            line = axes.plot(seeds["x"], seeds["y"], color=look.color, marker=look.marker, linestyle=look.line)[0]
+            drawn.setdefault(plain(str(series)), line)
+        axes.set_title(f"{nfe:.0f} NFE")
+        axes.set_xlabel(_label(data, "train_images"))
+    scale(panels[0], "x", list(points["x"]))  # both axes are shared by all
+    scale(panels[0], "y", list(points["y"]))
+    panels[0].set_ylabel(_label(data, score))
+    legend(figure, drawn)
     return figure
 
 
-def _along_series(rows: pd.DataFrame) -> list[str]:
+def _along_series(rows: pd.DataFrame, data: SummaryData) -> list[str]:
     settings = rows["settings"].astype(object).fillna("").tolist()
     methods = rows["method"].astype(str).tolist()
     several = {m for m in methods if len({s for n, s in zip(methods, settings, strict=True) if n == m}) > 1}
-    return [f"{m} [{s}]" if m in several and s else m for m, s in zip(methods, settings, strict=True)]
+    pairs = zip(methods, settings, strict=True)
+    return [f"{data.method(m)} [{s}]" if m in several and s else data.method(m) for m, s in pairs]
 
 
-def _samples(run: RunData) -> Figure | None:
+def _samples(run: RunData, page: Page) -> Figure | None:
     """A row of images for each method and number of evaluations, the teacher's best first; a column for each noise.
 
     None if the run's records have no images.
@@ -315,25 +288,30 @@ def _samples(run: RunData) -> Figure | None:
     for row in pd.concat([first[teachers], first[~teachers]]).to_dict("records"):
         kept = run.shown(row["key"])
         for nfe, _, images in reversed(kept) if row["method"].startswith(TEACHER) else kept:
-            name = f"{row['method']} [{row['settings']}]" if _twice(first, row["method"]) else row["method"]
+            short = run.labels.method_label(row["method"]).short
+            name = f"{short} [{row['settings']}]" if _twice(first, row["method"]) else short
             picture = np.asarray(images[:_MOST_COLUMNS])
             if picture.ndim == 4 and len(picture):
-                lines.append((f"{_plain(name, 40)}, {nfe} NFE", picture))
+                lines.append((f"{plain(name, 40)}, {nfe} NFE", picture))
     lines = lines[:_MOST_ROWS]
     if not lines:
         return None
-    count = max(len(one) for _, one in lines)
-    label_width = 0.2 + 0.062 * max(len(label) for label, _ in lines)  # inches, of 7 points
-    height, width = 0.55 * len(lines) + 0.1, label_width + 0.55 * count
+    count, letters = max(len(one) for _, one in lines), page.letters - 1
+    width, label_width = page.text, 0.1 + 0.47 * letters / POINTS * max(len(label) for label, _ in lines)  # inches
+    side = min((width - label_width) / count, TALLEST_SAMPLES / len(lines))
+    width, height = label_width + side * count, side * len(lines)
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    left = label_width / width
     for i, (label, row_images) in enumerate(lines):
-        top = 1 - (0.05 + 0.55 * i) / height
-        axes = figure.add_axes((left, top - 0.52 / height, 0.55 * len(row_images) / width, 0.52 / height))
+        top = 1 - side * i / height
+        axes = figure.add_axes(
+            (label_width / width, top - 0.97 * side / height, side * len(row_images) / width, 0.97 * side / height)
+        )
         axes.imshow(_strip(row_images), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
-        figure.text(left - 0.06 / width, top - 0.26 / height, label, ha="right", va="center", fontsize=7)
+        figure.text(
+            (label_width - 0.06) / width, top - 0.5 * side / height, label, ha="right", va="center", fontsize=letters
+        )
     return figure
 
 

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,17 @@ def write_html(runs: Sequence[RunData], path: Path) -> None:
     write_text(path, html_report(runs))
 
 
-def html_report(runs: Sequence[RunData]) -> str:
-    """One HTML file that works offline. All text from records is escaped. Raises ValueError without a run."""
+def html_report(runs: Sequence[RunData], home: str = "") -> str:
+    """One HTML file that works offline. All text from records is escaped. Raises ValueError without a run.
+
+    `home`: the address, relative to the report, of the leaderboard that it belongs to.
+    """
     if not runs:
         raise ValueError("a report needs a run")
-    names = _names(runs)
-    columns, clashes = _declared(runs, names)
+    names = names_of(runs)
+    columns, clashes = declared_scores(runs, names)
     sections = make_sections(runs, names, {score: declared["direction"] for score, declared in columns.items()})
-    scripts = [_script(path.read_text(encoding="utf-8")) for path in (PLOTLY, TEMPLATES / "report.js")]
+    scripts = Scripts.of(PLOTLY, TEMPLATES / "tables.js", TEMPLATES / "report.js")
     labels = Labels.of(run.labels for run in runs)
     return template("report.html.j2").render(
         title=words.listed(names, 4),
@@ -79,10 +83,10 @@ def html_report(runs: Sequence[RunData]) -> str:
         published={"rows": rows_of(published_section(runs)), "label": LABEL},
         runs=[_provenance(name, run) for name, run in zip(names, runs, strict=True)],
         several=len(runs) > 1,
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
-        scripts=[Markup(text) for text, _ in scripts],
-        policy="default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; "
-        "img-src data: blob:; script-src " + " ".join(f"'sha256-{digest}'" for _, digest in scripts),
+        home=home,
+        style=style(),
+        scripts=scripts.texts,
+        policy=scripts.policy,
     )
 
 
@@ -115,19 +119,39 @@ def _downloads(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _script(text: str) -> tuple[str, str]:
-    """The script as it stands in the file, and its hash, by which the page's policy allows it and no other."""
-    text = "\n" + text.replace("\r\n", "\n").replace("\r", "\n").replace("</script", "<\\/script") + "\n"
-    return text, base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+@dataclass(frozen=True)
+class Scripts:
+    """The scripts of a page, and the policy that allows these by their hashes and no other, and no address."""
+
+    texts: list[Markup]
+    policy: str
+
+    @classmethod
+    def of(cls, *files: Path) -> Scripts:
+        texts, hashes = [], []
+        for file in files:
+            text = "\n" + file.read_text(encoding="utf-8").replace("\r\n", "\n").replace("\r", "\n") + "\n"
+            text = text.replace("</script", "<\\/script")
+            texts.append(Markup(text))
+            hashes.append(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
+        policy = (
+            "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; "
+            f"img-src data: blob:; script-src {' '.join(hashes)}"
+        )
+        return cls(texts, policy)
 
 
-def _names(runs: Sequence[RunData]) -> list[str]:
+def style() -> Markup:
+    return Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+
+
+def names_of(runs: Sequence[RunData]) -> list[str]:
     """The runs' names, numbered where two are equal."""
     names = [run.name for run in runs]
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
 
 
-def _declared(runs: Sequence[RunData], names: Sequence[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+def declared_scores(runs: Sequence[RunData], names: Sequence[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
     """What each score declares, by the first run that has it; where other runs declare something else."""
     columns: dict[str, dict[str, str]] = {}
     clashes = []

@@ -10,35 +10,13 @@ import pandas as pd
 
 from distillbench.errors import UserError, quoted
 from distillbench.records.statistics import KEYS, SEEDS, leaders, summarise
+from distillbench.reports.labels import Labels
 
 if TYPE_CHECKING:
     from distillbench.reports.runs import RunData
 
 GROUP = ["dataset", "teacher", "guidance", "images", "budget", "protocol"]  # equal in a table: COMPARABLE without nfe
-COSTS = ["train_seconds", "train_teacher_nfe", "sample_latency_p50_ms"]  # shown by default
-HEADINGS = {
-    "nfe": "NFE",
-    "images": "images scored",
-    "train_images": "training images",
-    "train_seconds": "training (s)",
-    "train_teacher_seconds": "of it teacher (s)",
-    "train_student_seconds": "of it student (s)",
-    "train_compile_seconds": "of it compiler (s)",
-    "train_other_seconds": "of it other (s)",
-    "train_teacher_nfe": "teacher evaluations in training",
-    "train_student_nfe": "student evaluations in training",
-    "train_tflops": "training (10^12 FLOP)",
-    "train_joules": "training (J)",
-    "sample_latency_p50_ms": "latency (ms)",
-    "sample_latency_p95_ms": "latency, 95th percentile (ms)",
-    "sample_images_per_second": "images per second",
-    "sample_best_batch": "batch of most images per second",
-    "sample_gflops": "sampling (10^9 FLOP)",
-    "sample_decoder_latency_ms": "decoder latency (ms)",
-    "sample_text_encoder_latency_ms": "text encoder latency (ms)",
-    "training_seeds": "training seeds",
-    "sampling_seeds": "sampling seeds",
-}
+COSTS = ["train_tflops", "train_teacher_nfe", "train_seconds", "sample_latency_p50_ms"]  # shown by default, if known
 
 
 @dataclass(frozen=True)
@@ -48,6 +26,13 @@ class SummaryData:
     summary: pd.DataFrame  # with the further columns run, parameters, reasons, notes, and leads_M for each score M
     columns: dict[str, dict[str, str]]  # by score
     several_runs: bool
+    labels: Labels
+
+    def method(self, name: object) -> str:
+        """The label of a method; its name, if another method has the same label."""
+        names = {str(m) for m in self.summary["method"].dropna()}
+        label = self.labels.method_label(str(name)).short
+        return str(name) if any(self.labels.method_label(m).short == label for m in names - {str(name)}) else label
 
     @property
     def possible(self) -> list[str]:
@@ -86,7 +71,7 @@ class SummaryData:
             missing = summary.get(f"{name}_missing", pd.Series(pd.NA, summary.index, dtype="Int64"))
             summary[f"{name}_missing"] = missing.fillna(0)
             summary[f"leads_{name}"] = leaders(summary, name, direction) if len(summary) else False
-        return SummaryData(summary, columns, len(frames) > 1)
+        return SummaryData(summary, columns, len(frames) > 1, Labels.of(run.labels for run in runs))
 
 
 def _together(runs: Sequence[RunData], directions: dict[str, str]) -> tuple[pd.DataFrame, pd.DataFrame, str] | None:

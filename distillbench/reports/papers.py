@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import pandas as pd
 
 from distillbench.errors import UserError, nearest, quoted, unknown
-from distillbench.records.statistics import TEACHER, arrow
-from distillbench.reports.paper_data import COSTS, GROUP, HEADINGS, SummaryData, comparable_sets
-from distillbench.reports.paper_forms import Cell, PaperTable, latex, markdown
-from distillbench.reports.words import MOST_DECIMALS, decimals
+from distillbench.records.statistics import TEACHER
+from distillbench.reports.groups import grouped
+from distillbench.reports.paper_data import COSTS, GROUP, SummaryData, comparable_sets
+from distillbench.reports.paper_forms import Cell, PaperTable, markdown
+from distillbench.reports.paper_latex import latex
+from distillbench.reports.paper_style import PaperStyle
+from distillbench.reports.words import MOST_DECIMALS, decimals, number
 
 if TYPE_CHECKING:
     from distillbench.reports.runs import RunData
@@ -26,18 +29,20 @@ def paper_table(
     precision: Mapping[str, int] | None = None,
     sort: str | None = None,
     form: Form = "markdown",
+    style: PaperStyle = "neurips",
 ) -> str:
     """The summary of `runs` as text for a paper: one table for each set of rows that may be compared.
 
-    columns: columns of the summary, scores and costs; None: method, nfe, the scores, COSTS, and what else it takes to
-    tell rows apart. precision: decimals by column; other columns have as many as their interval allows, or four
-    significant digits. sort: a column, for a score the better first; "-" in front reverses the order. None: the order
-    of the run.
+    columns: columns of the summary, scores and costs; None: method, nfe, the scores and COSTS that have values, and
+    what else it takes to tell rows apart. precision: decimals by column; other columns have as many as their interval
+    allows, or four significant digits. sort: a column, for a score the better first; "-" in front reverses the order.
+    None: the order of the run.
 
     A score is its mean ± half its interval over training seeds, if it has one, and bold if it leads
     (`statistics.leaders`). A table with rows that are not ok has a column status, and their reasons follow: as a list
     in Markdown, as comments in LaTeX. CSV is one table without formatting, with half widths and leads in columns of
-    their own (NAME_plus_minus, NAME_leads); the first columns tell sets apart. LaTeX needs booktabs.
+    their own (NAME_plus_minus, NAME_leads); the first columns tell sets apart. LaTeX is as wide as `style` allows; its
+    first line says which packages it needs.
 
     Raises UserError for unknown columns and forms, and for decimals outside 0 to MOST_DECIMALS.
     """
@@ -58,7 +63,7 @@ def paper_table(
         return _csv(data, asked, precision or {}, sort)
     tables = [_table(data, rows, asked, precision or {}, sort) for rows in comparable_sets(data.summary)]
     problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
-    return markdown(tables, problems) if form == "markdown" else latex(tables, problems)
+    return markdown(tables, problems) if form == "markdown" else latex(tables, problems, style)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -66,12 +71,8 @@ def paper_table(
 
 def _number(value: Any, digits: int | None = None) -> str:
     """A value without an interval, with thousands separators."""
-    if isinstance(value, int) and digits is None:
-        return f"{value:,}"
-    value = float(value)
-    if digits is None and value.is_integer() and abs(value) < 1e15:
-        return f"{value:,.0f}"
-    return f"{value:,.{decimals(value) if digits is None else digits}f}"
+    text = number(value) if digits is None else f"{float(value):,.{digits}f}"
+    return text.replace("−", "-").replace("∞", "inf")
 
 
 # --- contents ---------------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def _names(data: SummaryData, rows: pd.DataFrame, asked: list[str] | None) -> li
     """The columns of a table."""
     names = asked
     if names is None:
-        names = ["method", "nfe", *data.columns, *COSTS]
+        names = ["method", "nfe", *data.columns, *(cost for cost in COSTS if cost in rows and rows[cost].notna().any())]
         apart = ["method", "nfe"]
         for name in ("run", "settings", "device"):
             if rows.duplicated(apart).any() and rows[name].nunique(dropna=False) > 1:
@@ -131,16 +132,6 @@ def _cell(data: SummaryData, row: Mapping[str, Any], name: str, precision: Mappi
     return Cell(f"{float(value):,.{digits}f}", f"{half:,.{digits}f}", bool(row[f"leads_{name}"]))
 
 
-def _heading(data: SummaryData, name: str) -> tuple[str, str]:
-    """The text of a heading, and its arrow."""
-    if name in data.columns:
-        unit = data.columns[name].get("unit", "")
-        return f"{name} ({unit})" if unit else name, arrow(data.columns[name]["direction"])
-    if name in HEADINGS:
-        return HEADINGS[name], ""
-    return (f"{name.removesuffix('_mib')} (MiB)" if name.endswith("_mib") else name).replace("_", " "), ""
-
-
 def _table(
     data: SummaryData, rows: pd.DataFrame, asked: list[str] | None, precision: Mapping[str, int], sort: str | None
 ) -> PaperTable:
@@ -149,16 +140,20 @@ def _table(
     records: list[dict[str, Any]] = rows.to_dict("records")  # type: ignore[assignment]
     cells = [[_cell(data, row, name, precision) for name in names] for row in records]
     notes = []
-    for row in records:
-        notes += [f"{row['method']}, {row['nfe']} NFE: {status}: {reason}" for status, reason in row["reasons"]]
-        notes += [f"{row['method']}, {row['nfe']} NFE: {note}" for note in row["notes"]]
-    label = "".join(c if c.isascii() and c.isalnum() else "-" for c in str(records[0]["dataset"]).lower())
+    for row, line in zip(records, cells, strict=True):
+        label = data.method(row["method"])
+        if "method" in names:
+            line[names.index("method")] = Cell(label, number=False)
+        notes += [f"{label}, {row['nfe']} NFE: {status}: {reason}" for status, reason in row["reasons"]]
+        notes += [f"{label}, {row['nfe']} NFE: {note}" for note in row["notes"]]
+    where = "".join(c if c.isascii() and c.isalnum() else "-" for c in str(records[0]["dataset"]).lower())
     return PaperTable(
-        [_heading(data, name) for name in names],
+        [data.labels.label(name) for name in names],
         cells,
         _caption(data, rows, names),
         list(dict.fromkeys(notes)),
-        label,
+        where,
+        names.index("method") if "method" in names else None,
     )
 
 
@@ -167,16 +162,16 @@ def _caption(data: SummaryData, rows: pd.DataFrame, names: list[str]) -> list[st
         return ", ".join(str(v) for v in rows[name].dropna().unique() if v != "")
 
     students = rows[~rows["method"].str.startswith(TEACHER).fillna(False).astype(bool)]
-    sentences = [f"Dataset {values('dataset')}, teacher {values('teacher')}"]
-    sentences[0] += f", guidance {values('guidance')}" if values("guidance") else ""
-    if values("budget"):
-        sentences.append(f"Budget of each training: {values('budget')}")
-    sentences.append(f"Scores on n = {values('images') or 'unknown'} images")
+    facts = [f"Dataset {values('dataset')}", f"teacher {values('teacher')}"]
+    facts += [f"guidance {values('guidance')}"] if values("guidance") else []
+    facts += [f"{grouped(values('budget'))} for each training"] if values("budget") else []
+    facts += [f"{grouped(values('images')) or 'an unknown number of'} samples per row"]
     for name, what in (("training_seeds", "training"), ("sampling_seeds", "sampling")):
         counts = sorted({int(n) for n in (students if len(students) else rows)[name].dropna()})
-        if counts and counts != [0]:
+        if counts and counts != [0] and (what == "training" or counts != [1]):
             span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
-            sentences.append(f"{what.capitalize()} seeds: {span}")
+            facts.append(f"{span} {what} seed{'s' * (span != '1')}")
+    sentences = [", ".join(facts)]
     scores = [name for name in names if name in data.columns]
     with_interval = [name for name in scores if rows[f"{name}_training_low"].notna().any()]
     if with_interval:
@@ -188,7 +183,7 @@ def _caption(data: SummaryData, rows: pd.DataFrame, names: list[str]) -> list[st
         }
         how = {"t": "Student's t", "bootstrap": "bootstrap"}
         found = " or ".join(how.get(kind, kind) for kind in sorted(kinds, reverse=True))
-        of = "half the width of the 95 % interval of the mean over training seeds"
+        of = "half the 95 % interval of the mean over training seeds"
         sentences.append(f"±: {of}" + (f" ({found})" if found else "") + "; values without it have too few seeds")
     elif scores:
         sentences.append("No intervals: no method was trained with two seeds")

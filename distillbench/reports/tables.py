@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from distillbench.records.costs import spread
 from distillbench.records.statistics import TEACHER
@@ -27,13 +27,21 @@ SAME = 0.02  # part of a cost by which its seeds may differ without a word
 NO_REASON = "empty, no reason recorded"
 
 
+Lead = Literal["best", "group"]
+LEADS: dict[Lead, str] = {
+    "best": "leads: its interval overlaps with no other",
+    "group": "in the leading group: the best, or not to be told from it",
+}
+
+
 @dataclass
 class Cell:
     text: str
     value: float | str | None = None  # to sort by; None comes last
     below: str = ""
-    kind: str = ""  # best, failed, none
+    kind: str = ""  # best, group (in the leading group), failed, none
     title: str = ""
+    href: str = ""
 
 
 @dataclass
@@ -54,6 +62,10 @@ class Table:
     columns: list[Column]
     rows: list[list[Cell]]
     baselines: list[bool]  # whether each row is of the teacher
+    attributes: list[dict[str, str]] = field(default_factory=list)  # of each row, for filters
+
+    def __post_init__(self) -> None:
+        self.attributes = self.attributes or [{} for _ in self.rows]
 
     @property
     def hidden(self) -> list[int]:
@@ -63,13 +75,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Entries that may be compared. `leads` holds for each score whether an entry leads."""
+    """Entries that may be compared. `leads` holds for each score whether an entry leads, by the rule `lead`."""
 
     entries: Sequence[Entry]
     scores: dict[str, str]  # direction by score
     leads: dict[str, list[bool]]
     several_runs: bool
     labels: Labels
+    lead: Lead = "best"
 
     def differs(self, column: str) -> bool:
         return len({entry.values.get(column) for entry in self.entries}) > 1
@@ -180,7 +193,7 @@ def _cell(data: Comparison, at: int, column: Column) -> Cell:
         label = data.labels.method_label(str(value))
         return Cell(label.short, label.short, title=label.long if label.long != label.short else str(value))
     if name in data.scores:
-        return _score_cell(entry, name, data.leads[name][at])
+        return _score_cell(entry, name, data.lead if data.leads[name][at] else None)
     if name in COSTS:
         return _cost_cell(entry, name)
     if name == "status":
@@ -195,8 +208,8 @@ def _cell(data: Comparison, at: int, column: Column) -> Cell:
     return Cell(str(value or "") if column.is_text else number(value), value)
 
 
-def _score_cell(entry: Entry, score: str, leads: bool) -> Cell:
-    row, value = entry.values, entry.values[score]
+def _score_cell(entry: Entry, score: str, leads: Lead | None) -> Cell:
+    row, value = entry.values, entry.values.get(score)
     if value is None and str(row["status"]).startswith("0 of "):
         status = str(entry.behind[0]["status"]) if entry.behind else "failed"
         return Cell(status, None, "", "failed", entry.failures() or "no reason given")
@@ -212,8 +225,8 @@ def _score_cell(entry: Entry, score: str, leads: bool) -> Cell:
     if row.get(f"{score}_missing"):
         title = f"{title}; {row[f'{score}_missing']} of its rows have no score".lstrip("; ")
     if leads:
-        title = f"leads: its interval overlaps with no other. {title}"
-    return Cell(plus_minus(value, low, high), float(value), below, "best" if leads else "", title)
+        title = f"{LEADS[leads]}. {title}"
+    return Cell(plus_minus(value, low, high), float(value), below, leads or "", title)
 
 
 def _cost_cell(entry: Entry, cost: str) -> Cell:

@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 
 from distillbench.errors import UserError
+from distillbench.reports.paper_style import PaperStyle
 from distillbench.reports.runs import RunData, read_run
 from distillbench.storage.files import check_writable, write_text
 
@@ -26,7 +27,7 @@ SETTING = re.compile(r"(\w+)=(\d+)")
 
 def report_runs(
     folders: Sequence[str], forms: Sequence[str], output: str | None, columns: Sequence[str],
-    precision: Sequence[str], sort: str | None, watch: bool, console: Console,
+    precision: Sequence[str], sort: str | None, style: PaperStyle, watch: bool, console: Console,
 ) -> None:  # fmt: skip
     """Write reports of the runs in `folders` to `output`, or to the folder of the first run.
 
@@ -44,7 +45,7 @@ def report_runs(
         for run in runs:
             for problem in [*run.problems, *run.notes]:
                 click.echo(f"{run.name}: {problem}", err=True)
-        for path in _write(runs, forms, target, names, decimals, sort):
+        for path in _write(runs, forms, target, names, decimals, sort, style):
             console.print(f"written: {path}", markup=False, soft_wrap=True)
 
     write()
@@ -54,7 +55,7 @@ def report_runs(
 
 def _write(
     runs: Sequence[RunData], forms: Sequence[str], target: Path, columns: Sequence[str] | None,
-    precision: dict[str, int], sort: str | None,
+    precision: dict[str, int], sort: str | None, style: PaperStyle,
 ) -> list[Path]:  # fmt: skip
     written: list[Path] = []
     for form in dict.fromkeys(forms):
@@ -66,12 +67,12 @@ def _write(
         elif form == "figures":
             from distillbench.reports.figures import write_figures
 
-            written += write_figures(runs, target / "figures")
+            written += write_figures(runs, target / "figures", style=style)
         else:
             from distillbench.reports.papers import paper_table
 
             file, kind = TABLES[form]
-            text = paper_table(runs, columns, precision, sort, kind)
+            text = paper_table(runs, columns, precision, sort, kind, style)
             write_text(target / file, text)
             written.append(target / file)
     return written
