@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from distillbench.records.numbers import rounded
+
 COMPARABLE = ["dataset", "teacher", "guidance", "nfe", "images", "budget", "protocol"]  # equal in comparable rows
 KEYS = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol", "device"]
 SEEDS = ["training_seed", "sampling_seed"]
@@ -149,7 +151,8 @@ def _judge(group: pd.DataFrame, metric: str, direction: str) -> tuple[int | None
     sign = 1 if direction == "lower" else -1
     best = min(scored, key=lambda i: sign * mean[i])
     near = [i for i in scored if i != best and low[i] <= high[best] and low[best] <= high[i]]
-    spans = {i: f"{labels[i]} {low[i]:.4g} to {high[i]:.4g}" for i in scored}
+    half = (high - low) / 2
+    spans = {i: f"{labels[i]} {rounded(low[i], half[i])} to {rounded(high[i], half[i])}" for i in scored}
     if near:
         return None, f"intervals overlap: {', '.join(spans[i] for i in [best, *near])}" + aside
     if best in partial:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from distillbench.records.numbers import rounded
 from distillbench.records.statistics import TEACHER, leaders
 from distillbench.reports.labels import Label, Labels
 
@@ -42,9 +43,9 @@ def say(console: Console, line: str) -> None:
 
 
 def number(value: object, width: object = None) -> str:
-    """A value rounded to two digits of `width`, half its interval; without a width to four digits.
+    """A value, rounded as :func:`rounded` does by `width`, half its interval.
 
-    >>> number(176.84304, 7.7658), number(1870.512704), number(0.1561677, 0.0003), number(1797), number(None)
+    >>> number(176.84304, 2.7658), number(1870.512704), number(0.1561677, 0.0003), number(1797), number(None)
     ('176.8', '1,871', '0.15617', '1,797', '-')
     """
     if value is None or value is pd.NA:
@@ -56,11 +57,8 @@ def number(value: object, width: object = None) -> str:
     x = float(value)  # type: ignore[arg-type]
     if not math.isfinite(x):
         return "-" if math.isnan(x) else f"{x:g}"
-    w = 0.0 if width is None or width is pd.NA else abs(float(width))  # type: ignore[arg-type]
-    if 0 < w < math.inf and w > abs(x) * 1e-12:
-        decimals = max(0, 1 - math.floor(math.log10(w)))
-        return f"{x:,.{decimals}f}" if decimals <= 8 else f"{x:.4g}"
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+    half = None if width is None or width is pd.NA else abs(float(width))  # type: ignore[arg-type]
+    return rounded(x, half)
 
 
 def row_name(row: Mapping[str, object], settings: object = None, labels: Labels = NO_LABELS) -> str:

@@ -20,11 +20,12 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from distillbench.errors import UserError
+from distillbench.records.numbers import decimals
 from distillbench.records.statistics import summarise
 from distillbench.records.table import make_along, make_table
 from distillbench.reports import figures, papers, published
 from distillbench.reports.figures import write_figures
-from distillbench.reports.papers import decimals, paper_table
+from distillbench.reports.papers import paper_table
 from distillbench.reports.runs import RunData
 
 FID = {"fid": {"unit": "", "direction": "lower", "network": "", "needs": "", "protocol": ""}}
