@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-NAME, SETTINGS_FILE = "trials", "tuning.json"
+NAME, AFTER, SETTINGS_FILE = "trials", "sampling_trials", "tuning.json"
 SETTING = "setting:"  # prefix of a column; its values are JSON
 NEEDED = ("method", "trial", "status", "score", "metric", "nfe")
 COSTS = ("train_images", "train_seconds", "train_joules")
