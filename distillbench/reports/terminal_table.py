@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from distillbench.records.numbers import rounded
-from distillbench.records.statistics import TEACHER, leaders
+from distillbench.records.stars import Stars
+from distillbench.records.statistics import TEACHER
 from distillbench.reports.labels import Label, Labels
 
 STAR = " best"  # suffix of columns that are true where a method leads in a score
@@ -104,10 +105,10 @@ def put(console: Console, table: Table) -> None:
     console.print(Text("\n".join(line.rstrip() for line in captured.get().splitlines())), soft_wrap=True)
 
 
-def with_stars(summary: pd.DataFrame, directions: Mapping[str, str]) -> pd.DataFrame:
-    """The summary with a column for each score that is true where a method leads in it (`statistics.leaders`)."""
-    stars = {name + STAR: leaders(summary, name, direction) for name, direction in directions.items()}
-    return pd.concat([summary, pd.DataFrame(stars, index=summary.index)], axis=1)
+def with_stars(summary: pd.DataFrame, stars: Stars) -> pd.DataFrame:
+    """The summary with a column for each score that is true where a method has a star."""
+    columns = {name + STAR: marks for name, marks in stars.marks.items()}
+    return pd.concat([summary, pd.DataFrame(columns, index=summary.index)], axis=1)
 
 
 def score_table(frame: pd.DataFrame, names: Sequence[str], labels: Labels, fold: bool = False) -> Table:

@@ -162,8 +162,8 @@ def test_the_table_says_what_is_common_and_marks_who_leads(run):
     assert text.startswith("dataset digits, teacher trained-01234567, budget 1000 images, device cpu (a model)\n")
     lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     half = 12.7062 * 0.5  # std 0.5 ** 0.5 over 2 ** 0.5; t of one degree of freedom
-    assert f"10 ± {half:.0f} " in lines["boot"]
-    assert "*" not in lines["boot"]  # 20.5 less 6.35 is below 16.9
+    assert f"10 ± {half:.0f}*" in lines["boot"]
+    assert "*: the only leader by pairwise comparison" in text  # although 20.5 less 6.35 is below 16.9
     assert "±: half of the 95 % interval of the mean over training seeds" in text
 
 
