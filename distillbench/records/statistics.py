@@ -323,13 +323,13 @@ def _intervals(
     finite = np.bincount(group, ~np.isfinite(values), minlength=len(fewest)) == 0
     usable = (fewest >= 2) & finite
     for n, m in sorted(set(zip(sizes[usable].tolist(), fewest[usable].tolist(), strict=True))):
-        from scipy import stats  # imported here: it takes half a second, and most tables have one seed
+        from scipy.special import stdtrit  # imported here: most tables have one seed; scipy.stats takes half a second
 
         these = usable & (sizes == n) & (fewest == m)
         rows = values[these[group]].reshape(-1, n)
         mean = rows.mean(axis=1).clip(rows[:, 0], rows[:, -1])
         std = np.sqrt(((rows - mean[:, None]) ** 2).mean(axis=1))
-        reach = stats.t.ppf((1 + confidence) / 2, m - 1) * np.sqrt(m / (m - 1))
+        reach = stdtrit(m - 1, (1 + confidence) / 2) * np.sqrt(m / (m - 1))
         if m < FEWEST:
             low[these], high[these] = mean - reach * std / np.sqrt(n), mean + reach * std / np.sqrt(n)
             continue
