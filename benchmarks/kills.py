@@ -60,7 +60,8 @@ WORDS = [
     "run_name=run",
     "device=cpu",
 ]
-UNSTEADY = [name for name in LAST if "seconds" in name or "mib" in name]  # no two runs have the same
+NEVER_EQUAL = ("seconds", "mib", "machine_load")
+UNSTEADY = [name for name in LAST if any(part in name for part in NEVER_EQUAL)]
 RULES = {"train_images", "train_teacher_nfe", "train_student_nfe", "train_tflops"}  # must be the same
 MOST_KILLS = 3  # of one round
 REGISTRY = load_registry()

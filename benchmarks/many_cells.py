@@ -23,7 +23,7 @@ from rich.console import Console
 
 from distillbench.cli.terminal import print_plan, print_rows, print_table
 from distillbench.execution.run import run
-from distillbench.execution.run_folder import RunTable
+from distillbench.execution.run_folder import RunTable, labels_of
 from distillbench.execution.workers import InProcessWorker, Scan
 from distillbench.records.records import EvaluationRecord, TrainRecord, load_record, write_record
 from distillbench.registry import Registry, load_registry
@@ -132,10 +132,10 @@ def main(seeds: int, settings: int) -> None:
         assert all(result is not None for result in found.results)
         shown = Progress(Console(file=io.StringIO(), width=120))
         with clock.stage("the whole run again, to its end"):
-            outcome = run(cells, configs, shown, lambda rows: print_rows(shown, rows))
+            labels = labels_of(cells)
+            outcome = run(cells, configs, shown, lambda rows: print_rows(shown, rows, labels))
         with clock.stage("show the table"):
-            directions = {name: told["direction"] for name, told in outcome.columns.items()}
-            print_table(Console(file=io.StringIO(), width=120), outcome.table, outcome.summary, directions)
+            print_table(Console(file=io.StringIO(), width=120), outcome.table, outcome.summary, outcome.labels)
         with clock.stage("report"):
             report_runs([str(outcome.folder)], ("html",), None, (), (), None, False, Console(file=io.StringIO()))
         trickle(cells, configs, found, shown, clock)
@@ -144,7 +144,7 @@ def main(seeds: int, settings: int) -> None:
 def trickle(cells: list[Cell], configs: list[RunConfig], scan: Scan, shown: Progress, clock: Clock) -> None:
     """Add the rows one by one, as if trainings took no time."""
     folder = Path(configs[0].results_dir) / "one-by-one"
-    table = RunTable(folder, cells, configs, scan, lambda rows: print_rows(shown, rows))
+    table = RunTable(folder, cells, configs, scan, lambda rows: print_rows(shown, rows, labels_of(cells)), {})
     write, written = table.writer.write, []
     table.writer.write = lambda: (written.append(time.perf_counter()), write())
     with clock.stage("rows that come in one by one, to the end"):

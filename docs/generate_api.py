@@ -56,7 +56,8 @@ class _Package:
         homes = getattr(loaded, "_HOMES", dict.fromkeys(loaded.__all__, name))
         self.sources = {home: _Source(home) for home in sorted(set(homes.values()))}
         self.home = {n: self.sources[homes[n]] for n in loaded.__all__}
-        self.names = [n for source in self.sources.values() for n in source.ordered(set(loaded.__all__))]
+        of_home = {home: {n for n in loaded.__all__ if homes[n] == home} for home in self.sources}
+        self.names = [n for home, source in self.sources.items() for n in source.ordered(of_home[home])]
         self.docstring = (loaded.__doc__ or "").split("\n\n")[0]
         self.headings: dict[str, str] = {}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from distillbench import Method
 from distillbench.registry import Registry, installed, load_registry
+from distillbench.reports.words import number
 from distillbench.runs.cell import Cell
 from distillbench.runs.config import compose_runs
 from distillbench.runs.plan import plan
@@ -62,8 +63,8 @@ def _row(cell: Cell, method: Method, registry: Registry) -> list[str]:
         cls.paper,
         "needed" if cls.needs_data else "no",
         ", ".join(map(str, cell.nfe)),
-        f"{cost.teacher_nfe / cost.images:.3g}",
-        f"{cost.student_nfe / cost.images:.3g}",
+        number(cost.teacher_nfe / cost.images),
+        number(cost.student_nfe / cost.images),
         str(len(method.phases())),
     ]
 

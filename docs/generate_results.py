@@ -2,72 +2,71 @@
 
 from __future__ import annotations
 
-import math
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
 from PIL import Image
+
+from distillbench.reports.answer import Answers
+from distillbench.reports.groups import Group, group_answers, make_groups
+from distillbench.reports.leaderboard import board_table
+from distillbench.reports.runs import read_run
+from distillbench.reports.tables import Table
 
 DOCS = Path(__file__).resolve().parent
 REFERENCE = DOCS.parent / "results" / "reference"
 RUN = REFERENCE / "digits"
 PAGE = DOCS / "results.md"
 MARKS = "<!-- table -->\n", "<!-- end of table -->\n"
-FD, RMSE = "fd_efficientnet_lite0", "teacher_rmse"
+SCORES = ["fd_efficientnet_lite0", "teacher_rmse"]
+COSTS = ["train_teacher_nfe", "train_student_nfe", "train_tflops"]
 TOP, HEIGHT = 3, 52  # of samples-seed0.png: above its rows, and of each of them
 
 
 def table() -> str:
-    """Every row of the reference runs: means over training seeds, and half-widths of their 95 % intervals."""
-    head = ["method", "NFE", "FD ↓", "RMSE to teacher ↓", "teacher evaluations", "student evaluations", "TFLOP"]
-    rows = [
-        [
-            row["method"], str(row["nfe"]), _mean(row, FD, 1), _mean(row, RMSE, 3), _count(row["train_teacher_nfe"]),
-            _count(row["train_student_nfe"]), "" if math.isnan(row["train_tflops"]) else f"{row['train_tflops']:.1f}",
-        ]
-        for row in _summary()
-    ]  # fmt: skip
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
+    """Every row of the reference run: names, numbers and their rounding as in its report and in a leaderboard."""
+    columns = ["method", "nfe", *SCORES, *COSTS]
+    (shown,) = _boards()
+    return _markdown(shown, columns, range(len(shown.rows)))
 
 
 def short_table() -> str:
-    """The rows at one evaluation, or at the fewest that a method has, for the README."""
-    head = ["method", "FD ↓", "RMSE to teacher ↓", "training, TFLOP", "teacher evaluations"]
-    rows = [
-        [
-            row["method"], _mean(row, FD, 1), _mean(row, RMSE, 3),
-            "" if math.isnan(row["train_tflops"]) else f"{row['train_tflops']:.1f}", _count(row["train_teacher_nfe"]),
-        ]
-        for row in _fewest(_summary())
-    ]  # fmt: skip
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
+    """The rows at one evaluation, or at the fewest that a method has, for the README. Methods have their names."""
+    (group,), (shown,) = _groups(), _boards()
+    fewest: dict[str, int] = {}
+    for place, entry in enumerate(group.entries):
+        name = str(entry.values["method"])
+        if name not in fewest or entry.values["nfe"] < group.entries[fewest[name]].values["nfe"]:
+            fewest[name] = place
+        shown.rows[place][0].text = name
+    return _markdown(shown, ["method", *SCORES, "train_tflops", "train_teacher_nfe"], fewest.values())
 
 
-def _summary() -> list[dict]:
-    found = pd.read_csv(RUN / "summary.csv")
-    teacher = found["method"].str.startswith("teacher:")
-    return pd.concat([found[teacher], found[~teacher]]).to_dict("records")
+def _groups() -> list[Group]:
+    run = read_run(RUN)
+    return make_groups([run], [run.name], run.directions)
 
 
-def _fewest(rows: list[dict]) -> list[dict]:
-    """Of each method, the row with the fewest evaluations."""
-    fewest: dict[str, dict] = {}
+def _boards() -> list[Table]:
+    """The tables of the run's groups, as a leaderboard shows them; bold: in the leading group."""
+    return [board_table(f"t{i}", group, [], {}, _answers(group)) for i, group in enumerate(_groups())]
+
+
+def _answers(group: Group) -> list[Answers | None]:
+    main, others = group_answers(group)
+    return [main, *others]
+
+
+def _markdown(table: Table, columns: Sequence[str], rows: Iterable[int]) -> str:
+    at = {column.name: place for place, column in enumerate(table.columns)}
+    places = [at[name] for name in columns if name in at]
+    lines = [[table.columns[place].heading for place in places], ["---"] * len(places)]
     for row in rows:
-        if row["nfe"] < fewest.setdefault(row["method"], row)["nfe"]:
-            fewest[row["method"]] = row
-    return list(fewest.values())
-
-
-def _mean(row: dict, column: str, decimals: int) -> str:
-    if math.isnan(row[column]):
-        return ""
-    half = (row[f"{column}_training_high"] - row[f"{column}_training_low"]) / 2
-    return f"{row[column]:,.{decimals}f}" + ("" if math.isnan(half) else f" ± {half:.{decimals}f}")
-
-
-def _count(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:,.0f}"
+        cells = [table.rows[row][place] for place in places]
+        lines.append([f"**{cell.text}**" if cell.kind == "group" else cell.text.replace("–", "") for cell in cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def page(text: str) -> str:

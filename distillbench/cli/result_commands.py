@@ -84,10 +84,10 @@ def report(
 
 
 @click.command()
-@click.argument("results", nargs=-1, required=True, type=UserPath())
+@click.argument("runs", nargs=-1, required=True, type=UserPath(), metavar="RESULTS...")
 @click.option("--output", "-o", required=True, type=UserPath(file_okay=False), help="Folder of the site.")
 @debuggable
-def leaderboard(results: tuple[str, ...], output: str) -> None:
+def leaderboard(runs: tuple[str, ...], output: str) -> None:
     """Write a site that compares the runs in RESULTS.
 
     RESULTS are runs, or folders of runs. The site is static: it works offline and on any web server.
@@ -97,7 +97,7 @@ def leaderboard(results: tuple[str, ...], output: str) -> None:
     """
     from distillbench.reports.leaderboard import leaderboard as write
 
-    write(results, output, new_console())
+    write(runs, output, new_console())
 
 
 @click.command()

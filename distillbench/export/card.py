@@ -17,6 +17,7 @@ import yaml
 
 from distillbench.export.adapters import FILE
 from distillbench.options import plain_settings
+from distillbench.reports.labels import METHOD
 from distillbench.runs.plan import student_settings
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def _scores(student: Student) -> list[str]:
     kept = table[(table["method"] == cell.name) & (table["training_seed"] == cell.seed) & (table["nfe"] == 1)]
     kept = kept[kept["status"] == "ok"]
     columns = _json(student.run / "columns.json")
-    metrics = [name for name in columns if name in kept and kept[name].notna().any()]
+    metrics = [name for name in columns if name != METHOD and name in kept and kept[name].notna().any()]
     if not metrics:
         return ["No score was measured at one step."]
     summary = _summary(student.run, kept)

@@ -147,7 +147,8 @@ def _ranked(
         plus_minus(one.mean, low, high),
         _behind(one.mean, group.best.mean),
         int(entry.values["training_seeds"] or 0),
-        *(_with_unit(entry, cost, labels) for cost in (training, sampling)),
+        _with_unit(entry, training, labels),
+        _with_unit(entry, sampling, labels),
         str(entry.values["method"]),
     )
 

@@ -9,7 +9,8 @@ import click
 from rich.console import Console
 
 from distillbench.errors import UserError
-from distillbench.reports.compare import compare, print_comparison
+from distillbench.reports.compare import compare
+from distillbench.reports.compare_text import print_comparison
 from distillbench.reports.merge import Keep, left_out, merge, write
 from distillbench.reports.runs import TWICE, RunData, read_run
 from distillbench.reports.show import Form, Rows, print_csv, print_json, print_rows, run_names, select

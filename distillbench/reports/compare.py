@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
-from rich.text import Text
 
 from distillbench.records.costs import COUNTED
 from distillbench.records.statistics import TEACHER
@@ -30,7 +27,6 @@ from distillbench.reports.labels import NAMES, Labels
 from distillbench.reports.merge import SAME, records
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import run_names
-from distillbench.reports.terminal_table import fits, new_table, number, plain, put, say
 
 HIGHER = ("sample_images_per_second",)  # costs for which higher is better
 NO_COST = ("sample_best_batch", "student_lora_rank", *UPDATES, *LOADS, *TUNING)  # numbers that are not costs
@@ -55,6 +51,7 @@ class Change:
     verdict: str
     low: float | None = None  # interval of after - before
     high: float | None = None
+    p: float | None = None  # of the test behind the interval
     seeds: tuple[int, int] = (1, 1)
     device: str = ""  # of a cost that depends on it
 
@@ -154,17 +151,18 @@ def compare(a: RunData, b: RunData, tolerance: float = 0.1) -> Comparison:
     )
 
 
-def welch(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of `after` minus that of `before`, at least two values each (Welch 1947)."""
+def welch(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """95 % interval of the mean of `after` minus that of `before`, at least two values each, and its p (Welch 1947)."""
     from scipy import stats  # here: it takes half a second, and few commands compare
 
     a, b = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if np.ptp(a) == 0 and np.ptp(b) == 0:
-        return float(b[0] - a[0]), float(b[0] - a[0])
+        return float(b[0] - a[0]), float(b[0] - a[0]), float(a[0] == b[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of nearly equal values
-        interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(LEVEL)
-    return float(interval.low), float(interval.high)
+        found = stats.ttest_ind(b, a, equal_var=False)
+        interval = found.confidence_interval(LEVEL)
+    return float(interval.low), float(interval.high), float(found.pvalue)
 
 
 def _groups(table: pd.DataFrame) -> dict[Row, Rows]:
@@ -215,11 +213,11 @@ def _score(row: Row, old: Rows, new: Rows, name: str, direction: str) -> Change 
         return Change(row, name, before, after, ONE_SEED, seeds=seeds)
     if not np.isfinite([*x, *y]).all():
         return Change(row, name, before, after, "not finite: not known", seeds=seeds)
-    low, high = welch(x, y)
+    low, high, p = welch(x, y)
     verdict = WITHIN
     if low > 0 or high < 0:
         verdict = CHANGED if direction == "none" else BETTER if (high < 0) == (direction == "lower") else WORSE
-    return Change(row, name, before, after, verdict, low, high, seeds)
+    return Change(row, name, before, after, verdict, low, high, p, seeds)
 
 
 def _costs(row: Row, old: Rows, new: Rows, tolerance: float) -> list[Change]:
@@ -338,96 +336,3 @@ def _same_scores(a: RunData, b: RunData, notes: list[str]) -> dict[str, str]:
         else:
             found[name] = (x or y or {})["direction"]
     return found
-
-
-# --- printing ------------------------------------------------------------------------------------------------------
-
-
-def print_comparison(console: Console, found: Comparison, all_costs: bool = False) -> None:
-    """Print what differs, the tables and the conclusion. Costs within the tolerance only with `all_costs`."""
-    for line in found.runs if found.comparable else [*conclusion(found), *found.runs]:
-        say(console, line)
-    for title, lines in (("settings", found.settings), ("environment", found.environment)):
-        say(console, f"{title}: {'' if lines else 'no difference'}".rstrip())
-        for line in lines:
-            say(console, f"  {line}")
-    lines = found.lost + found.rows
-    say(console, f"rows: {found.matched} in both{', and' if lines else ''}")
-    for line in lines:
-        say(console, f"  {line}")
-    for line in found.notes:
-        say(console, line)
-    name = RowNamer([one.row for one in found.scores + found.costs], found.labels)
-    if found.scores:
-        _print_changes(console, found.scores, name)
-    costs = [one for one in found.costs if all_costs or one.verdict not in (SAME_VALUE, "within tolerance")]
-    if costs:
-        _print_changes(console, costs, name)
-    for line in conclusion(found) if found.comparable else []:
-        say(console, line)
-
-
-def _print_changes(console: Console, changes: list[Change], name: RowNamer) -> None:
-    """Print one line for each change, without columns that are empty in all."""
-    intervals = any(one.low is not None for one in changes)
-    devices, seeds = len({one.device for one in changes if one.device}) > 1, any(one.seeds != (1, 1) for one in changes)
-    headings = ["row", "what", *["seeds"] * seeds, "A", "B", "change"]
-    text = [True, True, *[False] * seeds, False, False, False]
-    headings += [*["95 % interval of B - A"] * intervals, *["device"] * devices, ""]
-    text += [True] * (len(headings) - len(text))
-    for fold in (False, True):
-        table = new_table(headings, text, fold)
-        for one in changes:
-            width = abs(one.after - one.before) if one.low is None or one.high is None else (one.high - one.low) / 2
-            cells = [name(one.row), name.what(one.name)]
-            cells += ["{}, {}".format(*one.seeds)] * seeds
-            cells += [number(one.before, width), number(one.after, width), _change(one, width)]
-            between = "" if one.low is None else f"{number(one.low, width)} to {number(one.high, width)}"
-            cells += [between] * intervals + [one.device] * devices + [one.verdict]
-            table.add_row(*(Text(plain(cell)) for cell in cells))
-        if fold or fits(console, table):
-            put(console, table)
-            return
-
-
-def _change(one: Change, width: float) -> str:
-    """The change in per cent of the value before, or absolute if that is zero."""
-    if one.verdict in (SAME_VALUE, GONE, NEW):
-        return "-"
-    if one.relative is None:
-        return f"{'+' if one.after > one.before else ''}{number(one.after - one.before, width)}"
-    return f"{one.relative:+.1%}" if abs(one.relative) >= 0.0005 else f"{one.relative:+.1e}"
-
-
-def conclusion(found: Comparison) -> list[str]:
-    """The conclusion, as lines of text."""
-    if not found.comparable:
-        why = "protocols differ" if found.protocols else "the runs have no row in common"
-        return [f"Nothing can be compared: {why}."]
-    lines = []
-    if found.protocols:
-        lines.append("Protocols differ: scores of the rows named above are not compared.")
-    name = RowNamer([one.row for one in found.scores + found.costs], found.labels)
-    worse = found.worse
-    for one in worse:
-        beyond = "without a value" if one.verdict == GONE else "worse"
-        limit = f" by {_change(one, abs(one.after - one.before))}" if one.verdict == WORSE else ""
-        lines.append(f"{beyond}: {found.labels.label(one.name).short} of {name(one.row)}{limit}")
-    counts = Counter(one.verdict for one in found.scores)
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    lines += [f"{len(found.scores)} scores compared: {told}."] if found.scores else []
-    counts = Counter(one.verdict for one in found.costs)
-    told = f"{counts[WORSE]} worse and {counts[BETTER]} better by more than {found.tolerance:.0%}"
-    lines += [f"{len(found.costs)} costs compared: {told}."] if found.costs else []
-    tests = sum(one.low is not None for one in found.scores)
-    if tests > 1:
-        lines.append(
-            f"{tests} tests at 95 %: where nothing changed, {tests * (1 - LEVEL):.1f} of them are expected beyond "
-            "noise."
-        )
-    if found.lost or worse:
-        parts = [f"{len(found.lost)} rows lost"] * bool(found.lost) + [f"{len(worse)} values worse"] * bool(worse)
-        return [*lines, f"Worse in B: {', '.join(parts)}."]
-    unknown = sum(one.verdict.endswith("not known") for one in found.scores)
-    aside = f" Of {unknown} scores it is not known: train several seeds (seed=0,1,2)." if unknown else ""
-    return [*lines, f"Nothing in B is worse beyond noise.{aside}"]

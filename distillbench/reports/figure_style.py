@@ -14,6 +14,7 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from distillbench.reports.axes import is_log, tick
@@ -68,8 +69,7 @@ def plain(text: str, longest: int = 60) -> str:
 def new_figure(page: Page, panels: int = 1) -> tuple[Figure, list[Axes]]:
     width = page.column if panels == 1 else page.text
     height = min(HEIGHT * width, TALLEST) if panels == 1 else min(TALLEST, 1.3 * width / panels)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.02)  # type: ignore[union-attr]
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.02))
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, sharex=True, sharey=True, squeeze=False)
     return figure, list(axes[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,6 +146,7 @@ def best_for_cost(runs: Sequence[RunData], data: SummaryData, score: str, cost: 
     if not tables or direction == "none":
         return []
     table = pd.concat(tables, ignore_index=True).drop_duplicates([*KEYS, *SEEDS])
+    table[score] = table[score].where(table[score].abs() < math.inf)
     each = cost.startswith("train_")
     found = fronts(table, score, direction, cost, [run.influences for run in runs], each_nfe=each)
     return [[(p.cost, p.score) for p in front.points if p.place == "on"] for front in found]
@@ -169,7 +171,8 @@ def _against(
     series = {name: at for name, at in series.items() if len(at)}
     aside = side_by_side([[float(v) for v in x[at]] for at in series.values()])
     texts = []
-    for (name, at), moved in zip(series.items(), aside, strict=True):
+    for (name, at), beside in zip(series.items(), aside, strict=True):
+        moved = [float(v or 0) for v in beside]  # none is empty: only rows with values are in series
         look = looks[rows["method"].iloc[at[0]]]
         known = np.isfinite(low[at]) & np.isfinite(high[at])
         ends = np.stack([y[at] - low[at], high[at] - y[at]])
@@ -180,7 +183,7 @@ def _against(
         ).lines[0]  # fmt: skip
         if column != "nfe" and len(at) > 1:
             pairs = zip(moved, at, strict=True)
-            texts += [(float(v or 0), float(y[i]), f"{evaluations[i]:.0f}", look.color) for v, i in pairs]
+            texts += [(v, float(y[i]), f"{evaluations[i]:.0f}", look.color) for v, i in pairs]
     _fronts(axes, best, list(zip(x[shown], y[shown], strict=True)))
     scale(axes, "y", list(y[shown]))
     drawn_at = [value for own in aside for value in own if value is not None]

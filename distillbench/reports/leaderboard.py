@@ -246,7 +246,7 @@ def board_table(
             method, runs = str(entry.values["method"]), sorted(entry.runs)
             if told.name == "method" and method in pages:
                 row[column].href = up + pages[method]
-            if told.name == "run" and len(runs) == 1:
+            if told.name == "run" and len(runs) == 1 and runs[0] in of:
                 row[column].href = up + of[runs[0]]
         if told.name == "run":
             told.shown = len(listed) > 1

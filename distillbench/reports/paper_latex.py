@@ -44,7 +44,7 @@ def _float(table: PaperTable, number: int, style: PaperStyle) -> str:
     caption = ". ".join([*table.caption, *([f"Units: {'; '.join(units)}"] if units else [])])
     body = _tabular(table)
     if not size:
-        size, body = "scriptsize", f"\\resizebox{{\\linewidth}}{{!}}{{%\n{body}}}\n"
+        size, body = "scriptsize", f"\\resizebox{{\\linewidth}}{{!}}{{{body.rstrip()}}}\n"
     return (
         f"\\begin{{table{star}}}[htbp]\n\\centering\n\\caption{{{latex_text(caption)}.}}\n"
         f"\\label{{tab:{table.label}-{number}}}\n\\vskip 0.6ex\n\\{size}\n"
@@ -89,13 +89,13 @@ def _tabular(table: PaperTable) -> str:
     body, before = [], None
     for row in table.cells:
         method = row[table.method].text if table.method is not None else ""
-        cells = []
+        texts: list[str] = []
         for at, cell in enumerate(row):
             again = at == table.method and method == before
-            cells += [""] if again else _cells(cell, columns[at])
+            texts += [""] if again else _cells(cell, columns[at])
         if before not in (None, method):
             body.append("\\addlinespace\n")
-        body.append(f"{' & '.join(cells)} \\\\\n")
+        body.append(f"{' & '.join(texts)} \\\\\n")
         before = method
     return (
         f"\\begin{{tabular}}{{{specification}}}\n\\toprule\n{''.join(lines)}\\midrule\n{''.join(body)}"

@@ -40,7 +40,7 @@ from plugin_code import FINE_DIES_SLOW
 WORDS = ["dataset=gmm", "teacher=gmm", "teacher.width=16", "budget.images=40", "batch_size=10", "run_name=run"]
 WORDS += ["evaluation.images=8", "evaluation.metrics=[teacher_rmse]", "evaluation.teacher_steps=[1]"]
 WORDS += ["evaluation.timing=off"]
-MEASURED = "seconds|joules|rss"  # columns of what is never the same twice
+MEASURED = "seconds|joules|rss|machine_load"  # columns of what is never the same twice
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from distillbench.records.sample_grid import MOST_ROWS, sample_grid
 from distillbench.records.settings_file import BUT, read_settings, write_settings
 from distillbench.records.statistics import summarise
 from distillbench.registry import Entry, Plugin, load_registry
+from distillbench.reports.labels import Labels
 from distillbench.reports.runs import read_run
 from distillbench.runs import config, config_grid, plan, shared_context, training_cost
 from distillbench.runs.cell import AS_IS
@@ -307,7 +308,7 @@ def test_a_damaged_hash_cache_is_ignored(tmp_path):
 def go(done, said):
     configs, cells, _ = done
     progress = Progress(Console(file=said, width=200))
-    return run(cells, configs, progress, lambda rows: print_rows(progress, rows))
+    return run(cells, configs, progress, lambda rows: print_rows(progress, rows, Labels()))
 
 
 def test_a_run_that_finds_all_results_writes_its_folder_once(done, count):
@@ -321,7 +322,9 @@ def test_a_run_that_finds_all_results_writes_its_folder_once(done, count):
         assert picture.height < (MOST_ROWS + 2) * 52
     assert read_run(outcome.folder).problems == []
     shown = io.StringIO()
-    print_table(Console(file=shown, width=200), outcome.table, outcome.summary, {"teacher_rmse": "lower"})
+    print_table(
+        Console(file=shown, width=200), outcome.table, outcome.summary, Labels({"teacher_rmse": {"direction": "lower"}})
+    )
     assert shown.getvalue().count("\n") < 20
 
 
@@ -330,7 +333,7 @@ def test_rows_that_arrive_one_by_one_are_all_in_the_final_table(done, tmp_path, 
     configs, cells, _ = done
     scan = InProcessWorker(Progress(None), Stop()).scan(cells, AS_IS)
     grown = []
-    table = RunTable(tmp_path / "run", cells, configs, scan, grown.append)
+    table = RunTable(tmp_path / "run", cells, configs, scan, grown.append, {})
     written = count(run_folder, "write_table")
     table.writer.due = time.monotonic() + 1000
     for index, result in enumerate(scan.results):
@@ -347,7 +350,7 @@ def test_the_table_of_a_sweep_shows_the_best(done):
     table = table.assign(settings=settings, teacher_rmse=scores)
     shown = io.StringIO()
     summary = summarise(table, {"teacher_rmse": "lower"})
-    print_table(Console(file=shown, width=200), table, summary, {"teacher_rmse": "lower"})
+    print_table(Console(file=shown, width=200), table, summary, Labels({"teacher_rmse": {"direction": "lower"}}))
     text = shown.getvalue()
     assert f"the {MOST_LINES} best by teacher_rmse of 301" in text and text.count("\n") < MOST_LINES + 30
     assert re.search(r"lr=300\b", text) and not re.search(r"lr=1\b", text)

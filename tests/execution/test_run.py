@@ -717,6 +717,7 @@ def test_a_dry_run_says_what_would_fail(tmp_path, monkeypatch, capsys):
 )
 def test_the_exit_code_says_whether_something_failed(tmp_path, monkeypatch, capsys, methods, code):
     monkeypatch.setattr("distillbench.registry.load_registry", lambda *selected: with_strangers(Raises, BecomesNan))
+    monkeypatch.setenv("COLUMNS", "80")
     try:
         commands.main(["run", f"methods=[{methods}]", *SMALLER, f"results_dir={tmp_path}"])
         done = 0
@@ -725,7 +726,7 @@ def test_the_exit_code_says_whether_something_failed(tmp_path, monkeypatch, caps
     out, err = capsys.readouterr()
     assert (done, err) == (code, "")
     assert ("not ok: " in out) == (code == 1)
-    assert "becomes_nan, seed 0, 1 NFE, noise 0: diverged: the loss is nan" in out or "becomes_nan" not in methods
+    assert "becomes nan, seed 0, 1 NFE, noise 0: diverged: the loss is nan" in out or "becomes_nan" not in methods
     assert max(map(len, table_of(out))) <= 80
 
 

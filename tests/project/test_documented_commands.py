@@ -42,6 +42,7 @@ HOW = {
     "clean": "run",
     "show": "run",
     "report": "run",
+    "leaderboard": "run",
     "compare": "run",
     "merge": "run",
     "check": "parse",  # seconds to minutes; tests/testing/test_conformance.py runs it

@@ -9,7 +9,8 @@ from scipy import stats
 
 from distillbench.errors import UserError
 from distillbench.reports.commands import compare_runs, merge_runs
-from distillbench.reports.compare import compare, print_comparison, welch
+from distillbench.reports.compare import compare, welch
+from distillbench.reports.compare_text import holm, print_comparison, reproduction
 from distillbench.reports.labels import COLUMNS as COLUMNS_OF_TABLES
 from distillbench.reports.runs import read_run
 from tables_of_runs import COLUMNS, FID, NAMES, TEACHER, row, run_data, run_folder, seeds
@@ -64,9 +65,10 @@ def verdicts(found):
 def test_welch_is_that_of_the_textbook():
     # means 2 and 6, variances 1 and 4, n = 3: standard error (5 / 3) ** 0.5 and (5/3)^2 / ((1/3)^2/2 + (4/3)^2/2)
     # = 50 / 17 degrees of freedom
-    low, high = welch([1.0, 2.0, 3.0], [4.0, 6.0, 8.0])
+    low, high, p = welch([1.0, 2.0, 3.0], [4.0, 6.0, 8.0])
     half = stats.t.ppf(0.975, 50 / 17) * (5 / 3) ** 0.5
     assert (low, high) == pytest.approx((4 - half, 4 + half))
+    assert p == pytest.approx(2 * stats.t.sf(4 / (5 / 3) ** 0.5, 50 / 17))
 
 
 def test_welch_agrees_with_the_p_value_of_scipy():
@@ -74,13 +76,13 @@ def test_welch_agrees_with_the_p_value_of_scipy():
     for n, m in ((2, 3), (5, 4), (7, 7)):
         for _ in range(20):
             a, b = generator.normal(0, 1, n), generator.normal(1.5, 2, m)
-            low, high = welch(a.tolist(), b.tolist())
+            low, high, _ = welch(a.tolist(), b.tolist())
             assert (low > 0 or high < 0) == (stats.ttest_ind(a, b, equal_var=False).pvalue < 0.05)
 
 
 def test_welch_of_equal_values_has_no_width():
-    assert welch([0.1] * 3, [0.1] * 3) == (0, 0) and welch([1.0, 1.0], [2.0, 2.0]) == (1, 1)
-    low, high = welch([1.0, 1.0, 1.0], [2.0, 2.2, 2.4])
+    assert welch([0.1] * 3, [0.1] * 3) == (0, 0, 1) and welch([1.0, 1.0], [2.0, 2.0]) == (1, 1, 0)
+    low, high, _ = welch([1.0, 1.0, 1.0], [2.0, 2.2, 2.4])
     assert low == pytest.approx(1.2 - stats.t.ppf(0.975, 2) * 0.2 / 3**0.5) and low + high == pytest.approx(2.4)
 
 
@@ -156,6 +158,54 @@ def test_how_many_would_be_beyond_noise_by_chance_is_said(runs):
     other = [row(training_seed=k, fid=x + 0.01, recall=-x) for k, x in enumerate(NOISY[::-1])]
     _, text = runs.code(rows, other)
     assert "2 tests at 95 %: where nothing changed, 0.1 of them are expected beyond noise." in text
+
+
+# --- whether a run is reproduced --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "line"),
+    [
+        (NOISY, NOISY, "B reproduces A exactly: 1 score is equal."),
+        (NOISY, [10.2, 10.3, 9.9, 10.0], "B reproduces A: none of 1 score differs beyond noise"),
+        (NOISY, SHIFTED, "B does not reproduce A: 1 of 1 score differs beyond noise: fid of boot, 1 NFE (+"),
+        (NOISY, [None] * 4, "B does not reproduce A: 1 of 1 score differs"),
+        ([10.0], [99.0], "It is not known whether B reproduces A: they differ, and one seed does not say"),
+        ([10.0], [10.0], "B reproduces A exactly"),
+    ],
+)
+def test_the_first_line_says_whether_a_run_is_reproduced(runs, a, b, line):
+    old, new = ([row(training_seed=k, fid=x) for k, x in enumerate(values)] for values in (a, b))
+    assert told(runs.data(old, new))[1].startswith(line)
+
+
+def test_missing_rows_and_seeds_are_said_in_the_first_line(runs):
+    old = [*seeds(NOISY), *seeds(NOISY, method="pd"), row(fid=1.0, method="cm")]
+    new = [*seeds([10.2, 10.3, 9.9, 10.0]), row(fid=2.0, method="cm")]
+    line = reproduction(runs.data(old, new))
+    assert (
+        "Of 1 score with one seed it is not known." in line
+        and line.startswith("Of the rows that both have, B")
+        and "1 row of A failed or is missing in B." in line
+    )
+
+
+def test_chance_alone_does_not_say_that_a_run_is_not_reproduced(runs):
+    """Of 60 scores of two seeds some differ at 95 %; corrected, none does. One that is truly other is found."""
+    random = np.random.default_rng(3)
+    old, new = ([one for m in range(60) for one in seeds(random.normal(10, 1, 4), method=f"m{m}")] for _ in range(2))
+    found = runs.data(old, new)
+    assert any(one.verdict in ("worse", "better") for one in found.scores)
+    assert reproduction(found).startswith("B reproduces A: none of 60 scores differs beyond noise")
+    other = [one | {"fid": one["fid"] + 30 * (one["method"] == "m7")} for one in new]
+    assert "1 of 60 scores differs beyond noise: fid of m7, 1 NFE" in reproduction(runs.data(old, other))
+
+
+def test_holm_s_steps_and_its_rate_of_errors():
+    """0.01 <= 0.05 / 4, 0.013 <= 0.05 / 3, 0.03 > 0.05 / 2: the rest is kept, also 0.04 (Holm 1979)."""
+    assert holm([0.04, 0.01, 0.03, 0.013]) == [False, True, False, True]
+    draws = np.random.default_rng(0).uniform(size=(4000, 10))
+    assert np.mean([any(holm(one)) for one in draws]) == pytest.approx(1 - (1 - 0.05 / 10) ** 10, abs=0.012)
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------
@@ -297,6 +347,7 @@ def test_what_differs_in_settings_and_environment_is_said(runs, tmp_path):
     )  # fmt: skip
     code, text = runs.printed()
     assert code == 0 and text.startswith(
+        "B reproduces A exactly: 1 score is equal.\n"
         "A: a, commit 01234567 and changes, 1 row\nB: b, commit fedcba98 and changes, 1 row\n"
     )
     lines = [line.strip() for line in text.splitlines()]

@@ -406,7 +406,7 @@ def test_hostile_names_are_escaped():
     plain = Page(html_report([good_run()]))
     harmless = {"json": "application/json"}
     executed = [a for t, a in page.tags if t == "script" and a.get("type") != harmless["json"]]
-    assert executed == [{}, {}]  # plotly's and the report's
+    assert executed == [{}, {}, {}]  # plotly's, those of tables and of charts
     assert {t for t, _ in page.tags} <= {t for t, _ in plain.tags} | {"nav", "li"}
     assert not [k for _, a in page.tags for k in a if k.startswith("on")]
     assert all(name in page.words for name in HOSTILE)

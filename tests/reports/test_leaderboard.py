@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from distillbench.cli.commands import cli
 from distillbench.reports import html as report_html
 from distillbench.reports.html import html_report
+from distillbench.reports.leaderboard import GENERATOR
 from distillbench.reports.runs import read_run
 from tables_of_runs import TEACHER, row, run_folder, seeds
 
@@ -50,6 +51,7 @@ def two_runs(tmp_path):
     results = tmp_path / "results"
     rows = [row(fid=3.0, nfe=8, **TEACHER), *seeds([10.0, 10.2, 10.1], inputs="noise")]
     old = [*rows, *seeds([30.0, 30.2, 30.1], method="cm", inputs="data"), *seeds([8.0, 8.2, 8.1], method="cm", nfe=4)]
+    old += seeds([25.0, 25.4, 25.2], method="direct", inputs="pairs")
     run_folder(results / "old", old, environment=OLD)
     new = [*seeds([20.0, 20.4, 20.2], inputs="noise"), *seeds([5.0, 6.0, 5.5], method="pd", dataset="rings")]
     run_folder(results / "new", new, environment=NEW)
@@ -86,7 +88,7 @@ def test_boards_show_the_newest_run_and_pages_of_methods_show_all(site):
 def test_leading_groups_and_numbers_are_those_of_the_report(site):
     """boot (20.2 ± 0.5: t = 4.303, sd = 0.2) leads at one evaluation; its cell is as in the report of its run."""
     index = (site / "index.html").read_text()
-    assert "At one evaluation, boot leads (fid 20.2 ± 0.5); cm (30.1) trails." in index
+    assert "At one evaluation, boot leads (fid 20.2 ± 0.5); direct (25.2) and cm (30.1) trail." in index
     report = html_report([read_run(site.parent / "results" / "new")])
     assert "20.2 ± 0.5" in report
     (leader,) = re.findall(r'class="num group"[^>]*title="([^"]*)"[^>]*>\s*20\.2 ', index)
@@ -94,17 +96,10 @@ def test_leading_groups_and_numbers_are_those_of_the_report(site):
     assert not re.findall(r'class="num group"[^>]*>\s*30\.1 ', index)
 
 
-def test_among_methods_without_data_others_do_not_count(folders, tmp_path):
-    extra = seeds([25.0, 25.4, 25.2], method="direct", inputs="pairs")
-    run_folder(tmp_path / "results" / "third", extra, environment=OLD)
-    written(folders, "-o", tmp_path / "site")
-    index = (tmp_path / "site" / "index.html").read_text()
-    free = index.split('class="answer-free"')[1].split("</section>")[0]
-    assert (
-        "boot leads" in free
-        and "direct (25.2) trails" in free.replace("cm", "")
-        and "cm (" not in free.split("</div>")[0]
-    )
+def test_among_methods_without_data_others_do_not_count(site):
+    index = (site / "index.html").read_text()
+    free = index.split('class="answer-free"')[1].split("</div>")[0]
+    assert "boot leads" in free and "direct (25.2) trails." in free and "cm (" not in free
     assert 'data-free="no"' in index and 'data-free="yes"' in index and 'data-free="teacher"' in index
 
 
@@ -142,24 +137,21 @@ def test_wrong_input_is_one_message(folders, tmp_path):
     assert not (tmp_path / "site").exists()
 
 
-def test_pages_of_others_stay_and_own_stale_ones_go(folders, tmp_path):
+def test_pages_of_others_stay_own_stale_ones_go_and_damage_is_a_note(folders, tmp_path):
     site = tmp_path / "site"
-    written(folders, "-o", site)
-    (site / "methods" / "mine.html").write_text("<p>mine</p>")
+    for name in ("methods/mine.html", "methods/pd.html"):
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text("<p>mine</p>" if "mine" in name else GENERATOR)  # of an earlier site
     shutil.rmtree(folders / "new")
-    assert written(folders, "-o", site).exit_code == 0
+    (folders / "old" / "environment.json").write_text("{")
+    done = written(folders, "-o", site)
+    assert done.exit_code == 0 and "old: environment.json is damaged" in done.stderr
+    index = (site / "index.html").read_text()
+    assert "environment.json is damaged" in index and "not recorded" in index
     assert (site / "methods" / "mine.html").is_file() and not (site / "methods" / "pd.html").exists()
     (site / "index.html").write_text("<p>mine</p>")
     done = written(folders, "-o", site)
     assert "is no page of a leaderboard" in str(done.exception) and (site / "index.html").read_text() == "<p>mine</p>"
-
-
-def test_damaged_runs_are_a_note(folders, tmp_path):
-    (folders / "old" / "environment.json").write_text("{")
-    done = written(folders, "-o", tmp_path / "site")
-    assert done.exit_code == 0 and "old: environment.json is damaged" in done.stderr
-    index = (tmp_path / "site" / "index.html").read_text()
-    assert "environment.json is damaged" in index and "not recorded" in index
 
 
 DRIVE = """
@@ -199,6 +191,10 @@ def test_filters_in_a_browser_of_a_phone(site, tmp_path):
     )  # fmt: skip
     assert not [line for line in answer.stderr.splitlines() if ":CONSOLE" in line]
     said = json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', answer.stdout)[1]))
-    assert said["free"] == ["teacher:ddim,8", "boot,1"] and said["four"] == ["cm,4"] and said["hash"] == "#nfe=4"
-    assert said["rings"] == ["pd,1"] and said["again"] == said["all"] == 5
+    assert (
+        said["free"] == ["teacher:ddim,8", "boot,1", "direct,1"]
+        and said["four"] == ["cm,4"]
+        and said["hash"] == "#nfe=4"
+    )
+    assert said["rings"] == ["pd,1"] and said["again"] == said["all"] == 6
     assert said["labelled"] and said["wide"] == 0

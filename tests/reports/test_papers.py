@@ -96,21 +96,21 @@ def test_digits_follow_the_interval(value, half_width, digits):
 def test_means_intervals_and_the_leader(clear):
     """At n = 3, t(0.975, 2) = 4.3027: the half width is 4.3027 x 0.1 / sqrt(3) = 0.2484."""
     headings, *body = lines(paper_table([clear]))
-    assert headings == ["method", "NFE", "fid ↓", "training (s)", "teacher evaluations in training", "latency (ms)"]
+    assert headings == ["method", "NFE", "fid ↓", "teacher evaluations ↓", "training time (s) ↓", "latency p50 (ms) ↓"]
     cells = {(line[0], line[1]): line[2] for line in body}
     assert cells["a", "1"] == "**10.10 ± 0.25**"
     assert cells["b", "1"] == "20.10 ± 0.25"
     assert cells["a", "2"] == "6.0 ± 2.5"
     assert cells["teacher:ddim", "8"] == "4"
     assert body[0] == ["teacher:ddim", "8", "4", "–", "–", "2.500"]
-    assert body[1][3:] == ["100", "5,000", "2.500"]
+    assert body[1][3:] == ["5,000", "100", "2.500"]
 
 
 def test_the_caption_says_what_is_compared(clear):
     caption = paper_table([clear]).split("\n\n")[0]
-    for part in ("cifar10", "edm-1", "300 images, batch 4", "n = 2048", "Training seeds: 3", "Sampling seeds: 1"):
+    for part in ("cifar10", "edm-1", "300 images, batch 4", "2,048 samples per row", "3 training seeds"):
         assert part in caption
-    assert "±: half the width of the 95 % interval of the mean over training seeds (Student's t)" in caption
+    assert "±: half the 95 % interval of the mean over training seeds (Student's t)" in caption
     assert "Bold" in caption
 
 
@@ -287,21 +287,35 @@ def test_latex_is_balanced_and_holds_no_command_of_a_name(hostile):
     assert bare.count("$") % 2 == 0
     assert not re.search("[%#_~]", re.sub(r"\\label\{.*?\}", "", bare))
     assert r"\input" not in tex and r"\end{document}" not in tex
-    assert {line.count("&") for line in bare.splitlines() if " & " in line} == {6}, "as many cells in every row"
+    rows = [line for line in bare.splitlines() if " & " in line]
+    cells = {line.count("&") + line.count(r"\multicolumn{2}") for line in rows}
+    assert cells == {7}, "as many cells in every row: six columns, one of them with half widths, and status"
     assert set(re.findall(r"\\([a-zA-Z]+)", bare)) <= {
         *("begin", "end", "centering", "caption", "label", "toprule", "midrule", "bottomrule", "pm", "mathbf"),
         *("textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater", "textbar"),
-        *("rightarrow", "downarrow"),
+        *(
+            "rightarrow",
+            "downarrow",
+            "small",
+            "footnotesize",
+            "scriptsize",
+            "setlength",
+            "tabcolsep",
+            "sisetup",
+            "vskip",
+        ),
+        *("multicolumn", "addlinespace", "resizebox", "linewidth"),
     }
 
 
-def compiled(tex, folder):
-    """The result of a LaTeX engine, with errors that stop it."""
+def compiled(tex, folder, setup=""):
+    """The result of a LaTeX engine, with errors that stop it. `setup`: more of the preamble."""
     engines = {"pdflatex": ["-interaction=nonstopmode", "-halt-on-error"], "tectonic": []}
     name = next((name for name in engines if shutil.which(name)), None)
     if name is None:
         pytest.skip("neither pdflatex nor tectonic is installed")
-    document = f"\\documentclass{{article}}\n\\usepackage{{booktabs}}\n\\begin{{document}}\n{tex}\n\\end{{document}}\n"
+    packages = f"\\usepackage{{booktabs,siunitx,graphicx}}\n{setup}"
+    document = f"\\documentclass{{article}}\n{packages}\n\\begin{{document}}\n{tex}\n\\end{{document}}\n"
     (folder / "paper.tex").write_text(document, encoding="utf-8")
     return subprocess.run(
         [name, *engines[name], "paper.tex"], cwd=folder, capture_output=True, text=True, errors="replace", timeout=100
@@ -318,6 +332,75 @@ def test_latex_compiles(clear, hostile, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:]
     assert (tmp_path / "paper.pdf").stat().st_size > 1000
     assert "Missing character" not in done.stdout
+
+
+WIDTHS = {"neurips": (5.5, 5.5), "icml": (3.25, 6.75)}  # inches of a column and of the text, in both styles' files
+
+
+@pytest.fixture
+def wide():
+    """Sixteen methods with long labels, two scores with and without intervals, bold ones, and all costs."""
+    named = {"label": "FD (EffNet-Lite0)", "unit": "squared feature distance"}
+    columns = {"fd": FID["fid"] | named, "rmse": FID["fid"] | {"label": "RMSE to teacher"}}
+    rows = [teacher(fid=None, nfe=n, fd=1870.52, rmse=0.50491) for n in (1, 2, 64)]
+    for number in range(16):
+        for seed in (0, 1):
+            costs = {"train_tflops": 2.51, "train_teacher_nfe": 2204384, "fd": 100.0 * number + seed, "rmse": 0.1574}
+            rows.append(row(f"method_{number}", None, seed, **costs))
+    return run_of([{k: v for k, v in one.items() if k != "fid"} for one in rows], columns)
+
+
+@pytest.mark.parametrize("style", WIDTHS)
+def test_latex_is_no_wider_than_the_page(wide, clear, style, tmp_path):
+    """By TeX itself; the plain table is not starred where it fits in a column."""
+    column, text = WIDTHS[style]
+    setup = f"\\usepackage[textwidth={text}in,textheight=9in]{{geometry}}\n"
+    setup += f"\\twocolumn\\setlength{{\\columnsep}}{{{text - 2 * column}in}}\n" if text > column else ""
+    every = paper_table([wide], form="latex", style=style) + paper_table([clear], form="latex", style=style)
+    every += paper_table([wide], ["method", "nfe", "fd"], form="latex", style=style)
+    assert every.count("{table*}") == (0 if style == "neurips" else 4)  # the last one fits in a column
+    done = compiled(every, tmp_path, setup)
+    assert done.returncode == 0 and "Overfull" not in done.stdout, done.stdout[-3000:]
+
+
+def test_latex_s_widths_by_a_count(wide):
+    """Without an engine, too: digits of Computer Modern are half as wide as the letters are high."""
+    tex = paper_table([wide], form="latex")
+    (size,) = re.findall(r"\\(small|footnotesize|scriptsize)", tex)
+    points = {"small": 9, "footnotesize": 8, "scriptsize": 7}[size]
+    (specification,) = re.findall(r"\\begin\{tabular\}\{(.*)\}", tex)
+    formats = re.findall(r"table-format=-?(\d)(?:\.(\d))?", specification)
+    digits = sum(int(whole) + int(part or 0) for whole, part in formats)
+    halves = max(len(half) for half in re.findall(r"pm\\,(?:\\mathbf\{)?([\d.]+)", tex)) + 2
+    columns = len(formats) + specification.count("l")
+    names = len("teacher:ddim")
+    assert (digits + halves + names) * 0.5 * points + columns * 2 * 3 <= 5.5 * 72.27
+    assert r"\addlinespace" in tex and tex.count("teacher:ddim &") == 1, "a method is named once"
+    assert r"(\si" not in tex and "squared feature distance" in tex.split(r"\label")[0], "a long unit is in the caption"
+
+
+def test_a_table_that_is_wider_than_any_page_is_scaled(wide):
+    tex = paper_table(
+        [wide],
+        [
+            "method",
+            "nfe",
+            "fd",
+            *["rmse"],
+            "teacher",
+            "budget",
+            "dataset",
+            "protocol",
+            "device",
+            "train_seconds",
+            "train_teacher_nfe",
+            "sample_latency_p50_ms",
+            "status",
+        ],
+        form="latex",
+        style="icml",
+    )
+    assert r"\resizebox{\linewidth}" in tex
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -387,7 +470,7 @@ def test_axes_bars_and_colours(drawn, monkeypatch, tmp_path):
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log"), "1 to 32, 0.9 to 50"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "32"]
     training = found["fid-training", 0].axes[0]
-    assert (training.get_xscale(), training.get_yscale()) == ("linear", "linear"), "students alone, 2.1 to 9.1"
+    assert (training.get_xscale(), training.get_yscale()) == ("linear", "log"), "students alone, 2.1 to 9.1"
     bars = {b.get_label(): b for b in axes.containers}
     assert len(bars) == 3
     a = next(b for b in axes.containers if b.lines[0].get_color() == figures.PALETTE[1])
@@ -400,6 +483,27 @@ def test_axes_bars_and_colours(drawn, monkeypatch, tmp_path):
         if figure is not None and name != "samples"
     }
     assert all(found == {figures.PALETTE[1]} for found in colours.values()), "a method changes its colour"
+
+
+@pytest.mark.parametrize("style", WIDTHS)
+def test_figures_are_as_wide_as_columns_and_nothing_covers_the_rest(drawn, style, monkeypatch, tmp_path):
+    found = {}
+    monkeypatch.setattr(figures._Files, "write", lambda self, figure, name, number: found.update({name: figure}))
+    write_figures([drawn], tmp_path, style=style)
+    for name in ("fid-nfe", "fid-training"):
+        figure = found[name]
+        assert figure.get_figwidth() == WIDTHS[style][0]
+        with matplotlib.rc_context({"text.parse_math": False}):
+            figure.draw_without_rendering()
+            renderer, (axes,) = figure.canvas.get_renderer(), figure.axes
+            legend = figure.legends[0].get_window_extent(renderer)
+            below = axes.xaxis.label.get_window_extent(renderer)
+        assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width and legend.y0 >= 0
+        assert legend.y1 <= below.y0 + 1
+        texts = [text.get_window_extent(renderer).padded(-1) for text in axes.texts]
+        assert not any(a.overlaps(b) for i, a in enumerate(texts) for b in texts[:i])
+        assert axes.get_xlabel().endswith("NFE") and {text.get_text() for text in axes.texts} <= {"1", "2", "32"}
+        assert axes.xaxis.label.get_fontname() == "STIXGeneral"
 
 
 def test_sets_that_may_not_be_compared_have_figures_of_their_own(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from distillbench.cli.terminal import print_rows
 from distillbench.records.table import make_table
 from distillbench.registry import load_registry
+from distillbench.reports.labels import Labels
 from distillbench.runs.cell_task import CellTask
 from distillbench.runs.config import compose_runs
 from distillbench.runs.plan import plan
@@ -56,6 +57,6 @@ def test_a_worker_process_has_the_same_name(registry):
 def test_lines_of_rows_name_it_too():
     row = {"method": "cm", "training_seed": 0, "sampling_seed": 0, "nfe": 1, "status": "ok"}
     progress = RecordingProgress()
-    print_rows(progress, make_table([row, row], []).set_axis(["lr=0.0001", "lr=0.001"]))
+    print_rows(progress, make_table([row, row], []).set_axis(["lr=0.0001", "lr=0.001"]), Labels())
     names = [line.partition(":")[0].strip() for line in progress.lines]
     assert names == ["cm [lr=0.0001], seed 0, 1 NFE, noise 0", "cm [lr=0.001], seed 0, 1 NFE, noise 0"]

@@ -25,7 +25,7 @@ WORDS = ["methods=[pd,direct]", "dataset=gmm", "teacher=gmm", "teacher.width=16"
 WORDS += ["batch_size=32", "budget.images=320", "methods.direct.pairs=64", "methods.direct.steps=4", "states.seconds=0"]
 WORDS += ["evaluation.images=16", "evaluation.metrics=[teacher_rmse]", "evaluation.teacher_steps=[1,4]", "device=cpu"]
 WORDS += ["evaluation.timing=off", "evaluation.checkpoints=1"]
-UNSTEADY = [name for name in LAST if "seconds" in name or "mib" in name]
+UNSTEADY = [name for name in LAST if "seconds" in name or "mib" in name or "machine_load" in name]
 
 
 class Disk:
