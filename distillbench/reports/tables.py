@@ -236,7 +236,7 @@ def _cost_cell(entry: Entry, cost: str) -> Cell:
     of = spread(entry.behind, cost)
     apart = of is not None and of.most - of.least > SAME * abs(of.most)
     below = f"{number(of.least)} to {number(of.most)}" if of is not None and apart else ""
-    if of is None or not apart or of.low is None or of.high is None:
+    if of is None or of.low is None or of.high is None or of.most == of.least:
         return Cell(number(value), float(value), below)
-    title = f"{words.interval(of.low, of.high)}: 95 % interval over training seeds; below the range of these"
+    title = f"{words.interval(of.low, of.high)}: 95 % interval over training seeds" + "; below their range" * apart
     return Cell(plus_minus(value, of.low, of.high), float(value), below, title=title)
