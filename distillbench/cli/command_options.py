@@ -53,7 +53,9 @@ def with_plugins(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*arguments, registry=registry, **options)
         except UserError:
-            if first:  # so that the next wrong name is told without torch
+            from distillbench.system.launchers import started_together
+
+            if first and not started_together():  # so that the next wrong name is told without torch
                 from distillbench.cli.plugin_table import keep, table_of
 
                 keep(table_of(registry), registry)
