@@ -183,7 +183,7 @@ def _run_configs(configs: list[RunConfig], registry: Registry, flags: RunFlags) 
         labels = labels_of(cells)
         show = functools.partial(print_rows, progress, labels=labels)
         outcome = run_cells(cells, configs, progress, show, policy, stop, show_found=False)
-    print_table(console, outcome.table, outcome.summary, outcome.labels)
+    print_table(console, outcome.table, outcome.summary, outcome.labels, outcome.influences)
     progress.say(f"all columns, samples and weights: {outcome.folder}")
     if outcome.failed:
         progress.say(f"not ok: {', '.join(outcome.failed)}")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from distillbench.records.leading import Influences, LeadingGroup, Standing
     from distillbench.reports.labels import Labels
     from distillbench.runs.level_tuning import Tuning
     from distillbench.runs.shared_context import Cell
@@ -193,14 +194,20 @@ def print_rows(progress: Progress, rows: pd.DataFrame, labels: Labels) -> None:
         progress.say(f"  {name}: {values if row['status'] == 'ok' else _why(row)}")
 
 
-def print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, labels: Labels) -> None:
+def print_table(
+    console: Console, table: pd.DataFrame, summary: pd.DataFrame, labels: Labels, influences: Sequence[Influences] = ()
+) -> None:  # fmt: skip
     """Means over seeds with their intervals, in as many columns as fit, and what must be known about the rows.
 
     `summary` is that of `table`, `labels` have the scores. All columns are in table.csv and summary.csv.
     """
+    from distillbench.records.costs import disturbed, with_intervals
+    from distillbench.records.leading import leading_groups
+    from distillbench.records.stars import stars_of
     from distillbench.records.statistics import KEYS
     from distillbench.reports.terminal_table import (
         COSTS,
+        STAR,
         columns_that_fit,
         put,
         score_table,
@@ -218,11 +225,17 @@ def print_table(console: Console, table: pd.DataFrame, summary: pd.DataFrame, la
     _say(console, ", ".join([*(f"{name} {value}" for name, value in shared.items() if value), *counts]))
     names = _describing_columns(summary, same, seeds)
     wanted = [*names, *directions, *(name for name in COSTS if summary[name].notna().any())]
-    best = with_stars(summary, directions).iloc[lines]
+    retrained = bool((summary["training_seeds"] > 1).any())
+    groups = leading_groups(table, directions, influences) if retrained else []
+    stars = stars_of(groups, summary, directions)
+    best = with_stars(with_intervals(summary, table), stars).iloc[lines]
     shown = columns_that_fit(console, best, wanted, labels, least=len(names) + 1)  # the first score always stays
     put(console, score_table(best, shown, labels))
     notes = [*_left_out(summary, labels, lines), *table_notes(best, shown, wanted, labels)]
-    notes += [*_verdicts(summary, labels), *_behind_teacher(summary, labels)]
+    notes += [f"*: {stars.said}"] * any(best[name + STAR].any() for name in shown if name in directions)
+    if busy := disturbed(table.to_dict("records")):
+        notes.append(f"on a busy machine: {busy}")
+    notes += [*_verdicts(summary, groups, labels), *_behind_teacher(summary, labels)]
     for line in [*notes, *_failures(table, labels), *_remarks(table, labels), *_empty_scores(table, labels)]:
         _say(console, line)
 
@@ -289,22 +302,38 @@ def _best_lines(summary: pd.DataFrame, directions: dict[str, str]) -> list[int]:
     return order[:MOST_LINES].tolist()
 
 
-def _verdicts(summary: pd.DataFrame, labels: Labels) -> list[str]:
-    """For each score and number of evaluations which method leads, or why none does; one line if all have one seed."""
-    from distillbench.records.statistics import COMPARABLE, verdict
-
+def _verdicts(summary: pd.DataFrame, groups: Sequence[LeadingGroup], labels: Labels) -> Iterator[str]:
+    """For each score and number of evaluations which methods lead; one line if all have one seed."""
     if not (summary["training_seeds"] > 1).any():
-        students = summary[summary["training_seeds"] > 0]
-        return ["one training seed: no method is marked as best (seed=0,1,2 trains three)"] if len(students) > 1 else []
-    lines = []
-    students = summary[~summary["method"].str.startswith("teacher:")]
-    students = students.assign(method=[labels.method_label(name).short for name in students["method"]])
-    for name, direction in labels.directions.items():
-        for _, group in students.groupby(COMPARABLE, dropna=False, sort=False) if direction != "none" else []:
-            if len(group) > 1:
-                line = f"{labels.label(name).short}, {group['nfe'].iloc[0]} NFE: {verdict(group, name, direction)}"
-                lines.append(line if len(line) <= LONGEST_VERDICT else f"{line[:LONGEST_VERDICT]} ...")
-    return lines
+        if (summary["training_seeds"] > 0).sum() > 1:
+            yield "one training seed: no method is marked as best (seed=0,1,2 trains three)"
+        return
+    for group in groups:
+        if len(group.leaders) + len(group.trailing) + len(group.left_out) < 2:
+            continue
+        line = f"{labels.label(group.score).short}, {group.group['nfe']} NFE: {_verdict(group, labels)}"
+        aside = [f"{labels.method_label(name).short} ({why})" for name, why in group.left_out.items()]
+        line += f"; not compared: {first_of(aside, MOST_NAMED)}" if aside else ""
+        yield line if len(line) <= LONGEST_VERDICT else f"{line[:LONGEST_VERDICT]} ..."
+
+
+def _verdict(group: LeadingGroup, labels: Labels) -> str:
+    from distillbench.reports.terminal_table import number
+
+    def named(one: Standing) -> str:
+        label = labels.method_label(one.row["method"]).short
+        label += one.label.removeprefix(str(one.row["method"]))  # the settings that tell it from others
+        return f"{label} {number(one.mean)}"
+
+    if not group.leaders:
+        return "no method can be compared"
+    if group.rule == "none":
+        best = "" if len(group.leaders) + len(group.left_out) < 2 else f"{named(group.best)} is best by its mean. "
+        return best + group.said.removesuffix(".")
+    if group.leads:
+        seeds = " (one common training seed)" if group.training_seeds < 2 else ""
+        return f"{named(group.best)} leads{seeds}"
+    return f"{first_of([named(one) for one in group.leaders], MOST_NAMED)} cannot be told apart"
 
 
 def _behind_teacher(summary: pd.DataFrame, labels: Labels) -> Iterator[str]:

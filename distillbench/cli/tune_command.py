@@ -90,7 +90,7 @@ def tune(registry: Registry, settings: Sequence[str], dry_run: bool, show_config
         show = functools.partial(print_rows, progress, labels=labels_of(tuning.final_cells))
         tuned = run_tuning(tuning, registry, progress, show, stop, Policy(retry_failed))
     outcome = tuned.outcome
-    print_table(console, outcome.table, outcome.summary, outcome.labels)
+    print_table(console, outcome.table, outcome.summary, outcome.labels, outcome.influences)
     for line in tuned.lines(tuning):
         progress.say(line)
     progress.say(f"all columns, trials, samples and weights: {outcome.folder}")

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from distillbench.execution.workers import Scan
-from distillbench.records.influences import run_file
+from distillbench.records.influences import InfluenceFiles, run_file
 from distillbench.records.layout import CELLS
 from distillbench.records.sample_grid import sample_grid
 from distillbench.records.sample_strips import write_strips
@@ -46,6 +46,11 @@ class Outcome:
     labels: Labels  # the declarations of each score, and the names of each method
     failed: list[str]  # labels of the cells that are not ok
     fresh: int  # cells that were run, and not found
+
+    @property
+    def influences(self) -> list[InfluenceFiles]:
+        """Where the influences of its images are found."""
+        return [InfluenceFiles(self.folder)]
 
 
 class ThrottledWriter:

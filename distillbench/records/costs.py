@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
+
+from distillbench.records.statistics import KEYS, is_cost, is_ok
 
 BUSY = 0.1  # load by other processes, as a fraction of all cores, from which on rows say so
 COUNTED = (  # costs that are counted and not timed: the same on any machine, however busy
@@ -47,11 +50,40 @@ def spread(rows: Iterable[Mapping[str, Any]], cost: str) -> Spread | None:
     values = np.array([np.mean(several) for several in by_seed.values()])
     mean, low, high = float(values.mean()), None, None
     if len(values) > 1:
-        from scipy import stats  # takes half a second to import
-
-        half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+        half = float(_t(len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
         low, high = mean - half, mean + half
     return Spread(mean, low, high, float(values.min()), float(values.max()), len(values))
+
+
+def with_intervals(summary: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """The summary of `table` with the ends of :func:`spread`'s interval, COST_training_low and COST_training_high.
+
+    They are empty for one training seed, and where all seeds have the same cost, as if it is counted.
+    """
+    costs = [name for name in summary if is_cost(name) and name in table and name in summary]
+    costs = [name for name in costs if pd.api.types.is_numeric_dtype(table[name])]
+    rows = table[is_ok(table)]
+    rows = rows.assign(settings=rows["settings"].fillna("")).dropna(subset=["training_seed"])
+    if not len(rows) or not costs:
+        return summary
+    seeds = rows.groupby([*KEYS, "training_seed"], dropna=False, sort=False)[costs].mean()
+    groups = seeds.astype("float64").groupby(KEYS, dropna=False, sort=False)
+    count, mean, std = groups.count(), groups.mean(), groups.std()
+    half = (std / np.sqrt(count) * count.map(lambda n: _t(n - 1) if n > 1 else np.nan)).where(std > 1e-12 * mean.abs())
+    low, high = (mean - half).add_suffix("_training_low"), (mean + half).add_suffix("_training_high")
+    return summary.merge(pd.concat([low, high], axis=1).reset_index(), on=KEYS, how="left").set_axis(summary.index)
+
+
+def is_end(column: str) -> bool:
+    """Whether a column is of :func:`with_intervals`."""
+    return is_cost(column) and column.endswith(("_training_low", "_training_high"))
+
+
+def _t(freedom: int) -> float:
+    """Half the width of a 95 % interval in standard errors (Student's t)."""
+    from scipy.special import stdtrit  # scipy.stats takes half a second to import
+
+    return float(stdtrit(freedom, 0.975))
 
 
 def disturbed(rows: Iterable[Mapping[str, Any]], cores: int | None = None) -> str:

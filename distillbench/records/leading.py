@@ -24,6 +24,7 @@ from distillbench.records.statistics import (
 )
 
 NOT_STORED = "no influences of images are stored for this score"
+MOST = 64  # methods that are compared: all pairs are drawn thousands of times
 Rule = Literal["seeds and images", "seeds", "images", "none"]
 
 
@@ -180,6 +181,8 @@ def compared(
     training, sampling = seeds
     if len(units) < 2:
         return None, 0, "There is no other method to compare with."
+    if len(units) > MOST:
+        return None, 0, f"Not compared in pairs: {len(units)} methods and settings, more than {MOST}."
     if not (training and sampling):
         return None, 0, "Not compared: the methods have no training seed and noise in common."
     at_seeds = np.array([[np.mean([one[s, k] for k in sampling]) for s in training] for one in values])

@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from distillbench.records.numbers import rounded
+
 COMPARABLE = ["dataset", "teacher", "guidance", "nfe", "images", "budget", "protocol"]  # equal in comparable rows
 KEYS = ["dataset", "teacher", "guidance", "method", "settings", "nfe", "images", "budget", "protocol", "device"]
 SEEDS = ["training_seed", "sampling_seed"]
@@ -149,7 +151,8 @@ def _judge(group: pd.DataFrame, metric: str, direction: str) -> tuple[int | None
     sign = 1 if direction == "lower" else -1
     best = min(scored, key=lambda i: sign * mean[i])
     near = [i for i in scored if i != best and low[i] <= high[best] and low[best] <= high[i]]
-    spans = {i: f"{labels[i]} {low[i]:.4g} to {high[i]:.4g}" for i in scored}
+    half = (high - low) / 2
+    spans = {i: f"{labels[i]} {rounded(low[i], half[i])} to {rounded(high[i], half[i])}" for i in scored}
     if near:
         return None, f"intervals overlap: {', '.join(spans[i] for i in [best, *near])}" + aside
     if best in partial:
@@ -320,13 +323,13 @@ def _intervals(
     finite = np.bincount(group, ~np.isfinite(values), minlength=len(fewest)) == 0
     usable = (fewest >= 2) & finite
     for n, m in sorted(set(zip(sizes[usable].tolist(), fewest[usable].tolist(), strict=True))):
-        from scipy import stats  # imported here: it takes half a second, and most tables have one seed
+        from scipy.special import stdtrit  # imported here: most tables have one seed; scipy.stats takes half a second
 
         these = usable & (sizes == n) & (fewest == m)
         rows = values[these[group]].reshape(-1, n)
         mean = rows.mean(axis=1).clip(rows[:, 0], rows[:, -1])
         std = np.sqrt(((rows - mean[:, None]) ** 2).mean(axis=1))
-        reach = stats.t.ppf((1 + confidence) / 2, m - 1) * np.sqrt(m / (m - 1))
+        reach = stdtrit(m - 1, (1 + confidence) / 2) * np.sqrt(m / (m - 1))
         if m < FEWEST:
             low[these], high[these] = mean - reach * std / np.sqrt(n), mean + reach * std / np.sqrt(n)
             continue

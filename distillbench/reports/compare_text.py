@@ -161,7 +161,7 @@ def conclusion(found: Comparison) -> list[str]:
     tests = sum(one.low is not None for one in found.scores)
     if tests > 1:
         lines.append(
-            f"{tests} tests at 95 %: where nothing changed, {number(tests * (1 - LEVEL))} of them are expected beyond "
+            f"{tests} tests at 95 %: where nothing changed, {tests * (1 - LEVEL):.1f} of them are expected beyond "
             "noise."
         )
     if found.lost or worse:

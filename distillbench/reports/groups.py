@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
 from distillbench.errors import counted
-from distillbench.records.leading import leading_groups
+from distillbench.records.leading import LeadingGroup, leading_groups
 from distillbench.records.statistics import COMPARABLE, KEYS, SEEDS, TEACHER
 from distillbench.records.table import make_table
 from distillbench.reports import words
@@ -47,6 +48,20 @@ class Group:
     labels: Labels
     methods: list[str]  # of all groups
     along: list[Row]
+
+    @cached_property
+    def leading(self) -> list[LeadingGroup]:
+        """The leading groups of its students, on each score that has a direction."""
+        directions = {score: direction for score, direction in self.scores.items() if direction != "none"}
+        rows = [row.values for row in self.table_rows if not str(row.values["method"]).startswith(TEACHER)]
+        if not rows or not directions:
+            return []
+        plain = [{name: value for name, value in row.items() if name != "run"} for row in rows]
+        table = make_table(plain, [*directions])
+        table["images"] = table["images"].fillna(self.facts["images"])
+        table = table.drop_duplicates([*KEYS, *SEEDS])
+        runs = {id(row.run): row.run for row in self.table_rows}
+        return leading_groups(table, directions, [run.influences for run in runs.values()])
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -167,14 +182,9 @@ def _group(
 def group_answers(group: Group) -> tuple[Answers | None, list[Answers]]:
     """The answers on the score that most methods have, and those on the others."""
     directions = {score: direction for score, direction in group.scores.items() if direction != "none"}
-    rows = [row.values for row in group.table_rows if not str(row.values["method"]).startswith(TEACHER)]
-    if not rows or not directions:
+    groups = group.leading
+    if not groups:
         return None, []
-    table = make_table([{name: value for name, value in row.items() if name != "run"} for row in rows], [*directions])
-    table["images"] = table["images"].fillna(group.facts["images"])
-    table = table.drop_duplicates([*KEYS, *SEEDS])
-    runs = {id(row.run): row.run for row in group.table_rows}
-    groups = leading_groups(table, directions, [run.influences for run in runs.values()])
     first = primary(groups, [*directions])
     found = {score: answers(groups, group.entries, score, group.labels) for score in directions}
     return found.get(first), [one for score, one in found.items() if one is not None and score != first]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,16 +16,15 @@ import yaml
 
 from distillbench.errors import UserError
 from distillbench.records.layout import CELLS
-from distillbench.records.sample_strips import SAMPLES
 from distillbench.records.settings_file import write_settings
 from distillbench.records.statistics import summarise
 from distillbench.records.table import FIRST, LAST, LATER, make_along, make_table, write_table
 from distillbench.reports.labels import METHOD, NAMES, Labels
+from distillbench.reports.merge_files import MergedTrials, copy_keyed, merge_trials
 from distillbench.reports.reproduce import COMMAND
 from distillbench.reports.runs import RunData
 from distillbench.reports.show import IDENTITY, run_names
 from distillbench.reports.terminal_table import number, plain, row_name
-from distillbench.reports.tuning_data import NAME as TRIALS
 from distillbench.storage.files import write_text
 
 Keep = Literal["first", "last"]
@@ -48,7 +46,8 @@ class Merged:
     environment: dict[str, Any]
     notes: list[str]  # texts on what was left out, kept once or chosen
     commands: list[str] = field(default_factory=list)
-    folders: list[Path] = field(default_factory=list)  # of the runs, whose samples are copied
+    folders: list[Path] = field(default_factory=list)  # of the runs, those first whose rows are kept
+    trials: MergedTrials = field(default_factory=MergedTrials)
 
 
 def merge(runs: Sequence[RunData], keep: Keep | None = None) -> Merged:
@@ -84,9 +83,13 @@ def merge(runs: Sequence[RunData], keep: Keep | None = None) -> Merged:
     notes += [f"{name}: its settings are not known" for run, name in zip(runs, names, strict=True) if not run.configs]
     if lacking:
         notes.append(f"columns that a run lacks, and that are empty in the others, are left out: {', '.join(lacking)}")
+    order = slice(None, None, -1 if keep == "last" else 1)
+    folders = [run.folder for run in runs[order]]
+    trials = merge_trials(folders, names[order])
+    notes += trials.notes
     return Merged(
         table.drop(columns=lacking), summary, along, labels, configs, {MERGED: _different(environments)}, notes,
-        list(dict.fromkeys(command for run in runs for command in run.commands)), [run.folder for run in runs],
+        list(dict.fromkeys(command for run in runs for command in run.commands)), folders, trials,
     )  # fmt: skip
 
 
@@ -115,9 +118,8 @@ def write(merged: Merged, folder: Path) -> None:
             texts[COMMAND] = "".join(f"{command}\n" for command in merged.commands)
         for name, text in texts.items():
             write_text(made / name, text)
-        for run in merged.folders:
-            if (run / SAMPLES).is_dir():
-                shutil.copytree(run / SAMPLES, made / SAMPLES, dirs_exist_ok=True)
+        copy_keyed(merged.folders, made)
+        merged.trials.write(made)
         if folder.is_dir():
             folder.rmdir()
         os.replace(made, folder)
@@ -130,11 +132,6 @@ def _yaml(config: dict[str, Any]) -> str:
 def left_out(runs: Sequence[RunData], output: Path) -> list[str]:
     """Texts on what of the runs is not in `output`: pictures, students and records stay where they are."""
     lines = ["samples.png and weights/ are not merged: they stay in the runs' folders"]
-    if searched := [plain(run.folder) for run in runs if (run.folder / f"{TRIALS}.csv").is_file()]:
-        lines.append(
-            f"trials of searches are not merged: they stay in {', '.join(searched)}. Their price is in the rows, and a "
-            "report of the runs themselves shows them"
-        )
     for place in dict.fromkeys(run.folder.resolve().parent for run in runs):
         if not (place / CELLS).is_dir():
             lines.append(f"there are no records in {plain(place / 'cells')}")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from distillbench.errors import UserError, quoted
+from distillbench.records.costs import with_intervals
+from distillbench.records.stars import INTERVALS, find_stars
 from distillbench.records.statistics import KEYS, SEEDS, leaders, summarise
 from distillbench.reports.labels import Labels
 
@@ -27,6 +29,7 @@ class SummaryData:
     columns: dict[str, dict[str, str]]  # by score
     several_runs: bool
     labels: Labels
+    star: str = ""  # what it means to lead
 
     def method(self, name: object) -> str:
         """The label of a method; its name, if another method has the same label."""
@@ -53,7 +56,9 @@ class SummaryData:
         together = _together(full, directions)
         groups = [together] if together is not None else [(run.table, run.summary, run.name) for run in full]
         frames = []
+        said = ""
         for table, summary, name in groups:
+            summary = with_intervals(summary, table)
             order = table[KEYS].drop_duplicates()
             known = table.groupby(KEYS, dropna=False, sort=False)["parameters"].first().reset_index()
             frame = order.merge(summary, on=KEYS, how="right").merge(known, on=KEYS, how="left")
@@ -71,7 +76,13 @@ class SummaryData:
             missing = summary.get(f"{name}_missing", pd.Series(pd.NA, summary.index, dtype="Int64"))
             summary[f"{name}_missing"] = missing.fillna(0)
             summary[f"leads_{name}"] = leaders(summary, name, direction) if len(summary) else False
-        return SummaryData(summary, columns, len(frames) > 1, Labels.of(run.labels for run in runs))
+        if together is not None:
+            stars = find_stars(together[0], summary, directions, [run.influences for run in full])
+            summary = summary.assign(**{f"leads_{name}": marks for name, marks in stars.marks.items()})
+            said = stars.said
+        elif any(summary[f"leads_{name}"].any() for name in directions):
+            said = INTERVALS
+        return SummaryData(summary, columns, len(frames) > 1, Labels.of(run.labels for run in runs), said)
 
 
 def _together(runs: Sequence[RunData], directions: dict[str, str]) -> tuple[pd.DataFrame, pd.DataFrame, str] | None:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import pandas as pd
 
 from distillbench.errors import UserError, nearest, quoted, unknown
+from distillbench.records.numbers import MOST_DECIMALS, rounded
 from distillbench.records.statistics import TEACHER
 from distillbench.reports.groups import grouped
 from distillbench.reports.paper_data import COSTS, GROUP, SummaryData, comparable_sets
 from distillbench.reports.paper_forms import Cell, PaperTable, markdown
 from distillbench.reports.paper_latex import latex
 from distillbench.reports.paper_style import PaperStyle
-from distillbench.reports.words import MOST_DECIMALS, decimals, number
+from distillbench.reports.words import number
 
 if TYPE_CHECKING:
     from distillbench.reports.runs import RunData
@@ -125,11 +126,11 @@ def _cell(data: SummaryData, row: Mapping[str, Any], name: str, precision: Mappi
     if isinstance(value, str):
         return Cell(value, number=False)
     digits = precision.get(name)
-    half = _half_width(row, name) if name in data.columns else None
+    half = _half_width(row, name)
     if half is None:
         return Cell(_number(value, digits))
-    digits = decimals(float(value), half) if digits is None else digits
-    return Cell(f"{float(value):,.{digits}f}", f"{half:,.{digits}f}", bool(row[f"leads_{name}"]))
+    texts = [rounded(x, half) if digits is None else f"{x:,.{digits}f}" for x in (float(value), half)]
+    return Cell(*texts, bool(row.get(f"leads_{name}")))
 
 
 def _table(
@@ -188,9 +189,9 @@ def _caption(data: SummaryData, rows: pd.DataFrame, names: list[str]) -> list[st
     elif scores:
         sentences.append("No intervals: no method was trained with two seeds")
     if any(rows[f"leads_{name}"].any() for name in scores):
-        sentences.append("Bold: better than every other method at the same NFE, beyond the intervals of both")
+        sentences.append(f"Bold: at its NFE {data.star}")
     elif scores:
-        sentences.append("None is marked as best: no interval is clear of all others")
+        sentences.append("None is marked as best: none is the only leader")
     return sentences
 
 

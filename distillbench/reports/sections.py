@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from distillbench.records.costs import disturbed
-from distillbench.records.statistics import leaders
+from distillbench.records.stars import stars_of
 from distillbench.reports import charts, pictures, words
 from distillbench.reports.answer import Answers, improving, improving_sentence
 from distillbench.reports.entries import (
@@ -44,6 +44,7 @@ class Section:
     first: list[tuple[str, charts.Chart]]  # this score over the costs of training and of sampling
     small: list[tuple[str, charts.Chart]]  # every other score over a cost
     table: Table
+    star: str  # what a star in it means; "" if no row can have one
     along: charts.Chart | None
     along_notes: list[str]
     bars: list[tuple[str, charts.Chart]]
@@ -68,7 +69,8 @@ def make_sections(runs: Sequence[RunData], names: Sequence[str], directions: Map
 
 def _section(name: str, group: Group, several_sections: bool) -> Section:
     entries, scores = group.entries, group.scores
-    leads = {score: leaders(group.summary, score, direction).tolist() for score, direction in scores.items()}
+    stars = stars_of(group.leading, group.summary, scores)
+    means = Comparison(entries, scores, stars.marks, group.several_runs, group.labels)
     main, others = group_answers(group)
     series = {entry.label: str(entry.values["method"]) for entry in entries}
     alone = len(series) > charts.MOST_SERIES
@@ -96,7 +98,8 @@ def _section(name: str, group: Group, several_sections: bool) -> Section:
         others=others,
         first=first,
         small=small,
-        table=comparison_table(f"{name}-table", Comparison(entries, scores, leads, group.several_runs, group.labels)),
+        table=comparison_table(f"{name}-table", means),
+        star=stars.said,
         along=charts.along_training(curves, [*scores], SPENT, style),
         along_notes=along_notes(curves),
         bars=[(title, chart) for title, (chart, _) in drawn.items() if chart],

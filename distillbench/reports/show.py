@@ -13,6 +13,8 @@ import pandas as pd
 from rich.console import Console
 
 from distillbench.errors import UserError, nearest, quoted, unknown
+from distillbench.records.costs import is_end, with_intervals
+from distillbench.records.stars import find_stars
 from distillbench.records.statistics import KEYS, SEEDS
 from distillbench.reports.labels import Labels
 from distillbench.reports.runs import RunData
@@ -60,6 +62,7 @@ class Shown:
     columns: list[str]  # that were asked for; empty: all
     failed: pd.DataFrame  # rows of the table that are not ok and that the filters let through
     noted: pd.DataFrame  # those with a note
+    star: str = ""  # what a star means
 
 
 def select(
@@ -70,14 +73,15 @@ def select(
     A summary has one row for each of KEYS. Raises UserError for names, filters and values that do not exist.
     """
     names = run_names(runs)
-    parts = [_rows_of(run, rows) for run in runs]
+    found = [_rows_of(run, rows) for run in runs]
+    parts, stars = [part for part, _ in found], dict.fromkeys(said for _, said in found if said)
     if len(runs) > 1:
         filled = [pd.array([name] * len(part), dtype="string") for part, name in zip(parts, names, strict=True)]
         parts = [part.assign(**{RUN: name}) for part, name in zip(parts, filled, strict=True)]
     some = [part for part in parts if len(part)] or parts[:1]
     order = list(dict.fromkeys(name for part in parts for name in part.columns))
     frame = pd.concat(some, ignore_index=True).reindex(columns=order)
-    possible = [name for name in order if not name.endswith(STAR)]
+    possible = [name for name in order if not _is_hidden(name)]
     for name in columns:
         _check_column(name, possible, rows)
     keys = [(name.removeprefix("-"), not name.startswith("-")) for name in sort]
@@ -96,7 +100,8 @@ def select(
     if tables:
         failed, noted = whole[~_is_ok(whole)], whole[whole["note"].fillna("") != ""]
     labels = Labels.of(run.labels for run in runs)
-    return Shown(frame.reset_index(drop=True), labels, len(runs) > 1, list(columns), failed, noted)
+    star = "; or ".join(stars) + (", in its own run" if stars and len(runs) > 1 else "")
+    return Shown(frame.reset_index(drop=True), labels, len(runs) > 1, list(columns), failed, noted, star)
 
 
 def run_names(runs: Sequence[RunData]) -> list[str]:
@@ -105,14 +110,20 @@ def run_names(runs: Sequence[RunData]) -> list[str]:
     return [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
 
 
-def _rows_of(run: RunData, rows: Rows) -> pd.DataFrame:
-    """The table, or its summary in the order of the run, with columns of leaders."""
+def _rows_of(run: RunData, rows: Rows) -> tuple[pd.DataFrame, str]:
+    """The table, or its summary in the order of the run with columns of stars; and what a star means."""
     if rows == "all" or not len(run.table):
-        return run.table.copy()
-    marked = with_stars(run.summary, run.directions)
+        return run.table.copy(), ""
+    stars = find_stars(run.table, run.summary, run.directions, [run.influences])
+    marked = with_stars(with_intervals(run.summary, run.table), stars)
     order = run.table[KEYS].assign(settings=run.table["settings"].fillna("")).drop_duplicates()
     found = order.merge(marked.drop_duplicates(KEYS), on=KEYS, how="left")
-    return found[list(marked.columns)][found["status"].notna()]
+    return found[list(marked.columns)][found["status"].notna()], stars.said
+
+
+def _is_hidden(column: str) -> bool:
+    """Whether a column only says how others are printed."""
+    return column.endswith(STAR) or is_end(column)
 
 
 def _is_ok(table: pd.DataFrame) -> pd.Series:
@@ -202,7 +213,7 @@ def print_json(console: Console, shown: Shown) -> None:
 
 def _written(shown: Shown) -> list[str]:
     """The columns to write: those asked for, or all."""
-    names = shown.columns or [name for name in shown.frame.columns if not name.endswith(STAR)]
+    names = shown.columns or [name for name in shown.frame.columns if not _is_hidden(name)]
     if shown.several and not shown.columns:
         names = [RUN, *(name for name in names if name != RUN)]
     return names
@@ -255,7 +266,7 @@ def _print_what_fits(console: Console, shown: Shown, rows: Rows) -> None:
     _print_table(console, shown, names)
     notes = table_notes(frame, names, wanted, shown.labels)
     if any(frame[name + STAR].eq(True).any() for name in scores if name + STAR in frame):
-        notes.append("*: leads beyond its interval" + (", in its own run" if shown.several else ""))
+        notes.append(f"*: {shown.star}")
     for line in notes:
         say(console, line)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ NO_REASON = "empty, no reason recorded"
 
 Lead = Literal["best", "group"]
 LEADS: dict[Lead, str] = {
-    "best": "leads: its interval overlaps with no other",
+    "best": "leads: all others are worse beyond the uncertainty",
     "group": "in the leading group: the best, or not to be told from it",
 }
 
@@ -79,7 +79,7 @@ class Comparison:
 
     entries: Sequence[Entry]
     scores: dict[str, str]  # direction by score
-    leads: dict[str, list[bool]]
+    leads: Mapping[str, list[bool]]
     several_runs: bool
     labels: Labels
     lead: Lead = "best"
@@ -236,4 +236,7 @@ def _cost_cell(entry: Entry, cost: str) -> Cell:
     of = spread(entry.behind, cost)
     apart = of is not None and of.most - of.least > SAME * abs(of.most)
     below = f"{number(of.least)} to {number(of.most)}" if of is not None and apart else ""
-    return Cell(number(value), float(value), below, title="mean, and the range over seeds" if apart else "")
+    if of is None or of.low is None or of.high is None or of.most == of.least:
+        return Cell(number(value), float(value), below)
+    title = f"{words.interval(of.low, of.high)}: 95 % interval over training seeds" + "; below their range" * apart
+    return Cell(plus_minus(value, of.low, of.high), float(value), below, title=title)

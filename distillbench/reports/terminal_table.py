@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distillbench.records.statistics import TEACHER, leaders
+from distillbench.records.numbers import rounded
+from distillbench.records.stars import Stars
+from distillbench.records.statistics import TEACHER
 from distillbench.reports.labels import Label, Labels
 
 STAR = " best"  # suffix of columns that are true where a method leads in a score
@@ -42,9 +44,9 @@ def say(console: Console, line: str) -> None:
 
 
 def number(value: object, width: object = None) -> str:
-    """A value rounded to two digits of `width`, half its interval; without a width to four digits.
+    """A value, rounded as :func:`rounded` does by `width`, half its interval.
 
-    >>> number(176.84304, 7.7658), number(1870.512704), number(0.1561677, 0.0003), number(1797), number(None)
+    >>> number(176.84304, 2.7658), number(1870.512704), number(0.1561677, 0.0003), number(1797), number(None)
     ('176.8', '1,871', '0.15617', '1,797', '-')
     """
     if value is None or value is pd.NA:
@@ -56,11 +58,8 @@ def number(value: object, width: object = None) -> str:
     x = float(value)  # type: ignore[arg-type]
     if not math.isfinite(x):
         return "-" if math.isnan(x) else f"{x:g}"
-    w = 0.0 if width is None or width is pd.NA else abs(float(width))  # type: ignore[arg-type]
-    if 0 < w < math.inf and w > abs(x) * 1e-12:
-        decimals = max(0, 1 - math.floor(math.log10(w)))
-        return f"{x:,.{decimals}f}" if decimals <= 8 else f"{x:.4g}"
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+    half = None if width is None or width is pd.NA else abs(float(width))  # type: ignore[arg-type]
+    return rounded(x, half)
 
 
 def row_name(row: Mapping[str, object], settings: object = None, labels: Labels = NO_LABELS) -> str:
@@ -106,10 +105,10 @@ def put(console: Console, table: Table) -> None:
     console.print(Text("\n".join(line.rstrip() for line in captured.get().splitlines())), soft_wrap=True)
 
 
-def with_stars(summary: pd.DataFrame, directions: Mapping[str, str]) -> pd.DataFrame:
-    """The summary with a column for each score that is true where a method leads in it (`statistics.leaders`)."""
-    stars = {name + STAR: leaders(summary, name, direction) for name, direction in directions.items()}
-    return pd.concat([summary, pd.DataFrame(stars, index=summary.index)], axis=1)
+def with_stars(summary: pd.DataFrame, stars: Stars) -> pd.DataFrame:
+    """The summary with a column for each score that is true where a method has a star."""
+    columns = {name + STAR: marks for name, marks in stars.marks.items()}
+    return pd.concat([summary, pd.DataFrame(columns, index=summary.index)], axis=1)
 
 
 def score_table(frame: pd.DataFrame, names: Sequence[str], labels: Labels, fold: bool = False) -> Table:

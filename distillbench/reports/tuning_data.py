@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-NAME, SETTINGS_FILE = "trials", "tuning.json"
+TRIALS, AFTER, SETTINGS_FILE = "trials", "sampling_trials", "tuning.json"
 SETTING = "setting:"  # prefix of a column; its values are JSON
 NEEDED = ("method", "trial", "status", "score", "metric", "nfe")
 COSTS = ("train_images", "train_seconds", "train_joules")
@@ -55,11 +55,13 @@ def read_trials(folder: Path, columns: Mapping[str, Mapping[str, str]]) -> Trial
         return Trials("", None, "", "", {}, problems) if problems else None
     lacking = [name for name in NEEDED if name not in table]
     if lacking:
-        return Trials("", None, "", "", {}, [*problems, f"{NAME} has no columns {', '.join(lacking)}"])
+        return Trials("", None, "", "", {}, [*problems, f"{TRIALS} has no columns {', '.join(lacking)}"])
     told = _settings(folder / SETTINGS_FILE, problems)
     searched_by = list(dict.fromkeys(zip(table["metric"].astype(str), table["nfe"].map(_whole), strict=True)))
     if len(searched_by) > 1:
-        problems.append(f"{NAME} has trials of {len(searched_by)} scores: only those of {searched_by[0][0]} are shown")
+        problems.append(
+            f"{TRIALS} has trials of {len(searched_by)} scores: only those of {searched_by[0][0]} are shown"
+        )
     metric, nfe = searched_by[0] if searched_by else ("", None)
     methods: dict[str, list[Trial]] = {}
     for row in table.astype(object).where(table.notna(), None).to_dict("records"):
@@ -68,7 +70,7 @@ def read_trials(folder: Path, columns: Mapping[str, Mapping[str, str]]) -> Trial
         trial = _trial(row)
         own = methods.setdefault(str(row["method"]), [])
         if trial is None or any(trial.number == other.number for other in own):
-            problems.append(f"{NAME} has a trial of {row['method']} without a number of its own: it is left out")
+            problems.append(f"{TRIALS} has a trial of {row['method']} without a number of its own: it is left out")
         else:
             own.append(trial)
     for own in methods.values():
@@ -80,7 +82,7 @@ def read_trials(folder: Path, columns: Mapping[str, Mapping[str, str]]) -> Trial
 def _table(folder: Path, problems: list[str]) -> pd.DataFrame | None:
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
     for suffix, read in readers.items():
-        file = folder / f"{NAME}{suffix}"
+        file = folder / f"{TRIALS}{suffix}"
         if file.is_file():
             try:
                 return read(file)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-MOST_DECIMALS = 12
+from distillbench.records.numbers import rounded
 
 
 def is_known(value: object) -> bool:
@@ -17,41 +17,14 @@ def is_known(value: object) -> bool:
 
 
 def number(value: object, low: object = None, high: object = None) -> str:
-    """A number, rounded to two digits of its interval's half-width; without an interval to four digits.
-
-    Whole numbers without an interval, such as counts, are written in full. "" for an empty value.
-    """
+    """A number, rounded as :func:`rounded` does by its interval, with a typographic minus; "" for an empty value."""
     if not is_known(value):
         return ""
     x = float(value)  # type: ignore[arg-type]
     if not math.isfinite(x):
         return "∞" if x > 0 else "−∞"
-    width = float(high) - float(low) if is_known(low) and is_known(high) else 0.0  # type: ignore[arg-type]
-    if math.isfinite(width) and width > 0:
-        digits = 1 - _exponent(width / 2)
-    elif x == int(x) and abs(x) < 1e15:
-        digits = 0
-    else:
-        digits = 3 - _exponent(x)
-    digits = min(digits, 3 - _exponent(x) + 4) if x else min(digits, 6)
-    if x and (abs(x) < 1e-4 or abs(x) >= 1e15):
-        return f"{x:.{max(0, min(digits + _exponent(x), 8))}e}".replace("-", "−")
-    return f"{round(x, digits):,.{max(digits, 0)}f}".replace("-", "−")
-
-
-def decimals(value: float, half_width: float | None = None) -> int:
-    """The number of decimals of a value: as many as its half width is rounded to.
-
-    The half width is rounded as by the Particle Data Group: to two digits if its first three are below 355, else to one
-    (so 1.234 has two decimals at 0.04 and at 0.12). Without one: four significant digits. Never below 0.
-    """
-    if half_width is not None and math.isfinite(half_width) and half_width > 0:
-        lead = math.floor(math.log10(half_width))
-        first = round(half_width / 10 ** (lead - 2))
-        return max(0, min(MOST_DECIMALS, (1 if first < 355 else 0) - lead))
-    if value == 0 or not math.isfinite(value):
-        return 0
-    return max(0, min(MOST_DECIMALS, 3 - math.floor(math.log10(abs(value)))))
+    half = (float(high) - float(low)) / 2 if is_known(low) and is_known(high) else None  # type: ignore[arg-type]
+    return rounded(x, half).replace("-", "−")
 
 
 def plus_minus(mean: object, low: object = None, high: object = None) -> str:
@@ -62,8 +35,7 @@ def plus_minus(mean: object, low: object = None, high: object = None) -> str:
     half = (ends[1] - ends[0]) / 2
     if not (math.isfinite(x) and math.isfinite(half) and half > 0):
         return number(mean)
-    digits = decimals(x, half)
-    texts = [f"{value:,.{digits}f}".replace("-", "−") for value in (x, *ends, half)]
+    texts = [rounded(value, half).replace("-", "−") for value in (x, *ends, half)]
     symmetric = abs(x - sum(ends) / 2) < 0.05 * half
     return f"{texts[0]} ± {texts[3]}" if symmetric else f"{texts[0]} [{texts[1]} to {texts[2]}]"
 

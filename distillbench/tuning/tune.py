@@ -18,6 +18,7 @@ from distillbench.execution.run_folder import Outcome
 from distillbench.metering.memory import release_memory
 from distillbench.options import declares_search_space, default_of, plain_settings, with_settings
 from distillbench.registry import Registry
+from distillbench.reports.tuning_data import AFTER, SETTINGS_FILE, TRIALS
 from distillbench.runs.cell import AS_IS, Policy
 from distillbench.runs.plan import plan
 from distillbench.runs.time_plan import about
@@ -29,7 +30,6 @@ from distillbench.tuning.prepare import Tuning, after_training, sampling_spaces
 from distillbench.tuning.search import Search, open_studies
 from distillbench.tuning.trials import Trial, best_of, spent, write_trials
 
-SETTINGS_FILE, TRIALS, AFTER = "tuning.json", "trials", "sampling_trials"
 NOT_OK = ("pruned", "diverged", "failed")
 
 

@@ -456,14 +456,15 @@ def test_scores_have_arrows_intervals_and_a_star_only_for_a_significant_lead():
     rows = []
     for seed in range(3):
         rows.append({"training_seed": seed, "fd_efficientnet_lite0": 100 + seed, "teacher_rmse": 0.1 + seed})
-        rows.append(rows[-1] | {"method": "cm", "fd_efficientnet_lite0": 300 + seed, "teacher_rmse": 0.2 + seed})
+        rows.append(rows[-1] | {"method": "cm", "fd_efficientnet_lite0": 300 + seed, "teacher_rmse": 2.2 - seed})
     text = printed(table(*rows), 120)
     boot = next(line for line in text.splitlines() if line.startswith("BOOT"))
     cm = next(line for line in text.splitlines() if line.startswith("cm "))
     assert "101.0 ± 2.5*" in boot and boot.count("*") == 1 and "*" not in cm  # t of two degrees over sqrt(3) is 2.48
     assert "↓" in text and "3 training seeds\n" in text
     assert "±: half of the 95 % interval of the mean over training seeds" in text
-    assert "RMSE to teacher, 1 NFE: intervals overlap" in text
+    assert "RMSE to teacher, 1 NFE: BOOT 1.100, cm 1.200 cannot be told apart" in text
+    assert "FD (EffNet-Lite0), 1 NFE: BOOT 101 leads\n" in text and "*: the only leader by pairwise comparison" in text
 
 
 def test_columns_that_differ_are_shown():

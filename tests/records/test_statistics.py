@@ -363,14 +363,14 @@ def judged(*groups, direction="lower"):
 
 def test_a_disjoint_interval_leads():
     both = trained(LOW, method="boot"), trained(HIGH, method="cm")
-    assert judged(*both) == (["boot"], "boot 8.516 to 13.48 leads: no other interval reaches its own")
+    assert judged(*both) == (["boot"], "boot 8.5 to 13.5 leads: no other interval reaches its own")
     assert judged(*both, direction="higher")[0] == ["cm"]
     assert judged(*both, direction="none") == ([], "direction none: neither is better")
 
 
 def test_an_overlapping_interval_does_not_lead():
     three = trained(LOW, method="boot"), trained(MIDDLE, method="cm"), trained(HIGH, method="pd")
-    assert judged(*three) == ([], "intervals overlap: boot 8.516 to 13.48, cm 10.52 to 15.48")
+    assert judged(*three) == ([], "intervals overlap: boot 8.5 to 13.5, cm 10.5 to 15.5")
     assert judged(*three, direction="higher")[0] == ["pd"]
     assert judged(trained(LOW, method="boot"), trained(LOW, method="cm"))[0] == []
     assert judged(trained([1, 1], method="boot"), trained([1, 1, 1], method="cm"))[0] == []  # a tie of no width
@@ -408,7 +408,7 @@ def test_failed_methods_are_named_and_not_compared():
 
 def test_incomplete_methods_are_compared_and_do_not_lead():
     part, whole = trained([*LOW, "diverged"], method="boot"), trained(HIGH, method="cm")
-    expected = "boot 8.516 to 13.48 is best, but incomplete; incomplete: boot (3 of 4 ok)"
+    expected = "boot 8.5 to 13.5 is best, but incomplete; incomplete: boot (3 of 4 ok)"
     assert judged(part, whole) == ([], expected)
     assert judged(part, whole, direction="higher")[0] == ["cm"]
     part = trained([*LOW, None], method="boot")
@@ -435,9 +435,9 @@ def test_only_comparable_rows_are_compared(other):
 
 def test_settings_of_one_method_are_compared_and_named():
     leading, why = judged(trained(LOW), trained(HIGH, settings="lr=1"))
-    assert leading == ["boot"] and why.startswith("boot 8.516")
+    assert leading == ["boot"] and why.startswith("boot 8.5")
     _, why = judged(trained(LOW, settings="lr=1"), trained(MIDDLE, settings="lr=1", device="cuda"))
-    assert why == "intervals overlap: boot [lr=1] [cpu] 8.516 to 13.48, boot [lr=1] [cuda] 10.52 to 15.48"
+    assert why == "intervals overlap: boot [lr=1] [cpu] 8.5 to 13.5, boot [lr=1] [cuda] 10.5 to 15.5"
 
 
 def test_marks_follow_the_index_of_the_rows():

@@ -20,11 +20,12 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from distillbench.errors import UserError
+from distillbench.records.numbers import decimals
 from distillbench.records.statistics import summarise
 from distillbench.records.table import make_along, make_table
 from distillbench.reports import figures, papers, published
 from distillbench.reports.figures import write_figures
-from distillbench.reports.papers import decimals, paper_table
+from distillbench.reports.papers import paper_table
 from distillbench.reports.runs import RunData
 
 FID = {"fid": {"unit": "", "direction": "lower", "network": "", "needs": "", "protocol": ""}}
@@ -52,7 +53,7 @@ def run_of(rows, columns=FID, along=(), problems=(), folder=Path("run"), summary
 
 @pytest.fixture
 def clear():
-    """a leads at one evaluation; at two, intervals overlap."""
+    """a leads at one evaluation; at two, intervals overlap, but pairs of seeds tell it apart."""
     rows = [teacher(fid=4.0, nfe=8)]
     for seed in range(3):
         rows += [row("a", 10.0 + 0.1 * seed, seed), row("b", 20.0 + 0.1 * seed, seed)]
@@ -99,7 +100,7 @@ def test_means_intervals_and_the_leader(clear):
     cells = {(line[0], line[1]): line[2] for line in body}
     assert cells["a", "1"] == "**10.10 ± 0.25**"
     assert cells["b", "1"] == "20.10 ± 0.25"
-    assert cells["a", "2"] == "6.0 ± 2.5"
+    assert cells["a", "2"] == "**6.0 ± 2.5**"
     assert cells["teacher:ddim", "8"] == "4"
     assert body[0] == ["teacher:ddim", "8", "4", "–", "–", "2.500"]
     assert body[1][3:] == ["5,000", "100", "2.500"]
