@@ -183,7 +183,7 @@ def _largest_equal(differences: list[Floats]) -> Floats:
     """
     seeds, freedom = len(differences), len(differences) - 1
     mean = sum(differences) / seeds
-    own = sum((one - mean) ** 2 for one in differences) / freedom
+    own = np.asarray(sum((one - mean) ** 2 for one in differences)) / freedom
     variance = (PRIOR * typical_variance(own, freedom)[:, None] + freedom * own) / (PRIOR + freedom)
     return np.sqrt((mean**2 / variance).max(axis=-1) * seeds)
 

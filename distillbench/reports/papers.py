@@ -129,8 +129,8 @@ def _cell(data: SummaryData, row: Mapping[str, Any], name: str, precision: Mappi
     half = _half_width(row, name)
     if half is None:
         return Cell(_number(value, digits))
-    texts = [rounded(x, half) if digits is None else f"{x:,.{digits}f}" for x in (float(value), half)]
-    return Cell(*texts, bool(row.get(f"leads_{name}")))
+    mean, width = (rounded(x, half) if digits is None else f"{x:,.{digits}f}" for x in (float(value), half))
+    return Cell(mean, width, bool(row.get(f"leads_{name}")))
 
 
 def _table(

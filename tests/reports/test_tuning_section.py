@@ -13,7 +13,6 @@ from distillbench.records.table import make_along, make_table, write_table
 from distillbench.records.tuning_statistics import best_of, sensitivity
 from distillbench.reports import html as report_html
 from distillbench.reports.html import html_report
-from distillbench.reports.merge import left_out
 from distillbench.reports.runs import RunData
 from distillbench.reports.tuning_data import read_trials
 from distillbench.reports.tuning_section import tuning_sections
@@ -297,8 +296,3 @@ def test_trials_that_are_not_those_of_the_rows_are_a_problem(tmp_path, counts, p
     rows = [{"method": name, "tuning_trials": count} for name, count in zip(("boot", "cm"), counts, strict=True)]
     (found,) = tuning_sections([dataclasses.replace(run, table=make_table(rows, [METRIC]))], ["run"])
     assert problem in " ".join(found.problems) and bool(problem) == bool(found.problems)
-
-
-def test_a_merge_says_where_the_trials_stay(tmp_path):
-    run = run_in(tmp_path / "run", TWO)
-    assert "trials of searches are not merged: they stay in" in " ".join(left_out([run], tmp_path / "both"))
