@@ -28,7 +28,7 @@ from distillbench.runs.cell_keys import evaluation_inputs
 from distillbench.runs.cell_result import CellDescription, describe_cell
 from distillbench.runs.cell_training import STUDENT, TRAIN
 from distillbench.runs.config import RunConfig
-from distillbench.runs.metric_choice import chosen_metrics, references_of
+from distillbench.runs.metric_choice import chosen_metrics, metric_to_optimise, references_of
 from distillbench.runs.plan import USUAL_NFE, cell_of, plan
 from distillbench.runs.saved_settings import read_config, text_of_run
 from distillbench.runs.shared_context import Cell, SharedContexts, restored
@@ -230,12 +230,8 @@ def _find_student(
 def _search_settings(config: RunConfig, wanted: Wanted, registry: Registry) -> RunConfig:
     """The run's settings with the samples and the metric of the search."""
     metrics = chosen_metrics(config.evaluation, registry)
-    able = [name for name, cls in metrics.items() if cls.direction != "none"]
-    if not able:
-        raise UserError(f"the run has no score that can be optimised: evaluation.metrics={config.evaluation.metrics}")
-    name = wanted.metric or able[0]
-    if name not in able:
-        raise unknown("metric to optimise", name, able, " in the run")
+    none = "the run has no score that"
+    name = metric_to_optimise(metrics, wanted.metric, config.evaluation, none, " in the run")
     references = references_of(config.evaluation, metrics[name])
     images = wanted.images or config.evaluation.images
     changes: dict[str, Any] = {"metrics": [name], "references": references, "seeds": [wanted.sampling_seed]}

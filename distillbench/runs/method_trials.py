@@ -32,7 +32,7 @@ from distillbench.training.loop import Loop, TrialSteps
 from distillbench.training.method import Batch, Method, OptimizerConfig
 from distillbench.training.optimizer_config import optimizers_of
 from distillbench.training.optimizers import warm_up
-from distillbench.training.pairs import PairStore, Solve, Workspace
+from distillbench.training.pairs import PairStore, Solve, Workspace, recipe_of
 
 WITH_GRADIENTS = 3.0  # time of a step over that of its forward passes alone, where no step with gradients is affordable
 
@@ -146,7 +146,7 @@ class _CountingWorkspace(Workspace):
     ) -> PairStore:
         before = self.meter.evaluations
         store = super().pairs(solve, count, recipe, network, held_out)
-        recipe = recipe | {"held_out": True} if held_out else recipe
+        recipe = recipe_of(recipe, held_out)
         if network is not None:  # after its training the network will be another one
             self.missing.append((f"{self.label}, {canonical_json(recipe)}", self.meter.evaluations - before))
         elif not self.has_pairs(count, recipe):

@@ -31,6 +31,22 @@ def chosen_metrics(config: EvaluationConfig, registry: Registry) -> dict[str, ty
     return {name: registry.metrics[name].cls for name in names}
 
 
+def metric_to_optimise(
+    metrics: Mapping[str, type[Metric]], asked: str | None, config: EvaluationConfig, none: str, where: str
+) -> str:
+    """The name of the score that a search optimises: `asked`, or the first that has a direction.
+
+    Raises UserError, which begins with `none` if no score has a direction; `where` says where they are named.
+    """
+    able = [name for name, cls in metrics.items() if cls.direction != "none"]
+    if not able:
+        raise UserError(f"{none} can be optimised: evaluation.metrics={config.metrics}")
+    name = asked or able[0]
+    if name not in able:
+        raise unknown("metric to optimise", name, able, where)
+    return name
+
+
 def read_references(
     config: EvaluationConfig, metrics: dict[str, type[Metric]], dataset: Dataset, weights: Path
 ) -> list[ReferenceFile]:

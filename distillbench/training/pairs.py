@@ -93,6 +93,11 @@ class PairStore:
         return eps, x_0, conditioning.of_pairs(self.stream, names, self.device)
 
 
+def recipe_of(recipe: dict[str, Any], held_out: bool) -> dict[str, Any]:
+    """A method's recipe of pairs as it is part of their key: that of held-out pairs differs."""
+    return recipe | {"held_out": True} if held_out else recipe
+
+
 class Workspace:
     """What a method may use to prepare its training, or a phase of it: the teacher, and pairs computed by a solver.
 
@@ -143,7 +148,7 @@ class Workspace:
         """
         purpose = ("held-out pairs" if held_out else "pairs") + (" of a student" if network is not None else "")
         stream = stream_key(purpose, self.seed)
-        recipe = recipe | {"held_out": True} if held_out else recipe
+        recipe = recipe_of(recipe, held_out)
         if network is not None:
             if self.shard:
                 raise UserError("compute.shard=true does not go with noise-image pairs that a student computes")

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distillbench.errors import UserError, unknown
+from distillbench.errors import UserError
 from distillbench.options import Among, Between, plain_settings, search_space, setting_of
 from distillbench.registry import Registry
 from distillbench.runs.cell_names import UNNAMED
 from distillbench.runs.config import RunConfig, compose_group, compose_runs
-from distillbench.runs.metric_choice import chosen_metrics, references_of
+from distillbench.runs.metric_choice import chosen_metrics, metric_to_optimise, references_of
 from distillbench.runs.plan import plan
 from distillbench.runs.shared_context import Cell
 from distillbench.storage.files import key_of
@@ -145,12 +145,7 @@ def _folder_name(config: RunConfig, tune: TuneConfig) -> str:
 def _goal(config: RunConfig, tune: TuneConfig, cells: Sequence[Cell], registry: Registry) -> Goal:
     """The score that the settings name, or the run's first, with the fewest evaluations that all methods can do."""
     metrics = chosen_metrics(config.evaluation, registry)
-    able = [name for name, cls in metrics.items() if cls.direction != "none"]
-    if not able:
-        raise UserError(f"no score can be optimised: evaluation.metrics={config.evaluation.metrics}")
-    metric = tune.metric or able[0]
-    if metric not in able:
-        raise unknown("metric to optimise", metric, able, " in evaluation.metrics")
+    metric = metric_to_optimise(metrics, tune.metric, config.evaluation, "no score", " in evaluation.metrics")
     students = [cell for cell in cells if cell.entry is not None]
     if failing := [cell for cell in students if cell.cost_error]:
         raise UserError(f"{failing[0].name} fails with its defaults: {failing[0].cost_error}")
