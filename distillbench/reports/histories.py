@@ -14,7 +14,6 @@ from distillbench.reports.tables import Cell, Column, Comparison, Table, compari
 from distillbench.reports.words import brief, plus_minus
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 220, 60, 20, 16, 34  # of a chart, in units of its view box
-MOST_NAMES = 5  # of runs under a chart
 Measured = tuple[str, str, str, str, Group]  # a run's name, page, date and version, and the method's rows in it
 
 

@@ -52,14 +52,6 @@ CONFIG = {
 PLOTLY = report_html.PLOTLY
 
 
-@pytest.fixture(autouse=True)
-def small_plotly(monkeypatch, tmp_path_factory):
-    """Plotly's script has 1 MB, which takes time to parse, and only a browser runs it."""
-    script = tmp_path_factory.getbasetemp() / "plotly.js"
-    script.write_text("/* plotly */")
-    monkeypatch.setattr(report_html, "PLOTLY", script)
-
-
 @pytest.fixture
 def real_plotly(monkeypatch, small_plotly):
     monkeypatch.setattr(report_html, "PLOTLY", PLOTLY)

@@ -12,7 +12,6 @@ import pytest
 from click.testing import CliRunner
 
 from distillbench.cli.commands import cli
-from distillbench.reports import html as report_html
 from distillbench.reports.html import html_report
 from distillbench.reports.leaderboard import GENERATOR
 from distillbench.reports.runs import read_run
@@ -21,15 +20,6 @@ from tables_of_runs import TEACHER, row, run_folder, seeds
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OLD = {"date": "2026-01-02", "distillbench": "0.1.0", "git": {"commit": "aaaaaaaa1", "dirty": False}}
 NEW = {"date": "2026-03-04", "distillbench": "0.1.0", "git": {"commit": "bbbbbbbb2", "dirty": False}}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_plotly(tmp_path_factory):
-    script = tmp_path_factory.getbasetemp() / "plotly.js"
-    script.write_text("/* plotly */")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_html, "PLOTLY", script)
-        yield
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 
 from distillbench.records.table import make_along, make_table, write_table
 from distillbench.records.tuning_statistics import best_of, sensitivity
-from distillbench.reports import html as report_html
 from distillbench.reports.html import html_report
 from distillbench.reports.runs import RunData
 from distillbench.reports.tuning_data import read_trials
@@ -267,12 +266,6 @@ def test_two_runs_have_a_section_each(tmp_path):
     runs = [run_in(tmp_path / name, search()) for name in ("first", "second")]
     found = tuning_sections(runs, ["first", "second"])
     assert [(one.id, one.run) for one in found] == [("tuning-1", "first"), ("tuning-2", "second")]
-
-
-@pytest.fixture(autouse=True)
-def small_plotly(monkeypatch):
-    """Plotly's script is large, and only a browser runs it."""
-    monkeypatch.setattr(report_html, "get_plotlyjs", lambda: "/* plotly */", raising=False)
 
 
 def test_methods_and_the_score_have_their_labels(tmp_path):
