@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def with_plugins(command: Callable[..., None]) -> Callable[..., None]:
     @plugin_options
     @functools.wraps(command)
     def loaded(*arguments: Any, folders: Sequence[str], debug: bool, **options: Any) -> None:
-        first = "distillbench.registry" not in sys.modules
+        first, began = "distillbench.registry" not in sys.modules, time.time()
         with waiting("loading torch and the plugins ..."):
             registry = load_plugins(folders)
         for plugin in registry.broken:
@@ -58,7 +59,7 @@ def with_plugins(command: Callable[..., None]) -> Callable[..., None]:
             if first and not started_together():  # so that the next wrong name is told without torch
                 from distillbench.cli.plugin_table import keep, table_of
 
-                keep(table_of(registry), registry)
+                keep(table_of(registry), registry, began)
             raise
 
     return loaded

@@ -1,8 +1,8 @@
 """What plugins bring, as plain values, kept in the user's cache: ``list``, ``describe`` and completion need no torch.
 
-Importing plugins imports torch, which takes seconds. So what they declare is written down once, with the modification
-times of everything that it depends on, and is read for as long as none of these has changed. A table is not kept while
-a plugin is broken, so that a repair is seen at once.
+Importing plugins imports torch, which takes seconds. So what they declare is written down once, with the state of the
+files that it depends on, and is read for as long as none of these has changed. A table is not kept while a plugin is
+broken, so that a repair is seen at once.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import importlib.metadata
 import json
 import os
 import sys
-import sysconfig
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,14 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from distillbench._version import __version__
 from distillbench.cli.loading import load_plugins, origin, version
+from distillbench.cli.plugin_state import PATH, depends_on, state_of
 from distillbench.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from distillbench.registry import Entry, Plugin, Registry
 
 KINDS = ("methods", "teachers", "datasets", "metrics")
-FORMAT = 2  # of the file
-PATH = tuple(sys.path)  # before plugins are loaded, which can change it
+FORMAT = 3  # of the file
+GRANULARITY_SECONDS = 2.0  # of times of files; the coarsest file system that is in use
 KEPT_SECONDS = 30 * 86400.0  # after which a table is deleted when another one is written
 
 
@@ -115,79 +115,67 @@ def plugin_table(folders: Sequence[str] = (), debug: bool = False) -> PluginTabl
 
 def kept_table(folders: Sequence[str] = ()) -> PluginTable | None:
     """The table in the cache, if it is up to date. None in a process that has loaded plugins: they may be others."""
+    from distillbench.storage.files import signed
+
     if "distillbench.registry" in sys.modules:
         return None
+    file = _file(folders)
     try:
-        kept = json.loads(_file(folders).read_text(encoding="utf-8"))
-        if all(_stamp(Path(path)) == stamp for path, stamp in kept["stamps"].items()):
+        kept = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+        if kept and kept == signed(kept) and kept["state"] == state_of(kept["depends_on"])[0]:
             return _from_plain(kept["table"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass  # missing, damaged, or written by another version
     return None
 
 
 def new_table(folders: Sequence[str] = (), debug: bool = False) -> PluginTable:
     """A table from all plugins, which are loaded. It is kept, unless a plugin is broken."""
-    fresh = "distillbench.registry" not in sys.modules
+    fresh, began = "distillbench.registry" not in sys.modules, time.time()
     registry = load_plugins(folders)
     table = table_of(registry, debug)
     if fresh:
-        keep(table, registry)
+        keep(table, registry, began)
     return table
 
 
-def keep(table: PluginTable, registry: Registry) -> None:
-    """Write the table of `registry` into the cache, unless a plugin is broken."""
-    from distillbench.storage.files import write_text
+def keep(table: PluginTable, registry: Registry, began: float) -> None:
+    """Write the table of `registry` into the cache, unless a plugin is broken or something may have changed since.
 
-    if registry.broken:
-        return
+    `began`: when the plugins began to load, in seconds since the epoch. A file that was changed later, or so shortly
+    before that a further change may have the same time, may differ from what was loaded.
+    """
+    from distillbench.storage.files import signed, write_text
+
     file = _file(registry.selection.folders)
-    stamps = {str(path): _stamp(path) for path in _depends_on(registry)}
+    if registry.broken or file is None:
+        return
+    paths = depends_on(registry)
+    state, latest = state_of(paths)
+    if latest / 1e9 >= began - GRANULARITY_SECONDS:
+        return
     with suppress(OSError):  # a cache that cannot be written only costs time
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps({"stamps": stamps, "table": asdict(table)}))
+        write_text(file, json.dumps(signed({"depends_on": paths, "state": state, "table": asdict(table)})))
         for other in file.parent.glob("*.json"):  # of environments that are gone
             if time.time() - other.stat().st_mtime > KEPT_SECONDS:
                 other.unlink()
 
 
-def _file(folders: Sequence[str | Path]) -> Path:
-    """The file for these folders, in this environment."""
+def _file(folders: Sequence[str | Path]) -> Path | None:
+    """The file for these folders, in this environment; None for a user without a home."""
     import hashlib
 
-    from platformdirs import user_cache_path
+    from distillbench.storage.user_cache import user_cache
 
     points = sorted((point.name, point.value) for point in importlib.metadata.entry_points(group="distillbench"))
     chosen = os.environ.get("DISTILLBENCH_PLUGINS", ""), [str(Path(folder).resolve()) for folder in folders]
     known = [FORMAT, __version__, sys.version, PATH, points, chosen]
     key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
-    return user_cache_path("distillbench") / "plugins" / f"{key}.json"
-
-
-def _depends_on(registry: Registry) -> Iterator[Path]:
-    """The files and folders whose change makes a table out of date.
-
-    Installing or removing a package changes the folder of packages; modules elsewhere, such as those of a checkout, and
-    the folders that they are in, are looked at one by one. The current folder is not: runs write into it.
-    """
-    packages = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")]
-    files = [Path(found) for module in list(sys.modules.values()) if (found := getattr(module, "__file__", None))]
-    own = [file for file in files if file.is_absolute() and not any(folder in file.parents for folder in packages)]
-    origins = [Path(plugin.origin) for plugin in registry.plugins if plugin.origin]
-    helpers = [helper for plugin in registry.plugins for helper in plugin.helpers]
-    found = dict.fromkeys([*own, *origins, *helpers])
-    yield from found
-    folders = dict.fromkeys([*(Path(entry) for entry in PATH if entry), *(file.parent for file in found)])
-    yield from (folder for folder in folders if folder.is_dir() and folder != Path.cwd())
-
-
-def _stamp(path: Path) -> list[int] | None:
     try:
-        facts = path.stat()
-    except OSError:
+        return user_cache() / "plugins" / f"{key}.json"
+    except UserError:
         return None
-    return [facts.st_mtime_ns, facts.st_size]
 
 
 def _from_plain(plain: dict[str, Any]) -> PluginTable:

@@ -9,12 +9,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 from distillbench.errors import Unavailable, UserError
 from distillbench.storage.files import sha256_file, write_atomically, write_text
 from distillbench.storage.http_download import Unreachable, download
 from distillbench.storage.locks import wait_for_lock
+from distillbench.storage.user_cache import user_cache
 from distillbench.system.progress import Progress, Step
 
 __all__ = ["WeightsFile", "locate"]
@@ -43,7 +42,7 @@ class WeightsFile:
 def weights_folder() -> Path:
     """The folder of weights: $DISTILLBENCH_WEIGHTS, or one in the user's cache."""
     named = os.environ.get(VARIABLE, "")
-    return Path(named) if named else user_cache_path("distillbench") / "weights"
+    return Path(named) if named else user_cache() / "weights"
 
 
 def known_sha256(weights: WeightsFile, folder: Path) -> str:

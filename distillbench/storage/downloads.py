@@ -18,13 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from platformdirs import user_cache_path
-
 from distillbench.errors import UserError, first_of, quoted
 from distillbench.storage.files import sha256_file, signed, write_atomically, write_text
 from distillbench.storage.http_download import REFUSED, Unreachable, bytes_at, check_space, download
 from distillbench.storage.locks import wait_for_lock
 from distillbench.storage.sources import HUB_DATASET, Source
+from distillbench.storage.user_cache import user_cache
 from distillbench.system.progress import Progress
 
 VARIABLE = "DISTILLBENCH_DOWNLOADS"  # environment variable: the folder of downloads
@@ -69,7 +68,7 @@ class Record:
 def downloads_folder() -> Path:
     """The folder of downloads: $DISTILLBENCH_DOWNLOADS, or one in the user's cache."""
     named = os.environ.get(VARIABLE, "")
-    return Path(named) if named else user_cache_path("distillbench") / "downloads"
+    return Path(named) if named else user_cache() / "downloads"
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 from command_line import exit_code
 from distillbench.cli import commands, completion, plugin_table
 from distillbench.cli.completion import completions
+from distillbench.cli.plugin_state import PATH, depends_on, state_of
 from distillbench.cli.plugin_table import kept_table, table_of
 from distillbench.cli.settings_check import check_words
 from distillbench.errors import UserError
@@ -116,32 +117,154 @@ def test_the_table_has_what_the_plugins_declare(table, registry):
     assert "Did you mean 'boot'" in error and "more" in error and error.count("gmm") <= 1
 
 
-def test_a_kept_table_is_read_until_something_changes(table, registry, cache, tmp_path, monkeypatch):
-    module = tmp_path / "mine.py"
-    module.write_text("")
-    monkeypatch.setattr(plugin_table, "_depends_on", lambda registry: [module])
-    plugin_table.keep(table, registry)
-    assert kept_table() is None  # this process has loaded plugins, which may be others
-    monkeypatch.delitem(sys.modules, "distillbench.registry")
-    assert kept_table() == table
-    assert kept_table([str(tmp_path)]) is None
-    (file,) = cache.rglob("*.json")
-    old = file.with_name("old.json")
+@pytest.fixture
+def kept(table, registry, cache, tmp_path, monkeypatch):
+    """``kept()``: write a table that depends on the folder tmp_path/plugins alone, and return its file."""
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    (folder / "mine.py").write_text("x = 1")
+    monkeypatch.setattr(plugin_table, "depends_on", lambda registry: [(str(folder), True)])
+    monkeypatch.setattr(plugin_table, "load_plugins", lambda folders: registry)
+
+    def keep():
+        plugin_table.keep(table, registry, began=time.time() + 60)
+        monkeypatch.delitem(sys.modules, "distillbench.registry", raising=False)
+        return next(cache.rglob("*.json"))
+
+    return keep
+
+
+def test_a_kept_table_is_read_until_something_changes(kept, table, tmp_path):
+    kept()
+    assert kept_table() == table and kept_table([str(tmp_path)]) is None
+    (tmp_path / "plugins" / "mine.py").write_text("x = 12")
+    assert kept_table() is None
+
+
+def test_a_process_that_has_loaded_plugins_reads_no_kept_table(kept, monkeypatch, table):
+    kept()
+    monkeypatch.setitem(sys.modules, "distillbench.registry", sys.modules["distillbench"])
+    assert kept_table() is None
+
+
+def test_tables_that_nobody_reads_are_deleted(kept):
+    old = kept().with_name("old.json")
     old.write_text("{}")
     os.utime(old, (time.time() - 31 * 86400,) * 2)
-    plugin_table.keep(table, registry)
+    kept()
     assert not old.exists()
-    module.write_text("x = 1")
+
+
+def same_size_and_time(folder):
+    file = folder / "mine.py"
+    before = file.stat()
+    file.write_text("x = 2")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CHANGES = {
+    "content of the same size and time": same_size_and_time,
+    "new module": lambda folder: (folder / "other.py").write_text(""),
+    "new data file": lambda folder: (folder / "data.csv").write_text(""),
+    "module gone": lambda folder: (folder / "mine.py").unlink(),
+    "folder gone": lambda folder: folder.rename(folder.with_name("elsewhere")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_every_change_in_a_folder_of_plugins_is_seen(kept, tmp_path, change):
+    kept()
+    assert kept_table() is not None
+    change(tmp_path / "plugins")
     assert kept_table() is None
-    file.write_text(file.read_text()[:-9])
+
+
+def write(file, text=""):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+INSTALLS = {
+    "another entry point": lambda site: write(site / "a-1.dist-info" / "entry_points.txt", "[distillbench]\nb = b"),
+    "another version": lambda site: write(site / "a-1.dist-info" / "METADATA", "Version: 2"),
+    "installed again": lambda site: write(site / "a-1.dist-info" / "RECORD"),
+    "installed as a checkout": lambda site: write(site / "a.pth", "/elsewhere"),
+    "another package": lambda site: write(site / "b-1.dist-info" / "METADATA"),
+    "a package without metadata": lambda site: write(site / "b" / "__init__.py"),
+    "a module": lambda site: write(site / "b.py"),
+}
+
+
+@pytest.mark.parametrize("install", INSTALLS.values(), ids=INSTALLS.keys())
+def test_installing_and_updating_packages_is_seen(tmp_path, install):
+    site = tmp_path / "site-packages"
+    write(site / "a-1.dist-info" / "entry_points.txt", "[distillbench]\na = a")
+    paths = [(str(site), False)]
+    before = state_of(paths)
+    write(site / "results" / "log.txt")  # what runs write does not count
+    write(site / "log.txt")
+    write(site / "__pycache__" / "a.pyc")
+    assert state_of(paths) == before
+    install(site)
+    assert state_of(paths)[0] != before[0]
+
+
+def test_all_files_of_a_plugin_package_count_and_a_missing_folder_can_appear(tmp_path):
+    package = tmp_path / "mine"
+    paths = [(str(package), True)]
+    missing = state_of(paths)
+    write(package / "__init__.py")
+    first = state_of(paths)
+    write(package / "data" / "table.csv", "1")
+    assert len({missing[0], first[0], state_of(paths)[0]}) == 3
+
+
+def test_a_table_depends_on_modules_their_packages_and_the_path(registry):
+    paths = dict(depends_on(registry))
+    package = os.path.dirname(plugin_table.__file__).removesuffix("/cli")
+    assert paths[package] is True and __file__ in paths
+    assert all(entry in paths for entry in PATH if entry)
+
+
+def test_a_table_is_not_kept_if_a_file_may_have_changed_while_it_loaded(table, registry, cache, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("")
+    monkeypatch.setattr(plugin_table, "depends_on", lambda registry: [(str(tmp_path / "mine.py"), False)])
+    plugin_table.keep(table, registry, began=time.time())  # a second change could have the same time
+    assert not list(cache.rglob("*.json"))
+
+
+@pytest.mark.parametrize("damage", ["", "null", "[]", "[" * 100_000, '{"table": {}}', b"\xff\x00", "cut", "changed"])
+def test_a_damaged_table_is_not_read(kept, damage):
+    file = kept()
+    text = {"cut": file.read_text()[:-9], "changed": file.read_text().replace('"boot"', '"boat"')}.get(damage, damage)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert kept_table() is None
+
+
+@pytest.mark.parametrize("cache_home", ["/dev/null", "/dev/full", ""])
+def test_without_a_place_for_it_the_table_is_made_anew(table, registry, tmp_path, monkeypatch, cache_home):
+    monkeypatch.setenv("XDG_CACHE_HOME", cache_home)
+    monkeypatch.setattr(os.path, "expanduser", str)  # a user without a home
+    monkeypatch.chdir(tmp_path)
+    plugin_table.keep(table, registry, began=time.time() + 60)
+    monkeypatch.delitem(sys.modules, "distillbench.registry", raising=False)
+    assert kept_table() is None and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_no_table(table, registry, cache, monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    plugin_table.keep(table, registry, began=time.time() + 60)
+    assert not [file for file in cache.rglob("*") if file.is_file()]
 
 
 def test_a_table_with_a_broken_plugin_is_not_kept(cache):
     registry = load_registry([])
     registry.selection = Selection()
     registry.plugins = [plugin_table_plugin()]
-    plugin_table.keep(table_of(registry), registry)
+    plugin_table.keep(table_of(registry), registry, began=time.time() + 60)
     assert not list(cache.rglob("*.json"))
 
 
