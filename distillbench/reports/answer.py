@@ -1,4 +1,4 @@
-"""What a reader asks first: which methods lead at each number of evaluations, by how much, and at what price.
+"""What a reader asks first: which methods lead at each number of evaluations, by how much, and at what cost.
 
 Everything here follows from the leading groups of :mod:`distillbench.records.leading` and from means over seeds.
 """
@@ -43,7 +43,7 @@ class Answer:
     score: str
     sentence: str
     ranked: list[Ranked]  # the best first
-    training: str  # the price of those that lead
+    training: str  # the cost of those that lead
     sampling: str
     teacher: str  # how many evaluations the teacher needs for the same
     said: str  # what the comparison consists of
@@ -56,7 +56,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """All numbers of evaluations on one score, with the headings of the prices."""
+    """All numbers of evaluations on one score, with the headings of the costs."""
 
     score: str
     heading: str
@@ -120,8 +120,8 @@ def _answer(
         group.score,
         sentence(nfe, noun, ranked, group),
         ranked,
-        _price(leading, of, group, training, labels),
-        _price(leading, of, group, sampling, labels),
+        _cost(leading, of, group, training, labels),
+        _cost(leading, of, group, sampling, labels),
         _teachers_need(group, entries, labels),
         group.said,
         _left_out(group, labels),
@@ -202,7 +202,7 @@ def _trail(trailing: Sequence[Ranked]) -> str:
     return f"the other {len(trailing)} trail, from {texts[0]} to {texts[-1]}"
 
 
-def _price(leading: Sequence[Ranked], of: Mapping[tuple, Entry], group: LeadingGroup, cost: str, labels: Labels) -> str:
+def _cost(leading: Sequence[Ranked], of: Mapping[tuple, Entry], group: LeadingGroup, cost: str, labels: Labels) -> str:
     """The cost of the methods that lead: one number, or the smallest and the largest with their methods."""
     names = {one.label for one in leading}
     entries = [of[_key(one.row)] for one in group.leaders if _key(one.row) in of]

@@ -161,12 +161,12 @@ def _row(name: str, own: Sequence[Trial], trials: Trials) -> dict[str, str]:
         "of trial": str(best.number) if best else "",
     }
     for cost, heading in zip(COSTS, ("images", "seconds", "joules"), strict=True):
-        row[heading] = _price([trial.costs[cost] for trial in own])
+        row[heading] = _cost([trial.costs[cost] for trial in own])
     row["best settings"] = _in_words(best) if best else ""
     return row
 
 
-def _price(values: Sequence[float | None]) -> str:
+def _cost(values: Sequence[float | None]) -> str:
     """The sum of what was measured, and for how many trials nothing was."""
     known = [value for value in values if value is not None]
     if not known:

@@ -131,7 +131,7 @@ class Search:
         """Whether a trial is worth the whole budget; ends it if not. The defaults always are.
 
         It is decided once, by the trials that came so far, and kept: what another process trains on, or this one before
-        an interruption, is not ended by what came later, so all that was trained is in the price.
+        an interruption, is not ended by what came later, so all that was trained is in the cost.
         """
         study, goal = self.studies[trial.method], self.tuning.goal
         with self._alone():

@@ -74,7 +74,7 @@ def tune(
     _write_settings(tuning, best, later)
     configs = [dataclasses.replace(config, methods=methods) for config in tuning.final]
     cells = plan(configs, registry)
-    columns = {name: price(tuning, trials.get(name, []), best[name]) for name in best}
+    columns = {name: search_cost(tuning, trials.get(name, []), best[name]) for name in best}
     outcome = run(cells, configs, progress, on_rows, policy, stop, tuning=columns)
     return Tuned(outcome, trials, trained + outcome.fresh)
 
@@ -152,7 +152,7 @@ def _say_best(best: Mapping[str, Trial | None], progress: Progress) -> None:
             progress.say(f"{name}: best is trial {trial.number}, {settings}")
 
 
-def price(tuning: Tuning, trials: Sequence[Trial], best: Trial | None) -> dict[str, Any]:
+def search_cost(tuning: Tuning, trials: Sequence[Trial], best: Trial | None) -> dict[str, Any]:
     """The columns of a method's final rows that say how its settings were found and what that cost."""
     columns: dict[str, Any] = {"tuning": tuning.tune.protocol, "tuning_trials": len(trials)}
     why: list[str] = []

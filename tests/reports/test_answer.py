@@ -1,4 +1,4 @@
-"""The first screen of a report: its sentence claims only what the comparison found; prices; axes; looks; reasons."""
+"""The first screen of a report: its sentence claims only what the comparison found; costs; axes; looks; reasons."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_sentence_claims_what_was_found(methods, trailing, more, said):
     assert sentence(every[:methods], every[methods:], **more) == said
 
 
-def test_prices_are_of_the_methods_that_lead_and_the_teacher_is_bracketed():
+def test_costs_are_of_the_methods_that_lead_and_the_teacher_is_bracketed():
     cheap, dear = entry("a", 100.0, train_tflops=2.5), entry("b", 110.0, train_tflops=5.0)
     other = entry("c", 200.0, train_tflops=1.0, sample_gflops=3.0)
     teachers = [entry("teacher:ddim", value, nfe) for nfe, value in ((1, 900.0), (4, 150.0), (8, 90.0))]

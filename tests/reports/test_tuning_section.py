@@ -119,7 +119,7 @@ def test_a_score_of_unknown_direction_has_no_curves(tmp_path):
 # --- the section -----------------------------------------------------------------------------------------------------
 
 
-def test_the_table_has_the_price_and_the_best_trial(section):
+def test_the_table_has_the_cost_and_the_best_trial(section):
     boot, _ = section.table
     expected = {
         "method": "boot", "trials": "6", "not ok": "1 diverged", "first trial": "30", "best": "12", "of trial": "3",
@@ -130,7 +130,7 @@ def test_the_table_has_the_price_and_the_best_trial(section):
     assert section.sentences[0].startswith("Protocol equal_trials: every method has the same number of trials")
 
 
-def test_the_price_says_for_how_many_trials_it_is_unknown(tmp_path):
+def test_the_cost_says_for_how_many_trials_it_is_unknown(tmp_path):
     rows = [*search(), trial("boot", 6, None, train_seconds=None)]
     (found,) = tuning_sections([run_in(tmp_path / "run", rows)], ["run"])
     assert found.table[0]["seconds"] == "15 (without 1 trial)" and found.table[0]["images"] == "7,000"

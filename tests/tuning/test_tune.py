@@ -1,4 +1,4 @@
-"""``distillbench tune``: equal trials, on seeds and noise that the final rows never see, and their price."""
+"""``distillbench tune``: equal trials, on seeds and noise that the final rows never see, and their cost."""
 
 import io
 import json
@@ -35,7 +35,7 @@ from distillbench.tuning.search import Search, open_studies
 from distillbench.tuning.settings import TotalConfig, TuneConfig
 from distillbench.tuning.studies import SeededSampler, promoted
 from distillbench.tuning.trials import Outcome, Trial, best_of, write_trials
-from distillbench.tuning.tune import introduction, price, tune
+from distillbench.tuning.tune import introduction, search_cost, tune
 
 TARGET, SPREAD, IMAGES, BUDGET = 0.3, 0.05, 20, 96
 
@@ -567,9 +567,9 @@ def test_halving_ends_trials_after_a_quarter_and_counts_what_it_saves(tuning):
     assert {one.outcome.score for one in pruned} == {None}
     assert all("after 25% of the budget off_target was" in one.outcome.reason for one in pruned)
     assert sum(images == BUDGET for *_, images in executor.trained) == len({str(one.settings) for one in ok})
-    # the price of the method is what was trained: the saving is in it
+    # the cost of the method is what was trained: the saving is in it
     unmeasured = sum(one.outcome.costs["train_images"] is None for one in trials)
-    columns = price(mine, trials, ok[0])
+    columns = search_cost(mine, trials, ok[0])
     trained = len(ok) * (quarter + BUDGET) + len(pruned) * quarter
     assert columns["tuning_images"] == trained + unmeasured * (quarter + BUDGET)
     # cut off between the quarter and the whole budget, it ends in the same way
