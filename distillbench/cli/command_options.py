@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distillbench.cli.loading import load_plugins, origin
-from distillbench.errors import UserError
+from distillbench.errors import UserError, nearest, quoted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +27,18 @@ class UserPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(os.path.expanduser(value), param, ctx)
+
+
+class Choice(click.Choice):
+    """One of some words; the error for another one has the nearest."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            words = [str(choice) for choice in self.choices]
+            near = nearest(str(value), words)
+            self.fail(f"{quoted(str(value))}.{near} Possible: {', '.join(words)}", param, ctx)
 
 
 def plugin_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -106,5 +118,5 @@ def output_file(output: str, suffix: str) -> Path:
     path = Path(output)
     if path.suffix != suffix:
         raise UserError(f"--output must name a {suffix} file, got {output!r}")
-    check_writable(path.parent)
+    check_writable(path.parent, "--output")
     return path

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distillbench.cli.command_options import SOMETHING_FAILED, UserPath, plugin_options, waiting, with_plugins
+from distillbench.cli.command_options import SOMETHING_FAILED, Choice, UserPath, plugin_options, waiting, with_plugins
 from distillbench.cli.plugin_table import KINDS, Described, Found, PluginTable, kept_table, new_table, plugin_table
 from distillbench.cli.terminal import print_definitions, width
 from distillbench.errors import UserError
@@ -45,11 +45,13 @@ def table_for(folders: Sequence[str], debug: bool) -> PluginTable:
 
 
 @click.command("list")
-@click.argument("kind", required=False, type=click.Choice(LISTED))
+@click.argument("kind", required=False, type=Choice(LISTED), metavar="[KIND]")
 @as_json
 @plugin_options
 def list_(kind: str | None, as_json: bool, folders: tuple[str, ...], debug: bool) -> None:
-    """List the available methods, teachers, datasets, metrics, experiments, samplers or schedules; without KIND, all.
+    """List the available methods, teachers, datasets, metrics, experiments, samplers or schedules.
+
+    KIND is one of these words; without it, all are listed.
 
     Methods are grouped by what they learn, each with its need of real images and its numbers of evaluations.
     """
@@ -165,14 +167,14 @@ def _describe_search(one: Described, prefix: str) -> None:
 @click.option("--thorough", is_flag=True, help="Train five times as long on the exact teacher.")
 @click.option(
     "--network",
-    type=click.Choice(["mlp", "unet", "dit", "edm"]),
+    type=Choice(["mlp", "unet", "dit", "edm"]),
     default="mlp",
     show_default=True,
     help="Check a method on a small network of this kind; all but mlp have attention.",
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16"]),
+    type=Choice(["fp32", "bf16"]),
     default="fp32",
     show_default=True,
     help="Train that network as with compute.precision.",
@@ -214,9 +216,7 @@ def check(
 
 @click.command("new-plugin")
 @click.argument("name")
-@click.option(
-    "--kind", type=click.Choice(["method", "teacher", "dataset", "metric"]), default="method", show_default=True
-)
+@click.option("--kind", type=Choice(["method", "teacher", "dataset", "metric"]), default="method", show_default=True)
 @click.option("--output", "-o", type=UserPath(), help="Folder to write. [distillbench-NAME]")
 @with_plugins
 def new_plugin(registry: Registry, name: str, kind: str, output: str | None) -> None:

@@ -9,6 +9,7 @@ import click
 
 from distillbench.cli.command_options import (
     SOMETHING_FAILED,
+    Choice,
     UserPath,
     debuggable,
     plugin_options,
@@ -29,7 +30,7 @@ FORMS = ("html", "markdown", "latex", "csv", "figures")
 @click.option("--columns", multiple=True, help="Columns to show, separated by commas.")
 @click.option("--sort", multiple=True, help="Columns to sort by.")
 @click.option("--where", multiple=True, help="Conditions on rows: 'nfe<=2', method=boot,cm.")
-@click.option("--rows", type=click.Choice(["summary", "all"]), default="summary", help="Means over seeds, or all rows.")
+@click.option("--rows", type=Choice(["summary", "all"]), default="summary", help="Means over seeds, or all rows.")
 @click.option("--csv", is_flag=True, help="Print CSV.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: labels of columns and methods, and the rows.")
 @debuggable
@@ -52,14 +53,14 @@ def show(
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=UserPath())
-@click.option("--as", "forms", multiple=True, type=click.Choice(FORMS), help="Format; can be repeated. [html]")
-@click.option("--output", "-o", type=UserPath(file_okay=False), help="Folder to write to. [the first run's]")
+@click.option("--as", "forms", multiple=True, type=Choice(FORMS), help="Format; can be repeated. [html]")
+@click.option("--output", "-o", type=UserPath(), help="File (.html, .md, .tex, .csv) or folder. [the first run's]")
 @click.option("--columns", multiple=True, help="Columns of tables for papers, separated by commas.")
 @click.option("--precision", multiple=True, help="Decimals of a column: NAME=DECIMALS. [as the interval allows]")
 @click.option("--sort", help="Column to sort tables for papers by; a leading - reverses the order.")
 @click.option(
     "--style",
-    type=click.Choice(["neurips", "icml"]),
+    type=Choice(["neurips", "icml"]),
     default="neurips",
     show_default=True,
     help="Column widths of LaTeX tables and figures.",
@@ -76,11 +77,12 @@ def report(
 
     \b
     distillbench report results/digits
+    distillbench report results/digits -o digits.html
     distillbench report results/digits --as latex --as figures -o paper --columns method,nfe,fid,train_seconds
     """
     from distillbench.reports.write import report_runs
 
-    report_runs(runs, forms or ("html",), output, columns, precision, sort, style, watch, new_console())
+    report_runs(runs, forms, output, columns, precision, sort, style, watch, new_console())
 
 
 @click.command()
@@ -120,7 +122,7 @@ def compare(a: str, b: str, tolerance: float, all_costs: bool) -> None:
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=UserPath())
 @click.option("--output", "-o", required=True, type=UserPath(), help="Folder to write; it must not exist.")
-@click.option("--keep", type=click.Choice(["first", "last"]), help="Which of contradicting rows to keep.")
+@click.option("--keep", type=Choice(["first", "last"]), help="Which of contradicting rows to keep.")
 @debuggable
 def merge(runs: tuple[str, ...], output: str, keep: Literal["first", "last"] | None) -> None:
     """Merge RUNS, such as those of several machines, into one.

@@ -88,7 +88,7 @@ def leaderboard(folders: Sequence[str], output: str, console: Console) -> None:
         for problem in [*run.problems, *run.notes]:
             click.echo(f"{run.name}: {problem}", err=True)
     target = Path(output)
-    check_writable(target)
+    check_writable(target, "--output")
     pages = site(runs)
     _refuse_others(target, pages)
     for name, text in pages.items():

@@ -104,15 +104,18 @@ class RunData:
         return {record.stem.removeprefix("evaluation-"): record for record in found}
 
 
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in FILES)
+
+
 def read_run(folder: Path) -> RunData:
     """The run in `folder`. Raises UserError only if the folder does not exist or has no file of a run."""
     if not folder.is_dir():
-        beside = [path for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-        runs = [path.name for path in beside if any((path / name).is_file() for name in FILES)]
-        raise UserError(
-            f"no run {str(folder)!r}.{nearest(folder.name, runs)} Possible: {', '.join(sorted(runs)) or 'none'}"
-        )
-    if not any((folder / name).is_file() for name in FILES):
+        runs = [path.name for path in folder.parent.iterdir() if _is_run(path)] if folder.parent.is_dir() else []
+        usual = Path("results", folder)
+        near = f" Did you mean {str(usual)!r}?" if _is_run(usual) else nearest(folder.name, runs)
+        raise UserError(f"no run {str(folder)!r}.{near} Possible: {', '.join(sorted(runs)) or 'none'}")
+    if not _is_run(folder):
         raise UserError(f"{str(folder)!r} is not a run: it has none of {', '.join(FILES)}")
     problems: list[str] = []
     notes: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Literal
 import click
 from rich.console import Console
 
-from distillbench.errors import UserError
+from distillbench.errors import UserError, quoted
 from distillbench.reports.paper_style import PaperStyle
 from distillbench.reports.runs import RunData, read_run
 from distillbench.storage.files import check_writable, write_text
@@ -21,6 +22,7 @@ TABLES: dict[str, tuple[str, Literal["markdown", "latex", "csv"]]] = {
     "latex": ("table.tex", "latex"),
     "csv": ("paper.csv", "csv"),  # table.csv is the run's own
 }
+ENDINGS = {".html": "html", ".md": "markdown", ".tex": "latex", ".csv": "csv"}  # of files that --output can name
 WATCH_SECONDS = 5.0
 SETTING = re.compile(r"(\w+)=(\d+)")
 
@@ -29,14 +31,14 @@ def report_runs(
     folders: Sequence[str], forms: Sequence[str], output: str | None, columns: Sequence[str],
     precision: Sequence[str], sort: str | None, style: PaperStyle, watch: bool, console: Console,
 ) -> None:  # fmt: skip
-    """Write reports of the runs in `folders` to `output`, or to the folder of the first run.
+    """Write reports of the runs in `folders` to `output`, a folder or a file, or to the folder of the first run.
 
-    `forms` are some of html, markdown, latex, csv and figures. Raises UserError for folders that are not runs and for
-    unknown columns.
+    `forms` are some of html, markdown, latex, csv and figures; without any, the ending of a file chooses. Raises
+    UserError for folders that are not runs, for unknown columns, and for an `output` that is no place for `forms`.
     """
-    target = Path(output) if output is not None else Path(folders[0])
+    forms, target, file = _place(forms, output, Path(folders[0]))
     if output is not None:
-        check_writable(target)
+        check_writable(target, "--output")
     names = [name.strip() for text in columns for name in text.split(",") if name.strip()] or None
     decimals = _decimals(precision)
 
@@ -45,7 +47,7 @@ def report_runs(
         for run in runs:
             for problem in [*run.problems, *run.notes]:
                 click.echo(f"{run.name}: {problem}", err=True)
-        for path in _write(runs, forms, target, names, decimals, sort, style):
+        for path in _write(runs, forms, target, file, names, decimals, sort, style):
             console.print(f"written: {path}", markup=False, soft_wrap=True)
 
     write()
@@ -53,17 +55,39 @@ def report_runs(
         _watch([Path(folder) for folder in folders], write)
 
 
+def _place(forms: Sequence[str], output: str | None, run: Path) -> tuple[Sequence[str], Path, str]:
+    """The forms, the folder, and the name of the file if `output` is one. Its ending must be that of its only form."""
+    if output is None:
+        return forms or ["html"], run, ""
+    path = Path(output)
+    if path.is_dir() or output.endswith(("/", os.sep)) or not re.fullmatch(r"\.[A-Za-z]+", path.suffix):
+        return forms or ["html"], path, ""
+    form = ENDINGS.get(path.suffix.lower())
+    if form is None:
+        raise UserError(
+            f"--output {quoted(output)} ends in {path.suffix}. Possible: a file that ends in {', '.join(ENDINGS)}, "
+            "or a folder (with / at its end)"
+        )
+    if forms and set(forms) != {form}:
+        raise UserError(
+            f"--output {quoted(output)} is one file, of --as {form}, got --as {' --as '.join(forms)}: name a folder"
+        )
+    return [form], path.parent, path.name
+
+
 def _write(
-    runs: Sequence[RunData], forms: Sequence[str], target: Path, columns: Sequence[str] | None,
+    runs: Sequence[RunData], forms: Sequence[str], target: Path, file: str, columns: Sequence[str] | None,
     precision: dict[str, int], sort: str | None, style: PaperStyle,
 ) -> list[Path]:  # fmt: skip
+    """Write the forms into the folder `target`; `file` is the name of the only one, or ""."""
     written: list[Path] = []
     for form in dict.fromkeys(forms):
         if form == "html":
             from distillbench.reports.html import write_html
 
-            write_html(runs, target / "report.html")
-            written.append(target / "report.html")
+            path = target / (file or "report.html")
+            write_html(runs, path)
+            written.append(path)
         elif form == "figures":
             from distillbench.reports.figures import write_figures
 
@@ -71,10 +95,10 @@ def _write(
         else:
             from distillbench.reports.papers import paper_table
 
-            file, kind = TABLES[form]
-            text = paper_table(runs, columns, precision, sort, kind, style)
-            write_text(target / file, text)
-            written.append(target / file)
+            usual, kind = TABLES[form]
+            path = target / (file or usual)
+            write_text(path, paper_table(runs, columns, precision, sort, kind, style))
+            written.append(path)
     return written
 
 

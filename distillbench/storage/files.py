@@ -136,8 +136,8 @@ def _existing(folder: Path) -> Path:
     return parent
 
 
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless files can be created in `folder` or in its nearest existing parent."""
+def check_writable(folder: Path, setting: str = "results_dir") -> None:
+    """Raise UserError, which names the `setting`, unless files can be created in `folder` or its nearest parent."""
     try:
         parent = _existing(folder)
         if not parent.is_dir():
@@ -146,4 +146,4 @@ def check_writable(folder: Path) -> None:
         if not os.access(parent, os.W_OK):
             raise PermissionError(f"{parent} is read-only")
     except OSError as error:
-        raise UserError(f"results_dir: cannot write to {str(folder)!r}: {error.strerror or error}") from error
+        raise UserError(f"{setting}: cannot write to {str(folder)!r}: {error.strerror or error}") from error

@@ -39,6 +39,45 @@ def test_report_is_written_beside_the_table(run):
     assert (run / "report.html").is_file()
 
 
+def test_report_writes_the_file_that_is_named(run, tmp_path, capsys):
+    file = tmp_path / "new" / "Mine.html"
+    commands.main(["report", str(run), "-o", str(file)])
+    assert list(file.parent.iterdir()) == [file] and "<html" in file.read_text()
+    assert capsys.readouterr().out.split() == ["written:", str(file)]
+    commands.main(["report", str(run), "-o", str(tmp_path / "paper.tex")])
+    assert "tabular" in (tmp_path / "paper.tex").read_text()
+    (tmp_path / "old.html").mkdir()
+    for folder in ("old.html", "results-1.0", "new.one/"):
+        commands.main(["report", str(run), "--as", "csv", "-o", f"{tmp_path}/{folder}"])
+        assert (tmp_path / folder / "paper.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a.pdf"], "error: --output 'a.pdf' ends in .pdf. Possible: a file that ends in .html, .md, .tex, .csv, or a"),
+        (["a.html", "--as", "csv"], "error: --output 'a.html' is one file, of --as html, got --as csv: name a folder"),
+    ],
+)
+def test_report_refuses_a_file_that_fits_no_form(run, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert done("report", run, "-o", *words) == 2
+    assert capsys.readouterr().err.startswith(message) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["list", "methds"], "methods"),
+        (["report", "x", "--as", "htm"], "html"),
+        (["new-plugin", "x", "--kind", "tacher"], "teacher"),
+    ],
+)
+def test_a_wrong_choice_has_the_nearest(capsys, words, meant):
+    assert done(*words) == 2
+    assert f"Did you mean '{meant}'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -51,9 +90,13 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, words, message):
     assert capsys.readouterr().err.startswith(message)
 
 
-def test_there_is_no_such_run(run, capsys):
+def test_there_is_no_such_run(run, tmp_path, capsys, monkeypatch):
     assert done("report", run.parent / "mime") == 2
     assert "Did you mean 'mine'?" in capsys.readouterr().err
+    (tmp_path / "results").symlink_to(run.parent)
+    monkeypatch.chdir(tmp_path)
+    assert done("show", "mine") == 2
+    assert "Did you mean 'results/mine'?" in capsys.readouterr().err
 
 
 def test_show_compare_and_merge(run, tmp_path, capsys):
