@@ -36,7 +36,7 @@ the code; `distillbench COMMAND --help` prints the same. Every command also take
 
     eval "$(_DISTILLBENCH_COMPLETE=bash_source distillbench)"
 
-with the shell's name in `bash_source`.
+with the shell's name in `bash_source` (fish: [another line](installation.md#completion-of-the-command-line)).
 """
 SETTINGS = """## Settings
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import click
-from click.shell_completion import BashComplete, add_completion_class
+from click.shell_completion import BashComplete, FishComplete, ZshComplete, add_completion_class
 
 from distillbench.cli.plugin_table import PluginTable, plugin_table
 
@@ -18,15 +18,37 @@ OPENED = "COMPREPLY+=($value)"
 WITHOUT_BLANK = "[[ $value == *[=[,] ]] && compopt -o nospace; COMPREPLY+=($value)"
 
 
+ZSH_ALL = "compadd -U -V unsorted -a completions"
+ZSH_WITHOUT_BLANK = """local -a begun=(${(M)completions:#*[=,[]}) whole=(${completions:#*[=,[]})
+        compadd -U -S '' -V unsorted -a begun
+        compadd -U -V unsorted -a whole"""
+FISH_SPLIT = 'string split "," $completion'
+FISH_SPLIT_ONCE = 'string split -m 1 "," $completion'
+
+
 class BashWithoutBlank(BashComplete):
     """Bash's completion by click, but without a blank after ``dataset=``, where the value follows."""
 
     source_template = BashComplete.source_template.replace(OPENED, WITHOUT_BLANK)
 
 
+class ZshWithoutBlank(ZshComplete):
+    """Zsh's completion by click, but without a blank after ``dataset=``, where the value follows."""
+
+    source_template = ZshComplete.source_template.replace(ZSH_ALL, ZSH_WITHOUT_BLANK)
+
+
+class FishWithCommas(FishComplete):
+    """fish's completion by click, which cuts words such as ``methods=[boot,cm]`` at their first comma."""
+
+    source_template = FishComplete.source_template.replace(FISH_SPLIT, FISH_SPLIT_ONCE)
+
+
 def install() -> None:
-    """Let click use it."""
+    """Let click use them."""
     add_completion_class(BashWithoutBlank, "bash")
+    add_completion_class(ZshWithoutBlank, "zsh")
+    add_completion_class(FishWithCommas, "fish")
 
 
 def complete_setting(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:

@@ -329,9 +329,11 @@ def test_settings_are_completed(table, before, incomplete, found):
     assert offered == (sorted(table.of_kind("datasets")) if found is None else found)
 
 
-def test_bash_adds_no_blank_where_a_value_follows():
-    """Click's template is changed in one place; if Click changes it, this fails."""
+def test_the_scripts_of_shells_are_those_that_were_tried():
+    """Click's templates are changed in one place each; if Click changes them, this fails."""
     assert completion.WITHOUT_BLANK in completion.BashWithoutBlank.source_template
+    assert completion.ZSH_WITHOUT_BLANK in completion.ZshWithoutBlank.source_template
+    assert completion.FISH_SPLIT_ONCE in completion.FishWithCommas.source_template
 
 
 def test_the_version_names_what_a_report_of_a_fault_needs(capsys):
