@@ -17,6 +17,7 @@ import diffusers
 import torch
 from diffusers.utils import is_accelerate_available
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from torch import Tensor
 
 from distillbench.errors import UserError
@@ -60,7 +61,10 @@ def export(
         raise UserError(f"{str(output)!r} exists already: --output must name a new folder")
     student = find_student(run_folder, method, seed, registry, progress)
     with progress.step(f"exporting {student.cell.label}"):
-        difference, pipeline = write_student(student, output)
+        try:
+            difference, pipeline = write_student(student, output)
+        except SafetensorError as error:  # such as a full disk
+            raise UserError(f"cannot write {str(output)!r}: {error}") from error
     progress.say(
         f"written: {output}, a {pipeline}; largest difference from the student in {CHECKED} images, in [-1, 1]: "
         f"{difference:.1e}"
