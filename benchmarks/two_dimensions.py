@@ -18,11 +18,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+from scipy.spatial import cKDTree
+from scipy.stats import wasserstein_distance
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "results" / "reference" / "two_dimensions"
 CHECKERBOARD = ROOT / "examples" / "distillbench-checkerboard" / "src"
-POINTS = 4096  # samples of each row that are scored
+POINTS, KEPT = 4096, 2000  # samples of each row that are scored, and that the pictures show
+REFERENCE_POINTS, DRAWS, DIRECTIONS = 20_000, 20, 64
 TEACHER_STEPS = 256
 METHODS = (
     "boot", "cm", "ct", "ctm", "direct", "dmd", "ect", "imm", "lcm", "meanflow", "moment", "pd", "reflow", "scm", "sid",
@@ -32,6 +36,7 @@ DISTRIBUTIONS = "mixture", "checkerboard", "spiral"
 MODES, TURNS, COMPONENTS = 8, 1.75, 96
 MODE_STD, CURVE_STD = 0.06, 0.03
 FIELDS, REACH = 4, 0.8  # the defaults of dataset=checkerboard
+COUNTS = "train_images", "train_teacher_nfe", "train_student_nfe"
 
 
 def centres(name: str) -> np.ndarray:
@@ -80,6 +85,110 @@ def train(results: Path, methods: str, images: int, names: list[str]) -> int:
     return worst
 
 
+def draw(name: str, count: int, random: np.random.Generator) -> np.ndarray:
+    """Points (count,2) of the distribution, without the code of distillbench."""
+    if name == "checkerboard":
+        dark = np.array([(i, j) for i in range(FIELDS) for j in range(FIELDS) if (i + j) % 2 == 0])
+        return (dark[random.integers(len(dark), size=count)] + random.random((count, 2))) * 2 * REACH / FIELDS - REACH
+    means = centres(name)
+    std = MODE_STD if name == "mixture" else CURVE_STD
+    return means[random.integers(len(means), size=count)] + std * random.standard_normal((count, 2))
+
+
+class Truth:
+    """What samples are compared with: `REFERENCE_POINTS` points of the distribution."""
+
+    def __init__(self, name: str) -> None:
+        random = np.random.default_rng(0)
+        self.points = draw(name, REFERENCE_POINTS, random)
+        self.tree = cKDTree(self.points)
+        angle = math.pi * (np.arange(DIRECTIONS) + 0.5) / DIRECTIONS
+        self.directions = np.stack([np.cos(angle), np.sin(angle)])
+        fresh = [draw(name, POINTS, random) for _ in range(DRAWS)]
+        self.beyond = np.quantile([self.tree.query(points)[0] for points in fresh], 0.99)
+        self.apart = np.quantile([cKDTree(points).query(self.points)[0] for points in fresh], 0.99)
+        self.floor = float(np.quantile([self.sliced_wasserstein(points) for points in fresh], 0.95))
+
+    def sliced_wasserstein(self, points: np.ndarray) -> float:
+        """The mean over directions of the Wasserstein-1 distance between both projections, in pixel values."""
+        pairs = zip((points @ self.directions).T, (self.points @ self.directions).T, strict=True)
+        return float(np.mean([wasserstein_distance(ours, true) for ours, true in pairs]))
+
+    def scores(self, points: np.ndarray) -> dict[str, float]:
+        """Of points (N,2), one row of the table."""
+        return {
+            "sliced_wasserstein": self.sliced_wasserstein(points),
+            "sliced_wasserstein_floor": self.floor,
+            "outside": float((self.tree.query(points)[0] > self.beyond).mean()),
+            "missed": float((cKDTree(points).query(self.points)[0] > self.apart).mean()),
+        }
+
+
+def rmse(a: np.ndarray, b: np.ndarray) -> float:
+    """The root mean square difference of two sets of points (N,2), over points and both values."""
+    return float(np.sqrt(((a - b) ** 2).mean()))
+
+
+def keep(results: Path, names: list[str]) -> None:
+    """Write the points of the pictures and the table of scores."""
+    REFERENCE.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in names:
+        points, facts = samples(results / name)
+        truth = Truth(name)
+        teacher = points[f"teacher@{TEACHER_STEPS}"]
+        unrelated = rmse(teacher, np.roll(teacher, 1, axis=0))
+        for label, fact in facts.items():
+            scores = truth.scores(points[label]) | {"teacher_rmse": rmse(points[label], teacher)}
+            rows.append({"distribution": name, **fact, **scores, "unrelated_rmse": unrelated})
+        points["true"] = draw(name, KEPT, np.random.default_rng(1))
+        rounded = {label: points[label][:KEPT].astype(np.float16) for label in ("noise", "true", *shown(facts))}
+        np.savez_compressed(REFERENCE / f"{name}.npz", **rounded)
+        print(f"{name}: {len(facts)} rows")
+    table = pd.DataFrame(rows).astype(dict.fromkeys(COUNTS, "Int64"))
+    table.to_csv(REFERENCE / "table.csv", index=False, float_format="%.4g", lineterminator="\n")
+
+
+def shown(facts: dict[str, dict]) -> list[str]:
+    """The rows that pictures show: of the teacher several steps, of a method its fewest and its most evaluations."""
+    nfe = {method: [fact["nfe"] for fact in facts.values() if fact["method"] == method] for method in METHODS}
+    ends = [f"{method}@{n}" for method, found in nfe.items() if found for n in dict.fromkeys((min(found), max(found)))]
+    return [label for label in facts if label in ends or (label.startswith("teacher") and label != "teacher@1")]
+
+
+def samples(run: Path) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+    """Points (N,2) of the noise and of every row of a finished run, and the facts about each row, named METHOD@NFE."""
+    import torch
+
+    from distillbench.diffusion.conditioning import UNCONDITIONAL
+    from distillbench.diffusion.noise import Noise, stream_key
+    from distillbench.evaluation.evaluator import EVALUATION, teacher_sampler
+    from distillbench.export.run_export import find_student, find_teacher
+    from distillbench.registry import in_folders, installed, load_registry
+    from distillbench.system.progress import Progress
+    from distillbench.testing.method_kinds import kind_of
+
+    registry, progress = load_registry([*installed(), *in_folders([CHECKERBOARD])]), Progress(None)
+    noise = Noise(stream_key(EVALUATION, 0), range(POINTS), (2, 1, 1))
+    points, facts = {"noise": noise(0)}, {}
+    with torch.no_grad():
+        for row in pd.read_csv(run / "table.csv").query("status == 'ok'").itertuples(index=False):
+            if row.method.startswith("teacher:"):
+                method, kind, keeps = "teacher", "", True
+                cell, teacher = find_teacher(run, row.method, registry, progress)
+                sample = teacher_sampler(teacher, cell.sampler())
+            else:
+                student = find_student(run, row.method, None, registry, progress, row.nfe).method
+                method, kind, keeps = row.method, kind_of(student), student.keeps_noise(row.nfe)
+                sample = student.sample
+            points[f"{method}@{row.nfe}"] = sample(noise, row.nfe, UNCONDITIONAL)
+            facts[f"{method}@{row.nfe}"] = {
+                "method": method, "nfe": row.nfe, "kind": kind, "keeps_noise": keeps, "train_images": row.train_images,
+                "train_teacher_nfe": row.train_teacher_nfe, "train_student_nfe": row.train_student_nfe,
+            }  # fmt: skip
+    return {label: array.reshape(POINTS, 2).double().numpy() for label, array in points.items()}, facts
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,6 +200,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "train":
         raise SystemExit(train(given.results, given.methods, given.images, given.distributions))
+    keep(given.results, given.distributions)
 
 
 if __name__ == "__main__":
