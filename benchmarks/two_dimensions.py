@@ -1,8 +1,8 @@
 """Distributions in two dimensions: every method's map and samples beside those of the exact teacher.
 
-    python benchmarks/two_dimensions.py train --results results/two_dimensions   # a finished student is found again
-    python benchmarks/two_dimensions.py keep --results results/two_dimensions    # writes results/reference/two_dimensions
-    python docs/generate_two_dimensions.py                                       # writes the pictures and the page
+    python benchmarks/two_dimensions.py train --results results/two_dimensions  # a finished student is found again
+    python benchmarks/two_dimensions.py keep --results results/two_dimensions   # to results/reference/two_dimensions
+    python docs/generate_two_dimensions.py                                      # the pictures and the page
 
 A point is an image of two pixels (2,1,1). The teachers are exact denoisers, so what is wrong in a picture is the
 student's. Students start from a network that was trained on samples of the distribution.
@@ -68,9 +68,9 @@ def dataset(name: str) -> list[str]:
 def command(name: str, methods: str, results: Path, images: int) -> list[str]:
     """The words of the run that trains `methods` on the distribution `name`."""
     return [
-        "run", f"methods=[{methods}]", *dataset(name), "dataset.count=50000", "teacher=gmm", "teacher.fit_images=500000",
-        "teacher.width=128", f"run_name={name}", f"results_dir={results}", f"budget.images={images}",
-        f"evaluation.images={POINTS}", f"evaluation.teacher_steps=[1,4,{TEACHER_STEPS}]",
+        "run", f"methods=[{methods}]", *dataset(name), "dataset.count=50000", "teacher=gmm",
+        "teacher.fit_images=500000", "teacher.width=128", f"run_name={name}", f"results_dir={results}",
+        f"budget.images={images}", f"evaluation.images={POINTS}", f"evaluation.teacher_steps=[1,4,{TEACHER_STEPS}]",
         "evaluation.metrics=[teacher_rmse,spread]", "evaluation.timing=off", "evaluation.progress_every=0",
         f"--plugins-dir={CHECKERBOARD}",
     ]  # fmt: skip

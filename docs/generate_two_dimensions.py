@@ -26,6 +26,7 @@ BETWEEN = (
     "**Distribution**: sliced Wasserstein distance to the true distribution, and the share of samples outside it.\n"
 )
 COLUMNS, SIDE, DPI = 5, 1.6, 120  # panels in a row, inches of a panel
+IN_STRIP = 1200  # points of each panel
 SHADES = 128  # colours of a stored picture
 BACKGROUND, TEXT, FRAME = "#ffffff", "#222222", "#bbbbbb"
 FIRST = {
@@ -83,13 +84,14 @@ def picture(points: Mapping[str, np.ndarray]) -> Figure:
 
 
 def strip(method: str, sets: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-    """One method on every distribution, at its fewest and at its most evaluations. `sets` has points by distribution."""
+    """One method at its fewest and at its most evaluations. `sets`: the points of each distribution."""
     panels = [(name, row) for name, points in sets.items() for row in students(points)[method]]
     figure, axes = grid(len(panels), max(len(panels), 4))
     for ax, (name, row) in zip(axes, panels, strict=False):
         nfe = row.partition("@")[2]
         words = f"{name}, {nfe} step{'s' if nfe != '1' else ''}"
-        panel(ax, sets[name][row], colours(sets[name]["noise"].astype(float)), words)
+        noise = sets[name]["noise"][:IN_STRIP].astype(float)
+        panel(ax, sets[name][row][:IN_STRIP], colours(noise), words)
     return figure
 
 
