@@ -25,9 +25,10 @@ from scipy.stats import wasserstein_distance
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "results" / "reference" / "two_dimensions"
 CHECKERBOARD = ROOT / "examples" / "distillbench-checkerboard" / "src"
+SAMPLER = "ddim"
 POINTS, KEPT = 4096, 2000  # samples of each row that are scored, and that the pictures show
 REFERENCE_POINTS, DRAWS, DIRECTIONS = 20_000, 20, 64
-TEACHER_STEPS = 256
+TEACHER_ROWS = 1, 4, 16, 64, 256  # DDIM's steps; the last are what maps are compared with
 METHODS = (
     "boot", "cm", "ct", "ctm", "direct", "dmd", "ect", "imm", "lcm", "meanflow", "moment", "pd", "reflow", "scm", "sid",
     "tract",
@@ -65,24 +66,23 @@ def dataset(name: str) -> list[str]:
     return ["dataset=gmm", *(f"dataset.{key}={json.dumps(c, separators=(',', ':'))}" for key, c in columns.items())]
 
 
-def command(name: str, methods: str, results: Path, images: int) -> list[str]:
-    """The words of the run that trains `methods` on the distribution `name`."""
+def command(name: str, methods: str, results: Path, images: int, settings: list[str]) -> list[str]:
+    """The words of the run that trains `methods` on the distribution `name`, with further `settings`."""
     return [
         "run", f"methods=[{methods}]", *dataset(name), "dataset.count=50000", "teacher=gmm",
         "teacher.fit_images=500000", "teacher.width=128", f"run_name={name}", f"results_dir={results}",
-        f"budget.images={images}", f"evaluation.images={POINTS}", f"evaluation.teacher_steps=[1,4,{TEACHER_STEPS}]",
+        f"budget.images={images}", f"evaluation.images={POINTS}", f"evaluation.teacher_steps=[1,4,{TEACHER_ROWS[-1]}]",
         "evaluation.metrics=[teacher_rmse,spread]", "evaluation.timing=off", "evaluation.progress_every=0",
-        f"--plugins-dir={CHECKERBOARD}",
+        *settings, f"--plugins-dir={CHECKERBOARD}",
     ]  # fmt: skip
 
 
-def train(results: Path, methods: str, images: int, names: list[str]) -> int:
-    """Run all distributions, one after another. Returns the exit code of the last that failed, or 0."""
-    worst = 0
-    for name in names:
-        words = command(name, methods, results, images)
-        worst = subprocess.run([sys.executable, "-m", "distillbench", *words], check=False).returncode or worst
-    return worst
+def train(commands: list[list[str]]) -> int:
+    """Run them one after another. Returns the exit code of the last that failed, or 0."""
+    codes = [
+        subprocess.run([sys.executable, "-m", "distillbench", *words], check=False).returncode for words in commands
+    ]
+    return next((code for code in reversed(codes) if code), 0)
 
 
 def draw(name: str, count: int, random: np.random.Generator) -> np.ndarray:
@@ -129,31 +129,36 @@ def rmse(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sqrt(((a - b) ** 2).mean()))
 
 
-def keep(results: Path, names: list[str]) -> None:
-    """Write the points of the pictures and the table of scores."""
-    REFERENCE.mkdir(parents=True, exist_ok=True)
-    rows = []
+def keep(results: Path, names: list[str], folder: Path) -> None:
+    """Write the points of the pictures, the environments and the scores. Rows of other distributions stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table, environments = folder / "table.csv", folder / "environment.json"
+    rows = pd.read_csv(table).query("distribution not in @names").to_dict("records") if table.exists() else []
+    found = json.loads(environments.read_text()) if environments.exists() else {}
     for name in names:
         points, facts = samples(results / name)
         truth = Truth(name)
-        teacher = points[f"teacher@{TEACHER_STEPS}"]
+        teacher = points[f"teacher@{TEACHER_ROWS[-1]}"]
         unrelated = rmse(teacher, np.roll(teacher, 1, axis=0))
         for label, fact in facts.items():
             scores = truth.scores(points[label]) | {"teacher_rmse": rmse(points[label], teacher)}
             rows.append({"distribution": name, **fact, **scores, "unrelated_rmse": unrelated})
         points["true"] = draw(name, KEPT, np.random.default_rng(1))
         rounded = {label: points[label][:KEPT].astype(np.float16) for label in ("noise", "true", *shown(facts))}
-        np.savez_compressed(REFERENCE / f"{name}.npz", **rounded)
+        np.savez_compressed(folder / f"{name}.npz", **rounded)
+        found[name] = json.loads((results / name / "environment.json").read_text())
         print(f"{name}: {len(facts)} rows")
-    table = pd.DataFrame(rows).astype(dict.fromkeys(COUNTS, "Int64"))
-    table.to_csv(REFERENCE / "table.csv", index=False, float_format="%.4g", lineterminator="\n")
+    kept = pd.DataFrame(rows).astype(dict.fromkeys(COUNTS, "Int64"))
+    kept = kept.sort_values("distribution", key=lambda column: column.map(DISTRIBUTIONS.index), kind="stable")
+    kept.to_csv(table, index=False, float_format="%.4g", lineterminator="\n")
+    environments.write_text(json.dumps({name: found[name] for name in DISTRIBUTIONS if name in found}, indent=2) + "\n")
 
 
 def shown(facts: dict[str, dict]) -> list[str]:
-    """The rows that pictures show: of the teacher several steps, of a method its fewest and its most evaluations."""
+    """The rows that pictures show: two of the teacher, and of a method its fewest and its most evaluations."""
     nfe = {method: [fact["nfe"] for fact in facts.values() if fact["method"] == method] for method in METHODS}
     ends = [f"{method}@{n}" for method, found in nfe.items() if found for n in dict.fromkeys((min(found), max(found)))]
-    return [label for label in facts if label in ends or (label.startswith("teacher") and label != "teacher@1")]
+    return ["teacher@4", f"teacher@{TEACHER_ROWS[-1]}", *ends]
 
 
 def samples(run: Path) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
@@ -171,20 +176,19 @@ def samples(run: Path) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
     registry, progress = load_registry([*installed(), *in_folders([CHECKERBOARD])]), Progress(None)
     noise = Noise(stream_key(EVALUATION, 0), range(POINTS), (2, 1, 1))
     points, facts = {"noise": noise(0)}, {}
+    cell, teacher = find_teacher(run, f"teacher:{SAMPLER}", registry, progress)
+    solve = teacher_sampler(teacher, cell.sampler())
+    table = pd.read_csv(run / "table.csv").query("status == 'ok'")
     with torch.no_grad():
-        for row in pd.read_csv(run / "table.csv").query("status == 'ok'").itertuples(index=False):
-            if row.method.startswith("teacher:"):
-                method, kind, keeps = "teacher", "", True
-                cell, teacher = find_teacher(run, row.method, registry, progress)
-                sample = teacher_sampler(teacher, cell.sampler())
-            else:
-                student = find_student(run, row.method, None, registry, progress, row.nfe).method
-                method, kind, keeps = row.method, kind_of(student), student.keeps_noise(row.nfe)
-                sample = student.sample
-            points[f"{method}@{row.nfe}"] = sample(noise, row.nfe, UNCONDITIONAL)
-            facts[f"{method}@{row.nfe}"] = {
-                "method": method, "nfe": row.nfe, "kind": kind, "keeps_noise": keeps, "train_images": row.train_images,
-                "train_teacher_nfe": row.train_teacher_nfe, "train_student_nfe": row.train_student_nfe,
+        for nfe in TEACHER_ROWS:
+            points[f"teacher@{nfe}"] = solve(noise, nfe, UNCONDITIONAL)
+            facts[f"teacher@{nfe}"] = {"method": "teacher", "nfe": nfe, "kind": "", "keeps_noise": True}
+        for row in table[~table["method"].str.startswith("teacher:")].itertuples(index=False):
+            student = find_student(run, row.method, None, registry, progress, row.nfe).method
+            points[f"{row.method}@{row.nfe}"] = student.sample(noise, row.nfe, UNCONDITIONAL)
+            facts[f"{row.method}@{row.nfe}"] = {
+                "method": row.method, "nfe": row.nfe, "kind": kind_of(student),
+                "keeps_noise": student.keeps_noise(row.nfe), **{name: getattr(row, name) for name in COUNTS},
             }  # fmt: skip
     return {label: array.reshape(POINTS, 2).double().numpy() for label, array in points.items()}, facts
 
@@ -193,14 +197,17 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "keep"))
+    parser.add_argument("settings", nargs="*", help="of train: further settings, such as methods.scm.lr=5e-4")
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--images", type=int, default=300_000)
     parser.add_argument("--distributions", nargs="+", choices=DISTRIBUTIONS, default=list(DISTRIBUTIONS))
+    parser.add_argument("--to", type=Path, default=REFERENCE, help="of keep: the folder that is written")
     given = parser.parse_args()
     if given.what == "train":
-        raise SystemExit(train(given.results, given.methods, given.images, given.distributions))
-    keep(given.results, given.distributions)
+        wanted = (given.methods, given.results, given.images, given.settings)
+        raise SystemExit(train([command(name, *wanted) for name in given.distributions]))
+    keep(given.results, given.distributions, given.to)
 
 
 if __name__ == "__main__":
