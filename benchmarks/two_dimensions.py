@@ -95,6 +95,14 @@ def draw(name: str, count: int, random: np.random.Generator) -> np.ndarray:
     return means[random.integers(len(means), size=count)] + std * random.standard_normal((count, 2))
 
 
+def sliced_wasserstein(a: np.ndarray, b: np.ndarray) -> float:
+    """The mean over directions of the Wasserstein-1 distance between both projections, in pixel values."""
+    angle = math.pi * (np.arange(DIRECTIONS) + 0.5) / DIRECTIONS
+    directions = np.stack([np.cos(angle), np.sin(angle)])
+    pairs = zip((a @ directions).T, (b @ directions).T, strict=True)
+    return float(np.mean([wasserstein_distance(ours, theirs) for ours, theirs in pairs]))
+
+
 class Truth:
     """What samples are compared with: `REFERENCE_POINTS` points of the distribution."""
 
@@ -102,22 +110,15 @@ class Truth:
         random = np.random.default_rng(0)
         self.points = draw(name, REFERENCE_POINTS, random)
         self.tree = cKDTree(self.points)
-        angle = math.pi * (np.arange(DIRECTIONS) + 0.5) / DIRECTIONS
-        self.directions = np.stack([np.cos(angle), np.sin(angle)])
         fresh = [draw(name, POINTS, random) for _ in range(DRAWS)]
         self.beyond = np.quantile([self.tree.query(points)[0] for points in fresh], 0.99)
         self.apart = np.quantile([cKDTree(points).query(self.points)[0] for points in fresh], 0.99)
-        self.floor = float(np.quantile([self.sliced_wasserstein(points) for points in fresh], 0.95))
-
-    def sliced_wasserstein(self, points: np.ndarray) -> float:
-        """The mean over directions of the Wasserstein-1 distance between both projections, in pixel values."""
-        pairs = zip((points @ self.directions).T, (self.points @ self.directions).T, strict=True)
-        return float(np.mean([wasserstein_distance(ours, true) for ours, true in pairs]))
+        self.floor = float(np.quantile([sliced_wasserstein(points, self.points) for points in fresh], 0.95))
 
     def scores(self, points: np.ndarray) -> dict[str, float]:
-        """Of points (N,2), one row of the table."""
+        """Of points (N,2), a part of a row of the table."""
         return {
-            "sliced_wasserstein": self.sliced_wasserstein(points),
+            "sliced_wasserstein": sliced_wasserstein(points, self.points),
             "sliced_wasserstein_floor": self.floor,
             "outside": float((self.tree.query(points)[0] > self.beyond).mean()),
             "missed": float((cKDTree(points).query(self.points)[0] > self.apart).mean()),
