@@ -25,6 +25,11 @@ This page is written by `docs/generate_gallery.py` from the plugins.
 
 ![samples of the teacher and of each student at one evaluation, from the same noise](samples.png)
 
+The same methods on eight clusters in the plane, with the colour of the noise. A method's name below leads to
+[its pictures](two_dimensions.md) on this and two other distributions.
+
+![the noise, the distribution, the teacher's samples and those of each student](two_dimensions/mixture.png)
+
 """
 TAIL = """
 - **Distribution**: these have no `teacher_rmse`, the distance to the teacher's sample for the same noise.
@@ -58,7 +63,7 @@ def page() -> str:
 def _row(cell: Cell, method: Method, registry: Registry) -> list[str]:
     cls, cost = registry.methods[cell.name].cls, cell.cost
     return [
-        f"`{cell.name}`",
+        f"[`{cell.name}`](two_dimensions.md#{cell.name})",
         _idea(cls),
         cls.paper,
         "needed" if cls.needs_data else "no",

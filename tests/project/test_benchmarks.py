@@ -23,7 +23,19 @@ def output_of(name, words, monkeypatch, capsys) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["launches", "loading", "memory", "overhead", "reading", "sampling", "scoring", "startup", "tables"]
+    "name",
+    [
+        "launches",
+        "loading",
+        "memory",
+        "overhead",
+        "reading",
+        "sampling",
+        "scoring",
+        "startup",
+        "tables",
+        "two_dimensions",
+    ],
 )
 def test_a_benchmark_has_a_help_text(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:

@@ -263,9 +263,9 @@ def test_generated_pages_are_those_of_this_code(name):
     assert (DOCS / f"{name}.md").read_text() == made, f"docs/{name}.md is stale: python docs/generate_{name}.py"
 
 
-@pytest.mark.parametrize("name", ["experiments", "results"])
+@pytest.mark.parametrize("name", ["experiments", "results", "two_dimensions"])
 def test_generated_tables_are_those_of_their_sources(name):
-    """Of the reference run, and of the headers of the prepared experiments."""
+    """Of the reference runs, and of the headers of the prepared experiments."""
     text, generator = (DOCS / f"{name}.md").read_text(), page_generator(f"generate_{name}")
     before, after = generator.MARKS
     assert text.count(before) == text.count(after) == 1

@@ -98,8 +98,8 @@ class UniformOnFields(Distribution):
 
 
 def mills(z: Tensor) -> Tensor:
-    """Phi(-z) / phi(z), infinite far below 0."""
-    return math.sqrt(math.pi / 2) * erfcx(z / math.sqrt(2))
+    """Phi(-z) / phi(z), above 1e135 below z = -25. There it is constant: infinite ones have no finite gradients."""
+    return math.sqrt(math.pi / 2) * erfcx(z.clamp(min=-25) / math.sqrt(2))
 
 
 def sha256_of(plain: Any) -> str:

@@ -111,6 +111,18 @@ def test_at_both_ends_of_the_noise():
     assert ((asked >= distribution.a[field] - 1e-9) & (asked <= distribution.b[field] + 1e-9)).all()
 
 
+def test_gradients_are_those_of_finite_differences_at_low_noise():
+    """Also where a point is many standard deviations inside its field."""
+    distribution, size = board().distribution, 1e-6
+    x, tau = points(200, 1.0).requires_grad_(), torch.full((200,), 0.002).double()
+    f = lambda x: distribution.denoise(x, torch.ones(200), tau)
+    (gradient,) = torch.autograd.grad(f(x).sum(), x)
+    with torch.no_grad():
+        shift = torch.tensor([size, 0]).double().view(1, 2, 1, 1)
+        differences = torch.cat([(f(x + d) - f(x - d)).sum(dim=1) / (2 * size) for d in (shift, shift.flip(1))], dim=1)
+    torch.testing.assert_close(gradient.flatten(1), differences.flatten(1), rtol=1e-3, atol=1e-3)
+
+
 def test_given_the_field_only_that_field_counts():
     distribution = board().distribution
     x_t, alpha, sigma = points(8, 1.0), torch.ones(1), torch.full((8, 1, 1, 1), 0.5).double()
