@@ -25,7 +25,7 @@ from distillbench.registry import Entry, Plugin, load_registry
 from distillbench.runs import cell as cell_module
 from distillbench.runs.cell_result import CellDescription, CellResult
 from distillbench.runs.config import compose_runs
-from distillbench.runs.executor_config import LocalConfig
+from distillbench.runs.executor_config import LocalConfig, RayConfig, SubmititConfig
 from distillbench.runs.plan import plan
 from distillbench.runs.shared_context import SharedContext
 from distillbench.system.progress import Progress
@@ -523,13 +523,17 @@ def test_trials_may_be_chosen_together(tuning):
     mine = tuning(trials=7, at_once=3, ends=["well", "fails"])
     assert len(searched(mine, Counted())) == 7 and rounds == [3, 3, 1]
     workers = replace(mine.config, executor=LocalConfig(kind="local", workers=5), isolate=True)
-    assert replace(mine, tune=TuneConfig(), final=[workers]).at_once == 5
-    assert (
-        replace(
-            tuning(methods=("knob", "dial")), tune=TuneConfig(), final=[replace(workers, methods={1: 1, 2: 2})]
-        ).at_once
-        == 3
-    )
+    at_once = lambda config, **tune: replace(mine, tune=TuneConfig(**tune), final=[config]).at_once
+    assert at_once(workers) == 5 and at_once(replace(workers, methods={1: 1, 2: 2})) == 3
+    assert at_once(workers, at_once=2) == 2
+
+
+@pytest.mark.parametrize("cluster", [SubmititConfig("submitit"), RayConfig("ray")])
+def test_on_a_cluster_trials_are_chosen_one_after_the_other_unless_asked(tuning, cluster):
+    """How many jobs run there at a time is not known."""
+    mine = tuning()
+    mine = replace(mine, final=[replace(mine.config, executor=cluster, isolate=True)])
+    assert mine.at_once == 1 and replace(mine, tune=TuneConfig(at_once=4)).at_once == 4
 
 
 # --- halving ---------------------------------------------------------------------------------------------------------
