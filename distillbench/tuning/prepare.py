@@ -71,6 +71,11 @@ class Tuning:
             return self.tune.at_once or 1
         return -(-where.count // len(self.config.methods))
 
+    def most_images(self, share: float = 1.0) -> int:
+        """The training images of a trial that ends with the training of `share` of the budget."""
+        parts = (cells[0].shared.config.budget.images for part, cells in self.cells.items() if part <= share)
+        return len(self.tune.search_seeds) * sum(parts)
+
     def defaults(self, method: str) -> dict[str, Any]:
         """The values with which the search of a method begins: its defaults, or those on the command line."""
         return {name: setting_of(self.config.methods[method], name) for name in self.spaces[method]}

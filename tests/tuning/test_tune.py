@@ -274,6 +274,7 @@ def test_the_rows_name_the_protocol_and_the_price(tuned):
     assert row["tuning_seconds"] == pytest.approx(seconds.sum() + failed * seconds.max())
     assert f"tuning_seconds with that of the most expensive trial for {failed} failed trials" in row["reason"]
     assert pd.isna(row["tuning_joules"]) and "tuning_joules empty" in row["reason"]
+    assert row["tuning_sampling_nfe"] == 3 * 2 * IMAGES * 2  # trials, evaluations, images, sampling seeds
     teacher = tuned.rows("teacher:ddim")
     assert teacher["tuning"].fillna("").tolist() == [""] * len(teacher) and teacher["tuning_trials"].isna().all()
 
@@ -572,10 +573,15 @@ def test_halving_ends_trials_after_a_quarter_and_counts_what_it_saves(tuning):
     assert all("after 25% of the budget off_target was" in one.outcome.reason for one in pruned)
     assert sum(images == BUDGET for *_, images in executor.trained) == len({str(one.settings) for one in ok})
     # the price of the method is what was trained: the saving is in it
-    unmeasured = sum(one.outcome.costs["train_images"] is None for one in trials)
+    failed = [one.outcome for one in trials if one.outcome.costs["train_images"] is None]
+    assert failed and {one.share for one in failed} == {0.25}  # they end at once: only a quarter was at stake
     columns = price(mine, trials, ok[0])
     trained = len(ok) * (quarter + BUDGET) + len(pruned) * quarter
-    assert columns["tuning_images"] == trained + unmeasured * (quarter + BUDGET)
+    assert columns["tuning_images"] == trained + len(failed) * quarter
+    assert f"for {len(failed)} failed trials ({len(failed)} of them: a quarter)" in columns["reason"]
+    assert columns["tuning_seconds"] == 4.0 * len(ok) + 2.0 * (len(pruned) + len(failed))
+    late = replace(trials[0], outcome=Outcome("failed"))
+    assert price(mine, [trials[0], late], trials[0])["tuning_images"] == 2 * (quarter + BUDGET)
     # cut off between the quarter and the whole budget, it ends in the same way
     parts = Pretend()
     for parts.end_after in range(1, 9):
