@@ -15,7 +15,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -109,7 +108,8 @@ class UNet(TimedNetwork):
 class OfDiffusers(TimedNetwork):
     """Any UNet2DModel or DiTTransformer2DModel: `config` is the content of its config.json, with `_class_name`.
 
-    The config's sizes must be those of the images. Its class embedding needs a row for each class and one for no class.
+    The config's sizes must be those of the images. Its class embedding needs a row for each class and one for no class;
+    without classes a UNet2DModel needs none, and a DiTTransformer2DModel one class (``num_embeds_ada_norm: 1``).
     The network of diffusers gets `scale` times the time.
     """
 
@@ -184,11 +184,8 @@ class DiT(TimedNetwork):
         )
         self.inner = Wrapped(transformer, Call(scale=1000.0))
         self.embedding_channels = self.inner.embedding_channels
-        self.conditional = classes > 0
 
     def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
-        if not self.conditional:  # its class embedding has one row
-            c = Condition(torch.zeros(len(x), dtype=torch.int64, device=x.device))
         return self.inner(x, time, embedding, c)
 
     def time_features(self) -> PlacedFeatures:

@@ -179,7 +179,10 @@ class TextUNet(DiffusersNetwork):
 
 
 class DiT(DiffusersNetwork):
-    """A DiTTransformer2DModel: classes 0, ..., N - 1; row N of its class embedding is for no class."""
+    """A DiTTransformer2DModel: classes 0, ..., N - 1; row N of its class embedding is for no class.
+
+    One of a single class also serves without classes: all images have class 0, as in exported unconditional students.
+    """
 
     component = "transformer"
 
@@ -198,11 +201,13 @@ class DiT(DiffusersNetwork):
         )
 
     def _evaluate(self, x: Tensor, argument: Tensor, c: Condition) -> Tensor:
-        return self.wrapped(x, timestep=argument, class_labels=c.labels).sample
+        labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if c.labels is None else c.labels
+        return self.wrapped(x, timestep=argument, class_labels=labels).sample
 
     @classmethod
     def serves(cls, config: Mapping[str, Any]) -> dict[int, bool]:
-        return {config["num_embeds_ada_norm"]: True}
+        classes = config["num_embeds_ada_norm"]
+        return {classes: True} | ({0: False} if classes == 1 else {})
 
 
 # diffusers' networks, by class.

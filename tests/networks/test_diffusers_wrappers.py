@@ -143,6 +143,7 @@ def test_how_many_classes_a_network_serves():
     assert PixelUNet.serves({"num_class_embeds": None}) == {0: False}
     assert PixelUNet.serves({"num_class_embeds": 11}) == {10: True, 11: False}
     assert DiT.serves({"num_embeds_ada_norm": 1000}) == {1000: True}
+    assert DiT.serves({"num_embeds_ada_norm": 1}) == {1: True, 0: False}
     check_classes({10: True, 11: False}, 10, True, "x")
     check_classes({10: True, 11: False}, 11, False, "x")
     check_classes({0: False}, 0, False, "x")

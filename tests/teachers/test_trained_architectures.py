@@ -74,8 +74,9 @@ def written(folder, config):
         ({"architecture": UNET}, 0),
         ({"architecture": UNET | {"num_class_embeds": 11}}, 10),
         ({"architecture": TRANSFORMER}, 10),
+        ({"architecture": TRANSFORMER | {"num_embeds_ada_norm": 1}}, 0),
     ],
-    ids=["dit", "dit-classes", "unet-file", "unet-file-classes", "dit-file-classes"],
+    ids=["dit", "dit-classes", "unet-file", "unet-file-classes", "dit-file-classes", "dit-file"],
 )
 def test_it_is_trained_kept_and_found_again(settings, classes, tmp_path):
     if "architecture" in settings:
