@@ -36,6 +36,7 @@ TUNING: dict[str, str] = {
     "tuning_images": "Int64",
     "tuning_seconds": "Float64",
     "tuning_joules": "Float64",
+    "tuning_sampling_nfe": "Int64",
 }
 # Columns that tables of older versions lack; they are empty there.
 LATER = ("note", "inputs", *UPDATES, *STUDENT, *LOADS, *TUNING)

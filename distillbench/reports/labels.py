@@ -77,6 +77,7 @@ _COLUMNS: dict[str, tuple[str, str, str]] = {
     "tuning_images": ("search: images", "images that all these trials trained on", ""),
     "tuning_seconds": ("search: time", "training time of all these trials", "s"),
     "tuning_joules": ("search: energy", "energy of all these trials", "J"),
+    "tuning_sampling_nfe": ("search: sampling NFE", "evaluations in the search of settings of sampling", ""),
     "fraction": ("fraction of the budget", "progress of training", ""),
 }
 _COSTS: dict[str, tuple[str, str, str]] = {

@@ -44,24 +44,23 @@ class Trials:
     problems: list[str] = field(default_factory=list)
 
 
-def read_trials(folder: Path, columns: Mapping[str, Mapping[str, str]]) -> Trials | None:
+def read_trials(folder: Path, columns: Mapping[str, Mapping[str, str]], kind: str = TRIALS) -> Trials | None:
     """The trials in a run's folder; None if it has none. `columns`: what the run's scores declare.
 
+    `kind`: TRIALS, or AFTER for those of the search after training, which has equal trials with every protocol.
     What is missing or damaged becomes a problem, and the rest is used.
     """
     problems: list[str] = []
-    table = _table(folder, problems)
+    table = _table(folder, kind, problems)
     if table is None:
         return Trials("", None, "", "", {}, problems) if problems else None
     lacking = [name for name in NEEDED if name not in table]
     if lacking:
-        return Trials("", None, "", "", {}, [*problems, f"{TRIALS} has no columns {', '.join(lacking)}"])
+        return Trials("", None, "", "", {}, [*problems, f"{kind} has no columns {', '.join(lacking)}"])
     told = _settings(folder / SETTINGS_FILE, problems)
     searched_by = list(dict.fromkeys(zip(table["metric"].astype(str), table["nfe"].map(_whole), strict=True)))
     if len(searched_by) > 1:
-        problems.append(
-            f"{TRIALS} has trials of {len(searched_by)} scores: only those of {searched_by[0][0]} are shown"
-        )
+        problems.append(f"{kind} has trials of {len(searched_by)} scores: only those of {searched_by[0][0]} are shown")
     metric, nfe = searched_by[0] if searched_by else ("", None)
     methods: dict[str, list[Trial]] = {}
     for row in table.astype(object).where(table.notna(), None).to_dict("records"):
@@ -70,19 +69,20 @@ def read_trials(folder: Path, columns: Mapping[str, Mapping[str, str]]) -> Trial
         trial = _trial(row)
         own = methods.setdefault(str(row["method"]), [])
         if trial is None or any(trial.number == other.number for other in own):
-            problems.append(f"{TRIALS} has a trial of {row['method']} without a number of its own: it is left out")
+            problems.append(f"{kind} has a trial of {row['method']} without a number of its own: it is left out")
         else:
             own.append(trial)
     for own in methods.values():
         own.sort(key=lambda trial: trial.number)
     direction = columns.get(metric, {}).get("direction") or told("goal", "direction")
-    return Trials(metric, nfe, str(direction or ""), str(told("tune", "protocol") or ""), methods, problems)
+    protocol = "equal_trials" if kind == AFTER else str(told("tune", "protocol") or "")
+    return Trials(metric, nfe, str(direction or ""), protocol, methods, problems)
 
 
-def _table(folder: Path, problems: list[str]) -> pd.DataFrame | None:
+def _table(folder: Path, kind: str, problems: list[str]) -> pd.DataFrame | None:
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
     for suffix, read in readers.items():
-        file = folder / f"{TRIALS}{suffix}"
+        file = folder / f"{kind}{suffix}"
         if file.is_file():
             try:
                 return read(file)

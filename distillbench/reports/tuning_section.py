@@ -21,7 +21,7 @@ from distillbench.records.statistics import ARROWS
 from distillbench.records.tuning_statistics import FEWEST_TRIALS, best_of, sensitivity
 from distillbench.reports.labels import Labels
 from distillbench.reports.runs import RunData
-from distillbench.reports.tuning_data import COSTS, Trial, Trials, read_trials
+from distillbench.reports.tuning_data import AFTER, COSTS, TRIALS, Trial, Trials, read_trials
 from distillbench.reports.words import number
 
 PROTOCOLS = {
@@ -65,9 +65,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class TuningSection:
-    """What the page shows of the search of one run. `settings`: by method, a panel for each of its settings."""
+    """What the page shows of a search of one run. `settings`: by method, a panel for each of its settings.
+
+    `trains`: False for the search of settings of sampling, which trains nothing.
+    """
 
     id: str
+    trains: bool
     run: str
     score: str
     sentences: list[str]
@@ -78,13 +82,16 @@ class TuningSection:
 
 
 def tuning_sections(runs: Sequence[RunData], names: Sequence[str]) -> list[TuningSection]:
-    """A section for each run whose folder has trials."""
-    found = ((name, run, read_trials(run.folder, run.columns)) for name, run in zip(names, runs, strict=True))
-    with_trials = ((name, run, trials) for name, run, trials in found if trials is not None)
-    return [
-        _section(f"tuning-{place}", name, _labelled(trials, run.labels), _strangers(run, trials))
-        for place, (name, run, trials) in enumerate(with_trials, 1)
-    ]
+    """A section for each search of which a run's folder has trials: that of training, and that after it."""
+    sections: list[TuningSection] = []
+    for name, run in zip(names, runs, strict=True):
+        for kind in (TRIALS, AFTER):
+            trials = read_trials(run.folder, run.columns, kind)
+            if trials is not None:
+                strangers = _strangers(run, trials) if kind == TRIALS else []
+                place = f"tuning-{len(sections) + 1}"
+                sections.append(_section(place, kind == TRIALS, name, _labelled(trials, run.labels), strangers))
+    return sections
 
 
 def _labelled(trials: Trials, labels: Labels) -> Trials:
@@ -112,7 +119,7 @@ def _strangers(run: RunData, trials: Trials) -> list[str]:
     return [f"the rows of this run are of other numbers of trials ({'; '.join(differ)})"] if differ else []
 
 
-def _section(id_: str, run: str, trials: Trials, strangers: Sequence[str]) -> TuningSection:
+def _section(id_: str, trains: bool, run: str, trials: Trials, strangers: Sequence[str]) -> TuningSection:
     problems = [*trials.problems, *strangers]
     counts = {len(own) for own in trials.methods.values()}
     if trials.protocol == "equal_trials" and len(counts) > 1:
@@ -124,24 +131,30 @@ def _section(id_: str, run: str, trials: Trials, strangers: Sequence[str]) -> Tu
     score = f"{trials.metric} {ARROWS.get(trials.direction, '')}".strip() + at
     return TuningSection(
         id=id_,
+        trains=trains,
         run=run,
         score=score,
-        sentences=_sentences(trials, score) if trials.methods else [],
+        sentences=_sentences(trials, score, trains) if trials.methods else [],
         problems=problems,
         curves=_curves(trials) if directed else [],
         settings=[(name, panels) for name, own in trials.methods.items() if (panels := _of_settings(own, trials))],
-        table=[_row(name, own, trials) for name, own in trials.methods.items()],
+        table=[_row(name, own, trials, trains) for name, own in trials.methods.items()],
     )
 
 
-def _sentences(trials: Trials, score: str) -> list[str]:
+def _sentences(trials: Trials, score: str, trains: bool) -> list[str]:
     every = [trial for own in trials.methods.values() for trial in own]
     lost = sum(trial.score is None for trial in every)
     without = f", {lost} of them without a score" if lost else ""
+    told = (
+        "The tables have new trainings of the best settings, on seeds and noise that the search did not see."
+        if trains
+        else "Only sampling differs in these trials: students of the first search sample, and nothing was trained. "
+        "The tables have the best settings, with new trainings and noise that the search did not see."
+    )
     found = [
         f"{counted(len(every), 'trial')} of {counted(len(trials.methods), 'method')}{without}, by {score}.",
-        "Settings were chosen by these scores, so the best of them flatters its method. The tables have new trainings "
-        "of the best settings, on seeds and noise that the search did not see.",
+        f"Settings were chosen by these scores, so the best of them flatters its method. {told}",
     ]
     return [f"Protocol {PROTOCOLS.get(trials.protocol, trials.protocol)}.", *found] if trials.protocol else found
 
@@ -149,7 +162,7 @@ def _sentences(trials: Trials, score: str) -> list[str]:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def _row(name: str, own: Sequence[Trial], trials: Trials) -> dict[str, str]:
+def _row(name: str, own: Sequence[Trial], trials: Trials, trains: bool) -> dict[str, str]:
     best = _best(own, trials.direction)
     statuses = [trial.status for trial in own if trial.status != "ok"]
     row = {
@@ -160,7 +173,7 @@ def _row(name: str, own: Sequence[Trial], trials: Trials) -> dict[str, str]:
         "best": number(best.score) if best else "",
         "of trial": str(best.number) if best else "",
     }
-    for cost, heading in zip(COSTS, ("images", "seconds", "joules"), strict=True):
+    for cost, heading in zip(COSTS, ("images", "seconds", "joules"), strict=True) if trains else ():
         row[heading] = _cost([trial.costs[cost] for trial in own])
     row["best settings"] = _in_words(best) if best else ""
     return row

@@ -65,8 +65,16 @@ class Tuning:
 
     @property
     def at_once(self) -> int:
-        """Trials of a method that are chosen together."""
-        return self.tune.at_once or -(-self.config.executor.count // len(self.config.methods))
+        """Trials of a method that are chosen together. How many jobs a cluster runs at a time is not known."""
+        where = self.config.executor
+        if self.tune.at_once or where.elsewhere:
+            return self.tune.at_once or 1
+        return -(-where.count // len(self.config.methods))
+
+    def most_images(self, share: float = 1.0) -> int:
+        """The training images of a trial that ends with the training of `share` of the budget."""
+        parts = (cells[0].shared.config.budget.images for part, cells in self.cells.items() if part <= share)
+        return len(self.tune.search_seeds) * sum(parts)
 
     def defaults(self, method: str) -> dict[str, Any]:
         """The values with which the search of a method begins: its defaults, or those on the command line."""
@@ -126,9 +134,7 @@ def sampling_spaces(tuning: Tuning, registry: Registry) -> dict[str, dict[str, B
 def after_training(tuning: Tuning, methods: Mapping[str, MethodConfig], registry: Registry) -> Tuning:
     """The search of settings of sampling, for the students of `methods` that the first search has trained."""
     spaces = {name: space for name, space in sampling_spaces(tuning, registry).items() if name in methods}
-    tune = dataclasses.replace(
-        tuning.tune, protocol="equal_trials", trials=tuning.tune.after_trials, pruning="none", at_once=0
-    )
+    tune = dataclasses.replace(tuning.tune, protocol="equal_trials", trials=tuning.tune.after_trials, pruning="none")
     goal = dataclasses.replace(tuning.goal, nfe=tune.after_nfe)
     config = dataclasses.replace(tuning.config, methods={name: methods[name] for name in spaces})
     cells = {1.0: _search_cells(_search_settings(config, goal, 1.0, registry), tune, registry)} if spaces else {}

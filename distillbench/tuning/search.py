@@ -85,14 +85,22 @@ class Search:
         most = self._most(trials)
         if not most and any(trial.outcome is None for trial in trials):
             return False  # what a trial costs is not known before one has ended
-        charged = sum(most if (cost := self._cost(trial)) is None else cost for trial in trials)
-        return charged + most <= self.tune.total.amount
+        return sum(self._charged(trial, most) for trial in trials) + most <= self.tune.total.amount
+
+    def _charged(self, trial: Trial, most: float) -> float:
+        """What a trial cost, or what was at stake: with a budget of images a quarter, if it failed in that."""
+        if (cost := self._cost(trial)) is not None:
+            return cost
+        return self.tuning.most_images(trial.outcome.share) if trial.outcome and self._counts_images else most
+
+    @property
+    def _counts_images(self) -> bool:
+        return self.tune.total.limit == "images" and self.tuning.config.budget.limit is Limit.images
 
     def _most(self, trials: Sequence[Trial]) -> float:
         """The most that a trial cost so far. Those that failed are charged as much."""
-        budget = self.tuning.config.budget
-        if self.tune.total.limit == "images" and budget.limit is Limit.images:
-            return sum(cells[0].shared.config.budget.images for cells in self.tuning.cells.values()) * self._seeds
+        if self._counts_images:
+            return self.tuning.most_images()
         measured = [cost for trial in trials if (cost := self._cost(trial)) is not None]
         return max(measured, default=0.0)
 
@@ -115,7 +123,7 @@ class Search:
             for trial, outcome in self._run_share(list(left.values()), share):
                 key = trial.method, trial.number
                 costs[key] = _added(costs[key], outcome.costs)
-                outcomes[key] = dataclasses.replace(outcome, costs=costs[key])
+                outcomes[key] = dataclasses.replace(outcome, costs=costs[key], share=share)
                 self.elsewhere.discard(key)
                 if share == 1 or outcome.status != "ok":
                     self._end(trial, outcomes[key])
@@ -143,7 +151,7 @@ class Search:
         if goes_on:
             return True
         why = f"after {share:.0%} of the budget {goal.metric} was {outcome.score:.6g}, not among the best quarter"
-        self._end(trial, Outcome("pruned", None, why, outcome.costs))
+        self._end(trial, Outcome("pruned", None, why, outcome.costs, share))
         return False
 
     def _end(self, trial: Trial, outcome: Outcome) -> None:

@@ -51,7 +51,9 @@ class TuneConfig:
     final_seeds: list[int] = option([0, 1], "training seeds with which the best settings are trained anew")
     total: TotalConfig = option(TotalConfig, "with self_tuned: what each method may spend on its trials")
     pruning: str = option("none", "none, or halving: a trial first trains a quarter of the budget, and the best go on")
-    at_once: int = option(0, "trials of a method that are chosen together; 0: as many as it takes to use all workers")
+    at_once: int = option(
+        0, "trials of a method that are chosen together; 0: as all workers of this machine need, 1 on a cluster"
+    )
 
     after: list[str] = option(
         [], "settings of sampling that are searched after training, such as [sampling_levels]; trains nothing"

@@ -29,12 +29,16 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended. `status`: ok, failed, diverged or pruned. Costs that were not measured are None."""
+    """How a trial ended. `status`: ok, failed, diverged or pruned. Costs that were not measured are None.
+
+    `share`: of the budget, of the training in which it ended; below 1 with halving.
+    """
 
     status: str
     score: float | None = None
     reason: str = ""
     costs: Mapping[str, float | None] = field(default_factory=lambda: dict.fromkeys(COSTS))
+    share: float = 1.0
 
 
 @dataclass(frozen=True)

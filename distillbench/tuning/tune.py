@@ -63,18 +63,20 @@ def tune(
     best = {name: best_of(trials.get(name, []), tuning.goal.direction) for name in tuning.config.methods}
     _say_best(best, progress)
     methods, later = _with_best(tuning.config.methods, best), dict[str, Trial | None]()
+    evaluations: dict[str, int] = {}
     if tuning.tune.after:
         good = {name: methods[name] for name, trial in best.items() if trial is not None}
         after = after_training(tuning, good, registry)
         found, more = _search(after, progress, stop) if after.spaces else ({}, 0)
         trained += more
+        evaluations = {name: sampling_evaluations(after, of_method) for name, of_method in found.items()}
         later = {name: best_of(of_method, after.goal.direction) for name, of_method in found.items()}
         _say_best(later, progress)
         methods = _with_best(methods, later)
     _write_settings(tuning, best, later)
     configs = [dataclasses.replace(config, methods=methods) for config in tuning.final]
     cells = plan(configs, registry)
-    columns = {name: search_cost(tuning, trials.get(name, []), best[name]) for name in best}
+    columns = {name: search_cost(tuning, trials.get(name, []), best[name], evaluations.get(name, 0)) for name in best}
     outcome = run(cells, configs, progress, on_rows, policy, stop, tuning=columns)
     return Tuned(outcome, trials, trained + outcome.fresh)
 
@@ -152,14 +154,18 @@ def _say_best(best: Mapping[str, Trial | None], progress: Progress) -> None:
             progress.say(f"{name}: best is trial {trial.number}, {settings}")
 
 
-def search_cost(tuning: Tuning, trials: Sequence[Trial], best: Trial | None) -> dict[str, Any]:
-    """The columns of a method's final rows that say how its settings were found and what that cost."""
+def search_cost(tuning: Tuning, trials: Sequence[Trial], best: Trial | None, sampling_nfe: int = 0) -> dict[str, Any]:
+    """The columns of a method's final rows that say how its settings were found and what that cost.
+
+    `sampling_nfe`: evaluations of the student in the search after training.
+    """
     columns: dict[str, Any] = {"tuning": tuning.tune.protocol, "tuning_trials": len(trials)}
     why: list[str] = []
     for unit in ("images", "seconds", "joules"):
         total, how = charged(tuning, trials, unit)
         columns[f"tuning_{unit}"] = round(total) if unit == "images" and total is not None else total
         why += [f"tuning_{unit} {how}"] if how else []
+    columns["tuning_sampling_nfe"] = sampling_nfe
     if trials and best is None:
         why.append("no trial is ok, so these are the defaults")
     return columns | ({"reason": "; ".join(why)} if why else {})
@@ -168,28 +174,35 @@ def search_cost(tuning: Tuning, trials: Sequence[Trial], best: Trial | None) -> 
 def charged(tuning: Tuning, trials: Sequence[Trial], unit: str) -> tuple[float | None, str]:
     """What all trials of a method cost in images, seconds or joules, and how failed ones are charged, in words.
 
-    What a failed training took is not measured. It is charged with the whole budget of images, or as much as the most
-    expensive trial took: never too little. None if a trial that is ok was not measured either, or if none was.
+    What a failed training took is not measured. It is charged with all images of its budget (of a quarter, if it failed
+    in that), or as much as the most expensive trial took that ended there: never too little. None if a trial that is ok
+    was not measured either, or if none was.
     """
     total, unmeasured = spent(trials, f"train_{unit}")
-    failed = [trial for trial in unmeasured if trial.outcome is not None and trial.outcome.status != "ok"]
+    failed = [trial.outcome for trial in unmeasured if trial.outcome is not None and trial.outcome.status != "ok"]
     if not unmeasured:
         return total, ""
+    many = counted(len(unmeasured), "failed trial")
     if unit == "images" and tuning.config.budget.limit is Limit.images:
-        most = float(most_images(tuning))
-        return total + len(unmeasured) * most, f"with the whole budget for {counted(len(unmeasured), 'failed trial')}"
-    measured = [trial.outcome.costs.get(f"train_{unit}") for trial in trials if trial.outcome is not None]
-    most = max((cost for cost in measured if cost is not None), default=0.0)
-    if len(failed) < len(unmeasured) or not most:
+        early = sum(outcome.share < 1 for outcome in failed)
+        note = f" ({early} of them: a quarter)" if early else ""
+        at_stake = sum(tuning.most_images(trial.outcome.share) for trial in unmeasured if trial.outcome is not None)
+        return total + at_stake, f"with the whole budget for {many}{note}"
+    ended = [trial.outcome for trial in trials if trial.outcome is not None]
+    measured = [(one.share, cost) for one in ended if (cost := one.costs.get(f"train_{unit}"))]
+    if len(failed) < len(unmeasured) or not measured:
         return None, f"empty: not measured in {counted(len(unmeasured), 'trial')}"
-    return total + len(
-        failed
-    ) * most, f"with that of the most expensive trial for {counted(len(failed), 'failed trial')}"
+    for outcome in failed:
+        alike = [cost for share, cost in measured if share == outcome.share]
+        total += max(alike or [cost for _, cost in measured])
+    return total, f"with that of the most expensive trial for {many}"
 
 
-def most_images(tuning: Tuning) -> int:
-    """The training images of a trial that goes to its end."""
-    return len(tuning.tune.search_seeds) * sum(cells[0].shared.config.budget.images for cells in tuning.cells.values())
+def sampling_evaluations(tuning: Tuning, trials: Sequence[Trial]) -> int:
+    """Evaluations of the student in the trials of a search after training; those that failed count in full."""
+    evaluation = tuning.config.evaluation
+    each = tuning.goal.nfe * evaluation.images * len(evaluation.seeds) * len(tuning.tune.search_seeds)
+    return each * sum(trial.outcome is not None for trial in trials)
 
 
 def _summary(method: str, trials: Sequence[Trial], tuning: Tuning) -> str:

@@ -42,7 +42,8 @@ train_peak_rss_mib clipped_steps nonfinite_steps machine_load_training machine_l
 sample_gflops sample_latency_p50_ms sample_latency_p95_ms sample_images_per_second sample_best_batch
 sample_decoder_latency_ms sample_text_encoder_latency_ms sample_peak_gpu_mib sample_peak_gpu_reserved_mib
 sample_peak_device_mib sample_peak_rss_mib parameters trained_parameters student_lora_rank student_architecture
-inputs settings tuning tuning_trials tuning_images tuning_seconds tuning_joules compute reference device key
+inputs settings tuning tuning_trials tuning_images tuning_seconds tuning_joules tuning_sampling_nfe
+compute reference device key
 """
 SCORES = ["fd_efficientnet_lite0", "teacher_rmse"]
 BUDGET = 400  # not a multiple of the batch

@@ -116,6 +116,20 @@ def test_a_score_of_unknown_direction_has_no_curves(tmp_path):
     assert not found.curves and found.table[0]["best"] == "" and found.settings
 
 
+def test_the_search_after_training_has_a_section_of_its_own(tmp_path):
+    run = run_in(tmp_path / "run", TWO, protocol="self_tuned")
+    scores = [5.0, 2.0, 4.0]
+    rows = [trial("boot", i, score, nfe=2, train_images=0, train_seconds=0.0) for i, score in enumerate(scores)]
+    write_table(pd.DataFrame(rows), run.folder, "sampling_trials")
+    first, after = tuning_sections([run], ["run"])
+    assert (first.id, first.trains, after.id, after.trains) == ("tuning-1", True, "tuning-2", False)
+    assert after.score.endswith("at NFE 2") and "nothing was trained" in after.sentences[-1] and not after.problems
+    (row,) = after.table
+    assert (row["trials"], row["best"], row["of trial"]) == ("3", "2", "1") and "images" not in row
+    assert after.curves[0].notes == ["3.667, 2.667, 2 after 1, 2, 3 trials"]  # means over all subsets
+    assert "Tuning of sampling" in text_of(html_report([run]))
+
+
 # --- the section -----------------------------------------------------------------------------------------------------
 
 

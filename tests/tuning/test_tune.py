@@ -25,7 +25,7 @@ from distillbench.registry import Entry, Plugin, load_registry
 from distillbench.runs import cell as cell_module
 from distillbench.runs.cell_result import CellDescription, CellResult
 from distillbench.runs.config import compose_runs
-from distillbench.runs.executor_config import LocalConfig
+from distillbench.runs.executor_config import LocalConfig, RayConfig, SubmititConfig
 from distillbench.runs.plan import plan
 from distillbench.runs.shared_context import SharedContext
 from distillbench.system.progress import Progress
@@ -260,7 +260,7 @@ def test_no_noise_of_the_search_is_in_the_final_samples(tuned):
     assert not set(tuned.trials["score"].dropna()) & set(tuned.table["off_target"].dropna())
 
 
-def test_the_rows_name_the_protocol_and_the_price(tuned):
+def test_the_rows_name_the_protocol_and_the_cost(tuned):
     trials = tuned.trials[tuned.trials["method"] == "knob"]
     row = tuned.rows("knob").to_dict("records")[0]
     assert (row["tuning"], row["tuning_trials"]) == ("equal_trials", 4)
@@ -274,6 +274,7 @@ def test_the_rows_name_the_protocol_and_the_price(tuned):
     assert row["tuning_seconds"] == pytest.approx(seconds.sum() + failed * seconds.max())
     assert f"tuning_seconds with that of the most expensive trial for {failed} failed trials" in row["reason"]
     assert pd.isna(row["tuning_joules"]) and "tuning_joules empty" in row["reason"]
+    assert row["tuning_sampling_nfe"] == 3 * 2 * IMAGES * 2  # trials, evaluations, images, sampling seeds
     teacher = tuned.rows("teacher:ddim")
     assert teacher["tuning"].fillna("").tolist() == [""] * len(teacher) and teacher["tuning_trials"].isna().all()
 
@@ -523,13 +524,17 @@ def test_trials_may_be_chosen_together(tuning):
     mine = tuning(trials=7, at_once=3, ends=["well", "fails"])
     assert len(searched(mine, Counted())) == 7 and rounds == [3, 3, 1]
     workers = replace(mine.config, executor=LocalConfig(kind="local", workers=5), isolate=True)
-    assert replace(mine, tune=TuneConfig(), final=[workers]).at_once == 5
-    assert (
-        replace(
-            tuning(methods=("knob", "dial")), tune=TuneConfig(), final=[replace(workers, methods={1: 1, 2: 2})]
-        ).at_once
-        == 3
-    )
+    at_once = lambda config, **tune: replace(mine, tune=TuneConfig(**tune), final=[config]).at_once
+    assert at_once(workers) == 5 and at_once(replace(workers, methods={1: 1, 2: 2})) == 3
+    assert at_once(workers, at_once=2) == 2
+
+
+@pytest.mark.parametrize("cluster", [SubmititConfig("submitit"), RayConfig("ray")])
+def test_on_a_cluster_trials_are_chosen_one_after_the_other_unless_asked(tuning, cluster):
+    """How many jobs run there at a time is not known."""
+    mine = tuning()
+    mine = replace(mine, final=[replace(mine.config, executor=cluster, isolate=True)])
+    assert mine.at_once == 1 and replace(mine, tune=TuneConfig(at_once=4)).at_once == 4
 
 
 # --- halving ---------------------------------------------------------------------------------------------------------
@@ -568,10 +573,15 @@ def test_halving_ends_trials_after_a_quarter_and_counts_what_it_saves(tuning):
     assert all("after 25% of the budget off_target was" in one.outcome.reason for one in pruned)
     assert sum(images == BUDGET for *_, images in executor.trained) == len({str(one.settings) for one in ok})
     # the cost of the method is what was trained: the saving is in it
-    unmeasured = sum(one.outcome.costs["train_images"] is None for one in trials)
+    failed = [one.outcome for one in trials if one.outcome.costs["train_images"] is None]
+    assert failed and {one.share for one in failed} == {0.25}  # they end at once: only a quarter was at stake
     columns = search_cost(mine, trials, ok[0])
     trained = len(ok) * (quarter + BUDGET) + len(pruned) * quarter
-    assert columns["tuning_images"] == trained + unmeasured * (quarter + BUDGET)
+    assert columns["tuning_images"] == trained + len(failed) * quarter
+    assert f"for {len(failed)} failed trials ({len(failed)} of them: a quarter)" in columns["reason"]
+    assert columns["tuning_seconds"] == 4.0 * len(ok) + 2.0 * (len(pruned) + len(failed))
+    late = replace(trials[0], outcome=Outcome("failed"))
+    assert search_cost(mine, [trials[0], late], trials[0])["tuning_images"] == 2 * (quarter + BUDGET)
     # cut off between the quarter and the whole budget, it ends in the same way
     parts = Pretend()
     for parts.end_after in range(1, 9):
@@ -654,7 +664,7 @@ def test_final_trainings_that_failed_are_done_again_when_asked(registry, tmp_pat
     assert command(registry, tmp_path, *words, "--retry-failed") == 0 and len(trained) == 2
 
 
-def test_the_price_is_said_before(registry, tmp_path, capsys):
+def test_the_cost_is_said_before(registry, tmp_path, capsys):
     words = ["methods=[knob]", "tune.trials=5", "tune.search_seeds=[7,8]", "tune.after=[shift]", "tune.after_trials=3"]
     assert command(registry, tmp_path, *words, "--dry-run") == 0
     said = capsys.readouterr().out
