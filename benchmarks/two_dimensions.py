@@ -133,7 +133,7 @@ def rmse(a: np.ndarray, b: np.ndarray) -> float:
 def keep(results: Path, names: list[str], folder: Path) -> None:
     """Write the points of the pictures, the environments and the scores. Rows of other distributions stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    table, environments = folder / "table.csv", folder / "environment.json"
+    table, environments = folder / "scores.csv", folder / "environment.json"
     rows = pd.read_csv(table).query("distribution not in @names").to_dict("records") if table.exists() else []
     found = json.loads(environments.read_text()) if environments.exists() else {}
     for name in names:

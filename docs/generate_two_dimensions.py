@@ -124,7 +124,7 @@ def load(file: Path) -> dict[str, np.ndarray]:
 
 def tables() -> str:
     """The scores of each method at its fewest and at its most evaluations, and of the teacher."""
-    rows = pd.read_csv(REFERENCE / "table.csv")
+    rows = pd.read_csv(REFERENCE / "scores.csv")
     nfe = rows.groupby("method")["nfe"]
     ends = (rows["nfe"] == nfe.transform("min")) | (rows["nfe"] == nfe.transform("max"))
     rows = rows[ends | rows["nfe"].isin([4, 16])]

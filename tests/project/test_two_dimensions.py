@@ -12,7 +12,7 @@ from docs_pages import DOCS, ROOT, page_generator
 from shipped import METHODS
 
 BENCHMARKS = ROOT / "benchmarks"
-TABLE = ROOT / "results" / "reference" / "two_dimensions" / "table.csv"
+TABLE = ROOT / "results" / "reference" / "two_dimensions" / "scores.csv"
 
 
 @pytest.fixture
