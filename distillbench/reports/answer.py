@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from distillbench.records.costs import spread
 from distillbench.records.leading import LeadingGroup, Standing
-from distillbench.records.statistics import KEYS
-from distillbench.reports.entries import Entry
+from distillbench.reports.cost_ties import MEASURED, cost_groups
+from distillbench.reports.entries import Entry, key_of
 from distillbench.reports.labels import Labels
 from distillbench.reports.words import brief, listed, plus_minus
 
@@ -69,6 +69,12 @@ class Answers:
         """The labels of the methods that lead somewhere."""
         return {one.label for row in self.rows for one in row.leading}
 
+    @property
+    def said(self) -> str:
+        """What the comparisons consist of, if it is the same for all that there are; else ""."""
+        found = {row.said for row in self.rows if len(row.ranked) > 1}
+        return found.pop() if len(found) == 1 else ""
+
 
 def answers(
     groups: Sequence[LeadingGroup], entries: Sequence[Entry], score: str, labels: Labels
@@ -77,7 +83,7 @@ def answers(
     mine = sorted((one for one in groups if one.score == score), key=lambda one: int(one.group["nfe"]))
     if not mine:
         return None
-    of = {_key(entry.values): entry for entry in entries}
+    of = {key_of(entry.values): entry for entry in entries}
     students = [entry for entry in entries if not entry.is_teacher]
     training, sampling = (_first_known(students, costs) for costs in (TRAINING, SAMPLING))
     rows = [_answer(one, of, entries, labels, training, sampling) for one in mine]
@@ -94,10 +100,6 @@ def primary(groups: Sequence[LeadingGroup], scores: Sequence[str]) -> str:
     return max(counts, key=lambda score: counts[score]) if any(counts.values()) else ""
 
 
-def _key(row: Mapping[str, Any]) -> tuple:
-    return tuple(row.get(name) or None for name in KEYS)  # an empty text is as good as none
-
-
 def _first_known(entries: Sequence[Entry], costs: Sequence[str]) -> str:
     return next((cost for cost in costs if any(e.values.get(cost) is not None for e in entries)), "")
 
@@ -107,10 +109,10 @@ def _answer(
     sampling: str,
 ) -> Answer:  # fmt: skip
     ranked = [
-        _ranked(one, of[_key(one.row)], place, group, labels, training, sampling)
+        _ranked(one, of[key_of(one.row)], place, group, labels, training, sampling)
         for place, several in (("leading", group.leaders), ("trailing", group.trailing))
         for one in several
-        if _key(one.row) in of
+        if key_of(one.row) in of
     ]
     leading = [one for one in ranked if one.place == "leading"]
     noun = labels.label(group.score).short.split(" (")[0]
@@ -164,8 +166,13 @@ def _behind(mean: float, best: float) -> str:
 
 
 def _with_unit(entry: Entry, cost: str, labels: Labels) -> str:
+    """The cost with its unit; a measured one with half its interval over training seeds."""
     value = entry.values.get(cost) if cost else None
-    return "" if value is None else f"{brief(float(value))} {labels.label(cost).unit}".strip()
+    if value is None:
+        return ""
+    of = spread(entry.behind, cost) if cost in MEASURED else None
+    text = brief(float(value)) if of is None or of.low is None else plus_minus(of.mean, of.low, of.high)
+    return f"{text} {labels.label(cost).unit}".strip()
 
 
 def sentence(nfe: int, noun: str, ranked: Sequence[Ranked], group: LeadingGroup) -> str:
@@ -203,9 +210,12 @@ def _trail(trailing: Sequence[Ranked]) -> str:
 
 
 def _cost(leading: Sequence[Ranked], of: Mapping[tuple, Entry], group: LeadingGroup, cost: str, labels: Labels) -> str:
-    """The cost of the methods that lead: one number, or the smallest and the largest with their methods."""
+    """The cost of the methods that lead: one number, or the smallest and the largest with their methods.
+
+    Of measured costs it says where these differ by no more than their spread.
+    """
     names = {one.label for one in leading}
-    entries = [of[_key(one.row)] for one in group.leaders if _key(one.row) in of]
+    entries = [of[key_of(one.row)] for one in group.leaders if key_of(one.row) in of]
     known = [(float(e.values[cost]), e.label) for e in entries if cost and e.label in names and _has(e, cost)]
     if not known:
         return ""
@@ -213,7 +223,24 @@ def _cost(leading: Sequence[Ranked], of: Mapping[tuple, Entry], group: LeadingGr
     unit = labels.label(cost).unit
     if brief(low) == brief(high):
         return f"{brief(low)} {unit}".strip()
-    return f"{brief(low)} ({cheap}) to {brief(high)} {unit} ({dear})".replace("  ", " ")
+    text = f"{brief(low)} ({cheap}) to {brief(high)} {unit} ({dear})".replace("  ", " ")
+    return f"{text}{_how_sure(entries, cost, labels)}"
+
+
+def _how_sure(entries: Sequence[Entry], cost: str, labels: Labels) -> str:
+    """Which of the measured costs of `entries` cannot be told apart; "" for counted ones."""
+    groups = cost_groups(entries, [cost], labels) if cost in MEASURED else []
+    if len(groups) != 1:
+        return ""
+    (group,) = groups
+    if group.rule == "none":
+        return "; one training seed: spread not known" if group.training_seeds == 1 else "; not compared"
+    if not group.trailing:
+        return "; cannot be told apart"
+    if len(group.leaders) == 1:
+        return ""
+    of = {key_of(entry.values): entry.label for entry in entries}
+    return f"; {listed((of[key_of(one.row)] for one in group.leaders), MOST_NAMED)} cannot be told apart"
 
 
 def _has(entry: Entry, cost: str) -> bool:

@@ -75,6 +75,11 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
+def key_of(row: Mapping[str, Any]) -> tuple:
+    """The values of KEYS that identify a row of the summary; an empty text is as good as none."""
+    return tuple(row.get(name) or None for name in KEYS)
+
+
 def key_without_images(row: Mapping[str, Any]) -> tuple:
     """What a row of the summary and its rows of the table have in common; a failed row may not know its images."""
     return tuple(_plain(row.get(name)) for name in KEYS if name != "images")

@@ -9,11 +9,8 @@ from distillbench.records.costs import disturbed
 from distillbench.records.stars import stars_of
 from distillbench.reports import charts, pictures, words
 from distillbench.reports.answer import Answers, improving, improving_sentence
-from distillbench.reports.entries import (
-    Entry,
-    common_reasons,
-    why_empty,
-)
+from distillbench.reports.cost_ties import cost_ties
+from distillbench.reports.entries import Entry, common_reasons, why_empty
 from distillbench.reports.groups import Group, compared, facts_of, group_answers, make_groups, title
 from distillbench.reports.looks import Look, looks
 from distillbench.reports.points import along_notes, curves_of, point
@@ -45,6 +42,7 @@ class Section:
     small: list[tuple[str, charts.Chart]]  # every other score over a cost
     table: Table
     star: str  # what a star in it means; "" if no row can have one
+    ties: str  # what is known of differences of measured costs in it
     along: charts.Chart | None
     along_notes: list[str]
     bars: list[tuple[str, charts.Chart]]
@@ -70,7 +68,8 @@ def make_sections(runs: Sequence[RunData], names: Sequence[str], directions: Map
 def _section(name: str, group: Group, several_sections: bool) -> Section:
     entries, scores = group.entries, group.scores
     stars = stars_of(group.leading, group.summary, scores)
-    means = Comparison(entries, scores, stars.marks, group.several_runs, group.labels)
+    ties, said_of_ties = cost_ties(entries, group.labels)
+    means = Comparison(entries, scores, stars.marks, group.several_runs, group.labels, ties=ties)
     main, others = group_answers(group)
     series = {entry.label: str(entry.values["method"]) for entry in entries}
     alone = len(series) > charts.MOST_SERIES
@@ -100,6 +99,7 @@ def _section(name: str, group: Group, several_sections: bool) -> Section:
         small=small,
         table=comparison_table(f"{name}-table", means),
         star=stars.said,
+        ties=said_of_ties,
         along=charts.along_training(curves, [*scores], SPENT, style),
         along_notes=along_notes(curves),
         bars=[(title, chart) for title, (chart, _) in drawn.items() if chart],

@@ -25,6 +25,7 @@ SHOWN = (
 TEXTS = ("run", "dataset", "teacher", "method", "settings", "inputs", "status", "reason", "device", "key")
 SAME = 0.02  # part of a cost by which its seeds may differ without a word
 NO_REASON = "empty, no reason recorded"
+TIED = "cannot be told apart from the best cost at this number of evaluations"
 
 
 Lead = Literal["best", "group"]
@@ -75,7 +76,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Entries that may be compared. `leads` holds for each score whether an entry leads, by the rule `lead`."""
+    """Entries that may be compared. `leads` holds for each score whether an entry leads, by the rule `lead`.
+
+    `ties`: for each cost, whether an entry's cannot be told apart from the best at its number of evaluations.
+    """
 
     entries: Sequence[Entry]
     scores: dict[str, str]  # direction by score
@@ -83,6 +87,7 @@ class Comparison:
     several_runs: bool
     labels: Labels
     lead: Lead = "best"
+    ties: Mapping[str, list[bool]] = field(default_factory=dict)  # of measured costs, by `cost_ties`
 
     def differs(self, column: str) -> bool:
         return len({entry.values.get(column) for entry in self.entries}) > 1
@@ -195,7 +200,7 @@ def _cell(data: Comparison, at: int, column: Column) -> Cell:
     if name in data.scores:
         return _score_cell(entry, name, data.lead if data.leads[name][at] else None)
     if name in COSTS:
-        return _cost_cell(entry, name)
+        return _cost_cell(entry, name, name in data.ties and data.ties[name][at])
     if name == "status":
         reasons = entry.failures()
         below = reasons if len(reasons) <= 160 else reasons[:159] + "…"
@@ -229,14 +234,15 @@ def _score_cell(entry: Entry, score: str, leads: Lead | None) -> Cell:
     return Cell(plus_minus(value, low, high), float(value), below, leads or "", title)
 
 
-def _cost_cell(entry: Entry, cost: str) -> Cell:
+def _cost_cell(entry: Entry, cost: str, tied: bool) -> Cell:
     value = entry.values.get(cost)
     if value is None:
         return Cell("–", None, "", "none", entry.why_empty(cost) or NO_REASON)
     of = spread(entry.behind, cost)
     apart = of is not None and of.most - of.least > SAME * abs(of.most)
     below = f"{number(of.least)} to {number(of.most)}" if of is not None and apart else ""
+    mark, said = (" ≈", f"{TIED}. ") if tied else ("", "")
     if of is None or of.low is None or of.high is None or of.most == of.least:
-        return Cell(number(value), float(value), below)
+        return Cell(number(value) + mark, float(value), below, title=said.rstrip())
     title = f"{words.interval(of.low, of.high)}: 95 % interval over training seeds" + "; below their range" * apart
-    return Cell(plus_minus(value, of.low, of.high), float(value), below, title=title)
+    return Cell(plus_minus(value, of.low, of.high) + mark, float(value), below, title=said + title)

@@ -8,9 +8,11 @@ import pytest
 
 from distillbench.records.leading import LeadingGroup, Standing
 from distillbench.records.statistics import KEYS
+from distillbench.records.table import FIRST, LAST
 from distillbench.reports import figures
 from distillbench.reports.answer import answers, improving, improving_sentence, primary
 from distillbench.reports.axes import is_log, scale, side_by_side, tick
+from distillbench.reports.cost_ties import cost_ties
 from distillbench.reports.entries import Entry, common_reasons, without_common
 from distillbench.reports.labels import Labels
 from distillbench.reports.looks import SYMBOLS, looks, places
@@ -130,3 +132,31 @@ def test_a_mean_has_half_its_interval(mean, low, high, text):
 )
 def test_numbers_in_sentences_have_three_digits(value, text):
     assert brief(value) == text
+
+
+def timed(method: str, seconds: list[float]) -> Entry:
+    found = entry(method, 100.0, train_seconds=sum(seconds) / len(seconds))
+    row = dict.fromkeys([*FIRST, *LAST]) | found.values | {"status": "ok", "sampling_seed": 0}
+    found.behind += [row | {"training_seed": s, "train_seconds": value} for s, value in enumerate(seconds)]
+    return found
+
+
+def test_measured_costs_within_their_spread_are_not_told_apart():
+    fast, faster, slow = timed("a", [10.0, 12.0, 14.0]), timed("b", [13.9, 12.1, 10.2]), timed("c", [90.0, 91.0, 92.0])
+    marks, said = cost_ties([fast, faster, slow], LABELS)
+    assert marks["train_seconds"] == [True, True, False] and "3 common training seeds" in said
+    price = answers([group([fast, faster])], [fast, faster], "fd", LABELS).rows[0].training
+    assert price == "12.0 (a) to 12.1 s (b); cannot be told apart"
+    every = answers([group([fast, faster, slow])], [fast, faster, slow], "fd", LABELS).rows[0]
+    assert every.training == "12.0 (a) to 91.0 s (c); a and b cannot be told apart"
+    assert every.ranked[0].training == "12 ± 5 s"
+
+
+def test_costs_of_one_seed_have_no_mark_but_a_reason():
+    one, two = timed("a", [10.0]), timed("b", [12.0])
+    marks, said = cost_ties([one, two], LABELS)
+    assert marks["train_seconds"] == [False, False] and said.endswith("spread is not known, none is marked")
+    price = answers([group([one, two], rule="none", seeds=1)], [one, two], "fd", LABELS).rows[0].training
+    assert price == "10.0 (a) to 12.0 s (b); one training seed: spread not known"
+    counted = entry("a", 100.0, train_tflops=1.0)
+    assert cost_ties([counted, entry("b", 100.0, train_tflops=2.0)], LABELS) == ({}, "")
