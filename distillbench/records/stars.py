@@ -1,8 +1,9 @@
-"""Which rows of a table get a star, by the same comparison as sentences about leading groups.
+"""Which rows of a table get a star or are bold, by the same comparison as sentences about leading groups.
 
-A star marks the only member of a leading group (`leading.LeadingGroup.leads`), of at least two training seeds: one seed
-does not tell how another training would come out. Where methods cannot be compared in pairs, such as those without a
-training seed in common, the star marks the one whose interval overlaps no other (`statistics.leaders`).
+Members of a leading group are bold: the best, and those that cannot be told apart from it. A star marks the only member
+of one (`leading.LeadingGroup.leads`). Both need two training seeds: one does not tell how another training would come
+out. Where methods cannot be compared in pairs, such as those without a training seed in common, both mark the one whose
+interval overlaps no other (`statistics.leaders`).
 """
 
 from __future__ import annotations
@@ -15,17 +16,24 @@ import pandas as pd
 from distillbench.records.leading import Influences, LeadingGroup, leading_groups, plain_key
 from distillbench.records.statistics import COMPARABLE, KEYS, SEEDS, leaders
 
-PAIRS = "the only leader by pairwise comparison, corrected for all pairs, over common training seeds"
+PAIRS = "by pairwise comparison, corrected for all pairs, over common training seeds"
+ONLY = f"the only leader {PAIRS}"
+GROUP = f"in the leading group, the best and those that cannot be told apart from it {PAIRS}"
 IMAGES = "images from common noise"
 INTERVALS = "where pairs cannot be compared, its interval overlaps no other"
 
 
 @dataclass(frozen=True)
 class Stars:
-    """`marks`: for each score, whether each row of the summary gets a star. `said`: what a star means; "" for none."""
+    """For each score, whether each row of the summary gets a star (`marks`), and is in a leading group (`groups`).
+
+    `said` and `said_of_groups`: what these mean; "" if no row can have one.
+    """
 
     marks: Mapping[str, list[bool]]
+    groups: Mapping[str, list[bool]]
     said: str = ""
+    said_of_groups: str = ""
 
 
 def find_stars(
@@ -33,7 +41,7 @@ def find_stars(
 ) -> Stars:
     """The stars of `summary`, the summary of `table`. Influences are read only if there are two training seeds."""
     if not len(summary) or not (summary["training_seeds"] > 1).any():
-        return Stars({score: [False] * len(summary) for score in directions})
+        return Stars(*({score: [False] * len(summary) for score in directions} for _ in range(2)))
     known = {score: direction for score, direction in directions.items() if score in table}
     return stars_of(leading_groups(table.drop_duplicates([*KEYS, *SEEDS]), known, influences), summary, directions)
 
@@ -42,16 +50,15 @@ def stars_of(groups: Sequence[LeadingGroup], summary: pd.DataFrame, directions: 
     """The same from the leading `groups` of the summary's rows."""
     keys = [plain_key(key) for key in summary[KEYS].fillna({"settings": ""}).itertuples(index=False, name=None)]
     places = [plain_key(key) for key in summary[COMPARABLE].itertuples(index=False, name=None)]
-    marks = {score: [False] * len(summary) for score in directions}
+    marks, members = ({score: [False] * len(summary) for score in directions} for _ in range(2))
     rules: dict[str, None] = {}
     for score, direction in directions.items():
         apart: list[bool] | None = None
         for group in (one for one in groups if one.score == score and len(one.leaders) + len(one.trailing) > 1):
             if group.rule in ("seeds", "seeds and images"):
                 rules[group.rule] = None
-                best = tuple(group.best.row[name] for name in KEYS) if group.leads else None
-                found = [key == best for key in keys]
-                found = found if sum(found) == 1 else [False] * len(keys)  # trained again in another run
+                best = {tuple(one.row[name] for name in KEYS) for one in group.leaders}
+                found = [key in best and keys.count(key) == 1 for key in keys]  # not if trained again in another run
             elif group.rule == "none" and group.training_seeds != 1:
                 apart = leaders(summary, score, direction).tolist() if apart is None else apart
                 rules["none"] = None
@@ -59,15 +66,17 @@ def stars_of(groups: Sequence[LeadingGroup], summary: pd.DataFrame, directions: 
                 found = [mark and own == place for mark, own in zip(apart, places, strict=True)]
             else:
                 continue
-            marks[score] = [old or new for old, new in zip(marks[score], found, strict=True)]
-    return Stars(marks, _said(list(rules)))
+            members[score] = [old or new for old, new in zip(members[score], found, strict=True)]
+            if group.leads or group.rule == "none":
+                marks[score] = [old or new for old, new in zip(marks[score], found, strict=True)]
+    return Stars(marks, members, _said(ONLY, list(rules)), _said(GROUP, list(rules)))
 
 
-def _said(rules: Sequence[str]) -> str:
+def _said(what: str, rules: Sequence[str]) -> str:
     parts = []
     if "seeds" in rules or "seeds and images" in rules:
         where = "" if "seeds" not in rules else ", where their influences are stored"
-        parts.append(PAIRS + (f" and {IMAGES}{where}" if "seeds and images" in rules else ""))
+        parts.append(what + (f" and {IMAGES}{where}" if "seeds and images" in rules else ""))
     if "none" in rules:
         parts.append(INTERVALS)
     return "; or ".join(parts)

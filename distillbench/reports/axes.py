@@ -40,7 +40,7 @@ def scale(values: Values, room: float = 0.08) -> dict[str, Any]:
             "range": [ends[0] - pad, ends[1] + pad],
         }  # fmt: skip
     pad = room * (high - low) or abs(high) * 0.5 or 1.0
-    return {"type": "linear", "tickvals": None, "ticktext": None, "range": [low - pad, high + pad]}
+    return {"type": "linear", "tickvals": None, "ticktext": None, "tickformat": ",", "range": [low - pad, high + pad]}
 
 
 def tick(value: float) -> str:

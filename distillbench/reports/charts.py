@@ -328,7 +328,7 @@ def bars(points: Sequence[Point], columns: Sequence[str], style: Style) -> tuple
             choices[column] = _bar_option(column, found, style)
         else:
             unit = style.labels.label(column).unit
-            text = number(low) if low == high else f"{number(low)} to {number(high)}"
+            text = " to ".join(dict.fromkeys((number(low), number(high))))
             same.append((style.labels.label(column).short, f"{text} {unit}".strip()))
     if not choices:
         return None, same

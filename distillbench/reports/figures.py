@@ -177,10 +177,13 @@ def _against(
         known = np.isfinite(low[at]) & np.isfinite(high[at])
         ends = np.stack([y[at] - low[at], high[at] - y[at]])
         ends = np.where(known, ends, 0).clip(min=0)
-        drawn[plain(name)] = axes.errorbar(
+        line, caps, bars = axes.errorbar(
             moved, y[at], yerr=ends if known.any() else None, color=look.color, marker=look.marker,
             linestyle=look.line, capsize=1.5, elinewidth=0.7, capthick=0.7,
-        ).lines[0]  # fmt: skip
+        ).lines  # fmt: skip
+        drawn[plain(name)] = line
+        for part in (*caps, *bars):  # a wide interval would hide other points
+            part.set(alpha=0.4, zorder=1)
         if column != "nfe" and len(at) > 1:
             pairs = zip(moved, at, strict=True)
             texts += [(v, float(y[i]), f"{evaluations[i]:.0f}", look.color) for v, i in pairs]

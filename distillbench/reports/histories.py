@@ -80,7 +80,7 @@ def _history(id_: str, measured: Sequence[Measured]) -> History:
     group = measured[0][-1]
     scores = {score: direction for one in measured for score, direction in one[-1].scores.items()}
     entries = [(one, entry) for one in measured for entry in one[-1].entries]
-    leads = {score: [False] * len(entries) for score in scores}
+    leads = {score: [None] * len(entries) for score in scores}
     table = comparison_table(id_, Comparison([entry for _, entry in entries], scores, leads, True, group.labels))
     _add_runs(table, [one for one, _ in entries])
     main = next((score for score, direction in scores.items() if direction != "none"), "")

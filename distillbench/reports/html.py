@@ -23,7 +23,7 @@ from distillbench.reports.charts import with_unit
 from distillbench.reports.entries import rows_of
 from distillbench.reports.labels import Labels
 from distillbench.reports.papers import paper_table
-from distillbench.reports.published import LABEL, published_section
+from distillbench.reports.published import LABEL, METRICS, published_section
 from distillbench.reports.reproduce import commands
 from distillbench.reports.runs import RunData
 from distillbench.reports.sections import Section, make_sections
@@ -80,7 +80,7 @@ def html_report(runs: Sequence[RunData], home: str = "") -> str:
             for name, declared in columns.items()
         ],
         about=[(name, with_unit(labels.label(name)), labels.label(name).long) for name in COSTS],
-        published={"rows": rows_of(published_section(runs)), "label": LABEL},
+        published={"rows": rows_of(published_section(runs)), "label": LABEL, "metrics": METRICS},
         runs=[_provenance(name, run) for name, run in zip(names, runs, strict=True)],
         several=len(runs) > 1,
         home=home,

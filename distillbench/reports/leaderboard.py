@@ -19,6 +19,7 @@ from distillbench.errors import UserError, counted
 from distillbench.records.statistics import KEYS, TEACHER, summarise
 from distillbench.reports import words
 from distillbench.reports.answer import Answers
+from distillbench.reports.cost_ties import cost_ties
 from distillbench.reports.differences import environments, versions
 from distillbench.reports.entries import Entry, key_without_images, rows_of
 from distillbench.reports.groups import Group, compared, group_answers, heading, make_groups, title
@@ -26,7 +27,7 @@ from distillbench.reports.histories import History, history
 from distillbench.reports.html import TEMPLATES, Scripts, declared_scores, html_report, names_of, style, template
 from distillbench.reports.labels import Labels
 from distillbench.reports.runs import FILES, RunData, read_run
-from distillbench.reports.tables import Comparison, Table, comparison_table
+from distillbench.reports.tables import Comparison, Lead, Table, comparison_table
 from distillbench.storage.files import check_writable, write_text
 
 GENERATOR = '<meta name="generator" content="distillbench leaderboard">'  # in each page: these may be written again
@@ -235,11 +236,12 @@ def board_table(
 ) -> Table:  # fmt: skip
     """The table of a group's entries, with links, leading groups and the attributes that filters need."""
     leading = {(a.score, row.nfe, one.label) for a in answers if a for row in a.rows for one in row.leading}
-    leads = {
-        score: [(score, entry.values["nfe"], entry.label) in leading for entry in group.entries]
+    leads: dict[str, list[Lead | None]] = {
+        score: ["group" if (score, e.values["nfe"], e.label) in leading else None for e in group.entries]
         for score in group.scores
     }
-    table = comparison_table(id_, Comparison(group.entries, group.scores, leads, True, group.labels, "group"))
+    ties, _ = cost_ties(group.entries, group.labels)
+    table = comparison_table(id_, Comparison(group.entries, group.scores, leads, True, group.labels, ties))
     of = {one.name: one.page for one in listed}
     for column, told in enumerate(table.columns):
         for row, entry in zip(table.rows, group.entries, strict=True):

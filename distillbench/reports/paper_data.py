@@ -25,11 +25,13 @@ COSTS = ["train_tflops", "train_teacher_nfe", "train_seconds", "sample_latency_p
 class SummaryData:
     """The summary of several runs in one frame, and the declarations of its scores."""
 
-    summary: pd.DataFrame  # with the further columns run, parameters, reasons, notes, and leads_M for each score M
+    summary: (
+        pd.DataFrame
+    )  # with the further columns run, parameters, reasons, notes, and leads_M for each score M: is in the leading group
     columns: dict[str, dict[str, str]]  # by score
     several_runs: bool
     labels: Labels
-    star: str = ""  # what it means to lead
+    rule: str = ""  # what it means to lead
 
     def method(self, name: object) -> str:
         """The label of a method; its name, if another method has the same label."""
@@ -78,8 +80,8 @@ class SummaryData:
             summary[f"leads_{name}"] = leaders(summary, name, direction) if len(summary) else False
         if together is not None:
             stars = find_stars(together[0], summary, directions, [run.influences for run in full])
-            summary = summary.assign(**{f"leads_{name}": marks for name, marks in stars.marks.items()})
-            said = stars.said
+            summary = summary.assign(**{f"leads_{name}": marks for name, marks in stars.groups.items()})
+            said = stars.said_of_groups
         elif any(summary[f"leads_{name}"].any() for name in directions):
             said = INTERVALS
         return SummaryData(summary, columns, len(frames) > 1, Labels.of(run.labels for run in runs), said)

@@ -189,9 +189,9 @@ def _caption(data: SummaryData, rows: pd.DataFrame, names: list[str]) -> list[st
     elif scores:
         sentences.append("No intervals: no method was trained with two seeds")
     if any(rows[f"leads_{name}"].any() for name in scores):
-        sentences.append(f"Bold: at its NFE {data.star}")
+        sentences.append(f"Bold: at its NFE {data.rule}")
     elif scores:
-        sentences.append("None is marked as best: none is the only leader")
+        sentences.append("None is marked as best: methods could not be compared")
     return sentences
 
 

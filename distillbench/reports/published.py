@@ -33,6 +33,7 @@ COLUMNS: dict[str, str] = {  # column: pandas type; docs/published.md
     "note": "string",
 }
 NEEDED = ("method", "dataset", "resolution", "metric", "value", "data_free", "source", "read")  # empty in no row
+METRICS = {"FID": ("FID ↓", "Fréchet Inception distance"), "IS": ("Inception score ↑", "Inception score")}  # labels
 READ = ("first-hand", "second-hand", "disputed")
 DATA_FREE = ("yes", "no", "unknown")
 CASE = ["method", "dataset", "resolution", "nfe", "metric"]  # different values of one case are disputed
@@ -70,7 +71,7 @@ def _faults(frame: pd.DataFrame) -> list[str]:
     faults = []
     for name in NEEDED:
         faults += _fault(frame.index[frame[name].isna()], f"no {name}")
-    for name, possible in (("read", READ), ("data_free", DATA_FREE)):
+    for name, possible in (("metric", tuple(METRICS)), ("read", READ), ("data_free", DATA_FREE)):
         wrong = frame[name].notna() & ~frame[name].isin(possible)
         faults += _fault(frame.index[wrong], f"{name} is none of {', '.join(possible)}")
     for name, low, high in (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from distillbench.records.costs import disturbed
-from distillbench.records.stars import stars_of
+from distillbench.records.stars import Stars, stars_of
 from distillbench.reports import charts, pictures, words
 from distillbench.reports.answer import Answers, improving, improving_sentence
 from distillbench.reports.cost_ties import cost_ties
@@ -15,7 +15,7 @@ from distillbench.reports.groups import Group, compared, facts_of, group_answers
 from distillbench.reports.looks import Look, looks
 from distillbench.reports.points import along_notes, curves_of, point
 from distillbench.reports.runs import RunData
-from distillbench.reports.tables import COSTS, Comparison, Table, comparison_table, every_row_table
+from distillbench.reports.tables import COSTS, Comparison, Lead, Table, comparison_table, every_row_table
 from distillbench.reports.words import is_known, number
 
 SPENT = ["train_tflops", "train_seconds", "train_teacher_nfe", "train_student_nfe", "train_images", "train_joules"]
@@ -69,7 +69,7 @@ def _section(name: str, group: Group, several_sections: bool) -> Section:
     entries, scores = group.entries, group.scores
     stars = stars_of(group.leading, group.summary, scores)
     ties, said_of_ties = cost_ties(entries, group.labels)
-    means = Comparison(entries, scores, stars.marks, group.several_runs, group.labels, ties=ties)
+    means = Comparison(entries, scores, _leads(stars), group.several_runs, group.labels, ties=ties)
     main, others = group_answers(group)
     series = {entry.label: str(entry.values["method"]) for entry in entries}
     alone = len(series) > charts.MOST_SERIES
@@ -116,6 +116,14 @@ def _section(name: str, group: Group, several_sections: bool) -> Section:
         common=common,
         notes=_chart_notes(entries, len(series) if alone else 0),
     )
+
+
+def _leads(stars: Stars) -> dict[str, list[Lead | None]]:
+    """How each row of the summary leads on each score."""
+    pairs = {score: zip(stars.marks[score], members, strict=True) for score, members in stars.groups.items()}
+    return {
+        score: ["best" if star else "group" if bold else None for star, bold in own] for score, own in pairs.items()
+    }
 
 
 def _quality(

@@ -76,17 +76,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Entries that may be compared. `leads` holds for each score whether an entry leads, by the rule `lead`.
+    """Entries that may be compared. `leads`: for each score, how each entry leads, if it does.
 
     `ties`: for each cost, whether an entry's cannot be told apart from the best at its number of evaluations.
     """
 
     entries: Sequence[Entry]
     scores: dict[str, str]  # direction by score
-    leads: Mapping[str, list[bool]]
+    leads: Mapping[str, Sequence[Lead | None]]
     several_runs: bool
     labels: Labels
-    lead: Lead = "best"
     ties: Mapping[str, list[bool]] = field(default_factory=dict)  # of measured costs, by `cost_ties`
 
     def differs(self, column: str) -> bool:
@@ -198,7 +197,7 @@ def _cell(data: Comparison, at: int, column: Column) -> Cell:
         label = data.labels.method_label(str(value))
         return Cell(label.short, label.short, title=label.long if label.long != label.short else str(value))
     if name in data.scores:
-        return _score_cell(entry, name, data.lead if data.leads[name][at] else None)
+        return _score_cell(entry, name, data.leads[name][at])
     if name in COSTS:
         return _cost_cell(entry, name, name in data.ties and data.ties[name][at])
     if name == "status":

@@ -43,8 +43,9 @@ def test_all_forms_have_the_same_digits_and_star(run):
         assert ("101.0 ±2.5" if form == "latex" else "101.0 ± 2.5") in whole, form
     assert "177 ± 18*" in texts["terminal"] and "25*" not in texts["terminal"]
     assert "**177 ± 18**" in paper_table([run])
-    for whole in (texts["terminal"], words, texts["markdown"]):
-        assert "the only leader by pairwise comparison" in whole
+    assert "**1,870" not in paper_table([run])
+    for form, rule in (("terminal", "the only leader"), ("html", "the only leader"), ("markdown", "apart from it")):
+        assert f"{rule} by pairwise comparison" in texts[form]
 
 
 def test_intervals_of_costs_are_those_of_their_spread(run):
@@ -60,3 +61,13 @@ def test_numbers_at_the_borders_of_the_rule():
     assert [rounded(0.0), rounded(-0.5, 0.3), rounded(1e-6, 2e-8), rounded(1e15), rounded(3.0, 1e-17)] == [
         "0", "-0.50", "1.000e-06", "1.000e+15", "3",
     ]  # fmt: skip
+
+
+def test_members_of_a_leading_group_are_bold_everywhere(tmp_path):
+    values = {"boot": [176.8, 184.6, 170.1], "pd": [177.0, 184.0, 171.5], "cm": [1870.5, 1880.25, 1860.1]}
+    run = read_run(run_folder(tmp_path / "r", [one for name, own in values.items() for one in seeds(own, method=name)]))
+    lines = paper_table([run]).splitlines()
+    bold = {name: any(line.startswith(f"| {name} ") and "**" in line for line in lines) for name in values}
+    assert bold == {"boot": True, "pd": True, "cm": False}
+    page = html_report([run])
+    assert len(re.findall(r'class="num group"', page)) == 2 and 'class="num best"' not in page

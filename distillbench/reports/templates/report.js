@@ -25,7 +25,7 @@
   // Texts beside points, where there is room: names of emphasised series first. A text without room is left out.
   const pen = document.createElement("canvas").getContext("2d");
   const PLACES = [[1, 0], [-1, 0], [0, -1], [0, 1], [1, -1], [1, 1], [-1, -1], [-1, 1]];
-  const place = (box, chart, data, first) => {
+  const place = (box, chart, data, first, over) => {
     const layout = box._fullLayout, { xaxis, yaxis } = layout, room = [], found = [];
     const width = xaxis._length, height = yaxis._length;
     const at = (trace, i) => {
@@ -37,7 +37,7 @@
       trace.y?.forEach((_, i) => { const p = at(trace, i); if (p) room.push([p[0] - 5, p[1] - 5, p[0] + 5, p[1] + 5]); });
     });
     const hits = ([a, b, c, d]) => a < 0 || b < 0 || c > width || d > height || room.some(([p, q, r, s]) => a < r && c > p && b < s && d > q);
-    const wanted = [...chart.labels].sort((a, b) => b.strong - a.strong || (a.small ?? false) - (b.small ?? false));
+    const wanted = chart.labels.filter(label => !label.small || over !== "nfe").sort((a, b) => b.strong - a.strong || (a.small ?? false) - (b.small ?? false));
     for (const label of wanted) {
       const trace = data[first + label.trace], p = trace && trace.visible !== false ? at(trace, label.point) : null;
       if (!p || p[0] < -1 || p[0] > width + 1 || p[1] < -1 || p[1] > height + 1) continue;
@@ -84,7 +84,7 @@
     if (printing) { layout.width = Math.min(box.clientWidth, 335); layout.autosize = false; }
     const config = { displayModeBar: false, doubleClick: false, plotlyServerURL: "" };
     await window.Plotly.react(box, ...themed(data, layout), config);
-    if (chart.labels.length) await window.Plotly.relayout(box, { annotations: place(box, chart, data, front ? 1 : 0) });
+    if (chart.labels.length) await window.Plotly.relayout(box, { annotations: place(box, chart, data, front ? 1 : 0, picked[0]) });
   };
   const charts = all(".chart");
   for (const select of all("select[data-axis]")) select.addEventListener("change", () => {
@@ -178,7 +178,7 @@
     cells.style.gridTemplateColumns = `repeat(${count}, 1fr)`;
     for (let at = 0; at < count; at++) {
       const button = document.createElement("button");
-      button.type = "button"; button.tabIndex = at ? -1 : 0;
+      button.type = "button"; button.tabIndex = at || strip !== strip.closest(".grid").querySelector(".strip") ? -1 : 0;
       button.setAttribute("aria-label", `enlarge ${strip.dataset.label}, noise ${at + 1}`);
       cells.append(button);
     }
