@@ -41,7 +41,8 @@ def find_stars(
 ) -> Stars:
     """The stars of `summary`, the summary of `table`. Influences are read only if there are two training seeds."""
     if not len(summary) or not (summary["training_seeds"] > 1).any():
-        return Stars(*({score: [False] * len(summary) for score in directions} for _ in range(2)))
+        marks, members = ({score: [False] * len(summary) for score in directions} for _ in range(2))
+        return Stars(marks, members)
     known = {score: direction for score, direction in directions.items() if score in table}
     return stars_of(leading_groups(table.drop_duplicates([*KEYS, *SEEDS]), known, influences), summary, directions)
 
