@@ -184,9 +184,10 @@ class DiT(TimedNetwork):
         )
         self.inner = Wrapped(transformer, Call(scale=1000.0))
         self.embedding_channels = self.inner.embedding_channels
+        self.conditional = classes > 0
 
     def forward(self, x: Tensor, time: Tensor, embedding: Tensor | None = None, c: Condition = UNCONDITIONAL) -> Tensor:
-        return self.inner(x, time, embedding, c)
+        return self.inner(x, time, embedding, c if self.conditional else UNCONDITIONAL)
 
     def time_features(self) -> PlacedFeatures:
         return self.inner.time_features()
