@@ -51,7 +51,7 @@ def _groups() -> list[Group]:
 
 def _boards() -> list[Table]:
     """The tables of the run's groups, as a leaderboard shows them; bold: in the leading group."""
-    return [board_table(f"t{i}", group, [], {}, _answers(group)) for i, group in enumerate(_groups())]
+    return [board_table(f"t{i}", group, [], {}, _answers(group), {}) for i, group in enumerate(_groups())]
 
 
 def _answers(group: Group) -> list[Answers | None]:

@@ -59,6 +59,7 @@ class Board:
     free: Answers | None
     others: list[Answers]
     table: Table
+    ties: str  # what is known of differences of measured costs
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,7 @@ def _boards(groups: Sequence[Group], listed: Sequence[Listed], pages: Mapping[st
         if "yes" in needs and "no" in needs:
             kept = [entry for entry in group.entries if entry.is_teacher or _is_free(entry) == "yes"]
             free = group_answers(group.only(kept))[0]
+        ties, said_of_ties = cost_ties(group.entries, group.labels)
         facts = group.facts
         dataset, teacher = str(facts["dataset"] or "unknown dataset"), str(facts["teacher"] or "unknown teacher")
         more = [f"guidance {words.number(facts['guidance'])}"] if facts["guidance"] is not None else []
@@ -224,7 +226,7 @@ def _boards(groups: Sequence[Group], listed: Sequence[Listed], pages: Mapping[st
             Board(
                 f"b{number}", dataset, teacher, titles[number - 1],
                 " · ".join([compared(group), *more]), main, free, others,
-                board_table(f"b{number}-table", group, listed, pages, [main, *others]),
+                board_table(f"b{number}-table", group, listed, pages, [main, *others], ties), said_of_ties,
             )
         )  # fmt: skip
     return found
@@ -232,15 +234,18 @@ def _boards(groups: Sequence[Group], listed: Sequence[Listed], pages: Mapping[st
 
 def board_table(
     id_: str, group: Group, listed: Sequence[Listed], pages: Mapping[str, str], answers: Iterable[Answers | None],
-    up: str = "",
+    ties: Mapping[str, list[bool]], up: str = "",
 ) -> Table:  # fmt: skip
-    """The table of a group's entries, with links, leading groups and the attributes that filters need."""
-    leading = {(a.score, row.nfe, one.label) for a in answers if a for row in a.rows for one in row.leading}
+    """The table of a group's entries, with links, leading groups and the attributes that filters need.
+
+    `ties`: of measured costs, by `cost_ties`.
+    """
+    rows = ((a.score, row) for a in answers if a for row in a.rows if len(row.ranked) > 1)
+    leading = {(score, row.nfe, one.label) for score, row in rows for one in row.leading}
     leads: dict[str, list[Lead | None]] = {
         score: ["group" if (score, e.values["nfe"], e.label) in leading else None for e in group.entries]
         for score in group.scores
     }
-    ties, _ = cost_ties(group.entries, group.labels)
     table = comparison_table(id_, Comparison(group.entries, group.scores, leads, True, group.labels, ties))
     of = {one.name: one.page for one in listed}
     for column, told in enumerate(table.columns):
