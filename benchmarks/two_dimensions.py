@@ -35,7 +35,7 @@ METHODS = (
 )  # fmt: skip
 DISTRIBUTIONS = "mixture", "checkerboard", "spiral"
 MODES, TURNS, COMPONENTS = 8, 1.75, 96
-MODE_STD, CURVE_STD = 0.06, 0.03
+STDS = {"mixture": 0.06, "spiral": 0.03}  # of each component
 FIELDS, REACH = 4, 0.8  # the defaults of dataset=checkerboard
 COUNTS = "train_images", "train_teacher_nfe", "train_student_nfe"
 
@@ -57,11 +57,11 @@ def dataset(name: str) -> list[str]:
     """The settings of a distribution's dataset."""
     if name == "checkerboard":
         return ["dataset=checkerboard"]
-    means, std = centres(name), MODE_STD if name == "mixture" else CURVE_STD
+    means = centres(name)
     columns = {
         "weights": [1 / len(means)] * len(means),
         "means": [[round(float(x), 5) for x in mean] for mean in means],
-        "stds": [[std]] * len(means),
+        "stds": [[STDS[name]]] * len(means),
     }
     return ["dataset=gmm", *(f"dataset.{key}={json.dumps(c, separators=(',', ':'))}" for key, c in columns.items())]
 
@@ -91,8 +91,7 @@ def draw(name: str, count: int, random: np.random.Generator) -> np.ndarray:
         dark = np.array([(i, j) for i in range(FIELDS) for j in range(FIELDS) if (i + j) % 2 == 0])
         return (dark[random.integers(len(dark), size=count)] + random.random((count, 2))) * 2 * REACH / FIELDS - REACH
     means = centres(name)
-    std = MODE_STD if name == "mixture" else CURVE_STD
-    return means[random.integers(len(means), size=count)] + std * random.standard_normal((count, 2))
+    return means[random.integers(len(means), size=count)] + STDS[name] * random.standard_normal((count, 2))
 
 
 def sliced_wasserstein(a: np.ndarray, b: np.ndarray) -> float:

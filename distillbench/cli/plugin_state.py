@@ -69,7 +69,7 @@ def _files(path: str, whole: bool) -> Iterator[tuple[str, os.stat_result | None]
         return
     yield path, None
     is_package = os.path.isfile(os.path.join(path, INSIDE))
-    for name in sorted(_listed(path)):
+    for name in _listed(path):
         inner = os.path.join(path, name)
         if name.startswith(".") or name == "__pycache__":
             continue

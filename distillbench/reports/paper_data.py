@@ -23,11 +23,13 @@ COSTS = ["train_tflops", "train_teacher_nfe", "train_seconds", "sample_latency_p
 
 @dataclass(frozen=True)
 class SummaryData:
-    """The summary of several runs in one frame, and the declarations of its scores."""
+    """The summary of several runs in one frame, and the declarations of its scores.
 
-    summary: (
-        pd.DataFrame
-    )  # with the further columns run, parameters, reasons, notes, and leads_M for each score M: is in the leading group
+    `summary` has the further columns run, parameters, reasons, notes, and for each score M leads_M: whether the row is
+    in the leading group.
+    """
+
+    summary: pd.DataFrame
     columns: dict[str, dict[str, str]]  # by score
     several_runs: bool
     labels: Labels
